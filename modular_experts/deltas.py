@@ -1,0 +1,381 @@
+"""Deltas: how far one weight moved from the base, `W - W0`, as an immutable value.
+
+Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (square tiles). They form a vector space:
+`a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives the rule.
+
+No module, file, training or merge rule is known here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add"]
+
+
+class Delta(ABC):
+    """The change of one weight of shape `(out, in)`."""
+
+    values: Tensor
+    shape: torch.Size
+
+    @abstractmethod
+    def add_to(self, target: Tensor) -> Tensor:
+        """Add this delta to `target` `(out, in)` in place and return it.
+
+        The sum is taken in at least float32 and rounded once to the target's dtype, so a bfloat16 weight becomes
+        `cast(weight + delta)`.
+        """
+
+    @abstractmethod
+    def linear(self, x: Tensor) -> Tensor:
+        """Return `x @ delta.T` in the dtype of `x`: `(..., in)` to `(..., out)`, without making the dense form where that pays."""
+
+    @abstractmethod
+    def support(self) -> Tensor:
+        """Return the kept entries as sorted, unique flat (row-major) indices; a kept entry may hold the value zero."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Delta:  # noqa: N802 - the name torch gives it
+        """The delta of the transposed weight, `(in, out)`."""
+
+    @abstractmethod
+    def __mul__(self, factor: float | Tensor) -> Delta: ...
+
+    def __rmul__(self, factor: float | Tensor) -> Delta:
+        return self * factor
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    def __add__(self, other: Delta) -> Delta:
+        return add([self, other])
+
+    def __sub__(self, other: Delta) -> Delta:
+        return add([self, -other])
+
+    def dense(self) -> Tensor:
+        """Return the delta as one tensor `(out, in)`."""
+        return self.add_to(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Delta:
+        """Move to a device, or cast the values; index tensors keep their integer dtype."""
+        moved = {}
+        for name, tensor in self.tensors().items():
+            moved[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that make up this form, by field name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(t.dtype for t in self.tensors().values() if t.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def support_size(self) -> int:
+        """Number of kept entries."""
+        return math.prod(self.shape)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept: the zero of the vector space."""
+        return self.support_size == 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, kept={self.support_size}, dtype={self.dtype})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Delta):
+    """Every entry: `values` `(out, in)`, or any other shape (a bias, a norm)."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape
+
+    def add_to(self, target: Tensor) -> Tensor:
+        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        return target.copy_(target.to(wide) + self.values)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.values.to(x.dtype))
+
+    def support(self) -> Tensor:
+        return torch.arange(self.values.numel(), dtype=index_dtype(self.shape), device=self.device)
+
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        return Dense(self.values.T.contiguous())
+
+    def __mul__(self, factor: float | Tensor) -> Dense:
+        return Dense(self.values * factor)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(Delta):
+    """A product `up @ down` of `(out, rank)` and `(rank, in)`; any scale is already inside `up`."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.rank == 0
+
+    def add_to(self, target: Tensor) -> Tensor:
+        wide = torch.promote_types(_at_least_float32(target.dtype), self.dtype)
+        return target.copy_(torch.addmm(target.to(wide), self.up.to(wide), self.down.to(wide)))
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+    def support(self) -> Tensor:
+        return torch.arange(math.prod(self.shape), dtype=index_dtype(self.shape), device=self.device)
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802
+        return LowRank(self.down.T.contiguous(), self.up.T.contiguous())
+
+    def __mul__(self, factor: float | Tensor) -> LowRank:
+        return LowRank(self.up * factor, self.down)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sparse(Delta):
+    """Single entries: `values` `(n,)` at the sorted, unique flat `indices` `(n,)` of a weight of `shape`."""
+
+    indices: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def zero(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Sparse:
+        """Return the delta that moves nothing."""
+        shape = torch.Size(shape)
+        return cls(torch.empty(0, dtype=index_dtype(shape), device=device), torch.empty(0, device=device), shape)
+
+    @property
+    def support_size(self) -> int:
+        return self.indices.numel()
+
+    def add_to(self, target: Tensor) -> Tensor:
+        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        flat = target.view(-1)
+        flat[self.indices] = (flat[self.indices].to(wide) + self.values).to(target.dtype)
+        return target
+
+    def linear(self, x: Tensor) -> Tensor:
+        wide = _at_least_float32(x.dtype)  # sparse products have no half-precision kernels on every device
+        rows, columns = _rows_and_columns(self.indices, self.shape)
+        matrix = torch.sparse_coo_tensor(
+            torch.stack([rows, columns]), self.values.to(wide), self.shape, is_coalesced=True, check_invariants=False
+        )
+        flat = x.reshape(-1, self.shape[1]).to(wide)
+        return torch.sparse.mm(matrix, flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+
+    def support(self) -> Tensor:
+        return self.indices
+
+    @property
+    def T(self) -> Sparse:  # noqa: N802
+        rows, columns = _rows_and_columns(self.indices, self.shape)
+        indices, order = (columns * self.shape[0] + rows).sort()
+        return Sparse(indices.to(self.indices.dtype), self.values[order], torch.Size(reversed(self.shape)))
+
+    def __mul__(self, factor: float | Tensor) -> Sparse:
+        return replace(self, values=self.values * factor)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockSparse(Delta):
+    """Square tiles: `values` `(n, size, size)` of the sorted, unique `blocks` `(n,)`, numbered row-major over the grid of tiles.
+
+    Where `size` does not divide the weight, the last row and column of tiles reach over its edge; entries there are zero.
+    """
+
+    blocks: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    @property
+    def block_size(self) -> int:
+        return self.values.shape[-1]
+
+    @property
+    def support_size(self) -> int:
+        rows, columns = _rows_and_columns(self.blocks, block_grid(self.shape, self.block_size))
+        height = (self.shape[0] - rows * self.block_size).clamp(max=self.block_size)
+        width = (self.shape[1] - columns * self.block_size).clamp(max=self.block_size)
+        return int((height * width).sum())
+
+    def add_to(self, target: Tensor) -> Tensor:
+        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        kept = gather_blocks(target, self.blocks, self.block_size).to(wide) + self.values
+        return scatter_blocks_(target, self.blocks, kept.to(target.dtype))
+
+    def linear(self, x: Tensor) -> Tensor:
+        size, (tall, wide) = self.block_size, block_grid(self.shape, self.block_size)
+        rows, columns = _rows_and_columns(self.blocks, (tall, wide))
+        flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * size - self.shape[1]))
+        panels = flat.view(-1, wide, size).transpose(0, 1)[columns]  # (n, tokens, size)
+        products = torch.bmm(panels, self.values.to(x.dtype).transpose(1, 2))
+        out = products.new_zeros(tall, flat.shape[0], size).index_add_(0, rows, products)
+        return out.transpose(0, 1).reshape(-1, tall * size)[:, : self.shape[0]].reshape(*x.shape[:-1], self.shape[0])
+
+    def support(self) -> Tensor:
+        entries, inside = block_entries(self.blocks, self.shape, self.block_size)
+        return entries[inside].sort().values.to(index_dtype(self.shape))
+
+    def as_sparse(self) -> Sparse:
+        """Return the same delta entry by entry; the support is the same."""
+        entries, inside = block_entries(self.blocks, self.shape, self.block_size)
+        indices, order = entries[inside].sort()
+        return Sparse(indices.to(index_dtype(self.shape)), self.values[inside][order], self.shape)
+
+    @property
+    def T(self) -> BlockSparse:  # noqa: N802
+        tall, wide = block_grid(self.shape, self.block_size)
+        rows, columns = _rows_and_columns(self.blocks, (tall, wide))
+        blocks, order = (columns * tall + rows).sort()
+        values = self.values[order].transpose(1, 2).contiguous()
+        return BlockSparse(blocks.to(self.blocks.dtype), values, torch.Size(reversed(self.shape)))
+
+    def __mul__(self, factor: float | Tensor) -> BlockSparse:
+        return replace(self, values=self.values * factor)
+
+
+def add(deltas: Sequence[Delta]) -> Delta:
+    """Return the exact sum of one or more deltas of the same weight, in the cheapest form that can hold it.
+
+    Sparse sums stay sparse on the union of the supports (tiles of one size stay tiles), low-rank sums are concatenated while
+    their factors are smaller than the dense form, and every other mixture is dense. Zeros change nothing, not even the form.
+
+    Raises:
+        ValueError: No delta was given, or their shapes differ.
+    """
+    if not deltas:
+        raise ValueError("a sum needs at least one delta; for nothing at all there is Sparse.zero(shape)")
+    if len({delta.shape for delta in deltas}) > 1:
+        raise ValueError(f"deltas of different weights cannot be added: shapes {sorted({tuple(d.shape) for d in deltas})}")
+    terms = [delta for delta in deltas if not delta.is_empty]
+    if len(terms) < 2:
+        return terms[0] if terms else deltas[0]
+    if all(isinstance(term, LowRank) for term in terms):
+        up, down = (torch.cat(_promoted([getattr(t, name) for t in terms]), dim) for name, dim in (("up", 1), ("down", 0)))
+        if up.numel() + down.numel() <= math.prod(deltas[0].shape):
+            return LowRank(up, down)
+    if all(isinstance(term, BlockSparse) for term in terms) and len({term.values.shape[1:] for term in terms}) == 1:
+        blocks, values = _union([(term.blocks, term.values) for term in terms])  # type: ignore[attr-defined]
+        return BlockSparse(blocks, values, deltas[0].shape)
+    if all(isinstance(term, Sparse | BlockSparse) for term in terms):
+        sparse = [term.as_sparse() if isinstance(term, BlockSparse) else term for term in terms]
+        indices, values = _union([(term.indices, term.values) for term in sparse])  # type: ignore[attr-defined]
+        return Sparse(indices, values, deltas[0].shape)
+    return _dense_sum(terms)
+
+
+def _dense_sum(terms: Sequence[Delta]) -> Dense:
+    dtype = terms[0].dtype
+    for term in terms:
+        dtype = torch.promote_types(dtype, term.dtype)
+    total = torch.zeros(terms[0].shape, dtype=dtype, device=terms[0].device)
+    for term in terms:
+        term.add_to(total)
+    return Dense(total)
+
+
+def _union(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum values that carry the same index: sorted unique indices and their sums."""
+    indices, place = torch.unique(torch.cat([index for index, _ in parts]), return_inverse=True)
+    values = torch.cat(_promoted([value for _, value in parts]))
+    return indices, values.new_zeros(indices.numel(), *values.shape[1:]).index_add_(0, place, values)
+
+
+def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def index_dtype(shape: Sequence[int]) -> torch.dtype:
+    """Return int32 while every flat index of `shape` fits into it, else int64."""
+    return torch.int32 if math.prod(shape) < 2**31 else torch.int64
+
+
+def _rows_and_columns(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    indices = indices.long()
+    return indices // shape[1], indices % shape[1]
+
+
+def block_grid(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """Return how many tiles cover the rows and the columns of a weight."""
+    return -(-shape[0] // size), -(-shape[1] // size)
+
+
+def block_entries(blocks: Tensor, shape: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """Return the flat entries `(n, size, size)` of the tiles, and which of them lie inside the weight."""
+    rows, columns = _rows_and_columns(blocks, block_grid(shape, size))
+    steps = torch.arange(size, device=blocks.device)
+    rows = (rows * size)[:, None, None] + steps[:, None]
+    columns = (columns * size)[:, None, None] + steps
+    return rows * shape[1] + columns, (rows < shape[0]) & (columns < shape[1])
+
+
+def gather_blocks(matrix: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """Return the tiles `(n, size, size)` of a matrix; entries beyond its edge read as zero."""
+    tall, wide = block_grid(matrix.shape, size)
+    if matrix.shape == (tall * size, wide * size):
+        rows, columns = _rows_and_columns(blocks, (tall, wide))
+        return matrix.view(tall, size, wide, size)[rows, :, columns]
+    entries, inside = block_entries(blocks, matrix.shape, size)
+    tiles = matrix.new_zeros(entries.shape)
+    tiles[inside] = matrix.view(-1)[entries[inside]]
+    return tiles
+
+
+def scatter_blocks_(matrix: Tensor, blocks: Tensor, tiles: Tensor) -> Tensor:
+    """Write tiles `(n, size, size)` into a contiguous matrix in place; what lies beyond its edge is dropped."""
+    size = tiles.shape[-1]
+    tall, wide = block_grid(matrix.shape, size)
+    if matrix.shape == (tall * size, wide * size):
+        rows, columns = _rows_and_columns(blocks, (tall, wide))
+        matrix.view(tall, size, wide, size)[rows, :, columns] = tiles
+        return matrix
+    entries, inside = block_entries(blocks, matrix.shape, size)
+    matrix.view(-1)[entries[inside]] = tiles[inside]
+    return matrix

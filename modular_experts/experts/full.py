@@ -1,0 +1,40 @@
+"""Full fine-tuning of one weight: every entry is trained, in float32, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modular_experts.deltas import Dense
+from modular_experts.experts.expert import Expert
+
+__all__ = ["FullExpert"]
+
+
+class FullExpert(Expert):
+    """Trains the layer's own weight; the base is not kept in memory but read again when the delta is asked for.
+
+    Args:
+        weight: The base weight `(out, in)`.
+    """
+
+    learning_rate: ClassVar[float] = 1e-4
+    trains_weight: ClassVar[bool] = True
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Dense:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return Dense(weight.to(wide) - anchor().to(weight.device, wide))
+
+    def restore(self, weight: Tensor, anchor: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            weight.copy_(anchor())

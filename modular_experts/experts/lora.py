@@ -1,0 +1,54 @@
+"""LoRA: a trained low-rank product beside the frozen weight (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.deltas import LowRank
+from modular_experts.experts.expert import Expert
+
+__all__ = ["LoRAExpert"]
+
+
+class LoRAExpert(Expert):
+    """Adds `scale * up @ down`; `up` starts at zero, so that training starts at the base.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        rank: Inner dimension of the product, from 1 to min(out, in).
+        alpha: The scale is alpha / rank.
+        rank_stabilized: Use alpha / sqrt(rank), which keeps the step size alike for all ranks (arXiv 2312.03732).
+        dropout: Probability, in [0, 1), with which an input of the product is dropped in training.
+    """
+
+    learning_rate: ClassVar[float] = 1e-3
+
+    def __init__(
+        self, weight: Tensor, rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        if not 1 <= rank <= min(rows, columns):
+            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.dropout = dropout
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=weight.device))
+        self.down = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, weight, bias)
+        inner = F.dropout(x, self.dropout, self.training).to(self.down.dtype)
+        return base + (self.scale * F.linear(F.linear(inner, self.down), self.up)).to(base.dtype)
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> LowRank:
+        return LowRank(self.scale * self.up, self.down)

@@ -1,0 +1,130 @@
+"""Sparse experts: train a few entries of a weight, in place, at the price of those entries.
+
+The kept entries are written into the frozen weight, so the forward pass is one matrix product; backward makes only their
+gradient (`kept_gradient`), and the optimizer sees one packed vector. There is no second copy of the model and no dense mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from modular_experts.deltas import BlockSparse, Sparse, gather_blocks, index_dtype, scatter_blocks_
+from modular_experts.experts.kept_gradient import TileRows, entry_gradient, kept_linear, tile_gradient, tile_rows
+from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
+from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
+
+__all__ = ["SparseExpert"]
+
+
+class SparseExpert(Selectable):
+    """Trains `keep_ratio` of the entries; the others stay at the base.
+
+    `values` holds the kept entries' distance from the base in float32, so that weight decay pulls towards the base and small
+    steps survive beside a bfloat16 weight. The support starts random; `MaskSchedule` chooses it before the first step.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        keep_ratio: Share of the entries kept, in (0, 1].
+        granularity: `element` keeps single entries, `block` square tiles of neighbouring entries.
+        block_size: Side of a tile. Where it does not divide the weight, the last tiles reach over the edge.
+    """
+
+    learning_rate: ClassVar[float] = 1e-3
+    score: ClassVar[Score] = GradientMagnitude()
+    rule: ClassVar[Rule] = GrowAndDrop()
+
+    def __init__(
+        self, weight: Tensor, keep_ratio: float = 0.05, granularity: Granularity = "element", block_size: int = 16
+    ) -> None:
+        super().__init__(weight, keep_ratio, granularity, block_size)
+        tile = () if self.block_size == 1 else (self.block_size, self.block_size)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        indices = torch.randperm(self.units)[: self.kept_units].sort().values.to(weight.device, index_dtype(self.shape))
+        self.values = nn.Parameter(torch.zeros(self.kept_units, *tile, dtype=dtype, device=weight.device))
+        self.indices: Tensor
+        self.register_buffer("indices", indices)
+        self.anchor: Tensor
+        self.register_buffer("anchor", self._read(weight.detach()))
+        self._forget_derived_state()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._forward(x, weight, bias)
+
+    @torch.compiler.disable  # it writes into the weight and loops over tile rows; there is nothing to fuse here
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._written != self.values._version:
+            self.write(weight)
+        if self.probe is not None:
+            return self.probed(x, weight, bias)
+        return kept_linear(x, weight, bias, self.values, self._gradient())
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Sparse | BlockSparse:
+        return self.sparse_form(self.indices, self.values)
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Put `cast(anchor + values)` into the weight.
+
+        Every forward pass does this when the values have changed; call it after an optimizer that writes through `.data`,
+        which torch does not count as a change.
+        """
+        self._write(weight, (self.anchor.to(self.values.dtype) + self.values).to(weight.dtype))
+        self._written = self.values._version
+
+    @torch.no_grad()
+    def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
+        self._write(weight, self.anchor.to(weight.dtype))
+        self._written = None
+
+    def support_units(self) -> Tensor:
+        return self.indices
+
+    def unit_change(self) -> Tensor:
+        return self.values.detach().abs().flatten(1).sum(1) if self.block_size > 1 else self.values.detach().abs()
+
+    def scored_delta(self, weight: Tensor) -> Sparse | BlockSparse:
+        return self.sparse_form(self.indices, self.values.detach())
+
+    @torch.no_grad()
+    def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
+        self.restore(weight)
+        slots = carried_slots(self.indices, units)
+        stays = slots >= 0
+        values = torch.zeros_like(self.values)
+        values[stays] = self.values[slots[stays]]
+        self.values.copy_(values)
+        self.indices.copy_(units)
+        self.anchor.copy_(self._read(weight))
+        self.write(weight)
+        return slots
+
+    def _gradient(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.block_size == 1:
+            return partial(entry_gradient, indices=self.indices)
+        if self._plan is None or self._plan[0] != self.indices._version:
+            self._plan = (self.indices._version, tile_rows(self.indices, self.shape, self.block_size))
+        return partial(tile_gradient, blocks=self.indices, size=self.block_size, plan=self._plan[1])
+
+    def _read(self, weight: Tensor) -> Tensor:
+        if self.block_size == 1:
+            return weight.reshape(-1)[self.indices]
+        return gather_blocks(weight, self.indices, self.block_size)
+
+    def _write(self, weight: Tensor, kept: Tensor) -> None:
+        if self.block_size == 1:
+            weight.view(-1)[self.indices] = kept
+        else:
+            scatter_blocks_(weight, self.indices, kept)
+
+    def _forget_derived_state(self) -> None:
+        self._written: int | None = None  # version of `values` that the weight holds
+        self._plan: tuple[int, TileRows] | None = None  # version of `indices`, and its rows of tiles
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_derived_state()  # a copy's version counters start anew
