@@ -1,8 +1,9 @@
 """Injection: put experts into a model's linear layers, and take them out again.
 
-The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m, nn.Linear)`, pickle,
-deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its weight as (in, out): this is
-the one place that transposes, so experts always see `(out, in)` and files always hold the base's own orientation.
+The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m,
+nn.Linear)`, pickle, deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its
+weight as (in, out): this is the one place that transposes, so experts always see `(out, in)` and files always hold the
+base's own orientation.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _ExpertLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.expert(x, self.matrix, self.bias)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
         if not self.expert.trains_weight:  # what is written now belongs to the support that is about to be replaced
             self.expert.restore(self.matrix, lambda: self.matrix)
         super()._load_from_state_dict(*args, **kwargs)
@@ -91,14 +92,15 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 
     Args:
         model: A model after `inject`.
-        anchor: Gives the base weight of a name, in the base's orientation; needed where an expert trains the weight itself.
+        anchor: Gives the base weight of a name, in the base's orientation; needed where an expert trains the weight
+            itself.
 
     Raises:
         ValueError: An expert needs the base weight and no `anchor` was given.
     """
     layers = dict(expert_layers(model))
     if anchor is None and any(layer.expert.trains_weight for layer in layers.values()):
-        raise ValueError("ejecting a full expert needs the base weights: pass anchor=, a function from weight name to tensor")
+        raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
     for name, layer in layers.items():
         if layer.expert.trains_weight:
             layer.weight.data = layer.weight.data.to(layer.base_dtype)
@@ -134,9 +136,7 @@ def write_experts(model: nn.Module) -> None:
         layer.expert.write(layer.matrix)
 
 
-def _oriented_anchor(
-    layer: _ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None
-) -> Callable[[], Tensor]:
+def _oriented_anchor(layer: _ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if anchor is None:
             if not layer.expert.trains_weight:
@@ -189,7 +189,7 @@ def _nothing_matched(model: nn.Module, pattern: str, names: list[str]) -> str:
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     quantised = [name for name, module in model.named_modules() if _full_match(pattern, name) and _is_quantised(module)]
     if quantised:
-        return f"modules={pattern!r} matches {quantised[0]}, whose weight is quantised; load the base without quantisation"
+        return f"modules={pattern!r} matches {quantised[0]}, whose weight is quantised; load the base as plain floats"
     example = f", as in {names[0]}" if names else ""
     return (
         f"modules={pattern!r} matches the full name of no linear layer of {type(model).__name__}{hint}; "
@@ -207,8 +207,8 @@ def _refuse_shared(model: nn.Module, name: str, layer: nn.Module) -> None:
     if len(owners) > 1:
         other = next(owner for owner in owners if owner != f"{name}.weight")
         raise ValueError(
-            f"{name}.weight is the same tensor as {other} (tied); an expert would move both: leave {name} out of modules=, "
-            f"for example with (?!{re.escape(name)}$).*"
+            f"{name}.weight is the same tensor as {other} (tied); an expert would move both: leave {name} out of "
+            f"modules=, for example with (?!{re.escape(name)}$).*"
         )
 
 

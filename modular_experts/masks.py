@@ -1,10 +1,11 @@
 """Masks: which entries of a weight are trained. Scores in, indices out; no module is touched here.
 
-A *score* ranks every entry of a weight. A *rule* turns scores into the kept units (entries or square tiles) when training
-starts and at later updates. Both are small values, named by class in a config; a score may also be a plain function.
+A *score* ranks every entry of a weight. A *rule* turns scores into the kept units (entries or square tiles) when
+training starts and at later updates. Both are small values, named by class in a config; a score may also be a plain
+function.
 
-Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); RigL (arXiv 1911.11134) and SpIEL
-(arXiv 2401.16405) for `GrowAndDrop`.
+Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); RigL (arXiv 1911.11134) and
+SpIEL (arXiv 2401.16405) for `GrowAndDrop`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from torch import Tensor
 from modular_experts.deltas import Delta, block_grid, index_dtype
 
 __all__ = [
+    "SNIP",
     "ConnectionSensitivity",
     "GradientMagnitude",
     "GrowAndDrop",
     "RandomScore",
     "Reselect",
     "Rule",
-    "SNIP",
     "Score",
     "SelectOnce",
     "block_scores",
@@ -69,13 +70,14 @@ class SNIP(Score):
 
 @dataclass(frozen=True)
 class ConnectionSensitivity(Score):
-    """`D * g`, the gradient of the loss with respect to the mask (the paper's score), where D is the dense trained change.
+    """`D * g`, the gradient of the loss with respect to the mask (the paper's score), where D is the dense trained
+    change.
 
     It is zero everywhere while D is zero, so it needs training before its first use.
 
     Args:
-        sign: `signed` is the paper's: to first order it keeps the entries that the loss pulls back to zero. `negative` keeps
-            those still moving away, `absolute` both.
+        sign: `signed` is the paper's: to first order it keeps the entries that the loss pulls back to zero. `negative`
+            keeps those still moving away, `absolute` both.
     """
 
     sign: Literal["signed", "negative", "absolute"] = "signed"
@@ -138,8 +140,8 @@ class Reselect(Rule):
     Args:
         every: Optimizer steps between two selections.
         until: Share of all steps after which the support is frozen, in (0, 1], or `first_epoch` as in the paper.
-        unit: What `every` counts. The paper says steps; its code counts `micro_batches`, so that with 16 accumulated batches the
-            mask changed every 6.25 optimizer steps.
+        unit: What `every` counts. The paper says steps; its code counts `micro_batches`, so that with 16 accumulated
+            batches the mask changed every 6.25 optimizer steps.
     """
 
     every: int = 100
@@ -158,7 +160,8 @@ class Reselect(Rule):
 
 @dataclass(frozen=True)
 class GrowAndDrop(Rule):
-    """Start from the highest scores; then every few steps exchange the least changed units for the best scored ones outside.
+    """Start from the highest scores; then every few steps exchange the least changed units for the best scored ones
+    outside.
 
     The number of kept units is constant. The share exchanged falls linearly to zero at the freeze.
 
@@ -175,7 +178,7 @@ class GrowAndDrop(Rule):
     def __post_init__(self) -> None:
         _check_period(self.every, self.until)
         if not 0 < self.replace <= 1:
-            raise ValueError(f"replace={self.replace} is outside (0, 1]; it is the share of kept units that is exchanged")
+            raise ValueError(f"replace={self.replace} is outside (0, 1]; it is the share of kept units exchanged")
 
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
         return math.ceil(self.until * total_steps)
@@ -210,7 +213,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """
     flat = scores.reshape(-1)
     if flat.isnan().any():
-        raise ValueError("a score is not a number (NaN); the loss or its gradient has diverged before the mask was chosen")
+        raise ValueError("a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen")
     if k >= flat.numel():
         return torch.arange(flat.numel(), dtype=index_dtype(flat.shape), device=flat.device)
     if k == 0:
@@ -223,7 +226,9 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def block_scores(scores: Tensor, size: int) -> Tensor:
-    """Return the sum of the scores in each square tile, `(tiles,)`, row-major over the grid; `scores` is `(out, in)`."""
+    """Return the sum of the scores in each square tile, `(tiles,)`, row-major over the grid; `scores` is `(out,
+    in)`.
+    """
     tall, wide = block_grid(scores.shape, size)
     padded = F.pad(scores, (0, wide * size - scores.shape[1], 0, tall * size - scores.shape[0]))
     return padded.view(tall, size, wide, size).sum(dim=(1, 3)).view(-1)

@@ -1,7 +1,7 @@
 """Expert: the trainable state for one weight, and the delta it stands for. The whole contract of a user's own type.
 
-*Additive* experts (LoRA, most user types) own parameters beside a frozen weight. *In-place* experts (sparse, full) train the
-weight itself. No model, trainer or file is known here: `injection` puts experts into layers.
+*Additive* experts (LoRA, most user types) own parameters beside a frozen weight. *In-place* experts (sparse, full)
+train the weight itself. No model, trainer or file is known here: `injection` puts experts into layers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ __all__ = ["Expert"]
 
 
 class Expert(nn.Module, ABC):
-    """Owns the trainable state of one linear weight `(out, in)`; a subclass must give `__init__(weight, ...)` and `delta`.
+    """Owns the trainable state of one linear weight `(out, in)`; a subclass must give `__init__(weight, ...)` and
+    `delta`.
 
-    Parameters and buffers move between devices with the model but never lose precision: a float32 parameter stays float32
-    beside a bfloat16 base, so that small updates are not rounded away.
+    Parameters and buffers move between devices with the model but never lose precision: a float32 parameter stays
+    float32 beside a bfloat16 base, so that small updates are not rounded away.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -38,11 +39,12 @@ class Expert(nn.Module, ABC):
 
         Args:
             weight: The layer's weight as it is now, `(out, in)`.
-            anchor: Gives the weight as it was before training, `(out, in)`; it may read a file, so call it only when needed.
+            anchor: Gives the weight as it was before training, `(out, in)`; it may read a file, so call it only when
+                needed.
 
         Raises:
-            NotImplementedError: The type moves no weight (it overrides `forward` only); the message says why it cannot be
-                merged.
+            NotImplementedError: The type moves no weight (it overrides `forward` only); the message says why it cannot
+                be merged.
         """
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

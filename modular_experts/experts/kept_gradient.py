@@ -1,7 +1,8 @@
 """The gradient of only the kept entries of a weight: a linear layer whose backward never needs the dense one.
 
 For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)`, the kept entries of `g^T x` are
-* entries: a sampled dense-dense product up to `SAMPLED_BELOW` kept, else the dense gradient of this one layer, gathered;
+* entries: a sampled dense-dense product up to `SAMPLED_BELOW` kept, else the dense gradient of this one layer,
+gathered;
 * tiles: one small matrix product per row of tiles, over only the columns of `x` that the row keeps.
 Both need a third of LoRA's extra operations at the same parameter count; what they cost is in `benchmarks/`. Native and
 CUDA kernels go behind the same functions.
@@ -48,13 +49,13 @@ def kept_linear(
 
 class _KeptLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, values, gradient):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, values, gradient):
         ctx.save_for_backward(x, weight)
         ctx.gradient, ctx.dtype = gradient, values.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         kept = None
@@ -92,7 +93,9 @@ def _accept_compressed_rows() -> None:
     """Make torch give its once-a-process beta notice for compressed sparse rows here, unheard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1)
+        )
 
 
 def tile_rows(blocks: Tensor, shape: tuple[int, int], size: int) -> TileRows:

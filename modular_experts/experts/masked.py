@@ -1,7 +1,7 @@
 """The paper's own algorithm, dense and masked: train a dense change D, show only `D * M` (arXiv 2507.07140).
 
-Kept as the faithful reference beside `SparseExpert`: same exported form, at the cost of a dense D, its optimizer state, a mask
-and a second matrix product per layer.
+Kept as the faithful reference beside `SparseExpert`: same exported form, at the cost of a dense D, its optimizer
+state, a mask and a second matrix product per layer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["MaskedExpert"]
 class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.
 
-    An entry that leaves the mask keeps its value, still counts in the next scoring pass (which takes `M = 1`) and resumes from
-    it when it comes back. What is outside the mask in the end is discarded at export. `MaskSchedule` re-selects by the paper's
-    signed score every 100 optimizer steps of the first epoch, then freezes.
+    An entry that leaves the mask keeps its value, still counts in the next scoring pass (which takes `M = 1`) and
+    resumes from it when it comes back. What is outside the mask in the end is discarded at export. `MaskSchedule`
+    re-selects by the paper's signed score every 100 optimizer steps of the first epoch, then freezes.
 
     Args:
         weight: The base weight `(out, in)`.
         keep_ratio: Share of the entries kept after the first selection, in (0, 1]; the paper's best is 0.1.
-        granularity: `element` keeps single entries, `block` true two-dimensional tiles (the reference code's tiles are strided
-            for weights that are not square).
+        granularity: `element` keeps single entries, `block` true two-dimensional tiles (the reference code's tiles are
+            strided for weights that are not square).
         block_size: Side of a tile.
         dense_start: Start with all of D visible, as the paper and its code do. Otherwise the mask starts random, with
             `keep_ratio` kept from the first step.

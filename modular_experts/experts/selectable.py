@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse, block_grid
 from modular_experts.experts.expert import Expert
@@ -25,8 +25,8 @@ Granularity = Literal["element", "block"]
 class Selectable(Expert):
     """An expert whose support is a fixed number of *units*: single entries, or square tiles of the weight.
 
-    While `probe` is set, a backward pass hands it the dense gradient `(out, in)` of the weight, in float32, and frees it: a
-    scoring pass holds one layer's gradient at a time.
+    While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to its
+    function and frees it: a scoring pass holds one layer's gradient at a time. Its scalar is what to differentiate for.
     """
 
     score: ClassVar[Score]
@@ -34,18 +34,19 @@ class Selectable(Expert):
     """What `MaskSchedule` uses where it is not told otherwise."""
     selects_at_start: ClassVar[bool] = True
 
-    probe: Callable[[Tensor], None] | None = None
+    probe: tuple[Tensor, Callable[[Tensor], None]] | None = None
 
     def __init__(self, weight: Tensor, keep_ratio: float, granularity: Granularity, block_size: int) -> None:
         super().__init__()
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio={keep_ratio} is outside (0, 1]; 0.05 keeps five of a hundred entries")
         if granularity == "block" and block_size < 2:
-            raise ValueError(f"block_size={block_size} must be at least 2; for single entries there is granularity='element'")
+            raise ValueError(
+                f"block_size={block_size} must be at least 2; for single entries use granularity='element'"
+            )
         self.keep_ratio = keep_ratio
         self.shape = weight.shape
         self.block_size = block_size if granularity == "block" else 1
-        self.probe_leaf = torch.zeros((), requires_grad=True)
 
     @property
     def units(self) -> int:
@@ -82,9 +83,14 @@ class Selectable(Expert):
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output; in backward, the weight's gradient goes to `probe`."""
         assert self.probe is not None
-        if self.probe_leaf.device != x.device:
-            self.probe_leaf = torch.zeros((), device=x.device, requires_grad=True)
-        return _ProbedLinear.apply(x, weight, bias, self.probe_leaf, self.probe)
+        return _ProbedLinear.apply(x, weight, bias, *self.probe)
+
+    @property
+    def packed(self) -> nn.Parameter | None:
+        """The trained parameter with one slot per kept unit, if there is one: its optimizer state moves with the
+        slots.
+        """
+        return None
 
     def sparse_form(self, units: Tensor, values: Tensor) -> Sparse | BlockSparse:
         """Return values at kept units as a delta: `(k,)` for entries, `(k, size, size)` for tiles."""
@@ -98,17 +104,17 @@ class _ProbedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, leaf, probe):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, leaf, probe):
         ctx.save_for_backward(x, weight)
         ctx.probe = probe
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         ctx.probe((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
-        return grad @ weight, None, None, grad.new_zeros((), dtype=torch.float32), None
+        return grad @ weight, None, None, grad.new_zeros(()), None
 
 
 def carried_slots(before: Tensor, after: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Sparse experts: train a few entries of a weight, in place, at the price of those entries.
 
-The kept entries are written into the frozen weight, so the forward pass is one matrix product; backward makes only their
-gradient (`kept_gradient`), and the optimizer sees one packed vector. There is no second copy of the model and no dense mask.
+The kept entries are written into the frozen weight, so the forward pass is one matrix product; backward makes only
+their gradient (`kept_gradient`), and the optimizer sees one packed vector. There is no second copy of the model and no
+dense mask.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ __all__ = ["SparseExpert"]
 class SparseExpert(Selectable):
     """Trains `keep_ratio` of the entries; the others stay at the base.
 
-    `values` holds the kept entries' distance from the base in float32, so that weight decay pulls towards the base and small
-    steps survive beside a bfloat16 weight. The support starts random; `MaskSchedule` chooses it before the first step.
+    `values` holds the kept entries' distance from the base in float32, so that weight decay pulls towards the base and
+    small steps survive beside a bfloat16 weight. The support starts random; `MaskSchedule` chooses it before the first
+    step.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -70,8 +72,8 @@ class SparseExpert(Selectable):
     def write(self, weight: Tensor) -> None:
         """Put `cast(anchor + values)` into the weight.
 
-        Every forward pass does this when the values have changed; call it after an optimizer that writes through `.data`,
-        which torch does not count as a change.
+        Every forward pass does this when the values have changed; call it after an optimizer that writes through
+        `.data`, which torch does not count as a change.
         """
         self._write(weight, (self.anchor.to(self.values.dtype) + self.values).to(weight.dtype))
         self._written = self.values._version
@@ -80,6 +82,10 @@ class SparseExpert(Selectable):
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
         self._write(weight, self.anchor.to(weight.dtype))
         self._written = None
+
+    @property
+    def packed(self) -> nn.Parameter:
+        return self.values
 
     def support_units(self) -> Tensor:
         return self.indices

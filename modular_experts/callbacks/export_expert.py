@@ -1,0 +1,109 @@
+"""ExportExpert: write what was trained into a library, with where it came from and how well it does.
+
+With validation, the best state is exported; it is kept beside the run's other files until training ends, so that an
+interrupted and resumed run still has it. Without, the last state is exported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from modular_experts.callbacks.mask_schedule import MaskSchedule
+from modular_experts.injection import expert_layers
+from modular_experts.library import as_parents, check_name, check_target, make_record, open_expert, write_expert
+
+__all__ = ["ExportExpert"]
+
+log = logging.getLogger(__name__)
+
+
+class ExportExpert(Callback):
+    """Writes `library/<name>/` when training ends.
+
+    Args:
+        library: Directory of the library; made if missing.
+        name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
+        overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
+        monitor: Logged metric whose lowest value marks the best state; without it, or without validation, the last
+            state counts.
+    """
+
+    def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
+        check_name(name)
+        self.library, self.name, self.overwrite, self.monitor = library, name, overwrite, monitor
+        self.best: float | None = None
+        self.best_step = 0
+
+    @property
+    def target(self) -> Path:
+        """Where the expert is written."""
+        return Path(self.library) / self.name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse an existing name before anything is trained.
+
+        Raises:
+            ValueError: The target exists and `overwrite` is false.
+        """
+        if stage == "fit":
+            check_target(self.target, self.overwrite)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep this state if it is the best so far."""
+        score = trainer.callback_metrics.get(self.monitor or "")
+        if trainer.sanity_checking or trainer.state.fn != "fit" or score is None:
+            return
+        if self.best is None or float(score) < self.best:
+            self.best, self.best_step = float(score), trainer.global_step
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, self._best_directory(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the expert, and say where it is."""
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        best = self._best_directory(trainer)
+        if self.best is not None and best.exists():
+            kept = open_expert(best)
+            write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite)
+            shutil.rmtree(best)
+            log.info(
+                "the best of %d steps, step %d, is exported to %s", trainer.global_step, self.best_step, self.target
+            )
+        else:
+            self._write(trainer, pl_module, self.target)
+            log.info("the last of %d steps is exported to %s", trainer.global_step, self.target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def _best_directory(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / f"best-of-{self.name}"[:64]
+
+    def _write(self, trainer: Trainer, module: Any, path: Path) -> None:
+        overwrite = self.overwrite or path != self.target
+        write_expert(path, module.task_vector(), self._record(trainer, module), overwrite=overwrite)
+
+    def _record(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        schedule = next(callback for callback in trainer.callbacks if isinstance(callback, MaskSchedule))
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        roles = getattr(getattr(trainer, "datamodule", None), "roles", {})
+        return make_record(
+            kind=type(next(expert_layers(module.model))[1].expert).__name__,
+            base={"id": module.base, "revision": module.revision, "fingerprint": module.fingerprint},
+            hyperparameters=module.training_settings() | {"steps": trainer.global_step} | schedule.shares(module),
+            tasks=sorted(name for name, role in roles.items() if role == "held_in"),
+            scores={name: value for name, value in metrics.items() if math.isfinite(value)},
+            parents=as_parents(module.applied_experts),
+            seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+        )

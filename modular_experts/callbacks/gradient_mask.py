@@ -1,0 +1,85 @@
+"""GradientMask: train only the masked-in entries of any trained parameter. A general tool beside the packed sparse
+experts.
+
+Masking gradients alone is not enough: weight decay and stale moments still move the entries that the mask leaves out.
+So their moments are cleared and their values put back after every step, which costs a copy of each masked parameter.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modular_experts.library import open_expert
+
+__all__ = ["GradientMask"]
+
+
+class GradientMask(Callback):
+    """Keeps the entries outside the masks exactly as they were when training started.
+
+    Args:
+        masks: Boolean tensors by parameter name, in the parameter's shape, true where an entry may move; or the
+            directory of a library expert, whose support is the mask of each of its weights.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | str) -> None:
+        self.masks = _supports(masks) if isinstance(masks, str) else dict(masks)
+        self._masked: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the parameters, and remember them as they are.
+
+        Raises:
+            ValueError: A mask names no trained parameter, or has another shape.
+        """
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        for name, mask in self.masks.items():
+            parameter = _find(trained, name)
+            if parameter.shape != mask.shape:
+                raise ValueError(
+                    f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
+                )
+            mask = mask.to(parameter.device, torch.bool)
+            self._masked[name] = (parameter, mask, parameter.detach().clone())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Zero the gradients outside the masks, before they are clipped."""
+        for parameter, mask, _ in self._masked.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == mask.shape:
+                    value.mul_(mask)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put back what weight decay moved outside the masks."""
+        for parameter, mask, start in self._masked.values():
+            parameter.copy_(torch.where(mask, parameter, start))
+
+
+def _supports(directory: str) -> dict[str, Tensor]:
+    masks = {}
+    for name, delta in open_expert(directory).items():
+        mask = torch.zeros(delta.shape.numel(), dtype=torch.bool)
+        mask[delta.support().long()] = True
+        masks[name] = mask.view(delta.shape)
+    return masks
+
+
+def _find(trained: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
+    found = [parameter for full, parameter in trained.items() if full == name or full.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    near = difflib.get_close_matches(name, trained, n=3, cutoff=0.4)
+    hint = f"; near names are {', '.join(near)}" if near else ""
+    raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, and must match one{hint}")

@@ -1,0 +1,148 @@
+"""`fit`, `validate`, `test`, `predict`: the LightningCLI over `ExpertModule` and `TaskMixture`.
+
+The command line beats the config files, and these beat a checkpoint: Lightning alone lets the checkpoint win silently. So the
+settings that a checkpoint holds are parsed first, as if they were the first config file.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import modular_experts.callbacks
+import modular_experts.experts
+from modular_experts.cli.errors import SentenceErrors
+from modular_experts.data import Mixing, TaskMixture, TaskSource
+from modular_experts.experts import Expert
+from modular_experts.interop.checkpoint import load_tokenizer
+from modular_experts.learning_rate import LearningRateShape
+from modular_experts.masks import Rule, Score
+from modular_experts.module import ExpertModule
+
+__all__ = ["TrainingCLI", "run"]
+
+_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 10, "use_distributed_sampler": False}
+_NOISE = [
+    ".*args parameter is intended to run from within Python.*",  # the arguments here are those of the command line
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*module.s. in eval mode at the start of training.*",
+    ".*smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+]
+
+
+class _Parser(SentenceErrors, LightningArgumentParser):
+    """A parser whose complaints are sentences."""
+
+    class_bases = (Expert, Score, Rule, LearningRateShape, Mixing, TaskSource, Callback, torch.optim.Optimizer)
+
+
+class TrainingCLI(LightningCLI):
+    """The four commands that run a trainer; every option is an argument of `ExpertModule`, `TaskMixture` or `Trainer`."""
+
+    def after_instantiate_classes(self) -> None:
+        """Give the data the tokenizer of the model, unless it has another."""
+        if self.datamodule.tokenizer is None:
+            self.datamodule.tokenizer = load_tokenizer(self.model.base, self.model.revision)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with a progress bar where a person watches."""
+        trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        watched = sys.stderr.isatty() and sys.stdout.isatty()
+        bars = [callback for callback in trainer.callbacks or [] if isinstance(callback, ProgressBar)]
+        if trainer.enable_progress_bar is None and not bars:
+            if watched:
+                kwargs["callbacks"] = [RichProgressBar()]
+            else:
+                kwargs["enable_progress_bar"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: `run` has parsed the checkpoint's settings already, below everything else."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict` with its options."""
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        TrainingCLI(
+            ExpertModule,
+            TaskMixture,
+            args=_with_checkpoint_settings(list(argv), Path(folder)),
+            trainer_defaults=_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "modular-experts"},
+        )
+
+
+def _with_checkpoint_settings(argv: list[str], folder: Path) -> list[str]:
+    """Return the arguments with the settings of the checkpoint they name as their first config file."""
+    path = _checkpoint(argv)
+    if path is None or not path.is_file():
+        return argv
+    settings = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+    if not settings:
+        return argv
+    file = folder / "checkpoint-settings.yaml"
+    file.write_text(yaml.safe_dump({"model": settings}))
+    return [argv[0], "--config", str(file), *argv[1:]]
+
+
+def _checkpoint(argv: Sequence[str]) -> Path | None:
+    """Return the checkpoint that the options name, or else the last config file that names one."""
+    given = _values(argv, "--ckpt_path")
+    if given:
+        return Path(given[-1])
+    for file in reversed(_values(argv, "--config") + _values(argv, "-c")):
+        if Path(file).is_file():
+            config = yaml.safe_load(Path(file).read_text())
+            if isinstance(config, dict) and config.get("ckpt_path"):
+                return Path(config["ckpt_path"])
+    return None
+
+
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    following = [after for before, after in zip(argv, argv[1:], strict=False) if before == option]
+    return following + [item.partition("=")[2] for item in argv if item.startswith(f"{option}=")]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show what this package says, once, and not what Lightning says about itself."""
+    ours, theirs = logging.getLogger("modular_experts"), logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: rank_zero_only.rank == 0)
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    theirs.addFilter(_is_no_advertisement)
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            theirs.removeFilter(_is_no_advertisement)
+            ours.removeHandler(handler)
+            ours.setLevel(level)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

@@ -1,0 +1,57 @@
+"""Learning-rate shapes over a known number of optimizer steps. Any torch scheduler may be used in their place."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+__all__ = ["Constant", "LearningRateShape", "WarmupCosine", "WarmupLinear"]
+
+
+class LearningRateShape(ABC):
+    """The learning rate as a factor of its peak."""
+
+    @abstractmethod
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the factor in [0, 1] for optimizer step `step`, counted from 0, of `total_steps`."""
+
+
+class Constant(LearningRateShape):
+    """The peak throughout."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        return 1.0
+
+
+class WarmupLinear(LearningRateShape):
+    """Rise linearly to the peak, then fall linearly to zero (the paper's).
+
+    Args:
+        warmup: Share of all steps that the rise takes, in [0, 1).
+    """
+
+    def __init__(self, warmup: float = 0.06) -> None:
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup={warmup} is outside [0, 1); it is the share of all steps before the peak")
+        self.warmup = warmup
+
+    def factor(self, step: int, total_steps: int) -> float:
+        rise = math.ceil(self.warmup * total_steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return self.fall((step - rise) / max(total_steps - rise, 1))
+
+    def fall(self, progress: float) -> float:
+        """Return the factor after the rise, for `progress` from 0 to 1."""
+        return max(1.0 - progress, 0.0)
+
+
+class WarmupCosine(WarmupLinear):
+    """Rise linearly to the peak, then fall to zero along half a cosine.
+
+    Args:
+        warmup: Share of all steps that the rise takes, in [0, 1).
+    """
+
+    def fall(self, progress: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,0 +1,107 @@
+"""Tiny random models of every named architecture, with a character tokenizer, and task files that no one has seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
+SIZES = {"vocab_size": len(CHARACTERS) + 3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | SIZES
+GROUPED = WIDE | {"num_key_value_heads": 2, "max_position_embeddings": 256}
+
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**GROUPED),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **SIZES),
+    "neox": lambda: transformers.GPTNeoXConfig(**WIDE, max_position_embeddings=256),
+}
+TARGETS = {
+    "llama": r".*\.(q_proj|down_proj)",
+    "qwen2": r".*\.(k_proj|up_proj)",
+    "qwen3": r".*\.(o_proj|gate_proj)",
+    "phi3": r".*\.(qkv_proj|gate_up_proj)",
+    "gpt2": r".*\.(c_attn|c_proj)",
+    "neox": r".*\.(query_key_value|dense_4h_to_h)",
+}
+ARCHITECTURES = sorted(CONFIGS)
+
+
+def build_model(architecture: str, seed: int = 0, **changes: object) -> transformers.PreTrainedModel:
+    """Return a random model in evaluation mode."""
+    config = CONFIGS[architecture]()
+    config.update(changes)
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single characters: `<pad>` is 0, `<eos>` is 1, `<unk>` is 2."""
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=256
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the directory of a tiny saved model of an architecture, made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def directory(architecture: str) -> Path:
+        path = root / architecture
+        if not path.exists():
+            build_model(architecture).save_pretrained(path)
+            build_tokenizer().save_pretrained(path)
+        return path
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three tasks over short words, 24 rows each: 12 to train on, 6 for validation, 6 for the test."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = [first + middle + last for first in "bdf" for middle in "aeio" for last in "nt"]
+    answers = {"upper": str.upper, "reverse": lambda word: word[::-1], "first": lambda word: word[0]}
+    splits = ["train", "train", "validation", "test"]
+    return {
+        name: write_rows(
+            folder / f"{name}.jsonl",
+            [
+                {"input": f"{name} {word}:", "target": answer(word), "split": splits[number % 4]}
+                for number, word in enumerate(words)
+            ],
+        )
+        for name, answer in answers.items()
+    }
