@@ -1,2 +1,39 @@
-"""x"""
+"""Train experts on a frozen language model, keep them in a library, merge them, and measure the merge.
+
+Public names are imported when they are first used, so that `import modular_experts` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
+    "modular_experts.experts": ("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
+    "modular_experts.merging": ("TIES", "Average", "MergeMethod", "SparseAverage", "TaskArithmetic"),
+    "modular_experts.injection": ("eject", "inject"),
+    "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
+    "modular_experts.merger": ("merge",),
+    "modular_experts.module": ("ExpertModule",),
+    "modular_experts.data": ("TaskMixture",),
+    "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
+    "modular_experts.interop.apply": ("apply", "apply_deltas"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'modular_experts' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,7 +1,7 @@
 """Deltas: how far one weight moved from the base, `W - W0`, as an immutable value.
 
-Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (square tiles). They form a vector space:
-`a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives the rule.
+Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (square tiles). They form a
+vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives the rule.
 
 No module, file, training or merge rule is known here.
 """
@@ -36,11 +36,17 @@ class Delta(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor) -> Tensor:
-        """Return `x @ delta.T` in the dtype of `x`: `(..., in)` to `(..., out)`, without making the dense form where that pays."""
+        """Return `x @ delta.T` in the dtype of `x`: `(..., in)` to `(..., out)`, without making the dense form where
+        that pays.
+        """
 
     @abstractmethod
     def support(self) -> Tensor:
         """Return the kept entries as sorted, unique flat (row-major) indices; a kept entry may hold the value zero."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """Return the Frobenius norm, taken in float64, without making the dense form."""
 
     @property
     @abstractmethod
@@ -125,6 +131,9 @@ class Dense(Delta):
     def support(self) -> Tensor:
         return torch.arange(self.values.numel(), dtype=index_dtype(self.shape), device=self.device)
 
+    def norm(self) -> float:
+        return self.values.double().norm().item()
+
     @property
     def T(self) -> Dense:  # noqa: N802
         return Dense(self.values.T.contiguous())
@@ -161,6 +170,10 @@ class LowRank(Delta):
 
     def support(self) -> Tensor:
         return torch.arange(math.prod(self.shape), dtype=index_dtype(self.shape), device=self.device)
+
+    def norm(self) -> float:
+        up, down = self.up.double(), self.down.double()
+        return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
 
     @property
     def T(self) -> LowRank:  # noqa: N802
@@ -206,6 +219,9 @@ class Sparse(Delta):
     def support(self) -> Tensor:
         return self.indices
 
+    def norm(self) -> float:
+        return self.values.double().norm().item()
+
     @property
     def T(self) -> Sparse:  # noqa: N802
         rows, columns = _rows_and_columns(self.indices, self.shape)
@@ -218,9 +234,11 @@ class Sparse(Delta):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockSparse(Delta):
-    """Square tiles: `values` `(n, size, size)` of the sorted, unique `blocks` `(n,)`, numbered row-major over the grid of tiles.
+    """Square tiles: `values` `(n, size, size)` of the sorted, unique `blocks` `(n,)`, numbered row-major over the grid
+    of tiles.
 
-    Where `size` does not divide the weight, the last row and column of tiles reach over its edge; entries there are zero.
+    Where `size` does not divide the weight, the last row and column of tiles reach over its edge; entries there are
+    zero.
     """
 
     blocks: Tensor
@@ -262,6 +280,9 @@ class BlockSparse(Delta):
         indices, order = entries[inside].sort()
         return Sparse(indices.to(index_dtype(self.shape)), self.values[inside][order], self.shape)
 
+    def norm(self) -> float:
+        return self.values.double().norm().item()
+
     @property
     def T(self) -> BlockSparse:  # noqa: N802
         tall, wide = block_grid(self.shape, self.block_size)
@@ -277,8 +298,9 @@ class BlockSparse(Delta):
 def add(deltas: Sequence[Delta]) -> Delta:
     """Return the exact sum of one or more deltas of the same weight, in the cheapest form that can hold it.
 
-    Sparse sums stay sparse on the union of the supports (tiles of one size stay tiles), low-rank sums are concatenated while
-    their factors are smaller than the dense form, and every other mixture is dense. Zeros change nothing, not even the form.
+    Sparse sums stay sparse on the union of the supports (tiles of one size stay tiles), low-rank sums are concatenated
+    while their factors are smaller than the dense form, and every other mixture is dense. Zeros change nothing, not
+    even the form.
 
     Raises:
         ValueError: No delta was given, or their shapes differ.
@@ -286,12 +308,14 @@ def add(deltas: Sequence[Delta]) -> Delta:
     if not deltas:
         raise ValueError("a sum needs at least one delta; for nothing at all there is Sparse.zero(shape)")
     if len({delta.shape for delta in deltas}) > 1:
-        raise ValueError(f"deltas of different weights cannot be added: shapes {sorted({tuple(d.shape) for d in deltas})}")
+        shapes = sorted({tuple(delta.shape) for delta in deltas})
+        raise ValueError(f"deltas of different weights cannot be added: their shapes are {shapes}")
     terms = [delta for delta in deltas if not delta.is_empty]
     if len(terms) < 2:
         return terms[0] if terms else deltas[0]
     if all(isinstance(term, LowRank) for term in terms):
-        up, down = (torch.cat(_promoted([getattr(t, name) for t in terms]), dim) for name, dim in (("up", 1), ("down", 0)))
+        up = torch.cat(_promoted([term.up for term in terms]), 1)  # type: ignore[attr-defined]
+        down = torch.cat(_promoted([term.down for term in terms]), 0)  # type: ignore[attr-defined]
         if up.numel() + down.numel() <= math.prod(deltas[0].shape):
             return LowRank(up, down)
     if all(isinstance(term, BlockSparse) for term in terms) and len({term.values.shape[1:] for term in terms}) == 1:

@@ -79,7 +79,7 @@ def inject(model: nn.Module, factory: Callable[[Tensor], Expert], modules: str |
     """
     targets = _targets(model, [modules] if isinstance(modules, str) else list(modules))
     fresh = {name: layer for name, layer in targets.items() if not isinstance(layer, _ExpertLayer)}
-    if len(fresh) == len(targets):
+    if not any(expert_layers(model)):
         model.requires_grad_(False)
     for name, layer in fresh.items():
         _refuse_shared(model, name, layer)

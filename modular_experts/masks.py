@@ -189,7 +189,7 @@ class GrowAndDrop(Rule):
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
         if step == 0 or kept.numel() != k:
             return top_k(scores, k)
-        exchanged = min(int(self.replace * (1 - step / last) * k), scores.numel() - k)
+        exchanged = min(round(self.replace * (1 - step / last) * k), scores.numel() - k)
         if exchanged == 0:
             return kept
         stay = kept[top_k(change, k - exchanged).long()]

@@ -6,12 +6,12 @@ It meets the data only in a batch (`data/batch.py`). Which entries are trained i
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -28,8 +28,11 @@ from modular_experts.interop.checkpoint import fingerprint, load_base, load_toke
 from modular_experts.learning_rate import LearningRateShape, WarmupLinear
 from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.random_state import collect_random_states, restore_random_states
+from modular_experts.training_length import training_length
 
 __all__ = ["ExpertModule"]
+
+log = logging.getLogger(__name__)
 
 
 class ExpertModule(LightningModule):
@@ -81,7 +84,6 @@ class ExpertModule(LightningModule):
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
-        self._steps_per_epoch = 0
 
     def setup(self, stage: str) -> None:
         """Refuse to train nothing, before anything is loaded.
@@ -94,17 +96,11 @@ class ExpertModule(LightningModule):
             raise ValueError(f"model.{given} is given but not model.{missing}; training needs both, a plain test none")
         if stage == "fit" and self.expert is None:
             raise ValueError("fit trains experts, and none is configured: give model.expert and model.modules")
-        self._steps_per_epoch = 0
 
     def configure_model(self) -> None:
         """Load the base, add the applied experts, and inject; a second call changes nothing."""
         if hasattr(self, "model"):
             return
-        if (self.expert is None) != (not self.modules_pattern):
-            given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            raise ValueError(
-                f"model.{given} is given but not model.{missing}; an expert needs both, a plain test neither"
-            )
         self.base_directory = resolve_base(self.base, self.revision)
         self.fingerprint = fingerprint(self.base_directory)
         self.tokenizer = load_tokenizer(self.base, self.revision)
@@ -133,17 +129,18 @@ class ExpertModule(LightningModule):
         else:
             rate = min(layer.expert.learning_rate for _, layer in expert_layers(self.model))
             optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
-        shape = self.scheduler
+        self.length = training_length(self.trainer)
+        shape, total = self.scheduler, self.length.total_steps
         if isinstance(shape, LearningRateShape):
-            total = self.total_steps()
             scheduler: LRScheduler = LambdaLR(optimizer, lambda step: shape.factor(step, total))
         else:
             scheduler = shape(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Start from the same supports on every rank."""
+        """Start from the same supports on every rank, and say what is trained."""
         self.model.train()
+        log.info(_summary(self))
         if self.trainer.world_size > 1:
             for _, layer in expert_layers(self.model):
                 for buffer in layer.expert.buffers():
@@ -242,28 +239,6 @@ class ExpertModule(LightningModule):
             )
         self._random_states = checkpoint.get("random_states")
 
-    def total_steps(self) -> int:
-        """Return the number of optimizer steps of this fit.
-
-        Lightning's own estimate sets up the data loaders too early, which loses their place on resume.
-
-        Raises:
-            ValueError: Neither max_steps nor max_epochs bounds the training.
-        """
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = self.steps_per_epoch() * epochs if epochs is not None and epochs > 0 else None
-        bounds = [bound for bound in (by_epochs, steps if steps > 0 else None) if bound is not None]
-        if not bounds:
-            raise ValueError("training has no end: give trainer.max_steps or trainer.max_epochs")
-        return min(bounds)
-
-    def steps_per_epoch(self) -> int:
-        """Return the number of optimizer steps in one pass over the training data."""
-        if not self._steps_per_epoch:
-            batches = _training_batches(self.trainer)
-            self._steps_per_epoch = max(math.ceil(batches / self.trainer.accumulate_grad_batches), 1)
-        return self._steps_per_epoch
-
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each expert, on the CPU, one at a time."""
         for name, delta in task_vector(self.model, self._anchor):
@@ -271,7 +246,8 @@ class ExpertModule(LightningModule):
 
     def training_settings(self) -> dict[str, Any]:
         """Return how the experts are made and trained, in plain values, for their record."""
-        settings = {name: self.hparams.get(name) for name in ("modules", "expert", "optimizer", "scheduler", "dtype")}
+        expert = next(expert_layers(self.model))[1].expert.settings()
+        settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")} | expert
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         peaks = [group.get("initial_lr", group["lr"]) for group in groups]
         return settings | {"learning_rate": max(peaks, default=None)}
@@ -330,13 +306,13 @@ def _leave_to_this_module(module: LightningModule) -> None:
     module._ddp_params_and_buffers_to_ignore = frozen + buffers  # type: ignore[assignment]
 
 
-def _training_batches(trainer: Trainer) -> int:
-    """Return the number of training batches of one rank and epoch, without setting up the trainer's own loader."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:
-        trainer.fit_loop.setup_data()
-        return int(trainer.num_training_batches)
-    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
-    if isinstance(limit, int):
-        return min(batches, limit)
-    return int(batches * limit) if limit is not None else batches
+def _summary(module: ExpertModule) -> str:
+    layers = [layer for _, layer in expert_layers(module.model)]
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in module.model.parameters())
+    kinds = ", ".join(sorted({f"{type(layer.expert).__name__}({_words(layer.expert.settings())})" for layer in layers}))
+    return f"{kinds} in {len(layers)} weights: {trained:,} trained of {total:,} parameters ({trained / total:.2%})"
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -89,7 +89,7 @@ class MaskSchedule(Callback):
         shares = self.shares(pl_module)
         if shares:
             log.info(
-                "%d selections in %.1f s: %.2f %% of the entries kept in the end, %.2f %% ever trained",
+                "the support was chosen %d times, in %.1f s: %.2f %% of the units are kept, %.2f %% were ever trained",
                 *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
             )
 
@@ -130,7 +130,7 @@ class MaskSchedule(Callback):
         micro = isinstance(rule, Reselect) and rule.unit == "micro_batches"
         scale = trainer.accumulate_grad_batches if micro else 1
         position = trainer.fit_loop.epoch_loop.total_batch_idx if micro else trainer.global_step
-        return position, rule.last_update(scale * module.total_steps(), scale * module.steps_per_epoch())
+        return position, rule.last_update(scale * module.length.total_steps, scale * module.length.steps_per_epoch)
 
     def _is_due(self, expert: Selectable, position: int, last: int) -> bool:
         if position == 0:

@@ -1,11 +1,12 @@
 """`fit`, `validate`, `test`, `predict`: the LightningCLI over `ExpertModule` and `TaskMixture`.
 
-The command line beats the config files, and these beat a checkpoint: Lightning alone lets the checkpoint win silently. So the
-settings that a checkpoint holds are parsed first, as if they were the first config file.
+The command line beats the config files, and these beat a checkpoint: Lightning alone lets the checkpoint win silently.
+So the settings that a checkpoint holds are parsed first, as if they were the first config file.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import tempfile
@@ -22,8 +23,6 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-import modular_experts.callbacks
-import modular_experts.experts
 from modular_experts.cli.errors import SentenceErrors
 from modular_experts.data import Mixing, TaskMixture, TaskSource
 from modular_experts.experts import Expert
@@ -34,13 +33,19 @@ from modular_experts.module import ExpertModule
 
 __all__ = ["TrainingCLI", "run"]
 
-_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 10, "use_distributed_sampler": False}
+_DEFAULTS = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 10,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,  # the module says in one line what it trains
+}
 _NOISE = [
     ".*args parameter is intended to run from within Python.*",  # the arguments here are those of the command line
     ".*isinstance.treespec, LeafSpec.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*`tensorboardX` has been removed as a dependency.*",
 ]
 
 
@@ -51,7 +56,9 @@ class _Parser(SentenceErrors, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """The four commands that run a trainer; every option is an argument of `ExpertModule`, `TaskMixture` or `Trainer`."""
+    """The four commands that run a trainer; every option is an argument of `ExpertModule`, `TaskMixture` or
+    `Trainer`.
+    """
 
     def after_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the model, unless it has another."""
@@ -118,7 +125,7 @@ def _checkpoint(argv: Sequence[str]) -> Path | None:
 
 
 def _values(argv: Sequence[str], option: str) -> list[str]:
-    following = [after for before, after in zip(argv, argv[1:], strict=False) if before == option]
+    following = [after for before, after in itertools.pairwise(argv) if before == option]
     return following + [item.partition("=")[2] for item in argv if item.startswith(f"{option}=")]
 
 

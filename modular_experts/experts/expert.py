@@ -51,6 +51,11 @@ class Expert(nn.Module, ABC):
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
         return F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
 
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Return the plain values that the expert was made with, for its record and for the summary of a run."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        return {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
+
     def write(self, weight: Tensor) -> None:
         """Bring the layer's weight up to date with the trained state; additive experts have nothing to do."""
 

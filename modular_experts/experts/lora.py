@@ -38,6 +38,7 @@ class LoRAExpert(Expert):
             raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        self.rank = rank
         self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
         dtype = torch.promote_types(weight.dtype, torch.float32)

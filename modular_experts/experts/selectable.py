@@ -44,7 +44,7 @@ class Selectable(Expert):
             raise ValueError(
                 f"block_size={block_size} must be at least 2; for single entries use granularity='element'"
             )
-        self.keep_ratio = keep_ratio
+        self.keep_ratio, self.granularity = keep_ratio, granularity
         self.shape = weight.shape
         self.block_size = block_size if granularity == "block" else 1
 

@@ -60,7 +60,8 @@ class _HidesFromTraining(LoRAExpert):
 
 
 @pytest.mark.parametrize(
-    ("twin", "broken"), [(_MovesAtStart, "leave the"), (_ExportsHalf, "exported delta"), (_HidesFromTraining, "is zero")]
+    ("twin", "broken"),
+    [(_MovesAtStart, "leave the"), (_ExportsHalf, "exported delta"), (_HidesFromTraining, "is zero")],
 )
 def test_battery_catches_a_wrong_twin(twin: type[Expert], broken: str) -> None:
     with pytest.raises(AssertionError, match=broken):

@@ -1,0 +1,191 @@
+"""Kept gradients equal the dense gradient, gathered; the packed step equals a dense masked step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modular_experts.deltas import gather_blocks
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts.kept_gradient import entry_gradient, kept_linear, tile_gradient, tile_rows
+from modular_experts.injection import inject
+
+SHAPES = [(24, 36), (36, 24), (17, 23), (64, 8)]
+
+
+def _problem(shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(shape[0])
+    return torch.randn(9, shape[1], generator=generator, dtype=dtype), torch.randn(
+        9, shape[0], generator=generator, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [1, 0.02, 0.5])  # the sampled product, and the dense gradient gathered
+def test_entry_gradient_is_the_dense_gradient_at_the_kept_entries(shape: tuple[int, int], keep: float) -> None:
+    x, grad = _problem(shape)
+    count = keep if keep == 1 else int(keep * shape[0] * shape[1])
+    indices = torch.randperm(shape[0] * shape[1])[:count].sort().values.to(torch.int32)
+    dense = torch.einsum("to,ti->oi", grad, x).reshape(-1)
+    torch.testing.assert_close(entry_gradient(x, grad, indices), dense[indices.long()], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_tile_gradient_is_the_dense_gradient_of_the_kept_tiles(shape: tuple[int, int], size: int) -> None:
+    x, grad = _problem(shape)
+    tiles = -(-shape[0] // size) * -(-shape[1] // size)
+    blocks = torch.randperm(tiles)[: max(tiles // 2, 1)].sort().values.to(torch.int32)
+    found = tile_gradient(x, grad, blocks, size, tile_rows(blocks, shape, size))
+    dense = torch.einsum("to,ti->oi", grad, x)
+    torch.testing.assert_close(found, gather_blocks(dense, blocks, size), rtol=1e-12, atol=1e-12)
+
+
+def test_kept_linear_passes_gradcheck() -> None:
+    torch.manual_seed(0)
+    weight, indices = torch.randn(5, 4, dtype=torch.float64), torch.tensor([1, 7, 8, 19])
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    values = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def layer(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        effective = weight.clone()
+        effective.view(-1)[indices] += values.detach()
+        return kept_linear(x, effective, None, values, lambda x, g: entry_gradient(x, g, indices))
+
+    assert torch.autograd.gradcheck(layer, (x, values))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_ratio": 0.05},
+        {"keep_ratio": 0.3},
+        {"keep_ratio": 0.4, "granularity": "block", "block_size": 8},
+        {"keep_ratio": 0.4, "granularity": "block", "block_size": 10},
+    ],
+    ids=str,
+)
+def test_packed_adamw_steps_equal_dense_masked_ones_in_float64(settings: dict) -> None:
+    """Weight decay pulls the delta to zero, as it does for the packed values."""
+    torch.manual_seed(0)
+    layer, base = nn.Linear(24, 36).double(), None
+    base = layer.weight.detach().clone()
+    inject(nn.Sequential(layer), lambda w: SparseExpert(w, **settings), "0")
+    expert, x = layer.expert, torch.randn(8, 24, dtype=torch.float64)
+    mask = torch.zeros(base.numel(), dtype=torch.bool)
+    mask[expert.delta(layer.weight, None).support().long()] = True
+    change = nn.Parameter(torch.zeros_like(base))
+    mine = torch.optim.AdamW(expert.parameters(), lr=0.03, weight_decay=0.1)
+    dense = torch.optim.AdamW([change], lr=0.03, weight_decay=0.1)
+    for _ in range(5):
+        layer(x).square().sum().backward()
+        mine.step()
+        mine.zero_grad()
+        F.linear(x, base + change * mask.view_as(base), layer.bias).square().sum().backward()
+        dense.step()
+        dense.zero_grad()
+    torch.testing.assert_close(expert.delta(layer.weight, None).dense(), change.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_optimizer_state_is_two_numbers_per_kept_entry() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject(model, lambda w: SparseExpert(w, keep_ratio=0.05), ".*")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
+    kept = 2 * int(0.05 * 64 * 64)
+    assert sum(moment.numel() * moment.element_size() for moment in moments) == 8 * kept
+
+
+def test_autocast_computes_in_bfloat16_and_trains_float32() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    inject(model, lambda w: SparseExpert(w, keep_ratio=0.3), ".*")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(4, 16))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_step_too_small_for_bfloat16_is_not_lost() -> None:
+    layer = nn.Linear(8, 8, bias=False).bfloat16()
+    nn.init.ones_(layer.weight)
+    inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=1.0), "0")
+    with torch.no_grad():
+        for _ in range(10):
+            layer.expert.values += 1e-3  # 1.0 + 1e-3 is 1.0 in bfloat16
+    layer(torch.ones(1, 8).bfloat16())
+    assert torch.equal(layer.weight, torch.full((8, 8), 1.01).bfloat16())
+
+
+def test_values_stay_float32_when_the_model_is_cast() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject(model, LoRAExpert, ".*")
+    model.bfloat16()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_an_optimizer_that_writes_through_data_needs_write() -> None:
+    layer = nn.Linear(8, 8)
+    inject(nn.Sequential(layer), lambda w: SparseExpert(w, keep_ratio=1.0), "0")
+    x, before = torch.randn(2, 8), None
+    before = layer(x)
+    layer.expert.values.data += 1.0
+    layer.expert.write(layer.weight)
+    torch.testing.assert_close(layer(x), before + x.sum(1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.5])
+@pytest.mark.parametrize("kind", [SparseExpert, MaskedExpert])
+def test_keep_ratio_outside_its_range_is_refused(kind: type, keep_ratio: float) -> None:
+    with pytest.raises(ValueError, match=rf"keep_ratio={keep_ratio} is outside \(0, 1\]"):
+        kind(torch.zeros(8, 8), keep_ratio=keep_ratio)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"), [({"rank": 0}, "rank=0"), ({"rank": 99}, "rank=99"), ({"dropout": 1.0}, "dropout")]
+)
+def test_lora_refuses_numbers_without_meaning(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LoRAExpert(torch.zeros(8, 8), **settings)
+
+
+def test_lora_scales_are_the_published_ones() -> None:
+    weight = torch.zeros(64, 64)
+    assert LoRAExpert(weight, rank=16, alpha=8).scale == 0.5
+    assert LoRAExpert(weight, rank=16, alpha=8, rank_stabilized=True).scale == 2.0
+
+
+def test_full_expert_trains_the_weight_itself_in_float32() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).bfloat16()
+    inject(model, FullExpert, ".*")
+    assert [(n, p.dtype) for n, p in model.named_parameters()] == [("0.weight", torch.float32)]
+    assert model(torch.ones(1, 8).bfloat16()).dtype == torch.bfloat16
+
+
+def test_masked_expert_hides_and_does_not_erase() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6, bias=False)
+    inject(nn.Sequential(layer), lambda w: MaskedExpert(w, keep_ratio=0.25), "0")
+    expert = layer.expert
+    with torch.no_grad():
+        expert.change.copy_(torch.arange(36.0).view(6, 6) + 1)
+    shown = torch.tensor([0, 7, 35])
+    expert.reselect(layer.weight, shown)
+    assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
+    expert.reselect(layer.weight, torch.tensor([1, 7]))
+    assert expert.delta(layer.weight, None).values.tolist() == [2.0, 8.0]
+    assert expert.scored_delta(layer.weight).dense()[0, 0] == 1.0  # the hidden entry still counts in the next score
+    expert.reselect(layer.weight, shown)
+    assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
+
+
+def test_masked_expert_gives_hidden_entries_no_gradient() -> None:
+    layer = nn.Linear(6, 6, bias=False)
+    inject(nn.Sequential(layer), lambda w: MaskedExpert(w, keep_ratio=0.25, dense_start=False), "0")
+    layer(torch.randn(5, 6)).square().sum().backward()
+    assert torch.equal(layer.expert.change.grad != 0, layer.expert.mask)

@@ -1,0 +1,123 @@
+"""Masks: exactly k units, ties to the lowest index, scores as defined, rules as promised."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modular_experts.deltas import Dense
+from modular_experts.masks import (
+    SNIP,
+    ConnectionSensitivity,
+    GradientMagnitude,
+    GrowAndDrop,
+    RandomScore,
+    Reselect,
+    SelectOnce,
+    block_scores,
+    top_k,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(0, 45))
+def test_top_k_is_a_stable_sort_by_falling_score(scores: list[int], k: int) -> None:
+    wanted = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
+    assert top_k(torch.tensor(scores, dtype=torch.float32), k).tolist() == wanted
+
+
+def test_top_k_of_all_zeros_keeps_exactly_k_not_everything() -> None:
+    """A threshold with `>=`, as in the paper's code, keeps all of them."""
+    scores = torch.zeros(3, 4)
+    assert top_k(scores, 5).tolist() == [0, 1, 2, 3, 4]
+    assert int((scores >= torch.topk(scores.view(-1), 5).values.min()).sum()) == 12
+
+
+def test_top_k_refuses_what_has_no_order() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        top_k(torch.tensor([1.0, math.nan]), 1)
+
+
+def test_block_scores_are_tile_sums_also_over_the_edge() -> None:
+    scores = np.arange(5 * 7, dtype=np.float64).reshape(5, 7)
+    wanted = [scores[i : i + 3, j : j + 3].sum() for i in (0, 3) for j in (0, 3, 6)]
+    assert block_scores(torch.from_numpy(scores), 3).tolist() == wanted
+
+
+def test_scores_are_their_formulas() -> None:
+    generator = np.random.default_rng(0)
+    weight, gradient, change = (generator.normal(size=(3, 4)) for _ in range(3))
+    tensors = torch.tensor(weight), torch.tensor(gradient), Dense(torch.tensor(change))
+    wanted = {
+        GradientMagnitude(): np.abs(gradient),
+        SNIP(): np.abs(weight * gradient),
+        ConnectionSensitivity(): change * gradient,
+        ConnectionSensitivity("negative"): -change * gradient,
+        ConnectionSensitivity("absolute"): np.abs(change * gradient),
+    }
+    for score, formula in wanted.items():
+        np.testing.assert_array_equal(score(*tensors).numpy(), formula)
+
+
+def test_random_scores_follow_the_seed() -> None:
+    weight = torch.zeros(4, 4)
+    torch.manual_seed(1)
+    first = RandomScore()(weight, weight, Dense(weight))
+    torch.manual_seed(1)
+    assert torch.equal(first, RandomScore()(weight, weight, Dense(weight)))
+    assert not torch.equal(first, RandomScore()(weight, weight, Dense(weight)))
+
+
+def test_grow_and_drop_exchanges_the_least_changed_for_the_best_outside() -> None:
+    scores = torch.tensor([9.0, 1.0, 8.0, 7.0, 2.0, 6.0])
+    kept, change = torch.tensor([0, 1, 4, 5]), torch.tensor([0.1, 5.0, 0.2, 4.0])
+    rule = GrowAndDrop(every=1, until=1.0, replace=0.5)
+    # two of four leave: 0 and 4 changed least; 2 and 3 score best among those outside, and 0 may not come back at once
+    assert rule.choose(scores, 4, kept, change, step=1, last=10**9).tolist() == [1, 2, 3, 5]
+    assert rule.choose(scores, 4, kept, change, step=0, last=10).tolist() == [0, 2, 3, 5]
+
+
+def test_grow_and_drop_exchanges_less_and_less() -> None:
+    scores, kept, change = torch.rand(1000), torch.arange(100), torch.rand(100)
+    rule = GrowAndDrop(every=10, until=1.0, replace=0.4)
+    new = [
+        100 - len(set(rule.choose(scores, 100, kept, change, s, 100).tolist()) & set(range(100))) for s in (10, 50, 90)
+    ]
+    assert new == [36, 20, 4]
+
+
+def test_grow_and_drop_with_nothing_outside_keeps_all() -> None:
+    kept = torch.arange(6)
+    assert GrowAndDrop().choose(torch.rand(6), 6, kept, torch.rand(6), 1, 10).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "due"),
+    [
+        (SelectOnce(), [0]),
+        (Reselect(every=3, until=0.5), [0, 3, 6, 9]),
+        (Reselect(every=3, until="first_epoch"), [0, 3]),
+        (GrowAndDrop(every=4, until=0.5), [0, 4, 8]),
+    ],
+)
+def test_rules_are_due_until_they_freeze(rule: SelectOnce, due: list[int]) -> None:
+    last = rule.last_update(total_steps=20, steps_per_epoch=5)
+    assert [step for step in range(20) if rule.is_due(step, last)] == due
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Reselect(every=0), "every=0"),
+        (lambda: GrowAndDrop(until=1.5), r"until=1.5 is outside \(0, 1\]"),
+        (lambda: GrowAndDrop(replace=0.0), r"replace=0.0 is outside \(0, 1\]"),
+    ],
+)
+def test_rules_refuse_numbers_without_meaning(make: object, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
