@@ -110,7 +110,7 @@ class ExpertModule(LightningModule):
         apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
         self.model = model
@@ -273,7 +273,7 @@ class ExpertModule(LightningModule):
             raise ValueError(
                 "scores need the tasks' roles: give the data module `roles`, a dict from task name to role"
             )
-        self.scores = TaskScores(roles)
+        self.scores = TaskScores(roles).to(self.device)
 
     @torch.no_grad()
     def _score(self, batch: dict[str, Any], generates: bool) -> None:

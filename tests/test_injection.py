@@ -1,4 +1,6 @@
-"""Injection by class swap: on every named architecture, exact at the start and after eject, and careful about targets."""
+"""Injection by class swap: exact at the start and after eject on every named architecture, and careful about
+targets.
+"""
 
 from __future__ import annotations
 

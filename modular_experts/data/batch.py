@@ -1,0 +1,123 @@
+"""The batch: the one thing that the data and the module both know.
+
+A batch is a dict, for `n` rows padded on the right to the longest, `length`:
+
+    input_ids       (n, length) int64; the prompt, the target, end-of-sequence, padding
+    attention_mask  (n, length) int64; 1 on tokens and 0 on padding, which is known by length and never by a token's id
+    labels          (n, length) int64; the id where the target or its end-of-sequence stands, IGNORED elsewhere
+    task            list of n names; "" marks a filler row, which no score may count (see `is_filler`)
+
+The prompt of a row is its tokens before the first labelled one. Batches of validation, test and prediction also carry
+
+    input, target   lists of n texts as they stood in the data (after the task's template)
+    choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
+                    rows, and row (m,) int64, the row a choice belongs to, and correct (m,) bool
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["FILLER", "IGNORED", "Batch", "Collator", "Example", "ExampleSet", "Tokens", "is_filler", "prompts"]
+
+IGNORED = -100
+FILLER = -1
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A prompt and what follows it: `ids` `(length,)`, of which the first `prompt` are the prompt."""
+
+    ids: Tensor
+    prompt: int
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A row, tokenised; `choices` are the row's prompt with each choice in the target's place."""
+
+    task: str
+    input: str
+    target: str
+    tokens: Tokens
+    choices: tuple[Tokens, ...] = ()
+    correct: int = 0
+
+
+class ExampleSet(Dataset):
+    """Examples by number. `FILLER` gives a copy of the first one with no task and no labels."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        if index != FILLER:
+            return self.examples[index]
+        first = self.examples[0]
+        return replace(first, task="", tokens=Tokens(first.tokens.ids, len(first.tokens.ids)), choices=())
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of examples.
+
+    Args:
+        pad_id: Token written where a row has ended.
+        texts: Whether to carry texts and choices, which training does not need.
+    """
+
+    pad_id: int
+    texts: bool = True
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        batch: Batch = _padded([example.tokens for example in examples], self.pad_id)
+        batch["task"] = [example.task for example in examples]
+        if self.texts:
+            batch["input"] = [example.input for example in examples]
+            batch["target"] = [example.target for example in examples]
+            if any(example.choices for example in examples):
+                batch["choices"] = self._choices(examples)
+        return batch
+
+    def _choices(self, examples: Sequence[Example]) -> Batch:
+        placed = [(row, number) for row, example in enumerate(examples) for number in range(len(example.choices))]
+        batch: Batch = _padded([examples[row].choices[number] for row, number in placed], self.pad_id)
+        batch["row"] = torch.tensor([row for row, _ in placed])
+        batch["correct"] = torch.tensor([number == examples[row].correct for row, number in placed])
+        return batch
+
+
+def is_filler(batch: Batch) -> list[bool]:
+    """Say of each row whether it only fills up a batch, to keep processes in step; nobody counts or writes it."""
+    return [task == "" for task in batch["task"]]
+
+
+def prompts(batch: Batch) -> list[Tensor]:
+    """Return the prompt of each row, unpadded; a row without labels is all prompt."""
+    labelled = batch["labels"] != IGNORED
+    lengths = batch["attention_mask"].sum(1)
+    starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths)
+    return [ids[:start] for ids, start in zip(batch["input_ids"], starts.tolist(), strict=True)]
+
+
+def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:
+    shape = len(rows), max(len(row.ids) for row in rows)
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = row.ids
+        mask[number, : len(row.ids)] = 1
+        labels[number, row.prompt : len(row.ids)] = row.ids[row.prompt :]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,0 +1,272 @@
+"""The task mixture: tasks in, batches out, as a LightningDataModule.
+
+All rows are read and judged before anything runs, and tokenised once, so a loader only pads. Held-in tasks are
+trained and validated on; every task is tested and predicted. No model is known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from modular_experts.data.batch import Collator, Example, ExampleSet
+from modular_experts.data.mixing import Mixing, Proportional, epoch_counts, epoch_order
+from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows
+from modular_experts.data.sampler import EvaluationSampler, MixtureSampler, ResumableLoader
+from modular_experts.data.splits import fill_splits
+from modular_experts.data.tasks import Task, as_tasks
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.interop.checkpoint import load_tokenizer
+
+__all__ = ["TaskMixture"]
+
+log = logging.getLogger(__name__)
+
+
+class TaskMixture(LightningDataModule):
+    """Batches of one or more tasks.
+
+    Args:
+        tasks: The tasks, e.g. {name: intents, path: intents.jsonl}. Rows have `input`, `target` and optionally
+            `split` (train, validation or test) and `choices`.
+        tokenizer: Model directory or hub id whose tokenizer is used (or a tokenizer); the command line takes the
+            model's own.
+        batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
+        eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only.
+        max_length: The most tokens of a row; longer ones lose tokens on the left of the input and keep their target.
+        mixing: How much of each task an epoch takes: `Proportional` (the default), `Equal` or `Temperature`.
+        seed: The order of training is a function of this and the epoch.
+        validation_ratio: Share of the rows without a `split` that is validated on (held-in tasks).
+        test_ratio: Share of the rows without a `split` that is tested on (held-in tasks; of held-out tasks it is all).
+        split_seed: Chooses these rows. It is not `seed`, so that a test never meets rows trained on under another seed.
+        eval_limit: The most validation rows, and the most test rows, of one task, spread evenly over its file.
+        chat_template: Put the input as a user's message through the tokenizer's chat template.
+        num_workers: Worker processes of a loader; rows are tokenised in advance, so 0 is seldom slower.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = False
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        max_length: int = 1024,
+        mixing: Mixing | None = None,
+        seed: int = 0,
+        validation_ratio: float = 0.1,
+        test_ratio: float = 0.1,
+        split_seed: int = 0,
+        eval_limit: int | None = None,
+        chat_template: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tasks = as_tasks(tasks)
+        self.tokenizer = tokenizer
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.mixing = Proportional() if mixing is None else mixing
+        self.seed, self.split_seed, self.eval_limit = seed, split_seed, eval_limit
+        self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
+        self.chat_template, self.num_workers = chat_template, num_workers
+        self._rows: dict[str, list[Row]] | None = None
+        self._examples: dict[str, dict[str, list[Example]]] = {}
+        #: Rows that lost tokens to `max_length`, by split and task; filled as splits are tokenised.
+        self.cut_rows: dict[str, dict[str, int]] = {}
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise ValueError(f"eval_limit={self.eval_limit} must be at least 1 row of a task, or null for all")
+        validation, test = self.validation_ratio, self.test_ratio
+        if min(validation, test) < 0 or validation + test >= 1:
+            raise ValueError(
+                f"validation_ratio={validation} and test_ratio={test} must be 0 or more and leave something to train on"
+            )
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Each task's role, `held_in` or `held_out`, by name, in the order given."""
+        return {task.name: task.role for task in self.tasks}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows of each held-in task one epoch takes."""
+        sizes = {name: len(examples) for name, examples in self._split("train").items()}
+        weights = {task.name: task.weight for task in self.tasks}
+        return epoch_counts(sizes, self.mixing, weights, {task.name: task.cap for task in self.tasks})
+
+    def prepare_data(self) -> None:
+        """Download hub datasets, on one process of each machine, so that the others find them in the cache."""
+        for task in self.tasks:
+            if task.hub is not None:
+                task.read()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all rows, and tokenise those that the stage needs.
+
+        Raises:
+            ValueError: A file is missing, a row is bad, or a task has no rows for the stage. Nothing has run yet.
+        """
+        # The rows are in memory and tokenised: there is nothing that worker processes would do sooner.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        if stage in ("fit", None):
+            self._need(self._split("train"), "train", "train on")
+            self._split("validation")
+            self._log_proportions()
+        if stage in ("validate", None):
+            self._need(self._split("validation"), "validation", "validate on")
+        if stage in ("test", "predict", None):
+            self._need(self._split("test"), "test", "test on")
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of an epoch, `loader.sampler.set_epoch(epoch)`, in an order that no one else changes.
+
+        The trainer's current epoch goes on where the trainer's count of finished batches stands; every other epoch
+        starts at its beginning, so a callback may read batches of its own without touching those of the training.
+        """
+        examples, counts = self._split("train"), self.counts
+        sizes = {name: len(rows) for name, rows in examples.items()}
+        order: Callable[[int], Tensor] = partial(epoch_order, sizes, counts, self.seed)
+        rank, world_size = self._place()
+        loader = ResumableLoader(
+            dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
+            batch_size=max(1, self.batch_size // world_size),
+            sampler=MixtureSampler(
+                order, sum(counts.values()), self.batch_size, rank, world_size, self._finished_batches
+            ),
+            collate_fn=Collator(self._row_tokenizer().pad_id, texts=False),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # one of its own: a loader without takes numbers from the global one
+        )
+        loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the validation rows of the held-in tasks, tasks taking turns; nothing at all if there are none."""
+        examples = _taking_turns(list(self._split("validation").values()))
+        return self._evaluation_loader(examples) if examples else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test rows of all tasks, tasks taking turns, so that `limit_test_batches` meets each of them."""
+        return self._evaluation_loader(_taking_turns(list(self._split("test").values())))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return the test rows of all tasks, task after task, in the order of their files."""
+        return self._evaluation_loader(list(chain.from_iterable(self._split("test").values())))
+
+    def _evaluation_loader(self, examples: Sequence[Example]) -> DataLoader:
+        rank, world_size = self._place()
+        return DataLoader(
+            dataset=ExampleSet(examples),
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationSampler(len(examples), rank, world_size),
+            collate_fn=Collator(self._row_tokenizer().pad_id),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _finished_batches(self, epoch: int) -> int:
+        loop = None if self.trainer is None else self.trainer.fit_loop
+        if loop is None or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
+            return 0
+        return loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+
+    def _read(self) -> dict[str, list[Row]]:
+        if self._rows is None:
+            rows, problems = {}, []
+            for task in self.tasks:
+                found, bad = task.read()
+                problems += bad
+                rows[task.name] = fill_splits(
+                    found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
+                )
+            raise_for_bad_rows(problems)
+            self._rows = rows
+        return self._rows
+
+    def _split(self, split: str) -> dict[str, list[Example]]:
+        """Return one split's examples by task; tokenised at the first call."""
+        if split not in self._examples:
+            tokenize, examples, problems, cut = self._row_tokenizer(), {}, [], {}
+            for task in self.tasks:
+                if split != "test" and not task.held_in:
+                    continue
+                rows = [row for row in self._read()[task.name] if row.split == split]
+                if split != "train" and self.eval_limit is not None:
+                    rows = _spread(rows, self.eval_limit)
+                done = tokenize(task.name, rows, choices=split != "train")
+                examples[task.name], cut[task.name] = done.examples, done.cut
+                problems += done.problems
+            raise_for_bad_rows(problems)
+            self._examples[split], self.cut_rows[split] = examples, cut
+            self._log_cuts(split)
+        return self._examples[split]
+
+    def _row_tokenizer(self) -> RowTokenizer:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
+        if isinstance(tokenizer, str):
+            tokenizer = self.tokenizer = load_tokenizer(tokenizer)
+        return RowTokenizer(tokenizer, self.max_length, self.chat_template)
+
+    def _need(self, examples: Mapping[str, Sequence[Example]], split: str, purpose: str) -> None:
+        if not examples:
+            raise ValueError(
+                f"no task to {purpose}: all of {', '.join(self.roles)} are held out; give one the role held_in"
+            )
+        for name, rows in examples.items():
+            if not rows:
+                splits = [row.split for row in self._read()[name]]
+                has = ", ".join(f"{splits.count(known)} {known}" for known in SPLITS if known in splits)
+                raise ValueError(f"task {name!r} has no {split} rows, so there is nothing to {purpose}; it has {has}")
+
+    def _log_proportions(self) -> None:
+        counts = self.counts
+        total = sum(counts.values())
+        for name, count in counts.items():
+            size = len(self._split("train")[name])
+            self._say(
+                logging.INFO,
+                f"{name}: {count} of {total} rows an epoch ({count / total:.1%}), {count / size:.2f} passes",
+            )
+
+    def _log_cuts(self, split: str) -> None:
+        for name, cut in self.cut_rows[split].items():
+            if cut:
+                rows = len(self._examples[split][name])
+                self._say(
+                    logging.WARNING,
+                    f"{name}: {cut} of {rows} {split} rows are longer than max_length={self.max_length} and lost the "
+                    "start of their input",
+                )
+
+    def _say(self, level: int, sentence: str) -> None:
+        if self.trainer is None or self.trainer.is_global_zero:
+            log.log(level, sentence)
+
+
+def _spread(rows: Sequence[Row], count: int) -> list[Row]:
+    return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
+
+
+def _taking_turns(tasks: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for turn in zip_longest(*tasks) for row in turn if row is not None]

@@ -1,0 +1,178 @@
+"""Rows: what one example of a task must be - an input text and a target text, perhaps a split and choices.
+
+Records come in, rows go out, and every record that is no good row becomes one sentence, `file:line: what is wrong`.
+Nothing is read from disk here and nothing is tokenised.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from string import Formatter
+from typing import Any
+
+from modular_experts.data.sources import Record
+
+__all__ = ["SPLITS", "Row", "RowReader", "raise_for_bad_rows", "template_fields"]
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
+_QUOTED = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example; `split` is None where the data does not say, `where` is its place (`file:line`)."""
+
+    input: str
+    target: str
+    split: str | None = None
+    choices: tuple[str, ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Turns records into rows.
+
+    Args:
+        columns: Which column of the data stands for `input`, `target`, `split` or `choices`, where it is named
+            otherwise.
+        template: The input text, with columns in braces: "Question: {question}\\nAnswer:".
+        choices: Possible targets of every row that names none of its own.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+    choices: Sequence[str] = ()
+
+    def read(self, records: Iterable[Record]) -> tuple[list[Row], list[str]]:
+        """Return the good rows, and one sentence for each bad one."""
+        rows, problems = [], []
+        for record in records:
+            try:
+                rows.append(self._row(record))
+            except _BadRow as problem:
+                problems.append(f"{record.where}: {problem}")
+        return rows, problems
+
+    def _row(self, record: Record) -> Row:
+        if record.problem is not None:
+            raise _BadRow(record.problem)
+        values = record.values
+        if not isinstance(values, Mapping):
+            raise _BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(values)}")
+        text = self._text(values, "input") if self.template is None else _checked("input", self._render(values))
+        target = self._text(values, "target")
+        return Row(text, target, self._split(values), self._choices(values, target), record.where)
+
+    def _text(self, values: Mapping[str, Any], key: str) -> str:
+        column = self.columns.get(key, key)
+        if column not in values:
+            raise _BadRow(_no_column(column, values))
+        return _checked(column, values[column])
+
+    def _render(self, values: Mapping[str, Any]) -> str:
+        assert self.template is not None
+        known = dict(values) | {key: values[column] for key, column in self.columns.items() if column in values}
+        for name in template_fields(self.template):
+            if name not in known:
+                raise _BadRow(f"the template has {{{name}}}, but {_no_column(name, known)}")
+            if known[name] is None:
+                raise _BadRow(f"the template has {{{name}}}, which is null here")
+        return self.template.format_map(known)
+
+    def _split(self, values: Mapping[str, Any]) -> str | None:
+        split = values.get(self.columns.get("split", "split"))
+        if split is None or split == "":
+            return None
+        if isinstance(split, str) and (name := _SPLIT_ALIASES.get(split.lower(), split.lower())) in SPLITS:
+            return name
+        raise _BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{_near(split, SPLITS)}")
+
+    def _choices(self, values: Mapping[str, Any], target: str) -> tuple[str, ...]:
+        column = self.columns.get("choices", "choices")
+        choices = values.get(column)
+        if choices is None or choices == "":
+            choices = list(self.choices)
+        if isinstance(choices, str):  # a CSV cell holds text only
+            choices = _parsed(choices)
+        if not isinstance(choices, list | tuple):
+            raise _BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
+        texts = [_checked(column, choice) for choice in choices]
+        if texts and (len(set(texts)) < len(texts) or len(texts) < 2):
+            raise _BadRow(f"{column!r} needs two or more different texts, not {reprlib.repr(texts)}")
+        if texts and target not in texts:
+            raise _BadRow(
+                f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}{_near(target, texts)}"
+            )
+        return tuple(texts)
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the columns a prompt template names.
+
+    Raises:
+        ValueError: A brace is not closed, or a field has no name.
+    """
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"template {template!r} is malformed ({error}); a literal brace is written twice") from error
+    bad = [name for name in names if not name.replace("-", "_").replace(" ", "_").isidentifier()]
+    if bad:
+        raise ValueError(
+            f"template {template!r} has the field {{{bad[0]}}}; a field is the plain name of a column, like {{input}}"
+        )
+    return names
+
+
+def raise_for_bad_rows(problems: Sequence[str]) -> None:
+    """Raise one error that counts all bad rows and quotes the first few.
+
+    Raises:
+        ValueError: There is at least one.
+    """
+    if not problems:
+        return
+    count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
+    more = f", the first {_QUOTED}" if len(problems) > _QUOTED else ""
+    raise ValueError("\n".join([f"{count} in the task data, so nothing was run{more}:", *problems[:_QUOTED]]))
+
+
+class _BadRow(ValueError):
+    """What is wrong with one record; becomes a sentence of the report."""
+
+
+def _checked(column: str, value: Any) -> str:
+    if value is None:
+        raise _BadRow(f"{column!r} is null; it must be text")
+    if not isinstance(value, str):
+        raise _BadRow(f"{column!r} must be text, not the {type(value).__name__} {reprlib.repr(value)}")
+    if not value.strip():
+        raise _BadRow(f"{column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _BadRow(f"{column!r} holds half of a character (a lone surrogate): {ascii(value)[:60]}") from None
+    return value
+
+
+def _no_column(column: str, values: Mapping[str, Any]) -> str:
+    names = [str(name) for name in values]
+    return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{_near(column, names)}"
+
+
+def _near(word: object, names: Iterable[str]) -> str:
+    near = get_close_matches(str(word), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

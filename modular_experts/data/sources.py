@@ -1,0 +1,240 @@
+"""Sources: where the records of a task come from - a file, a `datasets` directory, the hub, or a class of one's own.
+
+A record is whatever stood at one place, with that place written down (`file:line`), so that a bad one can be found
+again. What a good record looks like is not known here; `rows.py` judges.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Record", "TaskSource", "hub_records", "path_records", "source_records"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as found: `values` at `where`, or the `problem` that kept it from being read."""
+
+    where: str
+    values: Any = None
+    problem: str | None = None
+
+
+class TaskSource(ABC):
+    """Rows of your own making: subclass this, and name it in the task, `source: {class_path: my_file.MySource}`."""
+
+    @abstractmethod
+    def rows(self) -> Iterable[Mapping[str, Any]]:
+        """Yield one mapping per row with at least `input` and `target`, in the same order each time."""
+
+
+def source_records(source: TaskSource) -> Iterator[Record]:
+    """Read a user's source; a row's place is its number."""
+    for number, values in enumerate(source.rows(), 1):
+        yield Record(f"{type(source).__name__}:{number}", values)
+
+
+def path_records(path: str) -> Iterator[Record]:
+    """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
+
+    Raises:
+        ValueError: The path does not exist, or its suffix is none of the known ones.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _directory_records(path, place)
+    if not place.is_file():
+        raise ValueError(_missing(path, place))
+    if place.suffix.lower() not in READERS:
+        raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}, not in {place.suffix!r}")
+    return _never_empty(path, READERS[place.suffix.lower()](path, place))
+
+
+def hub_records(name: str, subset: str | None = None, revision: str | None = None) -> Iterator[Record]:
+    """Read a dataset of the Hugging Face hub, all its splits; class labels are given by their names.
+
+    Raises:
+        ValueError: The hub, or the dataset on it, could not be reached or read.
+    """
+    import datasets  # a second of imports that a run on files does not need
+
+    try:
+        loaded = datasets.load_dataset(name, subset, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"hub dataset {name!r} could not be loaded ({_one_line(error)}); without a network, give `path`: a file, "
+            "or a directory written by datasets.save_to_disk"
+        ) from error
+    return _dataset_records(name, loaded)
+
+
+def _directory_records(path: str, place: Path) -> Iterator[Record]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(place))
+    except (OSError, ValueError) as error:
+        inside = sorted(entry.name for entry in place.iterdir())[:5]
+        raise ValueError(
+            f"{path}: this directory was not written by datasets.save_to_disk; name a file in it (it holds "
+            f"{', '.join(inside) or 'nothing'})"
+        ) from error
+    return _never_empty(path, _dataset_records(path, loaded))
+
+
+def _dataset_records(name: str, loaded: Any) -> Iterator[Record]:
+    """Yield the rows of a Dataset, or of a DatasetDict, whose keys stand for a missing `split` column."""
+    import datasets
+
+    splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
+    for split, dataset in splits.items():
+        labels = {key: kind for key, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
+        for number, values in enumerate(dataset, 1):
+            named = {
+                k: labels[k].int2str(v) if k in labels and isinstance(v, int) and v >= 0 else v
+                for k, v in values.items()
+            }
+            where = f"{name}:{number}" if split is None else f"{name}[{split}]:{number}"
+            yield Record(where, named if split is None else {"split": str(split)} | named)
+
+
+def _json_lines(path: str, place: Path) -> Iterator[Record]:
+    with place.open("rb") as file:
+        yield from _lines(path, file)
+
+
+def _lines(path: str, lines: Iterable[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+            if text:
+                yield Record(where, json.loads(text))
+        except UnicodeDecodeError:
+            yield Record(where, problem="this line is not UTF-8 text")
+        except json.JSONDecodeError as error:
+            yield Record(where, problem=f"broken JSON, {_json_error(error)}: {_excerpt(text)}")
+
+
+def _json_file(path: str, place: Path) -> Iterator[Record]:
+    """Read a list of objects; a file that starts with an object is read line by line."""
+    raw = place.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+        if not text.lstrip().startswith("["):
+            return _lines(path, io.BytesIO(raw))
+        json.loads(text)
+    except UnicodeDecodeError:
+        return iter([Record(f"{path}:1", problem="this file is not UTF-8 text")])
+    except json.JSONDecodeError as error:
+        return iter([Record(f"{path}:{error.lineno}", problem=f"broken JSON, {_json_error(error)}")])
+    return _array_elements(path, text)
+
+
+def _array_elements(path: str, text: str) -> Iterator[Record]:
+    """Yield the elements of a JSON list, known to be well formed, with the line each of them starts on."""
+    decoder = json.JSONDecoder()
+    line, seen, end = 1, 0, text.index("[")
+    while text[start := _next_token(text, end + 1)] != "]":
+        line, seen = line + text.count("\n", seen, start), start
+        value, end = decoder.raw_decode(text, start)
+        end = _next_token(text, end)
+        yield Record(f"{path}:{line}", value)
+        if text[end] == "]":
+            return
+
+
+def _next_token(text: str, position: int) -> int:
+    while text[position].isspace():
+        position += 1
+    return position
+
+
+def _delimited(path: str, place: Path) -> Iterator[Record]:
+    delimiter = "\t" if place.suffix.lower() == ".tsv" else ","
+    with place.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        line = 1  # a quoted field may span lines: a row is named by the line it starts on
+        try:
+            for fields in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if header is None:
+                    header = fields
+                elif fields and len(fields) != len(header):
+                    yield Record(where, problem=f"{len(fields)} fields, but the header has {len(header)}")
+                elif fields:
+                    yield Record(where, dict(zip(header, fields, strict=True)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            yield Record(f"{path}:{line}", problem=f"not readable as CSV from here on: {_one_line(error)}")
+
+
+def _parquet(path: str, place: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        batches = parquet.ParquetFile(place).iter_batches()
+        number = 0
+        for batch in batches:
+            for values in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}:{number}", values)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Record(f"{path}:1", problem=f"not a readable Parquet file: {_one_line(error)}")
+
+
+READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_file,
+    ".csv": _delimited,
+    ".tsv": _delimited,
+    ".parquet": _parquet,
+}
+
+
+def _never_empty(path: str, records: Iterator[Record]) -> Iterator[Record]:
+    empty = True
+    for record in records:
+        empty = False
+        yield record
+    if empty:
+        yield Record(f"{path}:1", problem="the file is empty: it has no rows")
+
+
+def _missing(path: str, place: Path) -> str:
+    parent = place.parent
+    if not parent.is_dir():
+        sentence = (
+            f"{path}: no such file; the directory {str(parent)!r} does not exist (looked from {str(Path.cwd())!r})"
+        )
+    else:
+        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix.lower() in READERS)
+        near = get_close_matches(place.name, names, n=3, cutoff=0.5) or names[:5]
+        there = f"near it: {', '.join(near)}" if near else "there are no task files"
+        sentence = f"{path}: no such file; in {str(parent.resolve())!r} {there}"
+    return (
+        sentence if place.suffix else f"{sentence}. A dataset of the Hugging Face hub is named by `hub`, not by `path`"
+    )
+
+
+def _json_error(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def _excerpt(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

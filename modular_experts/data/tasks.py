@@ -1,0 +1,137 @@
+"""Tasks: a named set of rows, where they come from, and what they are for.
+
+A task is a value that a configuration can spell: `{name: intents, path: data/intents.jsonl, role: held_out}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from modular_experts.data.rows import Row, RowReader, template_fields
+from modular_experts.data.sources import Record, TaskSource, hub_records, path_records, source_records
+
+__all__ = ["Task", "as_tasks"]
+
+ROLES = ("held_in", "held_out")
+COLUMNS = ("input", "target", "split", "choices")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; exactly one of `path`, `hub` and `source` says where its rows are.
+
+    Args:
+        name: How the task is called in results: up to 64 letters, digits, dots, dashes and underscores.
+        path: A .jsonl, .json, .csv, .tsv or .parquet file, or a directory written by `datasets.save_to_disk`.
+        hub: The id of a dataset on the Hugging Face hub.
+        subset: Which configuration of the hub dataset.
+        revision: Which commit, tag or branch of the hub dataset.
+        source: A `TaskSource` of your own.
+        role: `held_in` tasks are trained on; `held_out` tasks are only tested.
+        columns: Where the data names things otherwise: {input: question, target: answer, split: ..., choices: ...}.
+        template: The input text, with columns in braces: "Question: {question} Answer:".
+        choices: The possible targets of every row that has no `choices` of its own; choice accuracy is measured over
+            them.
+        weight: Factor on the task's share of the mixture.
+        cap: The most rows of this task that one epoch may take; other rows come in later epochs.
+    """
+
+    name: str
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    source: TaskSource | None = None
+    role: Literal["held_in", "held_out"] = "held_in"
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+    choices: list[str] = field(default_factory=list)
+    weight: float = 1.0
+    cap: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"a task name is up to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, not {self.name!r}"
+            )
+        if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
+            raise ValueError(
+                f"task {self.name!r} needs exactly one of `path`, `hub` and `source` to say where its rows are"
+            )
+        self._check_word("role", self.role, ROLES)
+        for key in self.columns:
+            self._check_word("columns key", key, COLUMNS)
+        if self.template is not None:
+            template_fields(self.template)
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"task {self.name!r}: weight={self.weight} must be a positive number")
+        if self.cap is not None and self.cap < 1:
+            raise ValueError(f"task {self.name!r}: cap={self.cap} must be at least 1 row an epoch")
+
+    @property
+    def held_in(self) -> bool:
+        """Whether the task is trained on."""
+        return self.role == "held_in"
+
+    def read(self) -> tuple[list[Row], list[str]]:
+        """Return the rows, and one sentence per bad row.
+
+        Raises:
+            ValueError: The file, directory or dataset is not there.
+        """
+        try:
+            return RowReader(self.columns, self.template, self.choices).read(self._records())
+        except ValueError as error:
+            raise ValueError(f"task {self.name!r}: {error}") from error
+
+    def _records(self) -> Iterator[Record]:
+        if self.path is not None:
+            return path_records(self.path)
+        if self.hub is not None:
+            return hub_records(self.hub, self.subset, self.revision)
+        assert self.source is not None
+        return source_records(self.source)
+
+    def _check_word(self, what: str, word: str, known: Sequence[str]) -> None:
+        if word not in known:
+            raise ValueError(
+                f"task {self.name!r}: {what} {word!r} is not one of {', '.join(known)}{_near(word, known)}"
+            )
+
+
+def as_tasks(tasks: Iterable[Task | Mapping[str, Any]]) -> list[Task]:
+    """Return tasks, made from mappings where mappings were given.
+
+    Raises:
+        ValueError: There is none, a name comes twice, or a mapping has an unknown key.
+    """
+    made = [task if isinstance(task, Task) else _from_mapping(task) for task in tasks]
+    if not made:
+        raise ValueError("no tasks were given; a task is at least {name: intents, path: intents.jsonl}")
+    names = [task.name for task in made]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"the task name {twice[0]!r} is given {names.count(twice[0])} times; results are kept by name, so rename"
+        )
+    return made
+
+
+def _from_mapping(values: Mapping[str, Any]) -> Task:
+    known = [entry.name for entry in fields(Task)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{_near(key, known)}")
+    if "name" not in values:
+        raise ValueError(f"a task needs a name, and {dict(values)!r} has none")
+    return Task(**values)
+
+
+def _near(word: object, known: Iterable[str]) -> str:
+    near = get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,123 @@
+"""Tokenise: rows of text become examples of tokens.
+
+Input and target are tokenised apart, without special tokens, and joined by the paper's rule: one space goes before
+the target unless one of the two has white space there already. End-of-sequence follows the target. A row that is too
+long loses tokens on the left of its input; its target is kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modular_experts.data.batch import Example, Tokens
+from modular_experts.data.rows import Row
+
+__all__ = ["RowTokenizer", "Tokenized", "joined"]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Examples in the order of their rows, how many were cut, and one sentence for each row that is no example."""
+
+    examples: list[Example]
+    cut: int
+    problems: list[str]
+
+
+class RowTokenizer:
+    """Tokenises the rows of a task.
+
+    Args:
+        tokenizer: Of the model; it is not changed.
+        max_length: The most tokens a row may have, target and end-of-sequence included.
+        chat_template: Whether the input is put as a user's message through the tokenizer's chat template.
+
+    Raises:
+        ValueError: The tokenizer has no end-of-sequence token, or no chat template although one is asked for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, chat_template: bool = False) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sequence token, so no target could ever end; set tokenizer.eos_token"
+            )
+        if chat_template and tokenizer.chat_template is None:
+            raise ValueError("chat_template is asked for, but the tokenizer has none (tokenizer.chat_template is None)")
+        if max_length < 3:
+            raise ValueError(
+                f"max_length={max_length} has no room for a prompt, a target and end-of-sequence; use at least 3"
+            )
+        self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, chat_template
+
+    @property
+    def pad_id(self) -> int:
+        """The token to pad with: end-of-sequence if there is no other; padding is masked by length, so this is safe."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def __call__(self, task: str, rows: Sequence[Row], choices: bool = True) -> Tokenized:
+        """Tokenise all rows of one task, with their choices if wanted."""
+        if not rows:
+            return Tokenized([], 0, [])
+        texts = [self._prompt(row.input) for row in rows]
+        prompts = self._ids(texts)
+        targets = self._ends(texts, [[row.target] for row in rows])
+        options = self._ends(texts, [row.choices if choices else () for row in rows])
+        examples, problems, cut = [], [], 0
+        for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
+            room = self.max_length - max(map(len, [target, *ends]))
+            if problem := self._problem(prompt, target, room):
+                problems.append(f"{row.where}: {problem}")
+                continue
+            kept = prompt[-room:]  # the same prompt for every choice, or their scores could not be compared
+            cut += len(kept) < len(prompt)
+            correct = row.choices.index(row.target) if row.choices else 0
+            examples.append(
+                Example(
+                    task, row.input, row.target, _tokens(kept, target), tuple(_tokens(kept, e) for e in ends), correct
+                )
+            )
+        return Tokenized(examples, cut, problems)
+
+    def _prompt(self, text: str) -> str:
+        if not self.chat_template:
+            return text
+        message = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, return_dict=False
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Tokenise, for each prompt, the targets that may follow it, each with its end-of-sequence."""
+        flat = [joined(prompt, target) for prompt, several in zip(prompts, targets, strict=True) for target in several]
+        ids = iter(self._ids(flat))
+        return [[[*next(ids), self.tokenizer.eos_token_id] for _ in several] for several in targets]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _problem(self, prompt: list[int], target: list[int], room: int) -> str | None:
+        if not prompt or len(target) < 2:
+            return f"the tokenizer makes no tokens of the {'target' if prompt else 'input'}"
+        if room < 1:
+            return (
+                f"the target (or a choice) leaves no room for the input within max_length={self.max_length}; raise it"
+            )
+        return None
+
+
+def joined(prompt: str, target: str) -> str:
+    """Return the target as it follows the prompt: after one space, unless either side has white space at the joint."""
+    return target if prompt[-1:].isspace() or target[:1].isspace() else f" {target}"
+
+
+def _tokens(prompt: list[int], end: list[int]) -> Tokens:
+    return Tokens(torch.tensor([*prompt, *end], dtype=torch.int32), len(prompt))

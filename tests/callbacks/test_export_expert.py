@@ -1,0 +1,85 @@
+"""ExportExpert: the best or last state, its record, and names refused before training."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import runs
+import torch
+
+from modular_experts.callbacks import ExportExpert
+from modular_experts.experts import SparseExpert
+from modular_experts.library import Library, open_expert
+
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
+
+
+def test_the_last_state_is_exported_without_a_monitor(tiny_llama_dir, task_files, tmp_path) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export)
+    stored = open_expert(export.target)
+    for name, delta in module.task_vector():
+        assert torch.equal(stored[name].dense(), delta.dense())
+
+
+def test_the_best_state_is_exported_and_nothing_else_left(tiny_llama_dir, task_files, tmp_path) -> None:
+    """Validation after every second step; the rate turns negative, so that training climbs again from a state in the
+    middle.
+    """
+    states = {}
+
+    class Remember(runs.Losses):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            if not trainer.sanity_checking:
+                score = float(trainer.callback_metrics["val_loss"])
+                states[trainer.global_step] = (score, {n: d.dense().clone() for n, d in pl_module.task_vector()})
+
+    export, remember = ExportExpert(str(tmp_path / "library"), "mine"), Remember()
+    module = runs.module(
+        tiny_llama_dir,
+        SPARSE,
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: -1.0 if step > 5 else 1.0),
+    )
+    trainer = runs.trainer(tmp_path, remember, export, max_steps=10, val_check_interval=2)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    best = min(states, key=lambda step: states[step][0])
+    assert best < 10
+    stored = open_expert(export.target)
+    assert all(torch.equal(stored[name].dense(), dense) for name, dense in states[best][1].items())
+    assert stored.record["scores"]["val_loss"] == pytest.approx(states[best][0])
+    assert not list(tmp_path.glob("best-of-*"))
+
+
+def test_the_record_says_where_it_comes_from(tiny_llama_dir, task_files, tmp_path) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export)
+    record = json.loads((export.target / "expert.json").read_text())
+    assert record["kind"] == "SparseExpert"
+    assert record["base"] == {"id": str(tiny_llama_dir), "revision": None, "fingerprint": module.fingerprint}
+    assert record["tasks"] == ["reverse", "upper"]
+    assert record["seed"] == 0
+    settings = record["hyperparameters"]
+    assert (settings["keep_ratio"], settings["granularity"], settings["learning_rate"]) == (0.1, "element", 1e-2)
+    assert settings["steps"] == 6
+    assert 0.09 < settings["kept"] < 0.11
+
+
+def test_an_existing_name_is_refused_before_training(tiny_llama_dir, task_files, tmp_path) -> None:
+    library = str(tmp_path / "library")
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"))
+    losses = runs.Losses()
+    with pytest.raises(FileExistsError, match="mine"):
+        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine"), losses)
+    assert losses.steps == []
+    before = Library(library)["mine"].record["content_hash"]
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert(library, "mine", overwrite=True), max_steps=2)
+    assert Library(library)["mine"].record["content_hash"] != before
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "", ".hidden", "x" * 65])
+def test_a_name_that_leaves_the_library_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        ExportExpert("library", name)

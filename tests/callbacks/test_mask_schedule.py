@@ -1,0 +1,209 @@
+"""MaskSchedule: what is kept, when it changes, and what happens to values and moments that move."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import runs
+import torch
+
+from modular_experts.callbacks import MaskSchedule
+from modular_experts.callbacks.mask_schedule import _carry_moments
+from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts.selectable import carried_slots
+from modular_experts.injection import expert_layers
+from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
+
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
+BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
+MASKED = partial(MaskedExpert, keep_ratio=0.1)
+
+
+class Watch(MaskSchedule):
+    """Keeps the supports after each step, and what was scored."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.supports: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        layers = expert_layers(pl_module.model)
+        self.supports.append({name: layer.expert.support_units().clone() for name, layer in layers})
+
+
+def _changes(watch: Watch) -> list[int]:
+    """Return the steps before which any support changed."""
+    pairs = list(zip(watch.supports, watch.supports[1:], strict=False))
+    return [step + 1 for step, (a, b) in enumerate(pairs) if any(not torch.equal(a[name], b[name]) for name in a)]
+
+
+def test_the_first_support_is_the_top_of_the_gradient_of_the_scoring_batches(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    seen = {}
+
+    class Gradients(SNIP):
+        def __call__(self, weight, gradient, delta):
+            seen[len(seen)] = gradient.clone()
+            return gradient.abs()
+
+    watch = Watch(score=Gradients(), rule=SelectOnce(), batches=3)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=2)
+    assert len(seen) == len(watch.supports[0]) == 4
+    for gradient, (_, units) in zip(seen.values(), sorted(watch.supports[0].items()), strict=True):
+        assert units.tolist() == top_k(gradient.abs(), units.numel()).tolist()
+    assert _changes(watch) == []
+
+
+@pytest.mark.parametrize("kind", [SPARSE, BLOCK])
+def test_grow_and_drop_moves_the_support_at_its_steps_only(tiny_llama_dir, task_files, tmp_path, kind) -> None:
+    watch = Watch(rule=GrowAndDrop(every=3, until=0.75, replace=0.5))
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, kind, watch, max_steps=12)
+    assert _changes(watch) == [3, 6]
+    assert watch.selections == 3
+    counts = {name: {s[name].numel() for s in watch.supports} for name in watch.supports[0]}
+    assert all(len(sizes) == 1 for sizes in counts.values())
+    shares = watch.shares(module)
+    assert shares["kept"] < shares["ever_trained"] <= 3 * shares["kept"]
+    ever = {name: len({u for s in watch.supports for u in s[name].tolist()}) for name in watch.supports[0]}
+    units = sum(layer.expert.units for _, layer in expert_layers(module.model))
+    assert shares["ever_trained"] == sum(ever.values()) / units
+
+
+def test_steps_are_optimizer_steps_whatever_the_accumulation(tiny_llama_dir, task_files, tmp_path) -> None:
+    watch = Watch(rule=Reselect(every=2, until=1.0), score=RandomScore())
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=5, accumulate_grad_batches=3)
+    assert _changes(watch) == [6, 12]  # micro-batches; three of them make a step
+    watch = Watch(rule=Reselect(every=2, until=1.0, unit="micro_batches"), score=RandomScore())
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=2, accumulate_grad_batches=3)
+    assert _changes(watch) == [2, 4]
+
+
+def test_the_papers_schedule_starts_dense_and_freezes_after_the_first_epoch(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    watch = Watch(rule=Reselect(every=2))
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=14)  # an epoch is six steps
+    kept = [sum(units.numel() for units in supports.values()) for supports in watch.supports]
+    units = sum(layer.expert.units for _, layer in expert_layers(module.model))
+    assert kept[:2] == [units, units]
+    assert all(count == int(0.1 * 1024) * 2 + int(0.1 * 1536) * 2 for count in kept[2:])
+    assert max(_changes(watch)) <= 5
+    assert watch.shares(module)["ever_trained"] == 1.0
+
+
+def test_training_shorter_than_the_interval_still_ends_sparse(tiny_llama_dir, task_files, tmp_path) -> None:
+    watch = Watch()
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=6)
+    assert watch.selections == 1
+    assert watch.shares(module)["kept"] < 0.11
+
+
+def test_masked_expert_is_scored_by_its_whole_change_times_the_gradient(tiny_llama_dir, task_files, tmp_path) -> None:
+    found = []
+
+    class Check(ConnectionSensitivity):
+        def __call__(self, weight, gradient, delta):
+            score = super().__call__(weight, gradient, delta)
+            found.append((delta.dense() * gradient, score, int((delta.dense() != 0).sum())))
+            return score
+
+    watch = Watch(score=Check(), rule=Reselect(every=2))
+    runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=6)
+    assert len(found) == 4 * 2
+    for wanted, score, moved in found:
+        assert torch.equal(wanted, score)
+        assert moved > 0.5 * wanted.numel()  # hidden entries keep their values and still count
+
+
+def test_a_newcomer_starts_at_the_base_with_zero_moments(tiny_llama_dir, task_files, tmp_path) -> None:
+    class Look(Watch):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            before = {n: layer.expert.support_units().clone() for n, layer in expert_layers(pl_module.model)}
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if trainer.global_step != 3:
+                return
+            for name, layer in expert_layers(pl_module.model):
+                expert, state = layer.expert, trainer.optimizers[0].state[layer.expert.values]
+                new = ~torch.isin(expert.indices, before[name])
+                assert new.any()
+                assert not new.all()
+                assert not expert.values[new].any()
+                assert not state["exp_avg"][new].any()
+                assert not state["exp_avg_sq"][new].any()
+                assert expert.values[~new].any()
+                assert state["exp_avg_sq"][~new].any()
+                self.looked = True
+
+    look = Look(rule=GrowAndDrop(every=3, until=1.0, replace=0.5))
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, look, max_steps=5)
+    assert look.looked
+    base = runs.module(tiny_llama_dir, None)
+    base.configure_model()
+    for name, layer in expert_layers(module.model):  # what left is back at the base, bit for bit
+        outside = torch.ones(layer.weight.numel(), dtype=torch.bool)
+        outside[layer.expert.indices.long()] = False
+        wanted = base.model.get_parameter(name).reshape(-1)
+        assert torch.equal(layer.weight.reshape(-1)[outside], wanted[outside])
+
+
+def test_stashed_values_come_back() -> None:
+    expert = SparseExpert(torch.zeros(4, 4), keep_ratio=0.25)
+    weight, schedule = torch.zeros(4, 4), MaskSchedule(leavers="stash")
+    expert.reselect(weight, torch.tensor([0, 1, 2, 3]))
+    with torch.no_grad():
+        expert.values.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    layer, empty = SimpleNamespace(matrix=weight, expert=expert), SimpleNamespace(optimizers=[])
+    schedule._move(empty, "w", layer, torch.tensor([1, 3, 8, 9]))
+    assert expert.values.tolist() == [2.0, 4.0, 0.0, 0.0]
+    assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [0.0, 2.0, 0.0, 4.0]  # the leavers are hidden
+    schedule._move(empty, "w", layer, torch.tensor([0, 1, 2, 8]))
+    assert expert.values.tolist() == [1.0, 2.0, 3.0, 0.0]
+    assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_without_a_stash_they_start_anew() -> None:
+    expert, weight = SparseExpert(torch.zeros(4, 4), keep_ratio=0.125), torch.zeros(4, 4)
+    expert.reselect(weight, torch.tensor([0, 1]))
+    with torch.no_grad():
+        expert.values.copy_(torch.tensor([1.0, 2.0]))
+    expert.reselect(weight, torch.tensor([1, 2]))
+    expert.reselect(weight, torch.tensor([0, 1]))
+    assert expert.values.tolist() == [0.0, 2.0]
+
+
+def test_slots_and_moments_follow_their_entries() -> None:
+    slots = carried_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
+    assert slots.tolist() == [-1, 1, 2, -1]
+    state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([1.0, 2.0, 3.0])}
+    _carry_moments(state, torch.zeros(3), torch.tensor([2, -1, 0]))
+    assert state["exp_avg"].tolist() == [3.0, 0.0, 1.0]
+    assert state["step"] == 4
+
+
+def test_a_function_serves_as_a_score(tiny_llama_dir, task_files, tmp_path) -> None:
+    def smallest_weight(weight, gradient, delta):
+        return -weight.abs()
+
+    watch = Watch(score=smallest_weight, rule=SelectOnce())
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=1)
+    for _, layer in expert_layers(module.model):
+        base = layer.matrix.detach().clone()
+        layer.expert.restore(base)
+        assert layer.expert.indices.tolist() == top_k(-base.abs(), layer.expert.kept_units).tolist()
+
+
+def test_other_experts_are_left_alone(tiny_llama_dir, task_files, tmp_path: Path) -> None:
+    schedule = MaskSchedule()
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, schedule, max_steps=2)
+    assert schedule.selections == 0
+    assert schedule.shares(module) == {}
+
+
+def test_a_schedule_needs_a_batch() -> None:
+    with pytest.raises(ValueError, match="batches=0"):
+        MaskSchedule(batches=0)

@@ -1,0 +1,218 @@
+"""The mixture reads, refuses, splits and serves; a plain Trainer needs to know nothing about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer, write_rows
+from lightning.pytorch import LightningModule, Trainer
+
+from modular_experts.data import Equal, Task, TaskMixture, is_filler
+from modular_experts.data.batch import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def mixture(*tasks: Any, **options: Any) -> TaskMixture:
+    return TaskMixture(list(tasks), **({"tokenizer": build_tokenizer()} | options))
+
+
+@pytest.fixture
+def three(task_files: dict[str, Path]) -> list[Task]:
+    """Two held-in tasks and one held-out, each with 12 train, 6 validation and 6 test rows."""
+    roles = {"upper": "held_in", "reverse": "held_in", "first": "held_out"}
+    return [Task(name, path=str(path), role=roles[name]) for name, path in task_files.items()]  # type: ignore[arg-type]
+
+
+def served(loader: Any) -> list[tuple[str, str]]:
+    return [pair for batch in loader for pair in zip(batch["task"], batch["input"], strict=True)]
+
+
+def test_held_out_tasks_are_tested_and_nothing_else(three: list[Task]) -> None:
+    data = mixture(*three)
+    data.setup()
+    train = Counter(task for batch in data.train_dataloader() for task in batch["task"])
+    assert train == {"upper": 12, "reverse": 12}
+    assert Counter(task for task, _ in served(data.val_dataloader())) == {"upper": 6, "reverse": 6}
+    assert Counter(task for task, _ in served(data.test_dataloader())) == {"upper": 6, "reverse": 6, "first": 6}
+    assert data.roles == {"upper": "held_in", "reverse": "held_in", "first": "held_out"}
+
+
+def test_tasks_take_turns_in_the_test_and_keep_file_order_in_prediction(three: list[Task]) -> None:
+    data = mixture(*three)
+    data.setup("test")
+    assert [task for task, _ in served(data.test_dataloader())][:6] == ["upper", "reverse", "first"] * 2
+    path = three[0].path
+    assert path is not None
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    wanted = [("upper", row["input"]) for row in rows if row["split"] == "test"]
+    assert served(data.predict_dataloader())[:6] == wanted
+
+
+def test_the_length_of_the_loader_is_the_steps_of_an_epoch(three: list[Task]) -> None:
+    data = mixture(*three, batch_size=5, mixing=Equal())
+    assert len(data.train_dataloader()) == 5
+    assert [len(batch["task"]) for batch in data.train_dataloader()] == [5, 5, 5, 5, 4]
+
+
+def test_epochs_differ_and_repeat_themselves(three: list[Task]) -> None:
+    loader = mixture(*three).train_dataloader()
+
+    def epoch(number: int) -> list[list[int]]:
+        loader.sampler.set_epoch(number)
+        return [row for batch in loader for row in batch["input_ids"].tolist()]
+
+    assert epoch(0) != epoch(1)
+    assert epoch(1) == epoch(1)
+    assert sorted(epoch(0)) == sorted(epoch(1)) or len(epoch(0)) == len(epoch(1))
+
+
+def test_reading_takes_no_number_from_the_global_generator(three: list[Task]) -> None:
+    data = mixture(*three)
+    data.setup()
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_without_a_split_are_divided_and_the_training_seed_does_not_matter(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"input": f"row {n}", "target": "x"} for n in range(40)])
+    task = Task("a", path=str(path))
+
+    def parts(seed: int) -> list[set[str]]:
+        data = mixture(task, seed=seed)
+        data.setup()
+        return [{text for _, text in served(loader)} for loader in (data.val_dataloader(), data.test_dataloader())]
+
+    assert [len(part) for part in parts(0)] == [4, 4]
+    assert parts(0) == parts(1)
+
+
+def test_bad_rows_of_all_tasks_are_reported_together_before_anything_runs(tmp_path: Path) -> None:
+    good = {"input": "a", "target": "b"}
+    one = write_rows(tmp_path / "one.jsonl", [good, {"input": "a"}, {"input": "a", "target": ""}])
+    two = tmp_path / "two.jsonl"
+    two.write_text('{"input": "a", "target": "b"}\n{"input": \n')
+    data = mixture(Task("one", path=str(one)), Task("two", path=str(two), role="held_out"))
+    with pytest.raises(ValueError, match="3 bad rows in the task data, so nothing was run") as error:
+        data.setup("fit")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(": ")[0] for line in lines] == [f"{one}:2", f"{one}:3", f"{two}:2"]
+
+
+def test_a_target_too_long_is_a_bad_row(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b" * 20, "split": "train"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the target .* max_length=10"):
+        mixture(Task("a", path=str(path)), max_length=10).setup("fit")
+
+
+def test_cut_rows_and_proportions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"input": "a" * (30 if n < 3 else 3), "target": "b", "split": "train"} for n in range(9)]
+    one = Task("one", path=str(write_rows(tmp_path / "one.jsonl", rows)))
+    two = Task("two", path=str(write_rows(tmp_path / "two.jsonl", rows[4:7])))
+    data = mixture(one, two, max_length=20, mixing=Equal())
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+    assert "one: 3 of 9 train rows are longer than max_length=20 and lost the start of their input" in caplog.text
+    assert "one: 6 of 12 rows an epoch (50.0%), 0.67 passes" in caplog.text
+    assert "two: 6 of 12 rows an epoch (50.0%), 2.00 passes" in caplog.text
+    assert data.cut_rows["train"] == {"one": 3, "two": 0}
+
+
+def test_a_split_without_rows_is_said(tmp_path: Path) -> None:
+    path = str(write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b", "split": "train"}]))
+    with pytest.raises(ValueError, match="task 'a' has no test rows, so there is nothing to test on; it has 1 train"):
+        mixture(Task("a", path=path)).setup("test")
+    with pytest.raises(ValueError, match="task 'a' has no validation rows"):
+        mixture(Task("a", path=path)).setup("validate")
+    with pytest.raises(ValueError, match="no task to train on: all of a are held out"):
+        mixture(Task("a", path=path, role="held_out")).setup("fit")
+    data = mixture(Task("a", path=path))
+    data.setup("fit")
+    assert data.val_dataloader() == []
+
+
+def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(three: list[Task]) -> None:
+    data = mixture(*three, eval_limit=2)
+    data.setup("test")
+    assert Counter(task for task, _ in served(data.test_dataloader())) == {"upper": 2, "reverse": 2, "first": 2}
+    everything = mixture(*three)
+    everything.setup("test")
+    assert served(data.predict_dataloader())[:2] == served(everything.predict_dataloader())[0:6:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"eval_limit": 0}, "eval_limit=0"),
+        ({"validation_ratio": 0.6, "test_ratio": 0.4}, "leave something to train on"),
+        ({"test_ratio": -0.1}, "must be 0 or more"),
+    ],
+)
+def test_bad_numbers_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        mixture({"name": "a", "path": "a.jsonl"}, **options)
+
+
+def test_a_mixture_without_a_tokenizer_says_so(three: list[Task]) -> None:
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        mixture(*three, tokenizer=None).setup("fit")
+
+
+class Reader(LightningModule):
+    """Learns nothing and remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[str, list[str]] = {"train": [], "val": [], "test": [], "predict": []}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        self.seen["train"] += batch["task"]
+        return self.weight * batch["labels"].sum()
+
+    def validation_step(self, batch: Batch) -> None:
+        self.seen["val"] += batch["input"]
+
+    def test_step(self, batch: Batch) -> None:
+        self.seen["test"] += batch["input"]
+
+    def predict_step(self, batch: Batch) -> list[str]:
+        texts = [text for text, filler in zip(batch["input"], is_filler(batch), strict=True) if not filler]
+        self.seen["predict"] += texts
+        return texts
+
+
+def test_a_plain_trainer_reads_every_stage(three: list[Task]) -> None:
+    module, data = Reader(), mixture(*three, eval_batch_size=4)
+    trainer = Trainer(**QUIET, max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    assert Counter(module.seen["train"]) == {"upper": 24, "reverse": 24}
+    assert {stage: len(seen) for stage, seen in module.seen.items()} == {
+        "train": 48,
+        "val": 32,
+        "test": 18,
+        "predict": 18,
+    }
+    assert module.seen["predict"] == [text for _, text in served(data.predict_dataloader())]

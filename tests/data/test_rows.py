@@ -1,0 +1,100 @@
+"""Good records become rows; every bad one becomes its sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from modular_experts.data.rows import RowReader, raise_for_bad_rows, template_fields
+from modular_experts.data.sources import Record
+
+
+def read(values: object, **reader: object) -> object:
+    """Return the row, or the sentence, of one record."""
+    rows, problems = RowReader(**reader).read([Record("f.jsonl:7", values)])  # type: ignore[arg-type]
+    return rows[0] if rows else problems[0]
+
+
+def test_a_row_has_input_target_split_and_choices() -> None:
+    row = read({"input": "a", "target": "b", "split": "dev", "choices": ["b", "c"], "more": 3})
+    assert (row.input, row.target, row.split, row.choices, row.where) == (
+        "a",
+        "b",
+        "validation",
+        ("b", "c"),
+        "f.jsonl:7",
+    )
+
+
+def test_columns_and_template_make_the_input() -> None:
+    row = read(
+        {"question": "is it?", "passage": "it {is}", "answer": "yes"},
+        columns={"target": "answer", "input": "question"},
+        template="{passage}\n{question} {input}",
+    )
+    assert row.input == "it {is}\nis it? is it?"
+    assert row.target == "yes"
+
+
+def test_choices_of_the_task_stand_in_and_a_cell_may_hold_a_list() -> None:
+    assert read({"input": "a", "target": "b"}, choices=["b", "c"]).choices == ("b", "c")
+    assert read({"input": "a", "target": "b", "choices": '["b", "x"]'}, choices=["b", "c"]).choices == ("b", "x")
+    assert read({"input": "a", "target": "b", "choices": None}).choices == ()
+
+
+BAD = {
+    "missing key": (
+        {"input": "a", "taget": "b"},
+        "the row has no 'target', only 'input', 'taget'; did you mean 'taget'?",
+    ),
+    "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not the int 5"),
+    "list": ({"input": ["a"], "target": "b"}, "'input' must be text, not the list ['a']"),
+    "null": ({"input": "a", "target": None}, "'target' is null; it must be text"),
+    "empty target": ({"input": "a", "target": ""}, "'target' is empty"),
+    "blank input": ({"input": " \n", "target": "b"}, "'input' is empty"),
+    "no object": (["a", "b"], "a row is an object with 'input' and 'target', not ['a', 'b']"),
+    "split": ({"input": "a", "target": "b", "split": "tset"}, "'split' is 'tset', not one of train, validation, test"),
+    "split type": ({"input": "a", "target": "b", "split": 1}, "'split' is 1, not one of"),
+    "one choice": ({"input": "a", "target": "b", "choices": ["b"]}, "'choices' needs two or more different texts"),
+    "same choices": (
+        {"input": "a", "target": "b", "choices": ["b", "b"]},
+        "'choices' needs two or more different texts",
+    ),
+    "choices text": ({"input": "a", "target": "b", "choices": "b, c"}, "'choices' must be a list of texts"),
+    "choice type": ({"input": "a", "target": "b", "choices": ["b", 2]}, "'choices' must be text, not the int 2"),
+    "target no choice": ({"input": "a", "target": "bb", "choices": ["b", "c"]}, "target 'bb' is not among its choices"),
+    "surrogate": ({"input": "a\ud800", "target": "b"}, "'input' holds half of a character"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_gets_its_sentence(case: str) -> None:
+    values, sentence = BAD[case]
+    problem = read(values)
+    assert isinstance(problem, str)
+    assert problem.startswith(f"f.jsonl:7: {sentence}")
+    assert "\n" not in problem
+
+
+def test_a_template_that_the_row_does_not_fill() -> None:
+    assert "the template has {qeustion}, but the row has no 'qeustion'" in read(
+        {"question": "a", "target": "b"}, template="{qeustion}"
+    )
+    assert "did you mean 'question'?" in read({"question": "a", "target": "b"}, template="{qeustion}")
+    assert "which is null here" in read({"question": None, "target": "b"}, template="{question}")
+    assert "'input' is empty" in read({"question": "", "target": "b"}, template="{question}")
+
+
+def test_a_malformed_template_is_refused() -> None:
+    assert template_fields("a {b} {{c}} {d}") == ["b", "d"]
+    for bad in ("{a", "{}", "{a.__class__}", "{a[0]}"):
+        with pytest.raises(ValueError, match="template"):
+            template_fields(bad)
+
+
+def test_all_bad_rows_are_counted_and_the_first_five_quoted() -> None:
+    raise_for_bad_rows([])
+    with pytest.raises(ValueError, match=r"1 bad row in the task data, so nothing was run:\nf:1: x$"):
+        raise_for_bad_rows(["f:1: x"])
+    with pytest.raises(ValueError, match="12 bad rows in the task data") as error:
+        raise_for_bad_rows([f"f:{line}: x" for line in range(12)])
+    assert str(error.value).splitlines()[1:] == [f"f:{line}: x" for line in range(5)]

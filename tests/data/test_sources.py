@@ -1,0 +1,140 @@
+"""Every format gives the same records, and what cannot be read is named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from modular_experts.data.sources import path_records
+
+ROWS = [
+    {"input": "say a", "target": "A"},
+    {"input": 'two\nlines, "quoted"', "target": "ü 漢"},
+    {"input": "c", "target": "C"},
+]
+
+
+def write(folder: Path, suffix: str) -> Path:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["input", "target"], delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    return path
+
+
+#: The line each row starts on: blank lines between JSON lines, four lines an object, a CSV field of two lines.
+LINES = {
+    ".jsonl": [1, 3, 5],
+    ".json": [2, 6, 10],
+    ".csv": [2, 3, 5],
+    ".tsv": [2, 3, 5],
+    ".parquet": [1, 2, 3],
+    "": [1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("suffix", LINES)
+def test_every_format_gives_the_same_rows_with_their_lines(tmp_path: Path, suffix: str, capfd) -> None:
+    path = str(write(tmp_path, suffix))
+    records = list(path_records(path))
+    assert [record.values for record in records] == ROWS
+    assert [record.where for record in records] == [f"{path}:{line}" for line in LINES[suffix]]
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"input": "a", "target": "b"}\n{"input": "c", "target": "d"}\n')
+    assert [record.where for record in path_records(str(path))] == [f"{path}:1", f"{path}:2"]
+
+
+def test_an_empty_json_list_and_a_compact_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1},{"a": 2}]')
+    assert [record.values for record in path_records(str(path))] == [{"a": 1}, {"a": 2}]
+    path.write_text(" [ ] ")
+    assert [record.problem for record in path_records(str(path))] == ["the file is empty: it has no rows"]
+
+
+def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, capfd) -> None:
+    features = datasets.Features(
+        {"input": datasets.Value("string"), "target": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    part = datasets.Dataset.from_dict({"input": ["a", "b"], "target": [1, 0]}, features=features)
+    datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(tmp_path / "d")
+    records = list(path_records(str(tmp_path / "d")))
+    assert [tuple(record.values.values()) for record in records] == [
+        ("train", "a", "yes"),
+        ("train", "b", "no"),
+        ("test", "b", "no"),
+    ]
+    assert records[2].where == f"{tmp_path / 'd'}[test]:1"
+
+
+BROKEN = {
+    ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (2, "broken JSON, Unterminated string"),
+    ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
+    ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
+    ("latin.json", '["é"]'.encode("latin-1")): (1, "not UTF-8"),
+    ("empty.jsonl", b""): (1, "the file is empty"),
+    ("blank.jsonl", b"\n \n"): (1, "the file is empty"),
+    ("header.csv", b"input,target\n"): (1, "the file is empty"),
+    ("short.csv", b"input,target\na,b\nc\n"): (3, "1 fields, but the header has 2"),
+    ("quote.csv", b'input,target\n"a,b\n'): (2, "not readable as CSV"),
+    ("text.parquet", b"hello"): (1, "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case[0])
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, case: tuple[str, bytes]) -> None:
+    path = tmp_path / case[0]
+    path.write_bytes(case[1])
+    line, sentence = BROKEN[case]
+    (bad,) = [record for record in path_records(str(path)) if record.problem]
+    assert bad.where == f"{path}:{line}"
+    assert bad.problem is not None
+    assert sentence in bad.problem
+    assert "\n" not in bad.problem
+
+
+def test_reading_goes_on_after_a_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{\n{"a": 2}\n[\n')
+    records = list(path_records(str(path)))
+    assert [record.values for record in records] == [{"a": 1}, None, {"a": 2}, None]
+
+
+def test_a_missing_file_is_answered_with_the_near_name(tmp_path: Path) -> None:
+    (tmp_path / "intents.jsonl").touch()
+    with pytest.raises(ValueError, match=r"intnets\.jsonl: no such file; .* near it: intents\.jsonl"):
+        path_records(str(tmp_path / "intnets.jsonl"))
+
+
+def test_a_missing_directory_and_a_hub_id_as_a_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        path_records(str(tmp_path / "nowhere" / "a.jsonl"))
+    with pytest.raises(ValueError, match="named by `hub`"):
+        path_records("google/boolq")
+
+
+def test_an_unknown_suffix_and_a_directory_of_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"ends in one of \.jsonl"):
+        path_records(str(tmp_path / "a.txt"))
+    with pytest.raises(
+        ValueError, match=r"not written by datasets\.save_to_disk; name a file in it \(it holds a\.txt\)"
+    ):
+        list(path_records(str(tmp_path)))

@@ -1,0 +1,102 @@
+"""A task is spelt in a configuration, checked at once, and read from wherever it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+from jsonargparse import ArgumentParser
+
+from modular_experts.data import Equal, Task, TaskMixture, TaskSource, Temperature
+from modular_experts.data.tasks import as_tasks
+
+
+class Squares(TaskSource):
+    """Squares of the first numbers.
+
+    Args:
+        size: How many.
+    """
+
+    def __init__(self, size: int = 3) -> None:
+        self.size = size
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for number in range(self.size):
+            yield {"input": f"square of {number}", "target": str(number**2) if number != 7 else None}
+
+
+def test_a_users_source_gives_rows_and_its_bad_rows_are_named() -> None:
+    rows, problems = Task("squares", source=Squares(3)).read()
+    assert [row.target for row in rows] == ["0", "1", "4"]
+    assert problems == []
+    assert Task("squares", source=Squares(9)).read()[1] == ["Squares:8: 'target' is null; it must be text"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "-a", "a b", "x" * 65, "a\n"])
+def test_a_name_that_is_no_plain_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a task name is up to 64"):
+        Task(name, path="a.jsonl")
+
+
+BAD = {
+    "no place": ({"name": "a"}, "exactly one of `path`, `hub` and `source`"),
+    "two places": ({"name": "a", "path": "a.jsonl", "hub": "b"}, "exactly one of `path`, `hub` and `source`"),
+    "role": ({"name": "a", "path": "a.jsonl", "role": "heldout"}, "role 'heldout' is not one of .*mean 'held_out'"),
+    "columns": ({"name": "a", "path": "a.jsonl", "columns": {"inputs": "q"}}, "columns key 'inputs' .* mean 'input'"),
+    "key": ({"name": "a", "paht": "a.jsonl"}, "a task has no 'paht'.* mean 'path'"),
+    "unnamed": ({"path": "a.jsonl"}, "a task needs a name"),
+    "weight": ({"name": "a", "path": "a.jsonl", "weight": 0}, "weight=0 must be a positive number"),
+    "cap": ({"name": "a", "path": "a.jsonl", "cap": 0}, "cap=0 must be at least 1"),
+    "template": ({"name": "a", "path": "a.jsonl", "template": "{x"}, "malformed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_task_gets_its_sentence(case: str) -> None:
+    values, sentence = BAD[case]
+    with pytest.raises(ValueError, match=sentence):
+        as_tasks([values])
+
+
+def test_no_tasks_and_a_name_given_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="no tasks were given"):
+        as_tasks([])
+    with pytest.raises(ValueError, match="'a' is given 2 times"):
+        as_tasks([Task("a", path="a.jsonl"), {"name": "a", "path": "b.jsonl"}])
+
+
+def test_a_missing_file_names_the_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"task 'a': .*no such file"):
+        Task("a", path=str(tmp_path / "a.jsonl")).read()
+
+
+def test_an_unreachable_hub_names_the_dataset_and_a_way_out() -> None:
+    with pytest.raises(ValueError, match=r"task 'a': hub dataset 'nobody/nothing' could not be loaded .* give `path`"):
+        Task("a", hub="nobody/nothing").read()
+
+
+def test_the_mixture_is_spelt_in_yaml(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b"}])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TaskMixture, "data")
+    parser.add_argument("--config", action="config")
+    config = tmp_path / "data.yaml"
+    config.write_text(f"""
+data:
+  tasks:
+    - {{name: a, path: {path}, role: held_out, weight: 2}}
+    - name: squares
+      source: {{class_path: {__name__}.Squares, init_args: {{size: 2}}}}
+  mixing: {{class_path: Temperature, init_args: {{temperature: 4}}}}
+""")
+    mixture = parser.instantiate(parser.parse_args([f"--config={config}"])).data
+    assert mixture.roles == {"a": "held_out", "squares": "held_in"}
+    assert mixture.tasks[0] == Task("a", path=str(path), role="held_out", weight=2)
+    assert mixture.mixing == Temperature(4)
+    assert len(mixture.tasks[1].read()[0]) == 2
+    options = [f'--data.tasks=[{{"name": "a", "path": "{path}"}}]', "--data.mixing=Equal"]
+    assert parser.instantiate(parser.parse_args(options)).data.mixing == Equal()

@@ -1,0 +1,92 @@
+"""What is generated for a batch is what each prompt alone would give, and nobody's settings change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model, build_tokenizer
+from transformers import GenerationConfig
+
+from modular_experts.data.batch import Collator
+from modular_experts.data.rows import Row
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import generate
+
+TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
+
+
+def batch_of(texts: list[str]) -> dict[str, Any]:
+    return Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row(text, "target") for text in texts]).examples)
+
+
+def greedily(model: torch.nn.Module, text: str, steps: int) -> str:
+    """Decode alone, without padding or cache, from the definition."""
+    tokenizer = build_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    written: list[int] = []
+    while len(written) < steps:
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        written.append(token)
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_padded_batch_equals_each_prompt_alone(architecture: str) -> None:
+    model = build_model(architecture, seed=3)
+    for parameter in model.parameters():  # larger weights: a random model of the usual size repeats one token
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    alone = [greedily(model, text, 12) for text in TEXTS]
+    assert len(set(alone)) == 3
+    assert generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=12) == alone
+
+
+def test_a_row_stops_at_its_end_while_others_go_on() -> None:
+    model, tokenizer = build_model("llama"), build_tokenizer()
+    eos, letter = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("z")
+
+    def forward(self: torch.nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        """End at once after an "e", and write "z" for ever after anything else."""
+        output.logits[:] = 0.0
+        last = keywords["input_ids"][:, -1] == tokenizer.convert_tokens_to_ids("e")
+        output.logits[:, -1, eos] = torch.where(last, 9.0, 0.0)
+        output.logits[:, -1, letter] = 5.0
+        return output
+
+    model.register_forward_hook(forward, with_kwargs=True)
+    assert generate(model, tokenizer, batch_of(["the e", "abc"]), max_new_tokens=4) == ["", "zzzz"]
+
+
+def test_settings_of_the_checkpoint_do_not_reach_the_measurement() -> None:
+    model, tokenizer = build_model("llama", seed=3), build_tokenizer()
+    plain = generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=12)
+    own = GenerationConfig(
+        repetition_penalty=50.0, do_sample=True, temperature=9.0, max_length=3, eos_token_id=5, num_beams=2
+    )
+    model.generation_config = own
+    before, side = own.to_dict(), tokenizer.padding_side
+    model.train()
+    assert generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=12) == plain
+    assert model.generation_config is own
+    assert own.to_dict() == before
+    assert model.training
+    assert tokenizer.padding_side == side
+
+
+def test_a_prompt_that_fills_the_context_is_cut_on_the_left() -> None:
+    model = build_model("gpt2")
+    text = "ab" * 200  # 400 characters in a context of 256
+    (made,) = generate(model, build_tokenizer(), batch_of([text]), max_new_tokens=10)
+    assert made == greedily(model, text[-246:], 10)
+
+
+def test_a_tokenizer_without_padding_stays_without() -> None:
+    model, tokenizer = build_model("llama", seed=3), build_tokenizer()
+    wanted = generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=5)
+    tokenizer.pad_token = None
+    assert generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=5) == wanted
+    assert tokenizer.pad_token is None

@@ -1,0 +1,77 @@
+"""The loss of a row is the float64 log-softmax of its labelled tokens, added up by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+
+from modular_experts.data.batch import IGNORED, Collator
+from modular_experts.data.rows import Row
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import choice_log_likelihoods, row_losses
+
+
+def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:
+    likelihoods = logits.double().log_softmax(-1)
+    sums, counts = [], []
+    for row in range(len(labels)):
+        terms = [
+            -float(likelihoods[row, place - 1, int(label)])
+            for place, label in enumerate(labels[row])
+            if label != IGNORED and place > 0
+        ]
+        sums.append(sum(terms))
+        counts.append(len(terms))
+    return sums, counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_and_counts_by_row(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(4, 7, 11)).to(dtype)
+    labels = torch.randint(0, 11, (4, 7))
+    labels[0, :3] = labels[1, 5:] = IGNORED
+    labels[2] = IGNORED
+    sums, counts = row_losses(logits, labels)
+    wanted, numbers = by_hand(logits, labels)
+    assert counts.tolist() == numbers == [4, 4, 0, 6]
+    assert sums.tolist() == pytest.approx(wanted, rel=1e-12 if dtype == torch.float64 else 1e-6)
+    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_gradients_are_those_of_the_usual_loss() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 9, (2, 5))
+    labels[0, :3] = IGNORED
+    sums, counts = row_losses(logits, labels)
+    (mine,) = torch.autograd.grad(sums.sum() / counts.sum(), logits)
+    usual = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 9), labels[:, 1:].reshape(-1))
+    (theirs,) = torch.autograd.grad(usual, logits)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_choices_are_scored_one_by_one_or_together_the_same() -> None:
+    model = build_model("llama")
+    rows = [Row("pick", "a", choices=("a", "bcd", "e")), Row("a longer prompt", "z", choices=("y", "z"))]
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", rows).examples)
+    scores = choice_log_likelihoods(model, batch["choices"], rows=2)
+    for number in range(5):
+        length = int(batch["choices"]["attention_mask"][number].sum())
+        ids, labels = (batch["choices"][key][number : number + 1, :length] for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            wanted, _ = by_hand(model(input_ids=ids).logits, labels)
+        assert float(scores[number]) == pytest.approx(-wanted[0], rel=1e-5)
+
+
+def test_a_choice_is_scored_with_its_end() -> None:
+    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 200, dtype=torch.float64))
+
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab", choices=("ab", "c"))]).examples)
+    scores = choice_log_likelihoods(model, batch["choices"])  # type: ignore[arg-type]
+    assert scores.tolist() == pytest.approx([-4 * math.log(200), -3 * math.log(200)])  # space, letters, end
