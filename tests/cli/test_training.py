@@ -1,0 +1,234 @@
+"""`fit`, `validate`, `test`, `predict` as a user types them: files, precedence, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library
+
+ROOT = Path(__file__).parents[2]
+SPARSE = str(ROOT / "configs" / "fit" / "sparse.yaml")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
+    """A user's directory: two task files, a config of two tasks, a config to train with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copy(task_files["upper"], "a.jsonl")
+    shutil.copy(task_files["reverse"], "b.jsonl")
+    tasks = [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl", "role": "held_out"}]
+    Path("tasks.yaml").write_text(yaml.safe_dump({"data": {"tasks": tasks}}))
+    export = {"class_path": "ExportExpert", "init_args": {"library": "library", "name": "a"}}
+    mine = {
+        "model": {"base": str(tiny_llama_dir)},
+        "data": {"tasks": tasks[:1], "batch_size": 4},
+        "trainer": {"max_steps": 6, "callbacks": [export]},
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(mine))
+    return tmp_path
+
+
+def _saved_config() -> dict:
+    newest = max(Path("runs/lightning_logs").glob("version_*/config.yaml"), key=lambda file: file.stat().st_mtime_ns)
+    return yaml.safe_load(newest.read_text())
+
+
+def test_the_issues_first_command_trains(place, tiny_llama_dir) -> None:
+    command = ["fit", "--config", SPARSE, "--model.base", str(tiny_llama_dir), "--trainer.max_steps", "3"]
+    assert main([*command, "--data.tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
+
+
+def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
+    assert "library/a" in capsys.readouterr().err
+    second = [
+        "--trainer.callbacks",
+        '[{"class_path": "ExportExpert", "init_args": {"library": "library", "name": "b"}}]',
+    ]
+    tasks = ["--data.tasks", '[{"name": "b", "path": "b.jsonl"}]']
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *second, *tasks]) == 0
+    assert sorted(Library("library")) == ["a", "b"]
+    merge = ["merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"]
+    assert main(merge) == 0
+    base = ["--model.base", str(tiny_llama_dir), "--model.max_new_tokens", "6"]
+    assert main(["test", "--config", "tasks.yaml", *base, "--model.applied", "[library/ab]"]) == 0
+    on_base = json.loads(Path("runs/results.json").read_text())
+    assert main(["apply", "--base", str(tiny_llama_dir), "--experts", "[library/ab]", "--out", "merged"]) == 0
+    own = ["--model.base", "merged", "--model.max_new_tokens", "6"]
+    assert main(["test", "--config", str(ROOT / "configs" / "test.yaml"), "--config", "tasks.yaml", *own]) == 0
+    alone = json.loads(Path("runs/results.json").read_text())
+    for name, scores in on_base["tasks"].items():
+        assert alone["tasks"][name]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+    assert [task["role"] for task in alone["tasks"].values()] == ["held_in", "held_out"]
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if "held-in" in line) <= 80
+    assert main(["predict", "--config", "tasks.yaml", *own]) == 0
+    assert len(Path("runs/predictions.jsonl").read_text().splitlines()) == 12
+    assert main(["validate", "--config", "tasks.yaml", *own]) == 0
+
+
+def test_the_command_line_beats_config_files_beat_the_checkpoint(place) -> None:
+    keep = "--model.expert.init_args.keep_ratio"
+    fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
+    assert main([*fit, "--model.expert", "SparseExpert", keep, "0.2", "--model.max_new_tokens", "5"]) == 0
+    (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
+    validate = ["validate", "--config", "tasks.yaml", "--ckpt_path", str(checkpoint)]
+    assert main(validate) == 0  # base, modules and expert are the checkpoint's
+    assert _saved_config()["model"]["expert"]["init_args"]["keep_ratio"] == 0.2
+    assert _saved_config()["model"]["max_new_tokens"] == 5
+    assert main([*validate, "--model.max_new_tokens", "3"]) == 0
+    assert _saved_config()["model"]["max_new_tokens"] == 3
+    Path("more.yaml").write_text("model: {max_new_tokens: 4}\n")
+    assert main([*validate, "--config", "more.yaml"]) == 0
+    assert _saved_config()["model"]["max_new_tokens"] == 4
+    assert main([*validate, "--config", "more.yaml", "--model.max_new_tokens", "3"]) == 0
+    assert _saved_config()["model"]["max_new_tokens"] == 3
+
+
+def test_another_expert_than_the_checkpoints_is_refused_not_replaced(place, capsys) -> None:
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]) == 0
+    (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
+    validate = ["validate", "--config", "tasks.yaml", "--ckpt_path", str(checkpoint), "--model.expert", "LoRAExpert"]
+    assert main(validate) == 1
+    assert "the checkpoint's experts are not those configured" in capsys.readouterr().err
+
+
+def test_fit_resumes_from_its_checkpoint(place) -> None:
+    fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
+    assert main([*fit, "--trainer.max_steps", "4"]) == 0
+    (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
+    assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
+    newest = max(Path("runs/lightning_logs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    assert torch.load(newest, weights_only=True)["global_step"] == 6
+
+
+def test_optimizer_scheduler_score_and_rule_are_named_by_class(place) -> None:
+    rule = {"class_path": "Reselect", "init_args": {"every": 2, "until": 0.5}}
+    schedule = [{"class_path": "MaskSchedule", "init_args": {"score": "SNIP", "rule": rule, "leavers": "stash"}}]
+    options = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.scheduler", "WarmupCosine"]
+    options += ["--data.mixing", "Equal", "--trainer.callbacks", json.dumps(schedule)]
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options]) == 0
+    saved = _saved_config()
+    assert saved["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert saved["model"]["scheduler"]["class_path"].endswith("WarmupCosine")
+    assert saved["trainer"]["callbacks"][0]["init_args"]["score"]["class_path"].endswith("SNIP")
+
+
+def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:
+    """As a command of its own, so that the directory is found as it would be for a user."""
+    shutil.copy(ROOT / "tests" / "outside" / "ia3.py", "my_experts.py")
+    command = [sys.executable, "-m", "modular_experts", "fit", "--config", "mine.yaml"]
+    command += [
+        "--model.expert",
+        "my_experts.IA3Expert",
+        "--model.expert.rate",
+        "0.5",
+        "--model.modules",
+        r".*\.q_proj",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = Library("library")["a"].record
+    assert (record["kind"], record["hyperparameters"]["rate"]) == ("IA3Expert", 0.5)
+
+
+def test_print_config_shows_every_option_and_can_be_read_back(place, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["expert"]["init_args"]["granularity"] == "block"
+    Path("printed.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "printed.yaml"]) == 0
+
+
+def test_help_teaches_the_arguments(capsys) -> None:
+    for arguments, words in (
+        (["fit", "--help"], ["Regular expressions; layers whose full name", "Rows of a training batch"]),
+        (["fit", "--model.expert.help", "SparseExpert"], ["Share of the entries kept", "square tiles"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(word in shown for word in words)
+
+
+def _export(name: str) -> str:
+    return json.dumps([{"class_path": "ExportExpert", "init_args": {"library": "library", "name": name}}])
+
+
+MISTAKES = {
+    "class": (["--model.expert", "SparsExpert"], 2, "there is no class 'SparsExpert'; did you mean SparseExpert?"),
+    "setting": (["--model.expert.init_args.keep_ratoi", "0.1"], 2, "'keep_ratoi'; did you mean keep_ratio?"),
+    "option": (["--model.optimiser", "SGD"], 2, "did you mean --model.optimizer"),
+    "callback": (["--trainer.callbacks", '[{"class_path": "ExportExprt"}]'], 2, "did you mean ExportExpert?"),
+    "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
+    "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches the full name of no linear layer"),
+    "keep ratio": (["--model.expert.init_args.keep_ratio", "1.5"], 1, "keep_ratio=1.5 is outside (0, 1]"),
+    "name": (["--trainer.callbacks", _export("../x")], 1, "'../x' cannot be the name of an expert"),
+    "task file": (["--data.tasks", '[{"name": "a", "path": "aa.jsonl"}]'], 1, "a.jsonl"),
+    "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give model.expert and model.modules"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_nothing_is_written(mistake: str, place, capsys) -> None:
+    options, code, sentence = MISTAKES[mistake]
+    try:
+        found = main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options])
+    except SystemExit as stop:
+        found = stop.code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (found, error.startswith("error: ")) == (code, True)
+    assert sentence in error
+    assert not Path("library").exists()
+
+
+def test_an_existing_target_is_refused_before_training(place, capsys) -> None:
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
+    before = Library("library")["a"].record["content_hash"]
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 1
+    assert "library/a" in capsys.readouterr().err.splitlines()[-1]
+    assert Library("library")["a"].record["content_hash"] == before
+
+
+def test_bad_rows_are_counted_and_nothing_is_trained(place, capsys) -> None:
+    lines = Path("a.jsonl").read_text().splitlines()
+    lines[2], lines[4] = '{"input": "x", "trget": "y"}', "{broken"
+    Path("a.jsonl").write_text("\n".join(lines))
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert "a.jsonl:3: " in error
+    assert "a.jsonl:5: " in error
+    assert "2 " in error
+    assert not Path("library").exists()
+
+
+def test_an_expert_of_another_base_is_refused(place, tmp_path, capsys) -> None:
+    import conftest
+
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
+    conftest.build_model("llama", seed=9).save_pretrained("other")
+    conftest.build_tokenizer().save_pretrained("other")
+    test = ["test", "--config", "tasks.yaml", "--model.base", "other", "--model.applied", "[library/a]"]
+    assert main(test) == 1
+    assert "a was trained on another base than other" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_expert_is_named(place, tiny_llama_dir, capsys) -> None:
+    test = ["test", "--config", "tasks.yaml", "--model.base", str(tiny_llama_dir), "--model.applied", "[library/z]"]
+    assert main(test) == 1
+    assert "library/z is not an expert" in capsys.readouterr().err.splitlines()[-1]
