@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ class _ExpertLayer(nn.Module):
     """What both kinds of layer share: an `expert` beside the base's own `weight` and `bias`."""
 
     expert: Expert
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     base_class: type[nn.Module]
     base_dtype: torch.dtype
 
@@ -108,7 +109,7 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
         layer.weight.data = layer.weight.data.contiguous()
         del layer.expert
-        layer.__class__ = layer.base_class
+        layer.__class__ = layer.base_class  # type: ignore[assignment]
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, _ExpertLayer]]:
@@ -148,17 +149,17 @@ def _oriented_anchor(layer: _ExpertLayer, name: str, anchor: Callable[[str], Ten
     return read
 
 
-def _equip(layer: nn.Module, factory: Callable[[Tensor], Expert]) -> None:
+def _equip(layer: Any, factory: Callable[[Tensor], Expert]) -> None:
     transposed = _is_conv1d(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
-        layer.weight.data = layer.weight.data.T.contiguous().T  # type: ignore[union-attr,operator]
-    expert = factory(layer.weight.T if transposed else layer.weight)  # type: ignore[union-attr,operator,arg-type]
+        layer.weight.data = layer.weight.data.T.contiguous().T
+    expert = factory(layer.weight.T if transposed else layer.weight)
     if not isinstance(expert, Expert):
         raise TypeError(f"expert={factory} made a {type(expert).__name__}; it must make a modular_experts.Expert")
-    layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype  # type: ignore[assignment,union-attr]
+    layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
     if expert.trains_weight:
-        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))  # type: ignore
-        layer.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
+        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        layer.weight.requires_grad_(True)
     layer.__class__ = ExpertConv1D if transposed else ExpertLinear
     layer.expert = expert
     expert.train(layer.training)

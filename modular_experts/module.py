@@ -118,10 +118,11 @@ class ExpertModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
-        kinds = [MaskSchedule, WriteResults, WritePredictions]
-        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in self.trainer.callbacks)]
+        listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds: tuple[type[Callback], ...] = (MaskSchedule, WriteResults, WritePredictions)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in listed)]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained parameters and its schedule."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer is not None:
@@ -204,7 +205,7 @@ class ExpertModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._finish_scores()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors and the experts' buffers; the frozen base is read again from its files."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         full = super().state_dict(*args, **kwargs)

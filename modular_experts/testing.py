@@ -77,7 +77,7 @@ def _inputs(dtype: torch.dtype = torch.float32, rows: int = 6) -> Tensor:
 def _train(network: nn.Module, steps: int = 3, forward: Callable[[Tensor], Tensor] | None = None) -> list[float]:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
-    x = _inputs(next(network.parameters()).dtype if not parameters else network.first.bias.dtype)  # type: ignore[union-attr]
+    x = _inputs(network.get_parameter("first.bias").dtype)
     losses = []
     for _ in range(steps):
         outputs = network(x) if forward is None else forward(x)

@@ -94,7 +94,7 @@ class ExportExpert(Callback):
         overwrite = self.overwrite or path != self.target
         write_expert(path, module.task_vector(), self._record(trainer, module), overwrite=overwrite)
 
-    def _record(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+    def _record(self, trainer: Any, module: Any) -> dict[str, Any]:
         schedule = next(callback for callback in trainer.callbacks if isinstance(callback, MaskSchedule))
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         roles = getattr(getattr(trainer, "datamodule", None), "roles", {})

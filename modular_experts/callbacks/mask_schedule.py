@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from modular_experts.callbacks.scoring import scoring_pass
@@ -65,9 +65,11 @@ class MaskSchedule(Callback):
         self._touched: dict[str, Tensor] = {}
         self._stash: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Select where the rule says so; the score sees batches of its own, not the one about to be trained on."""
-        layers = {name: layer for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)}
+        layers: dict[str, Any] = {
+            name: layer for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)
+        }
         if not layers:
             return
         position, last = self._clock(trainer, pl_module, next(iter(layers.values())).expert)
@@ -84,7 +86,7 @@ class MaskSchedule(Callback):
             self.selections += 1
             self.seconds += time.perf_counter() - started
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Say what was kept, and what was ever touched on the way."""
         shares = self.shares(pl_module)
         if shares:
@@ -93,7 +95,7 @@ class MaskSchedule(Callback):
                 *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
             )
 
-    def shares(self, pl_module: LightningModule) -> dict[str, float]:
+    def shares(self, pl_module: Any) -> dict[str, float]:
         """Return the shares of the entries that are kept now, and that were trained at any time; empty without
         selectable experts.
         """
@@ -168,8 +170,8 @@ class MaskSchedule(Callback):
     def _draw(self, trainer: Trainer, position: int) -> list[Any]:
         """Return this rank's batches for the selection at `position`: an order of their own, the same in every run."""
         source = getattr(trainer, "datamodule", None)
-        loader = source.train_dataloader() if source is not None else trainer.train_dataloader
-        sampler = getattr(loader, "sampler", None)
+        loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
+        sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(1_000_003 * (self.seed + 1) + position)  # beyond the epochs of any training
         batches = list(itertools.islice(iter(loader), self.batches))

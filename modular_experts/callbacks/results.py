@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
 from modular_experts.evaluation import results_table, write_results
@@ -26,12 +26,12 @@ class WriteResults(Callback):
     def __init__(self, file: str = "results.json") -> None:
         self.file = file
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the table, outside training."""
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the file, print the table, and say where the file is; the first rank does, for all."""
         self._print(trainer, pl_module)
         if trainer.is_global_zero:

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from torch import distributed
 
 from modular_experts.cli.errors import SentenceErrors
 from modular_experts.data import Mixing, TaskMixture, TaskSource
@@ -39,12 +40,14 @@ _DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,  # the module says in one line what it trains
 }
+_EPOCHS = 3  # where no length is given, instead of Lightning's thousand
 _NOISE = [
     ".*args parameter is intended to run from within Python.*",  # the arguments here are those of the command line
     ".*isinstance.treespec, LeafSpec.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The dirpath has changed from.*",  # a resumed run writes beside the old one
     ".*`tensorboardX` has been removed as a dependency.*",
 ]
 
@@ -66,9 +69,11 @@ class TrainingCLI(LightningCLI):
             self.datamodule.tokenizer = load_tokenizer(self.model.base, self.model.revision)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with a progress bar where a person watches."""
+        """Make the trainer, with a progress bar where a person watches, and an end."""
         trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
         watched = sys.stderr.isatty() and sys.stdout.isatty()
+        if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+            kwargs["max_epochs"] = _EPOCHS
         bars = [callback for callback in trainer.callbacks or [] if isinstance(callback, ProgressBar)]
         if trainer.enable_progress_bar is None and not bars:
             if watched:
@@ -95,6 +100,9 @@ def run(argv: Sequence[str]) -> None:
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "modular-experts"},
         )
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # a rank that leaves while another still sends makes gloo abort
+            distributed.destroy_process_group()
 
 
 def _with_checkpoint_settings(argv: list[str], folder: Path) -> list[str]:
@@ -135,12 +143,13 @@ def _quiet() -> Iterator[None]:
     ours, theirs = logging.getLogger("modular_experts"), logging.getLogger("lightning.pytorch.utilities.rank_zero")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(lambda record: rank_zero_only.rank == 0)
+    handler.addFilter(lambda record: getattr(rank_zero_only, "rank", 0) == 0)
     level = ours.level
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
     theirs.addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what LightningCLI calls; not a user's to mend
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         try:

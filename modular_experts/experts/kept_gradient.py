@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def _accept_compressed_rows() -> None:
         )
 
 
-def tile_rows(blocks: Tensor, shape: tuple[int, int], size: int) -> TileRows:
+def tile_rows(blocks: Tensor, shape: Sequence[int], size: int) -> TileRows:
     """Return the plan of `tile_gradient`: which slots lie in which row of tiles."""
     rows, counts = torch.unique_consecutive(blocks.long() // block_grid(shape, size)[1], return_counts=True)
     ends = counts.cumsum(0)

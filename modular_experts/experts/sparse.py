@@ -40,6 +40,9 @@ class SparseExpert(Selectable):
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
 
+    _written: int | None = None  # version of `values` that the weight holds
+    _plan: tuple[int, TileRows] | None = None  # version of `indices`, and its rows of tiles
+
     def __init__(
         self, weight: Tensor, keep_ratio: float = 0.05, granularity: Granularity = "element", block_size: int = 16
     ) -> None:
@@ -52,7 +55,6 @@ class SparseExpert(Selectable):
         self.register_buffer("indices", indices)
         self.anchor: Tensor
         self.register_buffer("anchor", self._read(weight.detach()))
-        self._forget_derived_state()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._forward(x, weight, bias)
@@ -127,10 +129,6 @@ class SparseExpert(Selectable):
         else:
             scatter_blocks_(weight, self.indices, kept)
 
-    def _forget_derived_state(self) -> None:
-        self._written: int | None = None  # version of `values` that the weight holds
-        self._plan: tuple[int, TileRows] | None = None  # version of `indices`, and its rows of tiles
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_derived_state()  # a copy's version counters start anew
+        self._written = self._plan = None  # a copy's version counters start anew

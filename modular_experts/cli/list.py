@@ -1,0 +1,51 @@
+"""`modular-experts list`: what is in a library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts.cli.summary import bytes_text, kept_share, share_text
+from modular_experts.cli.tool import run_tool
+from modular_experts.library import Library
+
+EXAMPLES = "  modular-experts list library"
+
+
+def list_library(directory: str) -> None:
+    """List the complete experts in a library, one a line.
+
+    Args:
+        directory: Directory of the library.
+    """
+    library = Library(directory)
+    if not library:
+        print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("expert", overflow="fold")
+    table.add_column("kind")
+    table.add_column("tasks", overflow="ellipsis", no_wrap=True)
+    for name in ("weights", "kept", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in library:
+        table.add_row(name, *_row(library, name))
+    Console().print(table)
+
+
+def _row(library: Library, name: str) -> tuple[str, ...]:
+    try:
+        expert = library[name]
+    except ValueError:
+        return ("damaged", f"see: verify {library.directory.name}")  # one bad file must not hide the others
+    tasks = ", ".join(map(str, expert.record["tasks"]))
+    numbers = str(len(expert)), share_text(kept_share(expert)), bytes_text(expert.size_on_disk)
+    return expert.record["kind"], tasks, *numbers
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(list_library, argv, EXAMPLES, positional=True)

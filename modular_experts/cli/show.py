@@ -1,0 +1,129 @@
+"""`modular-experts show`: everything about one expert."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts.cli.summary import bytes_text, share_text
+from modular_experts.cli.tool import run_tool
+from modular_experts.library import StoredExpert, open_expert
+
+EXAMPLES = """\
+  modular-experts show library/ab
+  modular-experts show library/ab --weights true"""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a set of weights adds up to: entries, kept entries, and the Frobenius norm of their deltas."""
+
+    weights: int
+    entries: int
+    kept: int
+    norm: float
+
+    @classmethod
+    def total(cls, parts: Iterable[Measure]) -> Measure:
+        """Return the measure of several disjoint sets together."""
+        parts = list(parts)
+        norm = math.sqrt(sum(part.norm**2 for part in parts))
+        return cls(sum(p.weights for p in parts), sum(p.entries for p in parts), sum(p.kept for p in parts), norm)
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of a table row."""
+        return str(self.weights), f"{self.kept:,}", share_text(self.kept / max(self.entries, 1)), f"{self.norm:.4g}"
+
+
+def show(directory: str, weights: bool = False) -> None:
+    """Show one expert: what kind, from where, how much of each layer it keeps, how far it moves.
+
+    Args:
+        directory: Directory of the expert.
+        weights: List every weight instead of every layer.
+    """
+    expert, console = open_expert(directory), Console()
+    measures = {}
+    for name, delta in expert.items():
+        measures[name] = Measure(1, delta.shape.numel(), delta.support_size, delta.norm())
+    facts = Table.grid(padding=(0, 2))
+    for name, text in _facts(expert, Measure.total(measures.values())):
+        facts.add_row(name, text)
+    console.print(facts)
+    if weights:
+        console.print(_table("weight", measures))
+        return
+    console.print(_table("layer", _grouped(measures, _layer)))
+    console.print(_table("weights named", _grouped(measures, _role)))
+
+
+def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
+    record, base = expert.record, expert.record["base"]
+    forms = Counter(expert.forms().values())
+    yield "expert", str(expert.path)
+    yield "kind", _call(record["kind"], record.get("hyperparameters") or {})
+    if record.get("method"):
+        yield "method", _call(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
+    yield "tasks", ", ".join(map(str, record["tasks"])) or "none recorded"
+    yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
+    for parent in record["parents"]:
+        yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
+    for name, score in sorted(record["scores"].items()):
+        yield "score", f"{name}: {_score(score)}"
+    yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    yield "kept", f"{total.kept:,} of {total.entries:,} entries ({share_text(total.kept / max(total.entries, 1))})"
+    yield "norm", f"{total.norm:.4g}"
+    yield "size", bytes_text(expert.size_on_disk)
+    yield "content", expert.content_hash
+    yield "created", f"{record.get('created')}, seed {record.get('seed')}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+
+
+def _call(name: str, settings: dict[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else name
+
+
+def _score(score: Any) -> str:
+    if isinstance(score, dict):
+        return ", ".join(f"{name} {_score(value)}" for name, value in score.items())
+    return f"{score:.4g}" if isinstance(score, float) else str(score)
+
+
+def _grouped(measures: dict[str, Measure], group: Any) -> dict[str, Measure]:
+    groups: dict[str, list[Measure]] = {}
+    for name, measure in measures.items():
+        groups.setdefault(group(name), []).append(measure)
+    ordered = sorted(groups, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    return {name: Measure.total(groups[name]) for name in ordered}
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else "none"
+
+
+def _role(name: str) -> str:
+    return ".".join(name.removesuffix(".weight").split(".")[-1:])
+
+
+def _table(heading: str, measures: dict[str, Measure]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(heading, overflow="fold")
+    for name in ("weights", "kept", "share", "norm"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, measure in measures.items():
+        table.add_row(name, *measure.cells())
+    return table
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(show, argv, EXAMPLES, positional=True)

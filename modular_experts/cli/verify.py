@@ -1,0 +1,64 @@
+"""`modular-experts verify`: are the files what was written, and is the base the right one?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from modular_experts.cli.tool import run_tool
+from modular_experts.interop.checkpoint import find_base, fingerprint, resolve_base
+from modular_experts.library import Library, StoredExpert, check_base, open_expert
+from modular_experts.library.expert import RECORD_FILE
+
+EXAMPLES = """\
+  modular-experts verify library/ab
+  modular-experts verify library
+  modular-experts verify library/ab --base runs/base"""
+
+
+def verify(directory: str, base: str | None = None, revision: str | None = None) -> None:
+    """Read an expert, or all experts of a library, and check every byte against its hash.
+
+    Also checked: shapes, data types, bounds and order of the indices, and that all values are finite. The base is
+    compared by its fingerprint where it is given, or where the record leads to a directory that exists.
+
+    Args:
+        directory: Directory of an expert, or of a library.
+        base: The base's directory or hub id.
+        revision: Branch, tag or commit of a hub id.
+    """
+    place = Path(directory)
+    if (place / RECORD_FILE).exists() or not place.is_dir():
+        print(f"{directory}: {_verify(open_expert(directory), base, revision)}")
+        return
+    names = list(Library(directory))
+    damaged = [name for name in names if not _reported(place / name, base, revision)]
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(names)} experts in {directory} failed: {', '.join(damaged)}")
+    print(f"{directory}: all {len(names)} experts are intact")
+
+
+def _reported(path: Path, base: str | None, revision: str | None) -> bool:
+    try:
+        print(f"{path}: {_verify(open_expert(path), base, revision)}")
+    except (ValueError, OSError) as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _verify(expert: StoredExpert, base: str | None, revision: str | None) -> str:
+    expert.verify()
+    intact = f"intact, {len(expert)} weights, content hash {expert.content_hash[:12]}"
+    place = base or find_base(expert)
+    if base is None and not Path(place).is_dir():
+        return f"{intact}; base not checked ({place} is no directory here; give --base)"
+    found = resolve_base(place, revision)
+    check_base([expert], fingerprint(found), str(found))
+    return f"{intact}; base {place} is the one it was trained on"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(verify, argv, EXAMPLES, positional=True)

@@ -1,0 +1,234 @@
+"""Stored experts: a directory with `delta.safetensors` (what moves) and `expert.json` (where it comes from).
+
+The tensors of a weight are named after it and the form of its delta: `<weight>/values` with `/indices` (Sparse) or
+`/blocks` (BlockSparse), `<weight>/up` with `/down` (LowRank), `<weight>/dense` (Dense). A table in the file's metadata
+gives, for each weight, its form, its shape, and dtype, shape and SHA-256 of each tensor; the content hash is the
+SHA-256 of that table, so it does not depend on the order of writing. Every read is checked against the table, and the
+table against `expert.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modular_experts.deltas import Delta
+from modular_experts.library.packing import Layout, check_layout, pack, unpack
+from modular_experts.library.paths import check_name, check_target, new_directory
+from modular_experts.library.record import FORMAT, plain, read_record
+from modular_experts.library.tensorfile import TensorFileWriter, tensor_bytes
+
+__all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_expert"]
+
+DELTA_FILE = "delta.safetensors"
+RECORD_FILE = "expert.json"
+_DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+
+
+class StoredExpert(Mapping[str, Delta]):
+    """The deltas of an expert on disk, by weight name, each read and checked when it is asked for.
+
+    Attributes:
+        path: Directory of the expert.
+        name: Its name in the library.
+        record: What `expert.json` says.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.name = path.name
+        self.record = record
+        self._file = _open_tensors(path / DELTA_FILE)
+        self._table = _read_table(path / DELTA_FILE, self._file)
+        if content_hash(self._table) != record["content_hash"]:
+            raise self._damaged(f"its content hash is not the one in {path / RECORD_FILE}")
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over names, forms, shapes, dtypes and bytes of all its tensors."""
+        return self.record["content_hash"]
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each weight, without reading it."""
+        return {name: torch.Size(self._table[name]["shape"]) for name in self}
+
+    def forms(self) -> dict[str, str]:
+        """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
+        return {name: self._table[name]["form"] for name in self}
+
+    def kept_entries(self) -> dict[str, int]:
+        """Return how many entries of each weight are kept, without reading it.
+
+        Low-rank and dense deltas keep all. A tile that reaches over the edge of its weight counts whole.
+        """
+        return {name: self._kept_entries(name) for name in self}
+
+    def _kept_entries(self, name: str) -> int:
+        size = math.prod(self._table[name]["shape"])
+        values = self._table[name]["tensors"].get("values")
+        return min(size, math.prod(values["shape"])) if values else size
+
+    def verify(self) -> None:
+        """Read everything once.
+
+        Raises:
+            ValueError: Something is not as it was written; the sentence names the file and the weight.
+        """
+        for name in self:
+            self[name]
+
+    def __getitem__(self, name: str) -> Delta:
+        entry = self._table[name]
+        tensors = {}
+        for suffix, stored in entry["tensors"].items():
+            tensors[suffix] = self._file.get_tensor(f"{name}/{suffix}")
+            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
+                raise self._damaged(f"the {suffix} of {name} are not what was written")
+        try:
+            return unpack(entry["form"], entry["shape"], tensors)
+        except ValueError as error:
+            raise self._damaged(f"{error} ({name})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._table))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __repr__(self) -> str:
+        return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
+
+    def _damaged(self, reason: str) -> ValueError:
+        return _damaged(self.path / DELTA_FILE, reason)
+
+
+def open_expert(path: str | Path) -> StoredExpert:
+    """Open the expert in a directory; nothing but the two headers is read yet.
+
+    Raises:
+        FileNotFoundError: There is no expert, or one of its two files is missing.
+        ValueError: A file is damaged, or the directory is a link that leads out of its library.
+    """
+    directory = Path(os.path.abspath(Path(path).expanduser()))
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path} is not an expert: there is no such directory{_near(directory)}")
+    for file in (directory, directory / RECORD_FILE, directory / DELTA_FILE):
+        if not file.exists():
+            raise FileNotFoundError(f"{path} is not a complete expert: {file} is missing")
+        if file.resolve().parent != file.parent.resolve():
+            raise ValueError(f"{file} is a link that leads out of {file.parent}, so it is not followed")
+    check_name(directory.name)
+    return StoredExpert(directory, read_record(directory / RECORD_FILE))
+
+
+def write_expert(
+    path: str | Path, deltas: Iterable[tuple[str, Delta]], record: Mapping[str, Any], overwrite: bool = False
+) -> str:
+    """Write an expert, one weight in memory at a time; its directory appears when it is complete.
+
+    Args:
+        path: Directory of the expert; its last part is the name.
+        deltas: Name and delta of each weight, in any order. Shape and orientation are those of the base's parameter.
+        record: What `make_record` gives.
+        overwrite: Whether an expert that is there may be replaced.
+
+    Returns:
+        The content hash.
+
+    Raises:
+        FileExistsError: Something is there that may not be replaced.
+        ValueError: A name comes twice, a value is not finite, or there is no weight at all.
+    """
+    target = check_target(path, overwrite)
+    with new_directory(target, overwrite) as directory:
+        table = _write_deltas(directory / DELTA_FILE, deltas)
+        content = plain({**record, "content_hash": content_hash(table)})
+        (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return content_hash(table)
+
+
+def content_hash(table: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a table of weights, independent of the order in which they were written."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write_deltas(file: Path, deltas: Iterable[tuple[str, Delta]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    with TensorFileWriter(file) as writer:
+        for name, delta in deltas:
+            if name in table:
+                raise ValueError(f"the weight {name} was given twice")
+            table[name] = _write_delta(writer, name, delta)
+        if not table:
+            raise ValueError("an expert that moves no weight cannot be stored")
+        writer.finish(json.dumps({"format": FORMAT, "weights": table}, sort_keys=True))
+    return table
+
+
+def _write_delta(writer: TensorFileWriter, name: str, delta: Delta) -> dict[str, Any]:
+    try:
+        packed = pack(delta)
+    except ValueError as error:
+        raise ValueError(f"the delta of {name} cannot be stored: {error}") from error
+    tensors = {
+        suffix: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": writer.write(f"{name}/{suffix}", t)}
+        for suffix, t in packed.items()
+    }
+    return {"form": type(delta).__name__, "shape": list(delta.shape), "tensors": tensors}
+
+
+def _open_tensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise _damaged(file, f"it is cut short or no safetensors file ({error})") from error
+
+
+def _read_table(file: Path, tensors: Any) -> dict[str, Any]:
+    """Return the table of weights, once the tensors in the file are known to be those that it names."""
+    try:
+        content = json.loads((tensors.metadata() or {})["modular_experts"])
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT!r}")
+        table = content["weights"]
+        stored = {f"{name}/{suffix}" for name, entry in table.items() for suffix in entry["tensors"]}
+        if stored != set(tensors.keys()):
+            raise ValueError("its tensors are not those that its metadata names")
+        for name, entry in table.items():
+            layout = {suffix: _layout(tensors.get_slice(f"{name}/{suffix}")) for suffix in entry["tensors"]}
+            check_layout(entry["form"], entry["shape"], layout)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"its metadata does not describe an expert ({error!r})") from error
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    return table
+
+
+def _layout(tensor: Any) -> Layout:
+    return _DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
+
+
+def _near(directory: Path) -> str:
+    names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
+    near = difflib.get_close_matches(directory.name, names, n=1)
+    if near:
+        return f"; did you mean {directory.parent / near[0]}?"
+    return f"; {directory.parent} has {', '.join(names[:8])}" if names else ""

@@ -1,0 +1,118 @@
+"""Names and directories: what an expert may be called, and how a directory comes into being whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_name", "check_target", "is_name", "new_directory"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Return a name that an expert may have, and that therefore cannot lead out of its library.
+
+    Raises:
+        ValueError: The name is not 1 to 64 letters, digits, '.', '_' or '-' that start with a letter or digit.
+    """
+    if not is_name(name):
+        raise ValueError(
+            f"{name!r} cannot be the name of an expert: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "and start with a letter or a digit"
+        )
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Return whether an expert may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_target(path: str | Path, overwrite: bool = False, marker: str = "expert.json") -> Path:
+    """Return the absolute path of a directory that is to be written; call it before any work.
+
+    Args:
+        path: The directory.
+        overwrite: Whether a directory that is there may be replaced.
+        marker: The file that shows that a directory was written by us; without it nothing is ever replaced.
+
+    Raises:
+        FileExistsError: Something is there that may not be replaced.
+    """
+    target = Path(os.path.abspath(Path(path).expanduser()))
+    if marker == "expert.json":
+        check_name(target.name)
+    if not os.path.lexists(target):
+        _check_parent(target)
+    elif target.is_symlink() or not (target / marker).is_file():
+        raise FileExistsError(f"{path} exists and is no directory of ours (it holds no {marker}); choose another place")
+    elif not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another place, or replace it with overwrite: true")
+    return target
+
+
+def _check_parent(target: Path) -> None:
+    for parent in target.parents:
+        if parent.is_dir():
+            if not os.access(parent, os.W_OK):
+                raise PermissionError(f"{target} cannot be written, because {parent} is read-only")
+            return
+        if os.path.lexists(parent):
+            raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")
+
+
+@contextmanager
+def new_directory(target: Path, overwrite: bool = False, marker: str = "expert.json") -> Iterator[Path]:
+    """Give a temporary directory beside the target, and move it into place when the block ends without an error.
+
+    Whoever looks at the target sees nothing or the whole. Where a directory is replaced, the old one is moved aside
+    first: between two renames there is none, but never half of one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _flush(temporary)
+        _move(temporary, check_target(target, overwrite, marker))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, target: Path) -> None:
+    aside = _beside(target) if target.exists() else None
+    if aside:
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if aside:
+            os.rename(aside, target)
+        raise
+    _flush_entry(target.parent)
+    if aside:
+        shutil.rmtree(aside)
+
+
+def _beside(target: Path) -> Path:
+    # The leading dot is no valid name, so a leftover of a killed run is never taken for an expert.
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _flush(directory: Path) -> None:
+    for entry in [*directory.rglob("*"), directory]:
+        _flush_entry(entry)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

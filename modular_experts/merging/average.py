@@ -1,0 +1,43 @@
+"""Average: the mean of the deltas, weighted if asked. An entry that one of N experts moves shrinks to 1/N of its
+value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modular_experts.deltas import Delta
+from modular_experts.merging.method import MergeMethod, check_finite, weighted_sum
+
+__all__ = ["Average"]
+
+
+@dataclass(frozen=True)
+class Average(MergeMethod):
+    """Average: `sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
+
+    Linear, so every form is kept. The average of one expert is that expert, and so is the average of copies of it. The
+    order of the experts does not matter (the weights go with them).
+
+    Args:
+        weights: One weight per expert, in the order of the experts. They are divided by their sum, so `[3, 1]` and
+            `[0.75, 0.25]` mean the same; a weight may be negative. Default: all equal.
+    """
+
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for weight in self.weights or []:
+            check_finite(self, "each weight", weight)
+        if self.weights is not None and sum(self.weights) == 0:
+            raise ValueError(
+                f"Average: the weights {self.weights} sum to zero, so they cannot be shares; give other weights"
+            )
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        weights = self.weights if self.weights is not None else [1.0] * len(deltas)
+        if len(weights) != len(deltas):
+            raise ValueError(f"Average: {len(weights)} weights were given for {len(deltas)} experts; give one for each")
+        total = sum(weights)
+        return weighted_sum(deltas, [weight / total for weight in weights])

@@ -1,0 +1,57 @@
+"""Overlap-aware average: each entry is averaged over the experts that move it, not over all of them.
+
+The merge of "Exploring Sparse Adapters for Scalable Merging of Parameter-Efficient Experts" (arXiv 2507.07140): what
+one expert alone has learned is added at full strength, and only what several have learned is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.merging.frame import Frame
+from modular_experts.merging.method import MergeMethod, check_finite
+
+__all__ = ["SparseAverage"]
+
+
+@dataclass(frozen=True)
+class SparseAverage(MergeMethod):
+    """Overlap-aware average: per entry, `scale * sum_i d_i / F`, where F is the number of experts whose delta there is
+    not zero.
+
+    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert in the mix makes the
+    result dense. At scale 1, one expert merges to itself, and so do copies of it. The order of the experts does not
+    matter.
+
+    Args:
+        scale: Factor of the result.
+        count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`
+            those that keep the entry, also where its value ended at zero.
+    """
+
+    scale: float = 1.0
+    count: Literal["values", "supports"] = "values"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if self.count not in ("values", "supports"):
+            raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        frame = Frame.around(deltas)
+        total = torch.zeros(frame.laid_shape, dtype=torch.float64, device=deltas[0].device)
+        movers = torch.zeros(frame.laid_shape, dtype=torch.int32, device=deltas[0].device)
+        for delta in deltas:
+            values = frame.lay(delta)
+            total += values
+            movers += self._moved(frame, delta, values)
+        return frame.delta(total.mul_(self.scale).div_(movers.clamp_(min=1)))
+
+    def _moved(self, frame: Frame, delta: Delta, values: Tensor) -> Tensor:
+        return values != 0 if self.count == "values" else frame.kept(delta)

@@ -1,0 +1,269 @@
+"""The commands that need no training: what they print, what they write, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from random_deltas import random_delta
+
+import modular_experts
+from modular_experts.__main__ import VERBS, main
+from modular_experts.interop.checkpoint import fingerprint, load_base
+from modular_experts.library import make_record, open_expert, write_expert
+
+TOOLS = ["merge", "apply", "list", "show", "verify"]
+
+
+@pytest.fixture
+def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
+    """A directory to stand in, with a library of three experts and one of another base."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = [name for name, weight in load_base(tiny_llama_dir).named_parameters() if name.endswith("_proj.weight")]
+    shapes = dict(load_base(tiny_llama_dir).named_parameters())
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
+    for seed, (name, form) in enumerate({"a": "Sparse", "b": "BlockSparse", "lora": "LowRank"}.items()):
+        deltas = [(n, random_delta(form, shapes[n].shape, seed, torch.float32, share=0.05, size=8)) for n in names]
+        record = make_record(f"{form}Expert", base, tasks=[f"task-{name}"], scores={f"task-{name}": {"loss": 0.5}})
+        write_expert(tmp_path / "library" / name, deltas, record)
+    other = {**base, "id": "elsewhere", "fingerprint": "b" * 64}
+    write_expert(tmp_path / "others/x", deltas, make_record("SparseExpert", other))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    def command(*argv):
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:  # argparse leaves by itself after --help and --print_config
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def python(*argv, cwd=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+
+
+def test_help_and_version_do_not_import_torch():
+    code = "import sys; from modular_experts.__main__ import main; main([{!r}]); assert 'torch' not in sys.modules"
+    for argument, expected in (("--help", "merge experts into one expert"), ("--version", modular_experts.__version__)):
+        done = python("-c", code.format(argument))
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+def test_import_is_lazy_and_every_public_name_has_a_home():
+    code = [
+        "import sys, modular_experts",
+        "assert 'torch' not in sys.modules",
+        "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert",
+        "assert not {'lightning', 'transformers'} & set(sys.modules)",
+    ]
+    done = python("-c", "\n".join(code))
+    assert done.returncode == 0, done.stderr
+    for name in modular_experts.__all__:
+        assert getattr(modular_experts, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Sprse'"):
+        modular_experts.Sprse  # noqa: B018
+
+
+def test_help_lists_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(f"\n  {verb}" in out for verb in VERBS)
+    assert run()[1] == out
+
+
+@pytest.mark.parametrize("verb", TOOLS)
+def test_help_of_a_command_teaches(run, place, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert "examples:" in out
+    assert f"modular-experts {verb}" in out
+    assert "--config" in out
+    assert "--print_config" in out
+
+
+def test_merge_by_options(run, place):
+    code, out, err = run(
+        "merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"
+    )
+    assert (code, err) == (0, "")
+    assert "library/ab: merge" in out
+    assert open_expert("library/ab").record["tasks"] == ["task-a", "task-b"]
+
+
+def test_merge_by_config_and_options_beat_it(run, place):
+    (place / "merge.yaml").write_text(
+        "experts: [library/a, library/b]\nout: library/ab\n"
+        "method: {class_path: TaskArithmetic, init_args: {scale: 0.4}}\n"
+    )
+    assert run("merge", "--config", "merge.yaml")[0] == 0
+    assert run("merge", "--config", "merge.yaml", "--method.scale", "0.5", "--out", "library/half")[0] == 0
+    assert run("merge", "--config", "merge.yaml", "--method", "TIES", "--out", "library/ties")[0] == 0
+    methods = [open_expert(f"library/{name}").record["method"] for name in ("ab", "half", "ties")]
+    assert [method["init_args"]["scale"] for method in methods[:2]] == [0.4, 0.5]
+    assert methods[2]["class_path"].endswith("TIES")
+
+
+def test_short_method_name_in_a_config(run, place):
+    (place / "merge.yaml").write_text("experts: [library/a, library/b]\nmethod: SparseAverage\nout: library/ab\n")
+    assert run("merge", "--config", "merge.yaml")[0] == 0
+    code, out, _ = run("merge", "--config", "merge.yaml", "--print_config")
+    assert code == 0
+    assert "SparseAverage" in out
+    assert "library/a" in out
+
+
+def test_a_users_own_method_by_its_dotted_path(place):
+    (place / "my_methods.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from modular_experts import MergeMethod\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class First(MergeMethod):\n"
+        '    """Take the first expert.\n\n    Args:\n        scale: Factor.\n    """\n\n'
+        "    scale: float = 1.0\n\n"
+        "    def merge(self, deltas):\n        return deltas[0] * self.scale\n"
+    )
+    method = ["--method", "my_methods.First", "--method.scale", "2"]
+    arguments = ["merge", "--experts", "[library/a, library/b]", *method, "--out", "library/f"]
+    done = python("-m", "modular_experts", *arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    name = next(iter(open_expert("library/a")))
+    assert torch.equal(open_expert("library/f")[name].dense(), open_expert("library/a")[name].dense() * 2)
+    assert open_expert("library/f").record["method"] == {"class_path": "my_methods.First", "init_args": {"scale": 2.0}}
+
+
+def test_apply_writes_a_checkpoint_and_says_how_it_was_checked(run, place, tiny_llama_dir):
+    code, out, err = run("apply", "--base", tiny_llama_dir, "--experts", "[library/a]", "--out", "merged")
+    assert (code, err) == (0, "")
+    assert "the largest difference of a logit is 0 (tolerance 0.001)" in out
+    assert json.loads((place / "merged/modular_experts.json").read_text())["check"]["largest_difference"] == 0
+    assert "merged: a checkpoint" in out
+
+
+def test_list_is_a_table_of_at_most_80_columns(run, place):
+    code, out, _ = run("list", "library")
+    assert code == 0
+    for name, kind in (("a", "SparseExpert"), ("b", "BlockSparseExpert"), ("lora", "LowRankExpert")):
+        assert any(line.split()[:2] == [name, kind] for line in out.splitlines())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_list_shows_the_others_beside_a_damaged_one(run, place):
+    (place / "library/a/delta.safetensors").write_bytes(b"")
+    code, out, _ = run("list", "library")
+    assert code == 0
+    assert "damaged" in out
+    assert "LowRankExpert" in out
+    (place / "empty").mkdir()
+    assert "has no experts yet" in run("list", "empty")[1]
+
+
+def test_show_tells_kind_shares_norms_and_where_from(run, place):
+    run("merge", "--experts", "[library/a, library/lora]", "--method", "Average", "--out", "library/m")
+    code, out, _ = run("show", "library/m")
+    assert code == 0
+    for text in ("Average(", "task-a, task-lora", "fingerprint", "parent", "layer", "q_proj", "content"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 80
+    expert = open_expert("library/a")
+    total, kept = 0.0, 0
+    for name in expert:
+        total, kept = total + expert[name].dense().double().square().sum().item(), kept + expert[name].support_size
+    out = run("show", "library/a", "--weights", "true")[1]
+    assert f"norm      {total**0.5:.4g}" in out
+    assert f"{kept:,} of " in out
+    assert "model.layers.1.self_attn.q_proj.weight" in out.replace("\n", "")
+
+
+def test_verify_one_a_library_and_a_base(run, place, tiny_llama_dir, tiny):
+    assert "is the one it was trained on" in run("verify", "library/a")[1]
+    assert "all 3 experts are intact" in run("verify", "library")[1]
+    assert "base not checked" in run("verify", "others/x")[1]
+    assert run("verify", "library/a", "--base", tiny_llama_dir)[0] == 0
+    code, _, err = run("verify", "library/a", "--base", tiny("qwen2"))
+    assert code == 1
+    assert "trained on another base" in err
+    file = place / "library/b/delta.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, err = run("verify", "library")
+    assert code == 1
+    assert "library/a: intact" in out
+    assert "b/delta.safetensors is damaged" in err
+    assert "1 of 3 experts in library failed: b" in err
+
+
+MERGE = ["merge", "--experts", "[library/a, library/b]", "--out", "library/new", "--method"]
+MISTAKES = [
+    (["mrege"], 2, "no command mrege; did you mean merge?"),
+    (["--config", "x.yaml", "merge"], 2, "the command comes first"),
+    (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
+    ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
+    ([*MERGE, "nowhere.Method"], 2, "nowhere"),
+    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option 'kep'; did you mean keep?"),
+    ([*MERGE, "TIES", "--method.keep", "much"], 2, "keep must be of type float, got much"),
+    ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
+    (
+        [*MERGE, "SparseAverage", "--method.count", "value"],
+        2,
+        "must be one of values, supports, got value; did you mean",
+    ),
+    (["merge", "--method", "TIES", "--out", "library/new"], 2, "experts must be given"),
+    (["merge", "--experts", "library/a", "--method", "TIES", "--out", "library/new"], 2, "write '[library/a]'"),
+    (["merge", "--experts", "[]", "--method", "TIES", "--out", "library/new"], 1, "list of experts is empty"),
+    (["merge", "--experts", "[library/aa]", "--method", "TIES", "--out", "library/new"], 1, "did you mean"),
+    (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/b"], 1, "exists already"),
+    (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/-b"], 1, "cannot be the name"),
+    (["merge", "--experts", "[library/a, others/x]", "--method", "TIES", "--out", "library/new"], 1, "different bases"),
+    (["merge", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    (["merge", "--config", "typo.yaml"], 2, "no option 'exprts'; did you mean experts?"),
+    (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
+    (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
+    (["apply", "--experts", "[others/x]", "--out", "new"], 1, "base 'elsewhere' was not found"),
+    (["list"], 2, "directory must be given"),
+    (["list", "library", "more"], 2, "'more' is one argument too many"),
+    (["list", "nowhere"], 1, "nowhere is not a library"),
+    (["show", "library/nowhere"], 1, "is not an expert"),
+    (["verify", "library/lorra"], 1, "did you mean"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES, ids=[" ".join(argv) for argv, _, _ in MISTAKES])
+def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, argv, code, sentence):
+    (place / "typo.yaml").write_text("exprts: [library/a]\n")
+    before = sorted(str(path) for path in place.rglob("*"))
+    found, out, err = run(*argv)
+    assert found == code
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "one line, unwrapped"
+    assert sorted(str(path) for path in place.rglob("*")) == before
+
+
+def test_a_bug_keeps_its_traceback(run, place):
+    (place / "broken_methods.py").write_text(
+        "from dataclasses import dataclass\nfrom modular_experts import MergeMethod\n\n\n"
+        "@dataclass(frozen=True)\nclass Broken(MergeMethod):\n"
+        '    """Broken."""\n\n    def merge(self, deltas):\n        return int("a bug")\n'
+    )
+    with pytest.raises(ValueError, match="a bug"):
+        run("merge", "--experts", "[library/a]", "--method", "broken_methods.Broken", "--out", "library/new")
+    assert not (place / "library/new").exists()

@@ -1,0 +1,155 @@
+"""Apply: the checkpoint on disk is base plus deltas, loads with plain transformers, and is refused where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model
+from random_deltas import random_delta
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.interop import apply as apply_room
+from modular_experts.interop.apply import apply, apply_deltas
+from modular_experts.interop.checkpoint import fingerprint, load_base, read_weight
+from modular_experts.library import make_record, open_expert, write_expert
+
+
+def linear_weights(model):
+    tied = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return [name for name, weight in model.named_parameters() if weight.ndim == 2 and id(weight) not in tied][:6]
+
+
+def make(path, base, seed, form="Sparse", names=None):
+    model = load_base(base)
+    names = names or linear_weights(model)
+    deltas = [(n, random_delta(form, model.get_parameter(n).shape, seed, torch.float32, size=8) * 0.1) for n in names]
+    record = make_record("SparseExpert", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(path, deltas, record)
+    return path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpoint_is_base_plus_deltas_and_loads_with_plain_transformers(tiny, architecture, tmp_path):
+    base = tiny(architecture)
+    one = make(tmp_path / "one", base, 1, "Sparse")
+    two = make(tmp_path / "two", base, 2, "BlockSparse")
+    check = apply([one, two], tmp_path / "out", base)
+    assert check.largest_difference == 0.0
+    plain, before = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_base(base)
+    experts = [open_expert(one), open_expert(two)]
+    for name, weight in before.named_parameters():
+        expected = weight.double()
+        for expert in experts:
+            expected = expected + (expert[name].dense().double() if name in expert else 0)
+        torch.testing.assert_close(plain.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-7)
+        assert name in experts[0] or torch.equal(plain.get_parameter(name), weight)
+    tokens = torch.arange(20).view(1, 20)
+    assert not torch.equal(plain(tokens).logits, before(tokens).logits)
+
+
+def test_what_belongs_to_the_base_is_carried_along(tiny_llama_dir, tmp_path):
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1, "max_new_tokens": 7}')
+    (base / "LICENSE").write_text("be kind")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "pytorch_model.bin").write_text("not this one")
+    apply([make(tmp_path / "one", base, 1)], tmp_path / "out", base)
+    for file in ("generation_config.json", "LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes(), file
+    assert not (tmp_path / "out/pytorch_model.bin").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<eos>"
+
+
+def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, tmp_path):
+    one = make(tmp_path / "one", tiny_llama_dir, 1)
+    apply([one], tmp_path / "out", tiny_llama_dir)
+    manifest = json.loads((tmp_path / "out/modular_experts.json").read_text())
+    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(one).content_hash}]
+    assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
+    assert manifest["check"]["largest_difference"] == 0.0
+    assert manifest["check"]["tolerance"] == 1e-3
+
+
+def test_base_is_found_through_the_record_and_beside_the_library(tiny_llama_dir, tmp_path):
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out")
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "project/models/base")
+    make(tmp_path / "project/library/one", base, 1)
+    shutil.move(tmp_path / "project", tmp_path / "moved")
+    shutil.move(tmp_path / "moved/models/base", tmp_path / "moved/base")
+    apply([tmp_path / "moved/library/one"], tmp_path / "out2")
+
+
+def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base")
+    names = ["model.layers.0.self_attn.q_proj.weight"]
+    paths = [make(tmp_path / f"e{seed}", tmp_path / "base", seed, "Sparse", names) for seed in range(3)]
+    apply(paths, tmp_path / "out")
+    weight = read_weight(tmp_path / "base", names[0])
+    total = sum(open_expert(path)[names[0]].dense() for path in paths)
+    applied = read_weight(tmp_path / "out", names[0])
+    assert applied.dtype == torch.bfloat16
+    torch.testing.assert_close(applied, (weight.float() + total).bfloat16(), rtol=0, atol=0)
+
+
+def test_dtype_of_the_checkpoint_can_be_chosen(tiny_llama_dir, tmp_path):
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sabotage", [lambda logits: logits + 0.01, lambda logits: logits * float("nan")])
+def test_a_checkpoint_that_differs_when_reloaded_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
+    true_logits, calls = apply_room._logits, []
+
+    def second_differs(model, prompts):
+        calls.append(model)
+        logits = true_logits(model, prompts)
+        return sabotage(logits) if len(calls) == 2 else logits
+
+    monkeypatch.setattr(apply_room, "_logits", second_differs)
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    with pytest.raises(ValueError, match=r"was not written: loaded again, its logits differ by"):
+        apply([expert], tmp_path / "out")
+    assert calls[0] is not calls[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_another_base_and_an_existing_target_are_refused(tiny, tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    with pytest.raises(ValueError, match=r"one was trained on another base than .*qwen2 .fingerprint"):
+        apply([expert], tmp_path / "out", tiny("qwen2"))
+    with pytest.raises(ValueError, match=r"list of experts is empty"):
+        apply([], tmp_path / "out", tiny_llama_dir)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+        apply([expert], tmp_path / "out", overwrite=True)
+    apply([expert], tmp_path / "new")
+    with pytest.raises(FileExistsError, match=r"exists already"):
+        apply([expert], tmp_path / "new")
+    apply([expert], tmp_path / "new", overwrite=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tied_weight_is_refused(tiny):
+    model = load_base(tiny("gpt2"))
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        shape = model.get_input_embeddings().weight.shape
+        with pytest.raises(ValueError, match=r"is the same tensor as .* \(tied\)"):
+            apply_deltas(model, [{name: Sparse.zero(shape)}])
+
+
+def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_dir):
+    model = load_base(tiny_llama_dir)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    good = {"model.layers.0.self_attn.q_proj.weight": Dense(torch.ones(32, 32))}
+    unknown = "model.layers.0.self_attn.q_prj.weight"
+    with pytest.raises(ValueError, match=rf"no weight {unknown}.*nearest is model.layers.0.self_attn.q_proj.weight"):
+        apply_deltas(model, [good, {unknown: Dense(torch.ones(32, 32))}])
+    with pytest.raises(ValueError, match=r"k_proj.weight of LlamaForCausalLM has shape \(16, 32\), .* \(32, 16\)"):
+        apply_deltas(model, [good, {"model.layers.0.self_attn.k_proj.weight": Dense(torch.ones(32, 16))}])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    apply_deltas(model, [good])
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before[next(iter(good))])

@@ -1,0 +1,235 @@
+"""What may know what: the layers of the package, read from its imports, those inside of functions included."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modular_experts"
+
+# Room -> layer. A room imports rooms of its own layer and below; `experts` and `merging` know nothing of each other.
+# The front doors `__init__` and `__main__` import nothing before it is asked for.
+LAYERS = {
+    **dict.fromkeys(["deltas", "masks"], 0),
+    **dict.fromkeys(["experts", "merging"], 1),
+    **dict.fromkeys(["injection", "library", "merger"], 2),
+    **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),
+    **dict.fromkeys(["data", "callbacks", "evaluation", "interop"], 3),
+    "cli": 4,
+}
+STRANGERS = {"experts", "merging"}
+# Outside package -> the rooms that may import it, beside what every layer may: the standard library and torch.
+OUTSIDE = {
+    "safetensors": {"library", "interop"},
+    "jsonargparse": {"cli"},
+    "lightning.pytorch.cli": {"cli"},
+}
+FRONT_DOORS = {"modular_experts", "modular_experts.__main__"}
+VAGUE = {"base_utils", "common", "helpers", "misc", "tools", "util", "utils"}
+
+
+def sources() -> dict[str, str]:
+    """Return each module's source by its dotted name; a package's is that of its `__init__`."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
+    return {names[file]: file.read_text(encoding="utf-8") for file in files}
+
+
+def imports(source: str) -> set[str]:
+    """Return the dotted names that a source imports anywhere; of `from a import b`, both `a` and `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            name = node.module or ""
+            found |= {"." * node.level + name} | {f"{'.' * node.level}{name}.{alias.name}" for alias in node.names}
+    return found - {"__future__"}
+
+
+def offences(modules: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each import that the layers forbid."""
+    found = []
+    for module, source in modules.items():
+        for name in sorted(imports(source)):
+            problem = _own(module, name) if name.partition(".")[0] == "modular_experts" else _outside(module, name)
+            if problem:
+                found.append(f"{module} imports {name}: {problem}")
+    return found
+
+
+def _own(module: str, name: str) -> str | None:
+    """Say what is wrong with importing a module of ours."""
+    room, other = _room(module), _room(name)
+    if other in ("", "__version__"):
+        return None  # the version; anything else from the front door is a room's business under another name
+    if other == "cli":
+        return None if room == "cli" or module == "modular_experts.__main__" else "only __main__ opens the command line"
+    if module in FRONT_DOORS:
+        return "a front door imports no room by itself"
+    if other not in LAYERS:
+        return "it is no room; name the room, and give a new one its layer"
+    if {room, other} == STRANGERS:
+        return "experts and merging never know each other"
+    return None if LAYERS[other] <= LAYERS[room] else f"layer {LAYERS[room]} knows nothing of layer {LAYERS[other]}"
+
+
+def _outside(module: str, name: str) -> str | None:
+    """Say what is wrong with importing another package."""
+    room, package = _room(module), name.partition(".")[0]
+    if name.startswith("."):
+        return "imports are absolute"
+    for guarded, rooms in OUTSIDE.items():
+        if f"{name}.".startswith(f"{guarded}."):
+            return None if room in rooms else f"only {' and '.join(sorted(rooms))} may"
+    if package == "__future__" or package in sys.stdlib_module_names:
+        return None
+    if module in FRONT_DOORS or module == "modular_experts.cli":
+        return "a front door is quick: the standard library only"
+    return None if package == "torch" or LAYERS[room] >= 3 else f"layer {LAYERS[room]} is torch only"
+
+
+def _room(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def import_graph(modules: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return for each module the modules of ours that it imports; importing a package's child is not a use of the
+    package.
+    """
+    graph = {}
+    for module, source in modules.items():
+        named = imports(source) & modules.keys()
+        graph[module] = {
+            name for name in named - FRONT_DOORS if not any(child.startswith(f"{name}.") for child in named)
+        } - {module}
+    return graph
+
+
+def cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return a cycle as the modules on it, or nothing."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def room_graph(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Return which rooms import which other rooms."""
+    rooms: dict[str, set[str]] = {}
+    for module, others in graph.items():
+        rooms.setdefault(_room(module), set()).update({_room(other) for other in others} - {_room(module)})
+    return rooms
+
+
+def test_every_room_has_its_layer_and_every_layer_its_rooms() -> None:
+    rooms = {_room(module) for module in sources()} - {"", "__main__"}
+    assert rooms == LAYERS.keys()
+
+
+def test_imports_keep_the_layers() -> None:
+    assert not offences(sources()), "\n".join(offences(sources()))
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "sentence"),
+    [
+        ("experts.lora", "from modular_experts.injection import inject", "layer 1 knows nothing of layer 2"),
+        ("experts.lora", "def f():\n    import modular_experts.data", "layer 1 knows nothing of layer 3"),
+        ("experts.lora", "from modular_experts.merging.ties import TIES", "never know each other"),
+        ("merging.ties", "from modular_experts.experts import Expert", "never know each other"),
+        ("merging.ties", "from modular_experts import Expert", "it is no room"),
+        ("merging.ties", "from . import method", "imports are absolute"),
+        ("merging.ties", "import numpy", "layer 1 is torch only"),
+        ("experts.lora", "from lightning.pytorch import Callback", "layer 1 is torch only"),
+        ("merger", "import transformers", "layer 2 is torch only"),
+        ("merger", "from safetensors.torch import save_file", "only interop and library may"),
+        ("module", "import safetensors", "only interop and library may"),
+        ("module", "from modular_experts.cli.errors import near", "only __main__ opens"),
+        ("data.tasks", "from jsonargparse import ArgumentParser", "only cli may"),
+        ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli may"),
+        ("callbacks.results", "from lightning.pytorch import cli", "only cli may"),
+        ("cli", "import torch", "standard library only"),
+        ("__main__", "import torch", "standard library only"),
+        ("__main__", "from modular_experts.deltas import Dense", "imports no room"),
+    ],
+)
+def test_a_forbidden_import_is_caught(module: str, line: str, sentence: str) -> None:
+    found = offences({f"modular_experts.{module}": line})
+    assert found, f"{line!r} went through"
+    assert any(sentence in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("masks", "from modular_experts.deltas import block_grid"),
+        ("library.expert", "from safetensors import safe_open"),
+        ("library.record", "import modular_experts\nmodular_experts.__version__"),
+        ("callbacks.results", "from lightning.pytorch import Callback"),
+        ("cli.training", "from lightning.pytorch.cli import LightningCLI"),
+        ("__main__", "from modular_experts.cli.errors import guarded"),
+    ],
+)
+def test_an_allowed_import_goes_through(module: str, line: str) -> None:
+    assert not offences({f"modular_experts.{module}": line})
+
+
+def test_no_import_cycle_between_files_or_rooms() -> None:
+    graph = import_graph(sources())
+    assert not cycle(graph)
+    assert not cycle(room_graph(graph))
+
+
+def test_a_cycle_is_caught() -> None:
+    graph = import_graph(
+        {"modular_experts.a": "import modular_experts.b", "modular_experts.b": "\nfrom modular_experts import a"}
+    )
+    assert set(cycle(graph)) == {"modular_experts.a", "modular_experts.b"}
+
+
+def test_no_file_has_a_vague_name() -> None:
+    files = [file for folder in ("modular_experts", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    assert not [file for file in files if VAGUE & {part.removesuffix(".py") for part in file.relative_to(ROOT).parts}]
+
+
+def test_contributing_shows_the_same_map() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([^|]*) \|", text, re.MULTILINE)
+    shown = {room: int(layer) for layer, rooms in rows for room in re.findall(r"`([\w]+)/?`", rooms)}
+    assert shown == LAYERS
+
+
+def loaded_after(code: str) -> set[str]:
+    """Return the top-level names of the modules that a fresh interpreter has after running the code."""
+    report = "import sys; print('\\nLOADED', *{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+def test_experts_and_merging_load_neither_lightning_nor_transformers() -> None:
+    loaded = loaded_after("import modular_experts.experts, modular_experts.merging")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "transformers", "datasets", "safetensors", "jsonargparse"}
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_do_not_load_torch(argument: str) -> None:
+    loaded = loaded_after(f"from modular_experts.__main__ import main\nassert main([{argument!r}]) == 0")
+    assert "modular_experts" in loaded
+    assert not loaded & {"torch", "lightning", "transformers", "jsonargparse", "rich"}
+
+
+def test_importing_the_package_costs_nothing_until_a_name_is_used() -> None:
+    assert "torch" not in loaded_after("import modular_experts; dir(modular_experts)")
+    assert "torch" in loaded_after("import modular_experts; modular_experts.Dense")

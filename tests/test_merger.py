@@ -1,0 +1,177 @@
+"""The merger: the streamed merge of experts on disk is the method applied weight by weight, and says where it came
+from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from random_deltas import random_delta
+
+from modular_experts import merger
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.merger import merge
+from modular_experts.merging import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
+
+BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
+SHAPES = {"b.weight": (6, 9), "a.weight": (7, 10), "c.weight": (4, 4)}
+
+
+def make(path, form, seed, weights=("a.weight", "b.weight", "c.weight"), base=BASE, tasks=()):
+    deltas = ((name, random_delta(form, SHAPES[name], seed, torch.float32)) for name in weights)
+    write_expert(path, deltas, make_record("SparseExpert", base, tasks=tasks))
+    return path
+
+
+@pytest.fixture
+def library(tmp_path):
+    make(tmp_path / "one", "Sparse", 1, tasks=["intents"])
+    make(tmp_path / "two", "Sparse", 2, weights=["a.weight", "c.weight"], tasks=["slots", "intents"])
+    make(tmp_path / "three", "LowRank", 3, weights=["b.weight"])
+    return tmp_path
+
+
+def entries(expert, name):
+    return expert[name].dense() if name in expert else torch.zeros(SHAPES[name])
+
+
+@pytest.mark.parametrize("method", [Average(), SparseAverage(), TaskArithmetic(0.4), TIES()], ids=str)
+def test_merge_on_disk_is_the_method_weight_by_weight(library, method):
+    merged = merge([library / name for name in ("one", "two", "three")], method, library / "merged")
+    assert list(merged) == ["a.weight", "b.weight", "c.weight"]
+    experts = [open_expert(library / name) for name in ("one", "two", "three")]
+    for name, shape in SHAPES.items():
+        deltas = [expert[name] if name in expert else Sparse.zero(shape) for expert in experts]
+        assert torch.equal(merged[name].dense(), method.merge(deltas).dense())
+
+
+def test_missing_weight_counts_as_zero_in_an_average(library):
+    merged = merge([library / "one", library / "two"], Average(), library / "merged")
+    one = open_expert(library / "one")
+    assert torch.equal(merged["b.weight"].dense(), one["b.weight"].dense() / 2)
+    assert isinstance(merged["a.weight"], Sparse)
+
+
+def test_global_ties_sees_every_weight(library):
+    paths = [library / "one", library / "two"]
+    merged = merge(paths, TIES(keep=0.1, scope="global"), library / "merged")
+    trimmed = {}
+    for i, path in enumerate(paths):
+        expert = open_expert(path)
+        long = torch.cat([entries(expert, name).view(-1) for name in SHAPES]).abs()
+        cut = long.sort(descending=True).values[round(0.1 * long.numel()) - 1]
+        trimmed[i] = {name: entries(expert, name) * (entries(expert, name).abs() >= cut) for name in SHAPES}
+    for name in SHAPES:
+        expected = TIES(keep=1.0).merge([Dense(trimmed[0][name]), Dense(trimmed[1][name])]).dense()
+        assert torch.equal(merged[name].dense(), expected)
+
+
+def test_average_of_one_expert_is_that_expert(library):
+    merged = merge([library / "one"], Average(), library / "merged")
+    assert merged.content_hash == open_expert(library / "one").content_hash
+
+
+def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
+    method = SparseAverage(scale=0.5)
+    merge([library / "one", library / "two"], method, library / "ab")
+    again = merge([library / "ab", library / "three"], method, library / "abc")
+    record = open_expert(library / "ab").record
+    assert record["kind"] == "merge"
+    assert record["tasks"] == ["intents", "slots"]
+    assert record["base"] == BASE
+    assert [parent["name"] for parent in record["parents"]] == ["one", "two"]
+    assert record["parents"][1]["content_hash"] == open_expert(library / "two").content_hash
+    assert record["method"]["class_path"].endswith(".SparseAverage")
+    assert record["method"]["init_args"] == {"scale": 0.5, "count": "values"}
+    assert again.record["parents"][0]["content_hash"] == open_expert(library / "ab").content_hash
+
+
+def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
+    alive, most = [], 0
+    read = merger._deltas_of
+
+    def counted(*arguments):
+        nonlocal most
+        alive[:] = [reference for reference in alive if reference() is not None]
+        found = read(*arguments)
+        alive.extend(weakref.ref(delta) for delta in found)
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(merger, "_deltas_of", counted)
+    merge([library / "one", library / "two", library / "three"], SparseAverage(), library / "merged")
+    assert most <= 6, "deltas of more than this weight and the last one are alive"
+
+
+def test_same_merge_gives_the_same_bytes(library):
+    for name in ("m1", "m2"):
+        merge([library / "one", library / "two"], TIES(), library / name)
+    assert (library / "m1/delta.safetensors").read_bytes() == (library / "m2/delta.safetensors").read_bytes()
+
+
+def refused(library, paths, sentence, error=ValueError, out="merged", **settings):
+    before = sorted(path.name for path in library.iterdir())
+    with pytest.raises(error, match=sentence):
+        merge(paths, Average(), library / out, **settings)
+    assert sorted(path.name for path in library.iterdir()) == before
+
+
+def test_bad_requests_are_refused_and_leave_nothing(library):
+    one, two = library / "one", library / "two"
+    refused(library, [], "list of experts is empty")
+    refused(library, [one, one], "listed twice")
+    refused(library, [one, library / "." / "one"], "listed twice")
+    refused(library, [one, library / "tow"], "did you mean .*two", FileNotFoundError)
+    refused(library, [one, two], "exists already", FileExistsError, out="three")
+    refused(library, [one, two], "cannot be the name", out="-x")
+    make(library / "other", "Sparse", 4, base={**BASE, "id": "elsewhere", "fingerprint": "b" * 64})
+    refused(library, [one, library / "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb")
+    write_expert(library / "odd", [("a.weight", Sparse.zero((3, 3)))], make_record("X", BASE))
+    refused(library, [one, library / "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)")
+
+
+def test_an_existing_target_is_refused_before_anything_is_read(library):
+    with pytest.raises(FileExistsError):
+        merge([library / "does-not-exist"], Average(), library / "one")
+
+
+def test_a_damaged_expert_stops_the_merge_and_leaves_nothing(library):
+    file = library / "two/delta.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    refused(library, [library / "one", library / "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
+
+
+def test_overwrite_replaces_a_merge_even_one_of_its_parents(library):
+    before = open_expert(library / "one").content_hash
+    merge([library / "one", library / "two"], Average(), library / "one", overwrite=True)
+    assert open_expert(library / "one").record["parents"][0]["content_hash"] == before
+
+
+@dataclass(frozen=True)
+class Wrong(MergeMethod):
+    """A user's method that returns a tensor instead of a delta."""
+
+    def merge(self, deltas):
+        return deltas[0].dense()
+
+
+@dataclass(frozen=True)
+class Explodes(MergeMethod):
+    """A user's method that returns values that are not finite."""
+
+    def merge(self, deltas):
+        return Dense(deltas[0].dense() / 0)
+
+
+def test_a_method_that_returns_no_delta_is_told_so(library):
+    with pytest.raises(ValueError, match=r"Wrong.merge must return a delta of shape \(7, 10\) for a.weight"):
+        merge([library / "one"], Wrong(), library / "merged")
+    with pytest.raises(ValueError, match=r"a.weight cannot be stored: it holds values that are not finite"):
+        merge([library / "one"], Explodes(), library / "merged")
+    assert not (library / "merged").exists()
