@@ -6,6 +6,7 @@ It meets the data only in a batch (`data/batch.py`). Which entries are trained i
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -265,6 +266,8 @@ class ExpertModule(LightningModule):
         first = int((labels != -100).int().argmax(dim=1).min())
         kept = labels.shape[1] - max(first - 1, 0)  # the position before the first answer predicts it
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return row_losses(self.model(**inputs, use_cache=False).logits, labels)
         logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits
         return row_losses(logits, labels[:, -kept:])
 

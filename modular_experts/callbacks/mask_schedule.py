@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class MaskSchedule(Callback):
         batches: Training batches over which a gradient is averaged before it is scored.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it aside, and the entry resumes from it if it comes back. (A masked expert always hides, never forgets.)
-        seed: Seeds the batches and the random scores of each selection.
+        seed: Seeds the batches and the random scores of each selection; the run's own (`seed_everything`) if none is
+            given.
         accumulator_mib: Memory for gradient accumulators when `batches` is above 1, in MiB; layers beyond it go in
             further passes.
     """
@@ -52,13 +54,14 @@ class MaskSchedule(Callback):
         rule: Rule | None = None,
         batches: int = 4,
         leavers: Literal["revert", "stash"] = "revert",
-        seed: int = 0,
+        seed: int | None = None,
         accumulator_mib: int = 1024,
     ) -> None:
         if batches < 1:
             raise ValueError(f"batches={batches} must be at least 1: a score needs a gradient")
         self.score, self.rule, self.batches = score, rule, batches
-        self.leavers, self.seed, self.accumulator_mib = leavers, seed, accumulator_mib
+        self.leavers, self.accumulator_mib = leavers, accumulator_mib
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.selections = 0
         self.seconds = 0.0
         self._last_position = -1

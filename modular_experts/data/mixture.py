@@ -7,6 +7,7 @@ trained and validated on; every task is tested and predicted. No model is known 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -45,7 +46,8 @@ class TaskMixture(LightningDataModule):
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only.
         max_length: The most tokens of a row; longer ones lose tokens on the left of the input and keep their target.
         mixing: How much of each task an epoch takes: `Proportional` (the default), `Equal` or `Temperature`.
-        seed: The order of training is a function of this and the epoch.
+        seed: The order of training is a function of this and the epoch; the run's own (`seed_everything`) if none is
+            given.
         validation_ratio: Share of the rows without a `split` that is validated on (held-in tasks).
         test_ratio: Share of the rows without a `split` that is tested on (held-in tasks; of held-out tasks it is all).
         split_seed: Chooses these rows. It is not `seed`, so that a test never meets rows trained on under another seed.
@@ -64,7 +66,7 @@ class TaskMixture(LightningDataModule):
         eval_batch_size: int = 16,
         max_length: int = 1024,
         mixing: Mixing | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         validation_ratio: float = 0.1,
         test_ratio: float = 0.1,
         split_seed: int = 0,
@@ -77,7 +79,8 @@ class TaskMixture(LightningDataModule):
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.mixing = Proportional() if mixing is None else mixing
-        self.seed, self.split_seed, self.eval_limit = seed, split_seed, eval_limit
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.split_seed, self.eval_limit = split_seed, eval_limit
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.chat_template, self.num_workers = chat_template, num_workers
         self._rows: dict[str, list[Row]] | None = None

@@ -4,8 +4,8 @@ For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)`,
 * entries: a sampled dense-dense product up to `SAMPLED_BELOW` kept, else the dense gradient of this one layer,
 gathered;
 * tiles: one small matrix product per row of tiles, over only the columns of `x` that the row keeps.
-Both need a third of LoRA's extra operations at the same parameter count; what they cost is in `benchmarks/`. Native and
-CUDA kernels go behind the same functions.
+Both need a third of LoRA's extra operations at the same parameter count. Native and CUDA kernels go behind the same
+functions.
 """
 
 from __future__ import annotations
