@@ -313,9 +313,9 @@ def _leave_to_this_module(module: LightningModule) -> None:
 def _summary(module: ExpertModule) -> str:
     layers = [layer for _, layer in expert_layers(module.model)]
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in module.model.parameters())
+    total = sum(parameter.numel() for name, parameter in module.model.named_parameters() if ".expert." not in name)
     kinds = ", ".join(sorted({f"{type(layer.expert).__name__}({_words(layer.expert.settings())})" for layer in layers}))
-    return f"{kinds} in {len(layers)} weights: {trained:,} trained of {total:,} parameters ({trained / total:.2%})"
+    return f"{kinds} in {len(layers)} weights: {trained:,} trained parameters, {trained / total:.2%} of the base's {total:,}"
 
 
 def _words(settings: dict[str, Any]) -> str:

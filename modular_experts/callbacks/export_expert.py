@@ -39,7 +39,7 @@ class ExportExpert(Callback):
         check_name(name)
         self.library, self.name, self.overwrite, self.monitor = library, name, overwrite, monitor
         self.best: float | None = None
-        self.best_step = 0
+        self.best_step = self.validated_step = 0
 
     @property
     def target(self) -> Path:
@@ -60,6 +60,7 @@ class ExportExpert(Callback):
         score = trainer.callback_metrics.get(self.monitor or "")
         if trainer.sanity_checking or trainer.state.fn != "fit" or score is None:
             return
+        self.validated_step = trainer.global_step
         if self.best is None or float(score) < self.best:
             self.best, self.best_step = float(score), trainer.global_step
             if trainer.is_global_zero:
@@ -74,18 +75,19 @@ class ExportExpert(Callback):
             kept = open_expert(best)
             write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite)
             shutil.rmtree(best)
-            log.info(
-                "the best of %d steps, step %d, is exported to %s", trainer.global_step, self.best_step, self.target
-            )
+            unseen = trainer.global_step - self.validated_step
+            tail = f"; the last {unseen} steps were not validated (trainer.val_check_interval)" if unseen else ""
+            log.info("step %d, the best of those validated, is exported to %s%s", self.best_step, self.target, tail)
         else:
             self._write(trainer, pl_module, self.target)
             log.info("the last of %d steps is exported to %s", trainer.global_step, self.target)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
+        return {"best": self.best, "best_step": self.best_step, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self.validated_step = state_dict["validated_step"]
 
     def _best_directory(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / f"best-of-{self.name}"[:64]

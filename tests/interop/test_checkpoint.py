@@ -82,6 +82,10 @@ def test_fingerprint_tells_one_changed_entry(copy):
     weights[name].view(torch.int32)[0, 0] ^= 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(copy) == before
+    narrow = "model.layers.0.self_attn.k_proj.weight"
+    turned = {**weights, narrow: weights[narrow].view(32, 16)}
+    save_file(turned, copy / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(copy) != before
     renamed = {key.replace("layers.0", "layers.7"): value for key, value in weights.items()}
     save_file(renamed, copy / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(copy) != before

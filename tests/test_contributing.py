@@ -1,0 +1,69 @@
+"""CONTRIBUTING.md: its Python blocks run, and its commands work with these blocks as the user's own file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modular_experts.__main__ import main
+from modular_experts.library import open_expert
+
+PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def definitions() -> str:
+    """Return the blocks that define the classes, which are what a user would put into `mine.py`."""
+    return "\n\n".join(block for block in blocks("python") if re.search(r"^class ", block, re.MULTILINE))
+
+
+def run_as_file(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import the source as a file, as pickle wants it, and leave no trace of it."""
+    monkeypatch.syspath_prepend(folder)
+    Path(folder, "contributing_page.py").write_text(source, encoding="utf-8")
+    try:
+        importlib.import_module("contributing_page")
+    finally:
+        sys.modules.pop("contributing_page", None)
+
+
+def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(blocks("python")) == 6
+    run_as_file("\n\n".join(blocks("python")), tmp_path, monkeypatch)
+
+
+def test_a_wrong_block_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "\n\n".join(blocks("python")).replace("anchor() * (self.limit", "anchor() * (0.1 + self.limit")
+    with pytest.raises(AssertionError, match="must leave the"):
+        run_as_file(wrong, tmp_path, monkeypatch)
+
+
+def test_the_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("mine.py").write_text(definitions(), encoding="utf-8")
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert [shlex.split(line)[1] for line in commands] == ["fit", "merge"]
+    for line in commands:
+        arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]
+        monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
+        assert main(arguments) == 0, capsys.readouterr().err
+    trained, merged = open_expert("library/sums"), open_expert("library/median")
+    assert trained.record["kind"] == "GainExpert"
+    assert json.dumps(merged.record["method"]).count("0.5") == 1
+    for name, delta in trained.items():
+        torch.testing.assert_close(merged[name].dense(), 0.5 * delta.dense())
+        assert delta.dense().any()
