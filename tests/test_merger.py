@@ -113,7 +113,7 @@ def test_same_merge_gives_the_same_bytes(library):
     assert (library / "m1/delta.safetensors").read_bytes() == (library / "m2/delta.safetensors").read_bytes()
 
 
-def refused(library, paths, sentence, error=ValueError, out="merged", **settings):
+def check_refused(library, paths, sentence, error=ValueError, out="merged", **settings):
     before = sorted(path.name for path in library.iterdir())
     with pytest.raises(error, match=sentence):
         merge(paths, Average(), library / out, **settings)
@@ -122,16 +122,20 @@ def refused(library, paths, sentence, error=ValueError, out="merged", **settings
 
 def test_bad_requests_are_refused_and_leave_nothing(library):
     one, two = library / "one", library / "two"
-    refused(library, [], "list of experts is empty")
-    refused(library, [one, one], "listed twice")
-    refused(library, [one, library / "." / "one"], "listed twice")
-    refused(library, [one, library / "tow"], "did you mean .*two", FileNotFoundError)
-    refused(library, [one, two], "exists already", FileExistsError, out="three")
-    refused(library, [one, two], "cannot be the name", out="-x")
+    check_refused(library, [], "list of experts is empty")
+    check_refused(library, [one, one], "listed twice")
+    check_refused(library, [one, library / "." / "one"], "listed twice")
+    check_refused(library, [one, library / "tow"], "did you mean .*two", FileNotFoundError)
+    check_refused(library, [one, two], "exists already", FileExistsError, out="three")
+    check_refused(library, [one, two], "cannot be the name", out="-x")
     make(library / "other", "Sparse", 4, base={**BASE, "id": "elsewhere", "fingerprint": "b" * 64})
-    refused(library, [one, library / "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb")
+    check_refused(
+        library, [one, library / "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb"
+    )
     write_expert(library / "odd", [("a.weight", Sparse.zero((3, 3)))], make_record("X", BASE))
-    refused(library, [one, library / "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)")
+    check_refused(
+        library, [one, library / "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)"
+    )
 
 
 def test_an_existing_target_is_refused_before_anything_is_read(library):
@@ -144,7 +148,7 @@ def test_a_damaged_expert_stops_the_merge_and_leaves_nothing(library):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    refused(library, [library / "one", library / "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
+    check_refused(library, [library / "one", library / "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
 
 
 def test_overwrite_replaces_a_merge_even_one_of_its_parents(library):

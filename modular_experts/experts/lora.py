@@ -27,7 +27,7 @@ class LoRAExpert(Expert):
         dropout: Probability, in [0, 1), with which an input of the product is dropped in training.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     def __init__(
         self, weight: Tensor, rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False, dropout: float = 0.0

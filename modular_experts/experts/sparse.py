@@ -36,7 +36,7 @@ class SparseExpert(Selectable):
         block_size: Side of a tile. Where it does not divide the weight, the last tiles reach over the edge.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
 

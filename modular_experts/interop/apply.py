@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,22 +89,15 @@ def apply(
     target = check_target(out, overwrite, MANIFEST)
     opened = open_experts(experts)
     union_of_weights(opened)
-    directory = resolve_base(base or find_base(opened[0]), revision)
-    mark = fingerprint(directory)
-    check_base(opened, mark, str(directory))
+    place = str(base or find_base(opened[0]))
+    mark = fingerprint(directory := resolve_base(place, revision))
+    check_base(opened, mark, place)
     model = load_base(directory, dtype)
     apply_deltas(model, opened, progress)
+    origin = {"base": {"id": place, "revision": revision, "fingerprint": mark}, "experts": as_parents(opened)}
     with new_directory(target, overwrite, MANIFEST) as temporary:
         check = _write_checked(model, directory, temporary, tolerance)
-        manifest = {
-            "base": {"id": str(base or find_base(opened[0])), "revision": revision, "fingerprint": mark},
-            "experts": as_parents(opened),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "check": asdict(check),
-            "versions": package_versions(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        (temporary / MANIFEST).write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")
+        _write_manifest(temporary / MANIFEST, origin, check)
     return check
 
 
@@ -170,6 +164,12 @@ def _write_checked(model: PreTrainedModel, base: Path, directory: Path, toleranc
             f"model in memory, and the tolerance is {tolerance:.3g}"
         )
     return Check(difference, tolerance, (prompts.shape[0], prompts.shape[1]))
+
+
+def _write_manifest(file: Path, origin: dict[str, Any], check: Check) -> None:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = {**origin, "check": asdict(check), "versions": package_versions(), "created": created}
+    file.write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def _carry(base: Path, directory: Path) -> None:

@@ -75,12 +75,12 @@ def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, t
 
 
 def test_base_is_found_through_the_record_and_beside_the_library(tiny_llama_dir, tmp_path):
-    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out")
+    assert apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out").largest_difference == 0
     base = shutil.copytree(tiny_llama_dir, tmp_path / "project/models/base")
     make(tmp_path / "project/library/one", base, 1)
     shutil.move(tmp_path / "project", tmp_path / "moved")
     shutil.move(tmp_path / "moved/models/base", tmp_path / "moved/base")
-    apply([tmp_path / "moved/library/one"], tmp_path / "out2")
+    assert apply([tmp_path / "moved/library/one"], tmp_path / "out2").largest_difference == 0
 
 
 def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
