@@ -17,6 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modular_experts.blocks import (
+    block_entries,
+    block_grid,
+    gather_blocks,
+    index_dtype,
+    rows_and_columns,
+    scatter_blocks_,
+)
+
 __all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add"]
 
 
@@ -209,7 +218,7 @@ class Sparse(Delta):
 
     def linear(self, x: Tensor) -> Tensor:
         wide = _at_least_float32(x.dtype)  # sparse products have no half-precision kernels on every device
-        rows, columns = _rows_and_columns(self.indices, self.shape)
+        rows, columns = rows_and_columns(self.indices, self.shape)
         matrix = torch.sparse_coo_tensor(
             torch.stack([rows, columns]), self.values.to(wide), self.shape, is_coalesced=True, check_invariants=False
         )
@@ -224,7 +233,7 @@ class Sparse(Delta):
 
     @property
     def T(self) -> Sparse:  # noqa: N802
-        rows, columns = _rows_and_columns(self.indices, self.shape)
+        rows, columns = rows_and_columns(self.indices, self.shape)
         indices, order = (columns * self.shape[0] + rows).sort()
         return Sparse(indices.to(self.indices.dtype), self.values[order], torch.Size(reversed(self.shape)))
 
@@ -251,7 +260,7 @@ class BlockSparse(Delta):
 
     @property
     def support_size(self) -> int:
-        rows, columns = _rows_and_columns(self.blocks, block_grid(self.shape, self.block_size))
+        rows, columns = rows_and_columns(self.blocks, block_grid(self.shape, self.block_size))
         height = (self.shape[0] - rows * self.block_size).clamp(max=self.block_size)
         width = (self.shape[1] - columns * self.block_size).clamp(max=self.block_size)
         return int((height * width).sum())
@@ -263,7 +272,7 @@ class BlockSparse(Delta):
 
     def linear(self, x: Tensor) -> Tensor:
         size, (tall, wide) = self.block_size, block_grid(self.shape, self.block_size)
-        rows, columns = _rows_and_columns(self.blocks, (tall, wide))
+        rows, columns = rows_and_columns(self.blocks, (tall, wide))
         flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * size - self.shape[1]))
         panels = flat.view(-1, wide, size).transpose(0, 1)[columns]  # (n, tokens, size)
         products = torch.bmm(panels, self.values.to(x.dtype).transpose(1, 2))
@@ -286,7 +295,7 @@ class BlockSparse(Delta):
     @property
     def T(self) -> BlockSparse:  # noqa: N802
         tall, wide = block_grid(self.shape, self.block_size)
-        rows, columns = _rows_and_columns(self.blocks, (tall, wide))
+        rows, columns = rows_and_columns(self.blocks, (tall, wide))
         blocks, order = (columns * tall + rows).sort()
         values = self.values[order].transpose(1, 2).contiguous()
         return BlockSparse(blocks.to(self.blocks.dtype), values, torch.Size(reversed(self.shape)))
@@ -354,52 +363,3 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def index_dtype(shape: Sequence[int]) -> torch.dtype:
-    """Return int32 while every flat index of `shape` fits into it, else int64."""
-    return torch.int32 if math.prod(shape) < 2**31 else torch.int64
-
-
-def _rows_and_columns(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    indices = indices.long()
-    return indices // shape[1], indices % shape[1]
-
-
-def block_grid(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Return how many tiles cover the rows and the columns of a weight."""
-    return -(-shape[0] // size), -(-shape[1] // size)
-
-
-def block_entries(blocks: Tensor, shape: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Return the flat entries `(n, size, size)` of the tiles, and which of them lie inside the weight."""
-    rows, columns = _rows_and_columns(blocks, block_grid(shape, size))
-    steps = torch.arange(size, device=blocks.device)
-    rows = (rows * size)[:, None, None] + steps[:, None]
-    columns = (columns * size)[:, None, None] + steps
-    return rows * shape[1] + columns, (rows < shape[0]) & (columns < shape[1])
-
-
-def gather_blocks(matrix: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """Return the tiles `(n, size, size)` of a matrix; entries beyond its edge read as zero."""
-    tall, wide = block_grid(matrix.shape, size)
-    if matrix.shape == (tall * size, wide * size):
-        rows, columns = _rows_and_columns(blocks, (tall, wide))
-        return matrix.view(tall, size, wide, size)[rows, :, columns]
-    entries, inside = block_entries(blocks, matrix.shape, size)
-    tiles = matrix.new_zeros(entries.shape)
-    tiles[inside] = matrix.view(-1)[entries[inside]]
-    return tiles
-
-
-def scatter_blocks_(matrix: Tensor, blocks: Tensor, tiles: Tensor) -> Tensor:
-    """Write tiles `(n, size, size)` into a contiguous matrix in place; what lies beyond its edge is dropped."""
-    size = tiles.shape[-1]
-    tall, wide = block_grid(matrix.shape, size)
-    if matrix.shape == (tall * size, wide * size):
-        rows, columns = _rows_and_columns(blocks, (tall, wide))
-        matrix.view(tall, size, wide, size)[rows, :, columns] = tiles
-        return matrix
-    entries, inside = block_entries(blocks, matrix.shape, size)
-    matrix.view(-1)[entries[inside]] = tiles[inside]
-    return matrix

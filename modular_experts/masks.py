@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.deltas import Delta, block_grid, index_dtype
+from modular_experts.blocks import block_grid, index_dtype
+from modular_experts.deltas import Delta
 
 __all__ = [
     "SNIP",

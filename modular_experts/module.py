@@ -27,7 +27,7 @@ from modular_experts.injection import expert_layers, inject, task_vector, write_
 from modular_experts.interop.apply import apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
 from modular_experts.learning_rate import LearningRateShape, WarmupLinear
-from modular_experts.library import StoredExpert, check_base, open_experts
+from modular_experts.library import StoredExpert, check_base, open_experts, warn_of_missing_parents
 from modular_experts.random_state import collect_random_states, restore_random_states
 from modular_experts.training_length import training_length
 
@@ -108,6 +108,7 @@ class ExpertModule(LightningModule):
         model = load_base(self.base, self.dtype_name, self.revision)
         self.applied_experts = open_experts(self.applied) if self.applied else []
         check_base(self.applied_experts, self.fingerprint, self.base)
+        warn_of_missing_parents(self.applied_experts)
         apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
@@ -315,7 +316,8 @@ def _summary(module: ExpertModule) -> str:
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for name, parameter in module.model.named_parameters() if ".expert." not in name)
     kinds = ", ".join(sorted({f"{type(layer.expert).__name__}({_words(layer.expert.settings())})" for layer in layers}))
-    return f"{kinds} in {len(layers)} weights: {trained:,} trained parameters, {trained / total:.2%} of the base's {total:,}"
+    share = f"{trained / total:.2%} of the base's {total:,}"
+    return f"{kinds} in {len(layers)} weights: {trained:,} trained parameters, {share}"
 
 
 def _words(settings: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, block_grid, gather_blocks, index_dtype
+from modular_experts.blocks import block_grid, gather_blocks, index_dtype
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")

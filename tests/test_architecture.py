@@ -18,7 +18,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `merging` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["deltas", "masks"], 0),
+    **dict.fromkeys(["blocks", "deltas", "masks"], 0),
     **dict.fromkeys(["experts", "merging"], 1),
     **dict.fromkeys(["injection", "library", "merger"], 2),
     **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),

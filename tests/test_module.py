@@ -85,7 +85,7 @@ def test_training_lowers_the_loss_and_the_export_tests_like_the_trained_model(
     assert results["model"]["applied"][0]["name"] == "mine"
 
 
-def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
     """The full expert reads its anchor again: base plus applied."""
     first = ExportExpert(str(tmp_path / "library"), "first", monitor=None)
     runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], first)
@@ -99,6 +99,10 @@ def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_fil
     assert _numbers(both, "upper") == pytest.approx(_numbers(upper, "upper"), rel=1e-5)
     record = json.loads((second.target / "expert.json").read_text())
     assert [parent["name"] for parent in record["parents"]] == ["first"]
+    runs.module(tiny_llama_dir, None, applied=[str(first.target), str(second.target)]).configure_model()
+    assert "trained on top" not in caplog.text
+    runs.module(tiny_llama_dir, None, applied=[str(second.target)]).configure_model()
+    assert "second was trained on top of first, which is not listed" in caplog.text
 
 
 def test_a_checkpoint_holds_trained_tensors_and_no_base(tiny_llama_dir, task_files, tmp_path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.deltas import block_grid, gather_blocks
+from modular_experts.blocks import block_grid, gather_blocks
 
 __all__ = ["SAMPLED_BELOW", "kept_linear", "tile_rows"]
 

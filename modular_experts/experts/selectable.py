@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Delta, Sparse, block_grid
+from modular_experts.blocks import block_grid
+from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score, block_scores
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Sparse, gather_blocks, index_dtype, scatter_blocks_
+from modular_experts.blocks import gather_blocks, index_dtype, scatter_blocks_
+from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.experts.kept_gradient import TileRows, entry_gradient, kept_linear, tile_gradient, tile_rows
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score

@@ -10,7 +10,14 @@ from pathlib import Path
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, StoredExpert, open_expert, write_expert
 from modular_experts.library.paths import check_name, check_target, is_name, new_directory
 from modular_experts.library.record import make_record
-from modular_experts.library.together import as_parents, check_base, common_base, open_experts, union_of_weights
+from modular_experts.library.together import (
+    as_parents,
+    check_base,
+    common_base,
+    open_experts,
+    union_of_weights,
+    warn_of_missing_parents,
+)
 
 __all__ = [
     "Library",
@@ -25,6 +32,7 @@ __all__ = [
     "open_expert",
     "open_experts",
     "union_of_weights",
+    "warn_of_missing_parents",
     "write_expert",
 ]
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, block_grid, index_dtype
+from modular_experts.blocks import block_grid, index_dtype
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 
 __all__ = ["FORMS", "check_layout", "pack", "unpack"]
 

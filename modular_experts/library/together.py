@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import torch
 
 from modular_experts.library.expert import StoredExpert, open_expert
 
-__all__ = ["as_parents", "check_base", "common_base", "open_experts", "union_of_weights"]
+__all__ = [
+    "as_parents",
+    "check_base",
+    "common_base",
+    "open_experts",
+    "union_of_weights",
+    "warn_of_missing_parents",
+]
+
+log = logging.getLogger(__name__)
 
 
 def open_experts(paths: Sequence[str | Path]) -> list[StoredExpert]:
@@ -63,6 +73,20 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
                 f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): "
                 f"on {_base(expert)}"
             )
+
+
+def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
+    """Warn of an expert that was trained on top of another one which is not there: its delta is against their sum.
+
+    The parents of a merge are contained in it and need not be there.
+    """
+    present = {expert.content_hash for expert in experts}
+    for expert in experts:
+        parents = expert.record["parents"] if expert.record["kind"] != "merge" else []
+        missing = [str(parent.get("name")) for parent in parents if parent.get("content_hash") not in present]
+        if missing:
+            names = ", ".join(missing)
+            log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, names)
 
 
 def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:

@@ -15,7 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse, block_grid, index_dtype
+from modular_experts.blocks import block_grid, index_dtype
+from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 
 __all__ = ["Frame"]
 

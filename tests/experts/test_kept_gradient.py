@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modular_experts.deltas import gather_blocks
+from modular_experts.blocks import gather_blocks
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.experts.kept_gradient import entry_gradient, kept_linear, tile_gradient, tile_rows
 from modular_experts.injection import inject
