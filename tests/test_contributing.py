@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,39 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks, definitions, run_as_file
 
 from modular_experts.__main__ import main
 from modular_experts.library import open_expert
 
-PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def definitions() -> str:
-    """Return the blocks that define the classes, which are what a user would put into `mine.py`."""
-    return "\n\n".join(block for block in blocks("python") if re.search(r"^class ", block, re.MULTILINE))
-
-
-def run_as_file(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import the source as a file, as pickle wants it, and leave no trace of it."""
-    monkeypatch.syspath_prepend(folder)
-    Path(folder, "contributing_page.py").write_text(source, encoding="utf-8")
-    try:
-        importlib.import_module("contributing_page")
-    finally:
-        sys.modules.pop("contributing_page", None)
+PAGE = "CONTRIBUTING.md"
 
 
 def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(blocks("python")) == 6
-    run_as_file("\n\n".join(blocks("python")), tmp_path, monkeypatch)
+    assert len(blocks(PAGE, "python")) == 6
+    run_as_file("\n\n".join(blocks(PAGE, "python")), tmp_path, monkeypatch)
 
 
 def test_a_wrong_block_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = "\n\n".join(blocks("python")).replace("anchor() * (self.limit", "anchor() * (0.1 + self.limit")
+    wrong = "\n\n".join(blocks(PAGE, "python")).replace("anchor() * (self.limit", "anchor() * (0.1 + self.limit")
     with pytest.raises(AssertionError, match="must leave the"):
         run_as_file(wrong, tmp_path, monkeypatch)
 
@@ -54,8 +34,8 @@ def test_the_commands_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    Path("mine.py").write_text(definitions(), encoding="utf-8")
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
+    commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
     assert [shlex.split(line)[1] for line in commands] == ["fit", "merge"]
     for line in commands:
         arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]

@@ -1,0 +1,33 @@
+"""Pages whose code runs: their blocks, found by language, and a way to run the Python ones as a user's file."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the fenced blocks of one language on a page of the project."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def definitions(page: str) -> str:
+    """Return the Python blocks that define classes, which are what a user would put into `mine.py`."""
+    return "\n\n".join(block for block in blocks(page, "python") if re.search(r"^class ", block, re.MULTILINE))
+
+
+def run_as_file(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import the source as a file, as pickle wants it, and leave no trace of it."""
+    monkeypatch.syspath_prepend(folder)
+    Path(folder, "page_as_file.py").write_text(source, encoding="utf-8")
+    try:
+        importlib.import_module("page_as_file")
+    finally:
+        sys.modules.pop("page_as_file", None)
