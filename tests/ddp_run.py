@@ -42,12 +42,12 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     warnings.simplefilter("ignore")
     seed_everything(ranks, verbose=False)  # other supports at first in one process and in two: the schedule must agree
     watch, export = Watch(), ExportExpert(str(folder / "library"), "mine")
-    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2)
+    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
     optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
     module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
     strategy = "ddp" if ranks > 1 else "auto"
     trainer = runs.trainer(folder, watch, schedule, export, max_steps=10, devices=ranks, strategy=strategy)
-    trainer.fit(module, runs.mixture(files, base))
+    trainer.fit(module, runs.mixture(files, base, seed=0))
     trainer.test(module, runs.mixture(files, base, eval_batch_size=4), verbose=False)
     trainer.predict(module, runs.mixture(files, base, eval_batch_size=4))
     found = {
