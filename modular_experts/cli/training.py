@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from modular_experts.cli.errors import SentenceErrors
+from modular_experts.cli.training_bar import TrainingBar
 from modular_experts.data import Mixing, TaskMixture, TaskSource
 from modular_experts.experts import Expert
 from modular_experts.interop.checkpoint import load_tokenizer
@@ -77,7 +78,7 @@ class TrainingCLI(LightningCLI):
         bars = [callback for callback in trainer.callbacks or [] if isinstance(callback, ProgressBar)]
         if trainer.enable_progress_bar is None and not bars:
             if watched:
-                kwargs["callbacks"] = [RichProgressBar()]
+                kwargs["callbacks"] = [TrainingBar()]
             else:
                 kwargs["enable_progress_bar"] = False
         return super().instantiate_trainer(**kwargs)
