@@ -161,23 +161,24 @@ class Reselect(Rule):
 
 @dataclass(frozen=True)
 class GrowAndDrop(Rule):
-    """Start from the highest scores; then every few steps exchange the least changed units for the best scored ones
+    """Start from the highest scores; then now and again exchange the least changed units for the best scored ones
     outside.
 
     The number of kept units is constant. The share exchanged falls linearly to zero at the freeze.
 
     Args:
-        every: Optimizer steps between two exchanges.
+        every: Optimizer steps between two exchanges; without it, five exchanges are spread evenly, so that their cost
+            does not grow with the length of training.
         until: Share of all steps after which the support is frozen, in (0, 1].
         replace: Share of the kept units exchanged at the first exchange, in (0, 1].
     """
 
-    every: int = 20
+    every: int | None = None
     until: float = 0.5
     replace: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_period(self.every, self.until)
+        _check_period(1 if self.every is None else self.every, self.until)
         if not 0 < self.replace <= 1:
             raise ValueError(f"replace={self.replace} is outside (0, 1]; it is the share of kept units exchanged")
 
@@ -185,7 +186,8 @@ class GrowAndDrop(Rule):
         return math.ceil(self.until * total_steps)
 
     def is_due(self, step: int, last: int) -> bool:
-        return step == 0 or (step < last and step % self.every == 0)
+        every = math.ceil(last / 6) if self.every is None else self.every
+        return step == 0 or (step < last and step % every == 0)
 
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
         if step == 0 or kept.numel() != k:

@@ -27,7 +27,7 @@ from modular_experts.injection import expert_layers, inject, task_vector, write_
 from modular_experts.interop.apply import apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
 from modular_experts.learning_rate import LearningRateShape, WarmupLinear
-from modular_experts.library import StoredExpert, check_base, open_experts, warn_of_missing_parents
+from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.random_state import collect_random_states, restore_random_states
 from modular_experts.training_length import training_length
 
@@ -108,7 +108,6 @@ class ExpertModule(LightningModule):
         model = load_base(self.base, self.dtype_name, self.revision)
         self.applied_experts = open_experts(self.applied) if self.applied else []
         check_base(self.applied_experts, self.fingerprint, self.base)
-        warn_of_missing_parents(self.applied_experts)
         apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:

@@ -103,6 +103,7 @@ def test_grow_and_drop_with_nothing_outside_keeps_all() -> None:
         (Reselect(every=3, until=0.5), [0, 3, 6, 9]),
         (Reselect(every=3, until="first_epoch"), [0, 3]),
         (GrowAndDrop(every=4, until=0.5), [0, 4, 8]),
+        (GrowAndDrop(until=0.9), [0, 3, 6, 9, 12, 15]),
     ],
 )
 def test_rules_are_due_until_they_freeze(rule: SelectOnce, due: list[int]) -> None:

@@ -94,7 +94,7 @@ class MaskSchedule(Callback):
         shares = self.shares(pl_module)
         if shares:
             log.info(
-                "the support was chosen %d times, in %.1f s: %.2f %% of the units are kept, %.2f %% were ever trained",
+                "selections of the support: %d, in %.1f s; %.2f %% of the units are kept, %.2f %% were ever trained",
                 *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
             )
 

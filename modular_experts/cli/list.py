@@ -26,8 +26,8 @@ def list_library(directory: str) -> None:
         print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("expert", overflow="fold")
-    table.add_column("kind")
+    table.add_column("expert", overflow="fold", min_width=min(max(map(len, library)), 28))
+    table.add_column("kind", no_wrap=True)
     table.add_column("tasks", overflow="ellipsis", no_wrap=True)
     for name in ("weights", "kept", "size"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -30,7 +30,6 @@ from modular_experts.library import (
     new_directory,
     open_experts,
     union_of_weights,
-    warn_of_missing_parents,
 )
 from modular_experts.library.record import package_versions, plain
 
@@ -93,7 +92,6 @@ def apply(
     place = str(base or find_base(opened[0]))
     mark = fingerprint(directory := resolve_base(place, revision))
     check_base(opened, mark, place)
-    warn_of_missing_parents(opened)
     model = load_base(directory, dtype)
     apply_deltas(model, opened, progress)
     origin = {"base": {"id": place, "revision": revision, "fingerprint": mark}, "experts": as_parents(opened)}

@@ -16,7 +16,6 @@ from modular_experts.library.together import (
     common_base,
     open_experts,
     union_of_weights,
-    warn_of_missing_parents,
 )
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "open_expert",
     "open_experts",
     "union_of_weights",
-    "warn_of_missing_parents",
     "write_expert",
 ]
 

@@ -17,7 +17,6 @@ __all__ = [
     "common_base",
     "open_experts",
     "union_of_weights",
-    "warn_of_missing_parents",
 ]
 
 log = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ def open_experts(paths: Sequence[str | Path]) -> list[StoredExpert]:
         if expert.path.resolve() in seen:
             raise ValueError(f"the expert {path} is listed twice; list each expert once")
         seen.add(expert.path.resolve())
+    _warn_of_missing_parents(experts)
     return experts
 
 
@@ -75,7 +75,7 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
             )
 
 
-def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
+def _warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
     """Warn of an expert that was trained on top of another one which is not there: its delta is against their sum.
 
     The parents of a merge are contained in it and need not be there.
