@@ -80,5 +80,5 @@ def test_the_tables_and_the_tree_name_what_there_is() -> None:
     named = set(re.findall(r"[\w]+(?:\.py|/)", tree))
     assert all(room in named or f"{room}/" in named for room in rooms)
     inside = {name for name in named if name.endswith(".py")}
-    files = {path.name for path in (ROOT / "modular_experts").rglob("*.py")}
+    files = {path.name for room in ("modular_experts", "benchmarks") for path in (ROOT / room).rglob("*.py")}
     assert inside <= files

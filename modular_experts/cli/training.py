@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from modular_experts.cli.errors import SentenceErrors
+from modular_experts.cli.interruption import SayHowToGoOn
 from modular_experts.cli.training_bar import TrainingBar
 from modular_experts.data import Mixing, TaskMixture, TaskSource
 from modular_experts.experts import Expert
@@ -71,14 +72,16 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar where a person watches, and an end."""
-        trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        trainer = self.config_init[self.subcommand].trainer
+        listed = trainer.callbacks or []
+        kwargs["callbacks"] = [*(listed if isinstance(listed, list) else [listed]), SayHowToGoOn()]
         watched = sys.stderr.isatty() and sys.stdout.isatty()
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
             kwargs["max_epochs"] = _EPOCHS
-        bars = [callback for callback in trainer.callbacks or [] if isinstance(callback, ProgressBar)]
+        bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
         if trainer.enable_progress_bar is None and not bars:
             if watched:
-                kwargs["callbacks"] = [TrainingBar()]
+                kwargs["callbacks"].append(TrainingBar())
             else:
                 kwargs["enable_progress_bar"] = False
         return super().instantiate_trainer(**kwargs)

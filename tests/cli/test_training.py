@@ -232,3 +232,32 @@ def test_a_missing_expert_is_named(place, tiny_llama_dir, capsys) -> None:
     test = ["test", "--config", "tasks.yaml", "--model.base", str(tiny_llama_dir), "--model.applied", "[library/z]"]
     assert main(test) == 1
     assert "library/z is not an expert" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, monkeypatch, capsys) -> None:
+    from modular_experts.module import ExpertModule
+
+    step = ExpertModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.trainer.global_step == 4:  # an epoch is three steps
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ExpertModule, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", SPARSE, "--config", "mine.yaml"])
+    said = capsys.readouterr().err
+    checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
+    assert not Path("library").exists()
+    monkeypatch.setattr(ExpertModule, "training_step", step)
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", checkpoint]) == 0
+    assert list(Library("library")) == ["a"]
+
+
+def test_on_a_terminal_a_bar_is_added_and_the_users_callbacks_stay(place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
+    assert "step: 6/6" in " ".join(capsys.readouterr().out.split())
+    assert list(Library("library")) == ["a"]
