@@ -73,6 +73,8 @@ class ExpertModule(LightningModule):
         generate_in_fit: bool = False,
     ) -> None:
         super().__init__()
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1; an answer has a token")
         self.save_hyperparameters()
         for name in [name for name, value in self.hparams.items() if callable(value)]:
             del self.hparams[name]  # made in Python, not by a config: it cannot be stored, and is given again

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 __all__ = ["SentenceErrors", "explain", "guarded", "near"]
 
+_SPEAKERS = ("modular_experts", "lightning")  # Lightning's complaints about its trainer's options are sentences too
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _NO_SETTING = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)'")
@@ -28,7 +29,7 @@ def guarded(command: Callable[[], object]) -> int:
         command()
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # looked at, and raised again where it has no sentence
         ours = next((cause for cause in _chain(error) if _on_purpose(cause)), None)
         if ours is None:
             raise
@@ -132,7 +133,8 @@ def _on_purpose(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return isinstance(error, OSError) or raised_in.partition(".")[0] == "modular_experts"
+    speaks = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
+    return isinstance(error, OSError) or (speaks and raised_in.partition(".")[0] in _SPEAKERS)
 
 
 def _print_error(sentence: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 import sys
 import tempfile
 import warnings
@@ -114,13 +115,28 @@ def _with_checkpoint_settings(argv: list[str], folder: Path) -> list[str]:
     path = _checkpoint(argv)
     if path is None or not path.is_file():
         return argv
-    settings = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    settings = _load(path).get("hyper_parameters", {})
     settings = {name: value for name, value in settings.items() if not name.startswith("_")}
     if not settings:
         return argv
     file = folder / "checkpoint-settings.yaml"
     file.write_text(yaml.safe_dump({"model": settings}))
     return [argv[0], "--config", str(file), *argv[1:]]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as numbers and tensors only.
+
+    Raises:
+        ValueError: The file is not one, or was cut short; the sentence names it.
+    """
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
+    return found
 
 
 def _checkpoint(argv: Sequence[str]) -> Path | None:
@@ -130,7 +146,10 @@ def _checkpoint(argv: Sequence[str]) -> Path | None:
         return Path(given[-1])
     for file in reversed(_values(argv, "--config") + _values(argv, "-c")):
         if Path(file).is_file():
-            config = yaml.safe_load(Path(file).read_text())
+            try:
+                config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
             if isinstance(config, dict) and config.get("ckpt_path"):
                 return Path(config["ckpt_path"])
     return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -154,7 +155,10 @@ def _write_checked(model: PreTrainedModel, base: Path, directory: Path, toleranc
     prompts = _prompts(model)
     reference = _logits(model, prompts)
     with quiet():
-        model.save_pretrained(directory, max_shard_size="5GB")
+        try:
+            model.save_pretrained(directory, max_shard_size="5GB")
+        except SafetensorError as error:
+            raise OSError(f"the checkpoint could not be written: {error}") from error
         _carry(base, directory)
         reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
     difference = (_logits(reloaded, prompts) - reference).abs().max().item()

@@ -6,6 +6,7 @@ over the names, shapes and stored bytes of its tensors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,10 @@ def load_tokenizer(base: str | Path, revision: str | None = None) -> PreTrainedT
         raise FileNotFoundError(
             f"{directory} has no tokenizer, such as tokenizer.json; copy the tokenizer's files into it"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a tokenizer file in {directory} is damaged: it is not valid JSON ({error})") from error
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer in {directory} has no eos_token (end of sequence); add it in tokenizer_config.json"

@@ -261,3 +261,20 @@ def test_on_a_terminal_a_bar_is_added_and_the_users_callbacks_stay(place, monkey
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
     assert "step: 6/6" in " ".join(capsys.readouterr().out.split())
     assert list(Library("library")) == ["a"]
+
+
+DAMAGED = {
+    "yaml": (["--config", "broken.yaml"], "broken.yaml is not valid YAML"),
+    "checkpoint": (["--ckpt_path", "broken.yaml"], "broken.yaml is not a checkpoint, or is damaged"),
+    "strategy": (["--trainer.strategy", "ddpp"], "ddpp"),
+    "answers": (["--model.max_new_tokens", "0"], "max_new_tokens=0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_input_gets_a_sentence_too(damage: str, place, capsys) -> None:
+    Path("broken.yaml").write_text("model: {modules: [\n")
+    options, sentence = DAMAGED[damage]
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options]) == 1
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("library").exists()
