@@ -35,6 +35,8 @@ __all__ = ["ExpertModule"]
 
 log = logging.getLogger(__name__)
 
+_PLAIN = (str, int, float, list, dict, type(None))  # what a checkpoint may hold of the settings
+
 
 class ExpertModule(LightningModule):
     """A causal language model whose linear layers carry experts.
@@ -76,7 +78,7 @@ class ExpertModule(LightningModule):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1; an answer has a token")
         self.save_hyperparameters()
-        for name in [name for name, value in self.hparams.items() if callable(value)]:
+        for name in [name for name, value in self.hparams.items() if not isinstance(value, _PLAIN)]:
             del self.hparams[name]  # made in Python, not by a config: it cannot be stored, and is given again
         self.base, self.modules_pattern, self.expert = base, modules, expert
         self.applied = list(applied or [])

@@ -287,3 +287,22 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
     after = resumable(tiny_llama_dir, task_files, tmp_path / "killed", checkpoint, None)
     assert len(before) == 8
     assert before + after == whole
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+    """The checkpoints that Lightning writes by itself are of this kind."""
+
+    def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:
+        losses = runs.Losses()
+        torch.manual_seed(0)
+        module = runs.module(tiny_llama_dir, KINDS["element"], scheduler=Constant())
+        saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}")
+        schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9))
+        trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
+        return losses.steps
+
+    whole = run(tmp_path / "whole", 20)
+    for step in (6, 12):  # an epoch is six
+        assert run(tmp_path / f"from{step}", 20, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]

@@ -149,9 +149,7 @@ class TaskMixture(LightningDataModule):
         loader = ResumableLoader(
             dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
             batch_size=max(1, self.batch_size // world_size),
-            sampler=MixtureSampler(
-                order, sum(counts.values()), self.batch_size, rank, world_size, self._finished_batches
-            ),
+            sampler=MixtureSampler(order, sum(counts.values()), self.batch_size, rank, world_size, self._position),
             collate_fn=Collator(self._row_tokenizer().pad_id, texts=False),
             num_workers=self.num_workers,
             generator=torch.Generator(),  # one of its own: a loader without takes numbers from the global one
@@ -186,11 +184,15 @@ class TaskMixture(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _finished_batches(self, epoch: int) -> int:
+    def _position(self, epoch: int) -> tuple[int, int]:
+        """Return which epoch to read and its finished batches; for the trainer's own, by its count of all batches.
+
+        Its count of epochs is one too high after a resume from a checkpoint of an epoch's end.
+        """
         loop = None if self.trainer is None else self.trainer.fit_loop
         if loop is None or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
-            return 0
-        return loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+            return epoch, 0
+        return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))  # type: ignore[attr-defined]
 
     def _read(self) -> dict[str, list[Row]]:
         if self._rows is None:

@@ -34,7 +34,8 @@ class MixtureSampler(DistributedSampler):
         batch_size: Rows of a global batch; a multiple of `world_size`.
         rank: Number of this process.
         world_size: How many processes share a batch.
-        position: Says how many batches of an epoch are finished already; asked whenever an iteration begins.
+        position: Gives, for the epoch that was set, the one to read and how many of its batches are finished already;
+            asked whenever an iteration begins.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class MixtureSampler(DistributedSampler):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        position: Callable[[int], int] = lambda epoch: 0,
+        position: Callable[[int], tuple[int, int]] = lambda epoch: (epoch, 0),
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -55,10 +56,11 @@ class MixtureSampler(DistributedSampler):
         self.order, self.length, self.batch_size, self.position = order, length, batch_size, position
 
     def __iter__(self) -> Iterator[int]:
-        rows = self.order(self.epoch).tolist()
+        epoch, finished = self.position(self.epoch)
+        rows = self.order(epoch).tolist()
         while len(rows) % self.num_replicas:
             rows += rows[: self.num_replicas - len(rows) % self.num_replicas]
-        return iter(rows[self.position(self.epoch) * self.batch_size + self.rank :: self.num_replicas])
+        return iter(rows[finished * self.batch_size + self.rank :: self.num_replicas])
 
 
 class EvaluationSampler(DistributedSampler):

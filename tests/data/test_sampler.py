@@ -17,7 +17,7 @@ ORDER = partial(epoch_order, {"a": 23}, {"a": 23}, 0)
 
 
 def batches(rank: int, world_size: int, batch_size: int = 4, epoch: int = 0, done: int = 0, workers: int = 0) -> list:
-    sampler = MixtureSampler(ORDER, 23, batch_size, rank, world_size, lambda _: done)
+    sampler = MixtureSampler(ORDER, 23, batch_size, rank, world_size, lambda number: (number, done))
     loader = ResumableLoader(
         range(23), batch_size=batch_size // world_size, sampler=sampler, collate_fn=list, num_workers=workers
     )
@@ -52,7 +52,7 @@ def test_a_resumed_epoch_is_the_rest_of_it(workers: int) -> None:
 
 def test_the_place_is_asked_for_at_the_first_batch_and_not_at_iter() -> None:
     done = 0
-    sampler = MixtureSampler(ORDER, 23, 4, position=lambda _: done)
+    sampler = MixtureSampler(ORDER, 23, 4, position=lambda epoch: (epoch, done))
     reading = iter(ResumableLoader(range(23), batch_size=4, sampler=sampler, collate_fn=list, num_workers=1))
     done = 5
     sampler.set_epoch(7)
