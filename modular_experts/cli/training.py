@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
+from modular_experts.callbacks import ExportExpert
 from modular_experts.cli.errors import SentenceErrors
 from modular_experts.cli.interruption import SayHowToGoOn
 from modular_experts.cli.training_bar import TrainingBar
@@ -36,6 +37,8 @@ from modular_experts.masks import Rule, Score
 from modular_experts.module import ExpertModule
 
 __all__ = ["TrainingCLI", "run"]
+
+log = logging.getLogger(__name__)
 
 _DEFAULTS = {
     "default_root_dir": "runs",
@@ -70,6 +73,16 @@ class TrainingCLI(LightningCLI):
         """Give the data the tokenizer of the model, unless it has another."""
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = load_tokenizer(self.model.base, self.model.revision)
+
+    def after_fit(self) -> None:
+        """Say where no expert was written; write the one of a run that was resumed when it had nothing left to do."""
+        listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        exports = [callback for callback in listed if isinstance(callback, ExportExpert)]
+        if not exports:
+            log.info("no expert was exported: list the callback ExportExpert with its library and name to keep one")
+        for export in exports:
+            if not export.target.exists():
+                export.on_train_end(self.trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar where a person watches, and an end."""

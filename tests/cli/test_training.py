@@ -103,13 +103,17 @@ def test_another_expert_than_the_checkpoints_is_refused_not_replaced(place, caps
     assert "the checkpoint's experts are not those configured" in capsys.readouterr().err
 
 
-def test_fit_resumes_from_its_checkpoint(place) -> None:
+def test_fit_resumes_from_its_checkpoint_and_says_that_nothing_is_exported(place, capsys) -> None:
     fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
     assert main([*fit, "--trainer.max_steps", "4"]) == 0
+    assert "no expert was exported" in capsys.readouterr().err
     (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
     assert main([*fit, "--ckpt_path", str(checkpoint)]) == 0
     newest = max(Path("runs/lightning_logs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     assert torch.load(newest, weights_only=True)["global_step"] == 6
+    ended = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", str(newest)]
+    assert main(ended) == 0  # nothing is left to train, and the expert is written all the same
+    assert list(Library("library")) == ["a"]
 
 
 def test_optimizer_scheduler_score_and_rule_are_named_by_class(place) -> None:
