@@ -34,6 +34,7 @@ def test_the_commands_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
     assert [shlex.split(line)[1] for line in commands] == ["fit", "merge"]
