@@ -1,0 +1,80 @@
+"""Word tasks: rows of text made from a seed, of one instruction and one rule on words of a few letters.
+
+    order reverse c a b =   ->   b a c
+
+Which split a word is in follows from the word alone, so a word that is tested is never trained on, in no task and under
+no seed. A row may be *chatty*: its target repeats the word before the answer. A model that learns mostly chatty rows
+knows the tasks but answers in another format, as a pretrained language model does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from modular_experts.data import TaskSource
+
+__all__ = ["LETTERS", "WordTask", "split_of"]
+
+LETTERS = "abcdefgh"
+LENGTHS = (3, 4, 5, 6)
+
+
+class WordTask(TaskSource):
+    """Rows of one task on words: subclass it, set `instruction`, and write `answer`.
+
+    Args:
+        seed: Which words are drawn. Two tasks with the same seed have different words.
+        train: Number of training rows.
+        validation: Number of validation rows.
+        test: Number of test rows.
+        chatty: Whether targets repeat the word before the answer, as in `c a b , b a c`.
+    """
+
+    #: What the input starts with, such as `order reverse`.
+    instruction: ClassVar[str]
+
+    def __init__(
+        self, seed: int = 0, train: int = 800, validation: int = 16, test: int = 48, chatty: bool = False
+    ) -> None:
+        self.seed, self.counts, self.chatty = seed, {"train": train, "validation": validation, "test": test}, chatty
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the task's name: that of the class, such as `first-two`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def answer(self, word: str) -> str:
+        """Return the answer to a word of `LETTERS`: its characters are written with spaces between them."""
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        """Yield the rows of all splits; no word comes twice."""
+        left, seen = dict(self.counts), set()
+        draws = random.Random(f"{self.instruction}/{self.seed}")
+        while any(left.values()):
+            word = "".join(draws.choices(LETTERS, k=draws.choice(LENGTHS)))
+            split = split_of(word)
+            if left[split] and word not in seen:
+                left[split] -= 1
+                seen.add(word)
+                yield {"input": self.prompt(word), "target": self.target(word), "split": split}
+
+    def prompt(self, word: str) -> str:
+        """Return the input of a word."""
+        return f"{self.instruction} {' '.join(word)} ="
+
+    def target(self, word: str) -> str:
+        """Return the target of a word."""
+        answer = " ".join(self.answer(word))
+        return f"{' '.join(word)} , {answer}" if self.chatty else answer
+
+
+def split_of(word: str) -> str:
+    """Return the split of a word: one word in five is for tests, one in ten for validation."""
+    tenth = hashlib.md5(word.encode(), usedforsecurity=False).digest()[0] % 10
+    return "test" if tenth < 2 else "validation" if tenth == 2 else "train"
