@@ -6,7 +6,6 @@ It meets the data only in a batch (`data/batch.py`). Which entries are trained i
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.predictions import WritePredictions
 from modular_experts.callbacks.results import WriteResults
 from modular_experts.deltas import Delta, add
-from modular_experts.evaluation import TaskScores, choice_log_likelihoods, generate, row_losses
+from modular_experts.evaluation import TaskScores, batch_losses, generate, score_batch
 from modular_experts.experts import Expert
 from modular_experts.injection import expert_layers, inject, task_vector, write_experts
 from modular_experts.interop.apply import apply_deltas
@@ -125,7 +124,10 @@ class ExpertModule(LightningModule):
         """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         kinds: tuple[type[Callback], ...] = (MaskSchedule, WriteResults, WritePredictions)
-        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in listed)]
+        added = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in listed)]
+        for callback in added:
+            callback.asked_for = False  # type: ignore[attr-defined]
+        return added
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained parameters and its schedule."""
@@ -173,7 +175,7 @@ class ExpertModule(LightningModule):
         """Return the mean loss per target token of the global batch: its average over ranks is that of one process
         with all rows.
         """
-        sums, counts = self._row_losses(batch)
+        sums, counts = batch_losses(self.model, batch)
         tokens = counts.sum()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(tokens)
@@ -264,17 +266,6 @@ class ExpertModule(LightningModule):
         moved = [expert[name] for expert in self.applied_experts if name in expert]
         return add(moved).add_to(weight.clone()) if moved else weight
 
-    def _row_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the summed loss and the number of target tokens of each row; logits are made for the answers only."""
-        labels = batch["labels"]
-        first = int((labels != -100).int().argmax(dim=1).min())
-        kept = labels.shape[1] - max(first - 1, 0)  # the position before the first answer predicts it
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return row_losses(self.model(**inputs, use_cache=False).logits, labels)
-        logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits
-        return row_losses(logits, labels[:, -kept:])
-
     def _start_scores(self) -> None:
         roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
         if roles is None:
@@ -283,11 +274,9 @@ class ExpertModule(LightningModule):
             )
         self.scores = TaskScores(roles).to(self.device)
 
-    @torch.no_grad()
     def _score(self, batch: dict[str, Any], generates: bool) -> None:
-        texts = generate(self.model, self.tokenizer, batch, self.max_new_tokens) if generates else None
-        choices = choice_log_likelihoods(self.model, batch["choices"]) if "choices" in batch else None
-        self.scores.update(batch, *self._row_losses(batch), texts, choices)
+        limit = self.max_new_tokens if generates else None
+        score_batch(self.scores, self.model, self.tokenizer, batch, limit)
 
     def _finish_scores(self) -> None:
         self.results = self.scores.compute()
@@ -317,9 +306,10 @@ def _leave_to_this_module(module: LightningModule) -> None:
 def _summary(module: ExpertModule) -> str:
     layers = [layer for _, layer in expert_layers(module.model)]
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    theirs = sum(layer.weight.numel() for layer in layers)
     total = sum(parameter.numel() for name, parameter in module.model.named_parameters() if ".expert." not in name)
     kinds = ", ".join(sorted({f"{type(layer.expert).__name__}({_words(layer.expert.settings())})" for layer in layers}))
-    share = f"{trained / total:.2%} of the base's {total:,}"
+    share = f"{trained / theirs:.2%} of these weights, {trained / total:.2%} of the base's {total:,}"
     return f"{kinds} in {len(layers)} weights: {trained:,} trained parameters, {share}"
 
 

@@ -157,7 +157,7 @@ class TaskMixture(LightningDataModule):
         loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
         return loader
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> DataLoader | list[Any]:
         """Return the validation rows of the held-in tasks, tasks taking turns; nothing at all if there are none."""
         examples = _taking_turns(list(self._split("validation").values()))
         return self._evaluation_loader(examples) if examples else []

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from modular_experts.evaluation.generation import generate
-from modular_experts.evaluation.likelihood import choice_log_likelihoods, row_losses
+from modular_experts.evaluation.likelihood import (
+    batch_losses,
+    choice_log_likelihoods,
+    greedy_matches,
+    row_losses,
+)
+from modular_experts.evaluation.measure import measure, score_batch
 from modular_experts.evaluation.results import results_summary, results_table, write_results
 from modular_experts.evaluation.scores import TaskScores
 
 __all__ = [
     "TaskScores",
+    "batch_losses",
     "choice_log_likelihoods",
     "generate",
+    "greedy_matches",
+    "measure",
     "results_summary",
     "results_table",
     "row_losses",
+    "score_batch",
     "write_results",
 ]

@@ -10,7 +10,8 @@ import difflib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from modular_experts.library import (
 )
 from modular_experts.library.record import package_versions, plain
 
-__all__ = ["Check", "apply", "apply_deltas"]
+__all__ = ["Check", "applied", "apply", "apply_deltas"]
 
 MANIFEST = "modular_experts.json"
 _CARRIED = [
@@ -128,6 +129,28 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     for name in progress(sorted(shapes)):
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(parameters[name].device).add_to(parameters[name])
+
+
+@contextmanager
+def applied(model: nn.Module, experts: Sequence[Mapping[str, Delta]], scale: float = 1.0) -> Iterator[None]:
+    """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
+
+    So many merges, or many scales of one, are measured on one loaded model. A copy of each moved weight is held.
+
+    Args:
+        model: As for `apply_deltas`.
+        experts: Name and delta of each weight, such as opened library experts.
+        scale: Factor of all deltas.
+    """
+    moved = {name for expert in experts for name in expert}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if name in moved}
+    try:
+        apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in experts])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                model.get_parameter(name).copy_(weight)
 
 
 def _shapes(expert: Mapping[str, Delta]) -> dict[str, torch.Size]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop import apply as apply_room
-from modular_experts.interop.apply import apply, apply_deltas
+from modular_experts.interop.apply import applied, apply, apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, read_weight
 from modular_experts.library import make_record, open_expert, write_expert
 
@@ -153,3 +153,21 @@ def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_di
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     apply_deltas(model, [good])
     assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before[next(iter(good))])
+
+
+def test_applied_adds_for_a_while_and_restores_bit_for_bit(tiny_llama_dir) -> None:
+    model = load_base(tiny_llama_dir)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = model.get_parameter(name).clone()
+    delta = torch.full(before.shape, 1e-8)  # added and taken off again, this would not give the same bits
+    with applied(model, [{name: Dense(delta)}, {name: Dense(delta)}], scale=0.5):
+        torch.testing.assert_close(model.get_parameter(name), before + 1e-8, rtol=0, atol=1e-9)
+    with pytest.raises(RuntimeError, match="in between"), applied(model, [{name: Dense(torch.ones(before.shape))}]):
+        raise RuntimeError("in between")
+    assert torch.equal(model.get_parameter(name), before)
+
+
+def test_applied_refuses_an_unknown_weight_with_a_sentence(tiny_llama_dir) -> None:
+    wrong = {"model.layers.0.mlp.up.weight": Dense(torch.zeros(2, 2))}
+    with pytest.raises(ValueError, match="has no weight"), applied(load_base(tiny_llama_dir), [wrong]):
+        pass

@@ -1,0 +1,48 @@
+"""Measuring without a trainer gives what `Trainer.test` gives, and one pass tells what greedy decoding would write."""
+
+from __future__ import annotations
+
+import torch
+from runs import mixture, module, trainer
+
+from modular_experts.data.batch import Collator
+from modular_experts.data.rows import Row
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import generate, greedy_matches, measure
+from modular_experts.interop.checkpoint import load_base, load_tokenizer
+
+
+def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_path) -> None:
+    tested = module(tiny_llama_dir, None, max_new_tokens=6)
+    trainer(tmp_path).test(tested, mixture(task_files, tiny_llama_dir), verbose=False)
+    data = mixture(task_files, tiny_llama_dir)
+    data.setup("test")
+    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    found = measure(model.train(), tokenizer, data.test_dataloader(), data.roles, max_new_tokens=6)
+    assert found == {key: value for key, value in tested.results.items() if key != "model"}
+    assert model.training
+
+
+def test_without_generation_there_is_only_the_loss(tiny_llama_dir, task_files) -> None:
+    data = mixture(task_files, tiny_llama_dir)
+    data.setup("test")
+    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=None)
+    assert set(found["tasks"]["upper"]) == {"role", "rows", "loss"}
+
+
+def test_greedy_matches_are_the_rows_that_generation_writes(tiny_llama_dir) -> None:
+    """Targets of two kinds: what the model writes itself when its end-of-sequence is made likely, and other text."""
+    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    batch_of = Collator(0)
+    prompts = [f"ask {letter}:" for letter in "abcdefgh"]
+    rows = [Row(prompt, "x", None, (), "here") for prompt in prompts]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # far-apart logits: no ties between two passes of another shape
+    first = batch_of(RowTokenizer(tokenizer)("t", rows).examples)
+    written = generate(model, tokenizer, first, max_new_tokens=1)
+    rows = [Row(prompt, text or "x", None, (), "here") for prompt, text in zip(prompts, written, strict=True)]
+    batch = batch_of(RowTokenizer(tokenizer)("t", rows).examples)
+    found = greedy_matches(model, batch)
+    longer = generate(model, tokenizer, batch, max_new_tokens=2)
+    assert found.tolist() == [made == row.target for made, row in zip(longer, rows, strict=True)]
