@@ -15,19 +15,23 @@ __all__ = ["Average"]
 
 @dataclass(frozen=True)
 class Average(MergeMethod):
-    """Average: `sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
+    """Average: `scale * sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
 
-    Linear, so every form is kept. The average of one expert is that expert, and so is the average of copies of it. The
-    order of the experts does not matter (the weights go with them).
+    Linear, so every form is kept. At scale 1, the average of one expert is that expert, and so is the average of copies
+    of it. The order of the experts does not matter (the weights go with them).
 
     Args:
         weights: One weight per expert, in the order of the experts. They are divided by their sum, so `[3, 1]` and
             `[0.75, 0.25]` mean the same; a weight may be negative. Default: all equal.
+        scale: Factor of the result. The plain average of many experts is a short step; with a scale of N it is their
+            sum.
     """
 
     weights: list[float] | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
         for weight in self.weights or []:
             check_finite(self, "each weight", weight)
         if self.weights is not None and sum(self.weights) == 0:
@@ -40,4 +44,4 @@ class Average(MergeMethod):
         if len(weights) != len(deltas):
             raise ValueError(f"Average: {len(weights)} weights were given for {len(deltas)} experts; give one for each")
         total = sum(weights)
-        return weighted_sum(deltas, [weight / total for weight in weights])
+        return weighted_sum(deltas, [self.scale * weight / total for weight in weights])

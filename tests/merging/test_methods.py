@@ -17,6 +17,7 @@ from modular_experts.merging import TIES, Average, SparseAverage, TaskArithmetic
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 METHODS = [
     Average(),
+    Average(scale=3.0),
     SparseAverage(),
     SparseAverage(count="supports"),
     SparseAverage(scale=0.5),
@@ -75,11 +76,11 @@ def test_average_equals_the_formula(deltas):
     torch.testing.assert_close(Average().merge(deltas).dense().double(), average(deltas), **CLOSE)
 
 
-@given(deltas_of_one_weight(), st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
-def test_weighted_average_equals_the_formula(deltas, weights):
+@given(deltas_of_one_weight(), st.lists(st.floats(0.1, 5), min_size=4, max_size=4), st.floats(-2, 2))
+def test_weighted_average_equals_the_formula(deltas, weights, scale):
     weights = weights[: len(deltas)]
-    merged = Average(weights=weights).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), average(deltas, weights), **CLOSE)
+    merged = Average(weights, scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double(), scale * average(deltas, weights), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(-2, 2), st.sampled_from(["values", "supports"]))
@@ -191,6 +192,7 @@ def test_sparse_average_leaves_what_one_expert_alone_has_learned():
         (SparseAverage, {"scale": math.nan}, "finite number, got nan"),
         (TaskArithmetic, {"scale": math.inf}, "finite number, got inf"),
         (Average, {"weights": [1.0, -1.0]}, "sum to zero"),
+        (Average, {"scale": math.inf}, "finite number, got inf"),
     ],
 )
 def test_bad_settings_get_a_sentence(method, settings, sentence):
