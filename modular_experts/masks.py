@@ -153,7 +153,9 @@ class Reselect(Rule):
         _check_period(self.every, self.until)
 
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
-        return steps_per_epoch - 1 if self.until == "first_epoch" else math.ceil(self.until * total_steps)
+        if self.until == "first_epoch":
+            return min(steps_per_epoch, total_steps) - 1
+        return math.ceil(self.until * total_steps)
 
     def is_due(self, step: int, last: int) -> bool:
         return step <= last and step % self.every == 0

@@ -1,53 +1,73 @@
-"""Every file in configs/ runs as it stands, given a base, tasks and experts."""
+"""Every file in configs/ runs as it stands in the directory that `modular-experts quickstart` was run in.
+
+The paper's configs need a hub and a GPU; `test_paper_configs.py` runs them on a tiny model.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from modular_experts.__main__ import main
-from modular_experts.library import Library
+from modular_experts.library import Library, open_expert
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = Path("runs/quickstart")
+NEEDED = {"sparse-reverse": "sparse", "sparse-upper": "sparse-element", "lora-next": "lora"}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama_dir) -> Path:
+    """A directory as the quickstart leaves it, with a random base and experts of two steps."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "argv", ["modular-experts"])
+        QUICKSTART.mkdir(parents=True)
+        (QUICKSTART / "base").symlink_to(tiny_llama_dir)
+        for name, config in NEEDED.items():
+            assert _fit(config) == 0
+            (made,) = Library("library").values()
+            (QUICKSTART / "library").mkdir(exist_ok=True)
+            made.path.rename(QUICKSTART / "library" / name)
+        experts = str([str(QUICKSTART / "library" / name) for name in NEEDED])
+        out = str(QUICKSTART / "library" / "merge-sparse-SparseAverage")
+        assert main(["merge", "--experts", experts, "--method", "SparseAverage", "--out", out]) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _in_place(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    return tmp_path
 
 
-def _fit(config: Path, base: Path, files: dict[str, Path], name: str) -> int:
-    export = [{"class_path": "ExportExpert", "init_args": {"library": "library", "name": name}}]
-    tasks = [{"name": task, "path": str(file)} for task, file in files.items()]
-    own = ["--trainer.callbacks+", json.dumps(export), "--data.tasks", json.dumps(tasks), "--model.base", str(base)]
-    return main(["fit", "--config", str(config), *own, "--trainer.max_steps", "2"])
+def _fit(config: str) -> int:
+    return main(["fit", "--config", str(CONFIGS / "fit" / f"{config}.yaml"), "--trainer.max_steps", "2"])
 
 
-@pytest.mark.parametrize("config", sorted((CONFIGS / "fit").glob("*.yaml")), ids=lambda file: file.stem)
-def test_fit_config_trains_and_exports(config: Path, place, tiny_llama_dir, task_files) -> None:
-    assert _fit(config, tiny_llama_dir, task_files, config.stem) == 0
-    assert list(Library("library")) == [config.stem]
+@pytest.mark.parametrize("config", sorted(file.stem for file in (CONFIGS / "fit").glob("*.yaml")))
+def test_fit_config_trains_and_exports(config: str) -> None:
+    before = set(Library("library"))
+    assert _fit(config) == 0
+    (name,) = set(Library("library")) - before
+    assert Library("library")[name].record["hyperparameters"]["steps"] == 2
 
 
-def test_merge_configs_merge_and_the_test_config_tests(place, tiny_llama_dir, task_files) -> None:
-    for name in ("sparse", "lora"):
-        assert _fit(CONFIGS / "fit" / f"{name}.yaml", tiny_llama_dir, task_files, name) == 0
-    for config in sorted((CONFIGS / "merge").glob("*.yaml")):
-        out = f"library/{config.stem}"
-        assert (
-            main(["merge", "--config", str(config), "--experts", "[library/sparse, library/lora]", "--out", out]) == 0
-        )
-        assert Library("library")[config.stem].record["kind"] == "merge"
-    tasks = json.dumps([{"name": "upper", "path": str(task_files["upper"])}])
-    test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.base", str(tiny_llama_dir), "--data.tasks", tasks]
-    assert main([*test, "--model.applied", "[library/ties]", "--model.max_new_tokens", "4"]) == 0
+@pytest.mark.parametrize("config", sorted((CONFIGS / "merge").glob("*.yaml")), ids=lambda file: file.stem)
+def test_merge_config_merges(config: Path) -> None:
+    assert main(["merge", "--config", str(config)]) == 0
+    merged = open_expert(f"library/{config.stem}")
+    assert [parent["name"] for parent in merged.record["parents"]] == list(NEEDED)
+
+
+def test_the_test_config_tests(capsys) -> None:
+    assert main(["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]) == 0
+    assert "held-out" in capsys.readouterr().out
 
 
 def test_no_config_is_left_out() -> None:
     found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
-    assert found == {".", "fit", "merge"}
+    assert found == {".", "fit", "merge", "paper"}

@@ -111,6 +111,11 @@ def test_rules_are_due_until_they_freeze(rule: SelectOnce, due: list[int]) -> No
     assert [step for step in range(20) if rule.is_due(step, last)] == due
 
 
+def test_the_first_epoch_ends_with_training_where_that_is_shorter() -> None:
+    """Otherwise a masked expert would be shown without its mask to the end, and exported dense."""
+    assert Reselect().last_update(total_steps=2, steps_per_epoch=100) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
