@@ -10,13 +10,17 @@ import csv
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "TaskSource", "hub_records", "path_records", "source_records"]
+__all__ = ["Record", "TaskSource", "Wanted", "hub_records", "path_records", "source_records"]
+
+Wanted = Mapping[str, str | int | float | bool]
+"""The value that each of some columns is to have."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,17 @@ def source_records(source: TaskSource) -> Iterator[Record]:
         yield Record(f"{type(source).__name__}:{number}", values)
 
 
-def path_records(path: str) -> Iterator[Record]:
+def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
+
+    `where` is only a hint: a directory skips rows that it rules out. The caller has to match what comes.
 
     Raises:
         ValueError: The path does not exist, or its suffix is none of the known ones.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        return _directory_records(path, place)
+        return _directory_records(path, place, where or {})
     if not place.is_file():
         raise ValueError(_missing(path, place))
     if place.suffix.lower() not in READERS:
@@ -58,25 +64,33 @@ def path_records(path: str) -> Iterator[Record]:
     return _never_empty(path, READERS[place.suffix.lower()](path, place))
 
 
-def hub_records(name: str, subset: str | None = None, revision: str | None = None) -> Iterator[Record]:
+def hub_records(
+    name: str, subset: str | None = None, revision: str | None = None, where: Wanted | None = None
+) -> Iterator[Record]:
     """Read a dataset of the Hugging Face hub, all its splits; class labels are given by their names.
+
+    `where` is only a hint: rows that it rules out may be skipped. The caller has to match what comes.
 
     Raises:
         ValueError: The hub, or the dataset on it, could not be reached or read.
     """
+    return _dataset_records(name, _hub_dataset(name, subset, revision), where or {})
+
+
+@cache  # an open table lies on disk and costs no memory, and the tasks of one dataset ask for it one after the other
+def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
     import datasets  # a second of imports that a run on files does not need
 
     try:
-        loaded = datasets.load_dataset(name, subset, revision=revision)
+        return datasets.load_dataset(name, subset, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"hub dataset {name!r} could not be loaded ({_one_line(error)}); without a network, give `path`: a file, "
             "or a directory written by datasets.save_to_disk"
         ) from error
-    return _dataset_records(name, loaded)
 
 
-def _directory_records(path: str, place: Path) -> Iterator[Record]:
+def _directory_records(path: str, place: Path, where: Wanted) -> Iterator[Record]:
     import datasets
 
     try:
@@ -87,23 +101,46 @@ def _directory_records(path: str, place: Path) -> Iterator[Record]:
             f"{path}: this directory was not written by datasets.save_to_disk; name a file in it (it holds "
             f"{', '.join(inside) or 'nothing'})"
         ) from error
-    return _never_empty(path, _dataset_records(path, loaded))
+    return _never_empty(path, _dataset_records(path, loaded, where))
 
 
-def _dataset_records(name: str, loaded: Any) -> Iterator[Record]:
+def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]:
     """Yield the rows of a Dataset, or of a DatasetDict, whose keys stand for a missing `split` column."""
     import datasets
 
     splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
     for split, dataset in splits.items():
         labels = {key: kind for key, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
-        for number, values in enumerate(dataset, 1):
+        rows = _possible_rows(dataset, wanted)
+        for number, values in zip(rows, dataset.select(rows), strict=True):
             named = {
                 k: labels[k].int2str(v) if k in labels and isinstance(v, int) and v >= 0 else v
                 for k, v in values.items()
             }
-            where = f"{name}:{number}" if split is None else f"{name}[{split}]:{number}"
+            where = f"{name}:{number + 1}" if split is None else f"{name}[{split}]:{number + 1}"
             yield Record(where, named if split is None else {"split": str(split)} | named)
+
+
+def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
+    """Return the rows of a table that may be wanted, by its columns of text, which are compared without reading a row.
+
+    The first wanted column that is no text ends it. Where one rules out every row, one row of each of its values is
+    left, to say what there is instead.
+    """
+    from pyarrow import compute
+
+    rows: Sequence[int] = range(len(dataset))
+    for column, value in wanted.items():
+        if column not in dataset.features and column != "split":  # which may be the key of the whole table
+            return rows[:1]
+        if getattr(dataset.features.get(column), "dtype", None) not in ("string", "large_string"):
+            return rows
+        texts = dataset.select(rows).with_format("arrow")[column][:]
+        found = compute.indices_nonzero(compute.equal(texts, str(value)))
+        if not len(found):
+            return [rows[place] for place in compute.index_in(texts.unique(), value_set=texts).to_pylist()]
+        rows = [rows[place] for place in found.to_pylist()]
+    return rows
 
 
 def _json_lines(path: str, place: Path) -> Iterator[Record]:

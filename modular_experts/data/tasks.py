@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from modular_experts.data.rows import Row, RowReader, template_fields
 from modular_experts.data.sources import Record, TaskSource, hub_records, path_records, source_records
+from modular_experts.data.where import matching
 
 __all__ = ["Task", "as_tasks"]
 
@@ -34,6 +35,8 @@ class Task:
         source: A `TaskSource` of your own.
         role: `held_in` tasks are trained on; `held_out` tasks are only tested.
         columns: Where the data names things otherwise: {input: question, target: answer, split: ..., choices: ...}.
+        where: Take only the rows that have these values in these columns of the data, from a table of several tasks:
+            {task_name: sciq_Multiple_Choice}.
         template: The input text, with columns in braces: "Question: {question} Answer:".
         choices: The possible targets of every row that has no `choices` of its own; choice accuracy is measured over
             them.
@@ -49,6 +52,7 @@ class Task:
     source: TaskSource | None = None
     role: Literal["held_in", "held_out"] = "held_in"
     columns: dict[str, str] = field(default_factory=dict)
+    where: dict[str, str | int | float | bool] = field(default_factory=dict)
     template: str | None = None
     choices: list[str] = field(default_factory=list)
     weight: float = 1.0
@@ -66,6 +70,9 @@ class Task:
         self._check_word("role", self.role, ROLES)
         for key in self.columns:
             self._check_word("columns key", key, COLUMNS)
+        for column, value in self.where.items():
+            if not isinstance(value, str | int | float | bool):
+                raise ValueError(f"task {self.name!r}: where {column!r} is one text or number, not {value!r}")
         if self.template is not None:
             template_fields(self.template)
         if not 0 < self.weight < float("inf"):
@@ -82,7 +89,7 @@ class Task:
         """Return the rows, and one sentence per bad row.
 
         Raises:
-            ValueError: The file, directory or dataset is not there.
+            ValueError: The file, directory or dataset is not there, or has no row that `where` asks for.
         """
         try:
             return RowReader(self.columns, self.template, self.choices).read(self._records())
@@ -90,12 +97,16 @@ class Task:
             raise ValueError(f"task {self.name!r}: {error}") from error
 
     def _records(self) -> Iterator[Record]:
+        place, records = self._all_records()
+        return matching(place, records, self.where) if self.where else records
+
+    def _all_records(self) -> tuple[str, Iterator[Record]]:
         if self.path is not None:
-            return path_records(self.path)
+            return self.path, path_records(self.path, self.where)
         if self.hub is not None:
-            return hub_records(self.hub, self.subset, self.revision)
+            return self.hub, hub_records(self.hub, self.subset, self.revision, self.where)
         assert self.source is not None
-        return source_records(self.source)
+        return type(self.source).__name__, source_records(self.source)
 
     def _check_word(self, what: str, word: str, known: Sequence[str]) -> None:
         if word not in known:

@@ -47,6 +47,7 @@ BAD = {
     "two places": ({"name": "a", "path": "a.jsonl", "hub": "b"}, "exactly one of `path`, `hub` and `source`"),
     "role": ({"name": "a", "path": "a.jsonl", "role": "heldout"}, "role 'heldout' is not one of .*mean 'held_out'"),
     "columns": ({"name": "a", "path": "a.jsonl", "columns": {"inputs": "q"}}, "columns key 'inputs' .* mean 'input'"),
+    "where": ({"name": "a", "path": "a.jsonl", "where": {"k": ["x"]}}, r"where 'k' is one text or number, not \['x'\]"),
     "key": ({"name": "a", "paht": "a.jsonl"}, "a task has no 'paht'.* mean 'path'"),
     "unnamed": ({"path": "a.jsonl"}, "a task needs a name"),
     "weight": ({"name": "a", "path": "a.jsonl", "weight": 0}, "weight=0 must be a positive number"),
@@ -88,14 +89,14 @@ def test_the_mixture_is_spelt_in_yaml(tmp_path: Path) -> None:
     config.write_text(f"""
 data:
   tasks:
-    - {{name: a, path: {path}, role: held_out, weight: 2}}
+    - {{name: a, path: {path}, role: held_out, weight: 2, where: {{kind: k, fold: 1}}}}
     - name: squares
       source: {{class_path: {__name__}.Squares, init_args: {{size: 2}}}}
   mixing: {{class_path: Temperature, init_args: {{temperature: 4}}}}
 """)
     mixture = parser.instantiate(parser.parse_args([f"--config={config}"])).data
     assert mixture.roles == {"a": "held_out", "squares": "held_in"}
-    assert mixture.tasks[0] == Task("a", path=str(path), role="held_out", weight=2)
+    assert mixture.tasks[0] == Task("a", path=str(path), role="held_out", weight=2, where={"kind": "k", "fold": 1})
     assert mixture.mixing == Temperature(4)
     assert len(mixture.tasks[1].read()[0]) == 2
     options = [f'--data.tasks=[{{"name": "a", "path": "{path}"}}]', "--data.mixing=Equal"]

@@ -1,0 +1,155 @@
+"""One table of many tasks: `where` takes a task's rows from any source, and says what there is where it finds none."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import write_rows
+
+from modular_experts.data import Task, TaskMixture, TaskSource
+from modular_experts.data import sources as sources_module
+from modular_experts.data.sources import path_records
+
+#: Rows 2, 5 and 8 are of the task "b".
+ROWS = [
+    {"source": f"{task}{number}", "target": "t", "task": task, "fold": number % 2, "split": "train"}
+    for number in range(3)
+    for task in "abc"
+]
+COLUMNS = {"input": "source"}
+
+
+class Table(TaskSource):
+    """The rows, from a class."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        yield from ROWS
+
+
+def table(folder: Path, suffix: str) -> str:
+    """Write the rows in one format, and return where."""
+    path = folder / f"table{suffix}"
+    if suffix == ".jsonl":
+        write_rows(path, ROWS)
+    elif suffix == ".json":
+        path.write_text("[" + ",\n".join(map(json.dumps, ROWS)) + "]")
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "before"), [(".jsonl", 0), (".json", 0), (".csv", 1), (".parquet", 0), ("", 0)], ids=lambda value: value
+)
+def test_where_takes_the_same_rows_from_every_format_and_keeps_their_places(
+    tmp_path: Path, suffix: str, before: int, capfd
+) -> None:
+    path = table(tmp_path, suffix)
+    rows, problems = Task("b", path=path, columns=COLUMNS, where={"task": "b"}).read()
+    assert [row.input for row in rows] == ["b0", "b1", "b2"]
+    assert [row.where for row in rows] == [f"{path}:{line + before}" for line in (2, 5, 8)]
+    assert problems == []
+    rows, _ = Task("b", path=path, columns=COLUMNS, where={"task": "b", "fold": 1}).read()
+    assert [row.input for row in rows] == ["b1"]
+
+
+def test_where_takes_rows_from_a_users_source() -> None:
+    rows, _ = Task("b", source=Table(), columns=COLUMNS, where={"fold": "1"}).read()
+    assert [row.input for row in rows] == ["a1", "b1", "c1"]
+
+
+def test_where_meets_the_split_key_and_label_names_of_a_dataset_dictionary(tmp_path: Path, capfd) -> None:
+    features = datasets.Features(
+        {"input": datasets.Value("string"), "target": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    part = datasets.Dataset.from_dict({"input": ["a", "b", "c"], "target": [1, 0, 1]}, features=features)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "d")
+    place = str(tmp_path / "d")
+    rows, _ = Task("d", path=place, where={"target": "yes", "split": "test"}).read()
+    assert [(row.input, row.split, row.where) for row in rows] == [
+        ("a", "test", f"{place}[test]:1"),
+        ("c", "test", f"{place}[test]:3"),
+    ]
+    rows, _ = Task("d", path=place, where={"input": "b"}).read()
+    assert [row.where for row in rows] == [f"{place}[train]:2", f"{place}[test]:2"]
+
+
+NOTHING = {
+    "value": ({"task": "d"}, r"no row has task='d', only 'a', 'b', 'c'$"),
+    "many": ({"source": "b3"}, r"no row has source='b3', only 'a0', 'a1', 'a2', 'b0', 'b1' and 4 more$"),
+    "column": ({"tsak": "b"}, r"`where` names the column 'tsak', and the rows have only .*; did you mean 'task'\?"),
+    "number": ({"fold": 2}, r"no row has fold='2', only '0', '1'$"),
+    "second": ({"task": "b", "split": "tain"}, r"no row with task='b' has split='tain', only 'train'; did you .*\?$"),
+    "together": ({"source": "b1", "fold": 0}, r"no row with source='b1' has fold='0', only '1'$"),
+    "number first": ({"fold": 0, "source": "b1"}, r"no row with fold='0' has source='b1', only 'a0', .* and 1 more"),
+    "no column": ({"task": "b", "kind": "x"}, r"`where` names the column 'kind', and the rows have only 'fold', "),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ""])
+@pytest.mark.parametrize("case", NOTHING)
+def test_where_that_meets_no_row_says_what_there_is(tmp_path: Path, case: str, suffix: str, capfd) -> None:
+    where, sentence = NOTHING[case]
+    path = table(tmp_path, suffix)
+    with pytest.raises(ValueError, match=rf"^task 'b': {path}: {sentence}"):
+        Task("b", path=path, columns=COLUMNS, where=where).read()
+
+
+def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
+    rows = [{"input": "a", "target": "b", "kind": None}, {"input": "c", "target": "d", "kind": "k"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+    for path in (write_rows(tmp_path / "d.jsonl", rows), tmp_path / "d"):
+        assert [row.input for row in Task("k", path=str(path), where={"kind": "k"}).read()[0]] == ["c"]
+        with pytest.raises(ValueError, match="no row has kind='None', only 'k'"):
+            Task("k", path=str(path), where={"kind": "None"}).read()
+
+
+def test_what_cannot_be_read_is_reported_whatever_where_says(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a", "target": "b", "task": "x"}\n{"input": \n[1]\n{"input": "c", "task": "y"}\n')
+    rows, problems = Task("x", path=str(path), where={"task": "x"}).read()
+    assert [row.input for row in rows] == ["a"]
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        f"{path}:2",
+        f"{path}:3",
+    ]
+    (tmp_path / "none.jsonl").touch()
+    assert "the file is empty" in Task("x", path=str(tmp_path / "none.jsonl"), where={"task": "x"}).read()[1][0]
+
+
+def test_a_table_on_disk_is_not_read_row_by_row_to_find_a_task(tmp_path: Path, capfd) -> None:
+    path = table(tmp_path, "")
+    assert [record.values["source"] for record in path_records(path, {"task": "b"})] == ["b0", "b1", "b2"]
+    assert len(list(path_records(path, {"task": "d"}))) == 3  # one of each, to name what there is
+    assert len(list(path_records(path, {"tsak": "b"}))) == 1
+
+
+def test_tasks_of_one_hub_dataset_open_it_once(monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path) -> None:
+    opened = []
+
+    def load_dataset(name: str, subset: str | None, revision: str | None) -> datasets.DatasetDict:
+        opened.append((name, subset, revision))
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources_module._hub_dataset.cache_clear()
+    tasks = [{"name": name, "hub": "some/table", "columns": COLUMNS, "where": {"task": name}} for name in "abc"]
+    mixture = TaskMixture(tasks, tokenizer=str(tiny_llama_dir), validation_ratio=0, test_ratio=0)
+    mixture.prepare_data()
+    mixture.setup("fit")
+    sources_module._hub_dataset.cache_clear()
+    assert mixture.counts == {"a": 3, "b": 3, "c": 3}
+    assert opened == [("some/table", None, None)]
