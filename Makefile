@@ -11,21 +11,24 @@ SMOLLM2 := .cache/smollm2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format bench smollm2
+.PHONY: help install quickstart test test-slow test-quickstart lint format bench smollm2
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 install: $(INSTALLED) ## make .venv and install the package with its development tools
 
-quickstart: $(INSTALLED) ## install, and show the commands and a first tour
-	@$(BIN)/modular-experts --help
+quickstart: $(INSTALLED) ## install, then train, merge, test and report on generated tasks (about four minutes)
+	@$(BIN)/modular-experts quickstart $(ARGS)
 
-test: $(INSTALLED) ## run the tests, without those that need a real model
+test: $(INSTALLED) ## run the tests, without those that take many minutes
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
 	$(BIN)/python -m pytest -m slow -rs $(ARGS)
+
+test-quickstart: $(INSTALLED) ## run the whole quickstart and check the facts it shows
+	$(BIN)/python -m pytest -m quickstart $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

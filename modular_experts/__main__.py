@@ -11,6 +11,7 @@ from modular_experts import __version__
 
 # Verb -> the file in cli/ whose run(argv) gets the verb and its arguments, and what it does.
 VERBS = {
+    "quickstart": ("quickstart", "see it all on generated tasks: train, merge, test, report, in minutes"),
     "fit": ("training", "train experts on task files"),
     "validate": ("training", "measure a model on the validation rows"),
     "test": ("training", "measure a model on the test rows: a table, and results.json"),
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items())))
+        print(HELP.format(verbs="\n".join(f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items())))
         return 0
     if argv[0] == "--version":
         print(f"modular-experts {__version__}")

@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(["experts", "merging"], 1),
     **dict.fromkeys(["injection", "library", "merger"], 2),
     **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),
-    **dict.fromkeys(["data", "callbacks", "evaluation", "interop"], 3),
+    **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "suite", "quickstart"], 3),
     "cli": 4,
 }
 STRANGERS = {"experts", "merging"}

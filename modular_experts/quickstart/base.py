@@ -1,0 +1,205 @@
+"""The quickstart's base: a small Llama, trained from scratch until it has the skill, in another format than the one
+asked for.
+
+Seven rows in ten are chatty, so chatty is what it answers. It stops on a target and not on a number of steps: with a
+fixed number, bases of different seeds differ so much that their merges cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modular_experts.data import Equal, Task, TaskMixture
+from modular_experts.evaluation import batch_losses, greedy_matches
+from modular_experts.interop.checkpoint import quiet
+from modular_experts.library import new_directory
+from modular_experts.quickstart.plan import Plan
+
+__all__ = ["FACTS", "make_base"]
+
+FACTS = "training.json"  # beside the weights: how the base was trained
+CHATTY_SHARE = 0.7
+BATCH_SIZE, EVAL_BATCH_SIZE = 64, 512
+LEARNING_RATE = 3e-3
+WARMUP = 50
+CHECK_EVERY = 50  # steps between two looks at the validation words
+
+Progress = Callable[[int, float], None]
+
+
+def make_base(plan: Plan, directory: Path, progress: Progress = lambda step, share: None) -> None:
+    """Train the base and write it to `directory`; go on from the last checkpoint of a run that was interrupted.
+
+    Args:
+        plan: Sizes and seed.
+        directory: Where the base goes, with its tokenizer and `training.json`; made whole or not at all.
+        progress: Called at each look at the validation words with the step and the share of them that is right.
+    """
+    seed_everything(plan.seed, verbose=False)
+    torch.set_num_threads(1)  # two gain a quarter on idle cores, and lose a factor of twenty where one of them is busy
+    tokenizer = make_tokenizer(plan)
+    module = BaseTraining(_model(plan, tokenizer), plan, progress)
+    scratch = directory.with_name(f".{directory.name}-training")
+    keeper = ModelCheckpoint(scratch, "{step}", save_on_train_epoch_end=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=plan.base_limit + plan.base_decay,
+        check_val_every_n_epoch=None,
+        val_check_interval=min(CHECK_EVERY, plan.base_limit),
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        callbacks=[keeper],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=scratch,
+    )
+    trainer.fit(module, _mixture(plan, tokenizer), ckpt_path=_newest(scratch), weights_only=True)
+    with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet():
+        module.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / FACTS).write_text(json.dumps(module.facts(), indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(scratch)
+
+
+def _newest(scratch: Path) -> Path | None:
+    """Return the newest checkpoint that is whole: a run that is killed may leave half of one beside the one before."""
+    for file in sorted(scratch.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            torch.load(file, weights_only=True)
+            return file
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            continue
+    return None
+
+
+class BaseTraining(LightningModule):
+    """Trains all of a model until enough validation words are right, then lets the learning rate fall to zero."""
+
+    def __init__(self, model: LlamaForCausalLM, plan: Plan, progress: Progress) -> None:
+        super().__init__()
+        self.model, self.plan, self.progress = model, plan, progress
+        self.reached: int | None = None  # the step at which the target was met, or given up
+        self.best = self.seconds = 0.0
+        self._right = self._rows = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AdamW(self.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = {"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        sums, counts = batch_losses(self.model, batch)
+        return sums.sum() / counts.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds += time.perf_counter() - self._started
+        if self.reached is not None and self.global_step >= self.reached + self.plan.base_decay:
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        matches = greedy_matches(self.model, batch)
+        self._right, self._rows = self._right + int(matches.sum()), self._rows + len(matches)
+
+    def on_validation_epoch_end(self) -> None:
+        share, self._right, self._rows = self._right / self._rows, 0, 0
+        self.best = max(self.best, share)
+        if self.reached is None and (share >= self.plan.base_target or self.global_step >= self.plan.base_limit):
+            self.reached = self.global_step
+        self.progress(self.global_step, share)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["base_training"] = {"reached": self.reached, "best": self.best, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vars(self).update(checkpoint["base_training"])
+
+    def facts(self) -> dict[str, Any]:
+        """Return how the training went."""
+        return {
+            "seed": self.plan.seed,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "steps": self.global_step,
+            "seconds": self.seconds,
+            "target": self.plan.base_target,
+            "target_reached": self.best >= self.plan.base_target,
+        }
+
+    def _rate(self, step: int) -> float:
+        cooling = 0.0 if self.reached is None else (step - self.reached) / self.plan.base_decay
+        return min(1.0, (step + 1) / WARMUP) * max(0.0, 1.0 - cooling)
+
+
+def make_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer in which each word of the suite is one token, and any other text is spelt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,  # more than there are words: it stops when each of them is a token
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(plan), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def _texts(plan: Plan) -> Iterable[str]:
+    for task in {**plan.held_in, **plan.held_out}.values():
+        for row in task(train=40, validation=0, test=0).rows():
+            yield f"{row['input']} {row['target']} , {row['target']}"
+
+
+def _model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan.hidden,
+        intermediate_size=3 * plan.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _mixture(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> TaskMixture:
+    tasks = []
+    for name, task in {**plan.held_in, **plan.held_out}.items():
+        for chatty, share in ((True, CHATTY_SHARE), (False, 1 - CHATTY_SHARE)):
+            # Only chatty words are looked at: they show the skill, and plain answers are not to be learned well.
+            words = task(
+                seed=~plan.seed,  # experts have words of their own
+                train=plan.base_rows,
+                validation=plan.validation_rows * chatty,
+                test=0,
+                chatty=chatty,
+            )
+            tasks.append(Task(f"{name}-chatty" if chatty else name, source=words, weight=share))
+    return TaskMixture(tasks, tokenizer, BATCH_SIZE, EVAL_BATCH_SIZE, mixing=Equal(), seed=plan.seed)

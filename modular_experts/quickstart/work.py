@@ -1,0 +1,221 @@
+"""The work of the quickstart: one expert trained, one kind of merge measured. A piece leaves its expert in the library
+and returns what goes into results.json; pieces run in processes of their own, in any order.
+
+The same seed gives the same numbers, whatever ran before in the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from multiprocessing import parent_process
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch.optim import AdamW
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.data import Task, TaskMixture
+from modular_experts.evaluation import measure
+from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import load_base, load_tokenizer
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library.expert import DELTA_FILE
+from modular_experts.merger import merge
+from modular_experts.module import ExpertModule
+from modular_experts.quickstart.plan import KINDS, METHODS, MODULES, Plan, merged_name
+from modular_experts.suite import WordTask
+
+__all__ = ["measure_base", "measure_merge", "start_process", "train_expert", "train_multitask"]
+
+NEW_TOKENS = 10  # more than any answer has
+EVAL_BATCH = 448
+MULTITASK_BATCH = 64
+
+Scores = dict[str, Any]
+
+
+def start_process() -> None:
+    """Set up a process of the pool: one thread, no chatter, and an end when the process that started it ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
+    """Test the base as it is, and in its own chatty format: what it answers, and what it could."""
+    plain = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True))
+    latent = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True, chatty=True), new_tokens=20)
+    return {"plain": _roles(plain), "latent": _roles(latent)}
+
+
+def train_expert(plan: Plan, out: Path, kind: str, task: str) -> dict[str, Any]:
+    """Train one expert, put it into the library, and test it on its task."""
+    data = _mixture(plan, out, [task])
+    facts, scores = _train(plan, out, data, kind, f"{kind}-{task}", plan.expert_steps)
+    return {**_three(scores["tasks"][task]), "rows": scores["tasks"][task]["rows"], **facts}
+
+
+def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
+    """Train all weights on the mixture of the held-in tasks, with as many rows as the experts saw together."""
+    data = _mixture(plan, out, list(plan.held_in), held_out=True, batch_size=MULTITASK_BATCH)
+    steps = max(1, plan.tasks * plan.expert_steps * plan.batch_size // MULTITASK_BATCH)
+    facts, scores = _train(plan, out, data, "full", "multitask", steps)
+    return {**_roles(scores), **facts, "steps": steps}
+
+
+def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> dict[str, Any]:
+    """Merge each group of `count` experts, choose a scale for all groups on validation words, test that and scale 1.
+
+    The methods are linear in their scale, so one merge at scale 1 serves all of them, in place on the loaded base. The
+    merge of all experts is stored, at the chosen scale, and what is tested then is what is stored.
+    """
+    make, scales = METHODS[method]
+    groups, last = plan.groups(count), count == plan.tasks
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        started = time.perf_counter()
+        merges = [
+            merge(_members(out, kind, group), make(), Path(folder, f"group-{number}"))
+            for number, group in enumerate(groups)
+        ]
+        seconds = (time.perf_counter() - started) / len(groups)
+        words = [_mixture(plan, out, group, held_out=last) for group in groups]
+        parts = list(zip(words, merges, strict=True))
+        losses = {scale: fmean(_validation_loss(out, *part, scale) for part in parts) for scale in scales}
+        chosen = min(losses, key=losses.__getitem__)
+        found = {
+            "subsets": len(groups),
+            "scale": chosen,
+            "scales": {str(scale): {"loss": loss} for scale, loss in losses.items()},
+            "default": _mean_roles([_scores(out, data, merged) for data, merged in parts]),
+            "seconds": seconds,
+        }
+        if not last:
+            return found | {"chosen": _mean_roles([_scores(out, data, merged, chosen) for data, merged in parts])}
+        target = out / "library" / merged_name(kind, method)
+        stored = merge(_members(out, kind, groups[0]), make(scale=chosen), target, overwrite=True)
+        tested = _mean_roles([_scores(out, parts[0][0], stored)])
+    return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": _kept(stored)}
+
+
+def _train(
+    plan: Plan, out: Path, data: TaskMixture, kind: str, name: str, steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the training cost, and the scores of the trained model."""
+    seed_everything(plan.seed, verbose=False)
+    optimizer = partial(AdamW, lr=KINDS[kind].learning_rate, weight_decay=0.0)
+    module = ExpertModule(str(out / "base"), modules=MODULES, expert=KINDS[kind].expert, optimizer=optimizer)
+    selection = [MaskSchedule(batches=1)] if kind in ("sparse", "block") else []
+    started = time.perf_counter()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        callbacks=[ExportExpert(str(out / "library"), name, overwrite=True, monitor=None), *selection],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+    )
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    stored = open_expert(out / "library" / name)
+    shares = {share: stored.record["hyperparameters"].get(share, 1.0) for share in ("kept", "ever_trained")}
+    facts = {"name": name, "seconds": seconds, "bytes": _bytes(stored), "parameters": _trained(module), **shares}
+    data.setup("test")
+    return facts, measure(module.model, module.tokenizer, data.test_dataloader(), data.roles, NEW_TOKENS)
+
+
+def _scores(
+    out: Path, data: TaskMixture, expert: StoredExpert | None = None, scale: float = 1.0, new_tokens: int = NEW_TOKENS
+) -> dict[str, Any]:
+    """Return the test scores of the base, or of the base with an expert."""
+    model, tokenizer = _base(out)
+    data.setup("test")
+    with applied(model, [expert] if expert else [], scale):
+        return measure(model, tokenizer, data.test_dataloader(), data.roles, new_tokens)
+
+
+def _validation_loss(out: Path, data: TaskMixture, expert: StoredExpert, scale: float) -> float:
+    """Return the mean loss over tasks on their validation words."""
+    model, tokenizer = _base(out)
+    data.setup("validate")
+    with applied(model, [expert], scale):
+        scores = measure(model, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
+    return scores["held_in"]["loss"]
+
+
+def _members(out: Path, kind: str, group: Sequence[str]) -> list[Path]:
+    return [out / "library" / f"{kind}-{task}" for task in group]
+
+
+def _mixture(
+    plan: Plan, out: Path, names: Sequence[str], held_out: bool = False, chatty: bool = False, batch_size: int = 0
+) -> TaskMixture:
+    """Return the words of held-in tasks, and of the held-out ones if wanted."""
+    tasks = [_task(plan, name, plan.held_in[name], "held_in", chatty) for name in names]
+    if held_out:
+        tasks += [_task(plan, name, task, "held_out", chatty) for name, task in plan.held_out.items()]
+    batch_size = batch_size or plan.batch_size
+    return TaskMixture(tasks, _base(out)[1], batch_size, EVAL_BATCH, seed=plan.seed)
+
+
+def _task(plan: Plan, name: str, task: type[WordTask], role: Any, chatty: bool) -> Task:
+    train = plan.expert_steps * plan.batch_size
+    words = task(plan.seed, train, plan.validation_rows, plan.test_rows, chatty)
+    return Task(name, source=words, role=role)
+
+
+@cache
+def _base(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_base(out / "base"), load_tokenizer(out / "base")
+
+
+def _roles(scores: Mapping[str, Any]) -> dict[str, Scores]:
+    return {role: _three(scores[role]) for role in ("held_in", "held_out") if scores[role]}
+
+
+def _mean_roles(several: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
+    """Return the means over groups, which have equally many tasks."""
+    parts = [_roles(scores) for scores in several]
+    return {role: {name: fmean(part[role][name] for part in parts) for name in parts[0][role]} for role in parts[0]}
+
+
+def _three(scores: Mapping[str, float]) -> Scores:
+    return {name: scores[name] for name in ("exact_match", "rougeL", "loss")}
+
+
+def _bytes(expert: StoredExpert) -> int:
+    """Return the size of the deltas; the record beside them holds paths, whose length is no finding."""
+    return (expert.path / DELTA_FILE).stat().st_size
+
+
+def _kept(expert: StoredExpert) -> float:
+    entries = sum(shape.numel() for shape in expert.shapes().values())
+    return sum(expert.kept_entries().values()) / entries
+
+
+def _trained(module: ExpertModule) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,246 @@
+"""The report is one well-formed file with all numbers of the run, and its commands do what they say."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from quickstart.results import complete_results, in_another_order, scores
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library
+from modular_experts.quickstart.report import write_report
+from modular_experts.quickstart.report.figure import draw
+from modular_experts.quickstart.report.markup import Html, element
+from modular_experts.quickstart.report.next_steps import next_commands
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+METHODS = {"Average": "average", "TaskArithmetic": "task arithmetic", "SparseAverage": "overlap-aware", "TIES": "TIES"}
+
+
+@pytest.fixture(scope="module")
+def figure(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("figure") / "figure.svg"
+    draw(complete_results(), file)
+    return file
+
+
+def written(results: dict[str, Any], figure: Path, folder: Path) -> str:
+    write_report(results, figure, folder / "report.html", "runs/quickstart")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def parsed(page: str) -> ElementTree.Element:
+    """Return the page's tree; any tag that is not closed, and any stray & or <, is an error here."""
+    assert page.startswith("<!DOCTYPE html>\n")
+    return ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
+
+
+def text_of(element: ElementTree.Element) -> str:
+    return " ".join("".join(element.itertext()).split())  # non-breaking spaces too
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    return [[[text_of(cell) for cell in row] for row in table.iter("tr")] for table in parsed(page).iter("table")]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def test_the_page_needs_nothing_but_itself(figure, tmp_path) -> None:
+    page = written(complete_results(), figure, tmp_path)
+    tree = parsed(page)
+    names = {item.tag.rpartition("}")[2] for item in tree.iter()}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "image"}
+    for item in tree.iter():
+        for name, value in item.attrib.items():
+            if name.rpartition("}")[2] in ("src", "href", "action", "data", "srcset"):
+                assert value.startswith("#")
+            assert not name.startswith("on")
+    assert "url(http" not in page
+    assert "@import" not in page
+    assert set(re.findall(r"https?://[^\"<> ]*", page)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "arXiv 2507.07140" in text_of(tree)
+
+
+def test_single_experts_and_their_costs_are_in_a_table(figure, tmp_path) -> None:
+    results = complete_results()
+    rows = tables(written(results, figure, tmp_path))[0]
+    found = {row[0]: row[1:] for row in rows}
+    for kind, name in {"sparse": "sparse entries", "block": "sparse tiles", "lora": "LoRA", "full": "full"}.items():
+        experts = list(results["experts"][kind].values())
+        mean = {key: fmean(expert[key] for expert in experts) for key in experts[0]}
+        quality = [percent(mean["exact_match"]), percent(mean["rougeL"]), f"{mean['loss']:.3f}"]
+        shares = [f"{100 * mean[key]:.3g} %" for key in ("kept", "ever_trained")]
+        cost = [f"{round(mean['parameters']):,}", f"{mean['bytes'] / 1000:.0f} kB", f"{mean['seconds']:.1f}"]
+        assert found[name] == [*quality, *shares, *cost]
+
+
+@pytest.mark.parametrize(("place", "at"), [(1, "chosen"), (2, "default")])
+@pytest.mark.parametrize("levels", [(2, 5, 10, 20), (2, 4)])
+def test_every_level_is_in_a_table(figure, tmp_path, place, at, levels) -> None:
+    results = complete_results(levels)
+    rows = tables(written(results, figure, tmp_path))[place]
+    assert rows[0] == ["", "single", *[f"{level} in one" for level in levels]]
+    expected = []
+    for kind, methods in results["merges"].items():
+        experts = results["experts"][kind].values()
+        expected.append(percent(sum(expert["exact_match"] for expert in experts) / len(experts)))
+        for method, merges in methods.items():
+            values = [percent(merges[str(level)][at]["held_in"]["exact_match"]) for level in levels]
+            expected.append([METHODS[method], "", *values])
+    assert [row[1] if row[2] == "" else row for row in rows[1:]] == expected
+
+
+def test_merges_of_all_are_in_a_table_with_scale_and_cost(figure, tmp_path) -> None:
+    results = complete_results()
+    rows = tables(written(results, figure, tmp_path))[3]
+    expected = []
+    for methods in results["merges"].values():
+        for method, merges in methods.items():
+            merge = merges["20"]
+            plain = [percent(merge["default"][role]["exact_match"]) for role in ("held_in", "held_out")]
+            chosen = [percent(merge["chosen"][role]["exact_match"]) for role in ("held_in", "held_out")]
+            inside = merge["chosen"]["held_in"]
+            size = merge["bytes"]
+            cost = [f"{100 * merge['kept']:.3g} %", f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"]
+            quality = [percent(inside["rougeL"]), f"{inside['loss']:.3f}"]
+            scale = f"{TIMES}{merge['scale']:g}"
+            expected.append([METHODS[method], *plain, scale, *chosen, *quality, *cost, f"{merge['seconds']:.2f}"])
+    assert [row for row in rows[2:] if row[1]] == expected
+
+
+def test_held_in_stands_beside_held_out(figure, tmp_path) -> None:
+    found = {row[0]: row[1:] for row in tables(written(complete_results(), figure, tmp_path))[4]}
+    assert found == {
+        "": ["held-in", "held-out"],
+        "base, as it is": ["1.0", "1.3"],
+        "base, own format": ["80.1", "74.5"],
+        "sparse entries, overlap-aware": ["55.6", "48.4"],
+        "sparse tiles, overlap-aware": ["53.8", "46.1"],
+        "LoRA, average": ["55.2", "47.1"],
+        "full, average": ["56.8", "46.6"],
+        "multitask": ["86.1", "55.2"],
+    }
+
+
+def test_every_task_is_in_a_folded_table(figure, tmp_path) -> None:
+    results = complete_results()
+    page = written(results, figure, tmp_path)
+    folded = [text_of(fold) for fold in parsed(page).iter("details")]
+    found = {row[0]: row[1:] for row in tables(page)[5]}
+    for task in results["tasks"]:
+        experts = [results["experts"][kind][task] for kind in ("sparse", "block", "lora", "full")]
+        matches = [percent(expert["exact_match"]) for expert in experts]
+        assert found[task] == [*matches, *[f"{expert['loss']:.3f}" for expert in experts]]
+        assert sum(task in fold for fold in folded) == 1
+
+
+def test_seed_versions_and_settings_are_named(figure, tmp_path) -> None:
+    results = complete_results()
+    page = written(results, figure, tmp_path)
+    facts = {row[0]: row[1] for row in tables(page)[6]}
+    assert {"seed": "7", "Python": "3.11.7", "torch": "2.13.0", "expert_steps": "50"}.items() <= facts.items()
+    assert "seed 7" in text_of(parsed(page).find("body/main/header"))
+    assert "modular-experts quickstart --seed 8" in text_of(parsed(page))
+
+
+def test_sentences_turn_with_the_numbers(figure, tmp_path) -> None:
+    results = complete_results()
+    before = text_of(parsed(written(results, figure, tmp_path)))
+    assert "26.2 points above the plain average (28.7 %)" in before
+    assert "36.2 points above the best merge" not in before
+    merges = results["merges"]["sparse"]
+    merges["SparseAverage"]["20"]["default"]["held_in"] = scores(0.1)
+    merges["SparseAverage"]["20"]["chosen"]["held_in"] = scores(0.95)
+    after = text_of(parsed(written(results, figure, tmp_path)))
+    assert "18.7 points below the plain average (28.7 %)" in after
+    assert "86.1 % held-in, 8.9 points below the best merge, the overlap-aware average" in after
+    assert "26.2 points above" not in after
+
+
+def test_the_page_does_not_depend_on_the_order_of_the_results(figure, tmp_path) -> None:
+    results = complete_results()
+    (tmp_path / "turned").mkdir()
+    turned = in_another_order(results) | {name: results[name] for name in ("plan", "base", "versions")}
+    assert written(results, figure, tmp_path) == written(turned, figure, tmp_path / "turned")
+
+
+def test_text_never_becomes_markup(figure, tmp_path) -> None:
+    results = complete_results()
+    evil = '<script>alert("&")</script>'
+    results["versions"][evil] = results["machine"] = evil
+    for experts in results["experts"].values():
+        experts[evil] = experts.pop("upper")
+    results["tasks"][1] = evil
+    write_report(results, figure, tmp_path / "report.html", f"runs/{evil}")
+    page = (tmp_path / "report.html").read_text()
+    assert not list(parsed(page).iter("script"))
+    assert page.count(html.escape(evil)) >= 4
+    assert element("p", "a < b", Html("<b>c</b>"), title='"') == '<p title="&quot;">a &lt; b<b>c</b></p>'
+
+
+def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path) -> None:
+    page = written(complete_results(), figure, tmp_path)
+    (svg,) = parsed(page).iter("{http://www.w3.org/2000/svg}svg")
+    assert "width" not in svg.attrib
+    assert svg.get("viewBox")
+    assert "overlap-aware" in text_of(svg)
+    style = page[page.index("<style>") : page.index("</style>")]
+    used = set(re.findall(r"var\((--\w+)", page))
+    assert {"--paper", "--ink", "--overlap", "--ties", "--average"} <= used
+    for name in used - {"--share", "--key"}:
+        assert style.count(f"{name}:") == 2, f"{name} is not given in light and dark"
+
+
+def test_the_commands_carry_the_directory_of_the_run() -> None:
+    commands = next_commands(complete_results(), "runs/it's mine")
+    assert len(commands) == 3
+    for command in commands.values():
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[0] == "modular-experts"
+        assert any("runs/it's mine" in word for word in words)
+
+
+def test_the_three_commands_run_as_printed(tmp_path, monkeypatch, tiny_llama_dir, task_files, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copytree(tiny_llama_dir, "runs/quickstart/base")
+    shutil.copy(task_files["upper"], "mine.jsonl")
+    train, merge, test = next_commands(complete_results(), "runs/quickstart").values()
+    first = train.replace("mine", "sparse-reverse").replace("sparse-reverse.jsonl", "mine.jsonl")  # one of the run's
+    for command in (first, train, merge, test):
+        words = shlex.split(command.replace("\\\n", " ").replace("max_steps 100", "max_steps 2"))
+        assert main(words[1:]) == 0, command
+    assert set(Library("runs/quickstart/library")) == {"mine", "sparse-reverse", "mine-and-reverse"}
+    assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("levels", "kinds"), [((2,), ("lora",)), ((2, 4), ("full", "block")), ((2, 3), ("sparse",))])
+def test_a_short_run_with_fewer_kinds_has_a_page_too(tmp_path, levels, kinds) -> None:
+    results = complete_results(levels, kinds)
+    draw(results, tmp_path / "figure.svg")
+    page = written(results, tmp_path / "figure.svg", tmp_path)
+    assert f"{levels[-1]} experts, one model" in page
+    assert len(tables(page)) == 7
+
+
+def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
+    results = complete_results()
+    results["merges"]["full"]["TaskArithmetic"]["20"]["chosen"]["held_in"]["loss"] = None
+    results["experts"]["lora"]["upper"]["loss"] = None
+    found = tables(written(results, figure, tmp_path))
+    assert found[0][3][3] == "-"
+    assert [row[7] for row in found[3] if row[0] == "task arithmetic"][-1] == "-"

@@ -1,0 +1,128 @@
+"""A small run: all that the plan names is made, and a run that was killed ends with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modular_experts.interop.checkpoint import load_base, load_tokenizer
+from modular_experts.library import Library
+from modular_experts.quickstart.plan import Plan
+from modular_experts.quickstart.run import run_plan
+
+SMALL = Plan(
+    *(0, 3, 16),  # seed, tasks, width
+    base_rows=16,
+    base_target=2.0,  # never met: the base stops at its limit
+    base_limit=100,
+    base_decay=20,
+    expert_steps=2,
+    validation_rows=2,
+    test_rows=3,
+    kinds=("sparse", "lora"),
+)
+EXPERTS = [f"{kind}-{task}" for kind in SMALL.kinds for task in SMALL.held_in]
+MERGES = [f"merge-sparse-{method}" for method in ("Average", "SparseAverage", "TIES", "TaskArithmetic")] + [
+    f"merge-lora-{method}" for method in ("Average", "TIES", "TaskArithmetic")
+]
+PROGRAM = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+from quickstart.test_run import SMALL
+from modular_experts.quickstart.run import run_plan
+if __name__ == "__main__":
+    run_plan(SMALL, pathlib.Path({out!r}))
+"""
+
+
+def numbers(value: Any) -> Any:
+    """Return results without what differs between two runs of the same plan: how long things took."""
+    if isinstance(value, dict):
+        return {key: numbers(entry) for key, entry in value.items() if key != "seconds"}
+    return value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, run_plan(SMALL, out)
+
+
+def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
+    out, results = finished
+    assert sorted(Library(out / "library")) == sorted([*EXPERTS, *MERGES, "multitask"])
+    assert load_base(out / "base").config.hidden_size == 16
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert sorted(path.name for path in out.iterdir()) == ["base", "library", "results.json"]
+    for _, method, count in SMALL.merges():
+        merge = results["merges"]["sparse"][method][str(count)]
+        assert merge["scales"][str(merge["scale"])] == min(merge["scales"].values(), key=operator.itemgetter("loss"))
+    assert set(results["experts"]["sparse"]) == set(SMALL.held_in)
+    assert {"plain", "latent", "steps", "parameters"} <= set(results["base"])
+
+
+def test_the_tokenizer_spells_any_text_and_knows_each_word_of_the_suite(finished) -> None:
+    tokenizer = load_tokenizer(finished[0] / "base")
+    assert tokenizer.decode(tokenizer("Größe 42 €\n")["input_ids"]) == "Größe 42 €\n"
+    assert len(tokenizer(" reverse c a b = b a c")["input_ids"]) == 8
+
+
+def test_what_is_there_is_not_made_again(finished, monkeypatch) -> None:
+    out, results = finished
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", lambda *_: pytest.fail("nothing is left to do"))
+    assert run_plan(SMALL, out) == results
+
+
+def test_what_was_lost_is_made_again_with_the_same_numbers(finished, tmp_path) -> None:
+    out, results = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "library" / "sparse-reverse")
+    known = json.loads((copy / "results.json").read_text())
+    del known["merges"]["lora"]["TIES"]["2"], known["experts"]["lora"]["upper"]
+    (copy / "results.json").write_text(json.dumps(known))
+    assert numbers(run_plan(SMALL, copy)) == numbers(results)
+    assert (
+        Library(copy / "library")["sparse-reverse"].content_hash
+        == Library(out / "library")["sparse-reverse"].content_hash
+    )
+
+
+@pytest.mark.parametrize("moment", [".base-training/*.ckpt", "library/sparse-*"])
+def test_a_killed_run_ends_with_the_same_numbers(finished, tmp_path, moment: str) -> None:
+    """Killed, with all its processes, as soon as a file of this name is there: while the base or the experts train."""
+    _, results = finished
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path))
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    process = subprocess.Popen([sys.executable, str(file)], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(moment)):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("library/merge-*"))
+    assert numbers(run_plan(SMALL, tmp_path)) == numbers(results)
+
+
+def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
+    with pytest.raises(ValueError, match=r"holds a quickstart with seed=0; continue it with the same settings, give"):
+        run_plan(replace(SMALL, seed=1), finished[0])
+    results = finished[0] / "results.json"
+    before = results.read_text()
+    results.write_text('{"tasks": {}}')
+    with pytest.raises(ValueError, match="is not of a quickstart; give another --out"):
+        run_plan(SMALL, finished[0])
+    results.write_text(before)
