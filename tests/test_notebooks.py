@@ -1,0 +1,118 @@
+"""notebooks/: each runs from first to last cell without a warning, and is committed as it ran on a real base."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from run_notebooks import METADATA, NOTEBOOKS, code_cells, execute, read
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library
+
+FIRST, SECOND = "01-train-merge-look", "02-your-own-expert-and-merge-method"
+MACHINE = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/|\b[A-Z]:\\|site-packages|\bfile:")  # an absolute path, of any machine
+LARGEST = 200_000  # bytes of a file
+
+each = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_llama_dir: Path) -> Path:
+    """A project of two directories: the notebooks, and a base that has learned nothing."""
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/base").symlink_to(tiny_llama_dir)
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+def test_there_are_two() -> None:
+    assert [file.stem for file in NOTEBOOKS] == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize(("name", "folder"), [(FIRST, "notebooks"), (SECOND, ".")])
+def test_a_notebook_runs_as_it_is_committed(name: str, folder: str, place: Path) -> None:
+    """From its own directory or from the root, it prints and draws in the same cells, and leaves nothing behind."""
+    file = next(file for file in NOTEBOOKS if file.stem == name)
+    committed, ran = read(file), execute(read(file), place / folder)
+    for ours, theirs in zip(code_cells(committed), code_cells(ran), strict=True):
+        assert _kinds(theirs) == _kinds(ours), theirs.source
+        assert theirs.execution_count == ours.execution_count
+        if ".rows()" in ours.source:  # made from a seed, so the same on every base
+            assert _text(theirs) == _text(ours)
+    assert sorted(path.name for path in place.rglob("*")) == ["base", "notebooks", "quickstart", "runs"]
+
+
+@each
+def test_a_committed_notebook_was_run_in_order_without_complaint(notebook: Path) -> None:
+    cells = code_cells(read(notebook))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
+    assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
+
+
+@each
+def test_a_committed_notebook_holds_nothing_of_a_machine_or_an_hour(notebook: Path) -> None:
+    content = read(notebook)
+    assert content.metadata == METADATA
+    assert not any(cell.metadata for cell in content.cells)
+    for text in (text for cell in content.cells for text in (cell.source, _text(cell))):
+        assert not MACHINE.search(text), text
+    assert notebook.stat().st_size < LARGEST
+
+
+def test_paths_of_machines_are_seen() -> None:
+    for text in ("/home/me/base", "at /tmp/x/y", r"C:\Users\me", "File '/usr/lib'", "in x/site-packages"):
+        assert MACHINE.search(text), text
+    for text in ("runs/quickstart/base", "../runs/x", "https://a.b/c/d", "1/2/3", "and/or"):
+        assert not MACHINE.search(text), text
+
+
+@each
+def test_without_a_base_the_first_cell_says_what_to_run(notebook: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no runs/quickstart/base yet: run `make quickstart` in the"):
+        exec(code_cells(read(notebook))[0].source, {})
+
+
+def test_a_warning_stops_a_notebook(tmp_path: Path) -> None:
+    cell = nbformat.v4.new_code_cell("import warnings\n\nwarnings.warn('this is old', FutureWarning)")
+    with pytest.raises(CellExecutionError, match=r"FutureWarning.*this is old"):
+        execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+
+
+def test_the_commands_of_the_second_work_with_its_cells_as_a_file(place: Path, monkeypatch, capsys) -> None:
+    cells = read(NOTEBOOKS[1]).cells
+    own = [cell.source for cell in cells if cell.source.startswith("# mine.py\n")]
+    (place / "mine.py").write_text("\n\n\n".join(own), encoding="utf-8")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    shown = re.findall(r"^```bash\n(.*?)^```$", "\n".join(cell.source for cell in cells), re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line)[1:] for line in "\n".join(shown).replace("\\\n", "").split("\n\n")]
+    assert [command[0] for command in commands] == ["fit", "fit", "merge"]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["modular-experts", *command])
+        assert main(["2" if part == "50" else part for part in command]) == 0, capsys.readouterr()
+    library = Library("library")
+    assert library["ends"].record["kind"] == "GainedLoRA"
+    assert library["ends"].record["hyperparameters"]["rank"] == 8
+    assert library["both"].record["method"]["class_path"] == "mine.MagnitudeWeighted"
+    assert library["both"].record["method"]["init_args"]["power"] == 2.0
+
+
+def _kinds(cell: nbformat.NotebookNode) -> list[tuple[str, ...]]:
+    """Return what a cell put out: texts by their stream, pictures by their formats."""
+    return [(output.output_type, output.get("name", ""), *sorted(output.get("data", {}))) for output in cell.outputs]
+
+
+def _text(cell: nbformat.NotebookNode) -> str:
+    """Return what a cell printed, and the words that stand for its pictures."""
+    outputs = cell.get("outputs", [])
+    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
