@@ -84,7 +84,11 @@ def inject(model: nn.Module, factory: Callable[[Tensor], Expert], modules: str |
         model.requires_grad_(False)
     for name, layer in fresh.items():
         _refuse_shared(model, name, layer)
-        _equip(layer, factory)
+        try:
+            _equip(layer, factory)
+        except Exception as error:  # passed on, with the name that is known only here
+            error.add_note(f"for the expert of {name}.weight")
+            raise
     return [f"{name}.weight" for name in targets]
 
 

@@ -64,8 +64,10 @@ def test_merge_config_merges(config: Path) -> None:
 
 
 def test_the_test_config_tests(capsys) -> None:
-    assert main(["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]) == 0
-    assert "held-out" in capsys.readouterr().out
+    test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
+    for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):
+        assert main([*test, *applied]) == 0
+        assert "held-out" in capsys.readouterr().out
 
 
 def test_no_config_is_left_out() -> None:

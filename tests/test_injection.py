@@ -78,6 +78,15 @@ def test_base_keys_types_and_copies_survive() -> None:
         assert torch.equal(twin(input_ids=IDS).logits, wanted)
 
 
+def test_an_error_of_a_users_expert_tells_for_which_weight_it_was_made() -> None:
+    def factory(weight: torch.Tensor) -> LoRAExpert:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError) as raised:
+        inject(conftest.build_model("llama"), factory, r".*1.*\.q_proj")
+    assert raised.value.__notes__ == ["for the expert of model.layers.1.self_attn.q_proj.weight"]
+
+
 def test_a_second_injection_changes_nothing() -> None:
     model = conftest.build_model("llama")
     inject(model, KINDS["element"], r".*\.q_proj")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 
 import pytest
@@ -273,6 +274,46 @@ def test_library_lists_complete_experts_only(expert):
         library["onee"]
     with pytest.raises(FileNotFoundError, match=r"no such directory"):
         Library(expert.parent / "nowhere")
+
+
+def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
+    library = Library(expert.parent)
+    for name, left in (("half", "expert.json"), ("other-half", "delta.safetensors"), ("a b", None), (".tmp", None)):
+        shutil.copytree(expert, expert.parent / name)
+        for file in ("expert.json", "delta.safetensors") if left else ():
+            if file != left:
+                (expert.parent / name / file).unlink()
+    (expert.parent / "notes").mkdir()
+    (expert.parent / "linked").symlink_to(expert)
+    assert library.incomplete() == {
+        "a b": "its name is none that an expert may have",
+        "half": "delta.safetensors is missing",
+        "linked": "it is a link, and links are not followed",
+        "other-half": "expert.json is missing",
+    }
+    assert list(library) == ["one"]
+
+
+def test_a_dense_delta_keeps_what_is_not_zero_and_a_tile_what_lies_inside(expert):
+    dense, tile = torch.zeros(7, 10), BlockSparse(torch.tensor([5]), torch.ones(1, 4, 4), torch.Size((7, 10)))
+    dense[2, 3:5] = 1.0
+    write(expert.parent / "two", [("dense", Dense(dense)), ("tile", tile)], RECORD)
+    assert open_expert(expert.parent / "two").kept_entries() == {"dense": 2, "tile": 3 * 2}
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_and_trying_leaves_nothing(expert, monkeypatch):
+    before = sorted(expert.parent.rglob("*"))
+    check_target(expert.parent / "new")
+    check_target(expert, overwrite=True)
+    assert sorted(expert.parent.rglob("*")) == before
+
+    def full(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    for target, overwrite in ((expert.parent / "deep/new", False), (expert, True)):
+        with pytest.raises(PermissionError, match=r"cannot be written: in .*library, Read-only file system"):
+            check_target(target, overwrite)
 
 
 def test_a_read_only_or_impossible_place_is_refused_before_any_work(tmp_path):

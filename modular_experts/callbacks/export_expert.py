@@ -6,6 +6,7 @@ interrupted and resumed run still has it. Without, the last state is exported.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.injection import expert_layers
 from modular_experts.library import as_parents, check_name, check_target, make_record, open_expert, write_expert
+from modular_experts.library.expert import RECORD_FILE
 
 __all__ = ["ExportExpert"]
 
@@ -31,8 +33,8 @@ class ExportExpert(Callback):
         library: Directory of the library; made if missing.
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
-        monitor: Logged metric whose lowest value marks the best state; without it, or without validation, the last
-            state counts.
+        monitor: Logged metric whose lowest value marks the best state; with null, or without validation, the last state
+            counts.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
@@ -47,19 +49,30 @@ class ExportExpert(Callback):
         return Path(self.library) / self.name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an existing name before anything is trained.
+        """Refuse an existing name, or a place that cannot be written to, before anything is trained.
 
         Raises:
-            ValueError: The target exists and `overwrite` is false.
+            OSError: The target exists and `overwrite` is false, or nothing can be made beside it.
         """
         if stage == "fit":
             check_target(self.target, self.overwrite)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear away the best state of an earlier run of this name, unless this run goes on from it."""
+        if self.best is None and trainer.is_global_zero and (self._best_directory(trainer) / RECORD_FILE).is_file():
+            shutil.rmtree(self._best_directory(trainer))
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this state if it is the best so far."""
-        score = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.sanity_checking or trainer.state.fn != "fit" or score is None:
+        """Keep this state if it is the best so far.
+
+        Raises:
+            ValueError: The monitored metric is not among those that are logged.
+        """
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None:
+            raise ValueError(_no_metric(self.monitor, list(trainer.callback_metrics)))
         self.validated_step = trainer.global_step
         if self.best is None or float(score) < self.best:
             self.best, self.best_step = float(score), trainer.global_step
@@ -81,6 +94,12 @@ class ExportExpert(Callback):
         else:
             self._write(trainer, pl_module, self.target)
             log.info("the last of %d steps is exported to %s", trainer.global_step, self.target)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where the best state so far is."""
+        best = self._best_directory(trainer)
+        if self.best is not None and trainer.is_global_zero and best.exists():
+            log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, best)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "validated_step": self.validated_step}
@@ -109,3 +128,11 @@ class ExportExpert(Callback):
             parents=as_parents(module.applied_experts),
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
+
+
+def _no_metric(name: str, logged: list[str]) -> str:
+    near = difflib.get_close_matches(name, logged, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return (
+        f"monitor={name!r} is no logged metric{hint}; there are {', '.join(sorted(logged))}, or null for the last state"
+    )

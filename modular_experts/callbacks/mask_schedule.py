@@ -48,6 +48,8 @@ class MaskSchedule(Callback):
             further passes.
     """
 
+    asked_for = True  # `ExpertModule` takes this from the one that it adds by itself
+
     def __init__(
         self,
         score: Score | Callable[[Tensor, Tensor, Delta], Tensor] | None = None,
@@ -67,6 +69,13 @@ class MaskSchedule(Callback):
         self._last_position = -1
         self._touched: dict[str, Tensor] = {}
         self._stash: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say so where a schedule that somebody asked for has nothing to choose."""
+        experts = [layer.expert for _, layer in expert_layers(pl_module.model)]
+        if self.asked_for and trainer.is_global_zero and not any(isinstance(e, Selectable) for e in experts):
+            kinds = ", ".join(sorted({type(expert).__name__ for expert in experts}))
+            log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Select where the rule says so; the score sees batches of its own, not the one about to be trained on."""

@@ -1,39 +1,43 @@
 """Errors: one clear sentence on stderr instead of a traceback, for what a user can put right.
 
-A parser's complaint ends with exit code 2, any other sentence with 1. An error that no one wrote a sentence for keeps
-its traceback: it is a bug, ours or the user's, and needs to be seen.
+A parser's complaint ends with exit code 2, an interruption from the keyboard with 130, any other sentence with 1. An
+error that no one wrote a sentence for keeps its traceback: it is a bug, ours or the user's, and needs to be seen.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
-__all__ = ["SentenceErrors", "explain", "guarded", "near"]
+from modular_experts.cli.complaints import explain, near, with_near
+
+__all__ = ["SentenceErrors", "guarded", "near"]
 
 _SPEAKERS = ("modular_experts", "lightning")  # Lightning's complaints about its trainer's options are sentences too
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-_NO_SETTING = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)'")
-_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
-_GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
+_PATIENCE = 3.0  # seconds in which a failing first rank has said so and is gone
 
 
 def guarded(command: Callable[[], object]) -> int:
     """Run a command and return its exit code, with an error that was raised on purpose turned into its sentence."""
+    parent = os.getppid()
     try:
         command()
     except KeyboardInterrupt:
         return 130
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            return 130  # Lightning shuts down and leaves with 1, as after an error
+        raise
     except Exception as error:  # looked at, and raised again where it has no sentence
         ours = next((cause for cause in _chain(error) if _on_purpose(cause)), None)
         if ours is None:
             raise
-        _print_error(str(ours))
+        if not _first_rank_says_it(parent):
+            notes = [note for cause in _chain(error) for note in getattr(cause, "__notes__", ())]
+            _print_error(" ".join([str(ours), *(f"({note})" for note in notes)]))
         return 1
     return 0
 
@@ -43,72 +47,19 @@ class SentenceErrors:
 
     Attributes:
         class_bases: Classes whose subclasses may be named on the command line, for the nearest class name.
+        examples: How the value of an option is written, by its name, where the name of its type does not tell.
     """
 
     class_bases: Sequence[type] = ()
+    examples: ClassVar[Mapping[str, str]] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        _print_error(explain(message, _options(parser), self.class_bases))
+        """Print the sentence and leave; a parser of a class within another parser lets that one do it."""
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        if not parser.exit_on_error:
+            super().error(with_near(message, _options(parser)), ex)  # type: ignore[misc]
+        _print_error(explain(message, _options(parser), self.class_bases, self.examples))
         sys.exit(2)
-
-
-def explain(message: str, options: Iterable[str] = (), class_bases: Sequence[type] = ()) -> str:
-    """Return a parser's message as one sentence that says what is wrong, what was given and what is near.
-
-    Args:
-        message: What the parser says.
-        options: The option strings it knows, such as `--out`.
-        class_bases: Classes whose subclasses may be named.
-    """
-    key = ".".join(_KEY.findall(message))
-    if found := _NO_CLASS.search(message):
-        return _no_class(key, found[1], class_bases)
-    if message.startswith("unrecognized arguments:"):
-        return _unrecognized(message.partition(":")[2].split(), list(options))
-    if found := _NO_SETTING.search(message):
-        given = found[1] or found[2]
-        return f"there is no option {given!r}{near(given, [option.lstrip('-') for option in options])}"
-    if (given := _GIVEN.search(message)) and _EXPECTED.search(message):
-        return _wrong_value(key, _EXPECTED.findall(message), given[1].strip())
-    if message.startswith("the following arguments are required:"):
-        return f"{message.partition(':')[2].strip()} must be given, on the command line or in --config"
-    return " ".join(_KEY.sub(r"\1", message).split())
-
-
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `; did you mean x?`, or nothing where no known name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def _no_class(key: str, given: str, class_bases: Sequence[type]) -> str:
-    names = sorted({cls.__name__ for base in class_bases for cls in _subclasses(base) if not inspect.isabstract(cls)})
-    known = f" (known: {', '.join(names)})" if 0 < len(names) <= 12 else ""
-    return f"{key}: there is no class {given!r}{near(given, names)}{known}; a class of your own is named module.Class"
-
-
-def _subclasses(base: type) -> set[type]:
-    children: list[type] = base.__subclasses__()
-    return {base}.union(*(_subclasses(child) for child in children))
-
-
-def _unrecognized(given: list[str], options: list[str]) -> str:
-    wrong = next((item for item in given if item.startswith("-")), given[0])
-    option = wrong.partition("=")[0]
-    if not wrong.startswith("-"):
-        return f"{wrong!r} is one argument too many; options start with --, and a list is written '[a, b]'"
-    return f"there is no option {option}{near(option, options)}"
-
-
-def _wrong_value(key: str, expected: list[str], given: str) -> str:
-    choices = [choice for kind in expected if "Literal" in kind for choice in re.findall(r"'([^']*)'", kind)]
-    if choices:
-        return f"{key} must be one of {', '.join(dict.fromkeys(choices))}, got {given}{near(given, choices)}"
-    kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", kind) for kind in expected if "NoneType" not in kind]
-    hint = f"; write '[{given}]'" if "list" in kinds and not given.startswith(("[", "{")) else ""
-    return f"{key} must be of type {' or '.join(dict.fromkeys(kinds))}, got {given}{hint}"
 
 
 def _options(parser: Any) -> list[str]:
@@ -135,6 +86,16 @@ def _on_purpose(error: BaseException) -> bool:
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
     speaks = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
     return isinstance(error, OSError) or (speaks and raised_in.partition(".")[0] in _SPEAKERS)
+
+
+def _first_rank_says_it(parent: int) -> bool:
+    """Whether this is another rank, and the first one, its parent, ends too: it met the same error and has said so."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    deadline = time.monotonic() + _PATIENCE
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != parent
 
 
 def _print_error(sentence: str) -> None:

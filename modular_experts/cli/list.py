@@ -12,35 +12,36 @@ from modular_experts.cli.summary import bytes_text, kept_share, share_text
 from modular_experts.cli.tool import run_tool
 from modular_experts.library import Library
 
+_BROKEN = ("damaged", "'verify' says why")
 EXAMPLES = "  modular-experts list library"
 
 
 def list_library(directory: str) -> None:
-    """List the complete experts in a library, one a line.
+    """List the experts in a library, one a line; also those that are damaged, or of which a file is missing.
 
     Args:
         directory: Directory of the library.
     """
     library = Library(directory)
-    if not library:
+    rows = {name: _row(library, name) for name in library} | dict.fromkeys(library.incomplete(), _BROKEN)
+    if not rows:
         print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("expert", overflow="fold", min_width=min(max(map(len, library)), 28))
-    table.add_column("kind", no_wrap=True)
-    table.add_column("tasks", overflow="ellipsis", no_wrap=True)
+    for name in ("expert", "kind", "tasks"):
+        table.add_column(name, overflow="fold")
     for name in ("weights", "kept", "size"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in library:
-        table.add_row(name, *_row(library, name))
-    Console().print(table)
+    for name in sorted(rows):
+        table.add_row(name, *rows[name])
+    Console(markup=False, emoji=False).print(table)
 
 
 def _row(library: Library, name: str) -> tuple[str, ...]:
     try:
         expert = library[name]
-    except ValueError:
-        return ("damaged", f"see: verify {library.directory.name}")  # one bad file must not hide the others
+    except (ValueError, OSError):
+        return _BROKEN  # one bad file must not hide the others
     tasks = ", ".join(map(str, expert.record["tasks"]))
     numbers = str(len(expert)), share_text(kept_share(expert)), bytes_text(expert.size_on_disk)
     return expert.record["kind"], tasks, *numbers

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import summary
+from modular_experts.cli.summary import call_text, summary
 from modular_experts.cli.tool import run_tool
+from modular_experts.merger import describe
 from modular_experts.merger import merge as merge_experts
 from modular_experts.merging import MergeMethod
 
@@ -31,7 +32,8 @@ def merge(experts: list[str], method: MergeMethod, out: str, overwrite: bool = F
         overwrite: Replace an expert that is there.
     """
     merged = merge_experts(experts, method, out, overwrite, progress_bar("merging"))
-    print(f"merged {len(experts)} {'expert' if len(experts) == 1 else 'experts'} with {method}")
+    how = call_text(type(method).__name__, describe(method)["init_args"])
+    print(f"merged {len(experts)} {'expert' if len(experts) == 1 else 'experts'} with {how}")
     print(f"{out}: {summary(merged)}")
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, share_text
+from modular_experts.cli.summary import bytes_text, call_text, share_text
 from modular_experts.cli.tool import run_tool
 from modular_experts.library import StoredExpert, open_expert
 
@@ -50,10 +50,11 @@ def show(directory: str, weights: bool = False) -> None:
         directory: Directory of the expert.
         weights: List every weight instead of every layer.
     """
-    expert, console = open_expert(directory), Console()
+    expert, console = open_expert(directory), Console(markup=False, emoji=False)
     measures = {}
+    kept = expert.kept_entries()
     for name, delta in expert.items():
-        measures[name] = Measure(1, delta.shape.numel(), delta.support_size, delta.norm())
+        measures[name] = Measure(1, delta.shape.numel(), kept[name], delta.norm())
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(expert, Measure.total(measures.values())):
         facts.add_row(name, text)
@@ -69,15 +70,15 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     record, base = expert.record, expert.record["base"]
     forms = Counter(expert.forms().values())
     yield "expert", str(expert.path)
-    yield "kind", _call(record["kind"], record.get("hyperparameters") or {})
+    yield "kind", call_text(record["kind"], record.get("hyperparameters") or {})
     if record.get("method"):
-        yield "method", _call(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
+        yield "method", call_text(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
     yield "tasks", ", ".join(map(str, record["tasks"])) or "none recorded"
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
     for name, score in sorted(record["scores"].items()):
-        yield "score", f"{name}: {_score(score)}"
+        yield "score", f"{_score_name(name)}: {_score(score)}"
     yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
     yield "kept", f"{total.kept:,} of {total.entries:,} entries ({share_text(total.kept / max(total.entries, 1))})"
     yield "norm", f"{total.norm:.4g}"
@@ -87,8 +88,11 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
 
 
-def _call(name: str, settings: dict[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else name
+def _score_name(name: str) -> str:
+    """Return what a logged metric means: `ExpertModule` logs losses per target token."""
+    metric, _, task = name.partition("/")
+    word = {"val_loss": "validation loss", "loss": "training loss of the last batch"}.get(metric, metric)
+    return f"{word} of {task}" if task else word
 
 
 def _score(score: Any) -> str:

@@ -1,10 +1,13 @@
-"""Summary: how an expert is told in one line, and numbers in few characters."""
+"""Summary: how an expert is told in one line, and numbers and settings in few characters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from modular_experts.library import StoredExpert
 
-__all__ = ["bytes_text", "kept_share", "share_text", "summary"]
+__all__ = ["bytes_text", "call_text", "kept_share", "share_text", "summary", "value_text"]
 
 
 def summary(expert: StoredExpert) -> str:
@@ -19,6 +22,19 @@ def kept_share(expert: StoredExpert) -> float:
     """Return the share of the entries of an expert's weights that it keeps."""
     total = sum(shape.numel() for shape in expert.shapes().values())
     return sum(expert.kept_entries().values()) / total if total else 0.0
+
+
+def call_text(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a class and its settings, such as `TIES(keep=0.2, scope='weight')`; what is not set is left out."""
+    shown = [f"{key}={value_text(value)}" for key, value in settings.items() if value is not None]
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
+def value_text(value: Any) -> str:
+    """Return a setting: numbers to four digits, texts in quotes as they are."""
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def share_text(share: float) -> str:

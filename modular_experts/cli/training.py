@@ -6,6 +6,7 @@ So the settings that a checkpoint holds are parsed first, as if they were the fi
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import pickle
@@ -15,20 +16,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
+import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
 from modular_experts.callbacks import ExportExpert
 from modular_experts.cli.errors import SentenceErrors
 from modular_experts.cli.interruption import SayHowToGoOn
 from modular_experts.cli.training_bar import TrainingBar
+from modular_experts.cli.whole_lists import replace_lists
 from modular_experts.data import Mixing, TaskMixture, TaskSource
 from modular_experts.experts import Expert
 from modular_experts.interop.checkpoint import load_tokenizer
@@ -46,6 +49,8 @@ _DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,  # the module says in one line what it trains
 }
+_MADE_BY_FACTORIES = (Expert, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_CHECKPOINT_WORDS = ("last", "best", "hpc")  # Lightning looks for them in the new run's own directory, and finds none
 _EPOCHS = 3  # where no length is given, instead of Lightning's thousand
 _NOISE = [
     ".*args parameter is intended to run from within Python.*",  # the arguments here are those of the command line
@@ -62,12 +67,46 @@ class _Parser(SentenceErrors, LightningArgumentParser):
     """A parser whose complaints are sentences."""
 
     class_bases = (Expert, Score, Rule, LearningRateShape, Mixing, TaskSource, Callback, torch.optim.Optimizer)
+    examples: ClassVar[dict[str, str]] = {"data.tasks": '[{"name": "mine", "path": "file.jsonl"}]'}
+
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Leave out what a factory is given by us, such as an expert's weight; the help would list it as required."""
+        if inspect.isclass(theclass) and issubclass(theclass, _MADE_BY_FACTORIES):
+            kwargs["skip"] = {*kwargs.get("skip", ()), 1}
+        return super().add_class_arguments(theclass, *args, **kwargs)
 
 
 class TrainingCLI(LightningCLI):
     """The four commands that run a trainer; every option is an argument of `ExpertModule`, `TaskMixture` or
     `Trainer`.
     """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and which arguments of the trainer's methods are no options."""
+        commands = LightningCLI.subcommands()
+        return {**commands, "validate": {*commands["validate"], "verbose"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let a list of tasks or callbacks replace that of an earlier config."""
+        replace_lists(parser)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Validate without Lightning's own table of metrics: `WriteResults` prints one."""
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that is named by a word, before anything is made.
+
+        Raises:
+            ValueError: It is one of Lightning's words; the sentence names the newest file.
+        """
+        config = self.config[self.subcommand]
+        if config.ckpt_path in _CHECKPOINT_WORDS:
+            root = Path(config.trainer.default_root_dir)
+            files = sorted(root.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+            newest = f"the newest in {root} is {files[-1]}" if files else f"{root} has none"
+            raise ValueError(f"ckpt_path={config.ckpt_path!r} names no checkpoint; give its file ({newest})")
 
     def after_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the model, unless it has another."""
@@ -89,6 +128,8 @@ class TrainingCLI(LightningCLI):
         trainer = self.config_init[self.subcommand].trainer
         listed = trainer.callbacks or []
         kwargs["callbacks"] = [*(listed if isinstance(listed, list) else [listed]), SayHowToGoOn()]
+        if self.subcommand != "fit" and trainer.logger is None:
+            kwargs["logger"] = False  # there is nothing to draw, and it would leave a directory at every call
         watched = sys.stderr.isatty() and sys.stdout.isatty()
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
             kwargs["max_epochs"] = _EPOCHS
@@ -113,6 +154,7 @@ def run(argv: Sequence[str]) -> None:
             args=_with_checkpoint_settings(list(argv), Path(folder)),
             trainer_defaults=_DEFAULTS,
             seed_everything_default=0,
+            save_config_callback=SaveConfigCallback if argv[0] == "fit" else None,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             auto_configure_optimizers=False,

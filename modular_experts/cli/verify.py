@@ -9,7 +9,7 @@ from pathlib import Path
 from modular_experts.cli.tool import run_tool
 from modular_experts.interop.checkpoint import find_base, fingerprint, resolve_base
 from modular_experts.library import Library, StoredExpert, check_base, open_expert
-from modular_experts.library.expert import RECORD_FILE
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
 
 EXAMPLES = """\
   modular-experts verify library/ab
@@ -29,14 +29,20 @@ def verify(directory: str, base: str | None = None, revision: str | None = None)
         revision: Branch, tag or commit of a hub id.
     """
     place = Path(directory)
-    if (place / RECORD_FILE).exists() or not place.is_dir():
+    if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE)):
         print(f"{directory}: {_verify(open_expert(directory), base, revision)}")
         return
-    names = list(Library(directory))
-    damaged = [name for name in names if not _reported(place / name, base, revision)]
-    if damaged:
-        raise ValueError(f"{len(damaged)} of {len(names)} experts in {directory} failed: {', '.join(damaged)}")
-    print(f"{directory}: all {len(names)} experts are intact")
+    library = Library(directory)
+    incomplete = library.incomplete()
+    if not library and not incomplete:
+        raise ValueError(f"{directory} holds no expert, so there is nothing to verify")
+    for name, problem in incomplete.items():
+        print(f"{place / name}: {problem}", file=sys.stderr)
+    failed = [*(name for name in library if not _reported(place / name, base, revision)), *incomplete]
+    if failed:
+        count = len(library) + len(incomplete)
+        raise ValueError(f"{len(failed)} of {count} experts in {directory} failed: {', '.join(sorted(failed))}")
+    print(f"{directory}: all {len(library)} experts are intact")
 
 
 def _reported(path: Path, base: str | None, revision: str | None) -> bool:

@@ -45,6 +45,11 @@ class Selectable(Expert):
             raise ValueError(
                 f"block_size={block_size} must be at least 2; for single entries use granularity='element'"
             )
+        if granularity == "block" and block_size > min(weight.shape):
+            raise ValueError(
+                f"block_size={block_size} is larger than a side of the weight {tuple(weight.shape)}; "
+                f"use at most {min(weight.shape)}, or granularity='element'"
+            )
         self.keep_ratio, self.granularity = keep_ratio, granularity
         self.shape = weight.shape
         self.block_size = block_size if granularity == "block" else 1

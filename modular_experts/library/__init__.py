@@ -34,6 +34,8 @@ __all__ = [
     "write_expert",
 ]
 
+_FILES = (RECORD_FILE, DELTA_FILE)
+
 
 class Library(Mapping[str, StoredExpert]):
     """The complete experts in a directory, by name.
@@ -56,12 +58,34 @@ class Library(Mapping[str, StoredExpert]):
 
     def __iter__(self) -> Iterator[str]:
         for entry in sorted(self.directory.iterdir()):
-            complete = (entry / RECORD_FILE).is_file() and (entry / DELTA_FILE).is_file()
-            if complete and is_name(entry.name) and not entry.is_symlink():
+            if not _missing(entry) and _obstacle(entry) is None:
                 yield entry.name
+
+    def incomplete(self) -> dict[str, str]:
+        """Return what looks like an expert and is none that could be opened, by name, with what is wrong.
+
+        Names with a leading dot are left out: they are being written, or were when their writer was killed.
+        """
+        found: dict[str, str] = {}
+        for entry in sorted(self.directory.iterdir()):
+            missing = _missing(entry)
+            if entry.is_dir() and not entry.name.startswith(".") and len(missing) < len(_FILES):
+                problem = f"{missing[0]} is missing" if missing else _obstacle(entry)
+                found |= {entry.name: problem} if problem else {}
+        return found
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         return f"Library({str(self.directory)!r}, {list(self)})"
+
+
+def _missing(entry: Path) -> list[str]:
+    return [name for name in _FILES if not (entry / name).is_file()]
+
+
+def _obstacle(entry: Path) -> str | None:
+    if entry.is_symlink():
+        return "it is a link, and links are not followed"
+    return None if is_name(entry.name) else "its name is none that an expert may have"

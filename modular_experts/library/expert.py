@@ -2,9 +2,9 @@
 
 The tensors of a weight are named after it and the form of its delta: `<weight>/values` with `/indices` (Sparse) or
 `/blocks` (BlockSparse), `<weight>/up` with `/down` (LowRank), `<weight>/dense` (Dense). A table in the file's metadata
-gives, for each weight, its form, its shape, and dtype, shape and SHA-256 of each tensor; the content hash is the
-SHA-256 of that table, so it does not depend on the order of writing. Every read is checked against the table, and the
-table against `expert.json`.
+gives, for each weight, its form, shape and number of kept entries, and dtype, shape and SHA-256 of each tensor; the
+content hash is the SHA-256 of that table, so it does not depend on the order of writing. Every read is checked against
+the table, and the table against `expert.json`.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class StoredExpert(Mapping[str, Delta]):
     def kept_entries(self) -> dict[str, int]:
         """Return how many entries of each weight are kept, without reading it.
 
-        Low-rank and dense deltas keep all. A tile that reaches over the edge of its weight counts whole.
+        A dense delta keeps the entries that are not zero, a low-rank one all.
         """
         return {name: self._kept_entries(name) for name in self}
 
     def _kept_entries(self, name: str) -> int:
         size = math.prod(self._table[name]["shape"])
-        values = self._table[name]["tensors"].get("values")
-        return min(size, math.prod(values["shape"])) if values else size
+        values = self._table[name]["tensors"].get("values", {"shape": [size]})
+        return self._table[name].get("kept", min(size, math.prod(values["shape"])))  # older files do not count
 
     def verify(self) -> None:
         """Read everything once.
@@ -188,7 +188,8 @@ def _write_delta(writer: TensorFileWriter, name: str, delta: Delta) -> dict[str,
         suffix: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": writer.write(f"{name}/{suffix}", t)}
         for suffix, t in packed.items()
     }
-    return {"form": type(delta).__name__, "shape": list(delta.shape), "tensors": tensors}
+    kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
+    return {"form": type(delta).__name__, "shape": list(delta.shape), "kept": kept, "tensors": tensors}
 
 
 def _open_tensors(file: Path) -> Any:
@@ -211,6 +212,8 @@ def _read_table(file: Path, tensors: Any) -> dict[str, Any]:
         for name, entry in table.items():
             layout = {suffix: _layout(tensors.get_slice(f"{name}/{suffix}")) for suffix in entry["tensors"]}
             check_layout(entry["form"], entry["shape"], layout)
+            if not isinstance(entry.get("kept", 0), int):
+                raise ValueError(f"it does not say in a number how many entries of {name} are kept")
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"its metadata does not describe an expert ({error!r})") from error
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,24 +45,30 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
 
     Raises:
         FileExistsError: Something is there that may not be replaced.
+        PermissionError: The nearest directory above it cannot be written to.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
     if marker == "expert.json":
         check_name(target.name)
     if not os.path.lexists(target):
-        _check_parent(target)
+        _check_parents(target)
     elif target.is_symlink() or not (target / marker).is_file():
         raise FileExistsError(f"{path} exists and is no directory of ours (it holds no {marker}); choose another place")
     elif not overwrite:
         raise FileExistsError(f"{path} exists already; choose another place, or replace it with overwrite: true")
+    else:
+        _check_parents(target)
     return target
 
 
-def _check_parent(target: Path) -> None:
+def _check_parents(target: Path) -> None:
+    """Try to make a directory where one will have to be made: permissions alone do not tell it of every disk."""
     for parent in target.parents:
         if parent.is_dir():
-            if not os.access(parent, os.W_OK):
-                raise PermissionError(f"{target} cannot be written, because {parent} is read-only")
+            try:
+                os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+            except OSError as error:
+                raise PermissionError(f"{target} cannot be written: in {parent}, {error.strerror}") from None
             return
         if os.path.lexists(parent):
             raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")

@@ -79,6 +79,45 @@ def test_an_existing_name_is_refused_before_training(tiny_llama_dir, task_files,
     assert Library(library)["mine"].record["content_hash"] != before
 
 
+def test_a_metric_that_is_not_logged_is_refused_with_the_nearest(tiny_llama_dir, task_files, tmp_path) -> None:
+    export, losses = ExportExpert(str(tmp_path / "library"), "mine", monitor="val_los"), runs.Losses()
+    with pytest.raises(ValueError, match=r"monitor='val_los' is no logged metric; did you mean val_loss\?; there are"):
+        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, losses, val_check_interval=1, max_steps=6)
+    assert len(losses.steps) == 1, "the first validation that counts finds out"
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_training(tiny_llama_dir, task_files, tmp_path) -> None:
+    losses = runs.Losses()
+    with pytest.raises(OSError, match=r"/proc/library/mine cannot be written: in /proc, "):
+        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, ExportExpert("/proc/library", "mine"), losses)
+    assert losses.steps == []
+
+
+class Interrupt(runs.Losses):
+    """Stops training, as a person does, before its fifth step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_tells_where_the_best_state_is_and_a_fresh_run_clears_it_away(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    caplog.set_level("INFO", "modular_experts")
+    library, best = str(tmp_path / "library"), tmp_path / "best-of-mine"
+    first, often = ExportExpert(library, "mine"), {"max_steps": 9, "val_check_interval": 2}
+    with pytest.raises(SystemExit):
+        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, first, Interrupt(), **often)
+    assert first.best_step in (2, 4)
+    assert f"the best state so far, of step {first.best_step}, is an ordinary expert in {best}" in caplog.text
+    open_expert(best).verify()
+    fresh = ExportExpert(library, "mine", monitor=None)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, fresh)
+    assert not best.exists()
+    assert open_expert(fresh.target).record["hyperparameters"]["steps"] == 6
+
+
 @pytest.mark.parametrize("name", ["../outside", "a/b", "", ".hidden", "x" * 65])
 def test_a_name_that_leaves_the_library_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -29,7 +31,9 @@ def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
     for seed, (name, form) in enumerate({"a": "Sparse", "b": "BlockSparse", "lora": "LowRank"}.items()):
         deltas = [(n, random_delta(form, shapes[n].shape, seed, torch.float32, share=0.05, size=8)) for n in names]
-        record = make_record(f"{form}Expert", base, tasks=[f"task-{name}"], scores={f"task-{name}": {"loss": 0.5}})
+        settings = {"keep_ratio": 0.0491712345, "modules": ".*[qk]_proj", "scheduler": None}
+        scores = {"val_loss": 2.3456789, f"val_loss/task-{name}": 0.5}
+        record = make_record(f"{form}Expert", base, hyperparameters=settings, tasks=[f"task-{name}"], scores=scores)
         write_expert(tmp_path / "library" / name, deltas, record)
     other = {**base, "id": "elsewhere", "fingerprint": "b" * 64}
     write_expert(tmp_path / "others/x", deltas, make_record("SparseExpert", other))
@@ -164,12 +168,37 @@ def test_list_is_a_table_of_at_most_80_columns(run, place):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_list_shows_the_others_beside_a_damaged_one(run, place):
+def test_list_shows_every_number_beside_long_names(run, place):
+    tasks, base = [f"a-task-with-a-long-name-{i}" for i in range(4)], {"id": "base", "fingerprint": "f" * 64}
+    deltas = [(f"layer-{i}", random_delta("Sparse", (40, 30), i, torch.float32, share=0.05)) for i in range(123)]
+    write_expert(place / "long" / ("x" * 64), deltas, make_record("ExpertWithALongName", base, tasks=tasks))
+    _, out, _ = run("list", "long")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if "x" in line and "expert" not in line)
+    size = sum(file.stat().st_size for file in (place / "long" / ("x" * 64)).iterdir())
+    assert row.split()[-5:] == ["123", "5", "%", f"{size / 1000:.3g}", "kB"]
+    columns = ["".join(line[start:stop].strip() for line in lines[3:]) for start, stop in _spans(lines[1])]
+    assert columns[0] == "x" * 64
+    assert columns[2] == ",".join(tasks)
+
+
+def _spans(heading):
+    starts = [match.start() for match in re.finditer(r"\S+", heading)]
+    return zip(starts, [*starts[1:], None], strict=True)
+
+
+def test_list_shows_the_others_beside_damaged_and_incomplete_ones(run, place):
     (place / "library/a/delta.safetensors").write_bytes(b"")
+    (place / "library/b/expert.json").write_text("{broken")
+    shutil.copytree(place / "library/lora", place / "library/half")
+    (place / "library/half/expert.json").unlink()
+    shutil.copytree(place / "library/lora", place / "library/bad [name]")
     code, out, _ = run("list", "library")
     assert code == 0
-    assert "damaged" in out
-    assert "LowRankExpert" in out
+    kinds = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    assert all("damaged" in kinds[name] for name in ("a", "b", "half", "bad [name]"))
+    assert "LowRankExpert" in kinds["lora"]
     (place / "empty").mkdir()
     assert "has no experts yet" in run("list", "empty")[1]
 
@@ -187,6 +216,9 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
         total, kept = total + expert[name].dense().double().square().sum().item(), kept + expert[name].support_size
     out = run("show", "library/a", "--weights", "true")[1]
     assert f"norm      {total**0.5:.4g}" in out
+    assert "SparseExpert(keep_ratio=0.04917, modules='.*[qk]_proj')" in out.replace("\n", "")
+    assert "validation loss: 2.346" in out
+    assert "validation loss of task-a: 0.5" in out
     assert f"{kept:,} of " in out
     assert "model.layers.1.self_attn.q_proj.weight" in out.replace("\n", "")
 
@@ -210,15 +242,64 @@ def test_verify_one_a_library_and_a_base(run, place, tiny_llama_dir, tiny):
     assert "1 of 3 experts in library failed: b" in err
 
 
+@pytest.mark.parametrize("missing", ["expert.json", "delta.safetensors"])
+def test_verify_fails_and_names_what_an_expert_lacks(run, place, missing):
+    (place / "library/a" / missing).unlink()
+    code, out, err = run("verify", "library")
+    assert code == 1
+    assert f"library/a: {missing} is missing" in err
+    assert "1 of 3 experts in library failed: a" in err
+    assert "library/b: intact" in out
+    code, _, err = run("verify", "library/a")
+    assert code == 1
+    assert f"{missing} is missing" in err
+
+
+def test_verify_names_a_link_and_a_name_that_none_may_have(run, place):
+    (place / "library/linked").symlink_to(place / "others/x")
+    shutil.copytree(place / "library/a", place / "library/a b")
+    code, _, err = run("verify", "library")
+    assert code == 1
+    assert "library/linked: it is a link" in err
+    assert "library/a b: its name is none that an expert may have" in err
+
+
+def test_a_merge_that_is_dense_in_form_tells_how_little_of_it_is_kept(run, place):
+    how = ["--method", "TIES", "--method.keep", "0.1", "--out", "library/trimmed"]
+    code, out, _ = run("merge", "--experts", "[library/lora]", *how)
+    assert code == 0
+    moved = [delta.dense() for delta in open_expert("library/trimmed").values()]
+    share = sum(int((d != 0).sum()) for d in moved) / sum(d.numel() for d in moved)
+    assert 0.09 < share < 0.11
+    assert set(open_expert("library/trimmed").forms().values()) == {"Dense"}
+    for text in (out, run("list", "library")[1], run("show", "library/trimmed")[1]):
+        assert f"{100 * share:.3g} %" in text
+
+
+def test_merge_tells_a_users_plain_class_by_its_name_and_settings(run, place):
+    (place / "plain_methods.py").write_text(
+        "from modular_experts import MergeMethod\n\n\n"
+        "class Plain(MergeMethod):\n"
+        '    """Plain.\n\n    Args:\n        scale: Factor.\n    """\n\n'
+        "    def __init__(self, scale: float = 1.0) -> None:\n        self.scale = scale\n\n"
+        "    def merge(self, deltas):\n        return deltas[0] * self.scale\n"
+    )
+    how = ["--method", "plain_methods.Plain", "--method.scale", "0.25", "--out", "library/plain"]
+    assert "merged 1 expert with Plain(scale=0.25)\n" in run("merge", "--experts", "[library/a]", *how)[1]
+
+
 MERGE = ["merge", "--experts", "[library/a, library/b]", "--out", "library/new", "--method"]
 MISTAKES = [
     (["mrege"], 2, "no command mrege; did you mean merge?"),
     (["--config", "x.yaml", "merge"], 2, "the command comes first"),
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
-    ([*MERGE, "nowhere.Method"], 2, "nowhere"),
-    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option 'kep'; did you mean keep?"),
-    ([*MERGE, "TIES", "--method.keep", "much"], 2, "keep must be of type float, got much"),
+    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option 'method.init_args.kep'; did you mean keep?"),
+    ([*MERGE, "TIES", "--method.keep", "much"], 2, "method.init_args.keep must be of type float, got much"),
+    ([*MERGE, "torch.nn.Linear"], 2, "method: torch.nn.Linear is no MergeMethod"),
+    ([*MERGE, "modular_experts.Averag"], 2, "the module modular_experts has no class 'Averag'; did you mean Average?"),
+    ([*MERGE, "nowhere.Method"], 2, "method: nowhere.Method cannot be imported: there is no module 'nowhere'"),
+    (["merge", "--method.help", "Nonsense"], 2, "--method.help: there is no class 'Nonsense'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
     (
         [*MERGE, "SparseAverage", "--method.count", "value"],
@@ -237,6 +318,7 @@ MISTAKES = [
     (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
     (["apply", "--experts", "[others/x]", "--out", "new"], 1, "base 'elsewhere' was not found"),
+    (["verify", "."], 1, ". holds no expert"),
     (["list"], 2, "directory must be given"),
     (["list", "library", "more"], 2, "'more' is one argument too many"),
     (["list", "nowhere"], 1, "nowhere is not a library"),

@@ -44,6 +44,13 @@ def _saved_config() -> dict:
     return yaml.safe_load(newest.read_text())
 
 
+def _printed_config(command: list[str], capsys) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*command, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
 def test_the_issues_first_command_trains(place, tiny_llama_dir) -> None:
     command = ["fit", "--config", SPARSE, "--model.base", str(tiny_llama_dir), "--trainer.max_steps", "3"]
     assert main([*command, "--data.tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
@@ -66,7 +73,16 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     on_base = json.loads(Path("runs/results.json").read_text())
     assert main(["apply", "--base", str(tiny_llama_dir), "--experts", "[library/ab]", "--out", "merged"]) == 0
     own = ["--model.base", "merged", "--model.max_new_tokens", "6"]
-    assert main(["test", "--config", str(ROOT / "configs" / "test.yaml"), "--config", "tasks.yaml", *own]) == 0
+    test = [
+        "test",
+        "--config",
+        str(ROOT / "configs" / "test.yaml"),
+        "--config",
+        "tasks.yaml",
+        "--model.applied",
+        "null",
+    ]
+    assert main([*test, *own]) == 0
     alone = json.loads(Path("runs/results.json").read_text())
     for name, scores in on_base["tasks"].items():
         assert alone["tasks"][name]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
@@ -74,25 +90,25 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     assert max(len(line) for line in capsys.readouterr().out.splitlines() if "held-in" in line) <= 80
     assert main(["predict", "--config", "tasks.yaml", *own]) == 0
     assert len(Path("runs/predictions.jsonl").read_text().splitlines()) == 12
+    capsys.readouterr()
     assert main(["validate", "--config", "tasks.yaml", *own]) == 0
+    assert "val_loss" not in capsys.readouterr().out  # Lightning's table; ours has a row for each task
+    logs = [folder.name for folder in Path("runs/lightning_logs").iterdir()]
+    assert sorted(logs) == ["version_0", "version_1"], "only the two trainings leave logs"
 
 
-def test_the_command_line_beats_config_files_beat_the_checkpoint(place) -> None:
+def test_the_command_line_beats_config_files_beat_the_checkpoint(place, capsys) -> None:
     keep = "--model.expert.init_args.keep_ratio"
     fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
     assert main([*fit, "--model.expert", "SparseExpert", keep, "0.2", "--model.max_new_tokens", "5"]) == 0
     (checkpoint,) = Path("runs/lightning_logs").rglob("*.ckpt")
     validate = ["validate", "--config", "tasks.yaml", "--ckpt_path", str(checkpoint)]
     assert main(validate) == 0  # base, modules and expert are the checkpoint's
-    assert _saved_config()["model"]["expert"]["init_args"]["keep_ratio"] == 0.2
-    assert _saved_config()["model"]["max_new_tokens"] == 5
-    assert main([*validate, "--model.max_new_tokens", "3"]) == 0
-    assert _saved_config()["model"]["max_new_tokens"] == 3
+    assert _printed_config(validate, capsys)["model"]["expert"]["init_args"]["keep_ratio"] == 0.2
     Path("more.yaml").write_text("model: {max_new_tokens: 4}\n")
-    assert main([*validate, "--config", "more.yaml"]) == 0
-    assert _saved_config()["model"]["max_new_tokens"] == 4
-    assert main([*validate, "--config", "more.yaml", "--model.max_new_tokens", "3"]) == 0
-    assert _saved_config()["model"]["max_new_tokens"] == 3
+    more, shorter = ["--config", "more.yaml"], ["--model.max_new_tokens", "3"]
+    for options, expected in (([], 5), (shorter, 3), (more, 4), ([*more, *shorter], 3)):
+        assert _printed_config([*validate, *options], capsys)["model"]["max_new_tokens"] == expected
 
 
 def test_another_expert_than_the_checkpoints_is_refused_not_replaced(place, capsys) -> None:
@@ -170,13 +186,80 @@ def test_help_teaches_the_arguments(capsys) -> None:
         assert all(word in shown for word in words)
 
 
-def _export(name: str) -> str:
-    return json.dumps([{"class_path": "ExportExpert", "init_args": {"library": "library", "name": name}}])
+@pytest.mark.parametrize(
+    ("option", "given_by_us"),
+    [("expert.help SparseExpert", "weight"), ("optimizer.help SGD", "params"), ("scheduler.help StepLR", "optimizer")],
+)
+def test_help_of_a_class_leaves_out_what_it_is_given(option: str, given_by_us: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *f"--model.{option}".split()])
+    kind = option.partition(".")[0]
+    assert f"--model.{kind}.{given_by_us} " not in capsys.readouterr().out
+
+
+def _export(name: str, **settings: object) -> str:
+    init_args = {"library": "library", "name": name, **settings}
+    return json.dumps([{"class_path": "ExportExpert", "init_args": init_args}])
 
 
 MISTAKES = {
     "class": (["--model.expert", "SparsExpert"], 2, "there is no class 'SparsExpert'; did you mean SparseExpert?"),
-    "setting": (["--model.expert.init_args.keep_ratoi", "0.1"], 2, "'keep_ratoi'; did you mean keep_ratio?"),
+    "own class": (
+        ["--model.expert", "own.Nope"],
+        2,
+        "model.expert: the module own has no class 'Nope'; did you mean Hope?",
+    ),
+    "own module": (
+        ["--model.expert", "nomod.X"],
+        2,
+        "model.expert: nomod.X cannot be imported: there is no module 'nomod'",
+    ),
+    "import": (["--model.expert", "importing.X"], 2, "importing.X cannot be imported: there is no module 'not_there'"),
+    "syntax": (
+        ["--model.expert", "broken.X"],
+        2,
+        "model.expert: broken.X cannot be used: '(' was never closed (broken.py",
+    ),
+    "own bug": (["--model.expert", "bug.X"], 2, "model.expert: bug.X cannot be used: name 'y' is not defined"),
+    "torch's": (["--model.expert", "old.X"], 2, "old.X cannot be imported: module 'torch' has no attribute 'old'"),
+    "kind": (["--model.expert", "torch.nn.Linear"], 2, "model.expert: torch.nn.Linear is no Expert; name a subclass"),
+    "tasks": (["--data.tasks", "a.jsonl"], 2, 'written \'[{"name": "mine", "path": "file.jsonl"}]\', got a.jsonl'),
+    "no list": (["--data.tasks", "a"], 2, 'written \'[{"name": "mine", "path": "file.jsonl"}]\', got a'),
+    "task": (["--data.tasks", '[{"nme": "a"}]'], 2, "there is no option 'data.tasks.nme'; did you mean name?"),
+    "setting": (
+        ["--model.expert.init_args.keep_ratoi", "0.1"],
+        2,
+        "there is no option 'model.expert.init_args.keep_ratoi'; did you mean keep_ratio?",
+    ),
+    "value": (
+        ["--model.expert.keep_ratio", "much"],
+        2,
+        "model.expert.init_args.keep_ratio must be of type float, got much",
+    ),
+    "union": (
+        ["--model.scheduler", "WarmupLinear", "--model.scheduler.warmup", "x"],
+        2,
+        "model.scheduler.init_args.warmup must be of type float, got x",
+    ),
+    "in a list": (
+        ["--trainer.callbacks", _export("a", librry=1)],
+        2,
+        "'trainer.callbacks.init_args.librry'; did you mean",
+    ),
+    "help": (["--model.expert.help", "Nonsense"], 2, "error: --model.expert.help: there is no class 'Nonsense'"),
+    "last": (["--ckpt_path", "last"], 1, "ckpt_path='last' names no checkpoint; give its file (runs has none)"),
+    "best": (["--ckpt_path", "best"], 1, "ckpt_path='best' names no checkpoint"),
+    "monitor": (
+        ["--trainer.callbacks", _export("a", monitor="val_los")],
+        1,
+        "monitor='val_los' is no logged metric; did you mean val_loss?",
+    ),
+    "tile": (
+        ["--model.expert.init_args.block_size", "40"],
+        1,
+        "block_size=40 is larger than a side of the weight (16, 32); use at most 16, or granularity='element' "
+        "(for the expert of model.layers.0.self_attn.k_proj.weight)",
+    ),
     "option": (["--model.optimiser", "SGD"], 2, "did you mean --model.optimizer"),
     "callback": (["--trainer.callbacks", '[{"class_path": "ExportExprt"}]'], 2, "did you mean ExportExpert?"),
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
@@ -188,9 +271,22 @@ MISTAKES = {
 }
 
 
+SOURCES = {
+    "own": "class Hope: pass",
+    "importing": "import not_there",
+    "broken": "print(",
+    "bug": "x = y",
+    "old": "import torch; torch.old",
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_nothing_is_written(mistake: str, place, capsys) -> None:
+def test_a_mistake_gets_one_sentence_and_nothing_is_written(mistake: str, place, capsys, monkeypatch) -> None:
     options, code, sentence = MISTAKES[mistake]
+    monkeypatch.setattr(sys, "path", [str(place), *sys.path])
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    for name, text in SOURCES.items():
+        Path(f"{name}.py").write_text(text)
     try:
         found = main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options])
     except SystemExit as stop:
@@ -249,14 +345,28 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(ExpertModule, "training_step", interrupted)
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", SPARSE, "--config", "mine.yaml"])
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 130
     said = capsys.readouterr().err
     checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
+    assert "the best state so far, of step 3, is an ordinary expert in runs/best-of-a" in said
+    assert main(["verify", "runs/best-of-a"]) == 0
     assert not Path("library").exists()
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", "last"]) == 1
+    assert f"the newest in runs is {checkpoint.removeprefix(f'{place}/')}" in capsys.readouterr().err
     monkeypatch.setattr(ExpertModule, "training_step", step)
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", checkpoint]) == 0
     assert list(Library("library")) == ["a"]
+
+
+def test_the_summary_tells_the_true_share_where_tiles_are_few(place, capsys) -> None:
+    """A weight of few tiles keeps at least one, however small the keep ratio."""
+    options = ["--model.modules", r".*\.k_proj", "--model.expert.init_args.keep_ratio", "0.001"]
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options]) == 0
+    said = capsys.readouterr().err
+    moved = list(Library("library")["a"].values())
+    share = sum(delta.support_size for delta in moved) / sum(delta.shape.numel() for delta in moved)
+    assert share == 0.5
+    assert "512 trained parameters, 50.00% of these weights" in said
 
 
 def test_on_a_terminal_a_bar_is_added_and_the_users_callbacks_stay(place, monkeypatch, capsys) -> None:

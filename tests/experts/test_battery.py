@@ -18,7 +18,7 @@ FACTORIES = {
     "element-all": partial(SparseExpert, keep_ratio=1.0),
     "block-8": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8),
     "block-16": partial(SparseExpert, keep_ratio=0.5, granularity="block", block_size=16),
-    "block-32": partial(SparseExpert, keep_ratio=0.9, granularity="block", block_size=32),
+    "block-20": partial(SparseExpert, keep_ratio=0.9, granularity="block", block_size=20),
     "masked": partial(MaskedExpert, keep_ratio=0.3, dense_start=False),
     "masked-dense-start": partial(MaskedExpert, keep_ratio=0.3),
     "masked-block": partial(MaskedExpert, keep_ratio=0.3, granularity="block", block_size=8, dense_start=False),

@@ -1,0 +1,60 @@
+"""A list given later replaces the one before it, whatever their lengths; `+` appends, and a field is set in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from modular_experts.__main__ import main
+
+FIRST = {
+    "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},
+    "data": {"tasks": [{"name": "one", "source": "Reverse", "role": "held_out", "weight": 3.0}]},
+    "trainer": {
+        "callbacks": [{"class_path": "ExportExpert", "init_args": {"library": "a", "name": "b", "overwrite": True}}]
+    },
+}
+LATER = {"data": {"tasks": [{"name": "two", "path": "two.jsonl"}]}}
+
+
+@pytest.fixture
+def printed(tmp_path, monkeypatch, capsys) -> Any:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["modular-experts"])
+    Path("first.yaml").write_text(yaml.safe_dump(FIRST))
+    Path("later.yaml").write_text(yaml.safe_dump(LATER))
+
+    def parse(*arguments: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "first.yaml", *arguments, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--config", "later.yaml"), ("--data.tasks", '[{"name": "two", "path": "two.jsonl"}]')]
+)
+def test_a_later_task_takes_nothing_from_the_one_before(printed, arguments: tuple[str, str]) -> None:
+    (task,) = printed(*arguments)["data"]["tasks"]
+    assert (task["name"], task["path"], task["source"]) == ("two", "two.jsonl", None)
+    assert (task["role"], task["weight"]) == ("held_in", 1.0)
+
+
+def test_a_later_callback_takes_nothing_from_the_one_before(printed) -> None:
+    new = '[{"class_path": "ExportExpert", "init_args": {"library": "c", "name": "d"}}]'
+    (callback,) = printed("--trainer.callbacks", new)["trainer"]["callbacks"]
+    assert callback["init_args"] == {"library": "c", "name": "d", "overwrite": False, "monitor": "val_loss"}
+
+
+def test_a_field_of_the_last_item_is_set_in_place(printed) -> None:
+    (callback,) = printed("--trainer.callbacks.name", "d")["trainer"]["callbacks"]
+    assert callback["init_args"] == {"library": "a", "name": "d", "overwrite": True, "monitor": "val_loss"}
+
+
+def test_plus_appends(printed) -> None:
+    found = printed("--data.tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
+    assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
