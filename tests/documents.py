@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """Return the fenced blocks of one language on a page of the project."""
+    """Return the fenced blocks of one language, or of none, on a page of the project."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for found, block in fenced if found == language]
 
 
 def definitions(page: str) -> str:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from documents import ROOT, blocks, definitions, run_as_file
 
 from modular_experts.__main__ import VERBS, main
@@ -28,11 +27,10 @@ def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
     names = {"intents": "upper", "banking": "reverse", "banking77": "first"}
     for name, task in names.items():
         shutil.copy(task_files[task], f"{name}.jsonl")
-    Path("smollm2").symlink_to(tiny_llama_dir)
+    Path(".cache").mkdir()
+    Path(".cache/smollm2").symlink_to(tiny_llama_dir)
     Path("configs").symlink_to(ROOT / "configs")
-    tasks = [{"name": name, "path": f"{name}.jsonl"} for name in names]
-    tasks[2]["role"] = "held_out"
-    Path("tasks.yaml").write_text(yaml.safe_dump({"data": {"tasks": tasks}}))
+    Path("tasks.yaml").write_text(blocks(PAGE, "yaml")[0])
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     return tmp_path
 
@@ -73,9 +71,7 @@ def test_the_tour_runs(place, monkeypatch, capsys) -> None:
 def test_the_tables_and_the_tree_name_what_there_is() -> None:
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     assert all(f"`{verb}`" in text for verb in VERBS)
-    tree = next(
-        block for block in re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if "deltas.py" in block
-    )
+    tree = next(block for block in blocks(PAGE, "") if "deltas.py" in block)
     rooms = {path.name for path in (ROOT / "modular_experts").iterdir() if not path.name.startswith("__")}
     named = set(re.findall(r"[\w]+(?:\.py|/)", tree))
     assert all(room in named or f"{room}/" in named for room in rooms)

@@ -50,8 +50,8 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     console = Console(width=80)
     console.print(summary_table(results))
     for sentence in summary_sentences(results):
-        console.print(sentence, soft_wrap=True, highlight=False)
-    print(f"the figure is {figure}, the experts are in {place / 'library'}, all numbers in {place / 'results.json'}")
+        console.print(f"\n{sentence}", highlight=False)
+    print(f"\nthe figure is {figure}, the experts are in {place / 'library'}, all numbers in {place / 'results.json'}")
     print(f"the report is {report}")
 
 

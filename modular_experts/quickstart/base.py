@@ -38,16 +38,16 @@ LEARNING_RATE = 3e-3
 WARMUP = 50
 CHECK_EVERY = 50  # steps between two looks at the validation words
 
-Progress = Callable[[int, float], None]
+Progress = Callable[[float], None]
 
 
-def make_base(plan: Plan, directory: Path, progress: Progress = lambda step, share: None) -> None:
+def make_base(plan: Plan, directory: Path, progress: Progress = lambda done: None) -> None:
     """Train the base and write it to `directory`; go on from the last checkpoint of a run that was interrupted.
 
     Args:
         plan: Sizes and seed.
         directory: Where the base goes, with its tokenizer and `training.json`; made whole or not at all.
-        progress: Called at each look at the validation words with the step and the share of them that is right.
+        progress: Called at each look at the validation words with the share that is done, as far as one can tell.
     """
     seed_everything(plan.seed, verbose=False)
     torch.set_num_threads(1)  # two gain a quarter on idle cores, and lose a factor of twenty where one of them is busy
@@ -125,7 +125,7 @@ class BaseTraining(LightningModule):
         self.best = max(self.best, share)
         if self.reached is None and (share >= self.plan.base_target or self.global_step >= self.plan.base_limit):
             self.reached = self.global_step
-        self.progress(self.global_step, share)
+        self.progress(self._done())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_training"] = {"reached": self.reached, "best": self.best, "seconds": self.seconds}
@@ -143,6 +143,11 @@ class BaseTraining(LightningModule):
             "target": self.plan.base_target,
             "target_reached": self.best >= self.plan.base_target,
         }
+
+    def _done(self) -> float:
+        if self.reached is None:
+            return 0.8 * self.best / self.plan.base_target
+        return 0.8 + 0.2 * (self.global_step - self.reached) / self.plan.base_decay
 
     def _rate(self, step: int) -> float:
         cooling = 0.0 if self.reached is None else (step - self.reached) / self.plan.base_decay

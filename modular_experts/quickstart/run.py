@@ -68,7 +68,7 @@ def run_plan(plan: Plan, out: Path, progress: Progress = lambda stage, done, tot
     base = out / "base"
     if not (base / FACTS).exists():
         with _silence():
-            make_base(plan, base, lambda step, share: progress("base", min(share / plan.base_target, 0.99), 1))
+            make_base(plan, base, lambda done: progress("base", done, 1))
     progress("base", 1, 1)
     results.setdefault("base", {}).update(json.loads((base / FACTS).read_text(encoding="utf-8")))
     with _processes() as pool:
