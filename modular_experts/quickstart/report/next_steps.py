@@ -27,13 +27,13 @@ def next_commands(results: Mapping[str, Any], out: str | Path) -> dict[str, str]
     reading, base, library = Reading(results), shlex.quote(str(Path(out, "base"))), Path(out, "library")
     kind, task = reading.kinds[0], reading.tasks()[0]
     merged = str(library / f"mine-and-{task}")
-    export = [{"class_path": "ExportExpert", "init_args": {"library": str(library), "name": "mine"}}]
     train = [
         f"modular-experts fit --model.base {base}",
         f"--model.modules {shlex.quote(MODULES)}",
         "--model.expert SparseExpert --model.expert.keep_ratio 0.1",
         f"--data.tasks {TASKS} --trainer.max_steps 100",
-        f"--trainer.callbacks {shlex.quote(json.dumps(export))}",
+        f"--trainer.callbacks+ ExportExpert --trainer.callbacks.library {shlex.quote(str(library))}",
+        "--trainer.callbacks.name mine",
     ]
     merge = [
         "modular-experts merge --method SparseAverage",
