@@ -75,7 +75,7 @@ def _bars() -> Iterator[Callable[[str, float, float], None]]:
     with bars:
         try:
             yield show
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the second is what Lightning makes of the first
             console.print("interrupted; the same command goes on from here")
             raise
 
