@@ -20,7 +20,6 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from modular_experts.callbacks.scoring import scoring_pass
-from modular_experts.deltas import Delta
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.masks import Reselect, Rule, Score
@@ -52,7 +51,7 @@ class MaskSchedule(Callback):
 
     def __init__(
         self,
-        score: Score | Callable[[Tensor, Tensor, Delta], Tensor] | None = None,
+        score: Score | Callable[..., Any] | None = None,
         rule: Rule | None = None,
         batches: int = 4,
         leavers: Literal["revert", "stash"] = "revert",

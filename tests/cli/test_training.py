@@ -144,6 +144,15 @@ def test_optimizer_scheduler_score_and_rule_are_named_by_class(place) -> None:
     assert saved["trainer"]["callbacks"][0]["init_args"]["score"]["class_path"].endswith("SNIP")
 
 
+def test_a_score_may_be_any_function_of_the_user(place, monkeypatch) -> None:
+    """Also one without annotations, which jsonargparse would refuse where the type asks for a return type."""
+    monkeypatch.syspath_prepend(place)
+    Path("my_scores.py").write_text("def largest(weight, gradient, delta):\n    return weight.abs()\n")
+    schedule = json.dumps([{"class_path": "MaskSchedule", "init_args": {"score": "my_scores.largest"}}])
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", schedule]) == 0
+    assert _saved_config()["trainer"]["callbacks"][0]["init_args"]["score"] == "my_scores.largest"
+
+
 def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:
     """As a command of its own, so that the directory is found as it would be for a user."""
     shutil.copy(ROOT / "tests" / "outside" / "ia3.py", "my_experts.py")
