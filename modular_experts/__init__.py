@@ -18,9 +18,11 @@ _HOMES = {
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
     "modular_experts.merger": ("merge",),
     "modular_experts.module": ("ExpertModule",),
-    "modular_experts.data": ("TaskMixture",),
+    "modular_experts.data": ("Task", "TaskMixture"),
+    "modular_experts.evaluation": ("measure",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
-    "modular_experts.interop.apply": ("apply", "apply_deltas"),
+    "modular_experts.interop.apply": ("applied", "apply", "apply_deltas"),
+    "modular_experts.interop.checkpoint": ("load_base", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

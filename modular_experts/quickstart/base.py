@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from modular_experts.data import Equal, Task, TaskMixture
 from modular_experts.evaluation import batch_losses, greedy_matches
 from modular_experts.interop.checkpoint import quiet
-from modular_experts.library import new_directory
+from modular_experts.library import check_target, new_directory
 from modular_experts.quickstart.plan import Plan
 
 __all__ = ["FACTS", "make_base"]
@@ -48,7 +48,11 @@ def make_base(plan: Plan, directory: Path, progress: Progress = lambda done: Non
         plan: Sizes and seed.
         directory: Where the base goes, with its tokenizer and `training.json`; made whole or not at all.
         progress: Called at each look at the validation words with the share that is done, as far as one can tell.
+
+    Raises:
+        OSError: Something else is at `directory`, or nothing can be made there; nothing has been trained then.
     """
+    check_target(directory, overwrite=True, marker=FACTS)
     seed_everything(plan.seed, verbose=False)
     torch.set_num_threads(1)  # two gain a quarter on idle cores, and lose a factor of twenty where one of them is busy
     tokenizer = make_tokenizer(plan)

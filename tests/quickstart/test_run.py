@@ -117,6 +117,14 @@ def test_a_killed_run_ends_with_the_same_numbers(finished, tmp_path, moment: str
     assert numbers(run_plan(SMALL, tmp_path)) == numbers(results)
 
 
+def test_a_base_that_is_not_ours_is_refused_before_training(tmp_path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="base exists and is no directory of ours"):
+        run_plan(SMALL, tmp_path)
+    assert (tmp_path / "base" / "config.json").read_text() == "{}"
+
+
 def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
     with pytest.raises(ValueError, match=r"holds a quickstart with seed=0; continue it with the same settings, give"):
         run_plan(replace(SMALL, seed=1), finished[0])
