@@ -100,21 +100,19 @@ def test_what_was_lost_is_made_again_with_the_same_numbers(finished, tmp_path) -
     )
 
 
-@pytest.mark.parametrize("moment", [".base-training/*.ckpt", "library/sparse-*"])
-def test_a_killed_run_ends_with_the_same_numbers(finished, tmp_path, moment: str) -> None:
-    """Killed, with all its processes, as soon as a file of this name is there: while the base or the experts train."""
-    _, results = finished
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path))
-    file = tmp_path / "program.py"
-    file.write_text(program)
-    process = subprocess.Popen([sys.executable, str(file)], start_new_session=True, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob(moment)):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def test_a_run_that_is_killed_twice_ends_with_the_same_numbers(finished, tmp_path) -> None:
+    """Killed, with all its processes, once while the base trains and once while the experts do."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path)))
+    for sign in (".base-training/*.ckpt", "library/sparse-*"):
+        process = subprocess.Popen([sys.executable, str(program)], start_new_session=True, stderr=subprocess.DEVNULL)
+        while not list(tmp_path.glob(sign)):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert not list(tmp_path.glob("library/merge-*"))
-    assert numbers(run_plan(SMALL, tmp_path)) == numbers(results)
+    assert numbers(run_plan(SMALL, tmp_path)) == numbers(finished[1])
 
 
 def test_a_base_that_is_not_ours_is_refused_before_training(tmp_path) -> None:
