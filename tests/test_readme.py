@@ -68,6 +68,10 @@ def test_the_tour_runs(place, monkeypatch, capsys) -> None:
         assert line in (ROOT / PAGE).read_text()
 
 
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"@[A-Z]+@", (ROOT / PAGE).read_text(encoding="utf-8"))
+
+
 def test_the_tables_and_the_tree_name_what_there_is() -> None:
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     assert all(f"`{verb}`" in text for verb in VERBS)

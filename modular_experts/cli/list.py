@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -13,6 +15,8 @@ from modular_experts.cli.tool import run_tool
 from modular_experts.library import Library
 
 _BROKEN = ("damaged", "'verify' says why")
+_UNFOLDED = 1000  # columns where nobody looks and lines are searched: no name is folded there
+_FEW = 4  # more tasks than that are counted, and named by `show`
 EXAMPLES = "  modular-experts list library"
 
 
@@ -34,7 +38,8 @@ def list_library(directory: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name in sorted(rows):
         table.add_row(name, *rows[name])
-    Console(markup=False, emoji=False).print(table)
+    watched = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(markup=False, emoji=False, width=None if watched else _UNFOLDED).print(table)
 
 
 def _row(library: Library, name: str) -> tuple[str, ...]:
@@ -42,9 +47,10 @@ def _row(library: Library, name: str) -> tuple[str, ...]:
         expert = library[name]
     except (ValueError, OSError):
         return _BROKEN  # one bad file must not hide the others
-    tasks = ", ".join(map(str, expert.record["tasks"]))
+    tasks = list(map(str, expert.record["tasks"]))
+    shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
     numbers = str(len(expert)), share_text(kept_share(expert)), bytes_text(expert.size_on_disk)
-    return expert.record["kind"], tasks, *numbers
+    return expert.record["kind"], shown, *numbers
 
 
 def run(argv: Sequence[str]) -> None:

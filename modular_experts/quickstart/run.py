@@ -61,7 +61,8 @@ def run_plan(plan: Plan, out: Path, progress: Progress = lambda stage, done, tot
         progress: Called with a stage (`base`, `experts`, `merges`), how much of it is done, and how much there is.
 
     Raises:
-        ValueError: The directory holds a run of another plan.
+        FileExistsError: The directory holds other things than a quickstart; nothing has been done then.
+        ValueError: It holds a run of another plan.
     """
     out = out.absolute()
     results = _open(plan, out / RESULTS)
@@ -87,10 +88,12 @@ def run_plan(plan: Plan, out: Path, progress: Progress = lambda stage, done, tot
 def _open(plan: Plan, file: Path) -> dict[str, Any]:
     """Return what is known already, or the head of new results."""
     settings = json.loads(json.dumps(asdict(plan)))
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
+    if file.parent.exists() and any(file.parent.iterdir()):
+        known = _read(file)
         if known.get("format") != FORMAT:
-            raise ValueError(f"{file} is not of a quickstart; give another --out, so that nothing is lost")
+            raise FileExistsError(
+                f"{file.parent} holds other things than a quickstart; give another --out, so that nothing is lost"
+            )
         theirs = known["plan"]
         unlike = [f"{name}={theirs.get(name)}" for name in settings if theirs.get(name) != settings[name]]
         if unlike:
@@ -112,6 +115,15 @@ def _open(plan: Plan, file: Path) -> dict[str, Any]:
     }
     write_results(file, results)
     return results
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what a file holds, or nothing if it is no JSON object."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _training(plan: Plan) -> list[Piece]:

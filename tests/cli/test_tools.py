@@ -168,10 +168,13 @@ def test_list_is_a_table_of_at_most_80_columns(run, place):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_list_shows_every_number_beside_long_names(run, place):
+def test_list_shows_every_number_beside_long_names(run, place, monkeypatch):
     tasks, base = [f"a-task-with-a-long-name-{i}" for i in range(4)], {"id": "base", "fingerprint": "f" * 64}
     deltas = [(f"layer-{i}", random_delta("Sparse", (40, 30), i, torch.float32, share=0.05)) for i in range(123)]
     write_expert(place / "long" / ("x" * 64), deltas, make_record("ExpertWithALongName", base, tasks=tasks))
+    _, out, _ = run("list", "long")
+    assert any("x" * 64 in line and ", ".join(tasks) in line for line in out.splitlines())  # nobody looks: no folding
+    monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("list", "long")
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80

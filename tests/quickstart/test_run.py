@@ -102,33 +102,30 @@ def test_what_was_lost_is_made_again_with_the_same_numbers(finished, tmp_path) -
 
 def test_a_run_that_is_killed_twice_ends_with_the_same_numbers(finished, tmp_path) -> None:
     """Killed, with all its processes, once while the base trains and once while the experts do."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path)))
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(out)))
     for sign in (".base-training/*.ckpt", "library/sparse-*"):
         process = subprocess.Popen([sys.executable, str(program)], start_new_session=True, stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob(sign)):
+        while not list(out.glob(sign)):
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert not list(tmp_path.glob("library/merge-*"))
-    assert numbers(run_plan(SMALL, tmp_path)) == numbers(finished[1])
+    assert not list(out.glob("library/merge-*"))
+    assert numbers(run_plan(SMALL, out)) == numbers(finished[1])
 
 
-def test_a_base_that_is_not_ours_is_refused_before_training(tmp_path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="base exists and is no directory of ours"):
-        run_plan(SMALL, tmp_path)
-    assert (tmp_path / "base" / "config.json").read_text() == "{}"
+@pytest.mark.parametrize(("name", "text"), [("base/config.json", "{}"), ("report.html", "mine"), ("results.json", "{")])
+def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name: str, text: str) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(FileExistsError, match="holds other things than a quickstart; give another --out"):
+        run_plan(SMALL, tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == text
 
 
 def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
     with pytest.raises(ValueError, match=r"holds a quickstart with seed=0; continue it with the same settings, give"):
         run_plan(replace(SMALL, seed=1), finished[0])
-    results = finished[0] / "results.json"
-    before = results.read_text()
-    results.write_text('{"tasks": {}}')
-    with pytest.raises(ValueError, match="is not of a quickstart; give another --out"):
-        run_plan(SMALL, finished[0])
-    results.write_text(before)

@@ -146,9 +146,9 @@ def about_held_out(reading: Reading, kind: str) -> str:
     method, noise = leading(reading, kind), reading.noise("held_out")
     merged, base = reading.merged(kind, method, "held_out"), reading.other("plain", "held_out")
     if merged - base >= noise:
-        so = "what the experts share reaches tasks that none of them saw"
+        so = "what the experts share, above all the format, reaches tasks that none of them was trained on"
     else:
-        so = "nothing of what the experts learned reaches tasks that none of them saw"
+        so = "nothing of what the experts share reaches tasks that none of them was trained on"
     inside = reading.merged(kind, method)
     return (
         f"On the {len(reading.tasks('held_out'))} held-out tasks the merge of all {EXPERT_WORDS[kind]} experts "
