@@ -13,7 +13,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": ("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
-    "modular_experts.merging": ("TIES", "Average", "MergeMethod", "SparseAverage", "TaskArithmetic"),
+    "modular_experts.merging": (
+        "TIES",
+        "Average",
+        "Breadcrumbs",
+        "MagMax",
+        "MergeMethod",
+        "ModelStock",
+        "SparseAverage",
+        "TaskArithmetic",
+    ),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
     "modular_experts.merger": ("merge",),

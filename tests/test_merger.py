@@ -86,7 +86,7 @@ def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
     assert [parent["name"] for parent in record["parents"]] == ["one", "two"]
     assert record["parents"][1]["content_hash"] == open_expert(library / "two").content_hash
     assert record["method"]["class_path"].endswith(".SparseAverage")
-    assert record["method"]["init_args"] == {"scale": 0.5, "count": "values"}
+    assert record["method"]["init_args"] == {"scale": 0.5, "count": "values", "exponent": 1.0}
     assert again.record["parents"][0]["content_hash"] == open_expert(library / "ab").content_hash
 
 

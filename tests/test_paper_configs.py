@@ -176,7 +176,7 @@ def test_the_merges_are_those_of_table_1(commands, capsys, monkeypatch) -> None:
             method = parsed(command, capsys, monkeypatch)["method"]
             settings = {"scale": 1.0} | method["init_args"]
             found[Path(option(command, "--out")).name] = (method["class_path"].rpartition(".")[2], settings)
-    overlap = ("SparseAverage", {"scale": 1.0, "count": "values"})
+    overlap = ("SparseAverage", {"scale": 1.0, "count": "values", "exponent": 1.0})
     assert found == {
         **dict.fromkeys(["masked", "masked-block", "sparse", "sparse-block"], overlap),
         **dict.fromkeys(["lora", "full-average"], ("Average", {"scale": 1.0, "weights": None})),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 
@@ -48,15 +49,15 @@ class MergeMethod(ABC):
         return self
 
 
-def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """Return the sum of `weight * delta`, taken in float64 and rounded once to the widest dtype of the deltas.
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
+    """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the widest dtype of the
+    deltas.
 
     The form is that of `modular_experts.deltas.add`: sparse sums stay sparse and low-rank sums low-rank. Dense deltas
     are added one at a time, so that memory does not grow with their number.
     """
-    dtype = deltas[0].dtype
-    for delta in deltas:
-        dtype = torch.promote_types(dtype, delta.dtype)
+    if dtype is None:
+        dtype = reduce(torch.promote_types, (delta.dtype for delta in deltas))
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]
     exact = (delta.to(dtype=torch.float64) * weight for delta, weight in terms)
     if not any(isinstance(delta, Dense) for delta, _ in terms):

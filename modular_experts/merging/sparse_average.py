@@ -22,24 +22,32 @@ __all__ = ["SparseAverage"]
 
 @dataclass(frozen=True)
 class SparseAverage(MergeMethod):
-    """Overlap-aware average: per entry, `scale * sum_i d_i / F`, where F is the number of experts whose delta there is
-    not zero.
+    """Overlap-aware average: `scale * sum_i d_i / F^exponent` per entry, over the F experts that move it.
 
     Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert in the mix makes the
-    result dense. At scale 1, one expert merges to itself, and so do copies of it. The order of the experts does not
-    matter.
+    result dense. At scale 1, one expert merges to itself; k copies of an expert merge to `k^(1 - exponent)` times it,
+    at exponent 1 to itself. The order of the experts does not matter.
 
     Args:
         scale: Factor of the result.
         count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`
             those that keep the entry, also where its value ended at zero.
+        exponent: How much an entry that several experts move is averaged, at least 0: 1 is their mean (the paper), 0
+            their sum (task arithmetic), 0.5 between the two. What one expert alone moves is the same at each.
     """
 
     scale: float = 1.0
     count: Literal["values", "supports"] = "values"
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
+        check_finite(self, "exponent", self.exponent)
+        if self.exponent < 0:
+            raise ValueError(
+                f"SparseAverage: exponent must be at least 0 (0 sums, 1 averages what several experts move), got "
+                f"{self.exponent}"
+            )
         if self.count not in ("values", "supports"):
             raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
 
@@ -51,7 +59,8 @@ class SparseAverage(MergeMethod):
             values = frame.lay(delta)
             total += values
             movers += self._moved(frame, delta, values)
-        return frame.delta(total.mul_(self.scale).div_(movers.clamp_(min=1)))
+        divisor = movers.clamp_(min=1).double().pow_(self.exponent)
+        return frame.delta(total.mul_(self.scale).div_(divisor))
 
     def _moved(self, frame: Frame, delta: Delta, values: Tensor) -> Tensor:
         return values != 0 if self.count == "values" else frame.kept(delta)

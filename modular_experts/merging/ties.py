@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.merging.cut import Cut, exact_cut
 from modular_experts.merging.frame import Frame
 from modular_experts.merging.method import MergeMethod, check_finite
 from modular_experts.merging.threshold import kept_count, magnitudes_at_share
@@ -23,29 +24,8 @@ __all__ = ["TIES"]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Which entries of one expert survive the trimming: those above `magnitude`, and those at it up to the flat entry
-    `last`, which is infinite where none has to go.
-    """
-
-    magnitude: float
-    last: float
-
-    def __call__(self, values: Tensor, frame: Frame) -> Tensor:
-        """Return laid values with the trimmed ones set to zero."""
-        if self.magnitude == 0:
-            return values
-        kept = values.abs() >= self.magnitude
-        if math.isfinite(self.last):
-            tied = (values.abs() == self.magnitude).view(-1).nonzero()[:, 0]
-            kept.view(-1)[tied] = frame.entries(tied) <= self.last
-        return values * kept
-
-
-@dataclass(frozen=True)
 class TIES(MergeMethod):
-    """TIES: of each expert keep the largest entries, per entry elect the sign of their sum, and average those that
-    have this sign.
+    """TIES: keep each expert's largest entries, elect a sign per entry, and average what has that sign.
 
     `d_i` is trimmed to its largest entries; the elected sign is that of `sum_i d_i`; the result is `scale` times the
     mean of the `d_i` that are not zero and carry the elected sign. An entry whose sum is exactly zero elects no sign
@@ -86,7 +66,8 @@ class TIES(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         frame = Frame.around(deltas)
-        cuts = self._cuts or [_exact_cut(frame.lay(delta), frame, self.keep) for delta in deltas]
+        count = kept_count(self.keep, frame.shape.numel())
+        cuts = self._cuts or [exact_cut(frame.lay(delta), frame, count) for delta in deltas]
         total = torch.zeros(frame.laid_shape, dtype=torch.float64, device=deltas[0].device)
         for values in _trimmed(deltas, cuts, frame):
             total += values
@@ -103,20 +84,6 @@ class TIES(MergeMethod):
 def _trimmed(deltas: Sequence[Delta], cuts: Sequence[Cut], frame: Frame) -> Iterator[Tensor]:
     for delta, cut in zip(deltas, cuts, strict=True):
         yield cut(frame.lay(delta), frame)
-
-
-def _exact_cut(values: Tensor, frame: Frame, keep: float) -> Cut:
-    """Return the cut that keeps exactly the share of the weight's entries, ties by the lowest flat entry."""
-    k = kept_count(keep, frame.shape.numel())
-    size = values.abs().view(-1)
-    magnitude = size.topk(k, sorted=False).values.min() if k < size.numel() else size.new_zeros(())
-    if magnitude == 0:
-        return Cut(0.0, last=math.inf)
-    tied = (size == magnitude).nonzero()[:, 0]
-    room = k - int((size > magnitude).sum())
-    if room == tied.numel():
-        return Cut(magnitude.item(), last=math.inf)
-    return Cut(magnitude.item(), last=frame.entries(tied).sort().values[room - 1].item())
 
 
 def _values(delta: Delta) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_deltas import FORMS, deltas_of_one_weight, forms, random_delta, seeds, shapes
 
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse, add
-from modular_experts.merging import TIES, Average, SparseAverage, TaskArithmetic
+from modular_experts.merging import TIES, Average, Breadcrumbs, MagMax, ModelStock, SparseAverage, TaskArithmetic
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 METHODS = [
@@ -21,12 +21,22 @@ METHODS = [
     SparseAverage(),
     SparseAverage(count="supports"),
     SparseAverage(scale=0.5),
+    SparseAverage(exponent=0.5),
     TaskArithmetic(),
     TaskArithmetic(scale=0.3),
     TIES(),
     TIES(keep=1.0),
     TIES(scope="global"),
+    MagMax(),
+    MagMax(scale=0.3),
+    Breadcrumbs(),
+    Breadcrumbs(beta=0.3, gamma=0.1),
+    Breadcrumbs(beta=0.0, gamma=0.0, scale=0.3),
+    ModelStock(),
+    ModelStock(scale=0.5),
 ]
+EXACT_ON_COPIES = [Average(), SparseAverage(), TIES(keep=1.0), MagMax(), ModelStock()]
+EXACT_ALONE = [*EXACT_ON_COPIES, SparseAverage(exponent=0.5), TaskArithmetic(), Breadcrumbs(beta=0.0, gamma=0.0)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
@@ -46,13 +56,13 @@ def average(deltas, weights=None):
     return torch.tensordot(weights / weights.sum(), stacked(deltas), dims=1)
 
 
-def sparse_average(deltas, scale=1.0, count="values"):
+def sparse_average(deltas, scale=1.0, count="values", exponent=1.0):
     values, out = stacked(deltas), torch.zeros(deltas[0].shape, dtype=torch.float64)
     supports = [set(delta.support().tolist()) for delta in deltas]
     for entry in range(out.numel()):
         column = values.reshape(len(deltas), -1)[:, entry]
         movers = sum(entry in kept for kept in supports) if count == "supports" else int((column != 0).sum())
-        out.view(-1)[entry] = scale * column.sum() / max(movers, 1)
+        out.view(-1)[entry] = scale * column.sum() / max(movers, 1) ** exponent
     return out
 
 
@@ -83,10 +93,16 @@ def test_weighted_average_equals_the_formula(deltas, weights, scale):
     torch.testing.assert_close(merged.dense().double(), scale * average(deltas, weights), **CLOSE)
 
 
-@given(deltas_of_one_weight(), st.floats(-2, 2), st.sampled_from(["values", "supports"]))
-def test_sparse_average_equals_the_formula(deltas, scale, count):
-    merged = SparseAverage(scale, count).merge(deltas)
-    torch.testing.assert_close(merged.dense().double(), sparse_average(deltas, scale, count), **CLOSE)
+@given(deltas_of_one_weight(), st.floats(-2, 2), st.sampled_from(["values", "supports"]), st.floats(0, 2))
+def test_sparse_average_equals_the_formula(deltas, scale, count, exponent):
+    merged = SparseAverage(scale, count, exponent).merge(deltas)
+    torch.testing.assert_close(merged.dense().double(), sparse_average(deltas, scale, count, exponent), **CLOSE)
+
+
+@given(deltas_of_one_weight())
+def test_sparse_average_of_exponent_0_is_the_sum(deltas):
+    summed = TaskArithmetic().merge(deltas).dense()
+    torch.testing.assert_close(SparseAverage(exponent=0.0).merge(deltas).dense(), summed, **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(-2, 2))
@@ -109,7 +125,7 @@ def test_order_of_the_experts_does_not_matter(method, deltas, random):
     torch.testing.assert_close(run(method, deltas).dense(), merged, **CLOSE)
 
 
-@pytest.mark.parametrize("method", [Average(), SparseAverage(), TaskArithmetic(), TIES(keep=1.0)], ids=str)
+@pytest.mark.parametrize("method", EXACT_ALONE, ids=str)
 @given(shapes, seeds, forms)
 def test_one_expert_merges_to_itself_exactly(method, shape, seed, form):
     delta = random_delta(form, shape, seed, dtype=torch.float32)
@@ -118,7 +134,7 @@ def test_one_expert_merges_to_itself_exactly(method, shape, seed, form):
     assert isinstance(merged, type(delta)) or isinstance(delta, LowRank)
 
 
-@pytest.mark.parametrize("method", [Average(), SparseAverage(), TIES(keep=1.0)], ids=str)
+@pytest.mark.parametrize("method", EXACT_ON_COPIES, ids=str)
 @given(shapes, seeds, st.sampled_from(["Dense", "Sparse", "BlockSparse"]), st.integers(2, 11))
 def test_copies_of_an_expert_merge_to_it_exactly(method, shape, seed, form, copies):
     delta = random_delta(form, shape, seed, dtype=torch.float32)
@@ -152,7 +168,7 @@ def test_sparse_stays_sparse_and_tiles_stay_tiles(method, shape):
     assert set(run(method, entries).support().tolist()) <= set(add(entries).support().tolist())
 
 
-@pytest.mark.parametrize("method", [Average(), TaskArithmetic()], ids=str)
+@pytest.mark.parametrize("method", [Average(), TaskArithmetic(), ModelStock()], ids=str)
 def test_linear_methods_keep_low_rank(method):
     assert isinstance(run(method, [random_delta("LowRank", (12, 12), seed) for seed in range(2)]), LowRank)
 
@@ -190,9 +206,19 @@ def test_sparse_average_leaves_what_one_expert_alone_has_learned():
         (TIES, {"scope": "tensor"}, "'weight' or 'global', got 'tensor'"),
         (SparseAverage, {"count": "masks"}, "'values' or 'supports', got 'masks'"),
         (SparseAverage, {"scale": math.nan}, "finite number, got nan"),
+        (SparseAverage, {"exponent": math.inf}, "exponent must be a finite number, got inf"),
+        (SparseAverage, {"exponent": -1.0}, "exponent must be at least 0 .*, got -1.0"),
         (TaskArithmetic, {"scale": math.inf}, "finite number, got inf"),
         (Average, {"weights": [1.0, -1.0]}, "sum to zero"),
         (Average, {"scale": math.inf}, "finite number, got inf"),
+        (MagMax, {"scale": math.inf}, "finite number, got inf"),
+        (ModelStock, {"scale": math.nan}, "finite number, got nan"),
+        (Breadcrumbs, {"scale": math.nan}, "finite number, got nan"),
+        (Breadcrumbs, {"beta": 1.0}, "beta .* in \\[0, 1\\), got 1.0"),
+        (Breadcrumbs, {"beta": -0.1}, "beta .* in \\[0, 1\\), got -0.1"),
+        (Breadcrumbs, {"gamma": 1.5}, "gamma .* in \\[0, 1\\), got 1.5"),
+        (Breadcrumbs, {"gamma": math.nan}, "gamma .* in \\[0, 1\\), got nan"),
+        (Breadcrumbs, {"beta": 0.9, "gamma": 0.1}, "beta 0.9 and gamma 0.1 drop every entry"),
     ],
 )
 def test_bad_settings_get_a_sentence(method, settings, sentence):
