@@ -26,9 +26,9 @@ def merge(experts: list[str], method: MergeMethod, out: str, overwrite: bool = F
 
     Args:
         experts: Directories of the experts, written '[library/a, library/b]'.
-        method: How the deltas of one weight become one: Average, SparseAverage (the paper's), TaskArithmetic, TIES, MagMax,
-            Breadcrumbs, ModelStock, or the dotted path of a class of your own, such as my_methods.Median in the current
-            directory.
+        method: How the deltas of one weight become one: Average, SparseAverage (the paper's), TaskArithmetic, TIES,
+            MagMax, Breadcrumbs, ModelStock, or the dotted path of a class of your own, such as my_methods.Median in the
+            current directory.
         out: Directory of the merged expert; its last part is the name.
         overwrite: Replace an expert that is there.
     """
