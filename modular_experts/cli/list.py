@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, kept_share, share_text
+from modular_experts.cli.summary import bytes_text, share_text
 from modular_experts.cli.tool import run_tool
 from modular_experts.library import Library
 
@@ -49,7 +49,7 @@ def _row(library: Library, name: str) -> tuple[str, ...]:
         return _BROKEN  # one bad file must not hide the others
     tasks = list(map(str, expert.record["tasks"]))
     shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
-    numbers = str(len(expert)), share_text(kept_share(expert)), bytes_text(expert.size_on_disk)
+    numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
     return expert.record["kind"], shown, *numbers
 
 

@@ -7,21 +7,15 @@ from typing import Any
 
 from modular_experts.library import StoredExpert
 
-__all__ = ["bytes_text", "call_text", "kept_share", "share_text", "summary", "value_text"]
+__all__ = ["bytes_text", "call_text", "share_text", "summary", "value_text"]
 
 
 def summary(expert: StoredExpert) -> str:
     """Return kind, number of weights, kept share and size on disk in one line."""
     return (
-        f"{expert.record['kind']}, {len(expert)} weights, {share_text(kept_share(expert))} of their entries kept, "
+        f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, "
         f"{bytes_text(expert.size_on_disk)}"
     )
-
-
-def kept_share(expert: StoredExpert) -> float:
-    """Return the share of the entries of an expert's weights that it keeps."""
-    total = sum(shape.numel() for shape in expert.shapes().values())
-    return sum(expert.kept_entries().values()) / total if total else 0.0
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:

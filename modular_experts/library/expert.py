@@ -77,6 +77,12 @@ class StoredExpert(Mapping[str, Delta]):
         """
         return {name: self._kept_entries(name) for name in self}
 
+    @property
+    def kept_share(self) -> float:
+        """Share of the entries of its weights that it keeps."""
+        total = sum(shape.numel() for shape in self.shapes().values())
+        return sum(self.kept_entries().values()) / total if total else 0.0
+
     def _kept_entries(self, name: str) -> int:
         size = math.prod(self._table[name]["shape"])
         values = self._table[name]["tensors"].get("values", {"shape": [size]})

@@ -1,7 +1,7 @@
 """The plan of the quickstart: which experts are trained on what, and which merges are made of them. Nothing runs here.
 
-The design is that of a small published-size experiment shrunk to a laptop: a base that has the skill but answers in
-another format, twenty experts that share that one shift of format, merges that keep more or less of it.
+It is the paper's experiment, shrunk to a laptop: a base that has the skill but answers in another format, twenty
+experts that share that one shift of format, merges that keep more or less of it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ MODULES = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of expert: how it is made, and the learning rate at which its merges are good (not only it alone)."""
+    """A kind of expert: how it is made, the learning rate at which its merges are good (not only it alone), and whether
+    it moves a chosen part of the entries.
+    """
 
     expert: Callable[[Tensor], Expert]
     learning_rate: float
+    sparse: bool = False
 
 
 KINDS = {
-    "sparse": Kind(partial(SparseExpert, keep_ratio=0.1), 1e-3),
-    "block": Kind(partial(SparseExpert, keep_ratio=0.1, granularity="block", block_size=8), 1e-3),
+    "sparse": Kind(partial(SparseExpert, keep_ratio=0.1), 1e-3, sparse=True),
+    "block": Kind(partial(SparseExpert, keep_ratio=0.1, granularity="block", block_size=8), 1e-3, sparse=True),
     "lora": Kind(partial(LoRAExpert, rank=4, alpha=8.0), 3e-3),
     "full": Kind(FullExpert, 1e-3),
 }
@@ -117,7 +120,7 @@ class Plan:
             (kind, method, count)
             for kind in self.kinds
             for method in METHODS
-            if method not in SPARSE_ONLY or kind in ("sparse", "block")
+            if KINDS[kind].sparse or method not in SPARSE_ONLY
             for count in reversed(self.levels)
         ]
 

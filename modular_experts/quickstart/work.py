@@ -84,7 +84,7 @@ def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> 
     """
     make, scales = METHODS[method]
     groups, last = plan.groups(count), count == plan.tasks
-    with tempfile.TemporaryDirectory(dir=out) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         merges = [
             merge(_members(out, kind, group), make(), Path(folder, f"group-{number}"))
@@ -107,7 +107,7 @@ def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> 
         target = out / "library" / merged_name(kind, method)
         stored = merge(_members(out, kind, groups[0]), make(scale=chosen), target, overwrite=True)
         tested = _mean_roles([_scores(out, parts[0][0], stored)])
-    return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": _kept(stored)}
+    return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": stored.kept_share}
 
 
 def _train(
@@ -117,7 +117,7 @@ def _train(
     seed_everything(plan.seed, verbose=False)
     optimizer = partial(AdamW, lr=KINDS[kind].learning_rate, weight_decay=0.0)
     module = ExpertModule(str(out / "base"), modules=MODULES, expert=KINDS[kind].expert, optimizer=optimizer)
-    selection = [MaskSchedule(batches=1)] if kind in ("sparse", "block") else []
+    selection = [MaskSchedule(batches=1)] if KINDS[kind].sparse else []
     started = time.perf_counter()
     trainer = Trainer(
         accelerator="cpu",
@@ -203,11 +203,6 @@ def _three(scores: Mapping[str, float]) -> Scores:
 def _bytes(expert: StoredExpert) -> int:
     """Return the size of the deltas; the record beside them holds paths, whose length is no finding."""
     return (expert.path / DELTA_FILE).stat().st_size
-
-
-def _kept(expert: StoredExpert) -> float:
-    entries = sum(shape.numel() for shape in expert.shapes().values())
-    return sum(expert.kept_entries().values()) / entries
 
 
 def _trained(module: ExpertModule) -> int:

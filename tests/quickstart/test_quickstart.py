@@ -20,13 +20,13 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 
 from modular_experts.callbacks import MaskSchedule
+from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.experts import SparseExpert
 from modular_experts.library import Library
 from modular_experts.masks import RandomScore, SelectOnce
 from modular_experts.module import ExpertModule
 from modular_experts.quickstart.plan import MODULES, Plan
-from modular_experts.quickstart.work import _mixture
 
 pytestmark = pytest.mark.quickstart
 
@@ -95,7 +95,8 @@ def _exact_match(place: Path, task: str, schedule: MaskSchedule) -> float:
     seed_everything(PLAN.seed, verbose=False)
     optimizer = partial(AdamW, lr=2e-3, weight_decay=0.0)
     module = ExpertModule(str(place / "base"), MODULES, partial(SparseExpert, keep_ratio=0.05), optimizer=optimizer)
-    data = _mixture(PLAN, place, [task])
+    words = Task(task, source=PLAN.held_in[task](PLAN.seed))
+    data = TaskMixture([words], str(place / "base"), batch_size=16, eval_batch_size=448, seed=PLAN.seed)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
