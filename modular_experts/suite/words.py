@@ -22,6 +22,7 @@ __all__ = ["LETTERS", "WordTask", "split_of"]
 
 LETTERS = "abcdefgh"
 LENGTHS = (3, 4, 5, 6)
+MOST = {"train": 100_000, "validation": 10_000, "test": 20_000}  # a third to a half of all words, so that drawing ends
 
 
 class WordTask(TaskSource):
@@ -29,10 +30,13 @@ class WordTask(TaskSource):
 
     Args:
         seed: Which words are drawn. Two tasks with the same seed have different words.
-        train: Number of training rows.
-        validation: Number of validation rows.
-        test: Number of test rows.
+        train: Number of training rows, at most 100,000.
+        validation: Number of validation rows, at most 10,000.
+        test: Number of test rows, at most 20,000.
         chatty: Whether targets repeat the word before the answer, as in `c a b , b a c`.
+
+    Raises:
+        ValueError: A number of rows is negative, or more than there are words for.
     """
 
     #: What the input starts with, such as `order reverse`.
@@ -42,6 +46,9 @@ class WordTask(TaskSource):
         self, seed: int = 0, train: int = 800, validation: int = 16, test: int = 48, chatty: bool = False
     ) -> None:
         self.seed, self.counts, self.chatty = seed, {"train": train, "validation": validation, "test": test}, chatty
+        for split, count in self.counts.items():
+            if not 0 <= count <= MOST[split]:
+                raise ValueError(f"{split}={count} must be from 0 to {MOST[split]}; words have 3 to 6 of 8 letters")
 
     @classmethod
     def name(cls) -> str:

@@ -88,6 +88,18 @@ def test_the_same_seed_gives_the_same_rows_and_another_others() -> None:
     assert one != other
 
 
+@pytest.mark.parametrize("counts", [{"train": -1}, {"validation": 10_001}, {"test": 10**6}])
+def test_a_number_of_rows_that_could_never_be_drawn_is_refused(counts: dict[str, int]) -> None:
+    ((split, count),) = counts.items()
+    with pytest.raises(ValueError, match=rf"{split}={count} must be from 0 to "):
+        HELD_IN[0](**counts)
+
+
+def test_the_largest_number_of_rows_is_drawn() -> None:
+    rows = list(HELD_IN[0](train=0, validation=10_000, test=20_000).rows())
+    assert len({row["input"] for row in rows}) == 30_000
+
+
 def test_a_chatty_target_repeats_the_word() -> None:
     row = next(HELD_IN[0](chatty=True).rows())
     word, answer = row["target"].split(" , ")
