@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ EXAMPLES = """\
   modular-experts quickstart --seed 1 --out runs/quickstart-1
   modular-experts quickstart --tasks 5 --out runs/short"""
 
+_WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 STAGES = {"base": "training a small base", "experts": "training experts", "merges": "merging and testing"}
 
 
@@ -47,12 +49,19 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     figure, report = place / "quickstart.svg", place / "report.html"
     draw(results, figure)
     write_report(results, figure, report, out)
-    console = Console(width=80)
-    console.print(summary_table(results))
+    Console(width=_WIDTH).print(summary_table(results))
     for sentence in summary_sentences(results):
-        console.print(f"\n{sentence}", highlight=False)
-    print(f"\nthe figure is {figure}, the experts are in {place / 'library'}, all numbers in {place / 'results.json'}")
+        print(f"\n{_wrapped(sentence)}")
+    print(f"\nthe experts are in {place / 'library'}")
+    print(f"all numbers are in {place / 'results.json'}")
+    print(f"the figure is {figure}")
     print(f"the report is {report}")
+
+
+def _wrapped(text: str) -> str:
+    """Break a text into lines, and no number from its unit."""
+    kept_together = text.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
+    return textwrap.fill(kept_together, _WIDTH).replace(_NO_BREAK, " ")
 
 
 @contextmanager
