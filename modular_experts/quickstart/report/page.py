@@ -233,8 +233,8 @@ def _next(results: Mapping[str, Any], out: str | Path) -> Html:
     rows = joined(["Put rows into ", element("code", "mine.jsonl"), ", one a line, such as ", row, ". "])
     base = (
         "The quickstart's base has learned nothing but its own words. For real text give a model of yours, as a "
-        "directory or a hub id; two experts can be merged if they have the same base. A model this small trains "
-        "fastest with OMP_NUM_THREADS=1 in the environment."
+        "directory or a hub id; two experts can be merged if they have the same base. On a busy machine a model "
+        "this small trains faster with OMP_NUM_THREADS=1 in the environment."
     )
     return _section("Try next", [joined([rows, base])], element("ol", *steps, class_="wide"))
 
