@@ -1,7 +1,7 @@
-"""Blocks: square tiles of a matrix, numbered row-major over the grid that covers it; read and written in place.
+"""Blocks: tiles of a matrix, numbered row-major over the grid that covers it; read and written in place.
 
-Where the size does not divide the matrix, the last row and column of tiles reach over its edge. Flat entries are
-row-major too.
+A tile has a height and a width: `(16, 16)` for a square one, `(1, in)` for a row, `(out, 1)` for a column. Where it
+does not divide the matrix, the last row and column of tiles reach over its edge. Flat entries are row-major too.
 """
 
 from __future__ import annotations
@@ -10,9 +10,21 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["block_entries", "block_grid", "gather_blocks", "index_dtype", "rows_and_columns", "scatter_blocks_"]
+__all__ = [
+    "Tile",
+    "block_entries",
+    "block_grid",
+    "block_sums",
+    "gather_blocks",
+    "index_dtype",
+    "rows_and_columns",
+    "scatter_blocks_",
+]
+
+Tile = tuple[int, int]
 
 
 def index_dtype(shape: Sequence[int]) -> torch.dtype:
@@ -25,40 +37,46 @@ def rows_and_columns(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Ten
     return indices // shape[1], indices % shape[1]
 
 
-def block_grid(shape: Sequence[int], size: int) -> tuple[int, int]:
+def block_grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
     """Return how many tiles cover the rows and the columns of a weight."""
-    return -(-shape[0] // size), -(-shape[1] // size)
+    return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
 
-def block_entries(blocks: Tensor, shape: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Return the flat entries `(n, size, size)` of the tiles, and which of them lie inside the weight."""
-    rows, columns = rows_and_columns(blocks, block_grid(shape, size))
-    steps = torch.arange(size, device=blocks.device)
-    rows = (rows * size)[:, None, None] + steps[:, None]
-    columns = (columns * size)[:, None, None] + steps
+def block_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return the flat entries `(n, height, width)` of the tiles, and which of them lie inside the weight."""
+    rows, columns = rows_and_columns(blocks, block_grid(shape, tile))
+    rows = (rows * tile[0])[:, None, None] + torch.arange(tile[0], device=blocks.device)[:, None]
+    columns = (columns * tile[1])[:, None, None] + torch.arange(tile[1], device=blocks.device)
     return rows * shape[1] + columns, (rows < shape[0]) & (columns < shape[1])
 
 
-def gather_blocks(matrix: Tensor, blocks: Tensor, size: int) -> Tensor:
-    """Return the tiles `(n, size, size)` of a matrix; entries beyond its edge read as zero."""
-    tall, wide = block_grid(matrix.shape, size)
-    if matrix.shape == (tall * size, wide * size):
+def gather_blocks(matrix: Tensor, blocks: Tensor, tile: Tile) -> Tensor:
+    """Return the tiles `(n, height, width)` of a matrix; entries beyond its edge read as zero."""
+    tall, wide = block_grid(matrix.shape, tile)
+    if matrix.shape == (tall * tile[0], wide * tile[1]):
         rows, columns = rows_and_columns(blocks, (tall, wide))
-        return matrix.view(tall, size, wide, size)[rows, :, columns]
-    entries, inside = block_entries(blocks, matrix.shape, size)
+        return matrix.view(tall, tile[0], wide, tile[1])[rows, :, columns]
+    entries, inside = block_entries(blocks, matrix.shape, tile)
     tiles = matrix.new_zeros(entries.shape)
     tiles[inside] = matrix.view(-1)[entries[inside]]
     return tiles
 
 
 def scatter_blocks_(matrix: Tensor, blocks: Tensor, tiles: Tensor) -> Tensor:
-    """Write tiles `(n, size, size)` into a contiguous matrix in place; what lies beyond its edge is dropped."""
-    size = tiles.shape[-1]
-    tall, wide = block_grid(matrix.shape, size)
-    if matrix.shape == (tall * size, wide * size):
+    """Write tiles `(n, height, width)` into a contiguous matrix in place; what lies beyond its edge is dropped."""
+    tile = (tiles.shape[1], tiles.shape[2])
+    tall, wide = block_grid(matrix.shape, tile)
+    if matrix.shape == (tall * tile[0], wide * tile[1]):
         rows, columns = rows_and_columns(blocks, (tall, wide))
-        matrix.view(tall, size, wide, size)[rows, :, columns] = tiles
+        matrix.view(tall, tile[0], wide, tile[1])[rows, :, columns] = tiles
         return matrix
-    entries, inside = block_entries(blocks, matrix.shape, size)
+    entries, inside = block_entries(blocks, matrix.shape, tile)
     matrix.view(-1)[entries[inside]] = tiles[inside]
     return matrix
+
+
+def block_sums(matrix: Tensor, tile: Tile) -> Tensor:
+    """Return the sum of the entries of each tile of a matrix, `(tiles,)`."""
+    tall, wide = block_grid(matrix.shape, tile)
+    padded = F.pad(matrix, (0, wide * tile[1] - matrix.shape[1], 0, tall * tile[0] - matrix.shape[0]))
+    return padded.view(tall, tile[0], wide, tile[1]).sum(dim=(1, 3)).view(-1)

@@ -1,7 +1,8 @@
 """Deltas: how far one weight moved from the base, `W - W0`, as an immutable value.
 
-Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (square tiles). They form a
-vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives the rule.
+Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns).
+They form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives
+the rule.
 
 No module, file, training or merge rule is known here.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.blocks import (
+    Tile,
     block_entries,
     block_grid,
     gather_blocks,
@@ -243,10 +245,10 @@ class Sparse(Delta):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockSparse(Delta):
-    """Square tiles: `values` `(n, size, size)` of the sorted, unique `blocks` `(n,)`, numbered row-major over the grid
-    of tiles.
+    """Tiles of one height and width: `values` `(n, height, width)` of the sorted, unique `blocks` `(n,)`, numbered
+    row-major over the grid of tiles. Whole rows are tiles `(1, in)`, whole columns `(out, 1)`.
 
-    Where `size` does not divide the weight, the last row and column of tiles reach over its edge; entries there are
+    Where the tile does not divide the weight, the last row and column of tiles reach over its edge; entries there are
     zero.
     """
 
@@ -255,37 +257,44 @@ class BlockSparse(Delta):
     shape: torch.Size
 
     @property
-    def block_size(self) -> int:
-        return self.values.shape[-1]
+    def tile(self) -> Tile:
+        """Height and width of the tiles."""
+        return self.values.shape[1], self.values.shape[2]
 
     @property
     def support_size(self) -> int:
-        rows, columns = rows_and_columns(self.blocks, block_grid(self.shape, self.block_size))
-        height = (self.shape[0] - rows * self.block_size).clamp(max=self.block_size)
-        width = (self.shape[1] - columns * self.block_size).clamp(max=self.block_size)
+        rows, columns = rows_and_columns(self.blocks, block_grid(self.shape, self.tile))
+        height = (self.shape[0] - rows * self.tile[0]).clamp(max=self.tile[0])
+        width = (self.shape[1] - columns * self.tile[1]).clamp(max=self.tile[1])
         return int((height * width).sum())
 
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
-        kept = gather_blocks(target, self.blocks, self.block_size).to(wide) + self.values
+        kept = gather_blocks(target, self.blocks, self.tile).to(wide) + self.values
         return scatter_blocks_(target, self.blocks, kept.to(target.dtype))
 
     def linear(self, x: Tensor) -> Tensor:
-        size, (tall, wide) = self.block_size, block_grid(self.shape, self.block_size)
+        (height, width), (tall, wide) = self.tile, block_grid(self.shape, self.tile)
         rows, columns = rows_and_columns(self.blocks, (tall, wide))
-        flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * size - self.shape[1]))
-        panels = flat.view(-1, wide, size).transpose(0, 1)[columns]  # (n, tokens, size)
-        products = torch.bmm(panels, self.values.to(x.dtype).transpose(1, 2))
-        out = products.new_zeros(tall, flat.shape[0], size).index_add_(0, rows, products)
-        return out.transpose(0, 1).reshape(-1, tall * size)[:, : self.shape[0]].reshape(*x.shape[:-1], self.shape[0])
+        flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * width - self.shape[1]))
+        values, out = self.values.to(x.dtype), flat.new_zeros(tall, height, flat.shape[0])
+        if wide == 1:  # whole rows: all of the input, once
+            out[rows] = (values.view(-1, width) @ flat.T).view(-1, height, flat.shape[0])
+        elif tall == 1:  # whole columns: their part of the input, once
+            inputs = flat.view(-1, wide, width)[:, columns].reshape(flat.shape[0], -1)
+            out[0] = (inputs @ values.transpose(1, 2).reshape(-1, height)).T
+        else:
+            panels = flat.view(-1, wide, width).permute(1, 2, 0)[columns]  # (n, width, tokens)
+            out.index_add_(0, rows, torch.bmm(values, panels))
+        return out.view(tall * height, -1)[: self.shape[0]].T.reshape(*x.shape[:-1], self.shape[0])
 
     def support(self) -> Tensor:
-        entries, inside = block_entries(self.blocks, self.shape, self.block_size)
+        entries, inside = block_entries(self.blocks, self.shape, self.tile)
         return entries[inside].sort().values.to(index_dtype(self.shape))
 
     def as_sparse(self) -> Sparse:
         """Return the same delta entry by entry; the support is the same."""
-        entries, inside = block_entries(self.blocks, self.shape, self.block_size)
+        entries, inside = block_entries(self.blocks, self.shape, self.tile)
         indices, order = entries[inside].sort()
         return Sparse(indices.to(index_dtype(self.shape)), self.values[inside][order], self.shape)
 
@@ -294,7 +303,7 @@ class BlockSparse(Delta):
 
     @property
     def T(self) -> BlockSparse:  # noqa: N802
-        tall, wide = block_grid(self.shape, self.block_size)
+        tall, wide = block_grid(self.shape, self.tile)
         rows, columns = rows_and_columns(self.blocks, (tall, wide))
         blocks, order = (columns * tall + rows).sort()
         values = self.values[order].transpose(1, 2).contiguous()

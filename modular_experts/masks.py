@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.blocks import block_grid, index_dtype
+from modular_experts.blocks import index_dtype
 from modular_experts.deltas import Delta
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Rule",
     "Score",
     "SelectOnce",
-    "block_scores",
     "top_k",
 ]
 
@@ -228,12 +226,3 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     ties = (flat == threshold).nonzero().view(-1)
     keep[ties[: k - int(keep.sum())]] = True
     return keep.nonzero().view(-1).to(index_dtype(flat.shape))
-
-
-def block_scores(scores: Tensor, size: int) -> Tensor:
-    """Return the sum of the scores in each square tile, `(tiles,)`, row-major over the grid; `scores` is `(out,
-    in)`.
-    """
-    tall, wide = block_grid(scores.shape, size)
-    padded = F.pad(scores, (0, wide * size - scores.shape[1], 0, tall * size - scores.shape[0]))
-    return padded.view(tall, size, wide, size).sum(dim=(1, 3)).view(-1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from modular_experts.blocks import block_grid, gather_blocks, index_dtype
+from modular_experts.blocks import Tile, block_grid, gather_blocks, index_dtype
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 
 settings.register_profile("quick", max_examples=60, deadline=None)
@@ -19,9 +19,14 @@ FORMS = ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"]
 
 
 def random_delta(
-    form: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64, share: float = 0.4, size: int = 3
+    form: str,
+    shape: Sequence[int],
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    share: float = 0.4,
+    tile: Tile = (3, 3),
 ) -> Delta:
-    """Return a delta of a form; a sparse one keeps about `share` of the entries or of the tiles of side `size`."""
+    """Return a delta of a form; a sparse one keeps about `share` of the entries or of the tiles."""
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
     if form == "zero":
@@ -34,8 +39,8 @@ def random_delta(
     if form == "Sparse":
         indices = _some(math.prod(shape), share, draw)
         return Sparse(indices.to(index_dtype(shape)), values.view(-1)[indices], torch.Size(shape))
-    blocks = _some(math.prod(block_grid(shape, size)), share, draw).to(index_dtype(shape))
-    return BlockSparse(blocks, gather_blocks(values, blocks, size), torch.Size(shape))
+    blocks = _some(math.prod(block_grid(shape, tile)), share, draw).to(index_dtype(shape))
+    return BlockSparse(blocks, gather_blocks(values, blocks, tile), torch.Size(shape))
 
 
 def _factors(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -56,4 +61,5 @@ def deltas_of_one_weight(draw: st.DrawFn, least: int = 1, most: int = 4, of: Seq
     """Return several deltas of one shape in any mix of forms."""
     shape = draw(shapes)
     chosen = draw(st.lists(st.sampled_from(list(of)), min_size=least, max_size=most))
-    return [random_delta(form, shape, draw(seeds), size=draw(st.sampled_from([2, 3]))) for form in chosen]
+    tiles = st.sampled_from([(2, 2), (3, 3), (1, shape[1]), (shape[0], 1)])
+    return [random_delta(form, shape, draw(seeds), tile=draw(tiles)) for form in chosen]

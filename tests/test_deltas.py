@@ -24,10 +24,11 @@ def dense(delta):
         for index, value in zip(delta.indices.tolist(), delta.values.tolist(), strict=True):
             full[divmod(index, delta.shape[1])] = value
         return full
-    size, wide = delta.block_size, -(-delta.shape[1] // delta.block_size)
+    height, width = delta.values.shape[1:]
+    wide = -(-delta.shape[1] // width)
     for block, tile in zip(delta.blocks.tolist(), delta.values.double(), strict=True):
-        rows, columns = block // wide * size, block % wide * size
-        part = full[rows : rows + size, columns : columns + size]
+        rows, columns = block // wide * height, block % wide * width
+        part = full[rows : rows + height, columns : columns + width]
         part += tile[: part.shape[0], : part.shape[1]]
     return full
 
@@ -99,7 +100,7 @@ def test_tiles_of_one_size_stay_tiles_and_of_two_become_entries(shape):
     one, other = random_delta("BlockSparse", shape, 1), random_delta("BlockSparse", shape, 2)
     assert isinstance(one + other, BlockSparse)
     assert set((one + other).blocks.tolist()) == set(one.blocks.tolist()) | set(other.blocks.tolist())
-    mixed = one + random_delta("BlockSparse", shape, 3, size=2)
+    mixed = one + random_delta("BlockSparse", shape, 3, tile=(2, 2))
     assert isinstance(mixed, Sparse)
 
 

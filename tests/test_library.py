@@ -154,7 +154,7 @@ def forged(path, delta):
         (Sparse(torch.tensor([2, 2]), torch.ones(2), torch.Size((3, 4))), "not sorted and unique"),
         (BlockSparse(torch.tensor([4]), torch.ones(1, 2, 2), torch.Size((3, 4))), r"out of \[0, 4\)"),
         (Sparse(torch.tensor([1, 2]), torch.ones(3), torch.Size((3, 4))), "are not a Sparse delta"),
-        (BlockSparse(torch.tensor([1]), torch.ones(1, 2, 3), torch.Size((3, 4))), "are not a BlockSparse delta"),
+        (BlockSparse(torch.tensor([1]), torch.ones(2, 2, 2), torch.Size((3, 4))), "are not a BlockSparse delta"),
     ],
 )
 def test_content_that_is_no_delta_is_refused(tmp_path, delta, sentence):

@@ -19,7 +19,6 @@ from modular_experts.masks import (
     RandomScore,
     Reselect,
     SelectOnce,
-    block_scores,
     top_k,
 )
 
@@ -41,12 +40,6 @@ def test_top_k_of_all_zeros_keeps_exactly_k_not_everything() -> None:
 def test_top_k_refuses_what_has_no_order() -> None:
     with pytest.raises(ValueError, match="NaN"):
         top_k(torch.tensor([1.0, math.nan]), 1)
-
-
-def test_block_scores_are_tile_sums_also_over_the_edge() -> None:
-    scores = np.arange(5 * 7, dtype=np.float64).reshape(5, 7)
-    wanted = [scores[i : i + 3, j : j + 3].sum() for i in (0, 3) for j in (0, 3, 6)]
-    assert block_scores(torch.from_numpy(scores), 3).tolist() == wanted
 
 
 def test_scores_are_their_formulas() -> None:

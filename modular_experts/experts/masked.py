@@ -32,7 +32,7 @@ class MaskedExpert(Selectable):
         weight: The base weight `(out, in)`.
         keep_ratio: Share of the entries kept after the first selection, in (0, 1]; the paper's best is 0.1.
         granularity: `element` keeps single entries, `block` true two-dimensional tiles (the reference code's tiles are
-            strided for weights that are not square).
+            strided for weights that are not square), `row` and `column` whole outputs and inputs.
         block_size: Side of a tile.
         dense_start: Start with all of D visible, as the paper and its code do. Otherwise the mask starts random, with
             `keep_ratio` kept from the first step.
@@ -70,9 +70,9 @@ class MaskedExpert(Selectable):
         if bool(self.mask.all()):
             return Dense(self.change)
         units = self.support_units()
-        if self.block_size == 1:
+        if self.tile == (1, 1):
             return self.sparse_form(units, self.change.view(-1)[units])
-        return self.sparse_form(units, gather_blocks(self.change * self.mask, units, self.block_size))
+        return self.sparse_form(units, gather_blocks(self.change * self.mask, units, self.tile))
 
     def support_units(self) -> Tensor:
         shown = self.unit_scores(self.mask.to(torch.float32)) > 0
@@ -92,8 +92,8 @@ class MaskedExpert(Selectable):
 
     def _show(self, units: Tensor) -> None:
         self.mask.zero_()
-        if self.block_size == 1:
+        if self.tile == (1, 1):
             self.mask.view(-1)[units.long()] = True
         else:
-            shown = torch.ones(units.numel(), self.block_size, self.block_size, dtype=torch.bool, device=units.device)
+            shown = torch.ones(units.numel(), *self.tile, dtype=torch.bool, device=units.device)
             scatter_blocks_(self.mask, units, shown)

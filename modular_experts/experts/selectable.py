@@ -5,6 +5,7 @@ The choosing itself belongs to `masks` (rules and scores) and to the `MaskSchedu
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -13,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.blocks import block_grid
+from modular_experts.blocks import Tile, block_grid, block_sums
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.experts.expert import Expert
-from modular_experts.masks import Rule, Score, block_scores
+from modular_experts.masks import Rule, Score
 
 __all__ = ["Granularity", "Selectable"]
 
-Granularity = Literal["element", "block"]
+Granularity = Literal["element", "block", "row", "column"]
 
 
 class Selectable(Expert):
-    """An expert whose support is a fixed number of *units*: single entries, or square tiles of the weight.
+    """An expert whose support is a fixed number of *units* of a weight: single entries, square tiles, rows or columns.
 
     While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to its
     function and frees it: a scoring pass holds one layer's gradient at a time. Its scalar is what to differentiate for.
@@ -52,23 +53,25 @@ class Selectable(Expert):
             )
         self.keep_ratio, self.granularity = keep_ratio, granularity
         self.shape = weight.shape
-        self.block_size = block_size if granularity == "block" else 1
+        if granularity == "block":
+            self.block_size = block_size
+        tiles = {"block": (block_size, block_size), "row": (1, self.shape[1]), "column": (self.shape[0], 1)}
+        self.tile: Tile = tiles.get(granularity, (1, 1))
 
     @property
     def units(self) -> int:
-        """Number of entries, or of tiles, of the weight."""
-        tall, wide = block_grid(self.shape, self.block_size)
-        return tall * wide
+        """Number of entries, tiles, rows or columns of the weight."""
+        return math.prod(block_grid(self.shape, self.tile))
 
     @property
     def kept_units(self) -> int:
         """Number of them that are kept: at least one."""
-        wanted = int(self.keep_ratio * self.shape.numel() / self.block_size**2)
+        wanted = int(self.keep_ratio * self.shape.numel() / math.prod(self.tile))
         return min(max(wanted, 1), self.units)
 
     def unit_scores(self, scores: Tensor) -> Tensor:
         """Return one score per unit `(units,)` from one per entry `(out, in)`; a tile's is the sum of its entries."""
-        return scores.reshape(-1) if self.block_size == 1 else block_scores(scores, self.block_size)
+        return scores.reshape(-1) if self.tile == (1, 1) else block_sums(scores, self.tile)
 
     @abstractmethod
     def support_units(self) -> Tensor:
@@ -99,8 +102,8 @@ class Selectable(Expert):
         return None
 
     def sparse_form(self, units: Tensor, values: Tensor) -> Sparse | BlockSparse:
-        """Return values at kept units as a delta: `(k,)` for entries, `(k, size, size)` for tiles."""
-        return (Sparse if self.block_size == 1 else BlockSparse)(units, values, self.shape)
+        """Return values at kept units as a delta: `(k,)` for entries, `(k, height, width)` for tiles."""
+        return (Sparse if self.tile == (1, 1) else BlockSparse)(units, values, self.shape)
 
 
 class _ProbedLinear(torch.autograd.Function):

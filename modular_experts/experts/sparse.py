@@ -1,14 +1,13 @@
 """Sparse experts: train a few entries of a weight, in place, at the price of those entries.
 
 The kept entries are written into the frozen weight, so the forward pass is one matrix product; backward makes only
-their gradient (`kept_gradient`), and the optimizer sees one packed vector. There is no second copy of the model and no
+their gradient (`kernels`), and the optimizer sees one packed vector. There is no second copy of the model and no
 dense mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from modular_experts.blocks import gather_blocks, index_dtype, scatter_blocks_
 from modular_experts.deltas import BlockSparse, Sparse
-from modular_experts.experts.kept_gradient import TileRows, entry_gradient, kept_linear, tile_gradient, tile_rows
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
+from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 
 __all__ = ["SparseExpert"]
@@ -33,8 +32,13 @@ class SparseExpert(Selectable):
     Args:
         weight: The base weight `(out, in)`.
         keep_ratio: Share of the entries kept, in (0, 1].
-        granularity: `element` keeps single entries, `block` square tiles of neighbouring entries.
+        granularity: `element` keeps single entries, `block` square tiles of neighbouring entries, `row` and `column`
+            whole outputs and inputs of the layer, which train at the price of a slice.
         block_size: Side of a tile. Where it does not divide the weight, the last tiles reach over the edge.
+        backend: How the kept gradient is made: `auto` chooses by the kind of unit, share kept, device and dtype (the
+            rule is in `kernels/choice.py`; the run's summary says what it chose). By name: `sampled` and `native` for
+            entries, `block_rows`, `native` and `triton` (CUDA) for tiles, `slices` for rows and columns, `dense` for
+            all.
     """
 
     learning_rate: ClassVar[float] = 2e-3
@@ -42,13 +46,20 @@ class SparseExpert(Selectable):
     rule: ClassVar[Rule] = GrowAndDrop()
 
     _written: int | None = None  # version of `values` that the weight holds
-    _plan: tuple[int, TileRows] | None = None  # version of `indices`, and its rows of tiles
+    _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # what the kernel was planned for, and it
 
     def __init__(
-        self, weight: Tensor, keep_ratio: float = 0.05, granularity: Granularity = "element", block_size: int = 16
+        self,
+        weight: Tensor,
+        keep_ratio: float = 0.05,
+        granularity: Granularity = "element",
+        block_size: int = 16,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(weight, keep_ratio, granularity, block_size)
-        tile = () if self.block_size == 1 else (self.block_size, self.block_size)
+        check_backend(backend, self.shape, self.tile)
+        self.backend = backend
+        tile = () if self.tile == (1, 1) else self.tile
         dtype = torch.promote_types(weight.dtype, torch.float32)
         indices = torch.randperm(self.units)[: self.kept_units].sort().values.to(weight.device, index_dtype(self.shape))
         self.values = nn.Parameter(torch.zeros(self.kept_units, *tile, dtype=dtype, device=weight.device))
@@ -66,7 +77,10 @@ class SparseExpert(Selectable):
             self.write(weight)
         if self.probe is not None:
             return self.probed(x, weight, bias)
-        return kept_linear(x, weight, bias, self.values, self._gradient())
+        return kept_linear(x, weight, bias, self.values, self.kernel(computed_in(weight)))
+
+    def settings(self) -> dict[str, bool | int | float | str]:
+        return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Sparse | BlockSparse:
         return self.sparse_form(self.indices, self.values)
@@ -94,7 +108,7 @@ class SparseExpert(Selectable):
         return self.indices
 
     def unit_change(self) -> Tensor:
-        return self.values.detach().abs().flatten(1).sum(1) if self.block_size > 1 else self.values.detach().abs()
+        return self.values.detach().abs().flatten(1).sum(1) if self.values.ndim > 1 else self.values.detach().abs()
 
     def scored_delta(self, weight: Tensor) -> Sparse | BlockSparse:
         return self.sparse_form(self.indices, self.values.detach())
@@ -112,24 +126,24 @@ class SparseExpert(Selectable):
         self.write(weight)
         return slots
 
-    def _gradient(self) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.block_size == 1:
-            return partial(entry_gradient, indices=self.indices)
-        if self._plan is None or self._plan[0] != self.indices._version:
-            self._plan = (self.indices._version, tile_rows(self.indices, self.shape, self.block_size))
-        return partial(tile_gradient, blocks=self.indices, size=self.block_size, plan=self._plan[1])
+    def kernel(self, dtype: torch.dtype) -> KeptGradient:
+        """Return what makes the kept gradient where the layer computes in `dtype`; planned once for each support."""
+        wanted = (self.indices._version, self.indices.device, dtype)
+        if self._kernel is None or self._kernel[0] != wanted:
+            self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))
+        return self._kernel[1]
 
     def _read(self, weight: Tensor) -> Tensor:
-        if self.block_size == 1:
+        if self.tile == (1, 1):
             return weight.reshape(-1)[self.indices]
-        return gather_blocks(weight, self.indices, self.block_size)
+        return gather_blocks(weight, self.indices, self.tile)
 
     def _write(self, weight: Tensor, kept: Tensor) -> None:
-        if self.block_size == 1:
+        if self.tile == (1, 1):
             weight.view(-1)[self.indices] = kept
         else:
             scatter_blocks_(weight, self.indices, kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._written = self._plan = None  # a copy's version counters start anew
+        self._written = self._kernel = None  # a copy's version counters start anew

@@ -74,8 +74,9 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
         "BlockSparse": lambda: (
             len(shape) == 2
             and len(shapes["blocks"]) == 1
-            and shapes["values"] == (*shapes["blocks"], *shapes["values"][-1:] * 2)
-            and shapes["values"][-1] > 0
+            and len(shapes["values"]) == 3
+            and shapes["values"][:1] == shapes["blocks"]
+            and min(shapes["values"][1:]) > 0
         ),
     }
     if not fits[form]():
@@ -99,8 +100,9 @@ def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> De
         _check_order(tensors["indices"], math.prod(size))
         return Sparse(tensors["indices"], tensors["values"], size)
     if form == "BlockSparse":
-        _check_order(tensors["blocks"], math.prod(block_grid(size, tensors["values"].shape[-1])))
-        return BlockSparse(tensors["blocks"], tensors["values"], size)
+        tiles = BlockSparse(tensors["blocks"], tensors["values"], size)
+        _check_order(tiles.blocks, math.prod(block_grid(size, tiles.tile)))
+        return tiles
     return LowRank(tensors["up"], tensors["down"]) if form == "LowRank" else Dense(tensors["dense"])
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import block_grid, index_dtype
+from modular_experts.blocks import Tile, block_grid, index_dtype
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 
 __all__ = ["Frame"]
@@ -29,13 +29,13 @@ class Frame:
         shape: Shape of the weight.
         dtype: Widest dtype of the deltas.
         places: Sorted flat entries, or sorted tiles, of the union; None for every entry of the weight.
-        block_size: Side of the tiles, or None where places are entries.
+        tile: Height and width of the tiles, or None where places are entries.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     places: Tensor | None
-    block_size: int | None = None
+    tile: Tile | None = None
 
     @classmethod
     def around(cls, deltas: Sequence[Delta]) -> Frame:
@@ -45,10 +45,10 @@ class Frame:
         for term in terms:
             dtype = torch.promote_types(dtype, term.dtype)
         tiles = [term for term in terms if isinstance(term, BlockSparse)]
-        sizes = {tile.block_size for tile in tiles}
+        sizes = {term.tile for term in tiles}
         if terms and len(tiles) == len(terms) and len(sizes) == 1:
             count = math.prod(block_grid(shape, *sizes))
-            return cls(shape, dtype, _union([tile.blocks for tile in tiles], count, deltas[0].device), *sizes)
+            return cls(shape, dtype, _union([term.blocks for term in tiles], count, deltas[0].device), *sizes)
         if all(isinstance(term, Sparse | BlockSparse) for term in terms):
             return cls(shape, dtype, _union([term.support() for term in terms], shape.numel(), deltas[0].device))
         return cls(shape, dtype, None)
@@ -74,11 +74,12 @@ class Frame:
         """Return which flat entries of the weight the given flat positions of a laid tensor stand for."""
         if self.places is None:
             return positions
-        if self.block_size is None:
+        if self.tile is None:
             return self.places[positions]
-        size, wide = self.block_size, block_grid(self.shape, self.block_size)[1]
-        tile, inside = self.places[positions // size**2], positions % size**2
-        return (tile // wide * size + inside // size) * self.shape[1] + tile % wide * size + inside % size
+        (height, width), wide = self.tile, block_grid(self.shape, self.tile)[1]
+        block, inside = self.places[positions // (height * width)], positions % (height * width)
+        row, column = block // wide * height + inside // width, block % wide * width + inside % width
+        return row * self.shape[1] + column
 
     def delta(self, values: Tensor, kept: Tensor | None = None) -> Delta:
         """Return laid values as a delta, rounded to this frame's dtype.
@@ -93,28 +94,28 @@ class Frame:
             return Dense(values)
         places = self.places.to(index_dtype(self.shape))
         if kept is not None:
-            kept = kept.flatten(1).any(1) if self.block_size else kept
+            kept = kept.flatten(1).any(1) if self.tile else kept
             places, values = places[kept], values[kept]
-        return BlockSparse(places, values, self.shape) if self.block_size else Sparse(places, values, self.shape)
+        return BlockSparse(places, values, self.shape) if self.tile else Sparse(places, values, self.shape)
 
     @cached_property
     def _positions(self) -> Tensor:
         """Where in `places` each entry or tile of the weight is; a table is many times faster than a binary search."""
         assert self.places is not None
-        count = self.shape.numel() if self.block_size is None else math.prod(block_grid(self.shape, self.block_size))
+        count = self.shape.numel() if self.tile is None else math.prod(block_grid(self.shape, self.tile))
         table = torch.empty(count, dtype=torch.int32, device=self.places.device)
         table[self.places] = torch.arange(self.places.numel(), dtype=torch.int32, device=self.places.device)
         return table
 
     @property
     def laid_shape(self) -> tuple[int, ...]:
-        """Shape of a laid tensor: the weight's own, `(entries,)`, or `(tiles, size, size)`."""
+        """Shape of a laid tensor: the weight's own, `(entries,)`, or `(tiles, height, width)`."""
         if self.places is None:
             return tuple(self.shape)
-        return (self.places.numel(), *([self.block_size] * 2 if self.block_size else []))
+        return (self.places.numel(), *(self.tile or ()))
 
     def _parts(self, delta: Delta) -> tuple[Tensor, Tensor]:
-        if self.block_size is not None:
+        if self.tile is not None:
             assert isinstance(delta, BlockSparse)
             return delta.blocks, delta.values
         sparse = delta.as_sparse() if isinstance(delta, BlockSparse) else delta

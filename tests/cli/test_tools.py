@@ -30,7 +30,7 @@ def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     shapes = dict(load_base(tiny_llama_dir).named_parameters())
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
     for seed, (name, form) in enumerate({"a": "Sparse", "b": "BlockSparse", "lora": "LowRank"}.items()):
-        deltas = [(n, random_delta(form, shapes[n].shape, seed, torch.float32, share=0.05, size=8)) for n in names]
+        deltas = [(n, random_delta(form, shapes[n].shape, seed, torch.float32, share=0.05, tile=(8, 8))) for n in names]
         settings = {"keep_ratio": 0.0491712345, "modules": ".*[qk]_proj", "scheduler": None}
         scores = {"val_loss": 2.3456789, f"val_loss/task-{name}": 0.5}
         record = make_record(f"{form}Expert", base, hyperparameters=settings, tasks=[f"task-{name}"], scores=scores)

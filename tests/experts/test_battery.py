@@ -19,9 +19,13 @@ FACTORIES = {
     "block-8": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8),
     "block-16": partial(SparseExpert, keep_ratio=0.5, granularity="block", block_size=16),
     "block-20": partial(SparseExpert, keep_ratio=0.9, granularity="block", block_size=20),
+    "row": partial(SparseExpert, keep_ratio=0.3, granularity="row"),
+    "column": partial(SparseExpert, keep_ratio=0.3, granularity="column"),
     "masked": partial(MaskedExpert, keep_ratio=0.3, dense_start=False),
     "masked-dense-start": partial(MaskedExpert, keep_ratio=0.3),
     "masked-block": partial(MaskedExpert, keep_ratio=0.3, granularity="block", block_size=8, dense_start=False),
+    "masked-row": partial(MaskedExpert, keep_ratio=0.3, granularity="row", dense_start=False),
+    "masked-column": partial(MaskedExpert, keep_ratio=0.3, granularity="column"),
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
     "full": FullExpert,
@@ -32,7 +36,7 @@ FACTORIES = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_expert_keeps_the_contract(name: str) -> None:
     torch.manual_seed(3)
-    check_expert(FACTORIES[name], compile=name in {"element", "block-8", "lora", "full", "user-ia3"})
+    check_expert(FACTORIES[name], compile=name in {"element", "block-8", "column", "lora", "full", "user-ia3"})
 
 
 class _MovesAtStart(LoRAExpert):

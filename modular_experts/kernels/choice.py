@@ -1,0 +1,108 @@
+"""Which kernel serves a support: by name, or by a rule from the kind of unit, the share kept, the device and the dtype.
+
+The rule, from the measurements in `benchmarks/README.md`:
+* rows and columns: `slices`, everywhere;
+* on a CPU, in float32 or bfloat16, for weights of `NATIVE_FROM` entries and more, where a compiler was found: `native`;
+* otherwise on a CPU: tiles by `block_rows`; entries by `sampled` below `SAMPLED_BELOW` kept, and `dense` above it;
+* elsewhere: `dense`. The Triton kernel for CUDA is used when asked for: it has not been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from modular_experts.blocks import Tile
+from modular_experts.kernels import native
+from modular_experts.kernels.block_rows import BlockRows
+from modular_experts.kernels.dense import DenseGathered
+from modular_experts.kernels.kernel import KeptGradient
+from modular_experts.kernels.native import NativeBlocks, NativeEntries
+from modular_experts.kernels.sampled import SampledProduct
+from modular_experts.kernels.slices import KeptColumns, KeptRows
+from modular_experts.kernels.triton_blocks import TritonBlocks
+
+__all__ = ["NATIVE_FROM", "SAMPLED_BELOW", "Backend", "check_backend", "make_kernel"]
+
+Backend = Literal["auto", "dense", "sampled", "block_rows", "slices", "native", "triton"]
+
+SAMPLED_BELOW = 0.07
+"""Share of kept entries above which a dense gradient, gathered, is cheaper on a CPU than the sampled product."""
+
+NATIVE_FROM = 2**16
+"""Entries of the smallest weight for which the rule compiles and calls native code; smaller ones gain nothing."""
+
+
+def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
+    """Refuse a backend that cannot serve these units.
+
+    Raises:
+        ValueError: It is not one of them.
+    """
+    if backend != "auto" and backend not in _serving(shape, tile):
+        known = backend in get_args(Backend)
+        wrong = f"does not serve units of {tile[0]} x {tile[1]}" if known else "is not known"
+        raise ValueError(f"backend={backend!r} {wrong}; use auto, {', '.join(sorted(_serving(shape, tile)))}")
+
+
+def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -> KeptGradient:
+    """Return the kernel of a name, or the one that the rule chooses, planned for these units.
+
+    Args:
+        backend: A name, or `auto`.
+        units: The kept units `(k,)`, sorted.
+        shape: The weight's, `(out, in)`.
+        tile: Height and width of a unit.
+        dtype: In which the layer computes.
+
+    Raises:
+        ValueError: The backend cannot work on this device or in this dtype, or is not installed.
+    """
+    check_backend(backend, shape, tile)
+    if backend == "auto":
+        backend = _rule(units, shape, tile, dtype)
+    elif backend == "native":
+        _refuse_native(units, dtype)
+    elif backend in ("sampled", "triton") and (units.device.type == "cpu") != (backend == "sampled"):
+        place = "a CPU" if backend == "sampled" else "a GPU"
+        raise ValueError(
+            f"backend={backend!r} works on {place} only, and the weight is on {units.device.type}; use auto"
+        )
+    return _serving(shape, tile)[backend](units, shape, tile)
+
+
+def _rule(units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -> str:
+    serving = _serving(shape, tile)
+    if "slices" in serving:
+        return "slices"
+    if units.device.type != "cpu":
+        return "dense"
+    if prod(shape) >= NATIVE_FROM and native.computes(dtype) and native.available():
+        return "native"
+    if tile != (1, 1):
+        return "block_rows"
+    return "sampled" if units.numel() < SAMPLED_BELOW * prod(shape) else "dense"
+
+
+def _refuse_native(units: Tensor, dtype: torch.dtype) -> None:
+    if units.device.type != "cpu":
+        raise ValueError(f"backend='native' works on a CPU only, and the weight is on {units.device.type}; use auto")
+    if not native.computes(dtype):
+        raise ValueError(f"backend='native' computes in float32 and bfloat16, not in {dtype}; use auto")
+    if not native.available():
+        raise ValueError("backend='native' needs a C++ compiler and the package ninja; without them use auto")
+
+
+def _serving(shape: Sequence[int], tile: Tile) -> dict[str, type[KeptGradient]]:
+    """Return the kernels for a kind of unit, by name."""
+    if tile == (1, 1):
+        return {"dense": DenseGathered, "native": NativeEntries, "sampled": SampledProduct}
+    if tile == (1, shape[1]):
+        return {"dense": DenseGathered, "slices": KeptRows}
+    if tile == (shape[0], 1):
+        return {"dense": DenseGathered, "slices": KeptColumns}
+    return {"block_rows": BlockRows, "dense": DenseGathered, "native": NativeBlocks, "triton": TritonBlocks}
