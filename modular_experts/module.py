@@ -22,6 +22,7 @@ from modular_experts.callbacks.results import WriteResults
 from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, generate, score_batch
 from modular_experts.experts import Expert
+from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers, inject, task_vector, write_experts
 from modular_experts.interop.apply import apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
@@ -102,9 +103,16 @@ class ExpertModule(LightningModule):
             raise ValueError("fit trains experts, and none is configured: give model.expert and model.modules")
 
     def configure_model(self) -> None:
-        """Load the base, add the applied experts, and inject; a second call changes nothing."""
-        if hasattr(self, "model"):
-            return
+        """Load the base, add the applied experts, and inject; a second call loads nothing."""
+        if not hasattr(self, "model"):
+            self._load()
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and self.expert is not None:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MaskSchedule):
+                    callback.before_optimizers(trainer, self)
+
+    def _load(self) -> None:
         self.base_directory = resolve_base(self.base, self.revision)
         self.fingerprint = fingerprint(self.base_directory)
         self.tokenizer = load_tokenizer(self.base, self.revision)
@@ -238,6 +246,7 @@ class ExpertModule(LightningModule):
                 f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {self.base} has "
                 f"{self.fingerprint[:12]}; give the base that it was trained on"
             )
+        self._resize_like(checkpoint["state_dict"])
         ours, stored = self.state_dict(), checkpoint["state_dict"]
         unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
         if unlike:
@@ -246,6 +255,15 @@ class ExpertModule(LightningModule):
                 f"{unlike[0]} with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here"
             )
         self._random_states = checkpoint.get("random_states")
+
+    def _resize_like(self, state: dict[str, Any]) -> None:
+        """Let each packed expert keep as many units as its counterpart in a checkpoint."""
+        for name, layer in expert_layers(self.model):
+            theirs = state.get(f"model.{name.removesuffix('weight')}expert.indices")
+            if isinstance(layer.expert, Selectable) and layer.expert.packed is not None and theirs is not None:
+                units = torch.arange(min(theirs.numel(), layer.expert.units), device=layer.matrix.device)
+                if units.numel() != layer.expert.kept_units:
+                    layer.expert.resize(layer.matrix, units)
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each expert, on the CPU, one at a time."""

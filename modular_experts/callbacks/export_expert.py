@@ -126,6 +126,7 @@ class ExportExpert(Callback):
             tasks=sorted(name for name, role in roles.items() if role == "held_in"),
             scores={name: value for name, value in metrics.items() if math.isfinite(value)},
             parents=as_parents(module.applied_experts),
+            costs=schedule.costs(trainer, module),
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
 

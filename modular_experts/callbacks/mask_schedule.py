@@ -1,8 +1,9 @@
 """MaskSchedule: when the kept entries of selectable experts are chosen, on which batches, and what becomes of those
 that leave.
 
-Which entries a score prefers, and how a new support follows from the old, is said in `masks`. Scores are taken in
-optimizer steps from gradients averaged over all ranks, so every rank keeps the same entries.
+Which entries a score prefers, and how a new support follows from the old, is said in `masks`; how one choice is made,
+in `selection`. Scores are taken in optimizer steps from gradients averaged over all ranks, so every rank keeps the same
+entries.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from modular_experts.callbacks.scoring import scoring_pass
+from modular_experts.callbacks.footprint import MemoryWatch, optimizer_bytes
+from modular_experts.callbacks.neighbours import count_others, open_neighbours, shared_units
+from modular_experts.callbacks.scoring import ScoringPass
+from modular_experts.callbacks.selection import Scope, Selection
+from modular_experts.data.batch import IGNORED
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
+from modular_experts.library import StoredExpert, check_base
 from modular_experts.masks import Reselect, Rule, Score
 
 __all__ = ["MaskSchedule"]
@@ -36,15 +42,27 @@ class MaskSchedule(Callback):
         score: Ranks the entries: a class such as `SNIP`, or a function of (weight, gradient, delta). Each expert type
             has a default: `GradientMagnitude` for `SparseExpert`, the paper's `ConnectionSensitivity` for
             `MaskedExpert`.
-        rule: When and how the support changes: `SelectOnce`, `Reselect` or `GrowAndDrop`. Each expert type has a
-            default: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for `MaskedExpert`.
-        batches: Training batches over which a gradient is averaged before it is scored.
+        rule: When and how the support changes: `SelectOnce`, `Reselect`, `GrowAndDrop` or `DenseThenSparse`. Each
+            expert type has a default: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
+            `MaskedExpert`.
+        batches: Training batches over which a gradient is averaged before it is scored; each counts by its target
+            tokens, so it does not matter how rows are cut into batches.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it aside, and the entry resumes from it if it comes back. (A masked expert always hides, never forgets.)
         seed: Seeds the batches and the random scores of each selection; the run's own (`seed_everything`) if none is
             given.
         accumulator_mib: Memory for gradient accumulators when `batches` is above 1, in MiB; layers beyond it go in
-            further passes.
+            further passes, each of which costs a forward and a backward pass over all batches.
+        scope: Within what entries compete: each weight keeps its own share (`layer`), or each transformer block
+            (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
+            a weight keeps is then decided once, before the optimizer is made.
+        block_score: A tile's, row's or column's score is the `sum` of its entries' scores, or their Euclidean `norm`.
+        avoid: Experts, or libraries of them, whose entries this one is to leave to them, so that they merge with less
+            interference.
+        penalty: Divide the scores by `1 + penalty * experts that keep the entry`; without it, what the experts to
+            avoid keep is excluded.
+        support: An expert whose support is used as it is, for example to train several tasks on one support; nothing
+            is scored then.
     """
 
     asked_for = True  # `ExpertModule` takes this from the one that it adds by itself
@@ -57,20 +75,68 @@ class MaskSchedule(Callback):
         leavers: Literal["revert", "stash"] = "revert",
         seed: int | None = None,
         accumulator_mib: int = 1024,
+        scope: Scope = "layer",
+        block_score: Literal["sum", "norm"] = "sum",
+        avoid: list[str] | None = None,
+        penalty: float | None = None,
+        support: str | None = None,
     ) -> None:
         if batches < 1:
             raise ValueError(f"batches={batches} must be at least 1: a score needs a gradient")
+        if penalty is not None and penalty <= 0:
+            raise ValueError(f"penalty={penalty} must be above 0; leave it out to exclude what others keep")
+        if support is not None and (score or rule or avoid):
+            raise ValueError(f"support={support!r} is used as it is: give no score, rule or avoid beside it")
         self.score, self.rule, self.batches = score, rule, batches
         self.leavers, self.accumulator_mib = leavers, accumulator_mib
+        self.scope, self.block_score = scope, block_score
+        self.avoid, self.penalty, self.support = list(avoid or []), penalty, support
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-        self.selections = 0
+        self.selections = self.passes = 0
         self.seconds = 0.0
+        self.peak_bytes = 0
         self._last_position = -1
         self._touched: dict[str, Tensor] = {}
         self._stash: dict[str, tuple[Tensor, Tensor]] = {}
+        self._others: list[StoredExpert] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Find the experts to avoid, before anything is loaded."""
+        if stage == "fit":
+            self._others = open_neighbours(self.avoid)
+
+    def before_optimizers(self, trainer: Trainer, pl_module: Any) -> None:
+        """Choose the first supports here if that decides how many entries a weight keeps; a resumed run has its own."""
+        check_base(self._others, pl_module.fingerprint, pl_module.base)
+        layers = _selectable(pl_module)
+        if self._last_position >= 0 or trainer.ckpt_path or not layers:
+            return
+        packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
+        if self.support is not None:
+            (other,) = open_neighbours([self.support])
+            check_base([other], pl_module.fingerprint, pl_module.base)
+            chosen = {name: shared_units(name, layer, other) for name, layer in layers.items()}
+        elif self.scope != "layer" and packed:
+            pl_module.model.train().to(trainer.strategy.root_device)
+            chosen = self._choose(trainer, pl_module, packed, 0, 1, may_resize=True)
+        else:
+            return
+        for name, units in chosen.items():
+            layers[name].expert.resize(layers[name].matrix, units)
+        self._last_position = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Say so where a schedule that somebody asked for has nothing to choose."""
+        """Say so where a schedule that somebody asked for has nothing to choose.
+
+        Raises:
+            ValueError: The rule needs a dense start, and the experts are sparse from the first step.
+        """
+        for layer in _selectable(pl_module).values():
+            if self._rule(layer.expert).needs_dense_start and layer.expert.packed is not None:
+                raise ValueError(
+                    f"rule={type(self.rule).__name__} first trains all entries, and {type(layer.expert).__name__} has "
+                    "only some; use MaskedExpert"
+                )
         experts = [layer.expert for _, layer in expert_layers(pl_module.model)]
         if self.asked_for and trainer.is_global_zero and not any(isinstance(e, Selectable) for e in experts):
             kinds = ", ".join(sorted({type(expert).__name__ for expert in experts}))
@@ -78,10 +144,8 @@ class MaskSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Select where the rule says so; the score sees batches of its own, not the one about to be trained on."""
-        layers: dict[str, Any] = {
-            name: layer for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)
-        }
-        if not layers:
+        layers = _selectable(pl_module)
+        if not layers or self.support is not None:
             return
         position, last = self._clock(trainer, pl_module, next(iter(layers.values())).expert)
         if position == self._last_position:
@@ -89,30 +153,50 @@ class MaskSchedule(Callback):
         self._last_position = position
         due = {name: layer for name, layer in layers.items() if self._is_due(layer.expert, position, last)}
         if due:
-            started = time.perf_counter()
-            with torch.random.fork_rng():
-                chosen = self._choose(trainer, pl_module, due, position, last)
-            for name, units in chosen.items():
+            for name, units in self._choose(trainer, pl_module, due, position, last).items():
                 self._move(trainer, name, due[name], units)
-            self.selections += 1
-            self.seconds += time.perf_counter() - started
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Say what was kept, and what was ever touched on the way."""
+        """Say what was kept, what was ever touched on the way, and what it cost."""
         shares = self.shares(pl_module)
-        if shares:
-            log.info(
-                "selections of the support: %d, in %.1f s; %.2f %% of the units are kept, %.2f %% were ever trained",
-                *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
-            )
+        if not shares:
+            return
+        log.info(
+            "selections of the support: %d, in %.1f s; %.2f %% of the units are kept, %.2f %% were ever trained",
+            *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
+        )
+        costs = self.costs(trainer, pl_module)
+        log.info(
+            "optimizer state: %.1f MB; a selection held at most %.1f MB more than there was before it",
+            *(costs["optimizer_bytes"] / 1e6, costs["selection_bytes"] / 1e6),
+        )
+        if "overlap" in costs:
+            log.info("a kept entry is kept by %.3f of the %d experts to avoid", costs["overlap"], len(self._others))
+
+    def costs(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
+        """Return what training held and what the selections cost, for the expert's record.
+
+        `overlap` is how many of the experts to avoid keep an entry that is kept here, on average.
+        """
+        found: dict[str, float] = {"optimizer_bytes": optimizer_bytes(trainer.optimizers)}
+        layers = _selectable(pl_module)
+        if layers:
+            found |= {"selections": self.selections, "selection_passes": self.passes}
+            found |= {"selection_seconds": round(self.seconds, 3), "selection_bytes": self.peak_bytes}
+        if layers and self._others:
+            shared = kept = 0.0
+            for name, layer in layers.items():
+                units = layer.expert.support_units().long()
+                shared += float(count_others(name, layer, self._others)[units].sum())
+                kept += units.numel()
+            found["overlap"] = shared / max(kept, 1)
+        return found
 
     def shares(self, pl_module: Any) -> dict[str, float]:
         """Return the shares of the entries that are kept now, and that were trained at any time; empty without
         selectable experts.
         """
-        experts = {
-            n: layer.expert for n, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)
-        }
+        experts = {name: layer.expert for name, layer in _selectable(pl_module).items()}
         if not experts:
             return {}
         total = sum(expert.units for expert in experts.values())
@@ -124,6 +208,8 @@ class MaskSchedule(Callback):
         return {
             "selections": self.selections,
             "seconds": self.seconds,
+            "passes": self.passes,
+            "peak_bytes": self.peak_bytes,
             "last_position": self._last_position,
             "touched": dict(self._touched),
             "stash": dict(self._stash),
@@ -131,6 +217,7 @@ class MaskSchedule(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.selections, self.seconds = state_dict["selections"], state_dict["seconds"]
+        self.passes, self.peak_bytes = state_dict["passes"], state_dict["peak_bytes"]
         self._last_position = state_dict["last_position"]
         self._touched, self._stash = dict(state_dict["touched"]), dict(state_dict["stash"])
 
@@ -152,31 +239,38 @@ class MaskSchedule(Callback):
         return never or self._rule(expert).is_due(position, last)
 
     def _choose(
-        self, trainer: Trainer, module: Any, due: dict[str, Any], position: int, last: int
+        self, trainer: Trainer, module: Any, due: dict[str, Any], position: int, last: int, may_resize: bool = False
     ) -> dict[str, Tensor]:
-        chosen: dict[str, Tensor] = {}
-
-        def receive(name: str, gradient: Tensor) -> None:
-            layer = due[name]
-            expert, score = layer.expert, self.score or layer.expert.score
-            torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{name}".encode()))
-            gradient = trainer.strategy.reduce(gradient, reduce_op="mean")
-            with torch.no_grad():
-                scores = expert.unit_scores(score(layer.matrix, gradient, expert.scored_delta(layer.matrix)))
-                kept, change = expert.support_units(), expert.unit_change()
-                units = self._rule(expert).choose(scores, expert.kept_units, kept, change, position, last)
-            chosen[name] = _from_first_rank(units.to(kept.dtype))
-
-        experts = {name: layer.expert for name, layer in due.items()}
-        if all(getattr(self.score or expert.score, "needs_gradient", True) for expert in experts.values()):
+        """Return the units that the layers are to keep, the same on every rank."""
+        started, memory = time.perf_counter(), MemoryWatch(next(iter(due.values())).matrix.device)
+        norm = self.block_score == "norm"
+        kind = Selection(
+            self.score,
+            self.rule,
+            self.scope,
+            norm,
+            self._others,
+            self.penalty,
+            *(position, last, self.seed),
+            may_resize,
+        )
+        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))  # for dropout
-            batches = self._draw(trainer, position)
-            with trainer.precision_plugin.forward_context():
-                scoring_pass(experts, module.loss, batches, receive, self.accumulator_mib * 2**20)
-        else:
-            for name, layer in due.items():
-                receive(name, torch.zeros((), device=layer.weight.device).expand(layer.matrix.shape))
-        return chosen
+            self.passes += kind.make(due, lambda: self._scoring(trainer, module, position), memory)
+        self.selections += 1
+        self.seconds += time.perf_counter() - started
+        self.peak_bytes = max(self.peak_bytes, memory.most)
+        return {name: _from_first_rank(units) for name, units in sorted(kind.chosen.items())}
+
+    def _scoring(self, trainer: Trainer, module: Any, position: int) -> ScoringPass:
+        batches = self._draw(trainer, position)
+        tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).double()
+        tokens = trainer.strategy.reduce(tokens, reduce_op="mean")
+        shares = (tokens / tokens.sum().clamp(min=1)).tolist()
+        budget = self.accumulator_mib * 2**20
+        return ScoringPass(
+            module.loss, batches, shares, budget, lambda gradient: trainer.strategy.reduce(gradient, reduce_op="mean")
+        )
 
     def _draw(self, trainer: Trainer, position: int) -> list[Any]:
         """Return this rank's batches for the selection at `position`: an order of their own, the same in every run."""
@@ -194,6 +288,9 @@ class MaskSchedule(Callback):
         self._touched[name] = self._with_touched(name, before) if self._last_position > 0 else before[:0]
         values = expert.packed.detach().clone() if expert.packed is not None else None
         slots = expert.reselect(layer.matrix, units)
+        if self._rule(expert).rewind:
+            expert.rewind(layer.matrix)
+            _forget_moments(trainer, expert)
         if expert.packed is None or values is None:
             return
         for optimizer in trainer.optimizers:
@@ -218,6 +315,12 @@ class MaskSchedule(Callback):
         return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
 
 
+def _forget_moments(trainer: Trainer, expert: Any) -> None:
+    for parameter in expert.parameters():
+        for optimizer in trainer.optimizers:
+            optimizer.state.pop(parameter, None)
+
+
 def _carry_moments(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
     """Move the optimizer's per-entry state to the new slots, in place; newcomers start from zero."""
     stays = slots >= 0
@@ -228,7 +331,16 @@ def _carry_moments(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> N
             value.copy_(moved)
 
 
+def _selectable(pl_module: Any) -> dict[str, Any]:
+    """Return the layers whose support is chosen, by the names of their weights."""
+    return {name: layer for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)}
+
+
 def _from_first_rank(units: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(units, src=0)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return units
+    count = torch.tensor(units.numel(), device=units.device)
+    torch.distributed.broadcast(count, src=0)
+    units = units if units.numel() == int(count) else units.new_empty(int(count))
+    torch.distributed.broadcast(units, src=0)
     return units

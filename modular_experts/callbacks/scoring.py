@@ -1,74 +1,145 @@
-"""A scoring pass: the dense gradient of each selectable weight, one layer at a time, without an optimizer step.
+"""Scoring passes: what a score is told of the loss, for each selectable weight, without an optimizer step.
 
 With one batch, a layer's gradient is made inside backward, handed on and freed at once, so the peak is one layer. With
 several, layers go in groups that share one accumulator budget; every group costs a forward and backward pass per batch.
+No parameter's `.grad` is touched, and nothing but the probed weights' gradients is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modular_experts.experts.selectable import Selectable
+from modular_experts.experts.selectable import Probe, Selectable
 
-__all__ = ["scoring_pass"]
+__all__ = ["ScoringPass"]
+
+Experts = Mapping[str, Selectable]
+Receive = Callable[[str, Tensor], None]
 
 
-def scoring_pass(
-    experts: Mapping[str, Selectable],
-    loss: Callable[[Any], Tensor],
-    batches: Sequence[Any],
-    receive: Callable[[str, Tensor], None],
-    budget: int,
-) -> None:
-    """Call `receive(name, gradient)` once per expert with its weight's gradient `(out, in)`, averaged over the batches.
+def _itself(gradient: Tensor) -> Tensor:
+    return gradient
 
-    No parameter's `.grad` is touched, and nothing but the probed weights' gradients is kept.
+
+_STEP = 5e-3  # of a difference of gradients, over the weights' norm: about the cube root of float32's precision
+
+
+@dataclass
+class ScoringPass:
+    """Gives statistics of the loss over some batches, weight by weight.
 
     Args:
-        experts: The experts to score, by name.
         loss: Gives the loss of one batch.
         batches: One or more batches.
-        receive: Takes each gradient as soon as it is complete.
+        shares: What each batch counts for in a mean; equally much if not given.
         budget: Bytes that the accumulators of one group may take; a single larger layer is a group of its own.
+        reduce: Averages a gradient over ranks.
+        shifts: Added to the weights, by name, while the passes last.
+        passes: Forward and backward passes made so far.
     """
-    if len(batches) == 1:
-        _probe(experts, loss, batches[0], receive)
-        return
-    for group in _groups(experts, budget):
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            _probe(group, loss, batch, partial(_accumulate, sums, 1 / len(batches)))
-        for name in sorted(sums):
-            receive(name, sums.pop(name))
+
+    loss: Callable[[Any], Tensor]
+    batches: Sequence[Any]
+    shares: Sequence[float] | None = None
+    budget: int = 2**30
+    reduce: Callable[[Tensor], Tensor] = _itself
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+
+    def gradient(self, experts: Experts, receive: Receive) -> None:
+        """Call `receive(name, gradient)` once per expert with the mean gradient `(out, in)` of its weight."""
+        shares = self.shares or [1 / len(self.batches)] * len(self.batches)
+        self._sum(experts, receive, shares, _itself, self.reduce)
+
+    def squared_gradient(self, experts: Experts, receive: Receive) -> None:
+        """Call `receive` with the mean over batches of the square of each batch's gradient."""
+        shares = [1 / len(self.batches)] * len(self.batches)
+        self._sum(experts, receive, shares, lambda gradient: self.reduce(gradient).square(), _itself)
+
+    def curvature(self, experts: Experts, receive: Receive, weights: Mapping[str, Tensor]) -> None:
+        """Call `receive` with the Hessian's product `(out, in)` with the mean gradient g of all weights together.
+
+        It is the central difference of the gradients at `W + h g` and `W - h g`, with `h |g|` a small share of `|W|`.
+        Two dense copies of all scored weights are held.
+
+        Args:
+            experts: The experts to score, by name.
+            receive: Takes each product.
+            weights: The experts' weights by name, as they see them.
+
+        Raises:
+            ValueError: A weight is too coarse for a small difference.
+        """
+        coarse = {str(weight.dtype) for weight in weights.values() if torch.finfo(weight.dtype).bits < 32}
+        if coarse:
+            raise ValueError(f"a score from the curvature needs a base in float32, and it is in {', '.join(coarse)}")
+        shift: dict[str, Tensor] = {}
+        undivided = replace(self, budget=2**62, passes=0)
+        undivided.gradient(experts, shift.__setitem__)
+        step = _STEP * _norm(weights) / max(_norm(shift), torch.finfo(torch.float32).tiny)
+        for gradient in shift.values():
+            gradient.mul_(step)
+        total: dict[str, Tensor] = {}
+        for sign in (1, -1):
+            replace(undivided, shifts=shift).gradient(experts, partial(_accumulate, total, sign / (2 * step)))
+            for gradient in shift.values():
+                gradient.neg_()
+        self.passes += 3 * len(self.batches)
+        for name in sorted(total):
+            receive(name, total.pop(name))
+
+    def _sum(
+        self,
+        experts: Experts,
+        receive: Receive,
+        shares: Sequence[float],
+        each: Callable[[Tensor], Tensor],
+        final: Callable[[Tensor], Tensor],
+    ) -> None:
+        if len(self.batches) == 1:
+            self._probe(experts, self.batches[0], lambda name, gradient: receive(name, final(each(gradient))))
+            return
+        for group in _groups(experts, self.budget):
+            sums: dict[str, Tensor] = {}
+            for batch, share in zip(self.batches, shares, strict=True):
+                self._probe(group, batch, partial(_accumulate, sums, share, each=each))
+            for name in sorted(sums):
+                receive(name, final(sums.pop(name)))
+
+    def _probe(self, experts: Experts, batch: Any, receive: Receive) -> None:
+        self.passes += 1
+        leaves = []
+        try:
+            for name, expert in experts.items():
+                leaves.append(torch.zeros((), device=next(expert.parameters()).device, requires_grad=True))
+                expert.probe = Probe(partial(receive, name), leaves[-1], self.shifts.get(name))
+            torch.autograd.grad(self.loss(batch), leaves, allow_unused=True)
+        finally:
+            for expert in experts.values():
+                expert.probe = None
 
 
-def _probe(
-    experts: Mapping[str, Selectable], loss: Callable[[Any], Tensor], batch: Any, receive: Callable[[str, Tensor], None]
+def _accumulate(
+    sums: dict[str, Tensor], share: float, name: str, gradient: Tensor, each: Callable[[Tensor], Tensor] = _itself
 ) -> None:
-    leaves = []
-    try:
-        for name, expert in experts.items():
-            leaves.append(torch.zeros((), device=next(expert.parameters()).device, requires_grad=True))
-            expert.probe = (leaves[-1], partial(receive, name))
-        torch.autograd.grad(loss(batch), leaves, allow_unused=True)
-    finally:
-        for expert in experts.values():
-            expert.probe = None
-
-
-def _accumulate(sums: dict[str, Tensor], share: float, name: str, gradient: Tensor) -> None:
+    part = each(gradient)
     if name in sums:
-        sums[name].add_(gradient, alpha=share)
+        sums[name].add_(part, alpha=share)
     else:
-        sums[name] = gradient.mul_(share)
+        sums[name] = part.mul_(share)
 
 
-def _groups(experts: Mapping[str, Selectable], budget: int) -> Iterator[dict[str, Selectable]]:
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
+
+
+def _groups(experts: Experts, budget: int) -> Iterator[dict[str, Selectable]]:
     group: dict[str, Selectable] = {}
     size = 0
     for name, expert in experts.items():

@@ -90,6 +90,16 @@ class MaskedExpert(Selectable):
         self._show(units)
         return carried_slots(before, units)
 
+    @torch.no_grad()
+    def resize(self, weight: Tensor, units: Tensor) -> None:
+        self._kept_units = units.numel()
+        self.change.zero_()
+        self._show(units)
+
+    @torch.no_grad()
+    def rewind(self, weight: Tensor) -> None:
+        self.change.zero_()
+
     def _show(self, units: Tensor) -> None:
         self.mask.zero_()
         if self.tile == (1, 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score
 
-__all__ = ["Granularity", "Selectable"]
+__all__ = ["Granularity", "Probe", "Selectable"]
 
 Granularity = Literal["element", "block", "row", "column"]
 
@@ -27,8 +28,8 @@ Granularity = Literal["element", "block", "row", "column"]
 class Selectable(Expert):
     """An expert whose support is a fixed number of *units* of a weight: single entries, square tiles, rows or columns.
 
-    While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to its
-    function and frees it: a scoring pass holds one layer's gradient at a time. Its scalar is what to differentiate for.
+    While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to it and
+    frees it: a scoring pass holds one layer's gradient at a time.
     """
 
     score: ClassVar[Score]
@@ -36,7 +37,7 @@ class Selectable(Expert):
     """What `MaskSchedule` uses where it is not told otherwise."""
     selects_at_start: ClassVar[bool] = True
 
-    probe: tuple[Tensor, Callable[[Tensor], None]] | None = None
+    probe: Probe | None = None
 
     def __init__(self, weight: Tensor, keep_ratio: float, granularity: Granularity, block_size: int) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class Selectable(Expert):
             self.block_size = block_size
         tiles = {"block": (block_size, block_size), "row": (1, self.shape[1]), "column": (self.shape[0], 1)}
         self.tile: Tile = tiles.get(granularity, (1, 1))
+        self._kept_units = min(max(int(keep_ratio * self.shape.numel() / math.prod(self.tile)), 1), self.units)
 
     @property
     def units(self) -> int:
@@ -65,13 +67,19 @@ class Selectable(Expert):
 
     @property
     def kept_units(self) -> int:
-        """Number of them that are kept: at least one."""
-        wanted = int(self.keep_ratio * self.shape.numel() / math.prod(self.tile))
-        return min(max(wanted, 1), self.units)
+        """Number of them that are kept: by the keep ratio, rounded down but at least one, until `resize`."""
+        return self._kept_units
 
-    def unit_scores(self, scores: Tensor) -> Tensor:
-        """Return one score per unit `(units,)` from one per entry `(out, in)`; a tile's is the sum of its entries."""
-        return scores.reshape(-1) if self.tile == (1, 1) else block_sums(scores, self.tile)
+    def unit_scores(self, scores: Tensor, norm: bool = False) -> Tensor:
+        """Return one score per unit `(units,)` from one per entry `(out, in)`.
+
+        Args:
+            scores: Scores of the entries.
+            norm: A tile's score is the Euclidean norm of its entries' instead of their sum.
+        """
+        if self.tile == (1, 1):
+            return scores.reshape(-1)
+        return block_sums(scores.square(), self.tile).sqrt() if norm else block_sums(scores, self.tile)
 
     @abstractmethod
     def support_units(self) -> Tensor:
@@ -89,10 +97,18 @@ class Selectable(Expert):
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
         """Keep other units, in place; return for each new slot `(k,)` the slot it had before, or -1 for a newcomer."""
 
+    @abstractmethod
+    def resize(self, weight: Tensor, units: Tensor) -> None:
+        """Keep other units, as many as are given, with values that start anew; only before an optimizer is made."""
+
+    def rewind(self, weight: Tensor) -> None:
+        """Let the values of what is kept start anew from the base."""
+        raise NotImplementedError(f"{type(self).__name__} does not train all entries first, so there is no way back")
+
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output; in backward, the weight's gradient goes to `probe`."""
         assert self.probe is not None
-        return _ProbedLinear.apply(x, weight, bias, *self.probe)
+        return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
 
     @property
     def packed(self) -> nn.Parameter | None:
@@ -106,24 +122,40 @@ class Selectable(Expert):
         return (Sparse if self.tile == (1, 1) else BlockSparse)(units, values, self.shape)
 
 
-class _ProbedLinear(torch.autograd.Function):
-    """A frozen linear layer whose backward also makes the weight's gradient and gives it away at once.
+@dataclass(frozen=True)
+class Probe:
+    """What a scoring pass puts into an expert.
 
-    `leaf` is a scalar that requires a gradient, so that backward comes here even where the input needs none.
+    Attributes:
+        receive: Takes the weight's gradient `(out, in)`.
+        leaf: A scalar that requires a gradient, so that backward comes here even where the layer's input needs none.
+        shift: Added to the weight while the probe is in, `(out, in)`, if given.
     """
+
+    receive: Callable[[Tensor], None]
+    leaf: Tensor
+    shift: Tensor | None = None
+
+    def shifted(self, weight: Tensor) -> Tensor:
+        """Return the weight as the pass is to see it."""
+        return weight if self.shift is None else weight + self.shift
+
+
+class _ProbedLinear(torch.autograd.Function):
+    """A frozen linear layer whose backward also makes the weight's gradient and gives it away at once."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, leaf, probe):
         ctx.save_for_backward(x, weight)
         ctx.probe = probe
-        return F.linear(x, weight, bias)
+        return F.linear(x, probe.shifted(weight), bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        ctx.probe((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
-        return grad @ weight, None, None, grad.new_zeros(()), None
+        ctx.probe.receive((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
+        return grad @ ctx.probe.shifted(weight), None, None, grad.new_zeros(()), None
 
 
 def carried_slots(before: Tensor, after: Tensor) -> Tensor:

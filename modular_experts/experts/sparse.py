@@ -133,6 +133,14 @@ class SparseExpert(Selectable):
             self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))
         return self._kernel[1]
 
+    @torch.no_grad()
+    def resize(self, weight: Tensor, units: Tensor) -> None:
+        self.restore(weight)
+        self._kept_units = units.numel()
+        self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
+        self.indices = units.to(self.indices)
+        self.anchor = self._read(weight)
+
     def _read(self, weight: Tensor) -> Tensor:
         if self.tile == (1, 1):
             return weight.reshape(-1)[self.indices]

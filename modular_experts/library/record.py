@@ -31,6 +31,7 @@ def make_record(
     scores: Mapping[str, Any] | None = None,
     parents: Sequence[Mapping[str, str]] = (),
     method: Mapping[str, Any] | None = None,
+    costs: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Return the record of a new expert; the content hash is added when it is written.
@@ -43,6 +44,7 @@ def make_record(
         scores: What it scored, by task.
         parents: `name` and `content_hash` of each expert it was made from, or trained on top of.
         method: The merge method, `class_path` and `init_args`, of a merged expert.
+        costs: What training held and took: bytes of optimizer state, selections of the support and their cost.
         seed: Seed of the run.
     """
     return {
@@ -54,6 +56,7 @@ def make_record(
         "scores": dict(scores or {}),
         "parents": [dict(parent) for parent in parents],
         "method": dict(method) if method else None,
+        "costs": dict(costs or {}),
         "versions": package_versions(),
         "seed": seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,7 +9,7 @@ import conftest
 import pytest
 import torch
 
-from modular_experts.callbacks.scoring import scoring_pass
+from modular_experts.callbacks.scoring import ScoringPass
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers, inject
 
@@ -29,7 +29,7 @@ def _dense_gradients(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _score(model: torch.nn.Module, batches: list[torch.Tensor], budget: int = 2**30) -> dict[str, torch.Tensor]:
     experts, found = {name: layer.expert for name, layer in expert_layers(model)}, {}
-    scoring_pass(experts, _loss(model), batches, found.__setitem__, budget)
+    ScoringPass(_loss(model), batches, budget=budget).gradient(experts, found.__setitem__)
     return found
 
 
@@ -53,7 +53,7 @@ def test_no_parameter_gets_a_gradient_and_no_probe_stays() -> None:
     inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
     inject(model, LoRAExpert, r".*\.v_proj")
     sparse = {n: layer.expert for n, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)}
-    scoring_pass(sparse, _loss(model), BATCHES, lambda name, gradient: None, 2**30)
+    ScoringPass(_loss(model), BATCHES).gradient(sparse, lambda name, gradient: None)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(expert.probe is None for expert in sparse.values())
 
@@ -71,7 +71,7 @@ def test_with_one_batch_one_dense_gradient_lives_at_a_time() -> None:
         most = max(most, len(alive))
 
     experts = {name: layer.expert for name, layer in expert_layers(model)}
-    scoring_pass(experts, _loss(model), BATCHES[:1], receive, 2**30)
+    ScoringPass(_loss(model), BATCHES[:1]).gradient(experts, receive)
     assert len(experts) == 8
     assert most == 1
 
@@ -81,7 +81,7 @@ def test_a_failing_loss_leaves_no_probe_behind() -> None:
     inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
     experts = {name: layer.expert for name, layer in expert_layers(model)}
     with pytest.raises(RuntimeError, match="no loss"):
-        scoring_pass(experts, _fails, BATCHES, lambda name, gradient: None, 2**30)
+        ScoringPass(_fails, BATCHES).gradient(experts, lambda name, gradient: None)
     assert all(expert.probe is None for expert in experts.values())
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from modular_experts.deltas import Dense
 from modular_experts.masks import (
@@ -19,27 +15,7 @@ from modular_experts.masks import (
     RandomScore,
     Reselect,
     SelectOnce,
-    top_k,
 )
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(0, 45))
-def test_top_k_is_a_stable_sort_by_falling_score(scores: list[int], k: int) -> None:
-    wanted = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
-    assert top_k(torch.tensor(scores, dtype=torch.float32), k).tolist() == wanted
-
-
-def test_top_k_of_all_zeros_keeps_exactly_k_not_everything() -> None:
-    """A threshold with `>=`, as in the paper's code, keeps all of them."""
-    scores = torch.zeros(3, 4)
-    assert top_k(scores, 5).tolist() == [0, 1, 2, 3, 4]
-    assert int((scores >= torch.topk(scores.view(-1), 5).values.min()).sum()) == 12
-
-
-def test_top_k_refuses_what_has_no_order() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        top_k(torch.tensor([1.0, math.nan]), 1)
 
 
 def test_scores_are_their_formulas() -> None:

@@ -1,11 +1,7 @@
-"""Masks: which entries of a weight are trained. Scores in, indices out; no module is touched here.
+"""Rules: when the kept units of a weight are chosen, and how the new ones follow from the old.
 
-A *score* ranks every entry of a weight. A *rule* turns scores into the kept units (entries or square tiles) when
-training starts and at later updates. Both are small values, named by class in a config; a score may also be a plain
-function.
-
-Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); RigL (arXiv 1911.11134) and
-SpIEL (arXiv 2401.16405) for `GrowAndDrop`.
+Sources: the paper (arXiv 2507.07140) for `Reselect`; RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405) for
+`GrowAndDrop`; LT-SFT (arXiv 2110.07560) for the rewinding of `DenseThenSparse`.
 """
 
 from __future__ import annotations
@@ -18,86 +14,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import index_dtype
-from modular_experts.deltas import Delta
+from modular_experts.masks.top_k import top_k
 
-__all__ = [
-    "SNIP",
-    "ConnectionSensitivity",
-    "GradientMagnitude",
-    "GrowAndDrop",
-    "RandomScore",
-    "Reselect",
-    "Rule",
-    "Score",
-    "SelectOnce",
-    "top_k",
-]
-
-
-class Score(ABC):
-    """Ranks the entries of one weight; the highest are kept."""
-
-    needs_gradient: ClassVar[bool] = True
-
-    @abstractmethod
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        """Return one score per entry.
-
-        Args:
-            weight: The effective weight `(out, in)`: base plus delta.
-            gradient: Gradient of the loss with respect to it, `(out, in)`, float32, averaged over batches and ranks.
-            delta: How far the weight has moved; its `dense()` form is `(out, in)`.
-        """
-
-
-@dataclass(frozen=True)
-class GradientMagnitude(Score):
-    """`|g|`: the entries whose change would move the loss most."""
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        return gradient.abs()
-
-
-@dataclass(frozen=True)
-class SNIP(Score):
-    """`|w * g|`: the entries whose removal would move the loss most (Lee et al., arXiv 1810.02340)."""
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        return (weight.to(gradient.dtype) * gradient).abs()
-
-
-@dataclass(frozen=True)
-class ConnectionSensitivity(Score):
-    """`D * g`, the gradient of the loss with respect to the mask (the paper's score), where D is the dense trained
-    change.
-
-    It is zero everywhere while D is zero, so it needs training before its first use.
-
-    Args:
-        sign: `signed` is the paper's: to first order it keeps the entries that the loss pulls back to zero. `negative`
-            keeps those still moving away, `absolute` both.
-    """
-
-    sign: Literal["signed", "negative", "absolute"] = "signed"
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        score = delta.dense().to(gradient.dtype) * gradient
-        return {"signed": score, "negative": -score, "absolute": score.abs()}[self.sign]
-
-
-@dataclass(frozen=True)
-class RandomScore(Score):
-    """Uniform random scores: the control. The caller seeds torch, so that all ranks draw alike."""
-
-    needs_gradient: ClassVar[bool] = False
-
-    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
-        return torch.rand(weight.shape, device="cpu").to(weight.device)
+__all__ = ["DenseThenSparse", "GrowAndDrop", "Reselect", "Rule", "SelectOnce"]
 
 
 class Rule(ABC):
     """Decides at which optimizer steps the support of a weight is chosen, and how the new one follows from the old."""
+
+    needs_dense_start: ClassVar[bool] = False
+    """Whether it only makes sense after training all entries, as `MaskedExpert` does at first."""
+    rewind: bool = False
+    """Whether values go back to the base when the support is chosen, and are trained anew."""
 
     @abstractmethod
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
@@ -106,6 +34,10 @@ class Rule(ABC):
     @abstractmethod
     def is_due(self, step: int, last: int) -> bool:
         """Return whether the support is chosen before optimizer step `step` (the first is 0)."""
+
+    def starts_anew(self, step: int, kept: int, units: int) -> bool:
+        """Return whether the choice at `step` leaves the old support, `kept` of `units`, out of account."""
+        return True
 
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
         """Return the k new kept units, sorted.
@@ -160,6 +92,34 @@ class Reselect(Rule):
 
 
 @dataclass(frozen=True)
+class DenseThenSparse(Rule):
+    """Train everything at first, then choose once by score and train only what is kept; for `MaskedExpert`.
+
+    With `ChangeMagnitude` and `rewind` this is LT-SFT (lottery-ticket sparse fine-tuning), but for the learning rate,
+    whose schedule goes on where it is.
+
+    Args:
+        dense: Share of all steps in which everything is trained, in (0, 1), or `first_epoch`.
+        rewind: Start anew from the base with what is kept.
+    """
+
+    dense: float | Literal["first_epoch"] = "first_epoch"
+    rewind: bool = False
+    needs_dense_start: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dense, str) and not 0 < self.dense < 1:
+            raise ValueError(f"dense={self.dense} is outside (0, 1); it is the share of steps that train everything")
+
+    def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
+        dense = steps_per_epoch if self.dense == "first_epoch" else math.ceil(self.dense * total_steps)
+        return max(min(dense, total_steps - 1), 1)
+
+    def is_due(self, step: int, last: int) -> bool:
+        return step == last
+
+
+@dataclass(frozen=True)
 class GrowAndDrop(Rule):
     """Start from the highest scores; then now and again exchange the least changed units for the best scored ones
     outside.
@@ -189,15 +149,18 @@ class GrowAndDrop(Rule):
         every = math.ceil(last / 6) if self.every is None else self.every
         return step == 0 or (step < last and step % every == 0)
 
+    def starts_anew(self, step: int, kept: int, units: int) -> bool:
+        return step == 0 or kept == units
+
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
-        if step == 0 or kept.numel() != k:
+        if self.starts_anew(step, kept.numel(), scores.numel()):
             return top_k(scores, k)
-        exchanged = min(round(self.replace * (1 - step / last) * k), scores.numel() - k)
+        candidates = scores.clone()
+        candidates[kept.long()] = -math.inf
+        exchanged = min(round(self.replace * (1 - step / last) * k), int((candidates > -math.inf).sum()))
         if exchanged == 0:
             return kept
         stay = kept[top_k(change, k - exchanged).long()]
-        candidates = scores.clone()
-        candidates[kept.long()] = -math.inf
         return torch.cat([stay, top_k(candidates, exchanged).to(stay.dtype)]).sort().values
 
 
@@ -206,23 +169,3 @@ def _check_period(every: int, until: float | str) -> None:
         raise ValueError(f"every={every} must be at least one optimizer step")
     if not isinstance(until, str) and not 0 < until <= 1:
         raise ValueError(f"until={until} is outside (0, 1]; it is the share of training before the support is frozen")
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Return the flat indices `(k,)`, sorted, of the k highest scores; ties go to the lowest index.
-
-    Raises:
-        ValueError: A score is not a number, so that there is no order.
-    """
-    flat = scores.reshape(-1)
-    if flat.isnan().any():
-        raise ValueError("a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen")
-    if k >= flat.numel():
-        return torch.arange(flat.numel(), dtype=index_dtype(flat.shape), device=flat.device)
-    if k == 0:
-        return torch.empty(0, dtype=index_dtype(flat.shape), device=flat.device)
-    threshold = torch.topk(flat, k, sorted=False).values.min()
-    keep = flat > threshold
-    ties = (flat == threshold).nonzero().view(-1)
-    keep[ties[: k - int(keep.sum())]] = True
-    return keep.nonzero().view(-1).to(index_dtype(flat.shape))

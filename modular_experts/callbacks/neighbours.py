@@ -1,0 +1,79 @@
+"""Neighbours: the experts of a library that a new expert is to keep away from, or whose support it is to share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.blocks import block_sums
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.experts.selectable import Selectable
+from modular_experts.library import Library, StoredExpert, open_experts
+from modular_experts.library.expert import RECORD_FILE
+
+__all__ = ["count_others", "open_neighbours", "shared_units"]
+
+
+def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
+    """Open experts; a directory that is a library stands for all the experts in it.
+
+    Raises:
+        ValueError: An expert is named twice.
+    """
+    found: list[str | Path] = []
+    for path in paths:
+        directory = Path(path).expanduser()
+        is_library = directory.is_dir() and not (directory / RECORD_FILE).is_file()
+        found += [directory / name for name in Library(directory)] if is_library else [path]
+    return open_experts(found) if found else []
+
+
+def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tensor:
+    """Return how many experts keep each unit of a layer's weight `(units,)`; of a tile kept in part, the part.
+
+    Args:
+        name: The weight's name.
+        layer: The layer with a selectable expert.
+        others: The experts.
+    """
+    expert: Selectable = layer.expert
+    counts = torch.zeros(expert.units, device=layer.matrix.device)
+    for other in others:
+        if name not in other:
+            continue
+        delta = layer.oriented(other[name])
+        if isinstance(delta, Sparse) or (isinstance(delta, BlockSparse) and delta.tile != expert.tile):
+            entries = torch.zeros(expert.shape.numel(), device=counts.device)
+            entries[delta.support().to(counts.device).long()] = 1.0
+            counts += block_sums(entries.view(expert.shape), expert.tile) / math.prod(expert.tile)
+        elif isinstance(delta, BlockSparse):
+            counts[delta.blocks.to(counts.device).long()] += 1.0
+        else:
+            counts += 1.0
+    return counts
+
+
+def shared_units(name: str, layer: Any, other: StoredExpert) -> Tensor:
+    """Return the units that another expert keeps of a layer's weight.
+
+    Raises:
+        ValueError: It keeps none, or its units are of another kind.
+    """
+    expert: Selectable = layer.expert
+    delta: Delta | None = layer.oriented(other[name]) if name in other else None
+    if isinstance(delta, Sparse) and expert.tile == (1, 1):
+        return delta.indices.to(layer.matrix.device)
+    if isinstance(delta, BlockSparse) and delta.tile == expert.tile:
+        return delta.blocks.to(layer.matrix.device)
+    what = "nothing" if delta is None else f"{type(delta).__name__} units"
+    if isinstance(delta, BlockSparse):
+        what = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
+    raise ValueError(
+        f"the support of {other.name} cannot be shared: it has {what} at {name}, and units of "
+        f"{expert.tile[0]} x {expert.tile[1]} are wanted; use the granularity, block size and modules of that expert"
+    )

@@ -1,0 +1,152 @@
+"""Scores: the number by which the entries of a weight are ranked for its mask; the highest are kept.
+
+A score sees the weight, its delta and a *statistic* of the loss's gradient, which it names. Any function of (weight,
+gradient, delta) serves too.
+
+Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); FISH masks (arXiv
+2111.09839) for `FisherInformation`; GraSP (arXiv 2002.07376); LT-SFT (arXiv 2110.07560) for `ChangeMagnitude`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+
+__all__ = [
+    "SNIP",
+    "ChangeMagnitude",
+    "ConnectionSensitivity",
+    "FisherInformation",
+    "GraSP",
+    "GradientMagnitude",
+    "RandomScore",
+    "Score",
+    "Statistic",
+    "WeightMagnitude",
+]
+
+Statistic = Literal["gradient", "squared_gradient", "curvature", "none"]
+"""What a score is given of the loss: the mean gradient g over the scoring batches, the mean of the squares of the
+batches' gradients, the Hessian times g, or nothing, so that no scoring pass is needed.
+"""
+
+
+class Score(ABC):
+    """Ranks the entries of one weight; the highest are kept."""
+
+    statistic: ClassVar[Statistic] = "gradient"
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        """Return one score per entry.
+
+        Args:
+            weight: The effective weight `(out, in)`: base plus delta.
+            gradient: The statistic of the loss with respect to it, `(out, in)`, float32, over all batches and ranks;
+                zeros for the statistic `none`.
+            delta: How far the weight has moved; its `dense()` form is `(out, in)`.
+        """
+
+
+@dataclass(frozen=True)
+class GradientMagnitude(Score):
+    """`|g|`: the entries whose change would move the loss most."""
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return gradient.abs()
+
+
+@dataclass(frozen=True)
+class SNIP(Score):
+    """`|w * g|`: the entries whose removal would move the loss most (Lee et al., arXiv 1810.02340)."""
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return (weight.to(gradient.dtype) * gradient).abs()
+
+
+@dataclass(frozen=True)
+class ConnectionSensitivity(Score):
+    """`D * g`, the gradient of the loss with respect to the mask (the paper's score), where D is the dense trained
+    change.
+
+    It is zero everywhere while D is zero, so it needs training before its first use.
+
+    Args:
+        sign: `signed` is the paper's: to first order it keeps the entries that the loss pulls back to zero. `negative`
+            keeps those still moving away, `absolute` both.
+    """
+
+    sign: Literal["signed", "negative", "absolute"] = "signed"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        score = delta.dense().to(gradient.dtype) * gradient
+        return {"signed": score, "negative": -score, "absolute": score.abs()}[self.sign]
+
+
+@dataclass(frozen=True)
+class FisherInformation(Score):
+    """Mean `g^2`: the diagonal of the empirical Fisher information over the scoring batches (Sung et al.).
+
+    Each batch's gradient is squared before the mean is taken, so more and smaller batches say more.
+    """
+
+    statistic: ClassVar[Statistic] = "squared_gradient"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return gradient
+
+
+@dataclass(frozen=True)
+class GraSP(Score):
+    """`w * (H g)`: the entries whose removal would weaken the gradient's flow most (Wang et al.).
+
+    The Hessian's product with the gradient of all scored weights is a difference of two gradients, so it needs four
+    passes over the batches, a copy of that gradient, and a base in float32.
+    """
+
+    statistic: ClassVar[Statistic] = "curvature"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return weight.to(gradient.dtype) * gradient
+
+
+@dataclass(frozen=True)
+class WeightMagnitude(Score):
+    """`|w|`: the largest weights, or the smallest. All tasks get the same mask.
+
+    Args:
+        smallest: Keep the smallest instead of the largest.
+    """
+
+    smallest: bool = False
+    statistic: ClassVar[Statistic] = "none"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        size = weight.abs().to(gradient.dtype)
+        return -size if self.smallest else size
+
+
+@dataclass(frozen=True)
+class ChangeMagnitude(Score):
+    """`|D|`: what training has moved furthest; with the rule `DenseThenSparse(rewind=True)` it is LT-SFT."""
+
+    statistic: ClassVar[Statistic] = "none"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return delta.dense().abs()
+
+
+@dataclass(frozen=True)
+class RandomScore(Score):
+    """Uniform random scores: the control. The caller seeds torch, so that all ranks draw alike."""
+
+    statistic: ClassVar[Statistic] = "none"
+
+    def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
+        return torch.rand(weight.shape, device="cpu").to(weight.device)

@@ -1,0 +1,122 @@
+"""The k highest scores, exactly k of them, ties to the lowest index; also over many weights whose scores come by once.
+
+Thresholds come from a histogram of the upper 16 bits of the scores as float32, whose order is that of the numbers: two
+passes instead of a sort. It also gives a lower bound that only rises while scores stream by, so that a choice among all
+weights holds little more than k candidates and never all scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from modular_experts.blocks import index_dtype
+
+__all__ = ["StreamingTopK", "top_k"]
+
+_BINS = 2**16
+_CHUNK = 2**20  # scores at a time, so that no second copy of them is made
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return the flat indices `(k,)`, sorted, of the k highest scores; ties go to the lowest index.
+
+    Raises:
+        ValueError: A score is not a number, so that there is no order.
+    """
+    flat = scores.reshape(-1)
+    _refuse_nan(flat)
+    if k >= flat.numel():
+        return torch.arange(flat.numel(), dtype=index_dtype(flat.shape), device=flat.device)
+    if k == 0:
+        return torch.empty(0, dtype=index_dtype(flat.shape), device=flat.device)
+    places, candidates = _at_least(flat, _lower_bound(_histogram(flat), k))
+    threshold = candidates.kthvalue(candidates.numel() - k + 1).values
+    better, ties = places[candidates > threshold], places[candidates == threshold]
+    return torch.cat([better, ties[: k - better.numel()]]).sort().values
+
+
+class StreamingTopK:
+    """The k highest scores of several weights, each seen once, in any order.
+
+    Args:
+        k: How many to keep over all weights.
+        slack: Candidates are thinned out when there are more than this times k.
+    """
+
+    def __init__(self, k: int, slack: float = 1.25) -> None:
+        self.k, self.limit = k, int(slack * k) + _BINS
+        self.most = 0
+        self._counts: Tensor | None = None
+        self._candidates: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take the scores of one weight, of any shape.
+
+        Raises:
+            ValueError: A score is not a number.
+        """
+        flat = scores.reshape(-1)
+        _refuse_nan(flat)
+        counts = _histogram(flat)
+        self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
+        self._candidates[name] = _at_least(flat, _lower_bound(self._counts, self.k))
+        self._thin_out()
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the kept flat indices of each weight, sorted; ties go to the first name, then to the lowest index."""
+        names = sorted(self._candidates)
+        if not names:
+            return {}
+        kept = top_k(torch.cat([self._candidates[name][1] for name in names]), self.k)
+        ends = torch.tensor([self._candidates[name][0].numel() for name in names]).cumsum(0)
+        parts = kept.long().tensor_split(torch.searchsorted(kept.long().cpu(), ends[:-1]))
+        starts = [0, *ends[:-1].tolist()]
+        return {n: self._candidates[n][0][part - start] for n, part, start in zip(names, parts, starts, strict=True)}
+
+    def _thin_out(self) -> None:
+        held = sum(places.numel() for places, _ in self._candidates.values())
+        if held > self.limit and self._counts is not None:
+            bound = _lower_bound(self._counts, self.k)
+            for name, (places, scores) in self._candidates.items():
+                stay = scores.to(torch.float32) >= bound
+                self._candidates[name] = (places[stay], scores[stay])
+            held = sum(places.numel() for places, _ in self._candidates.values())
+        self.most = max(self.most, held)
+
+
+def _histogram(flat: Tensor) -> Tensor:
+    """Return how many scores lie in each bin, from the lowest to the highest."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_CHUNK):
+        upper = chunk.to(torch.float32).view(torch.int32) >> 16
+        counts += torch.bincount(upper.add_(_BINS // 2), minlength=_BINS)
+    negative, positive = counts.split(_BINS // 2)
+    return torch.cat([negative.flip(0), positive])
+
+
+def _lower_bound(counts: Tensor, k: int) -> float:
+    """Return the smallest number of the highest bin at or above which there are k scores."""
+    above = counts.flip(0).cumsum(0)
+    reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
+    place = max(
+        _BINS // 2 - 1 - reached, -_BINS // 2
+    )  # bins count from here up for positive numbers, and down for negative ones
+    bits = place << 16 if place >= 0 else (place ^ 0x7FFF) << 16 | 0xFFFF
+    bound = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+    return -math.inf if math.isnan(bound) else bound  # the bin of minus infinity ends among what is not a number
+
+
+def _at_least(flat: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Return the indices, rising, of the scores from a bound up, and these scores."""
+    chunks = enumerate(flat.split(_CHUNK))
+    parts = [(chunk.to(torch.float32) >= bound).nonzero().view(-1) + n * _CHUNK for n, chunk in chunks]
+    places = torch.cat(parts).to(index_dtype(flat.shape))
+    return places, flat[places]
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError("a score is not a number (NaN): the loss or its gradient diverged before the mask was chosen")
