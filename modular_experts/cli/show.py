@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,9 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     record, base = expert.record, expert.record["base"]
     forms = Counter(expert.forms().values())
     yield "expert", str(expert.path)
-    yield "kind", call_text(record["kind"], record.get("hyperparameters") or {})
+    settings = dict(record.get("hyperparameters") or {})
+    shares = [settings.pop(name, None) for name in ("kept", "ever_trained")]
+    yield "kind", call_text(record["kind"], settings)
     if record.get("method"):
         yield "method", call_text(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
     yield "tasks", ", ".join(map(str, record["tasks"])) or "none recorded"
@@ -81,11 +83,25 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "score", f"{_score_name(name)}: {_score(score)}"
     yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
     yield "kept", f"{total.kept:,} of {total.entries:,} entries ({share_text(total.kept / max(total.entries, 1))})"
+    if shares[1] is not None:
+        yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
+    yield from _costs(record.get("costs") or {})
     yield "norm", f"{total.norm:.4g}"
     yield "size", bytes_text(expert.size_on_disk)
     yield "content", expert.content_hash
     yield "created", f"{record.get('created')}, seed {record.get('seed')}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+
+
+def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if "optimizer_bytes" in costs:
+        yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
+    if costs.get("selections"):
+        passes, seconds = costs["selection_passes"], costs["selection_seconds"]
+        held = f"at most {bytes_text(costs['selection_bytes'])} more memory in use than before"
+        yield "selection", f"{costs['selections']} times, {passes} passes, {seconds:.3g} s, {held}"
+    if "overlap" in costs:
+        yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
 
 
 def _score_name(name: str) -> str:

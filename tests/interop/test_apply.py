@@ -26,7 +26,9 @@ def linear_weights(model):
 def make(path, base, seed, form="Sparse", names=None):
     model = load_base(base)
     names = names or linear_weights(model)
-    deltas = [(n, random_delta(form, model.get_parameter(n).shape, seed, torch.float32, tile=(8, 8)) * 0.1) for n in names]
+    deltas = [
+        (n, random_delta(form, model.get_parameter(n).shape, seed, torch.float32, tile=(8, 8)) * 0.1) for n in names
+    ]
     record = make_record("SparseExpert", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
     write_expert(path, deltas, record)
     return path
