@@ -20,8 +20,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def definitions(page: str) -> str:
-    """Return the Python blocks that define classes, which are what a user would put into `mine.py`."""
-    return "\n\n".join(block for block in blocks(page, "python") if re.search(r"^class ", block, re.MULTILINE))
+    """Return the Python blocks that define classes or functions, which are what a user would put into `mine.py`."""
+    return "\n\n".join(block for block in blocks(page, "python") if re.search(r"^(class|def) ", block, re.MULTILINE))
 
 
 def run_as_file(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ PAGE = "CONTRIBUTING.md"
 
 
 def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(blocks(PAGE, "python")) == 6
+    assert len(blocks(PAGE, "python")) == 8
     run_as_file("\n\n".join(blocks(PAGE, "python")), tmp_path, monkeypatch)
 
 
@@ -37,11 +37,12 @@ def test_the_commands_work(
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
-    assert [shlex.split(line)[1] for line in commands] == ["fit", "merge"]
+    assert [shlex.split(line)[1] for line in commands] == ["fit", "fit", "merge"]
     for line in commands:
         arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]
         monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
         assert main(arguments) == 0, capsys.readouterr().err
+    assert open_expert("library/unsteady").kept_share < 0.06
     trained, merged = open_expert("library/sums"), open_expert("library/median")
     assert trained.record["kind"] == "GainExpert"
     assert json.dumps(merged.record["method"]).count("0.5") == 1
