@@ -27,7 +27,7 @@ from modular_experts.callbacks.selection import Scope, Selection
 from modular_experts.data.batch import IGNORED
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
-from modular_experts.library import StoredExpert, check_base
+from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.masks import Reselect, Rule, Score
 
 __all__ = ["MaskSchedule"]
@@ -113,7 +113,7 @@ class MaskSchedule(Callback):
             return
         packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
         if self.support is not None:
-            (other,) = open_neighbours([self.support])
+            (other,) = open_experts([self.support])
             check_base([other], pl_module.fingerprint, pl_module.base)
             chosen = {name: shared_units(name, layer, other) for name, layer in layers.items()}
         elif self.scope != "layer" and packed:

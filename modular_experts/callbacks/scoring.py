@@ -27,7 +27,12 @@ def _itself(gradient: Tensor) -> Tensor:
     return gradient
 
 
-_STEP = 5e-3  # of a difference of gradients, over the weights' norm: about the cube root of float32's precision
+_STEP = 0.03
+"""Norm of the shift of a difference of gradients, over the root mean square of the weights.
+
+A share of the norm of all weights is no small step in a large model: with 0.005 of it, products were off by 100 % for
+SmolLM2-135M and by 20 % for the quickstart's base; with this, by 0.3 % and 0.01 %.
+"""
 
 
 @dataclass
@@ -65,7 +70,8 @@ class ScoringPass:
     def curvature(self, experts: Experts, receive: Receive, weights: Mapping[str, Tensor]) -> None:
         """Call `receive` with the Hessian's product `(out, in)` with the mean gradient g of all weights together.
 
-        It is the central difference of the gradients at `W + h g` and `W - h g`, with `h |g|` a small share of `|W|`.
+        It is the central difference of the gradients at `W + h g` and `W - h g`, with `h |g|` a small share of a weight
+        of root mean square size.
         Two dense copies of all scored weights are held.
 
         Args:
@@ -81,13 +87,16 @@ class ScoringPass:
             raise ValueError(f"a score from the curvature needs a base in float32, and it is in {', '.join(coarse)}")
         shift: dict[str, Tensor] = {}
         undivided = replace(self, budget=2**62, passes=0)
-        undivided.gradient(experts, shift.__setitem__)
-        step = _STEP * _norm(weights) / max(_norm(shift), torch.finfo(torch.float32).tiny)
+        with torch.random.fork_rng():  # the same dropout in all passes, or it would be most of their difference
+            undivided.gradient(experts, shift.__setitem__)
+        typical = _norm(weights) / sum(weight.numel() for weight in weights.values()) ** 0.5
+        step = _STEP * typical / max(_norm(shift), torch.finfo(torch.float32).tiny)
         for gradient in shift.values():
             gradient.mul_(step)
         total: dict[str, Tensor] = {}
         for sign in (1, -1):
-            replace(undivided, shifts=shift).gradient(experts, partial(_accumulate, total, sign / (2 * step)))
+            with torch.random.fork_rng():
+                replace(undivided, shifts=shift).gradient(experts, partial(_accumulate, total, sign / (2 * step)))
             for gradient in shift.values():
                 gradient.neg_()
         self.passes += 3 * len(self.batches)

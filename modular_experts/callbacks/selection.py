@@ -59,6 +59,7 @@ class Selection:
     _streams: dict[str, StreamingTopK] = field(default_factory=dict)
     _free: dict[str, int] = field(default_factory=dict)
     _units: dict[str, int] = field(default_factory=dict)
+    _kept: dict[bool, tuple[int, int]] = field(default_factory=dict)
 
     def make(self, layers: Layers, scoring: Callable[[], ScoringPass], memory: MemoryWatch) -> int:
         """Choose for layers with selectable experts, into `chosen`; return how many passes over batches it took.
@@ -72,6 +73,7 @@ class Selection:
         by_statistic: dict[str, dict[str, Any]] = {}
         for name, layer in layers.items():
             by_statistic.setdefault(getattr(self._score(layer.expert), "statistic", "gradient"), {})[name] = layer
+        self._count_kept(layers)
         self._open_streams(layers)
 
         def receive(name: str, statistic: Tensor) -> None:
@@ -114,7 +116,7 @@ class Selection:
             self._units[group] = self._units.get(group, 0) + expert.units
             self._streams[group].add(name, scores)
             return
-        anew = self._rule(expert).starts_anew(self.position, expert.support_units().numel(), expert.units)
+        anew = self._starts_anew(expert)
         if anew:
             refuse_too_few(free, expert.units, expert.kept_units)
         kept, change = expert.support_units(), expert.unit_change()
@@ -124,8 +126,18 @@ class Selection:
     def _competes(self, expert: Selectable) -> bool:
         """Return whether this layer's number of units is decided among several layers."""
         resizable = expert.packed is None or self.may_resize
-        anew = self._rule(expert).starts_anew(self.position, expert.support_units().numel(), expert.units)
-        return self.scope != "layer" and resizable and anew
+        return self.scope != "layer" and resizable and self._starts_anew(expert)
+
+    def _starts_anew(self, expert: Selectable) -> bool:
+        """Return whether the old support is left out of account: what a dense start shows is known by all layers, as
+        one of them may keep everything after a choice among all.
+        """
+        return self._rule(expert).starts_anew(self.position, *self._kept[expert.packed is None])
+
+    def _count_kept(self, layers: Layers) -> None:
+        for expert in (layer.expert for layer in layers.values()):
+            kept, units = self._kept.get(expert.packed is None, (0, 0))
+            self._kept[expert.packed is None] = (kept + expert.support_units().numel(), units + expert.units)
 
     def _open_streams(self, layers: Layers) -> None:
         budgets: dict[str, int] = {}

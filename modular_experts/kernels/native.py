@@ -1,26 +1,198 @@
-"""Placeholder until the native kernels land (overwrite this file)."""
+"""Kept gradients on the CPU from compiled code, without a dense gradient and without copies of the inputs.
+
+`native.cpp` says how. It needs no headers but the language's own, so a C++ compiler (GCC or Clang) makes it in about a
+second, when it is first used; it is then kept for this compiler and this processor. Without a compiler `available` is
+False, one line of the log says why, and the caller takes another kernel. What runs on a GPU lies elsewhere.
+"""
 
 from __future__ import annotations
 
-import torch
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from modular_experts.blocks import Tile, block_grid, rows_and_columns
 from modular_experts.kernels.kernel import KeptGradient
 
+__all__ = ["NativeBlocks", "NativeEntries", "available", "computes"]
 
-def available() -> bool:
-    return False
+_log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared")
+CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
+"""More flags, best first: some compilers know no OpenMP, some no native architecture."""
+
+BLOCK = 64
+"""Columns of the input that `native.cpp` holds at once for entries; the same number stands there."""
 
 
 def computes(dtype: torch.dtype) -> bool:
+    """Return whether the kernels take inputs of this dtype."""
     return dtype in (torch.float32, torch.bfloat16)
 
 
-class NativeEntries(KeptGradient):
-    name = "native"
-
-    def gradient(self, x, grad):
-        raise NotImplementedError
+def available() -> bool:
+    """Return whether the kernels can run here; the first call may compile them, and says so in the log."""
+    return _library() is not None
 
 
-class NativeBlocks(NativeEntries):
-    pass
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+    if compiler is None:
+        _log.info("The native kernels are not used: there is no C++ compiler here (%s).", ", ".join(COMPILERS))
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(_compiled(compiler))))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # Runtime: there is no home for a cache
+        reason = error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        _log.info("The native kernels are not used: %s cannot make them: %s", compiler, reason.strip())
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the library for this compiler and this processor, made now if it is not there."""
+    *others, last = CHOICES
+    for choice in others:
+        try:
+            return _compiled_with(compiler, choice)
+        except subprocess.CalledProcessError:
+            continue
+    return _compiled_with(compiler, last)
+
+
+def _compiled_with(compiler: str, choice: Sequence[str]) -> Path:
+    # What a compiler defines names its version and all that it may use of the processor.
+    defined = _run(compiler, *FLAGS, *choice, "-dM", "-E", "-x", "c++", os.devnull)
+    key = hashlib.sha256(defined + SOURCE.read_bytes()).hexdigest()[:16]
+    library = _folder() / f"native-{key}.so"
+    if not library.exists():
+        started = time.perf_counter()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Processes may compile at once: each its own file, and the last whole one stays.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _run(compiler, *FLAGS, *choice, str(SOURCE), "-o", f"{folder}/{library.name}")
+            os.replace(f"{folder}/{library.name}", library)
+        seconds = time.perf_counter() - started
+        _log.info("Compiled the native kernels in %.1f s, once; they are kept in %s.", seconds, library.parent)
+    return library
+
+
+def _folder() -> Path:
+    """Return where torch keeps compiled extensions, and in it the place of this package."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions")) / "modular_experts"
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    inputs: list[Any] = [pointer, number, pointer, number, ctypes.c_int, number, number, number]
+    library.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
+    library.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
+    library.kept_tiles.restype = library.kept_entries.restype = None
+    return library
+
+
+class _Native(KeptGradient):
+    name: ClassVar[str] = "native"
+
+
+class NativeBlocks(_Native):
+    """The gradient of square tiles; sides that 16 divides fill the registers best."""
+
+    def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
+        super().__init__(units, shape, tile)
+        assert tile[0] == tile[1] > 1, tile
+        tall, wide = block_grid(shape, tile)
+        self.tiles = units.to(torch.int32, copy=True)
+        self.starts = _starts(units.long() // wide, tall)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return torch.ops.modular_experts.kept_tiles(x, grad, self.tiles, self.starts, self.tile[0])
+
+
+class NativeEntries(_Native):
+    """The gradient of single entries. Its plan takes eight bytes for each."""
+
+    def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile = (1, 1)) -> None:
+        super().__init__(units, shape, tile)
+        assert tile == (1, 1), tile
+        rows, columns = rows_and_columns(units, shape)
+        blocks, order = torch.sort(columns // BLOCK, stable=True)
+        self.starts = _starts(blocks, -(-shape[1] // BLOCK))
+        self.places = (rows * BLOCK + columns % BLOCK)[order].to(torch.int32)
+        self.order = order.to(torch.int32)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return torch.ops.modular_experts.kept_entries(x, grad, self.places, self.starts, self.order)
+
+
+def _starts(groups: Tensor, count: int) -> Tensor:
+    """Return `(count + 1,)`: where each group begins in the sorted numbers of groups, and where the last ends."""
+    return torch.searchsorted(groups, torch.arange(count + 1, device=groups.device))
+
+
+# Operators of torch rather than plain functions, so that torch.compile calls them without looking inside.
+torch.library.define(
+    "modular_experts::kept_tiles", "(Tensor x, Tensor g, Tensor tiles, Tensor starts, int size) -> Tensor"
+)
+torch.library.define(
+    "modular_experts::kept_entries", "(Tensor x, Tensor g, Tensor places, Tensor starts, Tensor order) -> Tensor"
+)
+
+
+@torch.library.register_fake("modular_experts::kept_tiles")
+def _empty_tiles(x: Tensor, grad: Tensor, tiles: Tensor, starts: Tensor, size: int) -> Tensor:
+    return x.new_empty(tiles.shape[0], size, size, dtype=torch.float32)
+
+
+@torch.library.register_fake("modular_experts::kept_entries")
+def _empty_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) -> Tensor:
+    return x.new_empty(places.shape[0], dtype=torch.float32)
+
+
+@torch.library.impl("modular_experts::kept_tiles", "cpu")
+def _kept_tiles(x: Tensor, grad: Tensor, tiles: Tensor, starts: Tensor, size: int) -> Tensor:
+    result = torch.zeros(tiles.shape[0], size, size, dtype=torch.float32)
+    _call("kept_tiles", x, grad, tiles.data_ptr(), starts.data_ptr(), size, result.data_ptr())
+    return result
+
+
+@torch.library.impl("modular_experts::kept_entries", "cpu")
+def _kept_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order: Tensor) -> Tensor:
+    result = torch.empty(places.shape[0], dtype=torch.float32)
+    _call("kept_entries", x, grad, places.data_ptr(), starts.data_ptr(), order.data_ptr(), result.data_ptr())
+    return result
+
+
+def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
+    """Call a function of the library; its first arguments and its last are the same for all."""
+    library = _library()
+    assert library is not None, "ask available() before"
+    if not computes(x.dtype):
+        raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")
+    x, grad = _contiguous_rows(x), _contiguous_rows(grad.to(x.dtype))
+    inputs = (x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), x.dtype == torch.bfloat16)
+    getattr(library, function)(*inputs, *x.shape, grad.shape[1], *arguments, torch.get_num_threads())
+
+
+def _contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

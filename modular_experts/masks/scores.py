@@ -106,8 +106,8 @@ class FisherInformation(Score):
 class GraSP(Score):
     """`w * (H g)`: the entries whose removal would weaken the gradient's flow most (Wang et al.).
 
-    The Hessian's product with the gradient of all scored weights is a difference of two gradients, so it needs four
-    passes over the batches, a copy of that gradient, and a base in float32.
+    The Hessian's product with the gradient of all scored weights is a difference of two gradients, so it needs three
+    passes over the batches, two copies of that gradient, and a base in float32.
     """
 
     statistic: ClassVar[Statistic] = "curvature"

@@ -1,0 +1,210 @@
+"""The native kernels give the dense gradient's kept units, to float32 accuracy; and what happens without a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from modular_experts.kernels import KeptGradient, kept_linear, native
+from modular_experts.kernels.native import NativeBlocks, NativeEntries
+
+SHAPES = [(17, 23), (24, 36), (64, 8), (130, 70)]
+TOKENS = [1, 7, 300, 1000]
+SIZES = [2, 8, 16, 20, 32, 64, 128]
+
+
+@pytest.fixture
+def compiled() -> None:
+    if not native.available():
+        pytest.skip("no C++ compiler makes the native kernels here")
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What is known of the compiler is forgotten before and after the test."""
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+def _inputs(shape: tuple[int, int], tokens: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(tokens)
+    return torch.randn(tokens, shape[1], generator=draw), torch.randn(tokens, shape[0], generator=draw)
+
+
+def _kernel(size: int, share: float, shape: tuple[int, int]) -> KeptGradient:
+    count = -(-shape[0] // size) * -(-shape[1] // size)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(size))[: max(1, round(share * count))]
+    return _kernel_of(chosen.sort().values, size, shape)
+
+
+def _kernel_of(units: Tensor, size: int, shape: tuple[int, int]) -> KeptGradient:
+    return (NativeEntries if size == 1 else NativeBlocks)(units, shape, (size, size))
+
+
+def _check(kernel: KeptGradient, x: Tensor, grad: Tensor) -> None:
+    """Compare with the float64 gradient, padded to whole tiles and cut into them."""
+    size = kernel.tile[0]
+    dense = torch.einsum("to,ti->oi", grad.double(), x.double())
+    rows, columns = (-(-side // size) * size for side in dense.shape)
+    whole = torch.zeros(rows, columns, dtype=torch.float64)
+    whole[: dense.shape[0], : dense.shape[1]] = dense
+    cut = whole.unfold(0, size, size).unfold(1, size, size).reshape(-1, size, size)[kernel.units.long()]
+    found = kernel.gradient(x, grad)
+    assert found.dtype == torch.float32
+    wanted = cut.view(-1) if size == 1 else cut
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=2e-6 * math.sqrt(x.shape[0]))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("size", [1, *SIZES])
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_the_gradient_is_the_dense_one_at_the_kept_units(shape, tokens, size, share) -> None:
+    _check(_kernel(size, share, shape), *_inputs(shape, tokens))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 8, 16, 32])
+@pytest.mark.parametrize("units", [[], [0], [5], [0, 11]], ids=str)
+def test_rows_and_columns_without_units_are_left_out(size, units) -> None:
+    _check(
+        _kernel_of(torch.tensor(units, dtype=torch.int32), size, (3 * size, 4 * size)),
+        *_inputs((3 * size, 4 * size), 70),
+    )
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 8, 16, 20, 64])
+@pytest.mark.parametrize("shape", [(64, 96), (130, 70)], ids=str)
+def test_bfloat16_is_widened_before_it_is_multiplied(size, shape) -> None:
+    x, grad = _inputs(shape, 300)
+    _check(_kernel(size, 0.3, shape), x.bfloat16(), grad.bfloat16())
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 8, 16, 20])
+def test_inputs_may_lie_in_memory_in_any_way(size, dtype) -> None:
+    x, grad = (matrix.to(dtype) for matrix in _inputs((48, 80), 150))
+    kernel, wide = _kernel(size, 0.3, (48, 80)), torch.zeros(150, 200, dtype=dtype)
+    wide[:, 3:83] = x
+    _check(kernel, x.T.contiguous().T, grad)
+    _check(kernel, wide[:, 3:83], grad.repeat_interleave(2, 0)[::2])
+    _check(kernel, x[:1].expand(150, 80), grad.flip(1).T.contiguous().T)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kept_in", [torch.int32, torch.int64])
+def test_the_plan_does_not_follow_its_units(kept_in) -> None:
+    units = torch.tensor([1, 2, 5], dtype=kept_in)
+    kernel, again = _kernel_of(units, 16, (32, 48)), _kernel_of(units.clone(), 16, (32, 48))
+    units.fill_(9999)
+    x, grad = _inputs((32, 48), 20)
+    assert torch.equal(kernel.gradient(x, grad), again.gradient(x, grad))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 8, 16, 20, 64])
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_the_number_of_threads_changes_no_bit(size, share) -> None:
+    kernel, before = _kernel(size, share, (192, 256)), torch.get_num_threads()
+    inputs, found = _inputs((192, 256), 500), {}
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found[threads] = kernel.gradient(*inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[1], found[5])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_zeros_lie_beyond_the_edge_even_beside_infinity() -> None:
+    x, grad = torch.full((3, 20), math.inf), torch.full((3, 17), math.inf)
+    tile = NativeBlocks(torch.tensor([3]), (17, 20), (16, 16)).gradient(x, grad)[0]
+    assert tile[:1, :4].isinf().all()
+    assert tile[1:].eq(0).all()
+    assert tile[:, 4:].eq(0).all()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 16])
+def test_no_tokens_give_zeros(size) -> None:
+    kernel = _kernel(size, 0.5, (32, 48))
+    assert kernel.gradient(*_inputs((32, 48), 0)).eq(0).all()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 16])
+def test_copies_work_like_the_original(size) -> None:
+    kernel, inputs = _kernel(size, 0.5, (32, 48)), _inputs((32, 48), 20)
+    assert torch.equal(copy.deepcopy(kernel).gradient(*inputs), kernel.gradient(*inputs))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_compiled_layer_keeps_its_graph_whole(size) -> None:
+    kernel, (x, _) = _kernel(size, 0.5, (32, 48)), _inputs((32, 48), 20)
+    weight, values = torch.ones(32, 48), torch.zeros(kernel.gradient(x, torch.ones(20, 32)).shape, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return kept_linear(x, weight, None, values, kernel).sum()
+
+    wanted = torch.autograd.grad(loss(x), values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its own inner workings while it compiles
+        found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), values)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_other_dtypes_are_refused() -> None:
+    assert [native.computes(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)] == [True, True, False]
+    with pytest.raises(ValueError, match=r"compute in float32 and bfloat16, not in torch.float64"):
+        _kernel(16, 0.5, (32, 48)).gradient(torch.ones(2, 48).double(), torch.ones(2, 32).double())
+
+
+@pytest.mark.usefixtures("compiled", "forgetful")
+def test_it_is_compiled_once_and_says_so_once(monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO, logger=native.__name__):
+        for _ in range(2):
+            native._library.cache_clear()
+            assert native.available()
+    (line,) = caplog.messages
+    assert line.startswith("Compiled the native kernels in ")
+    (library,) = (tmp_path / "modular_experts").iterdir()
+    assert library.suffix == ".so"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO, logger=native.__name__):
+        assert [native.available(), native.available()] == [False, False]
+    (line,) = caplog.messages
+    assert "no C++ compiler" in line
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("broken", ["source", "folder"])
+def test_a_failed_compilation_is_one_line_with_the_reason(monkeypatch, tmp_path, caplog, compiled, broken) -> None:
+    (tmp_path / "wrong.cpp").write_text("#error out of order\n")
+    if broken == "source":
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / ("" if broken == "source" else "wrong.cpp")))
+    with caplog.at_level(logging.INFO, logger=native.__name__):
+        native._library.cache_clear()
+        assert not native.available()
+    (line,) = caplog.messages
+    assert {"source": "out of order", "folder": "wrong.cpp"}[broken] in line
