@@ -81,7 +81,7 @@ def _rule(units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -
         return "slices"
     if units.device.type != "cpu":
         return "dense"
-    if prod(shape) >= NATIVE_FROM and native.supports(dtype) and native.available():
+    if prod(shape) >= NATIVE_FROM and native.computes(dtype) and native.available():
         return "native"
     if tile != (1, 1):
         return "block_rows"
@@ -91,7 +91,7 @@ def _rule(units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -
 def _refuse_native(units: Tensor, dtype: torch.dtype) -> None:
     if units.device.type != "cpu":
         raise ValueError(f"backend='native' works on a CPU only, and the weight is on {units.device.type}; use auto")
-    if not native.supports(dtype):
+    if not native.computes(dtype):
         raise ValueError(f"backend='native' computes in float32 and bfloat16, not in {dtype}; use auto")
     if not native.available():
         raise ValueError("backend='native' needs a C++ compiler (g++ or clang++); without one use auto")
