@@ -246,7 +246,9 @@ class ExpertModule(LightningModule):
                 f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {self.base} has "
                 f"{self.fingerprint[:12]}; give the base that it was trained on"
             )
-        self._resize_like(checkpoint["state_dict"])
+        schedules = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("MaskSchedule")]
+        if any(state.get("resizes") for state in schedules):
+            self._resize_like(checkpoint["state_dict"])
         ours, stored = self.state_dict(), checkpoint["state_dict"]
         unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
         if unlike:

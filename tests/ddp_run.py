@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import expert_layers
-from modular_experts.masks import GrowAndDrop
+from modular_experts.masks import FisherInformation, GradientMagnitude, GraSP, GrowAndDrop, Score
 
 
 class Watch(Callback):
@@ -36,6 +36,18 @@ class Watch(Callback):
         if isinstance(wrapped, DistributedDataParallel):
             self.reduced_bytes = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
             self.synchronised_buffers = len(wrapped.modules_buffers)
+
+
+def choose_among_all(folder: Path, base: Path, files: dict[str, Path], ranks: int, score: Score) -> dict:
+    """Train a few steps with supports chosen among all weights; return supports after each, values and passes."""
+    seed_everything(ranks, verbose=False)
+    rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
+    watch, schedule = Watch(), MaskSchedule(score=score, rule=rule, batches=2, seed=0, scope="global")
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64")
+    trainer = runs.trainer(folder, watch, schedule, max_steps=4, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    trainer.fit(module, runs.mixture(files, base, seed=0))
+    values = {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
+    return {"supports": watch.supports, "values": values, "passes": schedule.passes}
 
 
 def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
@@ -57,6 +69,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         "reduced_bytes": watch.reduced_bytes,
         "synchronised_buffers": watch.synchronised_buffers,
     }
+    for score in (GradientMagnitude(), FisherInformation(), GraSP()):
+        found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

@@ -66,6 +66,23 @@ def test_two_processes_equal_one_with_the_same_global_batch(found) -> None:
         torch.testing.assert_close(first["values"][name], values, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("score", "passes"), [("GradientMagnitude", 4), ("FisherInformation", 4), ("GraSP", 12)]
+)  # two choices on two batches
+def test_two_processes_choose_among_all_weights_what_one_chooses(found, score: str, passes: int) -> None:
+    one, two, _ = found
+    wanted = one[score]
+    sizes = {tuple(map(len, supports.values())) for supports in wanted["supports"]}
+    assert len(sizes) == 1
+    assert sizes != {(153, 102, 153, 102)}, "else each weight had kept its own share"
+    assert wanted["supports"][1] != wanted["supports"][2]
+    for rank in two:
+        assert rank[score]["supports"] == wanted["supports"]
+        assert rank[score]["passes"] == wanted["passes"] == passes
+        for name, values in wanted["values"].items():
+            torch.testing.assert_close(rank[score]["values"][name], values, rtol=1e-6, atol=1e-9)
+
+
 def test_only_kept_entries_are_communicated(found) -> None:
     _, (first, _), _ = found
     kept = sum(values.numel() for values in first["values"].values())

@@ -55,7 +55,7 @@ class MaskSchedule(Callback):
             further passes, each of which costs a forward and a backward pass over all batches.
         scope: Within what entries compete: each weight keeps its own share (`layer`), or each transformer block
             (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
-            a weight keeps is then decided once, before the optimizer is made.
+            a weight keeps is then decided once, before the optimizer is made (for masked experts, at each selection).
         block_score: A tile's, row's or column's score is the `sum` of its entries' scores, or their Euclidean `norm`.
         avoid: Experts, or libraries of them, whose entries this one is to leave to them, so that they merge with less
             interference.
@@ -106,10 +106,13 @@ class MaskSchedule(Callback):
             self._others = open_neighbours(self.avoid)
 
     def before_optimizers(self, trainer: Trainer, pl_module: Any) -> None:
-        """Choose the first supports here if that decides how many entries a weight keeps; a resumed run has its own."""
+        """Choose the first supports here if that decides how many entries a weight keeps.
+
+        Lightning does not say yet whether a checkpoint follows; if so, its supports replace these.
+        """
         check_base(self._others, pl_module.fingerprint, pl_module.base)
         layers = _selectable(pl_module)
-        if self._last_position >= 0 or trainer.ckpt_path or not layers:
+        if self._last_position >= 0 or not layers:
             return
         packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
         if self.support is not None:
@@ -132,10 +135,11 @@ class MaskSchedule(Callback):
             ValueError: The rule needs a dense start, and the experts are sparse from the first step.
         """
         for layer in _selectable(pl_module).values():
-            if self._rule(layer.expert).needs_dense_start and layer.expert.packed is not None:
+            partial = layer.expert.support_units().numel() < layer.expert.units and self.selections == 0
+            if self._rule(layer.expert).needs_dense_start and (partial or layer.expert.packed is not None):
                 raise ValueError(
                     f"rule={type(self.rule).__name__} first trains all entries, and {type(layer.expert).__name__} has "
-                    "only some; use MaskedExpert"
+                    "only some; use MaskedExpert with dense_start"
                 )
         experts = [layer.expert for _, layer in expert_layers(pl_module.model)]
         if self.asked_for and trainer.is_global_zero and not any(isinstance(e, Selectable) for e in experts):
@@ -213,6 +217,7 @@ class MaskSchedule(Callback):
             "last_position": self._last_position,
             "touched": dict(self._touched),
             "stash": dict(self._stash),
+            "resizes": self.scope != "layer" or self.support is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

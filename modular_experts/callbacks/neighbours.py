@@ -23,13 +23,18 @@ def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
     """Open experts; a directory that is a library stands for all the experts in it.
 
     Raises:
-        ValueError: An expert is named twice.
+        ValueError: An expert is named twice, or a directory holds none.
     """
     found: list[str | Path] = []
     for path in paths:
         directory = Path(path).expanduser()
-        is_library = directory.is_dir() and not (directory / RECORD_FILE).is_file()
-        found += [directory / name for name in Library(directory)] if is_library else [path]
+        if not directory.is_dir() or (directory / RECORD_FILE).is_file():
+            found.append(path)
+            continue
+        names = list(Library(directory))
+        if not names:
+            raise ValueError(f"{path} is neither an expert nor a library with experts in it; there is nothing to avoid")
+        found += [directory / name for name in names]
     return open_experts(found) if found else []
 
 

@@ -104,7 +104,8 @@ class Selection:
     def _take(self, name: str, layer: Any, statistic: Tensor) -> None:
         expert = layer.expert
         torch.manual_seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()))
-        scores = self._score(expert)(layer.matrix, statistic, expert.scored_delta(layer.matrix))
+        weight = expert.scored_weight(layer.matrix)
+        scores = self._score(expert)(weight, statistic, expert.scored_delta(layer.matrix))
         scores, group = expert.unit_scores(scores, self.norm), self._group(name)
         competes, free = self._competes(expert), expert.units
         if self.others:

@@ -84,6 +84,9 @@ class MaskedExpert(Selectable):
     def scored_delta(self, weight: Tensor) -> Dense:
         return Dense(self.change.detach())
 
+    def scored_weight(self, weight: Tensor) -> Tensor:
+        return weight + self.change.detach()
+
     @torch.no_grad()
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
         before = self.support_units()

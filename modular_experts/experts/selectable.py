@@ -93,6 +93,10 @@ class Selectable(Expert):
     def scored_delta(self, weight: Tensor) -> Delta:
         """Return the delta that a score is to see."""
 
+    def scored_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight as the layer uses it, `(out, in)`: the base plus the delta."""
+        return weight
+
     @abstractmethod
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
         """Keep other units, in place; return for each new slot `(k,)` the slot it had before, or -1 for a newcomer."""

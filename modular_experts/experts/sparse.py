@@ -136,7 +136,7 @@ class SparseExpert(Selectable):
     @torch.no_grad()
     def resize(self, weight: Tensor, units: Tensor) -> None:
         self.restore(weight)
-        self._kept_units = units.numel()
+        self._kept_units, self._kernel = units.numel(), None
         self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
         self.indices = units.to(self.indices)
         self.anchor = self._read(weight)

@@ -30,17 +30,21 @@ class BlockRows(KeptGradient):
         rows, counts = torch.unique_consecutive(units.long() // self.grid[1], return_counts=True)
         ends = counts.cumsum(0)
         self.spans = list(zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
+        self.longest = int(counts.max()) if counts.numel() else 0
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         (height, width), (tall, wide) = self.tile, self.grid
-        # a kept tile's inputs lie together: half the time
-        panels = _widened(x, wide * width).T.contiguous().view(wide, width, -1)
+        tokens = x.shape[0]
+        panels = _widened(x, wide * width).reshape(tokens, wide, width)
         grad = _widened(grad, tall * height)
-        out = torch.empty(self.units.numel(), height, width, dtype=x.dtype, device=x.device)
+        out = x.new_empty(self.units.numel(), height, width)
+        room = x.new_empty(tokens * width * self.longest)  # for the inputs of one row: one place, always in the cache
         for row, start, end in self.spans:
-            inputs = panels[self.columns[start:end]].view(-1, x.shape[0])
-            product = inputs @ grad[:, row * height : (row + 1) * height]
-            out[start:end] = product.view(end - start, width, height).transpose(1, 2)
+            count = end - start
+            inputs = room[: tokens * count * width].view(tokens, count, width)
+            torch.index_select(panels, 1, self.columns[start:end], out=inputs)
+            product = grad[:, row * height : (row + 1) * height].T @ inputs.view(tokens, -1)
+            out[start:end] = product.view(height, count, width).transpose(0, 1)
         return out
 
 

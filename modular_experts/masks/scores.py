@@ -47,7 +47,7 @@ class Score(ABC):
         """Return one score per entry.
 
         Args:
-            weight: The effective weight `(out, in)`: base plus delta.
+            weight: The weight `(out, in)` as the layer uses it: base plus delta.
             gradient: The statistic of the loss with respect to it, `(out, in)`, float32, over all batches and ranks;
                 zeros for the statistic `none`.
             delta: How far the weight has moved; its `dense()` form is `(out, in)`.

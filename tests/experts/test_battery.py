@@ -10,6 +10,7 @@ from outside.ia3 import IA3Expert
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.kernels import native
 from modular_experts.testing import check_expert
 
 FACTORIES = {
@@ -21,6 +22,10 @@ FACTORIES = {
     "block-20": partial(SparseExpert, keep_ratio=0.9, granularity="block", block_size=20),
     "row": partial(SparseExpert, keep_ratio=0.3, granularity="row"),
     "column": partial(SparseExpert, keep_ratio=0.3, granularity="column"),
+    "element-gathered": partial(SparseExpert, keep_ratio=0.05, backend="dense"),
+    "element-native": partial(SparseExpert, keep_ratio=0.05, backend="native"),
+    "block-native": partial(SparseExpert, keep_ratio=0.5, granularity="block", block_size=16, backend="native"),
+    "block-gathered": partial(SparseExpert, keep_ratio=0.5, granularity="block", block_size=16, backend="dense"),
     "masked": partial(MaskedExpert, keep_ratio=0.3, dense_start=False),
     "masked-dense-start": partial(MaskedExpert, keep_ratio=0.3),
     "masked-block": partial(MaskedExpert, keep_ratio=0.3, granularity="block", block_size=8, dense_start=False),
@@ -35,8 +40,12 @@ FACTORIES = {
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_expert_keeps_the_contract(name: str) -> None:
+    if name.endswith("native") and not native.available():
+        pytest.skip("there is no C++ compiler here")
     torch.manual_seed(3)
-    check_expert(FACTORIES[name], compile=name in {"element", "block-8", "column", "lora", "full", "user-ia3"})
+    check_expert(
+        FACTORIES[name], compile=name in {"element", "block-8", "column", "element-native", "lora", "full", "user-ia3"}
+    )
 
 
 class _MovesAtStart(LoRAExpert):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,19 @@ import torch
 from modular_experts.deltas import Dense
 from modular_experts.masks import (
     SNIP,
+    ChangeMagnitude,
     ConnectionSensitivity,
+    DenseThenSparse,
+    FisherInformation,
     GradientMagnitude,
+    GraSP,
     GrowAndDrop,
     RandomScore,
     Reselect,
     SelectOnce,
+    WeightMagnitude,
+    crowded,
+    refuse_too_few,
 )
 
 
@@ -28,9 +37,35 @@ def test_scores_are_their_formulas() -> None:
         ConnectionSensitivity(): change * gradient,
         ConnectionSensitivity("negative"): -change * gradient,
         ConnectionSensitivity("absolute"): np.abs(change * gradient),
+        FisherInformation(): gradient,  # the statistic is squared already
+        GraSP(): weight * gradient,  # the statistic is the Hessian's product
+        WeightMagnitude(): np.abs(weight),
+        WeightMagnitude(smallest=True): -np.abs(weight),
+        ChangeMagnitude(): np.abs(change),
     }
     for score, formula in wanted.items():
         np.testing.assert_array_equal(score(*tensors).numpy(), formula)
+
+
+def test_scores_name_the_statistic_that_their_formula_needs() -> None:
+    wanted = {
+        "gradient": [GradientMagnitude(), SNIP(), ConnectionSensitivity()],
+        "squared_gradient": [FisherInformation()],
+        "curvature": [GraSP()],
+        "none": [WeightMagnitude(), ChangeMagnitude(), RandomScore()],
+    }
+    assert {name: [score.statistic for score in scores] for name, scores in wanted.items()} == {
+        name: [name] * len(scores) for name, scores in wanted.items()
+    }
+
+
+def test_a_score_of_a_half_precision_weight_has_the_gradients_precision() -> None:
+    weight, gradient = torch.tensor([[1.5, -3.0]], dtype=torch.bfloat16), torch.tensor([[1.0 + 2**-20, 2.0]])
+    scores = {score: score(weight, gradient, Dense(gradient)) for score in (SNIP(), GraSP(), WeightMagnitude())}
+    assert {tensor.dtype for tensor in scores.values()} == {torch.float32}
+    assert scores[SNIP()].tolist() == [[1.5 + 1.5 * 2**-20, 6.0]]
+    assert scores[GraSP()].tolist() == [[1.5 + 1.5 * 2**-20, -6.0]]
+    assert scores[WeightMagnitude()].tolist() == [[1.5, 3.0]]
 
 
 def test_random_scores_follow_the_seed() -> None:
@@ -65,9 +100,48 @@ def test_grow_and_drop_with_nothing_outside_keeps_all() -> None:
     assert GrowAndDrop().choose(torch.rand(6), 6, kept, torch.rand(6), 1, 10).tolist() == kept.tolist()
 
 
+def test_grow_and_drop_exchanges_no_more_than_there_are_candidates() -> None:
+    """What other experts keep scores minus infinity; a support never grows into it, and never shrinks."""
+    scores = torch.tensor([-math.inf, 5.0, -math.inf, -math.inf, 1.0, 1.0, 1.0, 1.0])
+    kept, change = torch.tensor([4, 5, 6, 7]), torch.tensor([4.0, 3.0, 2.0, 1.0])
+    rule = GrowAndDrop(every=1, until=1.0, replace=1.0)
+    assert rule.choose(scores, 4, kept, change, step=1, last=10**9).tolist() == [1, 4, 5, 6]
+    scores[1] = -math.inf
+    assert rule.choose(scores, 4, kept, change, step=1, last=10**9).tolist() == [4, 5, 6, 7]
+
+
+def test_grow_and_drop_of_an_empty_support_keeps_it_empty() -> None:
+    """As a weight may have it after a choice among all weights."""
+    nothing = torch.empty(0, dtype=torch.int32)
+    assert GrowAndDrop().choose(torch.rand(6), 0, nothing, torch.empty(0), 3, 10).tolist() == []
+
+
+def test_crowded_scores_are_divided_where_positive_and_multiplied_where_negative() -> None:
+    scores, others = np.array([3.0, -3.0, 0.0, 2.0, -2.0, 5.0]), np.array([2.0, 2.0, 4.0, 0.0, 0.0, 0.25])
+    found = crowded(torch.tensor(scores), torch.tensor(others), penalty=0.5)
+    wanted = [3.0 / 2, -3.0 * 2, 0.0, 2.0, -2.0, 5.0 / 1.125]
+    np.testing.assert_array_equal(found.numpy(), wanted)
+    assert (found.numpy() <= scores).all(), "no entry gains by company"
+
+
+def test_without_a_penalty_what_others_keep_even_in_part_is_out_of_the_question() -> None:
+    scores, others = torch.tensor([9.0, -1.0, 8.0, 0.0]), torch.tensor([1.0, 0.0, 0.004, 0.0])
+    assert crowded(scores, others, None).tolist() == [-math.inf, -1.0, -math.inf, 0.0]
+
+
+def test_too_few_free_units_are_refused_and_just_enough_are_not() -> None:
+    refuse_too_few(free=5, units=9, k=5)
+    with pytest.raises(ValueError, match=r"leave 1,234 of 56,789 units free, and 1,235 are to be kept; avoid fewer"):
+        refuse_too_few(free=1234, units=56789, k=1235)
+
+
 @pytest.mark.parametrize(
     ("rule", "due"),
     [
+        (DenseThenSparse(), [5]),
+        (DenseThenSparse(dense=0.5), [10]),
+        (DenseThenSparse(dense=0.01), [1]),
+        (DenseThenSparse(dense=0.99), [19]),
         (SelectOnce(), [0]),
         (Reselect(every=3, until=0.5), [0, 3, 6, 9]),
         (Reselect(every=3, until="first_epoch"), [0, 3]),
@@ -85,9 +159,16 @@ def test_the_first_epoch_ends_with_training_where_that_is_shorter() -> None:
     assert Reselect().last_update(total_steps=2, steps_per_epoch=100) == 1
 
 
+def test_a_dense_start_leaves_at_least_one_sparse_step() -> None:
+    assert DenseThenSparse().last_update(total_steps=4, steps_per_epoch=100) == 3
+    assert DenseThenSparse(dense=0.9).last_update(total_steps=2, steps_per_epoch=100) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
+        (lambda: DenseThenSparse(dense=0.0), r"dense=0.0 is outside \(0, 1\)"),
+        (lambda: DenseThenSparse(dense=1.0), r"dense=1.0 is outside \(0, 1\)"),
         (lambda: Reselect(every=0), "every=0"),
         (lambda: GrowAndDrop(until=1.5), r"until=1.5 is outside \(0, 1\]"),
         (lambda: GrowAndDrop(replace=0.0), r"replace=0.0 is outside \(0, 1\]"),
