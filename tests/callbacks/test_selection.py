@@ -72,7 +72,7 @@ def even(weight, gradient, delta):
 
 
 class Spy(Score):
-    """Any function of (weight, gradient, delta) as a score; keeps what it returned, by the place of weight or change."""
+    """Any function of (weight, gradient, delta) as a score; keeps what it returned, by place of weight or change."""
 
     def __init__(self, score: Callable) -> None:
         self.score, self.seen, self.calls = score, {}, 0

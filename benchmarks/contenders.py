@@ -1,0 +1,227 @@
+"""What `sparse_step.py` compares: a piece of work (a base, the layers that are trained, a batch), and ways to train it.
+
+Every way trains as many entries as LoRA of the work's rank, so that only how they are trained differs. How it is
+measured is said in `sparse_step`, what is made of the numbers in `step_report`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.injection import expert_layers, inject
+
+__all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "single_layer"]
+
+PROJECTIONS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SIZES: dict[bool, dict[str, int]] = {
+    False: {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152},
+    True: {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 1024},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A base, which of its layers are trained, and one batch.
+
+    Args:
+        base: The frozen base, float32.
+        modules: Regular expression of the names of the layers that are trained.
+        forward: From a model to its loss or output; the batch's input requires a gradient, as behind other layers.
+        gradient: That of the output; none for a loss.
+        tokens: Of the batch.
+        rank: Of the LoRA whose number of trained entries all take.
+    """
+
+    base: nn.Module
+    modules: str
+    forward: Callable[[nn.Module], Tensor]
+    gradient: Tensor | None
+    tokens: int
+    rank: int
+
+    def shapes(self, pattern: str) -> list[tuple[int, int]]:
+        """Return `(out, in)` of each linear layer whose name matches."""
+        linear = [(name, layer) for name, layer in self.base.named_modules() if isinstance(layer, nn.Linear)]
+        return [(m.out_features, m.in_features) for name, m in linear if re.fullmatch(pattern, name)]
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of all linear layers, trained or not."""
+        return sum(rows * columns for rows, columns in self.shapes(".*"))
+
+    @property
+    def keep(self) -> float:
+        """Share of the trained layers' entries that LoRA of this rank has."""
+        shapes = self.shapes(self.modules)
+        return self.rank * sum(map(sum, shapes)) / sum(rows * columns for rows, columns in shapes)
+
+
+def language_model(quick: bool) -> Work:
+    """Return a Llama of 135 million parameters with random weights and 4 x 128 tokens, or a tiny one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[quick], tie_word_embeddings=True, use_cache=False)
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    tokens = torch.randint(config.vocab_size, (2, 32) if quick else (4, 128))
+    vectors = base.get_input_embeddings()(tokens)
+
+    def forward(model: nn.Module) -> Tensor:
+        return model(inputs_embeds=vectors.detach().requires_grad_(), labels=tokens).loss
+
+    return Work(base, PROJECTIONS, forward, None, tokens.numel(), rank=16)
+
+
+def single_layer(shape: tuple[int, int], tokens: int, keep: float) -> Work:
+    """Return one linear layer `(out, in)`, with the rank that comes nearest to a share of its entries."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).requires_grad_(False)
+    x, gradient = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
+    rank = max(1, round(keep * shape[0] * shape[1] / sum(shape)))
+    return Work(base, "0", lambda model: model(x.detach().requires_grad_()), gradient, tokens, rank)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train.
+
+    Args:
+        name: Its row in the tables.
+        equip: Gives a model, frozen so far, what is trained.
+        operations: Per token and kept entry, what a step needs beyond a frozen one: 2 for the entry's gradient, 6 for
+            an entry of LoRA, which is also passed forward and backward.
+        owns_base: It writes all over the base, so it needs one of its own.
+    """
+
+    name: str
+    equip: Callable[[nn.Module, Work], nn.Module]
+    operations: int = 2
+    owns_base: bool = False
+
+    def floor(self, work: Work, kept: int) -> float:
+        """Return the operations of a step over those of a frozen one, counted over all linear layers."""
+        return 1 + self.operations * kept / (4 * work.entries)
+
+
+class Step:
+    """One training step of a contender: forward, backward, AdamW, and the write of what it changed.
+
+    Contenders share one base, unless `alone` in a process: `rest` takes out what a step has written into it.
+    """
+
+    def __init__(self, contender: Contender, work: Work, alone: bool = False) -> None:
+        torch.manual_seed(0)
+        shared = {} if contender.owns_base else {id(parameter): parameter for parameter in work.base.parameters()}
+        model = work.base if alone else copy.deepcopy(work.base, shared)
+        self.work, self.model = work, contender.equip(model, work).train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, fused=True) if self.trained else None
+        assert all(parameter.dtype == torch.float32 for parameter in self.trained)
+        assert not any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+
+    def __call__(self) -> None:
+        self.work.forward(self.model).backward(self.work.gradient)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def rest(self) -> None:
+        """Give the shared base back as it was; the next step writes its values again."""
+        for _, layer in expert_layers(self.model):
+            if not layer.expert.trains_weight:
+                layer.expert.restore(layer.matrix, lambda: None)
+
+    def facts(self) -> dict[str, int]:
+        """Return how much is trained and kept, and what the optimizer holds, after a first step."""
+        states = self.optimizer.state if self.optimizer is not None else {}
+        assert set(states) == set(self.trained), "a gradient must reach all that is trained, and nothing else"
+        tensors = [value for state in states.values() for value in state.values()]
+        masks = [layer.expert.mask for _, layer in expert_layers(self.model) if isinstance(layer.expert, MaskedExpert)]
+        trained = sum(parameter.numel() for parameter in self.trained)
+        return {
+            "trained": trained,
+            "kept": int(sum(mask.sum() for mask in masks)) if masks else trained,
+            "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            "counter_bytes": sum(tensor.element_size() for tensor in tensors if tensor.numel() == 1),
+        }
+
+
+class EvenShare:
+    """Makes sparse experts of whole units, rounded so that the number kept in all layers together comes out right."""
+
+    def __init__(self, keep: float, settings: dict[str, Any]) -> None:
+        self.keep, self.settings, self.left_over = keep, settings, 0.0
+
+    def __call__(self, weight: Tensor) -> Expert:
+        rows, columns = weight.shape
+        side = self.settings.get("block_size", 1)
+        size = {"row": columns, "column": rows}.get(self.settings["granularity"], side**2)
+        wanted = self.keep * weight.numel() + self.left_over
+        units = max(1, round(wanted / size))
+        self.left_over = wanted - units * size
+        return SparseExpert(weight, keep_ratio=(units + 0.5) * size / weight.numel(), **self.settings)
+
+
+def _expert(make: Callable[[Work], Callable[[Tensor], Expert]]) -> Callable[[nn.Module, Work], nn.Module]:
+    def equip(model: nn.Module, work: Work) -> nn.Module:
+        inject(model, make(work), work.modules)
+        return model
+
+    return equip
+
+
+def _peer(make: Callable[[Work], peft.PeftConfig]) -> Callable[[nn.Module, Work], nn.Module]:
+    return lambda model, work: peft.get_peft_model(model, make(work))
+
+
+def _sparse(name: str, granularity: Literal["element", "block", "row", "column"], **settings: Any) -> Contender:
+    settings |= {"granularity": granularity}
+    return Contender(name, _expert(lambda work: EvenShare(work.keep, settings)))
+
+
+CONTENDERS = [
+    Contender("frozen", lambda model, work: model),
+    Contender("full", _expert(lambda work: FullExpert), owns_base=True),
+    Contender(
+        "PEFT LoRA",
+        _peer(lambda w: peft.LoraConfig(r=w.rank, lora_alpha=w.rank, lora_dropout=0.0, target_modules=w.modules)),
+        operations=6,
+    ),
+    Contender("PEFT SHiRA", _peer(lambda w: peft.ShiraConfig(r=w.rank, random_seed=0, target_modules=w.modules))),
+    Contender(
+        "PEFT Super-Tuning", _peer(lambda w: peft.SupertuningConfig(sparsity=1 - w.keep, target_modules=w.modules))
+    ),
+    Contender(
+        "dense, masked",
+        _expert(lambda work: lambda weight: MaskedExpert(weight, keep_ratio=work.keep, dense_start=False)),
+    ),
+    Contender("LoRA", _expert(lambda work: lambda weight: LoRAExpert(weight, rank=work.rank)), operations=6),
+    _sparse("entries, sampled", "element", backend="sampled"),
+    _sparse("entries, dense", "element", backend="dense"),
+    _sparse("entries, native", "element", backend="native"),
+    _sparse("tiles of 16, block_rows", "block", block_size=16, backend="block_rows"),
+    _sparse("tiles of 16, native", "block", block_size=16, backend="native"),
+    _sparse("tiles of 64, block_rows", "block", block_size=64, backend="block_rows"),
+    _sparse("tiles of 64, native", "block", block_size=64, backend="native"),
+    _sparse("rows, slices", "row", backend="slices"),
+    _sparse("columns, slices", "column", backend="slices"),
+]
+
+
+def missing(contender: Contender) -> str | None:
+    """Return why a contender cannot run here, after a step of it with a small layer."""
+    try:
+        Step(contender, single_layer((128, 128), tokens=8, keep=0.3))()
+    except ValueError as error:  # no compiler, for example
+        return str(error)
+    return None

@@ -1,0 +1,103 @@
+"""Where `selection_quality` trains and tests: a base with tasks, some held in, some held out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from modular_experts.data import Task, TaskMixture
+from modular_experts.interop.checkpoint import load_base, load_tokenizer
+from modular_experts.quickstart.base import make_base
+from modular_experts.quickstart.plan import Plan
+from modular_experts.quickstart.work import start_process
+
+__all__ = ["Generated", "Real", "loaded"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Ten tasks of the suite, every second one, and a base trained from scratch that knows them all.
+
+    Attributes:
+        seed: Of base, words and orders.
+        work: Directory in which bases are kept.
+    """
+
+    seed: int
+    work: Path
+    steps = 50
+    batch_size = 16
+    new_tokens = 10
+
+    @property
+    def base(self) -> Path:
+        """The base's directory, made if it is not there."""
+        directory = (self.work / f"base-{self.seed}").absolute()
+        if not directory.exists():
+            print(f"training the base of seed {self.seed}", file=sys.stderr)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process) as pool:
+                pool.submit(make_base, Plan(seed=self.seed), directory).result()
+        return directory
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that experts are trained on."""
+        return list(Plan(seed=self.seed).held_in)[::2]
+
+    def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
+        """Return some tasks' words, and those of all held-out tasks if wanted."""
+        plan = Plan(seed=self.seed)
+        chosen = [(name, plan.held_in[name], "held_in") for name in names]
+        chosen += [(name, task, "held_out") for name, task in plan.held_out.items()] if held_out else []
+        rows = (self.steps * self.batch_size, plan.validation_rows, plan.test_rows)
+        tasks = [Task(name, source=task(self.seed, *rows, False), role=role) for name, task, role in chosen]  # type: ignore[arg-type]
+        return TaskMixture(tasks, loaded(self.base)[1], self.batch_size, 448, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Real:
+    """Three task files and two held-out ones, on a pretrained base.
+
+    Attributes:
+        seed: Of the order of rows.
+        path: Directory of the base.
+        data: Directory with files such as `snips_intent.jsonl`.
+    """
+
+    seed: int
+    path: Path
+    data: Path
+    steps = 24
+    batch_size = 8
+    new_tokens = 12
+
+    @property
+    def base(self) -> Path:
+        return self.path.absolute()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that experts are trained on."""
+        return ["snips_intent", "clinc_banking", "clinc_travel"]
+
+    def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
+        """Return some tasks' rows, and those of the held-out tasks if wanted."""
+        tasks = [Task(name, path=str(self.data / f"{name}.jsonl")) for name in names]
+        if held_out:
+            others = ("clinc_small_talk", "banking77")
+            tasks += [Task(name, path=str(self.data / f"{name}.jsonl"), role="held_out") for name in others]
+        tokenizer = loaded(self.base)[1]
+        return TaskMixture(tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32)
+
+
+@cache
+def loaded(base: Path) -> tuple[Any, Any]:
+    """Return the base's model and tokenizer, loaded once in a process."""
+    return load_base(base), load_tokenizer(base)
