@@ -11,7 +11,7 @@ pairs of seed and task, which all ways share.
 
 The second form trains a pretrained base on three task files, with one learning rate and as many steps as time allows.
 
-All parts with three seeds take about half an hour on two cores. What is done stays in `--work`, so that an interrupted
+All parts with three seeds take about 20 minutes on two idle cores. What is done stays in `--work`, so that an interrupted
 run goes on where it was, and a table can be shown again.
 """
 
@@ -263,7 +263,7 @@ def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
-    yield row["variant"]
+    yield row["variant"].replace("|", "\\|")  # the table is Markdown
     for column in ("single", "merged", "plain", "held_out"):
         yield f"{100 * row[column]['mean']:.1f}"
         if column != "plain":

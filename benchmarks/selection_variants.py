@@ -126,7 +126,6 @@ VARIANTS: dict[str, Variant] = {
 REAL = [
     "entries 5 %: once, |g|",
     "entries 5 %: once, random",
-    "columns, 5 %: grow and drop, |g|",
     "LoRA, rank 4",
     "full",
 ]

@@ -74,7 +74,7 @@ class Real:
     seed: int
     path: Path
     data: Path
-    steps = 24
+    steps = 20
     batch_size = 8
     new_tokens = 12
 

@@ -118,7 +118,7 @@ def _selection(selection: dict[str, Any]) -> list[str]:
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
     width = max(len(row["name"]) for row in rows)
-    sizes = {key: max(len(title), 9) for key, title in columns.items()}
+    sizes = {key: max(len(title), *(len(_cell(row[key])) for row in rows)) for key, title in columns.items()}
     lines = [" " * width + "".join(f"{title:>{sizes[key] + 2}}" for key, title in columns.items())]
     for row in rows:
         lines.append(f"{row['name']:<{width}}" + "".join(f"{_cell(row[key]):>{sizes[key] + 2}}" for key in columns))
