@@ -11,8 +11,8 @@ pairs of seed and task, which all ways share.
 
 The second form trains a pretrained base on three task files, with one learning rate and as many steps as time allows.
 
-All parts with three seeds take about 20 minutes on two idle cores. What is done stays in `--work`, so an interrupted run
-goes on where it was, and a table can be shown again.
+All parts with three seeds take about 20 minutes on two idle cores. What is done stays in `--work`, so a run that was
+stopped goes on where it was, and a table can be shown again.
 """
 
 from __future__ import annotations
