@@ -246,8 +246,7 @@ class ExpertModule(LightningModule):
                 f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {self.base} has "
                 f"{self.fingerprint[:12]}; give the base that it was trained on"
             )
-        schedules = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("MaskSchedule")]
-        if any(state.get("resizes") for state in schedules):
+        if self._may_have_other_sizes(checkpoint):
             self._resize_like(checkpoint["state_dict"])
         ours, stored = self.state_dict(), checkpoint["state_dict"]
         unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
@@ -257,6 +256,20 @@ class ExpertModule(LightningModule):
                 f"{unlike[0]} with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here"
             )
         self._random_states = checkpoint.get("random_states")
+
+    def _may_have_other_sizes(self, checkpoint: dict[str, Any]) -> bool:
+        """Return whether packed experts keep other numbers of units there for a reason other than another keep ratio.
+
+        Either a schedule says so, or there is none in the checkpoint (only weights were saved), or as much is kept.
+        """
+        states = checkpoint.get("callbacks")
+        if not states or any(isinstance(state, dict) and state.get("resizes") for state in states.values()):
+            return True
+        ours, theirs = (
+            sum(tensor.numel() for name, tensor in state.items() if name.endswith(".expert.indices"))
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        return ours == theirs
 
     def _resize_like(self, state: dict[str, Any]) -> None:
         """Let each packed expert keep as many units as its counterpart in a checkpoint."""

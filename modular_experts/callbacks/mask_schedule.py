@@ -46,7 +46,8 @@ class MaskSchedule(Callback):
             expert type has a default: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
             `MaskedExpert`.
         batches: Training batches over which a gradient is averaged before it is scored; each counts by its target
-            tokens, so it does not matter how rows are cut into batches.
+            tokens, so it does not matter how rows are cut into batches. With one, one layer's gradient is held at a
+            time; with more, as many as `accumulator_mib` allows.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it aside, and the entry resumes from it if it comes back. (A masked expert always hides, never forgets.)
         seed: Seeds the batches and the random scores of each selection; the run's own (`seed_everything`) if none is
@@ -77,7 +78,7 @@ class MaskSchedule(Callback):
         accumulator_mib: int = 1024,
         scope: Scope = "layer",
         block_score: Literal["sum", "norm"] = "sum",
-        avoid: list[str] | None = None,
+        avoid: list[str] | str | None = None,
         penalty: float | None = None,
         support: str | None = None,
     ) -> None:
@@ -85,12 +86,15 @@ class MaskSchedule(Callback):
             raise ValueError(f"batches={batches} must be at least 1: a score needs a gradient")
         if penalty is not None and penalty <= 0:
             raise ValueError(f"penalty={penalty} must be above 0; leave it out to exclude what others keep")
-        if support is not None and (score or rule or avoid):
-            raise ValueError(f"support={support!r} is used as it is: give no score, rule or avoid beside it")
+        if penalty is not None and not avoid:
+            raise ValueError(f"penalty={penalty} has no effect without experts to avoid; name some in avoid")
+        if support is not None and (score or rule or avoid or scope != "layer"):
+            raise ValueError(f"support={support!r} is used as it is: give no score, rule, scope or avoid beside it")
         self.score, self.rule, self.batches = score, rule, batches
         self.leavers, self.accumulator_mib = leavers, accumulator_mib
         self.scope, self.block_score = scope, block_score
-        self.avoid, self.penalty, self.support = list(avoid or []), penalty, support
+        self.avoid = [avoid] if isinstance(avoid, str) else list(avoid or [])
+        self.penalty, self.support = penalty, support
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.selections = self.passes = 0
         self.seconds = 0.0
@@ -115,6 +119,8 @@ class MaskSchedule(Callback):
         if self._last_position >= 0 or not layers:
             return
         packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
+        if any(layer.expert.packed.any() for layer in packed.values()):
+            return  # trained in an earlier fit: they keep their sizes, and what they have learnt
         if self.support is not None:
             (other,) = open_experts([self.support])
             check_base([other], pl_module.fingerprint, pl_module.base)
@@ -170,10 +176,8 @@ class MaskSchedule(Callback):
             *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
         )
         costs = self.costs(trainer, pl_module)
-        log.info(
-            "optimizer state: %.1f MB; a selection held at most %.1f MB more than there was before it",
-            *(costs["optimizer_bytes"] / 1e6, costs["selection_bytes"] / 1e6),
-        )
+        held = f"; a selection held at most {costs['selection_bytes'] / 1e6:.1f} MB more than there was before it"
+        log.info("optimizer state: %.1f MB%s", costs["optimizer_bytes"] / 1e6, held if self.peak_bytes else "")
         if "overlap" in costs:
             log.info("a kept entry is kept by %.3f of the %d experts to avoid", costs["overlap"], len(self._others))
 
@@ -250,14 +254,16 @@ class MaskSchedule(Callback):
         started, memory = time.perf_counter(), MemoryWatch(next(iter(due.values())).matrix.device)
         norm = self.block_score == "norm"
         kind = Selection(
-            self.score,
-            self.rule,
-            self.scope,
-            norm,
-            self._others,
-            self.penalty,
-            *(position, last, self.seed),
-            may_resize,
+            score=self.score,
+            rule=self.rule,
+            scope=self.scope,
+            norm=norm,
+            others=self._others,
+            penalty=self.penalty,
+            position=position,
+            last=last,
+            seed=self.seed,
+            may_resize=may_resize,
         )
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))  # for dropout
@@ -281,6 +287,10 @@ class MaskSchedule(Callback):
         """Return this rank's batches for the selection at `position`: an order of their own, the same in every run."""
         source = getattr(trainer, "datamodule", None)
         loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
+        if loader is None:
+            raise ValueError(
+                f"scope={self.scope!r} scores before the dataloaders are there: give the rows as a LightningDataModule"
+            )
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(1_000_003 * (self.seed + 1) + position)  # beyond the epochs of any training
@@ -309,6 +319,7 @@ class MaskSchedule(Callback):
         now = expert.support_units()
         left = ~torch.isin(before, now)
         units, kept = self._stash.get(name, (before[:0], values[:0]))
+        units, kept = units.to(before.device), kept.to(values.device)  # a resumed run's come from the CPU
         units, kept = torch.cat([units, before[left]]), torch.cat([kept, values[left]])
         back = torch.isin(units, now)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,14 +19,17 @@ from modular_experts.library.expert import RECORD_FILE
 
 __all__ = ["count_others", "open_neighbours", "shared_units"]
 
+log = logging.getLogger(__name__)
+
 
 def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
     """Open experts; a directory that is a library stands for all the experts in it.
 
     Raises:
-        ValueError: An expert is named twice, or a directory holds none.
+        ValueError: An expert is named twice or moves every entry, or a directory holds none.
     """
     found: list[str | Path] = []
+    libraries: list[Path] = []
     for path in paths:
         directory = Path(path).expanduser()
         if not directory.is_dir() or (directory / RECORD_FILE).is_file():
@@ -35,7 +39,22 @@ def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
         if not names:
             raise ValueError(f"{path} is neither an expert nor a library with experts in it; there is nothing to avoid")
         found += [directory / name for name in names]
-    return open_experts(found) if found else []
+        libraries.append(directory)
+    experts = open_experts(found) if found else []
+    return [expert for expert in experts if _is_sparse(expert, libraries)]
+
+
+def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
+    """Return whether there is anything to keep away from; what was named itself must be sparse."""
+    dense = sorted({form for form in expert.forms().values() if form not in ("Sparse", "BlockSparse")})
+    if not dense:
+        return True
+    if expert.path.parent.resolve() not in [library.resolve() for library in libraries]:
+        raise ValueError(
+            f"{expert.name} moves every entry ({', '.join(dense)}) and cannot be avoided; name sparse experts"
+        )
+    log.warning("%s moves every entry (%s) and is not avoided", expert.name, ", ".join(dense))
+    return False
 
 
 def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tensor:
@@ -75,7 +94,9 @@ def shared_units(name: str, layer: Any, other: StoredExpert) -> Tensor:
         return delta.indices.to(layer.matrix.device)
     if isinstance(delta, BlockSparse) and delta.tile == expert.tile:
         return delta.blocks.to(layer.matrix.device)
-    what = "nothing" if delta is None else f"{type(delta).__name__} units"
+    if delta is not None and not isinstance(delta, Sparse | BlockSparse):
+        raise ValueError(f"the support of {other.name} cannot be shared: it moves every entry of {name}")
+    what = "nothing" if delta is None else "single entries"
     if isinstance(delta, BlockSparse):
         what = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
     raise ValueError(

@@ -106,6 +106,9 @@ class Selection:
         torch.manual_seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()))
         weight = expert.scored_weight(layer.matrix)
         scores = self._score(expert)(weight, statistic, expert.scored_delta(layer.matrix))
+        if scores.shape != expert.shape:
+            raise ValueError(f"the score gave shape {tuple(scores.shape)} for {name}, of shape {tuple(expert.shape)}")
+        scores = scores if scores.is_floating_point() else scores.float()
         scores, group = expert.unit_scores(scores, self.norm), self._group(name)
         competes, free = self._competes(expert), expert.units
         if self.others:

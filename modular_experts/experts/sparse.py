@@ -129,7 +129,7 @@ class SparseExpert(Selectable):
     def kernel(self, dtype: torch.dtype) -> KeptGradient:
         """Return what makes the kept gradient where the layer computes in `dtype`; planned once for each support."""
         wanted = (self.indices._version, self.indices.device, dtype)
-        if self._kernel is None or self._kernel[0] != wanted:
+        if self._kernel is None or self._kernel[0] != wanted or self._kernel[1].units is not self.indices:
             self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))
         return self._kernel[1]
 
