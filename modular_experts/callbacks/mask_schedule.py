@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from modular_experts.callbacks.footprint import MemoryWatch, optimizer_bytes
+from modular_experts.callbacks.moments import carry_moments, forget_moments
 from modular_experts.callbacks.neighbours import count_others, open_neighbours, shared_units
 from modular_experts.callbacks.scoring import ScoringPass
 from modular_experts.callbacks.selection import Scope, Selection
@@ -305,11 +306,11 @@ class MaskSchedule(Callback):
         slots = expert.reselect(layer.matrix, units)
         if self._rule(expert).rewind:
             expert.rewind(layer.matrix)
-            _forget_moments(trainer, expert)
+            forget_moments(trainer.optimizers, expert.parameters())
         if expert.packed is None or values is None:
             return
         for optimizer in trainer.optimizers:
-            _carry_moments(optimizer.state.get(expert.packed, {}), expert.packed, slots)
+            carry_moments(optimizer.state.get(expert.packed, {}), expert.packed, slots)
         if self.leavers == "stash":
             self._exchange_with_stash(name, expert, before, values)
             expert.write(layer.matrix)
@@ -329,22 +330,6 @@ class MaskSchedule(Callback):
     def _with_touched(self, name: str, units: Tensor) -> Tensor:
         earlier = self._touched.get(name)
         return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
-
-
-def _forget_moments(trainer: Trainer, expert: Any) -> None:
-    for parameter in expert.parameters():
-        for optimizer in trainer.optimizers:
-            optimizer.state.pop(parameter, None)
-
-
-def _carry_moments(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
-    """Move the optimizer's per-entry state to the new slots, in place; newcomers start from zero."""
-    stays = slots >= 0
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            moved = torch.zeros_like(value)
-            moved[stays] = value[slots[stays]]
-            value.copy_(moved)
 
 
 def _selectable(pl_module: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+import modular_experts.kernels.native as native
 from modular_experts.blocks import Tile
-from modular_experts.kernels import native
 from modular_experts.kernels.block_rows import BlockRows
 from modular_experts.kernels.dense import DenseGathered
 from modular_experts.kernels.kernel import KeptGradient
