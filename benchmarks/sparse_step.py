@@ -133,7 +133,9 @@ def measure_model(work: Work, contenders: list[Contender], options: argparse.Nam
 def layer_plan(options: argparse.Namespace) -> list[tuple[tuple[int, int], int, float, int]]:
     """Return shape, tokens, share and number of rounds for each table of a layer; large layers take fewer rounds."""
     shapes, tokens = ([(256, 256)], [64]) if options.quick else (SHAPES, TOKENS)
-    plan = [(shape, count, keep) for keep in options.keep for shape in shapes for count in tokens]
+    pairs = [(shape, count) for shape in shapes for count in tokens]
+    pairs = [(shape, count) for shape, count in pairs if shape[0] * shape[1] * count <= 3072 * 3072 * 2048]  # for time
+    plan = [(*pair, keep) for keep in options.keep for pair in pairs]
     rounds = [round(options.repeats / guess(shape[0] * shape[1], count) / 2) for shape, count, _ in plan]
     most = options.repeats if options.quick else 21
     return [(*entry, max(3, min(most, number))) for entry, number in zip(plan, rounds, strict=True)]
