@@ -59,8 +59,8 @@ class MaskSchedule(Callback):
             (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
             a weight keeps is then decided once, before the optimizer is made (for masked experts, at each selection).
         block_score: A tile's, row's or column's score is the `sum` of its entries' scores, or their Euclidean `norm`.
-        avoid: Experts, or libraries of them, whose entries this one is to leave to them, so that they merge with less
-            interference.
+        avoid: Experts, or libraries of them, whose entries this one is to leave to them, so that supports overlap less.
+            Where that was measured, it did not make better merges (`benchmarks/README.md`).
         penalty: Divide the scores by `1 + penalty * experts that keep the entry`; without it, what the experts to
             avoid keep is excluded.
         support: An expert whose support is used as it is, for example to train several tasks on one support; nothing

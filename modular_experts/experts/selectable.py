@@ -29,7 +29,7 @@ class Selectable(Expert):
     """An expert whose support is a fixed number of *units* of a weight: single entries, square tiles, rows or columns.
 
     While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to it and
-    frees it: a scoring pass holds one layer's gradient at a time.
+    frees it: a scoring pass over one batch holds one layer's gradient at a time.
     """
 
     score: ClassVar[Score]

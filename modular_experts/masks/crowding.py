@@ -1,6 +1,6 @@
 """Crowding: scores that count how many experts of a library already keep an entry, so that a new one goes elsewhere.
 
-Merging suffers where experts move the same entries in different directions. Which experts to stay away from, and what
+The idea is that experts which move the same entries in different directions disturb each other in a merge. Which experts to stay away from, and what
 overlap results, is the business of the `MaskSchedule` callback.
 """
 
