@@ -1,7 +1,7 @@
 """Crowding: scores that count how many experts of a library already keep an entry, so that a new one goes elsewhere.
 
-The idea is that experts which move the same entries in different directions disturb each other in a merge. Which experts to stay away from, and what
-overlap results, is the business of the `MaskSchedule` callback.
+The idea is that experts which move the same entries in different directions disturb each other in a merge. Which
+experts to stay away from, and what overlap results, is the business of the `MaskSchedule` callback.
 """
 
 from __future__ import annotations
