@@ -95,7 +95,7 @@ def _deltas_of(experts: Sequence[StoredExpert], name: str, shape: torch.Size) ->
 
 
 def _merge_one(method: MergeMethod, name: str, deltas: Sequence[Delta]) -> Delta:
-    merged = method.merge(deltas)
+    merged = method.at(name).merge(deltas)
     if not isinstance(merged, Delta) or merged.shape != deltas[0].shape:
         raise ValueError(
             f"{type(method).__name__}.merge must return a delta of shape {tuple(deltas[0].shape)} for {name}, "

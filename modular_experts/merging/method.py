@@ -1,7 +1,7 @@
 """Merge methods: the deltas that several experts have for one weight, made into one delta.
 
 A method is a pure function with settings. Reading experts, walking over weights and writing the result are the
-business of `modular_experts.merger`; names, files and models are unknown here.
+business of `modular_experts.merger`; files and models are unknown here, and a name is no more than a key.
 """
 
 from __future__ import annotations
@@ -45,6 +45,17 @@ class MergeMethod(ABC):
             stream: The deltas of one weight after the other, as `merge` will get them. It may be gone through several
             times, and
                 only one weight is in memory at a time.
+        """
+        return self
+
+    def at(self, name: str) -> MergeMethod:
+        """Return the method for one weight; `merge` is called on what this returns.
+
+        For methods whose random numbers or coefficients differ from weight to weight: they return a copy of themselves.
+        The default is the same for all.
+
+        Args:
+            name: The weight's name.
         """
         return self
 
