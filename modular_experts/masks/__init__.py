@@ -18,7 +18,7 @@ from modular_experts.masks.scores import (
     Statistic,
     WeightMagnitude,
 )
-from modular_experts.masks.top_k import StreamingTopK, top_k
+from modular_experts.masks.top_k import StreamingTopK, kth_highest, top_k
 
 __all__ = [
     "SNIP",
@@ -38,6 +38,7 @@ __all__ = [
     "StreamingTopK",
     "WeightMagnitude",
     "crowded",
+    "kth_highest",
     "refuse_too_few",
     "top_k",
 ]

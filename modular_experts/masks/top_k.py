@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modular_experts.blocks import index_dtype
 
-__all__ = ["StreamingTopK", "top_k"]
+__all__ = ["StreamingTopK", "kth_highest", "top_k"]
 
 _BINS = 2**16
 _CHUNK = 2**20  # scores at a time, so that no second copy of them is made
@@ -33,9 +33,24 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(0, dtype=index_dtype(flat.shape), device=flat.device)
     places, candidates = _at_least(flat, _lower_bound(_histogram(flat), k))
-    threshold = candidates.topk(k, sorted=False).values.min()  # kthvalue has no deterministic form on CUDA
+    threshold = _smallest_of(candidates, k)
     better, ties = places[candidates > threshold], places[candidates == threshold]
     return torch.cat([better, ties[: k - better.numel()]]).sort().values
+
+
+def kth_highest(scores: Tensor, k: int) -> Tensor:
+    """Return the k-th highest score, k from 1 to their number, exactly and without sorting them.
+
+    Every score must be a number.
+    """
+    flat = scores.reshape(-1)
+    if flat.numel() <= _BINS:
+        return _smallest_of(flat, k)
+    above = _histogram(flat).flip(0).cumsum(0)
+    reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
+    better = int(above[reached - 1]) if reached else 0
+    upper = _upper_bits(_BINS // 2 - 1 - reached)
+    return _smallest_of(torch.cat([chunk[_upper(chunk) == upper] for chunk in flat.split(_CHUNK)]), k - better)
 
 
 class StreamingTopK:
@@ -87,24 +102,36 @@ class StreamingTopK:
         self.most = max(self.most, held)
 
 
+def _smallest_of(candidates: Tensor, k: int) -> Tensor:
+    return candidates.topk(k, sorted=False).values.min()  # kthvalue has no deterministic form on CUDA
+
+
 def _histogram(flat: Tensor) -> Tensor:
     """Return how many scores lie in each bin, from the lowest to the highest."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
     for chunk in flat.split(_CHUNK):
-        upper = chunk.to(torch.float32).view(torch.int32) >> 16
-        counts += torch.bincount(upper.add_(_BINS // 2), minlength=_BINS)
+        counts += torch.bincount(_upper(chunk).add_(_BINS // 2), minlength=_BINS)
     negative, positive = counts.split(_BINS // 2)
     return torch.cat([negative.flip(0), positive])
+
+
+def _upper(scores: Tensor) -> Tensor:
+    return scores.to(torch.float32).view(torch.int32) >> 16
+
+
+def _upper_bits(place: int) -> int:
+    """Return the upper bits of the numbers of a bin; bins count from 0 up for positive numbers, from -1 down for
+    negative ones.
+    """
+    return place if place >= 0 else (place ^ 0x7FFF)
 
 
 def _lower_bound(counts: Tensor, k: int) -> float:
     """Return the smallest number of the highest bin at or above which there are k scores."""
     above = counts.flip(0).cumsum(0)
     reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
-    place = max(
-        _BINS // 2 - 1 - reached, -_BINS // 2
-    )  # bins count from here up for positive numbers, and down for negative ones
-    bits = place << 16 if place >= 0 else (place ^ 0x7FFF) << 16 | 0xFFFF
+    place = max(_BINS // 2 - 1 - reached, -_BINS // 2)
+    bits = _upper_bits(place) << 16 | (0 if place >= 0 else 0xFFFF)
     bound = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
     return -math.inf if math.isnan(bound) else bound  # the bin of minus infinity ends among what is not a number
 

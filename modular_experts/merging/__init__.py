@@ -3,8 +3,11 @@ them.
 """
 
 from modular_experts.merging.average import Average
-from modular_experts.merging.breadcrumbs import Breadcrumbs
+from modular_experts.merging.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
+from modular_experts.merging.dare import DARE, DARETIES
+from modular_experts.merging.della import DELLA, DELLALinear
 from modular_experts.merging.mag_max import MagMax
+from modular_experts.merging.magnitude_prune import MagnitudePrune
 from modular_experts.merging.method import MergeMethod
 from modular_experts.merging.model_stock import ModelStock
 from modular_experts.merging.sparse_average import SparseAverage
@@ -12,10 +15,16 @@ from modular_experts.merging.task_arithmetic import TaskArithmetic
 from modular_experts.merging.ties import TIES
 
 __all__ = [
+    "DARE",
+    "DARETIES",
+    "DELLA",
     "TIES",
     "Average",
     "Breadcrumbs",
+    "BreadcrumbsTIES",
+    "DELLALinear",
     "MagMax",
+    "MagnitudePrune",
     "MergeMethod",
     "ModelStock",
     "SparseAverage",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.merging.method import MergeMethod, check_finite, one_per_expert, weighted_sum
 
 __all__ = ["Average"]
 
@@ -40,8 +40,6 @@ class Average(MergeMethod):
             )
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
-        weights = self.weights if self.weights is not None else [1.0] * len(deltas)
-        if len(weights) != len(deltas):
-            raise ValueError(f"Average: {len(weights)} weights were given for {len(deltas)} experts; give one for each")
+        weights = one_per_expert(self, "weights", self.weights, len(deltas))
         total = sum(weights)
         return weighted_sum(deltas, [self.scale * weight / total for weight in weights])

@@ -1,6 +1,7 @@
 """Cuts: the entries of largest magnitude of one delta, an exact number of them, equal ones from the lowest flat entry.
 
-A cut is a magnitude and, where entries tie at it, the last one that stays, so that no ranking of the entries is held.
+A cut is a magnitude and, where entries tie at it, the last one that stays, so that neither a ranking nor a mask of the
+entries is held, and any part of the delta can be cut by itself.
 """
 
 from __future__ import annotations
@@ -10,42 +11,68 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from modular_experts.merging.frame import Frame
+from modular_experts.blocks import block_entries
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.masks import kth_highest
+from modular_experts.merging.parts import Entries
 
-__all__ = ["Cut", "exact_cut"]
+__all__ = ["Cut", "exact_cut", "kept_count", "stored_values"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which entries of one expert survive the trimming: those above `magnitude`, and those at it up to the flat entry
-    `last`, which is infinite where none has to go.
+    """Which entries of one expert survive: those above `magnitude`, and those at it up to the flat entry `last`, which
+    is infinite where none has to go.
     """
 
     magnitude: float
-    last: float
+    last: float = math.inf
 
-    def __call__(self, values: Tensor, frame: Frame) -> Tensor:
-        """Return laid values with the trimmed ones set to zero."""
-        if self.magnitude == 0:
-            return values
-        kept = values.abs() >= self.magnitude
+    def mask(self, entries: Entries) -> Tensor:
+        """Return which of the entries survive, as booleans."""
+        size = entries.values.abs()
+        kept = size >= self.magnitude
         if math.isfinite(self.last):
-            tied = (values.abs() == self.magnitude).view(-1).nonzero()[:, 0]
-            kept.view(-1)[tied] = frame.entries(tied) <= self.last
-        return values * kept
+            tied = (size == self.magnitude).nonzero()[:, 0]
+            kept[tied] = entries.flat()[tied] <= self.last
+        return kept
+
+    def __call__(self, entries: Entries) -> Tensor:
+        """Return the values of the entries with the trimmed ones set to zero."""
+        return entries.values if self.magnitude == 0 else entries.values * self.mask(entries)
 
 
-def exact_cut(values: Tensor, frame: Frame, count: int) -> Cut:
-    """Return the cut that leaves the `count` >= 1 largest entries of laid values, ties by the lowest flat entry.
+def kept_count(share: float, size: int) -> int:
+    """Return how many of `size` entries a share in (0, 1] keeps: rounded down, as the peers do, but at least one."""
+    return max(1, math.floor(share * size * (1 + 1e-12)))  # 0.3 * 10 is a little more than 3, 0.29 * 100 a little less
+
+
+def exact_cut(delta: Delta, count: int) -> Cut:
+    """Return the cut that leaves the `count` >= 1 largest entries of a delta, ties by the lowest flat entry.
 
     Where fewer than `count` are not zero, it leaves all of them.
     """
+    values = stored_values(delta)
     size = values.abs().view(-1)
-    magnitude = size.topk(count, sorted=False).values.min() if count < size.numel() else size.new_zeros(())
-    if magnitude == 0:
-        return Cut(0.0, last=math.inf)
+    if count >= size.numel() or not (magnitude := kth_highest(size, count)):
+        return Cut(0.0)
     tied = (size == magnitude).nonzero()[:, 0]
     room = count - int((size > magnitude).sum())
     if room == tied.numel():
-        return Cut(magnitude.item(), last=math.inf)
-    return Cut(magnitude.item(), last=frame.entries(tied).sort().values[room - 1].item())
+        return Cut(magnitude.item())
+    return Cut(magnitude.item(), last=_flat(delta)[tied].sort().values[room - 1].item())
+
+
+def stored_values(delta: Delta) -> Tensor:
+    """Return the values of all entries that may be other than zero, in the delta's own order."""
+    if isinstance(delta, BlockSparse):
+        return delta.values[block_entries(delta.blocks, delta.shape, delta.tile)[1]]
+    return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
+
+
+def _flat(delta: Delta) -> Tensor:
+    """Return the flat entries that `stored_values` lists."""
+    if isinstance(delta, BlockSparse):
+        entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
+        return entries[inside]
+    return delta.support()

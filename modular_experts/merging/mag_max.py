@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.frame import Frame
 from modular_experts.merging.method import MergeMethod, check_finite
+from modular_experts.merging.parts import Part, merge_by_parts
 
 __all__ = ["MagMax"]
 
@@ -36,9 +37,11 @@ class MagMax(MergeMethod):
         check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
-        frame = Frame.around(deltas)
-        largest = frame.lay(deltas[0])
-        for delta in deltas[1:]:
-            values = frame.lay(delta)
-            largest = torch.where(values.abs() > largest.abs(), values, largest)
-        return frame.delta(largest.double() * self.scale)
+        return merge_by_parts(deltas, self._rule)
+
+    def _rule(self, part: Part) -> tuple[Tensor, None]:
+        largest = part.zeros()
+        for entries in part:
+            held, values = entries.of(largest), entries.values.double()
+            entries.write_to(largest, torch.where(values.abs() > held.abs(), values, held))
+        return largest.mul_(self.scale), None

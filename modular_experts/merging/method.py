@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from typing import Any, ClassVar, get_args
 
 import torch
+from torch import Tensor
 
-from modular_experts.deltas import Delta, Dense, add
+from modular_experts.deltas import Delta, LowRank, add
+from modular_experts.merging.parts import Part, merge_by_parts, widest_dtype
+from modular_experts.merging.statistic import Statistic
 
-__all__ = ["MergeMethod", "weighted_sum"]
+__all__ = ["MergeMethod", "check_finite", "one_per_expert", "weighted_sum"]
 
 
 class MergeMethod(ABC):
@@ -25,14 +28,16 @@ class MergeMethod(ABC):
     underscore is neither.
     """
 
+    statistics: ClassVar[str | None] = None
+    """The kind of statistics of the experts' data that the method needs, such as `gram`; none if deltas are enough."""
+
     @abstractmethod
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         """Return the merged delta of one weight.
 
         Args:
             deltas: One delta per expert, in the order of the experts, all of the weight's shape. An expert that does
-            not move
-                this weight gives `Sparse.zero(shape)`.
+                not move this weight gives `Sparse.zero(shape)`.
         """
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> MergeMethod:
@@ -43,8 +48,7 @@ class MergeMethod(ABC):
 
         Args:
             stream: The deltas of one weight after the other, as `merge` will get them. It may be gone through several
-            times, and
-                only one weight is in memory at a time.
+                times, and only one weight is in memory at a time.
         """
         return self
 
@@ -59,27 +63,78 @@ class MergeMethod(ABC):
         """
         return self
 
+    def informed(self, statistics: Sequence[Statistic | None]) -> MergeMethod:
+        """Return the method that knows what the experts' data say about one weight; called on what `at` returned.
+
+        For methods that name a kind of `statistics`. The default needs none.
+
+        Args:
+            statistics: One per expert, in the order of the experts; none where the kind has nothing to say about the
+                weight. Without a kind, there are none at all.
+        """
+        return self
+
+    def beside(self, count: int) -> Sequence[MergeMethod]:
+        """Return the methods whose results belong beside the merged expert: one per expert, or none, the default.
+
+        For methods that also give each task an expert of its own. It is called on what `prepare` returned, and what it
+        returns needs no `prepare` of its own.
+
+        Args:
+            count: Number of the experts.
+        """
+        return ()
+
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
     """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the widest dtype of the
     deltas.
 
-    The form is that of `modular_experts.deltas.add`: sparse sums stay sparse and low-rank sums low-rank. Dense deltas
-    are added one at a time, so that memory does not grow with their number.
+    The form is that of `modular_experts.deltas.add`: sparse sums stay sparse and low-rank sums low-rank. All else is
+    added a part at a time, so that memory does not grow with the number of experts.
     """
-    if dtype is None:
-        dtype = reduce(torch.promote_types, (delta.dtype for delta in deltas))
+    dtype = dtype or widest_dtype(deltas)
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]
-    exact = (delta.to(dtype=torch.float64) * weight for delta, weight in terms)
-    if not any(isinstance(delta, Dense) for delta, _ in terms):
-        return add(list(exact) or [deltas[0]]).to(dtype=dtype)
-    total = torch.zeros(deltas[0].shape, dtype=torch.float64, device=deltas[0].device)
-    for term in exact:
-        term.add_to(total)
-    return Dense(total.to(dtype))
+    if all(isinstance(delta, LowRank) for delta, _ in terms):
+        total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
+        return total.to(dtype=dtype)
+
+    def rule(part: Part) -> tuple[Tensor, None]:
+        total = part.zeros()
+        for weight, entries in zip(weights, part, strict=True):
+            entries.add_to(total, factor=weight)
+        return total, None
+
+    return merge_by_parts(deltas, rule, dtype)
 
 
-def check_finite(method: MergeMethod, field: str, value: float) -> None:
+def one_per_expert(
+    method: MergeMethod, field: str, value: float | Sequence[float] | None, experts: int, default: float = 1.0
+) -> list[float]:
+    """Return a setting as one number per expert: a single number counts for all.
+
+    Raises:
+        ValueError: A list has another length.
+    """
+    if value is None or isinstance(value, float | int):
+        return [default if value is None else value] * experts
+    if len(value) != experts:
+        raise ValueError(
+            f"{type(method).__name__}: {len(value)} {field} were given for {experts} experts; give one for each"
+        )
+    return list(value)
+
+
+def check_finite(method: MergeMethod, field: str, value: float | None) -> None:
     """Refuse a setting that is infinite or not a number."""
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         raise ValueError(f"{type(method).__name__}: {field} must be a finite number, got {value}")
+
+
+def check_choices(method: MergeMethod, **choices: Any) -> None:
+    """Refuse a setting that is none of the values of its `Literal` type; the command line does so by itself."""
+    for field, choice in choices.items():
+        value, allowed = getattr(method, field), get_args(choice)
+        if value not in allowed:
+            text = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
+            raise ValueError(f"{type(method).__name__}: {field} must be {text}, got {value!r}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.frame import Frame
 from modular_experts.merging.method import MergeMethod, check_finite
+from modular_experts.merging.parts import Part, merge_by_parts
 
 __all__ = ["SparseAverage"]
 
@@ -52,15 +52,14 @@ class SparseAverage(MergeMethod):
             raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
-        frame = Frame.around(deltas)
-        total = torch.zeros(frame.laid_shape, dtype=torch.float64, device=deltas[0].device)
-        movers = torch.zeros(frame.laid_shape, dtype=torch.int32, device=deltas[0].device)
-        for delta in deltas:
-            values = frame.lay(delta)
-            total += values
-            movers += self._moved(frame, delta, values)
-        divisor = movers.clamp_(min=1).double().pow_(self.exponent)
-        return frame.delta(total.mul_(self.scale).div_(divisor))
+        return merge_by_parts(deltas, self._rule)
 
-    def _moved(self, frame: Frame, delta: Delta, values: Tensor) -> Tensor:
-        return values != 0 if self.count == "values" else frame.kept(delta)
+    def _rule(self, part: Part) -> tuple[Tensor, None]:
+        total, movers = part.zeros(), part.zeros()
+        for entries in part:
+            entries.add_to(total)
+            entries.add_to(movers, self._moved(entries.values))
+        return total.mul_(self.scale).div_(movers.clamp_(min=1).pow_(self.exponent)), None
+
+    def _moved(self, values: Tensor) -> Tensor:
+        return values != 0 if self.count == "values" else torch.ones_like(values)

@@ -7,12 +7,14 @@ does not grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["kept_count", "magnitudes_at_share"]
+from modular_experts.merging.cut import kept_count
+
+__all__ = ["magnitudes_at_share"]
 
 _LOW = 16
 _LOW_BINS = 1 << _LOW
@@ -23,12 +25,7 @@ _HIGH_BINS = 1 << (31 - _LOW)
 Chunks = Callable[[], Iterable[tuple[int, list[Tensor]]]]
 
 
-def kept_count(share: float, size: int) -> int:
-    """Return how many of `size` entries a share in (0, 1] keeps: the nearest whole number, but at least one."""
-    return max(1, round(share * size))
-
-
-def magnitudes_at_share(chunks: Chunks, share: float) -> list[float]:
+def magnitudes_at_share(chunks: Chunks, share: float | Sequence[float]) -> list[float]:
     """Return, for each expert, the magnitude that the given share of its entries reaches, or 0 where fewer are not
     zero.
 
@@ -36,7 +33,8 @@ def magnitudes_at_share(chunks: Chunks, share: float) -> list[float]:
     gone through twice.
     """
     size, high = _histograms(chunks, lambda bits, _: bits >> _LOW, _HIGH_BINS)
-    bins = [_bin_of_rank(counts, kept_count(share, size)) for counts in high]
+    shares = [share] * len(high) if isinstance(share, float) else share
+    bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
     _, low = _histograms(chunks, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
     return [_float(bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0]) for i, counts in enumerate(low)]
 

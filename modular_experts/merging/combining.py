@@ -1,0 +1,113 @@
+"""Combining: trimmed experts into one delta, by a sum or by an election of signs. The second half of TIES, DARE, DELLA
+and Breadcrumbs; the first is `trimming`.
+
+What the peers call by the same name differs in who votes, in the divisor, and in what becomes of an entry that elects
+no sign, so each is a setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.merging.method import one_per_expert
+from modular_experts.merging.parts import Entries, Part, merge_by_parts, parts_of
+from modular_experts.merging.trimming import Trim, Trimming
+
+__all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]
+
+Vote = Literal["sum", "weighted", "count"]
+Divisor = Literal["count", "weights", "none"]
+Zero = Literal["none", "positive", "weight_majority"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed(Trimming):
+    """Combines trimmed experts by their weighted sum, divided by the sum of the weights if `normalise`."""
+
+    weights: list[float] | None = None
+    normalise: bool | None = None
+    scale: float | None = None
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        divisor = sum(weights) if self.normalise else 1.0
+        if divisor == 0:
+            raise ValueError(f"{type(self).__name__}: the weights {weights} sum to zero, so they cannot be normalised")
+        trims = self.trims(deltas)
+
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            total, moved = part.zeros(), part.zeros(torch.bool)
+            for weight, (entries, values) in zip(weights, _trimmed(part, trims), strict=True):
+                entries.add_to(total, values, weight)
+                entries.mark(moved, values != 0)
+            return total.mul_(self.scale / divisor), moved  # type: ignore[operator]
+
+        return merge_by_parts(deltas, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elected(Trimming):
+    """Combines trimmed experts by electing a sign per entry, and summing or averaging what has it."""
+
+    weights: list[float] | None = None
+    scale: float | None = None
+    vote: Vote | None = None
+    divisor: Divisor | None = None
+    zero: Zero | Literal["majority"] | None = None
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        trims = self.trims(deltas)
+        of_zero = self._sign_of_zero(deltas, trims, weights)
+
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            trimmed = list(_trimmed(part, trims))
+            elected = self._votes(part, trimmed, weights).sign_()
+            if of_zero:
+                elected[elected == 0] = of_zero
+            total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
+            for weight, (entries, values) in zip(weights, trimmed, strict=True):
+                side = values * weight if self.vote == "weighted" else values
+                agrees = side * entries.of(elected) > 0
+                entries.add_to(total, values * agrees, weight)
+                entries.mark(voters, agrees)
+                if self.divisor != "none":
+                    entries.add_to(divisor, agrees, weight if self.divisor == "weights" else 1.0)
+            divisor[divisor == 0] = 1.0  # where no one agrees, or the weights of those who do cancel
+            return total.mul_(self.scale).div_(divisor), voters  # type: ignore[arg-type]
+
+        return merge_by_parts(deltas, rule)
+
+    def _votes(self, part: Part, trimmed: Sequence[tuple[Entries, Tensor]], weights: Sequence[float]) -> Tensor:
+        """Return the outcome of the election at each entry: positive, negative or zero."""
+        votes = part.zeros()
+        for weight, (entries, values) in zip(weights, trimmed, strict=True):
+            vote = values.sign() if self.vote == "count" else values
+            entries.add_to(votes, vote, weight if self.vote == "weighted" else 1.0)
+        return votes
+
+    def _sign_of_zero(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
+        """Return the sign that an entry gets whose votes sum to exactly zero."""
+        if self.zero == "weight_majority":
+            return _sign(self._majority(deltas, trims, weights))
+        return 1.0 if self.zero == "positive" else 0.0
+
+    def _majority(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
+        """Return how many more entries of a weight elect plus than minus."""
+        parts = parts_of(deltas)
+        return sum(self._votes(part, list(_trimmed(part, trims)), weights).sign_().sum().item() for part in parts)
+
+
+def _trimmed(part: Part, trims: Sequence[Trim]) -> Iterator[tuple[Entries, Tensor]]:
+    for trim, entries in zip(trims, part, strict=True):
+        yield entries, trim(entries)
+
+
+def _sign(number: float) -> float:
+    return float(number > 0) - float(number < 0)

@@ -1,0 +1,207 @@
+"""Parts: a weight a few rows at a time, with the entries that each expert keeps there, for rules that work entry by
+entry.
+
+A rule sees flat scratch tensors of one part and, expert after expert, places in them and values. So the same lines
+serve single entries, tiles, low-rank and dense deltas; what is in memory beside the deltas and the result is one part
+of one weight, however many experts there are; and sparse experts cost their entries, not the weight's. No merge rule is
+known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.blocks import block_entries, gather_blocks, index_dtype
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+
+__all__ = ["Entries", "Part", "merge_by_parts", "parts_of", "widest_dtype"]
+
+PART = 2**19
+"""Entries of a part, unless one row, or one row of tiles, has more: small enough for a processor's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """What one expert keeps of a part.
+
+    Attributes:
+        values: Its values there, `(n,)`, in its own dtype.
+        places: Where they are in the part's flat tensors, `(n,)` and unique; None where it keeps every entry.
+        start: The weight's flat entry with which the part begins.
+    """
+
+    values: Tensor
+    places: Tensor | None
+    start: int
+
+    def of(self, scratch: Tensor) -> Tensor:
+        """Return what a flat tensor of the part holds at these entries."""
+        return scratch if self.places is None else scratch.index_select(0, self.places)
+
+    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float = 1.0) -> None:
+        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part."""
+        added = self.values if values is None else values
+        if self.places is None:
+            scratch.add_(added, alpha=factor)
+        else:
+            scratch.index_add_(0, self.places, added.to(scratch.dtype), alpha=factor)
+
+    def mark(self, scratch: Tensor, chosen: Tensor | None = None) -> None:
+        """Set a flat tensor of booleans to true at these entries, or at those chosen among them."""
+        if self.places is None:
+            scratch |= True if chosen is None else chosen
+        else:
+            scratch.index_fill_(0, (self.places if chosen is None else self.places[chosen]).long(), True)
+
+    def write_to(self, scratch: Tensor, values: Tensor) -> None:
+        """Put values into a flat tensor of the part at these entries."""
+        if self.places is None:
+            scratch.copy_(values)
+        else:
+            scratch.index_copy_(0, self.places.long(), values.to(scratch.dtype))
+
+    def flat(self) -> Tensor:
+        """Return the flat entries of the weight that these are, as int64."""
+        if self.places is None:
+            return torch.arange(self.start, self.start + self.values.numel(), device=self.values.device)
+        return self.places.long() + self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of a weight, with the deltas of all experts.
+
+    Attributes:
+        deltas: The deltas of the whole weight, in the order of the experts.
+        rows: First row, and the one after the last.
+    """
+
+    deltas: Sequence[Delta]
+    rows: tuple[int, int]
+
+    def __iter__(self) -> Iterator[Entries]:
+        """Give the entries of one expert after the other; they may be gone through several times."""
+        return (self.entries(delta) for delta in self.deltas)
+
+    def entries(self, delta: Delta) -> Entries:
+        """Return what a delta of this weight keeps here."""
+        start, stop = self.span
+        if delta.is_empty:
+            nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
+            return Entries(nothing.to(delta.dtype), nothing, start)
+        if isinstance(delta, Sparse):
+            return _between(delta.indices, delta.values, start, stop, ordered=True)
+        if isinstance(delta, BlockSparse):
+            entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
+            return _between(entries[inside], delta.values[inside], start, stop, ordered=False)
+        if isinstance(delta, LowRank):
+            return Entries((delta.up[slice(*self.rows)] @ delta.down).reshape(-1), None, start)
+        return Entries(delta.dense().reshape(-1)[start:stop], None, start)
+
+    def zeros(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return a flat tensor with a zero for every entry of the part."""
+        start, stop = self.span
+        return torch.zeros(stop - start, dtype=dtype, device=self.deltas[0].device)
+
+    def support(self) -> Tensor:
+        """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""
+        kept = self.zeros(torch.bool)
+        for entries in self:
+            entries.mark(kept)
+        return kept
+
+    @property
+    def width(self) -> int:
+        """Entries of a row."""
+        return _width(self.deltas[0].shape)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First flat entry, and the one after the last."""
+        return self.rows[0] * self.width, self.rows[1] * self.width
+
+
+# Gets a part; returns its merged values, and which of them a sparse result keeps (None: all that any expert keeps).
+Rule = Callable[[Part], tuple[Tensor, Tensor | None]]
+
+
+def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | None = None) -> Delta:
+    """Merge the deltas of one weight by a rule that needs no more than a few rows at a time.
+
+    Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mixture a
+    dense one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
+    """
+    dtype, tile = dtype or widest_dtype(deltas), _common_tile(deltas)
+    if not all(delta.is_empty or isinstance(delta, Sparse | BlockSparse) for delta in deltas):
+        merged = torch.empty(deltas[0].shape, dtype=dtype, device=deltas[0].device)
+        for part in parts_of(deltas):
+            merged.view(-1)[slice(*part.span)].copy_(rule(part)[0])
+        return Dense(merged)
+    pieces = [_piece(part, rule, dtype, tile) for part in parts_of(deltas)]
+    places, values = (torch.cat(column) for column in zip(*pieces, strict=True))
+    if tile:
+        return BlockSparse(places, values, deltas[0].shape)
+    return Sparse(places, values, deltas[0].shape)
+
+
+def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
+    """Give the parts of a weight, from the first row to the last; no tile of the deltas is cut in two."""
+    shape = deltas[0].shape
+    tile = _common_tile(deltas)
+    step = max(1, PART // max(1, _width(shape)))
+    if tile:
+        step = max(1, step // tile[0]) * tile[0]
+    height = shape[0] if shape else 1
+    for first in range(0, height, step):
+        yield Part(deltas, (first, min(first + step, height)))
+
+
+def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
+    """Return the dtype that all the deltas fit into; empty ones have no say."""
+    dtypes = [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype]
+    dtype = dtypes[0]
+    for other in dtypes:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Return the places (entries, or tiles) of the whole weight that a part keeps, and their values."""
+    values, kept = rule(part)
+    kept = part.support() if kept is None else kept
+    shape = part.deltas[0].shape
+    if not tile:
+        places = kept.nonzero()[:, 0]
+        return (places + part.rows[0] * part.width).to(index_dtype(shape)), values[places].to(dtype)
+    wide = -(-part.width // tile[1])
+    inside = torch.arange(-(-(part.rows[1] - part.rows[0]) // tile[0]) * wide, device=values.device)
+    blocks = inside[gather_blocks(kept.view(-1, part.width), inside, tile).flatten(1).any(1)]
+    tiles = gather_blocks(values.to(dtype).view(-1, part.width), blocks, tile)
+    return (blocks + part.rows[0] // tile[0] * wide).to(index_dtype(shape)), tiles
+
+
+def _between(places: Tensor, values: Tensor, start: int, stop: int, ordered: bool) -> Entries:
+    """Return the entries with start <= place < stop."""
+    if ordered:
+        first, last = torch.searchsorted(places, torch.tensor([start, stop], dtype=places.dtype)).tolist()
+        places, values = places[first:last], values[first:last]
+    else:
+        here = (places >= start) & (places < stop)
+        places, values = places[here], values[here]
+    return Entries(values, places - start if start else places, start)
+
+
+def _common_tile(deltas: Sequence[Delta]) -> tuple[int, int] | None:
+    """Return the tile of the deltas, if all that keep anything are tiles of one size."""
+    terms = [delta for delta in deltas if not delta.is_empty]
+    sizes = {delta.tile if isinstance(delta, BlockSparse) else None for delta in terms}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _width(shape: Sequence[int]) -> int:
+    return math.prod(shape[1:])

@@ -1,0 +1,181 @@
+"""Trimming: which entries of one expert go before experts are combined, and how the others grow for it. The first half
+of TIES, DARE, DELLA and Breadcrumbs; the second is `combining`.
+
+Four ways, each a base class with its settings: keep the largest, drop the smallest and the outliers, drop at random,
+drop at random by rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.merging.coins import coins, stream_key
+from modular_experts.merging.cut import exact_cut, kept_count
+from modular_experts.merging.method import MergeMethod, one_per_expert
+from modular_experts.merging.parts import Entries, parts_of
+
+__all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming"]
+
+Trim = Callable[[Entries], Tensor]
+"""Gets what an expert keeps of a part; returns its values there after the trimming, zero where an entry is gone."""
+
+Rescale = Literal["probability", "l1", "none"]
+Shares = float | list[float]
+Self = TypeVar("Self", bound=MergeMethod)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trimming(MergeMethod):
+    """The contract of this file: how the delta of one expert is trimmed.
+
+    With `rescale: l1`, what stays is scaled so that the sum of its magnitudes, over the weight, is what it was.
+    """
+
+    rescale: Rescale | None = None
+
+    @abstractmethod
+    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+        """Return the trimming of one expert's delta of one weight.
+
+        Args:
+            delta: The delta.
+            expert: Its place in the order of the experts.
+            experts: How many there are.
+        """
+
+    def trims(self, deltas: Sequence[Delta]) -> list[Trim]:
+        """Return the trimming of each expert's delta of one weight, rescaled."""
+        trims = [self.trim(delta, expert, len(deltas)) for expert, delta in enumerate(deltas)]
+        if self.rescale != "l1":
+            return trims
+        return [_with_equal_l1(trim, delta) for trim, delta in zip(trims, deltas, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest(Trimming):
+    """Keeps the share of largest magnitude of each weight, exactly."""
+
+    keep: Shares | None = None
+
+    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+        share = one_per_expert(self, "keep", self.keep, experts)[expert]
+        return exact_cut(delta, kept_count(share, delta.shape.numel()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band(Trimming):
+    """Keeps the entries between the smallest and the outliers of each weight, an exact number of them."""
+
+    beta: Shares | None = None
+    gamma: Shares | None = None
+
+    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+        beta = one_per_expert(self, "beta", self.beta, experts)[expert]
+        gamma = one_per_expert(self, "gamma", self.gamma, experts)[expert]
+        size = delta.shape.numel()
+        stay = kept_count(1 - beta - gamma, size)
+        outliers = min(math.floor(gamma * size * (1 + 1e-12)), size - stay)
+        kept = exact_cut(delta, stay + outliers)
+        if not outliers:
+            return kept
+        gone = exact_cut(delta, outliers)
+        if gone.magnitude == 0:  # all that it moves are outliers
+            return lambda entries: torch.zeros_like(entries.values)
+        return lambda entries: kept(entries) * ~gone.mask(entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Random(Trimming):
+    """What the random ways share: a seed, the weight's name, and how the entries that stay make up for the others."""
+
+    keep: Shares | None = None
+    seed: int = 0
+    _name: str = field(default="", init=False, repr=False, compare=False)
+
+    def at(self: Self, name: str) -> Self:
+        bound = replace(self)  # type: ignore[type-var]
+        object.__setattr__(bound, "_name", name)
+        return bound
+
+    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+        share = one_per_expert(self, "keep", self.keep, experts)[expert]
+        if share == 1:
+            return lambda entries: entries.values
+        key = stream_key(self.seed, self._name, expert)
+
+        def drop(entries: Entries) -> Tensor:
+            chance = self._chance(entries, share, expert, experts, delta)
+            stays = coins(entries.flat(), key) < chance
+            if self.rescale == "probability":
+                return torch.where(stays, entries.values.double() / chance, 0.0)
+            return torch.where(stays, entries.values.double(), 0.0)
+
+        return drop
+
+    @abstractmethod
+    def _chance(self, entries: Entries, keep: float, expert: int, experts: int, delta: Delta) -> float | Tensor:
+        """Return the probability with which each entry stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomDrop(_Random):
+    """Keeps each entry with one probability."""
+
+    def _chance(self, entries: Entries, keep: float, expert: int, experts: int, delta: Delta) -> float | Tensor:
+        return keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedDrop(_Random):
+    """Keeps each entry with a probability that rises with the rank of its magnitude in its row."""
+
+    epsilon: Shares | None = None
+
+    def _chance(self, entries: Entries, keep: float, expert: int, experts: int, delta: Delta) -> float | Tensor:
+        epsilon = one_per_expert(self, "epsilon", self.epsilon, experts)[expert]
+        width = delta.shape[-1] if delta.shape else 1
+        if width < 2:
+            return keep
+        return keep - epsilon + 2 * epsilon * _row_ranks(entries, width).double() / (width - 1)
+
+
+def _with_equal_l1(trim: Trim, delta: Delta) -> Trim:
+    before = after = 0.0
+    for part in parts_of([delta]):
+        entries = part.entries(delta)
+        before += entries.values.double().abs().sum().item()
+        after += trim(entries).double().abs().sum().item()
+    factor = before / after if after else 1.0
+    return lambda entries: trim(entries).double() * factor
+
+
+def _row_ranks(entries: Entries, width: int) -> Tensor:
+    """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
+
+    The entries that a sparse expert does not keep are zeros and rank lowest.
+    """
+    flat, count = entries.flat(), entries.values.numel()
+    by_place = flat.argsort()
+    order = by_place[entries.values.abs()[by_place].argsort(stable=True)]
+    order = order[(flat[order] // width).argsort(stable=True)]  # rows one after the other, each from its smallest
+    rows = flat[order] // width
+    first = torch.searchsorted(rows, rows)
+    kept_in_row = torch.searchsorted(rows, rows, right=True) - first
+    ranks = torch.empty_like(flat)
+    ranks[order] = torch.arange(count, device=flat.device) - first + width - kept_in_row
+    return ranks
+
+
+def check_shares(method: MergeMethod, name: str, shares: Shares | None, meaning: str) -> None:
+    """Refuse a share, or one of a list of shares, that is not in (0, 1]."""
+    for share in shares if isinstance(shares, list) else [shares]:
+        if share is None or not 0 < share <= 1:
+            raise ValueError(f"{type(method).__name__}: {name} is {meaning} and must be in (0, 1], got {share}")

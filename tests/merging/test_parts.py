@@ -1,0 +1,90 @@
+"""Parts: a weight in any number of parts gives what it gives whole, for every form."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.merging import TIES, Breadcrumbs, MagMax, SparseAverage, parts
+from modular_experts.merging.parts import merge_by_parts, parts_of
+
+sizes = st.sampled_from([1, 5, 16, 2**19])
+
+
+@contextmanager
+def parts_of_size(size):
+    before, parts.PART = parts.PART, size
+    yield
+    parts.PART = before
+
+
+def summed(part):
+    total = part.zeros()
+    for entries in part:
+        entries.add_to(total)
+    return total, None
+
+
+@given(sizes, deltas_of_one_weight())
+def test_parts_add_up_to_the_weight(size, deltas):
+    whole = sum(delta.dense().double() for delta in deltas)
+    with parts_of_size(size):
+        merged = merge_by_parts(deltas, summed)
+    torch.testing.assert_close(merged.dense().double(), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), MagMax()]
+)
+@given(size=sizes, deltas=deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]))
+def test_result_does_not_depend_on_the_size_of_the_parts(method, size, deltas):
+    whole = method.merge(deltas)
+    with parts_of_size(size):
+        found = method.merge(deltas)
+    assert type(found) is type(whole)
+    assert torch.equal(found.dense(), whole.dense())
+    assert torch.equal(found.support(), whole.support())
+
+
+@pytest.mark.parametrize("tile", [(3, 3), (1, 10), (7, 1), (2, 5)])
+@given(size=sizes, numbers=st.lists(seeds, min_size=1, max_size=3))
+def test_tiles_stay_tiles_and_are_never_cut(tile, size, numbers):
+    deltas = [random_delta("BlockSparse", (7, 10), number, tile=tile) for number in numbers]
+    with parts_of_size(size):
+        merged = merge_by_parts(deltas, summed)
+        first_rows = [part.rows[0] for part in parts_of(deltas)]
+    assert isinstance(merged, BlockSparse)
+    assert merged.tile == tile
+    assert set(merged.blocks.tolist()) == {block for delta in deltas for block in delta.blocks.tolist()}
+    assert all(row % tile[0] == 0 for row in first_rows)
+
+
+@given(sizes, deltas_of_one_weight())
+def test_entries_of_a_part_say_where_they_are(size, deltas):
+    for delta in deltas:
+        rebuilt = torch.zeros(delta.shape.numel(), dtype=torch.float64)
+        with parts_of_size(size):
+            for part in parts_of([delta]):
+                entries = part.entries(delta)
+                rebuilt[entries.flat()] = entries.values.double()
+        torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
+def test_other_shapes_than_matrices_have_parts_too(shape):
+    values = torch.randn(shape, dtype=torch.float64)
+    with parts_of_size(5):
+        assert torch.equal(merge_by_parts([Dense(values), Dense(values)], summed).dense(), 2 * values)
+
+
+def test_a_kept_zero_stays_in_the_support():
+    delta = Sparse(torch.tensor([1, 4], dtype=torch.int32), torch.tensor([0.0, 2.0]), torch.Size((2, 3)))
+    merged = merge_by_parts([delta], summed)
+    assert merged.indices.tolist() == [1, 4]
+    assert merged.indices.dtype == torch.int32
