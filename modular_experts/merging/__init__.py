@@ -10,7 +10,10 @@ from modular_experts.merging.mag_max import MagMax
 from modular_experts.merging.magnitude_prune import MagnitudePrune
 from modular_experts.merging.method import MergeMethod
 from modular_experts.merging.model_stock import ModelStock
+from modular_experts.merging.ram import RAM, RAMPlus
+from modular_experts.merging.sce import SCE
 from modular_experts.merging.sparse_average import SparseAverage
+from modular_experts.merging.tall_mask import ConsensusTA, TALLMask
 from modular_experts.merging.task_arithmetic import TaskArithmetic
 from modular_experts.merging.ties import TIES
 
@@ -18,15 +21,20 @@ __all__ = [
     "DARE",
     "DARETIES",
     "DELLA",
+    "RAM",
+    "SCE",
     "TIES",
     "Average",
     "Breadcrumbs",
     "BreadcrumbsTIES",
+    "ConsensusTA",
     "DELLALinear",
     "MagMax",
     "MagnitudePrune",
     "MergeMethod",
     "ModelStock",
+    "RAMPlus",
     "SparseAverage",
+    "TALLMask",
     "TaskArithmetic",
 ]
