@@ -6,12 +6,18 @@ from modular_experts.merging.average import Average
 from modular_experts.merging.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.merging.dare import DARE, DARETIES
 from modular_experts.merging.della import DELLA, DELLALinear
+from modular_experts.merging.emr import EMR
+from modular_experts.merging.karcher import Karcher
 from modular_experts.merging.mag_max import MagMax
 from modular_experts.merging.magnitude_prune import MagnitudePrune
 from modular_experts.merging.method import MergeMethod
 from modular_experts.merging.model_stock import ModelStock
+from modular_experts.merging.multi_slerp import MultiSLERP
+from modular_experts.merging.nu_slerp import NuSLERP
+from modular_experts.merging.pcb import PCB
 from modular_experts.merging.ram import RAM, RAMPlus
 from modular_experts.merging.sce import SCE
+from modular_experts.merging.slerp import SLERP
 from modular_experts.merging.sparse_average import SparseAverage
 from modular_experts.merging.tall_mask import ConsensusTA, TALLMask
 from modular_experts.merging.task_arithmetic import TaskArithmetic
@@ -21,18 +27,24 @@ __all__ = [
     "DARE",
     "DARETIES",
     "DELLA",
+    "EMR",
+    "PCB",
     "RAM",
     "SCE",
+    "SLERP",
     "TIES",
     "Average",
     "Breadcrumbs",
     "BreadcrumbsTIES",
     "ConsensusTA",
     "DELLALinear",
+    "Karcher",
     "MagMax",
     "MagnitudePrune",
     "MergeMethod",
     "ModelStock",
+    "MultiSLERP",
+    "NuSLERP",
     "RAMPlus",
     "SparseAverage",
     "TALLMask",

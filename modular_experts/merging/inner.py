@@ -1,0 +1,86 @@
+"""Inner products of deltas: how far two experts point the same way, without making the dense form where that can be
+spared.
+
+They are taken in float64. The norm of a sum would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but loses every
+digit where two deltas are nearly orthogonal or of very different length. Which rule uses them is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+
+__all__ = ["inner", "inner_by_row", "row_count"]
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """Return the sum of the products of the entries of two deltas of one weight."""
+    return inner_by_row(one, other).sum().item()
+
+
+def inner_by_row(one: Delta, other: Delta) -> Tensor:
+    """Return the inner product of each row with the same row of the other delta, float64 `(rows,)`.
+
+    With a sparse delta only its entries are looked at, with a low-rank one only its factors, two dense ones are gone
+    through. A weight of one dimension is one row.
+    """
+    one, other = _by_entry(one), _by_entry(other)
+    if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
+        one, other = other, one  # what spares most comes first: sparse, low-rank, dense
+    if isinstance(one, Sparse):
+        return _with_sparse(one, other)
+    if isinstance(one, LowRank):
+        return _with_low_rank(one, other)
+    return torch.linalg.vecdot(_matrix(one), _matrix(other))
+
+
+def row_count(shape: Sequence[int]) -> int:
+    """Return how many rows a weight has: one, if it has a single dimension."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _by_entry(delta: Delta) -> Delta:
+    return delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+
+
+def _matrix(delta: Delta) -> Tensor:
+    return delta.dense().double().reshape(row_count(delta.shape), -1)
+
+
+def _with_sparse(sparse: Sparse, other: Delta) -> Tensor:
+    rows = row_count(sparse.shape)
+    indices = sparse.indices.long()
+    products = sparse.values.double() * _values_at(other, indices)
+    total = torch.zeros(rows, dtype=torch.float64, device=sparse.device)
+    return total.index_add_(0, indices // (sparse.shape.numel() // rows), products)
+
+
+def _values_at(delta: Delta, indices: Tensor) -> Tensor:
+    """Return the values at flat entries, zero where the delta keeps nothing."""
+    if isinstance(delta, LowRank):
+        rows, columns = indices // delta.shape[1], indices % delta.shape[1]
+        values = torch.zeros(indices.numel(), dtype=torch.float64, device=indices.device)
+        for up, down in zip(delta.up.double().T, delta.down.double(), strict=True):  # one rank at a time spares memory
+            values += up[rows] * down[columns]
+        return values
+    if isinstance(delta, Sparse):
+        if delta.is_empty:
+            return torch.zeros(indices.numel(), dtype=torch.float64, device=indices.device)
+        kept = delta.indices.long()
+        place = torch.searchsorted(kept, indices).clamp_(max=kept.numel() - 1)
+        return torch.where(kept[place] == indices, delta.values[place].double(), 0.0)
+    return delta.dense().reshape(-1)[indices].double()
+
+
+def _with_low_rank(low_rank: LowRank, other: Delta) -> Tensor:
+    """Return the rows of `(other @ down.T) * up`, summed; a low-rank other is multiplied factor by factor."""
+    up, down = low_rank.up.double(), low_rank.down.double()
+    if isinstance(other, LowRank):
+        across = other.up.double() @ (other.down.double() @ down.T)
+    else:
+        across = _matrix(other) @ down.T
+    return (across * up).sum(1)

@@ -1,0 +1,90 @@
+"""PCB: per entry a mean in which each expert has the say that its score there gives it (Du et al., "Parameter
+Competition Balancing for Model Merging", arXiv 2410.02396).
+
+The paper does not say what `Norm` is. Here it is the stretch to [0, 1] that its code uses; mergekit takes the Euclidean
+norm, after which the entries of a large weight are all next to zero and every expert has the same say. The code differs
+from the paper in more than that (it scores by `tanh(d_i * sum_j d_j)`); this is the paper, weight by weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.merging.method import MergeMethod, check_finite
+from modular_experts.merging.parts import Part, merge_by_parts
+
+__all__ = ["PCB"]
+
+
+@dataclass(frozen=True)
+class PCB(MergeMethod):
+    """PCB: `scale * sum_i b_i d_i / sum_i b_i` per entry, over the experts that keep the entry.
+
+    The score is `b_i = softmax(N norm(d_i d_i)) * sum_j softmax(norm(d_i d_j))`, where products are per entry, `norm`
+    stretches a weight's values to [0, 1], the softmax is over its entries and N is the number of experts that move the
+    weight. Of each expert the entries with the largest scores are kept, and all that tie with the last of them; an
+    entry that none keeps stays at the base. An expert has a say where its own delta is zero, if it keeps the entry.
+
+    Every expert is made dense, all at once and in float64, and each pair is looked at: it is for few experts, or small
+    weights. The result of sparse experts is sparse all the same, on the union of their supports. One expert merges to
+    itself at its kept entries, and so do copies of it. An expert that moves nothing changes nothing. The order of the
+    experts does not matter. A common factor of all experts is one of the result.
+
+    Args:
+        keep: Share of the weight's entries that are kept of each expert, in (0, 1]; rounded down to whole entries, but
+            at least one.
+        scale: Factor of the result.
+    """
+
+    keep: float = 0.1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"PCB: keep is the share of entries kept and must be in (0, 1], got {self.keep}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        movers = [values for values in map(_flat, deltas) if values.any()]
+        merged = self.scale * self._mean(movers) if movers else _flat(deltas[0])
+
+        def rule(part: Part) -> tuple[Tensor, None]:
+            return merged[slice(*(row * part.width for row in part.rows))], None
+
+        return merge_by_parts(deltas, rule)
+
+    def _mean(self, movers: Sequence[Tensor]) -> Tensor:
+        total, weight = torch.zeros_like(movers[0]), torch.zeros_like(movers[0])
+        for values in movers:
+            score = self._kept(_score(values, movers))
+            total += score * values
+            weight += score
+        return torch.where(weight > 0, total / weight, 0.0)
+
+    def _kept(self, score: Tensor) -> Tensor:
+        dropped = score.numel() - max(1, int(self.keep * score.numel()))
+        return torch.where(score >= score.kthvalue(dropped + 1).values, score, 0.0)
+
+
+def _flat(delta: Delta) -> Tensor:
+    return delta.dense().double().reshape(-1)
+
+
+def _score(values: Tensor, movers: Sequence[Tensor]) -> Tensor:
+    """Return the scores of an expert's entries, all above zero."""
+    own = (len(movers) * _stretched(values * values)).softmax(0)
+    shared = torch.zeros_like(values)
+    for other in movers:
+        shared += _stretched(values * other).softmax(0)
+    return own * shared
+
+
+def _stretched(values: Tensor) -> Tensor:
+    """Return the values moved and scaled to [0, 1]; zeros where they are all equal."""
+    low, high = values.aminmax()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
