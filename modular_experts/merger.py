@@ -1,4 +1,4 @@
-"""The merger: many experts on disk, one merge method, one expert on disk.
+"""The merger: many experts on disk, one merge method or one per weight, one expert on disk.
 
 Weight by weight over the sorted union, so that the experts may be larger than memory. How deltas become one is the
 merge method's business; models are unknown here, because deltas need no base.
@@ -6,6 +6,8 @@ merge method's business; models are unknown here, because deltas need no base.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,29 +20,167 @@ from modular_experts.library import (
     as_parents,
     check_target,
     common_base,
+    gather_statistics,
     make_record,
     open_expert,
     open_experts,
     union_of_weights,
     write_expert,
 )
+from modular_experts.merge_rules import assign
 from modular_experts.merging import MergeMethod
 
-__all__ = ["merge"]
+__all__ = ["Merged", "describe", "merge"]
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
+Rules = Mapping[str, MergeMethod | None]
+
+
+class Merged(Mapping[str, Delta]):
+    """The deltas of a merge, by weight name, each merged when it is asked for and none of them kept.
+
+    It can be used like an expert that is not written anywhere: applied to a model, written to a checkpoint, measured.
+
+    Args:
+        experts: The experts, in the order that the methods get.
+        method: The method of all weights that no pattern of `per_weight` matches; without one, they stay at the base.
+        per_weight: Pattern of weight names and method, or None for what shall stay at the base; see `merge_rules`.
+
+    Raises:
+        ValueError: Bases or shapes differ, the rules do not fit, or an expert lacks the statistics that a method needs.
+    """
+
+    def __init__(
+        self, experts: Sequence[StoredExpert], method: MergeMethod | None, per_weight: Rules | None = None
+    ) -> None:
+        self.experts = list(experts)
+        self.base = common_base(experts)
+        self.rules = assign(list(shapes := union_of_weights(experts)), method, per_weight or {})
+        self._shapes = {name: shapes[name] for name in self.rules}
+        self._method, self._per_weight = method, dict(per_weight or {})
+        self._bound = {key: chosen.prepare(self._stream(key)) for key, chosen in self._distinct().items()}
+        self._statistics = {
+            key: gather_statistics(experts, chosen.statistics, {name: self._shapes[name] for name in self._names(key)})
+            for key, chosen in self._distinct().items()
+        }
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._merge(name, self._bound[id(self.rules[name])])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each merged weight, without merging it."""
+        return dict(self._shapes)
+
+    def beside(self) -> dict[str, Mapping[str, Delta]]:
+        """Return what belongs beside the merge: the task vector of each expert's own task, by the expert's name.
+
+        It is empty but for methods, such as EMR, that give each task an expert of its own.
+        """
+        count = len(self.experts)
+        methods = {key: bound.beside(count) for key, bound in self._bound.items()}
+        if not any(methods.values()):
+            return {}
+        return {expert.name: _Beside(self, methods, place) for place, expert in enumerate(self.experts)}
+
+    def record(self) -> dict[str, Any]:
+        """Return the record of the merge as an expert."""
+        return make_record(
+            "merge",
+            self.base,
+            tasks=sorted({task for expert in self.experts for task in expert.record["tasks"]}),
+            parents=as_parents(self.experts),
+            method=describe(self._method) if self._method else None,
+            per_weight={pattern: chosen and describe(chosen) for pattern, chosen in self._per_weight.items()},
+        )
+
+    def key(self) -> str:
+        """Return a hash of all that the result depends on: the experts' content, and the settings of the methods."""
+        record = self.record()
+        content = {name: record[name] for name in ("parents", "method", "per_weight", "versions")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def deltas_of(self, name: str) -> list[Delta]:
+        """Return the deltas of one weight, one per expert; an expert that does not move it gives a zero."""
+        shape = self._shapes[name]
+        return [expert[name] if name in expert else Sparse.zero(shape) for expert in self.experts]
+
+    def _merge(self, name: str, bound: MergeMethod) -> Delta:
+        method = bound.at(name).informed(self._statistics[id(self.rules[name])](name))
+        merged = method.merge(self.deltas_of(name))
+        if not isinstance(merged, Delta) or merged.shape != self._shapes[name]:
+            raise ValueError(
+                f"{type(method).__name__}.merge must return a delta of shape {tuple(self._shapes[name])} for {name}, "
+                f"got {merged!r}"
+            )
+        self._release(name)
+        return merged
+
+    def _release(self, name: str) -> None:
+        for expert in self.experts:
+            if name in expert:
+                expert.release(name)
+
+    def _distinct(self) -> dict[int, MergeMethod]:
+        return {id(chosen): chosen for chosen in self.rules.values()}
+
+    def _names(self, key: int) -> list[str]:
+        return [name for name, chosen in self.rules.items() if id(chosen) == key]
+
+    def _stream(self, key: int) -> Iterable[Sequence[Delta]]:
+        return _Stream(self, self._names(key))
+
+
+class _Stream(Iterable[Sequence[Delta]]):
+    """The deltas of one weight after the other; every iteration reads the experts anew."""
+
+    def __init__(self, merged: Merged, names: Sequence[str]) -> None:
+        self._merged = merged
+        self._names = names
+
+    def __iter__(self) -> Iterator[Sequence[Delta]]:
+        for name in self._names:
+            yield self._merged.deltas_of(name)
+            self._merged._release(name)
+
+
+class _Beside(Mapping[str, Delta]):
+    """The task vector of one task beside a merge; weights whose method gives none are those of the merge."""
+
+    def __init__(self, merged: Merged, methods: Mapping[int, Sequence[MergeMethod]], place: int) -> None:
+        self._merged = merged
+        self._methods = methods
+        self._place = place
+
+    def __getitem__(self, name: str) -> Delta:
+        methods = self._methods[id(self._merged.rules[name])]
+        return self._merged._merge(name, methods[self._place]) if methods else self._merged[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
 
 
 def merge(
     experts: Sequence[str | Path],
-    method: MergeMethod,
+    method: MergeMethod | None,
     out: str | Path,
     overwrite: bool = False,
     progress: Progress = iter,
+    per_weight: Rules | None = None,
 ) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
     A weight that an expert does not move counts as a delta of zero. One weight of every expert is in memory at a time.
+    A merge that was interrupted goes on where it stopped, if it is asked for again. A method such as EMR also writes an
+    expert for the task of each expert, named after `out` and it.
 
     Args:
         experts: Directories of the experts, in the order that the method gets.
@@ -48,27 +188,22 @@ def merge(
         out: Directory of the merged expert.
         overwrite: Whether an expert that is there may be replaced.
         progress: Wraps the names of the weights while they are gone through, for a progress bar.
+        per_weight: Pattern of weight names and method, or None for what shall stay at the base. The first pattern that
+            matches the whole name counts; without `method`, what no pattern matches stays at the base.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-        ValueError: The list is empty or names an expert twice, bases or shapes differ, or a file is damaged.
+        ValueError: The list is empty or names an expert twice, bases or shapes differ, a file is damaged, a pattern
+            matches nothing, or an expert lacks the statistics that a method needs.
     """
-    check_target(out, overwrite)
-    opened = open_experts(experts)
-    base, shapes = common_base(opened), union_of_weights(opened)
-    bound = method.prepare(_DeltaStream(opened, shapes))
-    record = make_record(
-        "merge",
-        base,
-        tasks=sorted({task for expert in opened for task in expert.record["tasks"]}),
-        parents=as_parents(opened),
-        method=describe(method),
-    )
-    merged = (
-        (name, _merge_one(bound, name, _deltas_of(opened, name, shapes[name]))) for name in progress(list(shapes))
-    )
-    write_expert(out, merged, record, overwrite)
-    return open_expert(out)
+    target = check_target(out, overwrite)
+    merged = Merged(open_experts(experts), method, per_weight)
+    beside = {target.with_name(f"{target.name}-{name}"): deltas for name, deltas in merged.beside().items()}
+    for path in beside:
+        check_target(path, overwrite)
+    for path, deltas in {target: merged, **beside}.items():
+        write_expert(path, deltas, merged.record(), overwrite, merged.key(), progress)
+    return open_expert(target)
 
 
 def describe(method: MergeMethod) -> dict[str, Any]:
@@ -76,29 +211,3 @@ def describe(method: MergeMethod) -> dict[str, Any]:
     kind = type(method)
     public = {name: value for name, value in vars(method).items() if not name.startswith("_")}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": public}
-
-
-class _DeltaStream(Iterable[Sequence[Delta]]):
-    """The deltas of one weight after the other; every iteration reads the experts anew."""
-
-    def __init__(self, experts: Sequence[StoredExpert], shapes: Mapping[str, torch.Size]) -> None:
-        self._experts = experts
-        self._shapes = shapes
-
-    def __iter__(self) -> Iterator[Sequence[Delta]]:
-        for name, shape in self._shapes.items():
-            yield _deltas_of(self._experts, name, shape)
-
-
-def _deltas_of(experts: Sequence[StoredExpert], name: str, shape: torch.Size) -> list[Delta]:
-    return [expert[name] if name in expert else Sparse.zero(shape) for expert in experts]
-
-
-def _merge_one(method: MergeMethod, name: str, deltas: Sequence[Delta]) -> Delta:
-    merged = method.at(name).merge(deltas)
-    if not isinstance(merged, Delta) or merged.shape != deltas[0].shape:
-        raise ValueError(
-            f"{type(method).__name__}.merge must return a delta of shape {tuple(deltas[0].shape)} for {name}, "
-            f"got {merged!r}"
-        )
-    return merged

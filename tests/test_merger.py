@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from random_deltas import random_delta
 
-from modular_experts import merger
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger import merge
+from modular_experts.library import make_record, new_directory, open_expert, write_expert
+from modular_experts.merger import Merged, merge
 from modular_experts.merging import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
@@ -63,7 +63,7 @@ def test_global_ties_sees_every_weight(library):
     for i, path in enumerate(paths):
         expert = open_expert(path)
         long = torch.cat([entries(expert, name).view(-1) for name in SHAPES]).abs()
-        cut = long.sort(descending=True).values[round(0.1 * long.numel()) - 1]
+        cut = long.sort(descending=True).values[int(0.1 * long.numel()) - 1]
         trimmed[i] = {name: entries(expert, name) * (entries(expert, name).abs() >= cut) for name in SHAPES}
     for name in SHAPES:
         expected = TIES(keep=1.0).merge([Dense(trimmed[0][name]), Dense(trimmed[1][name])]).dense()
@@ -92,7 +92,7 @@ def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
 
 def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
     alive, most = [], 0
-    read = merger._deltas_of
+    read = Merged.deltas_of
 
     def counted(*arguments):
         nonlocal most
@@ -102,7 +102,7 @@ def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
         most = max(most, len(alive))
         return found
 
-    monkeypatch.setattr(merger, "_deltas_of", counted)
+    monkeypatch.setattr(Merged, "deltas_of", counted)
     merge([library / "one", library / "two", library / "three"], SparseAverage(), library / "merged")
     assert most <= 6, "deltas of more than this weight and the last one are alive"
 
@@ -179,3 +179,183 @@ def test_a_method_that_returns_no_delta_is_told_so(library):
     with pytest.raises(ValueError, match=r"a.weight cannot be stored: it holds values that are not finite"):
         merge([library / "one"], Explodes(), library / "merged")
     assert not (library / "merged").exists()
+
+
+def merge_two(library, out, **settings):
+    return merge([library / "one", library / "two"], settings.pop("method", Average()), library / out, **settings)
+
+
+def test_patterns_give_weights_methods_of_their_own(library):
+    rules = {r"[ab]\.weight": TaskArithmetic(3.0), "c.*": None}
+    merged = merge_two(library, "merged", method=None, per_weight=rules)
+    one, two = (open_expert(library / name) for name in ("one", "two"))
+    assert list(merged) == ["a.weight", "b.weight"]
+    torch.testing.assert_close(merged["a.weight"].dense(), 3 * (one["a.weight"].dense() + two["a.weight"].dense()))
+    assert merged.record["method"] is None
+    assert merged.record["per_weight"]["c.*"] is None
+    assert merged.record["per_weight"][r"[ab]\.weight"]["init_args"]["scale"] == 3.0
+
+
+def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
+    first_wins = {"a.*": TaskArithmetic(), ".*weight": TaskArithmetic(5.0)}
+    with_rest = merge_two(library, "with-rest", per_weight={"a.*": TaskArithmetic()})
+    without = merge_two(library, "without", method=None, per_weight={"a.*": TaskArithmetic()})
+    narrow = merge_two(library, "narrow", method=None, per_weight=first_wins)
+    average = merge_two(library, "average")
+    assert list(without) == ["a.weight"]
+    assert torch.equal(with_rest["a.weight"].dense(), without["a.weight"].dense())
+    assert torch.equal(with_rest["c.weight"].dense(), average["c.weight"].dense())
+    assert torch.equal(narrow["a.weight"].dense(), without["a.weight"].dense())
+    torch.testing.assert_close(narrow["c.weight"].dense(), 10 * average["c.weight"].dense())
+
+
+def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library):
+    method = TIES(keep=0.3, scope="global")
+    apart = merge_two(library, "apart", method=None, per_weight={"a.*": method})
+    alone = method.prepare([[open_expert(library / name)["a.weight"] for name in ("one", "two")]])
+    expected = alone.merge([open_expert(library / name)["a.weight"] for name in ("one", "two")])
+    assert torch.equal(apart["a.weight"].dense(), expected.dense())
+
+
+@pytest.mark.parametrize(
+    ("method", "rules", "sentence"),
+    [
+        (Average(), {r"d\..*": TIES()}, r"'d\\\.\.\*' matches no weight that the experts move; one of them is"),
+        (Average(), {"(": TIES()}, "'\\(' is no regular expression"),
+        (Average(), {".*": TIES(), "a.*": TIES()}, "all that 'a.*' matches is matched by '.*' before it"),
+        (None, {}, "there is no merge method"),
+        (None, {".*": None}, "there is no merge method"),
+        (None, {"a.*": None, "d.*": TIES()}, "matches no weight"),
+    ],
+)
+def test_bad_rules_get_a_sentence(library, method, rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        merge_two(library, "merged", method=method, per_weight=rules)
+    assert not (library / "merged").exists()
+
+
+@dataclass(frozen=True)
+class Interrupted(MergeMethod):
+    """Averages until the weight `at_weight` comes, and is interrupted there."""
+
+    calls: ClassVar[list[str]] = []
+    at_weight: ClassVar[str] = ""
+    reason: ClassVar[type[BaseException]] = KeyboardInterrupt
+
+    def at(self, name):
+        self.calls.append(name)
+        if name == self.at_weight:
+            raise self.reason
+        return self
+
+    def merge(self, deltas):
+        return Average().merge(deltas)
+
+
+def interrupted_at(library, weight, reason=KeyboardInterrupt):
+    Interrupted.calls.clear()
+    Interrupted.at_weight, Interrupted.reason = weight, reason
+    if weight:
+        with pytest.raises(reason):
+            merge_two(library, "merged", method=Interrupted())
+    else:
+        merge_two(library, "merged", method=Interrupted())
+    return list(Interrupted.calls)
+
+
+def hidden(library):
+    return [path for path in library.iterdir() if path.name.startswith(".")]
+
+
+def test_interrupted_merge_goes_on_where_it_stopped_and_ends_with_the_same_bytes(library):
+    assert interrupted_at(library, "b.weight") == ["a.weight", "b.weight"]
+    assert len(hidden(library)) == 1
+    assert not (library / "merged").exists()
+    assert interrupted_at(library, "c.weight") == ["b.weight", "c.weight"]
+    assert interrupted_at(library, "") == ["c.weight"]
+    assert not hidden(library)
+    whole = merge_two(library, "whole", method=Interrupted())
+    assert (library / "merged/delta.safetensors").read_bytes() == (library / "whole/delta.safetensors").read_bytes()
+    assert open_expert(library / "merged").content_hash == whole.content_hash
+
+
+def test_what_an_interrupted_merge_left_is_only_taken_up_whole(library):
+    interrupted_at(library, "c.weight")
+    (place,) = hidden(library)
+    data = place / "delta.safetensors.data"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1  # the last bytes of b.weight
+    data.write_bytes(content)
+    with (place / "delta.safetensors.notes").open("a") as notes:
+        notes.write('{"what": ["c.wei')
+    assert interrupted_at(library, "") == ["b.weight", "c.weight"]
+    open_expert(library / "merged").verify()
+
+
+def test_another_merge_does_not_take_up_what_one_left(library):
+    interrupted_at(library, "c.weight")
+    merge_two(library, "merged", method=TaskArithmetic())
+    assert len(hidden(library)) == 1
+    assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
+
+
+def test_error_leaves_nothing_to_take_up(library):
+    interrupted_at(library, "b.weight", reason=ArithmeticError)
+    assert not hidden(library)
+
+
+def test_two_processes_do_not_write_one_merge(library):
+    with new_directory(library / "x", key="k" * 16) as first:
+        (first / "expert.json").touch()
+        second = new_directory(library / "x", key="k" * 16)
+        with pytest.raises(BlockingIOError, match="x is being written by another process"):
+            second.__enter__()
+        assert len(hidden(library)) == 1
+
+
+@dataclass(frozen=True)
+class WithTasks(MergeMethod):
+    """A method that gives each expert's task twice its own delta, beside the average."""
+
+    own: int | None = None
+
+    def merge(self, deltas):
+        return Average().merge(deltas) if self.own is None else deltas[self.own] * 2
+
+    def beside(self, count):
+        return [WithTasks(own) for own in range(count)]
+
+
+def test_experts_of_the_tasks_are_written_beside_the_merge(library):
+    merge_two(library, "merged", method=WithTasks())
+    for name in ("one", "two"):
+        beside, own = open_expert(library / f"merged-{name}"), open_expert(library / name)
+        for weight in own:
+            assert torch.equal(beside[weight].dense(), 2 * own[weight].dense())
+        assert [parent["name"] for parent in beside.record["parents"]] == ["one", "two"]
+    with pytest.raises(FileExistsError):
+        merge_two(library, "merged", method=WithTasks())
+
+
+def test_existing_expert_of_a_task_stops_the_merge_before_it_begins(library):
+    make(library / "merged-two", "Sparse", 5)
+    with pytest.raises(FileExistsError, match="merged-two"):
+        merge_two(library, "merged", method=WithTasks())
+    assert not (library / "merged").exists()
+
+
+def test_merged_deltas_are_made_when_they_are_asked_for_and_can_be_used_like_an_expert(library):
+    merged = Merged([open_expert(library / "one"), open_expert(library / "two")], Average())
+    written = merge_two(library, "written")
+    assert merged.shapes() == written.shapes()
+    for name in written:
+        assert torch.equal(merged[name].dense(), written[name].dense())
+
+
+def test_released_memory_is_read_again_from_the_file(library):
+    expert = open_expert(library / "one")
+    delta = expert["a.weight"]
+    before = delta.values.clone()
+    expert.release("a.weight")
+    assert torch.equal(delta.values, before)
+    assert torch.equal(expert["a.weight"].values, before)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, StoredExpert, open_expert, write_expert
+from modular_experts.library.gathering import gather_statistics
 from modular_experts.library.paths import check_name, check_target, is_name, new_directory
 from modular_experts.library.record import make_record
+from modular_experts.library.statistics import open_statistics, write_statistics
 from modular_experts.library.together import (
     as_parents,
     check_base,
@@ -26,12 +28,15 @@ __all__ = [
     "check_name",
     "check_target",
     "common_base",
+    "gather_statistics",
     "make_record",
     "new_directory",
     "open_expert",
     "open_experts",
+    "open_statistics",
     "union_of_weights",
     "write_expert",
+    "write_statistics",
 ]
 
 _FILES = (RECORD_FILE, DELTA_FILE)

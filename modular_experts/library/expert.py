@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modular_experts.deltas import Delta
-from modular_experts.library.packing import Layout, check_layout, pack, unpack
+from modular_experts.library.packing import Layout, check_layout, check_numbers, pack, unpack
 from modular_experts.library.paths import check_name, check_target, new_directory
 from modular_experts.library.record import FORMAT, plain, read_record
-from modular_experts.library.tensorfile import TensorFileWriter, tensor_bytes
+from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
 
 __all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_expert"]
 
 DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
 _DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+_WIDTH = {"torch.float32": 4, "torch.int32": 4, "torch.int64": 8}
 
 
 class StoredExpert(Mapping[str, Delta]):
-    """The deltas of an expert on disk, by weight name, each read and checked when it is asked for.
+    """The deltas of an expert on disk, by weight name, each read when it is asked for, and checked the first time.
 
     Attributes:
         path: Directory of the expert.
@@ -47,8 +48,9 @@ class StoredExpert(Mapping[str, Delta]):
         self.path = path
         self.name = path.name
         self.record = record
-        self._file = _open_tensors(path / DELTA_FILE)
-        self._table = _read_table(path / DELTA_FILE, self._file)
+        self._table = _read_table(path / DELTA_FILE, _open_tensors(path / DELTA_FILE))
+        self._tensors = MappedTensors(path / DELTA_FILE)
+        self._checked: set[str] = set()
         if content_hash(self._table) != record["content_hash"]:
             raise self._damaged(f"its content hash is not the one in {path / RECORD_FILE}")
 
@@ -99,15 +101,30 @@ class StoredExpert(Mapping[str, Delta]):
 
     def __getitem__(self, name: str) -> Delta:
         entry = self._table[name]
-        tensors = {}
+        tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
+        if name in self._checked:
+            return unpack(entry["form"], entry["shape"], tensors)
         for suffix, stored in entry["tensors"].items():
-            tensors[suffix] = self._file.get_tensor(f"{name}/{suffix}")
             if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
                 raise self._damaged(f"the {suffix} of {name} are not what was written")
         try:
-            return unpack(entry["form"], entry["shape"], tensors)
+            check_numbers(entry["form"], entry["shape"], tensors)
         except ValueError as error:
             raise self._damaged(f"{error} ({name})") from error
+        self._checked.add(name)
+        return unpack(entry["form"], entry["shape"], tensors)
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that a weight's delta was read into; a delta that is still held stays as it is."""
+        for suffix in self._table[name]["tensors"]:
+            self._tensors.release(f"{name}/{suffix}")
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Return how many bytes the delta of each weight has in the file, without reading it."""
+        return {
+            name: sum(_WIDTH[t["dtype"]] * math.prod(t["shape"]) for t in self._table[name]["tensors"].values())
+            for name in self
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._table))
@@ -142,7 +159,12 @@ def open_expert(path: str | Path) -> StoredExpert:
 
 
 def write_expert(
-    path: str | Path, deltas: Iterable[tuple[str, Delta]], record: Mapping[str, Any], overwrite: bool = False
+    path: str | Path,
+    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
+    record: Mapping[str, Any],
+    overwrite: bool = False,
+    key: str | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
@@ -151,6 +173,9 @@ def write_expert(
         deltas: Name and delta of each weight, in any order. Shape and orientation are those of the base's parameter.
         record: What `make_record` gives.
         overwrite: Whether an expert that is there may be replaced.
+        key: What the deltas depend on. With it, and deltas in a mapping, writing that was interrupted goes on where it
+            stopped, and the weights that were written are not asked for again.
+        progress: Wraps the names of a mapping while they are gone through, for a progress bar.
 
     Returns:
         The content hash.
@@ -160,8 +185,8 @@ def write_expert(
         ValueError: A name comes twice, a value is not finite, or there is no weight at all.
     """
     target = check_target(path, overwrite)
-    with new_directory(target, overwrite) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas)
+    with new_directory(target, overwrite, key=key) as directory:
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress)
         content = plain({**record, "content_hash": content_hash(table)})
         (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return content_hash(table)
@@ -172,17 +197,38 @@ def content_hash(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _write_deltas(file: Path, deltas: Iterable[tuple[str, Delta]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
+def _write_deltas(
+    file: Path,
+    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
+    progress: Callable[[Sequence[str]], Iterable[str]],
+) -> dict[str, Any]:
     with TensorFileWriter(file) as writer:
-        for name, delta in deltas:
+        table: dict[str, Any] = dict(writer.resume(_is_whole))
+        for name, delta in _pairs(deltas, table, progress):
             if name in table:
                 raise ValueError(f"the weight {name} was given twice")
             table[name] = _write_delta(writer, name, delta)
+            writer.note([name, table[name]])
         if not table:
             raise ValueError("an expert that moves no weight cannot be stored")
         writer.finish(json.dumps({"format": FORMAT, "weights": table}, sort_keys=True))
     return table
+
+
+def _pairs(
+    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
+    written: Mapping[str, Any],
+    progress: Callable[[Sequence[str]], Iterable[str]],
+) -> Iterable[tuple[str, Delta]]:
+    if not isinstance(deltas, Mapping):
+        return deltas
+    return ((name, deltas[name]) for name in progress([name for name in deltas if name not in written]))
+
+
+def _is_whole(note: tuple[str, Any], sha256: Callable[[str], str]) -> bool:
+    """Return whether the tensors of a weight that was written earlier are what they were."""
+    name, entry = note
+    return all(sha256(f"{name}/{suffix}") == stored["sha256"] for suffix, stored in entry["tensors"].items())
 
 
 def _write_delta(writer: TensorFileWriter, name: str, delta: Delta) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from modular_experts.blocks import block_grid, index_dtype
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 
-__all__ = ["FORMS", "check_layout", "pack", "unpack"]
+__all__ = ["FORMS", "check_layout", "check_numbers", "pack", "unpack"]
 
 # The tensors of each form: name in the file -> field of the class.
 FORMS: dict[str, dict[str, str]] = {
@@ -86,23 +86,28 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
             raise ValueError(f"its {suffix} are {dtype} and must be {_stored_dtype(suffix, shape)}")
 
 
-def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Delta:
-    """Return the delta of checked layout, after a look at its numbers.
+def check_numbers(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    """Check the numbers in tensors of checked layout.
 
     Raises:
         ValueError: An index is out of bounds, out of order or doubled, or a value is not finite.
     """
-    size = torch.Size(shape)
     for suffix, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"its {suffix} hold numbers that are not finite")
+    delta = unpack(form, shape, tensors)
+    if isinstance(delta, Sparse):
+        _check_order(delta.indices, delta.shape.numel())
+    if isinstance(delta, BlockSparse):
+        _check_order(delta.blocks, math.prod(block_grid(delta.shape, delta.tile)))
+
+
+def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Delta:
+    """Return the delta of tensors of checked layout and numbers."""
     if form == "Sparse":
-        _check_order(tensors["indices"], math.prod(size))
-        return Sparse(tensors["indices"], tensors["values"], size)
+        return Sparse(tensors["indices"], tensors["values"], torch.Size(shape))
     if form == "BlockSparse":
-        tiles = BlockSparse(tensors["blocks"], tensors["values"], size)
-        _check_order(tiles.blocks, math.prod(block_grid(size, tiles.tile)))
-        return tiles
+        return BlockSparse(tensors["blocks"], tensors["values"], torch.Size(shape))
     return LowRank(tensors["up"], tensors["down"]) if form == "LowRank" else Dense(tensors["dense"])
 
 

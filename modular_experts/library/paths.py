@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes that do the same work would disturb each other
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["check_name", "check_target", "is_name", "new_directory"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -75,21 +80,57 @@ def _check_parents(target: Path) -> None:
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool = False, marker: str = "expert.json") -> Iterator[Path]:
+def new_directory(
+    target: Path, overwrite: bool = False, marker: str = "expert.json", key: str | None = None
+) -> Iterator[Path]:
     """Give a temporary directory beside the target, and move it into place when the block ends without an error.
 
     Whoever looks at the target sees nothing or the whole. Where a directory is replaced, the old one is moved aside
     first: between two renames there is none, but never half of one.
+
+    Args:
+        target: The directory to write.
+        overwrite: Whether a directory that is there may be replaced.
+        marker: The file that shows that a directory was written by us.
+        key: What tells this work from any other. With it, a block that is interrupted, or whose process is killed,
+            leaves its files, and the next one with the same key finds them. An error removes them.
+
+    Raises:
+        BlockingIOError: Another process does the same work at this moment.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(target)
-    temporary.mkdir()
+    temporary = target.with_name(f".{target.name}.{key[:16]}") if key else _beside(target)
+    temporary.mkdir(exist_ok=key is not None)
+    kept = False
     try:
-        yield temporary
-        _flush(temporary)
-        _move(temporary, check_target(target, overwrite, marker))
+        with _locked(temporary, target):
+            yield temporary
+            _flush(temporary)
+            _move(temporary, check_target(target, overwrite, marker))
+    except (KeyboardInterrupt, BlockingIOError):
+        kept = key is not None
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(temporary: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on a directory that others may find by its name; the system lets go of it when a process ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"{target} is being written by another process; wait for it, or choose another place"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def _move(temporary: Path, target: Path) -> None:

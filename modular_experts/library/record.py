@@ -31,6 +31,7 @@ def make_record(
     scores: Mapping[str, Any] | None = None,
     parents: Sequence[Mapping[str, str]] = (),
     method: Mapping[str, Any] | None = None,
+    per_weight: Mapping[str, Any] | None = None,
     costs: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def make_record(
         scores: What it scored, by task.
         parents: `name` and `content_hash` of each expert it was made from, or trained on top of.
         method: The merge method, `class_path` and `init_args`, of a merged expert.
+        per_weight: Merge methods of single weights, by a pattern of their names; null for what stays at the base.
         costs: What training held and took: bytes of optimizer state, selections of the support and their cost.
         seed: Seed of the run.
     """
@@ -56,6 +58,7 @@ def make_record(
         "scores": dict(scores or {}),
         "parents": [dict(parent) for parent in parents],
         "method": dict(method) if method else None,
+        "per_weight": dict(per_weight or {}),
         "costs": dict(costs or {}),
         "versions": package_versions(),
         "seed": seed,

@@ -1,29 +1,37 @@
-"""Tensor files: a safetensors file written one tensor at a time, so that memory does not grow with the file.
+"""Tensor files: a safetensors file written one tensor at a time and read one at a time, so that memory does not grow
+with the file.
 
 The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header can
 only be known at the end, so the bytes go to a file of their own first and are copied behind it by the operating
-system.
+system. Reading maps the file into memory, as safetensors does, but can also let go of what was read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import shutil
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["TensorFileWriter", "tensor_bytes"]
+__all__ = ["MappedTensors", "TensorFileWriter", "tensor_bytes"]
 
 _DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class TensorFileWriter:
     """Writes `file`; nothing is there under that name before `finish`. Use it in a `with` block.
+
+    A writer that did not finish leaves a file of bytes, and of what it was told to note; the next one for the same
+    `file` finds both by `resume`.
 
     Args:
         file: The file to write, in a directory that exists.
@@ -31,14 +39,17 @@ class TensorFileWriter:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._data = file.with_name(f"{file.name}.data").open("wb")
+        self._data = file.with_name(f"{file.name}.data").open("ab+")
+        self._notes = file.with_name(f"{file.name}.notes").open("a+", encoding="utf-8")
         self._header: dict[str, Any] = {}
+        self._noted = 0
 
     def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._data.close()
+        self._notes.close()
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Append a contiguous tensor on the CPU; return the SHA-256 of its bytes."""
@@ -48,6 +59,44 @@ class TensorFileWriter:
         offsets = [start, self._data.tell()]
         self._header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         return hashlib.sha256(content).hexdigest()
+
+    def note(self, what: Any) -> None:
+        """Note that the tensors written since the last note are complete, with what the caller wants to find again."""
+        new = dict(list(self._header.items())[self._noted :])
+        self._noted = len(self._header)
+        self._data.flush()
+        self._notes.write(json.dumps({"what": what, "header": new}) + "\n")
+        self._notes.flush()
+
+    def resume(self, check: Callable[[Any, Callable[[str], str]], bool]) -> list[Any]:
+        """Take up what an earlier writer noted and left, up to the first that is not what it was; return the notes.
+
+        Args:
+            check: Gets a note, and what gives the SHA-256 of a tensor that was written with it.
+        """
+        self._notes.seek(0)
+        found, end, kept = [], 0, 0
+        for line in self._notes:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut short when the process ended
+                break
+            header = entry["header"]
+            if not check(entry["what"], lambda name, header=header: self._sha256(header[name]["data_offsets"])):  # type: ignore[misc]
+                break
+            found.append(entry["what"])
+            self._header |= header
+            kept += len(line.encode())
+            end = max([end, *(tensor["data_offsets"][1] for tensor in header.values())])
+        self._noted = len(self._header)
+        self._notes.truncate(kept)
+        self._data.truncate(end)
+        self._data.seek(0, os.SEEK_END)
+        return found
+
+    def _sha256(self, offsets: Sequence[int]) -> str:
+        self._data.seek(offsets[0])
+        return hashlib.sha256(self._data.read(offsets[1] - offsets[0])).hexdigest()
 
     def finish(self, metadata: str) -> None:
         """Write the file, with one metadata entry: several would come back in random order."""
@@ -59,6 +108,42 @@ class TensorFileWriter:
             out.write(struct.pack("<Q", len(header)) + header)
             shutil.copyfileobj(source, out, length=1 << 24)
         data.unlink()
+        Path(self._notes.name).unlink()
+
+
+class MappedTensors:
+    """The tensors of a file that `safetensors` has opened before, and so found to be sound.
+
+    A tensor is a view of the mapped file: it costs no memory of the process but pages that the system may drop, and
+    `release` drops them at once. A copy-on-write mapping, because torch warns of memory that it must not write to.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        (length,) = struct.unpack("<Q", self._mapped[:8])
+        self._start = 8 + length
+        self._header = json.loads(self._mapped[8 : self._start])
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._header[name]
+        first, last = entry["data_offsets"]
+        dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
+        if first == last:
+            return torch.empty(shape, dtype=dtype)
+        count = (last - first) // dtype.itemsize
+        return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=self._start + first).view(shape)
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that a tensor was read into; whoever still holds it reads it again from the file."""
+        first, last = (self._start + offset for offset in self._header[name]["data_offsets"])
+        first += -first % mmap.PAGESIZE  # pages that hold nothing else
+        last -= last % mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,0 +1,243 @@
+"""Stored statistics: what an expert's data say about weights, in `<expert>/statistics/<kind>.safetensors`.
+
+Each tensor is float32 and named after its weight; tensors with the same bytes are stored once (the projections of one
+attention layer have the same inputs). The file's metadata say of which expert the statistics are, by content hash and
+fingerprint of the base, on which data they were taken, and shape, norm and SHA-256 of each tensor. The expert's own
+files and its content hash stay as they are. How statistics are taken is the business of `modular_experts.statistics`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modular_experts.library.expert import StoredExpert
+from modular_experts.library.paths import is_name
+from modular_experts.library.record import plain
+from modular_experts.library.tensorfile import TensorFileWriter, tensor_bytes
+from modular_experts.merging.statistic import Statistic
+
+__all__ = [
+    "StoredStatistics",
+    "check_statistics_targets",
+    "command_for",
+    "has_statistics",
+    "kinds_of_statistics",
+    "open_statistics",
+    "write_statistics",
+]
+
+FOLDER = "statistics"
+FORMAT = "modular-experts/statistics/1"
+_FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}
+
+
+class StoredStatistics(Mapping[str, Statistic | None]):
+    """The statistics of one kind on one expert's data, by weight name, each read and checked when it is asked for.
+
+    A weight about which the kind has nothing to say gives none.
+
+    Attributes:
+        file: The file.
+        facts: What its metadata say beside the table of weights: `expert` and `base` (hashes), `tasks` (rows of each),
+            `data` (how they were taken), `among` (the content hashes of the experts that they hold for together; empty
+            if they hold for any).
+    """
+
+    def __init__(self, expert: StoredExpert, kind: str) -> None:
+        self.file = _file(expert, kind)
+        self._anew = command_for([expert], kind, overwrite=True)
+        self.facts = self._read_facts()
+        self._table: dict[str, Any] = self.facts.pop("weights")
+        if self.facts["expert"] != expert.content_hash:
+            raise ValueError(
+                f"{self.file} was made for other contents than those of the expert ({self.facts['expert'][:12]}, not "
+                f"{expert.content_hash[:12]}); take the statistics anew: {self._anew}"
+            )
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes of the file."""
+        return self.file.stat().st_size
+
+    def fits(self, name: str, shape: Sequence[int]) -> bool:
+        """Return whether the statistic of a weight can be one of a weight of this shape, without reading it."""
+        entry = self._table[name]
+        square = [shape[entry["inputs"]]] * 2 if entry and len(shape) == 2 else None
+        return entry is None or list(entry["shape"]) in (list(shape), square)
+
+    def __getitem__(self, name: str) -> Statistic | None:
+        entry = self._table[name]
+        if entry is None:
+            return None
+        values = self._tensors.get_tensor(entry["tensor"])
+        if hashlib.sha256(tensor_bytes(values)).hexdigest() != entry["sha256"] or not values.isfinite().all():
+            raise self._damaged(f"the numbers of {name} are not what was written")
+        norm = sum(other["norm"] ** 2 for other in self._table.values() if other) ** 0.5
+        return Statistic(values, norm, entry["inputs"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._table))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def _read_facts(self) -> dict[str, Any]:
+        """Open the file and return its metadata, once they are known to describe its tensors."""
+        try:
+            self._tensors = safe_open(self.file, framework="pt")
+            facts = json.loads((self._tensors.metadata() or {})["modular_experts"])
+            if facts["format"] != FORMAT:
+                raise self._damaged(f"its format is {facts['format']!r}, and this version reads {FORMAT!r}")
+            if wrong := [name for name, kind in _FACTS.items() if not isinstance(facts[name], kind)]:
+                raise self._damaged(f"{', '.join(wrong)} is of a wrong type")
+            for name, entry in facts["weights"].items():
+                if entry is None:
+                    continue
+                stored = self._tensors.get_slice(entry["tensor"])
+                layout = stored.get_dtype(), list(stored.get_shape()), entry["inputs"] in (0, 1)
+                if layout != ("F32", entry["shape"], True) or not isinstance(entry["norm"], float):
+                    raise self._damaged(f"the tensor of {name} is not the one that its metadata describe")
+        except SafetensorError as error:
+            raise self._damaged(f"it is cut short, or lacks a tensor ({error})") from error
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise self._damaged(f"its metadata do not describe statistics ({error!r})") from error
+        return facts
+
+    def _damaged(self, reason: str) -> ValueError:
+        return ValueError(f"{self.file} is damaged: {reason}; take the statistics anew: {self._anew}")
+
+
+def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
+    """Open the statistics of a kind of an expert; nothing but the header is read yet.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: The file is damaged, a link that leads elsewhere, or of other contents of the expert.
+    """
+    if not has_statistics(expert, kind):
+        raise FileNotFoundError(f"{expert.path} has no {kind} statistics; take them: {command_for([expert], kind)}")
+    return StoredStatistics(expert, kind)
+
+
+def has_statistics(expert: StoredExpert, kind: str) -> bool:
+    """Return whether there are statistics of this kind beside an expert."""
+    return _file(expert, kind).is_file()
+
+
+def kinds_of_statistics(expert: StoredExpert) -> list[str]:
+    """Return the kinds of which there is a file beside an expert."""
+    folder = expert.path / FOLDER
+    return sorted(file.stem for file in folder.glob("*.safetensors") if is_name(file.stem)) if folder.is_dir() else []
+
+
+def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> None:
+    """Refuse to replace statistics without being asked; call it before any work.
+
+    Raises:
+        FileExistsError: An expert has statistics of this kind.
+    """
+    for expert in experts:
+        file = _file(expert, kind)
+        if os.path.lexists(file) and not overwrite:
+            raise FileExistsError(f"{file} exists already; replace it with overwrite: true")
+
+
+def write_statistics(
+    expert: StoredExpert,
+    kind: str,
+    statistics: Iterable[tuple[str, Statistic | None]],
+    tasks: Mapping[str, int],
+    data: Mapping[str, Any],
+    among: Sequence[StoredExpert] = (),
+    overwrite: bool = False,
+) -> StoredStatistics:
+    """Write statistics beside an expert, one tensor in memory at a time; the file appears when it is complete.
+
+    Args:
+        expert: The expert whose statistics they are.
+        kind: Their kind.
+        statistics: Name and statistic of each weight, none where the kind has nothing to say; norms are taken here.
+        tasks: Rows of each task that were looked at.
+        data: How they were read and what they are, in plain values.
+        among: The experts that they hold for together, if they hold only in a merge of those.
+        overwrite: Whether statistics that are there may be replaced.
+
+    Raises:
+        FileExistsError: They are there and may not be replaced.
+        ValueError: A number is not finite.
+    """
+    check_statistics_targets([expert], kind, overwrite)
+    facts = {
+        "format": FORMAT,
+        "kind": kind,
+        "expert": expert.content_hash,
+        "base": expert.record["base"]["fingerprint"],
+    }
+    facts |= {"tasks": dict(tasks), "data": plain(data), "among": [other.content_hash for other in among]}
+    with _new_file(_file(expert, kind)) as temporary, TensorFileWriter(temporary) as writer:
+        table: dict[str, Any] = {}
+        written: dict[str, str] = {}
+        for name, statistic in statistics:
+            table[name] = _write(writer, written, name, statistic)
+        writer.finish(json.dumps({**facts, "weights": table}, sort_keys=True))
+    return StoredStatistics(expert, kind)
+
+
+def _write(
+    writer: TensorFileWriter, written: dict[str, str], name: str, statistic: Statistic | None
+) -> dict[str, Any] | None:
+    if statistic is None:
+        return None
+    values = statistic.values.detach().to("cpu", torch.float32).contiguous()
+    if not values.isfinite().all():
+        raise ValueError(f"the statistic of {name} holds numbers that are not finite in float32, so it was not stored")
+    digest = hashlib.sha256(tensor_bytes(values)).hexdigest()
+    key = f"{list(values.shape)} {digest}"
+    if key not in written:
+        writer.write(name, values)
+    tensor = written.setdefault(key, name)
+    norm = values.double().norm().item()
+    return {"tensor": tensor, "shape": list(values.shape), "inputs": statistic.inputs, "sha256": digest, "norm": norm}
+
+
+@contextmanager
+def _new_file(file: Path) -> Iterator[Path]:
+    """Give a temporary file beside the target, and put it in its place when the block ends without an error."""
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_name(f".{uuid.uuid4().hex[:8]}.{file.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as content:
+            os.fsync(content.fileno())
+        os.replace(temporary, file)
+    finally:
+        for leftover in file.parent.glob(f"{temporary.name}*"):
+            leftover.unlink()
+        if not any(file.parent.iterdir()):
+            file.parent.rmdir()
+
+
+def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
+    """Return the command that takes statistics of experts, but for their tasks."""
+    places = ", ".join(os.path.relpath(expert.path) for expert in experts)
+    more = " --overwrite true" if overwrite else ""
+    return f"modular-experts statistics --experts '[{places}]' --kind {kind} --data.tasks '[...]'{more}"
+
+
+def _file(expert: StoredExpert, kind: str) -> Path:
+    assert is_name(kind), kind
+    file = expert.path / FOLDER / f"{kind}.safetensors"
+    for place in (file.parent, file):
+        if place.is_symlink():
+            raise ValueError(f"{place} is a link, and links out of {expert.path} are not followed; remove it")
+    return file
