@@ -29,6 +29,7 @@ from modular_experts.library import (
 )
 from modular_experts.merge_rules import assign
 from modular_experts.merging import MergeMethod
+from modular_experts.task_vector import TaskVector
 
 __all__ = ["Merged", "describe", "merge"]
 
@@ -36,7 +37,7 @@ Progress = Callable[[Sequence[str]], Iterable[str]]
 Rules = Mapping[str, MergeMethod | None]
 
 
-class Merged(Mapping[str, Delta]):
+class Merged(TaskVector):
     """The deltas of a merge, by weight name, each merged when it is asked for and none of them kept.
 
     It can be used like an expert that is not written anywhere: applied to a model, written to a checkpoint, measured.
@@ -67,17 +68,10 @@ class Merged(Mapping[str, Delta]):
     def __getitem__(self, name: str) -> Delta:
         return self._merge(name, self._bound[id(self.rules[name])])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of each merged weight, without merging it."""
-        return dict(self._shapes)
+        return self._shapes
 
-    def beside(self) -> dict[str, Mapping[str, Delta]]:
+    def beside(self) -> dict[str, TaskVector]:
         """Return what belongs beside the merge: the task vector of each expert's own task, by the expert's name.
 
         It is empty but for methods, such as EMR, that give each task an expert of its own.
@@ -149,7 +143,7 @@ class _Stream(Iterable[Sequence[Delta]]):
             self._merged._release(name)
 
 
-class _Beside(Mapping[str, Delta]):
+class _Beside(TaskVector):
     """The task vector of one task beside a merge; weights whose method gives none are those of the merge."""
 
     def __init__(self, merged: Merged, methods: Mapping[int, Sequence[MergeMethod]], place: int) -> None:
@@ -161,11 +155,8 @@ class _Beside(Mapping[str, Delta]):
         methods = self._methods[id(self._merged.rules[name])]
         return self._merged._merge(name, methods[self._place]) if methods else self._merged[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._merged)
-
-    def __len__(self) -> int:
-        return len(self._merged)
+    def shapes(self) -> dict[str, torch.Size]:
+        return self._merged.shapes()
 
 
 def merge(
@@ -175,6 +166,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = iter,
     per_weight: Rules | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> StoredExpert:
     """Merge experts of one base into a new expert.
 
@@ -190,6 +182,7 @@ def merge(
         progress: Wraps the names of the weights while they are gone through, for a progress bar.
         per_weight: Pattern of weight names and method, or None for what shall stay at the base. The first pattern that
             matches the whole name counts; without `method`, what no pattern matches stays at the base.
+        notes: More for the record of the merged expert, such as `scores`: what led to these settings.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -202,7 +195,8 @@ def merge(
     for path in beside:
         check_target(path, overwrite)
     for path, deltas in {target: merged, **beside}.items():
-        write_expert(path, deltas, merged.record(), overwrite, merged.key(), progress)
+        record = merged.record() | (dict(notes or {}) if path == target else {})
+        write_expert(path, deltas, record, overwrite, merged.key(), progress)
     return open_expert(target)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modular_experts.deltas import Delta, add
 from modular_experts.interop.checkpoint import DType, find_base, fingerprint, load_base, quiet, resolve_base
+from modular_experts.interop.skeleton import Skeleton, read_skeleton
+from modular_experts.interop.streaming import Rounding, stored_keys, stream_sum
+from modular_experts.interop.weights import read_json
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -34,8 +38,9 @@ from modular_experts.library import (
     union_of_weights,
 )
 from modular_experts.library.record import package_versions, plain
+from modular_experts.task_vector import Sum, TaskVector
 
-__all__ = ["Check", "applied", "apply", "apply_deltas"]
+__all__ = ["Check", "applied", "apply", "apply_deltas", "write_checkpoint"]
 
 MANIFEST = "modular_experts.json"
 _CARRIED = [
@@ -48,17 +53,21 @@ Progress = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class Check:
-    """How far a reloaded checkpoint is from the model it was written from.
+    """How far a reloaded checkpoint is from the model it was written from, and what its dtype could not hold.
 
     Attributes:
         largest_difference: Largest absolute difference of a logit over the fixed prompts.
+        mean_difference: Mean absolute difference.
         tolerance: The largest that is accepted.
         prompts: Shape of the prompts, `(rows, tokens)`.
+        rounding: What of the deltas was lost to rounding.
     """
 
     largest_difference: float
+    mean_difference: float
     tolerance: float
     prompts: tuple[int, int]
+    rounding: Rounding
 
 
 def apply(
@@ -70,7 +79,8 @@ def apply(
     tolerance: float = 1e-3,
     overwrite: bool = False,
     progress: Progress = iter,
-) -> Check:
+    check: bool = True,
+) -> Check | None:
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and check it by loading it again.
 
     Args:
@@ -82,6 +92,7 @@ def apply(
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
         overwrite: Whether a checkpoint of ours that is there may be replaced.
         progress: Wraps the names of the weights while they are gone through, for a progress bar.
+        check: Whether the model is held in memory and loaded again; without it, no more than a weight is in memory.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -91,16 +102,69 @@ def apply(
     target = check_target(out, overwrite, MANIFEST)
     opened = open_experts(experts)
     union_of_weights(opened)
-    place = str(base or find_base(opened[0]))
+    origin = {"experts": as_parents(opened)}
+    return write_checkpoint(
+        Sum(opened), opened, target, origin, base, revision, dtype, tolerance, overwrite, progress, check
+    )
+
+
+def write_checkpoint(
+    deltas: TaskVector,
+    experts: Sequence[StoredExpert],
+    out: str | Path,
+    origin: Mapping[str, Any],
+    base: str | Path | None = None,
+    revision: str | None = None,
+    dtype: DType | None = None,
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+    progress: Progress = iter,
+    check: bool = True,
+) -> Check | None:
+    """Write a base plus deltas as a full checkpoint, and check it by loading it again; `apply` says how.
+
+    Args:
+        deltas: The delta of each weight, asked for once, and its `shapes()`: a sum, a merge, an opened expert.
+        experts: The experts that they were made from, which tell the base.
+        out: Directory of the checkpoint.
+        origin: What the manifest says about where the deltas come from.
+        base: As for `apply`, and so are the others.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Data type of the checkpoint.
+        tolerance: Largest accepted difference of a logit.
+        overwrite: Whether a checkpoint of ours that is there may be replaced.
+        progress: Wraps the names of the weights.
+        check: Whether it is checked.
+
+    Raises:
+        ValueError: As for `apply`.
+    """
+    target = check_target(out, overwrite, MANIFEST)
+    place = str(base or find_base(experts[0]))
     mark = fingerprint(directory := resolve_base(place, revision))
-    check_base(opened, mark, place)
-    model = load_base(directory, dtype)
-    apply_deltas(model, opened, progress)
-    origin = {"base": {"id": place, "revision": revision, "fingerprint": mark}, "experts": as_parents(opened)}
+    check_base(experts, mark, place)
+    skeleton = read_skeleton(directory)
+    check_fits(skeleton, deltas.shapes())
     with new_directory(target, overwrite, MANIFEST) as temporary:
-        check = _write_checked(model, directory, temporary, tolerance)
-        _write_manifest(temporary / MANIFEST, origin, check)
-    return check
+        found = _written(deltas, directory, skeleton, temporary, dtype, tolerance, progress, check)
+        manifest = {"base": {"id": place, "revision": revision, "fingerprint": mark}, **origin}
+        _write_manifest(temporary / MANIFEST, manifest, found)
+    return found
+
+
+def check_fits(skeleton: Skeleton, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse deltas that a model has no weight for, or a tied one.
+
+    Raises:
+        ValueError: A weight does not exist, has another shape, or is tied to another one.
+    """
+    for name, shape in shapes.items():
+        if name not in skeleton.shapes:
+            raise ValueError(_unknown_weight(skeleton.model, name, list(skeleton.shapes)))
+        if skeleton.shapes[name] != shape:
+            raise ValueError(_wrong_shape(skeleton.model, name, skeleton.shapes[name], shape))
+        if len(twins := skeleton.twins(name)) > 1:
+            raise ValueError(_tied_weight(name, [twin for twin in twins if twin != name]))
 
 
 @torch.no_grad()
@@ -120,12 +184,12 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     shapes = {name: shape for expert in experts for name, shape in _shapes(expert).items()}
     for name, shape in shapes.items():
         if name not in parameters:
-            raise ValueError(_unknown_weight(model, name, list(parameters)))
+            raise ValueError(_unknown_weight(type(model).__name__, name, list(parameters)))
         if parameters[name].shape != shape:
-            found = tuple(parameters[name].shape)
-            raise ValueError(f"{name} of {type(model).__name__} has shape {found}, and its delta has {tuple(shape)}")
+            raise ValueError(_wrong_shape(type(model).__name__, name, parameters[name].shape, shape))
         if owners[id(parameters[name])] > 1:
-            raise ValueError(_tied_weight(name, parameters))
+            twins = [other for other, tensor in parameters.items() if tensor is parameters[name] and other != name]
+            raise ValueError(_tied_weight(name, twins))
     for name in progress(sorted(shapes)):
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(parameters[name].device).add_to(parameters[name])
@@ -154,48 +218,111 @@ def applied(model: nn.Module, experts: Sequence[Mapping[str, Delta]], scale: flo
 
 
 def _shapes(expert: Mapping[str, Delta]) -> dict[str, torch.Size]:
-    return (
-        expert.shapes() if isinstance(expert, StoredExpert) else {name: delta.shape for name, delta in expert.items()}
-    )
+    return expert.shapes() if isinstance(expert, TaskVector) else {name: delta.shape for name, delta in expert.items()}
 
 
-def _unknown_weight(model: nn.Module, name: str, known: list[str]) -> str:
+def _unknown_weight(model: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; the nearest is {near[0]}" if near else f"; it has {', '.join(known[:3])} and others"
-    return f"{type(model).__name__} has no weight {name}, which the expert moves{hint}"
+    return f"{model} has no weight {name}, which the expert moves{hint}"
 
 
-def _tied_weight(name: str, parameters: Mapping[str, Tensor]) -> str:
-    twins = [other for other, tensor in parameters.items() if tensor is parameters[name] and other != name]
+def _wrong_shape(model: str, name: str, found: torch.Size, wanted: torch.Size) -> str:
+    return f"{name} of {model} has shape {tuple(found)}, and its delta has {tuple(wanted)}"
+
+
+def _tied_weight(name: str, twins: Sequence[str]) -> str:
     return (
         f"{name} is the same tensor as {', '.join(twins)} (tied), so a delta of the one alone cannot be applied; "
         "leave it out of the expert's modules, or train on a base whose embeddings are untied"
     )
 
 
-def _write_checked(model: PreTrainedModel, base: Path, directory: Path, tolerance: float) -> Check:
-    """Save the model and what belongs to it, load it again, and compare."""
-    prompts = _prompts(model)
-    reference = _logits(model, prompts)
+def _written(
+    deltas: TaskVector,
+    base: Path,
+    skeleton: Skeleton,
+    directory: Path,
+    dtype: DType | None,
+    tolerance: float,
+    progress: Progress,
+    check: bool,
+) -> Check | None:
+    """Write the checkpoint, from the files of the base where they hold every weight that moves, else from memory."""
+    streams = set(deltas) <= set(stored_keys(base, skeleton))
+    model = load_base(base, None if streams else dtype) if check or not streams else None
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if model else {}
+    kind = getattr(torch, dtype) if dtype else None
     with quiet():
         try:
-            model.save_pretrained(directory, max_shard_size="5GB")
+            if streams:
+                rounding = stream_sum(
+                    base, skeleton, deltas, directory, kind, progress, partial(_add_to_model, parameters, kind)
+                )
+                _write_config(base, directory, dtype)
+            else:
+                assert model is not None
+                rounding = _save_from_memory(model, deltas, directory, progress)
         except SafetensorError as error:
             raise OSError(f"the checkpoint could not be written: {error}") from error
         _carry(base, directory)
+    if model is None or not check:
+        return None
+    prompts = _prompts(model)
+    for weight in parameters.values():  # one by one: `model.to` would round the tables of positions too
+        weight.data = weight.to(kind) if kind else weight.data
+    reference = _logits(model, prompts)
+    del model, parameters
+    return _compared(directory, prompts, reference, tolerance, rounding)
+
+
+@torch.no_grad()
+def _add_to_model(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None, name: str, delta: Delta) -> None:
+    """Add a delta to the model in memory, which the checkpoint will be compared with."""
+    if not parameters:
+        return
+    weight = parameters[name]
+    if dtype is None or dtype == weight.dtype:
+        delta.add_to(weight)
+    else:  # rounded once, from the base's dtype to that of the checkpoint
+        weight.data = delta.add_to(weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)).to(dtype)
+
+
+def _save_from_memory(
+    model: PreTrainedModel, deltas: Mapping[str, Delta], directory: Path, progress: Progress
+) -> Rounding:
+    """Write an architecture whose files hold other tensors than its weights, which transformers cuts or joins."""
+    apply_deltas(model, [deltas], progress)
+    model.save_pretrained(directory, max_shard_size="5GB")
+    return Rounding()
+
+
+def _compared(directory: Path, prompts: Tensor, reference: Tensor, tolerance: float, rounding: Rounding) -> Check:
+    """Load the checkpoint as anyone would, and compare."""
+    with quiet():
         reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
-    difference = (_logits(reloaded, prompts) - reference).abs().max().item()
-    if not difference <= tolerance:  # written so that a difference that is not a number is refused too
+    difference = (_logits(reloaded, prompts) - reference).abs()
+    largest = difference.max().item()
+    if not largest <= tolerance:  # written so that a difference that is not a number is refused too
         raise ValueError(
-            f"the checkpoint was not written: loaded again, its logits differ by {difference:.3g} from those of the "
+            f"the checkpoint was not written: loaded again, its logits differ by {largest:.3g} from those of the "
             f"model in memory, and the tolerance is {tolerance:.3g}"
         )
-    return Check(difference, tolerance, (prompts.shape[0], prompts.shape[1]))
+    return Check(largest, difference.mean().item(), tolerance, (prompts.shape[0], prompts.shape[1]), rounding)
 
 
-def _write_manifest(file: Path, origin: dict[str, Any], check: Check) -> None:
+def _write_config(base: Path, directory: Path, dtype: DType | None) -> None:
+    config = read_json(base / "config.json", "so it is not the directory of a model")
+    if dtype:
+        config.pop("torch_dtype", None)  # the older name of the same key
+        config["dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_manifest(file: Path, origin: Mapping[str, Any], check: Check | None) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = {**origin, "check": asdict(check), "versions": package_versions(), "created": created}
+    found = asdict(check) if check else None
+    manifest = {**origin, "check": found, "versions": package_versions(), "created": created}
     file.write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")
 
 

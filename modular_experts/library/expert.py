@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from modular_experts.library.packing import Layout, check_layout, check_numbers,
 from modular_experts.library.paths import check_name, check_target, new_directory
 from modular_experts.library.record import FORMAT, plain, read_record
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
+from modular_experts.task_vector import TaskVector
 
 __all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_expert"]
 
@@ -35,7 +36,7 @@ _DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 _WIDTH = {"torch.float32": 4, "torch.int32": 4, "torch.int64": 8}
 
 
-class StoredExpert(Mapping[str, Delta]):
+class StoredExpert(TaskVector):
     """The deltas of an expert on disk, by weight name, each read when it is asked for, and checked the first time.
 
     Attributes:
@@ -50,6 +51,7 @@ class StoredExpert(Mapping[str, Delta]):
         self.record = record
         self._table = _read_table(path / DELTA_FILE, _open_tensors(path / DELTA_FILE))
         self._tensors = MappedTensors(path / DELTA_FILE)
+        self._shapes = {name: torch.Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked: set[str] = set()
         if content_hash(self._table) != record["content_hash"]:
             raise self._damaged(f"its content hash is not the one in {path / RECORD_FILE}")
@@ -66,7 +68,7 @@ class StoredExpert(Mapping[str, Delta]):
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each weight, without reading it."""
-        return {name: torch.Size(self._table[name]["shape"]) for name in self}
+        return dict(self._shapes)
 
     def forms(self) -> dict[str, str]:
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
@@ -125,12 +127,6 @@ class StoredExpert(Mapping[str, Delta]):
             name: sum(_WIDTH[t["dtype"]] * math.prod(t["shape"]) for t in self._table[name]["tensors"].values())
             for name in self
         }
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._table))
-
-    def __len__(self) -> int:
-        return len(self._table)
 
     def __repr__(self) -> str:
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"

@@ -1,0 +1,99 @@
+"""Shards: the safetensors files of a checkpoint, each laid out before its first tensor comes and written as they come.
+
+Names, dtypes and shapes are known before, so the header goes first, every tensor goes straight to its place, and no
+more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "ShardWriter", "dtype_named", "write_index"]
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each tensor of a file, in the order in which they lie there."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype that a safetensors header calls by a name.
+
+    Raises:
+        ValueError: It is none that is read here, such as a quantised one.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"tensors of type {name} are not read; the types are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+class ShardWriter:
+    """Writes one file; use it in a `with` block, and give it every tensor of the layout, in any order.
+
+    Args:
+        file: The file to write.
+        layout: What it will hold.
+    """
+
+    def __init__(self, file: Path, layout: Layout) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        self._layout, self._missing = layout, set(layout)
+        self._starts = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+        self._file = file.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self.size = end
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        assert kind or not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place."""
+        dtype, shape = self._layout[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (name, tensor.dtype, tensor.shape)
+        self._missing.remove(name)
+        self._file.seek(self._starts[name])
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        if content.numel():
+            data: Any = content.view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
+
+
+def write_index(directory: Path, files: Mapping[str, Layout]) -> None:
+    """Write the index of a checkpoint that has more than one file."""
+    size = sum(math.prod(shape) * dtype.itemsize for layout in files.values() for dtype, shape in layout.values())
+    owner = {name: file for file, layout in files.items() for name in layout}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owner.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

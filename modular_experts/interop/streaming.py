@@ -1,0 +1,145 @@
+"""Streaming: base plus deltas, from the base's files straight into those of a checkpoint, one weight in memory at a
+time.
+
+The files keep the base's division and the names that it gives its tensors, and what no delta moves is copied as it is.
+Sums are taken in at least float32 and rounded once. Whether the result is what was meant is checked elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.interop.shards import Layout, ShardWriter, dtype_named, write_index
+from modular_experts.interop.skeleton import Skeleton
+from modular_experts.interop.weights import open_tensors, weight_files
+
+__all__ = ["Rounding", "stored_keys", "stream_sum"]
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+
+@dataclass
+class Rounding:
+    """What of the deltas the dtype of a checkpoint cannot hold.
+
+    Attributes:
+        moved: Entries whose delta is not zero.
+        unchanged: Those of them that are in the checkpoint what they are in the base.
+        lost: Norm of what rounding took from the deltas, as a share of their norm.
+    """
+
+    moved: int = 0
+    unchanged: int = 0
+    lost: float = 0.0
+
+
+class _Losses:
+    """Rounding over all weights so far."""
+
+    def __init__(self) -> None:
+        self.moved = self.unchanged = 0
+        self.error = self.norm = 0.0
+
+    def add(self, base: Tensor, delta: Delta, exact: Tensor, rounded: Tensor) -> None:
+        """Count a weight: its base as stored, its delta, and their sum before and after rounding."""
+        moved = _count_moved(delta)
+        same_type = base.dtype == rounded.dtype
+        changed = int((rounded != (base if same_type else base.to(rounded.dtype))).sum())
+        self.moved += moved
+        self.unchanged += max(0, moved - changed)
+        self.norm += delta.norm() ** 2
+        if rounded.dtype != exact.dtype:
+            self.error += (exact - rounded).norm().double().item() ** 2
+
+    def total(self) -> Rounding:
+        return Rounding(self.moved, self.unchanged, math.sqrt(self.error / self.norm) if self.norm else 0.0)
+
+
+def stream_sum(
+    base: Path,
+    skeleton: Skeleton,
+    deltas: Mapping[str, Delta],
+    out: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress = iter,
+    seen: Callable[[str, Delta], object] = lambda name, delta: None,
+) -> Rounding:
+    """Write the weights of base plus deltas.
+
+    Args:
+        base: Directory of the base.
+        skeleton: What its model is made of.
+        deltas: Delta of each weight that moves, by its name in the model; each is asked for once.
+        out: Directory that gets the files.
+        dtype: Data type of the floating-point tensors; those of the base if none is given.
+        progress: Wraps the names of the stored tensors while they are gone through, for a progress bar.
+        seen: Gets every delta once it was added.
+
+    Raises:
+        OSError: The disk is full.
+        ValueError: A sum is not finite in its dtype.
+    """
+    losses, files = _Losses(), {}
+    sources = {file: _layout(file) for file in weight_files(base)}
+    keys = iter(progress([key for layout in sources.values() for key in layout]))
+    for file, layout in sources.items():
+        wanted = {key: (_written(kind, dtype), shape) for key, (kind, shape) in layout.items()}
+        with open_tensors(file) as tensors, ShardWriter(out / file.name, wanted) as writer:
+            for key in _taken(keys, len(layout)):
+                name = skeleton.name_of(key)
+                stored = tensors.get_tensor(key)
+                if name is None or name not in deltas:
+                    writer.write(key, stored.to(wanted[key][0]))
+                    continue
+                delta = deltas[name]
+                writer.write(key, _sum(name, stored, delta, wanted[key][0], losses))
+                seen(name, delta)
+        files[file.name] = wanted
+    if len(files) > 1:
+        write_index(out, files)
+    return losses.total()
+
+
+def stored_keys(base: Path, skeleton: Skeleton) -> dict[str, str]:
+    """Return the name in the model of each stored tensor that is a weight of it, and the name in the files."""
+    keys = [key for file in weight_files(base) for key in _layout(file)]
+    return {name: key for key in keys if (name := skeleton.name_of(key)) is not None}
+
+
+def _sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: _Losses) -> Tensor:
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    exact = delta.add_to(stored.to(wide, copy=True))
+    rounded = exact.to(dtype)
+    if not math.isfinite(rounded.sum(dtype=torch.float64).item()):
+        raise ValueError(f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype")
+    losses.add(stored, delta, exact, rounded)
+    return rounded
+
+
+def _layout(file: Path) -> Layout:
+    with open_tensors(file) as tensors:
+        entries = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+        return {key: (dtype_named(entry.get_dtype()), tuple(entry.get_shape())) for key, entry in entries.items()}
+
+
+def _written(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def _taken(keys: Iterator[str], count: int) -> Iterator[str]:
+    for _ in range(count):
+        yield next(keys)
+
+
+def _count_moved(delta: Delta) -> int:
+    if isinstance(delta, LowRank):
+        return math.prod(delta.shape) if not delta.is_empty else 0
+    assert isinstance(delta, Sparse | BlockSparse) or hasattr(delta, "values")
+    return int(delta.values.count_nonzero())
