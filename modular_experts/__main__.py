@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("training", "measure a model on the validation rows"),
     "test": ("training", "measure a model on the test rows: a table, and results.json"),
     "predict": ("training", "write a model's answers"),
+    "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
     "list": ("list", "list the experts of a library"),

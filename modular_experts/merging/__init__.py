@@ -7,7 +7,10 @@ from modular_experts.merging.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.merging.dare import DARE, DARETIES
 from modular_experts.merging.della import DELLA, DELLALinear
 from modular_experts.merging.emr import EMR
+from modular_experts.merging.iso_c import IsoC
+from modular_experts.merging.iso_cts import IsoCTS
 from modular_experts.merging.karcher import Karcher
+from modular_experts.merging.knots import KnOTS
 from modular_experts.merging.mag_max import MagMax
 from modular_experts.merging.magnitude_prune import MagnitudePrune
 from modular_experts.merging.method import MergeMethod
@@ -19,9 +22,12 @@ from modular_experts.merging.ram import RAM, RAMPlus
 from modular_experts.merging.sce import SCE
 from modular_experts.merging.slerp import SLERP
 from modular_experts.merging.sparse_average import SparseAverage
+from modular_experts.merging.svd_average import SVDAverage
 from modular_experts.merging.tall_mask import ConsensusTA, TALLMask
 from modular_experts.merging.task_arithmetic import TaskArithmetic
 from modular_experts.merging.ties import TIES
+from modular_experts.merging.tsv_merge import TSVMerge
+from modular_experts.merging.wudi import WUDI
 
 __all__ = [
     "DARE",
@@ -33,12 +39,16 @@ __all__ = [
     "SCE",
     "SLERP",
     "TIES",
+    "WUDI",
     "Average",
     "Breadcrumbs",
     "BreadcrumbsTIES",
     "ConsensusTA",
     "DELLALinear",
+    "IsoC",
+    "IsoCTS",
     "Karcher",
+    "KnOTS",
     "MagMax",
     "MagnitudePrune",
     "MergeMethod",
@@ -46,7 +56,9 @@ __all__ = [
     "MultiSLERP",
     "NuSLERP",
     "RAMPlus",
+    "SVDAverage",
     "SparseAverage",
     "TALLMask",
+    "TSVMerge",
     "TaskArithmetic",
 ]
