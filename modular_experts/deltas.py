@@ -215,7 +215,11 @@ class Sparse(Delta):
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
         flat = target.view(-1)
-        flat[self.indices] = (flat[self.indices].to(wide) + self.values).to(target.dtype)
+        if wide == target.dtype:
+            flat.index_add_(0, self.indices, self.values.to(wide))
+        else:
+            rounded = (flat.index_select(0, self.indices).to(wide) + self.values).to(target.dtype)
+            flat.index_copy_(0, self.indices.long(), rounded)
         return target
 
     def linear(self, x: Tensor) -> Tensor:

@@ -94,9 +94,10 @@ class Merged(TaskVector):
         )
 
     def key(self) -> str:
-        """Return a hash of all that the result depends on: the experts' content, and the settings of the methods."""
+        """Return a hash of all that the result depends on: experts, their statistics, settings of the methods."""
         record = self.record()
         content = {name: record[name] for name in ("parents", "method", "per_weight", "versions")}
+        content["statistics"] = [found.content_hashes for found in self._statistics.values()]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def deltas_of(self, name: str) -> list[Delta]:
@@ -203,5 +204,9 @@ def merge(
 def describe(method: MergeMethod) -> dict[str, Any]:
     """Return a merge method as a record holds it: its class and its settings."""
     kind = type(method)
-    public = {name: value for name, value in vars(method).items() if not name.startswith("_")}
+    public = {
+        name: describe(value) if isinstance(value, MergeMethod) else value
+        for name, value in vars(method).items()
+        if not name.startswith("_")
+    }
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": public}

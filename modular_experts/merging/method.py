@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class MergeMethod(ABC):
     underscore is neither.
     """
 
-    statistics: ClassVar[str | None] = None
+    statistics = None  # type: str | None  # an annotation would be read as a setting's by the command line
     """The kind of statistics of the experts' data that the method needs, such as `gram`; none if deltas are enough."""
 
     @abstractmethod

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.combining import Divisor, Elected, Vote
+from modular_experts.merging.combining import Divisor, Elected, Vote, Zero
 from modular_experts.merging.cut import Cut, stored_values
 from modular_experts.merging.method import check_choices, check_finite, one_per_expert
 from modular_experts.merging.presets import fill_from_preset
@@ -83,7 +83,7 @@ class TIES(Largest, Elected):
         fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
         check_shares(self, "keep", self.keep, "the share of entries kept")
-        zero = Literal["none", "positive", "weight_majority", "majority"]
+        zero = Literal[*get_args(Zero), "majority"]
         check_choices(self, scope=Scope, vote=Vote, divisor=Divisor, zero=zero, rescale=Literal["none", "l1"])
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> TIES:

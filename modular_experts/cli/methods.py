@@ -1,0 +1,78 @@
+"""`modular-experts methods`: the merge methods, their formulas, settings and sources."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts import merging
+from modular_experts.cli.summary import value_text
+from modular_experts.cli.tool import run_tool
+from modular_experts.merging import MergeMethod
+
+EXAMPLES = """\
+  modular-experts methods
+  modular-experts methods TIES"""
+
+
+def methods(name: str | None = None) -> None:
+    """Show the merge methods, or all about one of them: formula, properties, settings with their defaults, source.
+
+    Args:
+        name: Name of a method.
+    """
+    known = {
+        known: getattr(merging, known) for known in sorted(merging.__all__, key=str.lower) if known != "MergeMethod"
+    }
+    if name is None:
+        _list(known)
+        return
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(known)}"
+        raise ValueError(f"there is no merge method {name!r}; {hint}")
+    _show(known[name])
+
+
+def _list(known: dict[str, type[MergeMethod]]) -> None:
+    table = Table("method", "merged delta of experts with the deltas d_i", box=box.SIMPLE, pad_edge=False)
+    for name, kind in known.items():
+        table.add_row(name, _first_paragraph(kind))
+    Console(markup=False, emoji=False).print(table)
+    print("All about one: modular-experts methods TIES")
+
+
+def _show(kind: type[MergeMethod]) -> None:
+    about, _, settings = inspect.cleandoc(kind.__doc__ or "").partition("Args:")
+    print(about.strip())
+    print("\nSettings:")
+    print(inspect.cleandoc(settings) if settings else "  none")
+    print(f"\nDefaults: {_defaults(kind)}")
+    print(f"\nSource:\n{inspect.getdoc(inspect.getmodule(kind))}")
+
+
+def _defaults(kind: type[MergeMethod]) -> str:
+    try:
+        made = kind()  # filled from presets
+    except TypeError:
+        return "some settings have none"
+    public = {name: value for name, value in vars(made).items() if not name.startswith("_")}
+    return ", ".join(f"{name} {value_text(value)}" for name, value in public.items()) or "none"
+
+
+def _first_paragraph(kind: type[MergeMethod]) -> str:
+    text = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
+    return text.partition(": ")[2] or text
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command; the name may come without its option."""
+    first, *rest = argv
+    if rest and not rest[0].startswith("-"):
+        rest = ["--name", *rest]
+    run_tool(methods, [first, *rest], EXAMPLES)
