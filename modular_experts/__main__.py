@@ -19,6 +19,7 @@ VERBS = {
     "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
+    "export": ("export", "write an expert as an adapter that PEFT loads"),
     "list": ("list", "list the experts of a library"),
     "show": ("show", "show everything about one expert"),
     "verify": ("verify", "check an expert's files and its base"),

@@ -1,0 +1,345 @@
+"""Reading PEFT adapters: base plus deltas computes what PEFT computes with the adapter on the base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, ShiraConfig, SupertuningConfig
+from peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
+from safetensors.torch import load_file, save_file
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import load_base
+from modular_experts.interop.peft import read_peft
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def lora(**settings):
+    return LoraConfig(**({"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | settings))
+
+
+def gpt2(**settings):
+    return lora(**({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} | settings))
+
+
+def one_module(kind, **settings):
+    return kind(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings)
+
+
+PATTERNS = {
+    "rank_pattern": {
+        "layers.0.self_attn.q": 9,
+        "layers.0.self_attn.q_proj": 2,
+        r".*\.1\.mlp\.down_proj": 7,
+        "q_proj": 3,
+    },
+    "alpha_pattern": {r"layers\.1\..*": 5, "down_proj": 1, "q_proj": 9},
+}
+ADAPTERS = {
+    "lora": ("llama", lora(lora_alpha=7), LowRank),
+    "rslora": ("llama", lora(lora_alpha=7, use_rslora=True), LowRank),
+    "patterns": ("llama", lora(**PATTERNS), LowRank),
+    "patterns and rslora": ("llama", lora(use_rslora=True, **PATTERNS), LowRank),
+    "dora": ("llama", lora(use_dora=True, lora_alpha=16), Dense),
+    "embeddings": ("llama", lora(target_modules=["embed_tokens", "lm_head", "v_proj"], use_rslora=True), LowRank),
+    "dora on embeddings": ("llama", lora(target_modules=["embed_tokens", "o_proj"], use_dora=True), Dense),
+    "modules to save": ("llama", lora(target_modules=["o_proj"], modules_to_save=["lm_head", "norm"]), None),
+    "trained biases": ("qwen2", lora(bias="all"), None),
+    "biases of the adapted": ("qwen2", lora(bias="lora_only"), None),
+    "lora bias": ("qwen2", lora(target_modules=["q_proj", "v_proj"], lora_bias=True, lora_alpha=3), None),
+    "conv1d": ("gpt2", gpt2(lora_alpha=3), LowRank),
+    "conv1d, wrongly declared": ("gpt2", gpt2(fan_in_fan_out=False), LowRank),
+    "dora on conv1d": ("gpt2", gpt2(use_dora=True), Dense),
+    "biases of conv1d": ("gpt2", gpt2(bias="all"), None),
+    "lora bias of conv1d": ("gpt2", gpt2(lora_bias=True, use_rslora=True), None),
+    "shira": ("llama", one_module(ShiraConfig, r=2), Sparse),
+    "shira and modules to save": ("llama", one_module(ShiraConfig, r=2, modules_to_save=["lm_head"]), None),
+    "super-tuning": ("llama", one_module(SupertuningConfig, sparsity=0.9), Sparse),
+    "super-tuning of the smallest": ("llama", one_module(SupertuningConfig, sparsity=0.7, select_top=False), Sparse),
+    "supra": ("llama", one_module(SupertuningConfig, sparsity=0.9, r=2), Dense),
+    "supra with its own alpha": ("llama", one_module(SupertuningConfig, sparsity=0.9, r=3, lora_alpha=5), Dense),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_base_plus_deltas_computes_what_peft_computes(tiny, tmp_path, case):
+    architecture, config, form = ADAPTERS[case]
+    base = tiny(architecture)
+    adapter = save_adapter(base, tmp_path / "adapter", config)
+    expected, model = peft_logits(base, adapter), load_base(base)
+    assert (expected - logits(model)).abs().max() > 0.005
+    deltas = dict(read_peft(adapter, base).deltas)
+    with applied(model, [deltas]):
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    assert form is None or all(isinstance(delta, form) for delta in deltas.values()), deltas
+    assert all(delta.dtype == torch.float32 for delta in deltas.values())
+
+
+def test_a_delta_is_the_written_out_formula(tiny_llama_dir, tmp_path):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(r=4, lora_alpha=6, use_rslora=True))
+    stored = load_file(adapter / "adapter_model.safetensors")
+    deltas = dict(read_peft(adapter).deltas)
+    down, up = (stored[f"base_model.model.{Q}.lora_{factor}.weight"].double() for factor in "AB")
+    torch.testing.assert_close(deltas[f"{Q}.weight"].dense().double(), 6 / 2 * up @ down, rtol=0, atol=1e-6)
+    assert len(deltas) == 4
+
+
+def test_what_the_adapter_says_of_itself_is_kept(tiny_llama_dir, tmp_path):
+    foreign = read_peft(save_adapter(tiny_llama_dir, tmp_path / "a", lora(use_rslora=True, lora_alpha=6)))
+    assert (foreign.kind, foreign.base, foreign.revision) == ("LORA", str(tiny_llama_dir), None)
+    wanted = {"r": 4, "lora_alpha": 6, "use_rslora": True, "bias": "none", "peft_version": "0.21.2"}
+    assert wanted.items() <= foreign.settings.items()
+    assert "use_dora" not in foreign.settings
+    assert "base_model_name_or_path" not in foreign.settings
+
+
+def test_deltas_can_be_gone_through_twice(tiny_llama_dir, tmp_path):
+    foreign = read_peft(save_adapter(tiny_llama_dir, tmp_path / "a", lora()))
+    first, second = dict(foreign.deltas), dict(foreign.deltas)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].dense(), second[name].dense()) for name in first)
+
+
+def test_entries_named_twice_add_up_and_zeros_are_places_until_they_are_dropped(tiny_llama_dir, tmp_path):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", ShiraConfig(r=1, target_modules=["q_proj"]))
+    file = adapter / "adapter_model.safetensors"
+    stored = load_file(file)
+    places, values = (stored[f"base_model.model.{Q}.shira_{name}"] for name in ("indices", "weight"))
+    places[:, 1], values[2] = places[:, 0], 0.0
+    total = torch.zeros(32, 32, dtype=torch.float64)
+    for row, column, value in zip(*places.tolist(), values.tolist(), strict=True):
+        total[row, column] += value
+    save_file(stored, file, metadata={"format": "pt"})
+    kept, dropped = (dict(read_peft(adapter, drop_zeros=drop).deltas)[f"{Q}.weight"] for drop in (False, True))
+    assert (kept.support_size, dropped.support_size) == (63, 62)
+    torch.testing.assert_close(kept.dense().double(), total, rtol=0, atol=1e-7)
+    torch.testing.assert_close(dropped.dense(), kept.dense(), rtol=0, atol=0)
+    torch.testing.assert_close(peft_logits(tiny_llama_dir, adapter), _with(tiny_llama_dir, adapter), rtol=0, atol=1e-5)
+
+
+def _with(base, adapter):
+    model = load_base(base)
+    with applied(model, [dict(read_peft(adapter, base).deltas)]):
+        return logits(model)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_embedding_that_is_stored_with_its_adapter_takes_the_bases_place(tiny_llama_dir, tmp_path, dora):
+    config = lora(target_modules=["embed_tokens", "q_proj"], use_dora=dora)
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", config)
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    before = _with(tiny_llama_dir, adapter)
+    change(adapter, lambda stored: stored | {key: stored[key] + 0.05 * torch.randn(99, 32)})
+    expected = peft_logits(tiny_llama_dir, adapter)
+    assert (expected - before).abs().max() > 0.01
+    torch.testing.assert_close(_with(tiny_llama_dir, adapter), expected, rtol=0, atol=1e-5)
+
+
+def test_settings_that_are_left_out_have_pefts_defaults(tiny_llama_dir, tmp_path):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(r=8, lora_alpha=8))
+    supra = save_adapter(tiny_llama_dir, tmp_path / "b", SupertuningConfig(target_modules=["q_proj"], r=3))
+    for directory in (adapter, supra):
+        file = directory / "adapter_config.json"
+        config = json.loads(file.read_text())
+        assert config.pop("lora_alpha")
+        if directory == adapter:
+            assert config.pop("r") == 8
+        file.write_text(json.dumps(config))
+        expected = peft_logits(tiny_llama_dir, directory)
+        torch.testing.assert_close(_with(tiny_llama_dir, directory), expected, rtol=0, atol=1e-5)
+
+
+def test_indices_stored_as_floats_are_read(tiny_llama_dir, tmp_path):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", ShiraConfig(r=1, target_modules=["q_proj"]))
+    before = _with(tiny_llama_dir, adapter)
+    change(adapter, lambda stored: {key: tensor.float() for key, tensor in stored.items()})
+    torch.testing.assert_close(_with(tiny_llama_dir, adapter), before, rtol=0, atol=0)
+
+
+def test_a_legacy_file_is_read_without_running_code(tiny_llama_dir, tmp_path):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(), safe_serialization=False)
+    assert (adapter / "adapter_model.bin").is_file()
+    torch.testing.assert_close(_with(tiny_llama_dir, adapter), peft_logits(tiny_llama_dir, adapter), rtol=0, atol=1e-5)
+    torch.save({"base_model.model.x": Trap()}, adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin was not read: it asks for .*exec, and code in a file is"):
+        read_peft(adapter)
+    (adapter / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"adapter_model.bin was not read: it is damaged"):
+        read_peft(adapter)
+    torch.save({"base_model.model.x": 3}, adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is not what PEFT saves"):
+        read_peft(adapter)
+
+
+class Trap:
+    """Runs code where a pickle is trusted."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+def change(adapter, change):
+    file = adapter / "adapter_model.safetensors"
+    stored = {key: tensor.contiguous().clone() for key, tensor in change(load_file(file)).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+
+
+def configure(adapter, **fields):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.fixture
+def adapter(tiny_llama_dir, tmp_path):
+    return save_adapter(tiny_llama_dir, tmp_path / "adapter", lora())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("peft_type", "IA3", r"peft_type 'IA3', and only LORA, SHIRA, SUPERTUNING"),
+        ("alora_invocation_tokens", [3], r"sets alora_invocation_tokens to \[3\]: that acts only after some tokens"),
+        ("use_qalora", True, r"sets use_qalora to True"),
+        ("layer_replication", [[0, 2]], r"sets layer_replication to .* repeats layers"),
+        ("target_parameters", ["q_proj.weight"], r"sets target_parameters"),
+        ("trainable_token_indices", [1], r"sets trainable_token_indices to \[1\]"),
+        ("kasa_config", {"beta": 1}, r"sets kasa_config"),
+        ("ensure_weight_tying", True, r"sets ensure_weight_tying"),
+        ("brand_new", 3, r"sets brand_new to 3: it is not known here whether that changes"),
+        ("init_lora_weights", "loftq", r"init_lora_weights to 'loftq', .* path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_4", r"init_lora_weights to 'pissa_niter_4'"),
+        (
+            "r",
+            5,
+            r"q_proj.lora_A.weight has shape \(4, 32\) and should have \(5, 32\)|down_proj.*should have \(5, 48\)",
+        ),
+        ("r", "four", r"rank of .* must be a whole number above 0, got 'four'"),
+        ("lora_alpha", None, r"lora_alpha of .* must be a number, got None"),
+        ("rank_pattern", {"(q_proj": 4}, r"the pattern '\(q_proj' is no regular expression"),
+        ("alpha_pattern", [4], r"rank_pattern and alpha_pattern must be tables of names and numbers, got \[4\]"),
+        ("base_model_name_or_path", 5, r"does not say what the adapter's base is"),
+        ("use_dora", True, r"has no lora_magnitude_vector"),
+        ("lora_bias", True, r"has a lora_bias, and the base has no bias there"),
+        ("base_model_name_or_path", None, r"does not say what the adapter's base is"),
+    ],
+)
+def test_a_setting_that_deltas_cannot_say_is_refused_by_name(adapter, field, value, sentence):
+    configure(adapter, **{field: value})
+    with pytest.raises(ValueError, match=sentence):
+        read_peft(adapter)
+
+
+def test_a_field_that_is_not_set_or_only_trains_is_no_obstacle(adapter):
+    before = dict(read_peft(adapter).deltas)
+    configure(adapter, brand_new=None, other={}, lora_dropout=0.3, init_lora_weights="gaussian", eva_config={"rho": 2})
+    assert all(torch.equal(delta.dense(), before[name].dense()) for name, delta in read_peft(adapter).deltas)
+
+
+@pytest.mark.parametrize(
+    ("rename", "sentence"),
+    [
+        (("layers.0.self_attn.q_proj", "layers.0.self_attn.q_prj"), r"belong to nothing in LlamaForCausalLM: "
+         r"model.layers.0.self_attn.q_prj; the nearest is model.layers.0.self_attn.q_proj"),
+        (("model.model.layers", "model.layers"), r"nothing .*: layers.0.mlp.*; the nearest is model.layers.0"),
+        (("q_proj.lora_A", "q_proj.lora_C"), r"belong to nothing .*q_proj.lora_C.weight"),
+        (("base_model.model.", "base."), r"does not begin with base_model.model."),
+        (("mlp.down_proj", "mlp.act_fn"), r"mlp.act_fn is a SiLU.*; only Linear, Conv1D and Embedding"),
+        (("lora_B.weight", "base_layer.bias"), r"has no lora_B.weight"),
+    ],
+)  # fmt: skip
+def test_tensors_that_the_base_has_no_place_for_are_listed(adapter, rename, sentence):
+    change(adapter, lambda stored: {key.replace(*rename): tensor for key, tensor in stored.items()})
+    with pytest.raises(ValueError, match=sentence):
+        read_peft(adapter)
+
+
+def test_a_whole_tensor_of_an_adapted_module_under_its_plain_name_is_refused(adapter):
+    change(adapter, lambda stored: stored | {f"base_model.model.{Q}.weight": torch.zeros(32, 32)})
+    with pytest.raises(ValueError, match=r"belong to nothing .*q_proj.weight"):
+        read_peft(adapter)
+
+
+def test_a_resized_vocabulary_is_refused(adapter):
+    change(adapter, lambda stored: stored | {"base_model.model.lm_head.weight": torch.zeros(101, 32)})
+    with pytest.raises(ValueError, match=r"lm_head.weight with shape \(101, 32\), and the base .* has \(99, 32\); was"):
+        read_peft(adapter)
+
+
+def test_a_whole_tensor_that_equals_the_base_moves_nothing(adapter, tiny_llama_dir):
+    same = load_base(tiny_llama_dir).lm_head.weight.detach()
+    change(adapter, lambda stored: stored | {"base_model.model.lm_head.weight": same})
+    assert "lm_head.weight" not in dict(read_peft(adapter).deltas)
+    change(adapter, lambda stored: stored | {"base_model.model.lm_head.weight": same + 1})
+    moved = dict(read_peft(adapter).deltas)["lm_head.weight"]
+    torch.testing.assert_close(moved.dense(), torch.ones(99, 32))
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["wte"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_weight_that_the_base_ties_is_refused(tiny, tmp_path, settings):
+    adapter = save_adapter(tiny("gpt2"), tmp_path / "a", gpt2(**settings))
+    foreign = read_peft(adapter)
+    with pytest.raises(ValueError, match=r"moves (transformer.wte|lm_head).weight, which GPT2LMHeadModel ties to"):
+        dict(foreign.deltas)
+
+
+def test_lora_bias_with_dora_is_refused(tiny, tmp_path):
+    adapter = save_adapter(tiny("qwen2"), tmp_path / "a", lora(target_modules=["q_proj"], lora_bias=True))
+    configure(adapter, use_dora=True)
+    with pytest.raises(ValueError, match=r"has lora_bias and use_dora"):
+        read_peft(adapter)
+
+
+@pytest.mark.parametrize("kind", [ShiraConfig, SupertuningConfig])
+def test_damaged_indices_are_found(tiny_llama_dir, tmp_path, kind):
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", kind(target_modules=["q_proj"]) if kind is SupertuningConfig
+                           else kind(r=1, target_modules=["q_proj"]))  # fmt: skip
+    for wrong, sentence in ((lambda t: t + 2000, "lies outside"), (lambda t: t * 0 - 1, "lies outside"),
+                            (lambda t: t + 0.5, "no whole numbers")):  # fmt: skip
+        original = load_file(adapter / "adapter_model.safetensors")
+        change(adapter, lambda s, w=wrong: {k: w(t) if "indices" in k else t for k, t in s.items()})
+        with pytest.raises(ValueError, match=sentence):
+            dict(read_peft(adapter).deltas)
+        change(adapter, lambda _, s=original: s)
+    change(adapter, lambda stored: {key: tensor for key, tensor in stored.items() if "indices" not in key})
+    with pytest.raises(ValueError, match=r"has no (shira|supertuning)_indices"):
+        read_peft(adapter)
+
+
+@pytest.mark.filterwarnings("ignore:save_precomputed_indices=False:UserWarning")
+def test_super_tuning_without_its_places_is_refused_with_the_way_out(tiny_llama_dir, tmp_path):
+    config = SupertuningConfig(target_modules=["q_proj"], save_precomputed_indices=False)
+    with pytest.raises(ValueError, match=r"has no supertuning_indices; save .* with save_precomputed_indices=True"):
+        read_peft(save_adapter(tiny_llama_dir, tmp_path / "a", config))
+
+
+def test_damaged_and_missing_files_are_told(adapter, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_config.json is missing, so .* is no PEFT adapter; give .*adap"
+    ):
+        read_peft(tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-50])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged"):
+        read_peft(adapter)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
+        read_peft(adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged: it is not valid JSON"):
+        read_peft(adapter)
+    (adapter / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged: it holds no JSON object"):
+        read_peft(adapter)
+
+
+def test_an_adapter_of_another_base_does_not_fit(tiny, adapter):
+    with pytest.raises(ValueError, match=r"belong to nothing in GPT2LMHeadModel"):
+        read_peft(adapter, tiny("gpt2"))
+    with pytest.raises(FileNotFoundError, match=r"base 'nowhere/at-all' was not found"):
+        read_peft(adapter, "nowhere/at-all")

@@ -1,0 +1,341 @@
+"""Writing PEFT adapters: PEFT computes with them what base plus deltas does, and a loss is told."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+
+import numpy
+import pytest
+import torch
+from peft_adapters import PEFT_WARNINGS, logits, peft_logits
+from random_deltas import random_delta
+from safetensors.torch import load_file
+
+from modular_experts.__main__ import main
+from modular_experts.deltas import Dense, LowRank, Sparse, add
+from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import fingerprint, load_base
+from modular_experts.interop.peft import LoraForm, ShiraForm, SupertuningForm, lora_form, read_peft, write_peft
+from modular_experts.interop.peft import proof as proof_room
+from modular_experts.interop.peft.best_rank import best_rank
+from modular_experts.library import make_record, open_expert, write_expert
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
+LAYER = "model.layers.0"
+LLAMA = [f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+GPT2 = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+
+
+def delta_of(form, shape, seed):
+    return random_delta(form, shape, seed, torch.float32, share=0.05, tile=(4, 4)) * 0.1
+
+
+def store(path, base, deltas):
+    write_expert(path, deltas, make_record("test", {"id": str(base), "fingerprint": fingerprint(base)}))
+    return path
+
+
+def make(path, base, names, form):
+    """Store an expert; the rank of its `LowRank` deltas alternates between 1 and 2."""
+    model = load_base(base)
+    return store(path, base, [(n, delta_of(form, model.get_parameter(n).shape, i)) for i, n in enumerate(names)])
+
+
+def expected_logits(base, deltas, tokens=None):
+    model = load_base(base)
+    with applied(model, [deltas]):
+        return logits(model, tokens)
+
+
+CASES = {
+    "lora": ("llama", LLAMA, "LowRank", LoraForm()),
+    "lora of embeddings": ("llama", [*LLAMA, "model.embed_tokens.weight", "lm_head.weight"], "LowRank", LoraForm()),
+    "lora of conv1d": ("gpt2", GPT2, "LowRank", LoraForm()),
+    "lora of conv1d and embeddings": ("gpt2", [*GPT2, "transformer.wpe.weight"], "LowRank", LoraForm()),
+    "lora below its largest rank": ("llama", LLAMA, "LowRank", LoraForm(rank=5)),
+    "lora of all ranks": ("llama", LLAMA, "Dense", LoraForm(rank=48)),
+    "super-tuning": ("llama", LLAMA, "Sparse", SupertuningForm()),
+    "super-tuning of tiles": ("llama", LLAMA, "BlockSparse", SupertuningForm()),
+    "shira": ("llama", LLAMA, "Sparse", ShiraForm()),
+    "shira of tiles": ("llama", LLAMA, "BlockSparse", ShiraForm()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_computes_with_the_adapter_what_base_plus_deltas_does(tiny, tmp_path, case):
+    architecture, names, form, kind = CASES[case]
+    base = tiny(architecture)
+    expert = open_expert(make(tmp_path / "one", base, names, form))
+    written = write_peft(expert.path, tmp_path / "adapter", kind)
+    expected = expected_logits(base, dict(expert))
+    assert (expected - logits(load_base(base))).abs().max() > 0.01
+    torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
+    assert written.check.loaded_with == "peft 0.21.2"
+    assert 0 <= written.check.mean_difference <= written.check.largest_difference < 1e-5
+    assert written.relative_error < 1e-6
+    assert list(written.weights) == sorted(names)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "all ranks" not in case])
+def test_reading_it_back_gives_the_same_bits(tiny, tmp_path, case):
+    architecture, names, form, kind = CASES[case]
+    expert = open_expert(make(tmp_path / "one", tiny(architecture), names, form))
+    written = write_peft(expert.path, tmp_path / "adapter", kind)
+    back = dict(read_peft(tmp_path / "adapter", drop_zeros=True).deltas)
+    assert back.keys() == set(expert)
+    for name, delta in expert.items():
+        assert torch.equal(back[name].dense(), delta.dense()), name
+        if form == "LowRank":
+            assert torch.equal(back[name].up, delta.up)
+        if form == "Sparse":
+            assert torch.equal(back[name].indices, delta.indices)
+        assert written.weights[name].lost == 0.0
+
+
+def test_padding_stands_at_places_that_are_not_kept_each_one_once(tiny_llama_dir, tmp_path):
+    expert = open_expert(make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse"))
+    for number, kind in enumerate((ShiraForm(), SupertuningForm())):
+        written = write_peft(expert.path, tmp_path / f"adapter{number}", kind)
+        back = dict(read_peft(tmp_path / f"adapter{number}").deltas)
+        for name, delta in expert.items():
+            extra = back[name].support_size - delta.support_size
+            assert extra == written.weights[name].padding >= 0
+            assert set(delta.indices.tolist()) <= set(back[name].indices.tolist())
+        stored = load_file(tmp_path / f"adapter{number}/adapter_model.safetensors")
+        counts = sum(tensor.numel() for key, tensor in stored.items() if key.endswith(("shira_weight", "values")))
+        assert counts == sum(delta.support_size for delta in back.values()), "a place was named twice"
+        assert written.padding == counts - sum(delta.support_size for delta in expert.values())
+        manifest = json.loads((tmp_path / f"adapter{number}/modular_experts.json").read_text())
+        assert manifest["adapter"]["padding"] == written.padding
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7, 10, 11, 22, 307, 1535, 1536])
+def test_super_tunings_sparsity_leaves_room_for_every_entry_after_rounding(kept):
+    delta = Sparse(torch.arange(kept, dtype=torch.int32), torch.ones(kept), torch.Size((48, 32)))
+    form = SupertuningForm().settle([("a", delta), ("b", Sparse.zero((16, 48)))])
+    sparsity = form.configuration({}, {})["sparsity"]
+    assert 0 <= sparsity < 1
+    assert int(1536 * (1 - sparsity)) == max(kept, 2)  # one entry of the smaller weight is two of this one
+    assert int(768 * (1 - sparsity)) >= 1
+
+
+def test_shira_takes_the_smallest_r_that_holds_every_module():
+    deltas = [
+        (str(n), Sparse(torch.arange(n, dtype=torch.int32), torch.ones(n), torch.Size((16, 32)))) for n in (3, 97)
+    ]
+    assert ShiraForm().settle(deltas).configuration({}, {})["r"] == 3
+    assert ShiraForm().settle(deltas[:1]).configuration({}, {})["r"] == 1
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("form", ["Dense", "Sparse", "LowRank"])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_best_rank_is_the_truncated_singular_value_decomposition(shape, form, rank):
+    delta = random_delta(form, shape, 5, torch.float32)
+    if form == "LowRank":
+        delta = add([random_delta(form, shape, seed, torch.float32) for seed in (1, 3, 5)])
+    product, lost = best_rank(delta, rank)
+    exact = delta.up.double() @ delta.down.double() if form == "LowRank" else delta.dense().double()
+    u, s, v = numpy.linalg.svd(exact.numpy(), full_matrices=False)
+    nearest = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
+    assert product.rank <= rank
+    torch.testing.assert_close(product.dense().double(), nearest, rtol=0, atol=1e-5)
+    assert lost == pytest.approx((s[rank:] ** 2).sum(), rel=1e-9, abs=1e-9)
+
+
+def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_llama_dir, tmp_path):
+    model = load_base(tiny_llama_dir)
+    shapes = {name: model.get_parameter(name).shape for name in LLAMA}
+    deltas = {name: delta_of("Dense", shapes[name], seed) for seed, name in enumerate(LLAMA[:2])}
+    deltas[LLAMA[2]] = delta_of("LowRank", shapes[LLAMA[2]], 1)
+    expert = open_expert(store(tmp_path / "one", tiny_llama_dir, list(deltas.items())))
+    written = write_peft(expert.path, tmp_path / "adapter", LoraForm(rank=4))
+    lost = energy = 0.0
+    for name, delta in deltas.items():
+        values = numpy.linalg.svd(delta.dense().double().numpy(), compute_uv=False) ** 2
+        lost, energy = lost + values[4:].sum(), energy + values.sum()
+        assert written.weights[name].kept_energy == pytest.approx(values[:4].sum() / values.sum(), abs=1e-6)
+        assert written.weights[name].relative_error == pytest.approx((values[4:].sum() / values.sum()) ** 0.5, abs=1e-6)
+    assert written.weights[LLAMA[2]].relative_error == 0.0
+    assert written.weights[LLAMA[2]].delta.rank == 2
+    assert written.relative_error == pytest.approx((lost / energy) ** 0.5, abs=1e-6)
+    assert written.kept_energy == pytest.approx(1 - lost / energy, abs=1e-6)
+    carried = dict(read_peft(tmp_path / "adapter").deltas)
+    prompts = (torch.arange(48).view(2, 24) * 7919 + 11) % 99
+    apart = expected_logits(tiny_llama_dir, carried, prompts) - expected_logits(tiny_llama_dir, deltas, prompts)
+    assert written.check.largest_difference < 1e-5 < 0.05 < written.check.largest_approximation
+    assert written.check.largest_approximation == pytest.approx(apart.abs().max().item(), rel=1e-3)
+    assert written.check.mean_approximation == pytest.approx(apart.abs().mean().item(), rel=1e-3)
+    manifest = json.loads((tmp_path / "adapter/modular_experts.json").read_text())
+    assert manifest["adapter"]["relative_error"] == written.relative_error
+    assert manifest["adapter"]["weights"][LLAMA[0]]["kept_energy"] == written.weights[LLAMA[0]].kept_energy
+    assert manifest["adapter"]["weights"][LLAMA[2]]["kept"] == 2
+
+
+def test_manifest_says_what_was_written_and_how_it_was_checked(tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
+    written = write_peft(expert, tmp_path / "adapter", LoraForm(rank=9), tolerance=1e-4)
+    manifest = json.loads((tmp_path / "adapter/modular_experts.json").read_text())
+    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(expert).content_hash}]
+    assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
+    assert manifest["adapter"]["peft_type"] == "LORA"
+    assert manifest["adapter"]["settings"] == {"rank": 9}
+    assert manifest["check"]["tolerance"] == 1e-4
+    assert manifest["check"]["mean_difference"] == written.check.mean_difference
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_llama_dir)
+    assert sorted(config["target_modules"]) == sorted(name.removesuffix(".weight") for name in LLAMA)
+
+
+def test_weights_that_do_not_move_are_left_out(tiny_llama_dir, tmp_path):
+    model = load_base(tiny_llama_dir)
+    still = Sparse.zero(model.get_parameter(LLAMA[0]).shape)
+    moving = (LLAMA[1], delta_of("Sparse", model.get_parameter(LLAMA[1]).shape, 1))
+    expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], still), moving])
+    assert list(write_peft(expert, tmp_path / "adapter", SupertuningForm()).weights) == [LLAMA[1]]
+    nothing = store(tmp_path / "two", tiny_llama_dir, [(LLAMA[0], still)])
+    with pytest.raises(ValueError, match=r"two moves nothing, so there is no adapter"):
+        write_peft(nothing, tmp_path / "other", SupertuningForm())
+
+
+REFUSED = {
+    "norms and biases": ("Dense", [f"{LAYER}.input_layernorm.weight", LLAMA[0]], LoraForm(rank=2),
+                         r"moves the weight of a Linear, Conv1D and Embedding only, and one moves "
+                         r"model.layers.0.input_layernorm.weight too; .* modular-experts apply"),
+    "embeddings in a sparse adapter": ("Sparse", ["model.embed_tokens.weight"], SupertuningForm(),
+                                       r"a SUPERTUNING adapter moves the weight of a Linear only"),
+    "dense as shira": ("Dense", LLAMA, ShiraForm(), r"delta of model.* is Dense and has no single entries to store"),
+    "low-rank as super-tuning": ("LowRank", LLAMA, SupertuningForm(), r"is LowRank and has no single entries"),
+    "sparse as lora": ("Sparse", LLAMA, LoraForm(), r"is Sparse and no product of two factors; give a rank"),
+    "too many entries for shira": ("Sparse", None, ShiraForm(), r"SHiRA would need r=11 .* 528 entries of .* only 512"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_adapter_cannot_carry_is_refused_with_the_way_out(tiny_llama_dir, tmp_path, case):
+    form, names, kind, sentence = REFUSED[case]
+    if names is None:
+        full = Sparse(torch.arange(512, dtype=torch.int32), torch.ones(512), torch.Size((16, 32)))
+        expert = store(tmp_path / "one", tiny_llama_dir, [(f"{LAYER}.self_attn.k_proj.weight", full)])
+    elif case == "norms and biases":
+        deltas = [Dense(torch.ones(32)), Dense(torch.ones(32, 32))]
+        expert = store(tmp_path / "one", tiny_llama_dir, list(zip(names, deltas, strict=True)))
+    else:
+        expert = make(tmp_path / "one", tiny_llama_dir, names, form)
+    with pytest.raises(ValueError, match=sentence):
+        write_peft(expert, tmp_path / "adapter", kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_biases_conv1d_and_tied_weights_are_refused(tiny, tmp_path):
+    base = tiny("gpt2")
+    bias = store(tmp_path / "bias", base, [("transformer.h.0.attn.c_attn.bias", Dense(torch.ones(96)))])
+    with pytest.raises(ValueError, match=r"and bias moves transformer.h.0.attn.c_attn.bias too"):
+        write_peft(bias, tmp_path / "adapter", LoraForm(rank=2))
+    with pytest.raises(
+        ValueError, match=r"moves the weight of a Linear only, and conv moves transformer.h.0.attn.c_attn"
+    ):
+        write_peft(make(tmp_path / "conv", base, GPT2, "Sparse"), tmp_path / "adapter", ShiraForm())
+    with pytest.raises(ValueError, match=r"tied moves transformer.wte.weight, which the base ties to another weight"):
+        write_peft(
+            make(tmp_path / "tied", base, ["transformer.wte.weight"], "LowRank"), tmp_path / "adapter", LoraForm()
+        )
+    lost = store(tmp_path / "lost", base, [("transformer.h.0.attn.c_atn.weight", Dense(torch.ones(32, 96)))])
+    with pytest.raises(
+        ValueError, match=r"has no weight .*c_atn.weight; the nearest is transformer.h.0.attn.c_attn.weight"
+    ):
+        write_peft(lost, tmp_path / "adapter", LoraForm(rank=2))
+
+
+def test_another_base_an_existing_target_and_a_senseless_rank_are_refused(tiny, tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
+    with pytest.raises(ValueError, match=r"one was trained on another base than .*qwen2"):
+        write_peft(expert, tmp_path / "adapter", LoraForm(), tiny("qwen2"))
+    with pytest.raises(ValueError, match=r"rank must be at least 1, got 0"):
+        LoraForm(rank=0)
+    write_peft(expert, tmp_path / "adapter", LoraForm())
+    with pytest.raises(FileExistsError, match=r"exists already"):
+        write_peft(expert, tmp_path / "adapter", LoraForm())
+    write_peft(expert, tmp_path / "adapter", LoraForm(), overwrite=True)
+    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+        write_peft(expert, tiny_llama_dir, LoraForm(), overwrite=True)
+
+
+@pytest.mark.parametrize("sabotage", [lambda logits: logits + 0.01, lambda logits: logits * float("nan")])
+def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
+    true_logits, calls = proof_room._logits, []
+
+    def last_differs(model, prompts):
+        calls.append(model)
+        found = true_logits(model, prompts)
+        return sabotage(found) if len(calls) == 2 else found
+
+    monkeypatch.setattr(proof_room, "_logits", last_differs)
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
+    with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits differ"):
+        write_peft(expert, tmp_path / "adapter", LoraForm())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_an_adapter_in_which_peft_misses_a_tensor_is_not_written(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_form, "_tensors", lambda module, delta: {"lora_A.weight": delta.down})
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
+    with pytest.raises(ValueError, match=r"not written: PEFT says of it: Found missing adapter keys .*lora_B"):
+        write_peft(expert, tmp_path / "adapter", LoraForm())
+
+
+def without_peft(patch):
+    patch.setitem(sys.modules, "peft", None)
+
+
+def with_an_old_peft(patch):
+    patch.setattr("peft.PeftType", enum.Enum("PeftType", ["LORA"]))
+
+
+@pytest.mark.parametrize("missing", [without_peft, with_an_old_peft])
+def test_without_peft_our_own_reader_checks_and_the_hint_is_given(
+    tiny_llama_dir, tmp_path, monkeypatch, capsys, missing
+):
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse")
+    missing(monkeypatch)
+    assert main(["export", "--expert", str(expert), "--form", "supertuning", "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert "loaded again with modular-experts: a logit differs by up to" in told
+    assert "pip install 'peft>=0.21'" in told
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        peft_logits(tiny_llama_dir, tmp_path / "a"), expected_logits(tiny_llama_dir, dict(open_expert(expert))),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_the_command_tells_what_is_lost_and_how_it_was_checked(tiny_llama_dir, tmp_path, capsys):
+    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse")
+    line = ["export", "--expert", str(expert), "--form", "lora", "--rank", "4", "--out", str(tmp_path / "a")]
+    assert main(line) == 0
+    told = capsys.readouterr().out
+    assert "3 of 3 weights are approximated" in told
+    assert "of the squared norm kept, relative error 0." in told
+    assert "loaded again with peft 0.21.2" in told
+    assert "a LORA adapter of" in told
+    assert main([*line[:4], "shira", *line[5:]]) == 1
+    assert "rank is a setting of form lora, and shira has none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*line[:4], "lorra", *line[5:]])
+    assert "must be one of lora, supertuning, shira, got lorra; did you mean lora?" in capsys.readouterr().err
+
+
+def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path):
+    for name in ("a", "b"):
+        make(tmp_path / name, tiny_llama_dir, LLAMA, "LowRank")
+    (tmp_path / "b").rename(tmp_path / "c")
+    both = f"[{tmp_path / 'a'}, {tmp_path / 'c'}]"
+    assert main(["merge", "--experts", both, "--method", "TaskArithmetic", "--out", str(tmp_path / "ac")]) == 0
+    merged = open_expert(tmp_path / "ac")
+    assert all(isinstance(delta, LowRank) for delta in merged.values())
+    written = write_peft(merged.path, tmp_path / "adapter", LoraForm())
+    assert written.relative_error == 0.0
+    expected = expected_logits(tiny_llama_dir, dict(merged))
+    torch.testing.assert_close(peft_logits(tiny_llama_dir, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
