@@ -11,7 +11,7 @@ SMOLLM2 := .cache/smollm2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-quickstart lint format bench smollm2 triton
+.PHONY: help install quickstart test test-peer test-slow test-quickstart lint format bench smollm2 triton
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## run the tests, without those that take many minutes
 
 test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
 	$(BIN)/python -m pytest -m slow -rs $(ARGS)
+
+test-peer: $(INSTALLED) ## compare with mergekit (MODULAR_EXPERTS_MERGEKIT names a Python that has it)
+	$(BIN)/python -m pytest -m peer -rs $(ARGS)
 
 test-quickstart: $(INSTALLED) ## run the whole quickstart and check the facts it shows
 	$(BIN)/python -m pytest -m quickstart $(ARGS)

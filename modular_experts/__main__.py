@@ -18,6 +18,7 @@ VERBS = {
     "predict": ("training", "write a model's answers"),
     "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),
+    "mergekit": ("mergekit", "run a recipe of mergekit: checkpoints into a checkpoint"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
     "export": ("export", "write an expert as an adapter that PEFT loads"),
     "list": ("list", "list the experts of a library"),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from modular_experts.cli.progress import progress_bar
+from modular_experts.cli.summary import share_text
 from modular_experts.cli.tool import run_tool
+from modular_experts.interop.apply import Check
 from modular_experts.interop.apply import apply as apply_experts
 
 EXAMPLES = """\
@@ -22,6 +24,7 @@ def apply(
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
+    check: bool = True,
 ) -> None:
     """Add experts to their base and write a full Hugging Face checkpoint that needs nothing of this package.
 
@@ -37,13 +40,26 @@ def apply(
         dtype: Data type of the checkpoint; that of the base if not given.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
         overwrite: Replace a checkpoint of ours that is there.
+        check: Load the result again and compare; without it, no more than one weight is in memory.
     """
-    check = apply_experts(experts, out, base, revision, dtype, tolerance, overwrite, progress_bar("applying"))
-    print(
-        f"loaded again with transformers: the largest difference of a logit is {check.largest_difference:.3g} "
-        f"(tolerance {check.tolerance:g})"
-    )
+    found = apply_experts(experts, out, base, revision, dtype, tolerance, overwrite, progress_bar("applying"), check)
+    tell_check(found)
     print(f"{out}: a checkpoint of the base and {', '.join(experts)}")
+
+
+def tell_check(found: Check | None) -> None:
+    """Say how a checkpoint proved itself, and what its dtype could not hold."""
+    if found is None:
+        print("not loaded again, because check is false")
+        return
+    print(
+        f"loaded again with transformers: the largest difference of a logit is {found.largest_difference:.3g} "
+        f"(tolerance {found.tolerance:g})"
+    )
+    lost = found.rounding
+    if lost.lost > 0:
+        unchanged = share_text(lost.unchanged / lost.moved)
+        print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")
 
 
 def run(argv: Sequence[str]) -> None:

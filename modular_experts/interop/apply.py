@@ -265,7 +265,7 @@ def _written(
                 rounding = _save_from_memory(model, deltas, directory, progress)
         except SafetensorError as error:
             raise OSError(f"the checkpoint could not be written: {error}") from error
-        _carry(base, directory)
+        carry(base, directory)
     if model is None or not check:
         return None
     prompts = _prompts(model)
@@ -326,7 +326,7 @@ def _write_manifest(file: Path, origin: Mapping[str, Any], check: Check | None) 
     file.write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")
 
 
-def _carry(base: Path, directory: Path) -> None:
+def carry(base: Path, directory: Path) -> None:
     """Copy what makes the checkpoint usable - tokenizer, generation settings, licence - byte for byte."""
     for file in sorted({file for pattern in _CARRIED for file in base.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,48 @@
+"""`modular-experts mergekit`: a recipe of mergekit into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modular_experts.cli.progress import progress_bar
+from modular_experts.cli.tool import run_tool
+from modular_experts.interop.mergekit.differences import Difference
+from modular_experts.interop.mergekit.reading import read_configuration
+from modular_experts.interop.mergekit.run import merge_recipe
+
+EXAMPLES = """\
+  modular-experts mergekit recipe.yaml merged-checkpoint
+  modular-experts mergekit recipe.yaml merged-checkpoint --seed 1 --overwrite true"""
+
+
+def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> None:
+    """Run a recipe of mergekit, the YAML file that `mergekit-yaml` takes, and write the merged model as a checkpoint.
+
+    mergekit is not needed. The numbers are those that it gives, up to the last digits; where they may not be, that is
+    said before the merge begins. A model may be a checkpoint, checkpoint+adapter (PEFT), or an expert of a library
+    whose base is the recipe's base_model. What a recipe asks for and is not supported, or has misspelt, is an error.
+
+    Args:
+        recipe: The YAML file.
+        out: Directory of the checkpoint.
+        seed: Of the methods that drop entries at random (dare, della).
+        overwrite: Replace a checkpoint of ours that is there.
+    """
+    configuration = read_configuration(recipe)
+    merge_recipe(configuration, out, seed, overwrite, progress_bar("merging"), _tell)
+    print(f"merged {len(configuration.models)} models with {configuration.name}")
+    print(f"{out}: a checkpoint of {', '.join(map(str, configuration.models))}")
+
+
+def _tell(found: Sequence[Difference]) -> None:
+    if found:
+        print("where this recipe is not run as mergekit runs it:")
+    for difference in found:
+        print(f"  {difference.what}:")
+        print(f"    mergekit  {difference.mergekit}")
+        print(f"    here      {difference.here}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(mergekit, argv, EXAMPLES, positional=True)

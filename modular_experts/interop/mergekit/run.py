@@ -1,0 +1,136 @@
+"""Running a recipe: weight by weight from the models' files into the files of the merged checkpoint.
+
+One weight of each model is in memory at a time, and one file of the result. Deltas, and the models where a method
+merges models, are taken in float32; the methods compute in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.interop.apply import MANIFEST, carry
+from modular_experts.interop.mergekit.configuration import Configuration
+from modular_experts.interop.mergekit.differences import Difference, differences
+from modular_experts.interop.mergekit.inputs import Model, open_models
+from modular_experts.interop.mergekit.recipe import Recipe
+from modular_experts.interop.mergekit.references import Reference
+from modular_experts.interop.mergekit.shards import write_shards
+from modular_experts.interop.mergekit.vocabulary import check_vocabularies
+from modular_experts.interop.weights import read_json
+from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import package_versions, plain
+
+__all__ = ["merge_recipe"]
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+Announce = Callable[[Sequence[Difference]], object]
+
+
+def merge_recipe(
+    configuration: Configuration,
+    out: str | Path,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = iter,
+    announce: Announce = lambda found: None,
+) -> Path:
+    """Run a mergekit recipe, and write the merged model as a Hugging Face checkpoint.
+
+    Args:
+        configuration: The recipe, from `read_configuration`.
+        out: Directory of the checkpoint.
+        seed: Of the methods that drop entries at random.
+        overwrite: Whether a checkpoint of ours that is there may be replaced.
+        progress: Wraps the names of the weights while they are gone through, for a progress bar.
+        announce: Gets what is done in another way than by mergekit, before the merge begins.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
+        FileNotFoundError: A model or a file of it is missing.
+        ValueError: The models do not fit together, a parameter is missing or cannot be, or a result is not finite;
+            nothing is written then.
+    """
+    target = check_target(out, overwrite, MANIFEST)
+    models = open_models(configuration)
+    if configuration.tokenizer and configuration.base:
+        check_vocabularies(models[configuration.base], models.values())
+    merge = _Merge(configuration, models, seed)
+    announce(differences(configuration, models, merge.steps))
+    with new_directory(target, overwrite, MANIFEST) as temporary:
+        written = write_shards(temporary, merge.tensors(progress))
+        carry(merge.donor.directory, temporary)
+        _write_config(merge.donor.directory, temporary, written)
+        _write_manifest(temporary / MANIFEST, configuration, models, seed)
+    return target
+
+
+class _Merge:
+    """The weights of a merged model."""
+
+    def __init__(self, configuration: Configuration, models: Mapping[Reference, Model], seed: int) -> None:
+        self._models, self._configuration = models, configuration
+        self.donor = models[configuration.base or configuration.models[0]]
+        self._stored = self.donor.stored
+        self._names = self._stored.skeleton.weights()
+        recipe = Recipe(configuration, self._names, seed)
+        self.steps = {name: recipe.step(name, self._stored.shape(name).numel()) for name in self._names}
+        self._dtype = configuration.out_dtype or configuration.dtype
+
+    def tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight of the result with the name under which it is stored."""
+        for name in progress(self._names):
+            merged = self._merged(name).to(self._dtype_of(name))
+            if not merged.isfinite().all():
+                raise ValueError(
+                    f"{name} of the merge is not finite in {merged.dtype}; look at the recipe's weights, or write a "
+                    "wider out_dtype"
+                )
+            yield self._stored.keys(name)[0], merged
+
+    def _merged(self, name: str) -> Tensor:
+        step = self.steps[name]
+        models = [self._models[reference] for reference in step.models]
+        if not self._configuration.on_deltas:
+            return step.method.merge([Dense(model.tensor(name)) for model in models]).dense()
+        start = self.donor.tensor(name)
+        zero = Sparse.zero(start.shape)
+        deltas: list[Delta] = [
+            zero if place in step.silent else model.delta(name, self.donor, start) for place, model in enumerate(models)
+        ]
+        return step.method.merge(deltas).add_to(start)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        if self._dtype is not None:
+            return getattr(torch, self._dtype)
+        return self._stored.read(name).dtype
+
+
+def _write_config(donor: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write the donor's configuration, with the data type that most weights have."""
+    config = read_json(donor / "config.json", "so it is not the directory of a model")
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
+    config[key] = max(sorted(set(kinds)), key=kinds.count)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_manifest(file: Path, configuration: Configuration, models: Mapping[Reference, Model], seed: int) -> None:
+    origin: dict[str, Any] = {
+        "mergekit": configuration.source,
+        "models": {model.name: str(model.directory) for model in models.values()},
+        "seed": seed,
+        "versions": package_versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    file.write_text(json.dumps(plain(origin), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+"""The command `mergekit`: what it says before it merges, what it writes, and one sentence for a mistake."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modular_experts.__main__ import main
+
+RECIPE = """
+merge_method: ties
+base_model: {base}
+models:
+  - model: {model}
+    parameters: {{weight: 1, density: 0.5}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, tiny_llama_dir):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(base=tiny_llama_dir, model=f"{tiny_llama_dir}/../llama"))
+    return file
+
+
+def test_recipe_is_merged_after_its_differences_are_told(recipe, tmp_path, capsys, tiny_llama_dir):
+    assert main(["mergekit", "recipe.yaml", "merged"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "where this recipe is not run as mergekit runs it:"
+    assert told[1:4] == [
+        "  equal magnitudes:",
+        "    mergekit  keeps any of them, as its sort leaves them; models in bfloat16 have many",
+        "    here      keeps those that come first",
+    ]
+    assert told[-1].startswith("merged: a checkpoint of ")
+    merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[name], base[name]) for name in base)  # the one model is the base itself
+
+
+def test_slip_in_a_recipe_is_one_sentence(recipe, tmp_path, capsys):
+    recipe.write_text(recipe.read_text().replace("density", "densty"))
+    assert main(["mergekit", "recipe.yaml", "merged"]) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert "unknown key 'densty', which mergekit would pass over; did you mean density?" in complaint
+    assert not (tmp_path / "merged").exists()
+
+
+def test_checkpoint_that_is_there_is_replaced_only_if_asked(recipe, capsys):
+    assert main(["mergekit", "recipe.yaml", "merged"]) == 0
+    assert main(["mergekit", "recipe.yaml", "merged"]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["mergekit", "recipe.yaml", "merged", "--overwrite", "true"]) == 0

@@ -1,0 +1,376 @@
+"""Recipes run on tiny models, against the same arithmetic written out in float64."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modular_experts.deltas import Sparse
+from modular_experts.interop.checkpoint import fingerprint
+from modular_experts.interop.mergekit.arc import Arc
+from modular_experts.interop.mergekit.reading import read_configuration
+from modular_experts.interop.mergekit.run import merge_recipe
+from modular_experts.interop.mergekit.shards import write_shards
+from modular_experts.interop.mergekit.stock import Stock
+from modular_experts.library import make_record, write_expert
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a base and three models that were made from it, all float32."""
+    root = tmp_path_factory.mktemp("models")
+    for number, name in enumerate(["base", "a", "b", "c"]):
+        model = build_model("llama", 0, num_hidden_layers=LAYERS)
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * bool(number) * torch.randn(parameter.shape, generator=draw))
+        model.save_pretrained(root / name)
+        build_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch):
+    """Run a recipe whose models are called by their names; return the tensors of the merge, in float64."""
+    monkeypatch.chdir(place)
+
+    def merge(recipe, **settings):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe)
+        merge_recipe(read_configuration(file), tmp_path / "merged", overwrite=True, **settings)
+        return {name: tensor.double() for name, tensor in load_file(tmp_path / "merged/model.safetensors").items()}
+
+    return merge
+
+
+def tensors(place, name):
+    return {key: tensor.double() for key, tensor in load_file(place / name / "model.safetensors").items()}
+
+
+def assert_merge(merged, expected):
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-6, atol=3e-7, msg=lambda text, name=name: name + text
+        )
+
+
+def of_layer(name, numbers):
+    """Interpolate three numbers over the three layers; all else has the first."""
+    return numbers[int(name.split(".")[2])] if ".layers." in name else numbers[0]
+
+
+def test_linear_with_a_gradient_and_filters_equals_the_written_out_mean(run, place):
+    merged = run("""
+merge_method: linear
+models:
+  - {model: a, parameters: {weight: [0.2, 1.0]}}
+  - {model: b, parameters: {weight: [{filter: mlp, value: 0.3}, {filter: q_proj, value: [1, 0, 1]}]}}
+parameters: {weight: 0.5}
+""")
+    a, b = tensors(place, "a"), tensors(place, "b")
+
+    def expected(name):
+        one = of_layer(name, [0.2, 0.6, 1.0])
+        other = 0.3 if "mlp" in name else of_layer(name, [1, 0, 1]) if "q_proj" in name else 0.5
+        return (one * a[name] + other * b[name]) / (one + other)
+
+    assert_merge(merged, {name: expected(name) for name in a})
+
+
+def test_linear_that_is_not_normalised_scales_the_base_too(run, place):
+    merged = run(
+        "merge_method: linear\nbase_model: base\nmodels: [{model: a}, {model: b, parameters: {weight: 0.5}}]\n"
+        "parameters: {weight: 0.75, normalize: false}"
+    )
+    base, a, b = (tensors(place, name) for name in ("base", "a", "b"))
+    assert_merge(merged, {name: 0.75 * a[name] + 0.5 * b[name] + 0.75 * base[name] for name in a})
+
+
+def keep_largest(tensor, count):
+    order = tensor.abs().flatten().argsort(descending=True)
+    kept = torch.zeros_like(tensor).flatten()
+    kept[order[:count]] = tensor.flatten()[order[:count]]
+    return kept.view_as(tensor)
+
+
+def elect(deltas, weights, normalize):
+    weighted = torch.stack([weight * delta for weight, delta in zip(weights, deltas, strict=True)])
+    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    agrees = (weighted.sign() == sign).double()
+    divisor = (agrees * torch.tensor(weights).view(-1, *[1] * deltas[0].ndim)).sum(0)
+    divisor[divisor == 0] = 1.0
+    return (weighted * agrees).sum(0) / (divisor if normalize else 1.0)
+
+
+def differences_from_base(place, *names):
+    base = tensors(place, "base")
+    return base, [{key: (tensors(place, name)[key] - base[key]).float().double() for key in base} for name in names]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_ties_keeps_whole_numbers_of_entries_rounded_down_and_lets_weights_vote(run, place, normalize):
+    merged = run(f"""
+merge_method: ties
+base_model: base
+models:
+  - {{model: a, parameters: {{weight: 0.9, density: [0.29, 0.5, 1.0]}}}}
+  - {{model: b, parameters: {{weight: 0.4, density: [{{filter: mlp, value: 0.1}}, {{value: 0.35}}]}}}}
+parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
+""")
+    base, (a, b) = differences_from_base(place, "a", "b")
+
+    def expected(name):
+        size = base[name].numel()
+        shares = of_layer(name, [0.29, 0.5, 1.0]), 0.1 if "mlp" in name else 0.35
+        kept = [
+            keep_largest(delta[name], math.floor(share * size)) for delta, share in zip((a, b), shares, strict=True)
+        ]
+        return base[name] + 0.5 * elect(kept, [0.9, 0.4], normalize)
+
+    assert_merge(merged, {name: expected(name) for name in base})
+
+
+def test_breadcrumbs_drops_both_ends_and_keeps_nothing_where_no_outlier_goes(run, place):
+    merged = run("""
+merge_method: breadcrumbs
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.9, density: 0.6, gamma: 0.02}}
+  - {model: b, parameters: {weight: 0.4, density: 0.95, gamma: 0.1}}
+  - {model: c, parameters: {weight: 0.2}}
+""")
+    base, (a, b, c) = differences_from_base(place, "a", "b", "c")
+
+    def band(delta, density, gamma):
+        size, largest = delta.numel(), int(gamma * delta.numel())
+        stay = int(density * size)
+        if stay + largest > size:
+            largest = size - stay
+        return keep_largest(delta, stay + largest) - keep_largest(delta, largest) if largest else 0 * delta
+
+    def expected(name):
+        return base[name] + 0.9 * band(a[name], 0.6, 0.02) + 0.4 * band(b[name], 0.95, 0.1) + 0.2 * c[name]
+
+    assert int(0.02 * base["model.norm.weight"].numel()) == 0
+    assert_merge(merged, {name: expected(name) for name in base})
+
+
+def test_ram_averages_what_several_move_and_adds_what_one_moves(run, place):
+    models = "base_model: base\nmodels: [{model: a}, {model: b}, {model: c}]\n"
+    base, deltas = differences_from_base(place, "a", "b", "c")
+    moved = {name: torch.stack([delta[name] for delta in deltas]) for name in base}
+
+    def expected(name, r=0.0):
+        above = moved[name].abs() > 0.02
+        alone, shared = above & (above.sum(0) == 1), above & (above.sum(0) > 1)
+        dims = tuple(range(1, moved[name].ndim))
+        ratio = (shared.sum(dims) / alone.sum(dims).clamp(min=1)).clamp(max=0.2)
+        factor = (1 + r * ratio).view(-1, *[1] * len(dims))
+        parts = moved[name] * (alone * factor + shared / above.sum(0).clamp(min=1))
+        return base[name] + parts.sum(0)
+
+    merged = run(models + "merge_method: ram\nparameters: {epsilon: 0.02}")
+    assert_merge(merged, {name: expected(name) for name in base})
+    merged = run(models + "merge_method: ramplus_tl\nparameters: {epsilon: 0.02, r: 0.5}")
+    assert_merge(merged, {name: expected(name, 0.5) for name in base})
+
+
+def turn(one, other, t):
+    angle = torch.acos((one @ other) / (one.norm() * other.norm()))
+    return (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * other) / torch.sin(angle)
+
+
+@pytest.mark.parametrize(("along", "dimension"), [("rows", 0), ("columns", 1)])
+def test_arc_turns_each_row_or_each_column_by_its_own_angle(along, dimension):
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    merged = Arc(0.3, along).merge([Sparse_of(one), Sparse_of(other)]).dense()
+    pairs = zip(one.unbind(dimension), other.unbind(dimension), strict=True)
+    torch.testing.assert_close(merged, torch.stack([turn(a, b, 0.3) for a, b in pairs], dimension))
+
+
+def Sparse_of(tensor):  # noqa: N802 - any form of delta will do
+    return Sparse(torch.arange(tensor.numel(), dtype=torch.int32), tensor.flatten(), tensor.shape)
+
+
+def test_arc_of_a_whole_weight_is_followed_where_slerp_takes_the_line():
+    draw = torch.Generator().manual_seed(0)
+    one = torch.randn(40, dtype=torch.float64, generator=draw)
+    other = one + 0.01 * torch.randn(40, dtype=torch.float64, generator=draw)
+    assert one @ other / one.norm() / other.norm() > 0.9995
+    merged = Arc(0.5).merge([Sparse_of(one), Sparse_of(other)]).dense()
+    torch.testing.assert_close(merged, turn(one, other, 0.5), rtol=1e-9, atol=0)
+    assert not torch.allclose(merged, (one + other) / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(Arc(0.25).merge([Sparse_of(one), Sparse_of(2 * one)]).dense(), 1.25 * one)
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_stock_steps_by_the_mean_cosine_also_backwards(row_wise):
+    draw = torch.Generator().manual_seed(3)
+    deltas = [torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3)]
+
+    def step(rows):
+        a, b, c = rows
+        cosines = [torch.cosine_similarity(x, y, dim=0) for x, y in ((a, b), (a, c), (b, c))]
+        cosine = sum(cosines) / 3
+        return 3 * cosine / (1 + 2 * cosine) * (a + b + c) / 3
+
+    parts = zip(*deltas, strict=True) if row_wise else [[delta.flatten() for delta in deltas]]
+    expected = torch.stack([step(part) for part in parts]).view(4, 6)
+    torch.testing.assert_close(Stock(row_wise).merge([Sparse_of(delta) for delta in deltas]).dense(), expected)
+    opposed = Stock().merge([Sparse_of(deltas[0]), Sparse_of(deltas[1] - 2 * deltas[0])]).dense()
+    assert (opposed * (deltas[1] - deltas[0])).sum() < 0
+
+
+def test_slices_count_their_layers_by_themselves(run, place):
+    merged = run("""
+merge_method: linear
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: [0.25, 0.5]}}
+      - {model: b, layer_range: [0, 2]}
+    parameters: {weight: 1}
+  - sources: [{model: a, layer_range: [2, 3], parameters: {weight: [0, 2]}}, {model: b, layer_range: [2, 3]}]
+parameters: {weight: 1, normalize: false}
+""")
+    a, b = tensors(place, "a"), tensors(place, "b")
+
+    def weight(name):
+        if ".layers." in name:
+            return [0.25, 0.5, 2.0][int(name.split(".")[2])]
+        return 0.25 if "embed" in name else 0.0
+
+    assert_merge(merged, {name: weight(name) * a[name] + b[name] for name in a})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft 0.21
+def test_adapter_and_expert_move_the_base_as_their_checkpoints_would(run, place, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged_adapter = {name: tensor.double() for name, tensor in adapted.merge_and_unload().state_dict().items()}
+    up = "model.layers.1.mlp.up_proj.weight"
+    delta = Sparse(torch.tensor([3, 77], dtype=torch.int32), torch.tensor([0.5, -0.25]), torch.Size((48, 32)))
+    origin = {"id": str(place / "base"), "revision": None, "fingerprint": fingerprint(place / "base")}
+    write_expert(tmp_path / "library/x", [(up, delta)], make_record("SparseExpert", origin))
+    models = f"base_model: base\nmodels: [{{model: base+{tmp_path}/adapter}}, {{model: {tmp_path}/library/x}}]\n"
+    start = tensors(place, "base")
+    moved = {name: tensor.clone() for name, tensor in start.items()}
+    moved[up].view(-1)[[3, 77]] += torch.tensor([0.5, -0.25], dtype=torch.float64)
+    merged = run(models + "merge_method: task_arithmetic\nparameters: {weight: 0.5}")
+    assert_merge(merged, {key: 0.5 * merged_adapter[key] + 0.5 * moved[key] for key in start})
+    merged = run(models + "merge_method: linear\nparameters: {weight: 1}")
+    assert_merge(merged, {key: (merged_adapter[key] + moved[key] + start[key]) / 3 for key in start})
+
+
+def test_dare_keeps_the_length_and_its_seed_gives_the_same_merge(run, place):
+    recipe = """
+merge_method: dare_linear
+base_model: base
+models: [{model: a, parameters: {weight: 1, density: 0.3}}]
+"""
+    base, (a,) = differences_from_base(place, "a")
+    merged, again, other = run(recipe), run(recipe), run(recipe, seed=1)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(merged[name], again[name])
+    assert not torch.equal(merged[name], other[name])
+    delta = merged[name] - base[name]
+    assert delta.abs().sum().item() == pytest.approx(a[name].abs().sum().item(), rel=1e-4)
+    kept = (delta != 0).double().mean().item()
+    assert abs(kept - 0.3) < 4 * (0.3 * 0.7 / delta.numel()) ** 0.5
+
+
+def test_merge_is_an_ordinary_checkpoint_in_the_asked_data_type(run, place, tmp_path):
+    told = []
+    merged = run(
+        "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: 0}\nout_dtype: bfloat16\n"
+        "tokenizer_source: base",
+        announce=told.extend,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == build_tokenizer().get_vocab()
+    assert_merge(merged, {name: tensor.bfloat16().double() for name, tensor in tensors(place, "base").items()})
+    assert [difference.what for difference in told] == ["weight that is zero in one of the two models"]
+    manifest = json.loads((tmp_path / "merged/modular_experts.json").read_text())
+    assert manifest["mergekit"]["merge_method"] == "slerp"
+    assert set(manifest["models"]) == {"a", "base"}
+
+
+def test_differences_are_those_that_the_recipe_meets(run):
+    told = []
+    run(
+        "merge_method: breadcrumbs\nbase_model: base\ndtype: float16\nmodels: [{model: a, parameters: {weight: "
+        "[{filter: '.*mlp', value: 0}, {value: 1}], density: 0.5}}]",
+        announce=told.extend,
+    )
+    expected = ["precision", "equal magnitudes", "gamma of less than one entry", "filter '.*mlp'"]
+    assert [difference.what for difference in told] == expected
+    told.clear()
+    run("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}", announce=told.extend)
+    assert told == []
+
+
+ONE = "base_model: base\nmodels: [{model: other, parameters: {weight: 1}}]\nmerge_method: task_arithmetic\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 2}, "base has the weight model.layers.2.input_layernorm.weight and .*other has not"),
+        ({"intermediate_size": 40}, "has shape .* in base and .*other"),
+        ({"tie_word_embeddings": True}, "base has the weight lm_head.weight and .*other has not"),
+    ],
+)
+def test_models_of_different_make_are_refused(run, place, changes, told, tmp_path):
+    build_model("llama", 0, **{"num_hidden_layers": LAYERS, **changes}).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=told):
+        run(ONE.replace("other", str(tmp_path / "other")))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_tokenizer_is_refused_where_one_is_named(run, place, tmp_path):
+    build_model("llama", 0, num_hidden_layers=LAYERS).save_pretrained(tmp_path / "other")
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    recipe = ONE.replace("other", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="is not that of base"):
+        run(recipe + "tokenizer_source: base")
+    run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        (ONE.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"), "needs the parameter weight of every model"),
+        (ONE.replace("task_arithmetic", "ties").replace("weight: 1", "weight: 1, density: 0"), "must be above 0"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 0}}]", "sum to zero"),
+        (ONE.replace("other", "nowhere"), "nowhere"),
+    ],
+)
+def test_recipe_that_cannot_be_run_is_refused_before_anything_is_written(run, tmp_path, recipe, told):
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        run(recipe.replace("other", "a"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_files_are_cut_at_the_limit_and_listed(tmp_path):
+    weights = {f"w{number}": torch.full((10,), float(number)) for number in range(5)}
+    dtypes = write_shards(tmp_path, weights.items(), limit=100)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 200}
+    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 1, 2, 2, 3)]
+    assert index["weight_map"] == dict(zip(weights, files, strict=True))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*sorted(set(files)), "model.safetensors.index.json"]
+    assert torch.equal(load_file(tmp_path / files[2])["w3"], weights["w3"])
+    assert set(dtypes.values()) == {torch.float32}
