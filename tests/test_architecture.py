@@ -18,11 +18,11 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `merging` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["blocks", "deltas", "masks"], 0),
+    **dict.fromkeys(["blocks", "deltas", "masks", "task_vector"], 0),
     **dict.fromkeys(["kernels", "experts", "merging"], 1),
-    **dict.fromkeys(["injection", "library", "merger"], 2),
+    **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger"], 2),
     **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),
-    **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "suite", "quickstart"], 3),
+    **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "search", "statistics", "suite", "quickstart"], 3),
     "cli": 4,
 }
 STRANGERS = {"experts", "merging"}

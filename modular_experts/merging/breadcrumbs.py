@@ -14,7 +14,7 @@ from typing import Any, Literal
 from modular_experts.merging.combining import Divisor, Elected, Summed, Vote, Zero
 from modular_experts.merging.method import check_choices, check_finite
 from modular_experts.merging.presets import fill_from_preset
-from modular_experts.merging.trimming import Band
+from modular_experts.merging.trimming import Band, paired
 
 __all__ = ["Breadcrumbs", "BreadcrumbsTIES"]
 
@@ -100,14 +100,10 @@ class BreadcrumbsTIES(Band, Elected):
 
 
 def _check_band(method: Band) -> None:
-    betas, gammas = (value if isinstance(value, list) else [value] for value in (method.beta, method.gamma))
-    for name, shares in (("beta", betas), ("gamma", gammas)):
-        for share in shares:
-            if not 0 <= share < 1:  # type: ignore[operator]
-                kind = type(method).__name__
+    kind = type(method).__name__
+    for beta, gamma in paired(method.beta, method.gamma):
+        for name, share in (("beta", beta), ("gamma", gamma)):
+            if not 0 <= share < 1:
                 raise ValueError(f"{kind}: {name} is the share of entries dropped and must be in [0, 1), got {share}")
-    for beta in betas:
-        for gamma in gammas:
-            if beta + gamma >= 1:  # type: ignore[operator]
-                kind = type(method).__name__
-                raise ValueError(f"{kind}: beta {beta} and gamma {gamma} drop every entry; make their sum less than 1")
+        if beta + gamma >= 1:
+            raise ValueError(f"{kind}: beta {beta} and gamma {gamma} drop every entry; make their sum less than 1")

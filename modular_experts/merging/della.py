@@ -12,7 +12,7 @@ from typing import Any, Literal
 from modular_experts.merging.combining import Divisor, Elected, Summed, Vote, Zero
 from modular_experts.merging.method import check_choices, check_finite
 from modular_experts.merging.presets import fill_from_preset
-from modular_experts.merging.trimming import RankedDrop, Rescale, check_shares
+from modular_experts.merging.trimming import RankedDrop, Rescale, check_shares, paired
 
 __all__ = ["DELLA", "DELLALinear"]
 
@@ -100,11 +100,9 @@ class DELLALinear(RankedDrop, Summed):
 def _check_drop(method: RankedDrop, scale: float | None) -> None:
     check_finite(method, "scale", scale)
     check_shares(method, "keep", method.keep, "the mean probability with which an entry stays")
-    keeps, epsilons = (value if isinstance(value, list) else [value] for value in (method.keep, method.epsilon))
-    for keep in keeps:
-        for epsilon in epsilons:
-            if keep != 1 and not (epsilon >= 0 and keep - epsilon > 0 and keep + epsilon < 1):  # type: ignore[operator]
-                raise ValueError(
-                    f"{type(method).__name__}: keep - epsilon and keep + epsilon are probabilities and must lie in "
-                    f"(0, 1), got keep {keep} and epsilon {epsilon}"
-                )
+    for keep, epsilon in paired(method.keep, method.epsilon):
+        if keep != 1 and not (epsilon >= 0 and keep - epsilon > 0 and keep + epsilon < 1):
+            raise ValueError(
+                f"{type(method).__name__}: keep - epsilon and keep + epsilon are probabilities and must lie in (0, 1), "
+                f"got keep {keep} and epsilon {epsilon}"
+            )

@@ -37,6 +37,8 @@ class IsoC(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 7.0, 0.0
+
     scale: float = 1.0
 
     def __post_init__(self) -> None:

@@ -40,6 +40,8 @@ class IsoCTS(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 11.0, 3.0
+
     common: float = 0.8
     scale: float = 1.0
 

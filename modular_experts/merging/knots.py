@@ -44,6 +44,8 @@ class KnOTS(MergeMethod):
         scale: Factor of the result, beside that of the method.
     """
 
+    matrices = 10.0, 3.4
+
     method: MergeMethod = field(default_factory=TIES)
     scale: float = 1.0
 

@@ -31,6 +31,10 @@ class MergeMethod(ABC):
     statistics = None  # type: str | None  # an annotation would be read as a setting's by the command line
     """The kind of statistics of the experts' data that the method needs, such as `gram`; none if deltas are enough."""
 
+    matrices = 0.0, 0.0
+    """What the method holds of one weight beside a part of it, in float64 matrices of the weight's size: some, and some
+    more for each expert. An estimate, for those who must know before whether memory suffices."""
+
     @abstractmethod
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         """Return the merged delta of one weight.

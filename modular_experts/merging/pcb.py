@@ -41,6 +41,8 @@ class PCB(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 8.0, 1.2
+
     keep: float = 0.1
     scale: float = 1.0
 

@@ -48,6 +48,8 @@ class SCE(MergeMethod):
             fall under, zero positive).
     """
 
+    matrices = 4.0, 0.0
+
     keep: float | None = None
     scale: float | None = None
     floor: float | None = None

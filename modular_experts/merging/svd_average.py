@@ -33,6 +33,8 @@ class SVDAverage(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 4.0, 3.0
+
     rank: int = 16
     scale: float = 1.0
 

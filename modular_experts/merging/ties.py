@@ -83,7 +83,7 @@ class TIES(Largest, Elected):
         fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
         check_shares(self, "keep", self.keep, "the share of entries kept")
-        zero = Literal[*get_args(Zero), "majority"]
+        zero: Any = Literal[*get_args(Zero), "majority"]
         check_choices(self, scope=Scope, vote=Vote, divisor=Divisor, zero=zero, rescale=Literal["none", "l1"])
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> TIES:

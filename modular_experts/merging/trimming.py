@@ -22,7 +22,7 @@ from modular_experts.merging.cut import exact_cut, kept_count
 from modular_experts.merging.method import MergeMethod, one_per_expert
 from modular_experts.merging.parts import Entries, parts_of
 
-__all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming"]
+__all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
 
 Trim = Callable[[Entries], Tensor]
 """Gets what an expert keeps of a part; returns its values there after the trimming, zero where an entry is gone."""
@@ -179,3 +179,11 @@ def check_shares(method: MergeMethod, name: str, shares: Shares | None, meaning:
     for share in shares if isinstance(shares, list) else [shares]:
         if share is None or not 0 < share <= 1:
             raise ValueError(f"{type(method).__name__}: {name} is {meaning} and must be in (0, 1], got {share}")
+
+
+def paired(one: Shares | None, other: Shares | None) -> list[tuple[float, float]]:
+    """Return two settings expert by expert, as far as both are given; a single number goes with each of a list."""
+    first, second = ([value] if not isinstance(value, list) else value for value in (one, other))
+    count = max(len(first), len(second))
+    first, second = (values * count if len(values) == 1 else values for values in (first, second))
+    return list(zip(first, second, strict=False))  # type: ignore[arg-type]

@@ -36,6 +36,8 @@ class TSVMerge(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 10.0, 3.1
+
     share: float = 1.0
     scale: float = 1.0
 

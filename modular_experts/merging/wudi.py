@@ -67,6 +67,8 @@ class WUDI(MergeMethod):
         scale: Factor of the result.
     """
 
+    matrices = 4.0, 6.5
+
     preset: Literal["vit", "roberta", "fusion_bench", "mttl"] | None = None
     power: float | None = None
     learning_rate: float | None = None

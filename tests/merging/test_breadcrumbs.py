@@ -55,7 +55,8 @@ def test_few_magnitudes_tie_as_the_formula_says(shape, numbers, beta, gamma):
 
 def test_example_worked_by_hand():
     assert EXAMPLE.merge([ONE, TWO]).dense().tolist() == BY_HAND
-    assert Breadcrumbs(beta=0.5, gamma=0.2, scale=-2.0).merge([ONE]).dense().tolist() == [[0, 0, -14, 12, -10, 0, 0, 0, 0, 0]]
+    doubled = Breadcrumbs(beta=0.5, gamma=0.2, scale=-2.0).merge([ONE])
+    assert doubled.dense().tolist() == [[0, 0, -14, 12, -10, 0, 0, 0, 0, 0]]
 
 
 def outliers_stay(deltas):

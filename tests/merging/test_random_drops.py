@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.merging import DARE, DARETIES, DELLA, TIES, DELLALinear, TaskArithmetic, parts
+from modular_experts.merging import DARE, DARETIES, DELLA, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, parts
 from modular_experts.merging.coins import coins, stream_key
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
@@ -156,6 +156,15 @@ def test_scaled_experts_merge_to_the_scaled_merge(kind, deltas, factor):
 def test_bad_settings_get_a_sentence(kind, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         kind(**settings)
+
+
+def test_lists_are_checked_expert_by_expert():
+    DELLA(keep=[0.9, 0.5], epsilon=[0.05, 0.3])
+    Breadcrumbs(beta=[0.9, 0.1], gamma=[0.05, 0.8])
+    with pytest.raises(ValueError, match=r"got keep 0\.9 and epsilon 0\.3"):
+        DELLA(keep=[0.9, 0.5], epsilon=[0.3, 0.05])
+    with pytest.raises(ValueError, match=r"beta 0\.9 and gamma 0\.8 drop every entry"):
+        Breadcrumbs(beta=[0.9, 0.1], gamma=0.8)
 
 
 def test_another_number_of_shares_is_refused():

@@ -1,0 +1,84 @@
+"""Estimates: what a merge will read and hold, weight by weight, before it begins.
+
+Sizes come from the experts' tables and the methods' own word on what they hold; nothing is read. Time is told by
+merging a few weights and throwing the result away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modular_experts.merger import Merged
+from modular_experts.merging import MergeMethod
+from modular_experts.merging.parts import PART
+
+__all__ = ["WeightEstimate", "estimate", "largest", "seconds"]
+
+_SCRATCH, _VALUES = 40, 8
+"""Bytes per entry of a part: a few tensors of eight bytes, and the trimmed values of each expert."""
+
+
+@dataclass(frozen=True)
+class WeightEstimate:
+    """What one weight of a merge takes.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        method: What merges it.
+        experts: How many experts move it.
+        read: Bytes of their deltas in the files.
+        peak: Bytes of memory at most, beside the files' own pages: scratch, matrices, and the result.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: MergeMethod
+    experts: int
+    read: int
+    peak: int
+
+
+def estimate(merged: Merged) -> list[WeightEstimate]:
+    """Return the estimate of each weight, in the order in which they are merged."""
+    sizes = [expert.stored_bytes() for expert in merged.experts]
+    found = []
+    for name, shape in merged.shapes().items():
+        method, entries = merged.rules[name], shape.numel()
+        read = [stored[name] for stored in sizes if name in stored]
+        some, more = method.matrices
+        matrices = (some + more * len(read)) * entries * 8
+        result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
+        peak = int(matrices + result + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
+        found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
+    return found
+
+
+def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:
+    """Return the weight that needs the most memory, the first of equals."""
+    return max(weights, key=lambda weight: weight.peak)
+
+
+def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
+    """Return about how long the merge will take, from merging weights until `budget` seconds are over.
+
+    The smallest and the largest come first; the time is scaled by the entries of the weights.
+    """
+    order = sorted(weights, key=lambda weight: (weight.read, weight.name))
+    order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else list(order)
+    started, done = time.perf_counter(), 0
+    for weight in order:
+        merged[weight.name]
+        done += _entries(weight)
+        if time.perf_counter() - started > budget:
+            break
+    return (time.perf_counter() - started) * sum(map(_entries, weights)) / done
+
+
+def _entries(weight: WeightEstimate) -> int:
+    size = 1
+    for length in weight.shape:
+        size *= length
+    return size
