@@ -12,6 +12,7 @@ import pytest
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
+from modular_experts.statistics import KINDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = Path("runs/quickstart")
@@ -35,6 +36,8 @@ def place(tmp_path_factory, tiny_llama_dir) -> Path:
         experts = str([str(QUICKSTART / "library" / name) for name in NEEDED])
         out = str(QUICKSTART / "library" / "merge-sparse-SparseAverage")
         assert main(["merge", "--experts", experts, "--method", "SparseAverage", "--out", out]) == 0
+        for kind in KINDS:  # some of configs/merge say that they need them
+            assert main(["statistics", "--config", str(CONFIGS / "statistics.yaml"), "--kind", kind]) == 0
     return place
 
 

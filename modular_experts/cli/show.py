@@ -13,9 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, call_text, share_text
+from modular_experts.cli.summary import bytes_text, call_text, share_text, statistics_text
 from modular_experts.cli.tool import run_tool
-from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library import StoredExpert, open_expert, open_statistics
+from modular_experts.library.statistics import kinds_of_statistics
 
 EXAMPLES = """\
   modular-experts show library/ab
@@ -87,6 +88,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
     yield from _costs(record.get("costs") or {})
     yield "norm", f"{total.norm:.4g}"
+    for kind in kinds_of_statistics(expert):
+        yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
     yield "size", bytes_text(expert.size_on_disk)
     yield "content", expert.content_hash
     yield "created", f"{record.get('created')}, seed {record.get('seed')}"

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from modular_experts.library import StoredExpert
+from modular_experts.library.statistics import StoredStatistics
 
-__all__ = ["bytes_text", "call_text", "share_text", "summary", "value_text"]
+__all__ = ["bytes_text", "call_text", "share_text", "statistics_text", "summary", "value_text"]
 
 
 def summary(expert: StoredExpert) -> str:
@@ -16,6 +17,12 @@ def summary(expert: StoredExpert) -> str:
         f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, "
         f"{bytes_text(expert.size_on_disk)}"
     )
+
+
+def statistics_text(stored: StoredStatistics) -> str:
+    """Return of how many weights stored statistics are, on which data, and their size on disk in one line."""
+    rows = ", ".join(f"{count} rows of {task}" for task, count in sorted(stored.facts["tasks"].items()))
+    return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:

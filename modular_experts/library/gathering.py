@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from modular_experts.library.expert import StoredExpert
 from modular_experts.library.statistics import StoredStatistics, command_for, has_statistics, open_statistics
 from modular_experts.merging.statistic import Statistic
 
-__all__ = ["gather_statistics"]
+__all__ = ["Gathered", "gather_statistics"]
+
+
+class Gathered:
+    """The statistics of one kind of the experts of a merge: called with a weight's name, it gives one per expert.
+
+    Those of the weight before are let go of, so that one weight of every expert is in memory at a time.
+    """
+
+    def __init__(self, opened: Sequence[StoredStatistics]) -> None:
+        self._opened = opened
+        self._name: str | None = None
+
+    @property
+    def content_hashes(self) -> list[str]:
+        """The content hash of each file."""
+        return [found.content_hash for found in self._opened]
+
+    def __call__(self, name: str) -> list[Statistic | None]:
+        if self._name not in (None, name):
+            for found in self._opened:
+                found.release(str(self._name))
+        self._name = name
+        return [found[name] for found in self._opened]
 
 
 def gather_statistics(
     experts: Sequence[StoredExpert], kind: str | None, shapes: Mapping[str, Sequence[int]]
-) -> Callable[[str], list[Statistic | None]]:
+) -> Gathered:
     """Return what gives the statistics of a weight, one per expert; it gives none at all if no kind is asked for.
 
     Args:
@@ -26,7 +49,7 @@ def gather_statistics(
             sentence names the command that makes them.
     """
     if kind is None:
-        return lambda name: []
+        return Gathered([])
     lacking = [expert for expert in experts if not has_statistics(expert, kind)]
     if lacking:
         raise ValueError(
@@ -42,7 +65,7 @@ def gather_statistics(
                 f"the {kind} statistics of {expert.path} {problem}; take them for all experts of the merge: "
                 f"{command_for(experts, kind, overwrite=True)}"
             )
-    return lambda name: [found[name] for found in opened]
+    return Gathered(opened)
 
 
 def _misfit(found: StoredStatistics, shapes: Mapping[str, Sequence[int]], hashes: set[str]) -> str | None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modular_experts.library.expert import StoredExpert
+from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.paths import is_name
 from modular_experts.library.record import plain
-from modular_experts.library.tensorfile import TensorFileWriter, tensor_bytes
+from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
 from modular_experts.merging.statistic import Statistic
 
 __all__ = [
@@ -48,6 +48,7 @@ class StoredStatistics(Mapping[str, Statistic | None]):
 
     Attributes:
         file: The file.
+        content_hash: SHA-256 over its metadata and, by their hashes, its tensors.
         facts: What its metadata say beside the table of weights: `expert` and `base` (hashes), `tasks` (rows of each),
             `data` (how they were taken), `among` (the content hashes of the experts that they hold for together; empty
             if they hold for any).
@@ -57,7 +58,9 @@ class StoredStatistics(Mapping[str, Statistic | None]):
         self.file = _file(expert, kind)
         self._anew = command_for([expert], kind, overwrite=True)
         self.facts = self._read_facts()
+        self.content_hash = content_hash(self.facts)
         self._table: dict[str, Any] = self.facts.pop("weights")
+        self._tensors = MappedTensors(self.file)
         if self.facts["expert"] != expert.content_hash:
             raise ValueError(
                 f"{self.file} was made for other contents than those of the expert ({self.facts['expert'][:12]}, not "
@@ -79,11 +82,17 @@ class StoredStatistics(Mapping[str, Statistic | None]):
         entry = self._table[name]
         if entry is None:
             return None
-        values = self._tensors.get_tensor(entry["tensor"])
+        values = self._tensors[entry["tensor"]]
         if hashlib.sha256(tensor_bytes(values)).hexdigest() != entry["sha256"] or not values.isfinite().all():
             raise self._damaged(f"the numbers of {name} are not what was written")
         norm = sum(other["norm"] ** 2 for other in self._table.values() if other) ** 0.5
         return Statistic(values, norm, entry["inputs"])
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that a statistic was read into; one that is still held stays as it is."""
+        entry = self._table[name]
+        if entry is not None:
+            self._tensors.release(entry["tensor"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._table))
@@ -94,8 +103,8 @@ class StoredStatistics(Mapping[str, Statistic | None]):
     def _read_facts(self) -> dict[str, Any]:
         """Open the file and return its metadata, once they are known to describe its tensors."""
         try:
-            self._tensors = safe_open(self.file, framework="pt")
-            facts = json.loads((self._tensors.metadata() or {})["modular_experts"])
+            tensors = safe_open(self.file, framework="pt")
+            facts = json.loads((tensors.metadata() or {})["modular_experts"])
             if facts["format"] != FORMAT:
                 raise self._damaged(f"its format is {facts['format']!r}, and this version reads {FORMAT!r}")
             if wrong := [name for name, kind in _FACTS.items() if not isinstance(facts[name], kind)]:
@@ -103,7 +112,7 @@ class StoredStatistics(Mapping[str, Statistic | None]):
             for name, entry in facts["weights"].items():
                 if entry is None:
                     continue
-                stored = self._tensors.get_slice(entry["tensor"])
+                stored = tensors.get_slice(entry["tensor"])
                 layout = stored.get_dtype(), list(stored.get_shape()), entry["inputs"] in (0, 1)
                 if layout != ("F32", entry["shape"], True) or not isinstance(entry["norm"], float):
                     raise self._damaged(f"the tensor of {name} is not the one that its metadata describe")

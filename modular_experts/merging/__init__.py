@@ -7,6 +7,7 @@ from modular_experts.merging.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.merging.dare import DARE, DARETIES
 from modular_experts.merging.della import DELLA, DELLALinear
 from modular_experts.merging.emr import EMR
+from modular_experts.merging.fisher import Fisher
 from modular_experts.merging.iso_c import IsoC
 from modular_experts.merging.iso_cts import IsoCTS
 from modular_experts.merging.karcher import Karcher
@@ -19,9 +20,12 @@ from modular_experts.merging.multi_slerp import MultiSLERP
 from modular_experts.merging.nu_slerp import NuSLERP
 from modular_experts.merging.pcb import PCB
 from modular_experts.merging.ram import RAM, RAMPlus
+from modular_experts.merging.reg_mean import RegMean
+from modular_experts.merging.reg_mean_plus_plus import RegMeanPlusPlus
 from modular_experts.merging.sce import SCE
 from modular_experts.merging.slerp import SLERP
 from modular_experts.merging.sparse_average import SparseAverage
+from modular_experts.merging.supports import Difference, Intersection
 from modular_experts.merging.svd_average import SVDAverage
 from modular_experts.merging.tall_mask import ConsensusTA, TALLMask
 from modular_experts.merging.task_arithmetic import TaskArithmetic
@@ -45,6 +49,9 @@ __all__ = [
     "BreadcrumbsTIES",
     "ConsensusTA",
     "DELLALinear",
+    "Difference",
+    "Fisher",
+    "Intersection",
     "IsoC",
     "IsoCTS",
     "Karcher",
@@ -56,6 +63,8 @@ __all__ = [
     "MultiSLERP",
     "NuSLERP",
     "RAMPlus",
+    "RegMean",
+    "RegMeanPlusPlus",
     "SVDAverage",
     "SparseAverage",
     "TALLMask",

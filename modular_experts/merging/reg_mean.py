@@ -1,0 +1,120 @@
+"""RegMean: the weight whose outputs are nearest to each expert's outputs on that expert's data (Jin et al., "Dataless
+Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
+
+The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base comes out
+as `W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas and needs no base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, Dense, LowRank, add
+from modular_experts.merging.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.merging.parts import widest_dtype
+from modular_experts.merging.statistic import Statistic, known_statistics
+
+__all__ = ["RegMean"]
+
+
+@dataclass(frozen=True)
+class RegMean(MergeMethod):
+    """RegMean: `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, where `G_i` is the Gram matrix `(in, in)` of the layer's inputs
+    on the data of expert i, the mean of `x x^T` over tokens, with its off-diagonal multiplied by `reduce`.
+
+    At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`, where x are the inputs of the layer on the data of expert
+    i. Inputs that are zero on all data leave their column of the weight undetermined: of all solutions it is the one
+    nearest to the plain average. Weights that are no matrix of a linear layer (a bias, a norm, an embedding) are
+    averaged.
+
+    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). An expert that does not move
+    the weight still has a say, through its data.
+
+    Low-rank experts merge to a low-rank one; sparse ones to a dense one. At scale 1, one expert merges to itself, and
+    so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
+    matter. A common factor of all deltas is one of the result, and one of all Gram matrices changes nothing.
+
+    Args:
+        scale: Factor of the result.
+        reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
+            fitting chance correlations; 0 weighs each input by its mean square alone.
+    """
+
+    matrices = 9.0, 0.0
+
+    scale: float = 1.0
+    reduce: float = 0.9
+    _known: tuple[Statistic | None, ...] | None = field(default=None, repr=False)
+
+    statistics = "gram"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if not 0 <= self.reduce <= 1:
+            raise ValueError(f"{type(self).__name__}: reduce must be in [0, 1], got {self.reduce}")
+
+    def informed(self, statistics: Sequence[Statistic | None]) -> RegMean:
+        return replace(self, _known=tuple(statistics))
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        known = known_statistics(type(self).__name__, self.statistics, self._known, len(deltas))
+        grams = [one for one in known if one is not None]
+        if len(grams) < len(deltas) or all(delta.is_empty for delta in deltas):
+            return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
+        transposed = grams[0].inputs == 0
+        upright = [delta.T for delta in deltas] if transposed else list(deltas)
+        merged = self._solve(upright, [one.values for one in grams]) * self.scale
+        return (merged.T if transposed else merged).to(dtype=widest_dtype(deltas))
+
+    def _solve(self, deltas: Sequence[Delta], grams: Sequence[Tensor]) -> Delta:
+        """Return `sum_i d_i (1/N + (G_i - S/N) S^+)` with `S = sum_i G_i`, in float64: what the formula is where S has
+        an inverse, and the average plus the least correction where it has none.
+        """
+        total = torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
+        for gram in grams:
+            total += self._reduced(gram)
+        divided, count = _divider(total, singular=self.reduce == 1), len(deltas)
+        moved = [(delta, gram) for delta, gram in zip(deltas, grams, strict=True) if not delta.is_empty]
+
+        def pulled(rows: Tensor, gram: Tensor) -> Tensor:
+            return rows @ self._reduced(gram).sub_(total, alpha=1 / count)
+
+        if all(isinstance(delta, LowRank) for delta, _ in moved):
+            factors = [(delta.up.double(), delta.down.double(), gram) for delta, gram in moved]  # type: ignore[attr-defined]
+            return add([LowRank(up, down / count + divided(pulled(down, gram))) for up, down, gram in factors])
+        mean = torch.zeros(deltas[0].shape, dtype=torch.float64, device=total.device)
+        pull = mean.clone()
+        for delta, gram in moved:
+            values = delta.dense().double()
+            mean.add_(values, alpha=1 / count)
+            pull += pulled(values, gram)
+        return Dense(mean.add_(divided(pull)))
+
+    def _reduced(self, gram: Tensor) -> Tensor:
+        reduced = gram.double() * self.reduce
+        reduced.diagonal().copy_(gram.diagonal())
+        return reduced
+
+
+def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
+    """Return what divides rows `(n, in)` by a sum of Gram matrices from the right, once it is brought to a unit
+    diagonal.
+
+    With a reduced off-diagonal the eigenvalues are at least `1 - reduce`, and a Cholesky factor serves; without, there
+    may be fewer tokens than inputs, and directions in which no data point are left out.
+    """
+    size = total.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    unit = scale[:, None] * total * scale
+    if singular:
+        values, vectors = torch.linalg.eigh(unit)
+        kept = values > values[-1] * len(values) ** 0.5 * torch.finfo(torch.float32).eps  # stored as float32
+        values, vectors = values[kept], vectors[:, kept]
+        return lambda rows: ((rows * scale) @ vectors / values) @ vectors.T * scale
+    unit.diagonal()[size == 0] = 1
+    factor = torch.linalg.cholesky(unit)
+    return lambda rows: torch.cholesky_solve((rows * scale).T, factor).T * scale

@@ -1,0 +1,90 @@
+"""Fisher information: how much the likelihood of the targets depends on each entry of a weight, on its diagonal.
+
+It is the mean over rows of the squared gradient of a row's log-likelihood. The targets are those of the data (the
+"empirical" Fisher information). The theory draws them from the model, which for texts means to generate many of them
+for each row; an expert that has learned its task would mostly write the data's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modular_experts.data.batch import IGNORED, Batch
+from modular_experts.evaluation import batch_losses
+from modular_experts.merging.statistic import Statistic
+
+__all__ = ["fisher"]
+
+
+def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Statistic]:
+    """Return the mean squared gradient of each weight, of its shape, in at least float32.
+
+    Each row costs a pass of its own: a batch has one gradient, and the square of a sum is not the sum of squares. In
+    memory are the sums, one number per measured entry, and the gradient of one weight at a time.
+
+    Args:
+        model: A causal language model with the expert applied; it is put into evaluation mode for the while.
+        batches: As `data/batch.py` says; rows without a labelled token are left out.
+        names: The weights.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    weights = {name: model.get_parameter(name) for name in names}
+    sums = {name: torch.zeros_like(weight, dtype=_at_least_float32(weight)) for name, weight in weights.items()}
+    rows = 0
+    with _squares_into(model, weights, sums):
+        for batch in batches:
+            for row in _rows(batch, model.device):
+                batch_losses(model, row)[0].sum().backward()
+                rows += 1
+    if not rows:
+        raise ValueError("Fisher information needs at least one row with a target, and there was none")
+    return {name: Statistic(total.div_(rows)) for name, total in sums.items()}
+
+
+@contextmanager
+def _squares_into(model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let every backward pass add the squares of its gradients to sums; each gradient is freed at once."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
+
+    def hook(total: Tensor):
+        def add_square(weight: Tensor) -> None:
+            assert weight.grad is not None
+            gradient = weight.grad.to(total.dtype)
+            total.addcmul_(gradient, gradient)
+            weight.grad = None
+
+        return add_square
+
+    model.eval().requires_grad_(False)
+    handles = []
+    try:
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(hook(sums[name])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+        model.train(training)
+
+
+def _rows(batch: Batch, device: torch.device) -> Iterator[Batch]:
+    """Give each row with a labelled token as a batch of its own, without padding."""
+    for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        row = {key: batch[key][number : number + 1, :length] for key in ("input_ids", "attention_mask", "labels")}
+        if (row["labels"] != IGNORED).any():
+            yield {key: tensor.to(device) for key, tensor in row.items()}
+
+
+def _at_least_float32(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

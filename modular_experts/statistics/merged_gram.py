@@ -1,0 +1,84 @@
+"""Gram matrices along a merge: each block's inputs come from the blocks before it as they are merged (RegMean++,
+Nguyen et al., arXiv 2508.03121).
+
+From the first transformer block to the last: on the data of each expert, the expert's own block is run behind the
+merged blocks, which gives the Gram matrices of its layers; then the block is merged. A weight outside of the blocks is
+a block of its own, in the order of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from modular_experts.data.batch import Batch
+from modular_experts.deltas import Delta, Sparse
+from modular_experts.interop.apply import applied
+from modular_experts.merging import MergeMethod, RegMeanPlusPlus
+from modular_experts.merging.statistic import Statistic
+from modular_experts.statistics.gram import gram
+
+__all__ = ["merged_grams"]
+
+Experts = Sequence[Mapping[str, Delta]]
+
+
+def merged_grams(
+    model: PreTrainedModel,
+    experts: Experts,
+    batches: Sequence[Sequence[Batch]],
+    names: Sequence[str],
+    method: MergeMethod | None = None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[dict[str, Statistic | None]]:
+    """Return the Gram matrices of each weight, for each expert.
+
+    Every block costs a pass of the model over the data of each expert. In memory are all the matrices, and a copy of
+    the moved weights; afterwards every weight of the model is what it was, bit for bit.
+
+    Args:
+        model: The base of the experts.
+        experts: Name and delta of each weight.
+        batches: The data of each expert.
+        names: The weights that are merged.
+        method: How a block is merged; `RegMeanPlusPlus()` if none is given.
+        progress: Wraps the blocks while they are gone through.
+    """
+    method = method or RegMeanPlusPlus()
+    found: list[dict[str, Statistic | None]] = [{} for _ in experts]
+    with ExitStack() as merged:
+        for block in progress(_blocks(model, names)):
+            for expert, data, grams in zip(experts, batches, found, strict=True):
+                with applied(model, [{name: expert[name] for name in block if name in expert}]):
+                    grams |= gram(model, data, block)
+            merged.enter_context(applied(model, [_merge(model, experts, found, block, method)]))
+    return found
+
+
+def _merge(
+    model: PreTrainedModel,
+    experts: Experts,
+    found: Sequence[Mapping[str, Statistic | None]],
+    block: Sequence[str],
+    method: MergeMethod,
+) -> dict[str, Delta]:
+    merged = {}
+    for name in block:
+        still, device = Sparse.zero(model.get_parameter(name).shape), model.device
+        deltas = [expert.get(name, still).to(device) for expert in experts]
+        merged[name] = method.at(name).informed([grams[name] for grams in found]).merge(deltas)
+    return merged
+
+
+def _blocks(model: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
+    """Return the weights of each transformer block, in the order of the model."""
+    wanted, blocks = set(names), dict[str, list[str]]()
+    for name, _ in model.named_parameters():
+        if name in wanted:
+            found = re.match(r".*?\.\d+(?=\.)", name)
+            blocks.setdefault(found[0] if found else name, []).append(name)
+    return list(blocks.values())

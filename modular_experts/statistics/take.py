@@ -1,0 +1,130 @@
+"""Taking statistics: experts of a library and their tasks in, a file of statistics beside each expert out.
+
+Only validation rows are read, of the tasks that the expert was trained on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from modular_experts.data import Batch, TaskMixture
+from modular_experts.data.batch import Example, ExampleSet
+from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
+from modular_experts.library import StoredExpert, check_base, open_experts, union_of_weights, write_statistics
+from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
+from modular_experts.statistics.fisher import fisher
+from modular_experts.statistics.gram import gram
+from modular_experts.statistics.merged_gram import merged_grams
+
+__all__ = ["KINDS", "take_statistics"]
+
+Kind = Literal["fisher", "gram", "merged_gram"]
+KINDS = get_args(Kind)
+_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram}
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+def take_statistics(
+    experts: Sequence[str | Path],
+    kind: Kind,
+    data: TaskMixture,
+    rows: int = 256,
+    base: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> list[StoredStatistics]:
+    """Take statistics of experts that are to be merged, and store them beside each of them.
+
+    Every weight that any of them moves is measured for each of them, because an expert has a say about weights that
+    only others move.
+
+    Args:
+        experts: Directories of the experts.
+        kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts.
+        data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; as the experts' records say if not given.
+        overwrite: Whether statistics of this kind that are there may be replaced.
+        progress: Wraps what is gone through, for a progress bar.
+
+    Raises:
+        FileExistsError: An expert has statistics of this kind; nothing has been read yet.
+        ValueError: Bases differ, or an expert has no validation rows; nothing has been measured yet.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is no kind of statistics; it is one of {', '.join(KINDS)}")
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    opened = open_experts(experts)
+    check_statistics_targets(opened, kind, overwrite)
+    names = list(union_of_weights(opened))
+    model, place = _load_base(opened, base)
+    if data.tokenizer is None:
+        data.tokenizer = load_tokenizer(place)
+    data.setup("validate")
+    examples = [_own_examples(expert, data, rows) for expert in opened]
+    batches = [_batches(own, data) for own in examples]
+
+    def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
+        tokens = sum(len(example.tokens.ids) for example in own)
+        facts = {"split": "validation", "tokens": tokens, "max_length": data.max_length}
+        tasks, among = Counter(example.task for example in own), opened if kind == "merged_gram" else ()
+        return write_statistics(expert, kind, found.items(), tasks, facts, among, overwrite)
+
+    if kind == "merged_gram":
+        grams = merged_grams(model, opened, batches, names, progress=progress)
+        return [write(*one) for one in zip(opened, examples, grams, strict=True)]
+    stored = []
+    for expert, own, part in zip(opened, examples, batches, strict=True):
+        with applied(model, [expert]):
+            found = _MEASURES[kind](model, progress(part), names)
+        stored.append(write(expert, own, dict(found)))
+    return stored
+
+
+def _load_base(experts: Sequence[StoredExpert], base: str | None) -> tuple[PreTrainedModel, Path]:
+    """Return the experts' base in float32, on the accelerator if there is one, and its directory."""
+    place = base or find_base(experts[0])
+    directory = resolve_base(place, None if base else experts[0].record["base"].get("revision"))
+    check_base(experts, fingerprint(directory), place)
+    return _on_accelerator(load_base(directory, "float32")), directory
+
+
+def _on_accelerator(model: Any) -> PreTrainedModel:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Example]:
+    """Return validation rows of the tasks that an expert was trained on, task after task."""
+    trained_on = list(map(str, expert.record["tasks"]))
+    loader: Any = data.val_dataloader()
+    by_task: dict[str, list[Example]] = {}
+    for example in loader.dataset.examples:
+        if example.task in trained_on:
+            by_task.setdefault(example.task, []).append(example)
+    if not by_task:
+        raise ValueError(
+            f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "
+            f"has validation rows of {', '.join(data.roles)} only; give its tasks the names that they had in training"
+        )
+    return [row for task in by_task.values() for row in _spread(task, rows)]
+
+
+def _spread(rows: Sequence[Example], count: int) -> list[Example]:
+    return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
+
+
+def _batches(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
+    """Return batches of rows of about one length, so that there is little padding."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens.ids))
+    collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
+    generator = torch.Generator()  # one of its own: a loader without takes numbers from the global one
+    return list(DataLoader(ExampleSet(ordered), data.eval_batch_size, collate_fn=collate, generator=generator))
