@@ -20,6 +20,7 @@ VERBS = {
     "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),
     "mergekit": ("mergekit", "run a recipe of mergekit: checkpoints into a checkpoint"),
+    "remove": ("remove", "take one expert out of an average again"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
     "export": ("export", "write an expert as an adapter that PEFT loads"),
     "list": ("list", "list the experts of a library"),

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "modular_experts"
 LAYERS = {
     **dict.fromkeys(["blocks", "deltas", "masks", "task_vector"], 0),
     **dict.fromkeys(["kernels", "experts", "merging"], 1),
-    **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger"], 2),
+    **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger", "removal"], 2),
     **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),
     **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "search", "statistics", "suite", "quickstart"], 3),
     "cli": 4,
