@@ -14,6 +14,7 @@ import safetensors
 import torch
 from hypothesis import given
 from random_deltas import FORMS, deltas_of_one_weight, random_delta
+from stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
@@ -59,7 +60,7 @@ def test_every_form_and_shape_comes_back(tmp_path_factory, found):
 def test_plain_safetensors_reads_the_file(expert):
     with safetensors.safe_open(expert / "delta.safetensors", "pt") as tensors:
         assert set(tensors.metadata()) == {"modular_experts"}
-        names = {f"layers.{i}.weight/{s}" for i, s in enumerate(["dense", "up", "values", "blocks", "indices"])}
+        names = {f"layers.{i}.weight/{s}" for i, s in enumerate(["dense", "up", "values", "mask", "indices"])}
         assert names < set(tensors.keys())
         assert torch.equal(tensors.get_tensor("layers.0.weight/dense"), deltas()["layers.0.weight"].values)
 
@@ -139,12 +140,6 @@ def test_a_record_that_is_not_one_is_named(expert, change, sentence):
         open_expert(expert)
 
 
-def forged(path, delta):
-    """An expert whose hashes are all right and whose content is not: as an attacker, not an accident, would make it."""
-    write(path, [("w", delta)], RECORD)
-    return path
-
-
 @pytest.mark.parametrize(
     ("delta", "sentence"),
     [
@@ -158,12 +153,16 @@ def forged(path, delta):
     ],
 )
 def test_content_that_is_no_delta_is_refused(tmp_path, delta, sentence):
+    forged = write_by_hand(tmp_path / "x", {"w": as_it_is(delta)}, RECORD)
     with pytest.raises(ValueError, match=rf"delta.safetensors is damaged: .*{sentence}"):
-        open_expert(forged(tmp_path / "x", delta)).verify()
+        open_expert(forged).verify()
+    with pytest.raises(ValueError, match=r"the delta of w cannot be stored: its "):
+        write(tmp_path / "y", [("w", delta)], RECORD)
 
 
 def test_a_low_rank_pair_that_does_not_fit_is_refused(tmp_path):
-    path = forged(tmp_path / "x", LowRank(torch.ones(3, 2), torch.ones(2, 4)))
+    path = tmp_path / "x"
+    write(path, [("w", LowRank(torch.ones(3, 2), torch.ones(2, 4)))], RECORD)
     file = path / "delta.safetensors"
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])

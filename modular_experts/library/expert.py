@@ -1,10 +1,11 @@
 """Stored experts: a directory with `delta.safetensors` (what moves) and `expert.json` (where it comes from).
 
 The tensors of a weight are named after it and the form of its delta: `<weight>/values` with `/indices` (Sparse) or
-`/blocks` (BlockSparse), `<weight>/up` with `/down` (LowRank), `<weight>/dense` (Dense). A table in the file's metadata
-gives, for each weight, its form, shape and number of kept entries, and dtype, shape and SHA-256 of each tensor; the
-content hash is the SHA-256 of that table, so it does not depend on the order of writing. Every read is checked against
-the table, and the table against `expert.json`.
+`/blocks` (BlockSparse), either of which may be encoded in bytes as `/gaps` or `/mask`; `<weight>/up` with `/down`
+(LowRank), `<weight>/dense` (Dense). A table in the file's metadata gives, for each weight, its form, shape and number
+of kept entries, and dtype, shape and SHA-256 of each tensor; the content hash is the SHA-256 of that table, so it does
+not depend on the order of writing, but on how what is kept is encoded. Every read is checked against the table, and the
+table against `expert.json`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.library.packing import Layout, check_layout, check_numbers, pack, unpack
@@ -32,8 +34,8 @@ __all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_ex
 
 DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
-_DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
-_WIDTH = {"torch.float32": 4, "torch.int32": 4, "torch.int64": 8}
+_DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+_WIDTH = {str(dtype): dtype.itemsize for dtype in _DTYPES.values()}
 
 
 class StoredExpert(TaskVector):
@@ -104,17 +106,22 @@ class StoredExpert(TaskVector):
     def __getitem__(self, name: str) -> Delta:
         entry = self._table[name]
         tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
-        if name in self._checked:
-            return unpack(entry["form"], entry["shape"], tensors)
-        for suffix, stored in entry["tensors"].items():
-            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
-                raise self._damaged(f"the {suffix} of {name} are not what was written")
+        unchecked = name not in self._checked
+        if unchecked:
+            self._check_bytes(name, tensors)
         try:
-            check_numbers(entry["form"], entry["shape"], tensors)
+            if unchecked:
+                check_numbers(entry["form"], entry["shape"], tensors)
+            delta = unpack(entry["form"], entry["shape"], tensors)
         except ValueError as error:
             raise self._damaged(f"{error} ({name})") from error
         self._checked.add(name)
-        return unpack(entry["form"], entry["shape"], tensors)
+        return delta
+
+    def _check_bytes(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        for suffix, stored in self._table[name]["tensors"].items():
+            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
+                raise self._damaged(f"the {suffix} of {name} are not what was written")
 
     def release(self, name: str) -> None:
         """Let go of the memory that a weight's delta was read into; a delta that is still held stays as it is."""

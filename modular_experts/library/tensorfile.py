@@ -2,8 +2,8 @@
 with the file.
 
 The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header can
-only be known at the end, so the bytes go to a file of their own first and are copied behind it by the operating
-system. Reading maps the file into memory, as safetensors does, but can also let go of what was read.
+only be known at the end, so the bytes go to a file of their own first and are copied behind it. Reading maps the file
+into memory, as safetensors does, but can also let go of what was read.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 __all__ = ["MappedTensors", "TensorFileWriter", "tensor_bytes"]
 
-_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
@@ -101,14 +100,31 @@ class TensorFileWriter:
     def finish(self, metadata: str) -> None:
         """Write the file, with one metadata entry: several would come back in random order."""
         self._data.close()
-        header = json.dumps({"__metadata__": {"modular_experts": metadata}, **self._header}, sort_keys=True).encode()
+        tensors, spans = self._widest_first()
+        header = json.dumps({"__metadata__": {"modular_experts": metadata}, **tensors}, sort_keys=True).encode()
         header += b" " * (-len(header) % 8)
         data = Path(self._data.name)
         with self._file.open("wb") as out, data.open("rb") as source:
             out.write(struct.pack("<Q", len(header)) + header)
-            shutil.copyfileobj(source, out, length=1 << 24)
+            for first, last in spans:
+                _copy(source, out, first, last)
         data.unlink()
         Path(self._notes.name).unlink()
+
+    def _widest_first(self) -> tuple[dict[str, Any], list[Sequence[int]]]:
+        """Return the header of the tensors in another order, and where each of them was written.
+
+        The layout allows no holes, so this is how every number comes to lie at a multiple of its width.
+        """
+        tensors: dict[str, Any] = {}
+        spans: list[Sequence[int]] = []
+        end = 0
+        for name in sorted(self._header, key=lambda name: -_BY_NAME[self._header[name]["dtype"]].itemsize):
+            first, last = self._header[name]["data_offsets"]
+            start, end = end, end + last - first
+            tensors[name] = {**self._header[name], "data_offsets": [start, end]}
+            spans.append((first, last))
+        return tensors, spans
 
 
 class MappedTensors:
@@ -144,6 +160,15 @@ class MappedTensors:
         last -= last % mmap.PAGESIZE
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _copy(source: BinaryIO, out: BinaryIO, first: int, last: int) -> None:
+    source.seek(first)
+    while first < last:
+        part = source.read(min(last - first, 1 << 24))
+        assert part, "the file of bytes is shorter than what was written to it"
+        out.write(part)
+        first += len(part)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,0 +1,231 @@
+"""What a sparse delta takes on disk, and what reading it costs: bytes beside the information in it, time beside int32.
+
+Sizes are bytes per kept entry or tile. The floor is what a choice of k of n places holds, log2 C(n, k) bits, and 32
+bits per value; a clustered choice holds less, which is left out. Values and supports are random: `clustered` draws runs
+of 256 places that are likely together. CSR (16-bit columns, 32-bit rows) and gaps of 4 bits are ways not taken.
+
+Times are CPU times on one thread, of a file in the system's cache, hashes and checks included: the same delta as it is
+stored and with its places as int32, in turn, in an order drawn anew for each round. The numbers are ratios of medians.
+
+    python benchmarks/storage.py [--json FILE] [--quick]      less than a minute; --quick: in small, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from modular_experts.blocks import block_grid
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
+
+Shape = tuple[int, int]
+SHAPE, TILE = (1536, 576), 16
+SHARES = [0.0005, 0.002, 0.01, 0.05, 0.1, 0.2, 0.5, 0.65, 1.0]
+TIMED = [(0.01, ["random"]), (0.05, ["random", "clustered"]), (0.15, ["random"]), (0.5, ["random", "clustered"])]
+SHAPES = [(576, 576), (1536, 576), (8192, 3072)]
+VALUE = 4  # bytes
+RECORD = make_record("SparseExpert", {"id": "none", "revision": None, "fingerprint": "0" * 64})
+
+
+def support(places: int, share: float, kind: str) -> Tensor:
+    """Return the kept places `(k,)`, sorted."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.rand(places, generator=draw)
+    if kind == "clustered":
+        scores += torch.randn(places // 256 + 1, generator=draw).repeat_interleave(256)[:places]
+    return scores.topk(max(1, round(share * places)), sorted=False).indices.sort().values.int()
+
+
+def entries(shape: Shape, share: float, kind: str) -> Sparse:
+    """Return a delta of single entries."""
+    places = support(math.prod(shape), share, kind)
+    return Sparse(places, torch.randn(len(places)), torch.Size(shape))
+
+
+def tiles(shape: Shape, share: float, kind: str) -> BlockSparse:
+    """Return a delta of square tiles."""
+    blocks = support(math.prod(block_grid(shape, (TILE, TILE))), share, kind)
+    return BlockSparse(blocks, torch.randn(len(blocks), TILE, TILE), torch.Size(shape))
+
+
+def write_as_int32(path: Path, deltas: Mapping[str, Delta]) -> None:
+    """Write an expert as it was before there were encodings."""
+    with mock.patch("modular_experts.library.packing.encode", lambda numbers, limit, plain: {plain: numbers}):
+        write_expert(path, deltas, RECORD, overwrite=True)
+
+
+def floor_bytes(places: int, kept: int) -> float:
+    """Return the bytes of information in a choice of `kept` of `places`."""
+    chosen = math.lgamma(places + 1) - math.lgamma(kept + 1) - math.lgamma(places - kept + 1)
+    return chosen / math.log(2) / 8
+
+
+def candidates(kept: Tensor, rows: int, limit: int) -> dict[str, float]:
+    """Return the bytes of each way to store kept places, by arithmetic."""
+    distances = kept.diff(prepend=kept.new_tensor([-1])) - 1
+    return {
+        "int32": 4 * len(kept),
+        "CSR": 2 * len(kept) + 4 * (rows + 1),
+        "4-bit gaps": int((distances // 15 + 1).sum()) / 2,
+        "gaps": int((distances // 255 + 1).sum()),
+        "mask": math.ceil(limit / 8),
+    }
+
+
+def size_row(delta: Sparse | BlockSparse, stored: StoredExpert, name: str, share: float, kind: str) -> dict[str, Any]:
+    """Return bytes per kept place of each way, and of the file over the floor."""
+    kept, tile = (delta.indices, (1, 1)) if isinstance(delta, Sparse) else (delta.blocks, delta.tile)
+    rows, columns = block_grid(delta.shape, tile)
+    count, values = len(kept), VALUE * delta.values.numel()
+    ways = {way: size / count for way, size in candidates(kept, rows, rows * columns).items()}
+    size, floor = stored.stored_bytes()[name], floor_bytes(rows * columns, count)
+    row = {"name": name, "share": share, "support": kind, "floor": floor / count, **ways}
+    row |= {"stored": (size - values) / count, "stored_over_floor": size / (values + floor)}
+    return row | {"int32_over_floor": (4 * count + values) / (values + floor), "bytes_per_value": size / values * VALUE}
+
+
+def sizes(folder: Path, shape: Shape) -> list[dict[str, Any]]:
+    """Return a row for each share, support and unit of a weight."""
+    kinds = [(share, kind) for share in SHARES for kind in ("random", "clustered") if share < 1 or kind == "random"]
+    units = {"entries": entries, f"tiles of {TILE}": tiles}
+    rows = []
+    for unit, make in units.items():
+        for share, kind in kinds:
+            if unit == "entries" or share >= 0.01:
+                delta, name = make(shape, share, kind), f"{unit}, {share:.4g}, {kind}"
+                write_expert(folder / "size", {name: delta}, RECORD, overwrite=True)
+                rows.append(size_row(delta, open_expert(folder / "size"), name, share, kind))
+    return rows
+
+
+def beside_others(rows: list[dict[str, Any]], shape: Shape) -> dict[str, float]:
+    """Return bytes per trained number of this package's files (measured) and of others' (arithmetic), at 5 %."""
+    kept = {row["name"]: row for row in rows if row["share"] == 0.05 and row["support"] == "random"}
+    share = round(0.05 * math.prod(shape)) / math.prod(shape)
+    found = {name.split(", ")[0]: row["bytes_per_value"] for name, row in kept.items()}
+    found["entries, int32"] = VALUE + 4
+    found["LoRA of as many numbers, float32 *"] = VALUE
+    found["the whole weight, bfloat16 *"] = 2 / share
+    found["mttl's: dense delta and mask, float32 *"] = 8 / share
+    return found
+
+
+def race(calls: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int) -> dict[str, float]:
+    """Return the median CPU seconds of each call; what makes a call is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for _ in range(rounds + 1):
+        shuffle(order)
+        for name in order:
+            call = calls[name]()
+            start = time.thread_time()
+            call()
+            seconds[name].append(time.thread_time() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def reading(path: Path, before: int) -> Callable[[], Callable[[], Delta]]:
+    """Return what opens an expert, reads it some times, and returns how it is read once more."""
+
+    def make() -> Callable[[], Delta]:
+        expert = open_expert(path)
+        for _ in range(before):
+            expert["w"]
+        return lambda: expert["w"]
+
+    return make
+
+
+def time_row(folder: Path, delta: Delta, rounds: int) -> dict[str, float]:
+    """Return the time to read a delta, checked and again, over that of int32, and over a copy in memory."""
+    write_expert(folder / "stored", {"w": delta}, RECORD, overwrite=True)
+    write_as_int32(folder / "int32", {"w": delta})
+    calls = {f"{way} {before}": reading(folder / way, before) for way in ("stored", "int32") for before in (0, 1)}
+    calls["copy"] = lambda: lambda: [tensor.clone() for tensor in delta.tensors().values()]
+    median = race(calls, rounds)
+    return {
+        "first_over_int32": median["stored 0"] / median["int32 0"],
+        "first_over_copy": median["stored 0"] / median["copy"],
+        "int32_first_over_copy": median["int32 0"] / median["copy"],
+        "again_over_first": median["stored 1"] / median["stored 0"],
+        "again_over_copy": median["stored 1"] / median["copy"],
+    }
+
+
+def times(folder: Path, shapes: list[Shape], rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each weight, share and support; the largest weight at the shares of sparse experts only."""
+    rows = []
+    for shape in shapes:
+        for share, kinds in TIMED if math.prod(shape) < 10**7 else TIMED[:2]:
+            for kind in kinds:
+                row = {"name": f"{shape[0]} x {shape[1]}, {share:g}, {kind}", "shape": shape, "share": share}
+                rows.append(row | {"support": kind} | time_row(folder, entries(shape, share, kind), rounds))
+    return rows
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console(width=140)
+    console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    ways = ["floor", "int32", "CSR", "4-bit gaps", "gaps", "mask", "stored"]
+    ratios = {"stored_over_floor": "file/floor", "int32_over_floor": "int32 file/floor"}
+    title = (
+        f"{report['shape'][0]} x {report['shape'][1]}: bytes per kept place, without its values; and with them, ratios"
+    )
+    console.print(table(title, report["sizes"], {way: way for way in ways} | ratios))
+    others = [{"name": name, "bytes": size} for name, size in report["others"].items()]
+    console.print(table("At 5 %: bytes per trained number (* is arithmetic)", others, {"bytes": "bytes"}))
+    columns = {
+        "first_over_int32": "read/int32's",
+        "first_over_copy": "read/copy",
+        "int32_first_over_copy": "int32's/copy",
+    }
+    columns |= {"again_over_first": "again/read", "again_over_copy": "again/copy"}
+    console.print(table("Times, as ratios: first read, read again, copy in memory", report["times"], columns))
+
+
+def table(title: str, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
+    """Return a table of a row's name and some of its numbers."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("")
+    for heading in columns.values():
+        made.add_column(heading, justify="right")
+    for row in rows:
+        made.add_row(row["name"], *(f"{row[key]:.2f}" for key in columns))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file, too")
+    parser.add_argument("--quick", action="store_true", help="a small weight, at which the times mean nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape, shapes, rounds = ((96, 64), [(96, 64)], 2) if options.quick else (SHAPE, SHAPES, 9)
+    machine = {"torch": torch.__version__, "CPU": torch.backends.cpu.get_cpu_capability()}
+    with tempfile.TemporaryDirectory() as folder:
+        found = sizes(Path(folder), shape)
+        report = {"machine": machine, "shape": shape, "sizes": found, "others": beside_others(found, shape)}
+        report["times"] = times(Path(folder), shapes, rounds)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report)
+
+
+if __name__ == "__main__":
+    main()
