@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("training", "measure a model on the validation rows"),
     "test": ("training", "measure a model on the test rows: a table, and results.json"),
     "predict": ("training", "write a model's answers"),
+    "import": ("import_", "bring an adapter or a fine-tuned checkpoint into a library"),
     "statistics": ("statistics", "take what some merge methods need to know of the experts' data"),
     "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),

@@ -78,6 +78,10 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "method", call_text(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
     yield "tasks", ", ".join(map(str, record["tasks"])) or "none recorded"
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
+    if source := record.get("source"):
+        yield "source", f"{source.get('id')} ({source.get('format')})"
+    for pattern, chosen in (record.get("per_weight") or {}).items():
+        yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
     for name, score in sorted(record["scores"].items()):

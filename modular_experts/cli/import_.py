@@ -1,0 +1,112 @@
+"""`modular-experts import`: other people's fine-tuning into a library."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from modular_experts.cli.progress import progress_bar
+from modular_experts.cli.summary import share_text, summary
+from modular_experts.cli.tool import run_tool
+from modular_experts.interop.forms import Form, Largest, Truncated
+from modular_experts.interop.import_expert import import_expert
+from modular_experts.library import StoredExpert
+
+EXAMPLES = """\
+  modular-experts import --source downloads/lora --out library/lora
+  modular-experts import --source runs/tuned --base runs/base --out library/tuned
+  modular-experts import --source runs/tuned --base runs/base --out library/short --keep_ratio 0.05"""
+
+
+def import_(
+    source: str,
+    out: str,
+    base: str | None = None,
+    revision: str | None = None,
+    source_revision: str | None = None,
+    keep_ratio: float | None = None,
+    rank: int | None = None,
+    vocab: Literal["error", "intersect"] = "error",
+    tasks: list[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Bring a fine-tuning from elsewhere into a library, where it can be merged, applied and measured like any expert.
+
+    The format is found from the files: a PEFT adapter (adapter_config.json), a sparse fine-tuning of composable-sft
+    (pytorch_diff.bin), or a full checkpoint (config.json and safetensors), which is compared with its base weight by
+    weight without loading either. A full checkpoint is stored exactly unless keep_ratio or rank is given: as single
+    entries where few moved, else whole. Causal language models only; no code from a file is run.
+
+    Args:
+        source: Directory or hub id of the fine-tuning.
+        out: Directory of the expert; its last part is the name.
+        base: Directory or hub id of the model that it was made from; as an adapter says if not given.
+        revision: Branch, tag or commit of the base on the hub.
+        source_revision: Branch, tag or commit of the source on the hub.
+        keep_ratio: Of a full checkpoint, keep only this share of each weight's entries: those that moved farthest.
+        rank: Of a full checkpoint, keep of each matrix only the best approximation of this rank.
+        vocab: With intersect, a full checkpoint may have a resized vocabulary; the rows in common are compared.
+        tasks: Names of the tasks that it was trained on, written '[a, b]'.
+        overwrite: Replace an expert that is there.
+    """
+    form, bar = _form(keep_ratio, rank), progress_bar("importing")
+    expert = import_expert(source, out, base, revision, source_revision, form, vocab, tasks or (), overwrite, bar)
+    origin = expert.record["source"]
+    for line in _told(expert, origin, form) if "account" in origin else ():
+        print(line)
+    print(f"{out}: {summary(expert)}")
+
+
+def _form(keep_ratio: float | None, rank: int | None) -> Form | None:
+    if keep_ratio is not None and rank is not None:
+        raise ValueError(f"keep_ratio={keep_ratio} and rank={rank} are two ways to shorten a checkpoint; give one")
+    if rank is not None:
+        return Truncated(rank)
+    return None if keep_ratio is None else Largest(keep_ratio)
+
+
+def _told(expert: StoredExpert, origin: Mapping[str, Any], form: Form | None) -> Iterator[str]:
+    """Tell what the import of a full checkpoint found and kept."""
+    account = origin["account"]
+    yield (
+        f"{len(expert)} weights moved, in {account['moved']:,} of their {account['entries']:,} entries; "
+        f"{account['same_weights']} are the base's"
+    )
+    if account["rounded"]:
+        yield f"{account['rounded']:,} entries are the base's but for rounding to a narrower dtype: not moved"
+    yield from _kept(expert, account) if form is None else _lost(account)
+    for name, (theirs, ours) in origin["vocabularies"].items():
+        yield f"{name}: {min(theirs, ours)} rows compared; the checkpoint has {theirs} and the base {ours}"
+    for name, twins in origin["tied"].items():
+        yield f"{name}: one tensor with {' and '.join(twin for twin in twins if twin != name)} (tied); both move"
+    if origin["wider_dtypes"]:
+        wider = " and ".join(origin["wider_dtypes"])
+        yield f"the checkpoint is in {wider}, wider than its base: apply it with --dtype to keep that"
+
+
+def _kept(expert: StoredExpert, account: Mapping[str, Any]) -> Iterator[str]:
+    forms = Counter(expert.forms().values())
+    if forms["Sparse"]:
+        yield f"{forms['Sparse']} of them are stored as the entries that moved, which is smaller and loses nothing"
+    if account["missed"]:
+        share = share_text(account["missed"] / account["entries"])
+        yield (
+            f"base plus delta misses {account['missed']:,} entries of the checkpoint ({share}) by rounding, "
+            f"by at most {account['farthest']:.3g}"
+        )
+    else:
+        yield "exact: base plus delta is the checkpoint in every entry"
+
+
+def _lost(account: Mapping[str, Any]) -> Iterator[str]:
+    errors = sorted(account["relative_errors"].items(), key=lambda item: -item[1])
+    kept = share_text(account["energy_kept"])
+    yield f"relative error {account['relative_error']:.3g}, {kept} of the energy kept (record: error of each weight)"
+    for name, error in errors[:3]:
+        yield f"  {name}: {error:.3g}"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(import_, argv, EXAMPLES)

@@ -1,0 +1,242 @@
+"""`import`: what it prints, what it writes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import build_model
+from safetensors.torch import load_file, save_file
+
+from modular_experts.__main__ import main
+from modular_experts.deltas import Sparse
+from modular_experts.interop import import_expert as import_room
+from modular_experts.interop.checkpoint import fingerprint
+from modular_experts.interop.foreign import ForeignExpert
+from modular_experts.library import open_expert
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    def command(*argv):
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def place(tiny_llama_dir, tmp_path, monkeypatch, capsys):
+    """A directory to stand in, with a base, a fine-tuned checkpoint, a LoRA and a sparse file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    model = build_model("llama").bfloat16()
+    model.save_pretrained(tmp_path / "half")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        model.model.layers[1].mlp.up_proj.weight.copy_(build_model("llama").model.layers[1].mlp.up_proj.weight)
+        model.model.layers[1].mlp.up_proj.weight[0, :5] += 1
+    model.save_pretrained(tmp_path / "tuned")
+    write_lora(tmp_path / "lora")
+    (tmp_path / "sft").mkdir()
+    entry = {"size": torch.Size([32, 32]), "index_steps": [1, 2], "values": torch.tensor([0.5, -0.5])}
+    torch.save({"diffs": {Q: entry}, "abs": {}}, tmp_path / "sft/pytorch_diff.bin")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/notes.txt").write_text("no weights here")
+    capsys.readouterr()
+    return tmp_path
+
+
+def write_lora(directory, base="base"):
+    directory.mkdir()
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none", "task_type": "CAUSAL_LM"}
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "revision": None} | settings
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(5)
+    key = f"base_model.model.{Q.removesuffix('.weight')}"
+    factors = {"lora_A": torch.randn(2, 32, generator=generator), "lora_B": torch.randn(32, 2, generator=generator)}
+    save_file(
+        {f"{key}.{name}.weight": factor for name, factor in factors.items()}, directory / "adapter_model.safetensors"
+    )
+    return 2.0 * factors["lora_B"].double() @ factors["lora_A"].double()
+
+
+def test_help_teaches(run):
+    code, out, _ = run("import", "--help")
+    assert code == 0
+    for text in ("examples:", "modular-experts import", "--config", "--keep_ratio", "pytorch_diff.bin"):
+        assert text in out
+
+
+def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, place):
+    code, out, err = run("import", "--source", "tuned", "--base", "half", "--out", "library/x", "--tasks", "[sums]")
+    assert (code, err) == (0, "")
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("half", "tuned"))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    entries, changed = (
+        sum(count(name) for name in moved)
+        for count in (lambda n: after[n].numel(), lambda n: int((after[n] != before[n]).sum()))
+    )
+    moves = f"{len(moved)} weights moved, in {changed:,} of their {entries:,} entries"
+    assert out.splitlines()[:3] == [
+        f"{moves}; {len(after) - len(moved)} are the base's",
+        "1 of them are stored as the entries that moved, which is smaller and loses nothing",
+        "exact: base plus delta is the checkpoint in every entry",
+    ]
+    assert out.splitlines()[3].startswith(f"library/x: checkpoint, {len(moved)} weights, ")
+    expert = open_expert("library/x")
+    assert expert.record["base"] == {"id": "half", "revision": None, "fingerprint": fingerprint("half")}
+    assert expert.record["tasks"] == ["sums"]
+    for name in moved:
+        assert torch.equal((before[name].float() + expert[name].dense()).bfloat16(), after[name])
+    assert run("apply", "--experts", "[library/x]", "--out", "full")[0] == 0
+    assert all(torch.equal(value, after[name]) for name, value in load_file("full/model.safetensors").items())
+
+
+@pytest.mark.parametrize("option", [["--keep_ratio", "0.1"], ["--rank", "3"]])
+def test_a_lossy_import_tells_its_error(run, place, option):
+    code, out, _ = run("import", "--source", "tuned", "--base", "half", "--out", "library/x", *option)
+    assert code == 0
+    expert = open_expert("library/x")
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("half", "tuned"))
+    lost, energy, errors = 0.0, 0.0, {}
+    for name, delta in expert.items():
+        difference = after[name].double() - before[name].double()
+        gap = (difference - delta.dense().double()).square().sum().item()
+        lost, energy = lost + gap, energy + difference.square().sum().item()
+        errors[name] = (gap / difference.square().sum().item()) ** 0.5
+    assert f"relative error {(lost / energy) ** 0.5:.3g}, {100 * (1 - lost / energy):.3g} % of the energy kept" in out
+    worst = max(errors, key=errors.get)
+    assert f"  {worst}: {errors[worst]:.3g}" in out
+    assert "exact" not in out
+    shown = run("show", "library/x")[1]
+    assert f"checkpoint({option[0][2:]}={option[1]})" in shown
+
+
+def test_rounding_narrowing_and_widening_are_told(run, place):
+    code, out, _ = run("import", "--source", "tuned", "--base", "base", "--out", "library/narrow")
+    assert code == 0
+    assert "entries are the base's but for rounding to a narrower dtype: not moved" in out
+    assert "wider" not in out
+    code, out, _ = run("import", "--source", "base", "--base", "half", "--out", "library/wide")
+    assert "the checkpoint is in float32, wider than its base: apply it with --dtype to keep that" in out
+    weights = build_model("llama")
+    with torch.no_grad():
+        weights.model.norm.weight[0] = 1e-9
+    weights.save_pretrained("far")
+    code, out, _ = run("import", "--source", "far", "--base", "base", "--out", "library/far")
+    assert "base plus delta misses 1 entries of the checkpoint (3.12 %) by rounding, by at most 1e-09" in out
+
+
+def test_resized_and_tied_vocabularies_are_told(run, place):
+    build_model("llama", seed=1, vocab_size=120).save_pretrained("resized")
+    code, out, _ = run("import", "--source", "resized", "--base", "base", "--out", "library/r", "--vocab", "intersect")
+    assert code == 0
+    assert "model.embed_tokens.weight: 99 rows compared; the checkpoint has 120 and the base 99" in out
+    for seed, name in enumerate(["one", "other"]):
+        build_model("llama", seed=seed, tie_word_embeddings=True).save_pretrained(name)
+    _, out, _ = run("import", "--source", "other", "--base", "one", "--out", "library/t")
+    assert "model.embed_tokens.weight: one tensor with lm_head.weight (tied); both move" in out
+
+
+def test_a_lora_is_imported_against_the_base_that_it_names(run, place):
+    shutil.copy("base/config.json", "lora/config.json")  # some adapters carry it
+    code, out, err = run("import", "--source", "lora", "--out", "library/lora")
+    assert (code, err) == (0, "")
+    shutil.rmtree("lora")
+    expected = write_lora(place / "lora")
+    expert = open_expert("library/lora")
+    assert list(expert) == [Q]
+    assert expert.forms() == {Q: "LowRank"}
+    torch.testing.assert_close(expert[Q].dense().double(), expected, rtol=1e-5, atol=1e-6)
+    assert expert.record["base"]["fingerprint"] == fingerprint("base")
+    assert expert.record["source"]["format"] == "PEFT adapter"
+    assert sorted(expert.record["source"]["sha256"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert out.startswith("library/lora: LORA, 1 weights")
+
+
+def test_a_sparse_file_is_imported_and_merges_with_the_others(run, place):
+    assert run("import", "--source", "sft", "--base", "base", "--out", "library/sft")[0] == 0
+    assert run("import", "--source", "lora", "--out", "library/lora")[0] == 0
+    assert open_expert("library/sft")[Q].indices.tolist() == [32, 96]  # places 1 and 3 of the first column
+    code, _, err = run("merge", "--experts", "[library/sft, library/lora]", "--method", "Average", "--out", "library/m")
+    assert (code, err) == (0, "")
+    assert run("verify", "library")[0] == 0
+    listed = run("list", "library")[1]
+    assert "composable-sft" in listed
+    assert "LORA" in listed
+
+
+def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeypatch):
+    for name, shape, sentence in (
+        ("model.layers.0.self_attn.qproj.weight", (32, 32), f"has no such weight; the nearest is {Q}"),
+        (Q, (32, 31), "as a weight of shape (32, 31), and in base it has (32, 32)"),
+    ):
+        foreign = ForeignExpert([(Q, Sparse.zero((32, 32))), (name, Sparse.zero(shape))], "LORA")
+        monkeypatch.setattr(import_room, "read_peft", lambda *_, given=foreign: given)
+        code, _, err = run("import", "--source", "lora", "--out", "library/x")
+        assert code == 1
+        assert sentence in err
+        assert list((place / "library").iterdir()) == []
+
+
+def test_an_expert_is_replaced_only_when_told(run, place):
+    command = ["import", "--source", "sft", "--base", "base", "--out", "library/x"]
+    assert run(*command)[0] == 0
+    code, _, err = run(*command)
+    assert code == 1
+    assert "exists already" in err
+    assert "exists already" in run("import", "--source", "nowhere", "--out", "library/x")[2], "before anything is read"
+    assert run(*command, "--overwrite", "true")[0] == 0
+
+
+X = ["--out", "library/x"]
+MISTAKES = [
+    (["--source", "nothing", *X], 1, "looked for adapter_config.json (a PEFT adapter), pytorch_diff.bin (composable-"
+     "sft) and config.json with *.safetensors (a full checkpoint); it has notes.txt"),
+    (["--source", "library", *X], 1, "source 'library' was not found"),
+    (["--source", "./no-where", *X], 1, "is no directory, and it is no hub id"),
+    (["--source", "owner/nowhere", *X], 1, "the hub does not give it under that id (HF_HUB_OFFLINE is set, no copy"),
+    (["--source", "sft/pytorch_diff.bin", *X], 1, "is a file; give the directory"),
+    (["--source", "sft", *X], 1, "sft does not name its base; give it with base"),
+    (["--source", "tuned", *X], 1, "tuned does not name its base; give it with base"),
+    (["--source", "sft", "--base", "nowhere", *X], 1, "base 'nowhere' was not found"),
+    (["--source", "sft", "--base", "base", "--keep_ratio", "0.1", *X], 1, "no full checkpoint but a composable-sft"),
+    (["--source", "lora", "--rank", "1", *X], 1, "lora is no full checkpoint but a PEFT adapter, which"),
+    (["--source", "lora", "--vocab", "intersect", *X], 1, "leave out keep_ratio, rank and vocab"),
+    (["--source", "tuned", "--base", "half", "--keep_ratio", "2", *X], 1, "keep_ratio must be in (0, 1], got 2.0"),
+    (["--source", "tuned", "--base", "half", "--rank", "0", *X], 1, "rank must be at least 1, got 0"),
+    (["--source", "tuned", "--base", "half", "--rank", "1", "--keep_ratio", "0.1", *X], 1, "two ways to shorten"),
+    (["--source", "half", "--base", "half", *X], 1, "so there is nothing to import"),
+    (["--source", "tuned", "--base", "half", "--vocab", "union", *X], 2, "must be one of error, intersect, got union"),
+    (["--source", "tuned", "--bose", "half", *X], 2, "no option --bose; did you mean --base?"),
+    (["--source", "tuned", "--base", "half", "--out", "library/-x"], 1, "cannot be the name"),
+    (["--source", "sft", "--base", "base", "--out", "base"], 1, "is no directory of ours"),
+    (["--out", "library/x"], 2, "source must be given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES, ids=[" ".join(argv) for argv, _, _ in MISTAKES])
+def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, argv, code, sentence):
+    before = sorted(str(path) for path in place.rglob("*"))
+    found, out, err = run("import", *argv)
+    assert (found, out) == (code, "")
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "one line, unwrapped"
+    assert [path for path in sorted(str(path) for path in place.rglob("*")) if path not in before] in (
+        [],
+        [str(place / "library")],
+    )

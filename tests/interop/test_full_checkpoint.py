@@ -1,0 +1,508 @@
+"""Full checkpoints: base plus delta is the fine-tuned model, losses are told, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.interop import stored
+from modular_experts.interop.apply import apply
+from modular_experts.interop.forms import Exact, Largest, Truncated
+from modular_experts.interop.full_checkpoint import read_full_checkpoint
+from modular_experts.interop.import_expert import import_expert
+from modular_experts.library import open_expert
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def save(path, architecture="llama", dtype=torch.float32, noise=0.0, skip=(), change=None, **settings):
+    """Save a tiny model with noise on its weights; return the path and the weights by name."""
+    saving = {name: settings.pop(name) for name in ("max_shard_size",) if name in settings}
+    model = build_model(architecture, **settings).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noisy = weight.float() + noise * torch.randn(weight.shape, generator=generator)
+            if noise and not any(part in name for part in skip):
+                weight.copy_(noisy)
+        if change is not None:
+            change(dict(model.named_parameters(remove_duplicate=False)))
+    model.save_pretrained(path, **saving)
+    return path, {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def rewrite(directory, change):
+    """Change the tensors in a checkpoint's one file."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def reconfigure(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+def read(tuned, base, *arguments):
+    foreign = read_full_checkpoint(tuned, base, *arguments)
+    return dict(foreign.deltas), foreign.deltas
+
+
+def float64(tensor):
+    return tensor.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_base_plus_delta_is_the_checkpoint_in_every_entry(tmp_path, architecture, dtype):
+    base, before = save(tmp_path / "base", architecture, dtype)
+    tuned, after = save(tmp_path / "tuned", architecture, dtype, noise=0.01)
+    deltas, source = read(tuned, base)
+    total = source.account.total()
+    assert deltas.keys() <= before.keys()
+    for name, weight in after.items():
+        assert name in deltas or torch.equal(before[name], weight)
+        delta = deltas[name].dense() if name in deltas else torch.zeros(weight.shape)
+        restored = (before[name].float() + delta).to(dtype)
+        assert dtype == torch.float32 or torch.equal(restored, weight), name
+        np.testing.assert_allclose(float64(restored), float64(weight), rtol=0, atol=1e-8)
+    assert total.moved == sum(int((before[name] != weight).sum()) for name, weight in after.items())
+    assert total.entries == sum(after[name].numel() for name in deltas)
+    assert total.lost == 0
+    assert dtype == torch.float32 or total.missed == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_imported_checkpoint_applied_is_the_checkpoint(tmp_path, dtype):
+    base, _ = save(tmp_path / "base", dtype=dtype)
+    tuned, after = save(tmp_path / "tuned", dtype=dtype, noise=0.01)
+    expert = import_expert(tuned, tmp_path / "library/x", base)
+    apply([expert.path], tmp_path / "out")
+    plain, original = (AutoModelForCausalLM.from_pretrained(place) for place in (tmp_path / "out", tuned))
+    for name, weight in after.items():
+        torch.testing.assert_close(plain.get_parameter(name), weight, rtol=0, atol=0)
+    tokens = torch.arange(20).view(1, 20)
+    assert torch.equal(plain(tokens).logits, original(tokens).logits)
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(base)(tokens).logits, original(tokens).logits)
+
+
+def test_sharding_of_either_changes_nothing(tmp_path):
+    base, _ = save(tmp_path / "base")
+    tuned, _ = save(tmp_path / "tuned", noise=0.01)
+    base_in_parts, _ = save(tmp_path / "base-parts", max_shard_size="40KB")
+    tuned_in_parts, _ = save(tmp_path / "tuned-parts", noise=0.01, max_shard_size="30KB")
+    assert len(list(tuned_in_parts.glob("*.safetensors"))) > 2
+    whole = import_expert(tuned, tmp_path / "library/whole", base)
+    parts = import_expert(tuned_in_parts, tmp_path / "library/parts", base_in_parts)
+    assert parts.content_hash == whole.content_hash
+    assert parts.record["base"]["fingerprint"] == whole.record["base"]["fingerprint"]
+    assert len(parts.record["source"]["sha256"]) > 2
+
+
+def test_weights_that_are_the_bases_are_left_out(tmp_path):
+    base, _ = save(tmp_path / "base")
+    tuned, _ = save(tmp_path / "tuned", noise=0.01, skip=("mlp", "norm", "embed", "lm_head"))
+    deltas, source = read(tuned, base)
+    assert all("self_attn" in name for name in deltas)
+    assert len(deltas) == 8
+    assert source.account.same == 13
+
+
+def test_an_old_checkpoint_without_the_prefix_is_understood(tmp_path):
+    base, _ = save(tmp_path / "base", "gpt2")
+    tuned, _ = save(tmp_path / "tuned", "gpt2", noise=0.01)
+    expected, _ = read(tuned, base)
+
+    def strip(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        tensors["h.0.attn.bias"] = torch.ones(4, 4)  # a mask that older versions stored
+
+    for directory in (tuned, base):
+        rewrite(directory, strip)
+        deltas, _ = read(tuned, base)
+        assert deltas.keys() == expected.keys()
+        assert all(torch.equal(deltas[name].dense(), expected[name].dense()) for name in expected)
+
+
+def test_few_changed_entries_are_stored_singly_and_without_loss(tmp_path):
+    base, before = save(tmp_path / "base")
+
+    def change(weights):
+        weights[Q].view(-1)[[3, 500, 1023]] += torch.tensor([1.0, -2.0, 0.5])
+        up, down = weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.0.mlp.down_proj.weight"]
+        up.view(-1)[: up.numel() // 2 - 1] += 1.0
+        down.view(-1)[: down.numel() // 2] += 1.0
+
+    tuned, after = save(tmp_path / "tuned", change=change)
+    deltas, _ = read(tuned, base)
+    forms = {name.split(".")[-2]: type(delta) for name, delta in deltas.items()}
+    assert forms == {"q_proj": Sparse, "up_proj": Sparse, "down_proj": Dense}  # from half of the entries on, Dense
+    assert deltas[Q].indices.tolist() == [3, 500, 1023]
+    for name, delta in deltas.items():
+        assert torch.equal(delta.dense(), after[name] - before[name])
+        assert delta.nbytes <= 4 * delta.shape.numel()
+
+
+@pytest.mark.parametrize("keep_ratio", [0.03, 0.5, 1.0])
+def test_keep_ratio_keeps_exactly_the_entries_that_moved_farthest_and_ties_go_first(tmp_path, keep_ratio):
+    generator = torch.Generator().manual_seed(1)
+
+    def grid(weights):  # few distinct differences, all exact
+        for weight in weights.values():
+            weight.copy_((weight * 64).round() / 64)
+
+    def step(weights):
+        grid(weights)
+        for weight in weights.values():
+            weight += torch.randint(-3, 4, weight.shape, generator=generator) / 64
+
+    base, before = save(tmp_path / "base", change=grid)
+    tuned, after = save(tmp_path / "tuned", change=step)
+    deltas, source = read(tuned, base, Largest(keep_ratio))
+    lost = energy = 0.0
+    for name, delta in deltas.items():
+        difference = (float64(after[name]) - float64(before[name])).ravel()
+        kept = max(int(keep_ratio * difference.size), 1)
+        order = sorted(range(difference.size), key=lambda i: (-abs(difference[i]), i))[:kept]
+        expected = np.zeros(difference.size)
+        expected[order] = difference[order]
+        assert isinstance(delta, Sparse)
+        assert delta.support_size == min(kept, np.count_nonzero(difference))
+        np.testing.assert_array_equal(float64(delta.dense()).ravel(), expected)
+        error = np.linalg.norm(difference - expected) / np.linalg.norm(difference)
+        assert source.account.weights[name].error == pytest.approx(error, rel=1e-9, abs=1e-12)
+        lost, energy = lost + np.sum((difference - expected) ** 2), energy + np.sum(difference**2)
+    record = source.account.record()
+    assert record["relative_error"] == pytest.approx(np.sqrt(lost / energy), rel=1e-9, abs=1e-12)
+    assert record["energy_kept"] == pytest.approx(1 - lost / energy, rel=1e-9)
+    assert record["relative_errors"].keys() == {n for n in deltas if source.account.weights[n].lost > 0}
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_rank_gives_the_best_approximation_of_each_matrix_and_all_of_the_rest(tmp_path, rank):
+    base, before = save(tmp_path / "base")
+    tuned, after = save(tmp_path / "tuned", noise=0.01)
+    deltas, source = read(tuned, base, Truncated(rank))
+    for name, weight in after.items():
+        difference = float64(weight) - float64(before[name])
+        if difference.ndim != 2:
+            assert isinstance(deltas[name], Dense)
+            assert torch.equal(deltas[name].values, weight - before[name])
+            continue
+        assert isinstance(deltas[name], LowRank)
+        assert deltas[name].rank == rank
+        u, s, v = np.linalg.svd(difference, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        np.testing.assert_allclose(float64(deltas[name].dense()), best, rtol=0, atol=3e-7)
+        error = np.sqrt(np.sum(s[rank:] ** 2) / np.sum(s**2))
+        assert source.account.weights[name].error == pytest.approx(error, rel=1e-5)
+
+
+def test_a_rank_that_is_no_smaller_than_the_exact_form_loses_nothing(tmp_path):
+    base, _ = save(tmp_path / "base")
+
+    def change(weights):
+        weights[Q][0, :3] += 1.0
+
+    tuned, _ = save(tmp_path / "tuned", noise=0.01, skip=(Q,), change=change)
+    deltas, source = read(tuned, base, Truncated(12))
+    assert isinstance(deltas[Q], Sparse)
+    narrow = "model.layers.0.self_attn.k_proj.weight"  # (16, 32): two factors of rank 12 hold more numbers
+    assert isinstance(deltas[narrow], Dense)
+    assert isinstance(deltas["model.layers.0.mlp.up_proj.weight"], LowRank)
+    assert {source.account.weights[name].lost for name in (Q, narrow)} == {0.0}
+
+
+def test_what_float32_cannot_hold_is_counted(tmp_path):
+    large, small = torch.tensor([1.0, 1.0, 1e8]), torch.tensor([3e-9, 0.75, -0.123])
+    base, _ = save(tmp_path / "base", change=lambda weights: weights[NORM][:3].copy_(large))
+    tuned, _ = save(tmp_path / "tuned", change=lambda weights: weights[NORM][:3].copy_(small))
+    _, source = read(tuned, base)
+    one, other = large.numpy(), small.numpy()
+    restored = one + (other - one)  # float32 throughout
+    wrong = restored != other
+    assert wrong.tolist() == [True, False, True]
+    entry = source.account.weights[NORM]
+    assert entry.missed == 2
+    assert entry.farthest == pytest.approx(np.abs(restored.astype(float) - other.astype(float)).max(), rel=1e-12)
+
+
+def test_entries_that_only_lost_bits_did_not_move(tmp_path):
+    base, before = save(tmp_path / "base")
+    places = [0, 77, 1000]
+
+    def change(weights):
+        weights[Q].view(-1)[places] += 1.0
+
+    tuned, after = save(tmp_path / "tuned", dtype=torch.bfloat16, change=change)
+    deltas, source = read(tuned, base)
+    assert list(deltas) == [Q]
+    assert deltas[Q].indices.tolist() == places
+    assert torch.equal((before[Q] + deltas[Q].dense()).bfloat16(), after[Q])
+    entry = source.account.weights[Q]
+    assert (entry.moved, entry.missed) == (3, 0)
+    changed = before[Q].bfloat16().float() != before[Q]
+    changed.view(-1)[places] = False
+    assert entry.rounded == int(changed.sum()) > 900
+    assert not source.dtypes
+
+
+def test_a_checkpoint_in_a_wider_dtype_than_its_base_is_said_to_be(tmp_path):
+    base, _ = save(tmp_path / "base", dtype=torch.bfloat16)
+    tuned, after = save(tmp_path / "tuned", noise=0.01)
+    expert = import_expert(tuned, tmp_path / "library/x", base)
+    assert expert.record["source"]["wider_dtypes"] == ["float32"]
+    assert expert.record["source"]["account"]["rounded"] == 0
+    apply([expert.path], tmp_path / "out", dtype="float32")
+    for name, weight in load_file(tmp_path / "out/model.safetensors").items():
+        torch.testing.assert_close(weight, after[name], rtol=0, atol=1e-8)
+
+
+def test_one_pair_of_weights_is_held_at_a_time_and_no_model_is_loaded(tmp_path, monkeypatch):
+    base, _ = save(tmp_path / "base", max_shard_size="40KB")
+    tuned, after = save(tmp_path / "tuned", noise=0.01)
+    held, most, order = [], [], []
+    true_open = stored.open_tensors
+
+    class Watched:
+        def __init__(self, tensors, file):
+            self.tensors, self.file = tensors, file
+
+        def __getattr__(self, name):
+            return getattr(self.tensors, name)
+
+        def get_tensor(self, key):
+            tensor = self.tensors.get_tensor(key)
+            held.append(weakref.ref(tensor))
+            most.append(sum(reference() is not None for reference in held))
+            order.append((self.file.parent.name, key))
+            return tensor
+
+    @contextmanager
+    def watching(file):
+        with true_open(file) as tensors:
+            yield Watched(tensors, file)
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(stored, "open_tensors", watching)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    foreign = read_full_checkpoint(tuned, base)
+    assert order == []
+    names = [name for name, _ in foreign.deltas]
+    assert sorted(names) == sorted(after)
+    assert max(most) == 2
+    assert order == [(place, name) for name in sorted(after) for place in ("base", "tuned")]
+
+
+def test_progress_sees_every_weight(tmp_path):
+    base, before = save(tmp_path / "base")
+    tuned, _ = save(tmp_path / "tuned", noise=0.01, skip=("mlp",))
+    seen = []
+    list(read_full_checkpoint(tuned, base, progress=lambda names: (seen.append(n) or n for n in names)).deltas)
+    assert seen == sorted(before)
+
+
+def test_tied_embeddings_are_one_weight(tmp_path):
+    base, before = save(tmp_path / "base", tie_word_embeddings=True)
+    tuned, after = save(tmp_path / "tuned", noise=0.01, tie_word_embeddings=True)
+    assert HEAD not in load_file(tuned / "model.safetensors")
+    expert = import_expert(tuned, tmp_path / "library/x", base)
+    assert HEAD not in expert
+    assert torch.equal(before[EMBEDDING] + expert[EMBEDDING].dense(), after[EMBEDDING])
+    assert expert.record["source"]["tied"] == {EMBEDDING: [EMBEDDING, HEAD]}
+    twice = rewrite(shutil.copytree(tuned, tmp_path / "twice"), lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
+    assert import_expert(twice, tmp_path / "library/twice", base).content_hash == expert.content_hash
+    moved = rewrite(shutil.copytree(base, tmp_path / "by-head"), lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    assert import_expert(tuned, tmp_path / "library/by-head", moved).content_hash == expert.content_hash
+
+
+def test_a_tied_checkpoint_with_unmoved_embeddings_is_applied(tmp_path):
+    base, _ = save(tmp_path / "base", tie_word_embeddings=True)
+    tuned, after = save(tmp_path / "tuned", noise=0.01, skip=("embed",), tie_word_embeddings=True)
+    expert = import_expert(tuned, tmp_path / "library/x", base)
+    assert expert.record["source"]["tied"] == {}
+    apply([expert.path], tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(plain.get_parameter(name), weight) for name, weight in after.items())
+
+
+def test_a_checkpoint_that_tied_what_is_apart_in_the_base_moves_both(tmp_path):
+    base, before = save(tmp_path / "base")
+    tuned, after = save(tmp_path / "tuned", noise=0.01, tie_word_embeddings=True)
+    deltas, _ = read(tuned, base)
+    for name in (EMBEDDING, HEAD):
+        torch.testing.assert_close(before[name] + deltas[name].dense(), after[EMBEDDING], rtol=0, atol=1e-8)
+
+
+def test_a_checkpoint_that_parted_what_is_tied_in_the_base_is_refused_unless_they_are_equal(tmp_path):
+    base, _ = save(tmp_path / "base", tie_word_embeddings=True)
+    tuned, _ = save(tmp_path / "tuned", noise=0.01)
+    with pytest.raises(ValueError, match=r"are one tensor \(tied\) in .*base and two different ones in .*tuned"):
+        read(tuned, base)
+    rewrite(tuned, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    deltas, _ = read(tuned, base)
+    assert HEAD not in deltas
+    reconfigure(rewrite(tuned, lambda tensors: tensors[HEAD].add_(1.0)), tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"are one tensor \(tied\) by the configuration of .*tuned, .* different values"
+    ):
+        read(tuned, base)
+
+
+@pytest.mark.parametrize("rows", [90, 108])
+def test_a_resized_vocabulary_is_refused_or_compared_in_the_common_rows(tmp_path, rows):
+    base, before = save(tmp_path / "base", dtype=torch.bfloat16)
+    tuned, after = save(tmp_path / "tuned", dtype=torch.bfloat16, vocab_size=rows, noise=0.01)
+    ours = before[EMBEDDING].shape[0]
+    sentence = rf"{HEAD} has {rows} rows in .*tuned and {ours} in .*base: .* vocab: intersect takes the"
+    with pytest.raises(ValueError, match=sentence):
+        read(tuned, base)
+    deltas, source = read(tuned, base, Exact(), "intersect")
+    common = min(rows, ours)
+    assert source.vocabularies == {EMBEDDING: (rows, ours), HEAD: (rows, ours)}
+    for name in (EMBEDDING, HEAD):
+        dense = deltas[name].dense()
+        assert dense.shape == before[name].shape
+        assert torch.equal(dense[:common], after[name][:common].float() - before[name][:common].float())
+        assert not dense[common:].any()
+    assert source.account.total().missed == 0
+
+
+def refusals(base, tuned):
+    """Yield (what is done, the sentence that follows)."""
+    up, key = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+    yield lambda: rewrite(tuned, lambda t: t.pop(up)), rf"files of .*tuned do not hold {up}, which its model"
+    yield lambda: rewrite(base, lambda t: t.pop(up)), rf"files of .*base do not hold {up}, which its model"
+    yield (
+        lambda: rewrite(tuned, lambda t: t.update({"model.layers.1.mlp.up_prj.weight": t.pop(up), "v_head": t[key]})),
+        rf"do not hold {up}.*; they hold model.layers.1.mlp.up_prj.weight, which is no weight of it",
+    )
+    yield (
+        lambda: rewrite(tuned, lambda t: t.update({f"{key}s": t[key]})),
+        rf"hold {key}s, which is no weight of LlamaForCausalLM; the nearest is {key}",
+    )
+    yield (
+        lambda: rewrite(tuned, lambda t: t[up][0].fill_(float("nan"))),
+        rf"{up} of .*tuned holds numbers .* not finite",
+    )
+    yield lambda: rewrite(base, lambda t: t[up][0].fill_(float("inf"))), rf"{up} of .*base holds numbers .* not finite"
+    yield (
+        lambda: rewrite(tuned, lambda t: t.update({up: t[up].to(torch.int8)})),
+        rf"{up} of .*tuned is stored as I8: a quantised checkpoint",
+    )
+    yield (
+        lambda: rewrite(tuned, lambda t: t.update({up: t[up].to(torch.float8_e4m3fn)})),
+        rf"{up} of .*tuned is stored as F8_E4M3: a quantised checkpoint",
+    )
+    yield (
+        lambda: rewrite(tuned, lambda t: t.update({up: t[up].T})),
+        rf"{up} of .*tuned is stored in shape \(32, 48\), and by its config.json it has \(48, 32\)",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, intermediate_size=64)),
+        r"down_proj.weight has shape \(32, 64\) in .*tuned and \(32, 48\) in .*base",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, num_key_value_heads=4)),
+        r"k_proj.weight has shape \(32, 32\) in .*tuned and \(16, 32\) in .*base, so it was made from another base",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, hidden_size=64)),
+        r"lm_head.weight has shape \(99, 64\) in .*tuned and \(99, 32\) in .*base",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, num_hidden_layers=3)),
+        r"tuned has model.layers.2.* and 8 more, and .*base has not; .* models of different make",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, num_hidden_layers=1)),
+        r"base has model.layers.1.* and 8 more, and .*tuned has not",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned, "qwen2")),
+        r"tuned is a Qwen2ForCausalLM and .*base a LlamaForCausalLM",
+    )
+    yield (
+        lambda: (shutil.rmtree(tuned), save(tuned)),
+        r"tuned holds the same weights as .*base, so there is nothing to import",
+    )
+    yield (
+        lambda: (tuned / "model.safetensors").write_bytes((tuned / "model.safetensors").read_bytes()[:-4]),
+        r"tuned/model.safetensors is damaged",
+    )
+    yield (
+        lambda: (tuned / "model.safetensors").rename(tuned / "pytorch_model.bin"),
+        r"has no model.safetensors, and only safetensors weights are read",
+    )
+    yield (
+        lambda: reconfigure(tuned, model_type="bert", architectures=["BertForMaskedLM"]),
+        r"tuned is a .*only causal language models",
+    )
+
+
+@pytest.mark.parametrize("number", range(19))
+def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(tmp_path, number):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    save(base)
+    save(tuned, noise=0.01)
+    cases = list(refusals(base, tuned))
+    assert len(cases) == 19
+    spoil, sentence = cases[number]
+    spoil()
+    with pytest.raises((ValueError, OSError), match=sentence) as caught:
+        import_expert(tuned, tmp_path / "library/x", base)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "library").exists() or not list((tmp_path / "library").iterdir())
+
+
+def test_tensors_that_neither_model_uses_do_not_matter(tmp_path):
+    base, _ = save(tmp_path / "base")
+    tuned, _ = save(tmp_path / "tuned", noise=0.01)
+    expected, _ = read(tuned, base)
+    rewrite(tuned, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    for directory in (base, tuned):
+        rewrite(directory, lambda t: t.update({"model.extra_predictor.weight": torch.ones(4)}))
+    assert read(tuned, base)[0].keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"), [(Largest, "keep_ratio must be in"), (Truncated, "rank must be at least")]
+)
+def test_a_form_refuses_a_setting_that_makes_no_sense(form, sentence):
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=sentence):
+            form(value)
+    with pytest.raises(ValueError, match=r"keep_ratio must be in \(0, 1\], got 1.5"):
+        Largest(1.5)
+
+
+def test_the_record_says_where_it_came_from_and_what_was_lost(tmp_path):
+    base, _ = save(tmp_path / "base")
+    tuned, _ = save(tmp_path / "tuned", noise=0.01)
+    expert = import_expert(tuned, tmp_path / "library/x", base, form=Largest(0.1), tasks=["sums"])
+    again = open_expert(expert.path)
+    assert again.record["kind"] == "checkpoint"
+    assert again.record["hyperparameters"] == {"keep_ratio": 0.1}
+    assert again.record["tasks"] == ["sums"]
+    source = again.record["source"]
+    assert (source["id"], source["format"]) == (str(tuned), "full checkpoint")
+    assert list(source["sha256"]) == ["model.safetensors"]
+    assert source["account"]["relative_errors"].keys() == set(again)
+    assert 0 < source["account"]["relative_error"] < 1
