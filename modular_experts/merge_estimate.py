@@ -6,6 +6,7 @@ merging a few weights and throwing the result away.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from modular_experts.merger import Merged
 from modular_experts.merging import MergeMethod
 from modular_experts.merging.parts import PART
 
-__all__ = ["WeightEstimate", "estimate", "largest", "seconds"]
+__all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
 
 _SCRATCH, _VALUES = 40, 8
 """Bytes per entry of a part: a few tensors of eight bytes, and the trimmed values of each expert."""
@@ -61,6 +62,26 @@ def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:
     return max(weights, key=lambda weight: weight.peak)
 
 
+def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
+    """Refuse a merge that needs more memory than it may have.
+
+    Args:
+        weights: From `estimate`.
+        limit: Bytes, beside what Python and torch take without any merge.
+
+    Raises:
+        ValueError: The estimate of a weight is larger.
+    """
+    most = largest(weights)
+    if most.peak > limit:
+        raise ValueError(
+            f"merging {most.name} {most.shape} of {most.experts} experts with {type(most.method).__name__} needs about "
+            f"{most.peak / 1e9:.3g} GB of memory, and max_memory is {limit / 1e9:.3g} GB; raise it, merge fewer "
+            "experts, take a method that works part by part (such as SparseAverage or TIES), or keep the weight at the "
+            "base with per_weight"
+        )
+
+
 def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
     """Return about how long the merge will take, from merging weights until `budget` seconds are over.
 
@@ -78,7 +99,4 @@ def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2
 
 
 def _entries(weight: WeightEstimate) -> int:
-    size = 1
-    for length in weight.shape:
-        size *= length
-    return size
+    return math.prod(weight.shape)

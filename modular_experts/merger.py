@@ -31,7 +31,7 @@ from modular_experts.merge_rules import assign
 from modular_experts.merging import MergeMethod
 from modular_experts.task_vector import TaskVector
 
-__all__ = ["Merged", "describe", "merge"]
+__all__ = ["Merged", "describe", "merge", "write_merged"]
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 Rules = Mapping[str, MergeMethod | None]
@@ -190,8 +190,31 @@ def merge(
         ValueError: The list is empty or names an expert twice, bases or shapes differ, a file is damaged, a pattern
             matches nothing, or an expert lacks the statistics that a method needs.
     """
+    check_target(out, overwrite)
+    return write_merged(Merged(open_experts(experts), method, per_weight), out, overwrite, progress, notes)
+
+
+def write_merged(
+    merged: Merged,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Progress = iter,
+    notes: Mapping[str, Any] | None = None,
+) -> StoredExpert:
+    """Write a merge as an expert, and what belongs beside it; `merge` says how.
+
+    Args:
+        merged: The merge.
+        out: Directory of the merged expert.
+        overwrite: Whether an expert that is there may be replaced.
+        progress: Wraps the names of the weights while they are gone through, for a progress bar.
+        notes: More for the record of the merged expert.
+
+    Raises:
+        FileExistsError: `out`, or an expert that would be written beside it, is there and may not be replaced.
+        ValueError: A file is damaged, or a method does not return what it must.
+    """
     target = check_target(out, overwrite)
-    merged = Merged(open_experts(experts), method, per_weight)
     beside = {target.with_name(f"{target.name}-{name}"): deltas for name, deltas in merged.beside().items()}
     for path in beside:
         check_target(path, overwrite)

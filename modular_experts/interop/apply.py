@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -163,8 +162,8 @@ def check_fits(skeleton: Skeleton, shapes: Mapping[str, torch.Size]) -> None:
             raise ValueError(_unknown_weight(skeleton.model, name, list(skeleton.shapes)))
         if skeleton.shapes[name] != shape:
             raise ValueError(_wrong_shape(skeleton.model, name, skeleton.shapes[name], shape))
-        if len(twins := skeleton.twins(name)) > 1:
-            raise ValueError(_tied_weight(name, [twin for twin in twins if twin != name]))
+        if skeleton.owners[name] != name:
+            raise ValueError(_tied_weight(name, skeleton.owners[name]))
 
 
 @torch.no_grad()
@@ -180,16 +179,16 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
         ValueError: A weight does not exist, has another shape, or is tied to another one; nothing has been added then.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    owners = Counter(id(parameter) for parameter in parameters.values())
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
     shapes = {name: shape for expert in experts for name, shape in _shapes(expert).items()}
     for name, shape in shapes.items():
         if name not in parameters:
             raise ValueError(_unknown_weight(type(model).__name__, name, list(parameters)))
         if parameters[name].shape != shape:
             raise ValueError(_wrong_shape(type(model).__name__, name, parameters[name].shape, shape))
-        if owners[id(parameters[name])] > 1:
-            twins = [other for other, tensor in parameters.items() if tensor is parameters[name] and other != name]
-            raise ValueError(_tied_weight(name, twins))
+        if owners[name] != name:
+            raise ValueError(_tied_weight(name, owners[name]))
     for name in progress(sorted(shapes)):
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(parameters[name].device).add_to(parameters[name])
@@ -231,10 +230,10 @@ def _wrong_shape(model: str, name: str, found: torch.Size, wanted: torch.Size) -
     return f"{name} of {model} has shape {tuple(found)}, and its delta has {tuple(wanted)}"
 
 
-def _tied_weight(name: str, twins: Sequence[str]) -> str:
+def _tied_weight(name: str, owner: str) -> str:
     return (
-        f"{name} is the same tensor as {', '.join(twins)} (tied), so a delta of the one alone cannot be applied; "
-        "leave it out of the expert's modules, or train on a base whose embeddings are untied"
+        f"{name} is the same tensor as {owner} (tied), so it has no delta of its own; leave it out of the expert's "
+        f"modules, store the delta under {owner}, which moves both, or train on a base whose embeddings are untied"
     )
 
 

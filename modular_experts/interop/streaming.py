@@ -93,7 +93,7 @@ def stream_sum(
         wanted = {key: (_written(kind, dtype), shape) for key, (kind, shape) in layout.items()}
         with open_tensors(file) as tensors, ShardWriter(out / file.name, wanted) as writer:
             for key in _taken(keys, len(layout)):
-                name = skeleton.name_of(key)
+                name = _owner(skeleton, key)
                 stored = tensors.get_tensor(key)
                 if name is None or name not in deltas:
                     writer.write(key, stored.to(wanted[key][0]))
@@ -110,7 +110,13 @@ def stream_sum(
 def stored_keys(base: Path, skeleton: Skeleton) -> dict[str, str]:
     """Return the name in the model of each stored tensor that is a weight of it, and the name in the files."""
     keys = [key for file in weight_files(base) for key in _layout(file)]
-    return {name: key for key in keys if (name := skeleton.name_of(key)) is not None}
+    return {name: key for key in keys if (name := _owner(skeleton, key)) is not None}
+
+
+def _owner(skeleton: Skeleton, key: str) -> str | None:
+    """Return the name under which a stored tensor's delta is found: of a tied one, the first of its names."""
+    name = skeleton.name_of(key)
+    return skeleton.owners[name] if name else None
 
 
 def _sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: _Losses) -> Tensor:

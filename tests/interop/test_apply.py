@@ -11,7 +11,7 @@ from conftest import ARCHITECTURES, build_model
 from random_deltas import random_delta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.deltas import Dense, Sparse
+from modular_experts.deltas import Dense
 from modular_experts.interop import apply as apply_room
 from modular_experts.interop.apply import applied, apply, apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, read_weight
@@ -135,12 +135,74 @@ def test_another_base_and_an_existing_target_are_refused(tiny, tiny_llama_dir, t
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_tied_weight_is_refused(tiny):
-    model = load_base(tiny("gpt2"))
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        shape = model.get_input_embeddings().weight.shape
-        with pytest.raises(ValueError, match=r"is the same tensor as .* \(tied\)"):
-            apply_deltas(model, [{name: Sparse.zero(shape)}])
+def test_a_tied_weight_moves_under_its_first_name_only(tiny, tmp_path):
+    base, name = tiny("gpt2"), "transformer.wte.weight"
+    model = load_base(base)
+    delta = Dense(torch.randn(model.get_input_embeddings().weight.shape) * 0.1)
+    with pytest.raises(ValueError, match=r"lm_head.weight is the same tensor as transformer.wte.weight \(tied\)"):
+        apply_deltas(model, [{"lm_head.weight": delta}])
+    record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(tmp_path / "head", [("lm_head.weight", delta)], record)
+    with pytest.raises(ValueError, match=r"lm_head.weight is the same tensor as transformer.wte.weight \(tied\)"):
+        apply([tmp_path / "head"], tmp_path / "out")
+    write_expert(tmp_path / "both", [(name, delta)], record)
+    assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+    torch.testing.assert_close(plain.lm_head.weight, load_base(base).lm_head.weight + delta.values)
+
+
+def test_without_the_check_no_model_is_loaded(tiny_llama_dir, tmp_path, monkeypatch):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    apply([expert], tmp_path / "checked")
+    monkeypatch.setattr(apply_room, "load_base", lambda *given: pytest.fail("the base was loaded"))
+    assert apply([expert], tmp_path / "unchecked", check=False) is None
+    same = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("checked", "unchecked")]
+    assert same[0] == same[1]
+    assert json.loads((tmp_path / "unchecked/modular_experts.json").read_text())["check"] is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_rounding_takes_is_told(tmp_path, dtype):
+    base = build_model("llama").to(getattr(torch, dtype))
+    base.save_pretrained(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = dict(base.named_parameters())[name].detach()
+    delta = Dense(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3)
+    record = make_record("X", {"id": "base", "revision": None, "fingerprint": fingerprint(tmp_path / "base")})
+    write_expert(tmp_path / "one", [(name, delta)], record)
+    found = apply([tmp_path / "one"], tmp_path / "out", tmp_path / "base").rounding
+    exact = weight.double() + delta.values.double()
+    rounded = exact.float().to(weight.dtype).double()
+    assert found.moved == delta.values.numel()
+    assert found.unchanged == int((rounded == weight.double()).sum())
+    lost = (rounded - exact).norm() / delta.values.double().norm()
+    assert found.lost == pytest.approx(lost.item(), rel=1e-3)
+    wide = apply([tmp_path / "one"], tmp_path / "wide", tmp_path / "base", dtype="float32").rounding
+    assert (wide.lost, wide.unchanged) == (0.0, 0)
+
+
+def test_sharded_base_gives_shards_of_the_same_names(tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    files = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 1
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    assert apply([expert], tmp_path / "out", dtype="bfloat16").largest_difference == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == files
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    before = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == before["weight_map"]
+    assert index["metadata"]["total_size"] * 2 == before["metadata"]["total_size"]
+
+
+def test_sum_that_overflows_the_dtype_is_refused_and_leaves_nothing(tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    stored = open_expert(expert)
+    huge = [(name, stored[name] * 1e7) for name in stored]
+    write_expert(tmp_path / "huge", huge, stored.record)
+    with pytest.raises(ValueError, match=r"plus its delta is not finite in torch.float16; take a smaller scale"):
+        apply([tmp_path / "huge"], tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["huge", "one"]
 
 
 def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_dir):
