@@ -24,6 +24,8 @@ VERBS = {
     "remove": ("remove", "take one expert out of an average again"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
     "export": ("export", "write an expert as an adapter that PEFT loads"),
+    "push": ("push", "push experts and a card about them to the Hugging Face hub"),
+    "pull": ("pull", "pull experts from the Hugging Face hub into a library"),
     "list": ("list", "list the experts of a library"),
     "show": ("show", "show everything about one expert"),
     "verify": ("verify", "check an expert's files and its base"),

@@ -28,7 +28,7 @@ from modular_experts.blocks import (
     scatter_blocks_,
 )
 
-__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add"]
+__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add", "all_finite"]
 
 
 class Delta(ABC):
@@ -82,6 +82,12 @@ class Delta(ABC):
     def dense(self) -> Tensor:
         """Return the delta as one tensor `(out, in)`."""
         return self.add_to(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return some rows of the dense form, `(last - first, in)`, without making the others where that pays; a delta
+        without dimensions has one row.
+        """
+        return (self.dense().view(1) if len(self.shape) == 0 else self.dense())[first:last]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Delta:
         """Move to a device, or cast the values; index tensors keep their integer dtype."""
@@ -139,6 +145,9 @@ class Dense(Delta):
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.values.to(x.dtype))
 
+    def rows(self, first: int, last: int) -> Tensor:
+        return (self.values.view(1) if self.values.dim() == 0 else self.values)[first:last]
+
     def support(self) -> Tensor:
         return torch.arange(self.values.numel(), dtype=index_dtype(self.shape), device=self.device)
 
@@ -175,6 +184,9 @@ class LowRank(Delta):
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.dtype)
         return target.copy_(torch.addmm(target.to(wide), self.up.to(wide), self.down.to(wide)))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.up[first:last] @ self.down
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
@@ -348,6 +360,11 @@ def add(deltas: Sequence[Delta]) -> Delta:
         indices, values = _union([(term.indices, term.values) for term in sparse])  # type: ignore[attr-defined]
         return Sparse(indices, values, deltas[0].shape)
     return _dense_sum(terms)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether every value is finite; the extremes tell it in a tenth of the time that asking each one takes."""
+    return values.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in values.aminmax())
 
 
 def _dense_sum(terms: Sequence[Delta]) -> Dense:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modular_experts.deltas import all_finite
 from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.paths import is_name
 from modular_experts.library.record import plain
@@ -83,7 +84,7 @@ class StoredStatistics(Mapping[str, Statistic | None]):
         if entry is None:
             return None
         values = self._tensors[entry["tensor"]]
-        if hashlib.sha256(tensor_bytes(values)).hexdigest() != entry["sha256"] or not values.isfinite().all():
+        if hashlib.sha256(tensor_bytes(values)).hexdigest() != entry["sha256"] or not all_finite(values):
             raise self._damaged(f"the numbers of {name} are not what was written")
         norm = sum(other["norm"] ** 2 for other in self._table.values() if other) ** 0.5
         return Statistic(values, norm, entry["inputs"])
@@ -208,7 +209,7 @@ def _write(
     if statistic is None:
         return None
     values = statistic.values.detach().to("cpu", torch.float32).contiguous()
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise ValueError(f"the statistic of {name} holds numbers that are not finite in float32, so it was not stored")
     digest = hashlib.sha256(tensor_bytes(values)).hexdigest()
     key = f"{list(values.shape)} {digest}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.blocks import block_entries, gather_blocks, index_dtype
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 
 __all__ = ["Entries", "Part", "merge_by_parts", "parts_of", "widest_dtype"]
 
@@ -101,14 +101,13 @@ class Part:
         if isinstance(delta, BlockSparse):
             entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
             return _between(entries[inside], delta.values[inside], start, stop, ordered=False)
-        if isinstance(delta, LowRank):
-            return Entries((delta.up[slice(*self.rows)] @ delta.down).reshape(-1), None, start)
-        return Entries(delta.dense().reshape(-1)[start:stop], None, start)
+        return Entries(delta.rows(*self.rows).reshape(-1), None, start)
 
-    def zeros(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return a flat tensor with a zero for every entry of the part."""
+    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
         start, stop = self.span
-        return torch.zeros(stop - start, dtype=dtype, device=self.deltas[0].device)
+        wide = torch.float32 if widest_dtype(self.deltas).itemsize == 2 else torch.float64
+        return torch.zeros(stop - start, dtype=dtype or wide, device=self.deltas[0].device)
 
     def support(self) -> Tensor:
         """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""

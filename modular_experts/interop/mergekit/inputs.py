@@ -15,6 +15,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense, Sparse, add
 from modular_experts.interop.checkpoint import fingerprint, resolve_base
 from modular_experts.interop.mergekit.configuration import Configuration
+from modular_experts.interop.mergekit.moved import Moved
 from modular_experts.interop.mergekit.references import ModelPath, Reference
 from modular_experts.interop.peft import read_peft
 from modular_experts.interop.skeleton import read_skeleton
@@ -40,22 +41,35 @@ class Model:
     def tensor(self, weight: str) -> Tensor:
         """Return a weight, in float32 or wider."""
         stored = self.stored.read(weight)
-        wide = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+        wide = stored.to(_wide(stored), copy=True)
         return self._added[weight].add_to(wide) if weight in self._added else wide
 
-    def delta(self, weight: str, base: Model, start: Tensor) -> Delta:
+    def whole(self, weight: str, dtype: torch.dtype) -> Delta:
+        """Return a weight as a delta from nothing, for methods that merge models; in `dtype` if it is stored so."""
+        stored = self.stored.read(weight)
+        if weight in self._added:
+            return Dense(self.tensor(weight))
+        return Moved(stored, None, dtype if dtype == stored.dtype else _wide(stored))
+
+    def delta(self, weight: str, base: Model) -> Delta:
         """Return how far a weight is from the base's, in the form that what was added to the base has.
 
         Args:
             weight: The weight.
             base: The base.
-            start: The base's tensor.
         """
         if self.directory != base.directory:
-            return Dense(self.tensor(weight) - start)
+            if weight in self._added or weight in base._added:
+                return Dense(self.tensor(weight) - base.tensor(weight))
+            tuned, start = self.stored.read(weight), base.stored.read(weight)
+            return Moved(tuned, start, torch.promote_types(_wide(tuned), start.dtype))
         terms = [self._added[weight]] if weight in self._added else []
         terms += [-base._added[weight]] if weight in base._added else []
-        return add(terms) if terms else Sparse.zero(start.shape)
+        return add(terms) if terms else Sparse.zero(self.stored.shape(weight))
+
+
+def _wide(stored: Tensor) -> torch.dtype:
+    return torch.promote_types(stored.dtype, torch.float32)
 
 
 def open_models(recipe: Configuration) -> dict[Reference, Model]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.deltas import Delta, Sparse
 from modular_experts.interop.apply import MANIFEST, carry
 from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.differences import Difference, differences
@@ -102,13 +102,12 @@ class _Merge:
         step = self.steps[name]
         models = [self._models[reference] for reference in step.models]
         if not self._configuration.on_deltas:
-            return step.method.merge([Dense(model.tensor(name)) for model in models]).dense()
-        start = self.donor.tensor(name)
-        zero = Sparse.zero(start.shape)
+            return step.method.merge([model.whole(name, self._dtype_of(name)) for model in models]).dense()
+        zero = Sparse.zero(self._stored.shape(name))
         deltas: list[Delta] = [
-            zero if place in step.silent else model.delta(name, self.donor, start) for place, model in enumerate(models)
+            zero if place in step.silent else model.delta(name, self.donor) for place, model in enumerate(models)
         ]
-        return step.method.merge(deltas).add_to(start)
+        return step.method.merge(deltas).add_to(self.donor.tensor(name))
 
     def _dtype_of(self, name: str) -> torch.dtype:
         if self._dtype is not None:

@@ -1,0 +1,184 @@
+"""`push` and `pull` as they are typed, and the commands that a card shows, typed too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, point_client, serving
+from random_deltas import random_delta
+
+from modular_experts.__main__ import VERBS, main
+from modular_experts.interop.checkpoint import fingerprint, load_base
+from modular_experts.library import Library, make_record, open_expert, write_expert
+
+REPO = "someone/experts"
+
+
+@pytest.fixture
+def place(tiny_llama_dir, tmp_path, monkeypatch):
+    """A directory to stand in, with a library of two experts and a file with rows of their task."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    weights = {n: w for n, w in load_base(tiny_llama_dir).named_parameters() if n.endswith("q_proj.weight")}
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
+    for seed, name in enumerate("ab"):
+        deltas = [(n, random_delta("Sparse", w.shape, seed, torch.float32, share=0.05)) for n, w in weights.items()]
+        write_expert(tmp_path / "library" / name, deltas, make_record("SparseExpert", base, tasks=["its"]))
+    rows = [{"input": f"{i}:", "target": "x", "split": "test"} for i in range(2)]
+    (tmp_path / "its.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    hub, address = server
+    hub.reset()
+    point_client(monkeypatch, address)
+    return hub
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    def command(*argv):
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def test_push_and_pull(run, place, hub):
+    code, out, err = run("push", "--experts", "[library/a, library/b]", "--repo", REPO)
+    assert (code, err) == (0, "")
+    sha = hub.repositories[REPO].branches["main"]
+    assert out.splitlines()[-1].startswith(f"pushed 2 experts to {REPO}: http://")
+    assert out.splitlines()[-1].endswith(f"/{REPO}/commit/{sha}")
+    code, out, err = run("pull", "--repo", REPO, "--out", "new", "--experts", "[b]")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        f"new/b: SparseExpert, 2 weights, {100 * open_expert('library/b').kept_share:.3g} % of their entries kept, "
+        f"{open_expert('library/b').size_on_disk / 1000:.3g} kB",
+        f"pulled 1 expert of {REPO}; the same again: --revision {sha}",
+    ]
+    assert open_expert("new/b").content_hash == open_expert("library/b").content_hash
+
+
+def test_push_and_pull_a_library_twice(run, place, hub):
+    assert run("push", "--library", "library", "--repo", REPO)[0] == 0
+    code, out, _ = run("push", "--library", "library", "--repo", REPO)
+    assert code == 0
+    assert out.splitlines()[-1] == f"nothing to push: {REPO} is up to date"
+    assert out.count("there already with the same content hash and record, left alone") == 2
+    assert run("pull", "--repo", REPO, "--out", "new")[0] == 0
+    code, out, _ = run("pull", "--repo", REPO, "--out", "new")
+    assert code == 0
+    assert "new/a: there already with the same content hash, left alone" in out
+    assert "pulled 0 experts" in out
+
+
+def test_a_dry_run_prints_the_card_and_the_files(run, place, hub):
+    code, out, err = run("push", "--library", "library", "--repo", REPO, "--dry_run", "true")
+    assert (code, err) == (0, "")
+    assert out.startswith("---\nlibrary_name: modular-experts\n")
+    size = Path("library/a/delta.safetensors").stat().st_size
+    assert f"\na/delta.safetensors: {size / 1000:.3g} kB\n" in out
+    assert "nothing was written; without --dry_run, 2 experts would be pushed to http" in out
+    assert hub.written() == []
+    assert hub.repositories == {}
+
+
+def test_a_dry_run_works_offline(run, place):
+    code, out, _ = run("push", "--library", "library", "--repo", REPO, "--dry_run", "true")
+    assert code == 0
+    assert "2 experts would be pushed" in out
+
+
+def card_commands(card):
+    lines = card.partition("```bash\n")[2].partition("```")[0].splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir, monkeypatch):
+    run("push", "--library", "library", "--repo", REPO)
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    commands = [words for words in card_commands(card) if words[0] == "modular-experts"]
+    verbs = [words[1] for words in commands]
+    assert verbs == ["pull", "show", "test", "merge", "apply"]
+    assert set(verbs) <= set(VERBS)
+    assert "`BASE` is the directory of the base" in card
+    (place / "user").mkdir()
+    monkeypatch.chdir(place / "user")
+    (place / "its.jsonl").rename("its.jsonl")
+    Path("BASE").symlink_to(tiny_llama_dir)
+    for words in commands:
+        code, _, err = run(*words[1:])
+        assert code == 0, (words, err)
+    assert list(Library("library")) == ["a", "b", "merged"]
+    assert Path("checkpoint/config.json").is_file()
+
+
+def test_the_card_of_one_expert_shows_no_merge(run, place, hub):
+    run("push", "--experts", "[library/a]", "--repo", REPO)
+    commands = card_commands(hub.repositories[REPO].files()["README.md"].decode())
+    assert [words[1] for words in commands if words[0] == "modular-experts"] == ["pull", "show", "test", "apply"]
+
+
+def test_a_card_of_ones_own_is_told(run, place, hub):
+    run("push", "--experts", "[library/a]", "--repo", REPO)
+    repository = hub.repositories[REPO]
+    repository.commit("main", repository.files() | {"README.md": b"My own words.\n"}, "words")
+    _, out, _ = run("push", "--experts", "[library/b]", "--repo", REPO, "--dry_run", "true")
+    assert out.startswith(f"README.md of {REPO} has a text of its own and would stay as it is\n")
+    _, out, _ = run("push", "--experts", "[library/b]", "--repo", REPO)
+    assert "README.md: has a text of its own and was left as it is" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["push", "--repo", REPO], "say what to push, and in one way"),
+        (["push", "--repo", REPO, "--library", "library", "--experts", "[library/a]"], "in one way"),
+        (["push", "--repo", "experts", "--library", "library"], "it is written 'owner/name'"),
+        (["push", "--repo", REPO, "--experts", "[library/c]"], "library/c is not an expert"),
+        (["pull", "--repo", REPO, "--out", "new"], "no model repository someone/experts that you may see"),
+        (["pull", "--repo", "someone/there", "--out", "new", "--experts", "[aa]"], "did you mean a?"),
+        (["pull", "--repo", "someone/there", "--out", "new", "--revision", "v9"], "no branch, tag or commit 'v9'"),
+        (["pull", "--repo", "someone/there", "--out", "its.jsonl"], "is not a directory"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run, place, hub, arguments, sentence):
+    run("push", "--experts", "[library/a]", "--repo", "someone/there")
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not Path("new").exists()
+
+
+def test_the_real_command_asks_the_hub_that_the_environment_names(run, place, hub, server):
+    run("push", "--library", "library", "--repo", REPO, "--private", "true")
+    names = {"HF_ENDPOINT": server[1], "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(place / "home")}
+    command = [sys.executable, "-m", "modular_experts", "pull", "--out", "new", "--repo", REPO]
+    environment = {**os.environ, **names, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert open_expert("new/a").content_hash == open_expert("library/a").content_hash
