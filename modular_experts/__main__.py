@@ -20,6 +20,7 @@ VERBS = {
     "statistics": ("statistics", "take what some merge methods need to know of the experts' data"),
     "methods": ("methods", "show the merge methods: formulas, settings, sources"),
     "merge": ("merge", "merge experts into one expert"),
+    "search": ("search", "find on validation rows how much of each expert to merge, and merge"),
     "mergekit": ("mergekit", "run a recipe of mergekit: checkpoints into a checkpoint"),
     "remove": ("remove", "take one expert out of an average again"),
     "apply": ("apply", "add experts to their base: an ordinary checkpoint"),

@@ -20,6 +20,7 @@ _KEY = re.compile(r'Parser key "([^"]+)"|^(--[\w.]+): ')
 _CLASS = re.compile(r"class_path '([\w.]+)'|(callable class:)")
 _UNKNOWN = r"(?:(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)')"
 _NO_SETTING = _UNKNOWN + r"(; did you mean .*?\?)?"
+_RAISED = r"^ +- (?!Expected|Does not validate|Not a valid|Problem with|Invalid content|Import path|Type |a )(.+)"
 _EXPECTED = r"Expected an? (?!path but|dot import)(.+?)(?:\. Got value: (.+?))?(?:\. Got value: .*)?$"
 
 
@@ -110,8 +111,8 @@ class _Complaint:
         return f"{path}: there is no class {found[1]!r}{near(found[1], names)}{known}; {own}"
 
     def _wrong_class(self, path: str, found: re.Match) -> str:
-        cls, base = (group for group in found.groups() if group)
-        return f"{path}: {cls} is no {base}; name a subclass of {base}"
+        *cls, base = (group for group in found.groups() if group)
+        return f"{path}: {cls[0] if cls else self._given(path)} is no {base}; name a subclass of {base}"
 
     def _value(self, path: str, found: re.Match) -> str:
         alike = [match for at, line in self.lines if at == path and (match := re.search(_EXPECTED, line))]
@@ -135,10 +136,10 @@ class _Complaint:
         r"the following arguments are required: (.+)": _required,
         r"module '([\w.]+)' has no attribute '(\w+)'": _no_attribute,
         r"No module named '([\w.]+)'": _no_module,
-        r"^ +- (?!Expected|Does not validate|Not a valid|Problem with|Invalid content|Type |a )(.+)": _unusable,
+        _RAISED: _unusable,
         r"Expected a dot import path string: ([\w.]+)$": _no_class,
         r"Expected '([\w.]+)' to be a subclass of <class '(\w+)'>": _wrong_class,
-        r"Import path ([\w.]+) does not correspond to a subclass of (\w+)": _wrong_class,
+        r"Import path(?: ([\w.]+))? does not correspond to a subclass of (\w+)": _wrong_class,
         r"\"([\w.]+)\" is not a subclass of (\w+)": _wrong_class,
         _EXPECTED: _value,
     }

@@ -3,41 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
+from modular_experts.cli.apply import tell_check
+from modular_experts.cli.merge_plan import bytes_of, method_text, tell_plan
 from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import call_text, summary
+from modular_experts.cli.summary import summary
 from modular_experts.cli.tool import run_tool
-from modular_experts.merger import describe
-from modular_experts.merger import merge as merge_experts
+from modular_experts.cli.tuning import tell_tuning, tuned_method, tuning_notes
+from modular_experts.data import TaskMixture, TaskSource
+from modular_experts.interop.apply import MANIFEST, write_checkpoint
+from modular_experts.interop.checkpoint import DType
+from modular_experts.library import check_target, open_experts
+from modular_experts.library.expert import RECORD_FILE
+from modular_experts.merge_estimate import check_memory, estimate
+from modular_experts.merger import Merged, write_merged
 from modular_experts.merging import MergeMethod
+from modular_experts.search import Tuning
 
 EXAMPLES = """\
   modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab
   modular-experts merge --experts '[library/a, library/b]' --method TIES --method.keep 0.1 --out library/ab
-  modular-experts merge --config merge.yaml
-  modular-experts merge --method.help TIES"""
+  modular-experts merge --config merge.yaml --dry_run true
+  modular-experts merge --experts '[library/a, library/b]' --method TIES --output checkpoint --out merged-checkpoint
+  modular-experts merge --method.help TIES
+  modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab \\
+      --tune.data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'"""
 
 
-def merge(experts: list[str], method: MergeMethod, out: str, overwrite: bool = False) -> None:
-    """Merge experts of one base into a new expert, weight by weight.
+def merge(
+    experts: list[str],
+    out: str,
+    method: MergeMethod | None = None,
+    per_weight: dict[str, MergeMethod | None] | None = None,
+    overwrite: bool = False,
+    tune: Tuning | None = None,
+    dry_run: bool = False,
+    max_memory: str | None = None,
+    output: Literal["expert", "checkpoint"] = "expert",
+    base: str | None = None,
+    dtype: DType | None = None,
+    tolerance: float = 1e-3,
+) -> None:
+    """Merge experts of one base into a new expert, weight by weight, or straight into a checkpoint.
 
     The experts may be of any kinds. The result is an expert like any other: test it with `test --model.applied`,
-    make it a checkpoint with `apply`, or merge it again.
+    make it a checkpoint with `apply`, or merge it again. A merge that was interrupted goes on where it stopped when the
+    same command is given again.
 
     Args:
         experts: Directories of the experts, written '[library/a, library/b]'.
-        method: How the deltas of one weight become one: Average, SparseAverage (the paper's), TaskArithmetic, TIES,
-            MagMax, Breadcrumbs, ModelStock, or the dotted path of a class of your own, such as my_methods.Median in the
+        out: Directory of the merged expert, whose last part is its name; or of the checkpoint.
+        method: How the deltas of one weight become one: SparseAverage (the paper's), TIES, or another of those that
+            `modular-experts methods` lists; or the dotted path of a class of your own, such as my_methods.Median in the
             current directory.
-        out: Directory of the merged expert; its last part is the name.
+        per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
+            The first that matches counts; without `method`, weights that none matches stay at the base.
         overwrite: Replace an expert that is there.
+        tune: Choose the method's scale, its exponent if it has one, and what `tune.grid` names, by the loss on
+            validation rows of the tasks in `tune.data`; see `--tune.help`.
+        dry_run: Only show which method each weight gets, what will be read, and about what memory and time it takes.
+        max_memory: Refuse to begin if more memory is needed, such as 2GB.
+        output: `expert`, or `checkpoint`: the base plus the merge as a Hugging Face checkpoint, checked by loading it.
+        base: The base of a checkpoint, a directory or hub id; as the experts' records say if not given.
+        dtype: Data type of a checkpoint; that of the base if not given.
+        tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
     """
-    merged = merge_experts(experts, method, out, overwrite, progress_bar("merging"))
-    how = call_text(type(method).__name__, describe(method)["init_args"])
+    check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
+    tuned = None if tune is None else tuned_method(experts, method, per_weight or {}, tune, out, overwrite)
+    method, notes = (tuned.method, tuning_notes(tuned, tune)) if tuned and tune else (method, None)
+    merged = Merged(open_experts(experts), method, per_weight)
+    if max_memory:
+        check_memory(estimate(merged), bytes_of(max_memory))
+    if dry_run:
+        tell_plan(merged)
+        return
+    bar = progress_bar("merging")
+    if output == "checkpoint":
+        origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
+        written = write_checkpoint(merged, merged.experts, out, origin, base, None, dtype, tolerance, overwrite, bar)
+    else:
+        stored = write_merged(merged, out, overwrite, bar, notes)
+    if tuned and tune:
+        tell_tuning(tuned, tune, out)
+    how = method_text(method) if method else "a method for each pattern"
     print(f"merged {len(experts)} {'expert' if len(experts) == 1 else 'experts'} with {how}")
-    print(f"{out}: {summary(merged)}")
+    if output == "checkpoint":
+        tell_check(written)
+        print(f"{out}: a checkpoint of the base and the merge")
+    else:
+        print(f"{out}: {summary(stored)}")
 
 
 def run(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_tool(merge, argv, EXAMPLES, class_bases=[MergeMethod])
+    run_tool(merge, argv, EXAMPLES, class_bases=[MergeMethod, TaskMixture, TaskSource])

@@ -298,7 +298,7 @@ MISTAKES = [
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
     ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option 'method.init_args.kep'; did you mean keep?"),
-    ([*MERGE, "TIES", "--method.keep", "much"], 2, "method.init_args.keep must be of type float, got much"),
+    ([*MERGE, "TIES", "--method.keep", "much"], 2, "method.init_args.keep must be of type float or list, got much"),
     ([*MERGE, "torch.nn.Linear"], 2, "method: torch.nn.Linear is no MergeMethod"),
     ([*MERGE, "modular_experts.Averag"], 2, "the module modular_experts has no class 'Averag'; did you mean Average?"),
     ([*MERGE, "nowhere.Method"], 2, "method: nowhere.Method cannot be imported: there is no module 'nowhere'"),

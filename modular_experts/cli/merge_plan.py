@@ -1,0 +1,87 @@
+"""The plan of a merge on the command line: what a dry run shows, and how memory is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts.cli.summary import bytes_text, call_text
+from modular_experts.merge_estimate import WeightEstimate, estimate, largest, seconds
+from modular_experts.merger import Merged, describe
+from modular_experts.merging import MergeMethod
+
+__all__ = ["bytes_of", "method_text", "tell_plan"]
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def tell_plan(merged: Merged) -> None:
+    """Print which method each weight gets, what will be read and held, and about how long it will take."""
+    weights = estimate(merged)
+    table = Table("weight", "shape", "method", "experts", "to read", "memory", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in _rows(weights):
+        table.add_row(*row)
+    Console(markup=False, emoji=False).print(table)
+    for number, text in enumerate(dict.fromkeys(method_text(weight.method) for weight in weights), 1):
+        print(f"method {number}: {text}")
+    kept = sorted({name for expert in merged.experts for name in expert} - set(merged))
+    if kept:
+        print(f"{len(kept)} weights stay at the base: {kept[0]}{' and others' if len(kept) > 1 else ''}")
+    most = largest(weights)
+    print(
+        f"{len(weights)} weights of {len(merged.experts)} experts, {bytes_text(sum(w.read for w in weights))} to read"
+    )
+    print(f"memory beside Python's own: about {bytes_text(most.peak)}, for {most.name}")
+    print(f"time: about {seconds(merged, weights):.2g} s, as a few of the weights took; nothing was written")
+
+
+def method_text(method: MergeMethod) -> str:
+    """Return a method with its settings in one line."""
+    return call_text(type(method).__name__, _plain(describe(method)["init_args"]))
+
+
+def bytes_of(text: str | int) -> int:
+    """Return a size such as `2GB`, `512 MiB` or a number of bytes.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"max_memory={text!r} is no size; write one such as 2GB, 512MiB, or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _rows(weights: Sequence[WeightEstimate]) -> Iterable[Sequence[str]]:
+    """Return the cells of each row; weights that differ in the number of their layer alone share one."""
+    groups: dict[Any, list[WeightEstimate]] = {}
+    numbers = {text: n for n, text in enumerate(dict.fromkeys(method_text(weight.method) for weight in weights), 1)}
+    for weight in weights:
+        key = (re.sub(r"\.\d+\.", ".*.", weight.name), weight.shape, method_text(weight.method))
+        groups.setdefault(key, []).append(weight)
+    for (name, shape, method), members in groups.items():
+        few = min(weight.experts for weight in members)
+        many = max(weight.experts for weight in members)
+        yield (
+            f"{len(members)} x {name}" if len(members) > 1 else members[0].name,
+            " x ".join(map(str, shape)),
+            f"{numbers[method]}: {method.partition('(')[0]}",
+            str(few) if few == many else f"{few} to {many}",
+            bytes_text(sum(weight.read for weight in members)),
+            bytes_text(max(weight.peak for weight in members)),
+        )
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with nested methods as text."""
+    return {
+        name: value["class_path"].rpartition(".")[2] if isinstance(value, dict) and "class_path" in value else value
+        for name, value in settings.items()
+    }

@@ -1,0 +1,87 @@
+"""`modular-experts search`: how much of each expert a merge takes, found on validation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
+from modular_experts.cli.progress import progress_bar
+from modular_experts.cli.summary import call_text, summary
+from modular_experts.cli.tool import run_tool
+from modular_experts.cli.tuning import search_notes
+from modular_experts.data import TaskMixture, TaskSource
+from modular_experts.library import check_target, open_experts
+from modular_experts.merger import merge
+from modular_experts.search import CoefficientSearch, Combination, Found, objective_on_base
+from modular_experts.search.objective import mean_loss
+from modular_experts.search.recipe import (
+    as_methods,
+    check_files_beside,
+    recipe_file,
+    trials_file,
+    write_recipe,
+    write_trials,
+)
+
+EXAMPLES = """\
+  modular-experts search --experts '[library/a, library/b]' --algorithm LoRAHub --out library/ab \\
+      --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+  modular-experts search --experts '[library/a, library/b]' --algorithm AdaMerging --algorithm.objective loss \\
+      --out library/ab --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+  modular-experts merge --config library/ab.recipe.yaml --out library/again
+  modular-experts search --algorithm.help AdaMerging"""
+
+
+def search(
+    experts: list[str],
+    algorithm: CoefficientSearch,
+    data: TaskMixture,
+    out: str,
+    rows: int = 64,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Find how much of each expert a merge takes, on validation rows, and merge.
+
+    The base is loaded once, and the experts are added to it in place. Written are the merged expert, and beside it its
+    recipe, which `merge --config` takes, and the trials.
+
+    Args:
+        experts: Directories of the experts, written '[library/a, library/b]'.
+        algorithm: AdaMerging (by gradients; for each expert and weight), LoRAHub (without; for each expert), or the
+            dotted path of a class of your own.
+        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
+        out: Directory of the merged expert; its last part is the name.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; as the experts' records say if not given.
+        overwrite: Replace an expert, a recipe and trials that are there.
+    """
+    check_target(out, overwrite)
+    check_files_beside([recipe_file(out), trials_file(out)], overwrite)
+    opened = open_experts(experts)
+    objective = objective_on_base(opened, data, rows, base)
+    before = mean_loss(objective.losses())
+    with Combination(objective.model, opened) as combination:
+        found = algorithm.search(combination, objective, progress_bar("searching"))
+    method, per_weight = as_methods(combination.names, found.coefficients)
+    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
+    notes = search_notes(settings, found.losses)
+    merged = merge(experts, method, out, overwrite, progress_bar("merging"), per_weight, notes=notes)
+    recipe, trials = write_recipe(out, experts, method, per_weight), write_trials(out, found.trials)
+    print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
+    _print_coefficients(experts, found)
+    print(f"validation loss {mean_loss(found.losses):.4f}, and {before:.4f} of the base alone")
+    print(f"the recipe is {recipe}, the trials are in {trials}")
+    print(f"{out}: {summary(merged)}")
+
+
+def _print_coefficients(experts: Sequence[str], found: Found) -> None:
+    for expert, values in zip(experts, found.coefficients.T, strict=True):
+        low, high = values.min().item(), values.max().item()
+        spread = f", from {low:.3f} to {high:.3f} by weight" if low < high else ""
+        print(f"  {values.mean().item():.3f} of {expert}{spread}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command."""
+    run_tool(search, argv, EXAMPLES, class_bases=[CoefficientSearch, TaskMixture, TaskSource])

@@ -1,0 +1,197 @@
+"""`merge --tune` and `search`: what they choose, write and say, that a recipe merges to the same, and every mistake."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from runs import mixture
+from search.searching import descent, objective_on, stored
+
+from modular_experts.__main__ import main
+from modular_experts.evaluation import measure
+from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import fingerprint, load_base, load_tokenizer
+from modular_experts.library import open_expert
+
+EXPERTS = ["--experts", "[library/0, library/1]"]
+
+
+@pytest.fixture
+def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
+    """A directory to stand in, with an expert for each of two tasks, one further than is best."""
+    monkeypatch.chdir(tmp_path)
+    objective = objective_on(tiny_llama_dir, task_files)
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
+    stored(tmp_path / "library", [descent(objective, "upper", 3.0), descent(objective, "reverse", 3.0)], base)
+    return tmp_path
+
+
+@pytest.fixture
+def tasks(task_files) -> str:
+    """The tasks as an option."""
+    return json.dumps([{"name": name, "path": str(task_files[name])} for name in ("upper", "reverse")])
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    def command(*argv):
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def validation_losses(base, task_files, expert) -> dict[str, float]:
+    """Return the losses of stored experts on the base, measured on their own."""
+    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, base)
+    data.setup("validate")
+    model = load_base(base)
+    with applied(model, [expert]):
+        found = measure(model, load_tokenizer(base), data.val_dataloader(), data.roles, max_new_tokens=None)
+    return {name: scores["loss"] for name, scores in found["tasks"].items()}
+
+
+def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_llama_dir, task_files):
+    how = ["--method", "SparseAverage", "--tune.data.tasks", tasks, "--tune.grid.exponent", "[0, 1]"]
+    code, out, err = run("merge", *EXPERTS, *how, "--out", "library/ab")
+    assert (code, err) == (0, "")
+    merged, trials = open_expert("library/ab"), json.loads((place / "library/ab.trials.json").read_text())
+    best = min(trials, key=lambda trial: trial["loss"])
+    settings = merged.record["method"]["init_args"]
+    assert {name: settings[name] for name in ("exponent", "scale")} == best["settings"]
+    assert {trial["settings"]["exponent"] for trial in trials} == {0, 1}
+    losses = validation_losses(tiny_llama_dir, task_files, merged)
+    assert best["losses"] == pytest.approx(losses, rel=1e-5)
+    scores = merged.record["scores"]
+    assert scores == {"val_loss": best["loss"], **{f"val_loss/{name}": best["losses"][name] for name in losses}}
+    notes = {"tuned": ["exponent", "scale"], "trials": len(trials), "rows": 64, "tuned_on": ["reverse", "upper"]}
+    assert merged.record["hyperparameters"] == notes
+    assert f"chose the best of {len(trials)} settings on validation rows of 2 tasks: loss {best['loss']:.4f}" in out
+    assert "all trials are in library/ab.trials.json" in out
+    assert f"scale={best['settings']['scale']:.4g}"[:10] in out
+    shown = run("show", "library/ab")[1]
+    assert f"validation loss of upper: {best['losses']['upper']:.4g}" in shown
+    assert "tuned_on=['reverse', 'upper']" in shown.replace("\n", " ").replace("  ", "")
+
+
+def test_a_tuning_in_a_config_and_a_scale_at_the_end(run, place, tasks):
+    settings = {"data": {"class_path": "TaskMixture", "init_args": {"tasks": json.loads(tasks)}}, "rows": 2}
+    config = {"experts": ["library/0"], "out": "library/a", "method": "TaskArithmetic", "tune": settings}
+    (place / "tune.yaml").write_text(yaml.safe_dump(config))
+    code, out, _ = run("merge", "--config", "tune.yaml")
+    assert code == 0
+    assert open_expert("library/a").record["hyperparameters"]["rows"] == 2
+    fixed = ["--tune.grid", "{scale: [0.1]}", "--out", "library/fixed"]
+    code, fixed_out, _ = run("merge", "--config", "tune.yaml", *fixed)
+    assert open_expert("library/fixed").record["method"]["init_args"]["scale"] == 0.1
+    assert "last that was tried" not in fixed_out
+    wrong_way = ["--experts", "[library/away]", "--out", "library/b"]
+    stored(place / "away", [{name: -9 * delta for name, delta in open_expert("library/0").items()}], _base(place))
+    (place / "away/0").rename(place / "library/away")
+    out = run("merge", "--config", "tune.yaml", *wrong_way)[1]
+    assert "no setting lowers the loss of the base" in out
+    assert "the scale 0.1 is the last that was tried on its side" in out
+
+
+def _base(place):
+    return open_expert(place / "library/0").record["base"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [("LoRAHub", {"steps": 12}), ("AdaMerging", {"steps": 5, "learning_rate": 0.1, "objective": "loss"})],
+)
+def test_search_lowers_the_loss_and_its_recipe_merges_to_the_same(
+    run, place, tasks, tiny_llama_dir, task_files, algorithm, settings
+):
+    options = [item for name, value in settings.items() for item in (f"--algorithm.{name}", value)]
+    how = ["--algorithm", algorithm, *options, "--data.tasks", tasks, "--out", "library/ab"]
+    code, out, err = run("search", *EXPERTS, *how)
+    assert (code, err) == (0, "")
+    merged = open_expert("library/ab")
+    losses = validation_losses(tiny_llama_dir, task_files, merged)
+    found = {name.partition("/")[2]: loss for name, loss in merged.record["scores"].items() if "/" in name}
+    assert losses == pytest.approx(found, rel=1e-5)
+    assert merged.record["hyperparameters"]["search"] == algorithm
+    assert merged.record["hyperparameters"]["tuned_on"] == ["reverse", "upper"]
+    before = sum(validation_losses(tiny_llama_dir, task_files, {}).values()) / 2
+    assert merged.record["scores"]["val_loss"] < before
+    assert f"validation loss {merged.record['scores']['val_loss']:.4f}, and {before:.4f} of the base alone" in out
+    assert len(json.loads((place / "library/ab.trials.json").read_text())) == settings["steps"]
+    assert run("merge", "--config", "library/ab.recipe.yaml", "--out", "library/again")[0] == 0
+    again = open_expert("library/again")
+    assert again.content_hash == merged.content_hash
+    recipe = yaml.safe_load((place / "library/ab.recipe.yaml").read_text())
+    assert ("per_weight" in recipe) == (algorithm == "AdaMerging")
+
+
+def test_the_coefficients_of_a_recipe_are_those_of_the_merge(run, place, tasks):
+    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "6", "--data.tasks", tasks, "--out", "library/ab"]
+    assert run("search", *EXPERTS, *how)[0] == 0
+    weights = yaml.safe_load((place / "library/ab.recipe.yaml").read_text())["method"]["init_args"]["weights"]
+    zero, one, merged = (open_expert(f"library/{name}") for name in ("0", "1", "ab"))
+    for name in merged:
+        exact = weights[0] * zero[name].dense().double() + weights[1] * one[name].dense().double()
+        torch.testing.assert_close(merged[name].dense().double(), exact, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
+    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "2", "--data.tasks", tasks]
+    for name in ("ab.recipe.yaml", "ab.trials.json"):
+        (place / "library" / name).write_text("mine")
+        code, _, err = run("search", *EXPERTS, *how, "--out", "library/ab")
+        assert code == 1
+        assert f"{name} exists already; choose another place" in err
+        assert (place / "library" / name).read_text() == "mine"
+        (place / "library" / name).unlink()
+    assert run("search", *EXPERTS, *how, "--out", "library/ab")[0] == 0
+    assert "ab exists already" in run("search", *EXPERTS, *how, "--out", "library/ab")[2]
+    assert run("search", *EXPERTS, *how, "--out", "library/ab", "--overwrite", "true")[0] == 0
+
+
+MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
+SEARCH = ["search", *EXPERTS, "--algorithm", "LoRAHub", "--out", "library/ab"]
+MISTAKES = [
+    ([*MERGE, "--tune.rows", "8"], 2, "tune: data must be given, on the command line or in --config"),
+    ([*MERGE, "--tune.row", "8"], 2, "there is no option 'tune.row'; did you mean rows?"),
+    ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.rows", "0"], 1, "rows=0 must be at least 1 row of a task"),
+    ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.grid.exponet", "[1]"], 1, "did you mean exponent?"),
+    ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "cannot be searched on upper, reverse: the rows of a held-out task"),
+    ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.base", "nowhere"], 1, "base 'nowhere' was not found"),
+    (["merge", *EXPERTS, "--out", "library/ab", "--tune.data.tasks", "TASKS"], 1, "settings of one method for all"),
+    ([*MERGE, "--tune.data.tasks", "TASKS", "--per_weight", "{'.*': null}"], 1, "give a method, and no per_weight"),
+    ([*SEARCH], 2, "data must be given"),
+    ([*SEARCH[:3], "--algorithm", "LoraHub", "--out", "library/ab"], 2, "did you mean LoRAHub?"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.stps", "3"], 2, "did you mean steps?"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.steps", "0"], 1, "LoRAHub: steps must be at least 1, got 0"),
+    ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "would no longer be one; leave the task out"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES, ids=[sentence for _, _, sentence in MISTAKES])
+def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks, argv, code, sentence):
+    held_out = json.dumps([{**task, "role": "held_out"} for task in json.loads(tasks)])
+    before = sorted(str(path) for path in place.rglob("*"))
+    found, out, err = run(*({"TASKS": tasks, "HELD_OUT": held_out}.get(item, item) for item in argv))
+    assert (found, out) == (code, "")
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sorted(str(path) for path in place.rglob("*")) == before
+
+
+def test_help_teaches(run):
+    for verb, words in (("search", ("AdaMerging", "LoRAHub", "examples:")), ("merge", ("--tune", "examples:"))):
+        code, out, _ = run(verb, "--help")
+        assert code == 0
+        assert all(word in out for word in words)
+    assert "one value fixes it" in run("merge", "--tune.help")[1].replace("\n", " ").replace("  ", "")
