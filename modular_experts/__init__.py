@@ -47,6 +47,7 @@ _HOMES = {
         "RegMean",
         "RegMeanPlusPlus",
         "SVDAverage",
+        "SelfRegMean",
         "SparseAverage",
         "TALLMask",
         "TSVMerge",

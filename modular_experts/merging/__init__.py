@@ -23,6 +23,7 @@ from modular_experts.merging.ram import RAM, RAMPlus
 from modular_experts.merging.reg_mean import RegMean
 from modular_experts.merging.reg_mean_plus_plus import RegMeanPlusPlus
 from modular_experts.merging.sce import SCE
+from modular_experts.merging.self_reg_mean import SelfRegMean
 from modular_experts.merging.slerp import SLERP
 from modular_experts.merging.sparse_average import SparseAverage
 from modular_experts.merging.supports import Difference, Intersection
@@ -66,6 +67,7 @@ __all__ = [
     "RegMean",
     "RegMeanPlusPlus",
     "SVDAverage",
+    "SelfRegMean",
     "SparseAverage",
     "TALLMask",
     "TSVMerge",

@@ -29,6 +29,7 @@ class RegMeanPlusPlus(RegMean):
     Args:
         scale: Factor of the result.
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1].
+        ridge: Draws the solution to the overlap-aware average, as for RegMean.
     """
 
     statistics = "merged_gram"
