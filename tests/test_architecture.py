@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(["blocks", "deltas", "masks", "task_vector"], 0),
     **dict.fromkeys(["kernels", "experts", "merging"], 1),
     **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger", "removal"], 2),
-    **dict.fromkeys(["module", "learning_rate", "random_state", "training_length", "testing"], 3),
+    **dict.fromkeys(["module", "learning_rate", "merge_testing", "random_state", "training_length", "testing"], 3),
     **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "search", "statistics", "suite", "quickstart"], 3),
     "cli": 4,
 }

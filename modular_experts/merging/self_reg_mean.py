@@ -28,8 +28,8 @@ class SelfRegMean(MergeMethod):
     overlap-aware average and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
 
     So d does to the inputs of each task what the task's own expert does, as far as their directions differ. Weights
-    that are no matrices are averaged as c is. The result is dense. One expert merges to itself, and so do copies of it, an
-    expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of all
+    that are no matrices are averaged as c is. The result is dense. One expert merges to itself, and so do copies of it,
+    an expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of all
     deltas is one of the result. It is meant for experts that were trained on the whole input of a layer (sparse, tiles,
     full): the rows of a LoRA's delta lie where its random start put them.
 
