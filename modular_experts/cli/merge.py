@@ -82,7 +82,9 @@ def merge(
     bar = progress_bar("merging")
     if output == "checkpoint":
         origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
-        written = write_checkpoint(merged, merged.experts, out, origin, base, None, dtype, tolerance, overwrite, bar)
+        written = write_checkpoint(
+            merged, merged.experts, out, origin, base, None, dtype, tolerance, overwrite, bar, key=merged.key()
+        )
     else:
         stored = write_merged(merged, out, overwrite, bar, notes)
     if tuned and tune:

@@ -7,6 +7,7 @@ of the model in memory. Merge rules are not applied here: several experts are si
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,8 +103,9 @@ def apply(
     opened = open_experts(experts)
     union_of_weights(opened)
     origin = {"experts": as_parents(opened)}
+    key = json.dumps(origin)
     return write_checkpoint(
-        Sum(opened), opened, target, origin, base, revision, dtype, tolerance, overwrite, progress, check
+        Sum(opened), opened, target, origin, base, revision, dtype, tolerance, overwrite, progress, check, key
     )
 
 
@@ -119,6 +121,7 @@ def write_checkpoint(
     overwrite: bool = False,
     progress: Progress = iter,
     check: bool = True,
+    key: str | None = None,
 ) -> Check | None:
     """Write a base plus deltas as a full checkpoint, and check it by loading it again; `apply` says how.
 
@@ -134,6 +137,7 @@ def write_checkpoint(
         overwrite: Whether a checkpoint of ours that is there may be replaced.
         progress: Wraps the names of the weights.
         check: Whether it is checked.
+        key: What the deltas depend on. With it, writing that was interrupted goes on with the file where it stopped.
 
     Raises:
         ValueError: As for `apply`.
@@ -144,7 +148,8 @@ def write_checkpoint(
     check_base(experts, mark, place)
     skeleton = read_skeleton(directory)
     check_fits(skeleton, deltas.shapes())
-    with new_directory(target, overwrite, MANIFEST) as temporary:
+    whole = key and hashlib.sha256(json.dumps([key, mark, dtype, package_versions()]).encode()).hexdigest()
+    with new_directory(target, overwrite, MANIFEST, whole) as temporary:
         found = _written(deltas, directory, skeleton, temporary, dtype, tolerance, progress, check)
         manifest = {"base": {"id": place, "revision": revision, "fingerprint": mark}, **origin}
         _write_manifest(temporary / MANIFEST, manifest, found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         assert kind or not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
 

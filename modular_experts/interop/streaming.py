@@ -7,15 +7,16 @@ Sums are taken in at least float32 and rounded once. Whether the result is what 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.interop.shards import Layout, ShardWriter, dtype_named, write_index
 from modular_experts.interop.skeleton import Skeleton
 from modular_experts.interop.weights import open_tensors, weight_files
@@ -40,12 +41,17 @@ class Rounding:
     lost: float = 0.0
 
 
+@dataclass
 class _Losses:
-    """Rounding over all weights so far."""
+    """Rounding over some weights: entries, and squared norms of what was lost and of the deltas."""
 
-    def __init__(self) -> None:
-        self.moved = self.unchanged = 0
-        self.error = self.norm = 0.0
+    moved: int = 0
+    unchanged: int = 0
+    error: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: _Losses) -> _Losses:
+        return _Losses(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def add(self, base: Tensor, delta: Delta, exact: Tensor, rounded: Tensor) -> None:
         """Count a weight: its base as stored, its delta, and their sum before and after rounding."""
@@ -73,6 +79,8 @@ def stream_sum(
 ) -> Rounding:
     """Write the weights of base plus deltas.
 
+    A file that an earlier run, of the same base and deltas, has finished in `out` is not written again.
+
     Args:
         base: Directory of the base.
         skeleton: What its model is made of.
@@ -80,7 +88,7 @@ def stream_sum(
         out: Directory that gets the files.
         dtype: Data type of the floating-point tensors; those of the base if none is given.
         progress: Wraps the names of the stored tensors while they are gone through, for a progress bar.
-        seen: Gets every delta once it was added.
+        seen: Gets every delta once it was added; of a file that was finished earlier, the difference that it holds.
 
     Raises:
         OSError: The disk is full.
@@ -90,21 +98,51 @@ def stream_sum(
     sources = {file: _layout(file) for file in weight_files(base)}
     keys = iter(progress([key for layout in sources.values() for key in layout]))
     for file, layout in sources.items():
-        wanted = {key: (_written(kind, dtype), shape) for key, (kind, shape) in layout.items()}
-        with open_tensors(file) as tensors, ShardWriter(out / file.name, wanted) as writer:
-            for key in _taken(keys, len(layout)):
-                name = _owner(skeleton, key)
-                stored = tensors.get_tensor(key)
-                if name is None or name not in deltas:
-                    writer.write(key, stored.to(wanted[key][0]))
-                    continue
-                delta = deltas[name]
-                writer.write(key, _sum(name, stored, delta, wanted[key][0], losses))
-                seen(name, delta)
-        files[file.name] = wanted
+        files[file.name] = {key: (_written(kind, dtype), shape) for key, (kind, shape) in layout.items()}
+        note = out / f".{file.name}.json"  # what rounding took, and that the file is whole
+        names = {key: _owner(skeleton, key) for key in _taken(keys, len(layout))}
+        moved = {key: name for key, name in names.items() if name is not None and name in deltas}
+        if note.exists():
+            _take_up(file, out / file.name, moved, seen)
+        else:
+            _write_file(file, out, files[file.name], moved, deltas, note, seen)
+        losses += _Losses(**json.loads(note.read_text()))
+    for file in sources:
+        (out / f".{file.name}.json").unlink()
     if len(files) > 1:
         write_index(out, files)
     return losses.total()
+
+
+def _write_file(
+    source: Path,
+    out: Path,
+    layout: Layout,
+    moved: Mapping[str, str],
+    deltas: Mapping[str, Delta],
+    note: Path,
+    seen: Callable[[str, Delta], object],
+) -> None:
+    """Write one file; it has its name, and its note, when it is whole."""
+    losses, part = _Losses(), out / f".{source.name}"
+    with open_tensors(source) as tensors, ShardWriter(part, layout) as writer:
+        for key, (dtype, _) in layout.items():
+            stored = tensors.get_tensor(key)
+            if key not in moved:
+                writer.write(key, stored.to(dtype))
+                continue
+            delta = deltas[moved[key]]
+            writer.write(key, _sum(moved[key], stored, delta, dtype, losses))
+            seen(moved[key], delta)
+    part.rename(out / source.name)
+    note.write_text(json.dumps(asdict(losses)))
+
+
+def _take_up(source: Path, written: Path, moved: Mapping[str, str], seen: Callable[[str, Delta], object]) -> None:
+    with open_tensors(source) as before, open_tensors(written) as after:
+        for key, name in moved.items():
+            wide = torch.promote_types(before.get_tensor(key).dtype, torch.float64)
+            seen(name, Dense(after.get_tensor(key).to(wide) - before.get_tensor(key).to(wide)))
 
 
 def stored_keys(base: Path, skeleton: Skeleton) -> dict[str, str]:

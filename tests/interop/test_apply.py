@@ -16,6 +16,7 @@ from modular_experts.interop import apply as apply_room
 from modular_experts.interop.apply import applied, apply, apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, read_weight
 from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.task_vector import Sum
 
 
 def linear_weights(model):
@@ -235,3 +236,35 @@ def test_applied_refuses_an_unknown_weight_with_a_sentence(tiny_llama_dir) -> No
     wrong = {"model.layers.0.mlp.up.weight": Dense(torch.zeros(2, 2))}
     with pytest.raises(ValueError, match="has no weight"), applied(load_base(tiny_llama_dir), [wrong]):
         pass
+
+
+def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path, monkeypatch):
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    apply([expert], tmp_path / "whole")
+    asked, read = [], Sum.__getitem__
+
+    def interrupted(self, name):
+        asked.append(name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(Sum, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply([expert], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    finished = len(list(next(tmp_path.glob(".out.*")).glob("model-*.safetensors")))
+    assert finished > 0
+    found = apply([expert], tmp_path / "out")
+    assert found.largest_difference == 0
+    assert len(asked) < 4 + len(open_expert(expert))  # what was finished was not asked for again
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "modular_experts.json":
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    before, after = (json.loads((tmp_path / name / "modular_experts.json").read_text()) for name in ("whole", "out"))
+    assert before["check"] == after["check"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "out", "whole"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
