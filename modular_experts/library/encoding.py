@@ -92,17 +92,20 @@ def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
 
 
 def _from_gaps(gaps: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    further = gaps == 0
-    zeros = int(further.count_nonzero())
-    if gaps.numel() - zeros != count or (zeros and further[-1]):
+    zeros = gaps.numel() - int(gaps.count_nonzero())
+    if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
         raise ValueError(f"its gaps are not those of {count} numbers")
-    reach = int(gaps.sum(dtype=torch.int64)) + _FURTHEST * zeros
-    if reach > limit:  # before they are added up, so that no sum overflows
-        raise ValueError(f"its gaps lead to {reach - 1}, out of [0, {limit})")
-    numbers = gaps.to(dtype).masked_fill_(further, _FURTHEST) if zeros else gaps.to(dtype)
+    wide = dtype if _FURTHEST * gaps.numel() < 2**31 else torch.int64  # so that no sum overflows
+    numbers = gaps.to(wide)
+    if zeros:
+        numbers.masked_fill_(gaps == 0, _FURTHEST)
     numbers[:1] -= 1
     numbers.cumsum_(0)
-    return numbers.masked_select(~further) if zeros else numbers
+    if count and int(numbers[-1]) >= limit:
+        raise ValueError(f"its gaps lead to {int(numbers[-1])}, out of [0, {limit})")
+    if zeros:
+        numbers = numbers.index_select(0, torch.from_numpy(gaps.numpy().nonzero()[0]))
+    return numbers.to(dtype)
 
 
 def _mask_bytes(limit: int) -> int:
