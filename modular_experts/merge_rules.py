@@ -30,7 +30,10 @@ def assign(
             stays at the base.
     """
     if method is None and not any(per_weight.values()):
-        raise ValueError("there is no merge method; name one, such as SparseAverage, or one per pattern in per_weight")
+        raise ValueError(
+            "there is no merge method; name one, such as --method SparseAverage (`modular-experts methods` lists "
+            "them), or one per pattern in per_weight"
+        )
     patterns = [(_compiled(pattern), chosen) for pattern, chosen in per_weight.items()]
     found, used = {}, set()
     for name in names:

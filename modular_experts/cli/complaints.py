@@ -45,8 +45,9 @@ def explain(
 
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `; did you mean x?`, or nothing where no known name is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {found[0]}?" if found else ""
+    spelt = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower(), list(spelt), n=1, cutoff=cutoff)
+    return f"; did you mean {spelt[found[0]]}?" if found else ""
 
 
 def with_near(message: str, options: Iterable[str]) -> str:
@@ -84,7 +85,17 @@ class _Complaint:
     def _no_setting(self, path: str, found: re.Match) -> str:
         """Name the option in full. (The path lost its last `init_args`, which stands before a setting of a class.)"""
         full = next(above for above, line in self.lines if found[0] in line)
-        return f"there is no option '{'.'.join(filter(None, [full, found[1] or found[2]]))}'{found[3] or ''}"
+        option = ".".join(filter(None, [full, found[1] or found[2]])).replace("init_args.", "")
+        return f"there is no option '{option}'{found[3] or self._settings()}"
+
+    def _settings(self) -> str:
+        """Return what can be set of the class that the message is about, if there is one."""
+        named = [cls for cls in _classes(self.bases) if re.search(rf"\b{cls.__name__}\b", self.message)]
+        about = [cls for cls in named if cls not in self.bases and not inspect.isabstract(cls)]
+        if not about:
+            return ""
+        kind = max(about, key=lambda cls: len(cls.__name__))
+        return f"; {kind.__name__} has {', '.join(inspect.signature(kind).parameters) or 'no settings'}"
 
     def _required(self, path: str, found: re.Match) -> str:
         return f"{path}{': ' * bool(path)}{found[1]} must be given, on the command line or in --config"
@@ -107,6 +118,9 @@ class _Complaint:
     def _no_class(self, path: str, found: re.Match) -> str:
         names = sorted({cls.__name__ for cls in _classes(self.bases) if not inspect.isabstract(cls)})
         known = f" (known: {', '.join(names)})" if 0 < len(names) <= 12 else ""
+        known = (
+            " (`modular-experts methods` lists them)" if any(b.__name__ == "MergeMethod" for b in self.bases) else known
+        )
         own = "a class of your own is named module.Class"
         return f"{path}: there is no class {found[1]!r}{near(found[1], names)}{known}; {own}"
 
@@ -121,7 +135,8 @@ class _Complaint:
         if choices:
             return f"{path} must be one of {', '.join(dict.fromkeys(choices))}, got {given}{near(given, choices)}"
         kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", kind) for kind in expected if "NoneType" not in kind]
-        hint = f"; write '[{given}]'" if "list" in kinds and not given.startswith(("[", "{")) else ""
+        listed = "list" in kinds and not given.startswith(("[", "{"))
+        hint = f"; a list is written '[{given}, ...]'" if listed else ""
         return f"{path} must be of type {' or '.join(dict.fromkeys(kinds))}, got {given}{hint}"
 
     def _given(self, path: str) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, share_text
+from modular_experts.cli.summary import bytes_text, kind_text, share_text
 from modular_experts.cli.tool import run_tool
 from modular_experts.library import Library
+from modular_experts.library.expert import RECORD_FILE
 
 _BROKEN = ("damaged", "'verify' says why")
 _UNFOLDED = 1000  # columns where nobody looks and lines are searched: no name is folded there
@@ -29,6 +31,8 @@ def list_library(directory: str) -> None:
     library = Library(directory)
     rows = {name: _row(library, name) for name in library} | dict.fromkeys(library.incomplete(), _BROKEN)
     if not rows:
+        if (Path(directory).expanduser() / RECORD_FILE).is_file():
+            raise ValueError(f"{directory} is an expert and no library; `show {directory}` tells about it")
         print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -50,7 +54,7 @@ def _row(library: Library, name: str) -> tuple[str, ...]:
     tasks = list(map(str, expert.record["tasks"]))
     shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
     numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
-    return expert.record["kind"], shown, *numbers
+    return kind_text(expert.record), shown, *numbers
 
 
 def run(argv: Sequence[str]) -> None:

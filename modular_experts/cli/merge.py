@@ -15,7 +15,7 @@ from modular_experts.cli.tuning import tell_tuning, tuned_method, tuning_notes
 from modular_experts.data import TaskMixture, TaskSource
 from modular_experts.interop.apply import MANIFEST, write_checkpoint
 from modular_experts.interop.checkpoint import DType
-from modular_experts.library import check_target, open_experts
+from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.expert import RECORD_FILE
 from modular_experts.merge_estimate import check_memory, estimate
 from modular_experts.merger import Merged, write_merged
@@ -96,6 +96,8 @@ def merge(
         print(f"{out}: a checkpoint of the base and the merge")
     else:
         print(f"{out}: {summary(stored)}")
+        for name in merged.beside():
+            print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
 
 
 def run(argv: Sequence[str]) -> None:

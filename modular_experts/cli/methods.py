@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modular_experts import merging
+from modular_experts.cli.errors import near
 from modular_experts.cli.summary import value_text
 from modular_experts.cli.tool import run_tool
 from modular_experts.merging import MergeMethod
@@ -33,9 +33,8 @@ def methods(name: str | None = None) -> None:
         _list(known)
         return
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(known)}"
-        raise ValueError(f"there is no merge method {name!r}; {hint}")
+        hint = near(name, known) or f"; the methods are {', '.join(known)}"
+        raise ValueError(f"there is no merge method {name!r}{hint}")
     _show(known[name])
 
 

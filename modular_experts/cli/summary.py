@@ -8,7 +8,7 @@ from typing import Any
 from modular_experts.library import StoredExpert
 from modular_experts.library.statistics import StoredStatistics
 
-__all__ = ["bytes_text", "call_text", "share_text", "statistics_text", "summary", "value_text"]
+__all__ = ["bytes_text", "call_text", "kind_text", "share_text", "statistics_text", "summary", "value_text"]
 
 
 def summary(expert: StoredExpert) -> str:
@@ -23,6 +23,14 @@ def statistics_text(stored: StoredStatistics) -> str:
     """Return of how many weights stored statistics are, on which data, and their size on disk in one line."""
     rows = ", ".join(f"{count} rows of {task}" for task, count in sorted(stored.facts["tasks"].items()))
     return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
+
+
+def kind_text(record: Mapping[str, Any]) -> str:
+    """Return the kind of an expert, and of a merge also its method."""
+    if record["kind"] != "merge":
+        return record["kind"]
+    method = record.get("method")
+    return f"merge: {method['class_path'].rpartition('.')[2] if method else 'by pattern'}"
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:

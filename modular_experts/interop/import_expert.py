@@ -5,6 +5,7 @@ How each format is read is in `peft/`, `composable_sft.py`, `spiel.py` and `full
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from modular_experts.interop.spiel import is_spiel, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 
 __all__ = ["import_expert"]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -74,9 +77,11 @@ def import_expert(
 
 
 def _base_of(source: Source, base: str | Path | None, revision: str | None) -> tuple[str, str | None]:
-    if base is not None:
-        return str(base), revision
     named, its_revision = source.base()
+    if base is not None:
+        if named is not None and Path(named).name != Path(base).name:
+            log.warning("%s says that it was made from %s; it is taken as one of %s", source.place, named, base)
+        return str(base), revision
     if named is None:
         raise ValueError(f"{source.place} does not name its base; give it with base, a directory or a hub id")
     return named, revision or its_revision

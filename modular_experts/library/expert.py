@@ -152,6 +152,12 @@ def open_expert(path: str | Path) -> StoredExpert:
     directory = Path(os.path.abspath(Path(path).expanduser()))
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} is not an expert: there is no such directory{_near(directory)}")
+    inside = sorted(record.parent.name for record in directory.glob(f"*/{RECORD_FILE}"))
+    if inside and not (directory / RECORD_FILE).exists():
+        more = f", {inside[0]} and others" if len(inside) > 1 else f", {inside[0]}"
+        raise ValueError(
+            f"{path} is a library of {len(inside)} experts{more}; name one of them, such as {path}/{inside[0]}"
+        )
     for file in (directory, directory / RECORD_FILE, directory / DELTA_FILE):
         if not file.exists():
             raise FileNotFoundError(f"{path} is not a complete expert: {file} is missing")

@@ -60,7 +60,9 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
     elif target.is_symlink() or not (target / marker).is_file():
         raise FileExistsError(f"{path} exists and is no directory of ours (it holds no {marker}); choose another place")
     elif not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another place, or replace it with overwrite: true")
+        raise FileExistsError(
+            f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
+        )
     else:
         _check_parents(target)
     return target

@@ -37,6 +37,8 @@ def test_one_method_tells_its_settings_defaults_and_source(name, capsys):
 def test_unknown_method_gets_a_near_name(capsys):
     assert main(["methods", "TEIS"]) == 1
     assert "there is no merge method 'TEIS'; did you mean TIES?" in capsys.readouterr().err
+    assert main(["methods", "ties"]) == 1
+    assert "did you mean TIES?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)
