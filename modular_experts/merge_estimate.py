@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from modular_experts.merger import Merged
 from modular_experts.merging import MergeMethod
 from modular_experts.merging.parts import PART
+from modular_experts.sizes import bytes_text
 
 __all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
 
@@ -74,11 +75,12 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
     """
     most = largest(weights)
     if most.peak > limit:
+        by_parts = not any(most.method.matrices)
+        other = "" if by_parts else "take a method that works part by part (such as SparseAverage or TIES), "
         raise ValueError(
             f"merging {most.name} {most.shape} of {most.experts} experts with {type(most.method).__name__} needs about "
-            f"{most.peak / 1e9:.3g} GB of memory, and max_memory is {limit / 1e9:.3g} GB; raise it, merge fewer "
-            "experts, take a method that works part by part (such as SparseAverage or TIES), or keep the weight at the "
-            "base with per_weight"
+            f"{bytes_text(most.peak)} of memory, and max_memory is {bytes_text(limit)}; raise it, merge fewer experts, "
+            f"{other}or keep the weight at the base with per_weight"
         )
 
 

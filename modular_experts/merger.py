@@ -107,11 +107,15 @@ class Merged(TaskVector):
 
     def _merge(self, name: str, bound: MergeMethod) -> Delta:
         method = bound.at(name).informed(self._statistics[id(self.rules[name])](name))
-        merged = method.merge(self.deltas_of(name))
+        try:
+            merged = method.merge(self.deltas_of(name))
+        except Exception as error:
+            error.add_note(f"while {type(method).__name__} merged {name}")
+            raise
         if not isinstance(merged, Delta) or merged.shape != self._shapes[name]:
             raise ValueError(
                 f"{type(method).__name__}.merge must return a delta of shape {tuple(self._shapes[name])} for {name}, "
-                f"got {merged!r}"
+                f"got {_kind(merged)}"
             )
         self._release(name)
         return merged
@@ -129,6 +133,12 @@ class Merged(TaskVector):
 
     def _stream(self, key: int) -> Iterable[Sequence[Delta]]:
         return _Stream(self, self._names(key))
+
+
+def _kind(found: object) -> str:
+    if isinstance(found, torch.Tensor):
+        return "a tensor; wrap it, as in Dense(tensor)"
+    return repr(found) if isinstance(found, Delta) else f"a {type(found).__name__}"
 
 
 class _Stream(Iterable[Sequence[Delta]]):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `merging` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["blocks", "deltas", "masks", "task_vector"], 0),
+    **dict.fromkeys(["blocks", "deltas", "masks", "sizes", "task_vector"], 0),
     **dict.fromkeys(["kernels", "experts", "merging"], 1),
     **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger", "removal"], 2),
     **dict.fromkeys(["module", "learning_rate", "merge_testing", "random_state", "training_length", "testing"], 3),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
 from modular_experts.cli.apply import tell_check
-from modular_experts.cli.merge_plan import bytes_of, method_text, tell_plan
+from modular_experts.cli.merge_plan import tell_methods, tell_plan
 from modular_experts.cli.progress import progress_bar
 from modular_experts.cli.summary import summary
 from modular_experts.cli.tool import run_tool
@@ -21,6 +21,7 @@ from modular_experts.merge_estimate import check_memory, estimate
 from modular_experts.merger import Merged, write_merged
 from modular_experts.merging import MergeMethod
 from modular_experts.search import Tuning
+from modular_experts.sizes import bytes_of
 
 EXAMPLES = """\
   modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab
@@ -70,7 +71,9 @@ def merge(
         dtype: Data type of a checkpoint; that of the base if not given.
         tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
     """
-    check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
+    _refuse_without_checkpoint(output, base=base, dtype=dtype, tolerance=None if tolerance == 1e-3 else tolerance)
+    if not dry_run:
+        check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
     tuned = None if tune is None else tuned_method(experts, method, per_weight or {}, tune, out, overwrite)
     method, notes = (tuned.method, tuning_notes(tuned, tune)) if tuned and tune else (method, None)
     merged = Merged(open_experts(experts), method, per_weight)
@@ -89,15 +92,24 @@ def merge(
         stored = write_merged(merged, out, overwrite, bar, notes)
     if tuned and tune:
         tell_tuning(tuned, tune, out)
-    how = method_text(method) if method else "a method for each pattern"
-    print(f"merged {len(experts)} {'expert' if len(experts) == 1 else 'experts'} with {how}")
+    tell_methods(merged)
     if output == "checkpoint":
         tell_check(written)
         print(f"{out}: a checkpoint of the base and the merge")
-    else:
-        print(f"{out}: {summary(stored)}")
-        for name in merged.beside():
-            print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
+        if merged.beside():
+            print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
+        return
+    print(f"{out}: {summary(stored)}")
+    for name in merged.beside():
+        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
+
+
+def _refuse_without_checkpoint(output: str, **settings: Any) -> None:
+    given = [name for name, value in settings.items() if value is not None]
+    if output != "checkpoint" and given:
+        raise ValueError(
+            f"{' and '.join(given)} are settings of a checkpoint; add --output checkpoint, or leave them out"
+        )
 
 
 def run(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The plan of a merge on the command line: what a dry run shows, and how memory is written."""
+"""The plan of a merge on the command line: what a dry run shows, and which methods are told of afterwards."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, call_text
+from modular_experts.cli.summary import call_text
 from modular_experts.merge_estimate import WeightEstimate, estimate, largest, seconds
 from modular_experts.merger import Merged, describe
 from modular_experts.merging import MergeMethod
+from modular_experts.sizes import bytes_text
 
-__all__ = ["bytes_of", "method_text", "tell_plan"]
-
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+__all__ = ["method_text", "tell_methods", "tell_plan"]
 
 
 def tell_plan(merged: Merged) -> None:
@@ -31,9 +30,8 @@ def tell_plan(merged: Merged) -> None:
     Console(markup=False, emoji=False).print(table)
     for number, text in enumerate(dict.fromkeys(method_text(weight.method) for weight in weights), 1):
         print(f"method {number}: {text}")
-    kept = sorted({name for expert in merged.experts for name in expert} - set(merged))
-    if kept:
-        print(f"{len(kept)} weights stay at the base: {kept[0]}{' and others' if len(kept) > 1 else ''}")
+    for line in _kept(merged):
+        print(line)
     most = largest(weights)
     print(
         f"{len(weights)} weights of {len(merged.experts)} experts, {bytes_text(sum(w.read for w in weights))} to read"
@@ -42,21 +40,29 @@ def tell_plan(merged: Merged) -> None:
     print(f"time: about {seconds(merged, weights):.2g} s, as a few of the weights took; nothing was written")
 
 
+def tell_methods(merged: Merged) -> None:
+    """Print which methods merged how many weights, and how many stay at the base."""
+    count = len(merged.experts)
+    experts = f"{count} {'expert' if count == 1 else 'experts'}"
+    texts = [method_text(method) for method in merged.rules.values()]
+    for text in dict.fromkeys(texts):
+        number = texts.count(text)
+        weights = "" if number == len(texts) else f" in {number} {'weight' if number == 1 else 'weights'}"
+        print(f"merged {experts} with {text}{weights}")
+    for line in _kept(merged):
+        print(line)
+
+
+def _kept(merged: Merged) -> Iterable[str]:
+    kept = sorted({name for expert in merged.experts for name in expert} - set(merged))
+    if kept:
+        others = " and others" if len(kept) > 1 else ""
+        yield f"{len(kept)} {'weights stay' if others else 'weight stays'} at the base: {kept[0]}{others}"
+
+
 def method_text(method: MergeMethod) -> str:
     """Return a method with its settings in one line."""
     return call_text(type(method).__name__, _plain(describe(method)["init_args"]))
-
-
-def bytes_of(text: str | int) -> int:
-    """Return a size such as `2GB`, `512 MiB` or a number of bytes.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"max_memory={text!r} is no size; write one such as 2GB, 512MiB, or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _rows(weights: Sequence[WeightEstimate]) -> Iterable[Sequence[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ def methods(name: str | None = None) -> None:
     """Show the merge methods, or all about one of them: formula, properties, settings with their defaults, source.
 
     Args:
-        name: Name of a method.
+        name: Name of a method, or the dotted path of a class of your own.
     """
     known = {
         known: getattr(merging, known) for known in sorted(merging.__all__, key=str.lower) if known != "MergeMethod"
@@ -32,10 +33,25 @@ def methods(name: str | None = None) -> None:
     if name is None:
         _list(known)
         return
+    if "." in name:
+        _show(_own(name))
+        return
     if name not in known:
         hint = near(name, known) or f"; the methods are {', '.join(known)}"
         raise ValueError(f"there is no merge method {name!r}{hint}")
     _show(known[name])
+
+
+def _own(path: str) -> type[MergeMethod]:
+    """Return a user's class by its dotted path."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, MergeMethod)):
+        raise ValueError(f"{path} is no merge method; it must be a subclass of modular_experts.MergeMethod")
+    return found
 
 
 def _list(known: dict[str, type[MergeMethod]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from modular_experts.library import StoredExpert
 from modular_experts.library.statistics import StoredStatistics
+from modular_experts.sizes import bytes_text
 
 __all__ = ["bytes_text", "call_text", "kind_text", "share_text", "statistics_text", "summary", "value_text"]
 
@@ -49,12 +50,3 @@ def value_text(value: Any) -> str:
 def share_text(share: float) -> str:
     """Return a share in per cent, such as `5 %` or `0.013 %`."""
     return f"{100 * share:.3g} %"
-
-
-def bytes_text(size: float) -> str:
-    """Return a size in bytes, such as `42.1 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

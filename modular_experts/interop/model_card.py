@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from modular_experts.library import StoredExpert
+from modular_experts.sizes import bytes_text
 
 __all__ = ["CARD_FILE", "CardEntry", "is_ours", "model_card"]
 
@@ -121,7 +122,7 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
         tasks = list(map(str, entry.record["tasks"]))
         shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
         kept = "unknown" if entry.kept_share is None else f"{100 * entry.kept_share:.3g} %"
-        cells = [entry.name, entry.record["kind"], shown, kept, _bytes(entry.size), _scores(entry)]
+        cells = [entry.name, entry.record["kind"], shown, kept, bytes_text(entry.size), _scores(entry)]
         yield f"| {' | '.join(map(_plain, cells))} |"
     yield "\nKept is the share of the entries of its weights that an expert moves; scores are those of its record.\n"
 
@@ -198,14 +199,6 @@ def _number(score: Any) -> str:
     if isinstance(score, dict):
         return "(" + ", ".join(f"{name} {_number(value)}" for name, value in score.items()) + ")"
     return f"{score:.4g}" if isinstance(score, float) else str(score)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
 
 
 def _plain(text: Any) -> str:

@@ -103,8 +103,15 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
 
+    alike = len(set(weights)) == 1
+
     def rule(part: Part) -> tuple[Tensor, None]:
-        total = part.zeros()
+        if alike:  # the weight last, so that sums of half-precision numbers, in float32, are as good as exact
+            total = part.zeros()
+            for entries in part:
+                entries.add_to(total)
+            return total.double().mul_(weights[0]), None
+        total = part.zeros(torch.float64)
         for weight, entries in zip(weights, part, strict=True):
             entries.add_to(total, factor=weight)
         return total, None

@@ -10,12 +10,12 @@ from random_deltas import random_delta
 from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
-from modular_experts.cli.merge_plan import bytes_of
 from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merge_estimate import estimate
 from modular_experts.merger import Merged
 from modular_experts.merging import SparseAverage, TSVMerge
+from modular_experts.sizes import bytes_of
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_too_little_memory_is_told_before_anything_is_written(library, capsys):
     assert main(command(library, "--method", "TSVMerge", "--max_memory", "10kB")) == 1
     error = capsys.readouterr().err
     assert "with TSVMerge needs about" in error
-    assert "max_memory is 1e-05 GB" in error
+    assert "max_memory is 10 kB" in error
     assert not (library / "ab").exists()
     assert main(command(library, "--method", "TSVMerge", "--max_memory", "1GB")) == 0
 
@@ -102,3 +102,34 @@ def test_checkpoint_as_output_is_the_base_plus_the_merge(library, tiny_llama_dir
     assert manifest["check"]["largest_difference"] == 0
     assert main([*command(library, *options)[:4], str(library / "checkpoint"), *options]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_what_each_method_merged_is_told(library, capsys):
+    rules = '{".*layers.0.*up_proj.*": {"class_path": "MagMax"}, ".*q_proj.*": null}'
+    assert main(command(library, "--method", "SparseAverage", "--per_weight", rules)) == 0
+    shown = capsys.readouterr().out
+    assert "merged 2 experts with MagMax(scale=1.0) in 1 weight" in shown
+    assert "with SparseAverage(scale=1.0, count='values', exponent=1.0) in 1 weight" in shown
+    assert "2 weights stay at the base: model.layers.0.self_attn.q_proj.weight and others" in shown
+
+
+def test_experts_of_the_tasks_are_told(library, capsys):
+    assert main(command(library, "--method", "EMR")) == 0
+    shown = capsys.readouterr().out
+    for name in ("ab", "ab-a", "ab-b"):
+        assert f"{library}/{name}: " in shown
+        assert (library / name / "expert.json").is_file()
+    options = ["--method", "EMR", "--output", "checkpoint"]
+    assert main([*command(library)[:4], str(library / "whole"), *options]) == 0
+    assert "the experts of the tasks are not part of a checkpoint" in capsys.readouterr().out
+
+
+def test_settings_of_a_checkpoint_are_refused_without_one(library, capsys):
+    assert main(command(library, "--method", "TIES", "--dtype", "bfloat16", "--tolerance", "1")) == 1
+    assert "dtype and tolerance are settings of a checkpoint; add --output checkpoint" in capsys.readouterr().err
+
+
+def test_dry_run_may_name_an_output_that_is_there(library, capsys):
+    assert main(command(library, "--method", "TIES")) == 0
+    assert main(command(library, "--method", "TIES", "--dry_run", "true")) == 0
+    assert "nothing was written" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.merging import TIES, Breadcrumbs, MagMax, SparseAverage, parts
+from modular_experts.merging import TIES, Average, Breadcrumbs, MagMax, SparseAverage, parts
 from modular_experts.merging.parts import merge_by_parts, parts_of
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
@@ -88,3 +88,16 @@ def test_a_kept_zero_stays_in_the_support():
     merged = merge_by_parts([delta], summed)
     assert merged.indices.tolist() == [1, 4]
     assert merged.indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_averages_of_half_precision_are_the_true_ones_rounded_once(dtype, count):
+    draw = torch.Generator().manual_seed(count)
+    deltas = [Dense((torch.randn(200, 300, generator=draw)).to(dtype)) for _ in range(count)]
+    exact = torch.stack([delta.values.double() for delta in deltas])
+    assert torch.equal(Average().merge(deltas).values, (exact.sum(0) / count).to(dtype))
+    weights = [0.5 + number for number in range(count)]
+    found = Average(weights).merge(deltas).values
+    weighted = torch.tensordot(torch.tensor(weights, dtype=torch.float64) / sum(weights), exact, dims=1)
+    assert (found != weighted.to(dtype)).double().mean() < 1e-4

@@ -1,0 +1,78 @@
+"""The methods that `merge_quality` compares, and what is tuned of each beside its scale (and its exponent)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modular_experts import merging as m
+from modular_experts.search import AdaMerging, CoefficientSearch, LoRAHub
+
+__all__ = ["METHODS", "REFERENCE", "Way"]
+
+REFERENCE = "SparseAverage"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to merge.
+
+    Attributes:
+        method: The method with its default settings, unless a search finds coefficients for a sum.
+        grid: Values to try of settings other than scale and exponent.
+        search: The search, if there is no method.
+    """
+
+    method: m.MergeMethod = field(default_factory=m.TaskArithmetic)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    search: CoefficientSearch | None = None
+
+    @property
+    def statistics(self) -> str | None:
+        """The kind of statistics that the experts need."""
+        return None if self.search else self.method.statistics
+
+
+KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
+
+METHODS: dict[str, Way] = {
+    "Average": Way(m.Average()),
+    "SparseAverage": Way(m.SparseAverage()),
+    "TaskArithmetic": Way(m.TaskArithmetic()),
+    "SLERP": Way(m.SLERP()),
+    "NuSLERP": Way(m.NuSLERP()),
+    "MultiSLERP": Way(m.MultiSLERP()),
+    "Karcher": Way(m.Karcher()),
+    "ModelStock": Way(m.ModelStock()),
+    "TIES": Way(m.TIES(), KEEP),
+    "DARE": Way(m.DARE(), {"keep": [0.1, 0.5, 0.9]}),
+    "DARETIES": Way(m.DARETIES(), {"keep": [0.1, 0.5, 0.9]}),
+    "DELLA": Way(m.DELLA(), {"keep": [0.2, 0.5, 0.8]}),
+    "DELLALinear": Way(m.DELLALinear(), {"keep": [0.2, 0.5, 0.8]}),
+    "Breadcrumbs": Way(m.Breadcrumbs(), {"beta": [0.5, 0.9], "gamma": [0.0, 0.001, 0.01]}),
+    "BreadcrumbsTIES": Way(m.BreadcrumbsTIES(), {"beta": [0.5, 0.9], "gamma": [0.0, 0.001, 0.01]}),
+    "MagnitudePrune": Way(m.MagnitudePrune(), KEEP),
+    "MagMax": Way(m.MagMax()),
+    "EMR (shared)": Way(m.EMR()),
+    "ConsensusTA": Way(m.ConsensusTA(), {"threshold": [0.1, 0.2, 0.4], "agreement": [1, 2]}),
+    "SCE": Way(m.SCE(), {"keep": [0.1, 0.5, 1.0]}),
+    "RAM": Way(m.RAM(), {"epsilon": [0.0, 1e-4, 1e-3]}),
+    "RAM+": Way(m.RAMPlus(), {"epsilon": [0.0, 1e-4, 1e-3]}),
+    "PCB": Way(m.PCB(), {"keep": [0.05, 0.1, 0.3]}),
+    "TSVMerge": Way(m.TSVMerge()),
+    "IsoC": Way(m.IsoC()),
+    "IsoCTS": Way(m.IsoCTS(), {"common": [0.5, 0.8, 0.95]}),
+    "KnOTS": Way(m.KnOTS()),
+    "SVDAverage": Way(m.SVDAverage(), {"rank": [1, 2, 4, 8, 16]}),
+    "WUDI": Way(m.WUDI()),
+    "WUDI, exact": Way(m.WUDI(solver="exact")),
+    "SelfRegMean": Way(m.SelfRegMean(), {"ridge": [0.03, 0.1, 0.3]}),
+    "Fisher": Way(m.Fisher()),
+    "RegMean": Way(m.RegMean(), {"reduce": [0.9, 0.99, 1.0]}),
+    "RegMean, ridge": Way(m.RegMean(reduce=1.0, ridge=0.03), {"ridge": [0.003, 0.01, 0.03]}),
+    "RegMean++": Way(m.RegMeanPlusPlus()),
+    "AdaMerging": Way(search=AdaMerging(steps=60, learning_rate=1e-2, start=0.1)),
+    "AdaMerging, loss": Way(search=AdaMerging(steps=60, learning_rate=1e-2, start=0.1, objective="loss")),
+    "LoRAHub": Way(search=LoRAHub(steps=100)),
+}

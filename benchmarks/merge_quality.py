@@ -1,0 +1,226 @@
+"""Which merge keeps most of its experts: every method, on experts of every kind, as it comes and tuned.
+
+Twenty experts of each kind (single entries, tiles, LoRA, full) are trained as in the quickstart, on a base of each
+seed, and tested alone. All twenty are merged by each method: with its default settings, and with its scale (and
+exponent, and what `merge_methods.py` lists) chosen by the loss on validation words. Both are tested on the words of the
+twenty tasks and of the held-out ones. What is shown is exact match in %, how much of the single experts' score it is,
+and the difference to the reference with a 95 % interval: a bootstrap over the pairs of seed and task, which all methods
+share.
+
+    python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
+    python benchmarks/merge_quality.py --real .cache/smollm2 DATA
+
+The second form trains three experts of each kind on a pretrained base. What is done stays in `--work`, so a run that
+was stopped goes on where it was, and a table can be shown again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from merge_methods import METHODS, REFERENCE
+from merge_worlds import Experts, RealExperts, SuiteExperts
+
+from modular_experts.evaluation import measure
+from modular_experts.interop.apply import applied
+from modular_experts.library import open_expert
+from modular_experts.merger import Merged
+from modular_experts.merging import TaskArithmetic
+from modular_experts.quickstart.work import start_process
+from modular_experts.search import Combination, Objective, tune
+from modular_experts.statistics import take_statistics
+
+
+def main() -> None:
+    options = _options()
+    work = Path(options.work)
+    worlds = {seed: _world(options, seed) for seed in options.seeds}
+    singles = [(seed, kind, task) for seed, w in worlds.items() for kind in options.kinds for task in w.tasks]
+    _work_off(work / "singles.jsonl", worlds, singles, _single)
+    names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
+    merges = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in names]
+    for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
+        _statistics(worlds[seed], kind, {METHODS[name].statistics for name in names})
+    _work_off(work / "merges.jsonl", worlds, merges, _merge)
+    rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
+    if options.json:
+        json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
+    else:
+        _print(rows, options.seeds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = list(Experts.kinds)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--work", help="directory for bases, experts and results")
+    parser.add_argument(
+        "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
+    )
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    options = parser.parse_args()
+    options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
+    options.work = options.work or ("runs/merge-quality-real" if options.real else "runs/merge-quality")
+    return options
+
+
+def _world(options: argparse.Namespace, seed: int) -> Experts:
+    if options.real:
+        return RealExperts(seed, Path(options.work), *map(Path, options.real))
+    return SuiteExperts(seed, Path(options.work))
+
+
+def _stored(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _work_off(file: Path, worlds: dict[int, Experts], pieces: Sequence[tuple[int, str, str]], work: Callable) -> None:
+    """Do in processes what is not in the file yet; each result goes there as it comes."""
+    done = {tuple(result["piece"]) for result in _stored(file)}
+    left = [piece for piece in pieces if piece not in done]
+    assert all(worlds[seed].base.exists() for seed, _, _ in left)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=start_process) as pool:
+        futures = {pool.submit(work, worlds[piece[0]], *piece): piece for piece in left}
+        for number, future in enumerate(as_completed(futures), 1):
+            with file.open("a") as out:
+                out.write(json.dumps(future.result()) + "\n")
+            minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
+            place = f"{len(pieces) - len(left) + number} of {len(pieces)}, {minutes:.0f} minutes left"
+            print(f"{place}: seed {futures[future][0]}, {' '.join(futures[future][1:])}", file=sys.stderr, flush=True)
+
+
+def _single(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:
+    """Train an expert, if it is not there, and test it on its task."""
+    logging.getLogger("modular_experts").setLevel(logging.ERROR)
+    path = world.expert(kind, task)
+    if not path.exists():
+        world.train(kind, task)
+    scores = _tested(world, [task], open_expert(path), held_out=False)
+    return {"piece": [seed, kind, task], "exact": scores[task]}
+
+
+def _statistics(world: Experts, kind: str, wanted: set[str | None]) -> None:
+    experts = [world.expert(kind, task) for task in world.tasks]
+    for statistics in sorted(wanted - {None}):
+        if not all((path / "statistics" / f"{statistics}.safetensors").exists() for path in experts):
+            print(f"taking {statistics} statistics of {kind}", file=sys.stderr, flush=True)
+            take_statistics(experts, statistics, world.mixture(world.tasks), base=str(world.base), overwrite=True)  # type: ignore[arg-type]
+
+
+def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
+    """Merge the experts of a kind, with default settings and with tuned ones, and test both."""
+    logging.getLogger("modular_experts").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    experts = [open_expert(world.expert(kind, task)) for task in world.tasks]
+    way, started = METHODS[name], time.process_time()
+    found: dict[str, Any] = {"piece": [seed, kind, name]}
+    objective = Objective(world.model, world.mixture(world.tasks))
+    if way.search:
+        with Combination(objective.model, experts) as combination:
+            chosen = way.search.search(combination, objective)
+            per_weight = dict(zip(combination.names, chosen.coefficients.tolist(), strict=True))
+        methods = {name: TaskArithmetic(weights=weights) for name, weights in per_weight.items()}
+        vector = Merged(experts, None, {name.replace(".", r"\."): method for name, method in methods.items()})
+        found |= {"loss": objective.losses_with(vector), "settings": {}}
+        found["tuned"] = _tested(world, world.tasks, dict(vector))
+    else:
+        found["plain"] = _tested(world, world.tasks, dict(Merged(experts, way.method)))
+        tuned = tune(experts, way.method, objective, way.grid)
+        found |= {"loss": tuned.best.losses, "settings": tuned.best.settings}
+        found["tuned"] = _tested(world, world.tasks, dict(Merged(experts, tuned.method)))
+    return found | {"seconds": time.process_time() - started}
+
+
+def _tested(world: Experts, tasks: Sequence[str], vector: Any, held_out: bool = True) -> dict[str, float]:
+    """Return the exact match of each task on its test rows."""
+    data = world.mixture(tasks, held_out)
+    data.setup("test")
+    with applied(world.model, [vector]):
+        scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
+    return {task: facts["exact_match"] for task, facts in scores["tasks"].items()}
+
+
+def _rows(
+    singles: Sequence[dict[str, Any]], merges: Sequence[dict[str, Any]], options: argparse.Namespace, names: list[str]
+) -> list[dict[str, Any]]:
+    """Return a row for each kind and method: scores, shares of the singles', differences to the reference."""
+    alone = {tuple(result["piece"]): result["exact"] for result in singles}
+    rows = []
+    for kind in options.kinds:
+        mine = {
+            name: [r for r in merges if r["piece"][1:] == [kind, name] and r["piece"][0] in options.seeds]
+            for name in names
+        }
+        tasks = {task for seed, k, task in alone if k == kind and seed in options.seeds}
+        single = fmean(alone[seed, kind, task] for seed in options.seeds for task in tasks)
+        reference = _pairs(mine[REFERENCE], "tuned", tasks)[0]
+        for name in names:
+            row: dict[str, Any] = {"kind": kind, "method": name, "single": single}
+            for column in ("plain", "tuned"):
+                if all(column in r for r in mine[name]):
+                    held_in, held_out = _pairs(mine[name], column, tasks)
+                    row |= {column: fmean(held_in.values()), f"{column} held out": fmean(held_out.values())}
+            row["kept"] = row["tuned"] / single
+            row["difference"] = _interval(held_in, reference)
+            row["loss"] = fmean(fmean(r["loss"].values()) for r in mine[name])
+            row["settings"] = [r["settings"] for r in mine[name]]
+            rows.append(row)
+    return rows
+
+
+def _pairs(results: Sequence[dict[str, Any]], column: str, held_in: set[str]) -> list[dict[tuple[int, str], float]]:
+    """Return the score of each pair of seed and task: of the held-in tasks, and of the others."""
+    scores = {(r["piece"][0], task): score for r in results for task, score in r[column].items()}
+    return [{pair: scores[pair] for pair in scores if (pair[1] in held_in) == wanted} for wanted in (True, False)]
+
+
+def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], float]) -> list[float]:
+    """Return the 95 % interval of the mean difference over pairs of seed and task, by 2,000 bootstrap draws."""
+    differences = torch.tensor([mine[pair] - theirs[pair] for pair in sorted(mine)])
+    draws = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
+    means = differences[draws].mean(1)
+    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
+
+
+def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
+    print(f"exact match in %, mean over tasks and seeds {', '.join(map(str, seeds))}; kept: tuned over the single")
+    print(f"experts; in brackets the 95 % interval of the difference to tuned {REFERENCE}; best first")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        print(f"\n{kind}: the experts alone {100 * mine[0]['single']:.1f}\n")
+        print("| method | plain | tuned | | kept | plain, held out | tuned, held out | settings |\n" + "|---" * 8 + "|")
+        for row in sorted(mine, key=lambda row: -row["tuned"]):
+            print("| " + " | ".join(_cells(row)) + " |")
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    low, high = row["difference"]
+    yield row["method"]
+    yield f"{100 * row['plain']:.1f}" if "plain" in row else ""
+    yield f"{100 * row['tuned']:.1f}"
+    yield f"[{100 * low:+.1f}, {100 * high:+.1f}]" if row["method"] != REFERENCE else ""
+    yield f"{100 * row['kept']:.0f}"
+    yield f"{100 * row['plain held out']:.1f}" if "plain" in row else ""
+    yield f"{100 * row['tuned held out']:.1f}"
+    keys = sorted({key for settings in row["settings"] for key in settings})
+    yield "; ".join(f"{key} {', '.join(f'{s[key]:.3g}' for s in row['settings'])}" for key in keys)
+
+
+if __name__ == "__main__":
+    main()
