@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import index_dtype
+from modular_experts.blocks import index_dtype, true_places
 
 __all__ = ["StreamingTopK", "kth_highest", "top_k"]
 
@@ -50,7 +50,8 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
     reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
     better = int(above[reached - 1]) if reached else 0
     upper = _upper_bits(_BINS // 2 - 1 - reached)
-    return _smallest_of(torch.cat([chunk[_upper(chunk) == upper] for chunk in flat.split(_CHUNK)]), k - better)
+    chunks = [chunk.index_select(0, true_places(_upper(chunk) == upper)) for chunk in flat.split(_CHUNK)]
+    return _smallest_of(torch.cat(chunks), k - better)
 
 
 class StreamingTopK:

@@ -43,9 +43,9 @@ class Summed(Trimming):
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, moved = part.zeros(), part.zeros(torch.bool)
-            for weight, (entries, values) in zip(weights, _trimmed(part, trims), strict=True):
-                entries.add_to(total, values, weight)
-                entries.mark(moved, values != 0)
+            for weight, entries in zip(weights, _trimmed(part, trims), strict=True):
+                entries.add_to(total, factor=weight)
+                entries.mark(moved, entries.values != 0)
             return total.mul_(self.scale / divisor), moved  # type: ignore[operator]
 
         return merge_by_parts(deltas, rule)
@@ -72,7 +72,8 @@ class Elected(Trimming):
             if of_zero:
                 elected[elected == 0] = of_zero
             total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
-            for weight, (entries, values) in zip(weights, trimmed, strict=True):
+            for weight, entries in zip(weights, trimmed, strict=True):
+                values = entries.values
                 side = values * weight if self.vote == "weighted" else values
                 agrees = side * entries.of(elected) > 0
                 entries.add_to(total, values * agrees, weight)
@@ -84,11 +85,11 @@ class Elected(Trimming):
 
         return merge_by_parts(deltas, rule)
 
-    def _votes(self, part: Part, trimmed: Sequence[tuple[Entries, Tensor]], weights: Sequence[float]) -> Tensor:
+    def _votes(self, part: Part, trimmed: Sequence[Entries], weights: Sequence[float]) -> Tensor:
         """Return the outcome of the election at each entry: positive, negative or zero."""
         votes = part.zeros()
-        for weight, (entries, values) in zip(weights, trimmed, strict=True):
-            vote = values.sign() if self.vote == "count" else values
+        for weight, entries in zip(weights, trimmed, strict=True):
+            vote = entries.values.sign() if self.vote == "count" else entries.values
             entries.add_to(votes, vote, weight if self.vote == "weighted" else 1.0)
         return votes
 
@@ -104,9 +105,9 @@ class Elected(Trimming):
         return sum(self._votes(part, list(_trimmed(part, trims)), weights).sign_().sum().item() for part in parts)
 
 
-def _trimmed(part: Part, trims: Sequence[Trim]) -> Iterator[tuple[Entries, Tensor]]:
+def _trimmed(part: Part, trims: Sequence[Trim]) -> Iterator[Entries]:
     for trim, entries in zip(trims, part, strict=True):
-        yield entries, trim(entries)
+        yield trim(entries)
 
 
 def _sign(number: float) -> float:

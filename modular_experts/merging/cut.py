@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from modular_experts.blocks import block_entries
+from modular_experts.blocks import block_entries, true_places
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.masks import kth_highest
 from modular_experts.merging.parts import Entries
@@ -33,13 +33,14 @@ class Cut:
         size = entries.values.abs()
         kept = size >= self.magnitude
         if math.isfinite(self.last):
-            tied = (size == self.magnitude).nonzero()[:, 0]
-            kept[tied] = entries.flat()[tied] <= self.last
+            tied = true_places(size == self.magnitude)
+            flat = tied + entries.start if entries.places is None else entries.places[tied].long() + entries.start
+            kept[tied] = flat <= self.last
         return kept
 
-    def __call__(self, entries: Entries) -> Tensor:
-        """Return the values of the entries with the trimmed ones set to zero."""
-        return entries.values if self.magnitude == 0 else entries.values * self.mask(entries)
+    def __call__(self, entries: Entries) -> Entries:
+        """Return the entries that survive."""
+        return entries if self.magnitude == 0 else entries.only(self.mask(entries))
 
 
 def kept_count(share: float, size: int) -> int:
@@ -56,11 +57,11 @@ def exact_cut(delta: Delta, count: int) -> Cut:
     size = values.abs().view(-1)
     if count >= size.numel() or not (magnitude := kth_highest(size, count)):
         return Cut(0.0)
-    tied = (size == magnitude).nonzero()[:, 0]
-    room = count - int((size > magnitude).sum())
+    tied = true_places(size == magnitude)
+    room = count - int((size > magnitude).count_nonzero())
     if room == tied.numel():
         return Cut(magnitude.item())
-    return Cut(magnitude.item(), last=_flat(delta)[tied].sort().values[room - 1].item())
+    return Cut(magnitude.item(), last=_flat(delta, tied).sort().values[room - 1].item())
 
 
 def stored_values(delta: Delta) -> Tensor:
@@ -70,9 +71,9 @@ def stored_values(delta: Delta) -> Tensor:
     return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
 
 
-def _flat(delta: Delta) -> Tensor:
-    """Return the flat entries that `stored_values` lists."""
+def _flat(delta: Delta, places: Tensor) -> Tensor:
+    """Return the flat entries at some places of what `stored_values` lists."""
     if isinstance(delta, BlockSparse):
         entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
-        return entries[inside]
-    return delta.support()
+        return entries[inside][places]
+    return delta.indices[places].long() if isinstance(delta, Sparse) else places

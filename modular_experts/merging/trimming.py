@@ -24,8 +24,8 @@ from modular_experts.merging.parts import Entries, parts_of
 
 __all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
 
-Trim = Callable[[Entries], Tensor]
-"""Gets what an expert keeps of a part; returns its values there after the trimming, zero where an entry is gone."""
+Trim = Callable[[Entries], Entries]
+"""Gets what an expert keeps of a part; returns what is left of it after the trimming, or zero there."""
 
 Rescale = Literal["probability", "l1", "none"]
 Shares = float | list[float]
@@ -88,8 +88,8 @@ class Band(Trimming):
             return kept
         gone = exact_cut(delta, outliers)
         if gone.magnitude == 0:  # all that it moves are outliers
-            return lambda entries: torch.zeros_like(entries.values)
-        return lambda entries: kept(entries) * ~gone.mask(entries)
+            return lambda entries: entries.only(torch.zeros_like(entries.values, dtype=torch.bool))
+        return lambda entries: entries.only(kept.mask(entries) & ~gone.mask(entries))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +108,15 @@ class _Random(Trimming):
     def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
         share = one_per_expert(self, "keep", self.keep, experts)[expert]
         if share == 1:
-            return lambda entries: entries.values
+            return lambda entries: entries
         key = stream_key(self.seed, self._name, expert)
 
-        def drop(entries: Entries) -> Tensor:
+        def drop(entries: Entries) -> Entries:
             chance = self._chance(entries, share, expert, experts, delta)
             stays = coins(entries.flat(), key) < chance
             if self.rescale == "probability":
-                return torch.where(stays, entries.values.double() / chance, 0.0)
-            return torch.where(stays, entries.values.double(), 0.0)
+                entries = replace(entries, values=entries.values.double() / chance)
+            return entries.only(stays)
 
         return drop
 
@@ -152,9 +152,14 @@ def _with_equal_l1(trim: Trim, delta: Delta) -> Trim:
     for part in parts_of([delta]):
         entries = part.entries(delta)
         before += entries.values.double().abs().sum().item()
-        after += trim(entries).double().abs().sum().item()
+        after += trim(entries).values.double().abs().sum().item()
     factor = before / after if after else 1.0
-    return lambda entries: trim(entries).double() * factor
+
+    def rescaled(entries: Entries) -> Entries:
+        left = trim(entries)
+        return replace(left, values=left.values.double() * factor)
+
+    return rescaled
 
 
 def _row_ranks(entries: Entries, width: int) -> Tensor:
