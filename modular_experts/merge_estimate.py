@@ -51,7 +51,7 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
         method, entries = merged.rules[name], shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
         some, more = method.matrices
-        matrices = (some + more * len(read)) * entries * 8
+        matrices = (some + more * len(read)) * entries * 8 + method.squares * shape[-1:].numel() ** 2 * 8
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
         peak = int(matrices + result + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))

@@ -7,8 +7,10 @@ merge method's business; models are unknown here, because deltas need no base.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,15 @@ class Merged(TaskVector):
         self.rules = assign(list(shapes := union_of_weights(experts)), method, per_weight or {})
         self._shapes = {name: shapes[name] for name in self.rules}
         self._method, self._per_weight = method, dict(per_weight or {})
-        self._bound = {key: chosen.prepare(self._stream(key)) for key, chosen in self._distinct().items()}
         self._statistics = {
             key: gather_statistics(experts, chosen.statistics, {name: self._shapes[name] for name in self._names(key)})
             for key, chosen in self._distinct().items()
         }
+
+    @cached_property
+    def _bound(self) -> dict[int, MergeMethod]:
+        """The methods after their first look at all weights, which is taken when the first delta is asked for."""
+        return {key: chosen.prepare(self._stream(key)) for key, chosen in self._distinct().items()}
 
     def __getitem__(self, name: str) -> Delta:
         return self._merge(name, self._bound[id(self.rules[name])])
@@ -80,6 +86,12 @@ class Merged(TaskVector):
         methods = {key: bound.beside(count) for key, bound in self._bound.items()}
         if not any(methods.values()):
             return {}
+        names = [expert.name for expert in self.experts]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two of the experts are called {twice[0]}, and the experts that this merge also writes are named "
+                "after them; rename the directory of one"
+            )
         return {expert.name: _Beside(self, methods, place) for place, expert in enumerate(self.experts)}
 
     def record(self) -> dict[str, Any]:
@@ -96,9 +108,11 @@ class Merged(TaskVector):
     def key(self) -> str:
         """Return a hash of all that the result depends on: experts, their statistics, settings of the methods."""
         record = self.record()
-        content = {name: record[name] for name in ("parents", "method", "per_weight", "versions")}
-        content["statistics"] = [found.content_hashes for found in self._statistics.values()]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        content = [record[name] for name in ("parents", "method", "versions")]
+        content += [list(record["per_weight"].items())]  # in their order, which counts
+        content += [[found.content_hashes for found in self._statistics.values()]]
+        content += [_source_hash(type(method)) for method in self._distinct().values()]
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
     def deltas_of(self, name: str) -> list[Delta]:
         """Return the deltas of one weight, one per expert; an expert that does not move it gives a zero."""
@@ -225,13 +239,32 @@ def write_merged(
         ValueError: A file is damaged, or a method does not return what it must.
     """
     target = check_target(out, overwrite)
+    key, record = merged.key(), merged.record()
     beside = {target.with_name(f"{target.name}-{name}"): deltas for name, deltas in merged.beside().items()}
-    for path in beside:
+    left = {path: deltas for path, deltas in beside.items() if overwrite or not _is_written(path, record)}
+    for path in left:
         check_target(path, overwrite)
-    for path, deltas in {target: merged, **beside}.items():
-        record = merged.record() | (dict(notes or {}) if path == target else {})
-        write_expert(path, deltas, record, overwrite, merged.key(), progress)
+    for path, deltas in left.items():
+        write_expert(path, deltas, record, overwrite, f"{key}/{path.name}", progress)
+    write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)  # last: then all is there
     return open_expert(target)
+
+
+def _is_written(path: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether an expert beside a merge is there already, from a merge that was interrupted after it."""
+    if not (path / "expert.json").is_file():
+        return False
+    found = open_expert(path).record
+    same = json.loads(json.dumps({name: record[name] for name in ("parents", "method", "per_weight")}, default=str))
+    return all(found.get(name) == value for name, value in same.items())
+
+
+def _source_hash(kind: type[MergeMethod]) -> str:
+    """Return a hash of the file that a method's class is in, so that work done by other code is not gone on with."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # made in an interactive session, or without a file
+        return ""
 
 
 def describe(method: MergeMethod) -> dict[str, Any]:

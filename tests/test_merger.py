@@ -4,6 +4,8 @@ from.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +14,7 @@ import pytest
 import torch
 from random_deltas import random_delta
 
+from modular_experts import merger
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
 from modular_experts.merger import Merged, merge
@@ -295,7 +298,6 @@ def test_what_an_interrupted_merge_left_is_only_taken_up_whole(library):
 def test_another_merge_does_not_take_up_what_one_left(library):
     interrupted_at(library, "c.weight")
     merge_two(library, "merged", method=TaskArithmetic())
-    assert len(hidden(library)) == 1
     assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
 
 
@@ -359,3 +361,74 @@ def test_released_memory_is_read_again_from_the_file(library):
     expert.release("a.weight")
     assert torch.equal(delta.values, before)
     assert torch.equal(expert["a.weight"].values, before)
+
+
+def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
+    written = merger.write_expert
+
+    def interrupted(path, *more):
+        if path.name == "merged":
+            raise KeyboardInterrupt
+        return written(path, *more)
+
+    monkeypatch.setattr(merger, "write_expert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_two(library, "merged", method=WithTasks())
+    assert (library / "merged-one").exists()
+    monkeypatch.setattr(merger, "write_expert", written)
+    merge_two(library, "merged", method=WithTasks())
+    assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
+
+
+def test_experts_of_one_name_are_refused_where_results_are_named_after_them(library):
+    make(library / "deeper/one", "Sparse", 8)
+    with pytest.raises(ValueError, match="two of the experts are called one"):
+        merge([library / "one", library / "deeper/one"], WithTasks(), library / "merged")
+
+
+def test_what_other_work_for_the_target_left_is_removed(library):
+    interrupted_at(library, "c.weight")
+    assert len(hidden(library)) == 1
+    merge_two(library, "merged", method=TaskArithmetic())
+    assert not hidden(library)
+
+
+def key_of(library, method=None, **rules):
+    experts = [open_expert(library / name) for name in ("one", "two")]
+    return Merged(experts, method, rules.get("per_weight")).key()
+
+
+def test_key_tells_apart_what_gives_other_results(library):
+    narrow, wide = ("a.*", TIES()), (".*", Average())
+    keys = {
+        key_of(library, Average()),
+        key_of(library, Average(scale=2.0)),
+        key_of(library, per_weight=dict([narrow, (".*weight", Average())])),
+        key_of(library, per_weight=dict([narrow, wide])),
+    }
+    assert len(keys) == 4
+    assert key_of(library, Average()) in keys
+    overlapping = {"[ab].*": TIES(), "[bc].*": Average()}  # b.weight gets the first
+    turned = dict(reversed(overlapping.items()))
+    assert key_of(library, per_weight=overlapping) != key_of(library, per_weight=turned)
+
+
+OWN = """
+from dataclasses import dataclass
+from modular_experts.merging import MergeMethod
+
+@dataclass(frozen=True)
+class Own(MergeMethod):
+    def merge(self, deltas):
+        return deltas[0] * FACTOR
+"""
+
+
+def test_key_changes_with_the_code_of_a_method_of_ones_own(library, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for factor in ("1.0", "1.0", "2.25"):
+        (tmp_path / "own_method.py").write_text(OWN.replace("FACTOR", factor))
+        monkeypatch.delitem(sys.modules, "own_method", raising=False)
+        keys.append(key_of(library, importlib.import_module("own_method").Own()))
+    assert keys[0] == keys[1] != keys[2]

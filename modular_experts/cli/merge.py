@@ -11,7 +11,7 @@ from modular_experts.cli.merge_plan import tell_methods, tell_plan
 from modular_experts.cli.progress import progress_bar
 from modular_experts.cli.summary import summary
 from modular_experts.cli.tool import run_tool
-from modular_experts.cli.tuning import tell_tuning, tuned_method, tuning_notes
+from modular_experts.cli.tuning import check_tunable, tell_tuning, tuned_method, tuning_notes
 from modular_experts.data import TaskMixture, TaskSource
 from modular_experts.interop.apply import MANIFEST, write_checkpoint
 from modular_experts.interop.checkpoint import DType
@@ -64,8 +64,10 @@ def merge(
         overwrite: Replace an expert that is there.
         tune: Choose the method's scale, its exponent if it has one, and what `tune.grid` names, by the loss on
             validation rows of the tasks in `tune.data`; see `--tune.help`.
-        dry_run: Only show which method each weight gets, what will be read, and about what memory and time it takes.
-        max_memory: Refuse to begin if more memory is needed, such as 2GB.
+        dry_run: Only show which method each weight gets, what will be read, and about what memory and time it takes;
+            nothing is tuned.
+        max_memory: Refuse to begin if more memory is needed, such as 2GB, beside what Python takes and, for a
+            checkpoint, the base that it is checked with.
         output: `expert`, or `checkpoint`: the base plus the merge as a Hugging Face checkpoint, checked by loading it.
         base: The base of a checkpoint, a directory or hub id; as the experts' records say if not given.
         dtype: Data type of a checkpoint; that of the base if not given.
@@ -74,17 +76,20 @@ def merge(
     _refuse_without_checkpoint(output, base=base, dtype=dtype, tolerance=None if tolerance == 1e-3 else tolerance)
     if not dry_run:
         check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
-    tuned = None if tune is None else tuned_method(experts, method, per_weight or {}, tune, out, overwrite)
-    method, notes = (tuned.method, tuning_notes(tuned, tune)) if tuned and tune else (method, None)
+    if tune:
+        check_tunable(method, per_weight)
     merged = Merged(open_experts(experts), method, per_weight)
     if max_memory:
         check_memory(estimate(merged), bytes_of(max_memory))
     if dry_run:
         tell_plan(merged)
         return
+    tuned = tuned_method(experts, check_tunable(method, per_weight), tune, out, overwrite) if tune else None
+    notes = tuning_notes(tuned, tune) if tuned and tune else {}
+    merged = Merged(merged.experts, tuned.method) if tuned else merged
     bar = progress_bar("merging")
     if output == "checkpoint":
-        origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
+        origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | notes
         written = write_checkpoint(
             merged, merged.experts, out, origin, base, None, dtype, tolerance, overwrite, bar, key=merged.key()
         )
@@ -101,7 +106,8 @@ def merge(
         return
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():
-        print(f"{out}-{name}: for the tasks of {name}, {summary(open_expert(f'{out}-{name}'))}")
+        path = stored.path.with_name(f"{stored.name}-{name}")
+        print(f"{path}: for the tasks of {name}, {summary(open_expert(path))}")
 
 
 def _refuse_without_checkpoint(output: str, **settings: Any) -> None:

@@ -19,15 +19,25 @@ from modular_experts.search.objective import mean_loss
 from modular_experts.search.recipe import check_files_beside, trials_file, write_trials
 from modular_experts.search.scales import at_an_end
 
-__all__ = ["search_notes", "tell_tuning", "tuned_method", "tuning_notes"]
+__all__ = ["check_tunable", "search_notes", "tell_tuning", "tuned_method", "tuning_notes"]
 
 _SHOWN = 8
 
 
+def check_tunable(method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None] | None) -> MergeMethod:
+    """Return the one method whose settings can be chosen.
+
+    Raises:
+        ValueError: There is none for all weights.
+    """
+    if method is None or per_weight:
+        raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
+    return method
+
+
 def tuned_method(
     experts: Sequence[str],
-    method: MergeMethod | None,
-    per_weight: Mapping[str, MergeMethod | None],
+    method: MergeMethod,
     tuning: Tuning,
     out: str,
     overwrite: bool,

@@ -7,6 +7,7 @@ Sums are taken in at least float32 and rounded once. Whether the result is what 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,16 +97,27 @@ def stream_sum(
     losses, files = _Losses(), {}
     sources = {file: _layout(file) for file in weight_files(base)}
     keys = iter(progress([key for layout in sources.values() for key in layout]))
+    told: set[str] = set()
+
+    def tell(name: str, delta: Delta) -> None:
+        if name not in told:  # a base may store a tied weight under both of its names
+            told.add(name)
+            seen(name, delta)
+
     for file, layout in sources.items():
         files[file.name] = {key: (_written(kind, dtype), shape) for key, (kind, shape) in layout.items()}
-        note = out / f".{file.name}.json"  # what rounding took, and that the file is whole
-        names = {key: _owner(skeleton, key) for key in _taken(keys, len(layout))}
+        names = {key: _owner(skeleton, key) for key in layout}
         moved = {key: name for key, name in names.items() if name is not None and name in deltas}
-        if note.exists():
-            _take_up(file, out / file.name, moved, seen)
+        note = out / f".{file.name}.json"  # what rounding took, and the hash of the file when it was whole
+        found = _finished(note, out / file.name)
+        if found is not None:
+            _take_up(file, out / file.name, moved, tell)
+            for _ in layout:
+                next(keys)
         else:
-            _write_file(file, out, files[file.name], moved, deltas, note, seen)
-        losses += _Losses(**json.loads(note.read_text()))
+            found = _write_file(file, out, files[file.name], moved, deltas, tell, keys)
+            _write_note(note, found, out / file.name)
+        losses += found
     for file in sources:
         (out / f".{file.name}.json").unlink()
     if len(files) > 1:
@@ -119,13 +131,14 @@ def _write_file(
     layout: Layout,
     moved: Mapping[str, str],
     deltas: Mapping[str, Delta],
-    note: Path,
     seen: Callable[[str, Delta], object],
-) -> None:
-    """Write one file; it has its name, and its note, when it is whole."""
+    keys: Iterator[str],
+) -> _Losses:
+    """Write one file; it has its name when it is whole."""
     losses, part = _Losses(), out / f".{source.name}"
     with open_tensors(source) as tensors, ShardWriter(part, layout) as writer:
         for key, (dtype, _) in layout.items():
+            next(keys)
             stored = tensors.get_tensor(key)
             if key not in moved:
                 writer.write(key, stored.to(dtype))
@@ -134,7 +147,27 @@ def _write_file(
             writer.write(key, _sum(moved[key], stored, delta, dtype, losses))
             seen(moved[key], delta)
     part.rename(out / source.name)
-    note.write_text(json.dumps(asdict(losses)))
+    return losses
+
+
+def _write_note(note: Path, losses: _Losses, file: Path) -> None:
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps({"sha256": _hash(file), "losses": asdict(losses)}))
+    part.rename(note)
+
+
+def _finished(note: Path, file: Path) -> _Losses | None:
+    """Return what rounding took in a file that an earlier run finished, or None if it did not, or the file changed."""
+    try:
+        content = json.loads(note.read_text())
+        return _Losses(**content["losses"]) if content["sha256"] == _hash(file) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _take_up(source: Path, written: Path, moved: Mapping[str, str], seen: Callable[[str, Delta], object]) -> None:
@@ -174,11 +207,6 @@ def _layout(file: Path) -> Layout:
 
 def _written(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and stored.is_floating_point else stored
-
-
-def _taken(keys: Iterator[str], count: int) -> Iterator[str]:
-    for _ in range(count):
-        yield next(keys)
 
 
 def _count_moved(delta: Delta) -> int:

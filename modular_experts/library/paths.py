@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -101,20 +102,31 @@ def new_directory(
         BlockingIOError: Another process does the same work at this moment.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{key[:16]}") if key else _beside(target)
+    temporary = _beside(target)
+    if key:
+        temporary = target.with_name(f".{target.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        _remove_stale(target, temporary)
     temporary.mkdir(exist_ok=key is not None)
-    kept = False
-    try:
-        with _locked(temporary, target):
+    with _locked(temporary, target):
+        kept = False
+        try:
             yield temporary
             _flush(temporary)
             _move(temporary, check_target(target, overwrite, marker))
-    except (KeyboardInterrupt, BlockingIOError):
-        kept = key is not None
-        raise
-    finally:
-        if not kept:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except KeyboardInterrupt:
+            kept = key is not None
+            raise
+        finally:
+            if not kept:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(target: Path, mine: Path) -> None:
+    """Remove what interrupted work on other contents of this target left, unless a process is at it."""
+    for left in target.parent.glob(f".{target.name}.????????????????"):
+        if left != mine and left.is_dir() and not left.is_symlink():
+            with suppress(BlockingIOError), _locked(left, target):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -123,6 +135,8 @@ def _locked(temporary: Path, target: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
+    if temporary.is_symlink():
+        raise FileExistsError(f"{temporary} is a link, so nothing is written there; remove it")
     handle = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

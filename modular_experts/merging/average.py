@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.method import MergeMethod, check_finite, one_per_expert, weighted_sum
+from modular_experts.merging.method import MergeMethod, check_finite, one_per_expert, sum_of_weights, weighted_sum
 
 __all__ = ["Average"]
 
@@ -34,12 +34,10 @@ class Average(MergeMethod):
         check_finite(self, "scale", self.scale)
         for weight in self.weights or []:
             check_finite(self, "each weight", weight)
-        if self.weights is not None and sum(self.weights) == 0:
-            raise ValueError(
-                f"Average: the weights {self.weights} sum to zero, so they cannot be shares; give other weights"
-            )
+        if self.weights is not None:
+            sum_of_weights(self, self.weights)
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        total = sum(weights)
+        total = sum_of_weights(self, weights)
         return weighted_sum(deltas, [self.scale * weight / total for weight in weights])

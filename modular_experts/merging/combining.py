@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.merging.method import one_per_expert
+from modular_experts.merging.method import one_per_expert, sum_of_weights
 from modular_experts.merging.parts import Entries, Part, merge_by_parts, parts_of
 from modular_experts.merging.trimming import Trim, Trimming
 
@@ -36,9 +36,7 @@ class Summed(Trimming):
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        divisor = sum(weights) if self.normalise else 1.0
-        if divisor == 0:
-            raise ValueError(f"{type(self).__name__}: the weights {weights} sum to zero, so they cannot be normalised")
+        divisor = sum_of_weights(self, weights) if self.normalise else 1.0
         trims = self.trims(deltas)
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,9 @@ class MergeMethod(ABC):
     """What the method holds of one weight beside a part of it, in float64 matrices of the weight's size: some, and some
     more for each expert. An estimate, for those who must know before whether memory suffices."""
 
+    squares = 0.0
+    """And how many float64 matrices `(in, in)`, such as Gram matrices."""
+
     @abstractmethod
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         """Return the merged delta of one weight.
@@ -134,6 +137,21 @@ def one_per_expert(
             f"{type(method).__name__}: {len(value)} {field} were given for {experts} experts; give one for each"
         )
     return list(value)
+
+
+def sum_of_weights(method: MergeMethod, weights: Sequence[float]) -> float:
+    """Return the sum of weights that will be divided by.
+
+    Raises:
+        ValueError: They cancel, but for rounding.
+    """
+    total = math.fsum(weights)
+    if abs(total) <= 1e-12 * math.fsum(map(abs, weights)):
+        kind = type(method).__name__
+        raise ValueError(
+            f"{kind}: the weights {list(weights)} sum to zero, so they cannot be shares; give other weights"
+        )
+    return total
 
 
 def check_finite(method: MergeMethod, field: str, value: float | None) -> None:

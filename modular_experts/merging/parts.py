@@ -107,9 +107,17 @@ class Part:
                 return Entries(delta.values, delta.indices, start)
             return _between(delta.indices, delta.values, start, stop, ordered=True)
         if isinstance(delta, BlockSparse):
-            entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
-            return _between(entries[inside], delta.values[inside], start, stop, ordered=False)
+            tiles = self._tiles(delta)
+            entries, inside = block_entries(delta.blocks[tiles], delta.shape, delta.tile)
+            return _between(entries[inside], delta.values[tiles][inside], start, stop, ordered=False)
         return Entries(delta.rows(*self.rows).reshape(-1), None, start)
+
+    def _tiles(self, delta: BlockSparse) -> slice:
+        """Return which of a delta's tiles, which are sorted, reach into this part."""
+        height, wide = delta.tile[0], -(-self.width // delta.tile[1])
+        bounds = [self.rows[0] // height * wide, -(-self.rows[1] // height) * wide]
+        edges = torch.tensor(bounds, dtype=delta.blocks.dtype, device=delta.device)
+        return slice(*torch.searchsorted(delta.blocks, edges).tolist())
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
@@ -197,7 +205,8 @@ def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | N
 def _between(places: Tensor, values: Tensor, start: int, stop: int, ordered: bool) -> Entries:
     """Return the entries with start <= place < stop."""
     if ordered:
-        first, last = torch.searchsorted(places, torch.tensor([start, stop], dtype=places.dtype)).tolist()
+        edges = torch.tensor([start, stop], dtype=places.dtype, device=places.device)
+        first, last = torch.searchsorted(places, edges).tolist()
         places, values = places[first:last], values[first:last]
     else:
         here = (places >= start) & (places < stop)

@@ -45,4 +45,7 @@ def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]
     if penalty <= 0:  # there are no inputs at all
         return Dense(center)
     total.diagonal().add_(penalty)
-    return Dense(center + torch.cholesky_solve(pull.T, torch.linalg.cholesky(total)).T)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise ValueError(f"the ridge {ridge:g} is too small to solve with; take a larger one, such as 0.001")
+    return Dense(center + torch.cholesky_solve(pull.T, factor).T)

@@ -69,7 +69,6 @@ class SCE(MergeMethod):
         scale, floor = self.scale or 0.0, self.floor or 0.0
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)
         shares = self._shares(deltas, selected)
-        least = floor or torch.finfo(torch.float64).tiny
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             votes = part.zeros()
@@ -79,6 +78,7 @@ class SCE(MergeMethod):
             if self.zero == "positive":
                 elected[elected == 0] = 1.0
             total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
+            least = floor or torch.finfo(divisor.dtype).tiny
             for share, entries in zip(shares, part, strict=True):
                 values = _selected(entries, part, selected)
                 agrees = values * entries.of(elected) > 0

@@ -40,7 +40,8 @@ class SelfRegMean(MergeMethod):
             weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
     """
 
-    matrices = 8.0, 0.0
+    matrices = 4.0, 0.0
+    squares = 5.0
 
     ridge: float = 0.1
     scale: float = 1.0

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from modular_experts.merging.cut import kept_count
+from modular_experts.deltas import Delta
+from modular_experts.merging.cut import kept_count, stored_values
 
 __all__ = ["magnitudes_at_share"]
 
@@ -20,20 +21,19 @@ _LOW = 16
 _LOW_BINS = 1 << _LOW
 _HIGH_BINS = 1 << (31 - _LOW)
 
-# Starts the stream anew: how many entries the chunk stands for, and the values there of each of several experts side
-# by side.
-Chunks = Callable[[], Iterable[tuple[int, list[Tensor]]]]
+# Starts the stream anew: how many entries a weight has, and the delta of each of several experts.
+Chunks = Callable[[], Iterable[tuple[int, Sequence[Delta]]]]
 
 
 def magnitudes_at_share(chunks: Chunks, share: float | Sequence[float]) -> list[float]:
     """Return, for each expert, the magnitude that the given share of its entries reaches, or 0 where fewer are not
     zero.
 
-    Entries that a chunk stands for but does not list count as zeros. Magnitudes are compared in float32. The stream is
+    Entries that a delta does not keep count as zeros. Magnitudes are compared in float32. The stream is
     gone through twice.
     """
     size, high = _histograms(chunks, lambda bits, _: bits >> _LOW, _HIGH_BINS)
-    shares = [share] * len(high) if isinstance(share, float) else share
+    shares = [share] * len(high) if isinstance(share, float | int) else share
     bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
     _, low = _histograms(chunks, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
     return [_float(bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0]) for i, counts in enumerate(low)]
@@ -44,9 +44,9 @@ def _histograms(chunks: Chunks, digit: Callable[[Tensor, int], Tensor], bins: in
     totals: list[Tensor] = []
     for entries, chunk in chunks():
         size += entries
-        totals = totals or [torch.zeros(bins, dtype=torch.int64, device=values.device) for values in chunk]
-        for i, values in enumerate(chunk):
-            bits = values.reshape(-1).float().abs().view(torch.int32)
+        totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in chunk]
+        for i, delta in enumerate(chunk):
+            bits = stored_values(delta).reshape(-1).float().abs().view(torch.int32)
             totals[i] += torch.bincount(digit(bits, i), minlength=bins)
     return size, totals
 

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
 from modular_experts.deltas import Delta
 from modular_experts.merging.combining import Divisor, Elected, Vote, Zero
-from modular_experts.merging.cut import Cut, stored_values
+from modular_experts.merging.cut import Cut
 from modular_experts.merging.method import check_choices, check_finite, one_per_expert
 from modular_experts.merging.presets import fill_from_preset
 from modular_experts.merging.threshold import magnitudes_at_share
@@ -98,9 +96,9 @@ class TIES(Largest, Elected):
         return self._cuts[expert] if self._cuts else super().trim(delta, expert, experts)
 
     def _global_cuts(self, stream: Iterable[Sequence[Delta]]) -> tuple[Cut, ...]:
-        def chunks() -> Iterator[tuple[int, list[Tensor]]]:
+        def chunks() -> Iterator[tuple[int, Sequence[Delta]]]:
             for deltas in stream:
-                yield deltas[0].shape.numel(), [stored_values(delta) for delta in deltas]
+                yield deltas[0].shape.numel(), deltas
 
         assert self.keep is not None  # filled from the preset
         return tuple(Cut(magnitude) for magnitude in magnitudes_at_share(chunks, self.keep))

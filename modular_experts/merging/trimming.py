@@ -20,7 +20,7 @@ from modular_experts.deltas import Delta
 from modular_experts.merging.coins import coins, stream_key
 from modular_experts.merging.cut import exact_cut, kept_count
 from modular_experts.merging.method import MergeMethod, one_per_expert
-from modular_experts.merging.parts import Entries, parts_of
+from modular_experts.merging.parts import Entries, Part, parts_of
 
 __all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
 
@@ -144,7 +144,14 @@ class RankedDrop(_Random):
         width = delta.shape[-1] if delta.shape else 1
         if width < 2:
             return keep
-        return keep - epsilon + 2 * epsilon * _row_ranks(entries, width).double() / (width - 1)
+        if len(delta.shape) == 1 and entries.places is None and entries.values.numel() < width:
+            ranks = _row_ranks(Entries(delta.dense(), None, 0), width)[entries.flat()]  # a row that is cut into parts
+        elif len(delta.shape) == 1 and entries.places is not None:
+            whole = Part([delta], (0, width)).entries(delta)
+            ranks = _row_ranks(whole, width)[torch.searchsorted(whole.flat(), entries.flat())]
+        else:
+            ranks = _row_ranks(entries, width)
+        return keep - epsilon + 2 * epsilon * ranks.double() / (width - 1)
 
 
 def _with_equal_l1(trim: Trim, delta: Delta) -> Trim:

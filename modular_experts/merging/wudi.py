@@ -67,7 +67,8 @@ class WUDI(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 4.0, 6.5
+    matrices = 4.0, 4.0
+    squares = 6.0
 
     preset: Literal["vit", "roberta", "fusion_bench", "mttl"] | None = None
     power: float | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
 from random_deltas import random_delta
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.deltas import Dense
@@ -268,3 +269,67 @@ def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path,
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
+
+
+def interrupted_checkpoint(tmp_path, monkeypatch):
+    """A base in several files and a checkpoint of it that was interrupted after the first of them."""
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    read, asked = Sum.__getitem__, []
+
+    def interrupted(self, name):
+        asked.append(name)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sum, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apply([expert], tmp_path / "out")
+    (place,) = tmp_path.glob(".out.*")
+    return expert, place
+
+
+@pytest.mark.parametrize("damage", ["file", "note"])
+def test_finished_file_that_changed_is_written_again(tmp_path, monkeypatch, damage):
+    expert, place = interrupted_checkpoint(tmp_path, monkeypatch)
+    finished = sorted(place.glob("model-*.safetensors"))[0]
+    if damage == "file":
+        content = bytearray(finished.read_bytes())
+        content[-1] ^= 1
+        finished.write_bytes(content)
+    else:
+        (place / f".{finished.name}.json").write_text("")
+    apply([expert], tmp_path / "out")
+    apply([expert], tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
+    base = shutil.copytree(tiny("gpt2"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("wte.weight"))
+    save_file(
+        tensors | {"lm_head.weight": tensors[name].clone()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(tmp_path / "both", [("transformer.wte.weight", Dense(torch.randn(tensors[name].shape) * 0.1))], record)
+    assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
+
+
+def test_progress_is_told_tensor_by_tensor(tiny_llama_dir, tmp_path, monkeypatch):
+    told, when = [], []
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    read = Sum.__getitem__
+    monkeypatch.setattr(Sum, "__getitem__", lambda self, name: when.append(len(told)) or read(self, name))
+
+    def progress(names):
+        for name in names:
+            told.append(name)
+            yield name
+
+    apply([expert], tmp_path / "out", progress=progress)
+    assert when == sorted(set(when))
+    assert when[0] < len(told) / 2

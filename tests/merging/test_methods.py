@@ -210,6 +210,7 @@ def test_sparse_average_leaves_what_one_expert_alone_has_learned():
         (SparseAverage, {"exponent": -1.0}, "exponent must be at least 0 .*, got -1.0"),
         (TaskArithmetic, {"scale": math.inf}, "finite number, got inf"),
         (Average, {"weights": [1.0, -1.0]}, "sum to zero"),
+        (Average, {"weights": [0.1, 0.2, -0.3]}, "sum to zero"),
         (Average, {"scale": math.inf}, "finite number, got inf"),
         (MagMax, {"scale": math.inf}, "finite number, got inf"),
         (ModelStock, {"scale": math.nan}, "finite number, got nan"),

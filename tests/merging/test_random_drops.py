@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.merging import DARE, DARETIES, DELLA, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, parts
+from modular_experts.merging import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, parts
 from modular_experts.merging.coins import coins, stream_key
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
@@ -170,3 +170,21 @@ def test_lists_are_checked_expert_by_expert():
 def test_another_number_of_shares_is_refused():
     with pytest.raises(ValueError, match="DARE: 2 keep were given for 1 experts"):
         DARE(keep=[0.5, 0.4]).merge([LONG])
+
+
+@pytest.mark.parametrize("form", [Dense, Sparse])
+def test_della_ranks_a_vector_as_one_row_also_in_parts(form, monkeypatch):
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    delta = Dense(values) if form is Dense else Sparse(torch.arange(0, 5000, 2), values[::2], values.shape)
+    whole = DELLALinear().merge([delta]).dense()
+    monkeypatch.setattr(parts, "PART", 100)
+    assert torch.equal(DELLALinear().merge([delta]).dense(), whole)
+
+
+def test_half_precision_deltas_merge_to_finite_ones():
+    for dtype in (torch.bfloat16, torch.float16):
+        deltas = [Dense(torch.randn(8, 9).to(dtype)) for _ in range(3)]
+        for method in (SCE(), SCE(keep=0.5), TIES(), DARE(keep=0.5), DELLA(), TIES(scope="global", keep=1)):
+            merged = method.prepare([deltas]).merge(deltas)
+            assert merged.dtype == dtype
+            assert merged.values.isfinite().all()

@@ -102,12 +102,13 @@ def test_streamed_threshold_is_the_sorted_one(seed, share):
     ]
     k = max(1, int(share * 60 * (1 + 1e-12)))
     expected = torch.cat(chunks).abs().sort(descending=True).values[k - 1]
-    assert magnitudes_at_share(lambda: ((c.numel(), [c]) for c in chunks), share) == [expected.item()]
+    assert magnitudes_at_share(lambda: ((c.numel(), [Dense(c)]) for c in chunks), share) == [expected.item()]
 
 
 def test_streamed_threshold_is_zero_where_too_few_entries_move():
-    assert magnitudes_at_share(lambda: [(10, [torch.tensor([3.0, -1.0])])], 0.5) == [0.0]
-    assert magnitudes_at_share(lambda: [(10, [torch.tensor([3.0, -1.0])])], 0.2) == [1.0]
+    two = Sparse(torch.tensor([1, 4]), torch.tensor([3.0, -1.0]), torch.Size([10]))
+    assert magnitudes_at_share(lambda: [(10, [two])], 0.5) == [0.0]
+    assert magnitudes_at_share(lambda: [(10, [two])], 0.2) == [1.0]
 
 
 def test_binding_leaves_the_method_itself_unbound():
