@@ -35,21 +35,8 @@ def check_tunable(method: MergeMethod | None, per_weight: Mapping[str, MergeMeth
     return method
 
 
-def tuned_method(
-    experts: Sequence[str],
-    method: MergeMethod,
-    tuning: Tuning,
-    out: str,
-    overwrite: bool,
-) -> Tuned:
-    """Choose the settings of a merge; that `out` may be written has been checked.
-
-    Raises:
-        FileExistsError: The file of the trials is there, and may not be replaced.
-        ValueError: There is no method for all weights.
-    """
-    if method is None or per_weight:
-        raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
+def tuned_method(experts: Sequence[str], method: MergeMethod, tuning: Tuning, out: str, overwrite: bool) -> Tuned:
+    """Choose the settings of a merge, once it is known that its result may be written."""
     check_files_beside([trials_file(out)], overwrite)
     opened = open_experts(experts)
     objective = objective_on_base(opened, tuning.data, tuning.rows, tuning.base)
