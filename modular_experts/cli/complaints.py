@@ -40,6 +40,8 @@ def explain(
     """
     if message.startswith("unrecognized arguments:"):
         return _unrecognized(message.partition(":")[2].split(), options)
+    if ambiguous := re.match(r"ambiguous option: (--[\w.]+) could match (--[\w.]+)", message):
+        return f"there is no option {ambiguous[1]}; did you mean {ambiguous[2]}?"
     return _Complaint(with_near(message, options), class_bases, examples or {}).sentence()
 
 

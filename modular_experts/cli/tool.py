@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -19,6 +21,25 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 class _ToolParser(SentenceErrors, ArgumentParser):
     """A parser whose complaints are sentences."""
+
+
+def _lists(function: Callable[..., None]) -> set[str]:
+    """Return the options that are lists of texts."""
+    hints = get_type_hints(function)
+    return {f"--{name}" for name, hint in hints.items() if list[str] in (hint, *get_args(hint))}
+
+
+def _gathered(argv: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Return a command line with `--experts a b` written as the parser wants it: `--experts '["a", "b"]'`."""
+    given: list[str] = []
+    gathering = False
+    for number, word in enumerate(argv):
+        if gathering and not word.startswith("--"):
+            given[-1] = json.dumps([*json.loads(given[-1]), word])
+            continue
+        gathering = number > 0 and argv[number - 1] in lists and not word.startswith(("[", "--"))
+        given.append(json.dumps([word]) if gathering else word)
+    return given
 
 
 def run_tool(
@@ -46,6 +67,6 @@ def run_tool(
     parser.class_bases = class_bases
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
     parser.add_function_arguments(function, as_positional=positional)
-    settings = parser.instantiate(parser.parse_args(list(argv[1:])))
+    settings = parser.instantiate(parser.parse_args(_gathered(argv[1:], _lists(function))))
     settings.pop("config", None)
     function(**settings.as_dict())

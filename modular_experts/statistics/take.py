@@ -113,7 +113,8 @@ def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Ex
     if not by_task:
         raise ValueError(
             f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "
-            f"has validation rows of {', '.join(data.roles)} only; give its tasks the names that they had in training"
+            f"has validation rows of {', '.join(data.roles)} only; give its tasks the names that they had in training, "
+            "or import it again with --tasks"
         )
     return [row for task in by_task.values() for row in _spread(task, rows)]
 

@@ -15,10 +15,11 @@ from random_deltas import random_delta
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
+from modular_experts.cli import tool
 from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, write_expert
 
-TOOLS = ["merge", "apply", "list", "show", "verify"]
+TOOLS = [verb for verb, (room, _) in VERBS.items() if room not in ("training", "quickstart")]
 
 
 @pytest.fixture
@@ -312,11 +313,7 @@ MISTAKES = [
         "must be one of values, supports, got value; did you mean",
     ),
     (["merge", "--method", "TIES", "--out", "library/new"], 2, "experts must be given"),
-    (
-        ["merge", "--experts", "library/a", "--method", "TIES", "--out", "library/new"],
-        2,
-        "a list is written '[library/a, ...]'",
-    ),
+    (["apply", "--expert", "library/a", "--out", "out"], 2, "there is no option --expert; did you mean --experts?"),
     (["merge", "--experts", "[]", "--method", "TIES", "--out", "library/new"], 1, "list of experts is empty"),
     (["merge", "--experts", "[library/aa]", "--method", "TIES", "--out", "library/new"], 1, "did you mean"),
     (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/b"], 1, "exists already"),
@@ -358,3 +355,23 @@ def test_a_bug_keeps_its_traceback(run, place):
     with pytest.raises(ValueError, match="a bug"):
         run("merge", "--experts", "[library/a]", "--method", "broken_methods.Broken", "--out", "library/new")
     assert not (place / "library/new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "gathered"),
+    [
+        (["--experts", "a", "b", "--out", "c"], ["--experts", '["a", "b"]', "--out", "c"]),
+        (["--experts", "a"], ["--experts", '["a"]']),
+        (["--experts", "[a, b]", "--out", "c"], ["--experts", "[a, b]", "--out", "c"]),
+        (["--out", "a", "b"], ["--out", "a", "b"]),
+        (["--experts", "--out", "c"], ["--experts", "--out", "c"]),
+    ],
+)
+def test_lists_may_be_written_with_spaces(given, gathered):
+    assert tool._gathered(given, {"--experts"}) == gathered
+
+
+def test_experts_may_be_named_one_after_the_other(run, place):
+    command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/spaced"]
+    code, out, _ = run(*command)
+    assert (code, "merged 2 experts" in out) == (0, True)
