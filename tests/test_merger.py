@@ -15,6 +15,7 @@ import torch
 from random_deltas import random_delta
 
 from modular_experts import merger
+from modular_experts.cli.errors import guarded
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
 from modular_experts.merger import Merged, merge
@@ -432,3 +433,10 @@ def test_key_changes_with_the_code_of_a_method_of_ones_own(library, tmp_path, mo
         monkeypatch.delitem(sys.modules, "own_method", raising=False)
         keys.append(key_of(library, importlib.import_module("own_method").Own()))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_interruption_says_how_to_go_on(library, capsys):
+    Interrupted.at_weight, Interrupted.reason = "c.weight", KeyboardInterrupt
+    assert guarded(lambda: merge_two(library, "merged", method=Interrupted())) == 130
+    (place,) = hidden(library)
+    assert f"interrupted; the same command goes on where it stopped, with {place}" in capsys.readouterr().err

@@ -25,7 +25,9 @@ def guarded(command: Callable[[], object]) -> int:
     parent = os.getppid()
     try:
         command()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        for note in getattr(interruption, "__notes__", ["interrupted"]):
+            print(note, file=sys.stderr)
         return 130
     except SystemExit as leaving:
         if isinstance(leaving.__context__, KeyboardInterrupt):

@@ -37,7 +37,13 @@ def tell_plan(merged: Merged) -> None:
         f"{len(weights)} weights of {len(merged.experts)} experts, {bytes_text(sum(w.read for w in weights))} to read"
     )
     print(f"memory beside Python's own: about {bytes_text(most.peak)}, for {most.name}")
-    print(f"time: about {seconds(merged, weights):.2g} s, as a few of the weights took; nothing was written")
+    print(f"time: about {_duration(seconds(merged, weights))}, as a few of the weights took; nothing was written")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def tell_methods(merged: Merged) -> None:

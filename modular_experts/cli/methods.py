@@ -68,7 +68,8 @@ def _show(kind: type[MergeMethod]) -> None:
     print("\nSettings:")
     print(inspect.cleandoc(settings) if settings else "  none")
     print(f"\nDefaults: {_defaults(kind)}")
-    print(f"\nSource:\n{inspect.getdoc(inspect.getmodule(kind))}")
+    if source := inspect.getdoc(inspect.getmodule(kind)):
+        print(f"\nSource:\n{source}")
 
 
 def _defaults(kind: type[MergeMethod]) -> str:

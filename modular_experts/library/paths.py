@@ -113,8 +113,10 @@ def new_directory(
             yield temporary
             _flush(temporary)
             _move(temporary, check_target(target, overwrite, marker))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             kept = key is not None
+            if kept:
+                interruption.add_note(f"interrupted; the same command goes on where it stopped, with {temporary}")
             raise
         finally:
             if not kept:

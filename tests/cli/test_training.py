@@ -236,9 +236,9 @@ MISTAKES = {
     "no list": (["--data.tasks", "a"], 2, 'written \'[{"name": "mine", "path": "file.jsonl"}]\', got a'),
     "task": (["--data.tasks", '[{"nme": "a"}]'], 2, "there is no option 'data.tasks.nme'; did you mean name?"),
     "setting": (
-        ["--model.expert.init_args.keep_ratoi", "0.1"],
+        ["--model.expert.keep_ratoi", "0.1"],
         2,
-        "there is no option 'model.expert.init_args.keep_ratoi'; did you mean keep_ratio?",
+        "there is no option 'model.expert.keep_ratoi'; did you mean keep_ratio?",
     ),
     "value": (
         ["--model.expert.keep_ratio", "much"],
@@ -253,7 +253,7 @@ MISTAKES = {
     "in a list": (
         ["--trainer.callbacks", _export("a", librry=1)],
         2,
-        "'trainer.callbacks.init_args.librry'; did you mean",
+        "'trainer.callbacks.librry'; did you mean",
     ),
     "help": (["--model.expert.help", "Nonsense"], 2, "error: --model.expert.help: there is no class 'Nonsense'"),
     "last": (["--ckpt_path", "last"], 1, "ckpt_path='last' names no checkpoint; give its file (runs has none)"),
