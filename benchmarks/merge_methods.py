@@ -73,6 +73,6 @@ METHODS: dict[str, Way] = {
     "RegMean, ridge": Way(m.RegMean(reduce=1.0, ridge=0.03), {"ridge": [0.003, 0.01, 0.03]}),
     "RegMean++": Way(m.RegMeanPlusPlus()),
     "AdaMerging": Way(search=AdaMerging(steps=60, learning_rate=1e-2, start=0.1)),
-    "AdaMerging, loss": Way(search=AdaMerging(steps=60, learning_rate=1e-2, start=0.1, objective="loss")),
+    "AdaMerging, loss": Way(search=AdaMerging(steps=150, learning_rate=1e-2, start=0.1, objective="loss")),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }
