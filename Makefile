@@ -22,7 +22,7 @@ quickstart: $(INSTALLED) ## install, then train, merge, test and report on gener
 	@$(BIN)/modular-experts quickstart $(ARGS)
 
 test: $(INSTALLED) ## run the tests, without those that take many minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
 	$(BIN)/python -m pytest -m slow -rs $(ARGS)
