@@ -174,12 +174,14 @@ def test_the_merges_are_those_of_table_1(commands, capsys, monkeypatch) -> None:
     for command in commands:
         if command[0] == "merge":
             method = parsed(command, capsys, monkeypatch)["method"]
-            settings = {"scale": 1.0} | method["init_args"]
+            settings = {"scale": 1.0} | {
+                name: value for name, value in method["init_args"].items() if value is not None
+            }
             found[Path(option(command, "--out")).name] = (method["class_path"].rpartition(".")[2], settings)
     overlap = ("SparseAverage", {"scale": 1.0, "count": "values", "exponent": 1.0})
     assert found == {
         **dict.fromkeys(["masked", "masked-block", "sparse", "sparse-block"], overlap),
-        **dict.fromkeys(["lora", "full-average"], ("Average", {"scale": 1.0, "weights": None})),
+        **dict.fromkeys(["lora", "full-average"], ("Average", {"scale": 1.0})),
         "full-task-arithmetic": ("TaskArithmetic", {"scale": 0.4}),
         "full-ties": ("TIES", {"keep": 0.2, "scale": 0.4, "scope": "global"}),
     }

@@ -172,7 +172,7 @@ def test_a_merge_gets_the_statistics_of_each_expert_and_weight(one, other, tmp_p
         deltas = [one[name], other[name]]
         expected = RegMean(reduce=0.5).informed([found[name] for found in given]).merge(deltas)
         assert torch.equal(merged[name].dense(), expected.dense())
-    assert merged.record["method"]["init_args"] == {"scale": 1.0, "reduce": 0.5}
+    assert merged.record["method"]["init_args"] == {"scale": 1.0, "reduce": 0.5, "ridge": 0.0}
 
 
 def test_a_merge_depends_on_its_statistics(one, other):

@@ -173,6 +173,7 @@ def test_list_shows_every_number_beside_long_names(run, place, monkeypatch):
     tasks, base = [f"a-task-with-a-long-name-{i}" for i in range(4)], {"id": "base", "fingerprint": "f" * 64}
     deltas = [(f"layer-{i}", random_delta("Sparse", (40, 30), i, torch.float32, share=0.05)) for i in range(123)]
     write_expert(place / "long" / ("x" * 64), deltas, make_record("ExpertWithALongName", base, tasks=tasks))
+    monkeypatch.delenv("COLUMNS", raising=False)
     _, out, _ = run("list", "long")
     assert any("x" * 64 in line and ", ".join(tasks) in line for line in out.splitlines())  # nobody looks: no folding
     monkeypatch.setenv("COLUMNS", "80")
