@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +98,7 @@ class Delta(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that make up this form, by field name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,6 +140,9 @@ class Dense(Delta):
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
         return target.copy_(target.to(wide) + self.values)
+
+    def dense(self) -> Tensor:
+        return self.values.clone()
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.values.to(x.dtype))

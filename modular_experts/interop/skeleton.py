@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ class Skeleton:
         vocabulary: First names of the weights with a row for each token: embeddings, the head and its bias.
         unused: Patterns of tensors that files of this architecture may hold although the model has no use for them.
         prefix: First part of the names, which files of the bare model leave out.
-        renamings: How transformers renames what files of this architecture hold.
+        renamings: Returns how transformers renames what files of this architecture hold, which takes it a while.
     """
 
     place: str
@@ -46,7 +48,7 @@ class Skeleton:
     vocabulary: frozenset[str]
     unused: tuple[str, ...]
     prefix: str
-    renamings: tuple[WeightRenaming, ...]
+    renamings: Callable[[], list[WeightRenaming]]
 
     def name_of(self, key: str) -> str | None:
         """Return the name of a stored tensor in the model, or none if it is no weight of it under this name.
@@ -55,7 +57,7 @@ class Skeleton:
         """
         if key in self.shapes:
             return key
-        name, _ = rename_source_key(key, list(self.renamings), [], self.prefix, self.shapes)
+        name, _ = rename_source_key(key, self.renamings(), [], self.prefix, self.shapes)
         return name if name in self.shapes else None
 
     def weights(self) -> list[str]:
@@ -118,7 +120,9 @@ def read_skeleton(directory: Path) -> Skeleton:
         vocabulary=_rows_are_tokens(model, parameters, owners),
         unused=(*_UNUSED, *patterns),
         prefix=model.base_model_prefix,
-        renamings=tuple(way for way in get_model_conversion_mapping(model) if isinstance(way, WeightRenaming)),
+        renamings=cache(
+            lambda: [way for way in get_model_conversion_mapping(model) if isinstance(way, WeightRenaming)]
+        ),
     )
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modular_experts.deltas import all_finite
+from modular_experts.interop.shards import dtype_named
 from modular_experts.interop.skeleton import Skeleton
 from modular_experts.interop.weights import open_tensors, weight_files
+from modular_experts.library.tensorfile import MappedTensors
 
 __all__ = ["StoredWeights"]
 
@@ -19,7 +22,7 @@ _DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 class StoredWeights:
-    """The weights of one checkpoint on disk.
+    """The weights of one checkpoint on disk, of which one at a time is in memory: the one that was read last.
 
     Args:
         directory: A model directory with safetensors weights.
@@ -31,13 +34,14 @@ class StoredWeights:
 
     def __init__(self, directory: Path, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, MappedTensors] = {}
         self._layouts: dict[str, tuple[str, torch.Size]] = {}
         for file in weight_files(directory):
             with open_tensors(file) as tensors:
+                mapped = MappedTensors(file)
                 for key in tensors.keys():  # noqa: SIM118 - not a dict
                     entry = tensors.get_slice(key)
-                    self._files[key] = file
+                    self._files[key] = mapped
                     self._layouts[key] = (entry.get_dtype(), torch.Size(entry.get_shape()))
         self._keys: dict[str, list[str]] = {name: [] for name in skeleton.weights()}
         for key in self._files:
@@ -45,6 +49,7 @@ class StoredWeights:
             if name is not None:
                 self._keys[skeleton.owners[name]].append(key)
         self._check()
+        self._last: tuple[str, Tensor] | None = None
 
     def keys(self, name: str) -> list[str]:
         """Return under which names the files hold a weight: several if it is tied and was stored more than once."""
@@ -54,31 +59,41 @@ class StoredWeights:
         """Return the shape of a weight as stored."""
         return self._layouts[self.keys(name)[0]][1]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the data type of a weight as stored."""
+        return dtype_named(self._layouts[self.keys(name)[0]][0])
+
     def unclaimed(self) -> set[str]:
         """Return the names of the stored tensors that are no weight of the model."""
         return self._files.keys() - {key for keys in self._keys.values() for key in keys}
 
     def read(self, name: str) -> Tensor:
-        """Return one weight as stored.
+        """Return one weight as stored: a view of the mapped file, never to be written to.
 
         Raises:
             ValueError: It holds numbers that are not finite, or it is tied and was stored with two different values.
         """
+        owner = self.skeleton.owners[name]
+        if self._last and self._last[0] != owner:
+            for key in self.keys(self._last[0]):
+                self._files[key].release(key)
+            self._last = None
+        if not self._last:
+            self._last = owner, self._checked(owner)
+        return self._last[1]
+
+    def _checked(self, name: str) -> Tensor:
         first, *others = self.keys(name)
-        tensor = self._read(first)
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # they pass a NaN on
+        tensor = self._files[first][first]
+        if not all_finite(tensor):
             raise ValueError(f"{first} of {self.skeleton.place} holds numbers that are not finite (NaN or infinity)")
         for other in others:
-            if not torch.equal(self._read(other), tensor):
+            if not torch.equal(self._files[other][other], tensor):
                 raise ValueError(
                     f"{first} and {other} are one tensor (tied) by the configuration of {self.skeleton.place}, and its "
                     "files hold different values for them; correct tie_word_embeddings in its config.json"
                 )
         return tensor
-
-    def _read(self, key: str) -> Tensor:
-        with open_tensors(self._files[key]) as tensors:
-            return tensors.get_tensor(key)
 
     def _check(self) -> None:
         missing = [name for name, keys in self._keys.items() if not keys]

@@ -24,6 +24,7 @@ __all__ = ["MappedTensors", "TensorFileWriter", "tensor_bytes"]
 
 _DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_BY_NAME |= {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}  # read, never written
 
 
 class TensorFileWriter:

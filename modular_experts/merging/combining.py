@@ -68,7 +68,7 @@ class Elected(Trimming):
             trimmed = list(_trimmed(part, trims))
             elected = self._votes(part, trimmed, weights).sign_()
             if of_zero:
-                elected[elected == 0] = of_zero
+                elected.add_(elected == 0, alpha=of_zero)
             total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
             for weight, entries in zip(weights, trimmed, strict=True):
                 values = entries.values
@@ -78,7 +78,7 @@ class Elected(Trimming):
                 entries.mark(voters, agrees)
                 if self.divisor != "none":
                     entries.add_to(divisor, agrees, weight if self.divisor == "weights" else 1.0)
-            divisor[divisor == 0] = 1.0  # where no one agrees, or the weights of those who do cancel
+            divisor += divisor == 0  # where no one agrees, or the weights of those who do cancel
             return total.mul_(self.scale).div_(divisor), voters  # type: ignore[arg-type]
 
         return merge_by_parts(deltas, rule)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import block_entries, gather_blocks, index_dtype, true_places
+from modular_experts.blocks import between, block_entries, gather_blocks, index_dtype, true_places
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 
-__all__ = ["Entries", "Part", "merge_by_parts", "parts_of", "widest_dtype"]
+__all__ = ["Entries", "Part", "all_sparse", "merge_by_parts", "parts_of", "widest_dtype"]
 
-PART = 2**19
+PART = 2**18
 """Entries of a part, unless one row, or one row of tiles, has more: small enough for a processor's cache."""
 
 
@@ -56,7 +56,8 @@ class Entries:
         if self.places is None:
             scratch |= True if chosen is None else chosen
         else:
-            scratch.index_fill_(0, (self.places if chosen is None else self.places[chosen]).long(), True)
+            places = self.places if chosen is None else self.places.index_select(0, true_places(chosen))
+            scratch.index_fill_(0, places.long(), True)
 
     def write_to(self, scratch: Tensor, values: Tensor) -> None:
         """Put values into a flat tensor of the part at these entries."""
@@ -105,25 +106,26 @@ class Part:
         if isinstance(delta, Sparse):
             if stop - start == delta.shape.numel():
                 return Entries(delta.values, delta.indices, start)
-            return _between(delta.indices, delta.values, start, stop, ordered=True)
+            here = between(delta.indices, start, stop)
+            return _moved(delta.indices[here], delta.values[here], start)
         if isinstance(delta, BlockSparse):
             tiles = self._tiles(delta)
             entries, inside = block_entries(delta.blocks[tiles], delta.shape, delta.tile)
-            return _between(entries[inside], delta.values[tiles][inside], start, stop, ordered=False)
+            inside &= (entries >= start) & (entries < stop)
+            return _moved(entries[inside], delta.values[tiles][inside], start)
         return Entries(delta.rows(*self.rows).reshape(-1), None, start)
 
     def _tiles(self, delta: BlockSparse) -> slice:
         """Return which of a delta's tiles, which are sorted, reach into this part."""
         height, wide = delta.tile[0], -(-self.width // delta.tile[1])
-        bounds = [self.rows[0] // height * wide, -(-self.rows[1] // height) * wide]
-        edges = torch.tensor(bounds, dtype=delta.blocks.dtype, device=delta.device)
-        return slice(*torch.searchsorted(delta.blocks, edges).tolist())
+        return between(delta.blocks, self.rows[0] // height * wide, -(-self.rows[1] // height) * wide)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
         start, stop = self.span
-        wide = torch.float32 if widest_dtype(self.deltas).itemsize == 2 else torch.float64
-        return torch.zeros(stop - start, dtype=dtype or wide, device=self.deltas[0].device)
+        if dtype is None:
+            dtype = torch.float32 if widest_dtype(self.deltas).itemsize == 2 else torch.float64
+        return torch.zeros(stop - start, dtype=dtype, device=self.deltas[0].device)
 
     def support(self) -> Tensor:
         """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""
@@ -154,7 +156,7 @@ def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | Non
     dense one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
     """
     dtype, tile = dtype or widest_dtype(deltas), _common_tile(deltas)
-    if not all(delta.is_empty or isinstance(delta, Sparse | BlockSparse) for delta in deltas):
+    if not all_sparse(deltas):
         merged = torch.empty(deltas[0].shape, dtype=dtype, device=deltas[0].device)
         for part in parts_of(deltas):
             merged.view(-1)[slice(*part.span)].copy_(rule(part)[0])
@@ -176,6 +178,11 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     height = shape[0] if shape else 1
     for first in range(0, height, step):
         yield Part(deltas, (first, min(first + step, height)))
+
+
+def all_sparse(deltas: Sequence[Delta]) -> bool:
+    """Return whether no delta keeps more than single entries or tiles, so that the merged one does not either."""
+    return all(delta.is_empty or isinstance(delta, Sparse | BlockSparse) for delta in deltas)
 
 
 def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
@@ -202,15 +209,8 @@ def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | N
     return (blocks + part.rows[0] // tile[0] * wide).to(index_dtype(shape)), tiles
 
 
-def _between(places: Tensor, values: Tensor, start: int, stop: int, ordered: bool) -> Entries:
-    """Return the entries with start <= place < stop."""
-    if ordered:
-        edges = torch.tensor([start, stop], dtype=places.dtype, device=places.device)
-        first, last = torch.searchsorted(places, edges).tolist()
-        places, values = places[first:last], values[first:last]
-    else:
-        here = (places >= start) & (places < stop)
-        places, values = places[here], values[here]
+def _moved(places: Tensor, values: Tensor, start: int) -> Entries:
+    """Return the entries of a part that starts with a flat entry, from their places in the weight."""
     return Entries(values, places - start if start else places, start)
 
 

@@ -76,7 +76,7 @@ class SCE(MergeMethod):
                 entries.add_to(votes, _selected(entries, part, selected))
             elected = votes.sign_()
             if self.zero == "positive":
-                elected[elected == 0] = 1.0
+                elected += elected == 0
             total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
             least = floor or torch.finfo(divisor.dtype).tiny
             for share, entries in zip(shares, part, strict=True):

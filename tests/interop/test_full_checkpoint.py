@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -277,31 +276,23 @@ def test_one_pair_of_weights_is_held_at_a_time_and_no_model_is_loaded(tmp_path, 
     base, _ = save(tmp_path / "base", max_shard_size="40KB")
     tuned, after = save(tmp_path / "tuned", noise=0.01)
     held, most, order = [], [], []
-    true_open = stored.open_tensors
 
-    class Watched:
-        def __init__(self, tensors, file):
-            self.tensors, self.file = tensors, file
+    class Watched(stored.MappedTensors):
+        def __init__(self, file):
+            super().__init__(file)
+            self.place = file.parent.name
 
-        def __getattr__(self, name):
-            return getattr(self.tensors, name)
-
-        def get_tensor(self, key):
-            tensor = self.tensors.get_tensor(key)
+        def __getitem__(self, key):
+            tensor = super().__getitem__(key)
             held.append(weakref.ref(tensor))
             most.append(sum(reference() is not None for reference in held))
-            order.append((self.file.parent.name, key))
+            order.append((self.place, key))
             return tensor
-
-    @contextmanager
-    def watching(file):
-        with true_open(file) as tensors:
-            yield Watched(tensors, file)
 
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(stored, "open_tensors", watching)
+    monkeypatch.setattr(stored, "MappedTensors", Watched)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     foreign = read_full_checkpoint(tuned, base)
     assert order == []

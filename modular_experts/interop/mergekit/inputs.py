@@ -7,6 +7,7 @@ merged on disk first: an adapter stays the two factors that it is, and only one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.moved import Moved
 from modular_experts.interop.mergekit.references import ModelPath, Reference
 from modular_experts.interop.peft import read_peft
-from modular_experts.interop.skeleton import read_skeleton
+from modular_experts.interop.skeleton import Skeleton, read_skeleton
 from modular_experts.interop.stored import StoredWeights
 from modular_experts.library import check_base, open_expert
 
@@ -62,7 +63,7 @@ class Model:
             if weight in self._added or weight in base._added:
                 return Dense(self.tensor(weight) - base.tensor(weight))
             tuned, start = self.stored.read(weight), base.stored.read(weight)
-            return Moved(tuned, start, torch.promote_types(_wide(tuned), start.dtype))
+            return Moved(tuned, start, torch.promote_types(_wide(tuned), start.dtype)).packed()
         terms = [self._added[weight]] if weight in self._added else []
         terms += [-base._added[weight]] if weight in base._added else []
         return add(terms) if terms else Sparse.zero(self.stored.shape(weight))
@@ -94,6 +95,7 @@ class _Opener:
 
     def __init__(self) -> None:
         self._checkpoints: dict[Path, StoredWeights] = {}
+        self._skeletons: dict[bytes, Skeleton] = {}
 
     def model(self, reference: Reference, base: Reference | None) -> Model:
         if (Path(reference.model.path).expanduser() / "expert.json").is_file():
@@ -115,8 +117,14 @@ class _Opener:
 
     def _stored(self, directory: Path) -> StoredWeights:
         if directory not in self._checkpoints:
-            self._checkpoints[directory] = StoredWeights(directory, read_skeleton(directory))
+            self._checkpoints[directory] = StoredWeights(directory, self._skeleton(directory))
         return self._checkpoints[directory]
+
+    def _skeleton(self, directory: Path) -> Skeleton:
+        config = (directory / "config.json").read_bytes()
+        if config not in self._skeletons:
+            self._skeletons[config] = read_skeleton(directory)
+        return replace(self._skeletons[config], place=str(directory))
 
 
 def _directory(path: ModelPath) -> Path:

@@ -1,6 +1,6 @@
 """Running a recipe: weight by weight from the models' files into the files of the merged checkpoint.
 
-One weight of each model is in memory at a time, and one file of the result. Deltas, and the models where a method
+One weight of each model is in memory at a time, and one of the result. Deltas, and the models where a method
 merges models, are taken in float32; the methods compute in float64.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, Sparse
+from modular_experts.deltas import Delta, Sparse, all_finite
 from modular_experts.interop.apply import MANIFEST, carry
 from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.differences import Difference, differences
@@ -24,6 +24,7 @@ from modular_experts.interop.mergekit.recipe import Recipe
 from modular_experts.interop.mergekit.references import Reference
 from modular_experts.interop.mergekit.shards import write_shards
 from modular_experts.interop.mergekit.vocabulary import check_vocabularies
+from modular_experts.interop.shards import Layout
 from modular_experts.interop.weights import read_json
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions, plain
@@ -68,9 +69,10 @@ def merge_recipe(
     merge = _Merge(configuration, models, seed)
     announce(differences(configuration, models, merge.steps))
     with new_directory(target, overwrite, MANIFEST) as temporary:
-        written = write_shards(temporary, merge.tensors(progress))
+        layout = merge.layout()
+        write_shards(temporary, layout, merge.tensors(progress))
         carry(merge.donor.directory, temporary)
-        _write_config(merge.donor.directory, temporary, written)
+        _write_config(merge.donor.directory, temporary, [dtype for dtype, _ in layout.values()])
         _write_manifest(temporary / MANIFEST, configuration, models, seed)
     return target
 
@@ -87,11 +89,16 @@ class _Merge:
         self.steps = {name: recipe.step(name, self._stored.shape(name).numel()) for name in self._names}
         self._dtype = configuration.out_dtype or configuration.dtype
 
+    def layout(self) -> Layout:
+        """Return the data type and shape of each weight of the result, under the name under which it is stored."""
+        stored = self._stored
+        return {stored.keys(name)[0]: (self._dtype_of(name), tuple(stored.shape(name))) for name in self._names}
+
     def tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight of the result with the name under which it is stored."""
         for name in progress(self._names):
             merged = self._merged(name).to(self._dtype_of(name))
-            if not merged.isfinite().all():
+            if not all_finite(merged):
                 raise ValueError(
                     f"{name} of the merge is not finite in {merged.dtype}; look at the recipe's weights, or write a "
                     "wider out_dtype"
@@ -112,13 +119,13 @@ class _Merge:
     def _dtype_of(self, name: str) -> torch.dtype:
         if self._dtype is not None:
             return getattr(torch, self._dtype)
-        return self._stored.read(name).dtype
+        return self._stored.dtype(name)
 
 
-def _write_config(donor: Path, directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+def _write_config(donor: Path, directory: Path, dtypes: Sequence[torch.dtype]) -> None:
     """Write the donor's configuration, with the data type that most weights have."""
     config = read_json(donor / "config.json", "so it is not the directory of a model")
-    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
     config[key] = max(sorted(set(kinds)), key=kinds.count)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Shards: the weights of a checkpoint into safetensors files of a limited size, one file in memory at a time."""
+"""Shards: the weights of a checkpoint into safetensors files of a limited size, one weight in memory at a time."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+
+from modular_experts.interop.shards import Layout, ShardWriter, write_index
 
 __all__ = ["write_shards"]
 
@@ -17,50 +17,41 @@ LIMIT = 2 * 10**9
 """Bytes of a file, unless one weight alone has more."""
 
 
-def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = LIMIT) -> dict[str, torch.dtype]:
-    """Write the weights of a checkpoint, in the order in which they come.
+def write_shards(directory: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], limit: int = LIMIT) -> None:
+    """Write the weights of a checkpoint.
 
     Args:
         directory: Where; one file is named `model.safetensors`, several are numbered and listed in an index.
-        tensors: Name and value of each weight, at least one.
+        layout: Data type and shape of each weight, at least one.
+        tensors: Name and value of each weight, in the order of the layout.
         limit: Bytes of a file.
-
-    Returns:
-        The data type of each weight.
 
     Raises:
         OSError: A file cannot be written.
     """
-    shards: list[list[str]] = []
-    dtypes: dict[str, torch.dtype] = {}
-    waiting: dict[str, Tensor] = {}
-    total = size = 0
-    for name, tensor in tensors:
-        if waiting and size + tensor.nbytes > limit:
-            shards.append(_save(waiting, directory / f"{len(shards)}.part"))
-            waiting, size = {}, 0
-        waiting[name], dtypes[name] = tensor.contiguous(), tensor.dtype
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    shards.append(_save(waiting, directory / f"{len(shards)}.part"))
-    _name_files(directory, shards, total)
-    return dtypes
+    files, coming = _files(layout, limit), iter(tensors)
+    for file, part in files.items():
+        with ShardWriter(directory / file, part) as writer:
+            for expected in part:
+                name, tensor = next(coming)
+                assert name == expected
+                writer.write(name, tensor)
+    if len(files) > 1:
+        write_index(directory, files)
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> list[str]:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"the checkpoint could not be written: {error}") from error
-    return list(tensors)
-
-
-def _name_files(directory: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files the names that tell how many there are, and write the index of several."""
+def _files(layout: Layout, limit: int) -> dict[str, Layout]:
+    """Return what goes into which file."""
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + bytes_ > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = dtype, shape
+        size += bytes_
     count = len(shards)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    for number, name in enumerate(names if count > 1 else ["model.safetensors"]):
-        (directory / f"{number}.part").rename(directory / name)
-    if count > 1:
-        files = {weight: name for name, weights in zip(names, shards, strict=True) for weight in weights}
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if count == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}

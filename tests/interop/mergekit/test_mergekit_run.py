@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.deltas import Sparse
 from modular_experts.interop.checkpoint import fingerprint
+from modular_experts.interop.mergekit import moved
 from modular_experts.interop.mergekit.arc import Arc
+from modular_experts.interop.mergekit.moved import Moved
 from modular_experts.interop.mergekit.reading import read_configuration
 from modular_experts.interop.mergekit.run import merge_recipe
 from modular_experts.interop.mergekit.shards import write_shards
@@ -366,11 +368,48 @@ def test_recipe_that_cannot_be_run_is_refused_before_anything_is_written(run, tm
 
 def test_files_are_cut_at_the_limit_and_listed(tmp_path):
     weights = {f"w{number}": torch.full((10,), float(number)) for number in range(5)}
-    dtypes = write_shards(tmp_path, weights.items(), limit=100)
+    write_shards(tmp_path, dict.fromkeys(weights, (torch.float32, (10,))), weights.items(), limit=100)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 200}
     files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 1, 2, 2, 3)]
     assert index["weight_map"] == dict(zip(weights, files, strict=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sorted(set(files)), "model.safetensors.index.json"]
     assert torch.equal(load_file(tmp_path / files[2])["w3"], weights["w3"])
-    assert set(dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("task_arithmetic", "weight: 0.7"),
+        ("ties", "weight: 0.7, density: 0.6"),
+        ("dare_ties", "weight: 0.7, density: 0.6"),
+        ("breadcrumbs", "weight: 0.7, density: 0.6"),
+        ("della", "weight: 0.7, density: 0.6"),
+        ("sce", "select_topk: 0.3"),
+    ],
+)
+def test_checkpoints_of_sparse_experts_merge_as_dense_ones_do(tmp_path, monkeypatch, method, settings):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(["base", "a", "b"]):
+        model = build_model("llama", 0, num_hidden_layers=LAYERS).bfloat16()
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                few = torch.rand(parameter.shape, generator=draw) < 0.05 * bool(number)
+                parameter.add_(torch.where(few, torch.randn(parameter.shape, generator=draw), 0.0))
+        model.save_pretrained(name)
+        build_tokenizer().save_pretrained(name)
+    (tmp_path / "recipe.yaml").write_text(
+        f"merge_method: {method}\nbase_model: base\ndtype: float32\n"
+        f"models: [{{model: a}}, {{model: b}}]\nparameters: {{{settings}}}\n"
+    )
+    packed, true_packed = [], Moved.packed
+    monkeypatch.setattr(Moved, "packed", lambda self: packed.append(true_packed(self)) or packed[-1])
+    results = []
+    for share in (moved.PACKED, 0.0):
+        monkeypatch.setattr(moved, "PACKED", share)
+        packed.clear()
+        merge_recipe(read_configuration("recipe.yaml"), "merged", overwrite=True)
+        assert any(isinstance(delta, Sparse) and not delta.is_empty for delta in packed) == (share > 0)
+        results.append(load((tmp_path / "merged/model.safetensors").read_bytes()))
+    assert_merge(*({name: tensor.double() for name, tensor in found.items()} for found in results))
