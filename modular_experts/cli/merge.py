@@ -26,7 +26,7 @@ from modular_experts.sizes import bytes_of
 EXAMPLES = """\
   modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab
   modular-experts merge --experts '[library/a, library/b]' --method TIES --method.keep 0.1 --out library/ab
-  modular-experts merge --config merge.yaml --dry_run true
+  modular-experts merge --config merge.yaml --dry_run
   modular-experts merge --experts '[library/a, library/b]' --method TIES --output checkpoint --out merged-checkpoint
   modular-experts merge --method.help TIES
   modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab \\

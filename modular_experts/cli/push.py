@@ -12,7 +12,7 @@ from modular_experts.interop.push import Pushed
 from modular_experts.interop.push import push as push_experts
 
 EXAMPLES = """\
-  modular-experts push --experts '[library/a, library/b]' --repo owner/name --dry_run true
+  modular-experts push --experts '[library/a, library/b]' --repo owner/name --dry_run
   modular-experts push --experts '[library/a, library/b]' --repo owner/name --private true
   modular-experts push --library library --repo owner/name"""
 

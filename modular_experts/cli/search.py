@@ -70,6 +70,8 @@ def search(
     recipe, trials = write_recipe(out, experts, method, per_weight), write_trials(out, found.trials)
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     _print_coefficients(experts, found)
+    if not found.coefficients.any():
+        print("nothing that was tried is better than the base alone, so the merge moves nothing; take more steps")
     print(f"validation loss {mean_loss(found.losses):.4f}, and {before:.4f} of the base alone")
     print(f"the recipe is {recipe}, the trials are in {trials}")
     print(f"{out}: {summary(merged)}")

@@ -23,10 +23,23 @@ class _ToolParser(SentenceErrors, ArgumentParser):
     """A parser whose complaints are sentences."""
 
 
-def _lists(function: Callable[..., None]) -> set[str]:
-    """Return the options that are lists of texts."""
+def _options(function: Callable[..., None], kind: object) -> set[str]:
+    """Return the options of a type, or of a choice with it among others."""
     hints = get_type_hints(function)
-    return {f"--{name}" for name, hint in hints.items() if list[str] in (hint, *get_args(hint))}
+    return {f"--{name}" for name, hint in hints.items() if kind in (hint, *get_args(hint))}
+
+
+def _spelled(argv: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Return a command line with `--dry-run` written as the parser wants it: `--dry_run true`."""
+    given: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            if given and given[-1] in flags:
+                given.append("true")
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        given.append(word)
+    return [*given, "true"] if given and given[-1] in flags else given
 
 
 def _gathered(argv: Sequence[str], lists: Collection[str]) -> list[str]:
@@ -67,6 +80,7 @@ def run_tool(
     parser.class_bases = class_bases
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
     parser.add_function_arguments(function, as_positional=positional)
-    settings = parser.instantiate(parser.parse_args(_gathered(argv[1:], _lists(function))))
+    words = _gathered(_spelled(argv[1:], _options(function, bool)), _options(function, list[str]))
+    settings = parser.instantiate(parser.parse_args(words))
     settings.pop("config", None)
     function(**settings.as_dict())

@@ -20,6 +20,7 @@ __all__ = ["FORMAT", "make_record", "package_versions", "plain", "read_record"]
 FORMAT = "modular-experts/1"
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
+_OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source")
 
 
 def make_record(
@@ -88,9 +89,33 @@ def read_record(file: Path) -> dict[str, Any]:
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
         raise ValueError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type")
-    if not isinstance(record["base"].get("fingerprint"), str):
-        raise ValueError(f"{file} is damaged: it does not say the fingerprint of its base")
+    wrong = [name for name in _OPTIONAL if not isinstance(record.get(name), dict | None)]
+    wrong += [name for name, sound in _details(record).items() if not sound]
+    if wrong:
+        raise ValueError(f"{file} is damaged: {', '.join(wrong)} is not what it must be")
     return record
+
+
+def _details(record: Mapping[str, Any]) -> dict[str, bool]:
+    """Return of each part whether what it holds is what others rely on."""
+    base, by_pattern = record["base"], record.get("per_weight")
+    methods = [record.get("method"), *(by_pattern.values() if isinstance(by_pattern, dict) else ())]
+    texts = [base.get("id"), base.get("revision")]
+    return {
+        "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
+        "the id or the revision of its base": all(isinstance(text, str | None) for text in texts),
+        "a task": all(isinstance(task, str) for task in record["tasks"]),
+        "a parent": all(_has_texts(parent, "name", "content_hash") for parent in record["parents"]),
+        "a merge method": all(method is None or _is_method(method) for method in methods),
+    }
+
+
+def _has_texts(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
+
+
+def _is_method(value: Any) -> bool:
+    return _has_texts(value, "class_path") and isinstance(value.get("init_args"), dict)
 
 
 def plain(value: Any) -> Any:

@@ -144,6 +144,13 @@ def test_the_coefficients_of_a_recipe_are_those_of_the_merge(run, place, tasks):
         torch.testing.assert_close(merged[name].dense().double(), exact, rtol=1e-6, atol=1e-9)
 
 
+def test_a_search_that_finds_nothing_better_than_the_base_says_so(run, place, tasks):
+    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "1", "--algorithm.penalty", "1e6", "--data.tasks", tasks]
+    code, out, _ = run("search", *EXPERTS, *how, "--out", "library/ab")
+    assert code == 0
+    assert "the merge moves nothing" in out
+
+
 def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
     how = ["--algorithm", "LoRAHub", "--algorithm.steps", "2", "--data.tasks", tasks]
     for name in ("ab.recipe.yaml", "ab.trials.json"):

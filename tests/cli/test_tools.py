@@ -372,6 +372,37 @@ def test_lists_may_be_written_with_spaces(given, gathered):
     assert tool._gathered(given, {"--experts"}) == gathered
 
 
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        (["--dry-run"], ["--dry_run", "true"]),
+        (["--dry_run", "--out", "a-b"], ["--dry_run", "true", "--out", "a-b"]),
+        (["--dry-run", "false", "--max-memory=2-GB"], ["--dry_run", "false", "--max_memory=2-GB"]),
+        (["--dry-run=true", "a"], ["--dry_run=true", "a"]),
+        (["--out", "a"], ["--out", "a"]),
+        ([], []),
+    ],
+)
+def test_options_may_have_dashes_and_flags_no_value(given, spelled):
+    assert tool._spelled(given, {"--dry_run"}) == spelled
+
+
+def test_a_dry_run_needs_no_more_than_its_name(run, place):
+    command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/new"]
+    code, out, err = run(*command, "--dry-run", "--max-memory", "20GB")
+    assert (code, err, "nothing was written" in out) == (0, "", True)
+    assert run(*command, "--overwrite")[0] == 0
+
+
+def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir):
+    assert "base" not in run("list", "library")[1].splitlines()[1].split()
+    (place / "others/x").rename(place / "library/x")
+    lines = run("list", "library")[1].splitlines()
+    assert lines[1].split()[:4] == ["expert", "kind", "base", "tasks"]
+    assert any(line.split()[:4] == ["x", "SparseExpert", "elsewhere", "bbbbbbb"] for line in lines)
+    assert sum(tiny_llama_dir.name in line for line in lines) == 3
+
+
 def test_experts_may_be_named_one_after_the_other(run, place):
     command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/spaced"]
     code, out, _ = run(*command)
