@@ -200,6 +200,15 @@ def test_weights_that_do_not_move_are_left_out(tiny_llama_dir, tmp_path):
         write_peft(nothing, tmp_path / "other", SupertuningForm())
 
 
+@pytest.mark.parametrize("form", [SupertuningForm(), ShiraForm()], ids=["supertuning", "shira"])
+def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_llama_dir, tmp_path, form):
+    shape = load_base(tiny_llama_dir).get_parameter(LLAMA[0]).shape
+    sparse = delta_of("Sparse", shape, 1)
+    expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], Dense(sparse.dense()))])
+    carried = write_peft(expert, tmp_path / "adapter", form).weights[LLAMA[0]]
+    assert torch.equal(carried.delta.dense(), sparse.dense())
+
+
 REFUSED = {
     "norms and biases": ("Dense", [f"{LAYER}.input_layernorm.weight", LLAMA[0]], LoraForm(rank=2),
                          r"moves the weight of a Linear, Conv1D and Embedding only, and one moves "
