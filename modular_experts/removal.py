@@ -5,7 +5,7 @@ What a linear merge added can be subtracted. Every other method has to merge the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,19 @@ def remove(
     record = make_record(
         "merge",
         whole.record["base"],
-        tasks=[task for task in whole.record["tasks"] if task not in part.record["tasks"]],
+        tasks=_tasks(whole, part, others),
         parents=others,
         method=describe(left),
     )
     write_expert(out, _Rest(whole, part, factor, share), record, overwrite, progress=progress)
     return open_expert(out)
+
+
+def _tasks(whole: StoredExpert, part: StoredExpert, others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the tasks that are left; a merge of an older version does not say which of its experts had which."""
+    if all("tasks" in parent for parent in others):
+        return sorted({task for parent in others for task in parent["tasks"]})
+    return [task for task in whole.record["tasks"] if task not in part.record["tasks"]]
 
 
 def _linear_method(merged: StoredExpert) -> MergeMethod:

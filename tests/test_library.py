@@ -129,6 +129,7 @@ def test_a_missing_expert_is_named_with_the_nearest(expert):
         (lambda record: record.update(tasks=[{"name": "a"}]), "a task is not what it must be"),
         (lambda record: record.update(parents=[{"name": "a"}]), "a parent is not"),
         (lambda record: record.update(parents=["a"]), "a parent is not"),
+        (lambda record: record.update(parents=[{"name": "a", "content_hash": "b", "tasks": 3}]), "a parent is not"),
         (lambda record: record.update(method={"class_path": "TIES"}), "a merge method is not"),
         (lambda record: record.update(per_weight={".*": "TIES"}), "a merge method is not"),
         (lambda record: record.update(per_weight=["TIES"]), "per_weight is not"),

@@ -54,6 +54,15 @@ def test_result_is_the_merge_of_the_others(library, method):
         assert left.record["tasks"] == sorted(rest, key=lambda task: sorted(names).index(task))
 
 
+def test_a_task_that_another_expert_has_too_stays(tmp_path):
+    for seed, (name, tasks) in enumerate({"one": ["a", "b"], "two": ["b"], "three": ["c"]}.items()):
+        deltas = [("a.weight", random_delta("Sparse", SHAPES["a.weight"], seed, torch.float32, share=0.3))]
+        write_expert(tmp_path / name, deltas, make_record("X", BASE, tasks=tasks))
+    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
+    assert remove(tmp_path / "all", tmp_path / "one", tmp_path / "left").record["tasks"] == ["b", "c"]
+    assert remove(tmp_path / "left", tmp_path / "three", tmp_path / "two-alone").record["tasks"] == ["b"]
+
+
 def test_support_of_sparse_experts_is_that_of_the_others(tmp_path):
     for seed, name in enumerate(("one", "two", "three")):
         make(tmp_path / name, "Sparse", seed)

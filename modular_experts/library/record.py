@@ -30,7 +30,7 @@ def make_record(
     hyperparameters: Mapping[str, Any] | None = None,
     tasks: Sequence[str] = (),
     scores: Mapping[str, Any] | None = None,
-    parents: Sequence[Mapping[str, str]] = (),
+    parents: Sequence[Mapping[str, Any]] = (),
     method: Mapping[str, Any] | None = None,
     per_weight: Mapping[str, Any] | None = None,
     costs: Mapping[str, Any] | None = None,
@@ -44,7 +44,7 @@ def make_record(
         hyperparameters: Settings of the kind.
         tasks: Names of the tasks it was trained on.
         scores: What it scored, by task.
-        parents: `name` and `content_hash` of each expert it was made from, or trained on top of.
+        parents: `name`, `content_hash` and `tasks` of each expert it was made from, or trained on top of.
         method: The merge method, `class_path` and `init_args`, of a merged expert.
         per_weight: Merge methods of single weights, by a pattern of their names; null for what stays at the base.
         costs: What training held and took: bytes of optimizer state, selections of the support and their cost.
@@ -105,13 +105,18 @@ def _details(record: Mapping[str, Any]) -> dict[str, bool]:
         "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
         "the id or the revision of its base": all(isinstance(text, str | None) for text in texts),
         "a task": all(isinstance(task, str) for task in record["tasks"]),
-        "a parent": all(_has_texts(parent, "name", "content_hash") for parent in record["parents"]),
+        "a parent": all(_is_parent(parent) for parent in record["parents"]),
         "a merge method": all(method is None or _is_method(method) for method in methods),
     }
 
 
 def _has_texts(value: Any, *names: str) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
+
+
+def _is_parent(value: Any) -> bool:
+    tasks = value.get("tasks", []) if _has_texts(value, "name", "content_hash") else None
+    return isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
 
 
 def _is_method(value: Any) -> bool:

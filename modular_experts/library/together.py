@@ -108,9 +108,12 @@ def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
     return dict(sorted(shapes.items()))
 
 
-def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, str]]:
-    """Return the experts as a record lists them: by name and content hash."""
-    return [{"name": expert.name, "content_hash": expert.content_hash} for expert in experts]
+def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
+    """Return the experts as a record lists them: by name and content hash, with their tasks."""
+    return [
+        {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
+        for expert in experts
+    ]
 
 
 def _base(expert: StoredExpert) -> str:

@@ -321,7 +321,7 @@ MISTAKES = [
     (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/-b"], 1, "cannot be the name"),
     (["merge", "--experts", "[library/a, others/x]", "--method", "TIES", "--out", "library/new"], 1, "different bases"),
     (["merge", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-    (["merge", "--config", "name.yaml"], 2, "method is a class, written as its name or as {class_path: Name, init_args"),
+    (["merge", "--config", "name.yaml"], 2, "method is a class, written as its name or as {class_path: Name"),
     (["merge", "--config", "typo.yaml"], 2, "no option 'exprts'; did you mean experts?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
