@@ -15,6 +15,8 @@ from torch import Tensor
 
 __all__ = ["coins", "stream_key"]
 
+_CHUNK = 2**14  # entries at a time, so that what lies between flat entry and coin stays in the cache
+
 
 def stream_key(seed: int, name: str, expert: int) -> int:
     """Return the key, a signed 64-bit number, of one expert's coins for one weight."""
@@ -24,6 +26,10 @@ def stream_key(seed: int, name: str, expert: int) -> int:
 
 def coins(flat: Tensor, key: int) -> Tensor:
     """Return a number in [0, 1) for each flat entry (int64), float64 with 53 random bits."""
+    return torch.cat([_coins(chunk, key) for chunk in flat.split(_CHUNK)])
+
+
+def _coins(flat: Tensor, key: int) -> Tensor:
     mixed = flat * -7046029254386353131 + key  # int64 arithmetic wraps around, as the generator wants
     mixed = (mixed ^ _shifted(mixed, 30)) * -4658895280553007687
     mixed = (mixed ^ _shifted(mixed, 27)) * -7723592293110705685
