@@ -66,6 +66,14 @@ def test_merge_config_merges(config: Path) -> None:
     assert [parent["name"] for parent in merged.record["parents"]] == list(NEEDED)
 
 
+@pytest.mark.parametrize("config", sorted((CONFIGS / "search").glob("*.yaml")), ids=lambda file: file.stem)
+def test_search_config_searches(config: Path) -> None:
+    assert main(["search", "--config", str(config), "--algorithm.steps", "3", "--rows", "8"]) == 0
+    found = open_expert(f"library/{config.stem}")
+    assert [parent["name"] for parent in found.record["parents"]] == list(NEEDED)
+    assert (found.path.parent / f"{config.stem}.recipe.yaml").exists()
+
+
 def test_the_test_config_tests(capsys) -> None:
     test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
     for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):
@@ -75,4 +83,4 @@ def test_the_test_config_tests(capsys) -> None:
 
 def test_no_config_is_left_out() -> None:
     found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
-    assert found == {".", "fit", "merge", "paper"}
+    assert found == {".", "fit", "merge", "search", "paper"}
