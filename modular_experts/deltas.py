@@ -142,7 +142,7 @@ class Dense(Delta):
         return target.copy_(target.to(wide) + self.values)
 
     def dense(self) -> Tensor:
-        return self.values.clone()
+        return self.values.clone(memory_format=torch.contiguous_format)
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(x, self.values.to(x.dtype))

@@ -26,6 +26,7 @@ from modular_experts.library import (
     make_record,
     open_expert,
     open_experts,
+    same_parents,
     union_of_weights,
     write_expert,
 )
@@ -108,7 +109,7 @@ class Merged(TaskVector):
     def key(self) -> str:
         """Return a hash of all that the result depends on: experts, their statistics, settings of the methods."""
         record = self.record()
-        content = [record[name] for name in ("parents", "method", "versions")]
+        content = [same_parents(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # in their order, which counts
         content += [[found.content_hashes for found in self._statistics.values()]]
         content += [_source_hash(type(method)) for method in self._distinct().values()]
@@ -255,8 +256,8 @@ def _is_written(path: Path, record: Mapping[str, Any]) -> bool:
     if not (path / "expert.json").is_file():
         return False
     found = open_expert(path).record
-    same = json.loads(json.dumps({name: record[name] for name in ("parents", "method", "per_weight")}, default=str))
-    return all(found.get(name) == value for name, value in same.items())
+    same = json.loads(json.dumps({name: record[name] for name in ("method", "per_weight")}, default=str))
+    return same_parents(found["parents"]) == same_parents(record["parents"]) and same == {n: found.get(n) for n in same}
 
 
 def _source_hash(kind: type[MergeMethod]) -> str:

@@ -340,3 +340,18 @@ def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
     with pytest.raises(FileExistsError):
         slow.__exit__(None, None, None)
     open_expert(tmp_path / "x").verify()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tasks": [1, 2]}, "of its record a task is not what it must be"),
+        ({"parents": [{"name": "a"}]}, "a parent is not"),
+        ({"method": {"class_path": "TIES"}}, "a merge method is not"),
+    ],
+)
+def test_a_record_that_could_not_be_read_is_not_written(tmp_path, settings, sentence):
+    deltas = [("w", Dense(torch.ones(2, 2)))]
+    with pytest.raises(ValueError, match=sentence):
+        write(tmp_path / "one", deltas, make_record("X", {"id": "b", "fingerprint": "f" * 64}, **settings))
+    assert not (tmp_path / "one").exists()

@@ -16,7 +16,7 @@ from modular_experts.cli.tool import run_tool
 from modular_experts.library import Library
 from modular_experts.library.expert import RECORD_FILE
 
-_BROKEN = ("damaged", "", "'verify' says why")
+_BROKEN = ("", "damaged", "", "'verify' says why")
 _UNFOLDED = 1000  # columns where nobody looks and lines are searched: no name is folded there
 _FEW = 4  # more tasks than that are counted, and named by `show`
 EXAMPLES = "  modular-experts list library"
@@ -38,29 +38,29 @@ def list_library(directory: str) -> None:
         print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    several = len({row[1] for row in rows.values() if row[1]}) > 1
+    several = len({row[0] for row in rows.values() if row[0]}) > 1
     for name in ("expert", "kind", "base", "tasks") if several else ("expert", "kind", "tasks"):
         table.add_column(name, overflow="fold")
     for name in ("weights", "kept", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in sorted(rows):
-        kind, base, *others = rows[name]
-        table.add_row(name, kind, *[base] * several, *others)
+        fingerprint, kind, base, *others = rows[name]
+        table.add_row(name, kind, *[f"{base} {fingerprint[:7]}".strip()] * several, *others)
     watched = sys.stdout.isatty() or "COLUMNS" in os.environ
     Console(markup=False, emoji=False, width=None if watched else _UNFOLDED).print(table)
 
 
 def _row(library: Library, name: str) -> tuple[str, ...]:
+    """Return the fingerprint of an expert's base, and what is shown of the expert."""
     try:
         expert = library[name]
     except (ValueError, OSError):
         return _BROKEN  # one bad file must not hide the others
-    tasks = list(map(str, expert.record["tasks"]))
+    tasks, base = expert.record["tasks"], expert.record["base"]
     shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
-    base = expert.record["base"]
-    place = f"{str(base['id']).rstrip('/').rpartition('/')[2]} {base['fingerprint'][:7]}"
+    place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
     numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
-    return kind_text(expert.record), place, shown, *numbers
+    return base["fingerprint"], kind_text(expert.record), place, shown, *numbers
 
 
 def run(argv: Sequence[str]) -> None:

@@ -71,7 +71,9 @@ def search(
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     _print_coefficients(experts, found)
     if not found.coefficients.any():
-        print("nothing that was tried is better than the base alone, so the merge moves nothing; take more steps")
+        print(
+            "the search ended at the base, where it began, so nothing is moved; take more steps, or a smaller penalty"
+        )
     print(f"validation loss {mean_loss(found.losses):.4f}, and {before:.4f} of the base alone")
     print(f"the recipe is {recipe}, the trials are in {trials}")
     print(f"{out}: {summary(merged)}")

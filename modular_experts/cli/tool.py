@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -13,6 +15,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from modular_experts.cli.errors import SentenceErrors
 
 __all__ = ["run_tool"]
+
+
+_TRUTHS = {"true", "false", "yes", "no"}
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -32,14 +37,14 @@ def _options(function: Callable[..., None], kind: object) -> set[str]:
 def _spelled(argv: Sequence[str], flags: Collection[str]) -> list[str]:
     """Return a command line with `--dry-run` written as the parser wants it: `--dry_run true`."""
     given: list[str] = []
-    for word in argv:
+    for word, after in pairwise([*argv, ""]):
         if word.startswith("--"):
-            if given and given[-1] in flags:
-                given.append("true")
-            name, equals, value = word.partition("=")
-            word = "--" + name[2:].replace("-", "_") + equals + value
+            option = re.match(r"[^.=]*", word[2:])[0]  # type: ignore[index]
+            word = f"--{option.replace('-', '_')}{word[2 + len(option) :]}"
         given.append(word)
-    return [*given, "true"] if given and given[-1] in flags else given
+        if word in flags and after.lower() not in _TRUTHS:
+            given.append("true")
+    return given
 
 
 def _gathered(argv: Sequence[str], lists: Collection[str]) -> list[str]:

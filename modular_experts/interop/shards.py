@@ -10,7 +10,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,10 +78,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        with self._named():
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
         assert kind or not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -92,7 +94,16 @@ class ShardWriter:
         content = tensor.detach().cpu().contiguous().reshape(-1)
         if content.numel():
             data: Any = content.view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
+            with self._named():
+                self._file.write(memoryview(data))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let an error, such as that of a full disk, say which file it is about."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; the checkpoint is not written", self._file.name) from error
 
 
 def write_index(directory: Path, files: Mapping[str, Layout]) -> None:

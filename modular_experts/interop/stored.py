@@ -34,14 +34,13 @@ class StoredWeights:
 
     def __init__(self, directory: Path, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
-        self._files: dict[str, MappedTensors] = {}
+        self._files: dict[str, Path] = {}
         self._layouts: dict[str, tuple[str, torch.Size]] = {}
         for file in weight_files(directory):
             with open_tensors(file) as tensors:
-                mapped = MappedTensors(file)
                 for key in tensors.keys():  # noqa: SIM118 - not a dict
                     entry = tensors.get_slice(key)
-                    self._files[key] = mapped
+                    self._files[key] = file
                     self._layouts[key] = (entry.get_dtype(), torch.Size(entry.get_shape()))
         self._keys: dict[str, list[str]] = {name: [] for name in skeleton.weights()}
         for key in self._files:
@@ -50,6 +49,7 @@ class StoredWeights:
                 self._keys[skeleton.owners[name]].append(key)
         self._check()
         self._last: tuple[str, Tensor] | None = None
+        self._open: tuple[Path, MappedTensors] | None = None
 
     def keys(self, name: str) -> list[str]:
         """Return under which names the files hold a weight: several if it is tied and was stored more than once."""
@@ -76,19 +76,25 @@ class StoredWeights:
         owner = self.skeleton.owners[name]
         if self._last and self._last[0] != owner:
             for key in self.keys(self._last[0]):
-                self._files[key].release(key)
+                self._mapped(key).release(key)
             self._last = None
         if not self._last:
             self._last = owner, self._checked(owner)
         return self._last[1]
 
+    def _mapped(self, key: str) -> MappedTensors:
+        """Return the file of a tensor; one is open at a time, as a checkpoint may have more than a process may open."""
+        if not self._open or self._open[0] != self._files[key]:
+            self._open = self._files[key], MappedTensors(self._files[key])
+        return self._open[1]
+
     def _checked(self, name: str) -> Tensor:
         first, *others = self.keys(name)
-        tensor = self._files[first][first]
+        tensor = self._mapped(first)[first]
         if not all_finite(tensor):
             raise ValueError(f"{first} of {self.skeleton.place} holds numbers that are not finite (NaN or infinity)")
         for other in others:
-            if not torch.equal(self._files[other][other], tensor):
+            if not torch.equal(self._mapped(other)[other], tensor):
                 raise ValueError(
                     f"{first} and {other} are one tensor (tied) by the configuration of {self.skeleton.place}, and its "
                     "files hold different values for them; correct tie_word_embeddings in its config.json"

@@ -26,7 +26,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.library.packing import Layout, check_layout, check_numbers, pack, unpack
 from modular_experts.library.paths import check_name, check_target, new_directory
-from modular_experts.library.record import FORMAT, plain, read_record
+from modular_experts.library.record import FORMAT, plain, read_record, what_is_wrong
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
 from modular_experts.task_vector import TaskVector
 
@@ -194,6 +194,8 @@ def write_expert(
         ValueError: A name comes twice, a value is not finite, or there is no weight at all.
     """
     target = check_target(path, overwrite)
+    if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
+        raise ValueError(f"the expert cannot be written, as of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
         table = _write_deltas(directory / DELTA_FILE, deltas, progress)
         content = plain({**record, "content_hash": content_hash(table)})

@@ -15,7 +15,7 @@ from typing import Any
 
 import modular_experts
 
-__all__ = ["FORMAT", "make_record", "package_versions", "plain", "read_record"]
+__all__ = ["FORMAT", "make_record", "package_versions", "plain", "read_record", "what_is_wrong"]
 
 FORMAT = "modular-experts/1"
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
@@ -86,14 +86,19 @@ def read_record(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: it holds no JSON object")
     if record.get("format") != FORMAT:
         raise ValueError(f"{file} has format {record.get('format')!r}, and this version reads {FORMAT!r} only")
+    if wrong := what_is_wrong(record):
+        raise ValueError(f"{file} is damaged: {wrong}")
+    return record
+
+
+def what_is_wrong(record: Mapping[str, Any]) -> str:
+    """Return what of a record is missing or not what others rely on, or nothing."""
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
-        raise ValueError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type")
+        return f"{', '.join(wrong)} is missing or of a wrong type"
     wrong = [name for name in _OPTIONAL if not isinstance(record.get(name), dict | None)]
     wrong += [name for name, sound in _details(record).items() if not sound]
-    if wrong:
-        raise ValueError(f"{file} is damaged: {', '.join(wrong)} is not what it must be")
-    return record
+    return f"{', '.join(wrong)} is not what it must be" if wrong else ""
 
 
 def _details(record: Mapping[str, Any]) -> dict[str, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ __all__ = [
     "check_base",
     "common_base",
     "open_experts",
+    "same_parents",
     "union_of_weights",
 ]
 
@@ -114,6 +115,11 @@ def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
         {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
         for expert in experts
     ]
+
+
+def same_parents(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return of listed parents what tells which they are: names and content hashes, whatever tasks they have."""
+    return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 
 def _base(expert: StoredExpert) -> str:

@@ -107,12 +107,12 @@ class Part:
             if stop - start == delta.shape.numel():
                 return Entries(delta.values, delta.indices, start)
             here = between(delta.indices, start, stop)
-            return _moved(delta.indices[here], delta.values[here], start)
+            return _inside(delta.indices[here], delta.values[here], start)
         if isinstance(delta, BlockSparse):
             tiles = self._tiles(delta)
             entries, inside = block_entries(delta.blocks[tiles], delta.shape, delta.tile)
             inside &= (entries >= start) & (entries < stop)
-            return _moved(entries[inside], delta.values[tiles][inside], start)
+            return _inside(entries[inside], delta.values[tiles][inside], start)
         return Entries(delta.rows(*self.rows).reshape(-1), None, start)
 
     def _tiles(self, delta: BlockSparse) -> slice:
@@ -209,8 +209,8 @@ def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | N
     return (blocks + part.rows[0] // tile[0] * wide).to(index_dtype(shape)), tiles
 
 
-def _moved(places: Tensor, values: Tensor, start: int) -> Entries:
-    """Return the entries of a part that starts with a flat entry, from their places in the weight."""
+def _inside(places: Tensor, values: Tensor, start: int) -> Entries:
+    """Return entries of a part from their flat places in the weight; the part begins with the flat entry `start`."""
     return Entries(values, places - start if start else places, start)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,6 +382,11 @@ def test_lists_may_be_written_with_spaces(given, gathered):
         (["--dry_run", "--out", "a-b"], ["--dry_run", "true", "--out", "a-b"]),
         (["--dry-run", "false", "--max-memory=2-GB"], ["--dry_run", "false", "--max_memory=2-GB"]),
         (["--dry-run=true", "a"], ["--dry_run=true", "a"]),
+        (["--dry-run", "recipe.yaml"], ["--dry_run", "true", "recipe.yaml"]),
+        (["--dry-run", "-h"], ["--dry_run", "true", "-h"]),
+        (["--dry_run", "False", "a"], ["--dry_run", "False", "a"]),
+        (["--per-weight.a-b[0-9]=c-d"], ["--per_weight.a-b[0-9]=c-d"]),
+        (["--per_weight.[p-r]_proj", "TIES"], ["--per_weight.[p-r]_proj", "TIES"]),
         (["--out", "a"], ["--out", "a"]),
         ([], []),
     ],
@@ -396,6 +402,10 @@ def test_a_dry_run_needs_no_more_than_its_name(run, place):
     assert run(*command, "--overwrite")[0] == 0
 
 
+def _fingerprint(path):
+    return open_expert(path).record["base"]["fingerprint"]
+
+
 def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir):
     assert "base" not in run("list", "library")[1].splitlines()[1].split()
     (place / "others/x").rename(place / "library/x")
@@ -403,6 +413,12 @@ def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir)
     assert lines[1].split()[:4] == ["expert", "kind", "base", "tasks"]
     assert any(line.split()[:4] == ["x", "SparseExpert", "elsewhere", "bbbbbbb"] for line in lines)
     assert sum(tiny_llama_dir.name in line for line in lines) == 3
+    for change in ({"id": None, "fingerprint": _fingerprint("library/a")}, {"fingerprint": _fingerprint("library/a")}):
+        record = json.loads(Path("library/x/expert.json").read_text()) | {"base": change}
+        Path("library/x/expert.json").write_text(json.dumps(record))
+        lines = run("list", "library")[1].splitlines()
+        assert "base" not in lines[1].split()  # the same one, under another name
+        assert any(line.split()[:2] == ["x", "SparseExpert"] for line in lines)
 
 
 def test_experts_may_be_named_one_after_the_other(run, place):

@@ -72,7 +72,7 @@ def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, t
     one = make(tmp_path / "one", tiny_llama_dir, 1)
     apply([one], tmp_path / "out", tiny_llama_dir)
     manifest = json.loads((tmp_path / "out/modular_experts.json").read_text())
-    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(one).content_hash}]
+    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(one).content_hash, "tasks": []}]
     assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
     assert manifest["check"]["largest_difference"] == 0.0
     assert manifest["check"]["tolerance"] == 1e-3

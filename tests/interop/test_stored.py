@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,15 @@ def test_a_file_whose_numbers_lie_at_odd_places_is_read(tmp_path):
     file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
     weights = StoredWeights(tmp_path, read_skeleton(tmp_path))
     assert all(torch.equal(weights.read(name), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed by Linux")
+def test_one_file_is_open_at_a_time(tmp_path):
+    build_model("llama", 0).save_pretrained(tmp_path, max_shard_size="20KB")
+    files = len(list(tmp_path.glob("*.safetensors")))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    weights = StoredWeights(tmp_path, read_skeleton(tmp_path))
+    held = [weights.read(name) for name in weights.skeleton.weights()]
+    del held
+    assert files > 3
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

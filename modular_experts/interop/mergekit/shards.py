@@ -36,6 +36,7 @@ def write_shards(directory: Path, layout: Layout, tensors: Iterable[tuple[str, T
                 name, tensor = next(coming)
                 assert name == expected
                 writer.write(name, tensor)
+    assert next(coming, None) is None
     if len(files) > 1:
         write_index(directory, files)
 

@@ -413,3 +413,18 @@ def test_checkpoints_of_sparse_experts_merge_as_dense_ones_do(tmp_path, monkeypa
         assert any(isinstance(delta, Sparse) and not delta.is_empty for delta in packed) == (share > 0)
         results.append(load((tmp_path / "merged/model.safetensors").read_bytes()))
     assert_merge(*({name: tensor.double() for name, tensor in found.items()} for found in results))
+
+
+def test_progress_is_gone_through_to_its_end(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    (tmp_path / "recipe.yaml").write_text(
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}"
+    )
+    ended = []
+
+    def progress(names):
+        yield from names
+        ended.append(len(names))
+
+    merge_recipe(read_configuration(tmp_path / "recipe.yaml"), tmp_path / "merged", progress=progress)
+    assert ended == [len(tensors(place, "a"))]
