@@ -406,7 +406,8 @@ def _fingerprint(path):
     return open_expert(path).record["base"]["fingerprint"]
 
 
-def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir):
+def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert "base" not in run("list", "library")[1].splitlines()[1].split()
     (place / "others/x").rename(place / "library/x")
     lines = run("list", "library")[1].splitlines()

@@ -178,7 +178,7 @@ def test_manifest_says_what_was_written_and_how_it_was_checked(tiny_llama_dir, t
     expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
     written = write_peft(expert, tmp_path / "adapter", LoraForm(rank=9), tolerance=1e-4)
     manifest = json.loads((tmp_path / "adapter/modular_experts.json").read_text())
-    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(expert).content_hash}]
+    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(expert).content_hash, "tasks": []}]
     assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
     assert manifest["adapter"]["peft_type"] == "LORA"
     assert manifest["adapter"]["settings"] == {"rank": 9}
