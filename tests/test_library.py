@@ -345,7 +345,7 @@ def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"tasks": [1, 2]}, "of its record a task is not what it must be"),
+        ({"tasks": [1, 2]}, "cannot be written: of its record a task is not what it must be"),
         ({"parents": [{"name": "a"}]}, "a parent is not"),
         ({"method": {"class_path": "TIES"}}, "a merge method is not"),
     ],

@@ -24,7 +24,7 @@ from modular_experts.interop.shards import Layout, ShardWriter, dtype_named, wri
 from modular_experts.interop.skeleton import Skeleton
 from modular_experts.interop.weights import open_tensors, weight_files
 
-__all__ = ["Rounding", "stored_keys", "stream_sum"]
+__all__ = ["Rounding", "stored_keys", "stream_sum", "unequal"]
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -59,7 +59,7 @@ class _Losses:
     def add(self, base: Tensor, delta: Delta, exact: Tensor, rounded: Tensor) -> None:
         """Count a weight: its base as stored, its delta, and their sum before and after rounding."""
         moved = _count_moved(delta)
-        changed = int(np.count_nonzero(_bits(rounded) != _bits(base.to(rounded.dtype))))
+        changed = int(np.count_nonzero(unequal(rounded, base.to(rounded.dtype))))
         self.moved += moved
         self.unchanged += max(0, moved - changed)
         self.norm += (delta.norm() if isinstance(delta, LowRank) else delta.values.norm().item()) ** 2
@@ -217,8 +217,9 @@ def _count_moved(delta: Delta) -> int:
     return int(delta.values.count_nonzero())
 
 
-def _bits(values: Tensor) -> np.ndarray[Any, Any]:
-    """Return the bits of floating-point numbers as integers, which compare ten times faster in half precision, and
-    three times faster by numpy.
+def unequal(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return where two tensors of one floating-point dtype differ in their bits; as integers they compare ten times
+    faster in half precision, and three times faster by numpy.
     """
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]).numpy()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return one.view(integers).numpy() != other.view(integers).numpy()

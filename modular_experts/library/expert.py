@@ -195,7 +195,7 @@ def write_expert(
     """
     target = check_target(path, overwrite)
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
-        raise ValueError(f"the expert cannot be written, as of its record {wrong}")
+        raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
         table = _write_deltas(directory / DELTA_FILE, deltas, progress)
         content = plain({**record, "content_hash": content_hash(table)})

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.blocks import index_dtype, rows_and_columns, true_places
+from modular_experts.blocks import rows_and_columns
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
+from modular_experts.interop.forms import Exact
 from modular_experts.interop.peft.form import Carried, PeftForm
 from modular_experts.interop.peft.layers import is_linear
 
@@ -110,11 +111,9 @@ def _entries_at(sparsity: float, size: int) -> int:
 
 def _as_sparse(name: str, delta: Delta) -> Sparse:
     if isinstance(delta, BlockSparse):
-        return delta.as_sparse()
-    if isinstance(delta, Dense) and 2 * int(delta.values.count_nonzero()) <= delta.values.numel():  # dense in form only
-        flat = delta.values.reshape(-1)
-        places = true_places(flat != 0)
-        return Sparse(places.to(index_dtype(delta.shape)), flat.index_select(0, places), delta.shape)
+        delta = delta.as_sparse()
+    elif isinstance(delta, Dense):
+        delta = Exact().of(delta.values)  # it may be dense in form only
     if not isinstance(delta, Sparse):
         raise ValueError(
             f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it as lora, "
