@@ -26,7 +26,7 @@ from modular_experts.library import (
     make_record,
     open_expert,
     open_experts,
-    same_parents,
+    parent_ids,
     union_of_weights,
     write_expert,
 )
@@ -109,7 +109,7 @@ class Merged(TaskVector):
     def key(self) -> str:
         """Return a hash of all that the result depends on: experts, their statistics, settings of the methods."""
         record = self.record()
-        content = [same_parents(record["parents"]), record["method"], record["versions"]]
+        content = [parent_ids(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # in their order, which counts
         content += [[found.content_hashes for found in self._statistics.values()]]
         content += [_source_hash(type(method)) for method in self._distinct().values()]
@@ -257,7 +257,7 @@ def _is_written(path: Path, record: Mapping[str, Any]) -> bool:
         return False
     found = open_expert(path).record
     same = json.loads(json.dumps({name: record[name] for name in ("method", "per_weight")}, default=str))
-    return same_parents(found["parents"]) == same_parents(record["parents"]) and same == {n: found.get(n) for n in same}
+    return parent_ids(found["parents"]) == parent_ids(record["parents"]) and same == {n: found.get(n) for n in same}
 
 
 def _source_hash(kind: type[MergeMethod]) -> str:

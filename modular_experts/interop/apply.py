@@ -35,7 +35,7 @@ from modular_experts.library import (
     check_target,
     new_directory,
     open_experts,
-    same_parents,
+    parent_ids,
     union_of_weights,
 )
 from modular_experts.library.record import package_versions, plain
@@ -104,7 +104,7 @@ def apply(
     opened = open_experts(experts)
     union_of_weights(opened)
     origin = {"experts": as_parents(opened)}
-    key = json.dumps(same_parents(origin["experts"]))
+    key = json.dumps(parent_ids(origin["experts"]))
     return write_checkpoint(
         Sum(opened), opened, target, origin, base, revision, dtype, tolerance, overwrite, progress, check, key
     )

@@ -17,7 +17,7 @@ from modular_experts.library.together import (
     check_base,
     common_base,
     open_experts,
-    same_parents,
+    parent_ids,
     union_of_weights,
 )
 
@@ -35,7 +35,7 @@ __all__ = [
     "open_expert",
     "open_experts",
     "open_statistics",
-    "same_parents",
+    "parent_ids",
     "union_of_weights",
     "write_expert",
     "write_statistics",

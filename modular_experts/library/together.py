@@ -16,7 +16,7 @@ __all__ = [
     "check_base",
     "common_base",
     "open_experts",
-    "same_parents",
+    "parent_ids",
     "union_of_weights",
 ]
 
@@ -117,8 +117,8 @@ def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
     ]
 
 
-def same_parents(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return of listed parents what tells which they are: names and content hashes, whatever tasks they have."""
+def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return only what tells which experts listed parents are: names and content hashes, whatever tasks they have."""
     return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 
