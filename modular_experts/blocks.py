@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,9 +92,13 @@ def true_places(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 0]
 
 
-def between(numbers: Tensor, start: int, stop: int) -> slice:
-    """Return where the numbers from `start` to before `stop` lie among sorted ones; on the CPU numpy is faster."""
-    edges = torch.tensor([start, stop], dtype=numbers.dtype, device=numbers.device)
+def between(numbers: Tensor, spans: Sequence[tuple[int, int]]) -> list[slice]:
+    """Return where the numbers of each span, from its start to before its stop, lie among sorted ones; on the CPU numpy
+    finds it faster.
+    """
     if numbers.device.type == "cpu":
-        return slice(*numbers.numpy().searchsorted(edges.numpy()).tolist())
-    return slice(*torch.searchsorted(numbers, edges).tolist())
+        among = numbers.numpy()
+        found = among.searchsorted(np.array(spans, among.dtype)).tolist()
+    else:
+        found = torch.searchsorted(numbers, torch.tensor(spans, dtype=numbers.dtype, device=numbers.device)).tolist()
+    return [slice(start, stop) for start, stop in found]

@@ -98,6 +98,7 @@ def stream_sum(
     """
     losses, files = _Losses(), {}
     sources = {file: _layout(file) for file in weight_files(base)}
+    *_, last = sources
     keys = iter(progress([key for layout in sources.values() for key in layout]))
     told: set[str] = set()
 
@@ -118,10 +119,11 @@ def stream_sum(
                 next(keys)
         else:
             found = _write_file(file, out, files[file.name], moved, deltas, tell, keys)
-            _write_note(note, found, out / file.name)
+            if file is not last:  # with the last file all is there
+                _write_note(note, found, out / file.name)
         losses += found
     for file in sources:
-        (out / f".{file.name}.json").unlink()
+        (out / f".{file.name}.json").unlink(missing_ok=True)
     if len(files) > 1:
         write_index(out, files)
     return losses.total()

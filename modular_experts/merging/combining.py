@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.merging.method import one_per_expert, sum_of_weights
-from modular_experts.merging.parts import Entries, Part, merge_by_parts, parts_of
+from modular_experts.merging.parts import Entries, Part, joined, merge_by_parts, parts_of, widest_dtype
 from modular_experts.merging.trimming import Trim, Trimming
 
 __all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]
@@ -37,16 +37,17 @@ class Summed(Trimming):
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         divisor = sum_of_weights(self, weights) if self.normalise else 1.0
-        trims = self.trims(deltas)
+        dtype = widest_dtype(deltas)
+        deltas, trims = self.trims(deltas)
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, moved = part.zeros(), part.zeros(torch.bool)
-            for weight, entries in zip(weights, _trimmed(part, trims), strict=True):
+            for entries, weight in joined(_trimmed(part, trims), weights):
                 entries.add_to(total, factor=weight)
                 entries.mark(moved, entries.values != 0)
             return total.mul_(self.scale / divisor), moved  # type: ignore[operator]
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_parts(deltas, rule, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +62,35 @@ class Elected(Trimming):
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        trims = self.trims(deltas)
-        of_zero = self._sign_of_zero(deltas, trims, weights)
+        dtype = widest_dtype(deltas)
+        deltas, trims = self.trims(deltas)
+        of_zero, counts = self._sign_of_zero(deltas, trims, weights), self.divisor == "count"
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            trimmed = list(_trimmed(part, trims))
-            elected = self._votes(part, trimmed, weights).sign_()
-            if of_zero:
-                elected.add_(elected == 0, alpha=of_zero)
-            total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
-            for weight, entries in zip(weights, trimmed, strict=True):
+            trimmed = joined(_trimmed(part, trims), weights)
+            elected = self._votes(part, trimmed).sign_()
+            elected += of_zero / 2  # a half turns no sign but that of zero
+            total, voters = part.zeros(), part.zeros(torch.bool)
+            divisor = None if self.divisor == "none" else part.zeros()
+            for entries, weight in trimmed:
                 values = entries.values
                 side = values * weight if self.vote == "weighted" else values
                 agrees = side * entries.of(elected) > 0
                 entries.add_to(total, values * agrees, weight)
                 entries.mark(voters, agrees)
-                if self.divisor != "none":
+                if divisor is not None:
                     entries.add_to(divisor, agrees, weight if self.divisor == "weights" else 1.0)
-            divisor += divisor == 0  # where no one agrees, or the weights of those who do cancel
-            return total.mul_(self.scale).div_(divisor), voters  # type: ignore[arg-type]
+            total *= self.scale  # type: ignore[arg-type]
+            if divisor is not None:  # zero where no one agrees, or where the weights of those who do cancel
+                total /= divisor.clamp_(min=1.0) if counts else divisor.masked_fill_(divisor == 0, 1.0)
+            return total, voters
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_parts(deltas, rule, dtype)
 
-    def _votes(self, part: Part, trimmed: Sequence[Entries], weights: Sequence[float]) -> Tensor:
+    def _votes(self, part: Part, trimmed: Sequence[tuple[Entries, float | Tensor]]) -> Tensor:
         """Return the outcome of the election at each entry: positive, negative or zero."""
         votes = part.zeros()
-        for weight, entries in zip(weights, trimmed, strict=True):
+        for entries, weight in trimmed:
             vote = entries.values.sign() if self.vote == "count" else entries.values
             entries.add_to(votes, vote, weight if self.vote == "weighted" else 1.0)
         return votes
@@ -100,7 +104,8 @@ class Elected(Trimming):
     def _majority(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
         """Return how many more entries of a weight elect plus than minus."""
         parts = parts_of(deltas)
-        return sum(self._votes(part, list(_trimmed(part, trims)), weights).sign_().sum().item() for part in parts)
+        elected = (self._votes(part, joined(_trimmed(part, trims), weights)).sign_() for part in parts)
+        return sum(signs.sum().item() for signs in elected)
 
 
 def _trimmed(part: Part, trims: Sequence[Trim]) -> Iterator[Entries]:

@@ -89,7 +89,7 @@ class EMRTask(MergeMethod):
 
     def _of_the_task(self, part: Part) -> tuple[Tensor, Tensor]:
         unified, kept = _unified(part), part.zeros(torch.bool)
-        entries = part.entries(part.deltas[self.expert])
+        entries = part.entries(self.expert)
         entries.mark(kept, entries.values * entries.of(unified) > 0)
         return self.rescaler * unified * kept, kept
 
@@ -97,7 +97,7 @@ class EMRTask(MergeMethod):
 def _unified(part: Part) -> Tensor:
     """Return the unified delta on a part, float64 and flat."""
     sign, largest = part.zeros(), part.zeros()
-    for entries in part:
+    for entries in part.joined():
         entries.add_to(sign)
     sign.sign_()
     for entries in part:  # times the sign, a value that disagrees is below zero and never the largest

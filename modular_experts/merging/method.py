@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, LowRank, add
-from modular_experts.merging.parts import Part, all_sparse, merge_by_parts, widest_dtype
+from modular_experts.merging.parts import Part, all_sparse, joined, merge_by_parts, widest_dtype
 from modular_experts.merging.statistic import Statistic
 
 __all__ = ["MergeMethod", "check_finite", "one_per_expert", "weighted_sum"]
@@ -112,7 +112,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
         # Alike, they are multiplied last, so that sums of half-precision numbers, in float32, are as good as exact.
         total = part.zeros(None if alike else torch.float64)
         kept = part.zeros(torch.bool) if sparse else None
-        for weight, entries in zip(weights, part, strict=True):
+        for entries, weight in joined(part, weights):
             entries.add_to(total, factor=1.0 if alike else weight)
             if kept is not None:
                 entries.mark(kept)

@@ -10,8 +10,9 @@ known here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from modular_experts.blocks import between, block_entries, gather_blocks, index_dtype, true_places
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
 
-__all__ = ["Entries", "Part", "all_sparse", "merge_by_parts", "parts_of", "widest_dtype"]
+__all__ = ["Entries", "Part", "all_sparse", "joined", "merge_by_parts", "parts_of", "widest_dtype"]
 
 PART = 2**18
 """Entries of a part, unless one row, or one row of tiles, has more: small enough for a processor's cache."""
@@ -43,9 +44,13 @@ class Entries:
         """Return what a flat tensor of the part holds at these entries."""
         return scratch if self.places is None else scratch.index_select(0, self.places)
 
-    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float = 1.0) -> None:
-        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part."""
+    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float | Tensor = 1.0) -> None:
+        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part; the factor may
+        be one per entry, `(n,)`.
+        """
         added = self.values if values is None else values
+        if isinstance(factor, Tensor):
+            added, factor = added * factor, 1.0
         if self.places is None:
             scratch.add_(added, alpha=factor)
         else:
@@ -88,37 +93,34 @@ class Part:
     Attributes:
         deltas: The deltas of the whole weight, in the order of the experts.
         rows: First row, and the one after the last.
+        slices: Which of each delta's stored entries or tiles reach into these rows.
     """
 
     deltas: Sequence[Delta]
     rows: tuple[int, int]
+    slices: Sequence[slice]
 
     def __iter__(self) -> Iterator[Entries]:
         """Give the entries of one expert after the other; they may be gone through several times."""
-        return (self.entries(delta) for delta in self.deltas)
+        return (self.entries(expert) for expert in range(len(self.deltas)))
 
-    def entries(self, delta: Delta) -> Entries:
-        """Return what a delta of this weight keeps here."""
-        start, stop = self.span
+    def entries(self, expert: int) -> Entries:
+        """Return what an expert keeps here."""
+        delta, here, (start, stop) = self.deltas[expert], self.slices[expert], self.span
         if delta.is_empty:
             nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
             return Entries(nothing.to(delta.dtype), nothing, start)
         if isinstance(delta, Sparse):
-            if stop - start == delta.shape.numel():
-                return Entries(delta.values, delta.indices, start)
-            here = between(delta.indices, start, stop)
             return _inside(delta.indices[here], delta.values[here], start)
         if isinstance(delta, BlockSparse):
-            tiles = self._tiles(delta)
-            entries, inside = block_entries(delta.blocks[tiles], delta.shape, delta.tile)
+            entries, inside = block_entries(delta.blocks[here], delta.shape, delta.tile)
             inside &= (entries >= start) & (entries < stop)
-            return _inside(entries[inside], delta.values[tiles][inside], start)
+            return _inside(entries[inside], delta.values[here][inside], start)
         return Entries(delta.rows(*self.rows).reshape(-1), None, start)
 
-    def _tiles(self, delta: BlockSparse) -> slice:
-        """Return which of a delta's tiles, which are sorted, reach into this part."""
-        height, wide = delta.tile[0], -(-self.width // delta.tile[1])
-        return between(delta.blocks, self.rows[0] // height * wide, -(-self.rows[1] // height) * wide)
+    def joined(self) -> list[Entries]:
+        """Return the entries of all experts: see `joined`."""
+        return [entries for entries, _ in joined(self, [1.0] * len(self.deltas))]
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
@@ -130,7 +132,7 @@ class Part:
     def support(self) -> Tensor:
         """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""
         kept = self.zeros(torch.bool)
-        for entries in self:
+        for entries in self.joined():
             entries.mark(kept)
         return kept
 
@@ -139,7 +141,7 @@ class Part:
         """Entries of a row."""
         return _width(self.deltas[0].shape)
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, int]:
         """First flat entry, and the one after the last."""
         return self.rows[0] * self.width, self.rows[1] * self.width
@@ -176,8 +178,27 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     if tile:
         step = max(1, step // tile[0]) * tile[0]
     height = shape[0] if shape else 1
-    for first in range(0, height, step):
-        yield Part(deltas, (first, min(first + step, height)))
+    rows = [(first, min(first + step, height)) for first in range(0, height, step)]
+    slices = [_slices(delta, rows) for delta in deltas]
+    for place, span in enumerate(rows):
+        yield Part(deltas, span, [here[place] for here in slices])
+
+
+def joined(entries: Iterable[Entries], weights: Sequence[float]) -> list[tuple[Entries, float | Tensor]]:
+    """Return what each expert keeps of a part with its weight, for rules to which it does not matter whose an entry is.
+
+    What sparse experts keep comes as one, which takes fewer and longer operations: a place is then there several times,
+    and where the weights differ there is one per entry, `(n,)`.
+    """
+    each = list(entries)
+    places = [of_one.places for of_one in each if of_one.places is not None]
+    if len(places) < len(each):
+        return list(zip(each, weights, strict=True))
+    together = Entries(torch.cat([of_one.values for of_one in each]), torch.cat(places), each[0].start)
+    if len(set(weights)) == 1:
+        return [(together, weights[0])]
+    counts = torch.tensor([of_one.values.numel() for of_one in each], device=together.values.device)
+    return [(together, torch.tensor(weights, dtype=torch.float64, device=counts.device).repeat_interleave(counts))]
 
 
 def all_sparse(deltas: Sequence[Delta]) -> bool:
@@ -212,6 +233,17 @@ def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | N
 def _inside(places: Tensor, values: Tensor, start: int) -> Entries:
     """Return entries of a part from their flat places in the weight; the part begins with the flat entry `start`."""
     return Entries(values, places - start if start else places, start)
+
+
+def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
+    """Return which of a delta's stored entries or tiles, which are sorted, reach into each of some spans of rows."""
+    width = _width(delta.shape)
+    if isinstance(delta, Sparse):
+        return between(delta.indices, [(first * width, last * width) for first, last in rows])
+    if isinstance(delta, BlockSparse):
+        height, wide = delta.tile[0], -(-width // delta.tile[1])
+        return between(delta.blocks, [(first // height * wide, -(-last // height) * wide) for first, last in rows])
+    return [slice(*span) for span in rows]
 
 
 def _common_tile(deltas: Sequence[Delta]) -> tuple[int, int] | None:

@@ -56,7 +56,7 @@ class SparseAverage(MergeMethod):
 
     def _rule(self, part: Part) -> tuple[Tensor, None]:
         total, movers = part.zeros(), part.zeros()
-        for entries in part:
+        for entries in part.joined():
             entries.add_to(total)
             entries.add_to(movers, self._moved(entries.values))
         return total.mul_(self.scale).div_(movers.clamp_(min=1).pow_(self.exponent)), None

@@ -90,7 +90,7 @@ class TALLMask(MergeMethod):
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         if self._expert is None:
             return weighted_sum(deltas, [self.scale] * len(deltas))
-        own = deltas[self._expert]
+        own = self._expert
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, entries = _sum(part), part.entries(own)
@@ -103,7 +103,7 @@ class TALLMask(MergeMethod):
 
 def _sum(part: Part) -> Tensor:
     total = part.zeros()
-    for entries in part:
+    for entries in part.joined():
         entries.add_to(total)
     return total
 

@@ -107,7 +107,7 @@ class TIES(Largest, Elected):
         difference = 0.0
         for deltas in stream:
             weights = one_per_expert(self, "weights", self.weights, len(deltas))
-            difference += self._majority(deltas, self.trims(deltas), weights)
+            difference += self._majority(*self.trims(deltas), weights)
         return float(difference > 0) - float(difference < 0)
 
     def _sign_of_zero(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:

@@ -16,11 +16,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta
+from modular_experts.deltas import Delta, Sparse
 from modular_experts.merging.coins import coins, stream_key
 from modular_experts.merging.cut import exact_cut, kept_count
 from modular_experts.merging.method import MergeMethod, one_per_expert
-from modular_experts.merging.parts import Entries, Part, parts_of
+from modular_experts.merging.parts import Entries, parts_of
 
 __all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
 
@@ -51,12 +51,15 @@ class Trimming(MergeMethod):
             experts: How many there are.
         """
 
-    def trims(self, deltas: Sequence[Delta]) -> list[Trim]:
-        """Return the trimming of each expert's delta of one weight, rescaled."""
+    def trims(self, deltas: Sequence[Delta]) -> tuple[list[Delta], list[Trim]]:
+        """Return the deltas of one weight, and the trimming of each, rescaled; what is trimmed here already is trimmed
+        no further.
+        """
         trims = [self.trim(delta, expert, len(deltas)) for expert, delta in enumerate(deltas)]
         if self.rescale != "l1":
-            return trims
-        return [_with_equal_l1(trim, delta) for trim, delta in zip(trims, deltas, strict=True)]
+            return list(deltas), trims
+        pairs = [_with_equal_l1(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
+        return [delta for delta, _ in pairs], [trim for _, trim in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ class _Random(Trimming):
     def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
         share = one_per_expert(self, "keep", self.keep, experts)[expert]
         if share == 1:
-            return lambda entries: entries
+            return _untrimmed
         key = stream_key(self.seed, self._name, expert)
 
         def drop(entries: Entries) -> Entries:
@@ -147,26 +150,44 @@ class RankedDrop(_Random):
         if len(delta.shape) == 1 and entries.places is None and entries.values.numel() < width:
             ranks = _row_ranks(Entries(delta.dense(), None, 0), width)[entries.flat()]  # a row that is cut into parts
         elif len(delta.shape) == 1 and entries.places is not None:
-            whole = Part([delta], (0, width)).entries(delta)
+            assert isinstance(delta, Sparse)  # tiles are of matrices
+            whole = _whole(delta)
             ranks = _row_ranks(whole, width)[torch.searchsorted(whole.flat(), entries.flat())]
         else:
             ranks = _row_ranks(entries, width)
         return keep - epsilon + 2 * epsilon * ranks.double() / (width - 1)
 
 
-def _with_equal_l1(trim: Trim, delta: Delta) -> Trim:
+def _with_equal_l1(delta: Delta, trim: Trim) -> tuple[Delta, Trim]:
+    """Return a trimming that keeps the sum of the magnitudes; single entries are trimmed once, to learn that sum."""
     before = after = 0.0
-    for part in parts_of([delta]):
-        entries = part.entries(delta)
-        before += entries.values.double().abs().sum().item()
-        after += trim(entries).values.double().abs().sum().item()
+    pieces = [_whole(delta)] if isinstance(delta, Sparse) else (part.entries(0) for part in parts_of([delta]))
+    for entries in pieces:
+        left = trim(entries)
+        before += _sum_of_magnitudes(entries)
+        after += _sum_of_magnitudes(left)
+    if isinstance(delta, Sparse):
+        assert left.places is not None  # of single entries
+        delta, trim = Sparse(left.places, left.values, delta.shape), _untrimmed
     factor = before / after if after else 1.0
 
     def rescaled(entries: Entries) -> Entries:
         left = trim(entries)
         return replace(left, values=left.values.double() * factor)
 
-    return rescaled
+    return delta, rescaled
+
+
+def _sum_of_magnitudes(entries: Entries) -> float:
+    return torch.linalg.vector_norm(entries.values, 1, dtype=torch.float64).item()
+
+
+def _whole(delta: Sparse) -> Entries:
+    return Entries(delta.values, delta.indices, 0)
+
+
+def _untrimmed(entries: Entries) -> Entries:
+    return entries
 
 
 def _row_ranks(entries: Entries, width: int) -> Tensor:

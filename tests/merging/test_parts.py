@@ -12,7 +12,7 @@ from random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.merging import TIES, Average, Breadcrumbs, MagMax, SparseAverage, parts
-from modular_experts.merging.parts import merge_by_parts, parts_of
+from modular_experts.merging.parts import joined, merge_by_parts, parts_of
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
 
@@ -71,9 +71,28 @@ def test_entries_of_a_part_say_where_they_are(size, deltas):
         rebuilt = torch.zeros(delta.shape.numel(), dtype=torch.float64)
         with parts_of_size(size):
             for part in parts_of([delta]):
-                entries = part.entries(delta)
+                entries = part.entries(0)
                 rebuilt[entries.flat()] = entries.values.double()
         torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
+
+
+@given(size=sizes, deltas=deltas_of_one_weight(), data=st.data())
+def test_joined_entries_are_those_of_the_experts(size, deltas, data):
+    number = st.floats(-2, 2, width=16)
+    weights = data.draw(
+        st.lists(number, min_size=len(deltas), max_size=len(deltas)) | number.map(lambda x: [x] * len(deltas))
+    )
+    with parts_of_size(size):
+        for part in parts_of(deltas):
+            each, together = part.zeros(torch.float64), part.zeros(torch.float64)
+            for entries, weight in zip(part, weights, strict=True):
+                entries.add_to(each, factor=weight)
+            pieces = joined(part, weights)
+            for entries, weight in pieces:
+                entries.add_to(together, factor=weight)
+            assert torch.equal(each, together)
+            sparse = all(entries.places is not None for entries in part)
+            assert len(pieces) == (1 if sparse else len(deltas))
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])

@@ -78,6 +78,35 @@ def test_dare_keeps_the_share_and_the_mean(keep):
     assert abs(merged.mean() - 1) < error / keep
 
 
+@pytest.mark.parametrize("method", [DARE(keep=0.5, rescale="l1"), DELLA(keep=0.5, rescale="l1")])
+def test_rescaled_by_magnitudes_single_entries_are_those_of_the_dense_delta(method):
+    deltas = [random_delta("Sparse", (30, 40), number, dtype=torch.float64) for number in (1, 2)]
+    found = method.merge(deltas)
+    dense = method.merge([Dense(delta.dense()) for delta in deltas])
+    assert isinstance(found, Sparse)
+    torch.testing.assert_close(found.dense(), dense.dense(), rtol=1e-12, atol=0)
+    assert found.support_size == found.values.count_nonzero() == dense.values.count_nonzero()
+
+
+def test_rescaled_by_magnitudes_the_sum_of_each_stays():
+    delta = random_delta("Sparse", (30, 40), 3)
+    found = DARE(keep=0.3, rescale="l1").merge([delta])
+    assert found.dtype == delta.dtype
+    assert 0 < found.support_size < delta.support_size
+    torch.testing.assert_close(found.values.abs().sum(), delta.values.abs().sum())
+
+
+def test_coins_of_single_entries_are_drawn_once(monkeypatch):
+    from modular_experts.merging import trimming
+
+    drawn = []
+    monkeypatch.setattr(trimming, "coins", lambda flat, key: drawn.append(flat.numel()) or coins(flat, key))
+    deltas = [random_delta("Sparse", (30, 40), number) for number in (1, 2)]
+    monkeypatch.setattr(parts, "PART", 200)
+    DARETIES(preset="mergekit", keep=0.5).merge(deltas)
+    assert drawn == [delta.support_size for delta in deltas]
+
+
 def test_dare_without_rescaling_leaves_values_as_they_are():
     merged = DARE(keep=0.3, rescale="none").merge([LONG]).dense()
     assert set(merged.unique().tolist()) == {0.0, 1.0}
