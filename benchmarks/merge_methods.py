@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modular_experts import merging as m
-from modular_experts.search import AdaMerging, CoefficientSearch, LoRAHub
+from modular_experts.search import ATLAS, AdaMerging, CoefficientSearch, LoRAHub
 
 __all__ = ["METHODS", "REFERENCE", "Way"]
 
@@ -22,16 +22,18 @@ class Way:
         method: The method with its default settings, unless a search finds coefficients for a sum.
         grid: Values to try of settings other than scale and exponent.
         search: The search, if there is no method.
+        merges: Merges of the experts that the search has before the experts.
     """
 
     method: m.MergeMethod = field(default_factory=m.TaskArithmetic)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     search: CoefficientSearch | None = None
+    merges: Sequence[m.MergeMethod] = ()
 
     @property
-    def statistics(self) -> str | None:
-        """The kind of statistics that the experts need."""
-        return None if self.search else self.method.statistics
+    def statistics(self) -> set[str]:
+        """The kinds of statistics that the experts need."""
+        return {kind for method in (self.method, *self.merges) if (kind := method.statistics)}
 
 
 KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
@@ -74,5 +76,10 @@ METHODS: dict[str, Way] = {
     "RegMean++": Way(m.RegMeanPlusPlus()),
     "AdaMerging": Way(search=AdaMerging(steps=60, learning_rate=1e-2, start=0.1)),
     "AdaMerging, loss": Way(search=AdaMerging(steps=150, learning_rate=1e-2, start=0.1, objective="loss")),
+    "aTLAS": Way(search=ATLAS()),
+    "aTLAS, from SparseAverage": Way(search=ATLAS(start=[1.0]), merges=[m.SparseAverage()]),
+    "aTLAS, from RegMean": Way(
+        search=ATLAS(start=[0.5, 0.5]), merges=[m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
+    ),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

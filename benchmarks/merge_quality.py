@@ -37,7 +37,6 @@ from modular_experts.evaluation import measure
 from modular_experts.interop.apply import applied
 from modular_experts.library import open_expert
 from modular_experts.merger import Merged
-from modular_experts.merging import TaskArithmetic
 from modular_experts.quickstart.work import start_process
 from modular_experts.search import Combination, Objective, tune
 from modular_experts.statistics import take_statistics
@@ -52,7 +51,7 @@ def main() -> None:
     names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
     merges = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in names]
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
-        _statistics(worlds[seed], kind, {METHODS[name].statistics for name in names})
+        _statistics(worlds[seed], kind, {kind for name in names for kind in METHODS[name].statistics})
     _work_off(work / "merges.jsonl", worlds, merges, _merge)
     rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
     if options.json:
@@ -115,9 +114,9 @@ def _single(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:
     return {"piece": [seed, kind, task], "exact": scores[task]}
 
 
-def _statistics(world: Experts, kind: str, wanted: set[str | None]) -> None:
+def _statistics(world: Experts, kind: str, wanted: set[str]) -> None:
     experts = [world.expert(kind, task) for task in world.tasks]
-    for statistics in sorted(wanted - {None}):
+    for statistics in sorted(wanted):
         if not all((path / "statistics" / f"{statistics}.safetensors").exists() for path in experts):
             print(f"taking {statistics} statistics of {kind}", file=sys.stderr, flush=True)
             take_statistics(experts, statistics, world.mixture(world.tasks), base=str(world.base), overwrite=True)  # type: ignore[arg-type]
@@ -132,13 +131,11 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"piece": [seed, kind, name]}
     objective = Objective(world.model, world.mixture(world.tasks))
     if way.search:
-        with Combination(objective.model, experts) as combination:
+        merges = [dict(Merged(experts, method)) for method in way.merges]
+        with Combination(objective.model, [*merges, *experts]) as combination:
             chosen = way.search.search(combination, objective)
-            per_weight = dict(zip(combination.names, chosen.coefficients.tolist(), strict=True))
-        methods = {name: TaskArithmetic(weights=weights) for name, weights in per_weight.items()}
-        vector = Merged(experts, None, {name.replace(".", r"\."): method for name, method in methods.items()})
-        found |= {"loss": objective.losses_with(vector), "settings": {}}
-        found["tuned"] = _tested(world, world.tasks, dict(vector))
+            combination.move_to(chosen.coefficients)
+            found |= {"loss": chosen.losses, "settings": {}, "tuned": _tested(world, world.tasks, {})}
     else:
         found["plain"] = _tested(world, world.tasks, dict(Merged(experts, way.method)))
         tuned = tune(experts, way.method, objective, way.grid)

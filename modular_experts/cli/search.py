@@ -11,7 +11,8 @@ from modular_experts.cli.tool import run_tool
 from modular_experts.cli.tuning import search_notes
 from modular_experts.data import TaskMixture, TaskSource
 from modular_experts.library import check_target, open_experts
-from modular_experts.merger import merge
+from modular_experts.merger import Merged, merge, write_merged
+from modular_experts.merging import MergeMethod
 from modular_experts.search import CoefficientSearch, Combination, Found, objective_on_base
 from modular_experts.search.objective import mean_loss
 from modular_experts.search.recipe import (
@@ -26,8 +27,9 @@ from modular_experts.search.recipe import (
 EXAMPLES = """\
   modular-experts search --experts '[library/a, library/b]' --algorithm LoRAHub --out library/ab \\
       --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
-  modular-experts search --experts '[library/a, library/b]' --algorithm AdaMerging --algorithm.objective loss \\
-      --out library/ab --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+  modular-experts search --experts '[library/a, library/b]' --merges '[SparseAverage]' --algorithm ATLAS \\
+      --algorithm.start '[1.0]' --out library/ab \\
+      --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
   modular-experts merge --config library/ab.recipe.yaml --out library/again
   modular-experts search --algorithm.help AdaMerging"""
 
@@ -40,6 +42,7 @@ def search(
     rows: int = 64,
     base: str | None = None,
     overwrite: bool = False,
+    merges: list[MergeMethod] | None = None,
 ) -> None:
     """Find how much of each expert a merge takes, on validation rows, and merge.
 
@@ -48,21 +51,30 @@ def search(
 
     Args:
         experts: Directories of the experts, written '[library/a, library/b]'.
-        algorithm: AdaMerging (by gradients; for each expert and weight), LoRAHub (without; for each expert), or the
-            dotted path of a class of your own.
+        algorithm: ATLAS or AdaMerging (by gradients; for each expert and weight), LoRAHub (without; for each expert),
+            or the dotted path of a class of your own.
         data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; as the experts' records say if not given.
         overwrite: Replace an expert, a recipe and trials that are there.
+        merges: Methods whose merges of the experts are combined with them, as the first of them, such as '[RegMean,
+            SparseAverage]'; each is written as an expert, too, named after `out` and the method.
     """
-    check_target(out, overwrite)
+    places = _places(out, merges or [])
+    for place in [out, *places]:
+        check_target(place, overwrite)
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
+    merged_first = [Merged(opened, method) for method in merges or []]
     objective = objective_on_base(opened, data, rows, base)
     before = mean_loss(objective.losses())
-    with Combination(objective.model, opened) as combination:
+    held = [{name: one[name] for name in progress_bar("merging")(list(one))} for one in merged_first]
+    with Combination(objective.model, [*held, *opened]) as combination:
         found = algorithm.search(combination, objective, progress_bar("searching"))
+    for place, one in zip(places, merged_first, strict=True):
+        write_merged(one, place, overwrite, progress_bar("merging"))
+    experts = [*places, *experts]
     method, per_weight = as_methods(combination.names, found.coefficients)
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
     notes = search_notes(settings, found.losses)
@@ -79,6 +91,15 @@ def search(
     print(f"{out}: {summary(merged)}")
 
 
+def _places(out: str, merges: Sequence[MergeMethod]) -> list[str]:
+    names = [type(method).__name__ for method in merges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"merges names {twice[0]} twice; merge one of them yourself, and name the result first among the experts"
+        )
+    return [f"{out}-{name}" for name in names]
+
+
 def _print_coefficients(experts: Sequence[str], found: Found) -> None:
     for expert, values in zip(experts, found.coefficients.T, strict=True):
         low, high = values.min().item(), values.max().item()
@@ -88,4 +109,4 @@ def _print_coefficients(experts: Sequence[str], found: Found) -> None:
 
 def run(argv: Sequence[str]) -> None:
     """Run the command."""
-    run_tool(search, argv, EXAMPLES, class_bases=[CoefficientSearch, TaskMixture, TaskSource])
+    run_tool(search, argv, EXAMPLES, class_bases=[CoefficientSearch, MergeMethod, TaskMixture, TaskSource])

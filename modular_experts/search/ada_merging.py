@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses
 from modular_experts.search.combination import Combination
-from modular_experts.search.objective import Objective, Trial
+from modular_experts.search.descent import descend
+from modular_experts.search.objective import Objective
 from modular_experts.search.search import CoefficientSearch, Found, Progress
 
 __all__ = ["AdaMerging", "batch_entropies"]
@@ -66,35 +65,10 @@ class AdaMerging(CoefficientSearch):
             )
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
+        measured = batch_entropies if self.objective == "entropy" else batch_losses
         shape = (len(combination.names) if self.per_weight else 1, combination.experts)
-        coefficients = nn.Parameter(torch.full(shape, self.start, dtype=torch.float64))
-        optimizer = torch.optim.Adam([coefficients], lr=self.learning_rate)
-        trials = []
-        with combination.gradients() as gathered:
-            for step in map(int, progress([str(number) for number in range(self.steps)])):
-                combination.move_to(_per_weight(coefficients, combination))
-                gathered.zero_()
-                losses = self._backward(objective, step)
-                coefficients.grad = gathered.clone() if self.per_weight else gathered.sum(0, keepdim=True)
-                optimizer.step()
-                coefficients.data.clamp_(0, self.largest)
-                trials.append(Trial({"step": step}, losses))
-        found = _per_weight(coefficients, combination)
-        combination.move_to(found)
-        return Found(found, objective.losses(), trials)
-
-    def _backward(self, objective: Objective, step: int) -> dict[str, float]:
-        """Backpropagate the mean over tasks on the step's batches, task by task; return it by task."""
-        measured: Callable[[Batch], tuple[Tensor, Tensor]] = partial(
-            batch_entropies if self.objective == "entropy" else batch_losses, objective.model
-        )
-        losses = {}
-        for task, batches in objective.batches.items():
-            sums, counts = measured(batches[step % len(batches)])
-            loss = sums.sum() / counts.sum()
-            (loss / len(objective.batches)).backward()
-            losses[task] = loss.item()
-        return losses
+        start, bounds = torch.full(shape, self.start, dtype=torch.float64), (0.0, self.largest)
+        return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress, bounds)
 
 
 def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -115,7 +89,3 @@ def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     entropies = torch.zeros(labelled.shape, dtype=likelihoods.dtype, device=likelihoods.device)
     entropies[labelled] = -(likelihoods.exp() * likelihoods).sum(-1)
     return entropies.sum(1), labelled.sum(1)
-
-
-def _per_weight(coefficients: Tensor, combination: Combination) -> Tensor:
-    return coefficients.detach().expand(len(combination.names), -1).clone()

@@ -108,7 +108,11 @@ def _base(place):
 
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
-    [("LoRAHub", {"steps": 12}), ("AdaMerging", {"steps": 5, "learning_rate": 0.1, "objective": "loss"})],
+    [
+        ("LoRAHub", {"steps": 12}),
+        ("AdaMerging", {"steps": 5, "learning_rate": 0.1, "objective": "loss"}),
+        ("ATLAS", {"steps": 5, "learning_rate": 0.1, "start": "[0.2]"}),
+    ],
 )
 def test_search_lowers_the_loss_and_its_recipe_merges_to_the_same(
     run, place, tasks, tiny_llama_dir, task_files, algorithm, settings
@@ -131,7 +135,26 @@ def test_search_lowers_the_loss_and_its_recipe_merges_to_the_same(
     again = open_expert("library/again")
     assert again.content_hash == merged.content_hash
     recipe = yaml.safe_load((place / "library/ab.recipe.yaml").read_text())
-    assert ("per_weight" in recipe) == (algorithm == "AdaMerging")
+    assert ("per_weight" in recipe) == (algorithm != "LoRAHub")
+
+
+def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tasks):
+    merges = ["--merges", "[SparseAverage, {class_path: TIES, init_args: {keep: 0.5}}]"]
+    still = ["--algorithm", "ATLAS", "--algorithm.steps", "1", "--algorithm.learning_rate", "1e-12"]
+    how = [*merges, *still, "--algorithm.start", "[0.5, 0.25, 1.0]", "--data.tasks", tasks, "--out", "library/ab"]
+    code, out, err = run("search", *EXPERTS, *how)
+    assert (code, err) == (0, "")
+    assert "0.500 of library/ab-SparseAverage" in out
+    merged, average, ties, zero = (
+        open_expert(f"library/{name}") for name in ("ab", "ab-SparseAverage", "ab-TIES", "0")
+    )
+    assert average.record["method"]["class_path"].endswith("SparseAverage")
+    assert [parent["name"] for parent in merged.record["parents"]] == ["ab-SparseAverage", "ab-TIES", "0", "1"]
+    for name in merged:
+        exact = 0.5 * average[name].dense() + 0.25 * ties[name].dense() + zero[name].dense()
+        torch.testing.assert_close(merged[name].dense(), exact, rtol=1e-5, atol=1e-7)
+    assert run("merge", "--config", "library/ab.recipe.yaml", "--out", "library/again")[0] == 0
+    assert open_expert("library/again").content_hash == merged.content_hash
 
 
 def test_the_coefficients_of_a_recipe_are_those_of_the_merge(run, place, tasks):
@@ -180,6 +203,9 @@ MISTAKES = [
     ([*SEARCH[:3], "--algorithm", "LoraHub", "--out", "library/ab"], 2, "did you mean LoRAHub?"),
     ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.stps", "3"], 2, "did you mean steps?"),
     ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.steps", "0"], 1, "LoRAHub: steps must be at least 1, got 0"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[RegMean]"], 1, "has no gram statistics, which this method needs"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[TIES, TIES]"], 1, "merges names TIES twice"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
     ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "would no longer be one; leave the task out"),
 ]
 
