@@ -1,7 +1,8 @@
 """Errors: one clear sentence on stderr instead of a traceback, for what a user can put right.
 
-A parser's complaint ends with exit code 2, an interruption from the keyboard with 130, any other sentence with 1. An
-error that no one wrote a sentence for keeps its traceback: it is a bug, ours or the user's, and needs to be seen.
+A parser's complaint ends with exit code 2, an interruption from the keyboard with 130, any other sentence with 1. Where
+the reader of the output leaves early, as `head` does, a command ends with 141 and without a word. An error that no one
+wrote a sentence for keeps its traceback: it is a bug, ours or the user's, and needs to be seen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def guarded(command: Callable[[], object]) -> int:
     parent = os.getppid()
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as `head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 141
     except KeyboardInterrupt as interruption:
         for note in getattr(interruption, "__notes__", ["interrupted"]):
             print(note, file=sys.stderr)

@@ -59,6 +59,15 @@ def test_notes_of_an_error_are_told_behind_it(capsys) -> None:
     assert said.endswith("(for the expert of q)\n")
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_early_ends_the_command_without_a_word(lines: int) -> None:
+    code = f"import sys; from modular_experts.cli.errors import guarded; sys.exit(guarded(lambda: print('x\\n' * {lines})))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        said = command.stderr.read()
+    assert (command.returncode, said) == (141, b"")
+
+
 @pytest.mark.parametrize(("first", "told"), [("fails", 0), ("goes on", 1)])
 def test_another_rank_tells_its_error_unless_the_first_one_ends_too(first: str, told: int) -> None:
     done = subprocess.run([sys.executable, "-c", FIRST_RANK, first], capture_output=True, text=True, timeout=60)
