@@ -136,10 +136,10 @@ class _Complaint:
         choices = [choice for kind in expected if "Literal" in kind for choice in re.findall(r"'([^']*)'", kind)]
         if choices:
             return f"{path} must be one of {', '.join(dict.fromkeys(choices))}, got {given}{near(given, choices)}"
-        if any(kind.startswith("instantiatable class") for kind in expected):
-            written = "{class_path: Name, init_args: {setting: value}}"
-            return f"{path} is a class, written as its name or as {written}, got {given}"
         kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", kind) for kind in expected if "NoneType" not in kind]
+        if not kinds or any(kind.startswith("instantiatable class") for kind in kinds):
+            written = "{class_path: Name, init_args: {setting: value}}"
+            return f"{path}: a class is written as its name or as {written}, got {given}"
         listed = "list" in kinds and not given.startswith(("[", "{"))
         hint = f"; a list is written '[{given}, ...]'" if listed else ""
         return f"{path} must be of type {' or '.join(dict.fromkeys(kinds))}, got {given}{hint}"

@@ -322,7 +322,8 @@ MISTAKES = [
     (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/-b"], 1, "cannot be the name"),
     (["merge", "--experts", "[library/a, others/x]", "--method", "TIES", "--out", "library/new"], 1, "different bases"),
     (["merge", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-    (["merge", "--config", "name.yaml"], 2, "method is a class, written as its name or as {class_path: Name"),
+    (["merge", "--config", "name.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
+    (["merge", "--config", "number.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
     (["merge", "--config", "typo.yaml"], 2, "no option 'exprts'; did you mean experts?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
@@ -340,6 +341,7 @@ MISTAKES = [
 def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, argv, code, sentence):
     (place / "typo.yaml").write_text("exprts: [library/a]\n")
     (place / "name.yaml").write_text("experts: [library/a]\nmethod: {name: TIES}\nout: library/new\n")
+    (place / "number.yaml").write_text("experts: [library/a]\nmethod: 5\nout: library/new\n")
     before = sorted(str(path) for path in place.rglob("*"))
     found, out, err = run(*argv)
     assert found == code
