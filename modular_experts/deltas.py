@@ -102,7 +102,7 @@ class Delta(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(t.dtype for t in self.tensors().values() if t.is_floating_point())
+        return self.values.dtype
 
     @property
     def device(self) -> torch.device:
@@ -174,6 +174,10 @@ class LowRank(Delta):
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.up.dtype
 
     @property
     def rank(self) -> int:

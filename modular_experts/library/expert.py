@@ -72,6 +72,9 @@ class StoredExpert(TaskVector):
         """Return the shape of each weight, without reading it."""
         return dict(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # asked for each weight of each expert of a merge, and `shapes` makes a copy
+
     def forms(self) -> dict[str, str]:
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
         return {name: self._table[name]["form"] for name in self}
