@@ -60,7 +60,7 @@ _HOMES = {
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("measure",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
-    "modular_experts.search": ("AdaMerging", "LoRAHub", "Objective", "tune"),
+    "modular_experts.search": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "tune"),
     "modular_experts.interop.apply": ("applied", "apply", "apply_deltas", "write_checkpoint"),
     "modular_experts.interop.import_expert": ("import_expert",),
     "modular_experts.interop.peft": ("read_peft", "write_peft"),

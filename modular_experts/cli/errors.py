@@ -1,13 +1,14 @@
 """Errors: one clear sentence on stderr instead of a traceback, for what a user can put right.
 
 A parser's complaint ends with exit code 2, an interruption from the keyboard with 130, any other sentence with 1. Where
-the reader of the output leaves early, as `head` does, a command ends with 141 and without a word. An error that no one
-wrote a sentence for keeps its traceback: it is a bug, ours or the user's, and needs to be seen.
+the reader of the output leaves early, as `head` does, a command ends without a word. An error that no one wrote a
+sentence for keeps its traceback: it is a bug, ours or the user's, and needs to be seen.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +27,6 @@ def guarded(command: Callable[[], object]) -> int:
     parent = os.getppid()
     try:
         command()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has left, as `head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        return 141
     except KeyboardInterrupt as interruption:
         for note in getattr(interruption, "__notes__", ["interrupted"]):
             print(note, file=sys.stderr)
@@ -37,8 +34,13 @@ def guarded(command: Callable[[], object]) -> int:
     except SystemExit as leaving:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             return 130  # Lightning shuts down and leaves with 1, as after an error
+        if not _is_read():
+            return 141
         raise
     except Exception as error:  # looked at, and raised again where it has no sentence
+        if _is_of_the_output(error):
+            _write_no_more()
+            return 141
         ours = next((cause for cause in _chain(error) if _on_purpose(cause)), None)
         if ours is None:
             raise
@@ -46,7 +48,32 @@ def guarded(command: Callable[[], object]) -> int:
             notes = [note for cause in _chain(error) for note in getattr(cause, "__notes__", ())]
             _print_error(" ".join([str(ours), *(f"({note})" for note in notes)]))
         return 1
-    return 0
+    return 0 if _is_read() else 141
+
+
+def _is_read() -> bool:
+    """Write what is left of the output, and return whether it can be: its reader may have left."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _write_no_more()
+        return False
+    return True
+
+
+def _is_of_the_output(error: Exception) -> bool:
+    """Whether an error says that the reader of the output has left; other pipes can break too."""
+    if not isinstance(error, BrokenPipeError) or not sys.stdout or not hasattr(select, "poll"):
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+def _write_no_more() -> None:
+    """Let what is flushed at the end go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class SentenceErrors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
 from modular_experts.cli.progress import progress_bar
@@ -10,8 +11,8 @@ from modular_experts.cli.summary import call_text, summary
 from modular_experts.cli.tool import run_tool
 from modular_experts.cli.tuning import search_notes
 from modular_experts.data import TaskMixture, TaskSource
-from modular_experts.library import check_target, open_experts
-from modular_experts.merger import Merged, merge, write_merged
+from modular_experts.library import check_target, open_experts, write_expert
+from modular_experts.merger import Merged, merge
 from modular_experts.merging import MergeMethod
 from modular_experts.search import CoefficientSearch, Combination, Found, objective_on_base
 from modular_experts.search.objective import mean_loss
@@ -46,8 +47,8 @@ def search(
 ) -> None:
     """Find how much of each expert a merge takes, on validation rows, and merge.
 
-    The base is loaded once, and the experts are added to it in place. Written are the merged expert, and beside it its
-    recipe, which `merge --config` takes, and the trials.
+    The base is loaded once, and the experts are added to it in place; merges are held in memory until they are written.
+    Written are the merged expert, and beside it its recipe, which `merge --config` takes, and the trials.
 
     Args:
         experts: Directories of the experts, written '[library/a, library/b]'.
@@ -61,19 +62,19 @@ def search(
         merges: Methods whose merges of the experts are combined with them, as the first of them, such as '[RegMean,
             SparseAverage]'; each is written as an expert, too, named after `out` and the method.
     """
-    places = _places(out, merges or [])
+    places = _places(out, merges or [], experts)
     for place in [out, *places]:
         check_target(place, overwrite)
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
-    merged_first = [Merged(opened, method) for method in merges or []]
+    first = [Merged(opened, method) for method in merges or []]
     objective = objective_on_base(opened, data, rows, base)
     before = mean_loss(objective.losses())
-    held = [{name: one[name] for name in progress_bar("merging")(list(one))} for one in merged_first]
+    held = [{name: one[name] for name in progress_bar("merging")(list(one))} for one in first]
     with Combination(objective.model, [*held, *opened]) as combination:
         found = algorithm.search(combination, objective, progress_bar("searching"))
-    for place, one in zip(places, merged_first, strict=True):
-        write_merged(one, place, overwrite, progress_bar("merging"))
+    for place, deltas, one in zip(places, held, first, strict=True):
+        write_expert(place, deltas, one.record(), overwrite)
     experts = [*places, *experts]
     method, per_weight = as_methods(combination.names, found.coefficients)
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
@@ -91,13 +92,19 @@ def search(
     print(f"{out}: {summary(merged)}")
 
 
-def _places(out: str, merges: Sequence[MergeMethod]) -> list[str]:
+def _places(out: str, merges: Sequence[MergeMethod], experts: Sequence[str]) -> list[str]:
+    """Return where each merge is written, beside `out`; a second of one class gets a number."""
     names = [type(method).__name__ for method in merges]
-    if twice := [name for name in names if names.count(name) > 1]:
+    counts = [names[:place].count(name) + 1 for place, name in enumerate(names)]
+    numbered = [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
+    places = [Path(out).with_name(f"{Path(out).name}-{name}") for name in numbered]
+    inputs = {Path(expert).resolve(): expert for expert in experts}
+    if taken := [inputs[place.resolve()] for place in places if place.resolve() in inputs]:
         raise ValueError(
-            f"merges names {twice[0]} twice; merge one of them yourself, and name the result first among the experts"
+            f"one of the merges would be written to {taken[0]}, which is among the experts; give another out, or leave "
+            "that expert out"
         )
-    return [f"{out}-{name}" for name in names]
+    return [str(place) for place in places]
 
 
 def _print_coefficients(experts: Sequence[str], found: Found) -> None:

@@ -81,7 +81,8 @@ def stream_sum(
 ) -> Rounding:
     """Write the weights of base plus deltas.
 
-    A file that an earlier run, of the same base and deltas, has finished in `out` is not written again.
+    A file that an earlier run, of the same base and deltas, has finished in `out` is not written again, but for the
+    last, with which all is there.
 
     Args:
         base: Directory of the base.

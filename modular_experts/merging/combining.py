@@ -7,7 +7,7 @@ no sign, so each is a setting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.merging.method import one_per_expert, sum_of_weights
-from modular_experts.merging.parts import Entries, Part, joined, merge_by_parts, parts_of, widest_dtype
+from modular_experts.merging.parts import Entries, Part, joined, merge_by_parts, parts_of
 from modular_experts.merging.trimming import Trim, Trimming
 
 __all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]
@@ -37,7 +37,6 @@ class Summed(Trimming):
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         divisor = sum_of_weights(self, weights) if self.normalise else 1.0
-        dtype = widest_dtype(deltas)
         deltas, trims = self.trims(deltas)
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
@@ -47,7 +46,7 @@ class Summed(Trimming):
                 entries.mark(moved, entries.values != 0)
             return total.mul_(self.scale / divisor), moved  # type: ignore[operator]
 
-        return merge_by_parts(deltas, rule, dtype)
+        return merge_by_parts(deltas, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,11 @@ class Elected(Trimming):
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        dtype = widest_dtype(deltas)
         deltas, trims = self.trims(deltas)
         of_zero, counts = self._sign_of_zero(deltas, trims, weights), self.divisor == "count"
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            trimmed = joined(_trimmed(part, trims), weights)
+            trimmed = list(joined(_trimmed(part, trims), weights))
             elected = self._votes(part, trimmed).sign_()
             elected += of_zero / 2  # a half turns no sign but that of zero
             total, voters = part.zeros(), part.zeros(torch.bool)
@@ -85,9 +83,9 @@ class Elected(Trimming):
                 total /= divisor.clamp_(min=1.0) if counts else divisor.masked_fill_(divisor == 0, 1.0)
             return total, voters
 
-        return merge_by_parts(deltas, rule, dtype)
+        return merge_by_parts(deltas, rule)
 
-    def _votes(self, part: Part, trimmed: Sequence[tuple[Entries, float | Tensor]]) -> Tensor:
+    def _votes(self, part: Part, trimmed: Iterable[tuple[Entries, float]]) -> Tensor:
         """Return the outcome of the election at each entry: positive, negative or zero."""
         votes = part.zeros()
         for entries, weight in trimmed:

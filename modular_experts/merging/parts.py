@@ -24,15 +24,18 @@ __all__ = ["Entries", "Part", "all_sparse", "joined", "merge_by_parts", "parts_o
 
 PART = 2**18
 """Entries of a part, unless one row, or one row of tiles, has more: small enough for a processor's cache."""
+JOINED = 2**17
+"""Entries of sparse experts that are taken together, unless one expert alone keeps more of the part."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """What one expert keeps of a part.
+    """What one expert keeps of a part, or several of them (`joined`).
 
     Attributes:
         values: Its values there, `(n,)`, in its own dtype.
-        places: Where they are in the part's flat tensors, `(n,)` and unique; None where it keeps every entry.
+        places: Where they are in the part's flat tensors, `(n,)`, unique within an expert; None where it keeps every
+            entry.
         start: The weight's flat entry with which the part begins.
     """
 
@@ -44,13 +47,9 @@ class Entries:
         """Return what a flat tensor of the part holds at these entries."""
         return scratch if self.places is None else scratch.index_select(0, self.places)
 
-    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float | Tensor = 1.0) -> None:
-        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part; the factor may
-        be one per entry, `(n,)`.
-        """
+    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float = 1.0) -> None:
+        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part."""
         added = self.values if values is None else values
-        if isinstance(factor, Tensor):
-            added, factor = added * factor, 1.0
         if self.places is None:
             scratch.add_(added, alpha=factor)
         else:
@@ -65,7 +64,7 @@ class Entries:
             scratch.index_fill_(0, places.long(), True)
 
     def write_to(self, scratch: Tensor, values: Tensor) -> None:
-        """Put values into a flat tensor of the part at these entries."""
+        """Put values into a flat tensor of the part at these entries, which must be those of one expert."""
         if self.places is None:
             scratch.copy_(values)
         else:
@@ -93,7 +92,7 @@ class Part:
     Attributes:
         deltas: The deltas of the whole weight, in the order of the experts.
         rows: First row, and the one after the last.
-        slices: Which of each delta's stored entries or tiles reach into these rows.
+        slices: For each delta, which of its stored entries or tiles reach into these rows; of other forms, the rows.
     """
 
     deltas: Sequence[Delta]
@@ -116,11 +115,11 @@ class Part:
             entries, inside = block_entries(delta.blocks[here], delta.shape, delta.tile)
             inside &= (entries >= start) & (entries < stop)
             return _inside(entries[inside], delta.values[here][inside], start)
-        return Entries(delta.rows(*self.rows).reshape(-1), None, start)
+        return Entries(delta.rows(here.start, here.stop).reshape(-1), None, start)
 
-    def joined(self) -> list[Entries]:
-        """Return the entries of all experts: see `joined`."""
-        return [entries for entries, _ in joined(self, [1.0] * len(self.deltas))]
+    def joined(self) -> Iterator[Entries]:
+        """Give the entries of all experts, those of several as one: see `joined`."""
+        return (entries for entries, _ in joined(self, [1.0] * len(self.deltas)))
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
@@ -184,21 +183,32 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
         yield Part(deltas, span, [here[place] for here in slices])
 
 
-def joined(entries: Iterable[Entries], weights: Sequence[float]) -> list[tuple[Entries, float | Tensor]]:
-    """Return what each expert keeps of a part with its weight, for rules to which it does not matter whose an entry is.
+def joined(entries: Iterable[Entries], weights: Sequence[float]) -> Iterator[tuple[Entries, float]]:
+    """Give what experts keep of a part, each with its weight, for rules to which it does not matter whose an entry is.
 
-    What sparse experts keep comes as one, which takes fewer and longer operations: a place is then there several times,
-    and where the weights differ there is one per entry, `(n,)`.
+    Where the weights are equal, what several sparse experts keep comes as one, up to `JOINED` entries, which takes
+    fewer and longer operations; a place may then be there several times.
     """
-    each = list(entries)
-    places = [of_one.places for of_one in each if of_one.places is not None]
-    if len(places) < len(each):
-        return list(zip(each, weights, strict=True))
-    together = Entries(torch.cat([of_one.values for of_one in each]), torch.cat(places), each[0].start)
-    if len(set(weights)) == 1:
-        return [(together, weights[0])]
-    counts = torch.tensor([of_one.values.numel() for of_one in each], device=together.values.device)
-    return [(together, torch.tensor(weights, dtype=torch.float64, device=counts.device).repeat_interleave(counts))]
+    if len(set(weights)) > 1:
+        yield from zip(entries, weights, strict=True)
+        return
+    group: list[Entries] = []
+    for one in entries:
+        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > JOINED):
+            yield _as_one(group), weights[0]
+            group = []
+        group.append(one)
+        if one.places is None:
+            yield group.pop(), weights[0]
+    if group:
+        yield _as_one(group), weights[0]
+
+
+def _as_one(group: Sequence[Entries]) -> Entries:
+    if len(group) == 1:
+        return group[0]
+    places = torch.cat([one.places for one in group if one.places is not None])
+    return Entries(torch.cat([one.values for one in group]), places, group[0].start)
 
 
 def all_sparse(deltas: Sequence[Delta]) -> bool:
@@ -236,7 +246,9 @@ def _inside(places: Tensor, values: Tensor, start: int) -> Entries:
 
 
 def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
-    """Return which of a delta's stored entries or tiles, which are sorted, reach into each of some spans of rows."""
+    """Return which of a delta's stored entries or tiles, which are sorted, reach into each span of rows; of another
+    form, the rows.
+    """
     width = _width(delta.shape)
     if isinstance(delta, Sparse):
         return between(delta.indices, [(first * width, last * width) for first, last in rows])

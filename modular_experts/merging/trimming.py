@@ -159,14 +159,16 @@ class RankedDrop(_Random):
 
 
 def _with_equal_l1(delta: Delta, trim: Trim) -> tuple[Delta, Trim]:
-    """Return a trimming that keeps the sum of the magnitudes; single entries are trimmed once, to learn that sum."""
+    """Return a trimming that keeps the sum of the magnitudes; single entries are trimmed once, to learn that sum,
+    unless nothing would be left of them: a delta that keeps nothing has no say in the form of the result.
+    """
     before = after = 0.0
     pieces = [_whole(delta)] if isinstance(delta, Sparse) else (part.entries(0) for part in parts_of([delta]))
     for entries in pieces:
         left = trim(entries)
         before += _sum_of_magnitudes(entries)
         after += _sum_of_magnitudes(left)
-    if isinstance(delta, Sparse):
+    if isinstance(delta, Sparse) and len(left.values):
         assert left.places is not None  # of single entries
         delta, trim = Sparse(left.places, left.values, delta.shape), _untrimmed
     factor = before / after if after else 1.0

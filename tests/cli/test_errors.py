@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -59,13 +60,53 @@ def test_notes_of_an_error_are_told_behind_it(capsys) -> None:
     assert said.endswith("(for the expert of q)\n")
 
 
-@pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_leaves_early_ends_the_command_without_a_word(lines: int) -> None:
-    code = f"import sys; from modular_experts.cli.errors import guarded; sys.exit(guarded(lambda: print('x\\n' * {lines})))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+def _unread(code: str, unbuffered: bool) -> tuple[int, bytes]:
+    """Run a guarded function `f` whose output nobody reads; return the exit code and what it says on stderr."""
+    code = f"import sys; from modular_experts.cli.errors import guarded\n{code}\nsys.exit(guarded(f))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as command:
         command.stdout.close()
         said = command.stderr.read()
-    assert (command.returncode, said) == (141, b"")
+    return command.returncode, said
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("code", ["print('x\\n' * 100_000)", "print('x')", "print('x'); sys.exit(0)"])
+def test_a_reader_that_leaves_early_ends_the_command_without_a_word(code: str, unbuffered: bool) -> None:
+    assert _unread(f"def f(): {code}", unbuffered) == (141, b"")
+
+
+def test_another_pipe_that_breaks_gets_its_sentence() -> None:
+    code = "import os\ndef f():\n  r, w = os.pipe(); os.close(r); os.write(w, b'x')"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from modular_experts.cli.errors import guarded\n{code}\nsys.exit(guarded(f))",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 32] Broken pipe\n")
+
+
+def test_a_closed_output_is_no_error() -> None:
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'"{sys.executable}" -c "import sys; from modular_experts.cli.errors import guarded; '
+            'sys.exit(guarded(lambda: print(1)))" >&-',
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("first", "told"), [("fails", 0), ("goes on", 1)])

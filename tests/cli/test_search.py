@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,23 @@ def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tas
     assert open_expert("library/again").content_hash == merged.content_hash
 
 
+def test_merges_of_one_class_are_numbered_and_write_no_experts_beside_them(run, place, tasks):
+    merges = ["--merges", "[EMR, {class_path: EMR, init_args: {scale: 0.5}}]", "--algorithm", "ATLAS"]
+    how = [*merges, "--algorithm.steps", "1", "--data.tasks", tasks, "--out", "library/ab/"]
+    assert run("search", *EXPERTS, *how)[0] == 0
+    assert {path.name for path in (place / "library").iterdir() if path.is_dir()} == {
+        "0",
+        "1",
+        "ab",
+        "ab-EMR",
+        "ab-EMR-2",
+    }
+    one, half = open_expert("library/ab-EMR"), open_expert("library/ab-EMR-2")
+    assert half.record["method"]["init_args"]["scale"] == 0.5
+    for name in one:
+        torch.testing.assert_close(0.5 * one[name].dense(), half[name].dense())
+
+
 def test_the_coefficients_of_a_recipe_are_those_of_the_merge(run, place, tasks):
     how = ["--algorithm", "LoRAHub", "--algorithm.steps", "6", "--data.tasks", tasks, "--out", "library/ab"]
     assert run("search", *EXPERTS, *how)[0] == 0
@@ -190,6 +208,7 @@ def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
 
 MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
 SEARCH = ["search", *EXPERTS, "--algorithm", "LoRAHub", "--out", "library/ab"]
+MERGED = ["search", "--merges", "[TIES]", "--algorithm", "ATLAS", "--out", "library/q", "--data.tasks", "TASKS"]
 MISTAKES = [
     ([*MERGE, "--tune.rows", "8"], 2, "tune: data must be given, on the command line or in --config"),
     ([*MERGE, "--tune.row", "8"], 2, "there is no option 'tune.row'; did you mean rows?"),
@@ -204,7 +223,12 @@ MISTAKES = [
     ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.stps", "3"], 2, "did you mean steps?"),
     ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.steps", "0"], 1, "LoRAHub: steps must be at least 1, got 0"),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[RegMean]"], 1, "has no gram statistics, which this method needs"),
-    ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[TIES, TIES]"], 1, "merges names TIES twice"),
+    (
+        [*MERGED, "--experts", "[library/0, library/q-TIES]", "--overwrite"],
+        1,
+        "would be written to library/q-TIES, which is among the experts",
+    ),
+    ([*MERGED, "--experts", "[library/0, library/1]"], 1, "library/q-TIES exists already"),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
     ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "would no longer be one; leave the task out"),
 ]
@@ -213,6 +237,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES, ids=[sentence for _, _, sentence in MISTAKES])
 def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks, argv, code, sentence):
     held_out = json.dumps([{**task, "role": "held_out"} for task in json.loads(tasks)])
+    shutil.copytree("library/0", "library/q-TIES")
     before = sorted(str(path) for path in place.rglob("*"))
     found, out, err = run(*({"TASKS": tasks, "HELD_OUT": held_out}.get(item, item) for item in argv))
     assert (found, out) == (code, "")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.deltas import Dense
 from modular_experts.interop import apply as apply_room
+from modular_experts.interop import streaming
 from modular_experts.interop.apply import applied, apply, apply_deltas
 from modular_experts.interop.checkpoint import fingerprint, load_base, read_weight
 from modular_experts.library import make_record, open_expert, write_expert
@@ -305,6 +306,17 @@ def test_finished_file_that_changed_is_written_again(tmp_path, monkeypatch, dama
     apply([expert], tmp_path / "whole")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_last_file_is_not_read_again(tiny_llama_dir, tmp_path, monkeypatch):
+    """Nothing is left to do once it is there, so what would take it up again is not taken down."""
+    read = []
+    monkeypatch.setattr(streaming, "_hash", lambda file: read.append(file.name) or "")
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out")
+    assert not read
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    apply([make(tmp_path / "two", tmp_path / "base", 1)], tmp_path / "more")
+    assert read == [file.name for file in sorted((tmp_path / "more").glob("*.safetensors"))][:-1]
 
 
 def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):

@@ -76,23 +76,39 @@ def test_entries_of_a_part_say_where_they_are(size, deltas):
         torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
 
 
-@given(size=sizes, deltas=deltas_of_one_weight(), data=st.data())
-def test_joined_entries_are_those_of_the_experts(size, deltas, data):
-    number = st.floats(-2, 2, width=16)
-    weights = data.draw(
-        st.lists(number, min_size=len(deltas), max_size=len(deltas)) | number.map(lambda x: [x] * len(deltas))
-    )
-    with parts_of_size(size):
+@given(
+    size=sizes,
+    most=st.sampled_from([1, 10, 2**17]),
+    deltas=deltas_of_one_weight(),
+    weight=st.floats(-2, 2, width=16),
+    alike=st.booleans(),
+)
+def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
+    weights = [weight + (0 if alike else place) for place in range(len(deltas))]
+    with parts_of_size(size), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "JOINED", most)
         for part in parts_of(deltas):
             each, together = part.zeros(torch.float64), part.zeros(torch.float64)
-            for entries, weight in zip(part, weights, strict=True):
-                entries.add_to(each, factor=weight)
-            pieces = joined(part, weights)
-            for entries, weight in pieces:
-                entries.add_to(together, factor=weight)
+            for entries, factor in zip(part, weights, strict=True):
+                entries.add_to(each, factor=factor)
+            pieces = list(joined(part, weights))
+            for entries, factor in pieces:
+                entries.add_to(together, factor=factor)
             assert torch.equal(each, together)
-            sparse = all(entries.places is not None for entries in part)
-            assert len(pieces) == (1 if sparse else len(deltas))
+            of_one = max(len(entries.values) for entries in part)
+            assert all(len(entries.values) <= max(most, of_one) for entries, _ in pieces)
+
+
+def test_equal_weights_join_sparse_experts_and_others_stay_apart():
+    sparse = [random_delta(form, (6, 8), number) for number, form in enumerate(["Sparse", "BlockSparse", "Sparse"])]
+    dense = random_delta("Dense", (6, 8), 3)
+    for deltas, weights, count in [
+        (sparse, [0.5] * 3, 1),
+        (sparse, [0.5, 0.5, 1.0], 3),
+        ([*sparse[:2], dense, sparse[2]], [0.5] * 4, 3),
+    ]:
+        (part,) = parts_of(deltas)
+        assert len(list(joined(part, weights))) == count
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])

@@ -96,6 +96,17 @@ def test_rescaled_by_magnitudes_the_sum_of_each_stays():
     torch.testing.assert_close(found.values.abs().sum(), delta.values.abs().sum())
 
 
+def test_a_delta_of_which_nothing_is_left_still_has_a_say_in_the_form():
+    single = Sparse(torch.tensor([7], dtype=torch.int32), torch.ones(1, dtype=torch.float64), torch.Size((6, 8)))
+    tiles = random_delta("BlockSparse", (6, 8), 0)
+    method = next(
+        m for m in (DARE(keep=0.1, rescale="l1", seed=seed) for seed in range(99)) if m.merge([single]).is_empty
+    )
+    merged = method.merge([single, tiles])
+    assert isinstance(merged, Sparse)
+    assert merged.dtype == torch.float64
+
+
 def test_coins_of_single_entries_are_drawn_once(monkeypatch):
     from modular_experts.merging import trimming
 
