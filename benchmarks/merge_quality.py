@@ -50,8 +50,9 @@ def main() -> None:
     _work_off(work / "singles.jsonl", worlds, singles, _single)
     names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
     merges = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in names]
+    wanted = {statistics for name in names for statistics in METHODS[name].statistics}
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
-        _statistics(worlds[seed], kind, {kind for name in names for kind in METHODS[name].statistics})
+        _statistics(worlds[seed], kind, wanted)
     _work_off(work / "merges.jsonl", worlds, merges, _merge)
     rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
     if options.json:

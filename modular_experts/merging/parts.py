@@ -194,12 +194,14 @@ def joined(entries: Iterable[Entries], weights: Sequence[float]) -> Iterator[tup
         return
     group: list[Entries] = []
     for one in entries:
-        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > JOINED):
+        whole = one.places is None
+        if group and (whole or sum(len(held.values) for held in group) + len(one.values) > JOINED):
             yield _as_one(group), weights[0]
             group = []
-        group.append(one)
-        if one.places is None:
-            yield group.pop(), weights[0]
+        if whole:
+            yield one, weights[0]
+        else:
+            group.append(one)
     if group:
         yield _as_one(group), weights[0]
 
