@@ -10,7 +10,8 @@ share.
     python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
     python benchmarks/merge_quality.py --real .cache/smollm2 DATA
 
-The second form trains three experts of each kind on a pretrained base. What is done stays in `--work`, so a run that
+The second form trains three experts of each kind on a pretrained base, and measures what they become in bfloat16, and
+held-out tasks by their loss. What is done stays in `--work`, so a run that
 was stopped goes on where it was, and a table can be shown again.
 """
 
@@ -33,6 +34,7 @@ import torch
 from merge_methods import METHODS, REFERENCE
 from merge_worlds import Experts, RealExperts, SuiteExperts
 
+from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.interop.apply import applied
 from modular_experts.library import open_expert
@@ -47,18 +49,18 @@ def main() -> None:
     work = Path(options.work)
     worlds = {seed: _world(options, seed) for seed in options.seeds}
     singles = [(seed, kind, task) for seed, w in worlds.items() for kind in options.kinds for task in w.tasks]
-    _work_off(work / "singles.jsonl", worlds, singles, _single)
+    _work_off(work / "singles.jsonl", worlds, singles, _single, options.processes)
     names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
     merges = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in names]
     wanted = {statistics for name in names for statistics in METHODS[name].statistics}
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
         _statistics(worlds[seed], kind, wanted)
-    _work_off(work / "merges.jsonl", worlds, merges, _merge)
+    _work_off(work / "merges.jsonl", worlds, merges, _merge, options.processes)
     rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
     if options.json:
         json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
     else:
-        _print(rows, options.seeds)
+        _print(rows, options.seeds, next(iter(worlds.values())).held_out)
 
 
 def _options() -> argparse.Namespace:
@@ -71,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
     )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, each on one thread: all cores")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
@@ -88,14 +91,16 @@ def _stored(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _work_off(file: Path, worlds: dict[int, Experts], pieces: Sequence[tuple[int, str, str]], work: Callable) -> None:
+def _work_off(
+    file: Path, worlds: dict[int, Experts], pieces: Sequence[tuple[int, str, str]], work: Callable, processes: int
+) -> None:
     """Do in processes what is not in the file yet; each result goes there as it comes."""
     done = {tuple(result["piece"]) for result in _stored(file)}
     left = [piece for piece in pieces if piece not in done]
     assert all(worlds[seed].base.exists() for seed, _, _ in left)
     file.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=start_process) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_process) as pool:
         futures = {pool.submit(work, worlds[piece[0]], *piece): piece for piece in left}
         for number, future in enumerate(as_completed(futures), 1):
             with file.open("a") as out:
@@ -146,12 +151,19 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
 
 
 def _tested(world: Experts, tasks: Sequence[str], vector: Any, held_out: bool = True) -> dict[str, float]:
-    """Return the exact match of each task on its test rows."""
-    data = world.mixture(tasks, held_out)
-    data.setup("test")
+    """Return the exact match of each task on its test rows, and what is measured on the held-out ones."""
     with applied(world.model, [vector]):
-        scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
-    return {task: facts["exact_match"] for task, facts in scores["tasks"].items()}
+        found = _measured(world, world.mixture(tasks), "exact_match")
+        if held_out:
+            found |= _measured(world, world.mixture([], held_out=True), world.held_out)
+    return found
+
+
+def _measured(world: Experts, data: TaskMixture, score: str) -> dict[str, float]:
+    data.setup("test")
+    new_tokens = None if score == "loss" else world.new_tokens
+    scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, new_tokens)
+    return {task: facts[score] for task, facts in scores["tasks"].items()}
 
 
 def _rows(
@@ -196,26 +208,29 @@ def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], 
     return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
-def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
+def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int], held_out: str) -> None:
     print(f"exact match in %, mean over tasks and seeds {', '.join(map(str, seeds))}; kept: tuned over the single")
     print(f"experts; in brackets the 95 % interval of the difference to tuned {REFERENCE}; best first")
+    if held_out == "loss":
+        print("held out: loss in nats per token of the answer")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
         print(f"\n{kind}: the experts alone {100 * mine[0]['single']:.1f}\n")
         print("| method | plain | tuned | | kept | plain, held out | tuned, held out | settings |\n" + "|---" * 8 + "|")
         for row in sorted(mine, key=lambda row: -row["tuned"]):
-            print("| " + " | ".join(_cells(row)) + " |")
+            print("| " + " | ".join(_cells(row, held_out)) + " |")
 
 
-def _cells(row: dict[str, Any]) -> Iterator[str]:
+def _cells(row: dict[str, Any], held_out: str = "exact_match") -> Iterator[str]:
+    factor, digits = (1, 2) if held_out == "loss" else (100, 1)
     low, high = row["difference"]
     yield row["method"]
     yield f"{100 * row['plain']:.1f}" if "plain" in row else ""
     yield f"{100 * row['tuned']:.1f}"
     yield f"[{100 * low:+.1f}, {100 * high:+.1f}]" if row["method"] != REFERENCE else ""
     yield f"{100 * row['kept']:.0f}"
-    yield f"{100 * row['plain held out']:.1f}" if "plain" in row else ""
-    yield f"{100 * row['tuned held out']:.1f}"
+    yield f"{factor * row['plain held out']:.{digits}f}" if "plain" in row else ""
+    yield f"{factor * row['tuned held out']:.{digits}f}"
     keys = sorted({key for settings in row["settings"] for key in settings})
     yield "; ".join(f"{key} {', '.join(f'{s[key]:.3g}' for s in row['settings'])}" for key in keys)
 

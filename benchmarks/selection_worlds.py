@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.data import Task, TaskMixture
-from modular_experts.interop.checkpoint import load_base, load_tokenizer
+from modular_experts.interop.checkpoint import DType, load_base, load_tokenizer
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.work import start_process
@@ -98,6 +98,6 @@ class Real:
 
 
 @cache
-def loaded(base: Path) -> tuple[Any, Any]:
-    """Return the base's model and tokenizer, loaded once in a process."""
-    return load_base(base), load_tokenizer(base)
+def loaded(base: Path, dtype: DType | None = None) -> tuple[Any, Any]:
+    """Return the base's model, in its own dtype or another, and its tokenizer, loaded once in a process."""
+    return load_base(base, dtype), load_tokenizer(base)
