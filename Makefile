@@ -25,7 +25,7 @@ test: $(INSTALLED) ## run the tests, without those that take many minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
-	$(BIN)/python -m pytest -m slow -rs $(ARGS)
+	$(BIN)/python -m pytest -m slow -rs -n auto --dist loadgroup $(ARGS)
 
 test-peer: $(INSTALLED) ## compare with mergekit (MODULAR_EXPERTS_MERGEKIT names a Python that has it)
 	$(BIN)/python -m pytest -m peer -rs $(ARGS)

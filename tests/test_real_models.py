@@ -1,6 +1,6 @@
 """A real language model on real task files: three kinds of experts learn, and a merge of two keeps both tasks.
 
-Slow. The task files are read from the folder that MODULAR_EXPERTS_DATA names, and never copied. The model is the one
+Slow. Tests of one kind share what they train, so they run in one process; those of others may run beside them. The task files are read from the folder that MODULAR_EXPERTS_DATA names, and never copied. The model is the one
 that `make smollm2` makes, or is converted on the spot where its package is installed.
 """
 
@@ -30,6 +30,7 @@ EXPERTS = {
     "lora": ["LoRAExpert", "--model.expert.rank", "8"],
     "full": ["FullExpert"],
 }
+TOGETHER = {"sparse": "sparse", "lora": "others", "full": "others"}
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +101,16 @@ def test_the_converted_model_knows_english(smollm2: Path) -> None:
     assert [model.generation_config.pad_token_id, model.generation_config.eos_token_id] == [0, 2]
 
 
-@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(TOGETHER[kind])) for kind in EXPERTS]
+)
 def test_an_expert_learns_its_task(kind: str, run: Callable[..., dict[str, Any]], base_scores: dict[str, Any]) -> None:
     scores = run("test", [INTENTS], "--model.applied", f"[{train(run, kind, INTENTS)}]")[INTENTS]
     assert scores["loss"] < 0.3 * base_scores[INTENTS]["loss"]
     assert scores["rougeL"] > base_scores[INTENTS]["rougeL"]
 
 
+@pytest.mark.xdist_group(TOGETHER["sparse"])
 def test_a_merge_of_two_sparse_experts_keeps_both_tasks(
     run: Callable[..., dict[str, Any]], base_scores: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, Dense, LowRank, all_finite
+from modular_experts.deltas import Delta, Dense, LowRank, Sparse, all_finite
 from modular_experts.interop.shards import Layout, ShardWriter, dtype_named, write_index
 from modular_experts.interop.skeleton import Skeleton
 from modular_experts.interop.weights import open_tensors, weight_files
+from modular_experts.kernels.entries import add_rounded
 
 __all__ = ["Rounding", "stored_keys", "stream_sum", "unequal"]
 
@@ -58,13 +59,17 @@ class _Losses:
 
     def add(self, base: Tensor, delta: Delta, exact: Tensor, rounded: Tensor) -> None:
         """Count a weight: its base as stored, its delta, and their sum before and after rounding."""
-        moved = _count_moved(delta)
         changed = int(np.count_nonzero(unequal(rounded, base.to(rounded.dtype))))
+        error = 0.0 if rounded.dtype == exact.dtype else rounded.to(exact.dtype).sub_(exact).norm().item()
+        norm = delta.norm() if isinstance(delta, LowRank) else delta.values.norm().item()
+        self.count(_count_moved(delta), changed, error**2, norm**2)
+
+    def count(self, moved: int, changed: int, error: float, norm: float) -> None:
+        """Count a weight by what was found: entries that move, and that change; squared norms."""
         self.moved += moved
         self.unchanged += max(0, moved - changed)
-        self.norm += (delta.norm() if isinstance(delta, LowRank) else delta.values.norm().item()) ** 2
-        if rounded.dtype != exact.dtype:
-            self.error += rounded.to(exact.dtype).sub_(exact).norm().item() ** 2
+        self.error += error
+        self.norm += norm
 
     def total(self) -> Rounding:
         return Rounding(self.moved, self.unchanged, math.sqrt(self.error / self.norm) if self.norm else 0.0)
@@ -195,13 +200,24 @@ def _owner(skeleton: Skeleton, key: str) -> str | None:
 
 
 def _sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: _Losses) -> Tensor:
-    wide = torch.promote_types(stored.dtype, torch.float32)
-    exact = delta.add_to(stored.to(wide, copy=True))
-    rounded = exact.to(dtype)
+    rounded = _added_at_once(stored, delta, losses) if dtype == stored.dtype else None
+    if rounded is None:
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        exact = delta.add_to(stored.to(wide, copy=True))
+        rounded = exact.to(dtype)
+        losses.add(stored, delta, exact, rounded)
     if not all_finite(rounded):
         raise ValueError(f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype")
-    losses.add(stored, delta, exact, rounded)
     return rounded
+
+
+def _added_at_once(stored: Tensor, delta: Delta, losses: _Losses) -> Tensor | None:
+    """Return what `_sum` does, and count the same, if compiled code does it in one pass over the delta's entries."""
+    found = add_rounded(stored, delta.indices, delta.values) if isinstance(delta, Sparse) else None
+    if found is None:
+        return None
+    losses.count(found.moved, found.changed, found.lost, found.norm)
+    return found.weight
 
 
 def _layout(file: Path) -> Layout:

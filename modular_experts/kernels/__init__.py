@@ -1,4 +1,6 @@
-"""Kernels: the gradient of only the kept entries of a weight, one way per file, and the rule that chooses one."""
+"""Kernels: the gradient of only the kept entries of a weight, one way per file, and the rule that chooses one; and passes
+over the entries of sparse deltas, in compiled code (`entries`).
+"""
 
 from modular_experts.kernels.choice import Backend, check_backend, make_kernel
 from modular_experts.kernels.kernel import KeptGradient

@@ -1,21 +1,13 @@
 """Kept gradients on the CPU from compiled code, without a dense gradient and without copies of the inputs.
 
-`native.cpp` says how. It needs no headers but the language's own, so a C++ compiler (GCC or Clang) makes it in about a
-second, when it is first used; it is then kept for this compiler and this processor. Without a compiler `available` is
-False, one line of the log says why, and the caller takes another kernel. What runs on a GPU lies elsewhere.
+`native.cpp` says how. Where it cannot be compiled, `available` is False and the caller takes another kernel. What runs
+on a GPU lies elsewhere.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,18 +16,12 @@ import torch
 from torch import Tensor
 
 from modular_experts.blocks import Tile, block_grid, rows_and_columns
+from modular_experts.kernels.compiled import load
 from modular_experts.kernels.kernel import KeptGradient
 
 __all__ = ["NativeBlocks", "NativeEntries", "available", "computes"]
 
-_log = logging.getLogger(__name__)
-
 SOURCE = Path(__file__).with_name("native.cpp")
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared")
-CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
-"""More flags, best first: some compilers know no OpenMP, some no native architecture."""
-
 BLOCK = 64
 """Columns of the input that `native.cpp` holds at once for entries; the same number stands there."""
 
@@ -52,54 +38,8 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
-    if compiler is None:
-        _log.info("The native kernels are not used: there is no C++ compiler here (%s).", ", ".join(COMPILERS))
-        return None
-    try:
-        return _declared(ctypes.CDLL(str(_compiled(compiler))))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # Runtime: there is no home for a cache
-        reason = error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        _log.info("The native kernels are not used: %s cannot make them: %s", compiler, reason.strip())
-        return None
-
-
-def _compiled(compiler: str) -> Path:
-    """Return the library for this compiler and this processor, made now if it is not there."""
-    *others, last = CHOICES
-    for choice in others:
-        try:
-            return _compiled_with(compiler, choice)
-        except subprocess.CalledProcessError:
-            continue
-    return _compiled_with(compiler, last)
-
-
-def _compiled_with(compiler: str, choice: Sequence[str]) -> Path:
-    # What a compiler defines names its version and all that it may use of the processor.
-    defined = _run(compiler, *FLAGS, *choice, "-dM", "-E", "-x", "c++", os.devnull)
-    key = hashlib.sha256(defined + SOURCE.read_bytes()).hexdigest()[:16]
-    library = _folder() / f"native-{key}.so"
-    if not library.exists():
-        started = time.perf_counter()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Processes may compile at once: each its own file, and the last whole one stays.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _run(compiler, *FLAGS, *choice, str(SOURCE), "-o", f"{folder}/{library.name}")
-            os.replace(f"{folder}/{library.name}", library)
-        seconds = time.perf_counter() - started
-        _log.info("Compiled the native kernels in %.1f s, once; they are kept in %s.", seconds, library.parent)
-    return library
-
-
-def _folder() -> Path:
-    """Return where torch keeps compiled extensions, and in it the place of this package."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions")) / "modular_experts"
-
-
-def _run(*command: str) -> bytes:
-    return subprocess.run(command, check=True, capture_output=True).stdout
+    library = load(SOURCE, "-ffp-contract=fast")
+    return library and _declared(library)
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

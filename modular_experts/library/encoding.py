@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modular_experts.kernels.entries import decode_gaps
+
 __all__ = ["ENCODINGS", "decode", "encode", "fits"]
 
 ENCODINGS = ("gaps", "mask")
@@ -92,20 +94,30 @@ def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
 
 
 def _from_gaps(gaps: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    zeros = gaps.numel() - int(gaps.count_nonzero())
-    if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
+    compiled = decode_gaps(gaps, count) if dtype == torch.int32 else None
+    numbers, last = compiled or _summed(gaps, count)
+    if last is None:
         raise ValueError(f"its gaps are not those of {count} numbers")
-    wide = dtype if _FURTHEST * gaps.numel() < 2**31 else torch.int64  # so that no sum overflows
+    if last >= limit:
+        raise ValueError(f"its gaps lead to {last}, out of [0, {limit})")
+    return numbers.to(dtype)
+
+
+def _summed(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
+    """Return the numbers and the last of them (-1 if there is none), which is None where there are not so many."""
+    zeros = gaps.numel() - int(gaps.count_nonzero())
+    wide = torch.int32 if _FURTHEST * gaps.numel() < 2**31 else torch.int64  # so that no sum overflows
     numbers = gaps.to(wide)
+    if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
+        return numbers, None
     if zeros:
         numbers.masked_fill_(gaps == 0, _FURTHEST)
     numbers[:1] -= 1
     numbers.cumsum_(0)
-    if count and int(numbers[-1]) >= limit:
-        raise ValueError(f"its gaps lead to {int(numbers[-1])}, out of [0, {limit})")
+    last = int(numbers[-1]) if count else -1
     if zeros:
         numbers = numbers.index_select(0, torch.from_numpy(gaps.numpy().nonzero()[0]))
-    return numbers.to(dtype)
+    return numbers, last
 
 
 def _mask_bytes(limit: int) -> int:

@@ -96,10 +96,7 @@ class EMRTask(MergeMethod):
 
 def _unified(part: Part) -> Tensor:
     """Return the unified delta on a part, float64 and flat."""
-    sign, largest = part.zeros(), part.zeros()
-    for entries in part.joined():
-        entries.add_to(sign)
-    sign.sign_()
+    sign, largest = part.total().sign_(), part.zeros()
     for entries in part:  # times the sign, a value that disagrees is below zero and never the largest
         entries.write_to(largest, torch.maximum(entries.of(largest), entries.values * entries.of(sign)))
     return largest * sign

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from modular_experts.deltas import Delta, LowRank, add
-from modular_experts.merging.parts import Part, all_sparse, joined, merge_by_parts, widest_dtype
+from modular_experts.merging.parts import merge_by_parts, widest_dtype
 from modular_experts.merging.statistic import Statistic
 
 __all__ = ["MergeMethod", "check_finite", "one_per_expert", "weighted_sum"]
@@ -106,19 +105,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
 
-    alike, sparse = len(set(weights)) == 1, all_sparse(deltas)
-
-    def rule(part: Part) -> tuple[Tensor, Tensor | None]:
-        # Alike, they are multiplied last, so that sums of half-precision numbers, in float32, are as good as exact.
-        total = part.zeros(None if alike else torch.float64)
-        kept = part.zeros(torch.bool) if sparse else None
-        for entries, weight in joined(part, weights):
-            entries.add_to(total, factor=1.0 if alike else weight)
-            if kept is not None:
-                entries.mark(kept)
-        return total.double().mul_(weights[0]) if alike else total, kept
-
-    return merge_by_parts(deltas, rule, dtype)
+    return merge_by_parts(deltas, lambda part: part.weighted_total(weights), dtype)
 
 
 def one_per_expert(

@@ -17,8 +17,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import between, block_entries, gather_blocks, index_dtype, true_places
+from modular_experts.blocks import between, block_entries, block_grid, gather_blocks, index_dtype, true_places
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
+from modular_experts.kernels.entries import Runs, pack_entries
 
 __all__ = ["Entries", "Part", "all_sparse", "joined", "merge_by_parts", "parts_of", "widest_dtype"]
 
@@ -93,11 +94,13 @@ class Part:
         deltas: The deltas of the whole weight, in the order of the experts.
         rows: First row, and the one after the last.
         slices: For each delta, which of its stored entries or tiles reach into these rows; of other forms, the rows.
+        runs: All entries of the weight, if all experts keep single ones and compiled code goes through them.
     """
 
     deltas: Sequence[Delta]
     rows: tuple[int, int]
     slices: Sequence[slice]
+    runs: Runs | None
 
     def __iter__(self) -> Iterator[Entries]:
         """Give the entries of one expert after the other; they may be gone through several times."""
@@ -117,10 +120,6 @@ class Part:
             return _inside(entries[inside], delta.values[here][inside], start)
         return Entries(delta.rows(here.start, here.stop).reshape(-1), None, start)
 
-    def joined(self) -> Iterator[Entries]:
-        """Give the entries of all experts, those of several as one: see `joined`."""
-        return (entries for entries, _ in joined(self, [1.0] * len(self.deltas)))
-
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
         start, stop = self.span
@@ -128,10 +127,45 @@ class Part:
             dtype = torch.float32 if widest_dtype(self.deltas).itemsize == 2 else torch.float64
         return torch.zeros(stop - start, dtype=dtype, device=self.deltas[0].device)
 
+    def total(self) -> Tensor:
+        """Return the sum of what the experts keep, in a tensor as `zeros` makes it."""
+        if self.runs:
+            return self.weighted_total([1.0] * len(self.deltas))[0]
+        total = self.zeros()
+        for entries, _ in joined(self, [1.0] * len(self.deltas)):
+            entries.add_to(total)
+        return total
+
+    def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+        """Return the sum of weight times what an expert keeps, float64, and the `support`; the latter is None where the
+        merged delta is dense and has no need of it.
+
+        A weight that all have in common is multiplied last, so that sums of half-precision numbers, in float32, are as
+        good as exact.
+        """
+        if self.runs:
+            return self.runs.total(*self.span, self.slices, weights)
+        if len(set(weights)) == 1:
+            total = self.total().double().mul_(weights[0])
+        else:
+            total = self.zeros(torch.float64)
+            for entries, weight in zip(self, weights, strict=True):
+                entries.add_to(total, factor=weight)
+        return total, self.support() if all_sparse(self.deltas) else None
+
+    def counts(self, moved: bool = False) -> Tensor:
+        """Return how many experts keep each entry, or how many have a value there that is not zero."""
+        if self.runs:
+            return self.runs.counts(*self.span, self.slices, moved)
+        counts = self.zeros()
+        for entries in self:
+            entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
+        return counts
+
     def support(self) -> Tensor:
         """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""
         kept = self.zeros(torch.bool)
-        for entries in self.joined():
+        for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.mark(kept)
         return kept
 
@@ -162,11 +196,16 @@ def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | Non
         for part in parts_of(deltas):
             merged.view(-1)[slice(*part.span)].copy_(rule(part)[0])
         return Dense(merged)
-    pieces = [_piece(part, rule, dtype, tile) for part in parts_of(deltas)]
-    places, values = (torch.cat(column) for column in zip(*pieces, strict=True))
-    if tile:
-        return BlockSparse(places, values, deltas[0].shape)
-    return Sparse(places, values, deltas[0].shape)
+    shape = deltas[0].shape
+    room = math.prod(block_grid(shape, tile)) if tile else shape.numel()
+    places = torch.empty(room, dtype=index_dtype(shape), device=deltas[0].device)
+    values, count = torch.empty(room, *tile or (), dtype=dtype, device=deltas[0].device), 0
+    for part in parts_of(deltas):
+        count += _pack(part, *rule(part), tile, places[count:], values[count:])
+    places, values = places[:count], values[:count]
+    if 2 * count < room:  # what is kept shall not hold on to so much more
+        places, values = places.clone(), values.clone()
+    return BlockSparse(places, values, shape) if tile else Sparse(places, values, shape)
 
 
 def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
@@ -179,8 +218,10 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     height = shape[0] if shape else 1
     rows = [(first, min(first + step, height)) for first in range(0, height, step)]
     slices = [_slices(delta, rows) for delta in deltas]
+    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
+    runs = Runs.of([d.indices for d in sparse], [d.values for d in sparse]) if len(sparse) == len(deltas) else None
     for place, span in enumerate(rows):
-        yield Part(deltas, span, [here[place] for here in slices])
+        yield Part(deltas, span, [here[place] for here in slices], runs)
 
 
 def joined(entries: Iterable[Entries], weights: Sequence[float]) -> Iterator[tuple[Entries, float]]:
@@ -227,19 +268,25 @@ def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return dtype
 
 
-def _piece(part: Part, rule: Rule, dtype: torch.dtype, tile: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """Return the places (entries, or tiles) of the whole weight that a part keeps, and their values."""
-    values, kept = rule(part)
+def _pack(
+    part: Part, total: Tensor, kept: Tensor | None, tile: tuple[int, int] | None, places: Tensor, values: Tensor
+) -> int:
+    """Write which entries, or tiles, of the whole weight a part keeps, and their values; return how many there are."""
     kept = part.support() if kept is None else kept
-    shape = part.deltas[0].shape
     if not tile:
-        places = true_places(kept)
-        return (places + part.span[0]).to(index_dtype(shape)), values.index_select(0, places).to(dtype)
+        packed = pack_entries(total, kept, part.span[0], places, values)
+        if packed is not None:
+            return packed
+        inside = true_places(kept)
+        torch.add(inside, part.span[0], out=places[: len(inside)])
+        values[: len(inside)] = total.index_select(0, inside)
+        return len(inside)
     wide = -(-part.width // tile[1])
     inside = torch.arange(-(-(part.rows[1] - part.rows[0]) // tile[0]) * wide, device=values.device)
     blocks = inside[gather_blocks(kept.view(-1, part.width), inside, tile).flatten(1).any(1)]
-    tiles = gather_blocks(values.to(dtype).view(-1, part.width), blocks, tile)
-    return (blocks + part.rows[0] // tile[0] * wide).to(index_dtype(shape)), tiles
+    places[: len(blocks)] = blocks + part.rows[0] // tile[0] * wide
+    values[: len(blocks)] = gather_blocks(total.to(values.dtype).view(-1, part.width), blocks, tile)
+    return len(blocks)
 
 
 def _inside(places: Tensor, values: Tensor, start: int) -> Entries:

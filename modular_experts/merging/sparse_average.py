@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
@@ -54,12 +53,7 @@ class SparseAverage(MergeMethod):
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         return merge_by_parts(deltas, self._rule)
 
-    def _rule(self, part: Part) -> tuple[Tensor, None]:
-        total, movers = part.zeros(), part.zeros()
-        for entries in part.joined():
-            entries.add_to(total)
-            entries.add_to(movers, self._moved(entries.values))
-        return total.mul_(self.scale).div_(movers.clamp_(min=1).pow_(self.exponent)), None
-
-    def _moved(self, values: Tensor) -> Tensor:
-        return values != 0 if self.count == "values" else torch.ones_like(values)
+    def _rule(self, part: Part) -> tuple[Tensor, Tensor | None]:
+        total, kept = part.weighted_total([self.scale] * len(part.deltas))
+        movers = part.counts(moved=self.count == "values")
+        return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept

@@ -46,11 +46,9 @@ class Intersection(MergeMethod):
         needed = len(deltas) if self.agreement is None else self.agreement
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, keepers = part.zeros(), _keepers(part)
-            for entries in part:
-                entries.add_to(total)
+            keepers = part.counts()
             kept = keepers >= needed
-            return total.mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
+            return part.total().mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
 
         return merge_by_parts(deltas, rule)
 
@@ -84,10 +82,3 @@ class Difference(MergeMethod):
             return total.mul_(kept), kept
 
         return merge_by_parts(deltas, rule)
-
-
-def _keepers(part: Part) -> Tensor:
-    keepers = part.zeros()
-    for entries in part:
-        entries.add_to(keepers, torch.ones_like(entries.values))
-    return keepers

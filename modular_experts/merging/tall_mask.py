@@ -49,7 +49,7 @@ class ConsensusTA(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, count = _sum(part), part.zeros()
+            total, count = part.total(), part.zeros()
             for entries in part:
                 entries.add_to(count, _matters(entries, total, self.threshold))
             kept = count >= self.agreement
@@ -93,19 +93,12 @@ class TALLMask(MergeMethod):
         own = self._expert
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, entries = _sum(part), part.entries(own)
+            total, entries = part.total(), part.entries(own)
             kept = part.zeros(torch.bool)
             entries.mark(kept, _matters(entries, total, self.threshold))
             return total.mul_(self.scale).mul_(kept), kept
 
         return merge_by_parts(deltas, rule)
-
-
-def _sum(part: Part) -> Tensor:
-    total = part.zeros()
-    for entries in part.joined():
-        entries.add_to(total)
-    return total
 
 
 def _matters(entries: Entries, total: Tensor, threshold: float) -> Tensor:

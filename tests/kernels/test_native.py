@@ -1,12 +1,10 @@
-"""The native kernels give the dense gradient's kept units, to float32 accuracy; and what happens without a compiler."""
+"""The native kernels give the dense gradient's kept units, to float32 accuracy."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +22,6 @@ SIZES = [2, 8, 16, 20, 32, 64, 128]
 def compiled() -> None:
     if not native.available():
         pytest.skip("no C++ compiler makes the native kernels here")
-
-
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """What is known of the compiler is forgotten before and after the test."""
-    native._library.cache_clear()
-    yield
-    native._library.cache_clear()
 
 
 def _inputs(shape: tuple[int, int], tokens: int) -> tuple[Tensor, Tensor]:
@@ -172,39 +162,3 @@ def test_other_dtypes_are_refused() -> None:
     assert [native.computes(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)] == [True, True, False]
     with pytest.raises(ValueError, match=r"compute in float32 and bfloat16, not in torch.float64"):
         _kernel(16, 0.5, (32, 48)).gradient(torch.ones(2, 48).double(), torch.ones(2, 32).double())
-
-
-@pytest.mark.usefixtures("compiled", "forgetful")
-def test_it_is_compiled_once_and_says_so_once(monkeypatch, tmp_path, caplog) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    with caplog.at_level(logging.INFO, logger=native.__name__):
-        for _ in range(2):
-            native._library.cache_clear()
-            assert native.available()
-    (line,) = caplog.messages
-    assert line.startswith("Compiled the native kernels in ")
-    (library,) = (tmp_path / "modular_experts").iterdir()
-    assert library.suffix == ".so"
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    with caplog.at_level(logging.INFO, logger=native.__name__):
-        assert [native.available(), native.available()] == [False, False]
-    (line,) = caplog.messages
-    assert "no C++ compiler" in line
-
-
-@pytest.mark.usefixtures("forgetful")
-@pytest.mark.parametrize("broken", ["source", "folder"])
-def test_a_failed_compilation_is_one_line_with_the_reason(monkeypatch, tmp_path, caplog, compiled, broken) -> None:
-    (tmp_path / "wrong.cpp").write_text("#error out of order\n")
-    if broken == "source":
-        monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / ("" if broken == "source" else "wrong.cpp")))
-    with caplog.at_level(logging.INFO, logger=native.__name__):
-        native._library.cache_clear()
-        assert not native.available()
-    (line,) = caplog.messages
-    assert {"source": "out of order", "folder": "wrong.cpp"}[broken] in line
