@@ -138,7 +138,7 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     objective = Objective(world.model, world.mixture(world.tasks))
     if way.search:
         merges = [dict(Merged(experts, method)) for method in way.merges]
-        with Combination(objective.model, [*merges, *experts]) as combination:
+        with Combination(objective.model, [*merges, *experts], len(merges)) as combination:
             chosen = way.search.search(combination, objective)
             combination.move_to(chosen.coefficients)
             found |= {"loss": chosen.losses, "settings": {}, "tuned": _tested(world, world.tasks, {})}

@@ -251,12 +251,13 @@ def write_merged(
     """
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
-    beside = {target.with_name(f"{target.name}-{name}"): deltas for name, deltas in merged.beside().items()}
-    left = {path: deltas for path, deltas in beside.items() if overwrite or not _is_written(path, record)}
+    beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
+    left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, record)}
     for path in left:
         check_target(path, overwrite)
-    for path, deltas in left.items():
-        write_expert(path, deltas, record, overwrite, f"{key}/{path.name}", progress)
+    tasks = {expert.name: expert.record["tasks"] for expert in merged.experts}
+    for path, (name, deltas) in left.items():
+        write_expert(path, deltas, record | {"tasks": tasks[name]}, overwrite, f"{key}/{path.name}", progress)
     write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)  # last: then all is there
     return open_expert(target)
 

@@ -336,6 +336,10 @@ def test_experts_of_the_tasks_are_written_beside_the_merge(library):
         for weight in own:
             assert torch.equal(beside[weight].dense(), 2 * own[weight].dense())
         assert [parent["name"] for parent in beside.record["parents"]] == ["one", "two"]
+        assert beside.record["tasks"] == own.record["tasks"]
+    assert open_expert(library / "merged").record["tasks"] == sorted(
+        {task for name in ("one", "two") for task in open_expert(library / name).record["tasks"]}
+    )
     with pytest.raises(FileExistsError):
         merge_two(library, "merged", method=WithTasks())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
@@ -106,7 +107,7 @@ def merge(
         return
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():
-        path = stored.path.with_name(f"{stored.name}-{name}")
+        path = Path(out).with_name(f"{stored.name}-{name}")
         print(f"{path}: for the tasks of {name}, {summary(open_expert(path))}")
 
 

@@ -29,7 +29,7 @@ EXAMPLES = """\
   modular-experts search --experts '[library/a, library/b]' --algorithm LoRAHub --out library/ab \\
       --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
   modular-experts search --experts '[library/a, library/b]' --merges '[SparseAverage]' --algorithm ATLAS \\
-      --algorithm.start '[1.0]' --out library/ab \\
+      --out library/ab \\
       --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
   modular-experts merge --config library/ab.recipe.yaml --out library/again
   modular-experts search --algorithm.help AdaMerging"""
@@ -71,7 +71,7 @@ def search(
     objective = objective_on_base(opened, data, rows, base)
     before = mean_loss(objective.losses())
     held = [{name: one[name] for name in progress_bar("merging")(list(one))} for one in first]
-    with Combination(objective.model, [*held, *opened]) as combination:
+    with Combination(objective.model, [*held, *opened], len(held)) as combination:
         found = algorithm.search(combination, objective, progress_bar("searching"))
     for place, deltas, one in zip(places, held, first, strict=True):
         write_expert(place, deltas, one.record(), overwrite)

@@ -1,5 +1,5 @@
-"""Kernels: the gradient of only the kept entries of a weight, one way per file, and the rule that chooses one; and passes
-over the entries of sparse deltas, in compiled code (`entries`).
+"""Kernels: the gradient of only the kept entries of a weight, one way per file, and the rule that chooses one; and, in
+`entries`, compiled passes over the entries of sparse deltas.
 """
 
 from modular_experts.kernels.choice import Backend, check_backend, make_kernel

@@ -29,21 +29,23 @@ class Combination:
     Args:
         model: The experts' base, before anything is injected.
         experts: Name and delta of each weight; they are held on the model's device.
+        merges: How many of the experts, the first ones, are merges of the others.
 
     Attributes:
         names: The weights that move, sorted.
-        experts: Number of experts.
+        experts: Number of experts, merges among them.
+        merges: Number of merges.
 
     Raises:
         ValueError: A weight does not exist in the model, has another shape there or in another expert, or is tied to
             another one.
     """
 
-    def __init__(self, model: PreTrainedModel, experts: Sequence[Mapping[str, Delta]]) -> None:
+    def __init__(self, model: PreTrainedModel, experts: Sequence[Mapping[str, Delta]], merges: int = 0) -> None:
         held = [dict(expert) for expert in experts]
         shapes = _shapes(held)
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])  # refuses what does not fit
-        self.names, self.experts = list(shapes), len(held)
+        self.names, self.experts, self.merges = list(shapes), len(held), merges
         self._model = model
         self._weights = [model.get_parameter(name) for name in shapes]
         self._deltas = [_moving(held, name, model.device) for name in shapes]
