@@ -51,15 +51,14 @@ options: --help, --version"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items())))
-        return 0
-    if argv[0] == "--version":
-        print(f"modular-experts {__version__}")
-        return 0
     from modular_experts.cli.errors import guarded, near
 
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items())
+        return guarded(lambda: print(HELP.format(verbs=verbs)))
+    if argv[0] == "--version":
+        return guarded(lambda: print(f"modular-experts {__version__}"))
     if argv[0] not in VERBS:
         what = "the command comes first, before" if argv[0].startswith("-") else "there is no command"
         print(f"error: {what} {argv[0]}{near(argv[0], VERBS)}; the commands are {', '.join(VERBS)}", file=sys.stderr)

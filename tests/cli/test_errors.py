@@ -61,8 +61,7 @@ def test_notes_of_an_error_are_told_behind_it(capsys) -> None:
 
 
 def _unread(code: str, unbuffered: bool) -> tuple[int, bytes]:
-    """Run a guarded function `f` whose output nobody reads; return the exit code and what it says on stderr."""
-    code = f"import sys; from modular_experts.cli.errors import guarded\n{code}\nsys.exit(guarded(f))"
+    """Run code whose output nobody reads; return the exit code and what it says on stderr."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
     with subprocess.Popen(
@@ -76,7 +75,15 @@ def _unread(code: str, unbuffered: bool) -> tuple[int, bytes]:
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("code", ["print('x\\n' * 100_000)", "print('x')", "print('x'); sys.exit(0)"])
 def test_a_reader_that_leaves_early_ends_the_command_without_a_word(code: str, unbuffered: bool) -> None:
-    assert _unread(f"def f(): {code}", unbuffered) == (141, b"")
+    code = f"import sys; from modular_experts.cli.errors import guarded\ndef f(): {code}\nsys.exit(guarded(f))"
+    assert _unread(code, unbuffered) == (141, b"")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_so_it_is_where_help_is_not_read(argument: str, unbuffered: bool) -> None:
+    code = f"import sys; from modular_experts.__main__ import main\nsys.exit(main([{argument!r}]))"
+    assert _unread(code, unbuffered) == (141, b"")
 
 
 def test_another_pipe_that_breaks_gets_its_sentence() -> None:
