@@ -78,8 +78,6 @@ METHODS: dict[str, Way] = {
     "AdaMerging, loss": Way(search=AdaMerging(steps=150, learning_rate=1e-2, start=0.1, objective="loss")),
     "aTLAS": Way(search=ATLAS()),
     "aTLAS, from SparseAverage": Way(search=ATLAS(), merges=[m.SparseAverage()]),
-    "aTLAS, from RegMean": Way(
-        search=ATLAS(), merges=[m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
-    ),
+    "aTLAS, from RegMean": Way(search=ATLAS(), merges=[m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

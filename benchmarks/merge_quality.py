@@ -10,9 +10,9 @@ share.
     python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
     python benchmarks/merge_quality.py --real .cache/smollm2 DATA
 
-The second form trains three experts of each kind on a pretrained base, and measures what they become in bfloat16, and
-held-out tasks by their loss. What is done stays in `--work`, so a run that
-was stopped goes on where it was, and a table can be shown again.
+The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16, and
+held-out tasks by their loss. What is done stays in `--work`, so a run that was stopped goes on where it was, and a
+table can be shown again.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def main() -> None:
         _statistics(worlds[seed], kind, wanted)
     _work_off(work / "merges.jsonl", worlds, merges, _merge, options.processes)
     rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
+    held_out = next(iter(worlds.values())).held_out
     if options.json:
-        json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
+        json.dump({"seeds": options.seeds, "held_out": held_out, "rows": rows}, sys.stdout, indent=2)
     else:
-        _print(rows, options.seeds, next(iter(worlds.values())).held_out)
+        _print(rows, options.seeds, held_out)
 
 
 def _options() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer, seed_everything
-from selection_worlds import Generated, Real, loaded
+from selection_worlds import Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
@@ -29,7 +29,7 @@ class Experts:
         seed: Of base, words and orders.
         work: Directory of bases and experts.
         kinds: The kinds, by name.
-        dtype: What merges are measured in; None is the base's own.
+        dtype: What experts and merges are measured in; None is the base's own.
         held_out: What is measured on held-out tasks, `exact_match` or `loss`.
     """
 
@@ -58,11 +58,11 @@ class Experts:
 
     @property
     def model(self) -> Any:
-        return loaded(self.base, self.dtype)[0]
+        return model_of(self.base, self.dtype)
 
     @property
     def tokenizer(self) -> Any:
-        return loaded(self.base, self.dtype)[1]
+        return tokenizer_of(self.base)
 
     def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
         return self.world.mixture(names, held_out)
@@ -115,8 +115,8 @@ class _WholeSuite(Generated):
 class RealExperts(Experts):
     """Three task files, on a pretrained base.
 
-    Merges are measured in bfloat16, in a third of the time, and on held-out tasks, whose answers a small model does not
-    know, the loss.
+    Experts and merges are measured in bfloat16, in a third of the time, and on held-out tasks, whose answers a small
+    model does not know, by the loss.
 
     Attributes:
         path: Directory of the base.

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from selection_variants import REAL, REFERENCE, VARIANTS, Variant
-from selection_worlds import Generated, Real, loaded
+from selection_worlds import Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
@@ -189,7 +189,7 @@ def _merged(world: Any, library: Path, variant: Variant) -> dict[str, Any]:
     sparse = variant.schedule is not None
     method = SparseAverage() if sparse else Average()
     expert = merge([library / task for task in world.tasks], method, library / "merged")
-    model, tokenizer = loaded(world.base)
+    model, tokenizer = model_of(world.base), tokenizer_of(world.base)
     data, losses = world.mixture(world.tasks), {}
     data.setup("validate")
     for scale in SCALES["sparse" if sparse else "dense"]:

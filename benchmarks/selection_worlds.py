@@ -17,7 +17,7 @@ from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.work import start_process
 
-__all__ = ["Generated", "Real", "loaded"]
+__all__ = ["Generated", "Real", "model_of", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Generated:
         chosen += [(name, task, "held_out") for name, task in plan.held_out.items()] if held_out else []
         rows = (self.steps * self.batch_size, plan.validation_rows, plan.test_rows)
         tasks = [Task(name, source=task(self.seed, *rows, False), role=role) for name, task, role in chosen]  # type: ignore[arg-type]
-        return TaskMixture(tasks, loaded(self.base)[1], self.batch_size, 448, seed=self.seed)
+        return TaskMixture(tasks, tokenizer_of(self.base), self.batch_size, 448, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,17 @@ class Real:
         if held_out:
             others = ("clinc_small_talk", "banking77")
             tasks += [Task(name, path=str(self.data / f"{name}.jsonl"), role="held_out") for name in others]
-        tokenizer = loaded(self.base)[1]
+        tokenizer = tokenizer_of(self.base)
         return TaskMixture(tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32)
 
 
 @cache
-def loaded(base: Path, dtype: DType | None = None) -> tuple[Any, Any]:
-    """Return the base's model, in its own dtype or another, and its tokenizer, loaded once in a process."""
-    return load_base(base, dtype), load_tokenizer(base)
+def model_of(base: Path, dtype: DType | None = None) -> Any:
+    """Return the base's model, in its own dtype or another, loaded once in a process."""
+    return load_base(base, dtype)
+
+
+@cache
+def tokenizer_of(base: Path) -> Any:
+    """Return the base's tokenizer, loaded once in a process."""
+    return load_tokenizer(base)

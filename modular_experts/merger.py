@@ -157,7 +157,7 @@ def _keep_freed_memory() -> None:
     weight and asking for as many pages again: a tenth of the time of a merge. It takes an allocation that is freed as a
     hint of what is to come, and of this one no page is touched.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def _kind(found: object) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
@@ -107,8 +107,9 @@ def merge(
         return
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():
-        path = Path(out).with_name(f"{stored.name}-{name}")
-        print(f"{path}: for the tasks of {name}, {summary(open_expert(path))}")
+        path = stored.path.with_name(f"{stored.name}-{name}")
+        shown = path if os.path.isabs(out) else os.path.relpath(path)
+        print(f"{shown}: for the tasks of {name}, {summary(open_expert(path))}")
 
 
 def _refuse_without_checkpoint(output: str, **settings: Any) -> None:

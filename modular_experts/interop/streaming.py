@@ -212,7 +212,7 @@ def _sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: _L
 
 
 def _added_at_once(stored: Tensor, delta: Delta, losses: _Losses) -> Tensor | None:
-    """Return what `_sum` does, and count the same, if compiled code does it in one pass over the delta's entries."""
+    """Return what `_sum` does, and count as it does, if compiled code does it in one pass over the delta's entries."""
     found = add_rounded(stored, delta.indices, delta.values) if isinstance(delta, Sparse) else None
     if found is None:
         return None

@@ -39,28 +39,21 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
     if compiler is None:
         _log.info("%s is not used: there is no C++ compiler here (%s).", source.name, ", ".join(COMPILERS))
         return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler, source, flags)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # Runtime: there is no home for a cache
-        reason = error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        _log.info("%s is not used: %s cannot compile it: %s", source.name, compiler, reason.strip())
-        return None
+    problem: Exception
+    for choice in CHOICES:
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, source, (*FLAGS, *flags, *choice))))
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # Runtime: no home for a cache
+            problem = error
+    reason = problem.stderr.decode() if isinstance(problem, subprocess.CalledProcessError) else str(problem)
+    _log.info("%s is not used: it cannot be made by %s and loaded: %s", source.name, compiler, reason.strip())
+    return None
 
 
 def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """Return the library for this compiler and this processor, made now if it is not there."""
-    *others, last = CHOICES
-    for choice in others:
-        try:
-            return _compiled_with(compiler, source, (*flags, *choice))
-        except subprocess.CalledProcessError:
-            continue
-    return _compiled_with(compiler, source, (*flags, *last))
-
-
-def _compiled_with(compiler: str, source: Path, flags: Sequence[str]) -> Path:
-    # What a compiler defines names its version and all that it may use of the processor; flags may define nothing.
-    defined = _run(compiler, *FLAGS, *flags, "-dM", "-E", "-x", "c++", os.devnull)
+    # What a compiler defines names its version and all that it may use of the processor, but not every flag.
+    defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     key = hashlib.sha256(b" ".join([*map(str.encode, flags), defined, source.read_bytes()])).hexdigest()[:16]
     library = _folder() / f"{source.stem}-{key}.so"
     if not library.exists():
@@ -68,7 +61,7 @@ def _compiled_with(compiler: str, source: Path, flags: Sequence[str]) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         # Processes may compile at once: each its own file, and the last whole one stays.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _run(compiler, *FLAGS, *flags, str(source), "-o", f"{folder}/{library.name}")
+            _run(compiler, *flags, str(source), "-o", f"{folder}/{library.name}")
             os.replace(f"{folder}/{library.name}", library)
         seconds = time.perf_counter() - started
         _log.info("Compiled %s in %.1f s, once; it is kept in %s.", source.name, seconds, library.parent)

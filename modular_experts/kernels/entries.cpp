@@ -1,7 +1,7 @@
 // Passes over the entries of sparse deltas: what torch does in several, with a copy between each two, is done in one.
 //
-// Places are sorted flat entries of a weight; a part of it begins with the entry `start` and has `size`. A place outside
-// of it is never written to: the functions then return 1, else 0. Nothing runs on several threads, and products are
+// Places are sorted flat entries of a weight; a part of it begins with the entry `start` and has `size`. Places that are
+// not sorted, or not in the part, are never written to: the functions then return 1, else 0. Nothing runs on several threads, and products are
 // rounded before they are added (-ffp-contract=off), so that the bits are those of torch.
 #include <algorithm>
 #include <cstdint>
@@ -28,8 +28,8 @@ int over(const int32_t* const* places, const int64_t* counts, int64_t experts, i
             const auto here = each(expert);
             int64_t k = done[expert];
             for (; k < count && own[k] < start + end; k++) {
-                const uint64_t entry = static_cast<uint64_t>(own[k] - start);
-                if (entry >= static_cast<uint64_t>(size)) return 1;
+                const int64_t entry = own[k] - start;
+                if (entry < tile) return 1;
                 here(k, entry);
                 if (kept) kept[entry] = 1;
             }
@@ -65,10 +65,10 @@ extern "C" int sum_entries(const int32_t* const* places, const float* const* val
                            double* out, uint8_t* kept) {
     if (!weights)
         return over(places, counts, experts, start, size, out, kept, factor, [=](int64_t expert) {
-            return [=, own = values[expert]](int64_t k, uint64_t entry) { out[entry] += own[k]; };
+            return [=, own = values[expert]](int64_t k, int64_t entry) { out[entry] += own[k]; };
         });
     return over(places, counts, experts, start, size, out, kept, factor, [=](int64_t expert) {
-        return [=, own = values[expert], weight = weights[expert]](int64_t k, uint64_t entry) {
+        return [=, own = values[expert], weight = weights[expert]](int64_t k, int64_t entry) {
             out[entry] += weight * own[k];
         };
     });
@@ -79,9 +79,9 @@ extern "C" int count_entries(const int32_t* const* places, const float* const* v
                              int64_t experts, int64_t start, int64_t size, double* out) {
     if (!values)
         return over(places, counts, experts, start, size, out, nullptr, 1,
-                    [=](int64_t) { return [=](int64_t, uint64_t entry) { out[entry]++; }; });
+                    [=](int64_t) { return [=](int64_t, int64_t entry) { out[entry]++; }; });
     return over(places, counts, experts, start, size, out, nullptr, 1, [=](int64_t expert) {
-        return [=, own = values[expert]](int64_t k, uint64_t entry) { out[entry] += own[k] != 0; };
+        return [=, own = values[expert]](int64_t k, int64_t entry) { out[entry] += own[k] != 0; };
     });
 }
 

@@ -1,7 +1,7 @@
 """Passes over sparse entries on the CPU from compiled code: sums of several experts, what is kept of them, and gaps.
 
 `entries.cpp` says how; the results are those of torch, bit for bit. `Runs.of` and the functions return None where the
-code does not serve: other dtypes and devices, little work, no compiler. Who calls has another way.
+code does not serve: other dtypes and devices, gradients, little work, no compiler. Who calls has another way.
 """
 
 from __future__ import annotations
@@ -66,15 +66,20 @@ def _loaded() -> ctypes.CDLL:
 
 def _serves(entries: int, tensors: Sequence[Tensor]) -> bool:
     """Return whether the code works on contiguous tensors of so many entries; it may be compiled for the answer."""
-    cpu = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
-    return cpu and entries >= LEAST and _library() is not None
+    return entries >= LEAST and all(map(_is_plain, tensors)) and _library() is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor's values lie at its address, one after the other, and need no gradient."""
+    lazy = tensor.is_neg() or tensor.requires_grad
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
 
 
 class Runs:
     """The entries that several experts keep of one weight.
 
-    Its methods give a flat tensor for a part of the weight: the flat entries from `start` to before `stop`, and `here`,
-    which entries of each expert lie there. They raise an IndexError where others do, and touch nothing beyond the part.
+    Its methods give flat tensors for a part of the weight: the flat entries from `start` to before `stop`, and `here`,
+    which entries of each expert lie there. They raise an IndexError where indices are not sorted or not in the part.
     """
 
     def __init__(self, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -90,16 +95,19 @@ class Runs:
             places: Of each expert the flat entries of the weight, `(n,)`, sorted.
             values: Of each expert the values there, `(n,)`.
         """
-        known = all(tensor.dtype == torch.int32 for tensor in places) and all(v.dtype == torch.float32 for v in values)
+        known = all(
+            (own.dtype, its.dtype, own.shape) == (torch.int32, torch.float32, its.shape)
+            for own, its in zip(places, values, strict=True)
+        )
         return cls(places, values) if known and _serves(sum(map(len, places)), [*places, *values]) else None
 
     def total(self, start: int, stop: int, here: Sequence[slice], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return the sum of weights times values in float64, in the order of the experts, and where any of them keeps
-        an entry. A weight that all have in common is multiplied last.
+        """Return the sum of weights times values in float64, in the order of the experts, and as booleans where any of
+        them keeps an entry. A weight that all have in common is multiplied last.
         """
         alike = len(set(weights)) == 1
         factors = None if alike else (ctypes.c_double * len(here))(*weights)
-        out, kept = torch.empty(stop - start, dtype=torch.float64), torch.empty(stop - start, dtype=torch.bool)
+        out, kept = _empty(stop - start, torch.float64), _empty(stop - start, torch.bool)
         runs = [_addresses(self._places, here), _addresses(self._values, here), _counts(here), len(here)]
         factor = weights[0] if alike else 1.0
         _check(_loaded().sum_entries(*runs, factors, factor, start, len(out), out.data_ptr(), kept.data_ptr()))
@@ -107,10 +115,14 @@ class Runs:
 
     def counts(self, start: int, stop: int, here: Sequence[slice], moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or have a value there that is not zero, in float64."""
-        out, values = torch.empty(stop - start, dtype=torch.float64), _addresses(self._values, here) if moved else None
+        out, values = _empty(stop - start, torch.float64), _addresses(self._values, here) if moved else None
         runs = [_addresses(self._places, here), values, _counts(here), len(here)]
         _check(_loaded().count_entries(*runs, start, len(out), out.data_ptr()))
         return out
+
+
+def _empty(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def _addresses(tensors: Sequence[int], here: Sequence[slice]) -> ctypes.Array[ctypes.c_void_p]:
@@ -125,7 +137,10 @@ def _counts(here: Sequence[slice]) -> ctypes.Array[ctypes.c_int64]:
 
 def _check(outside: int) -> None:
     if outside:
-        raise IndexError("the places of a sparse delta are not sorted, or not all in its weight")
+        raise IndexError(
+            "a sparse delta has indices that are not sorted or not in its weight; make it of flat (row-major) "
+            "entries in their order"
+        )
 
 
 def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values: Tensor) -> int | None:
@@ -158,7 +173,7 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
         values: What is added there, `(n,)` float32.
     """
     known = [weight.dtype, places.dtype, values.dtype] == [torch.bfloat16, torch.int32, torch.float32]
-    if not known or not _serves(places.numel(), [weight, places, values]):
+    if not known or places.shape != values.shape or not _serves(places.numel(), [weight, places, values]):
         return None
     weight, counts, squares = weight.clone(), (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
     inputs = [places.data_ptr(), values.data_ptr(), places.numel(), weight.numel(), weight.data_ptr()]
@@ -169,12 +184,16 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
 def decode_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None] | None:
     """Return the numbers that gaps stand for, as `library.encoding` says, or None where this is not served.
 
+    Args:
+        gaps: Bytes, `(n,)` uint8.
+        count: How many numbers there must be.
+
     Returns:
         The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1 if
         there is none, and None where there are not `count`.
     """
-    if not _serves(gaps.numel(), [gaps]):
+    if gaps.dtype != torch.uint8 or not _serves(gaps.numel(), [gaps]):
         return None
-    numbers = torch.empty(count, dtype=torch.int32)
+    numbers = _empty(count, torch.int32)
     last = _loaded().decode_gaps(gaps.data_ptr(), gaps.numel(), count, numbers.data_ptr())
     return numbers, (None if last == -2 else last)

@@ -3,8 +3,8 @@ entry.
 
 A rule sees flat scratch tensors of one part and, expert after expert, places in them and values. So the same lines
 serve single entries, tiles, low-rank and dense deltas; what is in memory beside the deltas and the result is one part
-of one weight, however many experts there are; and sparse experts cost their entries, not the weight's. No merge rule is
-known here.
+of one weight, however many experts there are; and sparse experts cost their entries, not the weight's. (Room for a
+whole weight is asked for, and used as far as it is kept.) No merge rule is known here.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Part:
 
     def total(self) -> Tensor:
         """Return the sum of what the experts keep, in a tensor as `zeros` makes it."""
-        if self.runs:
-            return self.weighted_total([1.0] * len(self.deltas))[0]
+        if self.runs is not None:
+            return self.runs.total(*self.span, self.slices, [1.0] * len(self.deltas))[0]
         total = self.zeros()
         for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(total)
@@ -143,22 +143,23 @@ class Part:
         A weight that all have in common is multiplied last, so that sums of half-precision numbers, in float32, are as
         good as exact.
         """
-        if self.runs:
+        if self.runs is not None:
             return self.runs.total(*self.span, self.slices, weights)
-        if len(set(weights)) == 1:
-            total = self.total().double().mul_(weights[0])
-        else:
-            total = self.zeros(torch.float64)
-            for entries, weight in zip(self, weights, strict=True):
-                entries.add_to(total, factor=weight)
-        return total, self.support() if all_sparse(self.deltas) else None
+        alike = len(set(weights)) == 1
+        total = self.zeros(None if alike else torch.float64)
+        kept = self.zeros(torch.bool) if all_sparse(self.deltas) else None
+        for entries, weight in joined(self, weights):
+            entries.add_to(total, factor=1.0 if alike else weight)
+            if kept is not None:
+                entries.mark(kept)
+        return total.double().mul_(weights[0]) if alike else total, kept
 
     def counts(self, moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or how many have a value there that is not zero."""
-        if self.runs:
+        if self.runs is not None:
             return self.runs.counts(*self.span, self.slices, moved)
         counts = self.zeros()
-        for entries in self:
+        for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
         return counts
 
@@ -197,7 +198,7 @@ def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | Non
             merged.view(-1)[slice(*part.span)].copy_(rule(part)[0])
         return Dense(merged)
     shape = deltas[0].shape
-    room = math.prod(block_grid(shape, tile)) if tile else shape.numel()
+    room = math.prod(block_grid(shape, tile) if tile else shape)
     places = torch.empty(room, dtype=index_dtype(shape), device=deltas[0].device)
     values, count = torch.empty(room, *tile or (), dtype=dtype, device=deltas[0].device), 0
     for part in parts_of(deltas):

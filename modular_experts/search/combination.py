@@ -45,6 +45,7 @@ class Combination:
         held = [dict(expert) for expert in experts]
         shapes = _shapes(held)
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])  # refuses what does not fit
+        assert 0 <= merges <= len(held), (merges, len(held))
         self.names, self.experts, self.merges = list(shapes), len(held), merges
         self._model = model
         self._weights = [model.get_parameter(name) for name in shapes]

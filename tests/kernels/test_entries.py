@@ -21,6 +21,7 @@ from modular_experts.merging import (
     MergeMethod,
     SparseAverage,
     TaskArithmetic,
+    parts,
 )
 from modular_experts.merging.parts import merge_by_parts
 
@@ -80,15 +81,15 @@ def test_sums_are_those_of_torch_to_the_last_bit(weights, parts) -> None:
     assert torch.equal(torch.cat(kept), supports.any(0))
 
 
-@pytest.mark.parametrize("wrong", [[-1], [30_000], [2**31 - 1], [-(2**31)]], ids=str)
+@pytest.mark.parametrize("wrong", [[-1], [29_999, 5], [30_000], [2**31 - 1], [-(2**31)]], ids=str)
 def test_places_outside_of_the_part_are_refused(wrong) -> None:
     good = _sparse(0.5, 0)
     bad = torch.cat([torch.tensor(wrong, dtype=torch.int32), good.indices])
     runs = Runs.of([bad], [torch.ones(len(bad))])
     assert runs is not None
-    with pytest.raises(IndexError, match="not all in its weight"):
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
         runs.total(0, SHAPE.numel(), [slice(0, len(bad))], [1.0])
-    with pytest.raises(IndexError, match="not all in its weight"):
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
         runs.counts(0, SHAPE.numel(), [slice(0, len(bad))])
 
 
@@ -96,7 +97,7 @@ def test_places_outside_of_the_part_are_refused(wrong) -> None:
 def test_a_place_outside_of_the_weight_is_refused(wrong) -> None:
     places = torch.arange(5000, dtype=torch.int32)
     places[-1] = wrong
-    with pytest.raises(IndexError, match="not all in its weight"):
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
         add_rounded(torch.zeros(SHAPE).bfloat16(), places, torch.ones(5000))
 
 
@@ -180,6 +181,11 @@ def test_all_else_is_not_served() -> None:
     assert Runs.of([places[::2]], [values[::2]]) is None
     assert Runs.of([places[:9]], [values[:9]]) is None
     assert Runs.of([], []) is None
+    assert Runs.of([places], [values[:9]]) is None
+    assert Runs.of([places], [values.clone().requires_grad_()]) is None
+    assert Runs.of([places], [torch._neg_view(values)]) is None
+    assert add_rounded(torch.zeros(SHAPE).bfloat16(), places, values[:9]) is None
+    assert decode_gaps(torch.ones(5000, dtype=torch.int32), 5000) is None
     assert add_rounded(torch.zeros(SHAPE), places, values) is None
     assert add_rounded(torch.zeros(SHAPE).half(), places, values) is None
     assert add_rounded(torch.zeros(SHAPE).bfloat16().T, places, values) is None
@@ -203,6 +209,7 @@ def test_all_else_is_not_served() -> None:
     ids=repr,
 )
 def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "PART", 8000)  # four parts of the weight
     deltas, found = [_sparse(share, seed) for seed, share in enumerate(SHARES)], []
     for library in (entries._library, lambda: None):
         monkeypatch.setattr(entries, "_library", library)
@@ -211,6 +218,20 @@ def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch
     assert type(one) is type(other)
     assert torch.equal(one.indices, other.indices)
     assert torch.equal(one.values, other.values)
+
+
+def test_what_is_passed_over_lies_on_the_cpu_whatever_the_default_device_is() -> None:
+    delta = _sparse(0.5, 0)
+    with torch.device("meta"):
+        merged = Average().merge([delta])
+    assert torch.equal(merged.values, delta.values)
+
+
+def test_gradients_flow_through_a_merge() -> None:
+    delta = _sparse(0.5, 0)
+    values = delta.values.clone().requires_grad_()
+    merged = Average().merge([Sparse(delta.indices, values, SHAPE)])
+    assert merged.values.requires_grad
 
 
 def test_a_result_that_keeps_little_does_not_hold_much() -> None:
