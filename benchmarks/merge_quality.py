@@ -43,6 +43,9 @@ from modular_experts.quickstart.work import start_process
 from modular_experts.search import Combination, Objective, tune
 from modular_experts.statistics import take_statistics
 
+TUNING_ROWS = 16
+"""Validation rows of a task that settings are chosen on."""
+
 
 def main() -> None:
     options = _options()
@@ -136,7 +139,9 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     experts = [open_expert(world.expert(kind, task)) for task in world.tasks]
     way, started = METHODS[name], time.process_time()
     found: dict[str, Any] = {"piece": [seed, kind, name]}
-    objective = Objective(world.model, world.mixture(world.tasks))
+    data = world.mixture(world.tasks)
+    data.eval_limit = TUNING_ROWS
+    objective = Objective(world.model, data)
     if way.search:
         merges = [dict(Merged(experts, method)) for method in way.merges]
         with Combination(objective.model, [*merges, *experts], len(merges)) as combination:
@@ -145,7 +150,7 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
             found |= {"loss": chosen.losses, "settings": {}, "tuned": _tested(world, world.tasks, {})}
     else:
         found["plain"] = _tested(world, world.tasks, dict(Merged(experts, way.method)))
-        tuned = tune(experts, way.method, objective, way.grid)
+        tuned = tune(experts, way.method, objective, {**world.grid, **way.grid})
         found |= {"loss": tuned.best.losses, "settings": tuned.best.settings}
         found["tuned"] = _tested(world, world.tasks, dict(Merged(experts, tuned.method)))
     return found | {"seconds": time.process_time() - started}

@@ -141,6 +141,11 @@ def test_rounding_at_the_edges_is_that_of_torch() -> None:
         assert torch.equal(found.isnan(), wanted.isnan())
         same = found.view(torch.int16) == wanted.view(torch.int16)
         assert (same | wanted.isnan()).all(), value
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(
+        torch.float32
+    )  # rounded as numbers: finite
+    found = add_rounded(torch.zeros(256, 256).bfloat16(), places[:6000], odd.repeat(2000)).weight
+    assert found.view(-1)[:6000].isnan().all()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.02, 0.002])
@@ -166,6 +171,12 @@ def test_gaps_of_another_number_of_entries_are_told() -> None:
     assert decode_gaps(gaps, 4999)[1] is None
     gaps[-1], gaps[7] = 1, 0
     assert decode_gaps(gaps, 4999)[1] == 4998 + 255
+
+
+def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
+    gaps, numbers = torch.ones(5000, dtype=torch.uint8), torch.full((5000,), -7, dtype=torch.int32)
+    assert entries._loaded().decode_gaps(gaps.data_ptr(), 5000, 4990, numbers.data_ptr()) == -2
+    assert numbers[4990:].eq(-7).all()
 
 
 def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
