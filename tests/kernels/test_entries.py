@@ -265,6 +265,12 @@ def test_a_written_checkpoint_is_the_same_without_a_compiler(monkeypatch) -> Non
     assert counted.total().lost > 0
 
 
+def test_a_checkpoint_of_another_dtype_is_rounded_to_that() -> None:
+    delta, weight = _sparse(0.4, 5), torch.randn(SHAPE).bfloat16()
+    found = streaming._sum("w", weight, delta, torch.float32, streaming._Losses())
+    assert torch.equal(found, delta.add_to(weight.float()))
+
+
 def test_a_sum_that_is_not_finite_is_refused_in_one_pass_too() -> None:
     delta = _sparse(0.4, 5)
     weight, large = torch.full(SHAPE, 3e38).bfloat16(), Sparse(delta.indices, 0 * delta.values + 1e38, SHAPE)
