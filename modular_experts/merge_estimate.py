@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modular_experts.library import StoredExpert
 from modular_experts.merger import Merged
 from modular_experts.merging import MergeMethod
 from modular_experts.merging.parts import PART
@@ -20,6 +21,9 @@ __all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
 
 _SCRATCH, _VALUES = 40, 8
 """Bytes per entry of a part: a few tensors of eight bytes, and the trimmed values of each expert."""
+_INDEX, _ENTRY, _WRITTEN = 4, 8, 6
+"""Bytes per single entry that an expert keeps: of its index, once decoded; of a copy, with its value. And bytes per
+entry of the weight in which the result is written."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class WeightEstimate:
         method: What merges it.
         experts: How many experts move it.
         read: Bytes of their deltas in the files.
-        peak: Bytes of memory at most, beside the files' own pages: scratch, matrices, and the result.
+        peak: Bytes of memory at most, beside the files' own pages: indices, scratch, matrices, and the result.
     """
 
     name: str
@@ -46,16 +50,25 @@ class WeightEstimate:
 def estimate(merged: Merged) -> list[WeightEstimate]:
     """Return the estimate of each weight, in the order in which they are merged."""
     sizes = [expert.stored_bytes() for expert in merged.experts]
+    singles = [_single_entries(expert) for expert in merged.experts]
     found = []
     for name, shape in merged.shapes().items():
         method, entries = merged.rules[name], shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
+        kept = sum(counts.get(name, 0) for counts in singles)
         some, more = method.matrices
         matrices = (some + more * len(read)) * entries * 8 + method.squares * shape[-1:].numel() ** 2 * 8
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
-        peak = int(matrices + result + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
+        held = (_INDEX + _ENTRY * method.copies) * kept + _WRITTEN * entries
+        peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
     return found
+
+
+def _single_entries(expert: StoredExpert) -> dict[str, int]:
+    """Return how many single entries an expert keeps, by the name of the weight; tiles have few indices."""
+    forms, kept = expert.forms(), expert.kept_entries()
+    return {name: kept[name] for name, form in forms.items() if form == "Sparse"}
 
 
 def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:

@@ -37,6 +37,11 @@ class MergeMethod(ABC):
     squares = 0.0
     """And how many float64 matrices `(in, in)`, such as Gram matrices."""
 
+    @property
+    def copies(self) -> float:
+        """And how many copies of the single entries that the experts keep of the weight."""
+        return 0.0
+
     @abstractmethod
     def merge(self, deltas: Sequence[Delta]) -> Delta:
         """Return the merged delta of one weight.

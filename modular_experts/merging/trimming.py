@@ -41,6 +41,10 @@ class Trimming(MergeMethod):
 
     rescale: Rescale | None = None
 
+    @property
+    def copies(self) -> float:
+        return 1.0 if self.rescale == "l1" else 0.0
+
     @abstractmethod
     def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
         """Return the trimming of one expert's delta of one weight.

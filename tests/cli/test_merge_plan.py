@@ -14,7 +14,7 @@ from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merge_estimate import estimate
 from modular_experts.merger import Merged
-from modular_experts.merging import SparseAverage, TSVMerge
+from modular_experts.merging import DARE, SparseAverage, TSVMerge
 from modular_experts.sizes import bytes_of
 
 
@@ -84,6 +84,14 @@ def test_matrices_of_all_experts_are_counted(library):
         assert one.read == other.read
         entries = one.shape[0] * one.shape[1]
         assert other.peak - one.peak == pytest.approx((some + 2 * more) * 8 * entries, abs=1)
+
+
+def test_copies_of_single_entries_are_counted(library):
+    experts = open_experts([library / "a", library / "b"])
+    plain, copied = (estimate(Merged(experts, DARE(keep=0.5, rescale=rescale))) for rescale in ("none", "l1"))
+    kept = [sum(expert.kept_entries()[weight.name] for expert in experts) for weight in plain]
+    assert min(kept) > 0
+    assert [two.peak - one.peak for one, two in zip(plain, copied, strict=True)] == [8 * count for count in kept]
 
 
 def test_checkpoint_as_output_is_the_base_plus_the_merge(library, tiny_llama_dir, capsys):
