@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
+from modular_experts.merging.entries import Entries, joined
 from modular_experts.merging.method import one_per_expert, sum_of_weights
-from modular_experts.merging.parts import Entries, Part, joined, merge_by_parts, parts_of
+from modular_experts.merging.parts import Part, merge_by_parts, parts_of
 from modular_experts.merging.trimming import Trim, Trimming
 
 __all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]

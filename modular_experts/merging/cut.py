@@ -14,7 +14,7 @@ from torch import Tensor
 from modular_experts.blocks import block_entries, true_places
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.masks import kth_highest
-from modular_experts.merging.parts import Entries
+from modular_experts.merging.entries import Entries
 
 __all__ = ["Cut", "exact_cut", "kept_count", "stored_values"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
+from modular_experts.merging.entries import Entries
 from modular_experts.merging.method import MergeMethod, check_choices, check_finite
-from modular_experts.merging.parts import Entries, Part, merge_by_parts, parts_of
+from modular_experts.merging.parts import Part, merge_by_parts, parts_of
 from modular_experts.merging.presets import fill_from_preset
 
 __all__ = ["SCE"]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
+from modular_experts.merging.entries import Entries
 from modular_experts.merging.method import MergeMethod, check_finite, weighted_sum
-from modular_experts.merging.parts import Entries, Part, merge_by_parts
+from modular_experts.merging.parts import Part, merge_by_parts
 
 __all__ = ["ConsensusTA", "TALLMask"]
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.merging.coins import coins, stream_key
 from modular_experts.merging.cut import exact_cut, kept_count
+from modular_experts.merging.entries import Entries
 from modular_experts.merging.method import MergeMethod, one_per_expert
-from modular_experts.merging.parts import Entries, parts_of
+from modular_experts.merging.parts import parts_of
 
 __all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
 

@@ -12,7 +12,9 @@ from random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.merging import TIES, Average, Breadcrumbs, MagMax, SparseAverage, parts
-from modular_experts.merging.parts import joined, merge_by_parts, parts_of
+from modular_experts.merging import entries as entries_room
+from modular_experts.merging.entries import joined
+from modular_experts.merging.parts import merge_by_parts, parts_of
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
 
@@ -86,7 +88,7 @@ def test_entries_of_a_part_say_where_they_are(size, deltas):
 def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
     weights = [weight + (0 if alike else place) for place in range(len(deltas))]
     with parts_of_size(size), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "JOINED", most)
+        patch.setattr(entries_room, "JOINED", most)
         for part in parts_of(deltas):
             each, together = part.zeros(torch.float64), part.zeros(torch.float64)
             for entries, factor in zip(part, weights, strict=True):
