@@ -154,8 +154,8 @@ class Merged(TaskVector):
 @cache
 def _keep_freed_memory() -> None:
     """Have the C library of Linux keep up to 64 MB that are freed, instead of giving them back to the system after each
-    weight and asking for as many pages again: a tenth of the time of a merge. It takes an allocation that is freed as a
-    hint of what is to come, and of this one no page is touched.
+    weight and asking for as many pages again. It takes an allocation that is freed as a hint of what is to come, and of
+    this one no page is touched.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 

@@ -28,8 +28,8 @@ from modular_experts.search.recipe import (
 EXAMPLES = """\
   modular-experts search --experts '[library/a, library/b]' --algorithm LoRAHub --out library/ab \\
       --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
-  modular-experts search --experts '[library/a, library/b]' --merges '[SparseAverage]' --algorithm ATLAS \\
-      --out library/ab \\
+  modular-experts search --experts '[library/a, library/b]' --merges '[SparseAverage]' \\
+      --algorithm ATLAS --out library/ab \\
       --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
   modular-experts merge --config library/ab.recipe.yaml --out library/again
   modular-experts search --algorithm.help AdaMerging"""

@@ -1,8 +1,8 @@
 // Passes over the entries of sparse deltas: what torch does in several, with a copy between each two, is done in one.
 //
-// Places are sorted flat entries of a weight; a part of it begins with the entry `start` and has `size`. Places that are
-// not sorted, or not in the part, are never written to: the functions then return 1, else 0. Nothing runs on several threads, and products are
-// rounded before they are added (-ffp-contract=off), so that the bits are those of torch.
+// Places are sorted flat entries of a weight; a part of it begins with the entry `start` and has `size`. Places that
+// are not sorted, or not in the part, are never written to: the functions then return 1, else 0. There is one thread,
+// and products are rounded before they are added (-ffp-contract=off), so that the bits are those of torch.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -10,10 +10,10 @@
 
 namespace {
 
-constexpr int64_t TILE = 1 << 13;  // entries of a part that all experts go through before the next: they stay in the cache
+constexpr int64_t TILE = 1 << 13;  // entries that all experts go through before the next: they stay in the cache
 
-// Set `out`, and `kept` if it is there, to zero, call `each(expert)(number, entry of the part)` for all entries - at each
-// place the experts come in their order - and set those of `kept` to 1. At the end `out` is multiplied by a factor.
+// Set `out`, and `kept` if it is there, to zero, call `each(expert)(number, entry of the part)` for all entries - at
+// each place the experts come in their order - and set those of `kept` to 1. Then `out` is multiplied by a factor.
 template <class Each>
 int over(const int32_t* const* places, const int64_t* counts, int64_t experts, int64_t start, int64_t size, double* out,
          uint8_t* kept, double factor, Each each) {
@@ -58,8 +58,8 @@ uint16_t narrowed(float wide) {
 
 }  // namespace
 
-// Sum the values, times the weight of their expert if there are weights, and multiply the sum by a factor; tell what any
-// expert keeps, by a 1.
+// Sum the values, times the weight of their expert if there are weights, and multiply the sum by a factor; tell what
+// any expert keeps, by a 1.
 extern "C" int sum_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                            int64_t experts, const double* weights, double factor, int64_t start, int64_t size,
                            double* out, uint8_t* kept) {
@@ -109,7 +109,7 @@ extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count
     return found == count && (!bytes || gaps[bytes - 1]) ? last : -2;
 }
 
-// Add values to a weight in bfloat16: each sum is taken in float32 and rounded once, to the nearest, of two to the even.
+// Add values to a weight in bfloat16: each sum is taken in float32 and rounded once, to the nearest (of two, even).
 // Also counted are the values that are not zero and the entries whose bits change, and summed the squares of what
 // rounding took away and of the values.
 extern "C" int add_rounded(const int32_t* places, const float* values, int64_t count, int64_t size, uint16_t* weight,
