@@ -109,6 +109,21 @@ extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count
     return found == count && (!bytes || gaps[bytes - 1]) ? last : -2;
 }
 
+// Write the numbers of the bits that a mask sets, the lowest bit of a byte first; return what decode_gaps does.
+extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count, int32_t* numbers) {
+    int64_t last = -1, found = 0;
+    for (int64_t place = 0; place < bytes; place += 8) {
+        uint64_t bits = 0;
+        for (int64_t k = 0; k < std::min<int64_t>(8, bytes - place); k++) bits |= uint64_t{mask[place + k]} << 8 * k;
+        if (found + __builtin_popcountll(bits) > count) return -2;
+        for (; bits; bits &= bits - 1) {
+            last = 8 * place + __builtin_ctzll(bits);
+            numbers[found++] = static_cast<int32_t>(last);
+        }
+    }
+    return found == count ? last : -2;
+}
+
 // Add values to a weight in bfloat16: each sum is taken in float32 and rounded once, to the nearest (of two, even).
 // Also counted are the values that are not zero and the entries whose bits change, and summed the squares of what
 // rounding took away and of the values.

@@ -1,4 +1,4 @@
-"""Passes over sparse entries on the CPU from compiled code: sums of several experts, what is kept of them, and gaps.
+"""Passes over sparse entries on the CPU from compiled code: sums of several experts, what is kept of them, and where.
 
 `entries.cpp` says how; the results are those of torch, bit for bit. `Runs.of` and the functions return None where the
 code does not serve: other dtypes and devices, gradients, little work, no compiler. Who calls has another way.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modular_experts.kernels.compiled import load
 
-__all__ = ["Added", "Runs", "add_rounded", "decode_gaps", "pack_entries"]
+__all__ = ["Added", "Runs", "add_rounded", "decode_places", "pack_entries"]
 
 SOURCE = Path(__file__).with_name("entries.cpp")
 
@@ -53,8 +53,8 @@ def _library() -> ctypes.CDLL | None:
         library.count_entries.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
         library.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
         library.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
-        library.decode_gaps.argtypes = [pointer, number, number, pointer]
-        library.pack_entries.restype = library.decode_gaps.restype = number
+        library.decode_gaps.argtypes = library.decode_mask.argtypes = [pointer, number, number, pointer]
+        library.pack_entries.restype = library.decode_gaps.restype = library.decode_mask.restype = number
     return library
 
 
@@ -181,19 +181,21 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
     return Added(weight, *counts, *squares)
 
 
-def decode_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None] | None:
-    """Return the numbers that gaps stand for, as `library.encoding` says, or None where this is not served.
+def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | None] | None:
+    """Return the numbers that stored bytes stand for, as `library.encoding` says, or None where this is not served.
 
     Args:
-        gaps: Bytes, `(n,)` uint8.
+        name: The encoding, `gaps` or `mask`.
+        stored: Bytes, `(n,)` uint8.
         count: How many numbers there must be.
 
     Returns:
         The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1 if
         there is none, and None where there are not `count`.
     """
-    if gaps.dtype != torch.uint8 or not _serves(gaps.numel(), [gaps]):
+    if stored.dtype != torch.uint8 or not _serves(stored.numel(), [stored]):
         return None
-    numbers = _empty(count, torch.int32)
-    last = _loaded().decode_gaps(gaps.data_ptr(), gaps.numel(), count, numbers.data_ptr())
+    numbers, library = _empty(count, torch.int32), _loaded()
+    decode = library.decode_gaps if name == "gaps" else library.decode_mask
+    last = decode(stored.data_ptr(), stored.numel(), count, numbers.data_ptr())
     return numbers, (None if last == -2 else last)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modular_experts.kernels.entries import decode_gaps
+from modular_experts.kernels.entries import decode_places
 
 __all__ = ["ENCODINGS", "decode", "encode", "fits"]
 
@@ -80,9 +80,14 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     Raises:
         ValueError: There are more or fewer, or they reach the limit.
     """
-    if name == "gaps":
-        return _from_gaps(stored, count, limit, dtype)
-    return _from_mask(stored, count, limit, dtype) if name == "mask" else stored
+    if name not in ENCODINGS:
+        return stored
+    compiled = decode_places(name, stored, count) if dtype == torch.int32 else None
+    numbers, last = compiled or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
+    if last is None or last >= limit:
+        reached = "" if last is None else f", as the last would be {last}"
+        raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")
+    return numbers.to(dtype)
 
 
 def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
@@ -93,17 +98,7 @@ def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
     return gaps
 
 
-def _from_gaps(gaps: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    compiled = decode_gaps(gaps, count) if dtype == torch.int32 else None
-    numbers, last = compiled or _summed(gaps, count)
-    if last is None:
-        raise ValueError(f"its gaps are not those of {count} numbers")
-    if last >= limit:
-        raise ValueError(f"its gaps lead to {last}, out of [0, {limit})")
-    return numbers.to(dtype)
-
-
-def _summed(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
+def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
     """Return the numbers and the last of them (-1 if there is none), which is None where there are not so many."""
     zeros = gaps.numel() - int(gaps.count_nonzero())
     wide = torch.int32 if _FURTHEST * gaps.numel() < 2**31 else torch.int64  # so that no sum overflows
@@ -133,15 +128,15 @@ def _to_mask(numbers: Tensor, limit: int) -> Tensor:
     return mask
 
 
-def _from_mask(mask: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    numbers, found = torch.empty(count, dtype=dtype, device=mask.device), 0
+def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
+    """As `_from_gaps`."""
+    wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
+    numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
     for part, eights in enumerate(mask.split(_PART)):
         bits = _BITS[eights.int()].view(torch.bool)
         here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as quick as torch's own
         if found + here.numel() > count:
-            raise ValueError(f"its mask keeps more than {count}")
+            return numbers, None
         torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
         found += here.numel()
-    if found < count or (count and int(numbers[-1]) >= limit):
-        raise ValueError(f"its mask does not keep {count} in [0, {limit})")
-    return numbers
+    return numbers, (None if found < count else int(numbers[-1]) if count else -1)

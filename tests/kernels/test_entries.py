@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from modular_experts.deltas import Sparse
 from modular_experts.interop import streaming
 from modular_experts.kernels import entries
-from modular_experts.kernels.entries import Runs, add_rounded, decode_gaps, pack_entries
+from modular_experts.kernels.entries import Runs, add_rounded, decode_places, pack_entries
 from modular_experts.library.encoding import encode
 from modular_experts.merging import (
     EMR,
@@ -157,20 +158,20 @@ def test_gaps_are_decoded_to_what_was_encoded(share) -> None:
     wanted = numbers if stored is not None else numbers[:1000] * 3
     gaps = torch.cat([gaps, torch.ones(5000, dtype=torch.uint8)])
     wanted = torch.cat([wanted, wanted[-1] + torch.arange(1, 5001, dtype=torch.int32)])
-    found, last = decode_gaps(gaps, len(wanted))
+    found, last = decode_places("gaps", gaps, len(wanted))
     assert torch.equal(found, wanted)
     assert last == int(wanted[-1])
 
 
 def test_gaps_of_another_number_of_entries_are_told() -> None:
     gaps = torch.ones(5000, dtype=torch.uint8)
-    assert decode_gaps(gaps, 5000)[1] == 4999
-    assert decode_gaps(gaps, 4999)[1] is None
-    assert decode_gaps(gaps, 5001)[1] is None
+    assert decode_places("gaps", gaps, 5000)[1] == 4999
+    assert decode_places("gaps", gaps, 4999)[1] is None
+    assert decode_places("gaps", gaps, 5001)[1] is None
     gaps[-1] = 0
-    assert decode_gaps(gaps, 4999)[1] is None
+    assert decode_places("gaps", gaps, 4999)[1] is None
     gaps[-1], gaps[7] = 1, 0
-    assert decode_gaps(gaps, 4999)[1] == 4998 + 255
+    assert decode_places("gaps", gaps, 4999)[1] == 4998 + 255
 
 
 def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
@@ -181,7 +182,27 @@ def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
 
 def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
     gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
-    assert decode_gaps(gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
+    assert decode_places("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.97, 1.0])
+@pytest.mark.parametrize("limit", [2**16, 70_001])
+def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
+    kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
+    kept[-1] = share > 0
+    mask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
+    found, last = decode_places("mask", mask, int(kept.sum()))
+    assert torch.equal(found, kept.nonzero()[:, 0].int())
+    assert last == (limit - 1 if share else -1)
+
+
+def test_masks_of_another_number_of_entries_are_told() -> None:
+    mask, numbers = torch.full((5001,), 0b10010, dtype=torch.uint8), torch.full((10_002,), -7, dtype=torch.int32)
+    assert decode_places("mask", mask, 10_002)[1] == 8 * 5000 + 4
+    for count in (0, 10_001, 10_003):
+        assert decode_places("mask", mask, count)[1] is None
+    assert entries._loaded().decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
+    assert numbers[9_990:].eq(-7).all()
 
 
 def test_all_else_is_not_served() -> None:
@@ -196,11 +217,12 @@ def test_all_else_is_not_served() -> None:
     assert Runs.of([places], [values.clone().requires_grad_()]) is None
     assert Runs.of([places], [torch._neg_view(values)]) is None
     assert add_rounded(torch.zeros(SHAPE).bfloat16(), places, values[:9]) is None
-    assert decode_gaps(torch.ones(5000, dtype=torch.int32), 5000) is None
+    assert decode_places("gaps", torch.ones(5000, dtype=torch.int32), 5000) is None
     assert add_rounded(torch.zeros(SHAPE), places, values) is None
     assert add_rounded(torch.zeros(SHAPE).half(), places, values) is None
     assert add_rounded(torch.zeros(SHAPE).bfloat16().T, places, values) is None
-    assert decode_gaps(torch.ones(9, dtype=torch.uint8), 9) is None
+    assert decode_places("gaps", torch.ones(9, dtype=torch.uint8), 9) is None
+    assert decode_places("mask", torch.ones(9, dtype=torch.uint8), 9) is None
     total, kept = torch.zeros(5000), torch.ones(5000, dtype=torch.bool)
     assert pack_entries(total, kept, 0, torch.empty(5000, dtype=torch.int32), torch.empty(5000)) is None
 
