@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import (
+    answer_logits,
     batch_losses,
     choice_log_likelihoods,
     greedy_matches,
@@ -15,6 +16,7 @@ from modular_experts.evaluation.scores import TaskScores
 
 __all__ = [
     "TaskScores",
+    "answer_logits",
     "batch_losses",
     "choice_log_likelihoods",
     "generate",

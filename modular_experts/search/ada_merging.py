@@ -7,7 +7,6 @@ target's tokens before it. The targets' texts are read for that, but no token of
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation import answer_logits, batch_losses
 from modular_experts.search.combination import Combination
 from modular_experts.search.descent import descend
 from modular_experts.search.objective import Objective
@@ -78,13 +77,9 @@ def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         model: A causal language model.
         batch: As `data/batch.py` says; of the labels only their places matter.
     """
-    labelled = batch["labels"] != IGNORED
-    kept = labelled.shape[1] - max(int(labelled.int().argmax(1).min()) - 1, 0)
-    fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = model(**inputs, **fewer, use_cache=False).logits[:, -kept:]
-    labelled = labelled[:, -kept:][:, 1:]
-    chosen = logits[:, :-1][labelled]
+    logits, labels = answer_logits(model, batch)
+    labelled = labels != IGNORED
+    chosen = logits[labelled]
     likelihoods = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
     entropies = torch.zeros(labelled.shape, dtype=likelihoods.dtype, device=likelihoods.device)
     entropies[labelled] = -(likelihoods.exp() * likelihoods).sum(-1)

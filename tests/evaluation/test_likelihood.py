@@ -12,7 +12,13 @@ from conftest import build_model, build_tokenizer
 from modular_experts.data.batch import IGNORED, Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import choice_log_likelihoods, row_losses
+from modular_experts.evaluation import (
+    answer_logits,
+    batch_losses,
+    choice_log_likelihoods,
+    greedy_matches,
+    row_losses,
+)
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:
@@ -20,9 +26,7 @@ def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], li
     sums, counts = [], []
     for row in range(len(labels)):
         terms = [
-            -float(likelihoods[row, place - 1, int(label)])
-            for place, label in enumerate(labels[row])
-            if label != IGNORED and place > 0
+            -float(likelihoods[row, place, int(label)]) for place, label in enumerate(labels[row]) if label != IGNORED
         ]
         sums.append(sum(terms))
         counts.append(len(terms))
@@ -38,7 +42,7 @@ def test_sums_and_counts_by_row(dtype: torch.dtype) -> None:
     labels[2] = IGNORED
     sums, counts = row_losses(logits, labels)
     wanted, numbers = by_hand(logits, labels)
-    assert counts.tolist() == numbers == [4, 4, 0, 6]
+    assert counts.tolist() == numbers == [4, 5, 0, 7]
     assert sums.tolist() == pytest.approx(wanted, rel=1e-12 if dtype == torch.float64 else 1e-6)
     assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -50,7 +54,7 @@ def test_gradients_are_those_of_the_usual_loss() -> None:
     labels[0, :3] = IGNORED
     sums, counts = row_losses(logits, labels)
     (mine,) = torch.autograd.grad(sums.sum() / counts.sum(), logits)
-    usual = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 9), labels[:, 1:].reshape(-1))
+    usual = torch.nn.functional.cross_entropy(logits.reshape(-1, 9), labels.reshape(-1))
     (theirs,) = torch.autograd.grad(usual, logits)
     torch.testing.assert_close(mine, theirs)
 
@@ -64,14 +68,48 @@ def test_choices_are_scored_one_by_one_or_together_the_same() -> None:
         length = int(batch["choices"]["attention_mask"][number].sum())
         ids, labels = (batch["choices"][key][number : number + 1, :length] for key in ("input_ids", "labels"))
         with torch.no_grad():
-            wanted, _ = by_hand(model(input_ids=ids).logits, labels)
+            wanted, _ = by_hand(model(input_ids=ids).logits[:, :-1], labels[:, 1:])
         assert float(scores[number]) == pytest.approx(-wanted[0], rel=1e-5)
 
 
 def test_a_choice_is_scored_with_its_end() -> None:
-    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 200, dtype=torch.float64))
 
     batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab", choices=("ab", "c"))]).examples)
     scores = choice_log_likelihoods(model, batch["choices"])  # type: ignore[arg-type]
     assert scores.tolist() == pytest.approx([-4 * math.log(200), -3 * math.log(200)])  # space, letters, end
+
+
+def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() -> None:
+    model = build_model("llama")
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")]).examples)
+    got = []
+    model.lm_head.register_forward_pre_hook(lambda head, inputs: got.append(inputs[0]))
+    logits, labels = answer_logits(model, batch)
+    wanted = (batch["labels"] != IGNORED).any(0)
+    assert got[0].shape[:2] == labels.shape == (2, int(wanted.sum()))
+    assert got[0].is_contiguous()
+    assert torch.equal(labels, batch["labels"][:, wanted])
+    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits, whole[:, :-1][:, wanted[1:]])
+
+
+def test_a_model_that_makes_all_logits_gives_the_same() -> None:
+    model = build_model("llama")
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")]).examples)
+
+    def whole(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    for found, wanted in zip(batch_losses(whole, batch), batch_losses(model, batch), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(found, wanted)
+    assert torch.equal(greedy_matches(whole, batch), greedy_matches(model, batch))  # type: ignore[arg-type]
+
+
+def test_without_an_answer_nothing_is_summed() -> None:
+    model = build_model("llama")
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab")]).examples)
+    sums, counts = batch_losses(model, batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
+    assert sums.tolist() == [0.0]
+    assert counts.tolist() == [0]
