@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, prompts
@@ -64,13 +64,19 @@ def _left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hold dropout off, and the model's own configuration too: `generate` takes from it whatever is left open."""
+    """Hold dropout off, and the model's own configuration too: `generate` takes from it whatever is left open.
+
+    The head gets the last places of the prompts in one piece; why, `answer_logits` says.
+    """
     training, own = model.training, model.generation_config
     model.generation_config = config
     model.eval()
+    head = model.get_output_embeddings() or nn.Identity()
+    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
     try:
         yield
     finally:
+        hook.remove()
         model.train(training)
         model.generation_config = own
 
