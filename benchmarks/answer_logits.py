@@ -8,7 +8,9 @@ ways, in turn, in an order drawn anew for each round, on one thread; the numbers
 * slice: `logits_to_keep` as a number, so that the head gets a slice of the hidden states;
 * places: `evaluation.answer_logits`, which names the places.
 
-    python benchmarks/answer_logits.py [--json] [--quick]      3 minutes; --quick: in small, to see that it runs
+Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate`.
+
+    python benchmarks/answer_logits.py [--json] [--quick]      5 minutes; --quick: in small, to see that it runs
 """
 
 from __future__ import annotations
@@ -19,20 +21,24 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from contenders import language_model
 from step_report import machine
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses, row_losses
+from modular_experts.evaluation.generation import evaluating
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
 
+Way = Callable[[nn.Module, Batch], Tensor]
 ROWS, LENGTH, ANSWER = 16, 32, 8
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -55,7 +61,7 @@ def by_places(model: nn.Module, batch: Batch) -> Tensor:
     return sums.sum() / counts.sum()
 
 
-WAYS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {"whole": whole, "slice": by_slice, "places": by_places}
+WAYS: dict[str, Way] = {"whole": whole, "slice": by_slice, "places": by_places}
 
 
 def make_batch(vocabulary: int) -> Batch:
@@ -66,29 +72,54 @@ def make_batch(vocabulary: int) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def compare(dtype: torch.dtype, train: bool, rounds: int, quick: bool) -> dict[str, Any]:
-    """Return the time of each way over that of `places`, and the largest difference of their losses."""
-    model = language_model(quick).base
-    inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
-    model.to(dtype)
-    batch, seconds, losses = make_batch(model.config.vocab_size), {name: [] for name in WAYS}, {}
-    order = list(WAYS)
+def train(way: Way, model: nn.Module, batch: Batch) -> float:
+    loss = way(model, batch)
+    loss.backward()
+    model.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def look(way: Way, model: nn.Module, batch: Batch) -> float:
+    return way(model, batch).item()
+
+
+def race(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the median time of each call over that of `places`, and what each returned last."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, found = list(calls), {}
     for _ in range(rounds + 1):
         random.shuffle(order)
         for name in order:
             gc.collect()
             start = time.process_time()
-            with nullcontext() if train else torch.no_grad():
-                loss = WAYS[name](model, batch)
-                if train:
-                    loss.backward()
+            found[name] = calls[name]()
             seconds[name].append(time.process_time() - start)
-            losses[name] = loss.item()
-            model.zero_grad()
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    apart = max(abs(loss / losses["places"] - 1) for loss in losses.values())
-    kind = {"dtype": str(dtype).removeprefix("torch."), "work": "training step" if train else "forward"}
-    return kind | {name: median[name] / median["places"] for name in WAYS} | {"losses_apart": apart}
+    return {name: median[name] / median["places"] for name in calls}, found
+
+
+def compare(dtype: torch.dtype, rounds: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Give a row of ratios for each work, with the largest difference of the losses."""
+    model: Any = language_model(quick).base
+    inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
+    model.to(dtype)
+    batch, kind = make_batch(model.config.vocab_size), {"dtype": str(dtype).removeprefix("torch.")}
+    for name, work in {"training step": train, "forward": look}.items():
+        ratios, losses = race({way: partial(work, call, model, batch) for way, call in WAYS.items()}, rounds)
+        apart = max(abs(loss / losses["places"] - 1) for loss in losses.values())
+        yield kind | {"work": name} | ratios | {"losses_apart": apart}
+    prompts = {key: batch[key][:, : LENGTH - ANSWER] for key in ("input_ids", "attention_mask")}
+    settings = GenerationConfig(
+        do_sample=False, use_cache=True, max_new_tokens=ANSWER, min_new_tokens=ANSWER, eos_token_id=0, pad_token_id=0
+    )
+
+    def write(in_one_piece: bool) -> Tensor:
+        with evaluating(model, settings) if in_one_piece else nullcontext():
+            return model.eval().generate(**prompts, generation_config=settings)
+
+    ratios, _ = race({"slice": partial(write, False), "places": partial(write, True)}, rounds)
+    yield kind | {"work": "generation"} | ratios
 
 
 def main() -> None:
@@ -100,15 +131,16 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     rounds = 1 if options.quick else options.repeats
-    rows = [compare(dtype, train, rounds, options.quick) for dtype in DTYPES for train in (True, False)]
+    rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]
     if options.json:
         print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows}))
         return
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print("CPU time over that of places\n\n| | whole | slice | places | losses apart |\n|---|---|---|---|---|")
     for row in rows:
-        cells = [f"{row[name]:.2f}" for name in WAYS]
-        print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {row['losses_apart']:.0e} |")
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in WAYS]
+        apart = f"{row['losses_apart']:.0e}" if "losses_apart" in row else ""
+        print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {apart} |")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ def test_the_three_ways_are_timed_and_agree() -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert [(row["dtype"], row["work"]) for row in report["rows"]] == [
-        ("float32", "training step"),
-        ("float32", "forward"),
-        ("bfloat16", "training step"),
-        ("bfloat16", "forward"),
-    ]
+    works = [(dtype, work) for dtype in ("float32", "bfloat16") for work in ("training step", "forward", "generation")]
+    assert [(row["dtype"], row["work"]) for row in report["rows"]] == works
     for row in report["rows"]:
         assert row["places"] == 1
-        assert all(0.05 < row[way] < 1000 for way in ("whole", "slice"))
-        assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+        assert 0.05 < row["slice"] < 1000
+        if row["work"] != "generation":
+            assert 0.05 < row["whole"] < 1000
+            assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
     assert {"CPU", "threads", "torch"} <= set(report["machine"])

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modular_experts.data.batch import Batch, prompts
 
-__all__ = ["generate"]
+__all__ = ["evaluating", "generate"]
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def generate(
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
     )
-    with _evaluating(model, config):
+    with evaluating(model, config):
         written = model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, generation_config=config
         )[:, ids.shape[1] :]
@@ -63,7 +63,7 @@ def _left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Hold dropout off, and the model's own configuration too: `generate` takes from it whatever is left open.
 
     The head gets the last places of the prompts in one piece; why, `answer_logits` says.

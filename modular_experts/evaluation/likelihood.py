@@ -16,9 +16,9 @@ __all__ = ["answer_logits", "batch_losses", "choice_log_likelihoods", "greedy_ma
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits that predict the answers of a batch, and the tokens that they are to predict.
 
-    A model that can do so makes no others. It is told the places one by one: a slice of the hidden states leaves gaps
-    in memory, and torch multiplies these row by row with a head that is not trained, on a CPU several times as slowly
-    (bfloat16 fifty times).
+    A model that can do so makes no others. It is told the places one by one, because a slice of the hidden states has
+    gaps in memory, and torch multiplies each row of such by itself with a head that is not trained; on a CPU in
+    bfloat16 a training step then takes almost three times as long (`benchmarks/answer_logits.py`).
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`.

@@ -90,3 +90,14 @@ def test_a_tokenizer_without_padding_stays_without() -> None:
     tokenizer.pad_token = None
     assert generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=5) == wanted
     assert tokenizer.pad_token is None
+
+
+def test_the_head_gets_the_last_places_in_one_piece_and_is_as_before_afterwards() -> None:
+    model, got = build_model("llama"), []
+    watching = model.lm_head.register_forward_hook(lambda head, inputs, output: got.append(inputs[0]))
+    generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
+    assert got[0].shape[:2] == (3, 1)
+    assert all(hidden.is_contiguous() for hidden in got)
+    watching.remove()
+    assert not model.lm_head._forward_pre_hooks
+    assert not model.lm_head._forward_hooks
