@@ -62,6 +62,7 @@ def search(
         merges: Methods whose merges of the experts are combined with them, as the first of them, such as '[RegMean,
             SparseAverage]'; each is written as an expert, too, named after `out` and the method.
     """
+    algorithm.check(len(merges or []) + len(experts))
     places = _places(out, merges or [], experts)
     for place in [out, *places]:
         check_target(place, overwrite)

@@ -49,13 +49,16 @@ class ATLAS(CoefficientSearch):
         if not all(map(math.isfinite, self.start or [])):
             raise ValueError(f"ATLAS: start must be finite numbers, got {self.start}")
 
-    def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
-        if len(first) > combination.experts:
+    def check(self, experts: int) -> None:
+        given = len(self.start or [])
+        if given > experts:
             raise ValueError(
-                f"ATLAS: start has {len(first)} coefficients for {combination.experts} experts; give no more than "
-                "there are"
+                f"ATLAS: start has {given} coefficients for {experts} experts; give no more than there are"
             )
+
+    def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
+        self.check(combination.experts)
+        first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
         start = torch.zeros(len(combination.names), combination.experts, dtype=torch.float64)
         start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
         return descend(combination, objective, batch_losses, start, self.learning_rate, self.steps, progress)

@@ -41,6 +41,13 @@ class CoefficientSearch(ABC):
     The fields are options of the command line.
     """
 
+    def check(self, experts: int) -> None:  # noqa: B027 - most take any number
+        """Refuse settings that do not fit a number of experts, merges among them, before anything is loaded.
+
+        Raises:
+            ValueError: They do not. The default takes any.
+        """
+
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         """Return the coefficients; the model of the combination, which is also the objective's, may be left anywhere.

@@ -231,6 +231,11 @@ MISTAKES = [
         "would be written to library/q-TIES, which is among the experts",
     ),
     ([*MERGED, "--experts", "[library/0, library/1]"], 1, "library/q-TIES exists already"),
+    (
+        [*MERGED, *EXPERTS, "--algorithm.start", "[0, 0, 0, 1]", "--base", "nowhere", "--overwrite"],
+        1,
+        "start has 4 coefficients for 3 experts",  # before the base is looked for
+    ),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
     ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "would no longer be one; leave the task out"),
 ]
