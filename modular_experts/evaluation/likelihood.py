@@ -14,7 +14,7 @@ __all__ = ["answer_logits", "batch_losses", "choice_log_likelihoods", "greedy_ma
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits that predict the answers of a batch, and the tokens that they are to predict.
+    """Return the logits from the place that predicts the first answer on, and the tokens that they are to predict.
 
     A model that can do so makes no others. It is told the places one by one, because a slice of the hidden states has
     gaps in memory, and torch multiplies each row of such by itself with a head that is not trained; on a CPU in
@@ -25,14 +25,15 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         batch: `input_ids`, `attention_mask` and `labels`, `(n, length)`.
 
     Returns:
-        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where a row has no answer.
+        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where nothing is to be predicted.
     """
-    labels = batch["labels"][:, 1:]  # the position before a token predicts it
-    places = (labels != IGNORED).any(0).nonzero()[:, 0]
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # the position before a token predicts it
+    first = int((labels != IGNORED).int().argmax(1).min())
+    places = torch.arange(first, labels.shape[1], device=labels.device)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
         return model(**inputs, logits_to_keep=places).logits, labels[:, places]
-    return model(**inputs).logits[:, places], labels[:, places]
+    return model(**inputs).logits[:, first:], labels[:, first:]
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

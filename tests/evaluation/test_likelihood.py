@@ -83,16 +83,18 @@ def test_a_choice_is_scored_with_its_end() -> None:
 
 def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() -> None:
     model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("pre", "ab"), Row("longer", "c")]).examples)
     got = []
     model.lm_head.register_forward_pre_hook(lambda head, inputs: got.append(inputs[0]))
     logits, labels = answer_logits(model, batch)
-    wanted = (batch["labels"] != IGNORED).any(0)
-    assert got[0].shape[:2] == labels.shape == (2, int(wanted.sum()))
+    first = int((batch["labels"] != IGNORED).nonzero()[:, 1].min()) - 1
+    assert first == 2
+    assert got[0].shape[:2] == labels.shape == (2, batch["labels"].shape[1] - first)
     assert got[0].is_contiguous()
-    assert torch.equal(labels, batch["labels"][:, wanted])
+    assert torch.equal(labels[:, :-1], batch["labels"][:, first + 1 :])
+    assert (labels[:, -1] == IGNORED).all()
     whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(logits, whole[:, :-1][:, wanted[1:]])
+    torch.testing.assert_close(logits, whole[:, first:])
 
 
 def test_a_model_that_makes_all_logits_gives_the_same() -> None:
