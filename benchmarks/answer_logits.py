@@ -1,4 +1,4 @@
-"""What it saves to make logits for the answers only, and to ask for them place by place.
+"""What it saves to make logits from the first answer on, and to ask for them place by place.
 
 A Llama of 135 million parameters with random weights and LoRA on its projections takes training steps, and forward
 passes without gradients, on 16 rows of 32 tokens of which the last 4 to 8 are the answer. The logits come in three

@@ -68,11 +68,11 @@ def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
 
     The head gets the last places of the prompts in one piece; why, `answer_logits` says.
     """
+    head = model.get_output_embeddings() or nn.Identity()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     training, own = model.training, model.generation_config
     model.generation_config = config
     model.eval()
-    head = model.get_output_embeddings() or nn.Identity()
-    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
     try:
         yield
     finally:

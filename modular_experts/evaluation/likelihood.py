@@ -14,26 +14,28 @@ __all__ = ["answer_logits", "batch_losses", "choice_log_likelihoods", "greedy_ma
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits from the place that predicts the first answer on, and the tokens that they are to predict.
+    """Return the logits from the place that predicts the first answer of a batch on, and what they are to predict.
 
-    A model that can do so makes no others. It is told the places one by one, because a slice of the hidden states has
-    gaps in memory, and torch multiplies each row of such by itself with a head that is not trained; on a CPU in
-    bfloat16 a training step then takes almost three times as long (`benchmarks/answer_logits.py`).
+    A model whose forward takes `logits_to_keep` makes no others. It is told the places one by one, because a slice of
+    the hidden states has gaps in memory, and torch multiplies each row of such by itself with a head that is not
+    trained; on a CPU in bfloat16 a training step then takes almost three times as long
+    (`benchmarks/answer_logits.py`).
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`.
         batch: `input_ids`, `attention_mask` and `labels`, `(n, length)`.
 
     Returns:
-        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where nothing is to be predicted.
+        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where nothing is to be predicted, as in the last
+        place, which is there for the sake of numbers from before it could be left out.
     """
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # the position before a token predicts it
-    first = int((labels != IGNORED).int().argmax(1).min())
-    places = torch.arange(first, labels.shape[1], device=labels.device)
+    first = int((labels != IGNORED).any(0).int().argmax())
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
-        return model(**inputs, logits_to_keep=places).logits, labels[:, places]
-    return model(**inputs).logits[:, first:], labels[:, first:]
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(**inputs).logits[:, first:], labels[:, first:]
+    places = torch.arange(first, labels.shape[1], device="cpu")  # from where any device can be indexed
+    return model(**inputs, logits_to_keep=places).logits, labels[:, first:]
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: `(n, k, vocabulary)`; any float dtype, gradients flow.
-        labels: `(n, k)`, what the logits predict; `IGNORED` where nothing is to be predicted.
+        labels: `(n, k)`, what the logits in the same place predict; `IGNORED` where that is nothing.
 
     Returns:
         Sums `(n,)` in at least float32, and counts `(n,)` int64.

@@ -193,7 +193,7 @@ def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | 
         The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1 if
         there is none, and None where there are not `count`.
     """
-    if stored.dtype != torch.uint8 or not _serves(stored.numel(), [stored]):
+    if stored.dtype != torch.uint8 or not _serves(max(count, stored.numel()), [stored]):
         return None
     numbers, library = _empty(count, torch.int32), _loaded()
     decode = library.decode_gaps if name == "gaps" else library.decode_mask

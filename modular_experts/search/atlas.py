@@ -53,7 +53,8 @@ class ATLAS(CoefficientSearch):
         given = len(self.start or [])
         if given > experts:
             raise ValueError(
-                f"ATLAS: start has {given} coefficients for {experts} experts; give no more than there are"
+                f"ATLAS: start has {given} coefficients for {experts} experts, merges among them; give no more than "
+                "there are"
             )
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:

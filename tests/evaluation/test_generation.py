@@ -101,3 +101,19 @@ def test_the_head_gets_the_last_places_in_one_piece_and_is_as_before_afterwards(
     watching.remove()
     assert not model.lm_head._forward_pre_hooks
     assert not model.lm_head._forward_hooks
+
+
+def test_all_is_as_before_when_generation_fails_or_there_is_no_head_to_be_found(monkeypatch) -> None:
+    model = build_model("llama").train()
+    own = model.generation_config
+    wanted = generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2) == wanted
+    for broken in ("get_output_embeddings", "generate"):
+        monkeypatch.undo()
+        monkeypatch.setattr(model, broken, lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
+        assert model.training
+        assert model.generation_config is own
+        assert not model.lm_head._forward_pre_hooks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,18 @@ from modular_experts.evaluation import (
     greedy_matches,
     row_losses,
 )
+
+
+class Whole(torch.nn.Module):
+    """A model that makes all logits."""
+
+    def __init__(self, logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
+        return SimpleNamespace(logits=self.logits(input_ids, attention_mask))
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], list[int]]:
@@ -73,11 +86,8 @@ def test_choices_are_scored_one_by_one_or_together_the_same() -> None:
 
 
 def test_a_choice_is_scored_with_its_end() -> None:
-    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 200, dtype=torch.float64))
-
     batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab", choices=("ab", "c"))]).examples)
-    scores = choice_log_likelihoods(model, batch["choices"])  # type: ignore[arg-type]
+    scores = choice_log_likelihoods(Whole(lambda ids, mask: torch.zeros(*ids.shape, 200).double()), batch["choices"])
     assert scores.tolist() == pytest.approx([-4 * math.log(200), -3 * math.log(200)])  # space, letters, end
 
 
@@ -101,12 +111,19 @@ def test_a_model_that_makes_all_logits_gives_the_same() -> None:
     model = build_model("llama")
     batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")]).examples)
 
-    def whole(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    for found, wanted in zip(batch_losses(whole, batch), batch_losses(model, batch), strict=True):  # type: ignore[arg-type]
+    whole = Whole(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits)
+    for found, wanted in zip(batch_losses(whole, batch), batch_losses(model, batch), strict=True):
         torch.testing.assert_close(found, wanted)
-    assert torch.equal(greedy_matches(whole, batch), greedy_matches(model, batch))  # type: ignore[arg-type]
+    assert torch.equal(greedy_matches(whole, batch), greedy_matches(model, batch))
+
+
+def test_a_row_without_an_answer_does_not_cost_the_others_anything() -> None:
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("longer", "ab"), Row("prompt", "c")]).examples)
+    one = batch["labels"].clone()
+    one[1] = IGNORED
+    logits, labels = answer_logits(build_model("llama"), batch | {"labels": one})
+    assert logits.shape[:2] == labels.shape == (2, 5)  # space, two letters, the end, and the last place
+    assert (labels[1] == IGNORED).all()
 
 
 def test_without_an_answer_nothing_is_summed() -> None:

@@ -67,7 +67,7 @@ def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(objecti
 def test_more_first_coefficients_than_experts_are_refused(objective) -> None:
     with (
         Combination(objective.model, random_experts(objective)[:2]) as combination,
-        pytest.raises(ValueError, match="start has 3 coefficients for 2 experts; give no more than there are"),
+        pytest.raises(ValueError, match="start has 3 coefficients for 2 experts, merges among them; give no"),
     ):
         ATLAS(start=[0.1, 0.2, 0.3]).search(combination, objective)
 
