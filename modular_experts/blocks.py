@@ -19,6 +19,7 @@ __all__ = [
     "block_entries",
     "block_grid",
     "block_sums",
+    "entries_in_order",
     "gather_blocks",
     "index_dtype",
     "rows_and_columns",
@@ -50,6 +51,38 @@ def block_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Ten
     rows = (rows * tile[0])[:, None, None] + torch.arange(tile[0], device=blocks.device)[:, None]
     columns = (columns * tile[1])[:, None, None] + torch.arange(tile[1], device=blocks.device)
     return rows * shape[1] + columns, (rows < shape[0]) & (columns < shape[1])
+
+
+def entries_in_order(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the flat entries of tiles, sorted, and their values; what lies beyond the edge of the weight is left out.
+
+    The tiles of one row of the grid share its rows: the first row of each, then the second of each. So whole rows of
+    tiles are put in order, and no entry has to be sorted.
+
+    Args:
+        blocks: Numbers of the tiles, `(n,)`, sorted and unique.
+        tiles: Their values, `(n, height, width)`.
+        shape: The weight's.
+
+    Returns:
+        Entries `(k,)`, as `index_dtype` says, and values `(k,)`.
+    """
+    (count, height, width), device = tiles.shape, blocks.device
+    tall, wide = block_grid(shape, (height, width))
+    rows, columns = rows_and_columns(blocks, (tall, wide))
+    beside = rows.bincount(minlength=tall)  # tiles in each row of the grid
+    before = (beside.cumsum(0) - beside)[rows]  # tiles in the rows above
+    inner, rank = torch.arange(height, device=device), torch.arange(count, device=device) - before
+    place = ((before * height + rank)[:, None] + inner * beside[rows][:, None]).view(-1)
+    starts, values = torch.empty_like(place), tiles.new_empty(count * height, width)
+    starts[place] = (((rows * height)[:, None] + inner) * shape[1] + (columns * width)[:, None]).view(-1)
+    values[place] = tiles.reshape(-1, width)
+    across = torch.arange(width, device=device)
+    entries = (starts[:, None] + across).to(index_dtype(shape))
+    if (tall * height, wide * width) == tuple(shape):
+        return entries.view(-1), values.view(-1)
+    inside = (starts // shape[1] < shape[0])[:, None] & ((starts % shape[1])[:, None] + across < shape[1])
+    return entries[inside], values[inside]
 
 
 def gather_blocks(matrix: Tensor, blocks: Tensor, tile: Tile) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from modular_experts.blocks import (
     Tile,
-    block_entries,
     block_grid,
+    entries_in_order,
     gather_blocks,
     index_dtype,
     rows_and_columns,
@@ -290,6 +290,10 @@ class BlockSparse(Delta):
         width = (self.shape[1] - columns * self.tile[1]).clamp(max=self.tile[1])
         return int((height * width).sum())
 
+    @property
+    def is_empty(self) -> bool:
+        return self.blocks.numel() == 0
+
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
         kept = gather_blocks(target, self.blocks, self.tile).to(wide) + self.values
@@ -311,14 +315,11 @@ class BlockSparse(Delta):
         return out.view(tall * height, -1)[: self.shape[0]].T.reshape(*x.shape[:-1], self.shape[0])
 
     def support(self) -> Tensor:
-        entries, inside = block_entries(self.blocks, self.shape, self.tile)
-        return entries[inside].sort().values.to(index_dtype(self.shape))
+        return self.as_sparse().indices
 
     def as_sparse(self) -> Sparse:
         """Return the same delta entry by entry; the support is the same."""
-        entries, inside = block_entries(self.blocks, self.shape, self.tile)
-        indices, order = entries[inside].sort()
-        return Sparse(indices.to(index_dtype(self.shape)), self.values[inside][order], self.shape)
+        return Sparse(*entries_in_order(self.blocks, self.values, self.shape), self.shape)
 
     def norm(self) -> float:
         return self.values.double().norm().item()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modular_experts.blocks import block_grid, block_sums, gather_blocks, scatter_blocks_
+from modular_experts.blocks import block_grid, block_sums, entries_in_order, gather_blocks, index_dtype, scatter_blocks_
 
 SHAPES = [(6, 9), (5, 7), (1, 4), (8, 3)]
 TILES = [(3, 3), (2, 2), (1, 9), (1, 7), (6, 1), (5, 1), (2, 3)]
@@ -41,3 +41,23 @@ def test_writing_some_tiles_leaves_the_others(tile: tuple[int, int]) -> None:
     scatter_blocks_(matrix, blocks, torch.ones(1, *tile))
     assert [part.all() for part in _slices(matrix.numpy(), tile)][1]
     assert matrix.sum() == _slices(matrix.numpy(), tile)[1].size
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_entries_of_tiles_come_in_the_order_of_the_weight(
+    shape: tuple[int, int], tile: tuple[int, int], share: float
+) -> None:
+    count = int(np.prod(block_grid(shape, tile)))
+    blocks = np.flatnonzero(np.random.default_rng(1).random(count) < share)
+    tiles = 1.0 + torch.arange(len(blocks) * tile[0] * tile[1]).view(len(blocks), *tile)
+    entries, values = entries_in_order(torch.from_numpy(blocks).int(), tiles, shape)
+    wide, wanted = block_grid(shape, tile)[1], {}
+    for block, own in zip(blocks.tolist(), tiles.tolist(), strict=True):
+        for i, j in np.ndindex(*tile):
+            row, column = block // wide * tile[0] + i, block % wide * tile[1] + j
+            if row < shape[0] and column < shape[1]:
+                wanted[row * shape[1] + column] = own[i][j]
+    assert entries.dtype == index_dtype(shape)
+    assert list(zip(entries.tolist(), values.tolist(), strict=True)) == sorted(wanted.items())

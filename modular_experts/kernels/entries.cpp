@@ -124,6 +124,28 @@ extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count
     return found == count ? last : -2;
 }
 
+// Write the flat entries of sorted tiles of a weight `(rows, columns)`, in their order, and their values; return how
+// many: what lies beyond the edge is left out. Both have room for all entries of the tiles.
+extern "C" int64_t spread_tiles(const int32_t* blocks, const float* tiles, int64_t count, int64_t height, int64_t width,
+                                int64_t rows, int64_t columns, int32_t* places, float* values) {
+    const int64_t wide = (columns + width - 1) / width;
+    int64_t found = 0;
+    for (int64_t first = 0, last = 0; first < count; first = last) {
+        const int64_t row = blocks[first] / wide;  // of the grid; its tiles share rows of the weight
+        while (last < count && blocks[last] / wide == row) last++;
+        for (int64_t k = 0; k < height && row * height + k < rows; k++)
+            for (int64_t tile = first; tile < last; tile++) {
+                const int64_t column = blocks[tile] % wide * width, here = std::min(width, columns - column);
+                const int64_t place = (row * height + k) * columns + column;
+                const float* own = tiles + (tile * height + k) * width;
+                for (int64_t j = 0; j < here; j++) places[found + j] = static_cast<int32_t>(place + j);
+                for (int64_t j = 0; j < here; j++) values[found + j] = own[j];
+                found += here;
+            }
+    }
+    return found;
+}
+
 // Add values to a weight in bfloat16: each sum is taken in float32 and rounded once, to the nearest (of two, even).
 // Also counted are the values that are not zero and the entries whose bits change, and summed the squares of what
 // rounding took away and of the values.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from modular_experts.kernels.compiled import load
 
-__all__ = ["Added", "Runs", "add_rounded", "decode_places", "pack_entries"]
+__all__ = ["Added", "Runs", "add_rounded", "decode_places", "pack_entries", "spread_tiles"]
 
 SOURCE = Path(__file__).with_name("entries.cpp")
 
@@ -54,6 +55,8 @@ def _library() -> ctypes.CDLL | None:
         library.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
         library.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
         library.decode_gaps.argtypes = library.decode_mask.argtypes = [pointer, number, number, pointer]
+        library.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
+        library.spread_tiles.restype = number
         library.pack_entries.restype = library.decode_gaps.restype = library.decode_mask.restype = number
     return library
 
@@ -179,6 +182,23 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
     inputs = [places.data_ptr(), values.data_ptr(), places.numel(), weight.numel(), weight.data_ptr()]
     _check(_loaded().add_rounded(*inputs, counts, squares))
     return Added(weight, *counts, *squares)
+
+
+def spread_tiles(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Return what `blocks.entries_in_order` does, or None where this is not served.
+
+    Args:
+        blocks: Numbers of the tiles, `(n,)` int32, sorted and unique.
+        tiles: Their values, `(n, height, width)` float32.
+        shape: The weight's.
+    """
+    known = [blocks.dtype, tiles.dtype] == [torch.int32, torch.float32] and math.prod(shape) < 2**31
+    if not known or not _serves(tiles.numel(), [blocks, tiles]):
+        return None
+    places, values = _empty(tiles.numel(), torch.int32), _empty(tiles.numel(), torch.float32)
+    sizes, out = [*tiles.shape, *shape], [places.data_ptr(), values.data_ptr()]
+    found = _loaded().spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out)
+    return places[:found], values[:found]
 
 
 def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | None] | None:

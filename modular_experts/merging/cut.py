@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from modular_experts.blocks import block_entries, true_places
+from modular_experts.blocks import true_places
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.masks import kth_highest
 from modular_experts.merging.entries import Entries
@@ -53,8 +53,8 @@ def exact_cut(delta: Delta, count: int) -> Cut:
 
     Where fewer than `count` are not zero, it leaves all of them.
     """
-    values = stored_values(delta)
-    size = values.abs().view(-1)
+    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+    size = stored_values(delta).abs()
     if count >= size.numel() or not (magnitude := kth_highest(size, count)):
         return Cut(0.0)
     tied = true_places(size == magnitude)
@@ -65,15 +65,11 @@ def exact_cut(delta: Delta, count: int) -> Cut:
 
 
 def stored_values(delta: Delta) -> Tensor:
-    """Return the values of all entries that may be other than zero, in the delta's own order."""
-    if isinstance(delta, BlockSparse):
-        return delta.values[block_entries(delta.blocks, delta.shape, delta.tile)[1]]
+    """Return the values of all entries that may be other than zero, `(n,)`, in the order of their places."""
+    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
     return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
 
 
 def _flat(delta: Delta, places: Tensor) -> Tensor:
-    """Return the flat entries at some places of what `stored_values` lists."""
-    if isinstance(delta, BlockSparse):
-        entries, inside = block_entries(delta.blocks, delta.shape, delta.tile)
-        return entries[inside][places]
+    """Return the flat entries at some places of what `stored_values` lists; of tiles, `as_sparse` has them."""
     return delta.indices[places].long() if isinstance(delta, Sparse) else places

@@ -17,9 +17,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import between, block_entries, block_grid, gather_blocks, index_dtype, true_places
+from modular_experts.blocks import between, block_grid, entries_in_order, gather_blocks, index_dtype, true_places
 from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
-from modular_experts.kernels.entries import Runs, pack_entries
+from modular_experts.kernels.entries import Runs, pack_entries, spread_tiles
 from modular_experts.merging.entries import Entries, joined
 
 __all__ = ["Part", "all_sparse", "merge_by_parts", "parts_of", "widest_dtype"]
@@ -33,10 +33,11 @@ class Part:
     """Some rows of a weight, with the deltas of all experts.
 
     Attributes:
-        deltas: The deltas of the whole weight, in the order of the experts.
+        deltas: The deltas of the whole weight, in the order of the experts; of tiles, the entries of those that reach
+            into these rows.
         rows: First row, and the one after the last.
-        slices: For each delta, which of its stored entries or tiles reach into these rows; of other forms, the rows.
-        runs: All entries of the weight, if all experts keep single ones and compiled code goes through them.
+        slices: For each delta, which of its entries lie in these rows; of other forms, the rows.
+        runs: All entries of these deltas, if all experts keep single ones and compiled code goes through them.
     """
 
     deltas: Sequence[Delta]
@@ -50,16 +51,13 @@ class Part:
 
     def entries(self, expert: int) -> Entries:
         """Return what an expert keeps here."""
-        delta, here, (start, stop) = self.deltas[expert], self.slices[expert], self.span
+        delta, here, start = self.deltas[expert], self.slices[expert], self.span[0]
         if delta.is_empty:
             nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
             return Entries(nothing.to(delta.dtype), nothing, start)
         if isinstance(delta, Sparse):
-            return _inside(delta.indices[here], delta.values[here], start)
-        if isinstance(delta, BlockSparse):
-            entries, inside = block_entries(delta.blocks[here], delta.shape, delta.tile)
-            inside &= (entries >= start) & (entries < stop)
-            return _inside(entries[inside], delta.values[here][inside], start)
+            places = delta.indices[here]
+            return Entries(delta.values[here], places - start if start else places, start)
         return Entries(delta.rows(here.start, here.stop).reshape(-1), None, start)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -152,7 +150,9 @@ def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | Non
 
 
 def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
-    """Give the parts of a weight, from the first row to the last; no tile of the deltas is cut in two."""
+    """Give the parts of a weight, from the first row to the last; no tile that the deltas have in common is cut in
+    two.
+    """
     shape = deltas[0].shape
     tile = _common_tile(deltas)
     step = max(1, PART // max(1, _width(shape)))
@@ -161,10 +161,15 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     height = shape[0] if shape else 1
     rows = [(first, min(first + step, height)) for first in range(0, height, step)]
     slices = [_slices(delta, rows) for delta in deltas]
-    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
-    runs = Runs.of([d.indices for d in sparse], [d.values for d in sparse]) if len(sparse) == len(deltas) else None
+    runs = None if any(isinstance(delta, BlockSparse) for delta in deltas) else _runs(deltas)
     for place, span in enumerate(rows):
-        yield Part(deltas, span, [here[place] for here in slices], runs)
+        here = [own[place] for own in slices]
+        if any(isinstance(delta, BlockSparse) for delta in deltas):
+            pairs = [_entry_by_entry(delta, one, span) for delta, one in zip(deltas, here, strict=True)]
+            part, here = [delta for delta, _ in pairs], [one for _, one in pairs]
+            yield Part(part, span, here, _runs(part))
+        else:
+            yield Part(deltas, span, here, runs)
 
 
 def all_sparse(deltas: Sequence[Delta]) -> bool:
@@ -202,9 +207,24 @@ def _pack(
     return len(blocks)
 
 
-def _inside(places: Tensor, values: Tensor, start: int) -> Entries:
-    """Return entries of a part from their flat places in the weight; the part begins with the flat entry `start`."""
-    return Entries(values, places - start if start else places, start)
+def _runs(deltas: Sequence[Delta]) -> Runs | None:
+    """Return the entries of all experts for compiled code, if all keep single ones and it serves them."""
+    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
+    same = len(sparse) == len(deltas)
+    return Runs.of([delta.indices for delta in sparse], [delta.values for delta in sparse]) if same else None
+
+
+def _entry_by_entry(delta: Delta, here: slice, rows: tuple[int, int]) -> tuple[Delta, slice]:
+    """Return a delta of tiles as one of the single entries that it keeps in some rows, with which of them these are:
+    all, or fewer where rows of a tile lie outside. Any other delta is returned as it is.
+    """
+    if not isinstance(delta, BlockSparse):
+        return delta, here
+    blocks, tiles = delta.blocks[here], delta.values[here]
+    entries = Sparse(
+        *(spread_tiles(blocks, tiles, delta.shape) or entries_in_order(blocks, tiles, delta.shape)), delta.shape
+    )
+    return entries, _slices(entries, [rows])[0]
 
 
 def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:

@@ -46,7 +46,7 @@ def _histograms(chunks: Chunks, digit: Callable[[Tensor, int], Tensor], bins: in
         size += entries
         totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in chunk]
         for i, delta in enumerate(chunk):
-            bits = stored_values(delta).reshape(-1).float().abs().view(torch.int32)
+            bits = stored_values(delta).float().abs().view(torch.int32)
             totals[i] += torch.bincount(digit(bits, i), minlength=bins)
     return size, totals
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Sparse
+from modular_experts.blocks import block_grid, entries_in_order
+from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.interop import streaming
 from modular_experts.kernels import entries
-from modular_experts.kernels.entries import Runs, add_rounded, decode_places, pack_entries
+from modular_experts.kernels.entries import Runs, add_rounded, decode_places, pack_entries, spread_tiles
 from modular_experts.library.encoding import encode
 from modular_experts.merging import (
     EMR,
+    TIES,
     Average,
+    Breadcrumbs,
     ConsensusTA,
     Intersection,
     MergeMethod,
@@ -185,6 +188,53 @@ def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
     assert decode_places("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
 
 
+@pytest.mark.parametrize("shape", [(160, 208), (150, 200), (1, 6000), (6000, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(16, 16), (1, 200), (150, 1), (7, 300), (1, 1)], ids=str)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
+    count = math.prod(block_grid(shape, tile))
+    draw = torch.Generator().manual_seed(5)
+    blocks = (torch.rand(count, generator=draw) < share).nonzero()[:, 0].int()
+    tiles = torch.randn(len(blocks), *tile, generator=draw)
+    found = spread_tiles(blocks, tiles, shape)
+    if tiles.numel() < entries.LEAST:
+        assert found is None
+        return
+    for mine, wanted in zip(found, entries_in_order(blocks, tiles, shape), strict=True):
+        assert mine.dtype == wanted.dtype
+        assert torch.equal(mine, wanted)
+
+
+def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room() -> None:
+    blocks = torch.tensor([-(2**31), -7, 3, 2, 2, 99, 2**31 - 1], dtype=torch.int32)
+    tiles = torch.ones(7, 30, 30)
+    room = torch.full((2, tiles.numel() + 999), -7.0)
+    places, values = room[0].int(), room[1]
+    sizes = [*tiles.shape, 100, 95]
+    out = [places.data_ptr(), values.data_ptr()]
+    assert entries._loaded().spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out) <= tiles.numel()
+    assert places[tiles.numel() :].eq(-7).all()
+    assert values[tiles.numel() :].eq(-7).all()
+
+
+@pytest.mark.parametrize(
+    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), EMR()]
+)
+@pytest.mark.parametrize("tile", [(16, 16), (5, 7)], ids=str)
+def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
+    deltas = []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        blocks = (torch.rand(math.prod(block_grid(SHAPE, tile)), generator=draw) < 0.4).nonzero()[:, 0].int()
+        deltas.append(BlockSparse(blocks, torch.randn(len(blocks), *tile, generator=draw), SHAPE))
+    compiled = method.merge(deltas)
+    monkeypatch.setattr(entries, "_library", lambda: None)
+    plain = method.merge(deltas)
+    assert isinstance(compiled, BlockSparse)
+    assert torch.equal(compiled.blocks, plain.blocks)
+    assert torch.equal(compiled.values, plain.values)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.97, 1.0])
 @pytest.mark.parametrize("limit", [2**16, 70_001])
 def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
@@ -223,6 +273,11 @@ def test_all_else_is_not_served() -> None:
     assert add_rounded(torch.zeros(SHAPE).bfloat16().T, places, values) is None
     assert decode_places("gaps", torch.ones(9, dtype=torch.uint8), 9) is None
     assert decode_places("mask", torch.ones(9, dtype=torch.uint8), 9) is None
+    tiles = torch.ones(50, 10, 10)
+    assert spread_tiles(torch.arange(50), tiles, SHAPE) is None
+    assert spread_tiles(torch.arange(50).int(), tiles.double(), SHAPE) is None
+    assert spread_tiles(torch.arange(50).int(), tiles, (2**16, 2**15)) is None
+    assert spread_tiles(torch.arange(9).int(), tiles[:9], SHAPE) is None
     total, kept = torch.zeros(5000), torch.ones(5000, dtype=torch.bool)
     assert pack_entries(total, kept, 0, torch.empty(5000, dtype=torch.int32), torch.empty(5000)) is None
 
