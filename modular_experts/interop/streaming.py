@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, Dense, LowRank, Sparse, all_finite
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
 from modular_experts.interop.shards import Layout, ShardWriter, dtype_named, write_index
 from modular_experts.interop.skeleton import Skeleton
 from modular_experts.interop.weights import open_tensors, weight_files
-from modular_experts.kernels.entries import add_rounded
+from modular_experts.kernels.entries import add_rounded, spread_tiles
 
 __all__ = ["Rounding", "stored_keys", "stream_sum", "unequal"]
 
@@ -213,7 +213,10 @@ def _sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: _L
 
 def _added_at_once(stored: Tensor, delta: Delta, losses: _Losses) -> Tensor | None:
     """Return what `_sum` does, and count as it does, if compiled code does it in one pass over the delta's entries."""
-    found = add_rounded(stored, delta.indices, delta.values) if isinstance(delta, Sparse) else None
+    entries = (delta.indices, delta.values) if isinstance(delta, Sparse) else None
+    if isinstance(delta, BlockSparse):
+        entries = spread_tiles(delta.blocks, delta.values, delta.shape)
+    found = add_rounded(stored, *entries) if entries is not None else None
     if found is None:
         return None
     losses.count(found.moved, found.changed, found.lost, found.norm)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import block_grid, entries_in_order
-from modular_experts.deltas import BlockSparse, Sparse
+from modular_experts.blocks import block_grid, entries_in_order, gather_blocks
+from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.interop import streaming
 from modular_experts.kernels import entries
 from modular_experts.kernels.entries import Runs, add_rounded, decode_places, pack_entries, spread_tiles
@@ -51,6 +51,13 @@ def _runs(deltas: list[Sparse]) -> Runs:
     runs = Runs.of([delta.indices for delta in deltas], [delta.values for delta in deltas])
     assert runs is not None
     return runs
+
+
+def _tiles(share: float, seed: int, tile: tuple[int, int]) -> BlockSparse:
+    draw = torch.Generator().manual_seed(seed)
+    blocks = (torch.rand(math.prod(block_grid(SHAPE, tile)), generator=draw) < share).nonzero()[:, 0].int()
+    values = torch.randn(math.prod(SHAPE), generator=draw).view(SHAPE)
+    return BlockSparse(blocks, gather_blocks(values, blocks, tile), SHAPE)
 
 
 def _by_torch(deltas: list[Sparse], weights: list[float]) -> Tensor:
@@ -222,11 +229,7 @@ def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room()
 )
 @pytest.mark.parametrize("tile", [(16, 16), (5, 7)], ids=str)
 def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
-    deltas = []
-    for seed in range(4):
-        draw = torch.Generator().manual_seed(seed)
-        blocks = (torch.rand(math.prod(block_grid(SHAPE, tile)), generator=draw) < 0.4).nonzero()[:, 0].int()
-        deltas.append(BlockSparse(blocks, torch.randn(len(blocks), *tile, generator=draw), SHAPE))
+    deltas = [_tiles(0.4, seed, tile) for seed in range(4)]
     compiled = method.merge(deltas)
     monkeypatch.setattr(entries, "_library", lambda: None)
     plain = method.merge(deltas)
@@ -329,8 +332,10 @@ def test_a_result_that_keeps_little_does_not_hold_much() -> None:
     assert merged.values.untyped_storage().nbytes() == 4 * len(few.values)
 
 
-def test_a_written_checkpoint_is_the_same_without_a_compiler(monkeypatch) -> None:
-    delta, weight, found = _sparse(0.4, 5), torch.randn(SHAPE).bfloat16(), []
+@pytest.mark.parametrize("tile", [None, (16, 16), (10, 10)], ids=str)
+def test_a_written_checkpoint_is_the_same_without_a_compiler(tile, monkeypatch) -> None:
+    delta: Delta = _sparse(0.4, 5) if tile is None else _tiles(0.4, 5, tile)
+    weight, found = torch.randn(SHAPE).bfloat16(), []
     for library in (entries._library, lambda: None):
         monkeypatch.setattr(entries, "_library", library)
         losses = streaming._Losses()
