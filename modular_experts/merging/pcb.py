@@ -8,12 +8,15 @@ from the paper in more than that (it scores by `tanh(d_i * sum_j d_j)`); this is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from modular_experts.blocks import true_places
 from modular_experts.deltas import Delta
 from modular_experts.merging.method import MergeMethod, check_finite
 from modular_experts.merging.parts import Part, merge_by_parts
@@ -41,7 +44,7 @@ class PCB(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 8.0, 1.2
+    matrices = 8.0, 1.6
 
     keep: float = 0.1
     scale: float = 1.0
@@ -62,8 +65,9 @@ class PCB(MergeMethod):
 
     def _mean(self, movers: Sequence[Tensor]) -> Tensor:
         total, weight = torch.zeros_like(movers[0]), torch.zeros_like(movers[0])
+        moved = [_where_moved(values) for values in movers]
         for values in movers:
-            score = self._kept(_score(values, movers))
+            score = self._kept(_score(values, moved))
             total += score * values
             weight += score
         return torch.where(weight > 0, total / weight, 0.0)
@@ -77,13 +81,31 @@ def _flat(delta: Delta) -> Tensor:
     return delta.dense().double().reshape(-1)
 
 
-def _score(values: Tensor, movers: Sequence[Tensor]) -> Tensor:
-    """Return the scores of an expert's entries, all above zero."""
-    own = (len(movers) * _stretched(values * values)).softmax(0)
-    shared = torch.zeros_like(values)
-    for other in movers:
-        shared += _stretched(values * other).softmax(0)
-    return own * shared
+def _where_moved(values: Tensor) -> tuple[Tensor | slice, Tensor]:
+    """Return where an expert moves the weight, all of it unless that is less than half, and its values there."""
+    places = true_places(values != 0)
+    where = places if 2 * len(places) < len(values) else slice(None)
+    return where, values[where]
+
+
+def _score(values: Tensor, moved: Sequence[tuple[Tensor | slice, Tensor]]) -> Tensor:
+    """Return the scores of an expert's entries, all above zero.
+
+    The product with another expert is zero where that one moves nothing, and there its softmax is one number.
+    """
+    own = (len(moved) * _stretched(values * values)).softmax(0)
+    shared, everywhere = torch.zeros_like(values), 0.0
+    for where, other in moved:
+        product = values[where] * other
+        elsewhere = len(values) - len(product)
+        low, high = (edge.item() for edge in (F.pad(product, (0, 1)) if elsewhere else product).aminmax())
+        width = high - low or 1.0
+        exponentials = ((product - low) / width).exp()
+        zero = math.exp(-low / width) if elsewhere else 0.0
+        total = exponentials.sum().item() + elsewhere * zero
+        everywhere += zero / total
+        shared[where] += (exponentials - zero) / total
+    return own * (shared + everywhere)
 
 
 def _stretched(values: Tensor) -> Tensor:
