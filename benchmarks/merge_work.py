@@ -7,10 +7,12 @@ that of another Python, so everything but the standard library is imported where
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -52,6 +54,8 @@ def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Do the work that the first argument describes, and print what it took."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: this ends when who started it does
     task = json.loads(sys.argv[1])
     with contextlib.redirect_stdout(sys.stderr):
         took = _watched(KINDS[task.pop("kind")](**task))
