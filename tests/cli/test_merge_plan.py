@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from modular_experts.__main__ import main
 from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
-from modular_experts.merge_estimate import estimate
+from modular_experts.merge_estimate import estimate, seconds
 from modular_experts.merger import Merged
-from modular_experts.merging import DARE, SparseAverage, TSVMerge
+from modular_experts.merging import DARE, MergeMethod, SparseAverage, TSVMerge
 from modular_experts.sizes import bytes_of
 
 
@@ -141,3 +144,29 @@ def test_dry_run_may_name_an_output_that_is_there(library, capsys):
     assert main(command(library, "--method", "TIES")) == 0
     assert main(command(library, "--method", "TIES", "--dry_run", "true")) == 0
     assert "nothing was written" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Slow(MergeMethod):
+    """Takes 100 s to look at all weights, and a second for each 1000 entries; a clock tells."""
+
+    clock: ClassVar[list[float]] = [0.0]
+
+    def prepare(self, stream):
+        self.clock[0] += 100
+        return self
+
+    def merge(self, deltas):
+        self.clock[0] += deltas[0].shape.numel() / 1000
+        return deltas[0]
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e9])
+def test_what_happens_once_is_counted_once(library, monkeypatch, budget):
+    merged = Merged(open_experts([library / "a", library / "b"]), Slow())
+    monkeypatch.setattr("modular_experts.merge_estimate.time.perf_counter", lambda: Slow.clock[0])
+    weights = estimate(merged)
+    entries = [shape.numel() for shape in merged.shapes().values()]
+    first = min(weights, key=lambda weight: (weight.read, weight.name)).shape
+    once = 100 + math.prod(first) / 1000
+    assert seconds(merged, weights, budget) == pytest.approx(once + sum(entries) / 1000)
