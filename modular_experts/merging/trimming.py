@@ -198,7 +198,8 @@ def _untrimmed(entries: Entries) -> Entries:
 
 
 def _row_ranks(entries: Entries, width: int) -> Tensor:
-    """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
+    """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row. They
+    must come in the order of the weight, as those of a part do.
 
     The entries that a sparse expert does not keep are zeros and rank lowest.
     """
@@ -206,15 +207,14 @@ def _row_ranks(entries: Entries, width: int) -> Tensor:
         order = entries.values.abs().view(-1, width).argsort(dim=1, stable=True)
         ranks = torch.arange(width, device=order.device).expand_as(order)
         return torch.empty_like(order).scatter_(1, order, ranks).view(-1)
-    flat, count = entries.flat(), entries.values.numel()
-    by_place = flat.argsort()
-    order = by_place[entries.values.abs()[by_place].argsort(stable=True)]
-    order = order[(flat[order] // width).argsort(stable=True)]  # rows one after the other, each from its smallest
-    rows = flat[order] // width
-    first = torch.searchsorted(rows, rows)
-    kept_in_row = torch.searchsorted(rows, rows, right=True) - first
+    flat = entries.flat()
+    rows = flat // width - flat[:1] // width
+    order = entries.values.abs().argsort(stable=True)
+    order = order[rows[order].argsort(stable=True)]  # rows one after the other, each from its smallest
+    kept = rows.bincount()
+    first = kept.cumsum(0) - kept
     ranks = torch.empty_like(flat)
-    ranks[order] = torch.arange(count, device=flat.device) - first + width - kept_in_row
+    ranks[order] = torch.arange(len(flat), device=flat.device) - first[rows] + width - kept[rows]
     return ranks
 
 
