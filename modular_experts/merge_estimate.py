@@ -51,6 +51,7 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
     """Return the estimate of each weight, in the order in which they are merged."""
     sizes = [expert.stored_bytes() for expert in merged.experts]
     singles = [_single_entries(expert) for expert in merged.experts]
+    spread = [_spread_at_once(expert) for expert in merged.experts]
     found = []
     for name, shape in merged.shapes().items():
         method, entries = merged.rules[name], shape.numel()
@@ -60,6 +61,7 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
         matrices = (some + more * len(read)) * entries * 8 + method.squares * shape[-1:].numel() ** 2 * 8
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
         held = (_INDEX + _ENTRY * method.copies) * kept + _WRITTEN * entries
+        held += _ENTRY * sum(tiles.get(name, 0) for tiles in spread)
         peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
     return found
@@ -69,6 +71,19 @@ def _single_entries(expert: StoredExpert) -> dict[str, int]:
     """Return how many single entries an expert keeps, by the name of the weight; tiles have few indices."""
     forms, kept = expert.forms(), expert.kept_entries()
     return {name: kept[name] for name, form in forms.items() if form == "Sparse"}
+
+
+def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
+    """Return how many entries of tiles an expert keeps of a part, where parts have to be larger than `PART`, as with
+    whole columns; each of them is held with its place.
+    """
+    shapes, kept, found = expert.shapes(), expert.kept_entries(), {}
+    for name, (height, _) in expert.tiles().items():
+        entries = shapes[name].numel()
+        part = min(entries, height * shapes[name][1])
+        if part > PART:
+            found[name] = kept[name] * part // entries
+    return found
 
 
 def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:

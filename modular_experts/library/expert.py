@@ -79,6 +79,11 @@ class StoredExpert(TaskVector):
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
         return {name: self._table[name]["form"] for name in self}
 
+    def tiles(self) -> dict[str, tuple[int, int]]:
+        """Return height and width of the tiles of each weight that is kept in tiles, without reading it."""
+        tables = {name: self._table[name] for name, form in self.forms().items() if form == "BlockSparse"}
+        return {name: tuple(table["tensors"]["values"]["shape"][1:]) for name, table in tables.items()}
+
     def kept_entries(self) -> dict[str, int]:
         """Return how many entries of each weight are kept, without reading it.
 

@@ -13,6 +13,7 @@ from random_deltas import random_delta
 from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
+from modular_experts.deltas import BlockSparse
 from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merge_estimate import estimate, seconds
@@ -95,6 +96,24 @@ def test_copies_of_single_entries_are_counted(library):
     kept = [sum(expert.kept_entries()[weight.name] for expert in experts) for weight in plain]
     assert min(kept) > 0
     assert [two.peak - one.peak for one, two in zip(plain, copied, strict=True)] == [8 * count for count in kept]
+
+
+@pytest.mark.parametrize(("tile", "share"), [((64, 1), 1), ((32, 16), 2), ((1, 48), 0)])
+def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_path, monkeypatch):
+    record = make_record("X", {"id": "base", "revision": None, "fingerprint": "0" * 64})
+    delta = BlockSparse(torch.tensor([0, 2], dtype=torch.int32), torch.ones(2, *tile), torch.Size((64, 48)))
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        write_expert(path, [("w", delta)], record)
+    experts = open_experts(paths)
+    assert experts[0].tiles() == {"w": tile}
+    peaks = []
+    for part in (2**18, 500):  # the former is larger than the weight
+        monkeypatch.setattr("modular_experts.merge_estimate.PART", part)
+        peaks.append(estimate(Merged(experts, SparseAverage()))[0].peak)
+    scratch = (40 + 8 * 2) * (64 * 48 - 500)
+    kept = 2 * tile[0] * tile[1]
+    assert peaks[0] - peaks[1] == scratch - (8 * 2 * kept // share if share else 0)
 
 
 def test_checkpoint_as_output_is_the_base_plus_the_merge(library, tiny_llama_dir, capsys):
