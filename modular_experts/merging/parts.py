@@ -161,10 +161,11 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     height = shape[0] if shape else 1
     rows = [(first, min(first + step, height)) for first in range(0, height, step)]
     slices = [_slices(delta, rows) for delta in deltas]
-    runs = None if any(isinstance(delta, BlockSparse) for delta in deltas) else _runs(deltas)
+    tiled = any(isinstance(delta, BlockSparse) for delta in deltas)
+    runs = None if tiled else _runs(deltas)
     for place, span in enumerate(rows):
         here = [own[place] for own in slices]
-        if any(isinstance(delta, BlockSparse) for delta in deltas):
+        if tiled:  # these become entries part by part, so that they are never held for the whole weight
             pairs = [_entry_by_entry(delta, one, span) for delta, one in zip(deltas, here, strict=True)]
             part, here = [delta for delta, _ in pairs], [one for _, one in pairs]
             yield Part(part, span, here, _runs(part))
@@ -221,9 +222,8 @@ def _entry_by_entry(delta: Delta, here: slice, rows: tuple[int, int]) -> tuple[D
     if not isinstance(delta, BlockSparse):
         return delta, here
     blocks, tiles = delta.blocks[here], delta.values[here]
-    entries = Sparse(
-        *(spread_tiles(blocks, tiles, delta.shape) or entries_in_order(blocks, tiles, delta.shape)), delta.shape
-    )
+    found = spread_tiles(blocks, tiles, delta.shape) or entries_in_order(blocks, tiles, delta.shape)
+    entries = Sparse(*found, delta.shape)
     return entries, _slices(entries, [rows])[0]
 
 
