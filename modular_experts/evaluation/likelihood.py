@@ -18,8 +18,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     A model whose forward takes `logits_to_keep` makes no others. It is told the places one by one, because a slice of
     the hidden states has gaps in memory, and torch multiplies each row of such by itself with a head that is not
-    trained; on a CPU in bfloat16 a training step then takes almost three times as long
-    (`benchmarks/answer_logits.py`).
+    trained; on a CPU in bfloat16 a training step then takes 2.7 times as long (`benchmarks/answer_logits.py`).
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`.
