@@ -10,9 +10,9 @@ share.
     python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
     python benchmarks/merge_quality.py --real .cache/smollm2 DATA
 
-The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16, and
-held-out tasks by their loss. What is done stays in `--work`, so a run that was stopped goes on where it was, and a
-table can be shown again.
+The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16 (or
+what `--dtype` says), and held-out tasks by their loss. What is done stays in `--work`, so a run that was stopped goes
+on where it was, and a table can be shown again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from merge_methods import METHODS, REFERENCE
@@ -37,6 +37,7 @@ from merge_worlds import Experts, RealExperts, SuiteExperts
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.interop.apply import applied
+from modular_experts.interop.checkpoint import DType
 from modular_experts.library import open_expert
 from modular_experts.merger import Merged
 from modular_experts.quickstart.work import start_process
@@ -77,6 +78,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
     )
+    parser.add_argument(
+        "--dtype", choices=get_args(DType), default="bfloat16", help="what the second form measures in: bfloat16"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, each on one thread: all cores")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
@@ -87,7 +91,8 @@ def _options() -> argparse.Namespace:
 
 def _world(options: argparse.Namespace, seed: int) -> Experts:
     if options.real:
-        return RealExperts(seed, Path(options.work), *map(Path, options.real))
+        base, data = map(Path, options.real)
+        return RealExperts(seed, Path(options.work), path=base, data=data, dtype=options.dtype)
     return SuiteExperts(seed, Path(options.work))
 
 
