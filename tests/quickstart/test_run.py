@@ -46,6 +46,22 @@ if __name__ == "__main__":
     run_plan(SMALL, pathlib.Path({out!r}))
 """
 
+STUBBORN = """
+import signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from modular_experts.quickstart.work import start_process
+
+def work():
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as Lightning does while it trains
+    print("at work", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process) as pool:
+        pool.submit(work)
+"""
+
 
 def numbers(value: Any) -> Any:
     """Return results without what differs between two runs of the same plan: how long things took."""
@@ -113,6 +129,15 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_numbers(finished, tmp_pat
         process.wait()
     assert not list(out.glob("library/merge-*"))
     assert numbers(run_plan(SMALL, out)) == numbers(finished[1])
+
+
+def test_a_process_at_work_ends_with_the_one_that_started_it(tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(STUBBORN)
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"at work\n"
+        process.kill()
+        process.communicate(timeout=60)  # ends when nobody is left who could write
 
 
 @pytest.mark.parametrize(("name", "text"), [("base/config.json", "{}"), ("report.html", "mine"), ("results.json", "{")])
