@@ -10,9 +10,9 @@ share.
     python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
     python benchmarks/merge_quality.py --real .cache/smollm2 DATA
 
-The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16 (or
-what `--dtype` says), and held-out tasks by their loss. What is done stays in `--work`, so a run that was stopped goes
-on where it was, and a table can be shown again.
+The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16 (a
+CPU without instructions for it is faster with `--dtype float32`), and held-out tasks by their loss. What is done stays
+in `--work`, so a run that was stopped goes on where it was, and a table can be shown again.
 """
 
 from __future__ import annotations
@@ -79,21 +79,21 @@ def _options() -> argparse.Namespace:
         "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
     )
     parser.add_argument(
-        "--dtype", choices=get_args(DType), default="bfloat16", help="what the second form measures in: bfloat16"
+        "--dtype", choices=get_args(DType), help="what is measured in: that of the base, or bfloat16 in the second form"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, each on one thread: all cores")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
+    options.dtype = options.dtype or ("bfloat16" if options.real else None)
     options.work = options.work or ("runs/merge-quality-real" if options.real else "runs/merge-quality")
     return options
 
 
 def _world(options: argparse.Namespace, seed: int) -> Experts:
     if options.real:
-        base, data = map(Path, options.real)
-        return RealExperts(seed, Path(options.work), path=base, data=data, dtype=options.dtype)
-    return SuiteExperts(seed, Path(options.work))
+        return RealExperts(seed, Path(options.work), options.dtype, *map(Path, options.real))
+    return SuiteExperts(seed, Path(options.work), options.dtype)
 
 
 def _stored(file: Path) -> list[dict[str, Any]]:

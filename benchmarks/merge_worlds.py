@@ -117,18 +117,16 @@ class _WholeSuite(Generated):
 class RealExperts(Experts):
     """Three task files, on a pretrained base.
 
-    To take less time, experts and merges are measured in bfloat16, and eight scales are tried; on held-out tasks, whose
-    answers a small model does not know, the loss is measured.
+    To take less time, eight scales are tried; on held-out tasks, whose answers a small model does not know, the loss is
+    measured.
 
     Attributes:
-        dtype: What experts and merges are measured in; a CPU without bfloat16 instructions is faster in float32.
         path: Directory of the base.
         data: Directory of the task files.
     """
 
     path: Path = Path()
     data: Path = Path()
-    dtype: DType | None = "bfloat16"
     held_out: ClassVar[str] = "loss"
     grid: ClassVar[Mapping[str, Sequence[float]]] = {"scale": [0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0]}
 
