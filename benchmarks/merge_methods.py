@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modular_experts import merging as m
-from modular_experts.search import ATLAS, AdaMerging, CoefficientSearch, LoRAHub
+from modular_experts import methods as m
+from modular_experts.tuning import ATLAS, AdaMerging, CoefficientSearch, LoRAHub
 
 __all__ = ["METHODS", "REFERENCE", "Way"]
 

@@ -34,15 +34,15 @@ import torch
 from merge_methods import METHODS, REFERENCE
 from merge_worlds import Experts, RealExperts, SuiteExperts
 
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import DType
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import DType
 from modular_experts.library import open_expert
-from modular_experts.merger import Merged
+from modular_experts.merger.merged import Merged
 from modular_experts.quickstart.work import start_process
-from modular_experts.search import Combination, Objective, tune
 from modular_experts.statistics import take_statistics
+from modular_experts.tuning import Combination, Objective, tune
 
 TUNING_ROWS = 16
 """Validation rows of a task that settings are chosen on."""

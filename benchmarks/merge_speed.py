@@ -52,7 +52,7 @@ class Method:
     Attributes:
         name: Of `merge_method` in mergekit's recipe.
         each: Parameters of each model there.
-        ours: Class in `modular_experts.merging`.
+        ours: Class in `modular_experts.methods`.
         settings: Its settings.
         at_random: Whether the results cannot be the same.
     """

@@ -110,16 +110,16 @@ def by_experts(
     method: str, settings: dict[str, Any], experts: Sequence[str], base: str, out: str, check: bool = False
 ) -> Work:
     """Our merge of stored experts, written as a full checkpoint."""
-    from modular_experts import merging
-    from modular_experts.interop.apply import write_checkpoint
+    from modular_experts import methods
+    from modular_experts.base.apply import write_checkpoint
     from modular_experts.library import open_experts
-    from modular_experts.merger import Merged
+    from modular_experts.merger.merged import Merged
 
     _imports()
 
     def work() -> None:
         opened = open_experts(experts)
-        merged = Merged(opened, getattr(merging, method)(**settings))
+        merged = Merged(opened, getattr(methods, method)(**settings))
         write_checkpoint(merged, opened, out, {}, base=base, check=check, overwrite=True)
 
     return work

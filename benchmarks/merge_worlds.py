@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer, seed_everything
 from selection_worlds import Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
+from modular_experts.base.checkpoint import DType
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import TaskMixture
-from modular_experts.interop.checkpoint import DType
-from modular_experts.module import ExpertModule
 from modular_experts.quickstart.plan import KINDS, MODULES, Plan
+from modular_experts.training.module import ExpertModule
 
 __all__ = ["Experts", "RealExperts", "SuiteExperts"]
 

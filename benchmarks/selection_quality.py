@@ -38,17 +38,17 @@ from selection_variants import REAL, REFERENCE, VARIANTS, Variant
 from selection_worlds import Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
+from modular_experts.base.apply import applied
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
-from modular_experts.interop.apply import applied
 from modular_experts.library import open_expert
 from modular_experts.masks import SelectOnce
-from modular_experts.merger import merge
-from modular_experts.merging import Average, SparseAverage
-from modular_experts.module import ExpertModule
+from modular_experts.merger.merged import merge
+from modular_experts.methods import Average, SparseAverage
 from modular_experts.quickstart.plan import MODULES
 from modular_experts.quickstart.work import start_process
+from modular_experts.training.module import ExpertModule
 
 SCALES = {"sparse": (0.35, 0.5, 0.75, 1.0, 1.4), "dense": (1.0, 1.5, 2.0, 3.0, 4.0)}
 

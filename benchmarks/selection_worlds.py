@@ -11,8 +11,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from modular_experts.base.checkpoint import DType, load_base, load_tokenizer
 from modular_experts.data import Task, TaskMixture
-from modular_experts.interop.checkpoint import DType, load_base, load_tokenizer
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.work import start_process

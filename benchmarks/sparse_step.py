@@ -153,9 +153,11 @@ def measure_layers(contenders: list[Contender], options: argparse.Namespace, pro
 
 def select(step: Step) -> None:
     """Choose the support of every layer anew, scored on one batch: the pass, the choice, and the exchange."""
-    from modular_experts.callbacks.footprint import MemoryWatch  # Lightning comes with these, which no step needs
-    from modular_experts.callbacks.scoring import ScoringPass
-    from modular_experts.callbacks.selection import Selection
+    from modular_experts.selection.choice import Selection
+    from modular_experts.selection.scoring import (
+        MemoryWatch,  # Lightning comes with these, which no step needs
+        ScoringPass,
+    )
 
     layers: dict[str, Any] = dict(expert_layers(step.model))
     own = {"score": None, "rule": None, "scope": "layer", "norm": False, "others": [], "penalty": None}

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from modular_experts.blocks import block_grid
 from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas.tiles import block_grid
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 
 Shape = tuple[int, int]

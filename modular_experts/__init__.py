@@ -11,10 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "modular_experts.task_vector": ("TaskVector",),
+    "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": ("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
-    "modular_experts.merging": (
+    "modular_experts.methods": (
         "DARE",
         "DARETIES",
         "DELLA",
@@ -55,16 +55,16 @@ _HOMES = {
     ),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
-    "modular_experts.merger": ("Merged", "merge", "write_merged"),
-    "modular_experts.module": ("ExpertModule",),
+    "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
+    "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("measure",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
-    "modular_experts.search": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "tune"),
-    "modular_experts.interop.apply": ("applied", "apply", "apply_deltas", "write_checkpoint"),
+    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "tune"),
+    "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "write_checkpoint"),
     "modular_experts.interop.import_expert": ("import_expert",),
     "modular_experts.interop.peft": ("read_peft", "write_peft"),
-    "modular_experts.interop.checkpoint": ("load_base", "load_tokenizer"),
+    "modular_experts.base.checkpoint": ("load_base", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

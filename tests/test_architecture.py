@@ -15,20 +15,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modular_experts"
 
-# Room -> layer. A room imports rooms of its own layer and below; `experts` and `merging` know nothing of each other.
+# Room -> layer. A room imports rooms of its own layer and below; `experts` and `methods` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["blocks", "deltas", "masks", "sizes", "task_vector"], 0),
-    **dict.fromkeys(["kernels", "experts", "merging"], 1),
-    **dict.fromkeys(["injection", "library", "merge_estimate", "merge_rules", "merger", "removal"], 2),
-    **dict.fromkeys(["module", "learning_rate", "merge_testing", "random_state", "training_length", "testing"], 3),
-    **dict.fromkeys(["data", "callbacks", "evaluation", "interop", "search", "statistics", "suite", "quickstart"], 3),
+    **dict.fromkeys(["deltas", "native", "masks", "progress", "text"], 0),
+    **dict.fromkeys(["kernels", "experts", "methods"], 1),
+    **dict.fromkeys(["base", "library", "injection", "merger"], 2),
+    **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
+    **dict.fromkeys(["suite", "interop", "hub", "quickstart", "testing"], 3),
     "cli": 4,
 }
-STRANGERS = {"experts", "merging"}
+STRANGERS = {"experts", "methods"}
 # Outside package -> the rooms that may import it, beside what every layer may: the standard library and torch.
 OUTSIDE = {
-    "safetensors": {"library", "interop"},
+    "safetensors": {"base", "hub", "interop", "library"},
     "triton": {"kernels"},
     "jsonargparse": {"cli"},
     "lightning.pytorch.cli": {"cli"},
@@ -79,7 +79,7 @@ def _own(module: str, name: str) -> str | None:
     if other not in LAYERS:
         return "it is no room; name the room, and give a new one its layer"
     if {room, other} == STRANGERS:
-        return "experts and merging never know each other"
+        return "experts and methods never know each other"
     return None if LAYERS[other] <= LAYERS[room] else f"layer {LAYERS[room]} knows nothing of layer {LAYERS[other]}"
 
 
@@ -146,16 +146,16 @@ def test_imports_keep_the_layers() -> None:
     [
         ("experts.lora", "from modular_experts.injection import inject", "layer 1 knows nothing of layer 2"),
         ("experts.lora", "def f():\n    import modular_experts.data", "layer 1 knows nothing of layer 3"),
-        ("experts.lora", "from modular_experts.merging.ties import TIES", "never know each other"),
-        ("merging.ties", "from modular_experts.experts import Expert", "never know each other"),
-        ("merging.ties", "from modular_experts import Expert", "it is no room"),
-        ("merging.ties", "from . import method", "imports are absolute"),
-        ("merging.ties", "import numpy", "layer 1 is torch only"),
+        ("experts.lora", "from modular_experts.methods.ties import TIES", "never know each other"),
+        ("methods.ties", "from modular_experts.experts import Expert", "never know each other"),
+        ("methods.ties", "from modular_experts import Expert", "it is no room"),
+        ("methods.ties", "from . import method", "imports are absolute"),
+        ("methods.ties", "import numpy", "layer 1 is torch only"),
         ("experts.lora", "from lightning.pytorch import Callback", "layer 1 is torch only"),
-        ("merger", "import transformers", "layer 2 is torch only"),
-        ("merger", "from safetensors.torch import save_file", "only interop and library may"),
-        ("module", "import safetensors", "only interop and library may"),
-        ("module", "from modular_experts.cli.errors import near", "only __main__ opens"),
+        ("merger.merged", "import transformers", "layer 2 is torch only"),
+        ("merger.merged", "from safetensors.torch import save_file", "only base and hub and interop and library may"),
+        ("training.module", "import safetensors", "only base and hub and interop and library may"),
+        ("training.module", "from modular_experts.cli.errors import near", "only __main__ opens"),
         ("data.tasks", "from jsonargparse import ArgumentParser", "only cli may"),
         ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli may"),
         ("callbacks.results", "from lightning.pytorch import cli", "only cli may"),
@@ -218,8 +218,8 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-def test_experts_and_merging_load_neither_lightning_nor_transformers() -> None:
-    loaded = loaded_after("import modular_experts.experts, modular_experts.merging")
+def test_experts_and_methods_load_neither_lightning_nor_transformers() -> None:
+    loaded = loaded_after("import modular_experts.experts, modular_experts.methods")
     assert "torch" in loaded
     assert not loaded & {"lightning", "transformers", "datasets", "safetensors", "jsonargparse"}
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from smollm2 import convert, find_gguf
 
 from modular_experts.__main__ import main
-from modular_experts.interop.checkpoint import load_base, load_tokenizer
-from modular_experts.interop.smollm2 import convert, find_gguf
+from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.library import Library, open_expert
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,6 @@
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
 from modular_experts.callbacks.mask_schedule import MaskSchedule
-from modular_experts.callbacks.predictions import WritePredictions
-from modular_experts.callbacks.results import WriteResults
+from modular_experts.callbacks.results import WritePredictions, WriteResults
 
 __all__ = ["ExportExpert", "GradientMask", "MaskSchedule", "WritePredictions", "WriteResults"]

@@ -20,16 +20,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from modular_experts.callbacks.footprint import MemoryWatch, optimizer_bytes
-from modular_experts.callbacks.moments import carry_moments, forget_moments
-from modular_experts.callbacks.neighbours import count_others, open_neighbours, shared_units
-from modular_experts.callbacks.scoring import ScoringPass
-from modular_experts.callbacks.selection import Scope, Selection
 from modular_experts.data.batch import IGNORED
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.masks import Reselect, Rule, Score
+from modular_experts.selection.avoid import count_others, open_neighbours, shared_units
+from modular_experts.selection.choice import Scope, Selection
+from modular_experts.selection.optimizer_state import carry_moments, forget_moments
+from modular_experts.selection.scoring import MemoryWatch, ScoringPass, optimizer_bytes
 
 __all__ = ["MaskSchedule"]
 

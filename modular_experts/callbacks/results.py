@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
+from torch import distributed
 
 from modular_experts.evaluation import results_table, write_results
 
-__all__ = ["WriteResults"]
+__all__ = ["WritePredictions", "WriteResults"]
 
 log = logging.getLogger(__name__)
 
@@ -42,3 +47,35 @@ class WriteResults(Callback):
     def _print(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             Console(width=80).print(results_table(module.results))
+
+
+log = logging.getLogger(__name__)
+
+
+class WritePredictions(BasePredictionWriter):
+    """Writes the rows of `predict`, in the order of the data whatever the number of ranks.
+
+    Args:
+        file: Name of the file in `trainer.default_root_dir`.
+    """
+
+    def __init__(self, file: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.file = file
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Gather the ranks' rows, which take turns, and write them from the first rank."""
+        rows = [row for batch in predictions for row in batch]
+        ranks = [rows]
+        if trainer.world_size > 1:
+            ranks = [[] for _ in range(trainer.world_size)]
+            distributed.all_gather_object(ranks, rows)
+        if trainer.is_global_zero:
+            turns = itertools.chain.from_iterable(itertools.zip_longest(*ranks))
+            target = Path(trainer.default_root_dir) / self.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in turns if row is not None and row["task"]]
+            target.write_text("".join(lines), encoding="utf-8")
+            log.info("%d predictions are in %s", len(lines), target)

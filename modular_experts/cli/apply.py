@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import share_text
-from modular_experts.cli.tool import run_tool
-from modular_experts.interop.apply import Check
-from modular_experts.interop.apply import apply as apply_experts
+from modular_experts.base.apply import Check
+from modular_experts.base.apply import apply as apply_experts
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, share_text
 
 EXAMPLES = """\
   modular-experts apply --base runs/base --experts '[library/ab]' --out merged-checkpoint

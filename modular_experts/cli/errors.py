@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
-from modular_experts.cli.complaints import explain, near, with_near
+from modular_experts.cli.parser_errors import explain, near, with_near
 
 __all__ = ["SentenceErrors", "guarded", "near"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import share_text
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, share_text
 from modular_experts.interop.peft import (
     LoraForm,
     PeftForm,

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import share_text, summary
-from modular_experts.cli.tool import run_tool
-from modular_experts.interop.forms import Form, Largest, Truncated
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, share_text, summary
+from modular_experts.interop.compression import Form, Largest, Truncated
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import StoredExpert
 

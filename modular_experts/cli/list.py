@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, kind_text, share_text
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import bytes_text, kind_text, share_text
 from modular_experts.library import Library
 from modular_experts.library.expert import RECORD_FILE
 

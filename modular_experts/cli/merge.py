@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
+from modular_experts.base.apply import MANIFEST, write_checkpoint
+from modular_experts.base.checkpoint import DType
 from modular_experts.cli.apply import tell_check
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, summary
 from modular_experts.cli.merge_plan import tell_methods, tell_plan
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import summary
-from modular_experts.cli.tool import run_tool
 from modular_experts.cli.tuning import check_tunable, tell_tuning, tuned_method, tuning_notes
 from modular_experts.data import TaskMixture, TaskSource
-from modular_experts.interop.apply import MANIFEST, write_checkpoint
-from modular_experts.interop.checkpoint import DType
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.expert import RECORD_FILE
-from modular_experts.merge_estimate import check_memory, estimate
-from modular_experts.merger import Merged, write_merged
-from modular_experts.merging import MergeMethod
-from modular_experts.search import Tuning
-from modular_experts.sizes import bytes_of
+from modular_experts.merger.estimate import check_memory, estimate
+from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.methods import MergeMethod
+from modular_experts.text import bytes_of
+from modular_experts.tuning import Tuning
 
 EXAMPLES = """\
   modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import call_text
-from modular_experts.merge_estimate import WeightEstimate, estimate, largest, seconds
-from modular_experts.merger import Merged, describe
-from modular_experts.merging import MergeMethod
-from modular_experts.sizes import bytes_text
+from modular_experts.cli.format import call_text
+from modular_experts.merger.estimate import WeightEstimate, estimate, largest, seconds
+from modular_experts.merger.merged import Merged, describe
+from modular_experts.methods import MergeMethod
+from modular_experts.text import bytes_text
 
 __all__ = ["method_text", "tell_methods", "tell_plan"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar
 from modular_experts.interop.mergekit.differences import Difference
 from modular_experts.interop.mergekit.reading import read_configuration
 from modular_experts.interop.mergekit.run import merge_recipe

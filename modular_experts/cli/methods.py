@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts import merging
+import modular_experts.methods as catalogue
+from modular_experts.cli.command import run_tool
 from modular_experts.cli.errors import near
-from modular_experts.cli.summary import value_text
-from modular_experts.cli.tool import run_tool
-from modular_experts.merging import MergeMethod
+from modular_experts.cli.format import value_text
+from modular_experts.methods import MergeMethod
 
 EXAMPLES = """\
   modular-experts methods
@@ -28,7 +28,7 @@ def methods(name: str | None = None) -> None:
         name: Name of a method, or the dotted path of a class of your own.
     """
     known = {
-        known: getattr(merging, known) for known in sorted(merging.__all__, key=str.lower) if known != "MergeMethod"
+        known: getattr(catalogue, known) for known in sorted(catalogue.__all__, key=str.lower) if known != "MergeMethod"
     }
     if name is None:
         _list(known)

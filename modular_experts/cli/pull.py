@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import summary
-from modular_experts.cli.tool import run_tool
-from modular_experts.interop.pull import pull as pull_experts
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, summary
+from modular_experts.hub.pull import pull as pull_experts
 
 EXAMPLES = """\
   modular-experts pull --repo owner/name --out library

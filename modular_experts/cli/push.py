@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import bytes_text
-from modular_experts.cli.tool import run_tool
-from modular_experts.interop.model_card import CARD_FILE
-from modular_experts.interop.push import Pushed
-from modular_experts.interop.push import push as push_experts
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import bytes_text, progress_bar
+from modular_experts.hub.card import CARD_FILE
+from modular_experts.hub.push import Pushed
+from modular_experts.hub.push import push as push_experts
 
 EXAMPLES = """\
   modular-experts push --experts '[library/a, library/b]' --repo owner/name --dry_run

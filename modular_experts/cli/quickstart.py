@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
 from modular_experts.quickstart import (
     Plan,
     check_drawing,

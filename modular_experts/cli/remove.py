@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import summary
-from modular_experts.cli.tool import run_tool
-from modular_experts.removal import remove as remove_expert
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, summary
+from modular_experts.merger.remove import remove as remove_expert
 
 EXAMPLES = """\
   modular-experts remove --merged library/abc --expert library/c --out library/ab"""

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import call_text, summary
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import call_text, progress_bar, summary
 from modular_experts.cli.tuning import search_notes
 from modular_experts.data import TaskMixture, TaskSource
 from modular_experts.library import check_target, open_experts, write_expert
-from modular_experts.merger import Merged, merge
-from modular_experts.merging import MergeMethod
-from modular_experts.search import CoefficientSearch, Combination, Found, objective_on_base
-from modular_experts.search.objective import mean_loss
-from modular_experts.search.recipe import (
+from modular_experts.merger.merged import Merged, merge
+from modular_experts.methods import MergeMethod
+from modular_experts.tuning import CoefficientSearch, Combination, Found, objective_on_base
+from modular_experts.tuning.objective import mean_loss
+from modular_experts.tuning.recipe import (
     as_methods,
     check_files_beside,
     recipe_file,

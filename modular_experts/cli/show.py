@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.summary import bytes_text, call_text, share_text, statistics_text
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import bytes_text, call_text, share_text, statistics_text
 from modular_experts.library import StoredExpert, open_expert, open_statistics
 from modular_experts.library.statistics import kinds_of_statistics
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import statistics_text
-from modular_experts.cli.tool import run_tool
+from modular_experts.cli.command import run_tool
+from modular_experts.cli.format import progress_bar, statistics_text
 from modular_experts.data import TaskMixture, TaskSource
 from modular_experts.statistics import take_statistics
 

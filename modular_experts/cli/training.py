@@ -12,34 +12,35 @@ import logging
 import pickle
 import sys
 import tempfile
+import time
+import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
+from modular_experts.base.checkpoint import load_tokenizer
 from modular_experts.callbacks import ExportExpert
 from modular_experts.cli.errors import SentenceErrors
-from modular_experts.cli.interruption import SayHowToGoOn
-from modular_experts.cli.training_bar import TrainingBar
-from modular_experts.cli.whole_lists import replace_lists
 from modular_experts.data import Mixing, TaskMixture, TaskSource
 from modular_experts.experts import Expert
-from modular_experts.interop.checkpoint import load_tokenizer
-from modular_experts.learning_rate import LearningRateShape
 from modular_experts.masks import Rule, Score
-from modular_experts.module import ExpertModule
+from modular_experts.training.learning_rate import LearningRateShape
+from modular_experts.training.module import ExpertModule
 
-__all__ = ["TrainingCLI", "run"]
+__all__ = ["SayHowToGoOn", "TrainingBar", "TrainingCLI", "replace_lists", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -240,3 +241,59 @@ def _quiet() -> Iterator[None]:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
+
+
+log = logging.getLogger(__name__)
+
+
+class SayHowToGoOn(Callback):
+    """Names the newest checkpoint when training is interrupted from the keyboard."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        keeper: Any = trainer.checkpoint_callback
+        path = keeper and (keeper.last_model_path or keeper.best_model_path)
+        if path:
+            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+        else:
+            log.info("interrupted before the first checkpoint, which is written at the end of an epoch")
+
+
+class TrainingBar(RichProgressBar):
+    """A rich progress bar with the optimizer step and the time left of the whole fit."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._first, self._started = trainer.global_step, time.monotonic()
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Return what stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the number of a log directory
+        if not trainer.training:
+            return metrics
+        step, total = trainer.global_step, pl_module.length.total_steps
+        done = step - self._first
+        seconds = (time.monotonic() - self._started) / done * (total - step) if done else 0
+        left = {"left": str(timedelta(seconds=round(seconds)))} if done else {}
+        return {"step": f"{step}/{total}", **left, **metrics}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}"
+
+
+def replace_lists(parser: Any) -> None:
+    """Make a parser's options that are lists replace what a config says; `--list+` appends to it, as ever."""
+    for action in parser._actions:
+        if _is_list(getattr(action, "_typehint", None)):
+            action._check_type_ = partial(_whole, action._check_type_)
+
+
+def _whole(check: Callable[..., Any], value: Any, **settings: Any) -> Any:
+    of_last_item = type(value).__name__ == "NestedArg"  # --trainer.callbacks.name sets it in the last callback
+    return check(value, **(settings if settings.get("append") or of_last_item else settings | {"cfg": None}))
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list or any(_is_list(part) for part in typing.get_args(hint))

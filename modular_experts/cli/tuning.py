@@ -10,14 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.progress import progress_bar
-from modular_experts.cli.summary import value_text
+from modular_experts.cli.format import progress_bar, value_text
 from modular_experts.library import open_experts
-from modular_experts.merging import MergeMethod
-from modular_experts.search import Trial, Tuned, Tuning, objective_on_base, tune
-from modular_experts.search.objective import mean_loss
-from modular_experts.search.recipe import check_files_beside, trials_file, write_trials
-from modular_experts.search.scales import at_an_end
+from modular_experts.methods import MergeMethod
+from modular_experts.tuning import Trial, Tuned, Tuning, objective_on_base, tune
+from modular_experts.tuning.objective import mean_loss
+from modular_experts.tuning.recipe import check_files_beside, trials_file, write_trials
+from modular_experts.tuning.tune import at_an_end
 
 __all__ = ["check_tunable", "search_notes", "tell_tuning", "tuned_method", "tuning_notes"]
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modular_experts.cli.tool import run_tool
-from modular_experts.interop.checkpoint import find_base, fingerprint, resolve_base
+from modular_experts.base.checkpoint import find_base, fingerprint, resolve_base
+from modular_experts.cli.command import run_tool
 from modular_experts.library import Library, StoredExpert, check_base, open_expert
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
 

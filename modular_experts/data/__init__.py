@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from modular_experts.data.batch import Batch, is_filler, prompts
-from modular_experts.data.mixing import Equal, Mixing, Proportional, Temperature
 from modular_experts.data.mixture import TaskMixture
+from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 

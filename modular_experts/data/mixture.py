@@ -20,14 +20,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from modular_experts.base.checkpoint import load_tokenizer
 from modular_experts.data.batch import Collator, Example, ExampleSet
-from modular_experts.data.mixing import Mixing, Proportional, epoch_counts, epoch_order
 from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows
-from modular_experts.data.sampler import EvaluationSampler, MixtureSampler, ResumableLoader
-from modular_experts.data.splits import fill_splits
-from modular_experts.data.tasks import Task, as_tasks
+from modular_experts.data.sampler import (
+    EvaluationSampler,
+    Mixing,
+    MixtureSampler,
+    Proportional,
+    ResumableLoader,
+    epoch_counts,
+    epoch_order,
+)
+from modular_experts.data.tasks import Task, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.interop.checkpoint import load_tokenizer
 
 __all__ = ["TaskMixture"]
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from hashlib import blake2b
 from typing import Any, Literal
 
 from modular_experts.data.rows import Row, RowReader, template_fields
-from modular_experts.data.sources import Record, TaskSource, hub_records, path_records, source_records
-from modular_experts.data.where import matching
+from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records, source_records
 
-__all__ = ["Task", "as_tasks"]
+__all__ = ["Task", "as_tasks", "fill_splits", "matching"]
 
 ROLES = ("held_in", "held_out")
 COLUMNS = ("input", "target", "split", "choices")
@@ -146,3 +146,92 @@ def _from_mapping(values: Mapping[str, Any]) -> Task:
 def _near(word: object, known: Iterable[str]) -> str:
     near = get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+_NAMED = 5
+
+
+def matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:
+    """Yield the records whose columns hold the given values, and those that could not be read.
+
+    Args:
+        place: Where the records come from, for the sentence.
+        records: All records of the table.
+        where: The wanted value of each named column.
+
+    Raises:
+        ValueError: There is no such record; the sentence says what the columns hold instead.
+    """
+    seen: dict[str, set[str]] = {column: set() for column in where}
+    names: set[str] = set()
+    found = False
+    for record in records:
+        if record.problem is None and isinstance(record.values, Mapping):
+            names.update(map(str, record.values))
+            if not _holds(record.values, where, seen):
+                continue
+        found = True
+        yield record
+    if not found:
+        raise ValueError(f"{place}: {_nothing(where, seen, names)}")
+
+
+def _holds(values: Mapping[str, object], where: Wanted, seen: Mapping[str, set[str]]) -> bool:
+    """Compare column by column up to the first that differs; `seen` keeps what each comparison met."""
+    for column, wanted in where.items():
+        if values.get(column) is None:
+            return False
+        seen[column].add(str(values[column]))
+        if str(values[column]) != str(wanted):
+            return False
+    return True
+
+
+def _nothing(where: Wanted, seen: Mapping[str, set[str]], names: set[str]) -> str:
+    earlier: list[str] = []
+    for column, wanted in where.items():
+        if column not in names:
+            return f"`where` names the column {column!r}, and the rows have only {_some(column, names)}"
+        if str(wanted) not in seen[column]:
+            break
+        earlier.append(f"{column}={str(wanted)!r}")
+    rows = f"no row with {' and '.join(earlier)}" if earlier else "no row"
+    return f"{rows} has {column}={str(wanted)!r}, only {_some(str(wanted), seen[column])}"
+
+
+def _some(word: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1)
+    listed = ", ".join(repr(name) for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{listed or 'nothing'}{more}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float, seed: int, held_in: bool) -> list[Row]:
+    """Give every row without a split one, in the order of the rows.
+
+    A held-out task is never trained, so all such rows of it are test rows. A held-in task gives `ratio` of them to
+    validation and to test, rounded, and at least one row for a ratio above zero once there are three rows.
+    """
+    unsplit = [index for index, row in enumerate(rows) if row.split is None]
+    found = list(rows)
+    if not held_in:
+        for index in unsplit:
+            found[index] = replace(rows[index], split="test")
+        return found
+    shuffled = sorted(unsplit, key=lambda index: (_digest(rows[index].input, seed), index))
+    test = _share(len(unsplit), test_ratio)
+    validation = _share(len(unsplit), validation_ratio)
+    for place, index in enumerate(shuffled):
+        split = "test" if place < test else "validation" if place < test + validation else "train"
+        found[index] = replace(rows[index], split=split)
+    return found
+
+
+def _share(rows: int, ratio: float) -> int:
+    least = 1 if ratio > 0 and rows >= 3 else 0
+    return max(least, int(rows * ratio + 0.5))
+
+
+def _digest(text: str, seed: int) -> bytes:
+    return blake2b(f"{seed}\0{text}".encode(), digest_size=16).digest()

@@ -6,17 +6,19 @@ the held-out tasks. Nothing is generated here (`generation.py`) and nothing is w
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.text.rouge import rouge_score
 
 from modular_experts.data.batch import Batch, is_filler
-from modular_experts.evaluation.rouge import rouge_l
 
-__all__ = ["TaskScores"]
+__all__ = ["TaskScores", "rouge_l", "words"]
 
 _SUMS = ("loss", "exact_match", "rougeL", "choice_accuracy")
 _COUNTS = ("rows", "tokens", "generated", "chosen")
@@ -121,3 +123,20 @@ def _best_choices(choices: Batch, scores: Tensor) -> tuple[list[int], list[float
 def _mean(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     measured = {name: [scores[name] for scores in tasks if name in scores] for name in _SUMS}
     return {name: sum(values) / len(values) for name, values in measured.items() if values}
+
+
+# Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
+_CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
+
+
+def rouge_l(generated: str, target: str) -> float:
+    """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
+    # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
+    scores = rouge_score(generated, target, rouge_keys="rougeL", normalizer=str, tokenizer=words)
+    return float(scores["rougeL_fmeasure"])
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-case words of a text: runs of letters, marks and digits of any script."""
+    spaced = _CHARACTER_WORDS.sub(r" \1 ", unicodedata.normalize("NFC", text.lower()))
+    return "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in spaced).split()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.blocks import gather_blocks, index_dtype, scatter_blocks_
 from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.deltas.tiles import gather_blocks, index_dtype, scatter_blocks_
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.blocks import Tile, block_grid, block_sums
 from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas.tiles import Tile, block_grid, block_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modular_experts.blocks import gather_blocks, index_dtype, scatter_blocks_
 from modular_experts.deltas import BlockSparse, Sparse
+from modular_experts.deltas.tiles import gather_blocks, index_dtype, scatter_blocks_
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score

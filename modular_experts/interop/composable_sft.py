@@ -17,13 +17,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import index_dtype
+from modular_experts.base.structure import Skeleton, read_skeleton
+from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.interop.foreign import ForeignExpert
-from modular_experts.interop.forms import Exact
+from modular_experts.deltas.tiles import index_dtype
+from modular_experts.interop.adapter import ForeignExpert
+from modular_experts.interop.compression import Exact
 from modular_experts.interop.pickles import read_pickle
-from modular_experts.interop.skeleton import Skeleton, read_skeleton
-from modular_experts.interop.stored import StoredWeights
 
 __all__ = ["DIFF_FILE", "read_composable_sft"]
 

@@ -8,23 +8,23 @@ delta moves both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from modular_experts.base.structure import read_skeleton
+from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta
-from modular_experts.interop.account import Account, weigh
-from modular_experts.interop.foreign import ForeignExpert
-from modular_experts.interop.forms import Exact, Form
-from modular_experts.interop.skeleton import read_skeleton
-from modular_experts.interop.stored import StoredWeights
+from modular_experts.interop.adapter import ForeignExpert
+from modular_experts.interop.compression import Exact, Form
+from modular_experts.interop.fidelity import Account, weigh
+from modular_experts.progress import Progress
 
 __all__ = ["CheckpointDeltas", "Vocabulary", "read_full_checkpoint"]
 
-Progress = Callable[[Sequence[str]], Iterable[str]]
 Vocabulary = Literal["error", "intersect"]
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from modular_experts.blocks import index_dtype
+from modular_experts.base.files import read_json
+from modular_experts.base.structure import Skeleton, read_skeleton
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.interop.foreign import ForeignExpert
-from modular_experts.interop.peft.adapter_tensors import AdapterTensors
-from modular_experts.interop.skeleton import Skeleton, read_skeleton
-from modular_experts.interop.weights import read_json
+from modular_experts.deltas.tiles import index_dtype
+from modular_experts.interop.adapter import ForeignExpert
+from modular_experts.interop.peft.files import AdapterTensors
 
 __all__ = ["is_spiel", "read_spiel"]
 

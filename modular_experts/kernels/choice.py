@@ -16,15 +16,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-import modular_experts.kernels.native as native
-from modular_experts.blocks import Tile
-from modular_experts.kernels.block_rows import BlockRows
-from modular_experts.kernels.dense import DenseGathered
+from modular_experts.deltas.tiles import Tile
+from modular_experts.kernels import native
 from modular_experts.kernels.kernel import KeptGradient
 from modular_experts.kernels.native import NativeBlocks, NativeEntries
-from modular_experts.kernels.sampled import SampledProduct
-from modular_experts.kernels.slices import KeptColumns, KeptRows
-from modular_experts.kernels.triton_blocks import TritonBlocks
+from modular_experts.kernels.plain import BlockRows, DenseGathered, KeptColumns, KeptRows, SampledProduct
+from modular_experts.kernels.triton_tiles import TritonBlocks
 
 __all__ = ["NATIVE_FROM", "SAMPLED_BELOW", "Backend", "check_backend", "make_kernel"]
 

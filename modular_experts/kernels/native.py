@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import Tile, block_grid, rows_and_columns
-from modular_experts.kernels.compiled import load
+from modular_experts.deltas.tiles import Tile, block_grid, rows_and_columns
 from modular_experts.kernels.kernel import KeptGradient
+from modular_experts.native.build import load
 
 __all__ = ["NativeBlocks", "NativeEntries", "available", "computes"]
 

@@ -7,12 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, StoredExpert, open_expert, write_expert
-from modular_experts.library.gathering import gather_statistics
-from modular_experts.library.paths import check_name, check_target, is_name, new_directory
-from modular_experts.library.record import make_record
-from modular_experts.library.statistics import open_statistics, write_statistics
-from modular_experts.library.together import (
+from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
+from modular_experts.library.compatibility import (
     as_parents,
     check_base,
     common_base,
@@ -20,6 +16,9 @@ from modular_experts.library.together import (
     parent_ids,
     union_of_weights,
 )
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, StoredExpert, open_expert, write_expert
+from modular_experts.library.record import make_record
+from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
 
 __all__ = [
     "Library",

@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modular_experts.deltas import Delta
+from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.library.atomic import check_name, check_target, new_directory
 from modular_experts.library.packing import Layout, check_layout, check_numbers, pack, unpack
-from modular_experts.library.paths import check_name, check_target, new_directory
 from modular_experts.library.record import FORMAT, plain, read_record, what_is_wrong
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
-from modular_experts.task_vector import TaskVector
+from modular_experts.progress import Progress
 
 __all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_expert"]
 
@@ -181,7 +182,7 @@ def write_expert(
     record: Mapping[str, Any],
     overwrite: bool = False,
     key: str | None = None,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    progress: Progress = iter,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 

@@ -4,7 +4,6 @@ A *score* ranks the entries of a weight, a *rule* turns scores into the kept uni
 updates. Both are small values, named by class in a config; a score may also be a plain function.
 """
 
-from modular_experts.masks.crowding import crowded, refuse_too_few
 from modular_experts.masks.rules import DenseThenSparse, GrowAndDrop, Reselect, Rule, SelectOnce
 from modular_experts.masks.scores import (
     SNIP,
@@ -37,8 +36,6 @@ __all__ = [
     "Statistic",
     "StreamingTopK",
     "WeightMagnitude",
-    "crowded",
     "kth_highest",
-    "refuse_too_few",
     "top_k",
 ]

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import index_dtype, true_places
+from modular_experts.deltas.tiles import index_dtype, true_places
 
 __all__ = ["StreamingTopK", "kth_highest", "top_k"]
 

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, SparseExpert
-from modular_experts.merging import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
+from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
 
 __all__ = ["KINDS", "METHODS", "MODULES", "Kind", "Plan", "merged_name"]

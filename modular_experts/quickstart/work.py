@@ -25,17 +25,17 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import measure
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import load_base, load_tokenizer
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.expert import DELTA_FILE
-from modular_experts.merger import merge
-from modular_experts.module import ExpertModule
+from modular_experts.merger.merged import merge
 from modular_experts.quickstart.plan import KINDS, METHODS, MODULES, Plan, merged_name
 from modular_experts.suite import WordTask
+from modular_experts.training.module import ExpertModule
 
 __all__ = ["measure_base", "measure_merge", "start_process", "train_expert", "train_multitask"]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses
-from modular_experts.merging.statistic import Statistic
+from modular_experts.methods.method import Statistic
 
 __all__ = ["fisher"]
 

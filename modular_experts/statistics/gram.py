@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.data.batch import Batch
-from modular_experts.merging.statistic import Statistic
+from modular_experts.methods.method import Statistic
 
 __all__ = ["gram"]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from modular_experts.base.apply import applied
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.interop.apply import applied
-from modular_experts.merging import MergeMethod, RegMeanPlusPlus
-from modular_experts.merging.statistic import Statistic
+from modular_experts.methods import MergeMethod, RegMeanPlusPlus
+from modular_experts.methods.method import Statistic
 from modular_experts.statistics.gram import gram
 
 __all__ = ["merged_grams"]

@@ -6,7 +6,7 @@ Only validation rows are read, of the tasks that the expert was trained on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example, ExampleSet
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
 from modular_experts.library import StoredExpert, check_base, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
+from modular_experts.progress import Progress
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
@@ -29,7 +30,6 @@ __all__ = ["KINDS", "take_statistics"]
 Kind = Literal["fisher", "gram", "merged_gram"]
 KINDS = get_args(Kind)
 _MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram}
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def take_statistics(

@@ -6,8 +6,8 @@ import json
 from functools import partial
 
 import pytest
-import runs
 import torch
+from testbed import runs
 
 from modular_experts.callbacks import ExportExpert
 from modular_experts.experts import SparseExpert

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import runs
 import torch
+from testbed import runs
 
 from modular_experts.callbacks import ExportExpert, GradientMask
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert

@@ -7,15 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import runs
 import torch
+from testbed import runs
 
 from modular_experts.callbacks import MaskSchedule
-from modular_experts.callbacks.moments import carry_moments
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.experts.selectable import carried_slots
 from modular_experts.injection import expert_layers
 from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
+from modular_experts.selection.optimizer_state import carry_moments
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, point_client, serving
-from random_deltas import random_delta
+from testbed.hub_server import TOKEN, point_client, serving
+from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import VERBS, main
-from modular_experts.interop.checkpoint import fingerprint, load_base
+from modular_experts.base.checkpoint import fingerprint, load_base
 from modular_experts.library import Library, make_record, open_expert, write_expert
 
 REPO = "someone/experts"

@@ -11,10 +11,10 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 
 from modular_experts.__main__ import main
+from modular_experts.base.checkpoint import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
-from modular_experts.interop.checkpoint import fingerprint
-from modular_experts.interop.foreign import ForeignExpert
+from modular_experts.interop.adapter import ForeignExpert
 from modular_experts.library import open_expert
 
 Q = "model.layers.0.self_attn.q_proj.weight"

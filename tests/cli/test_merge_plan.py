@@ -9,17 +9,17 @@ from typing import ClassVar
 
 import pytest
 import torch
-from random_deltas import random_delta
+from testbed.random_deltas import random_delta
 from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
+from modular_experts.base.checkpoint import fingerprint, load_base
 from modular_experts.deltas import BlockSparse
-from modular_experts.interop.checkpoint import fingerprint, load_base
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
-from modular_experts.merge_estimate import estimate, seconds
-from modular_experts.merger import Merged
-from modular_experts.merging import DARE, MergeMethod, SparseAverage, TSVMerge
-from modular_experts.sizes import bytes_of
+from modular_experts.merger.estimate import estimate, seconds
+from modular_experts.merger.merged import Merged
+from modular_experts.methods import DARE, MergeMethod, SparseAverage, TSVMerge
+from modular_experts.text import bytes_of
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_pat
     assert experts[0].tiles() == {"w": tile}
     peaks = []
     for part in (2**18, 500):  # the former is larger than the weight
-        monkeypatch.setattr("modular_experts.merge_estimate.PART", part)
+        monkeypatch.setattr("modular_experts.merger.estimate.PART", part)
         peaks.append(estimate(Merged(experts, SparseAverage()))[0].peak)
     scratch = (40 + 8 * 2) * (64 * 48 - 500)
     kept = 2 * tile[0] * tile[1]
@@ -183,7 +183,7 @@ class Slow(MergeMethod):
 @pytest.mark.parametrize("budget", [0.0, 1e9])
 def test_what_happens_once_is_counted_once(library, monkeypatch, budget):
     merged = Merged(open_experts([library / "a", library / "b"]), Slow())
-    monkeypatch.setattr("modular_experts.merge_estimate.time.perf_counter", lambda: Slow.clock[0])
+    monkeypatch.setattr("modular_experts.merger.estimate.time.perf_counter", lambda: Slow.clock[0])
     weights = estimate(merged)
     entries = [shape.numel() for shape in merged.shapes().values()]
     first = min(weights, key=lambda weight: (weight.read, weight.name)).shape

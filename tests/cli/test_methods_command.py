@@ -7,10 +7,10 @@ from dataclasses import fields
 
 import pytest
 
-import modular_experts.merging as merging
+from modular_experts import methods
 from modular_experts.__main__ import main
 
-NAMES = [name for name in merging.__all__ if name != "MergeMethod"]
+NAMES = [name for name in methods.__all__ if name != "MergeMethod"]
 
 
 def test_list_names_every_method_with_its_formula(capsys):
@@ -24,7 +24,7 @@ def test_list_names_every_method_with_its_formula(capsys):
 def test_one_method_tells_its_settings_defaults_and_source(name, capsys):
     assert main(["methods", name]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    kind = getattr(merging, name)
+    kind = getattr(methods, name)
     first = " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
     assert first in shown
     for field in fields(kind):
@@ -43,7 +43,7 @@ def test_unknown_method_gets_a_near_name(capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_has_a_formula_line_and_a_scale(name):
-    kind = getattr(merging, name)
+    kind = getattr(methods, name)
     first = inspect.getdoc(kind).split("\n\n")[0]
     assert ":" in first
     assert "scale" in {field.name for field in fields(kind)}

@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 import yaml
-from runs import mixture
-from search.searching import descent, objective_on, stored
+from testbed.runs import mixture
+from testbed.searching import descent, objective_on, stored
 
 from modular_experts.__main__ import main
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import fingerprint, load_base, load_tokenizer
 from modular_experts.evaluation import measure
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import fingerprint, load_base, load_tokenizer
 from modular_experts.library import open_expert
 
 EXPERTS = ["--experts", "[library/0, library/1]"]

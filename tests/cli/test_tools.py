@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_deltas import random_delta
+from testbed.random_deltas import random_delta
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.cli import tool
-from modular_experts.interop.checkpoint import fingerprint, load_base
+from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.cli import command as tool
 from modular_experts.library import make_record, open_expert, write_expert
 
 TOOLS = [verb for verb, (room, _) in VERBS.items() if room not in ("training", "quickstart")]

@@ -344,7 +344,7 @@ def test_a_missing_expert_is_named(place, tiny_llama_dir, capsys) -> None:
 
 
 def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, monkeypatch, capsys) -> None:
-    from modular_experts.module import ExpertModule
+    from modular_experts.training.module import ExpertModule
 
     step = ExpertModule.training_step
 

@@ -6,9 +6,9 @@ import re
 from functools import partial
 
 import pytest
-import runs
+from testbed import runs
 
-from modular_experts.cli.training_bar import TrainingBar
+from modular_experts.cli.training import TrainingBar
 from modular_experts.experts import SparseExpert
 
 

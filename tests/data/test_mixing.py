@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modular_experts.data.mixing import Equal, Mixing, Proportional, Temperature, epoch_counts, epoch_order
+from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature, epoch_counts, epoch_order
 
 SIZES = {"a": 900, "b": 100, "c": 4}
 

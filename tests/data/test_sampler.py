@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from modular_experts.data.batch import FILLER
-from modular_experts.data.mixing import epoch_order
-from modular_experts.data.sampler import EvaluationSampler, MixtureSampler, ResumableLoader
+from modular_experts.data.sampler import EvaluationSampler, MixtureSampler, ResumableLoader, epoch_order
 
 ORDER = partial(epoch_order, {"a": 23}, {"a": 23}, 0)
 

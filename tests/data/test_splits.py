@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 from modular_experts.data.rows import Row
-from modular_experts.data.splits import fill_splits
+from modular_experts.data.tasks import fill_splits
 
 ROWS = [Row(f"input {number}", "x") for number in range(50)]
 

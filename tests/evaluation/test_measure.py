@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from runs import mixture, module, trainer
+from testbed.runs import mixture, module, trainer
 
+from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import generate, greedy_matches, measure
-from modular_experts.interop.checkpoint import load_base, load_tokenizer
 
 
 def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.text import ROUGEScore
 
-from modular_experts.evaluation.rouge import rouge_l, words
+from modular_experts.evaluation.scores import rouge_l, words
 
 
 @pytest.mark.parametrize(

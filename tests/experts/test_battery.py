@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from outside.ia3 import IA3Expert
+from testbed.ia3 import IA3Expert
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert

@@ -13,10 +13,10 @@ from conftest import ARCHITECTURES, build_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from modular_experts.base import weights as stored
+from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop import stored
-from modular_experts.interop.apply import apply
-from modular_experts.interop.forms import Exact, Largest, Truncated
+from modular_experts.interop.compression import Exact, Largest, Truncated
 from modular_experts.interop.full_checkpoint import read_full_checkpoint
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import open_expert

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, SupertuningConfig
-from peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
 from safetensors.torch import load_file, save_file
+from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
 
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import load_base
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import load_base
 from modular_experts.interop.peft import read_peft
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]

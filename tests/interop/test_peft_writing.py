@@ -9,17 +9,18 @@ import sys
 import numpy
 import pytest
 import torch
-from peft_adapters import PEFT_WARNINGS, logits, peft_logits
-from random_deltas import random_delta
 from safetensors.torch import load_file
+from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits
+from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import fingerprint, load_base
 from modular_experts.deltas import Dense, LowRank, Sparse, add
-from modular_experts.interop.apply import applied
-from modular_experts.interop.checkpoint import fingerprint, load_base
-from modular_experts.interop.peft import LoraForm, ShiraForm, SupertuningForm, lora_form, read_peft, write_peft
-from modular_experts.interop.peft import proof as proof_room
-from modular_experts.interop.peft.best_rank import best_rank
+from modular_experts.interop.peft import LoraForm, ShiraForm, SupertuningForm, read_peft, write_peft
+from modular_experts.interop.peft import formats as lora_form
+from modular_experts.interop.peft import verify as proof_room
+from modular_experts.interop.peft.formats import best_rank
 from modular_experts.library import make_record, open_expert, write_expert
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]

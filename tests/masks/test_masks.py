@@ -22,9 +22,8 @@ from modular_experts.masks import (
     Reselect,
     SelectOnce,
     WeightMagnitude,
-    crowded,
-    refuse_too_few,
 )
+from modular_experts.selection.avoid import crowded, refuse_too_few
 
 
 def test_scores_are_their_formulas() -> None:

@@ -25,8 +25,8 @@ from modular_experts.evaluation import measure
 from modular_experts.experts import SparseExpert
 from modular_experts.library import Library
 from modular_experts.masks import RandomScore, SelectOnce
-from modular_experts.module import ExpertModule
 from modular_experts.quickstart.plan import MODULES, Plan
+from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.quickstart
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from modular_experts.interop.checkpoint import load_base, load_tokenizer
+from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.library import Library
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.run import run_plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
-from modular_experts.merging import MergeMethod
+from modular_experts.methods import MergeMethod
 
 __all__ = ["Arc"]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modular_experts.base.checkpoint import fingerprint, resolve_base
+from modular_experts.base.structure import Skeleton, read_skeleton
+from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta, Dense, Sparse, add
-from modular_experts.interop.checkpoint import fingerprint, resolve_base
 from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.moved import Moved
 from modular_experts.interop.mergekit.references import ModelPath, Reference
 from modular_experts.interop.peft import read_peft
-from modular_experts.interop.skeleton import Skeleton, read_skeleton
-from modular_experts.interop.stored import StoredWeights
 from modular_experts.library import check_base, open_expert
 
 __all__ = ["Model", "open_models"]

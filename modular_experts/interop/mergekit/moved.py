@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modular_experts.blocks import index_dtype, true_places
+from modular_experts.base.streaming import unequal
 from modular_experts.deltas import Delta, Dense, Sparse
-from modular_experts.interop.streaming import unequal
+from modular_experts.deltas.tiles import index_dtype, true_places
 
 __all__ = ["Moved"]
 

@@ -17,7 +17,7 @@ from modular_experts.interop.mergekit.places import places
 from modular_experts.interop.mergekit.references import Reference
 from modular_experts.interop.mergekit.stock import Stock
 from modular_experts.interop.mergekit.weight import Weight
-from modular_experts.merging import (
+from modular_experts.methods import (
     DARE,
     DARETIES,
     DELLA,

@@ -7,7 +7,7 @@ merges models, are taken in float32; the methods compute in float64.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modular_experts.base.apply import MANIFEST, carry
+from modular_experts.base.files import read_json
+from modular_experts.base.shards import Layout
 from modular_experts.deltas import Delta, Sparse, all_finite
-from modular_experts.interop.apply import MANIFEST, carry
 from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.differences import Difference, differences
 from modular_experts.interop.mergekit.inputs import Model, open_models
@@ -24,14 +26,12 @@ from modular_experts.interop.mergekit.recipe import Recipe
 from modular_experts.interop.mergekit.references import Reference
 from modular_experts.interop.mergekit.shards import write_shards
 from modular_experts.interop.mergekit.vocabulary import check_vocabularies
-from modular_experts.interop.shards import Layout
-from modular_experts.interop.weights import read_json
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions, plain
+from modular_experts.progress import Progress
 
 __all__ = ["merge_recipe"]
 
-Progress = Callable[[Sequence[str]], Iterable[str]]
 Announce = Callable[[Sequence[Difference]], object]
 
 

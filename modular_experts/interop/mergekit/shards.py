@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_experts.interop.shards import Layout, ShardWriter, write_index
+from modular_experts.base.shards import Layout, ShardWriter, write_index
 
 __all__ = ["write_shards"]
 

@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 
 from modular_experts.deltas import Delta, Dense
-from modular_experts.merging import MergeMethod
+from modular_experts.methods import MergeMethod
 
 __all__ = ["Stock"]
 

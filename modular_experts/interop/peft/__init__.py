@@ -1,11 +1,9 @@
 """PEFT: adapters of the library `peft`, read and written by their file format; that library is not needed."""
 
-from modular_experts.interop.peft.form import Carried, PeftForm
-from modular_experts.interop.peft.lora_form import LoraForm
-from modular_experts.interop.peft.proof import AdapterCheck
-from modular_experts.interop.peft.reading import read_peft
-from modular_experts.interop.peft.sparse_forms import ShiraForm, SupertuningForm
-from modular_experts.interop.peft.writing import WrittenAdapter, write_peft
+from modular_experts.interop.peft.formats import Carried, LoraForm, PeftForm, ShiraForm, SupertuningForm
+from modular_experts.interop.peft.read import read_peft
+from modular_experts.interop.peft.verify import AdapterCheck
+from modular_experts.interop.peft.write import WrittenAdapter, write_peft
 
 __all__ = [
     "AdapterCheck",

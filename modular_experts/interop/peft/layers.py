@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modular_experts.interop.checkpoint import quiet
+from modular_experts.base.checkpoint import quiet
 
 __all__ = ["is_embedding", "is_linear", "is_transposed", "nearest", "read_layers", "shared_weights"]
 

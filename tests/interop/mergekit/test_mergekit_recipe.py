@@ -3,7 +3,7 @@ import pytest
 from modular_experts.interop.mergekit.parameters import METHODS
 from modular_experts.interop.mergekit.reading import read_configuration
 from modular_experts.interop.mergekit.recipe import Recipe
-from modular_experts.merging import TIES, Average, TaskArithmetic
+from modular_experts.methods import TIES, Average, TaskArithmetic
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

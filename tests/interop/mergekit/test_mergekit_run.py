@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modular_experts.base.checkpoint import fingerprint
 from modular_experts.deltas import Sparse
-from modular_experts.interop.checkpoint import fingerprint
 from modular_experts.interop.mergekit import moved
 from modular_experts.interop.mergekit.arc import Arc
 from modular_experts.interop.mergekit.moved import Moved

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from quickstart.results import complete_results, in_another_order
+from testbed.quickstart_results import complete_results, in_another_order
 
 from modular_experts.quickstart.report.figure import draw
 

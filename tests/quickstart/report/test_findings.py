@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from quickstart.results import complete_results, scores
+from testbed.quickstart_results import complete_results, scores
 
 from modular_experts.quickstart.plan import KINDS, METHODS
 from modular_experts.quickstart.report import findings

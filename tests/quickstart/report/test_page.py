@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from quickstart.results import complete_results, in_another_order, scores
+from testbed.quickstart_results import complete_results, in_another_order, scores
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
-from quickstart.results import complete_results, in_another_order
 from rich.console import Console
+from testbed.quickstart_results import complete_results, in_another_order
 
 from modular_experts.quickstart.report.summary import summary_sentences, summary_table
 

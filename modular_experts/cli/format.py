@@ -1,0 +1,74 @@
+"""Summary: how an expert is told in one line, and numbers and settings in few characters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from modular_experts.library import StoredExpert
+from modular_experts.library.statistics import StoredStatistics
+from modular_experts.text import bytes_text
+
+__all__ = [
+    "bytes_text",
+    "call_text",
+    "kind_text",
+    "progress_bar",
+    "share_text",
+    "statistics_text",
+    "summary",
+    "value_text",
+]
+
+
+def summary(expert: StoredExpert) -> str:
+    """Return kind, number of weights, kept share and size on disk in one line."""
+    return (
+        f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, "
+        f"{bytes_text(expert.size_on_disk)}"
+    )
+
+
+def statistics_text(stored: StoredStatistics) -> str:
+    """Return of how many weights stored statistics are, on which data, and their size on disk in one line."""
+    rows = ", ".join(f"{count} rows of {task}" for task, count in sorted(stored.facts["tasks"].items()))
+    return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
+
+
+def kind_text(record: Mapping[str, Any]) -> str:
+    """Return the kind of an expert, and of a merge also its method."""
+    if record["kind"] != "merge":
+        return record["kind"]
+    method = record.get("method")
+    return f"merge: {method['class_path'].rpartition('.')[2] if method else 'by pattern'}"
+
+
+def call_text(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a class and its settings, such as `TIES(keep=0.2, scope='weight')`; what is not set is left out."""
+    shown = [f"{key}={value_text(value)}" for key, value in settings.items() if value is not None]
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
+def value_text(value: Any) -> str:
+    """Return a setting: numbers to four digits, texts in quotes as they are."""
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def share_text(share: float) -> str:
+    """Return a share in per cent, such as `5 %` or `0.013 %`."""
+    return f"{100 * share:.3g} %"
+
+
+def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
+    """Return what wraps a list of names while they are gone through."""
+    console = Console(stderr=True)
+
+    def wrap(names: Sequence[str]) -> Iterable[str]:
+        return track(names, description, console=console, transient=True, disable=not console.is_terminal)
+
+    return wrap

@@ -1,0 +1,210 @@
+"""Model cards: the page of a hub repository of experts - what they are, where they come from, how they are used.
+
+A card says only what the records say. What is not ours in the header of an earlier card, such as a license, is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from modular_experts.library import StoredExpert
+from modular_experts.text import bytes_text
+
+__all__ = ["CARD_FILE", "CardEntry", "is_ours", "model_card"]
+
+CARD_FILE = "README.md"
+_LIBRARY = "modular-experts"
+_MARK = "<!-- `modular-experts push` writes this page anew; take this line out to keep a text of your own -->"
+_HEADER = re.compile(r"\A---\s*\n(.*?)^---\s*$\n?", re.DOTALL | re.MULTILINE)
+_FEW = 8  # experts in the example of a merge, and tasks in a row of the table
+
+
+@dataclass(frozen=True)
+class CardEntry:
+    """What the card tells of one expert.
+
+    Attributes:
+        name: Its name.
+        record: What its `expert.json` says.
+        kept_share: Share of the entries of its weights that it keeps, if that is known.
+        size: Bytes of its two files.
+        hub_base: Its base, if that is a model of the hub.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    kept_share: float | None
+    size: int
+    hub_base: str | None = None
+
+    @classmethod
+    def of(cls, expert: StoredExpert, hub_base: str | None = None) -> CardEntry:
+        """Return the entry of a stored expert."""
+        return cls(expert.name, expert.record, expert.kept_share, expert.size_on_disk, hub_base)
+
+    @property
+    def base(self) -> str:
+        """How its base is called: by its hub id, or by the last part of a path, which is nobody else's business."""
+        return self.hub_base or re.split(r"[/\\]", str(self.record["base"].get("id")).rstrip("/\\"))[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of its base."""
+        return self.record["base"]["fingerprint"]
+
+
+def is_ours(card: str) -> bool:
+    """Return whether a card may be written anew: `push` wrote it, or it has no text yet."""
+    return _MARK in card or not _HEADER.sub("", card).strip()
+
+
+def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") -> str:
+    """Return the card of a repository.
+
+    Args:
+        repo_id: `owner/name`.
+        entries: Its experts, at least one.
+        earlier: The card that is there; of its header, what this one does not say is kept.
+    """
+    entries = sorted(entries, key=lambda entry: entry.name)
+    header = yaml.safe_dump(_header(entries, earlier), sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{header}---\n{_MARK}\n",
+        f"# {repo_id.partition('/')[2]}\n",
+        *_about(entries),
+        *_table(entries),
+        *_use(repo_id, entries),
+        *_provenance(entries),
+    ]
+    return "\n".join(sections)
+
+
+def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
+    found = _HEADER.match(earlier)
+    try:
+        kept = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        kept = {}  # the hub takes no such header, so none was there that it had used
+    kept = kept if isinstance(kept, dict) else {}
+    bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
+    tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
+    tags += ["merge"] if any(entry.record["kind"] == "merge" for entry in entries) else []
+    ours: dict[str, Any] = {"library_name": _LIBRARY}
+    if bases:
+        ours |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "adapter"}
+    old = kept.get("tags") if isinstance(kept.get("tags"), list) else []
+    ours["tags"] = list(dict.fromkeys([*tags, *map(str, old or [])]))
+    return ours | {name: value for name, value in kept.items() if name not in ours}
+
+
+def _about(entries: Sequence[CardEntry]) -> Iterator[str]:
+    bases = dict.fromkeys(f"{_code(entry.base)} (fingerprint {_code(entry.fingerprint[:12])})" for entry in entries)
+    what = "One expert" if len(entries) == 1 else f"{len(entries)} experts"
+    yield f"{what} for {', '.join(bases)}, made with *modular-experts*."
+    yield (
+        "An expert moves some weights of a frozen base. It is a folder with what moves (`delta.safetensors`: float32, "
+        "to be added to the base) and where it comes from (`expert.json`); experts of one base can be merged.\n"
+    )
+
+
+def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
+    yield "| expert | kind | tasks | kept | size | scores |"
+    yield "|---|---|---|--:|--:|---|"
+    for entry in entries:
+        tasks = list(map(str, entry.record["tasks"]))
+        shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
+        kept = "unknown" if entry.kept_share is None else f"{100 * entry.kept_share:.3g} %"
+        cells = [entry.name, entry.record["kind"], shown, kept, bytes_text(entry.size), _scores(entry)]
+        yield f"| {' | '.join(map(_plain, cells))} |"
+    yield "\nKept is the share of the entries of its weights that an expert moves; scores are those of its record.\n"
+
+
+def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
+    first = entries[0]
+    base = first.hub_base or "BASE"
+    tasks = json.dumps([{"name": str(task), "path": f"{task}.jsonl"} for task in first.record["tasks"] or ["task"]])
+    applied = f"'[library/{first.name}]'"
+    alike = _mergeable(entries)
+    merged = next(name for name in ("merged", "all-merged", "newly-merged") if name not in {e.name for e in entries})
+    yield "## Use\n\n```bash"
+    yield "pip install .  # in a clone of modular-experts"
+    yield f"modular-experts pull --repo {repo_id} --out library"
+    yield f"modular-experts show library/{first.name}"
+    yield f"modular-experts test --model.base {base} --model.applied {applied} --data.tasks {shlex.quote(tasks)}"
+    if len(alike) > 1:
+        listed = ", ".join(f"library/{entry.name}" for entry in alike[:_FEW])
+        yield f"modular-experts merge --experts '[{listed}]' --method SparseAverage --out library/{merged}"
+        applied, first = f"'[library/{merged}]'", alike[0]
+    yield f"modular-experts apply --experts {applied} --base {first.hub_base or 'BASE'} --out checkpoint"
+    yield "```\n"
+    if any(entry.hub_base is None for entry in entries):
+        yield "`BASE` is the directory of the base; its fingerprint is checked, so another one is refused."
+    yield 'A row of a task file is `{"input": ..., "target": ...}`; `checkpoint` is one as transformers reads it.\n'
+
+
+def _mergeable(entries: Sequence[CardEntry]) -> list[CardEntry]:
+    """Return the experts of the commonest base that are no merges themselves."""
+    trained = [entry for entry in entries if entry.record["kind"] != "merge"]
+    common = Counter(entry.fingerprint for entry in trained).most_common(1)
+    return [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
+
+
+def _provenance(entries: Sequence[CardEntry]) -> Iterator[str]:
+    yield "## Provenance\n"
+    for entry in entries:
+        record, revision = entry.record, entry.record["base"].get("revision")
+        at = f", revision {_code(revision)}" if revision else ""
+        yield f"**{entry.name}**, content hash {_code(record['content_hash'])}\n"
+        yield f"- base: {_code(entry.base)}{at}, fingerprint {_code(entry.fingerprint)}"
+        yield f"- made as: {_made(record)}"
+        for parent in record["parents"]:
+            yield f"- parent: {_plain(parent.get('name'))}, content hash {_code(parent.get('content_hash'))}"
+        versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+        yield f"- with: {_plain(versions) or 'versions not recorded'}; seed {_plain(record.get('seed'))}\n"
+
+
+def _made(record: Mapping[str, Any]) -> str:
+    """Return the method of a merge, or the kind of a trained expert, with its settings."""
+    if not record.get("method"):
+        return _call(record["kind"], record.get("hyperparameters") or {})
+    parts = [_method(record["method"])]
+    parts += [f"weights {_code(name)}: {_method(other)}" for name, other in (record.get("per_weight") or {}).items()]
+    return "; ".join(parts)
+
+
+def _method(method: Mapping[str, Any] | None) -> str:
+    if not method:
+        return "left at the base"
+    return _call(str(method.get("class_path")).rpartition(".")[2], method.get("init_args") or {})
+
+
+def _call(name: str, settings: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
+    return _code(f"{name}({shown})" if shown else name)
+
+
+def _scores(entry: CardEntry) -> str:
+    return ", ".join(f"{name} {_number(score)}" for name, score in sorted(entry.record["scores"].items())) or "none"
+
+
+def _number(score: Any) -> str:
+    if isinstance(score, dict):
+        return "(" + ", ".join(f"{name} {_number(value)}" for name, value in score.items()) + ")"
+    return f"{score:.4g}" if isinstance(score, float) else str(score)
+
+
+def _plain(text: Any) -> str:
+    """Return a text of a record so that it stays in its cell and is no markup."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: Any) -> str:
+    return "`" + " ".join(str(text).replace("`", "'").replace("|", "/").split()) + "`"

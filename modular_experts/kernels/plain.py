@@ -1,0 +1,116 @@
+"""The dense gradient of this one layer, gathered: the way that always works, for any unit, share kept and device.
+
+It costs the operations of a full fine-tune, but the dense gradient lives only inside this layer's backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modular_experts.deltas.tiles import Tile, block_grid, gather_blocks, rows_and_columns
+from modular_experts.kernels.kernel import KeptGradient
+
+__all__ = ["BlockRows", "DenseGathered", "KeptColumns", "KeptRows", "SampledProduct"]
+
+
+class DenseGathered(KeptGradient):
+    """Makes all of `g^T x` and keeps what is kept."""
+
+    name: ClassVar[str] = "dense"
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        dense = grad.T @ x
+        return dense.view(-1)[self.units] if self.tile == (1, 1) else gather_blocks(dense, self.units, self.tile)
+
+
+class SampledProduct(KeptGradient):
+    """One dot product over the tokens per kept entry."""
+
+    name: ClassVar[str] = "sampled"
+
+    def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
+        super().__init__(units, shape, tile)
+        rows, columns = rows_and_columns(units, self.shape)
+        bounds = torch.arange(self.shape[0] + 1, device=units.device)
+        self.row_starts = torch.searchsorted(rows, bounds).to(torch.int32)
+        self.columns = columns.to(torch.int32)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        _accept_compressed_rows()
+        zeros = torch.zeros(self.units.numel(), dtype=wide)
+        pattern = torch.sparse_csr_tensor(self.row_starts, self.columns, zeros, self.shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, grad.to(wide).T, x.to(wide), beta=0.0).values()
+
+
+@functools.cache
+def _accept_compressed_rows() -> None:
+    """Make torch give its once-a-process beta notice for compressed sparse rows here, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1)
+        )
+
+
+class BlockRows(KeptGradient):
+    """One product per row of tiles that keeps any."""
+
+    name: ClassVar[str] = "block_rows"
+
+    def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
+        super().__init__(units, shape, tile)
+        self.grid = block_grid(shape, tile)
+        self.columns = units.long() % self.grid[1]
+        rows, counts = torch.unique_consecutive(units.long() // self.grid[1], return_counts=True)
+        ends = counts.cumsum(0)
+        self.spans = list(zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
+        self.longest = int(counts.max()) if counts.numel() else 0
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        (height, width), (tall, wide) = self.tile, self.grid
+        tokens = x.shape[0]
+        panels = _widened(x, wide * width).reshape(tokens, wide, width)
+        grad = _widened(grad, tall * height)
+        out = x.new_empty(self.units.numel(), height, width)
+        room = x.new_empty(tokens * width * self.longest)  # for the inputs of one row: one place, always in the cache
+        for row, start, end in self.spans:
+            count = end - start
+            inputs = room[: tokens * count * width].view(tokens, count, width)
+            torch.index_select(panels, 1, self.columns[start:end], out=inputs)
+            product = grad[:, row * height : (row + 1) * height].T @ inputs.view(tokens, -1)
+            out[start:end] = product.view(height, count, width).transpose(0, 1)
+        return out
+
+
+def _widened(matrix: Tensor, width: int) -> Tensor:
+    """Return the matrix with columns of zeros up to a width; itself where it has them all."""
+    return matrix if matrix.shape[1] == width else F.pad(matrix, (0, width - matrix.shape[1]))
+
+
+class KeptRows(KeptGradient):
+    """`g[:, rows]^T x`."""
+
+    name: ClassVar[str] = "slices"
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return (grad[:, self.units].T @ x).unsqueeze(1)
+
+
+class KeptColumns(KeptGradient):
+    """`g^T x[:, columns]`, column by column."""
+
+    name: ClassVar[str] = "slices"
+
+    def saved(self, x: Tensor) -> Tensor:
+        return x[:, self.units]
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return (x.T @ grad).unsqueeze(2)

@@ -1,0 +1,185 @@
+"""Names and directories: what an expert may be called, and how a directory comes into being whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["check_name", "check_target", "is_name", "new_directory"]
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes that do the same work would disturb each other
+    fcntl = None  # type: ignore[assignment]
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Return a name that an expert may have, and that therefore cannot lead out of its library.
+
+    Raises:
+        ValueError: The name is not 1 to 64 letters, digits, '.', '_' or '-' that start with a letter or digit.
+    """
+    if not is_name(name):
+        raise ValueError(
+            f"{name!r} cannot be the name of an expert: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "and start with a letter or a digit"
+        )
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Return whether an expert may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_target(path: str | Path, overwrite: bool = False, marker: str = "expert.json") -> Path:
+    """Return the absolute path of a directory that is to be written; call it before any work.
+
+    Args:
+        path: The directory.
+        overwrite: Whether a directory that is there may be replaced.
+        marker: The file that shows that a directory was written by us; without it nothing is ever replaced.
+
+    Raises:
+        FileExistsError: Something is there that may not be replaced.
+        PermissionError: The nearest directory above it cannot be written to.
+    """
+    target = Path(os.path.abspath(Path(path).expanduser()))
+    if marker == "expert.json":
+        check_name(target.name)
+    if not os.path.lexists(target):
+        _check_parents(target)
+    elif target.is_symlink() or not (target / marker).is_file():
+        raise FileExistsError(f"{path} exists and is no directory of ours (it holds no {marker}); choose another place")
+    elif not overwrite:
+        raise FileExistsError(
+            f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
+        )
+    else:
+        _check_parents(target)
+    return target
+
+
+def _check_parents(target: Path) -> None:
+    """Try to make a directory where one will have to be made: permissions alone do not tell it of every disk."""
+    for parent in target.parents:
+        if parent.is_dir():
+            try:
+                os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+            except OSError as error:
+                raise PermissionError(f"{target} cannot be written: in {parent}, {error.strerror}") from None
+            return
+        if os.path.lexists(parent):
+            raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")
+
+
+@contextmanager
+def new_directory(
+    target: Path, overwrite: bool = False, marker: str = "expert.json", key: str | None = None
+) -> Iterator[Path]:
+    """Give a temporary directory beside the target, and move it into place when the block ends without an error.
+
+    Whoever looks at the target sees nothing or the whole. Where a directory is replaced, the old one is moved aside
+    first: between two renames there is none, but never half of one.
+
+    Args:
+        target: The directory to write.
+        overwrite: Whether a directory that is there may be replaced.
+        marker: The file that shows that a directory was written by us.
+        key: What tells this work from any other. With it, a block that is interrupted, or whose process is killed,
+            leaves its files, and the next one with the same key finds them. An error removes them.
+
+    Raises:
+        BlockingIOError: Another process does the same work at this moment.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    if key:
+        temporary = target.with_name(f".{target.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        _remove_stale(target, temporary)
+    temporary.mkdir(exist_ok=key is not None)
+    with _locked(temporary, target):
+        kept = False
+        try:
+            yield temporary
+            _flush(temporary)
+            _move(temporary, check_target(target, overwrite, marker))
+        except KeyboardInterrupt as interruption:
+            kept = key is not None
+            if kept:
+                interruption.add_note(f"interrupted; the same command goes on where it stopped, with {temporary}")
+            raise
+        finally:
+            if not kept:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(target: Path, mine: Path) -> None:
+    """Remove what interrupted work on other contents of this target left, unless a process is at it."""
+    for left in target.parent.glob(f".{target.name}.????????????????"):
+        if left != mine and left.is_dir() and not left.is_symlink():
+            with suppress(BlockingIOError), _locked(left, target):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _locked(temporary: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on a directory that others may find by its name; the system lets go of it when a process ends."""
+    if fcntl is None:
+        yield
+        return
+    if temporary.is_symlink():
+        raise FileExistsError(f"{temporary} is a link, so nothing is written there; remove it")
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"{target} is being written by another process; wait for it, or choose another place"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def _move(temporary: Path, target: Path) -> None:
+    aside = _beside(target) if target.exists() else None
+    if aside:
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if aside:
+            os.rename(aside, target)
+        raise
+    _flush_entry(target.parent)
+    if aside:
+        shutil.rmtree(aside)
+
+
+def _beside(target: Path) -> Path:
+    # The leading dot is no valid name, so a leftover of a killed run is never taken for an expert.
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _flush(directory: Path) -> None:
+    for entry in [*directory.rglob("*"), directory]:
+        _flush_entry(entry)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,120 @@
+"""Several experts together: what must agree before they are merged, applied or listed as parents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modular_experts.library.expert import StoredExpert, open_expert
+
+__all__ = ["as_parents", "check_base", "common_base", "open_experts", "parent_ids", "union_of_weights"]
+
+log = logging.getLogger(__name__)
+
+
+def open_experts(paths: Sequence[str | Path]) -> list[StoredExpert]:
+    """Open experts in the given order.
+
+    Raises:
+        ValueError: The list is empty, or names an expert twice.
+    """
+    if not paths:
+        raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
+    experts = [open_expert(path) for path in paths]
+    seen: set[Path] = set()
+    for path, expert in zip(paths, experts, strict=True):
+        if expert.path.resolve() in seen:
+            raise ValueError(f"the expert {path} is listed twice; list each expert once")
+        seen.add(expert.path.resolve())
+    _warn_of_missing_parents(experts)
+    return experts
+
+
+def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
+    """Return what the experts' records say about their base, which must be one and the same.
+
+    Raises:
+        ValueError: Two experts have bases of different fingerprint.
+    """
+    first = experts[0]
+    for other in experts[1:]:
+        if other.record["base"]["fingerprint"] != first.record["base"]["fingerprint"]:
+            raise ValueError(
+                f"{first.name} and {other.name} were trained on different bases and cannot be combined: "
+                f"{_base(first)} and {_base(other)}"
+            )
+    return first.record["base"]
+
+
+def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> None:
+    """Refuse a base that is not the one the experts were trained on.
+
+    Args:
+        experts: The experts that are to be put on it.
+        fingerprint: Fingerprint of the base at hand.
+        base: How to call it in the sentence.
+
+    Raises:
+        ValueError: Its fingerprint is another one than an expert's record says.
+    """
+    for expert in experts:
+        if expert.record["base"]["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): "
+                f"on {_base(expert)}"
+            )
+
+
+def _warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
+    """Warn of an expert that was trained on top of another one which is not there: its delta is against their sum.
+
+    The parents of a merge are contained in it and need not be there.
+    """
+    present = {expert.content_hash for expert in experts}
+    for expert in experts:
+        parents = expert.record["parents"] if expert.record["kind"] != "merge" else []
+        missing = [str(parent.get("name")) for parent in parents if parent.get("content_hash") not in present]
+        if missing:
+            names = ", ".join(missing)
+            log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, names)
+
+
+def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
+    """Return every weight that any of the experts moves, sorted, with its shape.
+
+    Raises:
+        ValueError: Two experts give one weight different shapes.
+    """
+    shapes: dict[str, torch.Size] = {}
+    owner: dict[str, str] = {}
+    for expert in experts:
+        for name, shape in expert.shapes().items():
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"{owner[name]} and {expert.name} disagree on the shape of {name}: "
+                    f"{tuple(shapes[name])} and {tuple(shape)}"
+                )
+            owner.setdefault(name, expert.name)
+    return dict(sorted(shapes.items()))
+
+
+def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
+    """Return the experts as a record lists them: by name and content hash, with their tasks."""
+    return [
+        {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
+        for expert in experts
+    ]
+
+
+def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return only what tells which experts listed parents are: names and content hashes, whatever tasks they have."""
+    return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
+
+
+def _base(expert: StoredExpert) -> str:
+    base = expert.record["base"]
+    return f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"

@@ -1,0 +1,9 @@
+"""Merger: the streaming merge of stored experts. `merged.py` walks over the weights; open it first.
+
+`rules.py` gives each weight its method, `estimate.py` predicts memory and time, `remove.py` takes one expert out of an
+average again.
+"""
+
+from modular_experts.merger.merged import Merged, describe, merge, write_merged
+
+__all__ = ["Merged", "describe", "merge", "write_merged"]

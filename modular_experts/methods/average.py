@@ -1,0 +1,114 @@
+"""Average: the mean of the deltas, weighted if asked. An entry that one of N experts moves shrinks to 1/N of its
+value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.chunks import Part, merge_by_parts
+from modular_experts.methods.method import MergeMethod, check_finite, one_per_expert, sum_of_weights, weighted_sum
+
+__all__ = ["Average", "SparseAverage", "TaskArithmetic"]
+
+
+@dataclass(frozen=True)
+class Average(MergeMethod):
+    """Average: `scale * sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
+
+    Linear, so every form is kept. At scale 1, the average of one expert is that expert, and so is the average of copies
+    of it. The order of the experts does not matter (the weights go with them).
+
+    Args:
+        weights: One weight per expert, in the order of the experts. They are divided by their sum, so `[3, 1]` and
+            `[0.75, 0.25]` mean the same; a weight may be negative. Default: all equal.
+        scale: Factor of the result. The plain average of many experts is a short step; with a scale of N it is their
+            sum.
+    """
+
+    weights: list[float] | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        for weight in self.weights or []:
+            check_finite(self, "each weight", weight)
+        if self.weights is not None:
+            sum_of_weights(self, self.weights)
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        total = sum_of_weights(self, weights)
+        return weighted_sum(deltas, [self.scale * weight / total for weight in weights])
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergeMethod):
+    """Task arithmetic: `scale * sum_i w_i d_i`, with weights of 1 unless they are given.
+
+    Linear, so every form is kept. At scale 1 and without weights, one expert merges to itself; k copies of an expert
+    are k times it. The order of the experts does not matter (the weights go with them).
+
+    Args:
+        scale: Factor of the sum. 1 adds every expert at full strength, 0.3 to 0.5 are common for many experts, `1/N`
+            is the average, and a negative scale takes the experts' skill away.
+        weights: One weight per expert, in the order of the experts; unlike those of `Average` they are taken as they
+            are, whatever their sum. Default: all 1.
+    """
+
+    scale: float = 1.0
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        for weight in self.weights or []:
+            check_finite(self, "each weight", weight)
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        return weighted_sum(deltas, [self.scale * weight for weight in weights])
+
+
+@dataclass(frozen=True)
+class SparseAverage(MergeMethod):
+    """Overlap-aware average: `scale * sum_i d_i / F^exponent` per entry, over the F experts that move it.
+
+    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert in the mix makes the
+    result dense. At scale 1, one expert merges to itself; k copies of an expert merge to `k^(1 - exponent)` times it,
+    at exponent 1 to itself. The order of the experts does not matter.
+
+    Args:
+        scale: Factor of the result.
+        count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`
+            those that keep the entry, also where its value ended at zero.
+        exponent: How much an entry that several experts move is averaged, at least 0: 1 is their mean (the paper), 0
+            their sum (task arithmetic), 0.5 between the two. What one expert alone moves is the same at each.
+    """
+
+    scale: float = 1.0
+    count: Literal["values", "supports"] = "values"
+    exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_finite(self, "exponent", self.exponent)
+        if self.exponent < 0:
+            raise ValueError(
+                f"SparseAverage: exponent must be at least 0 (0 sums, 1 averages what several experts move), got "
+                f"{self.exponent}"
+            )
+        if self.count not in ("values", "supports"):
+            raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        return merge_by_parts(deltas, self._rule)
+
+    def _rule(self, part: Part) -> tuple[Tensor, Tensor | None]:
+        total, kept = part.weighted_total([self.scale] * len(part.deltas))
+        movers = part.counts(moved=self.count == "values")
+        return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept

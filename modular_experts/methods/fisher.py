@@ -1,0 +1,78 @@
+"""Fisher merging: each entry's deltas averaged by how much each expert's data depend on the entry (Matena and Raffel,
+"Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832).
+
+The peers add 1e-6 itself to the Fisher information, so how near the merge is to the plain average depends on the unit
+in which losses are counted and on the model's size. Here the floor is a share of the mean, so that only ratios matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.chunks import Part, merge_by_parts
+from modular_experts.methods.method import MergeMethod, Statistic, check_finite, known_statistics
+
+__all__ = ["Fisher"]
+
+
+@dataclass(frozen=True)
+class Fisher(MergeMethod):
+    """Fisher merging: `scale * sum_i F_i d_i / sum_i F_i` per entry, where `F_i` is the diagonal of the Fisher
+    information of expert i on its own data.
+
+    It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`), taken on rows of each
+    expert's tasks with the expert applied. An expert that does not move an entry still has a say: where its data depend
+    on it, the entry stays near the base. Where all depend on it equally, or not at all, the result is the plain
+    average.
+
+    Sparse experts merge to a sparse one, tiles of one size to tiles. At scale 1, one expert merges to itself, and so do
+    copies of it. The order of the experts does not matter. A common factor of all deltas is one of the result, and one
+    of all Fisher informations changes nothing.
+
+    Args:
+        scale: Factor of the result.
+        normalise: Divide each expert's Fisher information by its norm over all weights, so that each expert has the
+            same say in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
+        floor: The share of the weight's mean Fisher information that is added to each entry of each expert, above 0.
+    """
+
+    scale: float = 1.0
+    normalise: bool = True
+    floor: float = 1e-6
+    _known: tuple[Statistic, ...] | None = field(default=None, repr=False)
+
+    statistics = "fisher"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_finite(self, "floor", self.floor)
+        if self.floor <= 0:
+            raise ValueError(
+                f"Fisher: floor must be above 0, or entries on which no data depend have no average, got {self.floor}"
+            )
+
+    def informed(self, statistics: Sequence[Statistic | None]) -> Fisher:
+        known = [one for one in statistics if one is not None]
+        assert len(known) == len(statistics), "every weight has a gradient"
+        return replace(self, _known=tuple(known))
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        known = known_statistics(type(self).__name__, self.statistics, self._known, len(deltas))
+        factors = [1 / one.norm if self.normalise and one.norm else 1.0 for one in known]
+        means = [one.values.double().mean().item() * factor for one, factor in zip(known, factors, strict=True)]
+        floor = self.floor * sum(means) / len(means) or 1.0
+
+        def rule(part: Part) -> tuple[Tensor, None]:
+            total, weights = part.zeros(), part.zeros()
+            for entries, one, factor in zip(part, known, factors, strict=True):
+                weight = one.values[slice(*part.rows)].reshape(-1).to(torch.float64) * factor + floor
+                weights += weight
+                entries.add_to(total, entries.values.double() * entries.of(weight))
+            return total.mul_(self.scale).div_(weights), None
+
+        return merge_by_parts(deltas, rule)

@@ -1,0 +1,117 @@
+"""Karcher: the mean direction of several deltas along the arcs of the sphere, at their mean length (mergekit's
+`karcher`).
+
+The Karcher mean is the point with the least sum of squared angles to all, found by steps: look from the mean so far to
+every delta along its arc, and go the average of these ways. Every point on the way is a combination of the deltas, so
+the steps are arithmetic on as many numbers as there are experts: only the inner products look at the deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.deltas.algebra import inner
+from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.settings import check_weights, shares
+
+__all__ = ["Karcher"]
+
+CANCELLED = 1e-6
+"""Length of the mean of unit deltas below which it has no direction; its square comes from inner products, whose last
+digit is 1e-16."""
+
+NO_ARC = 1e-6
+"""Sine of an angle so near 0 or 180 degrees that its arc is not told from none by the cosine."""
+
+
+@dataclass(frozen=True)
+class Karcher(MergeMethod):
+    """Karcher: `scale * n * m`, with m the unit delta of least `sum_i w_i angle(m, d_i)^2` and `n = sum_i w_i |d_i|`,
+    per weight.
+
+    Two experts of one length merge to what `SLERP` gives at `t = w_2 / (w_1 + w_2)`. For more, it is what SLERP is for
+    two: no expert comes first.
+
+    A delta of zero has no direction but counts in the mean length. Where the directions cancel, as of two opposite
+    ones, no point is the mean, and the result is the weighted average of the deltas. One that lies opposite of the
+    mean so far has no one arc to it and is passed over in that step.
+
+    Linear but for the angles, so every form is kept, and angles need no dense form; each pair of experts is looked at
+    once, so the cost grows with the square of their number. At scale 1, one expert merges to itself, and so do copies
+    of it. The order of the experts does not matter (the weights go with them). A common factor of all experts is one of
+    the result.
+
+    Args:
+        weights: One weight per expert, in the order of the experts, each at least 0. They are divided by their sum.
+            Default: all equal.
+        scale: Factor of the result.
+        max_iterations: Number of steps after which the mean is taken as it is, at least 0; at 0 it is that of
+            `MultiSLERP`.
+        tolerance: Length of a step, as an angle, below which the mean is found, at least 0.
+    """
+
+    weights: list[float] | None = None
+    scale: float = 1.0
+    max_iterations: int = 10
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_finite(self, "tolerance", self.tolerance)
+        check_weights(self, self.weights)
+        if self.max_iterations < 0:
+            raise ValueError(f"Karcher: max_iterations must be at least 0, got {self.max_iterations}")
+        if self.tolerance < 0:
+            raise ValueError(f"Karcher: tolerance must be at least 0, got {self.tolerance}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        portions = torch.tensor(shares(self, self.weights, len(deltas)), dtype=torch.float64)
+        norms = torch.tensor([delta.norm() for delta in deltas], dtype=torch.float64)
+        pull = torch.where(norms > 0, portions, 0.0)
+        mean = self._mean(_cosines(deltas, norms), pull / pull.sum()) if pull.sum() > 0 else None
+        if mean is None:
+            return weighted_sum(deltas, (self.scale * portions).tolist())
+        weights = torch.where(norms > 0, mean / norms, 0.0) * (portions @ norms)
+        return weighted_sum(deltas, (self.scale * weights).tolist())
+
+    def _mean(self, cosines: Tensor, pull: Tensor) -> Tensor | None:
+        """Return the factors `(experts,)` by which the unit deltas sum to the mean, or None where they cancel.
+
+        Args:
+            cosines: Inner products of the unit deltas, `(experts, experts)`.
+            pull: Share of each in the step, `(experts,)`.
+        """
+        length = _length(pull, cosines)
+        if length < CANCELLED:
+            return None
+        mean = pull / length
+        for _ in range(self.max_iterations):
+            along = (cosines @ mean).clamp(-1, 1)
+            angles = along.acos()
+            ways = pull * torch.where(angles.sin() > NO_ARC, angles / angles.sin(), 1.0)
+            step = ways - (ways @ along) * mean
+            length = _length(step, cosines)
+            if length <= self.tolerance:
+                break
+            mean = length.cos() * mean + length.sin() / length * step
+        return mean
+
+
+def _length(weights: Tensor, cosines: Tensor) -> Tensor:
+    """Return the length of a sum of unit deltas with these factors."""
+    return (weights @ cosines @ weights).clamp(min=0).sqrt()
+
+
+def _cosines(deltas: Sequence[Delta], norms: Tensor) -> Tensor:
+    """Return the cosine of every pair; zero with a delta of length zero."""
+    cosines = torch.diag((norms > 0).double())
+    for i, one in enumerate(deltas):
+        for j, other in enumerate(deltas[:i]):
+            if norms[i] > 0 and norms[j] > 0:
+                cosines[i, j] = cosines[j, i] = inner(one, other) / (norms[i] * norms[j])
+    return cosines

@@ -1,0 +1,107 @@
+"""KnOTS: bring the experts into one basis before they are merged (Stoica et al., "Model merging with SVD to tie the
+KnOTS", arXiv 2410.19735).
+
+LoRAs of different tasks do the same with different directions, so that their entries have little to do with each
+other, and what goes entry by entry (signs, sizes) misleads. The singular value decomposition of all experts side by
+side gives them common output directions; what each does with them is merged by another method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, Dense, Sparse
+from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
+from modular_experts.methods.ties import TIES
+
+__all__ = ["KnOTS"]
+
+
+@dataclass(frozen=True)
+class KnOTS(MergeMethod):
+    """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method.
+
+    `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
+    of singular value zero are left out. What is not a matrix is merged by `method` as it is, and so is a matrix that no
+    expert moves. With a linear method (`Average`, `TaskArithmetic`) the result is what that method gives alone; the
+    order of the experts matters as much as to the method; scaling all of them scales the result if it does so for the
+    method. An expert that does not move a matrix does not move it in the common basis either.
+
+    The matrix `[d_1 .. d_N]` is never made: `U` comes from the left factors of the experts, `S V_i^T` is `U^T d_i`.
+    Low-rank experts are never made dense, and the result is low-rank where that is smaller; sparse experts do not merge
+    to a sparse one. Needs all experts' matrices of one weight at once, and one singular value decomposition; a method
+    that looks at all weights first, such as `TIES` of `scope: global` (the paper's), has it made anew at each look.
+
+    Args:
+        method: What merges in the common basis; the paper's is TIES, the default. Methods that need statistics of the
+            experts' data are refused. A share of entries counts those of `S V_i^T` `(r, in)`, r being the rank of
+            all experts together.
+        scale: Factor of the result, beside that of the method.
+    """
+
+    matrices = 10.0, 3.4
+
+    method: MergeMethod = field(default_factory=TIES)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if self.method.statistics is not None:
+            raise ValueError(
+                f"KnOTS: {type(self.method).__name__} needs {self.method.statistics} statistics of the weights, which "
+                "say nothing about the common basis; choose a method that needs deltas only, such as TIES"
+            )
+
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> KnOTS:
+        return replace(self, method=self.method.prepare(_TiedStream(stream)))
+
+    def at(self, name: str) -> KnOTS:
+        return replace(self, method=self.method.at(name))
+
+    def beside(self, count: int) -> Sequence[MergeMethod]:
+        return [replace(self, method=method) for method in self.method.beside(count)]
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        basis = _common_basis(deltas)
+        merged = self.method.merge(_tied(deltas, basis))
+        if basis is None:
+            return merged * self.scale
+        return as_delta(self.scale * basis, merged.to(dtype=torch.float64).dense(), deltas)
+
+
+class _TiedStream(Iterable[Sequence[Delta]]):
+    """A stream of deltas in which each weight's are in their common basis."""
+
+    def __init__(self, stream: Iterable[Sequence[Delta]]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Sequence[Delta]]:
+        for deltas in self._stream:
+            yield _tied(deltas, _common_basis(deltas))
+
+
+def _common_basis(deltas: Sequence[Delta]) -> Tensor | None:
+    """Return the output directions of all experts side by side, `(out, r)` and orthonormal; None where there are none.
+
+    A delta's left factor has the same ones as the delta itself, in far fewer columns if it is low-rank.
+    """
+    if len(deltas[0].shape) != 2:
+        return None
+    left = spectrum(Dense(torch.cat([left_factor(delta) for delta in deltas], 1))).left
+    return left if left.shape[1] else None
+
+
+def _tied(deltas: Sequence[Delta], basis: Tensor | None) -> Sequence[Delta]:
+    """Return what each expert does with the common directions, `(r, in)`."""
+    return deltas if basis is None else [_in_basis(delta, basis) for delta in deltas]
+
+
+def _in_basis(delta: Delta, basis: Tensor) -> Delta:
+    if delta.is_empty:
+        return Sparse.zero((basis.shape[1], delta.shape[1]), basis.device)
+    return Dense(delta.to(dtype=torch.float64).T.linear(basis.T))

@@ -1,0 +1,107 @@
+"""RAM: what one expert alone moves is added, what several move is averaged, with a threshold for what counts as moved
+(mergekit's `ram` and `ramplus_tl`, after "Reinforced Agent Merging", arXiv 2601.13572).
+
+With `epsilon: 0` RAM is the overlap-aware average of `sparse_average`, which knows what an expert keeps. The threshold
+is for deltas that were taken from full checkpoints, where rounding moves entries that no one trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.chunks import Entries, Part, merge_by_parts, parts_of
+from modular_experts.methods.method import MergeMethod, check_finite
+
+__all__ = ["RAM", "RAMPlus"]
+
+
+@dataclass(frozen=True)
+class RAM(MergeMethod):
+    """RAM: `scale * sum_i d_i / F` per entry, over the F experts with `|d_i| > epsilon` there.
+
+    Sparse experts merge to a sparse one that keeps what is above epsilon, tiles of one size to tiles; a dense or
+    low-rank expert in the mix makes the result dense. One expert merges to itself but for what is at most epsilon, and
+    so do copies of it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At
+    `epsilon: 0`, scaled experts merge to the scaled merge.
+
+    Args:
+        epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
+        scale: Factor of the result.
+    """
+
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "epsilon", "scale")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        return merge_by_parts(deltas, lambda part: _shared_average(self, part, [1.0] * len(deltas)))
+
+
+@dataclass(frozen=True)
+class RAMPlus(MergeMethod):
+    """RAM+: as RAM, but what expert i alone moves is multiplied by `1 + r * min(shared_i / unique_i, alpha)`.
+
+    `shared_i` and `unique_i` count the entries of the weight that expert i moves with others, and alone: the more of
+    an expert is averaged away, the more the rest of it is strengthened. The properties are those of RAM.
+
+    Args:
+        epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
+        r: How strongly the unique part grows, at least 0.
+        alpha: Largest ratio of shared to unique entries that counts, at least 0.
+        scale: Factor of the result.
+    """
+
+    epsilon: float = 0.0
+    r: float = 0.1
+    alpha: float = 0.2
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "epsilon", "r", "alpha", "scale")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        shared, unique = [0] * len(deltas), [0] * len(deltas)
+        for part in parts_of(deltas):
+            movers = _movers(part, self.epsilon)
+            for expert, entries in enumerate(part):
+                with_others = entries.of(movers)[_moved(entries, self.epsilon)] > 1
+                shared[expert] += int(with_others.sum())
+                unique[expert] += int((~with_others).sum())
+        ratios = [min(s / u, self.alpha) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
+        return merge_by_parts(deltas, lambda part: _shared_average(self, part, [1 + self.r * x for x in ratios]))
+
+
+def _shared_average(method: RAM | RAMPlus, part: Part, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return the average over the movers of each entry; what an expert alone moves is multiplied by its strength."""
+    total, movers = part.zeros(), _movers(part, method.epsilon)
+    for strength, entries in zip(strengths, part, strict=True):
+        values = torch.where(_moved(entries, method.epsilon), entries.values.double(), 0.0)
+        if strength != 1:
+            values[entries.of(movers) == 1] *= strength
+        entries.add_to(total, values)
+    return total.mul_(method.scale).div_(movers.clamp(min=1)), movers > 0
+
+
+def _movers(part: Part, epsilon: float) -> Tensor:
+    movers = part.zeros()
+    for entries in part:
+        entries.add_to(movers, _moved(entries, epsilon))
+    return movers
+
+
+def _moved(entries: Entries, epsilon: float) -> Tensor:
+    return entries.values.abs() > epsilon
+
+
+def _check(method: MergeMethod, *fields: str) -> None:
+    for field in fields:
+        check_finite(method, field, getattr(method, field))
+        if field != "scale" and getattr(method, field) < 0:
+            raise ValueError(f"{type(method).__name__}: {field} must be at least 0, got {getattr(method, field)}")

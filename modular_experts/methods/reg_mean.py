@@ -1,0 +1,236 @@
+"""RegMean: the weight whose outputs are nearest to each expert's outputs on that expert's data (Jin et al., "Dataless
+Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
+
+The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base comes out
+as `W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas and needs no base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, Dense, LowRank, add
+from modular_experts.methods.average import SparseAverage
+from modular_experts.methods.chunks import widest_dtype
+from modular_experts.methods.method import MergeMethod, Statistic, check_finite, known_statistics, weighted_sum
+
+__all__ = ["RegMean", "RegMeanPlusPlus", "SelfRegMean", "overlap_average", "ridge_solution"]
+
+
+@dataclass(frozen=True)
+class RegMean(MergeMethod):
+    """RegMean: `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, where `G_i` is the Gram matrix `(in, in)` of the layer's inputs
+    on the data of expert i, the mean of `x x^T` over tokens, with its off-diagonal multiplied by `reduce`.
+
+    At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`, where x are the inputs of the layer on the data of expert
+    i. Inputs that are zero on all data leave their column of the weight undetermined: of all solutions it is the one
+    nearest to the plain average. Weights that are no matrix of a linear layer (a bias, a norm, an embedding) are
+    averaged.
+
+    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). An expert that does not move
+    the weight still has a say, through its data.
+
+    Low-rank experts merge to a low-rank one; sparse ones to a dense one. At scale 1, one expert merges to itself, and
+    so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
+    matter. A common factor of all deltas is one of the result, and one of all Gram matrices changes nothing.
+
+    Args:
+        scale: Factor of the result.
+        reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
+            fitting chance correlations; 0 weighs each input by its mean square alone.
+        ridge: Draws the solution to the overlap-aware average, by this times the mean diagonal of `sum_i G_i`, at least
+            0: with it, 0.01 to 0.03 beside `reduce: 1`, a merge of many experts gives up little of their own tasks and
+            gains on others (`benchmarks/merge_quality.py`). The paper has none. With it the result is dense.
+    """
+
+    matrices = 4.0, 0.0
+    squares = 6.0
+
+    scale: float = 1.0
+    reduce: float = 0.9
+    ridge: float = 0.0
+    _known: tuple[Statistic | None, ...] | None = field(default=None, repr=False)
+
+    statistics = "gram"
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if not 0 <= self.reduce <= 1:
+            raise ValueError(f"{type(self).__name__}: reduce must be in [0, 1], got {self.reduce}")
+        check_finite(self, "ridge", self.ridge)
+        if self.ridge < 0:
+            raise ValueError(f"{type(self).__name__}: ridge must be at least 0, got {self.ridge}")
+
+    def informed(self, statistics: Sequence[Statistic | None]) -> RegMean:
+        return replace(self, _known=tuple(statistics))
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        known = known_statistics(type(self).__name__, self.statistics, self._known, len(deltas))
+        grams = [one for one in known if one is not None]
+        if len(grams) < len(deltas) or all(delta.is_empty for delta in deltas):
+            return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
+        transposed = grams[0].inputs == 0
+        upright = [delta.T for delta in deltas] if transposed else list(deltas)
+        values = [one.values for one in grams]
+        if self.ridge:
+            solved = ridge_solution(upright, [partial(self._reduced, gram) for gram in values], self.ridge)
+        else:
+            solved = self._solve(upright, values)
+        merged = solved * self.scale
+        return (merged.T if transposed else merged).to(dtype=widest_dtype(deltas))
+
+    def _solve(self, deltas: Sequence[Delta], grams: Sequence[Tensor]) -> Delta:
+        """Return `sum_i d_i (1/N + (G_i - S/N) S^+)` with `S = sum_i G_i`, in float64: what the formula is where S has
+        an inverse, and the average plus the least correction where it has none.
+        """
+        total = torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
+        for gram in grams:
+            total += self._reduced(gram)
+        divided, count = _divider(total, singular=self.reduce == 1), len(deltas)
+        moved = [(delta, gram) for delta, gram in zip(deltas, grams, strict=True) if not delta.is_empty]
+
+        def pulled(rows: Tensor, gram: Tensor) -> Tensor:
+            return rows @ self._reduced(gram).sub_(total, alpha=1 / count)
+
+        if all(isinstance(delta, LowRank) for delta, _ in moved):
+            factors = [(delta.up.double(), delta.down.double(), gram) for delta, gram in moved]  # type: ignore[attr-defined]
+            return add([LowRank(up, down / count + divided(pulled(down, gram))) for up, down, gram in factors])
+        mean = torch.zeros(deltas[0].shape, dtype=torch.float64, device=total.device)
+        pull = mean.clone()
+        for delta, gram in moved:
+            values = delta.dense().double()
+            mean.add_(values, alpha=1 / count)
+            pull += pulled(values, gram)
+        return Dense(mean.add_(divided(pull)))
+
+    def _reduced(self, gram: Tensor) -> Tensor:
+        reduced = gram.double() * self.reduce
+        reduced.diagonal().copy_(gram.diagonal())
+        return reduced
+
+
+def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
+    """Return what divides rows `(n, in)` by a sum of Gram matrices from the right, once it is brought to a unit
+    diagonal.
+
+    With a reduced off-diagonal the eigenvalues are at least `1 - reduce`, and a Cholesky factor serves; without, there
+    may be fewer tokens than inputs, and directions in which no data point are left out.
+    """
+    size = total.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    unit = scale[:, None] * total * scale
+    if singular:
+        values, vectors = torch.linalg.eigh(unit)
+        kept = values > values[-1] * len(values) ** 0.5 * torch.finfo(torch.float32).eps  # stored as float32
+        values, vectors = values[kept], vectors[:, kept]
+        return lambda rows: ((rows * scale) @ vectors / values) @ vectors.T * scale
+    unit.diagonal()[size == 0] = 1
+    factor = torch.linalg.cholesky(unit)
+    return lambda rows: torch.cholesky_solve((rows * scale).T, factor).T * scale
+
+
+@dataclass(frozen=True)
+class RegMeanPlusPlus(RegMean):
+    """RegMean++: RegMean, `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, with the Gram matrix `G_i` of the inputs that the
+    layer meets on the data of expert i after all blocks before it have been merged.
+
+    It needs `merged_gram` statistics, taken of all the experts together
+    (`modular-experts statistics --experts '[...]' --kind merged_gram`), and merges exactly those experts: of the same
+    Gram matrices, all properties are those of RegMean. They are taken with the default `reduce` and scale 1; other
+    settings are solved with the same Gram matrices, not with those that they would have led to.
+
+    Args:
+        scale: Factor of the result.
+        reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1].
+        ridge: Draws the solution to the overlap-aware average, as for RegMean.
+    """
+
+    statistics = "merged_gram"
+
+
+@dataclass(frozen=True)
+class SelfRegMean(MergeMethod):
+    """SelfRegMean: `scale` times the d of least `sum_i |(d - d_i) d_i^T|^2 / |d_i|^2 + r |d - c|^2`, where c is the
+    overlap-aware average and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
+
+    So d does to the inputs of each task what the task's own expert does, as far as their directions differ. Weights
+    that are no matrices are averaged as c is. The result is dense. One expert merges to itself, and so do copies of it,
+    an expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of all
+    deltas is one of the result. It is meant for experts that were trained on the whole input of a layer (sparse, tiles,
+    full): the rows of a LoRA's delta lie where its random start put them.
+
+    Args:
+        ridge: How strongly d is drawn to the overlap-aware average where experts leave it open, above 0.
+        scale: Factor of the result.
+        inputs: Dimension of the weight along which the layer's inputs are: 1 of `(out, in)`, as `nn.Linear` stores its
+            weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
+    """
+
+    matrices = 4.0, 0.0
+    squares = 5.0
+
+    ridge: float = 0.1
+    scale: float = 1.0
+    inputs: int = 1
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_finite(self, "ridge", self.ridge)
+        if self.ridge <= 0:
+            raise ValueError(f"SelfRegMean: ridge must be above 0, got {self.ridge}")
+        if self.inputs not in (0, 1):
+            raise ValueError(f"SelfRegMean: inputs is a dimension of the weight, 0 or 1, got {self.inputs}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        dtype = widest_dtype(deltas)
+        if len(deltas[0].shape) != 2:
+            return (overlap_average(deltas) * self.scale).to(dtype=dtype)
+        upright = [delta.T for delta in deltas] if self.inputs == 0 else list(deltas)
+        merged = ridge_solution(upright, [lambda delta=delta: _own_gram(delta) for delta in upright], self.ridge)  # type: ignore[misc]
+        merged = merged * self.scale
+        return (merged.T if self.inputs == 0 else merged).to(dtype=dtype)
+
+
+def _own_gram(delta: Delta) -> Tensor:
+    """Return `d^T d / |d|^2`, zero for a delta that moves nothing."""
+    values = delta.dense().double()
+    return values.T @ values / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def overlap_average(deltas: Sequence[Delta]) -> Delta:
+    """Return the average of each entry over the experts that move it, in float64."""
+    return SparseAverage().merge([delta.to(dtype=torch.float64) for delta in deltas])
+
+
+def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]], ridge: float) -> Delta:
+    """Return the d of least `sum_i tr((d - d_i) G_i (d - d_i)^T) + r |d - c|^2`, dense and in float64.
+
+    c is the overlap-aware average, r is `ridge` times the mean of the diagonal of `sum_i G_i`, and the solution is
+    `c + (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. One expert's matrices are in memory at a time.
+
+    Args:
+        deltas: Matrices `(out, in)`.
+        grams: What gives each expert's Gram matrix `(in, in)`; it is asked once.
+        ridge: Above 0.
+    """
+    center = overlap_average(deltas).dense()
+    width = center.shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=center.device)
+    pull = torch.zeros_like(center)
+    for delta, gram in zip(deltas, grams, strict=True):
+        values = gram().double()
+        total += values
+        pull += (delta.dense().double() - center) @ values
+    penalty = ridge * total.diagonal().mean().item()
+    if penalty <= 0:  # there are no inputs at all
+        return Dense(center)
+    total.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise ValueError(f"the ridge {ridge:g} is too small to solve with; take a larger one, such as 0.001")
+    return Dense(center + torch.cholesky_solve(pull.T, factor).T)

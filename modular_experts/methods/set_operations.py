@@ -1,0 +1,84 @@
+"""Supports as sets: what several experts move in common, and what one moves alone.
+
+An expert's support is stored, so these sets are exact; no threshold decides what was moved. The union needs no method
+of its own: it is what sums and averages keep (`TaskArithmetic`, `SparseAverage`), and `A - B` as values is a sum with
+the weights 1 and -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.chunks import Part, merge_by_parts
+from modular_experts.methods.method import MergeMethod, check_finite
+
+__all__ = ["Difference", "Intersection"]
+
+
+@dataclass(frozen=True)
+class Intersection(MergeMethod):
+    """Intersection: `scale` times the mean of the deltas at the entries that all experts keep, or enough of them.
+
+    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert keeps every entry, and
+    the result is sparse only if all are. An expert that does not move the weight keeps nothing of it. One expert merges
+    to itself, and so do copies of it. The order of the experts does not matter, and scaled experts merge to the scaled
+    merge.
+
+    Args:
+        agreement: How many experts must keep an entry, at least 1; all of them if not given.
+        scale: Factor of the result.
+    """
+
+    agreement: int | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if self.agreement is not None and self.agreement < 1:
+            raise ValueError(f"Intersection: agreement is a number of experts, at least 1, got {self.agreement}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        needed = len(deltas) if self.agreement is None else self.agreement
+
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            keepers = part.counts()
+            kept = keepers >= needed
+            return part.total().mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
+
+        return merge_by_parts(deltas, rule)
+
+
+@dataclass(frozen=True)
+class Difference(MergeMethod):
+    """Difference: `scale` times the first expert's delta at the entries that no other expert keeps.
+
+    Sparse experts merge to a sparse one, tiles of one size to tiles (a tile stays if an entry of it does). One expert
+    merges to itself, and copies of it to nothing. The order of all but the first does not matter, and an expert that
+    moves nothing changes nothing unless it is the first.
+
+    Args:
+        scale: Factor of the result.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            total, first, others = part.zeros(), part.zeros(torch.bool), part.zeros(torch.bool)
+            own, *rest = part
+            own.add_to(total, factor=self.scale)
+            own.mark(first)
+            for entries in rest:
+                entries.mark(others)
+            kept = first & ~others
+            return total.mul_(kept), kept
+
+        return merge_by_parts(deltas, rule)

@@ -1,0 +1,186 @@
+"""SLERP: from one delta to the next along the arc between them, not along the chord (Shoemake, 1985).
+
+The chord cuts inside the sphere: the average of two orthogonal deltas of length 1 has length 0.71, the middle of their
+arc has length 1. mergekit turns whole models, base and all; here deltas are turned, which is another result: the angle
+between two fine-tuned models is tiny, that between their deltas is not, and a merged expert needs no base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas.algebra import inner, inner_by_row, row_count
+from modular_experts.deltas.tiles import block_grid
+from modular_experts.methods.chunks import widest_dtype
+from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.settings import check_weights, shares
+
+__all__ = ["SLERP", "MultiSLERP", "NuSLERP", "arc_weights", "slerp"]
+
+STRAIGHT = 0.9995
+"""Cosine beyond which the arc is taken for its chord, as in mergekit and in the code of arXiv 2507.07140. The arc
+differs from it by less than 2e-4 there; between opposite directions there is no one arc, and near them the factors
+grow without bound."""
+
+
+@dataclass(frozen=True)
+class SLERP(MergeMethod):
+    """SLERP: `scale * (sin((1 - t) a) d_1 + sin(t a) d_2) / sin a`, with a the angle between the deltas of a weight.
+
+    The rule is for two experts. More are folded, as arXiv 2507.07140 does at t = 0.5: the second is merged into the
+    first, the third into what that gave, and so on. So the order of the experts matters: the later one comes, the more
+    it weighs at t = 0.5. Two in the other order need `1 - t`. `NuSLERP` folds without favour, `Karcher` and
+    `MultiSLERP` without order.
+
+    Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero and so has no direction, the line takes
+    the arc's place: `(1 - t) d_1 + t d_2`. So a weight that one of two experts leaves alone moves half as far at
+    t = 0.5, and opposite deltas of one length cancel there.
+
+    Linear but for the angle, so every form is kept, and angles need no dense form. At scale 1, one expert merges to
+    itself, and so do copies of it. A common factor of all experts is one of the result.
+
+    Args:
+        t: How far to go from the first expert, at 0, to the second, at 1.
+        scale: Factor of the result.
+    """
+
+    t: float = 0.5
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"SLERP: t lies between the two experts and must be in [0, 1], got {self.t}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        merged = reduce(lambda running, delta: slerp(running, delta, self.t), deltas)
+        return weighted_sum([merged], [self.scale], widest_dtype(deltas))
+
+
+def slerp(one: Delta, other: Delta, t: float) -> Delta:
+    """Return the delta a share t in [0, 1] of the way along the arc from one to the other, in float64."""
+    cosine = torch.tensor(inner(one, other), dtype=torch.float64) / (one.norm() * other.norm())
+    return weighted_sum([one, other], [weight.item() for weight in arc_weights(cosine, t)], torch.float64)
+
+
+def arc_weights(cosines: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of the first and of the second of two vectors, one pair for each of the cosines.
+
+    A cosine that is not a number, of a vector of length zero, stands for no direction.
+    """
+    curved = cosines.abs() <= STRAIGHT
+    angles = torch.where(curved, cosines, 0.0).acos()
+    first, second = (torch.where(curved, (share * angles).sin() / angles.sin(), share) for share in (1 - t, t))
+    return first, second
+
+
+@dataclass(frozen=True)
+class NuSLERP(MergeMethod):
+    """NuSLERP: SLERP of two experts at `t = w_2 / (w_1 + w_2)`, times `scale`.
+
+    More than two are folded: the k-th is merged into what the ones before it gave at `t = w_k / (w_1 + ... + w_k)`, so
+    that each has its share, where the deltas all point one way exactly that of the weighted average. Two experts may
+    change places with their weights; of more, the order matters a little, as arcs do not commute.
+
+    Zero, equal and opposite directions are as in `SLERP`. Linear but for the angle, so every form is kept, and angles
+    need no dense form. At scale 1, one expert merges to itself, and so do copies of it. A common factor of all experts
+    is one of the result.
+
+    Args:
+        weights: One weight per expert, in the order of the experts, each at least 0; only their ratios count. Default:
+            all equal.
+        scale: Factor of the result.
+        row_wise: Whether each row `(in,)` of a weight `(out, in)`, which makes one output, is turned by its own angle.
+            By default a weight is one long vector. (mergekit's `nuslerp_flatten: false` is this; its `nuslerp_row_wise:
+            true` turns what is a column of the stored weight.)
+    """
+
+    weights: list[float] | None = None
+    scale: float = 1.0
+    row_wise: bool = False
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_weights(self, self.weights)
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        portions = shares(self, self.weights, len(deltas))
+        merged, turn = deltas[0], _slerp_rows if self.row_wise else slerp
+        for delta, portion, total in list(zip(deltas, portions, accumulate(portions), strict=True))[1:]:
+            merged = turn(merged, delta, portion / total if total else 0.0)
+        return weighted_sum([merged], [self.scale], widest_dtype(deltas))
+
+
+def _slerp_rows(one: Delta, other: Delta, t: float) -> Delta:
+    """Return `slerp` of each row of one with the same row of the other, in float64."""
+    squares = inner_by_row(one, one), inner_by_row(other, other)
+    cosines = inner_by_row(one, other) / (squares[0].sqrt() * squares[1].sqrt())
+    first, second = arc_weights(cosines, t)
+    return weighted_sum([_scale_rows(one, first), _scale_rows(other, second)], [1.0, 1.0], torch.float64)
+
+
+def _scale_rows(delta: Delta, factors: Tensor) -> Delta:
+    """Multiply each row by its factor, in float64."""
+    delta = delta.to(dtype=torch.float64)
+    if isinstance(delta, LowRank):
+        return replace(delta, up=delta.up * factors[:, None])
+    if isinstance(delta, Sparse):
+        rows = delta.indices.long() // (delta.shape.numel() // row_count(delta.shape))
+        return replace(delta, values=delta.values * factors[rows])
+    if isinstance(delta, BlockSparse):
+        top = delta.blocks.long() // block_grid(delta.shape, delta.tile)[1] * delta.tile[0]
+        rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
+        # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
+        return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
+    values = delta.dense()
+    return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
+
+
+CANCELLED = 1e-8
+"""Length of the mean of unit deltas below which it has no direction; mergekit's eps."""
+
+
+@dataclass(frozen=True)
+class MultiSLERP(MergeMethod):
+    """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight.
+
+    The lengths of the experts do not turn the result: the mean is that of the directions, and of the lengths by
+    themselves. Two experts of equal weight merge to what `SLERP` gives at t = 0.5 for the same directions at the mean
+    length; so, if the two are of one length, to the same.
+
+    A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8, as of
+    two opposite ones; mergekit refuses that of more than two), the result is the weighted average of the deltas.
+
+    Linear but for the lengths, so every form is kept and none is made dense. At scale 1, one expert merges to itself,
+    and so do copies of it. The order of the experts does not matter (the weights go with them). A common factor of all
+    experts is one of the result.
+
+    Args:
+        weights: One weight per expert, in the order of the experts, each at least 0. They are divided by their sum.
+            Default: all equal.
+        scale: Factor of the result.
+    """
+
+    weights: list[float] | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        check_weights(self, self.weights)
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        portions = shares(self, self.weights, len(deltas))
+        norms = [delta.norm() for delta in deltas]
+        directions = [portion / norm if norm > 0 else 0.0 for portion, norm in zip(portions, norms, strict=True)]
+        length = weighted_sum(deltas, directions, torch.float64).norm()
+        if length < CANCELLED:
+            return weighted_sum(deltas, [self.scale * portion for portion in portions])
+        mean = sum(portion * norm for portion, norm in zip(portions, norms, strict=True))
+        return weighted_sum(deltas, [self.scale * mean / length * weight for weight in directions])

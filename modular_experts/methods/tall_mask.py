@@ -1,0 +1,112 @@
+"""TALL masks and consensus merging: which entries of a sum matter to which expert (Wang et al., "Localizing Task
+Information for Improved Model Merging and Compression", arXiv 2405.07813).
+
+The mask of an expert holds where its own delta is large beside all that the others add. Consensus merging keeps of the
+sum what matters to several experts, TALL masks give each task the part of it that matters to the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.chunks import Entries, Part, merge_by_parts
+from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+
+__all__ = ["ConsensusTA", "TALLMask"]
+
+
+@dataclass(frozen=True)
+class ConsensusTA(MergeMethod):
+    """Consensus task arithmetic: `scale * sum_i d_i` where at least `agreement` experts have `|d_i| >= threshold *
+    |sum_j d_j - d_i|`; elsewhere the base.
+
+    Entries that matter to one expert alone, or to none, are dropped as selfish or catastrophic. Sparse experts merge to
+    a sparse one that keeps what survives, tiles of one size to tiles; others are made dense, a part at a time. The
+    order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to the
+    scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
+
+    Args:
+        threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
+            0.6, FusionBench takes 0.6.
+        agreement: To how many experts an entry must matter, at least 1.
+        scale: Factor of the sum.
+    """
+
+    threshold: float = 0.4
+    agreement: int = 2
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        _check_threshold(self, self.threshold)
+        if self.agreement < 1:
+            raise ValueError(f"ConsensusTA: agreement is a number of experts, at least 1, got {self.agreement}")
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            total, count = part.total(), part.zeros()
+            for entries in part:
+                entries.add_to(count, _matters(entries, total, self.threshold))
+            kept = count >= self.agreement
+            return total.mul_(self.scale).mul_(kept), kept
+
+        return merge_by_parts(deltas, rule)
+
+
+@dataclass(frozen=True)
+class TALLMask(MergeMethod):
+    """TALL masks: the merged expert is `scale * sum_i d_i`, and beside it each task gets an expert of its own, `scale *
+    m_i * sum_j d_j`, where the mask `m_i` holds where `|d_i| >= threshold * |sum_j d_j - d_i|`.
+
+    What the tasks' experts share is the sum; a task needs only its mask, one bit per entry. The merged expert is task
+    arithmetic, with its properties: linear, every form kept. A task's expert is sparse where all are, and is the expert
+    itself where no other moves an entry.
+
+    Args:
+        threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
+            0.6, FusionBench takes 0.6.
+        scale: Factor of the sum.
+    """
+
+    threshold: float = 0.4
+    scale: float = 1.0
+    _expert: int | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_finite(self, "scale", self.scale)
+        _check_threshold(self, self.threshold)
+
+    def beside(self, count: int) -> Sequence[MergeMethod]:
+        methods = [replace(self) for _ in range(count)]
+        for expert, method in enumerate(methods):
+            object.__setattr__(method, "_expert", expert)
+        return methods
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        if self._expert is None:
+            return weighted_sum(deltas, [self.scale] * len(deltas))
+        own = self._expert
+
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            total, entries = part.total(), part.entries(own)
+            kept = part.zeros(torch.bool)
+            entries.mark(kept, _matters(entries, total, self.threshold))
+            return total.mul_(self.scale).mul_(kept), kept
+
+        return merge_by_parts(deltas, rule)
+
+
+def _matters(entries: Entries, total: Tensor, threshold: float) -> Tensor:
+    values = entries.values.double()
+    return (values.abs() >= threshold * (entries.of(total) - values).abs()) & (values != 0)
+
+
+def _check_threshold(method: MergeMethod, threshold: float) -> None:
+    check_finite(method, "threshold", threshold)
+    if threshold < 0:
+        raise ValueError(f"{type(method).__name__}: threshold must be at least 0, got {threshold}")

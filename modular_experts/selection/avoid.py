@@ -1,0 +1,133 @@
+"""Neighbours: the experts of a library that a new expert is to keep away from, or whose support it is to share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas.tiles import block_sums
+from modular_experts.experts.selectable import Selectable
+from modular_experts.library import Library, StoredExpert, open_experts
+from modular_experts.library.expert import RECORD_FILE
+
+__all__ = ["count_others", "crowded", "open_neighbours", "refuse_too_few", "shared_units"]
+
+log = logging.getLogger(__name__)
+
+
+def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
+    """Open experts; a directory that is a library stands for all the experts in it.
+
+    Raises:
+        ValueError: An expert is named twice or moves every entry, or a directory holds none.
+    """
+    found: list[str | Path] = []
+    libraries: list[Path] = []
+    for path in paths:
+        directory = Path(path).expanduser()
+        if not directory.is_dir() or (directory / RECORD_FILE).is_file():
+            found.append(path)
+            continue
+        names = list(Library(directory))
+        if not names:
+            raise ValueError(f"{path} is neither an expert nor a library with experts in it; there is nothing to avoid")
+        found += [directory / name for name in names]
+        libraries.append(directory)
+    experts = open_experts(found) if found else []
+    return [expert for expert in experts if _is_sparse(expert, libraries)]
+
+
+def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
+    """Return whether there is anything to keep away from; what was named itself must be sparse."""
+    dense = sorted({form for form in expert.forms().values() if form not in ("Sparse", "BlockSparse")})
+    if not dense:
+        return True
+    if expert.path.parent.resolve() not in [library.resolve() for library in libraries]:
+        raise ValueError(
+            f"{expert.name} moves every entry ({', '.join(dense)}) and cannot be avoided; name sparse experts"
+        )
+    log.warning("%s moves every entry (%s) and is not avoided", expert.name, ", ".join(dense))
+    return False
+
+
+def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tensor:
+    """Return how many experts keep each unit of a layer's weight `(units,)`; of a tile kept in part, the part.
+
+    Args:
+        name: The weight's name.
+        layer: The layer with a selectable expert.
+        others: The experts.
+    """
+    expert: Selectable = layer.expert
+    counts = torch.zeros(expert.units, device=layer.matrix.device)
+    for other in others:
+        if name not in other:
+            continue
+        delta = layer.oriented(other[name])
+        if isinstance(delta, Sparse) or (isinstance(delta, BlockSparse) and delta.tile != expert.tile):
+            entries = torch.zeros(expert.shape.numel(), device=counts.device)
+            entries[delta.support().to(counts.device).long()] = 1.0
+            counts += block_sums(entries.view(expert.shape), expert.tile) / math.prod(expert.tile)
+        elif isinstance(delta, BlockSparse):
+            counts[delta.blocks.to(counts.device).long()] += 1.0
+        else:
+            counts += 1.0
+    return counts
+
+
+def shared_units(name: str, layer: Any, other: StoredExpert) -> Tensor:
+    """Return the units that another expert keeps of a layer's weight.
+
+    Raises:
+        ValueError: It keeps none, or its units are of another kind.
+    """
+    expert: Selectable = layer.expert
+    delta: Delta | None = layer.oriented(other[name]) if name in other else None
+    if isinstance(delta, Sparse) and expert.tile == (1, 1):
+        return delta.indices.to(layer.matrix.device)
+    if isinstance(delta, BlockSparse) and delta.tile == expert.tile:
+        return delta.blocks.to(layer.matrix.device)
+    if delta is not None and not isinstance(delta, Sparse | BlockSparse):
+        raise ValueError(f"the support of {other.name} cannot be shared: it moves every entry of {name}")
+    what = "nothing" if delta is None else "single entries"
+    if isinstance(delta, BlockSparse):
+        what = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
+    raise ValueError(
+        f"the support of {other.name} cannot be shared: it has {what} at {name}, and units of "
+        f"{expert.tile[0]} x {expert.tile[1]} are wanted; use the granularity, block size and modules of that expert"
+    )
+
+
+def crowded(scores: Tensor, others: Tensor, penalty: float | None) -> Tensor:
+    """Return scores that are lower where other experts are.
+
+    Args:
+        scores: Score of every unit `(units,)`.
+        others: How many other experts keep each unit `(units,)`; of a tile that they keep in part, the part.
+        penalty: A positive score is divided by `1 + penalty * others`, a negative one multiplied by it. With none, what
+            any other expert keeps is out of the question.
+    """
+    if penalty is None:
+        return scores.masked_fill(others > 0, -math.inf)
+    factor = 1 + penalty * others.to(scores.dtype)
+    return torch.where(scores > 0, scores / factor, scores * factor)
+
+
+def refuse_too_few(free: int, units: int, k: int) -> None:
+    """Refuse to keep what other experts keep.
+
+    Raises:
+        ValueError: They leave fewer than k units.
+    """
+    if free < k:
+        raise ValueError(
+            f"the experts to avoid leave {free:,} of {units:,} units free, and {k:,} are to be kept; avoid fewer "
+            "experts, keep less, or give a penalty instead of excluding what they keep"
+        )

@@ -1,0 +1,162 @@
+"""A public battery of checks for merge methods, built-in or your own: `check_merge_method(MyMethod())`.
+
+What every method must do is always checked; what only some promise, by asking for it. A check that fails raises an
+`AssertionError` that says what the method broke.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas.tiles import block_grid, gather_blocks, index_dtype
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.methods import MergeMethod
+from modular_experts.methods.chunks import widest_dtype
+from modular_experts.methods.method import Statistic
+
+__all__ = ["check_merge_method"]
+
+_FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
+_SHAPES = ((6, 8), (7, 5), (1, 9), (9, 1), (1, 1))
+
+
+def check_merge_method(
+    method: MergeMethod, alone: bool = False, copies: bool = False, order: bool = False, zero: bool = False
+) -> None:
+    """Check that a merge method keeps the contract of `MergeMethod`, and what else it promises.
+
+    Always checked: deltas of every form, in every mix of two, of matrices and vectors, down to one entry, give a finite
+    delta of the weight's shape and the deltas' widest dtype; what it was given stays as it was; the same call gives
+    the same result; experts that move nothing merge to nothing; a `scale` is a factor of the result, and a common
+    positive factor of the experts one too; stored experts merge as deltas in memory do.
+
+    Args:
+        method: The method; where it needs statistics, the battery makes them up.
+        alone: One expert merges to itself.
+        copies: And so do copies of it.
+        order: The order of the experts does not matter.
+        zero: An expert that moves nothing, at the end of the list, changes nothing.
+
+    Raises:
+        AssertionError: It does not; the message names the promise.
+    """
+    for shape in _SHAPES:
+        for forms in [*itertools.combinations_with_replacement(_FORMS, 2), _FORMS]:
+            _check_mix(method, [_delta(form, shape, seed) for seed, form in enumerate(forms)])
+        if zero:
+            _check_zero(method, [_delta(form, shape, seed) for seed, form in enumerate(_FORMS)])
+    _check_mix(method, [Dense(torch.randn(5)), Sparse(torch.tensor([3]), torch.tensor([2.0]), torch.Size([5]))])
+    _check_nothing(method)
+    for form in _FORMS if alone else ():
+        delta = _delta(form, (6, 8), 3)
+        _close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
+        if copies:
+            _close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
+    if order:
+        deltas = [_delta(form, (6, 8), seed) for seed, form in enumerate(_FORMS)]
+        _close(_merged(method, deltas[::-1]), _merged(method, deltas), "the order of the experts must not matter")
+    _check_stored(method)
+
+
+def _check_mix(method: MergeMethod, deltas: Sequence[Delta]) -> None:
+    before = [{name: tensor.clone() for name, tensor in delta.tensors().items()} for delta in deltas]
+    merged = _bound(method, deltas).merge(deltas)
+    mix = ", ".join(type(delta).__name__ for delta in deltas)
+    assert isinstance(merged, Delta), f"merge must return a delta, got {type(merged).__name__} for {mix}"
+    assert merged.shape == deltas[0].shape, f"the result must have the weight's shape, got {merged!r} for {mix}"
+    assert merged.dtype == widest_dtype(deltas), f"the result must have the widest dtype, got {merged!r} for {mix}"
+    assert merged.dense().isfinite().all(), f"the result must be finite for {mix} of shape {tuple(merged.shape)}"
+    for delta, tensors in zip(deltas, before, strict=True):
+        for name, tensor in delta.tensors().items():
+            assert torch.equal(tensor, tensors[name]), f"merge must not change what it is given, for {mix}"
+    again = _merged(method, deltas)
+    assert torch.equal(again, merged.dense()), f"the same call must give the same result, for {mix}"
+    _close(_merged(method, [delta * 2.0 for delta in deltas]), 2 * again, "twice the experts must merge to twice it")
+    if is_dataclass(method) and "scale" in {field.name for field in fields(method)}:
+        scale: float = method.scale
+        half: Any = replace(method, scale=0.5 * scale)
+        _close(_merged(half, deltas), 0.5 * again, "the scale must be a factor of the result")
+
+
+def _check_zero(method: MergeMethod, deltas: Sequence[Delta]) -> None:
+    nothing = Sparse.zero(deltas[0].shape)
+    expected = _merged(method, deltas)
+    _close(_merged(method, [*deltas, nothing]), expected, "an expert that moves nothing must change nothing")
+
+
+def _check_nothing(method: MergeMethod) -> None:
+    for zeros in (
+        [Sparse.zero((4, 6))] * 3,
+        [Dense(torch.zeros(4, 6))] * 3,
+        [Sparse.zero((4, 6)), Dense(torch.zeros(4, 6))],
+    ):
+        assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
+
+
+def _check_stored(method: MergeMethod) -> None:
+    """Write experts, merge them from disk, and compare with the merge in memory."""
+    if method.statistics:
+        return  # theirs are on disk, beside the experts, and hold for real ones
+    record = make_record("battery", {"id": "none", "fingerprint": "0" * 64})
+    weights = {"a.weight": (6, 8), "b.weight": (7, 5)}
+    with tempfile.TemporaryDirectory() as folder:
+        experts = []
+        for seed, form in enumerate(("Sparse", "BlockSparse", "LowRank")):
+            deltas = [(name, _delta(form, shape, seed)) for name, shape in weights.items()]
+            write_expert(Path(folder, f"e{seed}"), deltas, record)
+            experts.append(open_expert(Path(folder, f"e{seed}")))
+        stored = write_merged(Merged(experts, method), Path(folder, "merged"))
+        bound = method.prepare([[expert[name] for expert in experts] for name in weights])
+        for name in weights:
+            expected = bound.at(name).merge([expert[name] for expert in experts]).dense()
+            assert torch.equal(stored[name].dense(), expected), "stored experts must merge as deltas in memory do"
+
+
+def _bound(method: MergeMethod, deltas: Sequence[Delta]) -> MergeMethod:
+    """Return the method as the merger calls it for a single weight."""
+    statistics = [_statistic(method.statistics, deltas[0].shape, seed) for seed in range(len(deltas))]
+    return method.prepare([deltas]).at("weight").informed(statistics if method.statistics else [])
+
+
+def _merged(method: MergeMethod, deltas: Sequence[Delta]) -> Tensor:
+    return _bound(method, deltas).merge(deltas).dense()
+
+
+def _statistic(kind: str | None, shape: torch.Size, seed: int) -> Statistic | None:
+    draw = torch.Generator().manual_seed(100 + seed)
+    if kind == "fisher":
+        return Statistic(torch.rand(shape, generator=draw) + 0.1)
+    if kind is None or len(shape) != 2:
+        return None
+    inputs = torch.randn(20, shape[1], generator=draw)
+    return Statistic(inputs.T @ inputs)
+
+
+def _close(found: Tensor, expected: Tensor, promise: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{promise}: {text}")
+
+
+def _delta(form: str, shape: tuple[int, int], seed: int) -> Delta:
+    """Return a float32 delta of a form; a sparse one keeps about two fifths."""
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=draw)
+    if form == "Dense":
+        return Dense(values)
+    if form == "LowRank":
+        return LowRank(torch.randn(shape[0], 2, generator=draw), torch.randn(2, shape[1], generator=draw))
+    grid = shape if form == "Sparse" else block_grid(shape, (2, 3))
+    count = grid[0] * grid[1]
+    kept = torch.randperm(count, generator=draw)[: max(1, 2 * count // 5)].sort().values.to(index_dtype(shape))
+    if form == "Sparse":
+        return Sparse(kept, values.view(-1)[kept], torch.Size(shape))
+    return BlockSparse(kept, gather_blocks(values, kept, (2, 3)), torch.Size(shape))

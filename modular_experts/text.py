@@ -1,0 +1,51 @@
+"""Write what people read: near names for a misspelt one, and sizes in bytes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+__all__ = ["bytes_of", "bytes_text", "did_you_mean", "nearest"]
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like `name`, or None if no one is. Case does not count.
+
+    Args:
+        name: What somebody wrote.
+        known: The names that exist.
+        cutoff: How alike the names must be, from 0 (anything) to 1 (equal).
+    """
+    spelt = {str(word).lower(): str(word) for word in known}
+    found = difflib.get_close_matches(str(name).lower(), list(spelt), n=1, cutoff=cutoff)
+    return spelt[found[0]] if found else None
+
+
+def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.6) -> str:
+    """Return `; did you mean x?` for the end of an error's sentence, or an empty string if no known name is near."""
+    near = nearest(name, known, cutoff)
+    return f"; did you mean {near}?" if near else ""
+
+
+def bytes_text(size: float) -> str:
+    """Return a size in bytes, such as `42.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def bytes_of(text: str | int) -> int:
+    """Parse a size such as `2GB` or `512 MiB`, or a number of bytes.
+
+    Raises:
+        ValueError: The text is not a size above zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size; write one such as 2GB or 512MiB, or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])

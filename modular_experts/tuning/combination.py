@@ -1,0 +1,147 @@
+"""Combinations: a loaded model whose weights stand at `base + sum_i c_i d_i`, for coefficients that change.
+
+One coefficient for each weight and expert. There is one model in memory, one copy of the weights that move, and the
+deltas in the form that the experts have; a low-rank delta is summed as the product that it is, never factor by factor.
+The gradient of a coefficient is the inner product of the weight's gradient with the delta, `dL/dc_i = <dL/dW, d_i>`,
+because the sum is linear in it: no graph through the sum, and one dense gradient at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modular_experts.base.apply import apply_deltas
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.tiles import gather_blocks
+
+__all__ = ["Combination"]
+
+
+class Combination:
+    """A model and experts that are added to it, as a context: when it ends, the model is what it was, bit for bit.
+
+    Args:
+        model: The experts' base, before anything is injected.
+        experts: Name and delta of each weight; they are held on the model's device.
+        merges: How many of the experts, the first ones, are merges of the others.
+
+    Attributes:
+        names: The weights that move, sorted.
+        experts: Number of experts, merges among them.
+        merges: Number of merges.
+
+    Raises:
+        ValueError: A weight does not exist in the model, has another shape there or in another expert, or is tied to
+            another one.
+    """
+
+    def __init__(self, model: PreTrainedModel, experts: Sequence[Mapping[str, Delta]], merges: int = 0) -> None:
+        held = [dict(expert) for expert in experts]
+        shapes = _shapes(held)
+        apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])  # refuses what does not fit
+        assert 0 <= merges <= len(held), (merges, len(held))
+        self.names, self.experts, self.merges = list(shapes), len(held), merges
+        self._model = model
+        self._weights = [model.get_parameter(name) for name in shapes]
+        self._deltas = [_moving(held, name, model.device) for name in shapes]
+        self._base: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._base = [weight.detach().clone() for weight in self._weights]
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *error: object) -> None:
+        for weight, base in zip(self._weights, self._base, strict=True):
+            weight.copy_(base)
+        self._base = []
+
+    @torch.no_grad()
+    def move_to(self, coefficients: Tensor) -> None:
+        """Set every weight to its base plus the experts' deltas times their coefficients.
+
+        The sum is taken in at least float32 and rounded once to the weight's dtype.
+
+        Args:
+            coefficients: `(weights, experts)`, in the order of `names` and of the experts.
+        """
+        assert self._base, "a combination moves the model inside of its `with` only"
+        factors = coefficients.tolist()
+        for row, (weight, base) in enumerate(zip(self._weights, self._base, strict=True)):
+            total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+            for expert, delta in self._deltas[row].items():
+                if factors[row][expert]:
+                    (delta * factors[row][expert]).add_to(total)
+            weight.copy_(total)
+
+    @contextmanager
+    def gradients(self) -> Iterator[Tensor]:
+        """Give the gradient of the coefficients, `(weights, experts)` float64: what is backpropagated inside adds up.
+
+        Where the weights are bfloat16 it is that of the sum before it is rounded.
+        """
+        gathered = torch.zeros(len(self.names), self.experts, dtype=torch.float64)
+        wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
+        self._model.requires_grad_(False)
+        hooks = []
+        for row, weight in enumerate(self._weights):
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(self._gatherer(gathered[row], self._deltas[row])))
+        try:
+            yield gathered
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter, before in wanted.items():
+                parameter.requires_grad_(before)
+
+    @staticmethod
+    def _gatherer(row: Tensor, deltas: Mapping[int, Delta]) -> Callable[[Tensor], None]:
+        """Return the hook that takes a weight's gradient in and frees it."""
+
+        def gather(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            for expert, delta in deltas.items():
+                row[expert] += inner(gradient, delta).item()
+
+        return gather
+
+
+def inner(tensor: Tensor, delta: Delta) -> Tensor:
+    """Return the inner product of a tensor `(out, in)` and a delta, without making the delta dense where it is not.
+
+    The products are taken in at least float32 (`merging.inner` takes those of two deltas, in float64).
+    """
+    wide = torch.promote_types(tensor.dtype, delta.dtype)
+    if isinstance(delta, Sparse):
+        return tensor.reshape(-1)[delta.indices].to(wide).dot(delta.values.to(wide))
+    if isinstance(delta, BlockSparse):
+        return (gather_blocks(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
+    if isinstance(delta, LowRank):
+        return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
+    return (tensor.to(wide) * delta.dense()).sum()
+
+
+def _shapes(experts: Sequence[Mapping[str, Delta]]) -> dict[str, torch.Size]:
+    """Return every weight that any of the experts moves, sorted, with its shape."""
+    shapes: dict[str, torch.Size] = {}
+    for expert in experts:
+        for name, delta in expert.items():
+            if shapes.setdefault(name, delta.shape) != delta.shape:
+                raise ValueError(
+                    f"two experts disagree on the shape of {name}: {tuple(shapes[name])} and {tuple(delta.shape)}"
+                )
+    return dict(sorted(shapes.items()))
+
+
+def _moving(experts: Sequence[Mapping[str, Delta]], name: str, device: torch.device) -> dict[int, Delta]:
+    """Return the deltas of one weight by the number of the expert that moves it."""
+    found = {number: expert[name].to(device) for number, expert in enumerate(experts) if name in expert}
+    return {number: delta for number, delta in found.items() if not delta.is_empty}

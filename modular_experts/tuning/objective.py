@@ -1,0 +1,127 @@
+"""Objective: the loss of validation rows, task by task, of one loaded model and of what is added to it.
+
+The rows are tokenised once and stay in memory, so a candidate costs its forward passes. Which candidates are tried is
+the business of the searches; what is added to the model is taken off again bit for bit (`interop.apply.applied`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from transformers import PreTrainedModel
+
+from modular_experts.base.apply import applied
+from modular_experts.base.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
+from modular_experts.data import TaskMixture
+from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.deltas import Delta
+from modular_experts.evaluation import batch_losses
+from modular_experts.library import StoredExpert, check_base
+
+__all__ = ["Objective", "Trial", "mean_loss", "objective_on_base"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its settings, and what was to be lowered, by task."""
+
+    settings: dict[str, Any]
+    losses: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean over the tasks, infinite where it is no number."""
+        return mean_loss(self.losses)
+
+
+class Objective:
+    """The loss per target token of each task's validation rows, as `evaluation.measure` gives it.
+
+    Args:
+        model: A causal language model without injected experts; it is put into evaluation mode.
+        data: Held-in tasks, with the model's tokenizer. At most `data.eval_limit` rows of each are taken, spread evenly
+            over its file, and nothing is measured in larger batches than `data.eval_batch_size`.
+
+    Raises:
+        ValueError: A task is held out, so that its rows are there for the test; or it has no validation rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, data: TaskMixture) -> None:
+        _refuse_held_out(data)
+        data.setup("validate")
+        loader: Any = data.val_dataloader()
+        self.model = model.eval()
+        self.batches = _batches(loader.dataset.examples, loader.collate_fn.pad_id, data.eval_batch_size, model.device)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Return the loss of each task, of the model as it stands."""
+        return {task: self._loss(batches) for task, batches in self.batches.items()}
+
+    def losses_with(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> dict[str, float]:
+        """Return the loss of each task while `scale` times the deltas are added to the model."""
+        with applied(self.model, [deltas], scale):
+            return self.losses()
+
+    def _loss(self, batches: Sequence[Batch]) -> float:
+        parts = [batch_losses(self.model, batch) for batch in batches]
+        return math.fsum(sums.sum().item() for sums, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
+
+
+def objective_on_base(
+    experts: Sequence[StoredExpert], data: TaskMixture, rows: int = 64, base: str | None = None
+) -> Objective:
+    """Return the objective on the base of stored experts, loaded on the GPU if there is one.
+
+    Args:
+        experts: Experts of one base.
+        data: The tasks, and how their rows are read; without a tokenizer it gets that of the base.
+        rows: The most rows of one task.
+        base: The base's directory or hub id; from the experts' record if none is given.
+
+    Raises:
+        FileNotFoundError: The base was not found.
+        ValueError: It is not the one that the experts were trained on, or `Objective` refuses the data.
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    _refuse_held_out(data)
+    place = base or find_base(experts[0])
+    directory = resolve_base(place, None if base else experts[0].record["base"].get("revision"))
+    check_base(experts, fingerprint(directory), str(place))
+    data.tokenizer = data.tokenizer or load_tokenizer(directory)
+    data.eval_limit = min(rows, data.eval_limit or rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Objective(load_base(directory).to(device), data)  # type: ignore[arg-type]
+
+
+def mean_loss(losses: Mapping[str, float]) -> float:
+    """Return the mean over the tasks; what is no number counts as infinite, so that it never wins."""
+    mean = fmean(losses.values())
+    return math.inf if math.isnan(mean) else mean
+
+
+def _refuse_held_out(data: TaskMixture) -> None:
+    held_out = [name for name, role in data.roles.items() if role == "held_out"]
+    if held_out:
+        raise ValueError(
+            f"settings cannot be searched on {', '.join(held_out)}: the rows of a held-out task are there for the "
+            "test, which would no longer be one; leave the task out, or give it the role held_in and validation rows"
+        )
+
+
+def _batches(examples: Sequence[Example], pad_id: int, size: int, device: torch.device) -> dict[str, list[Batch]]:
+    """Return the batches of each task, shorter rows first, so that little is padded."""
+    collate = Collator(pad_id, texts=False)
+    found: dict[str, list[Batch]] = {}
+    for task in dict.fromkeys(example.task for example in examples):
+        rows = sorted((row for row in examples if row.task == task), key=lambda row: len(row.tokens.ids))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        found[task] = [move_data_to_device(collate(part), device) for part in parts]
+    return found

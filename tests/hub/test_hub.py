@@ -1,0 +1,539 @@
+"""Experts through the hub: the real client against a server on this machine (`hub_server`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from importlib.metadata import version
+
+import pytest
+import torch
+import yaml
+from testbed.hub_server import point_client, serving
+from testbed.random_deltas import random_delta
+
+from modular_experts.deltas import Sparse
+from modular_experts.hub.card import CardEntry, model_card
+from modular_experts.hub.pull import pull
+from modular_experts.hub.push import push
+from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
+from modular_experts.methods.method import Statistic
+
+REPO = "someone/experts"
+BASE = {"id": "maker/base", "revision": "main", "fingerprint": "f" * 64}
+FILES = ("delta.safetensors", "expert.json")
+
+
+def write(path, seed=0, kind="SparseExpert", base=BASE, overwrite=False, **facts):
+    """Write an expert of two weights that keeps 60 of 1200 entries of each."""
+    deltas = [(f"w{i}", random_delta("Sparse", (40, 30), seed + i, torch.float32, share=0.05)) for i in (0, 1)]
+    write_expert(path, deltas, make_record(kind, base, tasks=["first"], **facts), overwrite=overwrite)
+    return open_expert(path)
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A library of the experts a and b."""
+    for seed, name in enumerate("ab"):
+        write(tmp_path / "library" / name, seed=10 * seed, scores={"val_loss": 0.123456})
+    return tmp_path / "library"
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server for all tests of this file, because connecting anew takes a while."""
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """A hub that knows one model beside what is pushed."""
+    hub, address = server
+    hub.reset()
+    hub.models.add("maker/base")
+    point_client(monkeypatch, address)
+    return hub
+
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def change(hub, repo=REPO, **files):
+    """Change files of a repository behind the owner's back; none removes one. `__` stands for a slash."""
+    repository = hub.repositories[repo]
+    tree = repository.files() | {name.replace("__", "/").replace("_json", ".json"): c for name, c in files.items()}
+    return repository.commit(
+        "main", {name: content for name, content in tree.items() if content is not None}, "changed"
+    )
+
+
+def header(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+# There and back
+
+
+def test_what_was_pushed_is_pulled_byte_for_byte(hub, library, tmp_path):
+    pushed = push(library, REPO)
+    pulled = pull(REPO, tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(library)
+    assert pulled.commit == pushed.commit == hub.repositories[REPO].branches["main"]
+    assert [expert.name for expert in pulled.experts] == pushed.experts == ["a", "b"]
+    assert list(Library(tmp_path / "other")) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path / "other")) == ["a", "b"]  # and no temporary directory
+
+
+def test_a_library_is_one_commit(hub, library):
+    push(library, REPO)
+    assert len(hub.repositories[REPO].messages) == 2  # the first is the repository's own
+    assert hub.repositories[REPO].messages[1] == "Add a, b"
+
+
+def test_only_an_experts_own_files_go(hub, library):
+    (library / "a" / "notes.txt").write_text("private")
+    (library / "a" / "token.json").write_text("private")
+    (library / "stray").mkdir()
+    push(library, REPO)
+    assert set(hub.repositories[REPO].files()) == {"README.md", *(f"{name}/{file}" for name in "ab" for file in FILES)}
+
+
+def test_only_an_experts_own_files_come(hub, library, tmp_path):
+    push(library, REPO)
+    change(hub, a__extra=b"run me", a__other_json=b"{}", **{"a__statistics__x.bin": b"x"})
+    pull(REPO, tmp_path / "other", statistics=True)
+    assert contents(tmp_path / "other") == contents(library)
+
+
+def test_chosen_experts_alone_are_pulled(hub, library, tmp_path):
+    push(library, REPO)
+    assert [expert.name for expert in pull(REPO, tmp_path / "other", ["b"]).experts] == ["b"]
+    assert list(Library(tmp_path / "other")) == ["b"]
+    assert not any("/a/" in request for request in hub.requests if "resolve" in request)
+
+
+def test_pushes_add_up_in_one_repository(hub, library, tmp_path):
+    push([library / "a"], REPO)
+    push([library / "b"], REPO)
+    pull(REPO, tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(library)
+    rows = [line for line in hub.repositories[REPO].files()["README.md"].decode().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == ["| a", "| b"]
+    assert all(row.split(" | ")[3] == "5 %" for row in rows[1:])  # a is read from the repository
+
+
+def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
+    first = push([library / "a"], REPO).commit
+    shutil.rmtree(library / "a")
+    write(library / "a", seed=99)
+    push([library / "a"], REPO, overwrite=True)
+    assert pull(REPO, tmp_path / "new").experts[0].content_hash == open_expert(library / "a").content_hash
+    old = pull(REPO, tmp_path / "old", revision=first)
+    assert old.commit == first
+    assert old.experts[0].content_hash != open_expert(library / "a").content_hash
+
+
+def test_a_branch_is_made_and_main_stays(hub, library, tmp_path):
+    push([library / "a"], REPO)
+    push([library / "b"], REPO, branch="trial", message="Try b")
+    repository = hub.repositories[REPO]
+    assert "b/expert.json" not in repository.files("main")
+    assert {"a/expert.json", "b/expert.json"} <= set(repository.files("trial"))
+    assert repository.messages[-1] == "Try b"
+    assert len(pull(REPO, tmp_path / "other", revision="trial").experts) == 2
+
+
+def test_a_branch_of_a_repository_that_is_not_there_yet(hub, library):
+    push([library / "a"], REPO, branch="trial")
+    assert set(hub.repositories[REPO].files("main")) == set()
+    assert "a/expert.json" in hub.repositories[REPO].files("trial")
+
+
+def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
+    expert = open_expert(library / "a")
+    write_statistics(expert, "fisher", [("w0", Statistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
+    push([library / "a"], REPO)
+    assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
+    push([library / "a"], REPO, statistics=True)
+    pull(REPO, tmp_path / "without")
+    pull(REPO, tmp_path / "with", statistics=True)
+    assert set(contents(tmp_path / "without" / "a")) == set(FILES)
+    assert contents(tmp_path / "with" / "a") == contents(library / "a")
+    shutil.rmtree(library / "a")
+    write(library / "a", seed=99)
+    push([library / "a"], REPO, overwrite=True)  # they were those of other contents
+    assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
+
+
+def test_statistics_that_are_damaged_are_refused(hub, library, tmp_path):
+    expert = open_expert(library / "a")
+    write_statistics(expert, "fisher", [("w0", Statistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
+    push([library / "a"], REPO, statistics=True)
+    good = hub.repositories[REPO].files()["a/statistics/fisher.safetensors"]
+    change(hub, **{"a__statistics__fisher.safetensors": good[:-1] + b"\x7f"})
+    with pytest.raises(ValueError, match="the numbers of w0 are not what was written"):
+        pull(REPO, tmp_path / "other", statistics=True)
+    assert not (tmp_path / "other").exists()
+
+
+# What is there already
+
+
+def test_what_the_library_has_is_left_alone(hub, library, tmp_path):
+    push(library, REPO)
+    pull(REPO, tmp_path / "other", ["a"])
+    before = (tmp_path / "other/a/delta.safetensors").stat()
+    hub.requests.clear()
+    pulled = pull(REPO, tmp_path / "other", overwrite=True)
+    assert [[expert.name for expert in group] for group in (pulled.present, pulled.experts)] == [["a"], ["b"]]
+    assert (tmp_path / "other/a/delta.safetensors").stat() == before
+    assert not any(request.endswith("a/delta.safetensors") for request in hub.requests)
+
+
+def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_request(hub, library, tmp_path):
+    push(library, REPO)
+    other = write(tmp_path / "other" / "b", seed=99)
+    hub.requests.clear()
+    with pytest.raises(FileExistsError, match=f"other contents \\({other.content_hash[:12]}.*overwrite: true"):
+        pull(REPO, tmp_path / "other")
+    assert list(Library(tmp_path / "other")) == ["b"]
+    assert open_expert(tmp_path / "other/b").content_hash == other.content_hash
+    assert not any(request.endswith("delta.safetensors") for request in hub.requests)
+    pull(REPO, tmp_path / "other", overwrite=True)
+    assert contents(tmp_path / "other") == contents(library)
+
+
+def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
+    push(library, REPO)
+    pull(REPO, tmp_path / "other")
+    file = tmp_path / "other/a/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(FileExistsError, match="exists already, and is damaged"):
+        pull(REPO, tmp_path / "other")
+    pull(REPO, tmp_path / "other", overwrite=True)
+    assert contents(tmp_path / "other") == contents(library)
+
+
+def test_a_directory_of_someone_else_is_never_replaced(hub, library, tmp_path):
+    push(library, REPO)
+    (tmp_path / "other/a").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="no directory of ours"):
+        pull(REPO, tmp_path / "other", overwrite=True)
+
+
+def test_an_expert_that_the_repository_has_is_left_alone(hub, library):
+    push(library, REPO)
+    hub.requests.clear()
+    again = push(library, REPO)
+    assert (again.commit, list(again.present), again.files) == (None, ["a", "b"], {})
+    assert hub.written() == []
+
+
+def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
+    push(library, REPO)
+    there = hub.repositories[REPO].files()
+    shutil.rmtree(library / "a")
+    write(library / "a", seed=99)
+    with pytest.raises(FileExistsError, match=f"{REPO} has another expert called a; .* overwrite: true"):
+        push(library, REPO)
+    assert hub.repositories[REPO].files() == there
+    push(library, REPO, overwrite=True)
+    assert hub.repositories[REPO].files()["a/expert.json"] == (library / "a/expert.json").read_bytes()
+
+
+def test_private_is_private(hub, library, tmp_path, monkeypatch):
+    push(library, REPO, private=True)
+    assert hub.repositories[REPO].private
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(FileNotFoundError, match="no model repository someone/experts that you may see"):
+        pull(REPO, tmp_path / "other")
+
+
+def test_private_experts_do_not_go_to_a_public_repository(hub, library):
+    push([library / "a"], REPO)
+    with pytest.raises(PermissionError, match="is public, and private was asked for"):
+        push([library / "b"], REPO, private=True)
+    assert "b/expert.json" not in hub.repositories[REPO].files()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("place", [-1, 200])
+def test_a_tampered_file_is_refused_and_nothing_is_left(hub, library, tmp_path, place):
+    push(library, REPO)
+    good = bytearray(hub.repositories[REPO].files()["b/delta.safetensors"])
+    good[place] ^= 1
+    change(hub, **{"b__delta.safetensors": bytes(good)})
+    with pytest.raises(
+        ValueError, match=r"b of someone/experts at commit \w{12} was not written, nor any other: "
+    ) as told:
+        pull(REPO, tmp_path / "deep/other")
+    assert str(tmp_path) not in str(told.value)
+    assert not (tmp_path / "deep").exists()
+    assert sorted(os.listdir(tmp_path)) == ["library"]
+
+
+def test_another_experts_deltas_under_a_record_are_refused(hub, library, tmp_path):
+    push(library, REPO)
+    change(hub, **{"b__delta.safetensors": hub.repositories[REPO].files()["a/delta.safetensors"]})
+    with pytest.raises(ValueError, match=r"its content hash is not the one in b/expert.json"):
+        pull(REPO, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_record_that_is_none_is_refused(hub, library, tmp_path):
+    push(library, REPO)
+    change(hub, b__expert_json=b"{broken")
+    with pytest.raises(ValueError, match=r"b/expert.json is damaged: it is not valid JSON"):
+        pull(REPO, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"someone/experts/b/expert.json is damaged.*remove it there first"):
+        push([library / "a"], REPO)
+
+
+def test_a_file_that_is_cut_short_is_told_in_a_sentence(hub, library, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again
+    push(library, REPO)
+    hub.cut = 100
+    with pytest.raises(ConnectionError, match="someone/experts"):
+        pull(REPO, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["../x/expert.json", "../expert.json", "/x/expert.json", "a/../../x", "..\\x\\expert.json"]
+)
+def test_paths_that_lead_out_are_refused(hub, library, tmp_path, path):
+    push(library, REPO)
+    change(hub, **{path: b"{}"})
+    hub.requests.clear()
+    with pytest.raises(ValueError, match="whose path leads elsewhere"):
+        pull(REPO, tmp_path / "deep/other", ["a"])
+    assert sorted(os.listdir(tmp_path)) == ["library"]
+    assert not any("resolve" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("name", ["..", ".a", "a b", "-a", "a/b", "x" * 65])
+def test_names_that_no_expert_may_have_are_refused(hub, library, tmp_path, name):
+    push(library, REPO)
+    tree = hub.repositories[REPO].files()
+    if "/" not in name and name != "..":
+        hub.repositories[REPO].commit("main", tree | {f"{name}/{file}": tree[f"a/{file}"] for file in FILES}, "named")
+        with pytest.raises(ValueError, match="cannot be the name of an expert"):
+            pull(REPO, tmp_path / "other")
+    with pytest.raises(ValueError, match="cannot be the name of an expert"):
+        pull(REPO, tmp_path / "other", [name])
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_expert_that_is_not_there_is_told_with_the_nearest_name(hub, library, tmp_path):
+    write(library / "intents", seed=5)
+    push(library, REPO)
+    with pytest.raises(ValueError, match="someone/experts has no expert 'intent'; did you mean intents"):
+        pull(REPO, tmp_path / "other", ["intent"])
+    with pytest.raises(ValueError, match="has no expert 'zz'; it has a, b, intents"):
+        pull(REPO, tmp_path / "other", ["zz"])
+    with pytest.raises(ValueError, match="the list of experts is empty"):
+        pull(REPO, tmp_path / "other", [])
+
+
+def test_a_repository_without_experts_and_one_with_half_an_expert(hub, library, tmp_path):
+    push([library / "a"], REPO)
+    change(hub, **{"a__delta.safetensors": None})
+    with pytest.raises(ValueError, match=r"a in someone/experts is no complete expert: a/delta.safetensors is missing"):
+        pull(REPO, tmp_path / "other")
+    change(hub, a__expert_json=None, expert_json=b"{}")
+    with pytest.raises(ValueError, match="someone/experts holds no experts: it has no folder with"):
+        pull(REPO, tmp_path / "other")
+
+
+def test_a_damaged_expert_is_not_pushed(hub, library):
+    file = library / "b/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=r"b/delta.safetensors is damaged"):
+        push(library, REPO)
+    assert hub.requests == []
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(hub, library, tmp_path):
+    write(tmp_path / "elsewhere" / "a")
+    with pytest.raises(ValueError, match="two of the experts are called a"):
+        push([library / "a", tmp_path / "elsewhere" / "a"], REPO)
+    (library / "b/expert.json").unlink()
+    with pytest.raises(ValueError, match=r"b cannot be pushed: expert.json is missing"):
+        push(library, REPO)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no expert, so there is nothing to push"):
+        push(tmp_path / "empty", REPO)
+    assert hub.requests == []
+
+
+# What the hub says
+
+
+@pytest.mark.parametrize("repo", ["experts", "a/b/c", "../x", "someone/ex perts", ""])
+def test_what_is_no_repository(hub, library, tmp_path, repo):
+    for command in (lambda: push(library, repo), lambda: pull(repo, tmp_path / "other")):
+        with pytest.raises(ValueError, match="cannot be a repository of the hub; it is written 'owner/name'"):
+            command()
+    assert hub.requests == []
+
+
+def test_a_repository_and_a_revision_that_are_not_there(hub, library, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model repository someone/experts that you may see \(HTTP 401\)"):
+        pull(REPO, tmp_path / "other")
+    push(library, REPO)
+    with pytest.raises(FileNotFoundError, match="someone/experts has no branch, tag or commit 'v2'"):
+        pull(REPO, tmp_path / "other", revision="v2")
+
+
+def test_who_is_not_logged_in_is_told_how(hub, library, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(PermissionError, match=r"does not let you write to someone/experts \(HTTP 401\); log in"):
+        push(library, REPO)
+    assert hub.repositories == {}
+
+
+def test_a_repository_that_moved_meanwhile(hub, library, monkeypatch):
+    push([library / "a"], REPO)
+    seen = hub.repositories[REPO].sha
+    monkeypatch.setattr(hub.repositories[REPO], "sha", lambda revision: seen(revision) and first)
+    first = hub.repositories[REPO].branches["main"]
+    change(hub, a__notes=b"someone else's")
+    with pytest.raises(FileExistsError, match="was changed by someone else at the same time"):
+        push([library / "b"], REPO)
+    assert "b/expert.json" not in hub.repositories[REPO].files()
+
+
+def test_another_error_is_told_with_its_number(hub, library, tmp_path):
+    push(library, REPO)
+    hub.status = 418
+    with pytest.raises(OSError, match="the hub answered with HTTP 418 for someone/experts"):
+        pull(REPO, tmp_path / "other")
+
+
+def test_offline_by_choice(hub, library, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (lambda: push(library, REPO), lambda: pull(REPO, tmp_path / "other")):
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it to use the hub"):
+            command()
+    assert "not there yet" not in caplog.text
+
+
+def test_a_hub_that_is_not_reached(hub, library, tmp_path, monkeypatch):
+    point_client(monkeypatch, "http://127.0.0.1:9")  # the port where everything is discarded, and nobody listens
+    for command in (lambda: push(library, REPO), lambda: pull(REPO, tmp_path / "other")):
+        with pytest.raises(
+            ConnectionError, match=r"the hub was not reached for someone/experts \(ConnectError at http"
+        ):
+            command()
+
+
+# Dry runs and cards
+
+
+def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
+    for _ in range(2):
+        hub.requests.clear()
+        planned = push([library / "a"], REPO, dry_run=True)
+        assert hub.written() == []
+        pushed = push([library / "a"], REPO)
+        assert (planned.files, planned.card, list(planned.present)) == (pushed.files, pushed.card, list(pushed.present))
+    assert planned.commit is None
+
+
+def test_a_dry_run_needs_no_hub(library, caplog):
+    planned = push(library, REPO, dry_run=True)  # HF_HUB_OFFLINE is set
+    assert set(planned.files) == {f"{name}/{file}" for name in "ab" for file in FILES}
+    assert "a repository that is not there yet" in caplog.text
+
+
+def test_the_header_of_a_card(hub, library):
+    card = push(library, REPO, dry_run=True).card
+    assert header(card) == {
+        "library_name": "modular-experts",
+        "base_model": "maker/base",
+        "base_model_relation": "adapter",
+        "tags": ["modular-experts", "parameter-efficient-fine-tuning"],
+    }
+
+
+def test_a_path_is_no_base_model_and_is_not_told(hub, library, tmp_path):
+    for number, place in enumerate(["/home/me/secret/base", "runs/base", "~/base", str(tmp_path)]):
+        expert = write(tmp_path / "more" / f"x{number}", base={**BASE, "id": place})
+        card = push([expert.path], REPO, dry_run=True).card
+        assert "base_model" not in header(card)
+        assert "secret" not in card
+        assert "--base BASE" in card
+
+
+def test_a_directory_that_is_called_like_a_model_is_the_base(hub, library, tmp_path, monkeypatch):
+    (tmp_path / "maker/base").mkdir(parents=True)
+    assert header(push(library, REPO, dry_run=True).card)["base_model"] == "maker/base"
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in header(push(library, REPO, dry_run=True).card)
+
+
+def test_the_card_says_where_a_merge_comes_from(hub, library):
+    parents = [{"name": "a", "content_hash": "c" * 64}]
+    method = {"class_path": "modular_experts.methods.ties.TIES", "init_args": {"keep": 0.2, "scope": "weight"}}
+    merged = write(library / "ab", 3, "merge", parents=parents, method=method, per_weight={"w1": None})
+    card = push([merged.path], REPO, dry_run=True).card
+    assert "`TIES(keep=0.2, scope='weight')`; weights `w1`: left at the base" in card
+    assert f"- parent: a, content hash `{'c' * 64}`" in card
+    assert f"**ab**, content hash `{merged.content_hash}`" in card
+    assert f"revision `main`, fingerprint `{'f' * 64}`" in card
+    assert "merge" in header(card)["tags"]
+    assert f"torch {version('torch')}" in card
+
+
+def test_the_table_of_a_card_tells_share_size_and_scores(library):
+    expert = open_expert(library / "a")
+    card = model_card(REPO, [CardEntry.of(expert)])
+    size = sum((library / "a" / file).stat().st_size for file in FILES)
+    assert f"| a | SparseExpert | first | 5 % | {size / 1000:.3g} kB | val\\_loss 0.1235 |" in card
+
+
+def test_what_a_record_says_is_no_markup(library):
+    record = open_expert(library / "a").record | {"tasks": ["x | y\n# z", "<script>"], "kind": "[a](b)`c`"}
+    card = model_card(REPO, [CardEntry("a", record, None, 1)])
+    row = next(line for line in card.splitlines() if line.startswith("| a |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7
+    assert "<script>" not in card.split("```")[0]
+    assert "\n# z" not in card
+
+
+def test_a_license_that_was_set_on_the_hub_stays(hub, library):
+    push([library / "a"], REPO)
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    change(
+        hub,
+        **{
+            "README.md": card.replace("---\n", "---\nlicense: mit\ntags:\n- mine\n", 1)
+            .replace("tags:\n- mod", "_:\n- mod")
+            .encode()
+        },
+    )
+    push([library / "b"], REPO)
+    found = header(hub.repositories[REPO].files()["README.md"].decode())
+    assert found["license"] == "mit"
+    assert found["tags"][-1] == "mine"
+    assert found["library_name"] == "modular-experts"
+
+
+def test_a_card_of_ones_own_stays(hub, library):
+    push([library / "a"], REPO)
+    change(hub, **{"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
+    assert push([library / "b"], REPO).card is None
+    assert hub.repositories[REPO].files()["README.md"].endswith(b"My own words.\n")
+
+
+def test_the_record_is_not_touched(hub, library, tmp_path):
+    push(library, REPO)
+    pull(REPO, tmp_path / "other")
+    assert json.loads((tmp_path / "other/a/expert.json").read_text()) == open_expert(library / "a").record
+    assert isinstance(open_expert(tmp_path / "other/a")["w0"], Sparse)

@@ -1,0 +1,264 @@
+"""The Triton program gives the dense gradient's kept tiles: run in Triton's interpreter, and compiled for two GPUs.
+
+Triton reads `TRITON_INTERPRET` when it is imported, which another test may have done before. So this file is also a
+program: `python test_triton_blocks.py interpret` checks every case with the variable set, in one process, and prints
+what it found; `compile` translates the program for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modular_experts.kernels import triton_tiles as triton_blocks
+from modular_experts.kernels.triton_tiles import SIZES, TritonBlocks, token_splits
+
+with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int] = (130, 70)
+    tokens: int = 50
+    size: int = 16
+    dtype: str = "float32"
+    kept: str = "few"
+    splits: int = 1
+    layout: str = "rows"
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in dataclasses.astuple(self))
+
+
+SHAPES, TOKENS, KINDS = [(17, 40), (64, 64), (130, 70)], [1, 50, 300], ["few", "all", "one", "empty row", "none"]
+CASES = [
+    *itertools.starmap(Case, itertools.product(SHAPES, TOKENS, (16, 32, 64, 128))),
+    *(Case(shape=shape, size=8) for shape in SHAPES),
+    *(Case(size=size, dtype=dtype) for size in SIZES for dtype in ("bfloat16", "float16")),
+    *(Case(size=size, kept=kept) for size in (16, 64) for kept in KINDS),
+    *(Case(shape=(40, 600), kept=kept) for kept in ("all", "empty row")),  # rows longer than a segment
+    *(Case(layout=layout) for layout in ("columns", "expanded")),
+    Case(tokens=0),
+]
+SPLIT = [
+    Case(tokens=150, size=size, dtype=dtype, splits=splits)
+    for size, dtype in ((16, "float32"), (16, "bfloat16"), (64, "float32"))
+    for splits in (1, 2, 3)
+]
+
+
+class Split(TritonBlocks):
+    """Splits the tokens as a case says, and remembers into how many parts they were.
+
+    The last segment is made first: one that wrote beyond its own end would spoil tiles that are already there.
+    """
+
+    asked, made = 1, 0
+
+    def __init__(self, units: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> None:
+        super().__init__(units, shape, tile)
+        self.segments = self.segments.flip(0)
+
+    def splits(self, tokens: int) -> int:
+        return self.asked
+
+    def _launch(self, x: Tensor, grad: Tensor, partials: Tensor, split_tokens: int, chunk: int) -> None:
+        self.made = partials.shape[0]
+        partials.fill_(float("nan"))  # as memory that was not written may read
+        super()._launch(x, grad, partials, split_tokens, chunk)
+
+
+def _units(case: Case) -> list[int]:
+    tall, wide = -(-case.shape[0] // case.size), -(-case.shape[1] // case.size)
+    every = list(range(tall * wide))
+    first_row_but_one = range(wide, 2 * wide) if tall > 1 else []
+    return {
+        "few": every[::3],
+        "all": every,
+        "one": [every[-1]],
+        "empty row": [unit for unit in every if unit not in first_row_but_one],
+        "none": [],
+    }[case.kept]
+
+
+def _inputs(case: Case) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(case.tokens)
+    x, grad = (torch.randn(case.tokens, width, generator=draw) for width in (case.shape[1], case.shape[0]))
+    if case.layout == "columns":
+        x, grad = x.T.contiguous().T, grad.T.contiguous().T
+    if case.layout == "expanded":
+        grad = grad[:1].expand(case.tokens, -1)
+    return x.to(getattr(torch, case.dtype)), grad.to(getattr(torch, case.dtype))
+
+
+def _wanted(x: Tensor, grad: Tensor, case: Case) -> Tensor:
+    """Cut the tiles out of the dense gradient in float64."""
+    dense = torch.einsum("to,ti->oi", grad.double(), x.double())
+    size, wide = case.size, -(-case.shape[1] // case.size)
+    tiles = torch.zeros(len(_units(case)), size, size, dtype=torch.float64)
+    for tile, unit in zip(tiles, _units(case), strict=True):
+        part = dense[unit // wide * size :, unit % wide * size :][:size, :size]
+        tile[: part.shape[0], : part.shape[1]] = part
+    return tiles
+
+
+def _found(case: Case) -> dict[str, Any]:
+    """Return how far the program is from float64 on a case, and whether a second run gives the same bits."""
+    units = torch.tensor(_units(case), dtype=torch.int32)
+    kernel = Split(units, case.shape, (case.size, case.size))
+    kernel.asked = case.splits
+    x, grad = _inputs(case)
+    found, wanted = kernel.gradient(kernel.saved(x), grad), _wanted(x, grad, case)
+    assert found.dtype == torch.float32
+    assert found.shape == wanted.shape
+    return {
+        "error": (found - wanted).abs().max().item() if wanted.numel() else 0.0,
+        "splits": kernel.made,
+        "repeats": case in SPLIT and torch.equal(found, kernel.gradient(x, grad)),
+    }
+
+
+def _compiled(capability: int, dtype: str) -> str:
+    """Return the assembly of the program for tiles of 16, translated for a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    program = triton_blocks._program()
+    fixed = {"size": 16, "tiles": 16, "chunk": 32 if dtype == "bf16" else 16, "precision": "ieee", "widened": False}
+    pointers = {"x": f"*{dtype}", "grad": f"*{dtype}", "partials": "*fp32", "segments": "*i32", "columns": "*i32"}
+    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in program.arg_names}
+    place = program.arg_names.index
+    aligned = {(place(name),): [["tt.divisibility", 16]] for name in (*pointers, "x_stride", "grad_stride", "inputs")}
+    source = ASTSource(program, signature, {(place(name),): value for name, value in fixed.items()}, aligned)
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+@functools.cache
+def _run(what: str) -> subprocess.CompletedProcess[str]:
+    """Run this file as a program, once."""
+    with tempfile.TemporaryDirectory() as cache:
+        variables = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[2])}
+        variables |= {"TRITON_INTERPRET": "1"} if what == "interpret" else {}
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-W", "error", __file__, what]
+        return subprocess.run(command, env=inherited | variables, capture_output=True, text=True)
+
+
+def _report(what: str) -> dict[str, Any]:
+    done = _run(what)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_the_dense_gradient_at_the_kept_tiles(case: Case) -> None:
+    assert _report("interpret")[str(case)]["error"] < 5e-5
+
+
+@with_triton
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_splits_of_the_tokens_add_up_to_the_same_gradient_every_time(case: Case) -> None:
+    found = _report("interpret")[str(case)]
+    assert found["splits"] == case.splits
+    assert found["error"] < 5e-5
+    assert found["repeats"]
+
+
+@with_triton
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_it_compiles_for_a_gpu_into_matrix_instructions_on_reads_of_16_bytes(capability, instruction) -> None:
+    assembly = _report("compile")[f"{capability} bf16"]
+    assert instruction in assembly
+    assert "cp.async.cg.shared.global" in assembly
+
+
+@with_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_exact_float32_compiles_into_no_tf32_instruction(capability: int) -> None:
+    assembly = _report("compile")[f"{capability} fp32"]
+    assert "fma.rn.f32" in assembly
+    assert "tf32" not in assembly
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("restored_precision")
+@pytest.mark.parametrize(("allowed", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_float32_is_exact_unless_torch_allows_tf32(monkeypatch: pytest.MonkeyPatch, allowed, precision) -> None:
+    launches: list[dict[str, Any]] = []
+    program = {(1, 1): lambda *arguments, **settings: launches.append(settings)}
+    monkeypatch.setattr(triton_blocks, "_program", lambda: program)
+    monkeypatch.setattr(triton_blocks, "_interpreted", lambda: True)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    TritonBlocks(torch.tensor([0]), (16, 16), (16, 16)).gradient(torch.zeros(1, 16), torch.zeros(1, 16))
+    assert [settings["precision"] for settings in launches] == [precision]
+
+
+def test_tokens_are_split_only_while_the_gpu_has_room_for_more_programs() -> None:
+    assert token_splits(segments=528, tokens=10**6, kept_bytes=1, processors=132) == 1
+    assert token_splits(segments=100, tokens=10**6, kept_bytes=1, processors=132) == 6
+    assert token_splits(segments=1, tokens=1024, kept_bytes=1, processors=132) == 4
+    assert token_splits(segments=1, tokens=1, kept_bytes=1, processors=132) == 1
+    assert token_splits(segments=0, tokens=0, kept_bytes=0, processors=132) == 1
+
+
+def test_partial_sums_stay_below_their_share_of_memory() -> None:
+    assert token_splits(segments=1, tokens=10**6, kept_bytes=2**24, processors=132) == 2
+    assert token_splits(segments=1, tokens=10**6, kept_bytes=2**30, processors=132) == 1
+
+
+@pytest.mark.parametrize("tile", [(24, 24), (4, 4), (256, 256), (16, 32)])
+def test_tiles_that_no_program_serves_are_refused(tile: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"serves square tiles of 8, .* or 128, not {tile[0]} x {tile[1]}; set"):
+        TritonBlocks(torch.tensor([0]), (512, 512), tile)
+
+
+def test_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "_program", lambda: None)
+    kernel = TritonBlocks(torch.tensor([0]), (16, 16), (16, 16))
+    with pytest.raises(ValueError, match=r"not in torch\.float64; use auto"):
+        kernel.gradient(torch.zeros(1, 16).double(), torch.zeros(1, 16).double())
+
+
+def test_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "_program", triton_blocks._program.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="needs the package triton: pip install triton, or use auto"):
+        TritonBlocks(torch.tensor([0]), (16, 16), (16, 16))
+
+
+def test_importing_the_kernels_does_not_import_triton() -> None:
+    check = "import sys, modular_experts.kernels.triton_tiles; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "interpret":
+        printed = {str(case): _found(case) for case in CASES + SPLIT}
+    else:
+        printed = {f"{number} {dtype}": _compiled(number, dtype) for number in (80, 90) for dtype in ("bf16", "fp32")}
+    print(json.dumps(printed))

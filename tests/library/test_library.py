@@ -1,0 +1,357 @@
+"""The library: what is written comes back bit for bit, whole or not at all, and whatever is wrong is named with its
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given
+from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
+from testbed.stored_by_hand import as_it_is, write_by_hand
+
+from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
+from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
+from modular_experts.library import write_expert as write
+
+BASE = {"id": "base", "revision": None, "fingerprint": "f" * 64}
+RECORD = make_record("SparseExpert", BASE, tasks=["intents"], scores={"intents": {"loss": 1.5}}, seed=3)
+
+
+def deltas(seed=0):
+    return {f"layers.{i}.weight": random_delta(form, (7, 10), seed + i, torch.float32) for i, form in enumerate(FORMS)}
+
+
+@pytest.fixture
+def expert(tmp_path):
+    write(tmp_path / "library" / "one", deltas().items(), RECORD)
+    return tmp_path / "library" / "one"
+
+
+def same(one, other):
+    tensors, others = one.tensors(), other.tensors()
+    return type(one) is type(other) and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_what_is_written_comes_back_bit_for_bit(expert):
+    stored = open_expert(expert)
+    assert list(stored) == sorted(deltas())
+    assert all(same(stored[name], delta) for name, delta in deltas().items())
+    assert stored.shapes() == {name: delta.shape for name, delta in deltas().items()}
+    assert stored.forms()["layers.0.weight"] == "Dense"
+    assert {**stored.record, "content_hash": None} == {**RECORD, "content_hash": None}
+    stored.verify()
+
+
+@given(deltas_of_one_weight())
+def test_every_form_and_shape_comes_back(tmp_path_factory, found):
+    path = tmp_path_factory.mktemp("library") / "x"
+    write(path, ((f"w{i}", delta) for i, delta in enumerate(found)), RECORD)
+    stored = open_expert(path)
+    assert all(same(stored[f"w{i}"], delta.to(dtype=torch.float32)) for i, delta in enumerate(found))
+
+
+def test_plain_safetensors_reads_the_file(expert):
+    with safetensors.safe_open(expert / "delta.safetensors", "pt") as tensors:
+        assert set(tensors.metadata()) == {"modular_experts"}
+        names = {f"layers.{i}.weight/{s}" for i, s in enumerate(["dense", "up", "values", "mask", "indices"])}
+        assert names < set(tensors.keys())
+        assert torch.equal(tensors.get_tensor("layers.0.weight/dense"), deltas()["layers.0.weight"].values)
+
+
+def test_content_hash_is_of_the_content_alone(tmp_path):
+    forward, backward = list(deltas().items()), list(deltas().items())[::-1]
+    one = write(tmp_path / "one", forward, RECORD)
+    assert write(tmp_path / "two", backward, {**RECORD, "seed": 9}) == one
+    assert write(tmp_path / "three", deltas(seed=1).items(), RECORD) != one
+    renamed = [("other", forward[0][1]), *forward[1:]]
+    assert write(tmp_path / "four", renamed, RECORD) != one
+    assert open_expert(tmp_path / "one").content_hash == one
+
+
+def test_same_content_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name, deltas().items(), RECORD)
+    assert (tmp_path / "one/delta.safetensors").read_bytes() == (tmp_path / "two/delta.safetensors").read_bytes()
+
+
+def test_kept_entries_are_known_without_reading(expert):
+    stored = open_expert(expert)
+    assert stored.kept_entries()["layers.0.weight"] == 70
+    assert stored.kept_entries()["layers.2.weight"] == stored["layers.2.weight"].support_size
+    assert stored.kept_entries()["layers.4.weight"] == 0
+
+
+def test_every_flipped_byte_is_noticed_and_named(expert):
+    file = expert / "delta.safetensors"
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 37):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"delta.safetensors is damaged"):
+            open_expert(expert).verify()
+    file.write_bytes(whole)
+    open_expert(expert).verify()
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1, -500])
+def test_a_truncated_file_is_named(expert, left):
+    file = expert / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"delta.safetensors is damaged: it is cut short"):
+        open_expert(expert)
+
+
+@pytest.mark.parametrize("name", ["delta.safetensors", "expert.json"])
+def test_a_missing_file_is_named(expert, name):
+    (expert / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"not a complete expert: .*{name} is missing"):
+        open_expert(expert)
+
+
+def test_a_missing_expert_is_named_with_the_nearest(expert):
+    with pytest.raises(FileNotFoundError, match=r"no such directory; did you mean .*one"):
+        open_expert(expert.parent / "onne")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda record: record.update(format="modular-experts/9"), "reads 'modular-experts/1' only"),
+        (lambda record: record.pop("tasks"), "tasks is missing or of a wrong type"),
+        (lambda record: record["base"].pop("fingerprint"), "fingerprint of its base"),
+        (lambda record: record["base"].update(id=5), "the id or the revision of its base is not what it must be"),
+        (lambda record: record.update(tasks=[{"name": "a"}]), "a task is not what it must be"),
+        (lambda record: record.update(parents=[{"name": "a"}]), "a parent is not"),
+        (lambda record: record.update(parents=["a"]), "a parent is not"),
+        (lambda record: record.update(parents=[{"name": "a", "content_hash": "b", "tasks": 3}]), "a parent is not"),
+        (lambda record: record.update(method={"class_path": "TIES"}), "a merge method is not"),
+        (lambda record: record.update(per_weight={".*": "TIES"}), "a merge method is not"),
+        (lambda record: record.update(per_weight=["TIES"]), "per_weight is not"),
+        (lambda record: record.update(method="TIES"), "damaged: method, a merge method is not"),
+        (lambda record: record.update(hyperparameters=[1], costs="none"), "hyperparameters, costs is not"),
+        (lambda record: record.update(content_hash="0" * 64), "content hash is not the one in"),
+    ],
+)
+def test_a_record_that_is_not_one_is_named(expert, change, sentence):
+    file = expert / "expert.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=sentence):
+        open_expert(expert)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"expert.json is damaged: it is not valid JSON"):
+        open_expert(expert)
+
+
+@pytest.mark.parametrize(
+    ("delta", "sentence"),
+    [
+        (Sparse(torch.tensor([0, 12]), torch.ones(2), torch.Size((3, 4))), r"out of \[0, 12\)"),
+        (Sparse(torch.tensor([-1, 2]), torch.ones(2), torch.Size((3, 4))), "from -1 to 2"),
+        (Sparse(torch.tensor([5, 2]), torch.ones(2), torch.Size((3, 4))), "not sorted and unique"),
+        (Sparse(torch.tensor([2, 2]), torch.ones(2), torch.Size((3, 4))), "not sorted and unique"),
+        (BlockSparse(torch.tensor([4]), torch.ones(1, 2, 2), torch.Size((3, 4))), r"out of \[0, 4\)"),
+        (Sparse(torch.tensor([1, 2]), torch.ones(3), torch.Size((3, 4))), "are not a Sparse delta"),
+        (BlockSparse(torch.tensor([1]), torch.ones(2, 2, 2), torch.Size((3, 4))), "are not a BlockSparse delta"),
+    ],
+)
+def test_content_that_is_no_delta_is_refused(tmp_path, delta, sentence):
+    forged = write_by_hand(tmp_path / "x", {"w": as_it_is(delta)}, RECORD)
+    with pytest.raises(ValueError, match=rf"delta.safetensors is damaged: .*{sentence}"):
+        open_expert(forged).verify()
+    with pytest.raises(ValueError, match=r"the delta of w cannot be stored: its "):
+        write(tmp_path / "y", [("w", delta)], RECORD)
+
+
+def test_a_low_rank_pair_that_does_not_fit_is_refused(tmp_path):
+    path = tmp_path / "x"
+    write(path, [("w", LowRank(torch.ones(3, 2), torch.ones(2, 4)))], RECORD)
+    file = path / "delta.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    assert b"[2,4]" in content[8 : 8 + length].replace(b" ", b"")
+    file.write_bytes(content.replace(b"[2, 4]", b"[4, 2]"))
+    with pytest.raises(ValueError, match=r"delta.safetensors is damaged"):
+        open_expert(path)
+
+
+def test_values_that_are_not_finite_are_not_stored(tmp_path):
+    for value in (float("nan"), float("inf"), 1e60):
+        bad = Dense(torch.full((2, 2), value, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"the delta of w cannot be stored: .*not finite"):
+            write(tmp_path / "x", [("w", bad)], RECORD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_and_twice_the_same_are_not_stored(tmp_path):
+    with pytest.raises(ValueError, match=r"moves no weight"):
+        write(tmp_path / "x", [], RECORD)
+    with pytest.raises(ValueError, match=r"given twice"):
+        write(tmp_path / "x", [("w", Sparse.zero((2, 2)))] * 2, RECORD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path):
+    def broken():
+        yield from list(deltas().items())[:2]
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "library" / "x", broken(), RECORD)
+    assert not list((tmp_path / "library").iterdir())
+
+
+def test_an_existing_expert_is_kept_unless_overwritten(expert):
+    before = open_expert(expert).content_hash
+    with pytest.raises(FileExistsError, match=r"exists already.*overwrite: true"):
+        write(expert, deltas(seed=5).items(), RECORD)
+    assert open_expert(expert).content_hash == before
+    old = open_expert(expert)
+    after = write(expert, deltas(seed=5).items(), RECORD, overwrite=True)
+    assert open_expert(expert).content_hash == after != before
+    assert same(old["layers.0.weight"], deltas()["layers.0.weight"]), "an open expert goes on reading what it opened"
+    assert [entry.name for entry in expert.parent.iterdir()] == ["one"]
+
+
+def test_overwrite_replaces_nothing_but_experts(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("two years of work")
+    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+        write(tmp_path / "thesis", deltas().items(), RECORD, overwrite=True)
+    assert (tmp_path / "thesis/chapter.txt").exists()
+
+
+def test_a_failed_overwrite_keeps_the_old_expert(expert):
+    def broken():
+        raise RuntimeError
+        yield
+
+    with pytest.raises(RuntimeError):
+        write(expert, broken(), RECORD, overwrite=True)
+    open_expert(expert).verify()
+
+
+def test_scores_that_are_not_finite_become_null(tmp_path):
+    write(tmp_path / "x", deltas().items(), make_record("LoRAExpert", BASE, scores={"a": {"loss": float("nan")}}))
+    assert open_expert(tmp_path / "x").record["scores"] == {"a": {"loss": None}}
+
+
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "-x", ".hidden", "a" * 65, "x\0", "Kelvin\u212a", "a b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_leave_the_library_are_refused(name):
+    with pytest.raises(ValueError, match=r"cannot be the name of an expert"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "intents-sparse", "v1.0_b", "9", "a" * 64])
+def test_ordinary_names_are_allowed(name):
+    assert check_name(name) == name
+
+
+def test_links_that_lead_out_are_not_followed(expert, tmp_path):
+    os.symlink(expert, tmp_path / "library" / "linked")
+    os.symlink(expert, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"link that leads out"):
+        open_expert(tmp_path / "elsewhere")
+    (expert / "delta.safetensors").rename(tmp_path / "delta.safetensors")
+    os.symlink(tmp_path / "delta.safetensors", expert / "delta.safetensors")
+    with pytest.raises(ValueError, match=r"link that leads out"):
+        open_expert(expert)
+    assert list(Library(tmp_path / "library")) == ["one"]
+
+
+def test_library_lists_complete_experts_only(expert):
+    library = Library(expert.parent)
+    (expert.parent / ".two.1234").mkdir()
+    (expert.parent / "three").mkdir()
+    (expert.parent / "three/expert.json").write_text("{}")
+    (expert.parent / "note.txt").write_text("")
+    assert list(library) == ["one"]
+    assert len(library) == 1
+    assert "three" not in library
+    assert library["one"].name == "one"
+    with pytest.raises(KeyError, match=r"did you mean one"):
+        library["onee"]
+    with pytest.raises(FileNotFoundError, match=r"no such directory"):
+        Library(expert.parent / "nowhere")
+
+
+def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
+    library = Library(expert.parent)
+    for name, left in (("half", "expert.json"), ("other-half", "delta.safetensors"), ("a b", None), (".tmp", None)):
+        shutil.copytree(expert, expert.parent / name)
+        for file in ("expert.json", "delta.safetensors") if left else ():
+            if file != left:
+                (expert.parent / name / file).unlink()
+    (expert.parent / "notes").mkdir()
+    (expert.parent / "linked").symlink_to(expert)
+    assert library.incomplete() == {
+        "a b": "its name is none that an expert may have",
+        "half": "delta.safetensors is missing",
+        "linked": "it is a link, and links are not followed",
+        "other-half": "expert.json is missing",
+    }
+    assert list(library) == ["one"]
+
+
+def test_a_dense_delta_keeps_what_is_not_zero_and_a_tile_what_lies_inside(expert):
+    dense, tile = torch.zeros(7, 10), BlockSparse(torch.tensor([5]), torch.ones(1, 4, 4), torch.Size((7, 10)))
+    dense[2, 3:5] = 1.0
+    write(expert.parent / "two", [("dense", Dense(dense)), ("tile", tile)], RECORD)
+    assert open_expert(expert.parent / "two").kept_entries() == {"dense": 2, "tile": 3 * 2}
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_and_trying_leaves_nothing(expert, monkeypatch):
+    before = sorted(expert.parent.rglob("*"))
+    check_target(expert.parent / "new")
+    check_target(expert, overwrite=True)
+    assert sorted(expert.parent.rglob("*")) == before
+
+    def full(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    for target, overwrite in ((expert.parent / "deep/new", False), (expert, True)):
+        with pytest.raises(PermissionError, match=r"cannot be written: in .*library, Read-only file system"):
+            check_target(target, overwrite)
+
+
+def test_a_read_only_or_impossible_place_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"is not a directory"):
+        check_target(tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match=r"name of an expert"):
+        check_target(tmp_path / "-x")
+
+
+def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
+    slow = new_directory(tmp_path / "x")
+    (slow.__enter__() / "expert.json").write_text("slow")
+    write(tmp_path / "x", deltas().items(), RECORD)
+    with pytest.raises(FileExistsError):
+        slow.__exit__(None, None, None)
+    open_expert(tmp_path / "x").verify()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tasks": [1, 2]}, "cannot be written: of its record a task is not what it must be"),
+        ({"parents": [{"name": "a"}]}, "a parent is not"),
+        ({"method": {"class_path": "TIES"}}, "a merge method is not"),
+    ],
+)
+def test_a_record_that_could_not_be_read_is_not_written(tmp_path, settings, sentence):
+    deltas = [("w", Dense(torch.ones(2, 2)))]
+    with pytest.raises(ValueError, match=sentence):
+        write(tmp_path / "one", deltas, make_record("X", {"id": "b", "fingerprint": "f" * 64}, **settings))
+    assert not (tmp_path / "one").exists()

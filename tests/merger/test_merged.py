@@ -1,0 +1,446 @@
+"""The merger: the streamed merge of experts on disk is the method applied weight by weight, and says where it came
+from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+
+from modular_experts.cli.errors import guarded
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.library import make_record, new_directory, open_expert, write_expert
+from modular_experts.merger import merged as merger
+from modular_experts.merger.merged import Merged, merge
+from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
+
+BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
+SHAPES = {"b.weight": (6, 9), "a.weight": (7, 10), "c.weight": (4, 4)}
+
+
+def make(path, form, seed, weights=("a.weight", "b.weight", "c.weight"), base=BASE, tasks=()):
+    deltas = ((name, random_delta(form, SHAPES[name], seed, torch.float32)) for name in weights)
+    write_expert(path, deltas, make_record("SparseExpert", base, tasks=tasks))
+    return path
+
+
+@pytest.fixture
+def library(tmp_path):
+    make(tmp_path / "one", "Sparse", 1, tasks=["intents"])
+    make(tmp_path / "two", "Sparse", 2, weights=["a.weight", "c.weight"], tasks=["slots", "intents"])
+    make(tmp_path / "three", "LowRank", 3, weights=["b.weight"])
+    return tmp_path
+
+
+def entries(expert, name):
+    return expert[name].dense() if name in expert else torch.zeros(SHAPES[name])
+
+
+@pytest.mark.parametrize("method", [Average(), SparseAverage(), TaskArithmetic(0.4), TIES()], ids=str)
+def test_merge_on_disk_is_the_method_weight_by_weight(library, method):
+    merged = merge([library / name for name in ("one", "two", "three")], method, library / "merged")
+    assert list(merged) == ["a.weight", "b.weight", "c.weight"]
+    experts = [open_expert(library / name) for name in ("one", "two", "three")]
+    for name, shape in SHAPES.items():
+        deltas = [expert[name] if name in expert else Sparse.zero(shape) for expert in experts]
+        assert torch.equal(merged[name].dense(), method.merge(deltas).dense())
+
+
+def test_missing_weight_counts_as_zero_in_an_average(library):
+    merged = merge([library / "one", library / "two"], Average(), library / "merged")
+    one = open_expert(library / "one")
+    assert torch.equal(merged["b.weight"].dense(), one["b.weight"].dense() / 2)
+    assert isinstance(merged["a.weight"], Sparse)
+
+
+def test_global_ties_sees_every_weight(library):
+    paths = [library / "one", library / "two"]
+    merged = merge(paths, TIES(keep=0.1, scope="global"), library / "merged")
+    trimmed = {}
+    for i, path in enumerate(paths):
+        expert = open_expert(path)
+        long = torch.cat([entries(expert, name).view(-1) for name in SHAPES]).abs()
+        cut = long.sort(descending=True).values[int(0.1 * long.numel()) - 1]
+        trimmed[i] = {name: entries(expert, name) * (entries(expert, name).abs() >= cut) for name in SHAPES}
+    for name in SHAPES:
+        expected = TIES(keep=1.0).merge([Dense(trimmed[0][name]), Dense(trimmed[1][name])]).dense()
+        assert torch.equal(merged[name].dense(), expected)
+
+
+def test_average_of_one_expert_is_that_expert(library):
+    merged = merge([library / "one"], Average(), library / "merged")
+    assert merged.content_hash == open_expert(library / "one").content_hash
+
+
+def test_merge_of_merges_works_and_provenance_tells_the_parents(library):
+    method = SparseAverage(scale=0.5)
+    merge([library / "one", library / "two"], method, library / "ab")
+    again = merge([library / "ab", library / "three"], method, library / "abc")
+    record = open_expert(library / "ab").record
+    assert record["kind"] == "merge"
+    assert record["tasks"] == ["intents", "slots"]
+    assert record["base"] == BASE
+    assert [parent["name"] for parent in record["parents"]] == ["one", "two"]
+    assert record["parents"][1]["content_hash"] == open_expert(library / "two").content_hash
+    assert record["method"]["class_path"].endswith(".SparseAverage")
+    assert record["method"]["init_args"] == {"scale": 0.5, "count": "values", "exponent": 1.0}
+    assert again.record["parents"][0]["content_hash"] == open_expert(library / "ab").content_hash
+
+
+def test_one_weight_is_in_memory_at_a_time(library, monkeypatch):
+    alive, most = [], 0
+    read = Merged.deltas_of
+
+    def counted(*arguments):
+        nonlocal most
+        alive[:] = [reference for reference in alive if reference() is not None]
+        found = read(*arguments)
+        alive.extend(weakref.ref(delta) for delta in found)
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(Merged, "deltas_of", counted)
+    merge([library / "one", library / "two", library / "three"], SparseAverage(), library / "merged")
+    assert most <= 6, "deltas of more than this weight and the last one are alive"
+
+
+def test_same_merge_gives_the_same_bytes(library):
+    for name in ("m1", "m2"):
+        merge([library / "one", library / "two"], TIES(), library / name)
+    assert (library / "m1/delta.safetensors").read_bytes() == (library / "m2/delta.safetensors").read_bytes()
+
+
+def check_refused(library, paths, sentence, error=ValueError, out="merged", **settings):
+    before = sorted(path.name for path in library.iterdir())
+    with pytest.raises(error, match=sentence):
+        merge(paths, Average(), library / out, **settings)
+    assert sorted(path.name for path in library.iterdir()) == before
+
+
+def test_bad_requests_are_refused_and_leave_nothing(library):
+    one, two = library / "one", library / "two"
+    check_refused(library, [], "list of experts is empty")
+    check_refused(library, [one, one], "listed twice")
+    check_refused(library, [one, library / "." / "one"], "listed twice")
+    check_refused(library, [one, library / "tow"], "did you mean .*two", FileNotFoundError)
+    check_refused(library, [one, two], "exists already", FileExistsError, out="three")
+    check_refused(library, [one, two], "cannot be the name", out="-x")
+    make(library / "other", "Sparse", 4, base={**BASE, "id": "elsewhere", "fingerprint": "b" * 64})
+    check_refused(
+        library, [one, library / "other"], "different bases.*base .fingerprint aaaa.*elsewhere .fingerprint bbbb"
+    )
+    write_expert(library / "odd", [("a.weight", Sparse.zero((3, 3)))], make_record("X", BASE))
+    check_refused(
+        library, [one, library / "odd"], r"one and odd disagree on the shape of a.weight: \(7, 10\) and \(3, 3\)"
+    )
+
+
+def test_an_existing_target_is_refused_before_anything_is_read(library):
+    with pytest.raises(FileExistsError):
+        merge([library / "does-not-exist"], Average(), library / "one")
+
+
+def test_a_damaged_expert_stops_the_merge_and_leaves_nothing(library):
+    file = library / "two/delta.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    check_refused(library, [library / "one", library / "two"], r"two/delta.safetensors is damaged: the .* of c.weight")
+
+
+def test_overwrite_replaces_a_merge_even_one_of_its_parents(library):
+    before = open_expert(library / "one").content_hash
+    merge([library / "one", library / "two"], Average(), library / "one", overwrite=True)
+    assert open_expert(library / "one").record["parents"][0]["content_hash"] == before
+
+
+@dataclass(frozen=True)
+class Wrong(MergeMethod):
+    """A user's method that returns a tensor instead of a delta."""
+
+    def merge(self, deltas):
+        return deltas[0].dense()
+
+
+@dataclass(frozen=True)
+class Explodes(MergeMethod):
+    """A user's method that returns values that are not finite."""
+
+    def merge(self, deltas):
+        return Dense(deltas[0].dense() / 0)
+
+
+def test_a_method_that_returns_no_delta_is_told_so(library):
+    with pytest.raises(ValueError, match=r"Wrong.merge must return a delta of shape \(7, 10\) for a.weight"):
+        merge([library / "one"], Wrong(), library / "merged")
+    with pytest.raises(ValueError, match=r"a.weight cannot be stored: it holds values that are not finite"):
+        merge([library / "one"], Explodes(), library / "merged")
+    assert not (library / "merged").exists()
+
+
+def merge_two(library, out, **settings):
+    return merge([library / "one", library / "two"], settings.pop("method", Average()), library / out, **settings)
+
+
+def test_patterns_give_weights_methods_of_their_own(library):
+    rules = {r"[ab]\.weight": TaskArithmetic(3.0), "c.*": None}
+    merged = merge_two(library, "merged", method=None, per_weight=rules)
+    one, two = (open_expert(library / name) for name in ("one", "two"))
+    assert list(merged) == ["a.weight", "b.weight"]
+    torch.testing.assert_close(merged["a.weight"].dense(), 3 * (one["a.weight"].dense() + two["a.weight"].dense()))
+    assert merged.record["method"] is None
+    assert merged.record["per_weight"]["c.*"] is None
+    assert merged.record["per_weight"][r"[ab]\.weight"]["init_args"]["scale"] == 3.0
+
+
+def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
+    first_wins = {"a.*": TaskArithmetic(), ".*weight": TaskArithmetic(5.0)}
+    with_rest = merge_two(library, "with-rest", per_weight={"a.*": TaskArithmetic()})
+    without = merge_two(library, "without", method=None, per_weight={"a.*": TaskArithmetic()})
+    narrow = merge_two(library, "narrow", method=None, per_weight=first_wins)
+    average = merge_two(library, "average")
+    assert list(without) == ["a.weight"]
+    assert torch.equal(with_rest["a.weight"].dense(), without["a.weight"].dense())
+    assert torch.equal(with_rest["c.weight"].dense(), average["c.weight"].dense())
+    assert torch.equal(narrow["a.weight"].dense(), without["a.weight"].dense())
+    torch.testing.assert_close(narrow["c.weight"].dense(), 10 * average["c.weight"].dense())
+
+
+def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library):
+    method = TIES(keep=0.3, scope="global")
+    apart = merge_two(library, "apart", method=None, per_weight={"a.*": method})
+    alone = method.prepare([[open_expert(library / name)["a.weight"] for name in ("one", "two")]])
+    expected = alone.merge([open_expert(library / name)["a.weight"] for name in ("one", "two")])
+    assert torch.equal(apart["a.weight"].dense(), expected.dense())
+
+
+@pytest.mark.parametrize(
+    ("method", "rules", "sentence"),
+    [
+        (Average(), {r"d\..*": TIES()}, r"'d\\\.\.\*' matches no weight that the experts move; one of them is"),
+        (Average(), {"(": TIES()}, "'\\(' is no regular expression"),
+        (Average(), {".*": TIES(), "a.*": TIES()}, "all that 'a.*' matches is matched by '.*' before it"),
+        (None, {}, "there is no merge method"),
+        (None, {".*": None}, "there is no merge method"),
+        (None, {"a.*": None, "d.*": TIES()}, "matches no weight"),
+    ],
+)
+def test_bad_rules_get_a_sentence(library, method, rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        merge_two(library, "merged", method=method, per_weight=rules)
+    assert not (library / "merged").exists()
+
+
+@dataclass(frozen=True)
+class Interrupted(MergeMethod):
+    """Averages until the weight `at_weight` comes, and is interrupted there."""
+
+    calls: ClassVar[list[str]] = []
+    at_weight: ClassVar[str] = ""
+    reason: ClassVar[type[BaseException]] = KeyboardInterrupt
+
+    def at(self, name):
+        self.calls.append(name)
+        if name == self.at_weight:
+            raise self.reason
+        return self
+
+    def merge(self, deltas):
+        return Average().merge(deltas)
+
+
+def interrupted_at(library, weight, reason=KeyboardInterrupt):
+    Interrupted.calls.clear()
+    Interrupted.at_weight, Interrupted.reason = weight, reason
+    if weight:
+        with pytest.raises(reason):
+            merge_two(library, "merged", method=Interrupted())
+    else:
+        merge_two(library, "merged", method=Interrupted())
+    return list(Interrupted.calls)
+
+
+def hidden(library):
+    return [path for path in library.iterdir() if path.name.startswith(".")]
+
+
+def test_interrupted_merge_goes_on_where_it_stopped_and_ends_with_the_same_bytes(library):
+    assert interrupted_at(library, "b.weight") == ["a.weight", "b.weight"]
+    assert len(hidden(library)) == 1
+    assert not (library / "merged").exists()
+    assert interrupted_at(library, "c.weight") == ["b.weight", "c.weight"]
+    assert interrupted_at(library, "") == ["c.weight"]
+    assert not hidden(library)
+    whole = merge_two(library, "whole", method=Interrupted())
+    assert (library / "merged/delta.safetensors").read_bytes() == (library / "whole/delta.safetensors").read_bytes()
+    assert open_expert(library / "merged").content_hash == whole.content_hash
+
+
+def test_what_an_interrupted_merge_left_is_only_taken_up_whole(library):
+    interrupted_at(library, "c.weight")
+    (place,) = hidden(library)
+    data = place / "delta.safetensors.data"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1  # the last bytes of b.weight
+    data.write_bytes(content)
+    with (place / "delta.safetensors.notes").open("a") as notes:
+        notes.write('{"what": ["c.wei')
+    assert interrupted_at(library, "") == ["b.weight", "c.weight"]
+    open_expert(library / "merged").verify()
+
+
+def test_another_merge_does_not_take_up_what_one_left(library):
+    interrupted_at(library, "c.weight")
+    merge_two(library, "merged", method=TaskArithmetic())
+    assert open_expert(library / "merged").record["method"]["class_path"].endswith("TaskArithmetic")
+
+
+def test_error_leaves_nothing_to_take_up(library):
+    interrupted_at(library, "b.weight", reason=ArithmeticError)
+    assert not hidden(library)
+
+
+def test_two_processes_do_not_write_one_merge(library):
+    with new_directory(library / "x", key="k" * 16) as first:
+        (first / "expert.json").touch()
+        second = new_directory(library / "x", key="k" * 16)
+        with pytest.raises(BlockingIOError, match="x is being written by another process"):
+            second.__enter__()
+        assert len(hidden(library)) == 1
+
+
+@dataclass(frozen=True)
+class WithTasks(MergeMethod):
+    """A method that gives each expert's task twice its own delta, beside the average."""
+
+    own: int | None = None
+
+    def merge(self, deltas):
+        return Average().merge(deltas) if self.own is None else deltas[self.own] * 2
+
+    def beside(self, count):
+        return [WithTasks(own) for own in range(count)]
+
+
+def test_experts_of_the_tasks_are_written_beside_the_merge(library):
+    merge_two(library, "merged", method=WithTasks())
+    for name in ("one", "two"):
+        beside, own = open_expert(library / f"merged-{name}"), open_expert(library / name)
+        for weight in own:
+            assert torch.equal(beside[weight].dense(), 2 * own[weight].dense())
+        assert [parent["name"] for parent in beside.record["parents"]] == ["one", "two"]
+        assert beside.record["tasks"] == own.record["tasks"]
+    assert open_expert(library / "merged").record["tasks"] == sorted(
+        {task for name in ("one", "two") for task in open_expert(library / name).record["tasks"]}
+    )
+    with pytest.raises(FileExistsError):
+        merge_two(library, "merged", method=WithTasks())
+
+
+def test_existing_expert_of_a_task_stops_the_merge_before_it_begins(library):
+    make(library / "merged-two", "Sparse", 5)
+    with pytest.raises(FileExistsError, match="merged-two"):
+        merge_two(library, "merged", method=WithTasks())
+    assert not (library / "merged").exists()
+
+
+def test_merged_deltas_are_made_when_they_are_asked_for_and_can_be_used_like_an_expert(library):
+    merged = Merged([open_expert(library / "one"), open_expert(library / "two")], Average())
+    written = merge_two(library, "written")
+    assert merged.shapes() == written.shapes()
+    for name in written:
+        assert torch.equal(merged[name].dense(), written[name].dense())
+
+
+def test_released_memory_is_read_again_from_the_file(library):
+    expert = open_expert(library / "one")
+    delta = expert["a.weight"]
+    before = delta.values.clone()
+    expert.release("a.weight")
+    assert torch.equal(delta.values, before)
+    assert torch.equal(expert["a.weight"].values, before)
+
+
+def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
+    written = merger.write_expert
+
+    def interrupted(path, *more):
+        if path.name == "merged":
+            raise KeyboardInterrupt
+        return written(path, *more)
+
+    monkeypatch.setattr(merger, "write_expert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_two(library, "merged", method=WithTasks())
+    assert (library / "merged-one").exists()
+    monkeypatch.setattr(merger, "write_expert", written)
+    merge_two(library, "merged", method=WithTasks())
+    assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
+
+
+def test_experts_of_one_name_are_refused_where_results_are_named_after_them(library):
+    make(library / "deeper/one", "Sparse", 8)
+    with pytest.raises(ValueError, match="two of the experts are called one"):
+        merge([library / "one", library / "deeper/one"], WithTasks(), library / "merged")
+
+
+def test_what_other_work_for_the_target_left_is_removed(library):
+    interrupted_at(library, "c.weight")
+    assert len(hidden(library)) == 1
+    merge_two(library, "merged", method=TaskArithmetic())
+    assert not hidden(library)
+
+
+def key_of(library, method=None, **rules):
+    experts = [open_expert(library / name) for name in ("one", "two")]
+    return Merged(experts, method, rules.get("per_weight")).key()
+
+
+def test_key_tells_apart_what_gives_other_results(library):
+    narrow, wide = ("a.*", TIES()), (".*", Average())
+    keys = {
+        key_of(library, Average()),
+        key_of(library, Average(scale=2.0)),
+        key_of(library, per_weight=dict([narrow, (".*weight", Average())])),
+        key_of(library, per_weight=dict([narrow, wide])),
+    }
+    assert len(keys) == 4
+    assert key_of(library, Average()) in keys
+    overlapping = {"[ab].*": TIES(), "[bc].*": Average()}  # b.weight gets the first
+    turned = dict(reversed(overlapping.items()))
+    assert key_of(library, per_weight=overlapping) != key_of(library, per_weight=turned)
+
+
+OWN = """
+from dataclasses import dataclass
+from modular_experts.methods import MergeMethod
+
+@dataclass(frozen=True)
+class Own(MergeMethod):
+    def merge(self, deltas):
+        return deltas[0] * FACTOR
+"""
+
+
+def test_key_changes_with_the_code_of_a_method_of_ones_own(library, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for factor in ("1.0", "1.0", "2.25"):
+        (tmp_path / "own_method.py").write_text(OWN.replace("FACTOR", factor))
+        monkeypatch.delitem(sys.modules, "own_method", raising=False)
+        keys.append(key_of(library, importlib.import_module("own_method").Own()))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_interruption_says_how_to_go_on(library, capsys):
+    Interrupted.at_weight, Interrupted.reason = "c.weight", KeyboardInterrupt
+    assert guarded(lambda: merge_two(library, "merged", method=Interrupted())) == 130
+    (place,) = hidden(library)
+    assert f"interrupted; the same command goes on where it stopped, with {place}" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""Removal: a linear merge without one of its experts is the merge of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+
+from modular_experts.__main__ import main
+from modular_experts.deltas import BlockSparse, LowRank, Sparse
+from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.merger.merged import merge
+from modular_experts.merger.remove import remove
+from modular_experts.methods import TIES, Average, TaskArithmetic
+
+BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
+SHAPES = {"a.weight": (12, 15), "b.weight": (9, 9)}
+
+
+def make(path, form, seed, names=tuple(SHAPES)):
+    deltas = [(name, random_delta(form, SHAPES[name], seed, torch.float32, share=0.3)) for name in names]
+    write_expert(path, deltas, make_record("X", BASE, tasks=[path.name]))
+
+
+@pytest.fixture(params=["Sparse", "BlockSparse", "Dense", "LowRank", "mixed"])
+def library(request, tmp_path):
+    forms = [request.param] * 3 if request.param != "mixed" else ["Sparse", "Dense", "LowRank"]
+    for seed, (name, form) in enumerate(zip(("one", "two", "three"), forms, strict=True)):
+        make(tmp_path / name, form, seed, list(SHAPES)[: 1 + (name != "two")])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Average(), Average(weights=[1.0, 3.0, -0.5], scale=2.0), TaskArithmetic(), TaskArithmetic(0.3, [2.0, 1.0, 0.5])],
+    ids=str,
+)
+def test_result_is_the_merge_of_the_others(library, method):
+    names = ["one", "two", "three"]
+    merge([library / name for name in names], method, library / "all")
+    for place, name in enumerate(names):
+        left = remove(library / "all", library / name, library / f"without-{name}")
+        rest = [other for other in names if other != name]
+        weights = method.weights and [w for number, w in enumerate(method.weights) if number != place]
+        again = merge(
+            [library / other for other in rest],
+            type(method)(weights=weights, scale=method.scale),
+            library / f"again-{name}",
+        )
+        for weight in again:
+            torch.testing.assert_close(left[weight].dense(), again[weight].dense(), rtol=2e-5, atol=1e-5)
+        assert [parent["name"] for parent in left.record["parents"]] == rest
+        assert left.record["method"] == again.record["method"]
+        assert left.record["tasks"] == sorted(rest, key=lambda task: sorted(names).index(task))
+
+
+def test_a_task_that_another_expert_has_too_stays(tmp_path):
+    for seed, (name, tasks) in enumerate({"one": ["a", "b"], "two": ["b"], "three": ["c"]}.items()):
+        deltas = [("a.weight", random_delta("Sparse", SHAPES["a.weight"], seed, torch.float32, share=0.3))]
+        write_expert(tmp_path / name, deltas, make_record("X", BASE, tasks=tasks))
+    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
+    assert remove(tmp_path / "all", tmp_path / "one", tmp_path / "left").record["tasks"] == ["b", "c"]
+    assert remove(tmp_path / "left", tmp_path / "three", tmp_path / "two-alone").record["tasks"] == ["b"]
+
+
+def test_support_of_sparse_experts_is_that_of_the_others(tmp_path):
+    for seed, name in enumerate(("one", "two", "three")):
+        make(tmp_path / name, "Sparse", seed)
+    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
+    left = remove(tmp_path / "all", tmp_path / "three", tmp_path / "left")
+    again = merge([tmp_path / "one", tmp_path / "two"], Average(), tmp_path / "again")
+    for weight in again:
+        assert isinstance(left[weight], Sparse)
+        assert torch.equal(left[weight].indices, again[weight].indices)
+
+
+def test_forms_stay(tmp_path):
+    for form, kind in (("BlockSparse", BlockSparse), ("LowRank", LowRank)):
+        folder = tmp_path / form
+        for seed in range(3):
+            make(folder / f"e{seed}", form, seed)
+        merge([folder / f"e{seed}" for seed in range(3)], Average(), folder / "all")
+        assert isinstance(remove(folder / "all", folder / "e0", folder / "left")["a.weight"], kind)
+
+
+def test_what_cannot_be_taken_out_is_refused(tmp_path, capsys):
+    for seed, name in enumerate(("one", "two", "three")):
+        make(tmp_path / name, "Sparse", seed)
+    pair = [tmp_path / "one", tmp_path / "two"]
+    merge(pair, TIES(), tmp_path / "ties")
+    merge(pair, Average(), tmp_path / "average")
+    merge(pair[:1], Average(), tmp_path / "alone")
+    merge(pair, None, tmp_path / "patterns", per_weight={"a.*": Average()})
+    for merged, expert, sentence in (
+        ("ties", "one", "ties is a TIES, and an expert can be taken out of a merge by Average or TaskArithmetic only"),
+        ("one", "two", "one is a X, and an expert can be taken out"),
+        ("patterns", "one", "merge the others again"),
+        ("average", "three", "three, as it is now, is none of the experts that average was made of: one, two"),
+        ("alone", "one", "alone was made of one alone, so nothing would be left"),
+    ):
+        options = ["--merged", str(tmp_path / merged), "--expert", str(tmp_path / expert)]
+        assert main(["remove", *options, "--out", str(tmp_path / "out")]) == 1
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_left(tmp_path, capsys):
+    for seed, name in enumerate(("one", "two", "three")):
+        make(tmp_path / name, "Sparse", seed)
+    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
+    options = ["--merged", str(tmp_path / "all"), "--expert", str(tmp_path / "two"), "--out", str(tmp_path / "left")]
+    assert main(["remove", *options]) == 0
+    assert "2 experts are left" in capsys.readouterr().out
+    assert open_expert(tmp_path / "left").record["kind"] == "merge"

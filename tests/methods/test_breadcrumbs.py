@@ -1,0 +1,133 @@
+"""Breadcrumbs against a ranking in Python, its counts, its small weights, and wrong twins that the tests must tell from
+it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds, shapes
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import Breadcrumbs, TaskArithmetic
+
+# Ten entries, beta 0.5, gamma 0.2: the two largest go, then three stay.
+#              entry:     0     1    2     3    4     5    6    7    8     9
+ONE = Dense(torch.tensor([[9.0, -8.0, 7.0, -6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]]))  # keeps 2, 3, 4
+TWO = Dense(torch.tensor([[0.5, 1.0, 2.0, 3.0, -4.0, 5.0, 6.0, 7.0, -8.0, 9.0]]))  # keeps 5, 6, 7
+BY_HAND = [[0.0, 0.0, 7.0, -6.0, 5.0, 5.0, 6.0, 7.0, 0.0, 0.0]]
+EXAMPLE = Breadcrumbs(beta=0.5, gamma=0.2)
+
+
+def stays_and_outliers(size, beta, gamma):
+    stay = max(1, int((1 - beta - gamma) * size * (1 + 1e-12)))
+    return stay, min(int(gamma * size * (1 + 1e-12)), size - stay)
+
+
+def breadcrumbs(deltas, beta, gamma, scale=1.0):
+    total = [0.0] * deltas[0].shape.numel()
+    for delta in deltas:
+        flat = delta.dense().double().reshape(-1).tolist()
+        stay, outliers = stays_and_outliers(len(flat), beta, gamma)
+        order = sorted(range(len(flat)), key=lambda entry: (-abs(flat[entry]), entry))
+        for entry in order[outliers : outliers + stay]:
+            total[entry] += scale * flat[entry]
+    return torch.tensor(total, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(), st.floats(0, 0.6), st.floats(0, 0.39), st.floats(-2, 2))
+def test_breadcrumbs_equals_the_formula(deltas, beta, gamma, scale):
+    merged = Breadcrumbs(beta=beta, gamma=gamma, scale=scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double(), breadcrumbs(deltas, beta, gamma, scale), rtol=1e-12, atol=1e-12)
+
+
+@given(shapes, st.lists(seeds, min_size=1, max_size=3), st.floats(0, 0.6), st.floats(0, 0.39))
+def test_few_magnitudes_tie_as_the_formula_says(shape, numbers, beta, gamma):
+    for form in ("Dense", "Sparse", "BlockSparse"):
+        deltas = [random_delta(form, shape, number) for number in numbers]
+        for delta in deltas:
+            delta.values.round_()  # in place: magnitudes 0, 1, 2
+        merged = Breadcrumbs(beta=beta, gamma=gamma).merge(deltas)
+        assert torch.equal(merged.dense(), breadcrumbs(deltas, beta, gamma))
+
+
+def test_example_worked_by_hand():
+    assert EXAMPLE.merge([ONE, TWO]).dense().tolist() == BY_HAND
+    doubled = Breadcrumbs(beta=0.5, gamma=0.2, scale=-2.0).merge([ONE])
+    assert doubled.dense().tolist() == [[0, 0, -14, 12, -10, 0, 0, 0, 0, 0]]
+
+
+def outliers_stay(deltas):
+    """Drop the smallest alone, as many as should stay counted from the top: the code of arXiv 2507.07140."""
+    return Breadcrumbs(beta=0.7, gamma=0.0).merge(deltas).dense()
+
+
+def shares_swapped(deltas):
+    """Drop the share beta of the largest."""
+    return Breadcrumbs(beta=0.2, gamma=0.5).merge(deltas).dense()
+
+
+def mean_instead_of_sum(deltas):
+    """Divide by the number of experts."""
+    return Breadcrumbs(beta=0.5, gamma=0.2, scale=1 / len(deltas)).merge(deltas).dense()
+
+
+def masks_the_sum(deltas):
+    """Mask after summing instead of each expert."""
+    return EXAMPLE.merge([TaskArithmetic().merge(deltas)]).dense()
+
+
+@pytest.mark.parametrize("mutant", [outliers_stay, shares_swapped, mean_instead_of_sum, masks_the_sum])
+def test_wrong_twins_are_told_from_it(mutant):
+    assert mutant([ONE, TWO]).tolist() != BY_HAND
+
+
+@given(st.integers(1, 90), st.floats(0, 0.6), st.floats(0, 0.39))
+def test_exactly_the_share_stays_also_where_all_magnitudes_are_equal(size, beta, gamma):
+    stay, outliers = stays_and_outliers(size, beta, gamma)
+    for values in (torch.ones(1, size), torch.arange(size, 0, -1.0)[None]):
+        kept = Breadcrumbs(beta=beta, gamma=gamma).merge([Dense(values)]).dense().view(-1).nonzero()[:, 0]
+        assert kept.tolist() == list(range(outliers, outliers + stay))
+
+
+def test_no_outliers_go_at_gamma_0():
+    assert Breadcrumbs(beta=0.7, gamma=0.0).merge([ONE]).dense().tolist() == [[9.0, -8.0, 7.0, *[0.0] * 7]]
+    assert torch.equal(Breadcrumbs(beta=0.0, gamma=0.0).merge([ONE]).dense(), ONE.dense())
+
+
+@pytest.mark.parametrize("values", [[2.0], [2.0, -1.0], [2.0, -1.0, 0.5]])
+def test_weight_of_few_entries_keeps_its_largest(values):
+    assert Breadcrumbs().merge([Dense(torch.tensor(values))]).values.tolist() == [2.0] + [0.0] * (len(values) - 1)
+
+
+def test_one_entry_stays_where_the_shares_leave_room_for_none():
+    assert Breadcrumbs(beta=0.4, gamma=0.55).merge([Dense(torch.tensor([3.0, 2.0]))]).values.tolist() == [0.0, 2.0]
+    assert Breadcrumbs(beta=0.0, gamma=0.99).merge([Dense(torch.tensor([3.0]))]).values.tolist() == [3.0]
+
+
+def test_shares_count_all_entries_of_the_weight():
+    expert = Sparse(torch.tensor([1, 5, 7]), torch.tensor([1.0, 3.0, 2.0]), torch.Size((2, 5)))
+    merged = Breadcrumbs(beta=0.7, gamma=0.1).merge([expert])
+    assert merged.indices.tolist() == [1, 7]
+    assert Breadcrumbs(beta=0.5, gamma=0.3).merge([expert]).is_empty  # it moves no more than gamma
+
+
+def test_equal_magnitudes_in_tiles_go_by_entry_and_not_by_tile():
+    tiles = BlockSparse(torch.tensor([0, 1]), torch.ones(2, 2, 2), torch.Size((2, 4)))
+    merged = Breadcrumbs(beta=0.5, gamma=0.125).merge([tiles])
+    assert isinstance(merged, BlockSparse)
+    assert merged.dense().tolist() == [[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_empty_tiles_leave_the_support():
+    tiles = BlockSparse(torch.tensor([0, 1]), torch.arange(1.0, 9.0).view(2, 2, 2), torch.Size((2, 4)))
+    assert Breadcrumbs(beta=0.5, gamma=0.0).merge([tiles]).blocks.tolist() == [1]
+    assert Breadcrumbs(beta=0.0, gamma=0.5).merge([tiles]).blocks.tolist() == [0]
+
+
+def test_all_zero_expert_changes_nothing():
+    zero = Dense(torch.zeros(1, 10))
+    assert EXAMPLE.merge([zero]).dense().tolist() == [[0.0] * 10]
+    assert EXAMPLE.merge([ONE, zero, TWO]).dense().tolist() == BY_HAND

@@ -1,0 +1,152 @@
+"""Parts: a weight in any number of parts gives what it gives whole, for every form."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, SparseAverage
+from modular_experts.methods import chunks as entries_room
+from modular_experts.methods import chunks as parts
+from modular_experts.methods.chunks import joined, merge_by_parts, parts_of
+
+sizes = st.sampled_from([1, 5, 16, 2**19])
+
+
+@contextmanager
+def parts_of_size(size):
+    before, parts.PART = parts.PART, size
+    yield
+    parts.PART = before
+
+
+def summed(part):
+    total = part.zeros()
+    for entries in part:
+        entries.add_to(total)
+    return total, None
+
+
+@given(sizes, deltas_of_one_weight())
+def test_parts_add_up_to_the_weight(size, deltas):
+    whole = sum(delta.dense().double() for delta in deltas)
+    with parts_of_size(size):
+        merged = merge_by_parts(deltas, summed)
+    torch.testing.assert_close(merged.dense().double(), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), MagMax()]
+)
+@given(size=sizes, deltas=deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]))
+def test_result_does_not_depend_on_the_size_of_the_parts(method, size, deltas):
+    whole = method.merge(deltas)
+    with parts_of_size(size):
+        found = method.merge(deltas)
+    assert type(found) is type(whole)
+    assert torch.equal(found.dense(), whole.dense())
+    assert torch.equal(found.support(), whole.support())
+
+
+@pytest.mark.parametrize("tile", [(3, 3), (1, 10), (7, 1), (2, 5)])
+@given(size=sizes, numbers=st.lists(seeds, min_size=1, max_size=3))
+def test_tiles_stay_tiles_and_are_never_cut(tile, size, numbers):
+    deltas = [random_delta("BlockSparse", (7, 10), number, tile=tile) for number in numbers]
+    with parts_of_size(size):
+        merged = merge_by_parts(deltas, summed)
+        first_rows = [part.rows[0] for part in parts_of(deltas)]
+    assert isinstance(merged, BlockSparse)
+    assert merged.tile == tile
+    assert set(merged.blocks.tolist()) == {block for delta in deltas for block in delta.blocks.tolist()}
+    assert all(row % tile[0] == 0 for row in first_rows)
+
+
+@given(sizes, deltas_of_one_weight())
+def test_entries_of_a_part_say_where_they_are(size, deltas):
+    for delta in deltas:
+        rebuilt = torch.zeros(delta.shape.numel(), dtype=torch.float64)
+        with parts_of_size(size):
+            for part in parts_of([delta]):
+                entries = part.entries(0)
+                rebuilt[entries.flat()] = entries.values.double()
+        torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    size=sizes,
+    most=st.sampled_from([1, 10, 2**17]),
+    deltas=deltas_of_one_weight(),
+    weight=st.floats(-2, 2, width=16),
+    alike=st.booleans(),
+)
+def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
+    weights = [weight + (0 if alike else place) for place in range(len(deltas))]
+    with parts_of_size(size), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entries_room, "JOINED", most)
+        for part in parts_of(deltas):
+            each, together = part.zeros(torch.float64), part.zeros(torch.float64)
+            for entries, factor in zip(part, weights, strict=True):
+                entries.add_to(each, factor=factor)
+            pieces = list(joined(part, weights))
+            for entries, factor in pieces:
+                entries.add_to(together, factor=factor)
+            assert torch.equal(each, together)
+            of_one = max(len(entries.values) for entries in part)
+            assert all(len(entries.values) <= max(most, of_one) for entries, _ in pieces)
+
+
+def test_equal_weights_join_sparse_experts_and_others_stay_apart():
+    sparse = [random_delta(form, (6, 8), number) for number, form in enumerate(["Sparse", "BlockSparse", "Sparse"])]
+    dense = random_delta("Dense", (6, 8), 3)
+    for deltas, weights, count in [
+        (sparse, [0.5] * 3, 1),
+        (sparse, [0.5, 0.5, 1.0], 3),
+        ([*sparse[:2], dense, sparse[2]], [0.5] * 4, 3),
+    ]:
+        (part,) = parts_of(deltas)
+        assert len(list(joined(part, weights))) == count
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
+def test_other_shapes_than_matrices_have_parts_too(shape):
+    values = torch.randn(shape, dtype=torch.float64)
+    with parts_of_size(5):
+        assert torch.equal(merge_by_parts([Dense(values), Dense(values)], summed).dense(), 2 * values)
+
+
+def test_a_kept_zero_stays_in_the_support():
+    delta = Sparse(torch.tensor([1, 4], dtype=torch.int32), torch.tensor([0.0, 2.0]), torch.Size((2, 3)))
+    merged = merge_by_parts([delta], summed)
+    assert merged.indices.tolist() == [1, 4]
+    assert merged.indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_averages_of_half_precision_are_the_true_ones_rounded_once(dtype, count):
+    draw = torch.Generator().manual_seed(count)
+    deltas = [Dense((torch.randn(200, 300, generator=draw)).to(dtype)) for _ in range(count)]
+    exact = torch.stack([delta.values.double() for delta in deltas])
+    assert torch.equal(Average().merge(deltas).values, (exact.sum(0) / count).to(dtype))
+    weights = [0.5 + number for number in range(count)]
+    found = Average(weights).merge(deltas).values
+    weighted = torch.tensordot(torch.tensor(weights, dtype=torch.float64) / sum(weights), exact, dims=1)
+    assert (found != weighted.to(dtype)).double().mean() < 1e-4
+
+
+def test_parts_of_tiles_cost_their_own_tiles_only(monkeypatch):
+    seen, spread = [], parts.entries_in_order
+    monkeypatch.setattr(
+        parts, "entries_in_order", lambda blocks, *more: seen.append(len(blocks)) or spread(blocks, *more)
+    )
+    tiles = random_delta("BlockSparse", (60, 30), 0)
+    with parts_of_size(180):
+        merge_by_parts([tiles], summed)
+    assert len(seen) > 5
+    assert sum(seen) == len(tiles.blocks)

@@ -1,0 +1,155 @@
+"""Fisher merging against its formula entry by entry in float64, its limits, and wrong twins that the tests must tell
+from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import Average, Fisher
+from modular_experts.methods.method import Statistic
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def informations(deltas, seed=0, spread=3.0):
+    """Random Fisher informations over several orders of magnitude, as those of a model are, in float32."""
+    draw = torch.Generator().manual_seed(seed)
+    logs = [spread * torch.randn(deltas[0].shape, generator=draw) - 9 for _ in deltas]
+    return [Statistic(log.exp(), norm=2.0 + number) for number, log in enumerate(logs)]
+
+
+def merge(method, deltas, statistics):
+    return method.at("w").informed(statistics).merge(deltas)
+
+
+def formula(deltas, statistics, scale=1.0, normalise=True, floor=1e-6):
+    """The weighted mean of each entry, one entry after the other."""
+    dense = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    weights = [
+        [value / one.norm if normalise else value for value in one.values.double().reshape(-1).tolist()]
+        for one in statistics
+    ]
+    added = floor * sum(map(sum, weights)) / sum(map(len, weights))
+    merged = []
+    for entry in range(len(dense[0])):
+        each = [row[entry] + added for row in weights]
+        merged.append(scale * sum(w * row[entry] for w, row in zip(each, dense, strict=True)) / sum(each))
+    return torch.tensor(merged, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(), st.integers(0, 99), st.floats(-2, 2), st.booleans(), st.floats(1e-8, 10))
+def test_fisher_equals_the_formula(deltas, seed, scale, normalise, floor):
+    statistics = informations(deltas, seed)
+    merged = merge(Fisher(scale, normalise, floor), deltas, statistics)
+    torch.testing.assert_close(merged.dense().double(), formula(deltas, statistics, scale, normalise, floor), **CLOSE)
+
+
+def test_example_worked_by_hand():
+    deltas = [Dense(torch.tensor([[8.0, 8.0]])), Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((1, 2)))]
+    statistics = [Statistic(torch.tensor([[3.0, 1.0]])), Statistic(torch.tensor([[1.0, 3.0]]))]
+    merged = merge(Fisher(floor=1e-12), deltas, statistics).dense()
+    # (3 * 8 + 1 * 0) / 4: the second does not move the entry, but its data hold it a quarter back; (8 + 3 * 4) / 4
+    torch.testing.assert_close(merged, torch.tensor([[6.0, 5.0]]))
+
+
+def movers_only(deltas, statistics):
+    """Let only those have a say that move the entry."""
+    top = sum(d.dense() * s.values for d, s in zip(deltas, statistics, strict=True))
+    return top / sum((d.dense() != 0) * s.values for d, s in zip(deltas, statistics, strict=True))
+
+
+def square_roots(deltas, statistics):
+    """Weigh by gradients instead of their squares."""
+    roots = [s.values.sqrt() for s in statistics]
+    return sum(d.dense() * r for d, r in zip(deltas, roots, strict=True)) / sum(roots)
+
+
+def plain_mean(deltas, statistics):
+    return Average().merge(deltas).dense()
+
+
+@pytest.mark.parametrize("twin", [movers_only, square_roots, plain_mean])
+def test_wrong_twins_are_told_from_it(twin):
+    deltas = [random_delta("Sparse", (4, 5), seed) for seed in (1, 2, 3)]
+    statistics = [replace(one, norm=1.0) for one in informations(deltas)]
+    merged = merge(Fisher(), deltas, statistics).dense()
+    torch.testing.assert_close(merged, formula(deltas, statistics))
+    assert not torch.allclose(merged, twin(deltas, statistics).nan_to_num())
+
+
+@given(deltas_of_one_weight(most=1), st.integers(1, 4))
+def test_one_expert_and_copies_of_it_merge_to_itself(deltas, copies):
+    same = deltas * copies
+    merged = merge(Fisher(), same, informations(same))
+    torch.testing.assert_close(merged.dense().double(), deltas[0].dense().double(), **CLOSE)
+
+
+@given(deltas_of_one_weight(least=2))
+def test_equal_information_or_none_gives_the_plain_average(deltas):
+    average = Average().merge(deltas).dense().double()
+    one = informations(deltas)[0]
+    for statistic in (one, Statistic(torch.zeros(deltas[0].shape), norm=0.0)):
+        merged = merge(Fisher(), deltas, [statistic] * len(deltas))
+        torch.testing.assert_close(merged.dense().double(), average, **CLOSE)
+
+
+@given(deltas_of_one_weight(least=2), st.floats(0.1, 1e6))
+def test_order_and_common_factors_do_not_matter(deltas, factor):
+    statistics = informations(deltas)
+    merged = merge(Fisher(), deltas, statistics).dense().double()
+    turned = merge(Fisher(), deltas[::-1], statistics[::-1])
+    torch.testing.assert_close(turned.dense().double(), merged, **CLOSE)
+    doubled = [Statistic(one.values.double() * factor, one.norm) for one in statistics]
+    torch.testing.assert_close(merge(Fisher(), deltas, doubled).dense().double(), merged, **CLOSE)
+    longer = merge(Fisher(), [delta * 3.0 for delta in deltas], statistics)
+    torch.testing.assert_close(longer.dense().double(), 3 * merged, **CLOSE)
+
+
+def test_normalised_experts_have_the_same_say_whatever_their_loss():
+    deltas = [random_delta("Dense", (4, 5), seed) for seed in (1, 2)]
+    first, second = informations(deltas)
+    loud = Statistic(first.values * 1000, first.norm * 1000)
+    quiet = merge(Fisher(), deltas, [first, second]).dense()
+    torch.testing.assert_close(merge(Fisher(), deltas, [loud, second]).dense(), quiet, rtol=1e-5, atol=1e-6)
+    plain = Fisher(normalise=False)
+    assert not torch.allclose(
+        merge(plain, deltas, [loud, second]).dense(), merge(plain, deltas, [first, second]).dense()
+    )
+
+
+def test_sparse_experts_merge_to_a_sparse_one_and_tiles_to_tiles():
+    sparse = [random_delta("Sparse", (9, 6), seed) for seed in (1, 2)]
+    merged = merge(Fisher(), sparse, informations(sparse))
+    assert isinstance(merged, Sparse)
+    assert set(merged.indices.tolist()) == set(sparse[0].indices.tolist()) | set(sparse[1].indices.tolist())
+    tiles = [random_delta("BlockSparse", (9, 6), seed) for seed in (1, 2)]
+    assert isinstance(merge(Fisher(), tiles, informations(tiles)), BlockSparse)
+    nothing = [Sparse.zero((9, 6))] * 2
+    assert merge(Fisher(), nothing, informations(nothing)).is_empty
+
+
+def test_vectors_merge_like_matrices():
+    deltas = [Dense(torch.randn(7, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    statistics = informations(deltas)
+    merged = merge(Fisher(), deltas, statistics).dense().double()
+    torch.testing.assert_close(merged, formula(deltas, statistics), rtol=1e-6, atol=1e-6)
+
+
+def test_bad_settings_and_missing_statistics_are_refused():
+    deltas = [random_delta("Dense", (2, 2), 0)] * 2
+    with pytest.raises(ValueError, match=r"Fisher needs fisher statistics, one per expert, and none were given"):
+        Fisher().merge(deltas)
+    with pytest.raises(ValueError, match=r"1 were given for 2 experts"):
+        Fisher().informed(informations(deltas)[:1]).merge(deltas)
+    with pytest.raises(ValueError, match=r"floor must be above 0"):
+        Fisher(floor=0.0)
+    with pytest.raises(ValueError, match=r"scale must be a finite number"):
+        Fisher(scale=float("nan"))

@@ -1,0 +1,167 @@
+"""Karcher against its definition (no small turn brings it nearer to all) and against steps on dense float64 tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import FORMS, random_delta, seeds, shapes
+
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.methods import Average
+from modular_experts.methods.karcher import Karcher
+from modular_experts.methods.slerp import SLERP, MultiSLERP
+
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+EAST, NORTH, UP = (Dense(row[None]) for row in torch.eye(3, dtype=torch.float64))
+EXACT = {"max_iterations": 200, "tolerance": 0.0}
+SKEWED = [1.0, 2.0, 5.0]
+
+
+def nearby_deltas(seed, count=3, shape=(3, 4), spread=0.8):
+    """Deltas that scatter around one, as those of one task do; every form, of all lengths."""
+    centre = random_delta("Dense", shape, seed)
+    around = [random_delta("Dense", shape, seed + 1 + place) * spread for place in range(count)]
+    return [(centre + delta) * (1.0 + place) for place, delta in enumerate(around)]
+
+
+def angle(one, other):
+    one, other = one / one.norm(), other / other.norm()
+    return 2 * math.atan2((one - other).norm(), (one + other).norm())
+
+
+def way(start, goal):
+    """The tangent at a unit vector that leads along the arc to a goal, as long as the arc."""
+    aside = goal / goal.norm() - (goal * start).sum() / goal.norm() * start
+    return angle(start, goal) * aside / aside.norm()
+
+
+def stepped(deltas, weights, steps):
+    """The steps on the deltas themselves."""
+    shares = [weight / math.fsum(weights) for weight in weights]
+    values = [delta.dense().double() for delta in deltas]
+    mean = sum(share * value / value.norm() for share, value in zip(shares, values, strict=True))
+    mean = mean / mean.norm()
+    for _ in range(steps):
+        step = sum(share * way(mean, value) for share, value in zip(shares, values, strict=True))
+        mean = torch.cos(step.norm()) * mean + torch.sin(step.norm()) * step / step.norm()
+    return mean * sum(share * value.norm() for share, value in zip(shares, values, strict=True))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_step_equals_that_on_the_deltas(seed, steps):
+    deltas = nearby_deltas(seed)
+    merged = Karcher(SKEWED, scale=1.5, max_iterations=steps, tolerance=0.0).merge(deltas).dense()
+    torch.testing.assert_close(merged, 1.5 * stepped(deltas, SKEWED, steps), **CLOSE)
+
+
+@given(seeds, st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
+def test_ways_to_all_experts_cancel_at_the_mean(seed, weights):
+    deltas = nearby_deltas(seed, count=4)
+    merged = Karcher(weights, **EXACT).merge(deltas).dense()
+    mean = merged / merged.norm()
+    left = sum(weight * way(mean, delta.dense()) for weight, delta in zip(weights, deltas, strict=True))
+    assert left.norm() < 1e-6
+
+
+def test_no_turn_brings_it_nearer_to_all():
+    deltas = nearby_deltas(7)
+
+    def squares(point):
+        return sum(weight * angle(point, delta.dense()) ** 2 for weight, delta in zip(SKEWED, deltas, strict=True))
+
+    merged = Karcher(SKEWED, **EXACT).merge(deltas).dense()
+    least = squares(merged)
+    for seed in range(20):
+        turn = 0.02 * merged.norm() * random_delta("Dense", (3, 4), seed).dense()
+        assert squares(merged + turn) > least
+    assert squares(MultiSLERP(SKEWED).merge(deltas).dense()) > least
+
+
+def test_ten_steps_find_it_to_the_tolerance():
+    for seed in range(10):
+        deltas = nearby_deltas(seed)
+        found = Karcher(SKEWED).merge(deltas).dense()
+        torch.testing.assert_close(found, Karcher(SKEWED, **EXACT).merge(deltas).dense(), rtol=0, atol=1e-4)
+
+
+def test_tolerance_ends_the_steps():
+    deltas = nearby_deltas(3)
+    assert torch.equal(
+        Karcher(SKEWED, tolerance=3.0).merge(deltas).dense(), Karcher(SKEWED, max_iterations=0).merge(deltas).dense()
+    )
+
+
+@given(shapes.filter(lambda shape: shape != (1, 1)), seeds, st.floats(0.1, 9), st.floats(0.1, 9))
+def test_two_of_one_length_merge_to_slerp(shape, seed, first, second):
+    one, other = (random_delta("Dense", shape, place) for place in (seed, seed + 1))
+    one, other = one * (2 / one.norm()), other * (2 / other.norm())
+    if abs((one.values * other.values).sum()) > 0.99 * 4:
+        return  # there SLERP goes straight
+    middle = SLERP(t=0.5).merge([one, other]).dense()
+    torch.testing.assert_close(Karcher().merge([one, other]).dense(), middle, **CLOSE)
+    expected = SLERP(t=second / (first + second)).merge([one, other]).dense()
+    torch.testing.assert_close(Karcher([first, second], **EXACT).merge([one, other]).dense(), expected, **CLOSE)
+
+
+def test_example_worked_by_hand():
+    merged = Karcher().merge([EAST * 2.0, NORTH * 4.0, UP * 6.0]).dense()
+    torch.testing.assert_close(merged, torch.full((1, 3), 4 / math.sqrt(3), dtype=torch.float64))
+    # on a circle the mean angle: of 0, 0 and 60 degrees it is 20
+    sixty = Dense(torch.tensor([[0.5, math.sqrt(3) / 2, 0.0]], dtype=torch.float64))
+    merged = Karcher(**EXACT).merge([EAST, sixty, EAST]).dense()
+    twenty = math.radians(20)
+    torch.testing.assert_close(merged, torch.tensor([[math.cos(twenty), math.sin(twenty), 0.0]], dtype=torch.float64))
+    assert not torch.allclose(MultiSLERP().merge([EAST, sixty, EAST]).dense(), merged)
+
+
+@pytest.mark.parametrize("form", FORMS[:-1])
+def test_every_form_gives_what_its_dense_form_does(form):
+    deltas = [random_delta(form, (6, 6), seed, share=0.7) for seed in range(3)]
+    deltas = [*deltas, random_delta("Sparse", (6, 6), 5)]
+    dense = Karcher().merge([Dense(delta.dense()) for delta in deltas]).dense()
+    torch.testing.assert_close(Karcher().merge(deltas).dense(), dense, **CLOSE)
+
+
+def test_order_of_the_experts_does_not_matter_if_the_weights_go_along():
+    deltas = nearby_deltas(4)
+    merged = Karcher(SKEWED).merge(deltas).dense()
+    torch.testing.assert_close(Karcher(SKEWED[::-1]).merge(deltas[::-1]).dense(), merged, **CLOSE)
+
+
+def test_directions_that_cancel_are_averaged():
+    opposite = [EAST * 3.0, EAST * -1.0]
+    torch.testing.assert_close(Karcher().merge(opposite).dense(), EAST.dense())
+    irregular = random_delta("Dense", (5, 7), 1)
+    deltas = [irregular * 0.3, irregular * -1.7]
+    torch.testing.assert_close(Karcher().merge(deltas).dense(), Average().merge(deltas).dense(), rtol=1e-6, atol=1e-9)
+
+
+def test_one_that_lies_opposite_of_the_mean_is_passed_over():
+    merged = Karcher([3.0, 1.0]).merge([EAST, EAST * -1.0]).dense()
+    torch.testing.assert_close(merged, EAST.dense(), rtol=0, atol=1e-6)
+
+
+def test_delta_of_zero_counts_only_in_the_length():
+    deltas = nearby_deltas(5)
+    for still in (Sparse.zero((3, 4)), Dense(torch.zeros(3, 4, dtype=torch.float64))):
+        merged = Karcher().merge([*deltas[:2], still, deltas[2]]).dense()
+        torch.testing.assert_close(merged, 3 / 4 * Karcher().merge(deltas).dense(), **CLOSE)
+        assert Karcher().merge([still, still]).dense().count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"max_iterations": -1}, "max_iterations must be at least 0, got -1"),
+        ({"tolerance": -1e-3}, "tolerance must be at least 0, got -0.001"),
+        ({"tolerance": math.nan}, "tolerance must be a finite number, got nan"),
+    ],
+)
+def test_bad_settings_get_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Karcher(**settings)

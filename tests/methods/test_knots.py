@@ -1,0 +1,149 @@
+"""KnOTS against the decomposition of all experts side by side in numpy, and wrong twins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import Delta, Dense, LowRank, Sparse
+from modular_experts.methods import TIES, Average, KnOTS, MagMax, MergeMethod, SparseAverage, TaskArithmetic
+
+
+def side_by_side(deltas):
+    """Return U and the blocks S V_i^T."""
+    wide = np.concatenate([delta.dense().double().numpy() for delta in deltas], axis=1)
+    left, values, right = np.linalg.svd(wide, full_matrices=False)
+    kept = values > 1e-7 * max(values[0], 1e-300)
+    blocks = np.split(np.diag(values[kept]) @ right[kept], len(deltas), axis=1)
+    return left[:, kept], [Dense(torch.from_numpy(block.copy())) for block in blocks]
+
+
+def knots(deltas, method):
+    left, blocks = side_by_side(deltas)
+    return left @ method.merge(blocks).dense().numpy()
+
+
+@pytest.mark.parametrize("method", [TIES(), MagMax()], ids=str)
+@given(st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([(7, 9), (9, 4), (1, 6), (6, 1)]))
+def test_knots_equals_the_formula(method, numbers, shape):
+    deltas = [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
+    merged = KnOTS(method, scale=0.6).merge(deltas).dense()
+    np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
+
+
+def test_method_that_needs_statistics_is_refused():
+    class Counting(Named):
+        statistics = "gram"
+
+    with pytest.raises(ValueError, match="Counting needs gram statistics of the weights"):
+        KnOTS(Counting())
+
+
+def test_default_is_ties():
+    deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
+    assert torch.equal(KnOTS().merge(deltas).dense(), KnOTS(TIES()).merge(deltas).dense())
+
+
+@pytest.mark.parametrize("method", [Average([1.0, 2.0, 5.0]), TaskArithmetic(0.4)], ids=str)
+@given(deltas_of_one_weight(least=3, most=3))
+def test_linear_methods_give_what_they_give_alone(method, deltas):
+    alone = method.merge(deltas).dense().double()
+    torch.testing.assert_close(KnOTS(method).merge(deltas).dense().double(), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_a_matrix_is_merged_as_it_is():
+    deltas = [Dense(torch.tensor([5.0, -1.0, 3.0])), Sparse(torch.tensor([0]), torch.tensor([-7.0]), torch.Size([3]))]
+    assert torch.equal(KnOTS(MagMax(), scale=2.0).merge(deltas).dense(), torch.tensor([-14.0, -2.0, 6.0]))
+
+
+def test_expert_that_moves_nothing_does_so_in_the_common_basis():
+    delta, count = random_delta("Dense", (5, 7), 0), SparseAverage(count="supports")
+    merged = KnOTS(count).merge([delta, Sparse.zero((5, 7))])
+    torch.testing.assert_close(merged.dense(), delta.dense())
+
+
+def test_global_ties_sees_every_weight_in_its_basis():
+    shapes = {"a": (7, 9), "b": (5, 4), "c": (6,)}
+    stream = [[random_delta("Dense", shape, 10 * n + len(name)) for n in range(3)] for name, shape in shapes.items()]
+    tied = [side_by_side(deltas) if len(deltas[0].shape) == 2 else (None, deltas) for deltas in stream]
+    inner = TIES(scope="global").prepare([blocks for _, blocks in tied])
+    bound = KnOTS(TIES(scope="global")).prepare(stream)
+    for deltas, (left, blocks) in zip(stream, tied, strict=True):
+        expected = inner.merge(blocks).dense()
+        expected = expected if left is None else torch.from_numpy(left) @ expected
+        torch.testing.assert_close(bound.merge(deltas).dense(), expected)
+
+
+@dataclass(frozen=True)
+class Named(MergeMethod):
+    """The first expert, of one weight only; beside it each expert."""
+
+    name: str = ""
+    place: int = 0
+
+    def at(self, name: str) -> Named:
+        return replace(self, name=name)
+
+    def beside(self, count: int) -> Sequence[MergeMethod]:
+        return [replace(self, name="here", place=place) for place in range(count)]
+
+    def merge(self, deltas: Sequence[Delta]) -> Delta:
+        return deltas[self.place] if self.name == "here" else deltas[self.place] * 0.0
+
+
+def test_inner_method_learns_the_weight_and_gives_what_lies_beside():
+    deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(2)]
+    torch.testing.assert_close(KnOTS(Named()).at("here").merge(deltas).dense(), deltas[0].dense())
+    assert KnOTS(Named()).at("there").merge(deltas).norm() == 0
+    for delta, method in zip(deltas, KnOTS(Named()).beside(2), strict=True):
+        torch.testing.assert_close(method.merge(deltas).dense(), delta.dense())
+
+
+def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loras = [LowRank(torch.randn(60, 2, generator=draw), torch.randn(2, 70, generator=draw)) for _ in range(3)]
+    decompose, sizes = torch.linalg.svd, []
+
+    def watch(matrix, **settings):
+        sizes.append(matrix.numel())
+        return decompose(matrix, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", watch)
+    monkeypatch.setattr(LowRank, "add_to", None)
+    monkeypatch.setattr(LowRank, "dense", None)
+    merged = KnOTS().merge(loras)
+    monkeypatch.undo()
+    assert max(sizes) == 60 * 6
+    np.testing.assert_allclose(merged.dense().numpy(), knots(loras, TIES()), rtol=1e-4, atol=1e-5)
+
+
+def weight_by_weight(deltas):
+    """Do not tie them."""
+    return TIES().merge(deltas).dense().numpy()
+
+
+def values_left_out(deltas):
+    """Merge V_i^T, and multiply by S afterwards."""
+    left, blocks = side_by_side(deltas)
+    values = sum(block.dense() ** 2 for block in blocks).sum(1, keepdim=True).sqrt()
+    return left @ (values * TIES().merge([Dense(block.dense() / values) for block in blocks]).dense()).numpy()
+
+
+def on_top_of_each_other(deltas):
+    """Stack the experts, so that the basis is one of inputs."""
+    return knots([delta.T for delta in deltas], TIES()).T
+
+
+@pytest.mark.parametrize("mutant", [weight_by_weight, values_left_out, on_top_of_each_other])
+def test_wrong_twins_are_told_from_it(mutant):
+    deltas = [random_delta("Dense", (7, 9), seed) for seed in range(3)]
+    merged = KnOTS().merge(deltas).dense().numpy()
+    np.testing.assert_allclose(merged, knots(deltas, TIES()))
+    assert not np.allclose(merged, mutant(deltas), rtol=1e-2)

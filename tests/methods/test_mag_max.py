@@ -1,0 +1,82 @@
+"""MagMax against a choice per entry in Python, its ties, and wrong twins that the tests must tell from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import MagMax
+
+ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, -2.0, 0.0]]))
+TWO = Dense(torch.tensor([[-6.0, 0.5, -3.0, 1.0, 0.0]]))
+THREE = Dense(torch.tensor([[1.0, -4.0, 2.0, -9.0, 0.0]]))
+BY_HAND = [[-6.0, -4.0, 3.0, -9.0, 0.0]]
+
+
+def mag_max(deltas, scale):
+    columns = zip(*(delta.dense().double().view(-1).tolist() for delta in deltas), strict=True)
+    largest = [scale * max(column, key=abs) for column in columns]  # the first of equal ones, as max says
+    return torch.tensor(largest, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(), st.floats(-2, 2))
+def test_mag_max_equals_the_formula(deltas, scale):
+    torch.testing.assert_close(MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
+
+
+def test_example_worked_by_hand():
+    assert MagMax().merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
+    assert MagMax(scale=-0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[3.0, 2.0, -1.5, 4.5, 0.0]]
+
+
+def largest_value(deltas):
+    """Compare values instead of magnitudes."""
+    return torch.stack([delta.dense() for delta in deltas]).amax(0)
+
+
+def magnitude_alone(deltas):
+    """Lose the sign."""
+    return torch.stack([delta.dense() for delta in deltas]).abs().amax(0)
+
+
+def last_of_ties(deltas):
+    """Let the last of equal magnitudes win."""
+    return MagMax().merge(deltas[::-1]).dense()
+
+
+@pytest.mark.parametrize("mutant", [largest_value, magnitude_alone, last_of_ties])
+def test_wrong_twins_are_told_from_it(mutant):
+    assert mutant([ONE, TWO, THREE]).tolist() != BY_HAND
+
+
+def test_first_of_opposite_deltas_wins():
+    one, other = Dense(torch.tensor([[1.0, -2.0]])), Dense(torch.tensor([[-1.0, 2.0]]))
+    assert MagMax().merge([one, other]).dense().tolist() == [[1.0, -2.0]]
+    assert MagMax().merge([other, one]).dense().tolist() == [[-1.0, 2.0]]
+
+
+def test_entry_that_one_expert_alone_moves_keeps_its_strength():
+    one = Sparse(torch.tensor([0, 1]), torch.tensor([2.0, -4.0]), torch.Size((2, 2)))
+    other = Sparse(torch.tensor([1, 2]), torch.tensor([3.0, 6.0]), torch.Size((2, 2)))
+    merged = MagMax().merge([one, other])
+    assert merged.indices.tolist() == [0, 1, 2]
+    assert merged.values.tolist() == [2.0, -4.0, 6.0]
+
+
+def test_tiles_meet_tile_by_tile():
+    shape = torch.Size((2, 4))
+    one = BlockSparse(torch.tensor([0]), torch.tensor([[[1.0, -5.0], [0.0, 2.0]]]), shape)
+    other = BlockSparse(torch.tensor([0, 1]), torch.tensor([[[-3.0, 4.0], [1.0, 1.0]], [[7.0] * 2] * 2]), shape)
+    merged = MagMax().merge([one, other])
+    assert isinstance(merged, BlockSparse)
+    assert merged.dense().tolist() == [[-3.0, -5.0, 7.0, 7.0], [1.0, 2.0, 7.0, 7.0]]
+
+
+def test_narrow_and_wide_values_are_compared_as_they_are():
+    half = Dense(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
+    single = Dense(torch.tensor([[1.001, 1.999]]))
+    assert torch.equal(MagMax().merge([half, single]).dense(), torch.tensor([[1.001, 2.0]]))

@@ -1,0 +1,151 @@
+"""The battery runs on every merge method of the package, with what its docstring promises, and catches wrong ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import modular_experts.methods as m
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.methods.method import weighted_sum
+from modular_experts.testing.methods import check_merge_method
+
+SAME = {"alone": True, "copies": True}
+FULL = {**SAME, "order": True, "zero": True}
+PROMISES = [
+    (m.Average(), {**SAME, "order": True}),
+    (m.SparseAverage(), FULL),
+    (m.SparseAverage(exponent=0.5), {"alone": True, "order": True, "zero": True}),
+    (m.TaskArithmetic(), {"alone": True, "order": True, "zero": True}),
+    (m.RAM(), FULL),
+    (m.RAMPlus(r=0.0), FULL),
+    (m.RAMPlus(), {"order": True, "zero": True}),
+    (m.ModelStock(), FULL),
+    (m.SLERP(), SAME),
+    (m.NuSLERP(), SAME),
+    (m.NuSLERP(row_wise=True), SAME),
+    (m.MultiSLERP(), {**SAME, "order": True}),
+    (m.Karcher(), {**SAME, "order": True}),
+    (m.TIES(keep=1.0), FULL),
+    (m.TIES(scope="global"), {"order": True, "zero": True}),
+    (m.TIES(preset="mergekit"), {**SAME, "order": True, "zero": True}),
+    (m.TIES(preset="fusion_bench"), {"order": True, "zero": True}),
+    (m.TIES(preset="paper-code"), {"order": True, "zero": True}),
+    (m.MagnitudePrune(), {"order": True, "zero": True}),
+    (m.DARE(), {"zero": True}),
+    (m.DARE(preset="mergekit", keep=0.5), {"zero": True}),
+    (m.DARETIES(), {"zero": True}),
+    (m.DELLA(), {"zero": True}),
+    (m.DELLALinear(), {"zero": True}),
+    (m.Breadcrumbs(), {"order": True, "zero": True}),
+    (m.BreadcrumbsTIES(), {"order": True, "zero": True}),
+    (m.MagMax(), {**SAME, "zero": True}),
+    (m.SCE(), {**SAME, "order": True, "zero": True}),
+    (m.PCB(keep=1.0), {**SAME, "order": True, "zero": True}),
+    (m.ConsensusTA(agreement=1, threshold=0.0), {"alone": True, "order": True, "zero": True}),
+    (m.TALLMask(), {"alone": True, "order": True, "zero": True}),
+    (m.EMR(), FULL),
+    (m.Intersection(), {**SAME, "order": True}),
+    (m.Difference(), {"alone": True, "zero": True}),
+    (m.TSVMerge(), {"order": True, "zero": True, "alone": True}),
+    (m.IsoC(), {"order": True, "zero": True}),
+    (m.IsoCTS(), {"order": True, "zero": True}),
+    (m.KnOTS(method=m.TIES(keep=1.0)), {"alone": True}),
+    (m.SVDAverage(), {"order": True}),
+    (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
+    (m.SelfRegMean(), FULL),
+    (m.Fisher(), SAME),
+    (m.RegMean(), {"alone": True}),
+    (m.RegMean(ridge=0.1), {"alone": True}),
+    (m.RegMeanPlusPlus(), {"alone": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "promises"), PROMISES, ids=str)
+def test_method_keeps_its_promises(method, promises):
+    check_merge_method(method, **promises)
+
+
+def test_every_method_is_in_the_battery():
+    assert {type(method).__name__ for method, _ in PROMISES} == set(m.__all__) - {"MergeMethod"}
+
+
+@dataclass(frozen=True)
+class Correct(m.MergeMethod):
+    scale: float = 1.0
+
+    def merge(self, deltas):
+        return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
+
+
+class InPlace(Correct):
+    def merge(self, deltas):
+        for delta in deltas:
+            next(t for t in delta.tensors().values() if t.is_floating_point()).mul_(1.5)
+        return super().merge(deltas)
+
+
+class Shifting(Correct):
+    def merge(self, deltas):
+        return Dense(super().merge(deltas).dense() + 1)
+
+
+class Narrow(Correct):
+    def merge(self, deltas):
+        return super().merge(deltas).to(dtype=torch.bfloat16)
+
+
+class Infinite(Correct):
+    def merge(self, deltas):
+        return Dense(super().merge(deltas).dense() / 0)
+
+
+class Tensors(Correct):
+    def merge(self, deltas):
+        return super().merge(deltas).dense()
+
+
+class Unscaled(Correct):
+    def merge(self, deltas):
+        return replace(self, scale=1.0)._sum(deltas)
+
+    def _sum(self, deltas):
+        return weighted_sum(deltas, [1.0] * len(deltas))
+
+
+class Random(Correct):
+    def merge(self, deltas):
+        return Dense(super().merge(deltas).dense() * torch.rand(()))
+
+
+class FirstOnly(Correct):
+    def merge(self, deltas):
+        return deltas[0] * self.scale if not deltas[0].is_empty else Sparse.zero(deltas[0].shape)
+
+
+@pytest.mark.parametrize(
+    ("method", "promises", "sentence"),
+    [
+        (InPlace(), {}, "must not change what it is given"),
+        (Shifting(), {}, "must merge to"),
+        (Narrow(), {}, "must have the widest dtype"),
+        (Infinite(), {}, "must be finite"),
+        (Tensors(), {}, "must return a delta"),
+        (Unscaled(), {}, "the scale must be a factor"),
+        (Random(), {}, "the same call must give the same result"),
+        (Correct(), {"zero": True}, "an expert that moves nothing must change nothing"),
+        (FirstOnly(), {"order": True}, "the order of the experts must not matter"),
+        (m.TaskArithmetic(), FULL, "copies of an expert must merge to it"),
+        (m.IsoC(), {"alone": True}, "one expert must merge to itself"),
+    ],
+    ids=str,
+)
+def test_wrong_methods_are_caught(method, promises, sentence):
+    with pytest.raises(AssertionError, match=sentence):
+        check_merge_method(method, **promises)
+
+
+def test_right_method_of_a_user_passes():
+    check_merge_method(Correct(), alone=True, copies=True, order=True)

@@ -1,0 +1,121 @@
+"""Model Stock against every pair's cosine on dense float64 tensors, its limits, and wrong twins that the tests must
+tell from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import Average, ModelStock
+
+HALF = math.cos(math.pi / 3)
+# Two unit vectors at 60 degrees: c = 1/2, t = 2 c / (1 + c) = 2/3.
+ONE = Dense(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+TWO = Dense(torch.tensor([[HALF, math.sin(math.pi / 3)]], dtype=torch.float64))
+
+
+def model_stock(deltas, scale=1.0):
+    """The formula as printed, from every pair."""
+    moving = [delta.dense().double() for delta in deltas if delta.dense().count_nonzero()]
+    if not moving:
+        return torch.zeros(deltas[0].shape, dtype=torch.float64)
+    n, mean = len(moving), sum(moving) / len(moving)
+    if n == 1:
+        return scale * mean
+    cosines = [((a * b).sum() / (a.norm() * b.norm())).item() for a, b in itertools.combinations(moving, 2)]
+    c = max(0.0, math.fsum(cosines) / len(cosines))
+    return scale * (n * c / (1 + (n - 1) * c)) * mean
+
+
+@given(deltas_of_one_weight(most=6), st.floats(-2, 2))
+def test_model_stock_equals_the_formula(deltas, scale):
+    merged = ModelStock(scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double(), model_stock(deltas, scale), rtol=1e-9, atol=1e-11)
+
+
+def test_example_worked_by_hand():
+    expected = 2 / 3 * (ONE.dense() + TWO.dense()) / 2
+    torch.testing.assert_close(ModelStock().merge([ONE, TWO]).dense(), expected)
+    third = Dense(torch.tensor([[HALF, -math.sin(math.pi / 3)]], dtype=torch.float64))
+    # cosines 1/2, 1/2, -1/2: c = 1/6, t = (3/6) / (1 + 2/6) = 3/8, and the mean is (2/3, 0)
+    expected = torch.tensor([[0.25, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(ModelStock().merge([ONE, TWO, third]).dense(), expected)
+
+
+def plain_mean(deltas):
+    """Do not shorten the average."""
+    return Average().merge(deltas).dense()
+
+
+def cosine_alone(deltas):
+    """Take c for t, forgetting how many experts agree."""
+    return Average(scale=HALF).merge(deltas).dense()
+
+
+def lengths_count(deltas):
+    """Take the angle from the sum of the deltas as they are, not of unit length."""
+    total, n = sum(delta.dense() for delta in deltas), len(deltas)
+    step = n / (n - 1) * (1 - n / total.norm().item() ** 2)
+    return Average(scale=step).merge(deltas).dense()
+
+
+@pytest.mark.parametrize("mutant", [plain_mean, cosine_alone, lengths_count])
+def test_wrong_twins_are_told_from_it(mutant):
+    deltas = [ONE * 5.0, TWO]
+    expected = 2 / 3 * (5 * ONE.dense() + TWO.dense()) / 2
+    torch.testing.assert_close(ModelStock().merge(deltas).dense(), expected)
+    assert not torch.allclose(mutant(deltas), expected)
+
+
+@given(deltas_of_one_weight(least=2, of=["Dense"]), st.floats(0.1, 10))
+def test_step_depends_on_angles_and_not_on_lengths(deltas, factor):
+    longer = [deltas[0] * factor, *deltas[1:]]
+    step = model_stock(deltas).norm() / Average().merge(deltas).dense().norm()
+    average = Average().merge(longer).dense() * step
+    torch.testing.assert_close(ModelStock().merge(longer).dense(), average, rtol=1e-9, atol=1e-11)
+
+
+def test_orthogonal_experts_leave_the_base():
+    one = Sparse(torch.tensor([0, 1]), torch.tensor([2.0, 4.0]), torch.Size((2, 2)))
+    other = Sparse(torch.tensor([2, 3]), torch.tensor([8.0, 6.0]), torch.Size((2, 2)))
+    merged = ModelStock().merge([one, other])
+    assert isinstance(merged, Sparse)
+    assert merged.norm() < 1e-12
+
+
+@pytest.mark.parametrize("second", [[[-1.0, 0.0]], [[-1.0, 0.1]], [[-1.0, 2.0]]])
+def test_opposed_experts_leave_the_base(second):
+    merged = ModelStock().merge([ONE, Dense(torch.tensor(second, dtype=torch.float64))])
+    assert merged.dense().tolist() == [[0.0, 0.0]]
+
+
+def test_weight_that_one_expert_alone_moves_is_taken_whole():
+    zero = torch.Size((1, 2))
+    for still in (Sparse.zero(zero), Dense(torch.zeros(1, 2, dtype=torch.float64))):
+        assert torch.equal(ModelStock().merge([still, TWO, still]).dense(), TWO.dense())
+        both = ModelStock().merge([ONE, still, TWO]).dense()
+        torch.testing.assert_close(both, ModelStock().merge([ONE, TWO]).dense())
+
+
+def test_weight_that_none_moves_stays():
+    assert ModelStock().merge([Sparse.zero((2, 2))] * 3).is_empty
+    assert ModelStock().merge([Dense(torch.zeros(2, 2))] * 3).dense().count_nonzero() == 0
+
+
+def test_low_rank_experts_are_never_made_dense(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 30, generator=draw)) for _ in range(3)]
+    expected = model_stock(loras)
+    monkeypatch.setattr(LowRank, "add_to", None)
+    merged = ModelStock().merge(loras)
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    torch.testing.assert_close(merged.dense().double(), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,170 @@
+"""RAM, RAM+, SCE, consensus merging and TALL masks against their formulas, entry by entry in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import RAM, SCE, ConsensusTA, RAMPlus, SparseAverage, TALLMask, TaskArithmetic
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+scales = st.floats(-2, 2)
+
+
+def columns(deltas):
+    """The values of all experts at each entry."""
+    return torch.stack([delta.dense().double().reshape(-1) for delta in deltas]).T.tolist()
+
+
+def assert_entries(merged, expected):
+    torch.testing.assert_close(
+        merged.dense().double().reshape(-1), torch.tensor(expected, dtype=torch.float64), **CLOSE
+    )
+
+
+@given(deltas_of_one_weight(), st.floats(0, 1.5), scales)
+def test_ram_equals_the_formula(deltas, epsilon, scale):
+    expected = []
+    for column in columns(deltas):
+        moved = [value for value in column if abs(value) > epsilon]
+        expected.append(scale * sum(moved) / max(len(moved), 1))
+    assert_entries(RAM(epsilon, scale).merge(deltas), expected)
+
+
+@given(deltas_of_one_weight())
+def test_ram_without_a_threshold_is_the_overlap_aware_average(deltas):
+    torch.testing.assert_close(RAM().merge(deltas).dense(), SparseAverage().merge(deltas).dense(), **CLOSE)
+
+
+@given(deltas_of_one_weight(), st.floats(0, 1.5), st.floats(0, 2), st.floats(0, 3), scales)
+def test_ram_plus_equals_the_formula(deltas, epsilon, r, alpha, scale):
+    movers = [[abs(value) > epsilon for value in column] for column in columns(deltas)]
+    strength = []
+    for expert in range(len(deltas)):
+        unique = sum(moved[expert] and sum(moved) == 1 for moved in movers)
+        shared = sum(moved[expert] and sum(moved) > 1 for moved in movers)
+        strength.append(1 + r * min(shared / unique, alpha) if unique else 1.0)
+    expected = []
+    for column, moved in zip(columns(deltas), movers, strict=True):
+        values = [value for value, m in zip(column, moved, strict=True) if m]
+        factor = strength[moved.index(True)] if sum(moved) == 1 else 1.0
+        expected.append(scale * factor * sum(values) / max(len(values), 1))
+    assert_entries(RAMPlus(epsilon, r, alpha, scale).merge(deltas), expected)
+
+
+def sce(deltas, keep, floor, scale, positive):
+    table = torch.tensor(columns(deltas), dtype=torch.float64)
+    if keep < 1:
+        variance = table.var(1, correction=0)
+        variance[(table == table[:, :1]).all(1)] = 0.0
+        count = int(keep * int(variance.count_nonzero()) * (1 + 1e-12))
+        order = sorted(range(len(variance)), key=lambda entry: (-variance[entry].item(), entry))
+        mask = torch.zeros(len(variance), 1, dtype=torch.float64)
+        mask[order[:count]] = 1.0
+        table = table * mask
+    squares = table.square().mean(0)
+    shares = squares / squares.sum() if squares.sum() > max(floor, 0) else torch.full_like(squares, 1 / len(squares))
+    out = []
+    for row in table.tolist():
+        sign = 1 if sum(row) > 0 or (sum(row) == 0 and positive) else -1 if sum(row) < 0 else 0
+        agreeing = [(share, value) for share, value in zip(shares.tolist(), row, strict=True) if value * sign > 0]
+        divisor = sum(share for share, _ in agreeing)
+        total = sum(share * value for share, value in agreeing)
+        out.append(scale * total / max(divisor, floor) if agreeing and divisor else 0.0)
+    return out
+
+
+@given(deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]), st.floats(0, 1), scales)
+def test_sce_equals_the_formula(deltas, keep, scale):
+    assert_entries(SCE(keep=keep, scale=scale).merge(deltas), sce(deltas, keep, 0.0, scale, positive=False))
+
+
+@given(deltas_of_one_weight(), st.sampled_from([1e-6, 1.0]), st.sampled_from([1.0, 1e-4]))
+def test_sce_of_mergekit_counts_small_experts_alike(deltas, floor, size):
+    small = [delta * size for delta in deltas]
+    method = SCE(preset="mergekit", floor=floor)
+    assert_entries(method.merge(small), sce(small, 1.0, floor, 1.0, positive=True))
+
+
+@given(seeds)
+def test_sce_selects_nothing_where_experts_do_not_differ(seed):
+    copies = [Dense(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)))] * 3
+    assert not SCE(keep=0.5).merge(copies).dense().any()
+    torch.testing.assert_close(SCE().merge(copies).dense(), copies[0].dense())
+
+
+@given(deltas_of_one_weight(), st.floats(0, 2), st.integers(1, 3), scales)
+def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
+    expected = []
+    for column in columns(deltas):
+        total = torch.tensor(column, dtype=torch.float64).sum().item()
+        votes = sum(value != 0 and abs(value) >= threshold * abs(total - value) for value in column)
+        expected.append(scale * total if votes >= agreement else 0.0)
+    assert_entries(ConsensusTA(threshold, agreement, scale).merge(deltas), expected)
+
+
+@given(deltas_of_one_weight(), st.floats(0, 2), scales)
+def test_tall_masks_equal_the_formula(deltas, threshold, scale):
+    method = TALLMask(threshold, scale)
+    torch.testing.assert_close(method.merge(deltas).dense(), TaskArithmetic(scale).merge(deltas).dense(), **CLOSE)
+    for expert, beside in enumerate(method.beside(len(deltas))):
+        expected = []
+        for column in columns(deltas):
+            total = torch.tensor(column, dtype=torch.float64).sum().item()
+            own = column[expert]
+            expected.append(scale * total if own != 0 and abs(own) >= threshold * abs(total - own) else 0.0)
+        assert_entries(beside.merge(deltas), expected)
+
+
+def test_tall_mask_of_an_expert_apart_is_the_expert():
+    one = Sparse(torch.tensor([0, 3]), torch.tensor([1.0, -2.0]), torch.Size((2, 3)))
+    other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
+    first, second = TALLMask().beside(2)
+    assert torch.equal(first.merge([one, other]).dense(), one.dense())
+    assert second.merge([one, other]).indices.tolist() == [1]
+
+
+METHODS = [RAM(0.1), RAMPlus(0.1), SCE(keep=0.5), ConsensusTA(), TALLMask(), TALLMask().beside(3)[0]]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
+    entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
+    tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
+    assert isinstance(method.merge(entries), Sparse)
+    assert isinstance(method.merge(tiles), BlockSparse)
+
+
+@pytest.mark.parametrize("method", [RAM(), RAMPlus(), SCE(keep=0.5), ConsensusTA(), TALLMask()], ids=str)
+@given(deltas_of_one_weight(least=2), st.randoms(use_true_random=False), st.sampled_from([-4.0, 0.5]))
+def test_order_does_not_matter_and_factors_pass_through(method, deltas, random, factor):
+    merged = method.merge(deltas).dense()
+    torch.testing.assert_close(method.merge([d * factor for d in deltas]).dense(), merged * factor, **CLOSE)
+    random.shuffle(deltas)
+    torch.testing.assert_close(method.merge(deltas).dense(), merged, **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_all_zero_and_empty_deltas_merge_to_nothing(method):
+    zeros = [Dense(torch.zeros(2, 3)), Sparse.zero((2, 3)), Dense(torch.zeros(2, 3))]
+    assert not method.merge(zeros).dense().any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (RAM, {"epsilon": -1.0}, "RAM: epsilon must be at least 0, got -1.0"),
+        (RAMPlus, {"r": float("nan")}, "RAMPlus: r must be a finite number, got nan"),
+        (SCE, {"keep": 1.5}, "keep is the share of entries selected .* got 1.5"),
+        (SCE, {"zero": "none ", "keep": 1.0}, "zero must be 'none' or 'positive', got 'none '"),
+        (ConsensusTA, {"agreement": 0}, "agreement is a number of experts, at least 1, got 0"),
+        (TALLMask, {"threshold": -0.1}, "threshold must be at least 0, got -0.1"),
+    ],
+)
+def test_bad_settings_get_a_sentence(kind, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kind(**settings)

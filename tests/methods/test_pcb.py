@@ -1,0 +1,154 @@
+"""PCB against a reading of the paper entry by entry, and what it does to copies, zeros and forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import FORMS, deltas_of_one_weight, forms, random_delta, seeds, shapes
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse, add
+from modular_experts.methods.pcb import PCB
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def norm(values):
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def softmax(values):
+    powers = [math.exp(value) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def pcb(deltas, keep=0.1, scale=1.0):
+    experts = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    experts = [expert for expert in experts if any(expert)]
+    size, total, weight = deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel(), [0.0] * deltas[0].shape.numel()
+    for expert in experts:
+        intra = softmax([len(experts) * value for value in norm([value**2 for value in expert])])
+        inter = [0.0] * size
+        for other in experts:
+            shared = softmax(norm([one * two for one, two in zip(expert, other, strict=True)]))
+            inter = [before + now for before, now in zip(inter, shared, strict=True)]
+        score = [one * two for one, two in zip(intra, inter, strict=True)]
+        least = sorted(score, reverse=True)[max(1, int(keep * size)) - 1]
+        for entry in range(size):
+            if score[entry] >= least * (1 - 1e-9):  # entries that tie but for rounding
+                total[entry] += score[entry] * expert[entry]
+                weight[entry] += score[entry]
+    merged = [scale * top / bottom if bottom else 0.0 for top, bottom in zip(total, weight, strict=True)]
+    return torch.tensor(merged, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(of=["Dense", "LowRank", "zero"]), st.floats(0.05, 1), st.floats(-2, 2))
+def test_pcb_equals_the_paper(deltas, keep, scale):
+    merged = PCB(keep, scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double(), pcb(deltas, keep, scale), **CLOSE)
+
+
+@given(deltas_of_one_weight())
+def test_pcb_of_all_entries_equals_the_paper_for_every_form(deltas):
+    torch.testing.assert_close(PCB(keep=1.0).merge(deltas).dense().double(), pcb(deltas, keep=1.0), **CLOSE)
+
+
+def test_example_worked_by_hand():
+    one, other = Dense(torch.tensor([[3.0, 0.0]])), Dense(torch.tensor([[0.0, 3.0]]))
+    e = math.e
+    own, shared = e**2 / (e**2 + 1), e / (e + 1) + 1 / 2  # where the expert moved
+    still, beside = 1 / (e**2 + 1), 1 / (e + 1) + 1 / 2  # where the other did
+    say = own * shared / (own * shared + still * beside)
+    torch.testing.assert_close(PCB(keep=1.0).merge([one, other]).dense(), torch.full((1, 2), 3 * say))
+    assert PCB(keep=0.5).merge([one, other]).dense().tolist() == [[3.0, 3.0]]
+
+
+def test_wrong_twins_are_told_from_it():
+    one = Dense(torch.tensor([[3.0, -1.0, 0.5, 2.0]], dtype=torch.float64))
+    other = Dense(torch.tensor([[-1.0, 2.0, 0.25, 1.0]], dtype=torch.float64))
+    merged = PCB(keep=1.0).merge([one, other]).dense()
+    plain = (one.dense() + other.dense()) / 2
+    squares = [delta.dense() ** 2 for delta in (one, other)]
+    by_square = (squares[0] * one.dense() + squares[1] * other.dense()) / (squares[0] + squares[1])
+    assert not torch.allclose(merged, plain)
+    assert not torch.allclose(merged, by_square)
+    assert (merged.abs() > plain.abs()).sum() >= 3  # who moved an entry further has more say there
+
+
+@given(shapes, seeds, forms, st.integers(1, 5))
+def test_copies_of_an_expert_merge_to_it_exactly(shape, seed, form, copies):
+    delta = random_delta(form, shape, seed, torch.float32)
+    assert torch.equal(PCB(keep=1.0).merge([delta] * copies).dense(), delta.dense())
+
+
+def test_one_expert_merges_to_its_largest_entries():
+    delta = random_delta("Dense", (5, 6), 3)
+    kept = delta.values.abs() >= delta.values.abs().flatten().sort().values[-6]
+    torch.testing.assert_close(PCB(keep=0.2).merge([delta]).dense(), delta.values * kept)
+    assert PCB(keep=1e-6).merge([delta]).dense().count_nonzero() == 1
+
+
+@given(deltas_of_one_weight(least=2), st.randoms(use_true_random=False))
+def test_order_of_the_experts_does_not_matter(deltas, random):
+    merged = PCB(keep=1.0).merge(deltas).dense()
+    random.shuffle(deltas)
+    torch.testing.assert_close(PCB(keep=1.0).merge(deltas).dense(), merged, **CLOSE)
+
+
+@given(deltas_of_one_weight(), st.sampled_from([-4.0, 0.5, 2.0]))
+def test_scaled_experts_merge_to_the_scaled_merge(deltas, factor):
+    merged = PCB(keep=0.5).merge(deltas) * factor
+    scaled = PCB(keep=0.5).merge([delta * factor for delta in deltas])
+    torch.testing.assert_close(scaled.dense(), merged.dense(), **CLOSE)
+
+
+@given(deltas_of_one_weight())
+def test_an_expert_that_moves_nothing_changes_nothing(deltas):
+    merged = PCB(keep=0.5).merge(deltas)
+    for zero in (Sparse.zero(deltas[0].shape), Dense(torch.zeros(deltas[0].shape, dtype=torch.float64))):
+        torch.testing.assert_close(PCB(keep=0.5).merge([*deltas, zero]).dense().double(), merged.dense().double())
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (7, 10)])
+def test_sparse_stays_sparse_and_tiles_stay_tiles(shape, monkeypatch):
+    monkeypatch.setattr("modular_experts.methods.chunks.PART", 20)
+    entries = [random_delta("Sparse", shape, seed) for seed in range(3)]
+    tiles = [random_delta("BlockSparse", shape, seed) for seed in range(3)]
+    for deltas, kind in ((entries, Sparse), (tiles, BlockSparse), ([*entries, *tiles], Sparse)):
+        merged = PCB(keep=1.0).merge(deltas)
+        assert isinstance(merged, kind)
+        assert merged.support().tolist() == add(deltas).support().tolist()
+        torch.testing.assert_close(merged.dense(), pcb(deltas, keep=1.0), **CLOSE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stored_float32_values_are_rounded_once(form):
+    deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
+    merged = PCB().merge(deltas)
+    assert merged.dtype == torch.float32
+    if form != "LowRank":  # whose product is a float32 one
+        exact = PCB().merge([delta.to(dtype=torch.float64) for delta in deltas])
+        assert torch.equal(merged.dense(), exact.dense().float())
+
+
+def test_vectors_such_as_biases_merge_too():
+    one, other = Dense(torch.tensor([1.0, -2.0, 0.0])), Sparse(torch.tensor([1]), torch.tensor([-4.0]), torch.Size([3]))
+    torch.testing.assert_close(PCB(keep=1.0).merge([one, other]).dense().double(), pcb([one, other], keep=1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"keep": 0.0}, "keep .* in \\(0, 1\\], got 0.0"),
+        ({"keep": 1.5}, "keep .* in \\(0, 1\\], got 1.5"),
+        ({"keep": math.nan}, "keep .* in \\(0, 1\\], got nan"),
+        ({"scale": math.inf}, "scale must be a finite number, got inf"),
+    ],
+)
+def test_bad_settings_get_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=f"PCB: {sentence}"):
+        PCB(**settings)

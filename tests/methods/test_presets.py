@@ -1,0 +1,291 @@
+"""Presets give each peer's meaning of a method's name: against PEFT itself, and against the others' rules written anew
+in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils import merge_utils as peft
+from testbed.random_deltas import random_delta, seeds
+
+from modular_experts.deltas import Dense
+from modular_experts.methods import (
+    DARE,
+    DARETIES,
+    DELLA,
+    TIES,
+    Breadcrumbs,
+    BreadcrumbsTIES,
+    DELLALinear,
+    MagnitudePrune,
+)
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+SHAPES = [(5, 8), (3, 7), (11,)]
+some_weights = st.lists(st.floats(-2, 2).filter(lambda w: abs(w) > 0.05), min_size=3, max_size=3)
+shares = st.floats(0.1, 0.99)
+
+
+def experts_of(seed, count=3):
+    """Dense deltas of three weights, expert by expert: float64, of values that float32 holds."""
+    return [
+        [
+            random_delta("Dense", s, seed + 10 * e + w, torch.float32).to(dtype=torch.float64)
+            for w, s in enumerate(SHAPES)
+        ]
+        for e in range(count)
+    ]
+
+
+def merged_by(method, experts):
+    """The merged values of every weight."""
+    stream = [list(deltas) for deltas in zip(*experts, strict=True)]
+    bound = method.prepare(stream)
+    return [bound.at(f"weight {n}").merge(deltas).dense() for n, deltas in enumerate(stream)]
+
+
+def per_weight(rule, experts):
+    return [rule([delta.values for delta in deltas]) for deltas in zip(*experts, strict=True)]
+
+
+def assert_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+# mergekit: everything per weight; weights vote; a zero vote counts as plus; what agrees is divided by its weights.
+
+
+def largest(values, share):
+    flat = values.reshape(-1)
+    kept = torch.zeros_like(flat)
+    order = flat.abs().argsort(descending=True)[: int(share * flat.numel() * (1 + 1e-12))]
+    kept[order] = flat[order]
+    return kept.view_as(values)
+
+
+def mergekit_consensus(values, weights, normalise):
+    weighted = torch.stack([w * v for w, v in zip(weights, values, strict=True)])
+    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    agrees = weighted.sign() == sign
+    total = (weighted * agrees).sum(0)
+    if not normalise:
+        return total
+    shape = [-1] + [1] * values[0].dim()
+    divisor = (torch.tensor(weights, dtype=torch.float64).view(shape) * agrees).sum(0)
+    return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+@given(seeds, some_weights, st.lists(st.floats(0.2, 1), min_size=3, max_size=3), st.floats(-2, 2))
+def test_ties_of_mergekit(seed, weights, keeps, scale):
+    experts = experts_of(seed)
+    method = TIES(preset="mergekit", weights=weights, keep=keeps, scale=scale)
+
+    def rule(values):
+        trimmed = [largest(v, k) for v, k in zip(values, keeps, strict=True)]
+        return scale * mergekit_consensus(trimmed, weights, normalise=True)
+
+    assert_equal(merged_by(method, experts), per_weight(rule, experts))
+
+
+def band(values, keep, gamma):
+    flat, size = values.reshape(-1), values.numel()
+    top, low = int(gamma * size), size - int(keep * size) - int(gamma * size)
+    kept = torch.zeros_like(flat)
+    order = flat.abs().argsort()[low : size - top]
+    kept[order] = flat[order]
+    return kept.view_as(values)
+
+
+@given(seeds, some_weights)
+def test_breadcrumbs_of_mergekit(seed, weights):
+    experts = experts_of(seed)
+    settings = {"preset": "mergekit", "beta": 0.375, "gamma": 0.125, "weights": weights}
+    masked = lambda values: [band(v, 0.5, 0.125) for v in values]  # noqa: E731
+    summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, masked(values), strict=True)), experts)
+    elected = per_weight(lambda values: mergekit_consensus(masked(values), weights, normalise=False), experts)
+    assert_equal(merged_by(Breadcrumbs(**settings), experts), summed)
+    assert_equal(merged_by(BreadcrumbsTIES(**settings), experts), elected)
+
+
+@given(seeds, some_weights)
+def test_random_methods_of_mergekit_without_dropping(seed, weights):
+    experts = experts_of(seed)
+    summed = per_weight(lambda values: sum(w * v for w, v in zip(weights, values, strict=True)), experts)
+    for kind in (DARE, DELLALinear):
+        assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), summed)
+    for kind, normalise in ((DARETIES, False), (DELLA, True)):
+        elected = per_weight(lambda values, n=normalise: mergekit_consensus(values, weights, n), experts)
+        assert_equal(merged_by(kind(preset="mergekit", weights=weights), experts), elected)
+
+
+@pytest.mark.parametrize("kind", [DARE, DELLALinear])
+@given(seed=seeds)
+def test_dropping_of_mergekit_keeps_the_sum_of_magnitudes(kind, seed):
+    (expert,) = experts_of(seed, count=1)
+    for before, after in zip(expert, merged_by(kind(preset="mergekit", keep=0.6), [expert]), strict=True):
+        if after.any():
+            torch.testing.assert_close(after.abs().sum(), before.values.abs().sum(), **CLOSE)
+            stays = after != 0
+            ratio = after[stays] / before.values[stays]
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), **CLOSE)
+
+
+# PEFT: its own functions are the oracle.
+
+
+@given(seeds, some_weights, shares)
+def test_ties_of_peft(seed, weights, keep):
+    experts = experts_of(seed)
+    expected = per_weight(lambda values: peft.ties(values, torch.tensor(weights, dtype=torch.float64), keep), experts)
+    if min(int(keep * 11), int(keep * 21)) > 0:  # where PEFT keeps no entry at all, at least one is kept here
+        assert_equal(merged_by(TIES(preset="peft", keep=keep, weights=weights), experts), expected)
+
+
+@given(seeds, some_weights, shares)
+def test_ties_of_peft_by_frequency(seed, weights, keep):
+    experts = experts_of(seed)
+    weigh = torch.tensor(weights, dtype=torch.float64)
+    expected = per_weight(lambda values: peft.ties(values, weigh, keep, "frequency"), experts)
+    if int(keep * 11) > 0:
+        assert_equal(merged_by(TIES(preset="peft", vote="count", keep=keep, weights=weights), experts), expected)
+
+
+@given(seeds, some_weights, shares)
+def test_magnitude_prune_of_peft(seed, weights, keep):
+    experts = experts_of(seed)
+    weigh = torch.tensor(weights, dtype=torch.float64)
+    expected = per_weight(lambda values: peft.magnitude_prune(values, weigh, keep), experts)
+    if int(keep * 11) > 0:
+        assert_equal(merged_by(MagnitudePrune(keep=keep, weights=weights), experts), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")
+@given(seeds, some_weights)
+def test_dare_of_peft_without_dropping_is_its_own(seed, weights):
+    experts = experts_of(seed)
+    weigh = torch.tensor(weights, dtype=torch.float64)
+    linear = per_weight(lambda values: peft.dare_linear(values, weigh, 1.0), experts)
+    elected = per_weight(lambda values: peft.dare_ties(values, weigh, 1.0), experts)
+    assert_equal(merged_by(DARE(preset="peft", keep=1.0, weights=weights), experts), linear)
+    assert_equal(merged_by(DARETIES(preset="peft", keep=1.0, weights=weights), experts), elected)
+
+
+@given(seed=seeds)
+def test_dare_divides_what_stays_by_its_probability(seed):
+    (expert,) = experts_of(seed, count=1)
+    for settings in ({}, {"preset": "peft"}, {"preset": "fusion_bench", "scale": 1.0}):
+        for before, after in zip(expert, merged_by(DARE(keep=0.25, **settings), [expert]), strict=True):
+            torch.testing.assert_close(after[after != 0], 4 * before.values[after != 0], **CLOSE)
+
+
+# FusionBench, mttl and the code of the paper: one threshold for the whole expert.
+
+
+def whole(experts):
+    return torch.stack([torch.cat([delta.values.reshape(-1) for delta in expert]) for expert in experts])
+
+
+def cut_globally(experts, share):
+    long = whole(experts).float()  # thresholds are found in float32
+    count = max(1, int(share * long.shape[1] * (1 + 1e-12)))
+    thresholds = long.abs().sort(descending=True).values[:, count - 1 : count]
+    return whole(experts) * (long.abs() >= thresholds)
+
+
+def split(long):
+    sizes = [torch.Size(shape).numel() for shape in SHAPES]
+    return [part.view(shape) for part, shape in zip(long.split(sizes), SHAPES, strict=True)]
+
+
+def with_opposites(seed):
+    """Experts of which two cancel exactly at every third entry, so that votes of zero occur."""
+    experts = experts_of(seed, count=2)
+    opposite = []
+    for one, two in zip(*experts, strict=True):
+        values = two.values.clone().view(-1)
+        values[::3] = -one.values.view(-1)[::3]
+        opposite.append(Dense(values.view_as(two.values)))
+    return [experts[0], opposite]
+
+
+@given(seeds, st.floats(0.1, 1))
+def test_ties_of_fusion_bench(seed, keep):
+    experts = with_opposites(seed)
+    trimmed = cut_globally(experts, keep)
+    sign = trimmed.sum(0).sign()
+    sign[sign == 0] = sign.sum().sign()
+    agreeing = torch.where(sign > 0, trimmed.clamp(min=0), 0) + torch.where(sign < 0, trimmed.clamp(max=0), 0)
+    method = TIES(preset="fusion_bench", keep=keep)
+    assert_equal(merged_by(method, experts), split(0.3 * agreeing.sum(0)))
+
+
+@given(seeds, st.floats(0.1, 1))
+def test_ties_of_mttl_and_of_the_paper(seed, keep):
+    experts = with_opposites(seed)
+    trimmed = cut_globally(experts, keep)
+    sign = trimmed.sum(0).sign()
+    agrees = (trimmed.sign() == sign) & (trimmed != 0)
+    expected = split((trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1))
+    for preset in ("mttl", "paper"):
+        assert_equal(merged_by(TIES(preset=preset, keep=keep), experts), expected)
+
+
+@given(seeds)
+def test_ties_of_the_paper_code(seed):
+    experts = with_opposites(seed)
+    expected = []
+    for trimmed in zip(*(split(long) for long in cut_globally(experts, 0.8)), strict=True):
+        stack = torch.stack(trimmed)
+        sign = stack.sum(0).sign()
+        sign[sign == 0] = sign.sum().sign()
+        agrees = (stack.sign() == sign) & (stack != 0)
+        expected.append((stack * agrees).sum(0) / agrees.sum(0).clamp(min=1))
+    assert_equal(merged_by(TIES(preset="paper-code"), experts), expected)
+
+
+@given(seeds)
+def test_breadcrumbs_of_the_paper_code(seed):
+    experts = experts_of(seed)
+
+    def rule(values):
+        kept = []
+        for value in values:
+            drop = value.numel() - int(0.9 * value.numel())
+            kept.append(value * (value.abs() > value.abs().reshape(-1).sort().values[drop - 1]))
+        return sum(kept)
+
+    assert_equal(merged_by(Breadcrumbs(preset="paper-code"), experts), per_weight(rule, experts))
+
+
+def test_presets_differ_where_the_peers_do():
+    experts = with_opposites(7)
+    presets = ("paper", "mergekit", "peft", "fusion_bench", "paper-code")
+    found = [
+        torch.cat([m.view(-1) for m in merged_by(TIES(preset=p, keep=0.7, weights=[0.5, 2.0]), experts)])
+        for p in presets
+    ]
+    for n, one in enumerate(found):
+        assert not any(torch.allclose(one, other) for other in found[n + 1 :])
+
+
+def test_what_is_given_beats_the_preset():
+    method = TIES(preset="mergekit", keep=0.3, zero="none")
+    assert (method.keep, method.zero, method.vote) == (0.3, "none", "weighted")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (TIES, {"preset": "mergkit"}, "no preset 'mergkit'; did you mean mergekit?"),
+        (TIES, {"preset": "x"}, "the presets are paper, mergekit, peft, fusion_bench, mttl, paper-code"),
+        (TIES, {"preset": "peft"}, "peft has no default for keep; give a value"),
+        (DARE, {"preset": "peft"}, "peft has no default for keep; give a value"),
+    ],
+)
+def test_bad_presets_get_a_sentence(kind, settings, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
+        kind(**settings)

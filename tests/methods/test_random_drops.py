@@ -1,0 +1,231 @@
+"""DARE and DELLA: what is dropped depends on seed, weight, expert and entry, and on nothing else; and how often."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic
+from modular_experts.methods import chunks as parts
+from modular_experts.methods.random_numbers import coins, stream_key
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
+KINDS = [DARE, DARETIES, DELLA, DELLALinear]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+LONG = Dense(torch.full((100, 1000), 1.0))
+
+
+def test_coins_are_those_of_splitmix64():
+    # The published test vector of SplitMix64 with seed 1234567: entry n is the n-th output.
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = coins(torch.arange(1, 4), 1234567)
+    assert found.tolist() == [(number >> 11) * 2.0**-53 for number in expected]
+
+
+def test_coins_are_uniform_and_those_of_two_streams_unrelated():
+    flat = torch.arange(200_000)
+    one, other = (coins(flat, stream_key(0, "weight", expert)) for expert in (0, 1))
+    counts = torch.histc(one, 20, 0, 1)
+    assert (counts / 10_000 - 1).abs().max() < 0.05
+    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.01
+    assert abs(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1]) < 0.01
+
+
+@each_kind
+def test_seed_weight_and_place_change_what_is_dropped(kind):
+    def kept(seed=0, name="a", place=0):
+        deltas = [Sparse.zero(LONG.shape)] * place + [LONG]
+        return kind(keep=0.5, seed=seed).at(name).merge(deltas).dense() != 0
+
+    first = kept()
+    assert torch.equal(first, kept())
+    for other in (kept(seed=1), kept(name="b"), kept(place=1)):
+        assert 0.4 < (first == other).double().mean() < 0.6
+
+
+@each_kind
+@given(st.integers(1, 9), st.integers(1, 9), seeds)
+def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
+    tiles = random_delta("BlockSparse", (height, width), seed)
+    same = [tiles, tiles.as_sparse(), Dense(tiles.dense())]
+    first, *others = [kind(keep=0.5, seed=seed).merge([delta, delta]).dense() for delta in same]
+    for other in others:
+        assert torch.equal(first, other)
+
+
+@each_kind
+@given(deltas_of_one_weight())
+def test_size_of_the_parts_does_not_matter(kind, deltas):
+    whole = kind(keep=0.5).merge(deltas).dense()
+    before = parts.PART
+    parts.PART = 1
+    try:
+        torch.testing.assert_close(kind(keep=0.5).merge(deltas).dense(), whole, **CLOSE)
+    finally:
+        parts.PART = before
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.3, 0.9])
+def test_dare_keeps_the_share_and_the_mean(keep):
+    merged = DARE(keep=keep).merge([LONG]).dense()
+    error = 4 * math.sqrt(keep * (1 - keep) / 100_000)
+    assert abs((merged != 0).double().mean() - keep) < error
+    assert abs(merged.mean() - 1) < error / keep
+
+
+@pytest.mark.parametrize("method", [DARE(keep=0.5, rescale="l1"), DELLA(keep=0.5, rescale="l1")])
+def test_rescaled_by_magnitudes_single_entries_are_those_of_the_dense_delta(method):
+    deltas = [random_delta("Sparse", (30, 40), number, dtype=torch.float64) for number in (1, 2)]
+    found = method.merge(deltas)
+    dense = method.merge([Dense(delta.dense()) for delta in deltas])
+    assert isinstance(found, Sparse)
+    torch.testing.assert_close(found.dense(), dense.dense(), rtol=1e-12, atol=0)
+    assert found.support_size == found.values.count_nonzero() == dense.values.count_nonzero()
+
+
+def test_rescaled_by_magnitudes_the_sum_of_each_stays():
+    delta = random_delta("Sparse", (30, 40), 3)
+    found = DARE(keep=0.3, rescale="l1").merge([delta])
+    assert found.dtype == delta.dtype
+    assert 0 < found.support_size < delta.support_size
+    torch.testing.assert_close(found.values.abs().sum(), delta.values.abs().sum())
+
+
+def test_a_delta_of_which_nothing_is_left_still_has_a_say_in_the_form():
+    single = Sparse(torch.tensor([7], dtype=torch.int32), torch.ones(1, dtype=torch.float64), torch.Size((6, 8)))
+    tiles = random_delta("BlockSparse", (6, 8), 0)
+    method = next(
+        m for m in (DARE(keep=0.1, rescale="l1", seed=seed) for seed in range(99)) if m.merge([single]).is_empty
+    )
+    merged = method.merge([single, tiles])
+    assert isinstance(merged, Sparse)
+    assert merged.dtype == torch.float64
+
+
+def test_coins_of_single_entries_are_drawn_once(monkeypatch):
+    from modular_experts.methods import prune as trimming
+
+    drawn = []
+    monkeypatch.setattr(trimming, "coins", lambda flat, key: drawn.append(flat.numel()) or coins(flat, key))
+    deltas = [random_delta("Sparse", (30, 40), number) for number in (1, 2)]
+    monkeypatch.setattr(parts, "PART", 200)
+    DARETIES(preset="mergekit", keep=0.5).merge(deltas)
+    assert drawn == [delta.support_size for delta in deltas]
+
+
+def test_dare_without_rescaling_leaves_values_as_they_are():
+    merged = DARE(keep=0.3, rescale="none").merge([LONG]).dense()
+    assert set(merged.unique().tolist()) == {0.0, 1.0}
+
+
+@given(deltas_of_one_weight())
+def test_dare_at_keep_1_is_task_arithmetic_and_ties(deltas):
+    added, elected = TaskArithmetic().merge(deltas).dense(), TIES(keep=1.0).merge(deltas).dense()
+    for kind, expected in ((DARE, added), (DELLALinear, added), (DARETIES, elected), (DELLA, elected)):
+        torch.testing.assert_close(kind(keep=1.0).merge(deltas).dense(), expected, **CLOSE)
+
+
+@given(deltas_of_one_weight())
+def test_della_without_spread_is_dare(deltas):
+    assert torch.equal(DELLALinear(keep=0.4, epsilon=0.0).merge(deltas).dense(), DARE(keep=0.4).merge(deltas).dense())
+
+
+def test_della_keeps_large_entries_more_often():
+    rows, width = 20_000, 5
+    values = torch.tensor([3.0, -1.0, 5.0, 2.0, -4.0]).expand(rows, width)
+    kept = DELLALinear(keep=0.5, epsilon=0.3).merge([Dense(values.contiguous())]).dense() != 0
+    # Ranks of the magnitudes 3, 1, 5, 2, 4 are 2, 0, 4, 1, 3; each step is 2 * 0.3 / 4.
+    expected = torch.tensor([0.5, 0.2, 0.8, 0.35, 0.65])
+    assert (kept.float().mean(0) - expected).abs().max() < 0.015
+
+
+def test_della_divides_what_stays_by_its_probability():
+    values = torch.tensor([[3.0, -1.0, 5.0]])
+    merged = [DELLALinear(keep=0.5, epsilon=0.3, seed=seed).merge([Dense(values)]).dense() for seed in range(40)]
+    found = {round(value, 4) for delta in merged for value in delta.view(-1).tolist()}
+    assert found == {0.0, round(3 / 0.5, 4), round(-1 / 0.2, 4), round(5 / 0.8, 4)}
+
+
+def test_equal_magnitudes_and_missing_entries_rank_by_place():
+    sparse = Sparse(torch.tensor([1, 3]), torch.tensor([2.0, 2.0]), torch.Size((1, 4)))
+    merged = [DELLALinear(keep=0.5, epsilon=0.3, seed=seed).merge([sparse]).dense()[0] for seed in range(40)]
+    found = {(place, round(delta[place].item(), 4)) for delta in merged for place in (1, 3)}
+    assert found == {(1, 0.0), (3, 0.0), (1, round(2 / 0.6, 4)), (3, round(2 / 0.8, 4))}
+
+
+@each_kind
+def test_weights_of_one_entry_a_row_and_zeros_merge_too(kind):
+    for delta in (Dense(torch.ones(50, 1)), Dense(torch.ones(1)), Dense(torch.zeros(3, 4)), Sparse.zero((3, 4))):
+        for rescale in ("probability", "l1"):
+            merged = kind(keep=0.5, rescale=rescale).merge([delta])
+            assert merged.dense().isfinite().all()
+
+
+@each_kind
+def test_sparse_stays_sparse_and_tiles_stay_tiles(kind):
+    entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
+    tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
+    assert isinstance(kind(keep=0.5).merge(entries), Sparse)
+    assert isinstance(kind(keep=0.5).merge(tiles), BlockSparse)
+
+
+@each_kind
+@given(deltas_of_one_weight(), st.sampled_from([-4.0, 0.5, 2.0]))
+def test_scaled_experts_merge_to_the_scaled_merge(kind, deltas, factor):
+    merged = kind(keep=0.5).merge(deltas).dense() * factor
+    scaled = kind(keep=0.5).merge([delta * factor for delta in deltas]).dense()
+    torch.testing.assert_close(scaled, merged, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (DARE, {"keep": 0.0}, "keep is the probability with which an entry stays .* got 0.0"),
+        (DARE, {"keep": [0.5, 2.0]}, "got 2.0"),
+        (DARE, {"rescale": "L1"}, "rescale must be 'probability', 'l1' or 'none', got 'L1'"),
+        (DELLA, {"keep": 0.1}, "must lie in \\(0, 1\\), got keep 0.1 and epsilon 0.15"),
+        (DELLALinear, {"keep": 0.9}, "got keep 0.9 and epsilon 0.15"),
+        (DARETIES, {"zero": "majority"}, "zero must be .* got 'majority'"),
+    ],
+)
+def test_bad_settings_get_a_sentence(kind, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kind(**settings)
+
+
+def test_lists_are_checked_expert_by_expert():
+    DELLA(keep=[0.9, 0.5], epsilon=[0.05, 0.3])
+    Breadcrumbs(beta=[0.9, 0.1], gamma=[0.05, 0.8])
+    with pytest.raises(ValueError, match=r"got keep 0\.9 and epsilon 0\.3"):
+        DELLA(keep=[0.9, 0.5], epsilon=[0.3, 0.05])
+    with pytest.raises(ValueError, match=r"beta 0\.9 and gamma 0\.8 drop every entry"):
+        Breadcrumbs(beta=[0.9, 0.1], gamma=0.8)
+
+
+def test_another_number_of_shares_is_refused():
+    with pytest.raises(ValueError, match="DARE: 2 keep were given for 1 experts"):
+        DARE(keep=[0.5, 0.4]).merge([LONG])
+
+
+@pytest.mark.parametrize("form", [Dense, Sparse])
+def test_della_ranks_a_vector_as_one_row_also_in_parts(form, monkeypatch):
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    delta = Dense(values) if form is Dense else Sparse(torch.arange(0, 5000, 2), values[::2], values.shape)
+    whole = DELLALinear().merge([delta]).dense()
+    monkeypatch.setattr(parts, "PART", 100)
+    assert torch.equal(DELLALinear().merge([delta]).dense(), whole)
+
+
+def test_half_precision_deltas_merge_to_finite_ones():
+    for dtype in (torch.bfloat16, torch.float16):
+        deltas = [Dense(torch.randn(8, 9).to(dtype)) for _ in range(3)]
+        for method in (SCE(), SCE(keep=0.5), TIES(), DARE(keep=0.5), DELLA(), TIES(scope="global", keep=1)):
+            merged = method.prepare([deltas]).merge(deltas)
+            assert merged.dtype == dtype
+            assert merged.values.isfinite().all()

@@ -1,0 +1,197 @@
+"""RegMean against least squares on the inputs themselves, the paper's formula with the base in it, and its limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import Average, RegMean, RegMeanPlusPlus
+from modular_experts.methods.method import Statistic
+
+CLOSE = {"rtol": 1e-7, "atol": 1e-8}
+
+
+def inputs_of(deltas, seed=0, tokens=40):
+    """Inputs `(tokens, in)` of a layer on each expert's data: correlated, and of another number for each expert."""
+    draw, width = torch.Generator().manual_seed(seed), deltas[0].shape[1]
+    mixes = [torch.randn(width, width, generator=draw, dtype=torch.float64) for _ in deltas]
+    return [
+        torch.randn(tokens + 7 * number, width, generator=draw, dtype=torch.float64) @ mix
+        for number, mix in enumerate(mixes)
+    ]
+
+
+def grams_of(inputs):
+    return [Statistic(x.T @ x / len(x)) for x in inputs]
+
+
+def merge(method, deltas, statistics):
+    return method.at("w").informed(statistics).merge(deltas)
+
+
+def least_squares(deltas, inputs):
+    """The delta whose outputs are nearest to the experts' outputs, from the inputs themselves."""
+    parts = [(x / math.sqrt(len(x)), delta.dense().double()) for x, delta in zip(inputs, deltas, strict=True)]
+    left, right = torch.cat([x for x, _ in parts]), torch.cat([x @ d.T for x, d in parts])
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+
+
+def distance(merged, deltas, inputs):
+    """What RegMean minimises."""
+    differences = ((x @ (merged - d.dense().double()).T) for x, d in zip(inputs, deltas, strict=True))
+    return sum(difference.square().sum().item() / len(difference) for difference in differences)
+
+
+def paper(weights, grams, reduce):
+    """The paper's solution for whole weights."""
+    reduced = [reduce * g.values + (1 - reduce) * torch.diag(g.values.diagonal()) for g in grams]
+    return sum(w @ g for w, g in zip(weights, reduced, strict=True)) @ torch.linalg.inv(sum(reduced))
+
+
+@given(deltas_of_one_weight(), st.integers(0, 99))
+def test_unreduced_it_is_the_least_squares_solution_on_the_inputs(deltas, seed):
+    inputs = inputs_of(deltas, seed)
+    merged = merge(RegMean(reduce=1.0), deltas, grams_of(inputs)).dense().double()
+    torch.testing.assert_close(merged, least_squares(deltas, inputs), rtol=1e-4, atol=1e-5)
+
+
+@given(deltas_of_one_weight(), st.integers(0, 99), st.floats(0, 0.999), st.floats(-2, 2))
+def test_the_base_cancels_out_of_the_papers_formula(deltas, seed, reduce, scale):
+    base = torch.randn(deltas[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    grams = grams_of(inputs_of(deltas, seed))
+    whole = paper([base + delta.dense().double() for delta in deltas], grams, reduce) - base
+    merged = merge(RegMean(scale, reduce), deltas, grams).dense().double()
+    torch.testing.assert_close(merged, scale * whole, **CLOSE)
+
+
+def test_example_worked_by_hand():
+    deltas = [Dense(torch.tensor([[8.0, 4.0]])), Dense(torch.tensor([[0.0, 8.0]]))]
+    grams = [Statistic(torch.tensor([[3.0, 2.0], [2.0, 2.0]])), Statistic(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))]
+    # uncorrelated: (3 * 8 + 0) / 4 and (2 * 4 + 2 * 8) / 4; else (8*3 + 4*2, 8*2 + 4*2 + 16) = (32, 40) times the
+    # inverse of ((4, 2), (2, 4)), which is ((4, -2), (-2, 4)) / 12
+    torch.testing.assert_close(merge(RegMean(reduce=0.0), deltas, grams).dense(), torch.tensor([[6.0, 6.0]]))
+    expected = torch.tensor([[(32 * 4 - 40 * 2) / 12, (40 * 4 - 32 * 2) / 12]])
+    torch.testing.assert_close(merge(RegMean(reduce=1.0), deltas, grams).dense(), expected)
+
+
+def test_it_is_nearer_to_the_experts_outputs_than_their_average():
+    deltas = [random_delta("Dense", (6, 8), seed) for seed in range(3)]
+    inputs = inputs_of(deltas)
+    grams = grams_of(inputs)
+    at = [distance(merge(RegMean(reduce=r), deltas, grams).dense(), deltas, inputs) for r in (1.0, 0.9)]
+    assert at[0] < at[1] < distance(Average().merge(deltas).dense(), deltas, inputs)
+
+
+@pytest.mark.parametrize("reduce", [1.0, 0.9])
+def test_inputs_that_no_data_have_are_averaged(reduce):
+    deltas = [random_delta("Dense", (6, 8), seed) for seed in range(3)]
+    inputs = inputs_of(deltas)
+    for x in inputs:
+        x[:, 3] = 0.0
+    merged = merge(RegMean(reduce=reduce), deltas, grams_of(inputs)).dense()
+    torch.testing.assert_close(merged[:, 3], Average().merge(deltas).dense()[:, 3])
+    if reduce == 1:
+        others = [0, 1, 2, 4, 5, 6, 7]
+        torch.testing.assert_close(merged[:, others], least_squares(deltas, inputs)[:, others], rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_tokens_than_inputs_still_give_a_minimum():
+    deltas = [random_delta("Dense", (6, 30), seed) for seed in range(2)]
+    inputs = inputs_of(deltas, tokens=5)
+    grams = [Statistic(one.values.float()) for one in grams_of(inputs)]  # as they are stored
+    merged = merge(RegMean(reduce=1.0), deltas, grams).dense()
+    best = distance(least_squares(deltas, inputs), deltas, inputs)
+    assert distance(merged, deltas, inputs) <= best + 1e-5 * distance(torch.zeros(6, 30), deltas, inputs)
+    # what no data point at, each input counted in units of its size, is left at the average
+    sizes = sum(gram.values.double().diagonal() for gram in grams).sqrt()
+    unused = torch.linalg.svd(torch.cat(inputs) / sizes).Vh[17:]
+    correction = (merged - Average().merge(deltas).dense()) * sizes
+    assert (correction @ unused.T).norm() < 1e-4 * correction.norm()
+
+
+@given(deltas_of_one_weight(most=1), st.integers(1, 4), st.sampled_from([0.0, 0.9, 1.0]))
+def test_one_expert_and_copies_of_it_merge_to_itself(deltas, copies, reduce):
+    same = deltas * copies
+    merged = merge(RegMean(reduce=reduce), same, grams_of(inputs_of(same)))
+    torch.testing.assert_close(merged.dense().double(), deltas[0].dense().double(), rtol=1e-5, atol=1e-6)
+
+
+@given(deltas_of_one_weight(least=2), st.sampled_from([0.0, 0.9, 1.0]))
+def test_equal_gram_matrices_give_the_plain_average(deltas, reduce):
+    gram = grams_of(inputs_of(deltas))[0]
+    merged = merge(RegMean(reduce=reduce), deltas, [gram] * len(deltas))
+    torch.testing.assert_close(merged.dense().double(), Average().merge(deltas).dense().double(), **CLOSE)
+
+
+@given(deltas_of_one_weight(least=2), st.floats(0.1, 1e6))
+def test_order_and_common_factors_do_not_matter(deltas, factor):
+    grams = grams_of(inputs_of(deltas))
+    merged = merge(RegMean(), deltas, grams).dense().double()
+    torch.testing.assert_close(merge(RegMean(), deltas[::-1], grams[::-1]).dense().double(), merged, **CLOSE)
+    larger = [Statistic(gram.values * factor) for gram in grams]
+    torch.testing.assert_close(merge(RegMean(), deltas, larger).dense().double(), merged, **CLOSE)
+    longer = merge(RegMean(), [delta * 3.0 for delta in deltas], grams)
+    torch.testing.assert_close(longer.dense().double(), 3 * merged, **CLOSE)
+
+
+@given(deltas_of_one_weight(least=2))
+def test_a_weight_that_is_stored_transposed_merges_to_the_transpose(deltas):
+    grams = grams_of(inputs_of(deltas))
+    merged = merge(RegMean(), deltas, grams).dense()
+    turned = merge(RegMean(), [delta.T for delta in deltas], [Statistic(gram.values, inputs=0) for gram in grams])
+    torch.testing.assert_close(turned.dense().T.double(), merged.double(), **CLOSE)
+
+
+def test_an_expert_that_moves_nothing_holds_back_by_its_data():
+    moving, still = random_delta("Dense", (4, 5), 1), Sparse.zero((4, 5))
+    grams = grams_of(inputs_of([moving, still]))
+    merged = merge(RegMean(reduce=1.0), [moving, still], grams).dense()
+    torch.testing.assert_close(merged, least_squares([moving, still], inputs_of([moving, still])), **CLOSE)
+    assert merge(RegMean(), [still, still], grams).is_empty
+
+
+def test_weights_without_a_gram_matrix_are_averaged():
+    deltas = [Dense(torch.randn(7, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    torch.testing.assert_close(merge(RegMean(), deltas, [None, None]).dense(), (deltas[0] + deltas[1]).dense() / 2)
+    assert isinstance(merge(RegMean(), [Sparse.zero((3, 3))] * 2, [None, None]), Sparse)
+
+
+def test_low_rank_experts_are_never_made_dense(monkeypatch):
+    deltas = [random_delta("LowRank", (30, 20), seed) for seed in range(3)]
+    grams = grams_of(inputs_of(deltas))
+    expected = merge(RegMean(), [Dense(delta.dense()) for delta in deltas], grams).dense()
+    monkeypatch.setattr(LowRank, "add_to", None)
+    merged = merge(RegMean(), deltas, grams)
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    torch.testing.assert_close(merged.dense(), expected)
+
+
+def test_the_result_has_the_dtype_of_the_deltas():
+    deltas = [random_delta(form, (4, 5), 1, torch.float32) for form in ("Sparse", "LowRank")]
+    assert merge(RegMean(), deltas, grams_of(inputs_of(deltas))).dtype == torch.float32
+
+
+def test_the_same_matrices_are_solved_in_the_same_way_by_its_successor():
+    deltas = [random_delta("Dense", (4, 5), seed) for seed in range(3)]
+    grams = grams_of(inputs_of(deltas))
+    merged = merge(RegMeanPlusPlus(reduce=0.5), deltas, grams)
+    assert torch.equal(merged.dense(), merge(RegMean(reduce=0.5), deltas, grams).dense())
+    assert RegMeanPlusPlus.statistics != RegMean.statistics
+
+
+def test_bad_settings_and_missing_statistics_are_refused():
+    deltas = [random_delta("Dense", (2, 2), 0)] * 2
+    with pytest.raises(ValueError, match=r"RegMean needs gram statistics, one per expert, and none were given"):
+        RegMean().merge(deltas)
+    with pytest.raises(ValueError, match=r"RegMeanPlusPlus needs merged_gram statistics.* 1 were given for 2 experts"):
+        RegMeanPlusPlus().informed(grams_of(inputs_of(deltas))[:1]).merge(deltas)
+    for reduce in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"RegMean: reduce must be in \[0, 1\]"):
+            RegMean(reduce=reduce)

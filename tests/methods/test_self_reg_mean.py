@@ -1,0 +1,111 @@
+"""SelfRegMean and the ridge of RegMean: the minimum that they promise, found in another way, and what they do to one
+expert, copies, zeros and forms.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.methods import RegMean, SelfRegMean, SparseAverage
+from modular_experts.methods.method import Statistic
+
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+ridges = st.sampled_from([0.01, 0.1, 1.0, 100.0])
+
+
+def overlap(dense):
+    stack = torch.stack(dense)
+    return stack.sum(0) / (stack != 0).sum(0).clamp(min=1)
+
+
+def least_squares(dense, inputs, ridge):
+    """Stack all equations: d x = d_i x for each expert's inputs, and sqrt(r) d = sqrt(r) c."""
+    diagonal = sum(x.square().sum(0) for x in inputs).mean()
+    weight = (ridge * diagonal).sqrt()
+    rows = [*inputs, weight * torch.eye(dense[0].shape[1], dtype=torch.float64)]
+    wanted = [*(x @ d.T for x, d in zip(inputs, dense, strict=True)), weight * overlap(dense).T]
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted), driver="gelsd").solution.T
+
+
+@given(deltas_of_one_weight(), ridges, st.floats(-2, 2))
+def test_self_reg_mean_is_the_least_squares_solution(deltas, ridge, scale):
+    dense = [delta.dense().double() for delta in deltas]
+    inputs = [d / d.norm().clamp(min=1e-150) for d in dense]
+    merged = SelfRegMean(ridge, scale).merge(deltas).dense().double()
+    if any(d.any() for d in dense):
+        torch.testing.assert_close(merged, scale * least_squares(dense, inputs, ridge), **CLOSE)
+    else:
+        assert not merged.any()
+
+
+@given(deltas_of_one_weight(), ridges, st.sampled_from([1.0, 0.5]), st.integers(0, 99))
+def test_ridge_of_reg_mean_is_the_least_squares_solution(deltas, ridge, reduce, seed):
+    draw = torch.Generator().manual_seed(seed)
+    width = deltas[0].shape[1]
+    inputs = [torch.randn(6, width, generator=draw, dtype=torch.float64) for _ in deltas]
+    grams = [x.T @ x for x in inputs]
+    method = RegMean(reduce=reduce, ridge=ridge).informed([Statistic(gram) for gram in grams])
+    reduced = [reduce * gram + (1 - reduce) * torch.diag(gram.diagonal()) for gram in grams]
+    roots = [torch.linalg.cholesky(gram + 1e-13 * gram.trace() * torch.eye(width)).T for gram in reduced]
+    if all(delta.is_empty for delta in deltas):
+        return
+    expected = least_squares([delta.dense().double() for delta in deltas], roots, ridge)
+    torch.testing.assert_close(method.merge(deltas).dense().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(deltas_of_one_weight(), st.randoms(use_true_random=False), st.sampled_from([-4.0, 0.5]))
+def test_order_does_not_matter_and_factors_and_zeros_pass(deltas, random, factor):
+    merged = SelfRegMean().merge(deltas).dense()
+    torch.testing.assert_close(SelfRegMean().merge([d * factor for d in deltas]).dense(), merged * factor, **CLOSE)
+    torch.testing.assert_close(SelfRegMean().merge([*deltas, Sparse.zero(deltas[0].shape)]).dense(), merged, **CLOSE)
+    random.shuffle(deltas)
+    torch.testing.assert_close(SelfRegMean().merge(deltas).dense(), merged, **CLOSE)
+
+
+@given(deltas_of_one_weight(most=1), st.integers(1, 4))
+def test_one_expert_and_copies_of_it_merge_to_it(deltas, copies):
+    torch.testing.assert_close(SelfRegMean().merge(deltas * copies).dense(), deltas[0].dense(), **CLOSE)
+
+
+@given(deltas_of_one_weight())
+def test_inputs_along_the_other_dimension_are_those_of_the_transposed_weight(deltas):
+    turned = SelfRegMean().merge([delta.T for delta in deltas]).dense().T
+    torch.testing.assert_close(SelfRegMean(inputs=0).merge(deltas).dense(), turned, **CLOSE)
+
+
+def test_an_endless_ridge_gives_the_overlap_aware_average():
+    deltas = [random_delta("Sparse", (6, 9), seed) for seed in range(3)]
+    average = SparseAverage().merge(deltas).dense()
+    torch.testing.assert_close(SelfRegMean(ridge=1e12).merge(deltas).dense(), average, rtol=1e-6, atol=1e-9)
+
+
+def test_experts_with_inputs_of_their_own_keep_what_they_do_to_them():
+    one, two = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
+    one[:, :3], two[:, 3:] = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]  # so that their entries overlap, their rows not
+    merged = SelfRegMean(ridge=1e-9).merge([Dense(one @ turn), Dense(two @ turn)]).dense()
+    torch.testing.assert_close(merged, (one + two) @ turn, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_are_averaged_over_the_experts_that_move_them():
+    deltas = [Dense(torch.tensor([2.0, 0.0])), Dense(torch.tensor([4.0, 1.0]))]
+    assert SelfRegMean(scale=2.0).merge(deltas).dense().tolist() == [6.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (SelfRegMean, {"ridge": 0.0}, "SelfRegMean: ridge must be above 0, got 0.0"),
+        (SelfRegMean, {"inputs": 2}, "inputs is a dimension of the weight, 0 or 1, got 2"),
+        (SelfRegMean, {"scale": float("inf")}, "scale must be a finite number, got inf"),
+        (RegMean, {"ridge": -1.0}, "RegMean: ridge must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_settings_get_a_sentence(kind, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kind(**settings)

@@ -1,0 +1,65 @@
+"""Intersection and difference are those of the stored supports, entry by entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import BlockSparse, Sparse
+from modular_experts.methods import Difference, Intersection
+
+
+def supports(deltas):
+    return [set(delta.support().tolist()) for delta in deltas]
+
+
+@given(deltas_of_one_weight(), st.one_of(st.none(), st.integers(1, 4)), st.floats(-2, 2))
+def test_intersection_is_the_mean_where_enough_experts_keep_the_entry(deltas, agreement, scale):
+    expected = torch.zeros(deltas[0].shape, dtype=torch.float64).view(-1)
+    values = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    for entry in range(expected.numel()):
+        keepers = [number for number, kept in enumerate(supports(deltas)) if entry in kept]
+        if len(keepers) >= (agreement or len(deltas)) and keepers:
+            expected[entry] = scale * sum(values[number][entry] for number in keepers) / len(keepers)
+    merged = Intersection(agreement, scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double().reshape(-1), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(deltas_of_one_weight(), st.floats(-2, 2))
+def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
+    own, *others = supports(deltas)
+    kept = own - set().union(*others)
+    values = deltas[0].dense().double().reshape(-1)
+    expected = torch.tensor([scale * value if entry in kept else 0.0 for entry, value in enumerate(values.tolist())])
+    merged = Difference(scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double().reshape(-1), expected.double(), rtol=1e-6, atol=1e-12)
+
+
+@given(deltas_of_one_weight(least=2, of=["Sparse"]))
+def test_the_sets_of_two_sparse_experts_add_up(deltas):
+    one, two = deltas[:2]
+    common, alone = Intersection().merge([one, two]), Difference().merge([one, two])
+    assert set(common.support().tolist()) | set(alone.support().tolist()) == set(one.support().tolist())
+    assert not set(common.support().tolist()) & set(alone.support().tolist())
+
+
+@pytest.mark.parametrize("method", [Intersection(agreement=1), Difference()], ids=str)
+def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
+    assert isinstance(method.merge([random_delta("Sparse", (7, 10), seed) for seed in range(2)]), Sparse)
+    assert isinstance(method.merge([random_delta("BlockSparse", (7, 10), seed) for seed in range(2)]), BlockSparse)
+
+
+@given(deltas_of_one_weight(most=1, of=["Dense", "Sparse", "BlockSparse"]))
+def test_one_expert_merges_to_itself(deltas):
+    for method in (Intersection(), Difference()):
+        assert torch.equal(method.merge(deltas).dense(), deltas[0].dense())
+    torch.testing.assert_close(Intersection().merge(deltas * 3).dense(), deltas[0].dense(), rtol=1e-12, atol=1e-12)
+    assert not Difference().merge(deltas * 2).dense().any()
+
+
+def test_bad_settings_get_a_sentence():
+    with pytest.raises(ValueError, match="agreement is a number of experts, at least 1, got 0"):
+        Intersection(agreement=0)

@@ -1,0 +1,199 @@
+"""What the docstrings of the methods that merge directions say: order, scale, copies, forms, vectors, edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds, shapes
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import TIES, WUDI, Average, IsoC, IsoCTS, KnOTS, SVDAverage, TaskArithmetic, TSVMerge
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+ADAM = WUDI(learning_rate=1e-2, steps=20)
+EXACT = WUDI(solver="exact")
+METHODS = [
+    TSVMerge(),
+    TSVMerge(share=0.5, scale=0.7),
+    IsoC(),
+    IsoC(scale=-0.5),
+    IsoCTS(),
+    IsoCTS(common=0.3, scale=2.0),
+    SVDAverage(),
+    SVDAverage(rank=1, scale=3.0),
+    KnOTS(TaskArithmetic(0.5), scale=2.0),
+    KnOTS(TIES()),
+    EXACT,
+    WUDI("roberta", solver="exact", scale=0.3),
+    ADAM,
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def without(*left_out):
+    return pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, left_out)], ids=str)
+
+
+def same(one, other):
+    torch.testing.assert_close(one.dense().double(), other.dense().double(), **CLOSE)
+
+
+@each_method
+@settings(max_examples=20)
+@given(st.lists(seeds, min_size=2, max_size=4, unique=True), st.randoms(use_true_random=False))
+def test_order_of_the_experts_does_not_matter(method, numbers, random):
+    deltas = [random_delta("Dense" if seed % 3 else "LowRank", (7, 9), seed) for seed in numbers]
+    merged = method.merge(deltas)
+    random.shuffle(deltas)
+    same(method.merge(deltas), merged)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m is not ADAM], ids=str)
+@settings(max_examples=20)
+@given(st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([-4.0, 0.5, 2.0]))
+def test_scaled_experts_merge_to_the_scaled_merge(method, numbers, factor):
+    deltas = [random_delta("Dense" if seed % 3 else "LowRank", (9, 7), seed) for seed in numbers]
+    same(method.merge([delta * factor for delta in deltas]), method.merge(deltas) * factor)
+
+
+@each_method
+@settings(max_examples=20)
+@given(deltas_of_one_weight(of=["Dense", "LowRank", "Sparse", "BlockSparse"], most=3))
+def test_result_is_finite_and_scale_is_its_factor(method, deltas):
+    merged = method.merge(deltas)
+    assert merged.dense().isfinite().all()
+    if not isinstance(method, KnOTS):
+        options = {name: value for name, value in vars(method).items() if name != "scale"}
+        same(merged, type(method)(**options).merge(deltas) * method.scale)
+
+
+@without(SVDAverage)
+@settings(max_examples=20)
+@given(st.lists(seeds, min_size=1, max_size=3, unique=True))
+def test_an_expert_that_moves_nothing_changes_nothing_in_a_matrix(method, numbers):
+    deltas = [random_delta("Dense" if seed % 3 else "LowRank", (6, 8), seed) for seed in numbers]
+    merged = method.merge(deltas)
+    still = [Sparse.zero((6, 8)), Dense(torch.zeros(6, 8, dtype=torch.float64))]
+    same(method.merge([still[0], *deltas, still[1]]), merged)
+
+
+@each_method
+@settings(max_examples=20)
+@given(st.lists(seeds, min_size=2, max_size=4, unique=True))
+def test_low_rank_experts_merge_to_what_their_dense_forms_do(method, numbers):
+    deltas = [random_delta("LowRank", (12, 14), seed) for seed in numbers]
+    same(method.merge(deltas), method.merge([Dense(delta.dense()) for delta in deltas]))
+
+
+@each_method
+@pytest.mark.parametrize("form", ["Sparse", "BlockSparse"])
+def test_sparse_experts_merge_to_what_their_dense_forms_do(method, form):
+    deltas = [random_delta(form, (12, 14), seed, share=0.6) for seed in range(3)]
+    merged = method.merge(deltas)
+    assert isinstance(merged, Dense | LowRank)
+    same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
+
+
+@pytest.mark.parametrize("method", [TSVMerge(), SVDAverage(rank=99), KnOTS(Average()), EXACT], ids=str)
+@settings(max_examples=20)
+@given(shapes, seeds, st.sampled_from(["Dense", "LowRank", "Sparse", "BlockSparse"]))
+def test_one_expert_merges_to_itself(method, shape, seed, form):
+    delta = random_delta(form, shape, seed)
+    torch.testing.assert_close(method.merge([delta]).dense(), delta.dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [TSVMerge(), SVDAverage(rank=3), KnOTS(Average()), EXACT], ids=str)
+@settings(max_examples=20)
+@given(seeds, st.integers(2, 4))
+def test_copies_of_an_expert_of_low_rank_merge_to_it(method, seed, copies):
+    delta = random_delta("LowRank", (9, 12), seed)
+    same(method.merge([delta] * copies), delta)
+    same(method.merge([Dense(delta.dense())] * copies), delta)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 5)])
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_narrow_matrices_merge(method, shape, experts):
+    deltas = [Dense(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))) for seed in range(experts)]
+    merged = method.merge(deltas)
+    assert merged.shape == shape
+    assert merged.dtype == torch.float32
+    assert merged.dense().isfinite().all()
+    assert merged.norm() > 0
+
+
+@each_method
+def test_weight_that_none_moves_stays(method):
+    for still in (Sparse.zero((3, 4)), Dense(torch.zeros(3, 4)), LowRank(torch.zeros(3, 1), torch.zeros(1, 4))):
+        merged = method.merge([still] * 3)
+        assert merged.shape == (3, 4)
+        assert merged.dense().count_nonzero() == 0
+
+
+@without(KnOTS)
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
+def test_what_is_not_a_matrix_gets_the_scaled_mean(method, shape):
+    values = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+    merged = method.merge([*map(Dense, values), Sparse.zero(shape)])
+    torch.testing.assert_close(merged.dense(), method.scale * sum(values) / 4)
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_values_are_rounded_once(method, dtype):
+    deltas = [random_delta("Dense", (9, 9), seed, dtype=dtype) for seed in range(3)]
+    exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
+    merged = method.merge(deltas)
+    assert merged.dtype == dtype
+    if isinstance(merged, Dense):
+        assert torch.equal(merged.dense(), exact.dense().to(dtype))
+    else:  # each factor is
+        assert (merged - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("method", [TSVMerge(), IsoC(), IsoCTS(), SVDAverage(), KnOTS(), EXACT], ids=str)
+def test_low_rank_experts_are_never_made_dense(method, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 50, generator=draw)) for _ in range(4)]
+    expected = method.merge([Dense(lora.to(dtype=torch.float64).dense()) for lora in loras])
+
+    def refuse(*_):
+        raise AssertionError("a low-rank expert was made dense")
+
+    monkeypatch.setattr(LowRank, "add_to", refuse)
+    monkeypatch.setattr(LowRank, "dense", refuse)
+    merged = method.merge([*loras, Sparse.zero((40, 50))][: 4 if isinstance(method, SVDAverage) else 5])
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    assert merged.rank <= 8
+    torch.testing.assert_close(merged.dense().double(), expected.dense(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sentence"),
+    [
+        (TSVMerge, {"share": 0.0}, "in \\(0, 1\\], got 0.0"),
+        (TSVMerge, {"share": math.nan}, "in \\(0, 1\\], got nan"),
+        (TSVMerge, {"scale": math.inf}, "finite number, got inf"),
+        (IsoC, {"scale": math.nan}, "finite number, got nan"),
+        (IsoCTS, {"common": 1.1}, "in \\[0, 1\\], got 1.1"),
+        (IsoCTS, {"scale": math.nan}, "finite number, got nan"),
+        (SVDAverage, {"rank": 0}, "at least 1, got 0"),
+        (SVDAverage, {"scale": math.nan}, "finite number, got nan"),
+        (KnOTS, {"scale": math.nan}, "finite number, got nan"),
+        (WUDI, {"scale": math.nan}, "finite number, got nan"),
+        (WUDI, {"power": math.nan}, "power must be a finite number, got nan"),
+        (WUDI, {"steps": -1}, "steps must be at least 0, got -1"),
+        (WUDI, {"learning_rate": -1e-5}, "learning_rate must be at least 0, got -1e-05"),
+        (WUDI, {"solver": "sgd"}, "'adam' or 'exact', got 'sgd'"),
+        (WUDI, {"preset": "vits"}, "no preset 'vits'; did you mean vit"),
+    ],
+)
+def test_bad_settings_get_a_sentence(method, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        method(**options)

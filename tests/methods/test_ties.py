@@ -1,0 +1,118 @@
+"""TIES worked by hand, its ties, its two scopes, and wrong twins that the tests must tell from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import random_delta, seeds
+
+from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.methods import TIES
+from modular_experts.methods.largest import magnitudes_at_share
+
+# Three experts, five entries, keep 3 of 5.
+#             entry:     0     1     2     3     4
+ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, 2.0, 0.5]]))  # keeps 0, 2, 3
+TWO = Dense(torch.tensor([[-2.0, 4.0, 0.1, 6.0, 0.2]]))  # keeps 0, 1, 3
+THREE = Dense(torch.tensor([[1.0, -4.0, 3.0, -9.0, 0.1]]))  # keeps 1, 2, 3
+# trimmed sums:           3     0    6    -1     0
+# elected sign:           +   none   +     -   none
+# agreeing:               5          3, 3  -9
+BY_HAND = [[5.0, 0.0, 3.0, -9.0, 0.0]]
+
+
+def test_example_worked_by_hand():
+    assert TIES(keep=0.6).merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
+    assert TIES(keep=0.6, scale=0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[2.5, 0.0, 1.5, -4.5, 0.0]]
+
+
+def untrimmed(deltas):
+    """Skip the trimming."""
+    return TIES(keep=1.0).merge(deltas).dense()
+
+
+def mean_over_all(deltas):
+    """Divide by the number of experts instead of by those that agree."""
+    total = sum(delta.dense() for delta in deltas)
+    return sum(delta.dense() * (delta.dense() * total > 0) for delta in deltas) / len(deltas)
+
+
+def keeps_the_small(deltas):
+    """Keep the smallest share instead of the largest."""
+    kept = [Dense(d.dense() * (d.dense().abs() <= d.dense().abs().kthvalue(3).values)) for d in deltas]
+    return TIES(keep=1.0).merge(kept).dense()
+
+
+@pytest.mark.parametrize("mutant", [untrimmed, mean_over_all, keeps_the_small])
+def test_wrong_twins_are_told_from_it(mutant):
+    assert mutant([ONE, TWO, THREE]).tolist() != BY_HAND
+
+
+def test_equal_magnitudes_keep_exactly_the_share_from_the_lowest_entry():
+    flat = Dense(torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 2.0, 1.0]]))
+    assert TIES(keep=0.5).merge([flat]).dense().tolist() == [[1.0, -1.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0]]
+
+
+def test_equal_magnitudes_in_tiles_go_by_entry_and_not_by_tile():
+    tiles = BlockSparse(torch.tensor([0, 1]), torch.ones(2, 2, 2), torch.Size((2, 4)))
+    merged = TIES(keep=0.5).merge([tiles])
+    assert isinstance(merged, BlockSparse)
+    assert merged.dense().tolist() == [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_share_counts_all_entries_of_the_weight():
+    expert = Sparse(torch.tensor([1, 5, 7]), torch.tensor([1.0, 3.0, 2.0]), torch.Size((2, 5)))
+    assert TIES(keep=0.2).merge([expert]).indices.tolist() == [5, 7]
+    assert TIES(keep=0.3).merge([expert]).indices.tolist() == [1, 5, 7]
+
+
+def test_trimmed_entries_and_empty_tiles_leave_the_support():
+    shape = torch.Size((2, 4))
+    tiles = BlockSparse(torch.tensor([0, 1]), torch.arange(1.0, 9.0).view(2, 2, 2), shape)
+    assert TIES(keep=0.25).merge([tiles]).blocks.tolist() == [1]
+
+
+@given(st.lists(seeds, min_size=2, max_size=4), st.floats(0.01, 1), st.sampled_from(["Dense", "Sparse", "BlockSparse"]))
+def test_global_scope_cuts_each_expert_as_one_long_vector(numbers, keep, form):
+    shapes = [(3, 4), (7, 5), (2, 2)]
+    stream = [[random_delta(form, shape, n + i, torch.float32) for n in numbers] for i, shape in enumerate(shapes)]
+    bound = TIES(keep=keep, scope="global").prepare(stream)
+    k = max(1, int(keep * sum(a * b for a, b in shapes) * (1 + 1e-12)))
+    for i in range(len(numbers)):
+        long = torch.cat([deltas[i].dense().view(-1) for deltas in stream]).abs()
+        cut = long.sort(descending=True).values[k - 1]
+        for deltas in stream:
+            alone = TIES(keep=keep, scope="global").prepare([[d[i]] for d in stream]).merge([deltas[i]]).dense()
+            assert torch.equal(alone, deltas[i].dense() * (deltas[i].dense().abs() >= cut))
+    for deltas in stream:  # several experts: as trimming each one first, and then not trimming
+        trimmed = [
+            TIES(keep=keep, scope="global").prepare([[d[i]] for d in stream]).merge([x]) for i, x in enumerate(deltas)
+        ]
+        expected = TIES(keep=1.0).merge(trimmed).dense()
+        assert torch.equal(bound.merge(deltas).dense(), expected)
+
+
+@given(seeds, st.floats(0.001, 1))
+def test_streamed_threshold_is_the_sorted_one(seed, share):
+    draw = torch.Generator().manual_seed(seed)
+    chunks = [
+        torch.randn(n, generator=draw) * 10.0 ** int(torch.randint(-30, 30, (), generator=draw)) for n in (3, 50, 7)
+    ]
+    k = max(1, int(share * 60 * (1 + 1e-12)))
+    expected = torch.cat(chunks).abs().sort(descending=True).values[k - 1]
+    assert magnitudes_at_share(lambda: ((c.numel(), [Dense(c)]) for c in chunks), share) == [expected.item()]
+
+
+def test_streamed_threshold_is_zero_where_too_few_entries_move():
+    two = Sparse(torch.tensor([1, 4]), torch.tensor([3.0, -1.0]), torch.Size([10]))
+    assert magnitudes_at_share(lambda: [(10, [two])], 0.5) == [0.0]
+    assert magnitudes_at_share(lambda: [(10, [two])], 0.2) == [1.0]
+
+
+def test_binding_leaves_the_method_itself_unbound():
+    method = TIES(scope="global")
+    assert method.prepare([[ONE]]) is not method
+    assert "_cuts" not in repr(method)
+    assert method == TIES(scope="global")

@@ -1,0 +1,161 @@
+"""WUDI: the loss as printed, Adam written out, the minimum by its conditions, the presets, and wrong twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import random_delta, seeds
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import WUDI, TaskArithmetic
+
+experts = st.lists(seeds, min_size=1, max_size=3, unique=True)
+matrix_shapes = st.sampled_from([(5, 7), (9, 4), (1, 6), (6, 1), (20, 8), (4, 30)])
+powers = st.sampled_from([1.0, 2.0])
+
+
+def loss(place, matrices, power):
+    terms = [((place - t) @ t.T).square().sum() / t.norm() ** power for t in matrices]
+    return torch.stack(terms).sum()
+
+
+def gradient(place, matrices, power):
+    place = place.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(place, matrices, power), place)
+    return found
+
+
+def adam(matrices, power, learning_rate, steps):
+    place = sum(matrices)
+    mean = square = torch.zeros_like(place)
+    for step in range(1, steps + 1):
+        slope = gradient(place, matrices, power)
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        place = place - learning_rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    return place
+
+
+def draw(shape, numbers):
+    return [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
+
+
+@given(matrix_shapes, st.lists(seeds, min_size=2, max_size=3, unique=True), powers)
+def test_adam_descends_the_printed_loss_from_the_sum(shape, numbers, power):
+    deltas = draw(shape, numbers)
+    merged = WUDI(power=power, learning_rate=1e-2, steps=15).merge(deltas)
+    expected = adam([delta.dense() for delta in deltas], power, 1e-2, 15)
+    torch.testing.assert_close(merged.dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(matrix_shapes, experts, powers)
+def test_exact_is_a_minimum_and_the_smallest(shape, numbers, power):
+    deltas = draw(shape, numbers)
+    merged = WUDI(power=power, solver="exact").merge(deltas).dense()
+    matrices = [delta.dense() for delta in deltas]
+    scale = max(matrix.norm().item() for matrix in matrices) ** (4 - power)
+    assert gradient(merged, matrices, power).norm() < 1e-5 * scale  # convex: no slope, no lower place
+    rows = torch.linalg.svd(torch.cat(matrices), full_matrices=False)
+    inside = rows.Vh[1e-7 * rows.S[0] < rows.S]
+    torch.testing.assert_close(merged @ inside.T @ inside, merged, rtol=1e-5, atol=1e-5 * merged.norm().item())
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_exact_is_the_formula_of_the_docstring(power):
+    matrices = [random_delta("Dense", (12, 6), seed).dense() for seed in range(3)]
+    weights = [matrix.T @ matrix / matrix.norm() ** power for matrix in matrices]
+    formula = sum(t @ a for t, a in zip(matrices, weights, strict=True)) @ torch.linalg.pinv(sum(weights))
+    torch.testing.assert_close(WUDI(power=power, solver="exact").merge([*map(Dense, matrices)]).dense(), formula)
+
+
+def test_plain_gradient_descent_from_the_sum_reaches_the_exact_solution():
+    matrices = [random_delta("LowRank", (6, 9), seed).dense() for seed in range(2)]
+    place = sum(matrices)
+    for _ in range(1000):
+        place = place - 0.05 * gradient(place, matrices, 2.0)
+    exact = WUDI("roberta", solver="exact").merge([*map(Dense, matrices)]).dense()
+    torch.testing.assert_close(place, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_adam_of_many_steps_comes_to_the_exact_loss():
+    matrices = [random_delta("Dense", (8, 5), seed).dense() for seed in range(2)]
+    deltas = [*map(Dense, matrices)]
+    lowest = loss(WUDI(solver="exact").merge(deltas).dense(), matrices, 1.0)
+    few = loss(WUDI(steps=10, learning_rate=1e-3).merge(deltas).dense(), matrices, 1.0)
+    many = loss(WUDI(steps=5000, learning_rate=1e-3).merge(deltas).dense(), matrices, 1.0)
+    assert lowest <= many < 1.01 * lowest < few < loss(sum(matrices), matrices, 1.0)
+
+
+def test_published_adam_stays_near_the_sum():
+    deltas = [random_delta("Dense", (8, 5), seed) for seed in range(3)]
+    moved = WUDI().merge(deltas).dense() - sum(delta.dense() for delta in deltas)
+    assert 0.001 < moved.abs().max() < 300 * 1e-5 * 1.01
+
+
+def test_one_expert_stays_where_it_is_but_for_steps_of_adam():
+    delta = random_delta("LowRank", (5, 7), 1)
+    assert (WUDI().merge([delta]).dense() - delta.dense()).abs().max() < 10 * 1e-5
+
+
+def test_experts_that_read_different_inputs_are_kept_whole():
+    down = torch.eye(6, dtype=torch.float64)
+    loras = [LowRank(torch.randn(4, 2, dtype=torch.float64), down[2 * i : 2 * i + 2]) for i in range(3)]
+    loras[1] = LowRank(loras[1].up, loras[1].down + 0.5 * down[:2])  # independent of the first, not orthogonal
+    merged = WUDI(solver="exact").merge(loras).dense()
+    for lora in loras:
+        inputs = lora.down
+        torch.testing.assert_close(merged @ inputs.T, lora.dense() @ inputs.T)
+    assert not torch.allclose(merged, sum(lora.dense() for lora in loras))
+
+
+def test_copies_go_from_their_sum_towards_one_of_them():
+    delta = random_delta("Dense", (5, 7), 1)
+    adam, exact = WUDI(learning_rate=1e-2).merge([delta] * 2), WUDI(solver="exact").merge([delta] * 2)
+    torch.testing.assert_close(exact.dense(), delta.dense())
+    left_over = (adam - delta).norm()
+    assert 0 < left_over < 0.9 * delta.norm()
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        (None, (1.0, 1e-5, 300, False)),
+        ("vit", (1.0, 1e-5, 300, False)),
+        ("roberta", (2.0, 2e-5, 300, False)),
+        ("fusion_bench", (2.0, 1e-5, 400, False)),
+        ("mttl", (2.0, 1e-5, 300, True)),
+    ],
+)
+def test_presets_fill_what_is_left_open(preset, settings):
+    method = WUDI(preset)
+    assert (method.power, method.learning_rate, method.steps, method.average) == settings
+    assert WUDI(preset, steps=7, average=True).steps == 7
+    assert WUDI(preset, steps=7, average=True).learning_rate == settings[1]
+    assert WUDI(preset, average=False).average is False
+
+
+def test_average_divides_by_all_experts():
+    deltas = [*(random_delta("Dense", (5, 7), seed) for seed in range(2)), Sparse.zero((5, 7))]
+    for solver in ("adam", "exact"):
+        whole, shared = (WUDI("roberta", solver=solver, average=average).merge(deltas) for average in (False, True))
+        torch.testing.assert_close(shared.dense(), whole.dense() / 3)
+
+
+def inputs_and_outputs_swapped(deltas):
+    return WUDI(solver="exact").merge([delta.T for delta in deltas]).T.dense()
+
+
+def plain_sum(deltas):
+    return TaskArithmetic().merge(deltas).dense()
+
+
+def other_power(deltas):
+    return WUDI("roberta", solver="exact").merge(deltas).dense()
+
+
+@pytest.mark.parametrize("mutant", [inputs_and_outputs_swapped, plain_sum, other_power])
+def test_wrong_twins_have_a_higher_loss(mutant):
+    deltas = [random_delta("Dense", (8, 5), seed) * (seed + 1.0) for seed in range(3)]
+    matrices = [delta.dense() for delta in deltas]
+    assert loss(mutant(deltas), matrices, 1.0) > 1.001 * loss(WUDI(solver="exact").merge(deltas).dense(), matrices, 1.0)

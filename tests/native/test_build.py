@@ -1,0 +1,90 @@
+"""Compiled code: made once, kept, and one line of the log where it cannot be made."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from modular_experts.kernels import native
+from modular_experts.native import build as compiled
+from modular_experts.native import sparse_passes as entries
+from modular_experts.native.build import load
+
+SOURCES = sorted(Path(compiled.__file__).parent.glob("*.cpp"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A source of one function, whose library would go to a folder of its own."""
+    if not any(map(shutil.which, compiled.COMPILERS)):
+        pytest.skip("there is no C++ compiler here")
+    file = tmp_path / "seven.cpp"
+    file.write_text('extern "C" int seven() { return SEVEN; }\n')
+    return file
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept" / "modular_experts"
+
+
+def test_a_source_is_compiled_once_and_that_is_said_once(source, folder, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        for _ in range(2):
+            library = load(source, "-DSEVEN=7")
+            assert isinstance(library, ctypes.CDLL)
+            assert library.seven() == 7
+    (line,) = caplog.messages
+    assert line.startswith("Compiled seven.cpp in ")
+    (kept,) = folder.iterdir()
+    assert kept.suffix == ".so"
+
+
+def test_another_source_or_other_flags_make_another_library(source, folder) -> None:
+    assert load(source, "-DSEVEN=7").seven() == 7
+    assert load(source, "-DSEVEN=8").seven() == 8
+    source.write_text('extern "C" int seven() { return 9; }\n')
+    assert load(source, "-DSEVEN=7").seven() == 9
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_our_sources_compile_without_a_warning(file, source) -> None:
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
+    assert load(file, *strict) is not None
+
+
+def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        assert load(Path("seven.cpp")) is None
+    (line,) = caplog.messages
+    assert line.startswith("seven.cpp is not used: there is no C++ compiler")
+
+
+@pytest.mark.parametrize("broken", ["source", "folder"])
+def test_a_failed_compilation_is_one_line_with_the_reason(source, tmp_path, monkeypatch, caplog, broken) -> None:
+    if broken == "folder":
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(source))
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        assert load(source, *(["-DSEVEN=7"] if broken == "folder" else [])) is None
+    (line,) = caplog.messages
+    assert line.startswith("seven.cpp is not used: ")
+    assert {"source": "SEVEN", "folder": "Not a directory"}[broken] in line
+
+
+@pytest.mark.parametrize("room", [native, entries])
+def test_a_failure_is_remembered(room, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    room._library.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, logger=compiled.__name__):
+            assert [room._library(), room._library()] == [None, None]
+    finally:
+        room._library.cache_clear()
+    assert len(caplog.messages) == 1

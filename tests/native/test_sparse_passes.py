@@ -1,0 +1,360 @@
+"""Passes over entries: the bits are those of torch, and nothing but what belongs to a part is read or written."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from modular_experts.base import streaming
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas.tiles import block_grid, entries_in_order, gather_blocks
+from modular_experts.library.packing import encode
+from modular_experts.methods import (
+    EMR,
+    TIES,
+    Average,
+    Breadcrumbs,
+    ConsensusTA,
+    Intersection,
+    MergeMethod,
+    SparseAverage,
+    TaskArithmetic,
+    chunks,
+)
+from modular_experts.methods.chunks import merge_by_parts
+from modular_experts.native import sparse_passes as entries
+from modular_experts.native.sparse_passes import Runs, add_rounded, decode_places, pack_entries, spread_tiles
+
+SHAPE = torch.Size((150, 200))
+SHARES = [0.3, 0.0, 1.0, 0.02, 0.5]
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    if entries._library() is None:
+        pytest.skip("no C++ compiler makes the passes here")
+
+
+def _sparse(share: float, seed: int, shape: torch.Size = SHAPE) -> Sparse:
+    draw = torch.Generator().manual_seed(seed)
+    places = (torch.rand(shape.numel(), generator=draw) < share).nonzero()[:, 0].int()
+    values = torch.randn(len(places), generator=draw) * 10 ** torch.randn(len(places), generator=draw)
+    values[torch.rand(len(places), generator=draw) < 0.1] = 0.0
+    return Sparse(places, values, shape)
+
+
+def _runs(deltas: list[Sparse]) -> Runs:
+    runs = Runs.of([delta.indices for delta in deltas], [delta.values for delta in deltas])
+    assert runs is not None
+    return runs
+
+
+def _tiles(share: float, seed: int, tile: tuple[int, int]) -> BlockSparse:
+    draw = torch.Generator().manual_seed(seed)
+    blocks = (torch.rand(math.prod(block_grid(SHAPE, tile)), generator=draw) < share).nonzero()[:, 0].int()
+    values = torch.randn(math.prod(SHAPE), generator=draw).view(SHAPE)
+    return BlockSparse(blocks, gather_blocks(values, blocks, tile), SHAPE)
+
+
+def _by_torch(deltas: list[Sparse], weights: list[float]) -> Tensor:
+    """Return the sum as torch takes it: in float64, in the order of the experts."""
+    total = torch.zeros(SHAPE.numel(), dtype=torch.float64)
+    alike = len(set(weights)) == 1
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.index_add_(0, delta.indices, delta.values.double(), alpha=1.0 if alike else weight)
+    return total.mul_(weights[0]) if alike else total
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 5, [0.3] * 5, [0.7, -2.0, 1e-3, 0.0, 1 / 3]], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_sums_are_those_of_torch_to_the_last_bit(weights, parts) -> None:
+    deltas = [_sparse(share, seed) for seed, share in enumerate(SHARES)]
+    runs, edges = _runs(deltas), torch.linspace(0, SHAPE.numel(), parts + 1).int()
+    totals, kept, counts, movers = [], [], [], []
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        here = [slice(*torch.searchsorted(d.indices, torch.tensor([start, stop])).tolist()) for d in deltas]
+        total, support = runs.total(start, stop, here, weights)
+        totals.append(total)
+        kept.append(support)
+        counts.append(runs.counts(start, stop, here))
+        movers.append(runs.counts(start, stop, here, moved=True))
+    assert torch.equal(torch.cat(totals), _by_torch(deltas, weights))
+    ones = torch.stack([delta.dense().view(-1) for delta in deltas])
+    assert torch.equal(torch.cat(movers), ones.ne(0).sum(0).double())
+    supports = torch.zeros(5, SHAPE.numel())
+    for row, delta in zip(supports, deltas, strict=True):
+        row[delta.indices.long()] = 1.0
+    assert torch.equal(torch.cat(counts), supports.sum(0).double())
+    assert torch.equal(torch.cat(kept), supports.any(0))
+
+
+@pytest.mark.parametrize("wrong", [[-1], [29_999, 5], [30_000], [2**31 - 1], [-(2**31)]], ids=str)
+def test_places_outside_of_the_part_are_refused(wrong) -> None:
+    good = _sparse(0.5, 0)
+    bad = torch.cat([torch.tensor(wrong, dtype=torch.int32), good.indices])
+    runs = Runs.of([bad], [torch.ones(len(bad))])
+    assert runs is not None
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
+        runs.total(0, SHAPE.numel(), [slice(0, len(bad))], [1.0])
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
+        runs.counts(0, SHAPE.numel(), [slice(0, len(bad))])
+
+
+@pytest.mark.parametrize("wrong", [-1, 30_000, -(2**31)])
+def test_a_place_outside_of_the_weight_is_refused(wrong) -> None:
+    places = torch.arange(5000, dtype=torch.int32)
+    places[-1] = wrong
+    with pytest.raises(IndexError, match="not sorted or not in its weight"):
+        add_rounded(torch.zeros(SHAPE).bfloat16(), places, torch.ones(5000))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+def test_what_is_kept_is_packed_in_order(share) -> None:
+    draw = torch.Generator().manual_seed(3)
+    total = torch.randn(20_000, generator=draw, dtype=torch.float64) * 1e30
+    total[:4] = torch.tensor([math.nan, math.inf, -0.0, 1e300])
+    kept = torch.rand(20_000, generator=draw) < share
+    places, values = torch.full((20_007,), -7, dtype=torch.int32), torch.full((20_007,), -7.0)
+    count = pack_entries(total, kept, 10**6, places, values)
+    assert count == int(kept.sum())
+    assert torch.equal(places[:count], 10**6 + kept.nonzero()[:, 0].int())
+    assert torch.equal(values[:count].view(torch.int32), total[kept].float().view(torch.int32))
+    assert values[20_000:].eq(-7).all()
+    assert places[20_000:].eq(-7).all()
+
+
+def test_a_sum_is_rounded_once_and_counted() -> None:
+    delta, draw = _sparse(0.4, 5), torch.Generator().manual_seed(6)
+    weight = (torch.randn(SHAPE, generator=draw) * 10 ** torch.randn(SHAPE, generator=draw)).bfloat16()
+    before = weight.clone()
+    found = add_rounded(weight, delta.indices, delta.values)
+    assert torch.equal(weight, before)
+    exact = weight.float().view(-1).index_add(0, delta.indices, delta.values).view(SHAPE)
+    assert torch.equal(found.weight.view(torch.int16), exact.bfloat16().view(torch.int16))
+    assert found.moved == int(delta.values.count_nonzero())
+    assert found.changed == int((found.weight != before).sum())
+    assert found.lost == pytest.approx(float((exact.bfloat16().double() - exact.double()).square().sum()), rel=1e-12)
+    assert found.norm == pytest.approx(float(delta.values.double().square().sum()), rel=1e-12)
+
+
+def test_rounding_at_the_edges_is_that_of_torch() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = bits.view(torch.bfloat16).view(256, 256)  # every number there is
+    places = torch.arange(2**16, dtype=torch.int32)
+    for value in (0.0, -0.0, 2**-8, 1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, math.inf, math.nan, 1e-45):
+        values = torch.full((2**16,), value)
+        wanted = (weight.float() + value).bfloat16()
+        found = add_rounded(weight, places, values).weight
+        assert torch.equal(found.isnan(), wanted.isnan())
+        same = found.view(torch.int16) == wanted.view(torch.int16)
+        assert (same | wanted.isnan()).all(), value
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(
+        torch.float32
+    )  # rounded as numbers: finite
+    found = add_rounded(torch.zeros(256, 256).bfloat16(), places[:6000], odd.repeat(2000)).weight
+    assert found.view(-1)[:6000].isnan().all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02, 0.002])
+def test_gaps_are_decoded_to_what_was_encoded(share) -> None:
+    limit = 10**7
+    numbers = (torch.rand(limit, generator=torch.Generator().manual_seed(8)) < share).nonzero()[:, 0].int()
+    stored = encode(numbers, limit, "indices").get("gaps")
+    gaps = stored if stored is not None else encode(numbers[:1000] * 3, 3 * limit, "indices")["gaps"]
+    wanted = numbers if stored is not None else numbers[:1000] * 3
+    gaps = torch.cat([gaps, torch.ones(5000, dtype=torch.uint8)])
+    wanted = torch.cat([wanted, wanted[-1] + torch.arange(1, 5001, dtype=torch.int32)])
+    found, last = decode_places("gaps", gaps, len(wanted))
+    assert torch.equal(found, wanted)
+    assert last == int(wanted[-1])
+
+
+def test_gaps_of_another_number_of_entries_are_told() -> None:
+    gaps = torch.ones(5000, dtype=torch.uint8)
+    assert decode_places("gaps", gaps, 5000)[1] == 4999
+    assert decode_places("gaps", gaps, 4999)[1] is None
+    assert decode_places("gaps", gaps, 5001)[1] is None
+    gaps[-1] = 0
+    assert decode_places("gaps", gaps, 4999)[1] is None
+    gaps[-1], gaps[7] = 1, 0
+    assert decode_places("gaps", gaps, 4999)[1] == 4998 + 255
+
+
+def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
+    gaps, numbers = torch.ones(5000, dtype=torch.uint8), torch.full((5000,), -7, dtype=torch.int32)
+    assert entries._loaded().decode_gaps(gaps.data_ptr(), 5000, 4990, numbers.data_ptr()) == -2
+    assert numbers[4990:].eq(-7).all()
+
+
+def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
+    gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
+    assert decode_places("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
+
+
+@pytest.mark.parametrize("shape", [(160, 208), (150, 200), (1, 6000), (6000, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(16, 16), (1, 200), (150, 1), (7, 300), (1, 1)], ids=str)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
+    count = math.prod(block_grid(shape, tile))
+    draw = torch.Generator().manual_seed(5)
+    blocks = (torch.rand(count, generator=draw) < share).nonzero()[:, 0].int()
+    tiles = torch.randn(len(blocks), *tile, generator=draw)
+    found = spread_tiles(blocks, tiles, shape)
+    if tiles.numel() < entries.LEAST:
+        assert found is None
+        return
+    for mine, wanted in zip(found, entries_in_order(blocks, tiles, shape), strict=True):
+        assert mine.dtype == wanted.dtype
+        assert torch.equal(mine, wanted)
+
+
+def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room() -> None:
+    blocks = torch.tensor([-(2**31), -7, 3, 2, 2, 99, 2**31 - 1], dtype=torch.int32)
+    tiles = torch.ones(7, 30, 30)
+    room = torch.full((2, tiles.numel() + 999), -7.0)
+    places, values = room[0].int(), room[1]
+    sizes = [*tiles.shape, 100, 95]
+    out = [places.data_ptr(), values.data_ptr()]
+    assert entries._loaded().spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out) <= tiles.numel()
+    assert places[tiles.numel() :].eq(-7).all()
+    assert values[tiles.numel() :].eq(-7).all()
+
+
+@pytest.mark.parametrize(
+    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), EMR()]
+)
+@pytest.mark.parametrize("tile", [(16, 16), (5, 7)], ids=str)
+def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
+    deltas = [_tiles(0.4, seed, tile) for seed in range(4)]
+    compiled = method.merge(deltas)
+    monkeypatch.setattr(entries, "_library", lambda: None)
+    plain = method.merge(deltas)
+    assert isinstance(compiled, BlockSparse)
+    assert torch.equal(compiled.blocks, plain.blocks)
+    assert torch.equal(compiled.values, plain.values)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.97, 1.0])
+@pytest.mark.parametrize("limit", [2**16, 70_001])
+def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
+    kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
+    kept[-1] = share > 0
+    mask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
+    found, last = decode_places("mask", mask, int(kept.sum()))
+    assert torch.equal(found, kept.nonzero()[:, 0].int())
+    assert last == (limit - 1 if share else -1)
+
+
+def test_masks_of_another_number_of_entries_are_told() -> None:
+    mask, numbers = torch.full((5001,), 0b10010, dtype=torch.uint8), torch.full((10_002,), -7, dtype=torch.int32)
+    assert decode_places("mask", mask, 10_002)[1] == 8 * 5000 + 4
+    for count in (0, 10_001, 10_003):
+        assert decode_places("mask", mask, count)[1] is None
+    assert entries._loaded().decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
+    assert numbers[9_990:].eq(-7).all()
+
+
+def test_all_else_is_not_served() -> None:
+    delta = _sparse(0.5, 0)
+    places, values = delta.indices, delta.values
+    assert Runs.of([places.long()], [values]) is None
+    assert Runs.of([places], [values.double()]) is None
+    assert Runs.of([places[::2]], [values[::2]]) is None
+    assert Runs.of([places[:9]], [values[:9]]) is None
+    assert Runs.of([], []) is None
+    assert Runs.of([places], [values[:9]]) is None
+    assert Runs.of([places], [values.clone().requires_grad_()]) is None
+    assert Runs.of([places], [torch._neg_view(values)]) is None
+    assert add_rounded(torch.zeros(SHAPE).bfloat16(), places, values[:9]) is None
+    assert decode_places("gaps", torch.ones(5000, dtype=torch.int32), 5000) is None
+    assert add_rounded(torch.zeros(SHAPE), places, values) is None
+    assert add_rounded(torch.zeros(SHAPE).half(), places, values) is None
+    assert add_rounded(torch.zeros(SHAPE).bfloat16().T, places, values) is None
+    assert decode_places("gaps", torch.ones(9, dtype=torch.uint8), 9) is None
+    assert decode_places("mask", torch.ones(9, dtype=torch.uint8), 9) is None
+    tiles = torch.ones(50, 10, 10)
+    assert spread_tiles(torch.arange(50), tiles, SHAPE) is None
+    assert spread_tiles(torch.arange(50).int(), tiles.double(), SHAPE) is None
+    assert spread_tiles(torch.arange(50).int(), tiles, (2**16, 2**15)) is None
+    assert spread_tiles(torch.arange(9).int(), tiles[:9], SHAPE) is None
+    total, kept = torch.zeros(5000), torch.ones(5000, dtype=torch.bool)
+    assert pack_entries(total, kept, 0, torch.empty(5000, dtype=torch.int32), torch.empty(5000)) is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Average(),
+        Average([3.0, 1.0, 1.0, 0.5, -1.0]),
+        TaskArithmetic(scale=0.3),
+        SparseAverage(scale=1.7, exponent=0.5),
+        SparseAverage(count="supports"),
+        Intersection(agreement=2),
+        ConsensusTA(),
+        EMR(),
+    ],
+    ids=repr,
+)
+def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "PART", 8000)  # four parts of the weight
+    deltas, found = [_sparse(share, seed) for seed, share in enumerate(SHARES)], []
+    for library in (entries._library, lambda: None):
+        monkeypatch.setattr(entries, "_library", library)
+        found.append(method.merge(deltas))
+    one, other = found
+    assert type(one) is type(other)
+    assert torch.equal(one.indices, other.indices)
+    assert torch.equal(one.values, other.values)
+
+
+def test_what_is_passed_over_lies_on_the_cpu_whatever_the_default_device_is() -> None:
+    delta = _sparse(0.5, 0)
+    with torch.device("meta"):
+        merged = Average().merge([delta])
+    assert torch.equal(merged.values, delta.values)
+
+
+def test_gradients_flow_through_a_merge() -> None:
+    delta = _sparse(0.5, 0)
+    values = delta.values.clone().requires_grad_()
+    merged = Average().merge([Sparse(delta.indices, values, SHAPE)])
+    assert merged.values.requires_grad
+
+
+def test_a_result_that_keeps_little_does_not_hold_much() -> None:
+    few = _sparse(0.2, 1)
+    merged = merge_by_parts([few, few], lambda part: part.weighted_total([1.0, 1.0]))
+    assert torch.equal(merged.indices, few.indices)
+    assert merged.values.untyped_storage().nbytes() == 4 * len(few.values)
+
+
+@pytest.mark.parametrize("tile", [None, (16, 16), (10, 10)], ids=str)
+def test_a_written_checkpoint_is_the_same_without_a_compiler(tile, monkeypatch) -> None:
+    delta: Delta = _sparse(0.4, 5) if tile is None else _tiles(0.4, 5, tile)
+    weight, found = torch.randn(SHAPE).bfloat16(), []
+    for library in (entries._library, lambda: None):
+        monkeypatch.setattr(entries, "_library", library)
+        losses = streaming._Losses()
+        found.append((streaming._sum("w", weight, delta, torch.bfloat16, losses), losses))
+    (one, counted), (other, recounted) = found
+    assert torch.equal(one, other)
+    assert (counted.moved, counted.unchanged) == (recounted.moved, recounted.unchanged)
+    assert counted.total().lost == pytest.approx(recounted.total().lost, rel=1e-5)
+    assert counted.total().lost > 0
+
+
+def test_a_checkpoint_of_another_dtype_is_rounded_to_that() -> None:
+    delta, weight = _sparse(0.4, 5), torch.randn(SHAPE).bfloat16()
+    found = streaming._sum("w", weight, delta, torch.float32, streaming._Losses())
+    assert torch.equal(found, delta.add_to(weight.float()))
+
+
+def test_a_sum_that_is_not_finite_is_refused_in_one_pass_too() -> None:
+    delta = _sparse(0.4, 5)
+    weight, large = torch.full(SHAPE, 3e38).bfloat16(), Sparse(delta.indices, 0 * delta.values + 1e38, SHAPE)
+    with pytest.raises(ValueError, match=r"w plus its delta is not finite in torch.bfloat16"):
+        streaming._sum("w", weight, large, torch.bfloat16, streaming._Losses())

@@ -1,1 +1,0 @@
-"""Code as a user would write it, outside the package."""

@@ -1,0 +1,292 @@
+"""A scoring pass gives the dense gradients, one layer at a time, and leaves no trace."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+import conftest
+import pytest
+import torch
+import torch.nn.functional as F
+from testbed import runs
+
+from modular_experts.callbacks import MaskSchedule
+from modular_experts.data.batch import Collator, Example, Tokens
+from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.injection import expert_layers, inject
+from modular_experts.selection import scoring
+from modular_experts.selection.scoring import ScoringPass
+
+BATCHES = [torch.arange(start, start + 24).view(2, 12) % 90 + 3 for start in (0, 30, 55)]
+PATTERN = r".*\.(q_proj|down_proj)"
+KINDS = [partial(SparseExpert, keep_ratio=0.1), partial(MaskedExpert, keep_ratio=0.1)]
+
+
+def _loss(model: torch.nn.Module):
+    return lambda ids: model(input_ids=ids, labels=ids).loss
+
+
+def _dense_gradients(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    model = conftest.build_model("llama")
+    (sum(_loss(model)(ids) for ids in batches) / len(batches)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _score(model: torch.nn.Module, batches: list[torch.Tensor], budget: int = 2**30) -> dict[str, torch.Tensor]:
+    experts, found = {name: layer.expert for name, layer in expert_layers(model)}, {}
+    ScoringPass(_loss(model), batches, budget=budget).gradient(experts, found.__setitem__)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("budget", [1, 2**30])  # every layer a group of its own; all in one
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_dense_model(kind: partial, batches: int, budget: int, checkpointing: bool) -> None:
+    model = conftest.build_model("llama").train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    inject(model, kind, PATTERN)
+    found, wanted = _score(model, BATCHES[:batches], budget), _dense_gradients(BATCHES[:batches])
+    assert found.keys() == {name for name, _ in expert_layers(model)}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
+
+
+def test_no_parameter_gets_a_gradient_and_no_probe_stays() -> None:
+    model = conftest.build_model("llama")
+    inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
+    inject(model, LoRAExpert, r".*\.v_proj")
+    sparse = {n: layer.expert for n, layer in expert_layers(model) if isinstance(layer.expert, SparseExpert)}
+    ScoringPass(_loss(model), BATCHES).gradient(sparse, lambda name, gradient: None)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(expert.probe is None for expert in sparse.values())
+
+
+def test_with_one_batch_one_dense_gradient_lives_at_a_time() -> None:
+    model = conftest.build_model("llama", num_hidden_layers=4)
+    inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
+    alive: set[int] = set()
+    most = 0
+
+    def receive(name: str, gradient: torch.Tensor) -> None:
+        nonlocal most
+        alive.add(id(gradient))
+        weakref.finalize(gradient, alive.discard, id(gradient))
+        most = max(most, len(alive))
+
+    experts = {name: layer.expert for name, layer in expert_layers(model)}
+    ScoringPass(_loss(model), BATCHES[:1]).gradient(experts, receive)
+    assert len(experts) == 8
+    assert most == 1
+
+
+def test_a_failing_loss_leaves_no_probe_behind() -> None:
+    model = conftest.build_model("llama")
+    inject(model, partial(SparseExpert, keep_ratio=0.1), PATTERN)
+    experts = {name: layer.expert for name, layer in expert_layers(model)}
+    with pytest.raises(RuntimeError, match="no loss"):
+        ScoringPass(_fails, BATCHES).gradient(experts, lambda name, gradient: None)
+    assert all(expert.probe is None for expert in experts.values())
+
+
+def _fails(batch: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no loss")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("budget", [1, 2**30])
+def test_squared_gradients_are_squared_batch_by_batch_before_the_mean(kind: partial, batches: int, budget: int) -> None:
+    model = conftest.build_model("llama")
+    inject(model, kind, PATTERN)
+    experts, found = {name: layer.expert for name, layer in expert_layers(model)}, {}
+    uneven = [0.5, 0.25, 0.25][:batches] if batches > 1 else None  # shares are those of means of gradients
+    ScoringPass(_loss(model), BATCHES[:batches], uneven, budget).squared_gradient(experts, found.__setitem__)
+    parts = [_dense_gradients([ids]) for ids in BATCHES[:batches]]
+    for name in experts:
+        wanted = sum(part[name].double() ** 2 for part in parts) / batches
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-3, atol=1e-10)
+
+
+def test_a_gradient_is_averaged_over_ranks_before_it_is_squared() -> None:
+    """Here the average over ranks halves, as if the other rank had nothing."""
+    model = conftest.build_model("llama")
+    inject(model, KINDS[0], PATTERN)
+    experts, found = {name: layer.expert for name, layer in expert_layers(model)}, {}
+    halves = ScoringPass(_loss(model), BATCHES[:1], reduce=lambda gradient: gradient / 2)
+    halves.squared_gradient(experts, found.__setitem__)
+    wanted = _dense_gradients(BATCHES[:1])
+    for name in experts:
+        torch.testing.assert_close(found[name], wanted[name] ** 2 / 4, rtol=1e-3, atol=1e-10)
+
+
+class Double(torch.nn.Module):
+    """A GPT-2 with a loss in its own dtype: transformers takes losses, and the norms of Llama, in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = conftest.build_model("gpt2").to(dtype)
+        self.model.set_attn_implementation("eager")  # only that can be differentiated twice
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=ids).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _curvature(kind: partial, dtype: torch.dtype, train: bool = False) -> dict[str, torch.Tensor]:
+    probed = Double(dtype).train(train)
+    inject(probed.model, kind, conftest.TARGETS["gpt2"])
+    layers = dict(expert_layers(probed.model))
+    before, found = {name: tensor.clone() for name, tensor in probed.state_dict().items()}, {}
+    torch.manual_seed(3)
+    weights = {name: layer.matrix.detach() for name, layer in layers.items()}
+    experts = {name: layer.expert for name, layer in layers.items()}
+    ScoringPass(probed.loss, BATCHES).curvature(experts, found.__setitem__, weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in probed.state_dict().items())
+    assert all(layer.expert.probe is None for layer in layers.values())
+    return found
+
+
+def _exact_curvature(train: bool = False) -> dict[str, torch.Tensor]:
+    """Return the Hessian's product with the mean gradient of all layers together, as experts see it, `(out, in)`."""
+    dense = Double(torch.float64).train(train)
+    names = [name for name, _ in _targets(dense.model)]
+    weights = [dense.model.get_parameter(name) for name in names]
+    torch.manual_seed(3)
+    loss = sum(dense.loss(ids) for ids in BATCHES) / len(BATCHES)
+    gradients = torch.autograd.grad(loss, weights, create_graph=True)
+    products = torch.autograd.grad(gradients, weights, [gradient.detach() for gradient in gradients])
+    return {name: product.T for name, product in zip(names, products, strict=True)}
+
+
+def _targets(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(n, p) for n, p in model.named_parameters() if n.endswith(("c_attn.weight", "c_proj.weight"))]
+
+
+def _error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Return how far products are from the exact ones, in the norm over all layers."""
+    assert found.keys() == wanted.keys()
+    far = sum(float((found[name].double() - wanted[name]).square().sum()) for name in wanted)
+    return (far / sum(float(exact.square().sum()) for exact in wanted.values())) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 5e-6), (torch.float32, 5e-4)])
+def test_curvature_is_the_hessians_product_with_the_gradient_of_all_layers(
+    kind: partial, dtype: torch.dtype, tolerance: float
+) -> None:
+    found = _curvature(kind, dtype)
+    wanted = _exact_curvature()
+    assert len(found) == 6
+    assert _error(found, wanted) < tolerance
+    for name, exact in wanted.items():
+        assert _error({name: found[name]}, {name: exact}) < 5 * tolerance
+
+
+def test_the_error_of_the_curvature_falls_with_the_square_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A one-sided difference would fall with the step itself; rounding would stop it."""
+    wanted, errors = _exact_curvature(), []
+    for step in (0.4, 0.2, 0.1):
+        monkeypatch.setattr(scoring, "_STEP", step)
+        errors.append(_error(_curvature(KINDS[0], torch.float64), wanted))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("modules", [r".*\.0\.attn\.c_proj", conftest.TARGETS["gpt2"]])
+def test_the_step_of_the_curvature_is_a_share_of_one_weight_however_many_are_scored(modules: str) -> None:
+    """A share of all weights' norm grows with their number, and is far beyond the quadratic part in a real model."""
+    probed, norms = Double(torch.float64), []
+    inject(probed.model, KINDS[0], modules)
+    layers = dict(expert_layers(probed.model))
+    experts = {name: layer.expert for name, layer in layers.items()}
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        shifts = [expert.probe.shift for expert in experts.values() if expert.probe.shift is not None]
+        norms.append(sum(float(shift.square().sum()) for shift in shifts) ** 0.5)
+        return probed.loss(ids)
+
+    weights = {name: layer.matrix.detach() for name, layer in layers.items()}
+    ScoringPass(loss, BATCHES).curvature(experts, lambda name, product: None, weights)
+    typical = torch.cat([weight.flatten() for weight in weights.values()]).square().mean().sqrt()
+    assert norms == pytest.approx([0.0] * 3 + [0.03 * float(typical)] * 6, rel=1e-6)
+
+
+def test_dropout_is_the_same_in_all_passes_of_a_curvature() -> None:
+    """Otherwise the difference of two gradients is that of two networks, divided by next to nothing."""
+    found = _curvature(KINDS[0], torch.float64, train=True)
+    assert _error(found, _exact_curvature(train=True)) < 5e-6
+    assert _error(found, _exact_curvature()) > 0.1
+
+
+def test_a_curvature_in_half_precision_is_refused() -> None:
+    probed = Double(torch.bfloat16)
+    inject(probed.model, KINDS[0], conftest.TARGETS["gpt2"])
+    layers = dict(expert_layers(probed.model))
+    weights = {name: layer.matrix.detach() for name, layer in layers.items()}
+    with pytest.raises(ValueError, match=r"needs a base in float32, and it is in torch\.bfloat16"):
+        ScoringPass(probed.loss, BATCHES).curvature({n: la.expert for n, la in layers.items()}, dict, weights)
+
+
+@pytest.mark.parametrize(("statistic", "passes"), [("gradient", 3), ("squared_gradient", 3), ("curvature", 9)])
+def test_passes_are_one_for_each_batch_and_group(statistic: str, passes: int) -> None:
+    model = conftest.build_model("llama")
+    inject(model, KINDS[0], PATTERN)
+    layers = dict(expert_layers(model))
+    experts = {name: layer.expert for name, layer in layers.items()}
+    more = [{name: layer.matrix.detach() for name, layer in layers.items()}] if statistic == "curvature" else []
+    calls = []
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(len(ids))
+        return _loss(model)(ids)
+
+    for budget, groups in ((2**30, 1), (1, 1 if statistic == "curvature" else 4)):
+        calls.clear()
+        scored = ScoringPass(loss, BATCHES, budget=budget)
+        getattr(scored, statistic)(experts, lambda name, found: None, *more)
+        assert scored.passes == len(calls) == groups * passes
+
+
+def _rows() -> list[Example]:
+    """Four rows whose answers have one to nine tokens."""
+    lengths = [(7, 1), (3, 9), (5, 2), (9, 5)]
+    ids = [torch.arange(prompt + answer) * 7 % 90 + 3 + 2 * row for row, (prompt, answer) in enumerate(lengths)]
+    return [Example("t", "", "", Tokens(i, prompt)) for i, (prompt, _) in zip(ids, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_mean_gradient_does_not_depend_on_how_rows_are_cut_into_batches(size: int, tiny, tmp_path) -> None:
+    """It is that of the mean over all target tokens, taken here row by row without padding."""
+    batches = [Collator(0)(_rows()[start : start + size]) for start in range(0, 4, size)]
+    module = runs.module(tiny("gpt2"), KINDS[0], modules=conftest.TARGETS["gpt2"], dtype="float64")
+    module.configure_model()
+    module.trainer = runs.trainer(tmp_path)
+    module.trainer.datamodule = _Cut(batches)
+    layers, found = dict(expert_layers(module.model)), {}
+    scored = MaskSchedule(batches=9)._scoring(module.trainer, module, 0)
+    scored.gradient({name: layer.expert for name, layer in layers.items()}, found.__setitem__)
+
+    dense = runs.module(tiny("gpt2"), None, dtype="float64")
+    dense.configure_model()
+    weights = {name: dense.model.get_parameter(name).requires_grad_(True) for name in layers}
+    total = count = 0
+    for row in _rows():
+        ids, prompt = row.tokens.ids, row.tokens.prompt
+        logits = dense.model(input_ids=ids[None]).logits[0, prompt - 1 : -1]
+        total = total + F.cross_entropy(logits, ids[prompt:], reduction="sum")
+        count += len(ids) - prompt
+    assert count == 17
+    wanted = torch.autograd.grad(total / count, list(weights.values()))
+    for name, gradient in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(found[name], gradient.T, rtol=1e-9, atol=1e-14)
+
+
+class _Cut:
+    def __init__(self, batches: list[dict]) -> None:
+        self.batches = batches
+
+    def train_dataloader(self) -> list[dict]:
+        return self.batches

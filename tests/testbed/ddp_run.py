@@ -1,0 +1,82 @@
+"""One training run, of one process or as a rank of several: `python ddp_run.py FOLDER BASE FILES_JSON RANKS`.
+
+Each rank writes what it ends with to `FOLDER/rank{R}.pt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from testbed import runs
+from torch.nn.parallel import DistributedDataParallel
+
+from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.experts import SparseExpert
+from modular_experts.injection import expert_layers
+from modular_experts.masks import FisherInformation, GradientMagnitude, GraSP, GrowAndDrop, Score
+
+
+class Watch(Callback):
+    """Keeps supports after each step, and what DDP reduces and sends."""
+
+    def __init__(self) -> None:
+        self.supports: list[dict[str, list[int]]] = []
+        self.reduced_bytes = self.synchronised_buffers = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        layers = expert_layers(pl_module.model)
+        self.supports.append({name: layer.expert.indices.tolist() for name, layer in layers})
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            self.reduced_bytes = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
+            self.synchronised_buffers = len(wrapped.modules_buffers)
+
+
+def choose_among_all(folder: Path, base: Path, files: dict[str, Path], ranks: int, score: Score) -> dict:
+    """Train a few steps with supports chosen among all weights; return supports after each, values and passes."""
+    seed_everything(ranks, verbose=False)
+    rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
+    watch, schedule = Watch(), MaskSchedule(score=score, rule=rule, batches=2, seed=0, scope="global")
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64")
+    trainer = runs.trainer(folder, watch, schedule, max_steps=4, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    trainer.fit(module, runs.mixture(files, base, seed=0))
+    values = {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
+    return {"supports": watch.supports, "values": values, "passes": schedule.passes}
+
+
+def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
+    warnings.simplefilter("ignore")
+    seed_everything(ranks, verbose=False)  # other supports at first in one process and in two: the schedule must agree
+    watch, export = Watch(), ExportExpert(str(folder / "library"), "mine")
+    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
+    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    strategy = "ddp" if ranks > 1 else "auto"
+    trainer = runs.trainer(folder, watch, schedule, export, max_steps=10, devices=ranks, strategy=strategy)
+    trainer.fit(module, runs.mixture(files, base, seed=0))
+    trainer.test(module, runs.mixture(files, base, eval_batch_size=4), verbose=False)
+    trainer.predict(module, runs.mixture(files, base, eval_batch_size=4))
+    found = {
+        "supports": watch.supports,
+        "values": {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)},
+        "results": module.results,
+        "reduced_bytes": watch.reduced_bytes,
+        "synchronised_buffers": watch.synchronised_buffers,
+    }
+    for score in (GradientMagnitude(), FisherInformation(), GraSP()):
+        found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
+    torch.save(found, folder / f"rank{trainer.global_rank}.pt")
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    names = {name: Path(file) for name, file in json.loads(sys.argv[3]).items()}
+    main(Path(sys.argv[1]), Path(sys.argv[2]), names, int(sys.argv[4]))

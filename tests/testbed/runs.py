@@ -1,0 +1,63 @@
+"""Short runs of the public classes on tiny models, for the tests of module and callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from modular_experts.data import TaskMixture
+from modular_experts.training.module import ExpertModule
+
+TARGET = r".*\.(q_proj|down_proj)"
+
+
+class Losses(Callback):
+    """Keeps each step's loss."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(outputs["loss"].item())
+
+
+def mixture(files: dict[str, Path], base: Path, **settings: Any) -> TaskMixture:
+    """Return a mixture of the files; the last of three is held out."""
+    tasks = [{"name": name, "path": str(path)} for name, path in files.items()]
+    if len(tasks) == 3:
+        tasks[2]["role"] = "held_out"
+    return TaskMixture(tasks, **({"tokenizer": str(base), "batch_size": 4} | settings))
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    """Return a silent trainer on the CPU."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+    return Trainer(callbacks=list(callbacks), **(quiet | place | {"max_steps": 6} | settings))
+
+
+def module(base: Path, expert: Callable | None, **settings: Any) -> ExpertModule:
+    """Return a module with experts in half of the tiny Llama's layers."""
+    modules = TARGET if expert is not None else None
+    return ExpertModule(str(base), **({"modules": modules, "expert": expert, "max_new_tokens": 6} | settings))
+
+
+def fit(
+    base: Path, files: dict[str, Path], folder: Path, expert: Callable, *callbacks: Callback, **settings: Any
+) -> tuple:
+    """Train, and return module, trainer and the losses of the steps."""
+    seed_everything(0, verbose=False)
+    losses, optimizer = Losses(), lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    trained = module(base, expert, optimizer=optimizer)
+    run = trainer(folder, losses, *callbacks, **settings)
+    run.fit(trained, mixture(files, base))
+    return trained, run, losses.steps

@@ -1,0 +1,104 @@
+"""Two processes train what one trains: same supports, same values, each row counted once, only kept entries sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.ddp
+
+
+def _run(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> list[dict]:
+    folder.mkdir()
+    script = str(Path(__file__).parents[1] / "testbed" / "ddp_run.py")
+    command = [
+        sys.executable,
+        script,
+        str(folder),
+        str(base),
+        json.dumps({k: str(v) for k, v in files.items()}),
+        str(ranks),
+    ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "RANK", "LOCAL_RANK"))} | own
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict], Path]:
+    folder = tmp_path_factory.mktemp("ddp")
+    (one,) = _run(folder / "one", tiny_llama_dir, task_files, 1)
+    return one, _run(folder / "two", tiny_llama_dir, task_files, 2), folder
+
+
+def test_ranks_keep_the_same_entries_with_the_same_values(found) -> None:
+    _, (first, second), _ = found
+    assert first["supports"] == second["supports"]
+    assert any(before != after for before, after in zip(first["supports"], first["supports"][1:], strict=False))
+    assert all(torch.equal(first["values"][name], second["values"][name]) for name in first["values"])
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(found) -> None:
+    one, (first, _), _ = found
+    assert one["supports"] == first["supports"]
+    for name, values in one["values"].items():
+        assert values.abs().max() > 1e-3
+        torch.testing.assert_close(first["values"][name], values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("score", "passes"), [("GradientMagnitude", 4), ("FisherInformation", 4), ("GraSP", 12)]
+)  # two choices on two batches
+def test_two_processes_choose_among_all_weights_what_one_chooses(found, score: str, passes: int) -> None:
+    one, two, _ = found
+    wanted = one[score]
+    sizes = {tuple(map(len, supports.values())) for supports in wanted["supports"]}
+    assert len(sizes) == 1
+    assert sizes != {(153, 102, 153, 102)}, "else each weight had kept its own share"
+    assert wanted["supports"][1] != wanted["supports"][2]
+    for rank in two:
+        assert rank[score]["supports"] == wanted["supports"]
+        assert rank[score]["passes"] == wanted["passes"] == passes
+        for name, values in wanted["values"].items():
+            torch.testing.assert_close(rank[score]["values"][name], values, rtol=1e-6, atol=1e-9)
+
+
+def test_only_kept_entries_are_communicated(found) -> None:
+    _, (first, _), _ = found
+    kept = sum(values.numel() for values in first["values"].values())
+    assert first["reduced_bytes"] == 8 * kept  # float64 here; 4 bytes each otherwise
+    assert first["synchronised_buffers"] == 0
+
+
+def test_each_row_counts_once_and_rank_0_writes(found) -> None:
+    one, (first, second), folder = found
+    for name, wanted in one["results"]["tasks"].items():
+        assert wanted["rows"] == 6
+        for rank in (first, second):
+            got = rank["results"]["tasks"][name]
+            assert got.pop("role") == wanted["role"]
+            assert got == pytest.approx({key: value for key, value in wanted.items() if key != "role"}, rel=1e-9)
+    lines = [(folder / kind / "predictions.jsonl").read_text() for kind in ("one", "two")]
+    assert lines[0] == lines[1]
+    assert json.loads((folder / "two" / "results.json").read_text())["tasks"]["upper"]["rows"] == 6
+    assert (folder / "two" / "library" / "mine" / "expert.json").is_file()

@@ -1,0 +1,307 @@
+"""ExpertModule: the loss, slim and strict checkpoints, applied experts, evaluation, and exact resume after SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+
+from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.injection import expert_layers
+from modular_experts.masks import GrowAndDrop
+from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear, training_length
+from modular_experts.training.module import ExpertModule
+
+KINDS = {
+    "element": partial(SparseExpert, keep_ratio=0.1),
+    "block": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8),
+    "masked": partial(MaskedExpert, keep_ratio=0.1),
+    "lora": partial(LoRAExpert, rank=2),
+    "full": FullExpert,
+}
+
+
+def _batch(base: Path, files: dict[str, Path]) -> dict:
+    data = runs.mixture(files, base)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def _numbers(module: ExpertModule, task: str) -> dict[str, float]:
+    return {name: value for name, value in module.results["tasks"][task].items() if name != "role"}
+
+
+def test_loss_is_the_mean_over_target_tokens_in_float64_arithmetic(tiny_llama_dir, task_files) -> None:
+    module, batch = runs.module(tiny_llama_dir, None, dtype="float64"), _batch(tiny_llama_dir, task_files)
+    module.configure_model()
+    module.trainer = runs.trainer(tiny_llama_dir)
+    total, count = 0.0, 0
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        length = int(mask.sum())
+        logits = module.model(input_ids=ids[None, :length]).logits[0]
+        for position in range(1, length):
+            if labels[position] != -100:
+                total += float(torch.logsumexp(logits[position - 1], 0) - logits[position - 1, labels[position]])
+                count += 1
+    assert count < int(batch["attention_mask"].sum())
+    assert float(module.loss(batch)) == pytest.approx(total / count, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss_and_the_export_tests_like_the_trained_model(
+    kind: str, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind], export, max_steps=24)
+    assert kind == "masked" or sum(losses[-6:]) < sum(
+        losses[:6]
+    )  # it hides nine tenths of what it learned in the first
+    trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    applied = runs.module(tiny_llama_dir, None, applied=[str(export.target)])
+    runs.trainer(tmp_path).test(applied, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    for name, scores in module.results["tasks"].items():
+        assert _numbers(applied, name) == pytest.approx(_numbers(module, name), rel=1e-5)
+        assert scores["rows"] == 6
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {name: task["role"] for name, task in results["tasks"].items()} == {
+        "upper": "held_in",
+        "reverse": "held_in",
+        "first": "held_out",
+    }
+    assert all(task["rows"] == 6 for task in results["tasks"].values())
+    assert set(results["held_in"]) >= {"loss", "exact_match", "rougeL"}
+    assert results["model"]["applied"][0]["name"] == "mine"
+
+
+def test_an_expert_trained_on_top_of_another_adds_to_it(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    """The full expert reads its anchor again: base plus applied."""
+    first = ExportExpert(str(tmp_path / "library"), "first", monitor=None)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], first)
+    second = ExportExpert(str(tmp_path / "library"), "second", monitor=None)
+    upper = runs.module(tiny_llama_dir, FullExpert, applied=[str(first.target)])
+    trainer = runs.trainer(tmp_path, second)
+    trainer.fit(upper, runs.mixture(task_files, tiny_llama_dir))
+    trainer.test(upper, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    both = runs.module(tiny_llama_dir, None, applied=[str(first.target), str(second.target)])
+    runs.trainer(tmp_path).test(both, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    assert _numbers(both, "upper") == pytest.approx(_numbers(upper, "upper"), rel=1e-5)
+    record = json.loads((second.target / "expert.json").read_text())
+    assert [parent["name"] for parent in record["parents"]] == ["first"]
+    runs.module(tiny_llama_dir, None, applied=[str(first.target), str(second.target)]).configure_model()
+    assert "trained on top" not in caplog.text
+    runs.module(tiny_llama_dir, None, applied=[str(second.target)]).configure_model()
+    assert "second was trained on top of first, which is not listed" in caplog.text
+
+
+def test_a_checkpoint_holds_trained_tensors_and_no_base(tiny_llama_dir, task_files, tmp_path) -> None:
+    module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {name.rsplit(".", 1)[-1] for name in stored["state_dict"]} == {"values", "indices", "anchor"}
+    moments = [v for s in stored["optimizer_states"][0]["state"].values() for v in s.values() if v.dim()]
+    kept = sum(layer.expert.values.numel() for _, layer in expert_layers(module.model))
+    assert sum(moment.numel() for moment in moments) == 2 * kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_checkpoint_gives_the_same_scores(kind: str, tiny_llama_dir, task_files, tmp_path) -> None:
+    module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    fresh = runs.module(tiny_llama_dir, KINDS[kind])
+    data = runs.mixture(task_files, tiny_llama_dir)
+    runs.trainer(tmp_path).test(fresh, data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert fresh.results["tasks"] == module.results["tasks"]
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
+    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = tmp_path / "other"
+    conftest.build_model("llama", seed=1).save_pretrained(other)
+    conftest.build_tokenizer().save_pretrained(other)
+    with pytest.raises(ValueError, match="trained on a base with fingerprint"):
+        runs.trainer(tmp_path).test(
+            runs.module(other, KINDS["element"]), runs.mixture(task_files, other), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+@pytest.mark.parametrize("other", ["lora", "block"])
+def test_a_checkpoint_of_other_experts_is_refused(other: str, tiny_llama_dir, task_files, tmp_path) -> None:
+    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="experts are not those configured"):
+        runs.trainer(tmp_path).test(
+            runs.module(tiny_llama_dir, KINDS[other]),
+            runs.mixture(task_files, tiny_llama_dir),
+            ckpt_path=tmp_path / "a.ckpt",
+        )
+
+
+def test_training_without_an_expert_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"none is configured: give model\.expert and model\.modules"):
+        runs.trainer(tmp_path).fit(runs.module(tiny_llama_dir, None), runs.mixture(task_files, tiny_llama_dir))
+    with pytest.raises(ValueError, match=r"model\.expert is given but not model\.modules"):
+        runs.trainer(tmp_path).fit(
+            runs.module(tiny_llama_dir, FullExpert, modules=None), runs.mixture(task_files, tiny_llama_dir)
+        )
+
+
+def test_predictions_are_one_row_each_in_the_order_of_the_data(tiny_llama_dir, task_files, tmp_path) -> None:
+    data = runs.mixture(task_files, tiny_llama_dir, eval_batch_size=4)
+    runs.trainer(tmp_path).predict(runs.module(tiny_llama_dir, None), data)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    wanted = [json.loads(line) for file in task_files.values() for line in file.read_text().splitlines()]
+    wanted = [row for row in wanted if row["split"] == "test"]
+    assert [(row["input"], row["target"]) for row in rows] == [(row["input"], row["target"]) for row in wanted]
+    assert all(isinstance(row["generation"], str) for row in rows)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_base_options_train(settings: dict, tiny_llama_dir, task_files, tmp_path) -> None:
+    module = runs.module(tiny_llama_dir, KINDS["element"], **settings)
+    runs.trainer(tmp_path).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert all(layer.expert.values.any() for _, layer in expert_layers(module.model))
+    assert all(layer.expert.values.dtype == torch.float32 for _, layer in expert_layers(module.model))
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        seen = runs.Losses()
+        module = runs.module(tiny_llama_dir, KINDS["element"], gradient_checkpointing=checkpointing)
+        runs.trainer(tmp_path, seen).fit(module, runs.mixture(task_files, tiny_llama_dir))
+        losses.append(seen.steps)
+    assert losses[0] == losses[1]
+
+
+def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None:
+    """Six batches an epoch."""
+    wanted = [
+        ({"max_steps": 7}, (6, 7)),
+        ({"max_steps": -1, "max_epochs": 3}, (6, 18)),
+        ({"max_steps": 7, "max_epochs": 1}, (6, 6)),
+        ({"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": 4}, (2, 6)),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 2}, (2, 4)),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.5}, (3, 6)),
+    ]
+    for settings, (per_epoch, total) in wanted:
+        module = runs.module(tiny_llama_dir, KINDS["lora"], scheduler=Constant())
+        trainer = runs.trainer(tmp_path, **settings)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+        assert (module.length.steps_per_epoch, module.length.total_steps) == (per_epoch, total)
+        assert trainer.global_step == total
+
+
+def test_training_without_an_end_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
+    trainer = runs.trainer(tmp_path, max_steps=-1, max_epochs=-1)
+    trainer.datamodule = runs.mixture(task_files, tiny_llama_dir)
+    trainer.datamodule.setup("fit")
+    with pytest.raises(ValueError, match="training has no end"):
+        training_length(trainer)
+
+
+def test_learning_rate_shapes_rise_and_fall() -> None:
+    linear, cosine = WarmupLinear(0.2), WarmupCosine(0.2)
+    assert [round(linear.factor(step, 10), 3) for step in range(11)] == [
+        *(0.333, 0.667),
+        *(1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0),
+    ]
+    assert cosine.factor(6, 10) == pytest.approx(0.5)
+    assert [Constant().factor(step, 10) for step in (0, 5, 10)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"warmup=1.0 is outside \[0, 1\)"):
+        WarmupLinear(1.0)
+
+
+def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    module = runs.module(tiny_llama_dir, KINDS["full"], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2))
+    trainer = runs.trainer(tmp_path, max_steps=4)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    group = trainer.optimizers[0].param_groups[0]
+    assert group["initial_lr"] == FullExpert.learning_rate
+    assert group["weight_decay"] == 0.0
+    assert group["lr"] == pytest.approx(FullExpert.learning_rate * 0.01)
+
+
+def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | None, kill_at: int | None) -> list[float]:
+    """Train 14 steps (an epoch is six) with dropout beside a moving mask; return the losses of this process."""
+
+    class Kill(runs.Losses):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == kill_at:
+                (folder / "losses.json").write_text(json.dumps(self.steps))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    losses = Kill()
+    torch.manual_seed(0)
+    module = ExpertModule(
+        str(base), [r".*\.q_proj", r".*\.down_proj"], Both(), optimizer=partial(torch.optim.AdamW, lr=1e-2)
+    )
+    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), leavers="stash")
+    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
+    run = runs.trainer(folder, losses, schedule, saving, max_steps=14, enable_checkpointing=True)
+    torch.manual_seed(5 if ckpt is None else 77)
+    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
+    return losses.steps
+
+
+class Both:
+    """Sparse experts in square weights, LoRA with dropout in the others."""
+
+    def __call__(self, weight: torch.Tensor) -> SparseExpert | LoRAExpert:
+        if weight.shape[0] == weight.shape[1]:
+            return SparseExpert(weight, keep_ratio=0.2)
+        return LoRAExpert(weight, rank=2, dropout=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = resumable(tiny_llama_dir, task_files, tmp_path / "whole", None, None)
+    code = "import sys, json, pathlib, test_module as t; base, folder, files = sys.argv[1:]; " + (
+        "t.resumable(pathlib.Path(base), {k: pathlib.Path(v) for k, v in json.loads(files).items()}, "
+        "pathlib.Path(folder), None, 8)"
+    )
+    files = json.dumps({name: str(file) for name, file in task_files.items()})
+    command = [sys.executable, "-c", code, str(tiny_llama_dir), str(tmp_path / "killed"), files]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    before = json.loads((tmp_path / "killed" / "losses.json").read_text())
+    checkpoint = tmp_path / "killed" / "last.ckpt"
+    after = resumable(tiny_llama_dir, task_files, tmp_path / "killed", checkpoint, None)
+    assert len(before) == 8
+    assert before + after == whole
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+    """The checkpoints that Lightning writes by itself are of this kind."""
+
+    def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:
+        losses = runs.Losses()
+        torch.manual_seed(0)
+        module = runs.module(tiny_llama_dir, KINDS["element"], scheduler=Constant())
+        saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}")
+        schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9))
+        trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
+        return losses.steps
+
+    whole = run(tmp_path / "whole", 20)
+    for step in (6, 12):  # an epoch is six
+        assert run(tmp_path / f"from{step}", 20, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]

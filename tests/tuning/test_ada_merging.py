@@ -1,0 +1,155 @@
+"""AdaMerging lowers what it says it lowers, and a step of it is Adam's, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
+from torch.func import functional_call
+
+from modular_experts.data.batch import IGNORED
+from modular_experts.tuning import AdaMerging, Combination
+from modular_experts.tuning.gradient_search import batch_entropies
+
+
+@pytest.fixture
+def objective(tiny_llama_dir, task_files):
+    return objective_on(tiny_llama_dir, task_files, sharpness=20)
+
+
+def entropy_of(objective) -> float:
+    """Return the mean entropy over all rows' target places, by hand."""
+    found = []
+    for batch in (batch for batches in objective.batches.values() for batch in batches):
+        with torch.no_grad():
+            logits = objective.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        places = logits[:, :-1][batch["labels"][:, 1:] != IGNORED].double().softmax(-1)
+        found.append(-(places * places.log()).sum(-1))
+    return torch.cat(found).mean().item()
+
+
+def test_entropies_by_row_are_those_of_the_softmax_at_the_target_places(objective) -> None:
+    for batch in objective.batches["reverse"]:
+        with torch.no_grad():
+            logits = objective.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            sums, counts = batch_entropies(objective.model, batch)
+        for row, labels in enumerate(batch["labels"]):
+            places = [place - 1 for place in range(1, len(labels)) if labels[place] != IGNORED]
+            shares = logits[row, places].double().softmax(-1)
+            assert sums[row].item() == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-5)
+            assert counts[row] == len(places)
+
+
+@pytest.mark.parametrize("per_weight", [True, False])
+def test_entropies_fall(objective, per_weight) -> None:
+    experts, before = [descent(objective, "upper", 2.0), descent(objective, "reverse", 2.0)], state(objective.model)
+    with Combination(objective.model, experts) as combination:
+        combination.move_to(torch.full((len(NAMES), 2), 0.3))
+        first = entropy_of(objective)
+        search = AdaMerging(per_weight=per_weight, steps=12, learning_rate=0.05)
+        found = search.search(combination, objective)
+        last = entropy_of(objective)
+    assert same_bits(objective.model, before)
+    assert last < 0.98 * first
+    assert found.coefficients.shape == (len(NAMES), 2)
+    assert (found.coefficients.unique(dim=0).shape[0] == 1) is not per_weight
+    assert found.coefficients.min() >= 0
+    assert found.coefficients.max() <= 1
+    assert len(found.trials) == 12
+    with Combination(objective.model, experts) as combination:
+        combination.move_to(found.coefficients)
+        assert entropy_of(objective) == pytest.approx(last)
+        assert objective.losses() == found.losses
+
+
+def test_the_loss_falls_where_it_is_the_objective(objective) -> None:
+    experts = [descent(objective, "upper", 2.0), descent(objective, "reverse", 2.0)]
+    with Combination(objective.model, experts) as combination:
+        combination.move_to(torch.full((len(NAMES), 2), 0.3))
+        before = sum(objective.losses().values())
+        found = AdaMerging(objective="loss", steps=12, learning_rate=0.05).search(combination, objective)
+    assert sum(found.losses.values()) < 0.98 * before
+
+
+def test_a_first_step_goes_by_the_learning_rate_against_the_sign_of_the_gradient(objective) -> None:
+    """Adam's first step has that size whatever the gradient; the sign is that of a finite difference."""
+    experts = random_experts(objective)[:2]
+
+    def entropy(coefficients: torch.Tensor) -> float:
+        with Combination(objective.model, experts) as combination, torch.no_grad():
+            combination.move_to(coefficients)
+            parts = [batch_entropies(objective.model, batches[0]) for batches in objective.batches.values()]
+        return sum((sums.sum() / counts.sum()).item() for sums, counts in parts) / len(parts)
+
+    with Combination(objective.model, experts) as combination:
+        found = AdaMerging(per_weight=False, steps=1, learning_rate=0.01, start=0.4).search(combination, objective)
+    for expert in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[expert] = 0.02
+        ahead, behind = (entropy((torch.full((2,), 0.4) + sign * step).expand(len(NAMES), -1)) for sign in (1, -1))
+        assert found.coefficients[0, expert].item() == pytest.approx(
+            0.4 - (0.01 if ahead > behind else -0.01), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("per_weight", [True, False])
+def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per_weight) -> None:
+    """In float64, with autograd through base + sum of coefficients times deltas, and Adam written out."""
+    experts = [{name: delta.to(dtype=torch.float64) for name, delta in e.items()} for e in random_experts(objective)]
+    model, names = objective.model.double(), sorted(NAMES)
+    base = state(model)
+    values = torch.full((len(names) if per_weight else 1, len(experts)), 0.3, dtype=torch.float64)
+    mean, square = torch.zeros_like(values), torch.zeros_like(values)
+    for step in range(4):
+        factors = values.clone().requires_grad_(True)
+        moved = {
+            name: base[name] + sum(f * e[name].dense() for f, e in zip(row, experts, strict=True) if name in e)
+            for name, row in zip(names, factors.expand(len(names), -1), strict=True)
+        }
+        total = torch.zeros((), dtype=torch.float64)
+        for batches in objective.batches.values():
+            batch = batches[step % len(batches)]
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            logits = functional_call(model, moved, kwargs=inputs).logits
+            places = logits[:, :-1][batch["labels"][:, 1:] != IGNORED].softmax(-1)
+            total = total - (places * places.log()).sum(-1).mean() / len(objective.batches)
+        (gradient,) = torch.autograd.grad(total, factors)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
+        values = (values - 0.02 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).clamp(0, 1)
+    with Combination(model, experts) as combination:
+        search = AdaMerging(per_weight=per_weight, steps=4, learning_rate=0.02)
+        found = search.search(combination, objective)
+    torch.testing.assert_close(found.coefficients, values.expand(len(names), -1), rtol=1e-7, atol=1e-9)
+
+
+def test_coefficients_stay_between_zero_and_the_largest(objective) -> None:
+    with Combination(objective.model, random_experts(objective)) as combination:
+        found = AdaMerging(steps=3, learning_rate=100.0, largest=0.5).search(combination, objective)
+    assert set(found.coefficients.unique().tolist()) <= {0.0, 0.3, 0.5}  # 0.3: the weight that an expert does not move
+    assert {0.0, 0.5} <= set(found.coefficients.unique().tolist())
+
+
+def test_steps_take_the_batches_in_turn(tiny_llama_dir, task_files) -> None:
+    objective = objective_on(tiny_llama_dir, task_files, sharpness=20, eval_limit=6)
+    assert [len(batches) for batches in objective.batches.values()] == [2, 2]
+    with Combination(objective.model, random_experts(objective)[:1]) as combination:
+        trials = AdaMerging(steps=3, learning_rate=1e-9).search(combination, objective).trials
+    assert trials[0].losses == pytest.approx(trials[2].losses, rel=1e-5)
+    assert trials[0].losses != pytest.approx(trials[1].losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"objective": "entropie"}, "objective must be 'entropy' or 'loss', got 'entropie'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+        ({"start": 2.0}, r"start must be from 0 to largest=1.0, which is finite; got 2.0"),
+        ({"largest": float("inf")}, r"start must be from 0 to largest=inf, which is finite"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        AdaMerging(**settings)

@@ -1,0 +1,85 @@
+"""aTLAS goes down the loss with coefficients of either sign, from where it is told to start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
+
+from modular_experts.methods import Average
+from modular_experts.tuning import ATLAS, AdaMerging, Combination
+
+
+@pytest.fixture
+def objective(tiny_llama_dir, task_files):
+    return objective_on(tiny_llama_dir, task_files)
+
+
+def average_of(experts):
+    return {name: Average().merge([expert[name] for expert in experts]) for name in NAMES}
+
+
+def test_an_expert_that_harms_is_taken_off(objective) -> None:
+    helps = descent(objective, "upper", 2.0)
+    harms = {name: -delta for name, delta in descent(objective, "reverse", 2.0).items()}
+    before = state(objective.model)
+    first = objective.losses()
+    with Combination(objective.model, [helps, harms]) as combination:
+        found = ATLAS(steps=12, learning_rate=0.05).search(combination, objective)
+    assert same_bits(objective.model, before)
+    assert sum(found.losses.values()) < 0.98 * sum(first.values())
+    assert found.coefficients[:, 0].mean() > 0
+    assert found.coefficients[:, 1].mean() < 0
+    assert found.coefficients.unique(dim=0).shape[0] > 1
+
+
+def test_it_starts_at_a_merge_and_corrects_it(objective) -> None:
+    experts = [descent(objective, task, 2.0) for task in ("upper", "reverse")]
+    merged = average_of(experts)
+    at_the_merge = objective.losses_with(merged)
+    with Combination(objective.model, [merged, *experts], merges=1) as combination:
+        stays = ATLAS(steps=1, learning_rate=1e-12).search(combination, objective)
+        moves = ATLAS(steps=12, learning_rate=0.02).search(combination, objective)
+    torch.testing.assert_close(stays.coefficients, torch.tensor([[1.0, 0.0, 0.0]]).double().expand(len(NAMES), -1))
+    assert stays.losses == pytest.approx(at_the_merge, rel=1e-5)
+    assert sum(moves.losses.values()) < sum(at_the_merge.values())
+
+
+@pytest.mark.parametrize(
+    ("merges", "start", "first"),
+    [(0, None, [0, 0, 0]), (2, None, [0.5, 0.5, 0]), (2, [], [0, 0, 0]), (1, [0.2, -1.0], [0.2, -1, 0])],
+)
+def test_it_starts_at_the_mean_of_the_merges_unless_told_otherwise(objective, merges, start, first) -> None:
+    with Combination(objective.model, random_experts(objective)[:3], merges) as combination:
+        found = ATLAS(steps=1, learning_rate=1e-12, start=start).search(combination, objective)
+    wanted = torch.tensor([first], dtype=torch.float64).expand(len(NAMES), -1)
+    torch.testing.assert_close(found.coefficients, wanted, rtol=0, atol=1e-9)
+
+
+def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(objective) -> None:
+    with Combination(objective.model, random_experts(objective)) as combination:
+        free = ATLAS(steps=4, learning_rate=0.01, start=[0.5] * combination.experts)
+        bounded = AdaMerging(objective="loss", steps=4, learning_rate=0.01, start=0.5)
+        one, other = (search.search(combination, objective) for search in (free, bounded))
+    assert torch.equal(one.coefficients, other.coefficients)
+
+
+def test_more_first_coefficients_than_experts_are_refused(objective) -> None:
+    with (
+        Combination(objective.model, random_experts(objective)[:2]) as combination,
+        pytest.raises(ValueError, match="start has 3 coefficients for 2 experts, merges among them; give no"),
+    ):
+        ATLAS(start=[0.1, 0.2, 0.3]).search(combination, objective)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"steps": 0}, "ATLAS: steps must be at least 1, got 0"),
+        ({"learning_rate": float("inf")}, "ATLAS: learning_rate must be a positive number, got inf"),
+        ({"start": [0.5, float("nan")]}, r"ATLAS: start must be finite numbers, got \[0.5, nan\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ATLAS(**settings)

@@ -1,0 +1,124 @@
+"""The coefficients' gradient is that of autograd through the explicit sum, and the model stands exactly where it is
+told.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
+from torch.func import functional_call
+
+from modular_experts.base.checkpoint import load_base
+from modular_experts.data.batch import IGNORED
+from modular_experts.deltas import Dense
+from modular_experts.evaluation import batch_losses
+from modular_experts.tuning import Combination
+from modular_experts.tuning.combination import inner
+from modular_experts.tuning.gradient_search import batch_entropies
+
+
+@pytest.fixture
+def objective(tiny_llama_dir, task_files):
+    return objective_on(tiny_llama_dir, task_files)
+
+
+@pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"])
+@pytest.mark.parametrize("shape", [(7, 10), (9, 9)])
+def test_the_inner_product_is_that_of_the_dense_forms(form, shape) -> None:
+    tensor, delta = torch.randn(*shape, dtype=torch.float64), random_delta(form, shape, 3)
+    expected = (tensor * delta.dense().double()).sum()
+    torch.testing.assert_close(inner(tensor, delta).double(), expected, rtol=1e-12, atol=1e-12)
+    strided = tensor.T.contiguous().T
+    torch.testing.assert_close(inner(strided, delta).double(), expected, rtol=1e-12, atol=1e-12)
+
+
+def loss_by_hand(logits, labels):
+    """Return the mean loss of the labelled tokens."""
+    chosen = labels[:, 1:] != IGNORED
+    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen], labels[:, 1:][chosen])
+
+
+def entropy_by_hand(logits, labels):
+    """Return the mean entropy at the places that predict labelled tokens."""
+    return torch.distributions.Categorical(logits=logits[:, :-1][labels[:, 1:] != IGNORED]).entropy().mean()
+
+
+@pytest.mark.parametrize(("measured", "by_hand"), [(batch_losses, loss_by_hand), (batch_entropies, entropy_by_hand)])
+def test_the_gradient_is_that_of_autograd_through_the_explicit_sum(objective, measured, by_hand) -> None:
+    experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)]
+    model = objective.model.double()
+    coefficients = torch.rand(len(NAMES), len(experts), dtype=torch.float64)
+    batches = [batches[0] for batches in objective.batches.values()]
+    before = state(model)
+    with Combination(model, experts) as combination, combination.gradients() as gathered:
+        order = [NAMES.index(name) for name in combination.names]
+        combination.move_to(coefficients[order])
+        for batch in batches:
+            sums, counts = measured(model, batch)
+            (sums.sum() / counts.sum()).backward()
+        assert all(weight.grad is None for weight in model.parameters())
+    assert same_bits(model, before)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+    factors = coefficients.clone().requires_grad_(True)
+    moved = {
+        name: before[name]
+        + sum(factors[row, number] * e[name].dense() for number, e in enumerate(experts) if name in e)
+        for row, name in enumerate(NAMES)
+    }
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        total = total + by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
+    total.backward()
+    torch.testing.assert_close(gathered, factors.grad[order], rtol=1e-9, atol=1e-12)
+    assert gathered.abs().min() == 0  # the weight that one expert does not move
+    assert (gathered != 0).sum() == gathered.numel() - 1
+
+
+def test_the_model_stands_at_the_base_plus_the_weighted_deltas(objective) -> None:
+    experts, before = random_experts(objective), state(objective.model)
+    with Combination(objective.model, experts) as combination:
+        for factor in (1.0, -0.25, 0.0):
+            factors = factor * torch.arange(1.0, 5.0, dtype=torch.float64).expand(len(NAMES), 4)
+            combination.move_to(factors)
+            for name in NAMES:
+                terms = [f * e[name].dense().double() for f, e in zip(factors[0], experts, strict=True) if name in e]
+                exact = before[name].double() + sum(terms)
+                torch.testing.assert_close(objective.model.get_parameter(name).double(), exact, rtol=1e-5, atol=1e-6)
+        assert same_bits(objective.model, before), "coefficients of zero are the base"
+        combination.move_to(torch.ones(len(NAMES), 4))
+    assert same_bits(objective.model, before)
+
+
+def test_a_bfloat16_weight_is_rounded_once(tiny_llama_dir) -> None:
+    model = load_base(tiny_llama_dir, "bfloat16")
+    base = model.get_parameter(NAMES[0]).detach().clone()
+    step = torch.full_like(base, 2.0**-12, dtype=torch.float32)  # alone, too small for most of these weights
+    with Combination(model, [{NAMES[0]: Dense(step)}] * 8) as combination:
+        combination.move_to(torch.ones(1, 8))
+        assert torch.equal(model.get_parameter(NAMES[0]), (base.float() + 8 * step).bfloat16())
+
+
+def test_an_error_inside_leaves_the_base(objective) -> None:
+    before = state(objective.model)
+    with pytest.raises(RuntimeError, match="it moved"):
+        _fail_inside(Combination(objective.model, random_experts(objective)), before)
+    assert same_bits(objective.model, before)
+
+
+def _fail_inside(combination, before):
+    with combination:
+        combination.move_to(torch.ones(len(NAMES), 4))
+        raise RuntimeError("it did not move" if same_bits(combination._model, before) else "it moved")
+
+
+def test_experts_that_do_not_fit_are_refused(objective) -> None:
+    expert = random_experts(objective)[0]
+    wrong = {NAMES[0]: Dense(torch.zeros(2, 3))}
+    with pytest.raises(ValueError, match=r"has shape \(32, 32\), and its delta has \(2, 3\)"):
+        Combination(objective.model, [wrong])
+    with pytest.raises(ValueError, match=r"two experts disagree on the shape of .*: \(32, 32\) and \(2, 3\)"):
+        Combination(objective.model, [expert, wrong])

@@ -1,0 +1,91 @@
+"""LoRAHub: its optimiser finds the bottom of a bowl, the same seed the same weights, and never more than the start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
+
+from modular_experts.tuning import Combination, LoRAHub
+from modular_experts.tuning.lora_hub import evolve
+
+
+@pytest.fixture(scope="module")
+def objective(tiny_llama_dir, task_files):
+    return objective_on(tiny_llama_dir, task_files, sharpness=20)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bottom", [[0.5], [0.2, -1.1], [1.0, 0.3, -0.4, 0.0]])
+def test_the_bottom_of_a_bowl_is_found(bottom, seed) -> None:
+    goal = torch.tensor(bottom, dtype=torch.float64)
+    stretch = torch.linspace(1, 5, len(goal), dtype=torch.float64)
+    found = evolve(lambda x: float((stretch * (x - goal) ** 2).sum()), torch.zeros_like(goal), 1.5, 300, seed)
+    torch.testing.assert_close(found, goal, atol=0.02, rtol=0)
+
+
+def test_the_bounds_hold_and_a_best_point_outside_of_them_ends_at_the_bound() -> None:
+    asked = []
+
+    def slope(x):
+        asked.append(x)
+        return float((x - 4).abs().sum())
+
+    found = evolve(slope, torch.zeros(3, dtype=torch.float64), 1.5, 200, 0)
+    assert max(point.abs().max().item() for point in asked) == 1.5
+    assert found.tolist() == [1.5, 1.5, 1.5]
+    assert len(asked) == 200
+    assert asked[0].tolist() == [0, 0, 0]
+
+
+def test_what_is_no_number_is_never_taken() -> None:
+    found = evolve(lambda x: math.nan if x[0] > 0 else float(x[0] ** 2), torch.full((1,), -1.0).double(), 1.5, 100, 0)
+    assert -0.1 < found.item() <= 0
+
+
+@pytest.mark.parametrize("penalty", [0.05, 0.4, 0.8, 1.6])
+def test_it_finds_a_lower_loss_than_the_base_and_returns_the_best_it_met(objective, penalty) -> None:
+    experts, before = [descent(objective, task, 2.0) for task in ("upper", "reverse")], state(objective.model)
+    base = sum(objective.losses().values()) / 2
+    with Combination(objective.model, experts) as combination:
+        found = LoRAHub(steps=25, penalty=penalty).search(combination, objective)
+        combination.move_to(found.coefficients)
+        assert objective.losses() == found.losses
+    assert same_bits(objective.model, before)
+    assert len(found.trials) == 25
+    assert found.trials[0].loss == base
+    penalised = [t.loss + penalty * sum(map(abs, t.settings["weights"])) / 2 for t in found.trials]
+    best = penalised.index(min(penalised))
+    assert found.coefficients.tolist() == [found.trials[best].settings["weights"]] * len(NAMES)
+    assert sum(found.losses.values()) / 2 < base - 0.05 * (penalty == 0.05)
+
+
+def test_a_large_penalty_keeps_the_weights_at_zero(objective) -> None:
+    with Combination(objective.model, random_experts(objective)) as combination:
+        found = LoRAHub(steps=8, penalty=1e6).search(combination, objective)
+    assert not found.coefficients.any()
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(objective) -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        with Combination(objective.model, random_experts(objective, 0.01)) as combination:
+            found = LoRAHub(steps=6, seed=seed, penalty=0.0).search(combination, objective)
+            weights.append([trial.settings["weights"] for trial in found.trials])
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
+        ({"penalty": -1.0}, "penalty must be 0 or a positive number, got -1.0"),
+        ({"penalty": float("nan")}, "penalty must be 0 or a positive number, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LoRAHub(**settings)

@@ -1,0 +1,98 @@
+"""The objective is the loss that `measure` gives, on validation rows only, and it leaves no trace on the model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from testbed.runs import mixture
+from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
+
+from modular_experts.base.apply import apply_deltas
+from modular_experts.base.checkpoint import load_base, load_tokenizer
+from modular_experts.data.batch import IGNORED
+from modular_experts.deltas import add
+from modular_experts.evaluation import measure
+from modular_experts.tuning import Objective, Trial
+
+
+def test_it_is_the_loss_that_measure_gives(tiny_llama_dir, task_files) -> None:
+    objective = objective_on(tiny_llama_dir, task_files)
+    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir)
+    data.setup("validate")
+    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    expert = random_experts(objective)[0]
+    for scale in (0.0, 1.0, -0.5):
+        changed = load_base(tiny_llama_dir)
+        apply_deltas(changed, [{name: delta * scale for name, delta in expert.items()}])
+        found = measure(changed, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
+        losses = objective.losses_with(expert, scale)
+        assert losses == pytest.approx({name: task["loss"] for name, task in found["tasks"].items()}, rel=1e-5)
+        assert Trial({}, losses).loss == pytest.approx(found["held_in"]["loss"], rel=1e-5)
+    plain = measure(model, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)["held_in"]["loss"]
+    assert Trial({}, objective.losses()).loss == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_model_is_what_it_was_bit_for_bit_also_after_an_error(tiny_llama_dir, task_files, monkeypatch) -> None:
+    objective = objective_on(tiny_llama_dir, task_files)
+    before, expert = state(objective.model), random_experts(objective)[1]
+    objective.losses_with(expert, 1e-3)
+    assert same_bits(objective.model, before)
+    monkeypatch.setattr(objective.model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        objective.losses_with(expert)
+    assert same_bits(objective.model, before)
+
+
+def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, task_files) -> None:
+    objective = objective_on(tiny_llama_dir, task_files, eval_limit=3)
+    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir)
+    rows = {name: {split: set() for split in ("train", "validation", "test")} for name in data.roles}
+    for task in data.tasks:
+        for row in task.read()[0]:
+            rows[task.name][row.split].add(row.input)
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    for name, batches in objective.batches.items():
+        prompts = [
+            tokenizer.decode(ids[: int((labels != IGNORED).int().argmax())])
+            for batch in batches
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
+        assert len(prompts) == 3
+        assert {prompt.strip() for prompt in prompts} < rows[name]["validation"]
+
+
+def test_a_held_out_task_and_one_without_validation_rows_are_refused(tiny_llama_dir, task_files, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be searched on first: the rows of a held-out task are there for"):
+        Objective(load_base(tiny_llama_dir), mixture(task_files, tiny_llama_dir))
+    file = tmp_path / "tests.jsonl"
+    file.write_text('{"input": "a", "target": "b", "split": "test"}\n')
+    with pytest.raises(ValueError, match=r"has no validation rows, so there is nothing to validate on; it has 1 test"):
+        Objective(load_base(tiny_llama_dir), mixture({"tests": file}, tiny_llama_dir))
+
+
+def test_a_weight_that_the_model_lacks_is_refused(tiny_llama_dir, task_files) -> None:
+    objective = objective_on(tiny_llama_dir, task_files)
+    wrong = {"model.layers.0.self_attn.q_prj.weight": random_experts(objective)[0][NAMES[0]]}
+    with pytest.raises(ValueError, match=r"has no weight .*the nearest is model.layers.0.self_attn.q_proj.weight"):
+        objective.losses_with(wrong)
+
+
+def test_what_is_no_number_never_wins() -> None:
+    trials = [Trial({}, {"a": math.nan, "b": 0.0}), Trial({}, {"a": 9.0, "b": 9.0})]
+    assert min(trials, key=lambda trial: trial.loss) is trials[1]
+    assert trials[0].loss == math.inf
+
+
+def test_a_sum_of_experts_is_measured_as_it_is_applied(tiny_llama_dir, task_files) -> None:
+    objective = objective_on(tiny_llama_dir, task_files)
+    one, two, *_ = random_experts(objective)
+    total = {name: add([one[name], two[name]]) for name in NAMES}
+    before = state(objective.model)
+    losses = objective.losses_with(total)
+    with torch.no_grad():
+        for name in NAMES:
+            exact = before[name].double() + one[name].dense().double() + two[name].dense().double()
+            objective.model.get_parameter(name).copy_(exact)
+    assert objective.losses() == pytest.approx(losses, rel=1e-5)
