@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import answer_logits, batch_losses
+from modular_experts.progress import Progress
 from modular_experts.tuning.coefficient_search import CoefficientSearch, Found
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
