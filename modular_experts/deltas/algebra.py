@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.forms import BlockSparse, Delta, LowRank, Sparse
 
 __all__ = ["inner", "inner_by_row", "row_count"]
 

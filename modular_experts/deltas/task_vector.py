@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from modular_experts.deltas import Delta, add
+from modular_experts.deltas.forms import Delta, add
 
 __all__ = ["Sum", "TaskVector"]
 

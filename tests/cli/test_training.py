@@ -155,7 +155,7 @@ def test_a_score_may_be_any_function_of_the_user(place, monkeypatch) -> None:
 
 def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:
     """As a command of its own, so that the directory is found as it would be for a user."""
-    shutil.copy(ROOT / "tests" / "outside" / "ia3.py", "my_experts.py")
+    shutil.copy(ROOT / "tests" / "testbed" / "ia3.py", "my_experts.py")
     command = [sys.executable, "-m", "modular_experts", "fit", "--config", "mine.yaml"]
     command += [
         "--model.expert",

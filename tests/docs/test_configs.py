@@ -62,8 +62,16 @@ def test_fit_config_trains_and_exports(config: str) -> None:
 @pytest.mark.parametrize("config", sorted((CONFIGS / "merge").glob("*.yaml")), ids=lambda file: file.stem)
 def test_merge_config_merges(config: Path) -> None:
     assert main(["merge", "--config", str(config)]) == 0
+    if config.stem == "checkpoint":
+        assert Path("merged-checkpoint/model.safetensors").is_file()
+        return
     merged = open_expert(f"library/{config.stem}")
     assert [parent["name"] for parent in merged.record["parents"]] == list(NEEDED)
+
+
+def test_the_rules_by_pattern_leave_the_first_layer_alone() -> None:
+    assert main(["merge", "--config", str(CONFIGS / "merge" / "per-weight.yaml"), "--out", "library/again"]) == 0
+    assert not [name for name in open_expert("library/again") if ".0." in name]
 
 
 @pytest.mark.parametrize("config", sorted((CONFIGS / "search").glob("*.yaml")), ids=lambda file: file.stem)
