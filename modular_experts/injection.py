@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
 
-__all__ = ["ExpertConv1D", "ExpertLinear", "eject", "expert_layers", "inject", "task_vector", "write_experts"]
+__all__ = [
+    "ExpertConv1D",
+    "ExpertLayer",
+    "ExpertLinear",
+    "eject",
+    "expert_layers",
+    "inject",
+    "task_vector",
+    "write_experts",
+]
 
 
-class _ExpertLayer(nn.Module):
+class ExpertLayer(nn.Module):
     """What both kinds of layer share: an `expert` beside the base's own `weight` and `bias`."""
 
     expert: Expert
@@ -49,11 +58,11 @@ class _ExpertLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class ExpertLinear(_ExpertLayer, nn.Linear):
+class ExpertLinear(ExpertLayer, nn.Linear):
     """An `nn.Linear` with an expert."""
 
 
-class ExpertConv1D(_ExpertLayer):
+class ExpertConv1D(ExpertLayer):
     """A transformers `Conv1D`, which stores its weight as (in, out), with an expert."""
 
     @property
@@ -79,7 +88,7 @@ def inject(model: nn.Module, factory: Callable[[Tensor], Expert], modules: str |
         ValueError: A pattern matches no linear layer, or one whose weight is shared or quantised.
     """
     targets = _targets(model, [modules] if isinstance(modules, str) else list(modules))
-    fresh = {name: layer for name, layer in targets.items() if not isinstance(layer, _ExpertLayer)}
+    fresh = {name: layer for name, layer in targets.items() if not isinstance(layer, ExpertLayer)}
     if not any(expert_layers(model)):
         model.requires_grad_(False)
     for name, layer in fresh.items():
@@ -116,9 +125,9 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         layer.__class__ = layer.base_class  # type: ignore[assignment]
 
 
-def expert_layers(model: nn.Module) -> Iterator[tuple[str, _ExpertLayer]]:
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
-    found = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, _ExpertLayer))
+    found = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, ExpertLayer))
     yield from sorted(found, key=lambda item: item[0])
 
 
@@ -141,7 +150,7 @@ def write_experts(model: nn.Module) -> None:
         layer.expert.write(layer.matrix)
 
 
-def _oriented_anchor(layer: _ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
+def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if anchor is None:
             if not layer.expert.trains_weight:
@@ -218,7 +227,7 @@ def _refuse_shared(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, _ExpertLayer) or _is_conv1d(module)
+    return type(module) is nn.Linear or isinstance(module, ExpertLayer) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,8 +1,13 @@
-"""Callbacks: ordinary Lightning citizens around `ExpertModule`, one idea per file."""
+"""Lightning callbacks around `ExpertModule`: schedules of what is trained, gradient masks, export, results.
+
+`schedule.py` is the contract of what changes while a model trains; `mask_schedule.py` is the schedule of supports, and
+`selection/` makes its choices. Open `schedule.py` first.
+"""
 
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.results import WritePredictions, WriteResults
+from modular_experts.callbacks.schedule import Schedule
 
-__all__ = ["ExportExpert", "GradientMask", "MaskSchedule", "WritePredictions", "WriteResults"]
+__all__ = ["ExportExpert", "GradientMask", "MaskSchedule", "Schedule", "WritePredictions", "WriteResults"]

@@ -11,23 +11,38 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from modular_experts.callbacks.mask_schedule import MaskSchedule
-from modular_experts.injection import expert_layers
-from modular_experts.library import as_parents, check_name, check_target, make_record, open_expert, write_expert
+from modular_experts.callbacks.schedule import TrainedModule, schedules
+from modular_experts.deltas import Delta
+from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.expert import RECORD_FILE
+from modular_experts.selection.optimizer_state import optimizer_bytes
 
 __all__ = ["ExportExpert"]
 
 log = logging.getLogger(__name__)
 
 
+class ExportedModule(Protocol):
+    """What `ExportExpert` asks of the LightningModule that it runs with; `ExpertModule` has it."""
+
+    def task_vector(self) -> Iterable[tuple[str, Delta]]:
+        """Yield `(weight name, delta)` for each trained weight, on the CPU."""
+
+    def record_facts(self) -> dict[str, Any]:
+        """Return what only the module knows of an expert's record.
+
+        `kind`, `base` (with its fingerprint), `hyperparameters` and `parents`, as `library.make_record` takes them.
+        """
+
+
 class ExportExpert(Callback):
-    """Writes `library/<name>/` when training ends.
+    """Writes `library/<name>/` when training ends, under `ExpertModule` or any module with what `ExportedModule` has.
 
     Args:
         library: Directory of the library; made if missing.
@@ -53,7 +68,14 @@ class ExportExpert(Callback):
 
         Raises:
             OSError: The target exists and `overwrite` is false, or nothing can be made beside it.
+            TypeError: The module cannot be exported.
         """
+        missing = [name for name in ("task_vector", "record_facts") if not hasattr(pl_module, name)]
+        if missing:
+            raise TypeError(
+                f"ExportExpert cannot export {type(pl_module).__name__}, which has no {'() and no '.join(missing)}(); "
+                "train ExpertModule, or give your module the methods of callbacks.export_expert.ExportedModule"
+            )
         if stage == "fit":
             check_target(self.target, self.overwrite)
 
@@ -111,24 +133,25 @@ class ExportExpert(Callback):
     def _best_directory(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / f"best-of-{self.name}"[:64]
 
-    def _write(self, trainer: Trainer, module: Any, path: Path) -> None:
-        overwrite = self.overwrite or path != self.target
-        write_expert(path, module.task_vector(), self._record(trainer, module), overwrite=overwrite)
-
-    def _record(self, trainer: Any, module: Any) -> dict[str, Any]:
-        schedule = next(callback for callback in trainer.callbacks if isinstance(callback, MaskSchedule))
+    def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+        exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)
+        facts = exported.record_facts()
+        settings = {**facts.pop("hyperparameters"), "steps": trainer.global_step}
+        costs: dict[str, float] = {"optimizer_bytes": optimizer_bytes(trainer.optimizers)}
+        for schedule in schedules(trainer):
+            settings |= schedule.shares(trained)
+            costs |= schedule.costs(trainer, trained)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         roles = getattr(getattr(trainer, "datamodule", None), "roles", {})
-        return make_record(
-            kind=type(next(expert_layers(module.model))[1].expert).__name__,
-            base={"id": module.base, "revision": module.revision, "fingerprint": module.fingerprint},
-            hyperparameters=module.training_settings() | {"steps": trainer.global_step} | schedule.shares(module),
+        record = make_record(
+            **facts,
+            hyperparameters=settings,
             tasks=sorted(name for name, role in roles.items() if role == "held_in"),
             scores={name: value for name, value in metrics.items() if math.isfinite(value)},
-            parents=as_parents(module.applied_experts),
-            costs=schedule.costs(trainer, module),
+            costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
+        write_expert(path, exported.task_vector(), record, overwrite=self.overwrite or path != self.target)
 
 
 def _no_metric(name: str, logged: list[str]) -> str:

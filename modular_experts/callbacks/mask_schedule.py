@@ -14,28 +14,30 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from modular_experts.callbacks.schedule import Schedule, TrainedModule
 from modular_experts.data.batch import IGNORED
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import StoredExpert, check_base, open_experts
-from modular_experts.masks import Reselect, Rule, Score
+from modular_experts.masks import Rule, Score
 from modular_experts.selection.avoid import count_others, open_neighbours, shared_units
 from modular_experts.selection.choice import Scope, Selection
-from modular_experts.selection.optimizer_state import carry_moments, forget_moments
-from modular_experts.selection.scoring import MemoryWatch, ScoringPass, optimizer_bytes
+from modular_experts.selection.optimizer_state import carry_state, forget_state, optimizer_bytes
+from modular_experts.selection.scoring import MemoryWatch, ScoringPass
+from modular_experts.text import bytes_text
 
 __all__ = ["MaskSchedule"]
 
 log = logging.getLogger(__name__)
 
 
-class MaskSchedule(Callback):
+class MaskSchedule(Schedule):
     """Chooses what sparse and masked experts train: before the first step, and again as the rule says.
 
     Args:
@@ -65,8 +67,6 @@ class MaskSchedule(Callback):
         support: An expert whose support is used as it is, for example to train several tasks on one support; nothing
             is scored then.
     """
-
-    asked_for = True  # `ExpertModule` takes this from the one that it adds by itself
 
     def __init__(
         self,
@@ -104,18 +104,32 @@ class MaskSchedule(Callback):
         self._stash: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: list[StoredExpert] = []
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._listed = True
+
+    @classmethod
+    def default(cls) -> MaskSchedule:
+        """Return the schedule that a module adds by itself: it is silent where there is nothing to choose."""
+        schedule = cls()
+        schedule._listed = False
+        return schedule
+
+    @property
+    def resizes(self) -> bool:
+        """Whether weights compete for what is kept, or another expert gives the support."""
+        return self.scope != "layer" or self.support is not None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the experts to avoid, before anything is loaded."""
         if stage == "fit":
             self._others = open_neighbours(self.avoid)
 
-    def before_optimizers(self, trainer: Trainer, pl_module: Any) -> None:
+    def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> None:
         """Choose the first supports here if that decides how many entries a weight keeps.
 
         Lightning does not say yet whether a checkpoint follows; if so, its supports replace these.
         """
-        check_base(self._others, pl_module.fingerprint, pl_module.base)
-        layers = _selectable(pl_module)
+        check_base(self._others, module.fingerprint, module.base)
+        layers = _selectable(module)
         if self._last_position >= 0 or not layers:
             return
         packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
@@ -123,75 +137,78 @@ class MaskSchedule(Callback):
             return  # trained in an earlier fit: they keep their sizes, and what they have learnt
         if self.support is not None:
             (other,) = open_experts([self.support])
-            check_base([other], pl_module.fingerprint, pl_module.base)
+            check_base([other], module.fingerprint, module.base)
             chosen = {name: shared_units(name, layer, other) for name, layer in layers.items()}
         elif self.scope != "layer" and packed:
-            pl_module.model.train().to(trainer.strategy.root_device)
-            chosen = self._choose(trainer, pl_module, packed, 0, 1, may_resize=True)
+            module.model.train().to(trainer.strategy.root_device)
+            chosen = self._choose(trainer, module, packed, 0, 1, may_resize=True)
         else:
             return
         for name, units in chosen.items():
             layers[name].expert.resize(layers[name].matrix, units)
         self._last_position = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Say so where a schedule that somebody asked for has nothing to choose.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where a schedule that somebody listed has nothing to choose.
 
         Raises:
             ValueError: The rule needs a dense start, and the experts are sparse from the first step.
         """
-        for layer in _selectable(pl_module).values():
+        module = cast(TrainedModule, pl_module)
+        for layer in _selectable(module).values():
             partial = layer.expert.support_units().numel() < layer.expert.units and self.selections == 0
             if self._rule(layer.expert).needs_dense_start and (partial or layer.expert.packed is not None):
                 raise ValueError(
                     f"rule={type(self.rule).__name__} first trains all entries, and {type(layer.expert).__name__} has "
                     "only some; use MaskedExpert with dense_start"
                 )
-        experts = [layer.expert for _, layer in expert_layers(pl_module.model)]
-        if self.asked_for and trainer.is_global_zero and not any(isinstance(e, Selectable) for e in experts):
+        experts = [layer.expert for _, layer in expert_layers(module.model)]
+        if self._listed and trainer.is_global_zero and not any(isinstance(e, Selectable) for e in experts):
             kinds = ", ".join(sorted({type(expert).__name__ for expert in experts}))
             log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Select where the rule says so; the score sees batches of its own, not the one about to be trained on."""
-        layers = _selectable(pl_module)
+        module = cast(TrainedModule, pl_module)
+        layers = _selectable(module)
         if not layers or self.support is not None:
             return
-        position, last = self._clock(trainer, pl_module, next(iter(layers.values())).expert)
+        position, last = self._clock(trainer, module, next(iter(layers.values())).expert)
         if position == self._last_position:
             return  # a later micro-batch of the same optimizer step
         self._last_position = position
         due = {name: layer for name, layer in layers.items() if self._is_due(layer.expert, position, last)}
         if due:
-            for name, units in self._choose(trainer, pl_module, due, position, last).items():
+            for name, units in self._choose(trainer, module, due, position, last).items():
                 self._move(trainer, name, due[name], units)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Say what was kept, what was ever touched on the way, and what it cost."""
-        shares = self.shares(pl_module)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is kept, what was trained at any time, and what choosing it cost."""
+        module = cast(TrainedModule, pl_module)
+        shares = self.shares(module)
         if not shares:
             return
         log.info(
-            "selections of the support: %d, in %.1f s; %.2f %% of the units are kept, %.2f %% were ever trained",
+            "chose trainable entries %d times (%.1f s): %.2f %% kept, %.2f %% ever trained",
             *(self.selections, self.seconds, 100 * shares["kept"], 100 * shares["ever_trained"]),
         )
-        costs = self.costs(trainer, pl_module)
-        held = f"; a selection held at most {costs['selection_bytes'] / 1e6:.1f} MB more than there was before it"
-        log.info("optimizer state: %.1f MB%s", costs["optimizer_bytes"] / 1e6, held if self.peak_bytes else "")
-        if "overlap" in costs:
-            log.info("a kept entry is kept by %.3f of the %d experts to avoid", costs["overlap"], len(self._others))
+        more = f"; a choice took up to {bytes_text(self.peak_bytes)} more memory" if self.peak_bytes else ""
+        log.info("the optimizer state takes %s%s", bytes_text(optimizer_bytes(trainer.optimizers)), more)
+        overlap = self.costs(trainer, module).get("overlap")
+        if overlap is not None:
+            log.info("a kept entry is also kept by %.3f of %d avoided experts on average", overlap, len(self._others))
 
-    def costs(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
-        """Return what training held and what the selections cost, for the expert's record.
+    def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
+        """Return how many choices were made, on how many passes, and what they took; empty without selectable experts.
 
         `overlap` is how many of the experts to avoid keep an entry that is kept here, on average.
         """
-        found: dict[str, float] = {"optimizer_bytes": optimizer_bytes(trainer.optimizers)}
-        layers = _selectable(pl_module)
-        if layers:
-            found |= {"selections": self.selections, "selection_passes": self.passes}
-            found |= {"selection_seconds": round(self.seconds, 3), "selection_bytes": self.peak_bytes}
-        if layers and self._others:
+        layers = _selectable(module)
+        if not layers:
+            return {}
+        found: dict[str, float] = {"selections": self.selections, "selection_passes": self.passes}
+        found |= {"selection_seconds": round(self.seconds, 3), "selection_bytes": self.peak_bytes}
+        if self._others:
             shared = kept = 0.0
             for name, layer in layers.items():
                 units = layer.expert.support_units().long()
@@ -200,11 +217,11 @@ class MaskSchedule(Callback):
             found["overlap"] = shared / max(kept, 1)
         return found
 
-    def shares(self, pl_module: Any) -> dict[str, float]:
+    def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return the shares of the entries that are kept now, and that were trained at any time; empty without
         selectable experts.
         """
-        experts = {name: layer.expert for name, layer in _selectable(pl_module).items()}
+        experts = {name: layer.expert for name, layer in _selectable(module).items()}
         if not experts:
             return {}
         total = sum(expert.units for expert in experts.values())
@@ -221,7 +238,6 @@ class MaskSchedule(Callback):
             "last_position": self._last_position,
             "touched": dict(self._touched),
             "stash": dict(self._stash),
-            "resizes": self.scope != "layer" or self.support is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,10 +249,10 @@ class MaskSchedule(Callback):
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
 
-    def _clock(self, trainer: Trainer, module: Any, expert: Selectable) -> tuple[int, int]:
-        """Return where training is and after where nothing is selected, in what the rule counts."""
+    def _clock(self, trainer: Trainer, module: TrainedModule, expert: Selectable) -> tuple[int, int]:
+        """Return the position of the training, and the last one at which anything is chosen, in the rule's unit."""
         rule = self._rule(expert)
-        micro = isinstance(rule, Reselect) and rule.unit == "micro_batches"
+        micro = rule.unit == "micro_batches"
         scale = trainer.accumulate_grad_batches if micro else 1
         position = trainer.fit_loop.epoch_loop.total_batch_idx if micro else trainer.global_step
         return position, rule.last_update(scale * module.length.total_steps, scale * module.length.steps_per_epoch)
@@ -248,7 +264,13 @@ class MaskSchedule(Callback):
         return never or self._rule(expert).is_due(position, last)
 
     def _choose(
-        self, trainer: Trainer, module: Any, due: dict[str, Any], position: int, last: int, may_resize: bool = False
+        self,
+        trainer: Trainer,
+        module: TrainedModule,
+        due: dict[str, Any],
+        position: int,
+        last: int,
+        may_resize: bool = False,
     ) -> dict[str, Tensor]:
         """Return the units that the layers are to keep, the same on every rank."""
         started, memory = time.perf_counter(), MemoryWatch(next(iter(due.values())).matrix.device)
@@ -273,7 +295,7 @@ class MaskSchedule(Callback):
         self.peak_bytes = max(self.peak_bytes, memory.most)
         return {name: _from_first_rank(units) for name, units in sorted(kind.chosen.items())}
 
-    def _scoring(self, trainer: Trainer, module: Any, position: int) -> ScoringPass:
+    def _scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         batches = self._draw(trainer, position)
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).double()
         tokens = trainer.strategy.reduce(tokens, reduce_op="mean")
@@ -305,11 +327,11 @@ class MaskSchedule(Callback):
         slots = expert.reselect(layer.matrix, units)
         if self._rule(expert).rewind:
             expert.rewind(layer.matrix)
-            forget_moments(trainer.optimizers, expert.parameters())
+            forget_state(trainer.optimizers, expert.parameters())
         if expert.packed is None or values is None:
             return
         for optimizer in trainer.optimizers:
-            carry_moments(optimizer.state.get(expert.packed, {}), expert.packed, slots)
+            carry_state(optimizer.state.get(expert.packed, {}), expert.packed, slots)
         if self.leavers == "stash":
             self._exchange_with_stash(name, expert, before, values)
             expert.write(layer.matrix)
@@ -331,9 +353,9 @@ class MaskSchedule(Callback):
         return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
 
 
-def _selectable(pl_module: Any) -> dict[str, Any]:
+def _selectable(module: TrainedModule) -> dict[str, Any]:
     """Return the layers whose support is chosen, by the names of their weights."""
-    return {name: layer for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)}
+    return {name: layer for name, layer in expert_layers(module.model) if isinstance(layer.expert, Selectable)}
 
 
 def _from_first_rank(units: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from modular_experts.masks.top_k import top_k
 
 __all__ = ["DenseThenSparse", "GrowAndDrop", "Reselect", "Rule", "SelectOnce"]
 
+Unit = Literal["optimizer_steps", "micro_batches"]
+
 
 class Rule(ABC):
     """Decides at which optimizer steps the support of a weight is chosen, and how the new one follows from the old."""
@@ -26,6 +28,8 @@ class Rule(ABC):
     """Whether it only makes sense after training all entries, as `MaskedExpert` does at first."""
     rewind: bool = False
     """Whether values go back to the base when the support is chosen, and are trained anew."""
+    unit: Unit = "optimizer_steps"
+    """What the numbers of steps count that the rule takes and returns."""
 
     @abstractmethod
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
@@ -77,7 +81,7 @@ class Reselect(Rule):
 
     every: int = 100
     until: float | Literal["first_epoch"] = "first_epoch"
-    unit: Literal["optimizer_steps", "micro_batches"] = "optimizer_steps"
+    unit: Unit = "optimizer_steps"
 
     def __post_init__(self) -> None:
         _check_period(self.every, self.until)

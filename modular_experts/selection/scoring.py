@@ -8,7 +8,7 @@ No parameter's `.grad` is touched, and nothing but the probed weights' gradients
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from modular_experts.experts.selectable import Probe, Selectable
 
-__all__ = ["MemoryWatch", "ScoringPass", "optimizer_bytes"]
+__all__ = ["MemoryWatch", "ScoringPass"]
 
 Experts = Mapping[str, Selectable]
 Receive = Callable[[str, Tensor], None]
@@ -166,13 +165,6 @@ def _groups(experts: Experts, budget: int) -> Iterator[dict[str, Selectable]]:
 
 
 _STATM = Path("/proc/self/statm")
-
-
-def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:
-    """Return the bytes of all per-entry state; step counters are left out."""
-    states = (state for optimizer in optimizers for state in optimizer.state.values())
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class MemoryWatch:

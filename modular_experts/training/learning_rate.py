@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-__all__ = ["Constant", "LearningRateShape", "TrainingLength", "WarmupCosine", "WarmupLinear", "training_length"]
+from modular_experts.callbacks.schedule import TrainingLength
+
+__all__ = ["Constant", "LearningRateShape", "WarmupCosine", "WarmupLinear", "training_length"]
 
 
 class LearningRateShape(ABC):
@@ -58,14 +59,6 @@ class WarmupCosine(WarmupLinear):
 
     def fall(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-
-
-@dataclass(frozen=True)
-class TrainingLength:
-    """Optimizer steps in one pass over the training data, and in the whole fit."""
-
-    steps_per_epoch: int
-    total_steps: int
 
 
 def training_length(trainer: Trainer) -> TrainingLength:

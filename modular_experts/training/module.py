@@ -20,12 +20,13 @@ from modular_experts.base.apply import apply_deltas
 from modular_experts.base.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.results import WritePredictions, WriteResults
+from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, generate, score_batch
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers, inject, task_vector, write_experts
-from modular_experts.library import StoredExpert, check_base, open_experts
+from modular_experts.library import StoredExpert, as_parents, check_base, open_experts
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.resume import collect_random_states, restore_random_states
 
@@ -58,6 +59,8 @@ class ExpertModule(LightningModule):
         generate_in_fit: Also generate in the validation passes of training, where otherwise only the loss is taken.
     """
 
+    length: TrainingLength
+
     def __init__(
         self,
         base: str,
@@ -87,6 +90,7 @@ class ExpertModule(LightningModule):
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
+        self._resized = False
 
     def setup(self, stage: str) -> None:
         """Refuse to train nothing, before anything is loaded.
@@ -106,9 +110,9 @@ class ExpertModule(LightningModule):
             self._load()
         trainer = self._trainer
         if trainer is not None and trainer.state.fn == "fit" and self.expert is not None:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, MaskSchedule):
-                    callback.before_optimizers(trainer, self)
+            for schedule in schedules(trainer):
+                schedule.before_optimizers(trainer, self)
+                self._resized |= schedule.resizes
 
     def _load(self) -> None:
         self.base_directory = resolve_base(self.base, self.revision)
@@ -129,11 +133,8 @@ class ExpertModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kinds: tuple[type[Callback], ...] = (MaskSchedule, WriteResults, WritePredictions)
-        added = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in listed)]
-        for callback in added:
-            callback.asked_for = False  # type: ignore[attr-defined]
-        return added
+        defaults = [MaskSchedule.default(), WriteResults(), WritePredictions()]
+        return [added for added in defaults if not any(isinstance(callback, type(added)) for callback in listed)]
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained parameters and its schedule."""
@@ -230,6 +231,7 @@ class ExpertModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_fingerprint"] = self.fingerprint
         checkpoint["random_states"] = collect_random_states()
+        checkpoint["resized"] = self._resized
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base or of other experts.
@@ -244,7 +246,9 @@ class ExpertModule(LightningModule):
                 f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {self.base} has "
                 f"{self.fingerprint[:12]}; give the base that it was trained on"
             )
-        if self._may_have_other_sizes(checkpoint):
+        # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
+        self._resized |= checkpoint.get("resized", True)
+        if self._resized:
             self._resize_like(checkpoint["state_dict"])
         ours, stored = self.state_dict(), checkpoint["state_dict"]
         unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
@@ -254,20 +258,6 @@ class ExpertModule(LightningModule):
                 f"{unlike[0]} with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here"
             )
         self._random_states = checkpoint.get("random_states")
-
-    def _may_have_other_sizes(self, checkpoint: dict[str, Any]) -> bool:
-        """Return whether packed experts keep other numbers of units there for a reason other than another keep ratio.
-
-        Either a schedule says so, or there is none in the checkpoint (only weights were saved), or as much is kept.
-        """
-        states = checkpoint.get("callbacks")
-        if not states or any(isinstance(state, dict) and state.get("resizes") for state in states.values()):
-            return True
-        ours, theirs = (
-            sum(tensor.numel() for name, tensor in state.items() if name.endswith(".expert.indices"))
-            for state in (self.state_dict(), checkpoint["state_dict"])
-        )
-        return ours == theirs
 
     def _resize_like(self, state: dict[str, Any]) -> None:
         """Let each packed expert keep as many units as its counterpart in a checkpoint."""
@@ -283,13 +273,18 @@ class ExpertModule(LightningModule):
         for name, delta in task_vector(self.model, self._anchor):
             yield name, delta.to("cpu")
 
-    def training_settings(self) -> dict[str, Any]:
-        """Return how the experts are made and trained, in plain values, for their record."""
-        expert = next(expert_layers(self.model))[1].expert.settings()
-        settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")} | expert
+    def record_facts(self) -> dict[str, Any]:
+        """Return kind, base, settings and parents of the trained experts, in plain values, for their record."""
+        expert = next(expert_layers(self.model))[1].expert
+        settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         peaks = [group.get("initial_lr", group["lr"]) for group in groups]
-        return settings | {"learning_rate": max(peaks, default=None)}
+        return {
+            "kind": type(expert).__name__,
+            "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
+            "hyperparameters": settings | expert.settings() | {"learning_rate": max(peaks, default=None)},
+            "parents": as_parents(self.applied_experts),
+        }
 
     def _anchor(self, name: str) -> Tensor:
         """Return a base weight as it was before training: read again, applied experts added."""

@@ -15,7 +15,7 @@ from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.experts.selectable import carried_slots
 from modular_experts.injection import expert_layers
 from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
-from modular_experts.selection.optimizer_state import carry_moments
+from modular_experts.selection.optimizer_state import carry_state
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
@@ -180,7 +180,7 @@ def test_slots_and_moments_follow_their_entries() -> None:
     slots = carried_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
     assert slots.tolist() == [-1, 1, 2, -1]
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([1.0, 2.0, 3.0])}
-    carry_moments(state, torch.zeros(3), torch.tensor([2, -1, 0]))
+    carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
     assert state["exp_avg"].tolist() == [3.0, 0.0, 1.0]
     assert state["step"] == 4
 

@@ -269,4 +269,4 @@ def test_the_mask_moves_in_the_first_epoch_only(place, commands, capsys) -> None
     every = Path("configs/paper/masked.yaml")
     every.write_text(every.read_text().replace("every: 100", "every: 10"))
     _run(command, "--trainer.max_epochs", "2")
-    assert "selections of the support: 3, in" in capsys.readouterr().err  # at rows 10, 20 and 30 of 32; none of 64
+    assert "chose trainable entries 3 times (" in capsys.readouterr().err  # at rows 10, 20 and 30 of 32; none of 64
