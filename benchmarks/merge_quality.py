@@ -24,8 +24,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -38,9 +36,9 @@ from modular_experts.base.apply import applied
 from modular_experts.base.checkpoint import DType
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
-from modular_experts.quickstart.work import start_process
 from modular_experts.statistics import take_statistics
 from modular_experts.tuning import Combination, Objective, tune
 
@@ -53,14 +51,14 @@ def main() -> None:
     work = Path(options.work)
     worlds = {seed: _world(options, seed) for seed in options.seeds}
     singles = [(seed, kind, task) for seed, w in worlds.items() for kind in options.kinds for task in w.tasks]
-    _work_off(work / "singles.jsonl", worlds, singles, _single, options.processes)
+    alone = _run(work / "singles.jsonl", worlds, singles, _single, options.processes)
     names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
     merges = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in names]
     wanted = {statistics for name in names for statistics in METHODS[name].statistics}
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
         _statistics(worlds[seed], kind, wanted)
-    _work_off(work / "merges.jsonl", worlds, merges, _merge, options.processes)
-    rows = _rows(_stored(work / "singles.jsonl"), _stored(work / "merges.jsonl"), options, names)
+    merged = _run(work / "merges.jsonl", worlds, merges, _merge, options.processes)
+    rows = _rows(alone, merged, options, names)
     held_out = next(iter(worlds.values())).held_out
     if options.json:
         json.dump({"seeds": options.seeds, "held_out": held_out, "rows": rows}, sys.stdout, indent=2)
@@ -96,27 +94,16 @@ def _world(options: argparse.Namespace, seed: int) -> Experts:
     return SuiteExperts(seed, Path(options.work), options.dtype)
 
 
-def _stored(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _work_off(
-    file: Path, worlds: dict[int, Experts], pieces: Sequence[tuple[int, str, str]], work: Callable, processes: int
-) -> None:
-    """Do in processes what is not in the file yet; each result goes there as it comes."""
-    done = {tuple(result["piece"]) for result in _stored(file)}
-    left = [piece for piece in pieces if piece not in done]
+def _run(
+    file: Path, worlds: dict[int, Experts], keys: Sequence[tuple[int, str, str]], work: Callable, processes: int
+) -> list[dict[str, Any]]:
+    """Do in processes what is not in the file yet, and return all that is there."""
+    store = JSONLines(file)
+    left = [key for key in keys if key not in store]
     assert all(worlds[seed].base.exists() for seed, _, _ in left)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_process) as pool:
-        futures = {pool.submit(work, worlds[piece[0]], *piece): piece for piece in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            with file.open("a") as out:
-                out.write(json.dumps(future.result()) + "\n")
-            minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
-            place = f"{len(pieces) - len(left) + number} of {len(pieces)}, {minutes:.0f} minutes left"
-            print(f"{place}: seed {futures[future][0]}, {' '.join(futures[future][1:])}", file=sys.stderr, flush=True)
+    with LocalProcesses(processes) as pool:
+        run([Piece(key, work, (worlds[key[0]], *key)) for key in keys], store, pool, print_progress()).raise_failures()
+    return list(store.values())
 
 
 def _single(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:

@@ -23,11 +23,8 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,12 +39,12 @@ from modular_experts.base.apply import applied
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert
 from modular_experts.masks import SelectOnce
 from modular_experts.merger.merged import merge
 from modular_experts.methods import Average, SparseAverage
 from modular_experts.quickstart.plan import MODULES
-from modular_experts.quickstart.work import start_process
 from modular_experts.training.module import ExpertModule
 
 SCALES = {"sparse": (0.35, 0.5, 0.75, 1.0, 1.4), "dense": (1.0, 1.5, 2.0, 3.0, 4.0)}
@@ -62,10 +59,11 @@ def main() -> None:
     pieces = [(seed, name, rate) for seed in options.seeds for name in names for rate in _rates(name, options)]
     worlds = {seed: _world(options, seed) for seed in options.seeds}
     assert all(world.base.exists() for world in worlds.values())
-    done = {(r["seed"], r["variant"], r["rate"]) for r in _stored(work)}
-    _work_off(work, worlds, [piece for piece in pieces if piece not in done], len(pieces))
-    results = [r for r in _stored(work) if (r["seed"], r["variant"], r["rate"]) in set(pieces)]
-    rows = _rows(results)
+    store = JSONLines(work / "results.jsonl")
+    measured = [Piece(piece, _measure, (worlds[piece[0]], *piece)) for piece in pieces]
+    with LocalProcesses(os.cpu_count()) as pool:
+        run(measured, store, pool, print_progress()).raise_failures()
+    rows = _rows([store[piece] for piece in pieces])
     if options.json:
         json.dump({"tasks": worlds[options.seeds[0]].tasks, "seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
     else:
@@ -95,25 +93,6 @@ def _world(options: argparse.Namespace, seed: int) -> Generated | Real:
 def _rates(name: str, options: argparse.Namespace) -> tuple[float, ...]:
     """Return the learning rates that are tried; on real tasks there is time for one."""
     return (VARIANTS[name].real_rate,) if options.real else VARIANTS[name].rates
-
-
-def _stored(work: Path) -> list[dict[str, Any]]:
-    file = work / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _work_off(work: Path, worlds: dict[int, Any], left: Sequence[tuple[int, str, float]], count: int) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=start_process) as pool:
-        futures = {pool.submit(_measure, worlds[piece[0]], *piece): piece for piece in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            with (work / "results.jsonl").open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
-            minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
-            seed, name, rate = futures[future]
-            place = f"{count - len(left) + number} of {count}, {minutes:.0f} minutes left"
-            print(f"{place}: seed {seed}, {name}, learning rate {rate:g}", file=sys.stderr, flush=True)
 
 
 def _measure(world: Any, seed: int, name: str, rate: float) -> dict[str, Any]:

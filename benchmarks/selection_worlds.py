@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from modular_experts.base.checkpoint import DType, load_base, load_tokenizer
 from modular_experts.data import Task, TaskMixture
+from modular_experts.jobs import LocalProcesses
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
-from modular_experts.quickstart.work import start_process
 
 __all__ = ["Generated", "Real", "model_of", "tokenizer_of"]
 
@@ -42,7 +40,7 @@ class Generated:
         if not directory.exists():
             print(f"training the base of seed {self.seed}", file=sys.stderr)
             directory.parent.mkdir(parents=True, exist_ok=True)
-            with ProcessPoolExecutor(1, get_context("spawn"), initializer=start_process) as pool:
+            with LocalProcesses(1) as pool:
                 pool.submit(make_base, Plan(seed=self.seed), directory).result()
         return directory
 

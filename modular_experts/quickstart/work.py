@@ -6,21 +6,14 @@ The same seed gives the same numbers, whatever ran before in the process.
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
 import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from multiprocessing import parent_process
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,22 +30,13 @@ from modular_experts.quickstart.plan import KINDS, METHODS, MODULES, Plan, merge
 from modular_experts.suite import WordTask
 from modular_experts.training.module import ExpertModule
 
-__all__ = ["measure_base", "measure_merge", "start_process", "train_expert", "train_multitask"]
+__all__ = ["measure_base", "measure_merge", "train_expert", "train_multitask"]
 
 NEW_TOKENS = 10  # more than any answer has
 EVAL_BATCH = 448
 MULTITASK_BATCH = 64
 
 Scores = dict[str, Any]
-
-
-def start_process() -> None:
-    """Set up a process of the pool: one thread, no chatter, and an end when the process that started it ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
@@ -208,10 +192,3 @@ def _bytes(expert: StoredExpert) -> int:
 
 def _trained(module: ExpertModule) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # not by SIGTERM, which Lightning catches while it trains: the process would wait for ever

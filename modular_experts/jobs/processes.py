@@ -1,0 +1,87 @@
+"""Processes of this machine as an executor: one thread each, and none outlives the program that started it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any
+
+__all__ = ["LocalProcesses", "cores"]
+
+MOST_PROCESSES = 8  # each holds torch and transformers, some 500 MB
+
+
+class LocalProcesses(Executor):
+    """An executor whose processes start when work comes, and which replaces them if the system kills one.
+
+    As a context manager it waits for its work at the end, and on any error (Ctrl-C too) it ends its processes at once.
+
+    Args:
+        processes: How many run at once; by default one a core, at most 8.
+    """
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes or min(cores(), MOST_PROCESSES)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Start a call in a process; see `concurrent.futures.Executor`."""
+        if self._pool is None:
+            # Spawned, because a fork would copy torch's threads half-way.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.processes, context, initializer=start_process)
+        try:
+            return self._pool.submit(fn, *args, **kwargs)
+        except BrokenProcessPool:
+            self._pool = None
+            return self.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work, and end the processes when theirs is done."""
+        if self._pool is not None:
+            self._pool.shutdown(wait, cancel_futures=cancel_futures)
+            self._pool = None
+
+    def stop(self) -> None:
+        """End the processes at once, whatever they do."""
+        processes = list((self._pool._processes if self._pool else {}).values())
+        self.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown() if kind is None else self.stop()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_process() -> None:
+    """Set up a process of the pool: one thread, no log lines, and an end when the process that started it ends."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # SIGTERM would not do: Lightning catches it while it trains, and the process would stay

@@ -1,0 +1,167 @@
+"""Pieces of work: each runs once, failures stay alone, and no process outlives its program."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from modular_experts.jobs import FailedPiecesError, JSONLines, LocalProcesses, Piece, print_progress, run
+
+
+def square(number: int) -> int:
+    if number < 0:
+        raise ValueError(f"{number} is below zero\nand this is a second line")
+    return number * number
+
+
+def die(number: int) -> int:
+    """End the process at once, as the system does to one that takes too much memory."""
+    time.sleep(0.2)  # so that others run beside it
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def threads(_: int) -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def pieces(*numbers: int) -> list[Piece]:
+    return [Piece(("square", number), square, (number,)) for number in numbers]
+
+
+def test_results_come_by_key_and_progress_counts_them() -> None:
+    seen = []
+    with ThreadPoolExecutor(2) as pool:
+        found = run(pieces(1, 2, 3), executor=pool, progress=lambda *now: seen.append(now[:2]))
+    assert found.results == {("square", 1): 1, ("square", 2): 4, ("square", 3): 9}
+    assert not found.failures
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    found.raise_failures()
+
+
+def test_a_piece_whose_result_is_stored_is_not_run_again(tmp_path) -> None:
+    file, seen = tmp_path / "new" / "results.jsonl", []
+    with ThreadPoolExecutor(1) as pool:
+        run(pieces(1, 2), JSONLines(file), pool)
+        again = run(pieces(1, 2, 3), JSONLines(file), pool, lambda *now: seen.append(now[:2]))
+    assert again.results == {("square", 3): 9}
+    assert seen == [(2, 3), (3, 3)]
+    assert dict(JSONLines(file)) == {("square", number): number**2 for number in (1, 2, 3)}
+
+
+def test_a_line_that_was_not_finished_is_replaced_by_the_next_result(tmp_path) -> None:
+    file = tmp_path / "results.jsonl"
+    store = JSONLines(file)
+    store["a", 1], store["b", 0.5] = {"x": 1}, [2]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    torn = JSONLines(file)
+    assert dict(torn) == {("a", 1): {"x": 1}}
+    torn["b", 0.5] = [2]
+    assert file.read_bytes() == whole
+
+
+def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> None:
+    store = JSONLines(tmp_path / "results.jsonl")
+    with ThreadPoolExecutor(2) as pool:
+        found = run(pieces(-1, 2, -3, 4), store, pool)
+    assert set(store) == found.results.keys() == {("square", 2), ("square", 4)}
+    assert found.failures.keys() == {("square", -1), ("square", -3)}
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(found.table())
+    assert "square -3  ValueError: -3 is below zero" in stream.getvalue()
+    with pytest.raises(FailedPiecesError, match=r"^2 of 4 pieces failed: square -\d \(ValueError: ") as raised:
+        found.raise_failures()
+    assert "in square" in str(raised.value), "the trace of the first failure is not shown"
+
+
+def test_only_what_failed_runs_again() -> None:
+    store = {("square", 1): 1}
+    with ThreadPoolExecutor(1) as pool:
+        assert run(pieces(1, -1), store, pool).failures.keys() == {("square", -1)}
+        store["square", -1] = 1
+        assert not run(pieces(1, -1), store, pool).failures
+
+
+def test_two_pieces_with_one_key_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"two pieces have the key square 2; give each a key of its own"):
+        run(pieces(1, 2, 2))
+
+
+def test_processes_have_one_thread_and_a_killed_one_fails_only_its_own_piece() -> None:
+    work = [Piece(("die",), die, (0,)), *pieces(*range(6)), Piece(("threads",), threads, (0,))]
+    with LocalProcesses(2) as pool:
+        found = run(work, executor=pool)
+    assert found.failures.keys() == {("die",)}
+    assert found.failures["die",].reason.startswith("BrokenProcessPool: ")
+    assert found.results == {("square", n): n * n for n in range(6)} | {("threads",): 1}
+
+
+def test_an_interruption_ends_the_processes_at_once_and_takes_back_what_waits() -> None:
+    def interrupt(done: int, total: int, piece: Piece | None) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    pool = LocalProcesses(2)
+    with pytest.raises(KeyboardInterrupt), pool:
+        run([*pieces(1), Piece(("sleep",), time.sleep, (600,))], executor=pool, progress=interrupt)
+    assert time.monotonic() - began < 60
+    started = threading.Event()
+    waiting: list[Future] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *args, **kwargs) -> Future:
+            waiting.append(super().submit(*args, **kwargs))
+            return waiting[-1]
+
+    with Counting(1) as pool, pytest.raises(KeyboardInterrupt):
+        run([*pieces(1), Piece(("wait",), started.wait, (1,)), *pieces(2)], executor=pool, progress=interrupt)
+    assert waiting[-1].cancelled()
+
+
+PROGRAM = """
+import signal, time
+from modular_experts.jobs import LocalProcesses
+
+def work():
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as Lightning does while it trains
+    print("at work", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with LocalProcesses(1) as pool:
+        pool.submit(work)
+"""
+
+
+def test_a_process_at_work_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"at work\n"
+        process.kill()
+        reader = threading.Thread(target=process.stdout.read)  # it ends when the last process that writes there does
+        reader.start()
+        reader.join(30)
+        assert not reader.is_alive(), "the process at work lives on"
+
+
+def test_printed_progress_names_the_piece_and_the_time_left(capsys) -> None:
+    show = print_progress()
+    for done, piece in enumerate([None, *pieces(1, 2)], start=7):
+        show(done, 9, piece)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["8 of 9, 0 minutes left: square 1", "9 of 9, 0 minutes left: square 2"]
