@@ -8,9 +8,9 @@ base's own orientation.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
+from modular_experts.experts.site import Factory, Plan, Site, by_pattern, make_expert
+from modular_experts.text import did_you_mean
 
 __all__ = [
     "ExpertConv1D",
@@ -25,7 +27,11 @@ __all__ = [
     "ExpertLinear",
     "eject",
     "expert_layers",
+    "expert_state",
+    "find_sites",
     "inject",
+    "load_expert_state",
+    "penalty",
     "task_vector",
     "write_experts",
 ]
@@ -53,7 +59,8 @@ class ExpertLayer(nn.Module):
         return self.expert(x, self.matrix, self.bias)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        if not self.expert.trains_weight:  # what is written now belongs to the support that is about to be replaced
+        # The weight holds the entries of a support that is about to be replaced: give the base's back first.
+        if not self.expert.trains_weight:
             self.expert.restore(self.matrix, lambda: self.matrix)
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -73,32 +80,59 @@ class ExpertConv1D(ExpertLayer):
         return delta.T
 
 
-def inject(model: nn.Module, factory: Callable[[Tensor], Expert], modules: str | Sequence[str]) -> list[str]:
-    """Freeze a model and give each linear layer whose name a pattern matches an expert; return the weights' names.
+def inject(
+    model: nn.Module, experts: Factory | Mapping[str, Factory] | Plan, modules: str | Sequence[str] | None = None
+) -> list[str]:
+    """Freeze a model and give linear layers experts; return the names of these layers' weights, sorted.
 
-    Layers that have one already keep it, so a second call changes nothing.
+    Layers that have an expert already keep it, so a second call changes nothing.
+
+        inject(model, LoRAExpert, "q_proj")
+        inject(model, {"q_proj|v_proj": LoRAExpert, "mlp.down_proj": partial(SparseExpert, keep_ratio=0.1)})
+        inject(model, lambda sites: {site: LoRAExpert for site in sites if site.depth in (0, 1)})
 
     Args:
         model: Any module with `nn.Linear` or `Conv1D` layers.
-        factory: Makes the expert for one weight `(out, in)`.
-        modules: Regular expressions; each must match the full name of at least one linear layer, such as
-            `model.layers.0.self_attn.q_proj`.
+        experts: With `modules`, a factory that makes the expert of one weight `(out, in)`: `factory(weight)`, or
+            `factory(weight, site)`. Without, a mapping from patterns to factories (`experts.site.by_pattern`), or a
+            plan: a function that gets the sites of the model and returns a factory for each that gets an expert.
+        modules: Patterns: ends of layers' names (`q_proj`), regular expressions for full names, or `all-linear`.
 
     Raises:
-        ValueError: A pattern matches no linear layer, or one whose weight is shared or quantised.
+        ValueError: A pattern matches no linear layer, or a layer whose weight is shared or quantised; a plan names a
+            layer that does not exist; an expert moves the bias of a layer that has none.
     """
-    targets = _targets(model, [modules] if isinstance(modules, str) else list(modules))
-    fresh = {name: layer for name, layer in targets.items() if not isinstance(layer, ExpertLayer)}
+    planned = _planned(model, experts, modules)
+    fresh = {site: factory for site, factory in planned.items() if not isinstance(site.module, ExpertLayer)}
+    owners = _owners(model)
+    for site in fresh:
+        if len(names := owners[id(site.module.weight)]) > 1:
+            other = next(name for name in names if name != site.weight)
+            raise ValueError(
+                f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
+                f"out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
+            )
     if not any(expert_layers(model)):
         model.requires_grad_(False)
-    for name, layer in fresh.items():
-        _refuse_shared(model, name, layer)
+    for site, factory in fresh.items():
         try:
-            _equip(layer, factory)
+            _equip(site, factory)
         except Exception as error:  # passed on, with the name that is known only here
-            error.add_note(f"for the expert of {name}.weight")
+            error.add_note(f"for the expert of {site.weight}")
             raise
-    return [f"{name}.weight" for name in targets]
+    return [site.weight for site in planned]
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    owners = _owners(model)
+    sites = []
+    for name, module in _outside_of_experts(model):
+        if type(module) is nn.Linear or isinstance(module, ExpertLayer) or _is_conv1d(module):
+            is_head = module is head or len(owners[id(module.weight)]) > 1
+            sites.append(Site.of(name, module, is_head))
+    return sorted(sites, key=lambda site: site.name)
 
 
 def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> None:
@@ -132,16 +166,64 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
 
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
-    """Yield `(weight name, delta)` for each expert, sorted by name, in the base's orientation, detached, one at a time.
+    """Yield `(name, delta)` for each weight, and each bias, that an expert moves: sorted by name, in the base's
+    orientation, detached, one at a time. Experts that are not mergeable have none, but a `state`.
 
     Args:
         model: A model after `inject`.
         anchor: Gives the weight of a name as it was before training, in the base's orientation; full experts need it.
     """
     for name, layer in expert_layers(model):
+        if not layer.expert.mergeable:
+            continue
         with torch.no_grad():
+            if (moved := _bias_delta(layer)) is not None:
+                yield f"{name.removesuffix('weight')}bias", _in_float32(moved)
             delta = layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor))
-            yield name, layer.oriented(delta).to(dtype=torch.promote_types(delta.dtype, torch.float32))
+            yield name, _in_float32(layer.oriented(delta))
+
+
+def _bias_delta(layer: ExpertLayer) -> Delta | None:
+    return None if layer.bias is None else layer.expert.bias_delta(layer.bias, lambda: layer.bias)
+
+
+def _in_float32(delta: Delta) -> Delta:
+    return delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
+
+
+def expert_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of all experts (`Expert.state`), detached, by `<weight name>/<name of the tensor>`."""
+    return {
+        f"{weight}/{name}": tensor.detach()
+        for weight, layer in expert_layers(model)
+        for name, tensor in layer.expert.state().items()
+    }
+
+
+def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `expert_state` returned into a model with experts of the same types and settings.
+
+    Raises:
+        ValueError: The model has no expert where the state has one, or the other way round.
+    """
+    by_weight: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        weight, _, part = name.partition("/")
+        by_weight.setdefault(weight, {})[part] = tensor
+    layers = {weight: layer for weight, layer in expert_layers(model) if layer.expert.state()}
+    if unlike := sorted(by_weight.keys() ^ layers.keys()):
+        where = "the state but not the model" if unlike[0] in by_weight else "the model but not the state"
+        raise ValueError(
+            f"{where} has an expert with a state for {unlike[0]}; inject the experts that the state was written from"
+        )
+    for weight, layer in layers.items():
+        layer.expert.load_state(by_weight[weight])
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """Return the sum of the penalties of all experts, which training adds to the loss, or None if no expert has one."""
+    terms = [term for _, layer in expert_layers(model) if (term := layer.expert.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else None
 
 
 def write_experts(model: nn.Module) -> None:
@@ -153,8 +235,9 @@ def write_experts(model: nn.Module) -> None:
 def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if anchor is None:
+            # The layer's weight is the base: an additive expert leaves it alone.
             if not layer.expert.trains_weight:
-                return layer.matrix.detach()  # the layer's weight is the base: an additive expert leaves it alone
+                return layer.matrix.detach()
             raise ValueError(f"the delta of {name} needs the weight as it was before training: pass anchor=")
         stored = anchor(name)
         return stored.T if isinstance(layer, ExpertConv1D) else stored
@@ -162,13 +245,45 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
     return read
 
 
-def _equip(layer: Any, factory: Callable[[Tensor], Expert]) -> None:
+def _planned(model: nn.Module, experts: Any, modules: str | Sequence[str] | None) -> dict[Site, Factory]:
+    """Return the factory of each site that gets an expert, sorted by the sites' names."""
+    sites = find_sites(model)
+    quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
+    if modules is not None:
+        patterns = [modules] if isinstance(modules, str) else modules
+        plan = by_pattern(dict.fromkeys(patterns, experts), "modules", quantised)
+    elif isinstance(experts, Mapping):
+        plan = by_pattern(experts, "experts", quantised)
+    elif isinstance(experts, type | partial):
+        raise ValueError("modules is missing: name the layers that get an expert, such as q_proj or all-linear")
+    else:
+        plan = experts
+    chosen = plan(sites)
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
+    by_name = {site.name: site for site in sites}
+    factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
+    for name in factories:
+        if name not in by_name:
+            raise ValueError(
+                f"the plan gives {name} an expert, which is not a linear layer{did_you_mean(name, by_name)}"
+            )
+    return {site: factories[site.name] for site in sites if site.name in factories}
+
+
+def _equip(site: Site, factory: Factory) -> None:
+    layer: Any = site.module
     transposed = _is_conv1d(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
         layer.weight.data = layer.weight.data.T.contiguous().T
-    expert = factory(layer.weight.T if transposed else layer.weight)
-    if not isinstance(expert, Expert):
-        raise TypeError(f"expert={factory} made a {type(expert).__name__}; it must make a modular_experts.Expert")
+    expert = make_expert(factory, layer.weight.T if transposed else layer.weight, site)
+    if layer.bias is None:
+        still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
+        if expert.bias_delta(still, lambda: still) is not None:
+            raise ValueError(
+                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or make the "
+                "expert without a bias"
+            )
     layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
     if expert.trains_weight:
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
@@ -178,56 +293,23 @@ def _equip(layer: Any, factory: Callable[[Tensor], Expert]) -> None:
     expert.train(layer.training)
 
 
-def _targets(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
-    candidates = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    found: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        matches = {name: module for name, module in candidates.items() if _full_match(pattern, name)}
-        if not matches:
-            raise ValueError(_nothing_matched(model, pattern, list(candidates)))
-        found |= matches
-    return dict(sorted(found.items()))
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of each parameter, by its `id`; a tied one has several."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    return owners
 
 
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"modules={pattern!r} is not a regular expression: {error}") from None
-
-
-def _nothing_matched(model: nn.Module, pattern: str, names: list[str]) -> str:
-    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    words = re.findall(r"\w+", pattern)
-    near = [match for word in words for match in difflib.get_close_matches(word, ends, n=2, cutoff=0.5)]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-    quantised = [name for name, module in model.named_modules() if _full_match(pattern, name) and _is_quantised(module)]
-    if quantised:
-        return f"modules={pattern!r} matches {quantised[0]}, whose weight is quantised; load the base as plain floats"
-    example = f", as in {names[0]}" if names else ""
-    return (
-        f"modules={pattern!r} matches the full name of no linear layer of {type(model).__name__}{hint}; "
-        f"its linear layers end in {', '.join(ends)}{example}"
-    )
-
-
-def _refuse_shared(model: nn.Module, name: str, layer: nn.Module) -> None:
-    owners = [
-        f"{owner}.{key}"
-        for owner, module in model.named_modules()
-        for key, parameter in module._parameters.items()
-        if parameter is layer.weight
-    ]
-    if len(owners) > 1:
-        other = next(owner for owner in owners if owner != f"{name}.weight")
-        raise ValueError(
-            f"{name}.weight is the same tensor as {other} (tied); an expert would move both: leave {name} out of "
-            f"modules=, for example with (?!{re.escape(name)}$).*"
-        )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, ExpertLayer) or _is_conv1d(module)
+def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the named modules of the model itself; an expert's own modules are its business and no sites."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        yield name, module
+        inside = f"{name}." if isinstance(module, ExpertLayer) else None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -236,4 +318,5 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) or (isinstance(weight, Tensor) and not weight.is_floating_point())
+    unknown = isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, ExpertLayer)
+    return unknown or (isinstance(weight, Tensor) and not weight.is_floating_point())

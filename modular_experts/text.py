@@ -1,4 +1,4 @@
-"""Write what people read: near names for a misspelt one, and sizes in bytes."""
+"""Read and write the texts that people see: near names for a misspelt one, sizes in bytes, parts of weights' names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["bytes_of", "bytes_text", "did_you_mean", "nearest"]
+__all__ = ["block_of", "bytes_of", "bytes_text", "depth_of", "did_you_mean", "in_any_block", "nearest"]
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -28,6 +28,26 @@ def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.6) -> 
     """Return `; did you mean x?` for the end of an error's sentence, or an empty string if no known name is near."""
     near = nearest(name, known, cutoff)
     return f"; did you mean {near}?" if near else ""
+
+
+def block_of(name: str) -> str | None:
+    """Return the transformer block that a weight belongs to, such as `model.layers.3`, or None outside of the blocks.
+
+    A block is what lies before the first number between dots in the weight's full name.
+    """
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else None
+
+
+def depth_of(name: str) -> int | None:
+    """Return the number of the transformer block that a weight belongs to, or None outside of the blocks."""
+    block = block_of(name)
+    return None if block is None else int(block.rpartition(".")[2])
+
+
+def in_any_block(name: str) -> str:
+    """Return a weight's name with a star for each number between dots, which is alike in all transformer blocks."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def bytes_text(size: float) -> str:

@@ -139,10 +139,11 @@ def test_experts_on_top_of_each_other_add_up() -> None:
 @pytest.mark.parametrize(
     ("pattern", "sentence"),
     [
-        (r".*query", r"modules='\.\*query' matches the full name of no linear layer of LlamaForCausalLM.*end in"),
+        (r".*query", r"modules='\.\*query' matches no linear layer of the model.*end in down_proj.*as in lm_head$"),
         (r".*q_porj", r"did you mean q_proj"),
         ([r".*q_proj", r".*nothing"], r"modules='\.\*nothing'"),
-        (r"q_proj", r"full name of no linear layer.*as in model\.layers\.0"),
+        (r"0.q_proj", r"modules='0.q_proj' matches no linear layer"),
+        (r"proj", r"modules='proj' matches no linear layer"),
         (r"(", r"is not a regular expression"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from modular_experts.cli.format import call_text
 from modular_experts.merger.estimate import WeightEstimate, estimate, largest, seconds
 from modular_experts.merger.merged import Merged, describe
 from modular_experts.methods import MergeMethod
-from modular_experts.text import bytes_text
+from modular_experts.text import bytes_text, in_any_block
 
 __all__ = ["method_text", "tell_methods", "tell_plan"]
 
@@ -76,7 +75,7 @@ def _rows(weights: Sequence[WeightEstimate]) -> Iterable[Sequence[str]]:
     groups: dict[Any, list[WeightEstimate]] = {}
     numbers = {text: n for n, text in enumerate(dict.fromkeys(method_text(weight.method) for weight in weights), 1)}
     for weight in weights:
-        key = (re.sub(r"\.\d+\.", ".*.", weight.name), weight.shape, method_text(weight.method))
+        key = (in_any_block(weight.name), weight.shape, method_text(weight.method))
         groups.setdefault(key, []).append(weight)
     for (name, shape, method), members in groups.items():
         few = min(weight.experts for weight in members)

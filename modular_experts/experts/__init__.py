@@ -1,9 +1,15 @@
-"""Expert types, one idea per file. Torch only: they train in any loop, with or without Lightning."""
+"""Expert types, one idea per file: what is trained at one linear layer, and the delta it stands for.
+
+Open `expert.py` first, the contract of a type of your own; then `lora.py`, the shortest type. `selectable.py` has what
+types that train a chosen part of a weight share, `site.py` which layer gets which expert. They need torch alone, and
+train in any loop, with or without Lightning.
+"""
 
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.masked import MaskedExpert
+from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
 
-__all__ = ["Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"]
+__all__ = ["Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "Plan", "Site", "SparseExpert"]

@@ -1,13 +1,14 @@
-"""Expert: the trainable state for one weight, and the delta it stands for. The whole contract of a user's own type.
+"""The contract of an expert: the trained state of one site, and the delta that it stands for.
 
-*Additive* experts (LoRA, most user types) own parameters beside a frozen weight. *In-place* experts (sparse, full)
-train the weight itself. No model, trainer or file is known here: `injection` puts experts into layers.
+Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. *Additive* experts (LoRA, most
+user types) own parameters beside a frozen weight. *In-place* experts (sparse, full) train the weight itself.
+`injection` puts experts into the layers of a model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -20,8 +21,7 @@ __all__ = ["Expert"]
 
 
 class Expert(nn.Module, ABC):
-    """Owns the trainable state of one linear weight `(out, in)`; a subclass must give `__init__(weight, ...)` and
-    `delta`.
+    """Owns the trained state of one linear layer; a subclass must give `__init__(weight, ...)` and `delta`.
 
     Parameters and buffers move between devices with the model but never lose precision: a float32 parameter stays
     float32 beside a bfloat16 base, so that small updates are not rounded away.
@@ -33,6 +33,12 @@ class Expert(nn.Module, ABC):
     trains_weight: ClassVar[bool] = False
     """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
 
+    mergeable: ClassVar[bool] = True
+    """Whether `delta` gives all that the expert does. A type whose output depends on the input sets it to False."""
+
+    not_mergeable_because: ClassVar[str] = ""
+    """The reason, as the end of a sentence: "its router chooses by the input"."""
+
     @abstractmethod
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
         """Return how far the weight has moved from the base.
@@ -43,13 +49,46 @@ class Expert(nn.Module, ABC):
                 needed.
 
         Raises:
-            NotImplementedError: The type moves no weight (it overrides `forward` only); the message says why it cannot
-                be merged.
+            NotImplementedError: The type is not mergeable.
         """
+
+    def bias_delta(self, bias: Tensor, anchor: Callable[[], Tensor]) -> Delta | None:
+        """Return how far the bias has moved from the base, or None for a type that leaves it alone.
+
+        The layer's bias itself stays frozen: the expert keeps its change beside it, and `forward` adds it. Exports and
+        merges treat it as the weight `<name>.bias`.
+
+        Args:
+            bias: The layer's bias `(out,)`.
+            anchor: Gives the bias as it was before training.
+        """
+        return None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
-        return F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
+        out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
+        moved = None if bias is None else self.bias_delta(bias, lambda: bias)
+        return out if moved is None else out + moved.dense().to(out.dtype)
+
+    def penalty(self) -> Tensor | None:
+        """Return a term that is added to the training loss, or None; it is asked for once after each forward pass."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the library keeps beside, or instead of, the delta.
+
+        Here every parameter and buffer of a type that is not mergeable, and nothing for others, whose delta holds all.
+        Override it where the trained form is smaller than the delta, and `load_state` with it.
+        """
+        return {} if self.mergeable else dict(self.state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned, in an expert made with the same settings.
+
+        Raises:
+            RuntimeError: A tensor is missing, has nowhere to go, or has another shape.
+        """
+        self.load_state_dict(dict(state))
 
     def settings(self) -> dict[str, bool | int | float | str]:
         """Return the plain values that the expert was made with, for its record and for the summary of a run."""

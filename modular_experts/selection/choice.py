@@ -5,7 +5,6 @@ When a selection is due, and what becomes of values and moments, is the business
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from modular_experts.library import StoredExpert
 from modular_experts.masks import Rule, Score, StreamingTopK
 from modular_experts.selection.avoid import count_others, crowded, refuse_too_few
 from modular_experts.selection.scoring import MemoryWatch, ScoringPass
+from modular_experts.text import block_of
 
 __all__ = ["Scope", "Selection"]
 
@@ -157,5 +157,5 @@ class Selection:
     def _group(self, name: str) -> str:
         """Return what the weight competes in: its own name, that of its transformer block, or everything."""
         if self.scope == "block":
-            return (re.match(r".*?\.\d+(?=\.)", name) or [name])[0]
+            return block_of(name) or name
         return "" if self.scope == "global" else name

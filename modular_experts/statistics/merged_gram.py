@@ -8,7 +8,6 @@ a block of its own, in the order of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +20,7 @@ from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods import MergeMethod, RegMeanPlusPlus
 from modular_experts.methods.method import Statistic
 from modular_experts.statistics.gram import gram
+from modular_experts.text import block_of
 
 __all__ = ["merged_grams"]
 
@@ -79,6 +79,5 @@ def _blocks(model: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
     wanted, blocks = set(names), dict[str, list[str]]()
     for name, _ in model.named_parameters():
         if name in wanted:
-            found = re.match(r".*?\.\d+(?=\.)", name)
-            blocks.setdefault(found[0] if found else name, []).append(name)
+            blocks.setdefault(block_of(name) or name, []).append(name)
     return list(blocks.values())

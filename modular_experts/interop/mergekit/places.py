@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Place", "layer_of", "places"]
+from modular_experts.text import depth_of
 
-_LAYER = re.compile(r"\.(\d+)\.")
+__all__ = ["Place", "places"]
+
 _BEFORE_THE_LAYERS = re.compile(r"emb(?!ed_out)|\bwte\b|\bwpe\b|\bshared\b|rotary|\bln_pre\b")
 
 
@@ -29,12 +30,6 @@ class Place:
     share: float
 
 
-def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a weight belongs to; the first number between points in its name."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
 def places(names: Iterable[str], slices: Sequence[tuple[int, int] | None]) -> dict[str, Place]:
     """Return the place of each weight.
 
@@ -45,7 +40,7 @@ def places(names: Iterable[str], slices: Sequence[tuple[int, int] | None]) -> di
     Raises:
         ValueError: The slices do not end with the model's last layer.
     """
-    layers = {name: layer_of(name) for name in names}
+    layers = {name: depth_of(name) for name in names}
     count = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
     spans = [span or (0, count) for span in slices]
     if spans[-1][1] != count:

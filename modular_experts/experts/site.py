@@ -1,0 +1,139 @@
+"""Sites and plans: the places in a model that an expert can take, and which expert each of them gets.
+
+A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert. A mapping
+`{pattern: factory}` is a plan too: `by_pattern` makes the function. `injection` finds the sites and carries a plan out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from modular_experts.experts.expert import Expert
+from modular_experts.text import depth_of, did_you_mean
+
+__all__ = ["ALL_LINEAR", "Factory", "Plan", "Site", "by_pattern", "make_expert"]
+
+ALL_LINEAR = "all-linear"
+"""The pattern of every linear layer but the output head and layers whose weight is tied to another."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that an expert can take: one linear layer with its weight and bias.
+
+    Attributes:
+        name: Full name of the layer in the model, such as `model.layers.0.self_attn.q_proj`.
+        layer: Last part of the name, which layers of the same kind share: `q_proj`.
+        depth: Number of the transformer block that the layer belongs to, counted from 0, or None outside of the blocks.
+        module: The layer itself; its `weight` is `(out, in)`, or `(in, out)` in GPT-2's `Conv1D`.
+        is_head: Whether it is the model's output head, or its weight is the same tensor as another one's, as a tied
+            head's is; `all-linear` leaves these out.
+    """
+
+    name: str
+    layer: str
+    depth: int | None
+    module: nn.Module
+    is_head: bool = False
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, is_head: bool = False) -> Site:
+        """Return the site of a layer of this full name."""
+        return cls(name, name.rpartition(".")[2], depth_of(f"{name}."), module, is_head)
+
+    @property
+    def weight(self) -> str:
+        """Full name of the weight, as deltas and files use it."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        """Full name of the bias, whether the layer has one or not."""
+        return f"{self.name}.bias"
+
+
+Factory = Callable[..., Expert]
+"""Makes the expert of one site: `factory(weight)`, or `factory(weight, site)` where it has a parameter for the site."""
+
+Plan = Callable[[Sequence[Site]], Mapping[Any, Factory]]
+"""Returns the factory of each site that gets an expert; the keys are sites or their names."""
+
+
+def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:
+    """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
+
+    A pattern is the end of a name from a dot on (`q_proj`, `self_attn.q_proj`, or several, `(q|v)_proj`), a regular
+    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`.
+
+    Args:
+        experts: Pattern and factory.
+        where: Name of the argument, for the sentences of errors.
+        quantised: Names of layers that cannot take an expert because their weight is quantised, for these sentences.
+
+    Raises:
+        ValueError: (by the plan) A pattern matches no site, or is not a valid regular expression.
+    """
+
+    def plan(sites: Sequence[Site]) -> dict[Site, Factory]:
+        found: dict[Site, Factory] = {}
+        for pattern, factory in experts.items():
+            matching = [
+                site
+                for site in sites
+                if _matches(pattern, site.name, where) or (pattern == ALL_LINEAR and not site.is_head)
+            ]
+            if not matching:
+                raise ValueError(_no_match(pattern, sites, where, quantised))
+            for site in matching:
+                found.setdefault(site, factory)
+        return found
+
+    return plan
+
+
+def make_expert(factory: Factory, weight: Tensor, site: Site) -> Expert:
+    """Call a factory with the weight, and with the site if its signature has a parameter for it.
+
+    Raises:
+        TypeError: It made something that is not an expert.
+    """
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except ValueError:  # a builtin without a signature
+        parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(parameter.name == "site" for parameter in parameters):
+        expert = factory(weight, site=site)
+    elif len(positional) > 1 and positional[1].default is inspect.Parameter.empty:
+        expert = factory(weight, site)
+    else:
+        expert = factory(weight)
+    if not isinstance(expert, Expert):
+        raise TypeError(f"{factory} made a {type(expert).__name__}; it must make a modular_experts.Expert")
+    return expert
+
+
+def _matches(pattern: str, name: str, where: str) -> bool:
+    # Only plain names match from any dot on: `.*` before a lookahead such as `(?!lm_head$).*` would undo it.
+    ends = rf"(?:.*\.)?(?:{pattern})" if re.fullmatch(r"[\w.|()]+", pattern) else pattern
+    try:
+        return re.fullmatch(ends, name) is not None
+    except re.error as error:
+        raise ValueError(f"{where}={pattern!r} is not a regular expression: {error}") from None
+
+
+def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequence[str]) -> str:
+    for name in quantised:
+        if _matches(pattern, name, where):
+            return f"{where}={pattern!r} matches {name}, whose weight is quantised; load the base as plain floats"
+    kinds = sorted({site.layer for site in sites})
+    words = [word for word in re.findall(r"\w+", pattern) if word not in kinds]
+    hint = next(filter(None, (did_you_mean(word, kinds, 0.5) for word in words)), "")
+    there = f"its linear layers end in {', '.join(kinds)}, as in {sites[0].name}" if sites else "it has none"
+    return f"{where}={pattern!r} matches no linear layer of the model{hint}; {there}"
