@@ -33,7 +33,7 @@ class Way:
     @property
     def statistics(self) -> set[str]:
         """The kinds of statistics that the experts need."""
-        return {kind for method in (self.method, *self.merges) if (kind := method.statistics)}
+        return {kind for method in (self.method, *self.merges) if (kind := method.needs.statistics)}
 
 
 KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}

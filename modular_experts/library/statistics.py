@@ -25,7 +25,7 @@ from modular_experts.library.atomic import is_name
 from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.record import plain
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import DataStatistic
 
 __all__ = [
     "Gathered",
@@ -44,7 +44,7 @@ FORMAT = "modular-experts/statistics/1"
 _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}
 
 
-class StoredStatistics(Mapping[str, Statistic | None]):
+class StoredStatistics(Mapping[str, DataStatistic | None]):
     """The statistics of one kind on one expert's data, by weight name, each read and checked when it is asked for.
 
     A weight about which the kind has nothing to say gives none.
@@ -81,7 +81,7 @@ class StoredStatistics(Mapping[str, Statistic | None]):
         square = [shape[entry["inputs"]]] * 2 if entry and len(shape) == 2 else None
         return entry is None or list(entry["shape"]) in (list(shape), square)
 
-    def __getitem__(self, name: str) -> Statistic | None:
+    def __getitem__(self, name: str) -> DataStatistic | None:
         entry = self._table[name]
         if entry is None:
             return None
@@ -89,7 +89,7 @@ class StoredStatistics(Mapping[str, Statistic | None]):
         if hashlib.sha256(tensor_bytes(values)).hexdigest() != entry["sha256"] or not all_finite(values):
             raise self._damaged(f"the numbers of {name} are not what was written")
         norm = sum(other["norm"] ** 2 for other in self._table.values() if other) ** 0.5
-        return Statistic(values, norm, entry["inputs"])
+        return DataStatistic(values, norm, entry["inputs"])
 
     def release(self, name: str) -> None:
         """Let go of the memory that a statistic was read into; one that is still held stays as it is."""
@@ -167,7 +167,7 @@ def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwri
 def write_statistics(
     expert: StoredExpert,
     kind: str,
-    statistics: Iterable[tuple[str, Statistic | None]],
+    statistics: Iterable[tuple[str, DataStatistic | None]],
     tasks: Mapping[str, int],
     data: Mapping[str, Any],
     among: Sequence[StoredExpert] = (),
@@ -206,7 +206,7 @@ def write_statistics(
 
 
 def _write(
-    writer: TensorFileWriter, written: dict[str, str], name: str, statistic: Statistic | None
+    writer: TensorFileWriter, written: dict[str, str], name: str, statistic: DataStatistic | None
 ) -> dict[str, Any] | None:
     if statistic is None:
         return None
@@ -270,7 +270,7 @@ class Gathered:
         """The content hash of each file."""
         return [found.content_hash for found in self._opened]
 
-    def __call__(self, name: str) -> list[Statistic | None]:
+    def __call__(self, name: str) -> list[DataStatistic | None]:
         if self._name not in (None, name):
             for found in self._opened:
                 found.release(str(self._name))

@@ -57,10 +57,11 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
         method, entries = merged.rules[name], shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
         kept = sum(counts.get(name, 0) for counts in singles)
-        some, more = method.matrices
-        matrices = (some + more * len(read)) * entries * 8 + method.squares * shape[-1:].numel() ** 2 * 8
+        needs = method.needs
+        matrices = (needs.matrices + needs.matrices_per_expert * len(read)) * entries * 8
+        matrices += needs.squares * shape[-1:].numel() ** 2 * 8
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
-        held = (_INDEX + _ENTRY * method.copies) * kept + _WRITTEN * entries
+        held = (_INDEX + _ENTRY * needs.copies) * kept + _WRITTEN * entries
         held += _ENTRY * sum(tiles.get(name, 0) for tiles in spread)
         peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
@@ -103,7 +104,7 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
     """
     most = largest(weights)
     if most.peak > limit:
-        by_parts = not any(most.method.matrices)
+        by_parts = not (most.method.needs.matrices or most.method.needs.matrices_per_expert)
         other = "" if by_parts else "take a method that works part by part (such as SparseAverage or TIES), "
         raise ValueError(
             f"merging {most.name} {most.shape} of {most.experts} experts with {type(most.method).__name__} needs about "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from modular_experts.library import (
 )
 from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
 __all__ = ["Merged", "describe", "merge", "write_merged"]
@@ -63,18 +64,13 @@ class Merged(TaskVector):
         self.rules = assign(list(shapes := union_of_weights(experts)), method, per_weight or {})
         self._shapes = {name: shapes[name] for name in self.rules}
         self._method, self._per_weight = method, dict(per_weight or {})
-        self._statistics = {
-            key: gather_statistics(experts, chosen.statistics, {name: self._shapes[name] for name in self._names(key)})
-            for key, chosen in self._distinct().items()
-        }
-
-    @cached_property
-    def _bound(self) -> dict[int, MergeMethod]:
-        """The methods after their first look at all weights, which is taken when the first delta is asked for."""
-        return {key: chosen.prepare(self._stream(key)) for key, chosen in self._distinct().items()}
+        self._groups = _groups_of(self)
+        self._group_of = {name: group for group in self._groups for name in group.names}
 
     def __getitem__(self, name: str) -> Delta:
-        return self._merge(name, self._bound[id(self.rules[name])])
+        group = self._group_of[name]
+        context = group.context(name)
+        return self._checked(name, group.method, lambda deltas: group.method.merge(deltas, context))
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._shapes
@@ -84,9 +80,7 @@ class Merged(TaskVector):
 
         It is empty but for methods, such as EMR, that give each task an expert of its own.
         """
-        count = len(self.experts)
-        methods = {key: bound.beside(count) for key, bound in self._bound.items()}
-        if not any(methods.values()):
+        if not any(group.method.has_tasks for group in self._groups):
             return {}
         names = [expert.name for expert in self.experts]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -94,7 +88,7 @@ class Merged(TaskVector):
                 f"two of the experts are called {twice[0]}, and the experts that this merge also writes are named "
                 "after them; rename the directory of one"
             )
-        return {expert.name: _Beside(self, methods, place) for place, expert in enumerate(self.experts)}
+        return {expert.name: _OfTask(self, place) for place, expert in enumerate(self.experts)}
 
     def record(self) -> dict[str, Any]:
         """Return the record of the merge as an expert."""
@@ -112,8 +106,8 @@ class Merged(TaskVector):
         record = self.record()
         content = [parent_ids(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # in their order, which counts
-        content += [[found.content_hashes for found in self._statistics.values()]]
-        content += [_source_hash(type(method)) for method in self._distinct().values()]
+        content += [[group.statistics.content_hashes for group in self._groups]]
+        content += [_source_hash(type(group.method)) for group in self._groups]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
     def deltas_of(self, name: str) -> list[Delta]:
@@ -121,10 +115,21 @@ class Merged(TaskVector):
         shape = self._shapes[name]
         return [expert[name] if name in expert else Sparse.zero(shape) for expert in self.experts]
 
-    def _merge(self, name: str, bound: MergeMethod) -> Delta:
-        method = bound.at(name).informed(self._statistics[id(self.rules[name])](name))
+    def of_task(self, expert: int, name: str) -> Delta:
+        """Return the delta of one weight in the expert that belongs to the task of one of the experts."""
+        group = self._group_of[name]
+        context = group.context(name)
+        return self._checked(name, group.method, lambda deltas: group.method.per_task(deltas, expert, context))
+
+    def release(self, name: str) -> None:
+        """Free the memory of the experts' deltas of one weight; they are read anew when they are asked for again."""
+        for expert in self.experts:
+            if name in expert:
+                expert.release(name)
+
+    def _checked(self, name: str, method: MergeMethod, merge: Callable[[list[Delta]], Delta]) -> Delta:
         try:
-            merged = method.merge(self.deltas_of(name))
+            merged = merge(self.deltas_of(name))
         except Exception as error:
             error.add_note(f"while {type(method).__name__} merged {name}")
             raise
@@ -133,22 +138,46 @@ class Merged(TaskVector):
                 f"{type(method).__name__}.merge must return a delta of shape {tuple(self._shapes[name])} for {name}, "
                 f"got {_kind(merged)}"
             )
-        self._release(name)
+        self.release(name)
         return merged
 
-    def _release(self, name: str) -> None:
-        for expert in self.experts:
-            if name in expert:
-                expert.release(name)
 
-    def _distinct(self) -> dict[int, MergeMethod]:
-        return {id(chosen): chosen for chosen in self.rules.values()}
+class _Group(Iterable[Sequence[Delta]]):
+    """The weights that share one method, with what the method knows of them.
 
-    def _names(self, key: int) -> list[str]:
-        return [name for name, chosen in self.rules.items() if id(chosen) == key]
+    Iterating gives the deltas of one weight after another, and reads the experts anew each time.
+    """
 
-    def _stream(self, key: int) -> Iterable[Sequence[Delta]]:
-        return _Stream(self, self._names(key))
+    def __init__(self, merged: Merged, method: MergeMethod, names: list[str]) -> None:
+        self._merged = merged
+        self.method, self.names = method, names
+        shapes = {name: merged.shapes()[name] for name in names}
+        self.statistics = gather_statistics(merged.experts, method.needs.statistics, shapes)
+
+    @cached_property
+    def prepared(self) -> Any:
+        """What the method found in all of these weights; it looks when the first delta is asked for."""
+        return self.method.prepare(self)
+
+    def context(self, name: str) -> Context:
+        """Return what the method may know of one weight."""
+        return Context(name, self.statistics(name), self.prepared)
+
+    def __iter__(self) -> Iterator[Sequence[Delta]]:
+        for name in self.names:
+            yield self._merged.deltas_of(name)
+            self._merged.release(name)
+
+
+def _groups_of(merged: Merged) -> list[_Group]:
+    """Group the weights whose rule is the same object; two methods of equal settings prepare apart."""
+    found: list[tuple[MergeMethod, list[str]]] = []
+    for name, method in merged.rules.items():
+        names = next((names for other, names in found if other is method), None)
+        if names is None:
+            found.append((method, names := []))
+        names.append(name)
+    return [_Group(merged, method, names) for method, names in found]
 
 
 @cache
@@ -166,30 +195,15 @@ def _kind(found: object) -> str:
     return repr(found) if isinstance(found, Delta) else f"a {type(found).__name__}"
 
 
-class _Stream(Iterable[Sequence[Delta]]):
-    """The deltas of one weight after the other; every iteration reads the experts anew."""
+class _OfTask(TaskVector):
+    """What belongs to the task of one expert beside a merge."""
 
-    def __init__(self, merged: Merged, names: Sequence[str]) -> None:
+    def __init__(self, merged: Merged, expert: int) -> None:
         self._merged = merged
-        self._names = names
-
-    def __iter__(self) -> Iterator[Sequence[Delta]]:
-        for name in self._names:
-            yield self._merged.deltas_of(name)
-            self._merged._release(name)
-
-
-class _Beside(TaskVector):
-    """The task vector of one task beside a merge; weights whose method gives none are those of the merge."""
-
-    def __init__(self, merged: Merged, methods: Mapping[int, Sequence[MergeMethod]], place: int) -> None:
-        self._merged = merged
-        self._methods = methods
-        self._place = place
+        self._expert = expert
 
     def __getitem__(self, name: str) -> Delta:
-        methods = self._methods[id(self._merged.rules[name])]
-        return self._merged._merge(name, methods[self._place]) if methods else self._merged[name]
+        return self._merged.of_task(self._expert, name)
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._merged.shapes()

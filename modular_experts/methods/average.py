@@ -12,7 +12,14 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, check_finite, one_per_expert, sum_of_weights, weighted_sum
+from modular_experts.methods.method import (
+    Context,
+    MergeMethod,
+    check_finite,
+    one_per_expert,
+    sum_of_weights,
+    weighted_sum,
+)
 
 __all__ = ["Average", "SparseAverage", "TaskArithmetic"]
 
@@ -41,7 +48,7 @@ class Average(MergeMethod):
         if self.weights is not None:
             sum_of_weights(self, self.weights)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         total = sum_of_weights(self, weights)
         return weighted_sum(deltas, [self.scale * weight / total for weight in weights])
@@ -69,7 +76,7 @@ class TaskArithmetic(MergeMethod):
         for weight in self.weights or []:
             check_finite(self, "each weight", weight)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         return weighted_sum(deltas, [self.scale * weight for weight in weights])
 
@@ -105,7 +112,7 @@ class SparseAverage(MergeMethod):
         if self.count not in ("values", "supports"):
             raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge_by_parts(deltas, self._rule)
 
     def _rule(self, part: Part) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Entries, Part, joined, merge_by_parts, parts_of
-from modular_experts.methods.method import one_per_expert, sum_of_weights
+from modular_experts.methods.method import Context, one_per_expert, sum_of_weights
 from modular_experts.methods.prune import Trim, Trimming
 
 __all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]
@@ -34,10 +34,10 @@ class Summed(Trimming):
     normalise: bool | None = None
     scale: float | None = None
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         divisor = sum_of_weights(self, weights) if self.normalise else 1.0
-        deltas, trims = self.trims(deltas)
+        deltas, trims = self.trims(deltas, context or Context())
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, moved = part.zeros(), part.zeros(torch.bool)
@@ -59,10 +59,12 @@ class Elected(Trimming):
     divisor: Divisor | None = None
     zero: Zero | Literal["majority"] | None = None
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        deltas, trims = self.trims(deltas)
-        of_zero, counts = self._sign_of_zero(deltas, trims, weights), self.divisor == "count"
+        context = context or Context()
+        deltas, trims = self.trims(deltas, context)
+        of_zero = self._sign_of_zero(deltas, trims, weights, context)
+        counts = self.divisor == "count"
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             trimmed = list(joined(_trimmed(part, trims), weights))
@@ -93,7 +95,9 @@ class Elected(Trimming):
             entries.add_to(votes, vote, weight if self.vote == "weighted" else 1.0)
         return votes
 
-    def _sign_of_zero(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
+    def _sign_of_zero(
+        self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float], context: Context
+    ) -> float:
         """Return the sign that an entry gets whose votes sum to exactly zero."""
         if self.zero == "weight_majority":
             return _sign(self._majority(deltas, trims, weights))

@@ -10,16 +10,16 @@ its mean magnitude what it was. That experts beside the merged one are written t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Part, merge_by_parts, parts_of
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, check_finite
 
-__all__ = ["EMR", "EMRTask"]
+__all__ = ["EMR"]
 
 
 @dataclass(frozen=True)
@@ -40,58 +40,31 @@ class EMR(MergeMethod):
     """
 
     scale: float = 1.0
-    _rescalers: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> EMR:
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[float]:
+        """Return the rescaling factor of each task."""
         own, masked = (sum(column) for column in zip(*map(_magnitudes, stream), strict=True))
-        bound = replace(self)
         # A task that is outvoted wherever it moves something keeps nothing that a factor could act on.
-        rescalers = torch.where(masked > 0, own / masked, 1.0)
-        object.__setattr__(bound, "_rescalers", tuple(rescalers.tolist()))
-        return bound
+        return torch.where(masked > 0, own / masked, 1.0).tolist()
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge_by_parts(deltas, lambda part: (self.scale * _unified(part), None))
 
-    def beside(self, count: int) -> Sequence[MergeMethod]:
-        assert self._rescalers is not None, "EMR.beside is asked of what EMR.prepare returned"
-        assert len(self._rescalers) == count, (len(self._rescalers), count)
-        return [EMRTask(place, rescaler) for place, rescaler in enumerate(self._rescalers)]
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        if context is None or context.prepared is None:
+            raise ValueError("EMR: a task's expert needs its factor; pass Context(prepared=method.prepare(stream))")
+        rescaler = context.prepared[expert]
 
+        def rule(part: Part) -> tuple[Tensor, Tensor]:
+            unified, kept = _unified(part), part.zeros(torch.bool)
+            entries = part.entries(expert)
+            entries.mark(kept, entries.values * entries.of(unified) > 0)
+            return rescaler * unified * kept, kept
 
-@dataclass(frozen=True)
-class EMRTask(MergeMethod):
-    """EMR for one task: `rescaler * m_i * u`, what EMR's unified delta u keeps of the task's expert.
-
-    Args:
-        expert: Place of the task's expert among the experts, from 0.
-        rescaler: Factor of the result, from all weights of the experts: `EMR` finds it.
-    """
-
-    expert: int
-    rescaler: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "rescaler", self.rescaler)
-        if self.expert < 0:
-            raise ValueError(f"EMRTask: expert is a place among the experts and must be at least 0, got {self.expert}")
-
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
-        if self.expert >= len(deltas):
-            raise ValueError(
-                f"EMRTask: expert must be a place among the {len(deltas)} experts, 0 to {len(deltas) - 1}, got "
-                f"{self.expert}"
-            )
-        return merge_by_parts(deltas, self._of_the_task)
-
-    def _of_the_task(self, part: Part) -> tuple[Tensor, Tensor]:
-        unified, kept = _unified(part), part.zeros(torch.bool)
-        entries = part.entries(self.expert)
-        entries.mark(kept, entries.values * entries.of(unified) > 0)
-        return self.rescaler * unified * kept, kept
+        return merge_by_parts(deltas, rule)
 
 
 def _unified(part: Part) -> Tensor:

@@ -8,14 +8,14 @@ in which losses are counted and on the model's size. Here the floor is a share o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, Statistic, check_finite, known_statistics
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, known_statistics
 
 __all__ = ["Fisher"]
 
@@ -44,9 +44,8 @@ class Fisher(MergeMethod):
     scale: float = 1.0
     normalise: bool = True
     floor: float = 1e-6
-    _known: tuple[Statistic, ...] | None = field(default=None, repr=False)
 
-    statistics = "fisher"
+    needs = Needs(statistics="fisher")
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
@@ -56,13 +55,9 @@ class Fisher(MergeMethod):
                 f"Fisher: floor must be above 0, or entries on which no data depend have no average, got {self.floor}"
             )
 
-    def informed(self, statistics: Sequence[Statistic | None]) -> Fisher:
-        known = [one for one in statistics if one is not None]
-        assert len(known) == len(statistics), "every weight has a gradient"
-        return replace(self, _known=tuple(known))
-
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
-        known = known_statistics(type(self).__name__, self.statistics, self._known, len(deltas))
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        known = [one for one in known_statistics(self, context, len(deltas)) if one is not None]
+        assert len(known) == len(deltas), "every weight has a gradient"
         factors = [1 / one.norm if self.normalise and one.norm else 1.0 for one in known]
         means = [one.values.double().mean().item() * factor for one, factor in zip(known, factors, strict=True)]
         floor = self.floor * sum(means) / len(means) or 1.0

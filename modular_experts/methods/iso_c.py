@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, LowRank
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, weighted_sum
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
 
 __all__ = ["IsoC", "IsoCTS"]
@@ -38,14 +38,14 @@ class IsoC(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 7.0, 0.0
+    needs = Needs(matrices=7.0)
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         total = spectrum(weighted_sum(deltas, [1.0] * len(deltas), dtype=torch.float64))
@@ -74,7 +74,7 @@ class IsoCTS(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 11.0, 3.0
+    needs = Needs(matrices=11.0, matrices_per_expert=3.0)
 
     common: float = 0.8
     scale: float = 1.0
@@ -84,7 +84,7 @@ class IsoCTS(MergeMethod):
         if not 0 <= self.common <= 1:
             raise ValueError(f"IsoCTS: common is a share of directions and must be in [0, 1], got {self.common}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         movers = [delta for delta in deltas if not delta.is_empty and delta.norm() > 0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner
-from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
 from modular_experts.methods.settings import check_weights, shares
 
 __all__ = ["Karcher"]
@@ -69,7 +69,7 @@ class Karcher(MergeMethod):
         if self.tolerance < 0:
             raise ValueError(f"Karcher: tolerance must be at least 0, got {self.tolerance}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         portions = torch.tensor(shares(self, self.weights, len(deltas)), dtype=torch.float64)
         norms = torch.tensor([delta.norm() for delta in deltas], dtype=torch.float64)
         pull = torch.where(norms > 0, portions, 0.0)

@@ -8,14 +8,15 @@ side gives them common output directions; what each does with them is merged by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 from modular_experts.methods.ties import TIES
 
@@ -44,31 +45,35 @@ class KnOTS(MergeMethod):
         scale: Factor of the result, beside that of the method.
     """
 
-    matrices = 10.0, 3.4
+    needs = Needs(matrices=10.0, matrices_per_expert=3.4)
 
     method: MergeMethod = field(default_factory=TIES)
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
-        if self.method.statistics is not None:
+        if (kind := self.method.needs.statistics) is not None:
             raise ValueError(
-                f"KnOTS: {type(self.method).__name__} needs {self.method.statistics} statistics of the weights, which "
+                f"KnOTS: {type(self.method).__name__} needs {kind} statistics of the weights, which "
                 "say nothing about the common basis; choose a method that needs deltas only, such as TIES"
             )
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> KnOTS:
-        return replace(self, method=self.method.prepare(_TiedStream(stream)))
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
+        return self.method.prepare(_TiedStream(stream))
 
-    def at(self, name: str) -> KnOTS:
-        return replace(self, method=self.method.at(name))
+    @property
+    def has_tasks(self) -> bool:
+        return self.method.has_tasks
 
-    def beside(self, count: int) -> Sequence[MergeMethod]:
-        return [replace(self, method=method) for method in self.method.beside(count)]
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return self._in_common_basis(deltas, lambda tied: self.method.merge(tied, context))
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        return self._in_common_basis(deltas, lambda tied: self.method.per_task(tied, expert, context))
+
+    def _in_common_basis(self, deltas: Sequence[Delta], merge: Callable[[Sequence[Delta]], Delta]) -> Delta:
         basis = _common_basis(deltas)
-        merged = self.method.merge(_tied(deltas, basis))
+        merged = merge(_tied(deltas, basis))
         if basis is None:
             return merged * self.scale
         return as_delta(self.scale * basis, merged.to(dtype=torch.float64).dense(), deltas)

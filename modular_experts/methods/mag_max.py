@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, check_finite
 
 __all__ = ["MagMax"]
 
@@ -36,7 +36,7 @@ class MagMax(MergeMethod):
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge_by_parts(deltas, self._rule)
 
     def _rule(self, part: Part) -> tuple[Tensor, None]:

@@ -1,16 +1,19 @@
-"""Merge methods: the deltas that several experts have for one weight, made into one delta.
+"""The contract of a merge method: the deltas that several experts have for one weight become one delta.
 
-A method is a pure function with settings. Reading experts, walking over weights and writing the result are the
-business of `modular_experts.merger.merged`; files and models are unknown here, and a name is no more than a key.
+A method is a pure function with settings. `modular_experts.merger` reads the experts, walks over the weights, calls the
+method for each of them and writes the result. To write a method of your own, subclass `MergeMethod` as a frozen
+dataclass whose fields are the settings, and define `merge(self, deltas)`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,84 +21,143 @@ from torch import Tensor
 from modular_experts.deltas import Delta, LowRank, add
 from modular_experts.methods.chunks import merge_by_parts, widest_dtype
 
-__all__ = ["MergeMethod", "Statistic", "check_finite", "known_statistics", "one_per_expert", "weighted_sum"]
+__all__ = [
+    "Context",
+    "DataStatistic",
+    "MergeMethod",
+    "Needs",
+    "check_finite",
+    "known_statistics",
+    "one_per_expert",
+    "weighted_sum",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class DataStatistic:
+    """A statistic of one weight on one expert's data.
+
+    Attributes:
+        values: One number per entry of the weight, in the weight's shape (Fisher information), or one per pair of the
+            layer's inputs, `(in, in)` (Gram matrix).
+        norm: Euclidean norm of the expert's statistic over all weights together.
+        inputs: Dimension of the weight along which the layer's inputs lie: 1 of `(out, in)`, as `nn.Linear` stores its
+            weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
+    """
+
+    values: Tensor
+    norm: float = 1.0
+    inputs: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a method may know of the weight that it merges, beside the deltas.
+
+    Attributes:
+        name: The weight's name.
+        statistics: One per expert, in the order of the experts, of the kind that the method `needs`; an element is None
+            where the kind does not describe this weight, such as the Gram matrix of a bias. None for a method that
+            needs no statistics.
+        prepared: What the method's `prepare` returned.
+    """
+
+    name: str = ""
+    statistics: Sequence[DataStatistic | None] | None = None
+    prepared: Any = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be gathered and held in memory for a method, beside the deltas and a chunk of the weight.
+
+    The sizes are estimates; `modular_experts.merger.estimate` adds them up before a merge begins.
+
+    Attributes:
+        statistics: Kind of the statistics of the experts' data, such as `gram`.
+        matrices: Number of float64 matrices of the weight's size.
+        matrices_per_expert: Number of such matrices for each expert that moves the weight.
+        squares: Number of float64 matrices `(in, in)`, such as Gram matrices.
+        copies: Number of copies of the single entries that sparse experts keep of the weight.
+    """
+
+    statistics: str | None = None
+    matrices: float = 0.0
+    matrices_per_expert: float = 0.0
+    squares: float = 0.0
+    copies: float = 0.0
 
 
 class MergeMethod(ABC):
     """A way to merge experts. Subclass it as a frozen dataclass whose fields are the settings, and write `merge`.
 
-    The fields are recorded in the merged expert and become options of the command line; a field that starts with an
-    underscore is neither.
+    The fields become options of the command line and are recorded in the merged expert. `merge` may leave out the
+    parameter `context`.
     """
 
-    statistics = None  # type: str | None  # an annotation would be read as a setting's by the command line
-    """The kind of statistics of the experts' data that the method needs, such as `gram`; none if deltas are enough."""
-
-    matrices = 0.0, 0.0
-    """What the method holds of one weight beside a part of it, in float64 matrices of the weight's size: some, and some
-    more for each expert. An estimate, for those who must know before whether memory suffices."""
-
-    squares = 0.0
-    """And how many float64 matrices `(in, in)`, such as Gram matrices."""
-
-    @property
-    def copies(self) -> float:
-        """And how many copies of the single entries that the experts keep of the weight."""
-        return 0.0
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "merge" in vars(cls) and not _takes_context(cls.merge):
+            cls.merge = _with_context(cls.merge)  # type: ignore[method-assign]
 
     @abstractmethod
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         """Return the merged delta of one weight.
 
         Args:
             deltas: One delta per expert, in the order of the experts, all of the weight's shape. An expert that does
                 not move this weight gives `Sparse.zero(shape)`.
+            context: The weight's name, statistics of the experts' data, and what `prepare` returned.
         """
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> MergeMethod:
-        """Return the method to merge with, after a look at every weight of every expert.
+    @property
+    def needs(self) -> Needs:
+        """The statistics and the memory that the method needs; a subclass may also set a plain class attribute."""
+        return Needs()
 
-        For methods with global statistics: they return a copy of themselves that holds what they found. The default
-        needs none.
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
+        """Look at every weight of every expert, and return what `merge` shall find as `context.prepared`.
+
+        Methods with statistics over the whole expert, such as one threshold for all weights, define this.
 
         Args:
-            stream: The deltas of one weight after the other, as `merge` will get them. It may be gone through several
-                times, and only one weight is in memory at a time.
+            stream: The deltas of one weight after another, as `merge` will get them. Each iteration reads the experts
+                anew, and only one weight is in memory at a time.
         """
-        return self
+        return None
 
-    def at(self, name: str) -> MergeMethod:
-        """Return the method for one weight; `merge` is called on what this returns.
+    @property
+    def has_tasks(self) -> bool:
+        """Whether each expert's task also gets an expert of its own, from `per_task`."""
+        return type(self).per_task is not MergeMethod.per_task
 
-        For methods whose random numbers or coefficients differ from weight to weight: they return a copy of themselves.
-        The default is the same for all.
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        """Return the delta of one weight in the expert that is written for the task of one of the experts.
+
+        Methods that give each task an expert of its own beside the merged one define this.
 
         Args:
-            name: The weight's name.
+            deltas: One delta per expert, as `merge` gets them.
+            expert: Index of the task's expert among them.
+            context: As for `merge`.
         """
-        return self
+        return self.merge(deltas, context)
 
-    def informed(self, statistics: Sequence[Statistic | None]) -> MergeMethod:
-        """Return the method that knows what the experts' data say about one weight; called on what `at` returned.
 
-        For methods that name a kind of `statistics`. The default needs none.
+def _takes_context(merge: Callable[..., Delta]) -> bool:
+    parameters = inspect.signature(merge).parameters.values()
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 2 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
 
-        Args:
-            statistics: One per expert, in the order of the experts; none where the kind has nothing to say about the
-                weight. Without a kind, there are none at all.
-        """
-        return self
 
-    def beside(self, count: int) -> Sequence[MergeMethod]:
-        """Return the methods whose results belong beside the merged expert: one per expert, or none, the default.
+def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
+    """Let a user's `merge(self, deltas)` be called with a context, which it ignores."""
 
-        For methods that also give each task an expert of its own. It is called on what `prepare` returned, and what it
-        returns needs no `prepare` of its own.
+    @functools.wraps(merge)
+    def with_context(self: MergeMethod, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return merge(self, deltas)
 
-        Args:
-            count: Number of the experts.
-        """
-        return ()
+    return with_context
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
@@ -161,42 +223,17 @@ def check_choices(method: MergeMethod, **choices: Any) -> None:
             raise ValueError(f"{type(method).__name__}: {field} must be {text}, got {value!r}")
 
 
-Known = TypeVar("Known")
-
-
-@dataclass(frozen=True, eq=False)
-class Statistic:
-    """A statistic of one weight on one expert's data.
-
-    Attributes:
-        values: Of the weight's shape where there is a number per entry (Fisher information), `(in, in)` where there is
-            one per pair of a layer's inputs (Gram matrix).
-        norm: Euclidean norm of the expert's statistic over all weights together.
-        inputs: The dimension of the weight along which the layer's inputs are: 1 of `(out, in)`, as `nn.Linear` stores
-            its weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
-    """
-
-    values: Tensor
-    norm: float = 1.0
-    inputs: int = 1
-
-
-def known_statistics(method: str, kind: str | None, known: Sequence[Known] | None, experts: int) -> Sequence[Known]:
-    """Return what a method was informed of, one statistic per expert.
-
-    Args:
-        method: Name of the method.
-        kind: The kind of statistics that it needs.
-        known: What it was informed of, if it was.
-        experts: Number of the experts.
+def known_statistics(method: MergeMethod, context: Context | None, experts: int) -> Sequence[DataStatistic | None]:
+    """Return the statistics of a context, one per expert.
 
     Raises:
-        ValueError: It was not informed, or of another number of experts.
+        ValueError: There are none, or there are those of another number of experts.
     """
+    known = context.statistics if context else None
     if known is None or len(known) != experts:
-        found = "none were given" if known is None else f"{len(known)} were given for {experts} experts"
+        found = "got none" if known is None else f"got {len(known)} for {experts} experts"
         raise ValueError(
-            f"{method} needs {kind} statistics, one per expert, and {found}; call informed(...) first, or merge stored "
-            "experts, whose statistics are found by themselves"
+            f"{type(method).__name__} needs {method.needs.statistics} statistics, one per expert, and {found}; pass "
+            "Context(statistics=[...]), or merge stored experts, whose statistics are read from their directories"
         )
     return known

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
 
 __all__ = ["ModelStock"]
 
@@ -42,7 +42,7 @@ class ModelStock(MergeMethod):
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         norms = [0.0 if delta.is_empty else delta.norm() for delta in deltas]
         movers = sum(norm > 0 for norm in norms)
         weight = self.scale * _step(deltas, norms, movers) / max(movers, 1)

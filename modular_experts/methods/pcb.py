@@ -19,7 +19,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import true_places
 from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
 
 __all__ = ["PCB"]
 
@@ -44,7 +44,7 @@ class PCB(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 8.0, 1.6
+    needs = Needs(matrices=8.0, matrices_per_expert=1.6)
 
     keep: float = 0.1
     scale: float = 1.0
@@ -54,7 +54,7 @@ class PCB(MergeMethod):
         if not 0 < self.keep <= 1:
             raise ValueError(f"PCB: keep is the share of entries kept and must be in (0, 1], got {self.keep}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         movers = [values for values in map(_flat, deltas) if values.any()]
         merged = self.scale * self._mean(movers) if movers else _flat(deltas[0])
 

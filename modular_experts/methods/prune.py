@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods.chunks import Entries, parts_of
 from modular_experts.methods.largest import exact_cut, kept_count
-from modular_experts.methods.method import MergeMethod, one_per_expert
+from modular_experts.methods.method import Context, MergeMethod, Needs, one_per_expert
 from modular_experts.methods.random_numbers import coins, stream_key
 
 __all__ = ["Band", "Largest", "RandomDrop", "RankedDrop", "Trim", "Trimming", "check_shares", "paired"]
@@ -29,7 +29,6 @@ Trim = Callable[[Entries], Entries]
 
 Rescale = Literal["probability", "l1", "none"]
 Shares = float | list[float]
-Self = TypeVar("Self", bound=MergeMethod)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +41,25 @@ class Trimming(MergeMethod):
     rescale: Rescale | None = None
 
     @property
-    def copies(self) -> float:
-        return 1.0 if self.rescale == "l1" else 0.0
+    def needs(self) -> Needs:
+        return Needs(copies=1.0 if self.rescale == "l1" else 0.0)
 
     @abstractmethod
-    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+    def trim(self, delta: Delta, expert: int, experts: int, context: Context) -> Trim:
         """Return the trimming of one expert's delta of one weight.
 
         Args:
             delta: The delta.
             expert: Its place in the order of the experts.
             experts: How many there are.
+            context: The context of the weight.
         """
 
-    def trims(self, deltas: Sequence[Delta]) -> tuple[list[Delta], list[Trim]]:
+    def trims(self, deltas: Sequence[Delta], context: Context) -> tuple[list[Delta], list[Trim]]:
         """Return the deltas of one weight, and the trimming of each, rescaled; what is trimmed here already is trimmed
         no further.
         """
-        trims = [self.trim(delta, expert, len(deltas)) for expert, delta in enumerate(deltas)]
+        trims = [self.trim(delta, expert, len(deltas), context) for expert, delta in enumerate(deltas)]
         if self.rescale != "l1":
             return list(deltas), trims
         pairs = [_with_equal_l1(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
@@ -72,7 +72,7 @@ class Largest(Trimming):
 
     keep: Shares | None = None
 
-    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+    def trim(self, delta: Delta, expert: int, experts: int, context: Context) -> Trim:
         share = one_per_expert(self, "keep", self.keep, experts)[expert]
         return exact_cut(delta, kept_count(share, delta.shape.numel()))
 
@@ -84,7 +84,7 @@ class Band(Trimming):
     beta: Shares | None = None
     gamma: Shares | None = None
 
-    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+    def trim(self, delta: Delta, expert: int, experts: int, context: Context) -> Trim:
         beta = one_per_expert(self, "beta", self.beta, experts)[expert]
         gamma = one_per_expert(self, "gamma", self.gamma, experts)[expert]
         size = delta.shape.numel()
@@ -105,18 +105,12 @@ class _Random(Trimming):
 
     keep: Shares | None = None
     seed: int = 0
-    _name: str = field(default="", init=False, repr=False, compare=False)
 
-    def at(self: Self, name: str) -> Self:
-        bound = replace(self)  # type: ignore[type-var]
-        object.__setattr__(bound, "_name", name)
-        return bound
-
-    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
+    def trim(self, delta: Delta, expert: int, experts: int, context: Context) -> Trim:
         share = one_per_expert(self, "keep", self.keep, experts)[expert]
         if share == 1:
             return _untrimmed
-        key = stream_key(self.seed, self._name, expert)
+        key = stream_key(self.seed, context.name, expert)
 
         def drop(entries: Entries) -> Entries:
             chance = self._chance(entries, share, expert, experts, delta)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Entries, Part, merge_by_parts, parts_of
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, check_finite
 
 __all__ = ["RAM", "RAMPlus"]
 
@@ -40,7 +40,7 @@ class RAM(MergeMethod):
     def __post_init__(self) -> None:
         _check(self, "epsilon", "scale")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge_by_parts(deltas, lambda part: _shared_average(self, part, [1.0] * len(deltas)))
 
 
@@ -66,7 +66,7 @@ class RAMPlus(MergeMethod):
     def __post_init__(self) -> None:
         _check(self, "epsilon", "r", "alpha", "scale")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         shared, unique = [0] * len(deltas), [0] * len(deltas)
         for part in parts_of(deltas):
             movers = _movers(part, self.epsilon)

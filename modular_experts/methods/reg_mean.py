@@ -8,7 +8,7 @@ as `W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import MergeMethod, Statistic, check_finite, known_statistics, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, known_statistics, weighted_sum
 
 __all__ = ["RegMean", "RegMeanPlusPlus", "SelfRegMean", "overlap_average", "ridge_solution"]
 
@@ -48,15 +48,11 @@ class RegMean(MergeMethod):
             gains on others (`benchmarks/merge_quality.py`). The paper has none. With it the result is dense.
     """
 
-    matrices = 4.0, 0.0
-    squares = 6.0
+    needs = Needs(statistics="gram", matrices=4.0, squares=6.0)
 
     scale: float = 1.0
     reduce: float = 0.9
     ridge: float = 0.0
-    _known: tuple[Statistic | None, ...] | None = field(default=None, repr=False)
-
-    statistics = "gram"
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
@@ -66,11 +62,8 @@ class RegMean(MergeMethod):
         if self.ridge < 0:
             raise ValueError(f"{type(self).__name__}: ridge must be at least 0, got {self.ridge}")
 
-    def informed(self, statistics: Sequence[Statistic | None]) -> RegMean:
-        return replace(self, _known=tuple(statistics))
-
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
-        known = known_statistics(type(self).__name__, self.statistics, self._known, len(deltas))
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        known = known_statistics(self, context, len(deltas))
         grams = [one for one in known if one is not None]
         if len(grams) < len(deltas) or all(delta.is_empty for delta in deltas):
             return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
@@ -150,7 +143,7 @@ class RegMeanPlusPlus(RegMean):
         ridge: Draws the solution to the overlap-aware average, as for RegMean.
     """
 
-    statistics = "merged_gram"
+    needs = Needs(statistics="merged_gram", matrices=4.0, squares=6.0)
 
 
 @dataclass(frozen=True)
@@ -171,8 +164,7 @@ class SelfRegMean(MergeMethod):
             weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
     """
 
-    matrices = 4.0, 0.0
-    squares = 5.0
+    needs = Needs(matrices=4.0, squares=5.0)
 
     ridge: float = 0.1
     scale: float = 1.0
@@ -186,7 +178,7 @@ class SelfRegMean(MergeMethod):
         if self.inputs not in (0, 1):
             raise ValueError(f"SelfRegMean: inputs is a dimension of the weight, 0 or 1, got {self.inputs}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         dtype = widest_dtype(deltas)
         if len(deltas[0].shape) != 2:
             return (overlap_average(deltas) * self.scale).to(dtype=dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
 from modular_experts.methods.chunks import Entries, Part, merge_by_parts, parts_of
-from modular_experts.methods.method import MergeMethod, check_choices, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_choices, check_finite
 from modular_experts.methods.settings import fill_from_preset
 
 __all__ = ["SCE"]
@@ -48,7 +48,7 @@ class SCE(MergeMethod):
             fall under, zero positive).
     """
 
-    matrices = 4.0, 0.0
+    needs = Needs(matrices=4.0)
 
     keep: float | None = None
     scale: float | None = None
@@ -64,7 +64,7 @@ class SCE(MergeMethod):
         if self.keep is None or not 0 <= self.keep <= 1:
             raise ValueError(f"SCE: keep is the share of entries selected and must be in [0, 1], got {self.keep}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         assert self.keep is not None
         scale, floor = self.scale or 0.0, self.floor or 0.0
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)

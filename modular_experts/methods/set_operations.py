@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, check_finite
 
 __all__ = ["Difference", "Intersection"]
 
@@ -42,7 +42,7 @@ class Intersection(MergeMethod):
         if self.agreement is not None and self.agreement < 1:
             raise ValueError(f"Intersection: agreement is a number of experts, at least 1, got {self.agreement}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         needed = len(deltas) if self.agreement is None else self.agreement
 
         def rule(part: Part) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Difference(MergeMethod):
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, first, others = part.zeros(), part.zeros(torch.bool), part.zeros(torch.bool)
             own, *rest = part

@@ -19,7 +19,7 @@ from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import inner, inner_by_row, row_count
 from modular_experts.deltas.tiles import block_grid
 from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
 from modular_experts.methods.settings import check_weights, shares
 
 __all__ = ["SLERP", "MultiSLERP", "NuSLERP", "arc_weights", "slerp"]
@@ -59,7 +59,7 @@ class SLERP(MergeMethod):
         if not 0 <= self.t <= 1:
             raise ValueError(f"SLERP: t lies between the two experts and must be in [0, 1], got {self.t}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         merged = reduce(lambda running, delta: slerp(running, delta, self.t), deltas)
         return weighted_sum([merged], [self.scale], widest_dtype(deltas))
 
@@ -110,7 +110,7 @@ class NuSLERP(MergeMethod):
         check_finite(self, "scale", self.scale)
         check_weights(self, self.weights)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         portions = shares(self, self.weights, len(deltas))
         merged, turn = deltas[0], _slerp_rows if self.row_wise else slerp
         for delta, portion, total in list(zip(deltas, portions, accumulate(portions), strict=True))[1:]:
@@ -175,7 +175,7 @@ class MultiSLERP(MergeMethod):
         check_finite(self, "scale", self.scale)
         check_weights(self, self.weights)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         portions = shares(self, self.weights, len(deltas))
         norms = [delta.norm() for delta in deltas]
         directions = [portion / norm if norm > 0 else 0.0 for portion, norm in zip(portions, norms, strict=True)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
 from modular_experts.methods.spectrum import as_delta, join, spectrum
 
 __all__ = ["SVDAverage"]
@@ -33,7 +33,7 @@ class SVDAverage(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 4.0, 3.0
+    needs = Needs(matrices=4.0, matrices_per_expert=3.0)
 
     rank: int = 16
     scale: float = 1.0
@@ -43,7 +43,7 @@ class SVDAverage(MergeMethod):
         if self.rank < 1:
             raise ValueError(f"SVDAverage: rank is the number of directions kept, at least 1, got {self.rank}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         kept = join([spectrum(delta).top(self.rank) for delta in deltas])

@@ -8,14 +8,14 @@ sum what matters to several experts, TALL masks give each task the part of it th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Entries, Part, merge_by_parts
-from modular_experts.methods.method import MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
 
 __all__ = ["ConsensusTA", "TALLMask"]
 
@@ -47,7 +47,7 @@ class ConsensusTA(MergeMethod):
         if self.agreement < 1:
             raise ValueError(f"ConsensusTA: agreement is a number of experts, at least 1, got {self.agreement}")
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(part: Part) -> tuple[Tensor, Tensor]:
             total, count = part.total(), part.zeros()
             for entries in part:
@@ -75,25 +75,17 @@ class TALLMask(MergeMethod):
 
     threshold: float = 0.4
     scale: float = 1.0
-    _expert: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
         _check_threshold(self, self.threshold)
 
-    def beside(self, count: int) -> Sequence[MergeMethod]:
-        methods = [replace(self) for _ in range(count)]
-        for expert, method in enumerate(methods):
-            object.__setattr__(method, "_expert", expert)
-        return methods
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return weighted_sum(deltas, [self.scale] * len(deltas))
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
-        if self._expert is None:
-            return weighted_sum(deltas, [self.scale] * len(deltas))
-        own = self._expert
-
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
         def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, entries = part.total(), part.entries(own)
+            total, entries = part.total(), part.entries(expert)
             kept = part.zeros(torch.bool)
             entries.mark(kept, _matters(entries, total, self.threshold))
             return total.mul_(self.scale).mul_(kept), kept

@@ -8,13 +8,13 @@ of an entry that no sign wins; the presets say how.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import Divisor, Elected, Summed, Vote, Zero
 from modular_experts.methods.largest import Cut, magnitudes_at_share
-from modular_experts.methods.method import check_choices, check_finite, one_per_expert
+from modular_experts.methods.method import Context, check_choices, check_finite, one_per_expert
 from modular_experts.methods.prune import Largest, Trim, check_shares
 from modular_experts.methods.settings import fill_from_preset
 
@@ -34,6 +34,14 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "mttl": {"scope": "global"},
     "paper-code": {"keep": 0.8, "scope": "global", "zero": "weight_majority"},
 }
+
+
+@dataclass(frozen=True)
+class GlobalTIES:
+    """What TIES finds over all weights: a cut per expert, and the sign that most entries elect."""
+
+    cuts: tuple[Cut, ...] | None = None
+    majority_sign: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +81,6 @@ class TIES(Largest, Elected):
 
     scope: Scope | None = None
     preset: Literal["paper", "mergekit", "peft", "fusion_bench", "mttl", "paper-code"] | None = None
-    _cuts: tuple[Cut, ...] | None = field(default=None, init=False, repr=False, compare=False)
-    _majority_sign: float = field(default=0.0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fill_from_preset(self, self.preset, PRESETS)
@@ -83,16 +89,15 @@ class TIES(Largest, Elected):
         zero: Any = Literal[*get_args(Zero), "majority"]
         check_choices(self, scope=Scope, vote=Vote, divisor=Divisor, zero=zero, rescale=Literal["none", "l1"])
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> TIES:
-        bound = replace(self)
-        if self.scope == "global":
-            object.__setattr__(bound, "_cuts", self._global_cuts(stream))
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> GlobalTIES:
+        found = GlobalTIES(self._global_cuts(stream) if self.scope == "global" else None)
         if self.zero == "majority":
-            object.__setattr__(bound, "_majority_sign", bound._global_majority(stream))
-        return bound
+            found = replace(found, majority_sign=self._global_majority(stream, found))
+        return found
 
-    def trim(self, delta: Delta, expert: int, experts: int) -> Trim:
-        return self._cuts[expert] if self._cuts else super().trim(delta, expert, experts)
+    def trim(self, delta: Delta, expert: int, experts: int, context: Context) -> Trim:
+        found: GlobalTIES | None = context.prepared
+        return found.cuts[expert] if found and found.cuts else super().trim(delta, expert, experts, context)
 
     def _global_cuts(self, stream: Iterable[Sequence[Delta]]) -> tuple[Cut, ...]:
         def chunks() -> Iterator[tuple[int, Sequence[Delta]]]:
@@ -102,15 +107,19 @@ class TIES(Largest, Elected):
         assert self.keep is not None  # filled from the preset
         return tuple(Cut(magnitude) for magnitude in magnitudes_at_share(chunks, self.keep))
 
-    def _global_majority(self, stream: Iterable[Sequence[Delta]]) -> float:
+    def _global_majority(self, stream: Iterable[Sequence[Delta]], found: GlobalTIES) -> float:
         difference = 0.0
         for deltas in stream:
             weights = one_per_expert(self, "weights", self.weights, len(deltas))
-            difference += self._majority(*self.trims(deltas), weights)
+            difference += self._majority(*self.trims(deltas, Context(prepared=found)), weights)
         return float(difference > 0) - float(difference < 0)
 
-    def _sign_of_zero(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
-        return self._majority_sign if self.zero == "majority" else super()._sign_of_zero(deltas, trims, weights)
+    def _sign_of_zero(
+        self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float], context: Context
+    ) -> float:
+        if self.zero != "majority":
+            return super()._sign_of_zero(deltas, trims, weights, context)
+        return context.prepared.majority_sign if context.prepared else 0.0
 
 
 DEFAULTS: dict[str | None, dict[str, Any]] = {None: {"keep": 0.2, "scale": 1.0, "rescale": "none", "normalise": False}}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import MergeMethod, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
 from modular_experts.methods.spectrum import as_delta, join, nearest_isometry, spectrum
 
 __all__ = ["TSVMerge"]
@@ -36,7 +36,7 @@ class TSVMerge(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 10.0, 3.1
+    needs = Needs(matrices=10.0, matrices_per_expert=3.1)
 
     share: float = 1.0
     scale: float = 1.0
@@ -48,7 +48,7 @@ class TSVMerge(MergeMethod):
                 f"TSVMerge: share is that of the singular values kept in all and must be in (0, 1], got {self.share}"
             )
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         spectra = [spectrum(delta) for delta in deltas]

@@ -18,7 +18,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import MergeMethod, check_choices, check_finite, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, Needs, check_choices, check_finite, weighted_sum
 from modular_experts.methods.settings import fill_from_preset
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 
@@ -67,8 +67,7 @@ class WUDI(MergeMethod):
         scale: Factor of the result.
     """
 
-    matrices = 4.0, 4.0
-    squares = 6.0
+    needs = Needs(matrices=4.0, matrices_per_expert=4.0, squares=6.0)
 
     preset: Literal["vit", "roberta", "fusion_bench", "mttl"] | None = None
     power: float | None = None
@@ -87,7 +86,7 @@ class WUDI(MergeMethod):
                 raise ValueError(f"WUDI: {field} must be at least 0, got {getattr(self, field)}")
         check_choices(self, solver=Solver)
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         movers = [delta.to(dtype=torch.float64) for delta in deltas if not delta.is_empty and delta.norm() > 0]

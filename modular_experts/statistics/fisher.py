@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import DataStatistic
 
 __all__ = ["fisher"]
 
 
-def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Statistic]:
+def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
     """Return the mean squared gradient of each weight, of its shape, in at least float32.
 
     Each row costs a pass of its own: a batch has one gradient, and the square of a sum is not the sum of squares. In
@@ -45,7 +45,7 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
                 rows += 1
     if not rows:
         raise ValueError("Fisher information needs at least one row with a target, and there was none")
-    return {name: Statistic(total.div_(rows)) for name, total in sums.items()}
+    return {name: DataStatistic(total.div_(rows)) for name, total in sums.items()}
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.data.batch import Batch
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import DataStatistic
 
 __all__ = ["gram"]
 
 
 @torch.no_grad()
-def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Statistic | None]:
+def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic | None]:
     """Return the Gram matrix `(in, in)` of the inputs of each weight's layer, in at least float32.
 
     A weight that is no matrix of a linear layer (a bias, a norm, an embedding) gives none. In memory are one matrix per
@@ -81,7 +81,7 @@ class _Sums:
         else:
             self._totals[name] = product.clone()
 
-    def mean(self, name: str, layer: nn.Module, inputs: int | None) -> Statistic | None:
+    def mean(self, name: str, layer: nn.Module, inputs: int | None) -> DataStatistic | None:
         if inputs is None:
             return None
         weight: Any = layer.weight
@@ -89,7 +89,7 @@ class _Sums:
         total = self._totals.get(name)
         if total is None:  # a layer that no token reached
             total = torch.zeros(width, width, device=weight.device)
-        return Statistic(total.div_(self.tokens), inputs=inputs)
+        return DataStatistic(total.div_(self.tokens), inputs=inputs)
 
     def _rows(self, name: str, inputs: Tensor) -> Tensor:
         if not self._padded:

@@ -18,7 +18,7 @@ from modular_experts.base.apply import applied
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods import MergeMethod, RegMeanPlusPlus
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 from modular_experts.statistics.gram import gram
 from modular_experts.text import block_of
 
@@ -34,7 +34,7 @@ def merged_grams(
     names: Sequence[str],
     method: MergeMethod | None = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> list[dict[str, Statistic | None]]:
+) -> list[dict[str, DataStatistic | None]]:
     """Return the Gram matrices of each weight, for each expert.
 
     Every block costs a pass of the model over the data of each expert. In memory are all the matrices, and a copy of
@@ -49,7 +49,7 @@ def merged_grams(
         progress: Wraps the blocks while they are gone through.
     """
     method = method or RegMeanPlusPlus()
-    found: list[dict[str, Statistic | None]] = [{} for _ in experts]
+    found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
     with ExitStack() as merged:
         for block in progress(_blocks(model, names)):
             for expert, data, grams in zip(experts, batches, found, strict=True):
@@ -62,7 +62,7 @@ def merged_grams(
 def _merge(
     model: PreTrainedModel,
     experts: Experts,
-    found: Sequence[Mapping[str, Statistic | None]],
+    found: Sequence[Mapping[str, DataStatistic | None]],
     block: Sequence[str],
     method: MergeMethod,
 ) -> dict[str, Delta]:
@@ -70,7 +70,7 @@ def _merge(
     for name in block:
         still, device = Sparse.zero(model.get_parameter(name).shape), model.device
         deltas = [expert.get(name, still).to(device) for expert in experts]
-        merged[name] = method.at(name).informed([grams[name] for grams in found]).merge(deltas)
+        merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
     return merged
 
 

@@ -22,7 +22,7 @@ from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 
 __all__ = ["check_merge_method"]
 
@@ -70,7 +70,7 @@ def check_merge_method(
 
 def _check_mix(method: MergeMethod, deltas: Sequence[Delta]) -> None:
     before = [{name: tensor.clone() for name, tensor in delta.tensors().items()} for delta in deltas]
-    merged = _bound(method, deltas).merge(deltas)
+    merged = method.merge(deltas, _context(method, deltas))
     mix = ", ".join(type(delta).__name__ for delta in deltas)
     assert isinstance(merged, Delta), f"merge must return a delta, got {type(merged).__name__} for {mix}"
     assert merged.shape == deltas[0].shape, f"the result must have the weight's shape, got {merged!r} for {mix}"
@@ -105,7 +105,7 @@ def _check_nothing(method: MergeMethod) -> None:
 
 def _check_stored(method: MergeMethod) -> None:
     """Write experts, merge them from disk, and compare with the merge in memory."""
-    if method.statistics:
+    if method.needs.statistics:
         return  # theirs are on disk, beside the experts, and hold for real ones
     record = make_record("battery", {"id": "none", "fingerprint": "0" * 64})
     weights = {"a.weight": (6, 8), "b.weight": (7, 5)}
@@ -116,30 +116,32 @@ def _check_stored(method: MergeMethod) -> None:
             write_expert(Path(folder, f"e{seed}"), deltas, record)
             experts.append(open_expert(Path(folder, f"e{seed}")))
         stored = write_merged(Merged(experts, method), Path(folder, "merged"))
-        bound = method.prepare([[expert[name] for expert in experts] for name in weights])
+        prepared = method.prepare([[expert[name] for expert in experts] for name in weights])
         for name in weights:
-            expected = bound.at(name).merge([expert[name] for expert in experts]).dense()
+            context = Context(name, prepared=prepared)
+            expected = method.merge([expert[name] for expert in experts], context).dense()
             assert torch.equal(stored[name].dense(), expected), "stored experts must merge as deltas in memory do"
 
 
-def _bound(method: MergeMethod, deltas: Sequence[Delta]) -> MergeMethod:
-    """Return the method as the merger calls it for a single weight."""
-    statistics = [_statistic(method.statistics, deltas[0].shape, seed) for seed in range(len(deltas))]
-    return method.prepare([deltas]).at("weight").informed(statistics if method.statistics else [])
+def _context(method: MergeMethod, deltas: Sequence[Delta]) -> Context:
+    """Return what the merger would give to the method for a single weight."""
+    kind = method.needs.statistics
+    statistics = [_statistic(kind, deltas[0].shape, seed) for seed in range(len(deltas))] if kind else None
+    return Context("weight", statistics, method.prepare([deltas]))
 
 
 def _merged(method: MergeMethod, deltas: Sequence[Delta]) -> Tensor:
-    return _bound(method, deltas).merge(deltas).dense()
+    return method.merge(deltas, _context(method, deltas)).dense()
 
 
-def _statistic(kind: str | None, shape: torch.Size, seed: int) -> Statistic | None:
+def _statistic(kind: str | None, shape: torch.Size, seed: int) -> DataStatistic | None:
     draw = torch.Generator().manual_seed(100 + seed)
     if kind == "fisher":
-        return Statistic(torch.rand(shape, generator=draw) + 0.1)
+        return DataStatistic(torch.rand(shape, generator=draw) + 0.1)
     if kind is None or len(shape) != 2:
         return None
     inputs = torch.randn(20, shape[1], generator=draw)
-    return Statistic(inputs.T @ inputs)
+    return DataStatistic(inputs.T @ inputs)
 
 
 def _close(found: Tensor, expected: Tensor, promise: str) -> None:

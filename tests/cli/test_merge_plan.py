@@ -76,14 +76,14 @@ def test_sizes_are_read_as_written(text, size):
 
 @pytest.mark.parametrize("text", ["much", "0", "-1GB", "1 XB", ""])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match=r"is no size; write one such as 2GB"):
+    with pytest.raises(ValueError, match=r"is not a size; write one such as 2GB"):
         bytes_of(text)
 
 
 def test_matrices_of_all_experts_are_counted(library):
     experts = open_experts([library / "a", library / "b"])
     by_parts, whole = (estimate(Merged(experts, method)) for method in (SparseAverage(), TSVMerge()))
-    some, more = TSVMerge.matrices
+    some, more = TSVMerge.needs.matrices, TSVMerge.needs.matrices_per_expert
     for one, other in zip(by_parts, whole, strict=True):
         assert one.read == other.read
         entries = one.shape[0] * one.shape[1]

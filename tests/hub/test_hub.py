@@ -19,7 +19,7 @@ from modular_experts.hub.card import CardEntry, model_card
 from modular_experts.hub.pull import pull
 from modular_experts.hub.push import push
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import DataStatistic
 
 REPO = "someone/experts"
 BASE = {"id": "maker/base", "revision": "main", "fingerprint": "f" * 64}
@@ -155,7 +155,7 @@ def test_a_branch_of_a_repository_that_is_not_there_yet(hub, library):
 
 def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     expert = open_expert(library / "a")
-    write_statistics(expert, "fisher", [("w0", Statistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
+    write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
     push([library / "a"], REPO)
     assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
     push([library / "a"], REPO, statistics=True)
@@ -171,7 +171,7 @@ def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
 
 def test_statistics_that_are_damaged_are_refused(hub, library, tmp_path):
     expert = open_expert(library / "a")
-    write_statistics(expert, "fisher", [("w0", Statistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
+    write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
     push([library / "a"], REPO, statistics=True)
     good = hub.repositories[REPO].files()["a/statistics/fisher.safetensors"]
     change(hub, **{"a__statistics__fisher.safetensors": good[:-1] + b"\x7f"})

@@ -22,7 +22,7 @@ from modular_experts.library import (
 from modular_experts.library.statistics import StoredStatistics, kinds_of_statistics
 from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import Average, Fisher, RegMean, RegMeanPlusPlus
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
 SHAPES = {"a.weight": (7, 10), "b.weight": (6, 9), "c.bias": (5,)}
@@ -39,7 +39,7 @@ def grams(seed, weights=SHAPES):
     draw = torch.Generator().manual_seed(seed)
     for name in weights:
         x = torch.randn(20, SHAPES[name][-1], generator=draw)
-        yield name, None if name == "c.bias" else Statistic(x.T @ x / 20)
+        yield name, None if name == "c.bias" else DataStatistic(x.T @ x / 20)
 
 
 def store(expert, kind="gram", statistics=None, **settings):
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_and_the_expert_stays_what_it_was(one, tmp_path)
 
 
 def test_the_file_is_a_plain_safetensors_file_of_float32(one):
-    store(one, statistics=[("a.weight", Statistic(torch.ones(10, 10, dtype=torch.float64), inputs=0))])
+    store(one, statistics=[("a.weight", DataStatistic(torch.ones(10, 10, dtype=torch.float64), inputs=0))])
     with safe_open(one.path / "statistics/gram.safetensors", "pt") as file:
         assert list(file.keys()) == ["a.weight"]
         assert file.get_tensor("a.weight").dtype == torch.float32
@@ -95,11 +95,12 @@ def test_the_file_is_a_plain_safetensors_file_of_float32(one):
 
 def test_equal_tensors_are_stored_once(one):
     x = torch.randn(10, 10)
-    alone = store(one, statistics=[("a.weight", Statistic(x))]).size_on_disk
-    both = store(one, statistics=[("a.weight", Statistic(x)), ("b.weight", Statistic(x.clone()))], overwrite=True)
+    alone = store(one, statistics=[("a.weight", DataStatistic(x))]).size_on_disk
+    twice = [("a.weight", DataStatistic(x)), ("b.weight", DataStatistic(x.clone()))]
+    both = store(one, statistics=twice, overwrite=True)
     assert both.size_on_disk < alone + x.nbytes
     assert torch.equal(both["b.weight"].values, x)
-    reshaped = store(one, "other", [("a.weight", Statistic(x)), ("b.weight", Statistic(x.view(5, 20)))])
+    reshaped = store(one, "other", [("a.weight", DataStatistic(x)), ("b.weight", DataStatistic(x.view(5, 20)))])
     assert reshaped["b.weight"].values.shape == (5, 20)
 
 
@@ -139,8 +140,8 @@ def test_a_file_that_is_cut_short_or_foreign_is_refused(one, tmp_path):
 
 def test_a_failed_write_leaves_what_was_there(one):
     def broken():
-        yield "a.weight", Statistic(torch.ones(10, 10))
-        yield "b.weight", Statistic(torch.full((9, 9), float("inf")))
+        yield "a.weight", DataStatistic(torch.ones(10, 10))
+        yield "b.weight", DataStatistic(torch.full((9, 9), float("inf")))
 
     with pytest.raises(ValueError, match=r"statistic of b.weight holds numbers that are not finite"):
         store(one, statistics=broken())
@@ -170,7 +171,7 @@ def test_a_merge_gets_the_statistics_of_each_expert_and_weight(one, other, tmp_p
     given = [dict(grams(len(expert.name))) for expert in (one, other)]
     for name in SHAPES:
         deltas = [one[name], other[name]]
-        expected = RegMean(reduce=0.5).informed([found[name] for found in given]).merge(deltas)
+        expected = RegMean(reduce=0.5).merge(deltas, Context(name, [found[name] for found in given]))
         assert torch.equal(merged[name].dense(), expected.dense())
     assert merged.record["method"]["init_args"] == {"scale": 1.0, "reduce": 0.5, "ridge": 0.0}
 
@@ -194,7 +195,7 @@ def test_the_statistics_of_one_weight_are_in_memory_at_a_time(tmp_path):
     deltas = [(name, Dense(torch.ones(shape))) for name, shape in sizes.items()]
     write_expert(tmp_path / "wide", deltas, make_record("FullExpert", BASE))
     wide = open_expert(tmp_path / "wide")
-    store(wide, statistics=[(name, Statistic(torch.randn(700, 700))) for name in sizes])
+    store(wide, statistics=[(name, DataStatistic(torch.randn(700, 700))) for name in sizes])
     gathered = gather_statistics([wide], "gram", sizes)
     release, released = StoredStatistics.release, []
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +208,7 @@ def test_the_statistics_of_one_weight_are_in_memory_at_a_time(tmp_path):
 
 
 def test_a_method_that_needs_none_merges_without_them(one, other, tmp_path):
-    assert gather_statistics([one, other], Average.statistics, {"a.weight": (7, 10)})("a.weight") == []
+    assert gather_statistics([one, other], Average().needs.statistics, {"a.weight": (7, 10)})("a.weight") == []
     merge([one.path, other.path], Average(), tmp_path / "merged")
 
 
@@ -225,7 +226,7 @@ def test_missing_and_unfit_statistics_are_refused_with_the_command_that_makes_th
     check_refused(paths, RegMean(), rf"another has no gram statistics.*{command}gram .* --overwrite true$", out)
     store(other, statistics=grams(1, ["a.weight"]))
     check_refused(paths, RegMean(), rf"of .*another do not cover b.weight and 1 more weights.*{command}gram", out)
-    store(other, statistics=[(name, Statistic(torch.ones(3, 3))) for name in SHAPES], overwrite=True)
+    store(other, statistics=[(name, DataStatistic(torch.ones(3, 3))) for name in SHAPES], overwrite=True)
     check_refused(paths, RegMean(), r"of .*another have the wrong shape for a.weight", out)
     with pytest.raises(FileNotFoundError, match=r"one has no fisher statistics; take them: modular-experts"):
         open_statistics(one, "fisher")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from testbed.merging import merge_one
 from testbed.random_deltas import random_delta
 
 from modular_experts.cli.errors import guarded
@@ -216,8 +217,7 @@ def test_what_no_pattern_matches_gets_the_method_or_keeps_the_base(library):
 def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library):
     method = TIES(keep=0.3, scope="global")
     apart = merge_two(library, "apart", method=None, per_weight={"a.*": method})
-    alone = method.prepare([[open_expert(library / name)["a.weight"] for name in ("one", "two")]])
-    expected = alone.merge([open_expert(library / name)["a.weight"] for name in ("one", "two")])
+    expected = merge_one(method, [open_expert(library / name)["a.weight"] for name in ("one", "two")])
     assert torch.equal(apart["a.weight"].dense(), expected.dense())
 
 
@@ -246,13 +246,10 @@ class Interrupted(MergeMethod):
     at_weight: ClassVar[str] = ""
     reason: ClassVar[type[BaseException]] = KeyboardInterrupt
 
-    def at(self, name):
-        self.calls.append(name)
-        if name == self.at_weight:
+    def merge(self, deltas, context=None):
+        self.calls.append(context.name)
+        if context.name == self.at_weight:
             raise self.reason
-        return self
-
-    def merge(self, deltas):
         return Average().merge(deltas)
 
 
@@ -320,13 +317,11 @@ def test_two_processes_do_not_write_one_merge(library):
 class WithTasks(MergeMethod):
     """A method that gives each expert's task twice its own delta, beside the average."""
 
-    own: int | None = None
-
     def merge(self, deltas):
-        return Average().merge(deltas) if self.own is None else deltas[self.own] * 2
+        return Average().merge(deltas)
 
-    def beside(self, count):
-        return [WithTasks(own) for own in range(count)]
+    def per_task(self, deltas, expert, context=None):
+        return deltas[expert] * 2
 
 
 def test_experts_of_the_tasks_are_written_beside_the_merge(library):

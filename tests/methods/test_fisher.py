@@ -14,7 +14,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import Average, Fisher
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -23,11 +23,11 @@ def informations(deltas, seed=0, spread=3.0):
     """Random Fisher informations over several orders of magnitude, as those of a model are, in float32."""
     draw = torch.Generator().manual_seed(seed)
     logs = [spread * torch.randn(deltas[0].shape, generator=draw) - 9 for _ in deltas]
-    return [Statistic(log.exp(), norm=2.0 + number) for number, log in enumerate(logs)]
+    return [DataStatistic(log.exp(), norm=2.0 + number) for number, log in enumerate(logs)]
 
 
 def merge(method, deltas, statistics):
-    return method.at("w").informed(statistics).merge(deltas)
+    return method.merge(deltas, Context("w", statistics))
 
 
 def formula(deltas, statistics, scale=1.0, normalise=True, floor=1e-6):
@@ -54,7 +54,7 @@ def test_fisher_equals_the_formula(deltas, seed, scale, normalise, floor):
 
 def test_example_worked_by_hand():
     deltas = [Dense(torch.tensor([[8.0, 8.0]])), Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((1, 2)))]
-    statistics = [Statistic(torch.tensor([[3.0, 1.0]])), Statistic(torch.tensor([[1.0, 3.0]]))]
+    statistics = [DataStatistic(torch.tensor([[3.0, 1.0]])), DataStatistic(torch.tensor([[1.0, 3.0]]))]
     merged = merge(Fisher(floor=1e-12), deltas, statistics).dense()
     # (3 * 8 + 1 * 0) / 4: the second does not move the entry, but its data hold it a quarter back; (8 + 3 * 4) / 4
     torch.testing.assert_close(merged, torch.tensor([[6.0, 5.0]]))
@@ -96,7 +96,7 @@ def test_one_expert_and_copies_of_it_merge_to_itself(deltas, copies):
 def test_equal_information_or_none_gives_the_plain_average(deltas):
     average = Average().merge(deltas).dense().double()
     one = informations(deltas)[0]
-    for statistic in (one, Statistic(torch.zeros(deltas[0].shape), norm=0.0)):
+    for statistic in (one, DataStatistic(torch.zeros(deltas[0].shape), norm=0.0)):
         merged = merge(Fisher(), deltas, [statistic] * len(deltas))
         torch.testing.assert_close(merged.dense().double(), average, **CLOSE)
 
@@ -107,7 +107,7 @@ def test_order_and_common_factors_do_not_matter(deltas, factor):
     merged = merge(Fisher(), deltas, statistics).dense().double()
     turned = merge(Fisher(), deltas[::-1], statistics[::-1])
     torch.testing.assert_close(turned.dense().double(), merged, **CLOSE)
-    doubled = [Statistic(one.values.double() * factor, one.norm) for one in statistics]
+    doubled = [DataStatistic(one.values.double() * factor, one.norm) for one in statistics]
     torch.testing.assert_close(merge(Fisher(), deltas, doubled).dense().double(), merged, **CLOSE)
     longer = merge(Fisher(), [delta * 3.0 for delta in deltas], statistics)
     torch.testing.assert_close(longer.dense().double(), 3 * merged, **CLOSE)
@@ -116,7 +116,7 @@ def test_order_and_common_factors_do_not_matter(deltas, factor):
 def test_normalised_experts_have_the_same_say_whatever_their_loss():
     deltas = [random_delta("Dense", (4, 5), seed) for seed in (1, 2)]
     first, second = informations(deltas)
-    loud = Statistic(first.values * 1000, first.norm * 1000)
+    loud = DataStatistic(first.values * 1000, first.norm * 1000)
     quiet = merge(Fisher(), deltas, [first, second]).dense()
     torch.testing.assert_close(merge(Fisher(), deltas, [loud, second]).dense(), quiet, rtol=1e-5, atol=1e-6)
     plain = Fisher(normalise=False)
@@ -145,10 +145,10 @@ def test_vectors_merge_like_matrices():
 
 def test_bad_settings_and_missing_statistics_are_refused():
     deltas = [random_delta("Dense", (2, 2), 0)] * 2
-    with pytest.raises(ValueError, match=r"Fisher needs fisher statistics, one per expert, and none were given"):
+    with pytest.raises(ValueError, match=r"Fisher needs fisher statistics, one per expert, and got none"):
         Fisher().merge(deltas)
-    with pytest.raises(ValueError, match=r"1 were given for 2 experts"):
-        Fisher().informed(informations(deltas)[:1]).merge(deltas)
+    with pytest.raises(ValueError, match=r"got 1 for 2 experts"):
+        Fisher().merge(deltas, Context("w", informations(deltas)[:1]))
     with pytest.raises(ValueError, match=r"floor must be above 0"):
         Fisher(floor=0.0)
     with pytest.raises(ValueError, match=r"scale must be a finite number"):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import merge_all
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.methods import TIES, Average, KnOTS, MagMax, MergeMethod, SparseAverage, TaskArithmetic
+from modular_experts.methods.method import Context, Needs
 
 
 def side_by_side(deltas):
@@ -40,7 +42,7 @@ def test_knots_equals_the_formula(method, numbers, shape):
 
 def test_method_that_needs_statistics_is_refused():
     class Counting(Named):
-        statistics = "gram"
+        needs = Needs(statistics="gram")
 
     with pytest.raises(ValueError, match="Counting needs gram statistics of the weights"):
         KnOTS(Counting())
@@ -73,37 +75,32 @@ def test_global_ties_sees_every_weight_in_its_basis():
     shapes = {"a": (7, 9), "b": (5, 4), "c": (6,)}
     stream = [[random_delta("Dense", shape, 10 * n + len(name)) for n in range(3)] for name, shape in shapes.items()]
     tied = [side_by_side(deltas) if len(deltas[0].shape) == 2 else (None, deltas) for deltas in stream]
-    inner = TIES(scope="global").prepare([blocks for _, blocks in tied])
-    bound = KnOTS(TIES(scope="global")).prepare(stream)
-    for deltas, (left, blocks) in zip(stream, tied, strict=True):
-        expected = inner.merge(blocks).dense()
-        expected = expected if left is None else torch.from_numpy(left) @ expected
-        torch.testing.assert_close(bound.merge(deltas).dense(), expected)
+    inner = merge_all(TIES(scope="global"), [blocks for _, blocks in tied])
+    found = merge_all(KnOTS(TIES(scope="global")), stream)
+    for merged, expected, (left, _) in zip(found, inner, tied, strict=True):
+        expected = expected.dense() if left is None else torch.from_numpy(left) @ expected.dense()
+        torch.testing.assert_close(merged.dense(), expected)
 
 
 @dataclass(frozen=True)
 class Named(MergeMethod):
-    """The first expert, of one weight only; beside it each expert."""
+    """The first expert, of one weight only; for each task its own expert."""
 
-    name: str = ""
-    place: int = 0
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return deltas[0] if context and context.name == "here" else deltas[0] * 0.0
 
-    def at(self, name: str) -> Named:
-        return replace(self, name=name)
-
-    def beside(self, count: int) -> Sequence[MergeMethod]:
-        return [replace(self, name="here", place=place) for place in range(count)]
-
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
-        return deltas[self.place] if self.name == "here" else deltas[self.place] * 0.0
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        return deltas[expert]
 
 
-def test_inner_method_learns_the_weight_and_gives_what_lies_beside():
+def test_inner_method_learns_the_weight_and_gives_each_task_its_expert():
     deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(2)]
-    torch.testing.assert_close(KnOTS(Named()).at("here").merge(deltas).dense(), deltas[0].dense())
-    assert KnOTS(Named()).at("there").merge(deltas).norm() == 0
-    for delta, method in zip(deltas, KnOTS(Named()).beside(2), strict=True):
-        torch.testing.assert_close(method.merge(deltas).dense(), delta.dense())
+    torch.testing.assert_close(KnOTS(Named()).merge(deltas, Context("here")).dense(), deltas[0].dense())
+    assert KnOTS(Named()).merge(deltas, Context("there")).norm() == 0
+    assert KnOTS(Named()).has_tasks
+    assert not KnOTS().has_tasks
+    for expert, delta in enumerate(deltas):
+        torch.testing.assert_close(KnOTS(Named()).per_task(deltas, expert).dense(), delta.dense())
 
 
 def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):

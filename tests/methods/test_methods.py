@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import merge_one
 from testbed.random_deltas import FORMS, deltas_of_one_weight, forms, random_delta, seeds, shapes
 
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse, add
@@ -45,7 +46,7 @@ def stacked(deltas):
 
 
 def run(method, deltas):
-    return method.prepare([deltas]).merge(deltas)
+    return merge_one(method, deltas)
 
 
 # The formulas, written once more on dense tensors, entry by entry where that is plainer.

@@ -111,32 +111,32 @@ def test_consensus_equals_the_formula(deltas, threshold, agreement, scale):
 def test_tall_masks_equal_the_formula(deltas, threshold, scale):
     method = TALLMask(threshold, scale)
     torch.testing.assert_close(method.merge(deltas).dense(), TaskArithmetic(scale).merge(deltas).dense(), **CLOSE)
-    for expert, beside in enumerate(method.beside(len(deltas))):
+    for expert in range(len(deltas)):
         expected = []
         for column in columns(deltas):
             total = torch.tensor(column, dtype=torch.float64).sum().item()
             own = column[expert]
             expected.append(scale * total if own != 0 and abs(own) >= threshold * abs(total - own) else 0.0)
-        assert_entries(beside.merge(deltas), expected)
+        assert_entries(method.per_task(deltas, expert), expected)
 
 
 def test_tall_mask_of_an_expert_apart_is_the_expert():
     one = Sparse(torch.tensor([0, 3]), torch.tensor([1.0, -2.0]), torch.Size((2, 3)))
     other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
-    first, second = TALLMask().beside(2)
-    assert torch.equal(first.merge([one, other]).dense(), one.dense())
-    assert second.merge([one, other]).indices.tolist() == [1]
+    assert torch.equal(TALLMask().per_task([one, other], 0).dense(), one.dense())
+    assert TALLMask().per_task([one, other], 1).indices.tolist() == [1]
 
 
-METHODS = [RAM(0.1), RAMPlus(0.1), SCE(keep=0.5), ConsensusTA(), TALLMask(), TALLMask().beside(3)[0]]
+METHODS = [RAM(0.1), RAMPlus(0.1), SCE(keep=0.5), ConsensusTA(), TALLMask()]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
     entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
     tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
-    assert isinstance(method.merge(entries), Sparse)
-    assert isinstance(method.merge(tiles), BlockSparse)
+    for merge in (method.merge, lambda deltas: method.per_task(deltas, 0)):
+        assert isinstance(merge(entries), Sparse)
+        assert isinstance(merge(tiles), BlockSparse)
 
 
 @pytest.mark.parametrize("method", [RAM(), RAMPlus(), SCE(keep=0.5), ConsensusTA(), TALLMask()], ids=str)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import merge_utils as peft
+from testbed.merging import merge_all
 from testbed.random_deltas import random_delta, seeds
 
 from modular_experts.deltas import Dense
@@ -42,9 +43,7 @@ def experts_of(seed, count=3):
 
 def merged_by(method, experts):
     """The merged values of every weight."""
-    stream = [list(deltas) for deltas in zip(*experts, strict=True)]
-    bound = method.prepare(stream)
-    return [bound.at(f"weight {n}").merge(deltas).dense() for n, deltas in enumerate(stream)]
+    return [merged.dense() for merged in merge_all(method, list(zip(*experts, strict=True)))]
 
 
 def per_weight(rule, experts):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic
 from modular_experts.methods import chunks as parts
+from modular_experts.methods.method import Context
 from modular_experts.methods.random_numbers import coins, stream_key
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
@@ -41,7 +43,7 @@ def test_coins_are_uniform_and_those_of_two_streams_unrelated():
 def test_seed_weight_and_place_change_what_is_dropped(kind):
     def kept(seed=0, name="a", place=0):
         deltas = [Sparse.zero(LONG.shape)] * place + [LONG]
-        return kind(keep=0.5, seed=seed).at(name).merge(deltas).dense() != 0
+        return kind(keep=0.5, seed=seed).merge(deltas, Context(name)).dense() != 0
 
     first = kept()
     assert torch.equal(first, kept())
@@ -226,6 +228,6 @@ def test_half_precision_deltas_merge_to_finite_ones():
     for dtype in (torch.bfloat16, torch.float16):
         deltas = [Dense(torch.randn(8, 9).to(dtype)) for _ in range(3)]
         for method in (SCE(), SCE(keep=0.5), TIES(), DARE(keep=0.5), DELLA(), TIES(scope="global", keep=1)):
-            merged = method.prepare([deltas]).merge(deltas)
+            merged = merge_one(method, deltas)
             assert merged.dtype == dtype
             assert merged.values.isfinite().all()

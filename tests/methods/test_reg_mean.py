@@ -12,7 +12,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.methods import Average, RegMean, RegMeanPlusPlus
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
 
@@ -28,11 +28,11 @@ def inputs_of(deltas, seed=0, tokens=40):
 
 
 def grams_of(inputs):
-    return [Statistic(x.T @ x / len(x)) for x in inputs]
+    return [DataStatistic(x.T @ x / len(x)) for x in inputs]
 
 
 def merge(method, deltas, statistics):
-    return method.at("w").informed(statistics).merge(deltas)
+    return method.merge(deltas, Context("w", statistics))
 
 
 def least_squares(deltas, inputs):
@@ -72,7 +72,10 @@ def test_the_base_cancels_out_of_the_papers_formula(deltas, seed, reduce, scale)
 
 def test_example_worked_by_hand():
     deltas = [Dense(torch.tensor([[8.0, 4.0]])), Dense(torch.tensor([[0.0, 8.0]]))]
-    grams = [Statistic(torch.tensor([[3.0, 2.0], [2.0, 2.0]])), Statistic(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))]
+    grams = [
+        DataStatistic(torch.tensor([[3.0, 2.0], [2.0, 2.0]])),
+        DataStatistic(torch.tensor([[1.0, 0.0], [0.0, 2.0]])),
+    ]
     # uncorrelated: (3 * 8 + 0) / 4 and (2 * 4 + 2 * 8) / 4; else (8*3 + 4*2, 8*2 + 4*2 + 16) = (32, 40) times the
     # inverse of ((4, 2), (2, 4)), which is ((4, -2), (-2, 4)) / 12
     torch.testing.assert_close(merge(RegMean(reduce=0.0), deltas, grams).dense(), torch.tensor([[6.0, 6.0]]))
@@ -104,7 +107,7 @@ def test_inputs_that_no_data_have_are_averaged(reduce):
 def test_fewer_tokens_than_inputs_still_give_a_minimum():
     deltas = [random_delta("Dense", (6, 30), seed) for seed in range(2)]
     inputs = inputs_of(deltas, tokens=5)
-    grams = [Statistic(one.values.float()) for one in grams_of(inputs)]  # as they are stored
+    grams = [DataStatistic(one.values.float()) for one in grams_of(inputs)]  # as they are stored
     merged = merge(RegMean(reduce=1.0), deltas, grams).dense()
     best = distance(least_squares(deltas, inputs), deltas, inputs)
     assert distance(merged, deltas, inputs) <= best + 1e-5 * distance(torch.zeros(6, 30), deltas, inputs)
@@ -134,7 +137,7 @@ def test_order_and_common_factors_do_not_matter(deltas, factor):
     grams = grams_of(inputs_of(deltas))
     merged = merge(RegMean(), deltas, grams).dense().double()
     torch.testing.assert_close(merge(RegMean(), deltas[::-1], grams[::-1]).dense().double(), merged, **CLOSE)
-    larger = [Statistic(gram.values * factor) for gram in grams]
+    larger = [DataStatistic(gram.values * factor) for gram in grams]
     torch.testing.assert_close(merge(RegMean(), deltas, larger).dense().double(), merged, **CLOSE)
     longer = merge(RegMean(), [delta * 3.0 for delta in deltas], grams)
     torch.testing.assert_close(longer.dense().double(), 3 * merged, **CLOSE)
@@ -144,7 +147,7 @@ def test_order_and_common_factors_do_not_matter(deltas, factor):
 def test_a_weight_that_is_stored_transposed_merges_to_the_transpose(deltas):
     grams = grams_of(inputs_of(deltas))
     merged = merge(RegMean(), deltas, grams).dense()
-    turned = merge(RegMean(), [delta.T for delta in deltas], [Statistic(gram.values, inputs=0) for gram in grams])
+    turned = merge(RegMean(), [delta.T for delta in deltas], [DataStatistic(gram.values, inputs=0) for gram in grams])
     torch.testing.assert_close(turned.dense().T.double(), merged.double(), **CLOSE)
 
 
@@ -183,15 +186,15 @@ def test_the_same_matrices_are_solved_in_the_same_way_by_its_successor():
     grams = grams_of(inputs_of(deltas))
     merged = merge(RegMeanPlusPlus(reduce=0.5), deltas, grams)
     assert torch.equal(merged.dense(), merge(RegMean(reduce=0.5), deltas, grams).dense())
-    assert RegMeanPlusPlus.statistics != RegMean.statistics
+    assert RegMeanPlusPlus.needs.statistics != RegMean.needs.statistics
 
 
 def test_bad_settings_and_missing_statistics_are_refused():
     deltas = [random_delta("Dense", (2, 2), 0)] * 2
-    with pytest.raises(ValueError, match=r"RegMean needs gram statistics, one per expert, and none were given"):
+    with pytest.raises(ValueError, match=r"RegMean needs gram statistics, one per expert, and got none"):
         RegMean().merge(deltas)
-    with pytest.raises(ValueError, match=r"RegMeanPlusPlus needs merged_gram statistics.* 1 were given for 2 experts"):
-        RegMeanPlusPlus().informed(grams_of(inputs_of(deltas))[:1]).merge(deltas)
+    with pytest.raises(ValueError, match=r"RegMeanPlusPlus needs merged_gram statistics.* got 1 for 2 experts"):
+        RegMeanPlusPlus().merge(deltas, Context("w", grams_of(inputs_of(deltas))[:1]))
     for reduce in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"RegMean: reduce must be in \[0, 1\]"):
             RegMean(reduce=reduce)

@@ -12,7 +12,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta
 
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import RegMean, SelfRegMean, SparseAverage
-from modular_experts.methods.method import Statistic
+from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 ridges = st.sampled_from([0.01, 0.1, 1.0, 100.0])
@@ -49,13 +49,13 @@ def test_ridge_of_reg_mean_is_the_least_squares_solution(deltas, ridge, reduce, 
     width = deltas[0].shape[1]
     inputs = [torch.randn(6, width, generator=draw, dtype=torch.float64) for _ in deltas]
     grams = [x.T @ x for x in inputs]
-    method = RegMean(reduce=reduce, ridge=ridge).informed([Statistic(gram) for gram in grams])
+    method, context = RegMean(reduce=reduce, ridge=ridge), Context("w", [DataStatistic(gram) for gram in grams])
     reduced = [reduce * gram + (1 - reduce) * torch.diag(gram.diagonal()) for gram in grams]
     roots = [torch.linalg.cholesky(gram + 1e-13 * gram.trace() * torch.eye(width)).T for gram in reduced]
     if all(delta.is_empty for delta in deltas):
         return
     expected = least_squares([delta.dense().double() for delta in deltas], roots, ridge)
-    torch.testing.assert_close(method.merge(deltas).dense().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.merge(deltas, context).dense().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(deltas_of_one_weight(), st.randoms(use_true_random=False), st.sampled_from([-4.0, 0.5]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from testbed.merging import merge_all
 from testbed.random_deltas import random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
@@ -78,20 +79,17 @@ def test_trimmed_entries_and_empty_tiles_leave_the_support():
 def test_global_scope_cuts_each_expert_as_one_long_vector(numbers, keep, form):
     shapes = [(3, 4), (7, 5), (2, 2)]
     stream = [[random_delta(form, shape, n + i, torch.float32) for n in numbers] for i, shape in enumerate(shapes)]
-    bound = TIES(keep=keep, scope="global").prepare(stream)
+    method = TIES(keep=keep, scope="global")
     k = max(1, int(keep * sum(a * b for a, b in shapes) * (1 + 1e-12)))
     for i in range(len(numbers)):
         long = torch.cat([deltas[i].dense().view(-1) for deltas in stream]).abs()
         cut = long.sort(descending=True).values[k - 1]
-        for deltas in stream:
-            alone = TIES(keep=keep, scope="global").prepare([[d[i]] for d in stream]).merge([deltas[i]]).dense()
-            assert torch.equal(alone, deltas[i].dense() * (deltas[i].dense().abs() >= cut))
-    for deltas in stream:  # several experts: as trimming each one first, and then not trimming
-        trimmed = [
-            TIES(keep=keep, scope="global").prepare([[d[i]] for d in stream]).merge([x]) for i, x in enumerate(deltas)
-        ]
-        expected = TIES(keep=1.0).merge(trimmed).dense()
-        assert torch.equal(bound.merge(deltas).dense(), expected)
+        for deltas, alone in zip(stream, merge_all(method, [[deltas[i]] for deltas in stream]), strict=True):
+            assert torch.equal(alone.dense(), deltas[i].dense() * (deltas[i].dense().abs() >= cut))
+    # Several experts merge as after pruning each one first, and then pruning no more.
+    pruned = [merge_all(method, [[deltas[i]] for deltas in stream]) for i in range(len(numbers))]
+    for merged, experts in zip(merge_all(method, stream), zip(*pruned, strict=True), strict=True):
+        assert torch.equal(merged.dense(), TIES(keep=1.0).merge(experts).dense())
 
 
 @given(seeds, st.floats(0.001, 1))
@@ -109,10 +107,3 @@ def test_streamed_threshold_is_zero_where_too_few_entries_move():
     two = Sparse(torch.tensor([1, 4]), torch.tensor([3.0, -1.0]), torch.Size([10]))
     assert magnitudes_at_share(lambda: [(10, [two])], 0.5) == [0.0]
     assert magnitudes_at_share(lambda: [(10, [two])], 0.2) == [1.0]
-
-
-def test_binding_leaves_the_method_itself_unbound():
-    method = TIES(scope="global")
-    assert method.prepare([[ONE]]) is not method
-    assert "_cuts" not in repr(method)
-    assert method == TIES(scope="global")

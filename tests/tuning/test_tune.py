@@ -64,7 +64,9 @@ def methods_with_scale() -> list[MergeMethod]:
         if is_dataclass(kind)
     }
     return [
-        kind() for kind, needs in needed.items() if not needs and hasattr(kind(), "scale") and kind.statistics is None
+        kind()
+        for kind, needs in needed.items()
+        if not needs and hasattr(kind(), "scale") and kind().needs.statistics is None
     ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.method import Context
 
 __all__ = ["Arc"]
 
@@ -34,7 +35,7 @@ class Arc(MergeMethod):
     t: float
     along: Literal["weight", "rows", "columns"] = "weight"
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         one, other = (self._vectors(delta.dense().double()) for delta in deltas)
         lengths = one.norm(dim=1, keepdim=True), other.norm(dim=1, keepdim=True)
         cosines = (one * other).sum(1, keepdim=True) / (lengths[0].clamp(_SHORTEST) * lengths[1].clamp(_SHORTEST))

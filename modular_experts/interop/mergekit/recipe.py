@@ -47,11 +47,13 @@ class Step:
     """The merge of one weight.
 
     Attributes:
+        name: The weight.
         method: How.
         models: Of which models, in the order of the method's settings.
         silent: Places in that order of models that keep nothing of this weight.
     """
 
+    name: str
     method: MergeMethod
     models: tuple[Reference, ...]
     silent: frozenset[int] = frozenset()
@@ -85,7 +87,7 @@ class Recipe:
         """
         weight = Weight(self.configuration, name, self._places[name], entries, self.seed)
         built = _BUILDERS[self.configuration.name](weight)
-        return Step(built.at(name), weight.models, weight.silent())
+        return Step(name, built, weight.models, weight.silent())
 
 
 def _linear(weight: Weight) -> MergeMethod:

@@ -28,6 +28,7 @@ from modular_experts.interop.mergekit.shards import write_shards
 from modular_experts.interop.mergekit.vocabulary import check_vocabularies
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions, plain
+from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
 __all__ = ["merge_recipe"]
@@ -109,12 +110,13 @@ class _Merge:
         step = self.steps[name]
         models = [self._models[reference] for reference in step.models]
         if not self._configuration.on_deltas:
-            return step.method.merge([model.whole(name, self._dtype_of(name)) for model in models]).dense()
+            wholes = [model.whole(name, self._dtype_of(name)) for model in models]
+            return step.method.merge(wholes, Context(name)).dense()
         zero = Sparse.zero(self._stored.shape(name))
         deltas: list[Delta] = [
             zero if place in step.silent else model.delta(name, self.donor) for place, model in enumerate(models)
         ]
-        return step.method.merge(deltas).add_to(self.donor.tensor(name))
+        return step.method.merge(deltas, Context(name)).add_to(self.donor.tensor(name))
 
     def _dtype_of(self, name: str) -> torch.dtype:
         if self._dtype is not None:

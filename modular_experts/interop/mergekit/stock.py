@@ -13,6 +13,7 @@ import torch
 
 from modular_experts.deltas import Delta, Dense
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.method import Context
 
 __all__ = ["Stock"]
 
@@ -29,7 +30,7 @@ class Stock(MergeMethod):
 
     row_wise: bool = False
 
-    def merge(self, deltas: Sequence[Delta]) -> Delta:
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         shape, count = deltas[0].shape, len(deltas)
         width = shape[-1] if self.row_wise else shape.numel()
         rows = torch.stack([delta.dense().double().reshape(-1, width) for delta in deltas])
