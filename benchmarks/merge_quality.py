@@ -142,7 +142,7 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
             found |= {"loss": chosen.losses, "settings": {}, "tuned": _tested(world, world.tasks, {})}
     else:
         found["plain"] = _tested(world, world.tasks, dict(Merged(experts, way.method)))
-        tuned = tune(experts, way.method, objective, {**world.grid, **way.grid})
+        tuned = tune(experts, way.method, objective, grid={**world.grid, **way.grid})
         found |= {"loss": tuned.best.losses, "settings": tuned.best.settings}
         found["tuned"] = _tested(world, world.tasks, dict(Merged(experts, tuned.method)))
     return found | {"seconds": time.process_time() - started}

@@ -58,12 +58,12 @@ _HOMES = {
     "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
     "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
-    "modular_experts.evaluation": ("measure",),
+    "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
-    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "tune"),
+    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "write_checkpoint"),
     "modular_experts.interop.import_expert": ("import_expert",),
-    "modular_experts.interop.peft": ("read_peft", "write_peft"),
+    "modular_experts.interop.peft": ("export", "read_peft", "write_peft"),
     "modular_experts.base.checkpoint": ("load_base", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -7,14 +7,8 @@ from typing import Literal
 
 from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar, share_text
-from modular_experts.interop.peft import (
-    LoraForm,
-    PeftForm,
-    ShiraForm,
-    SupertuningForm,
-    WrittenAdapter,
-    write_peft,
-)
+from modular_experts.interop.peft import WrittenAdapter
+from modular_experts.interop.peft import export as export_expert
 
 EXAMPLES = """\
   modular-experts export --expert library/a --form supertuning --out adapter
@@ -48,14 +42,10 @@ def export(
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it carries.
         overwrite: Replace an adapter of ours that is there.
     """
-    if rank is not None and form != "lora":
-        raise ValueError(f"rank is a setting of form lora, and {form} has none; leave it out")
-    forms: dict[str, PeftForm] = {"lora": LoraForm(rank), "supertuning": SupertuningForm(), "shira": ShiraForm()}
-    bar = progress_bar("exporting")
-    written = write_peft(expert, out, forms[form], base, revision, tolerance, overwrite, bar)
+    written = export_expert(expert, out, form, rank, base, revision, tolerance, overwrite, progress_bar("exporting"))
     for line in _report(written):
         print(line)
-    print(f"{out}: a {forms[form].peft_type} adapter of {expert}, {len(written.weights)} weights")
+    print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")
 
 
 def _report(written: WrittenAdapter) -> list[str]:

@@ -10,7 +10,7 @@ from modular_experts.evaluation.likelihood import (
     greedy_matches,
     row_losses,
 )
-from modular_experts.evaluation.measure import measure, score_batch
+from modular_experts.evaluation.measure import evaluate, measure, score_batch
 from modular_experts.evaluation.results import results_summary, results_table, write_results
 from modular_experts.evaluation.scores import TaskScores
 
@@ -19,6 +19,7 @@ __all__ = [
     "answer_logits",
     "batch_losses",
     "choice_log_likelihoods",
+    "evaluate",
     "generate",
     "greedy_matches",
     "measure",

@@ -6,19 +6,25 @@ loaded model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modular_experts.base.apply import apply_deltas
+from modular_experts.base.checkpoint import DType, fingerprint, load_base, load_tokenizer, resolve_base
+from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch
+from modular_experts.deltas import Delta
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.scores import TaskScores
+from modular_experts.library import StoredExpert, check_base, open_expert
 
-__all__ = ["measure", "score_batch"]
+__all__ = ["evaluate", "measure", "score_batch"]
 
 
 @torch.no_grad()
@@ -65,3 +71,36 @@ def measure(
         score_batch(scores, model, tokenizer, move_data_to_device(batch, model.device), max_new_tokens)
     model.train(training)
     return scores.compute()
+
+
+def evaluate(
+    base: str | Path,
+    experts: Sequence[str | Path | Mapping[str, Delta]],
+    data: TaskMixture,
+    max_new_tokens: int | None = 64,
+    dtype: DType = "float32",
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Return the scores by task of a base plus experts on the test rows, as the command `test` measures them.
+
+    Args:
+        base: The base's directory or hub id.
+        experts: Directories of experts, opened experts or task vectors; their deltas are added up. May be empty.
+        data: The tasks, and how their rows are read; the base's tokenizer is used unless it has one.
+        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
+        dtype: Data type of the base.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        FileNotFoundError: The base was not found.
+        ValueError: An expert was trained on another base, or a task has no test rows.
+    """
+    directory = resolve_base(str(base), revision)
+    opened = [one if isinstance(one, Mapping) else open_expert(one) for one in experts]
+    check_base([one for one in opened if isinstance(one, StoredExpert)], fingerprint(directory), str(base))
+    model, tokenizer = load_base(directory, dtype), load_tokenizer(directory)
+    apply_deltas(model, opened)
+    data.tokenizer = data.tokenizer or tokenizer
+    data.setup("test")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens)

@@ -1,13 +1,17 @@
-"""Search: what is chosen on validation rows before experts are merged - the settings of a method, or coefficients."""
+"""Choose on validation rows how experts are merged: the settings of a method (`tune`), or coefficients (`search`).
+
+The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
+`objective.py` is what both measure, `combination.py` the model that the algorithms of `search` move.
+"""
 
 from __future__ import annotations
 
-from modular_experts.tuning.coefficient_search import CoefficientSearch, Found
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.gradient_search import ATLAS, AdaMerging
 from modular_experts.tuning.lora_hub import LoRAHub
 from modular_experts.tuning.objective import Objective, Trial, objective_on_base
-from modular_experts.tuning.tune import Tuned, Tuning, tune
+from modular_experts.tuning.search import CoefficientSearch, Found, Searched, search
+from modular_experts.tuning.tune import Tuned, tune
 
 __all__ = [
     "ATLAS",
@@ -17,9 +21,10 @@ __all__ = [
     "Found",
     "LoRAHub",
     "Objective",
+    "Searched",
     "Trial",
     "Tuned",
-    "Tuning",
     "objective_on_base",
+    "search",
     "tune",
 ]

@@ -1,9 +1,8 @@
-"""Combinations: a loaded model whose weights stand at `base + sum_i c_i d_i`, for coefficients that change.
+"""Move a loaded model to `base + sum_i c_i d_i`, with one coefficient for each weight and expert.
 
-One coefficient for each weight and expert. There is one model in memory, one copy of the weights that move, and the
-deltas in the form that the experts have; a low-rank delta is summed as the product that it is, never factor by factor.
-The gradient of a coefficient is the inner product of the weight's gradient with the delta, `dL/dc_i = <dL/dW, d_i>`,
-because the sum is linear in it: no graph through the sum, and one dense gradient at a time.
+One model is in memory, one copy of the weights that move, and the deltas in the experts' own forms. The sum is linear
+in a coefficient, so its gradient is an inner product, `dL/dc_i = <dL/dW, d_i>`: autograd needs no graph through the
+sum, and one dense gradient exists at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ __all__ = ["Combination"]
 
 
 class Combination:
-    """A model and experts that are added to it, as a context: when it ends, the model is what it was, bit for bit.
+    """A model and the experts that are added to it, inside a `with` that restores the model bit for bit.
 
     Args:
         model: The experts' base, before anything is injected.
-        experts: Name and delta of each weight; they are held on the model's device.
-        merges: How many of the experts, the first ones, are merges of the others.
+        experts: Name and delta of each weight, by expert; the deltas move to the model's device.
+        merges: The first `merges` experts are merges of the others.
 
     Attributes:
         names: The weights that move, sorted.
@@ -44,7 +43,8 @@ class Combination:
     def __init__(self, model: PreTrainedModel, experts: Sequence[Mapping[str, Delta]], merges: int = 0) -> None:
         held = [dict(expert) for expert in experts]
         shapes = _shapes(held)
-        apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])  # refuses what does not fit
+        # Adds zeros: refuses names and shapes that do not fit the model.
+        apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])
         assert 0 <= merges <= len(held), (merges, len(held))
         self.names, self.experts, self.merges = list(shapes), len(held), merges
         self._model = model
@@ -71,7 +71,7 @@ class Combination:
         Args:
             coefficients: `(weights, experts)`, in the order of `names` and of the experts.
         """
-        assert self._base, "a combination moves the model inside of its `with` only"
+        assert self._base, "move_to needs the `with` of its combination"
         factors = coefficients.tolist()
         for row, (weight, base) in enumerate(zip(self._weights, self._base, strict=True)):
             total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
@@ -82,9 +82,9 @@ class Combination:
 
     @contextmanager
     def gradients(self) -> Iterator[Tensor]:
-        """Give the gradient of the coefficients, `(weights, experts)` float64: what is backpropagated inside adds up.
+        """Yield the coefficients' gradient, `(weights, experts)` float64, summed over the backward passes inside.
 
-        Where the weights are bfloat16 it is that of the sum before it is rounded.
+        With bfloat16 weights it is the gradient at the sum before rounding.
         """
         gathered = torch.zeros(len(self.names), self.experts, dtype=torch.float64)
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
@@ -103,7 +103,7 @@ class Combination:
 
     @staticmethod
     def _gatherer(row: Tensor, deltas: Mapping[int, Delta]) -> Callable[[Tensor], None]:
-        """Return the hook that takes a weight's gradient in and frees it."""
+        """Return a hook that adds a weight's gradient to `row` and frees it."""
 
         def gather(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
@@ -115,10 +115,7 @@ class Combination:
 
 
 def inner(tensor: Tensor, delta: Delta) -> Tensor:
-    """Return the inner product of a tensor `(out, in)` and a delta, without making the delta dense where it is not.
-
-    The products are taken in at least float32 (`merging.inner` takes those of two deltas, in float64).
-    """
+    """Return the inner product of a tensor `(out, in)` and a delta in its own form, in at least float32."""
     wide = torch.promote_types(tensor.dtype, delta.dtype)
     if isinstance(delta, Sparse):
         return tensor.reshape(-1)[delta.indices].to(wide).dot(delta.values.to(wide))
@@ -130,7 +127,7 @@ def inner(tensor: Tensor, delta: Delta) -> Tensor:
 
 
 def _shapes(experts: Sequence[Mapping[str, Delta]]) -> dict[str, torch.Size]:
-    """Return every weight that any of the experts moves, sorted, with its shape."""
+    """Return the shape of every weight that any expert moves, sorted by name."""
     shapes: dict[str, torch.Size] = {}
     for expert in experts:
         for name, delta in expert.items():
@@ -142,6 +139,6 @@ def _shapes(experts: Sequence[Mapping[str, Delta]]) -> dict[str, torch.Size]:
 
 
 def _moving(experts: Sequence[Mapping[str, Delta]], name: str, device: torch.device) -> dict[int, Delta]:
-    """Return the deltas of one weight by the number of the expert that moves it."""
+    """Return the deltas of one weight that are not zero, by the expert's number."""
     found = {number: expert[name].to(device) for number, expert in enumerate(experts) if name in expert}
     return {number: delta for number, delta in found.items() if not delta.is_empty}

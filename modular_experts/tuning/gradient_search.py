@@ -1,6 +1,6 @@
-"""Descent: coefficients by Adam, down the mean over tasks of what a model does on validation rows.
+"""Find coefficients with Adam on validation rows: AdaMerging and aTLAS.
 
-What AdaMerging and aTLAS share; they differ in what is lowered, in where it starts and in how far it may go.
+Both lower a mean over tasks; they differ in what they lower, where they start and how far a coefficient may go.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import answer_logits, batch_losses
 from modular_experts.progress import Progress
-from modular_experts.tuning.coefficient_search import CoefficientSearch, Found
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
+from modular_experts.tuning.search import CoefficientSearch, Found
 
 __all__ = ["ATLAS", "AdaMerging", "batch_entropies", "descend"]
 
@@ -37,17 +37,17 @@ def descend(
 ) -> Found:
     """Return the coefficients after some steps of Adam, and leave the model at them.
 
-    A step takes one batch of each task, the next ones in turn. Nothing is random.
+    Each step takes the next batch of every task, in turn. Nothing is random.
 
     Args:
-        combination: Entered already.
-        objective: The rows.
-        measured: Returns of a model and a batch what is to be lowered, as a sum and a count for each row.
-        start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` if each has one for all weights.
-        learning_rate: Of Adam; a coefficient moves by about that much in a step.
-        steps: How many.
-        progress: Wraps the names of the steps while they are gone through, for a progress bar.
-        bounds: After each step every coefficient is brought back between these.
+        combination: The objective's model with the experts, inside its `with`.
+        objective: The rows to measure on.
+        measured: Takes a model and a batch; returns a sum and a count for each row, whose ratio is lowered.
+        start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` for one of each expert.
+        learning_rate: Adam's rate; a coefficient moves by about this much in a step.
+        steps: Number of steps.
+        progress: Iterator wrapper, e.g. `tqdm`.
+        bounds: Interval into which every coefficient is clamped after each step.
     """
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
@@ -86,19 +86,18 @@ def _per_weight(coefficients: Tensor, combination: Combination) -> Tensor:
 class AdaMerging(CoefficientSearch):
     """AdaMerging: Adam on the coefficients, down the mean over tasks of the entropy of the model's predictions.
 
-    A step takes one batch of each task, the next ones in turn. After it every coefficient is brought back into
-    [0, `largest`]. The last coefficients are taken: the least entropy on the way would be that of the easiest batches.
-    Nothing is random.
+    Each step takes the next batch of every task, in turn, and clamps every coefficient into [0, `largest`]. The last
+    coefficients are returned: the lowest entropy on the way would be that of the easiest batches. Nothing is random.
 
     Args:
         per_weight: A coefficient for each expert and weight (layer-wise, the paper's better one), or one for each
             expert (task-wise).
-        objective: `entropy` needs no labels. `loss` is that of the targets, which validation rows have: it cannot be
-            lowered by being sure of a wrong answer. (Four sparse experts of the generated suite, one seed, 100 steps at
-            rate 0.02, loss on test words: 0.54 with `entropy`, 0.24 with `loss`, 0.31 of a tuned SparseAverage.)
-        steps: How many.
-        learning_rate: Of Adam; a coefficient moves by about that much in a step.
-        start: The first coefficients.
+        objective: `entropy` needs no labels, but a confident wrong answer lowers it too. `loss` is the loss of the
+            targets. (Four sparse experts of the generated suite, one seed, 100 steps at rate 0.02, loss on test words:
+            0.54 with `entropy`, 0.24 with `loss`, 0.31 with a tuned SparseAverage.)
+        steps: Number of steps.
+        learning_rate: Adam's rate; a coefficient moves by about this much in a step.
+        start: Every coefficient at the start.
         largest: The largest coefficient.
     """
 
@@ -129,11 +128,11 @@ class AdaMerging(CoefficientSearch):
 
 
 def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed entropy in nats at the places of its target, and their number, as `batch_losses` does.
+    """Return each row's summed entropy in nats where its target is predicted, and the number of target tokens.
 
     Args:
         model: A causal language model.
-        batch: As `data/batch.py` says; of the labels only their places matter.
+        batch: A batch (`data/batch.py`); of the labels only their positions are used.
     """
     logits, labels = answer_logits(model, batch)
     labelled = labels != IGNORED
@@ -148,16 +147,16 @@ def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 class ATLAS(CoefficientSearch):
     """aTLAS: Adam on the coefficients, which may be negative, down the mean over tasks of the loss of the targets.
 
-    With merges of the experts among them (RegMean and SparseAverage) it starts from the mean of these and corrects it
-    by what it takes of each expert. In a merge of twenty that kept more of what experts of every kind can do alone than
-    any other method (`benchmarks/merge_quality.py`). A step takes one batch of each task, the next ones in turn.
-    Nothing is random. The validation rows need labels, and many steps fit them more closely than other rows.
+    With merges among the experts, such as RegMean and SparseAverage, it starts at the mean of the merges and corrects
+    it with every expert. In a merge of twenty experts that kept more of their single scores than any other method, for
+    experts of every kind (`benchmarks/merge_quality.py`). Each step takes the next batch of every task, in turn.
+    Nothing is random. The validation rows need labels; many steps overfit them.
 
     Args:
-        steps: How many.
-        learning_rate: Of Adam; a coefficient moves by about that much in a step.
-        start: The first coefficients of as many of the merges and experts, in their order; the others start at 0.
-            Default: the mean of the merges, or all 0, as in the paper, where there are none.
+        steps: Number of steps.
+        learning_rate: Adam's rate; a coefficient moves by about this much in a step.
+        start: Coefficients of the first merges and experts at the start, in order; the others start at 0. Default: the
+            mean of the merges, or without merges all 0, as in the paper.
     """
 
     steps: int = 60

@@ -1,8 +1,8 @@
-"""LoRAHub: one weight per expert, found without gradients on a few rows (Huang et al., arXiv 2307.13269).
+"""Find one coefficient per expert without gradients, on a few rows: LoRAHub (Huang et al., arXiv 2307.13269).
 
 Two things differ from the paper's code. It sums the factors A and B of its LoRAs separately, so that A of one expert
-meets B of another; here the deltas are summed, which is exact, and lets experts of all kinds take part. And its
-optimiser is that of nevergrad; here it is that of `evolution.py`, which needs no other package.
+meets B of another; here the deltas are summed, which is exact and admits experts of any kind. It optimises with
+nevergrad; `evolve`, a (1+1) evolution strategy with an adaptive step length, needs no other package.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 from modular_experts.progress import Progress
-from modular_experts.tuning.coefficient_search import CoefficientSearch, Found
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
+from modular_experts.tuning.search import CoefficientSearch, Found
 
 __all__ = ["LoRAHub", "evolve"]
 
 
 @dataclass(frozen=True)
 class LoRAHub(CoefficientSearch):
-    """LoRAHub: the weights of the lowest loss plus `penalty` times their mean size, one for each expert.
+    """LoRAHub: one coefficient per expert, with the lowest loss plus `penalty` times their mean absolute value.
 
-    It starts at the base, with weights of zero, and ends with the best that it met; forward passes only. The same seed
-    gives the same weights.
+    It starts at the base, with coefficients of zero, needs forward passes only, and returns the best coefficients that
+    it measured. Equal seeds give equal coefficients.
 
     Args:
-        steps: How many weightings are measured; the paper takes 40, and more pay from about eight experts on.
-        bound: Largest size of a weight.
-        penalty: Factor of the mean size of the weights, against fitting few rows too closely.
-        seed: Of the steps.
+        steps: Number of measurements; the paper takes 40, and more help from about eight experts on.
+        bound: Largest absolute value of a coefficient.
+        penalty: Factor of the mean absolute coefficient, against overfitting few rows.
+        seed: Seed of the random steps.
     """
 
     steps: int = 100
@@ -63,8 +63,10 @@ class LoRAHub(CoefficientSearch):
         return Found(best.repeat(len(combination.names), 1), losses, trials)
 
 
-_FIRST_STEP = 1 / 3  # of the bound
-_LONGER, _SHORTER = math.exp(1 / 3), math.exp(-1 / 12)  # in balance at one success to four failures
+# The first step, as a share of the bound. A success lengthens the step, a failure shortens it; the length is steady at
+# one success to four failures.
+_FIRST_STEP = 1 / 3
+_LONGER, _SHORTER = math.exp(1 / 3), math.exp(-1 / 12)
 
 
 def evolve(
@@ -75,15 +77,15 @@ def evolve(
     seed: int,
     progress: Progress = iter,
 ) -> Tensor:
-    """Return the best point found; it is the start, if nothing better was met. Equal seeds give equal points.
+    """Return the best point found, which may be the start. Equal seeds give equal points.
 
     Args:
-        function: What is to be lowered; a value that is no number is worse than every other.
+        function: The function to minimise; NaN is worse than every number.
         start: The first point `(n,)`, float64.
-        bound: Every number of a point is kept within plus and minus this.
-        evaluations: How often the function may be asked, the start included.
-        seed: Of the steps.
-        progress: Wraps the names of the steps, for a progress bar.
+        bound: Every coordinate is clamped into [-bound, bound].
+        evaluations: Number of calls of the function, the start included.
+        seed: Seed of the random steps.
+        progress: Iterator wrapper, e.g. `tqdm`.
     """
     generator = torch.Generator().manual_seed(seed)
     best, lowest, length = start, math.inf, _FIRST_STEP * bound

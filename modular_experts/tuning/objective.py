@@ -1,7 +1,7 @@
-"""Objective: the loss of validation rows, task by task, of one loaded model and of what is added to it.
+"""Measure the loss of validation rows by task, of one loaded model and of deltas added to it.
 
-The rows are tokenised once and stay in memory, so a candidate costs its forward passes. Which candidates are tried is
-the business of the searches; what is added to the model is taken off again bit for bit (`interop.apply.applied`).
+The rows are tokenised once and stay in memory, so a candidate costs only its forward passes. Deltas are taken off
+again bit for bit (`base.apply.applied`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Objective", "Trial", "mean_loss", "objective_on_base"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: its settings, and what was to be lowered, by task."""
+    """One candidate: its settings, and the loss of each task."""
 
     settings: dict[str, Any]
     losses: dict[str, float]
 
     @property
     def loss(self) -> float:
-        """The mean over the tasks, infinite where it is no number."""
+        """The mean over the tasks; infinite if it is NaN."""
         return mean_loss(self.losses)
 
 
@@ -44,12 +44,12 @@ class Objective:
     """The loss per target token of each task's validation rows, as `evaluation.measure` gives it.
 
     Args:
-        model: A causal language model without injected experts; it is put into evaluation mode.
-        data: Held-in tasks, with the model's tokenizer. At most `data.eval_limit` rows of each are taken, spread evenly
-            over its file, and nothing is measured in larger batches than `data.eval_batch_size`.
+        model: A causal language model without injected experts; it is switched to evaluation mode.
+        data: Held-in tasks, with the model's tokenizer. At most `data.eval_limit` rows of each are measured, spread
+            evenly over its file, in batches of `data.eval_batch_size`.
 
     Raises:
-        ValueError: A task is held out, so that its rows are there for the test; or it has no validation rows.
+        ValueError: A task is held out, which reserves its rows for the test, or it has no validation rows.
     """
 
     def __init__(self, model: PreTrainedModel, data: TaskMixture) -> None:
@@ -61,11 +61,11 @@ class Objective:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Return the loss of each task, of the model as it stands."""
+        """Return the loss of each task with the model's present weights."""
         return {task: self._loss(batches) for task, batches in self.batches.items()}
 
     def losses_with(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> dict[str, float]:
-        """Return the loss of each task while `scale` times the deltas are added to the model."""
+        """Return the loss of each task with `scale` times the deltas added to the model."""
         with applied(self.model, [deltas], scale):
             return self.losses()
 
@@ -81,13 +81,13 @@ def objective_on_base(
 
     Args:
         experts: Experts of one base.
-        data: The tasks, and how their rows are read; without a tokenizer it gets that of the base.
+        data: The tasks, and how their rows are read; the base's tokenizer is used unless it has one.
         rows: The most rows of one task.
-        base: The base's directory or hub id; from the experts' record if none is given.
+        base: The base's directory or hub id; the one in the experts' records by default.
 
     Raises:
         FileNotFoundError: The base was not found.
-        ValueError: It is not the one that the experts were trained on, or `Objective` refuses the data.
+        ValueError: The experts were trained on another base, or `Objective` refuses the data.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
@@ -102,7 +102,7 @@ def objective_on_base(
 
 
 def mean_loss(losses: Mapping[str, float]) -> float:
-    """Return the mean over the tasks; what is no number counts as infinite, so that it never wins."""
+    """Return the mean over the tasks; NaN becomes infinite, so that it never wins."""
     mean = fmean(losses.values())
     return math.inf if math.isnan(mean) else mean
 
@@ -111,13 +111,13 @@ def _refuse_held_out(data: TaskMixture) -> None:
     held_out = [name for name, role in data.roles.items() if role == "held_out"]
     if held_out:
         raise ValueError(
-            f"settings cannot be searched on {', '.join(held_out)}: the rows of a held-out task are there for the "
-            "test, which would no longer be one; leave the task out, or give it the role held_in and validation rows"
+            f"settings cannot be searched on {', '.join(held_out)}: the rows of a held-out task are reserved for the "
+            "test; leave the task out, or give it the role held_in and validation rows"
         )
 
 
 def _batches(examples: Sequence[Example], pad_id: int, size: int, device: torch.device) -> dict[str, list[Batch]]:
-    """Return the batches of each task, shorter rows first, so that little is padded."""
+    """Return the batches of each task, shorter rows first to save padding."""
     collate = Collator(pad_id, texts=False)
     found: dict[str, list[Batch]] = {}
     for task in dict.fromkeys(example.task for example in examples):

@@ -1,7 +1,4 @@
-"""Recipes: what a search found, as a YAML file that `merge --config` merges again; and the table of trials, as JSON.
-
-Both lie beside the expert's directory, which holds the expert and nothing else.
-"""
+"""Write what a search found beside the merged expert: a recipe that `merge --config` takes, and a table of trials."""
 
 from __future__ import annotations
 
@@ -18,17 +15,25 @@ from torch import Tensor
 from modular_experts.library.record import plain
 from modular_experts.merger.merged import describe
 from modular_experts.methods import MergeMethod, TaskArithmetic
-from modular_experts.tuning.objective import Trial
+from modular_experts.tuning.objective import Trial, mean_loss
 
-__all__ = ["as_methods", "check_files_beside", "recipe_file", "trials_file", "write_recipe", "write_trials"]
+__all__ = [
+    "as_methods",
+    "check_files_beside",
+    "recipe_file",
+    "record_notes",
+    "trials_file",
+    "write_recipe",
+    "write_trials",
+]
 
 
 def as_methods(names: Sequence[str], coefficients: Tensor) -> tuple[TaskArithmetic | None, dict[str, TaskArithmetic]]:
-    """Return the merge that coefficients stand for: one method for all weights, or none and one for each, by pattern.
+    """Return the merge with these coefficients: one method for all weights, or None and one method for each weight.
 
     Args:
         names: The weights.
-        coefficients: `(weights, experts)`.
+        coefficients: `(weights, experts)`; equal rows give one method for all weights.
     """
     assert coefficients.shape[0] == len(names)
     rows = coefficients.tolist()
@@ -38,24 +43,24 @@ def as_methods(names: Sequence[str], coefficients: Tensor) -> tuple[TaskArithmet
 
 
 def recipe_file(out: str | Path) -> Path:
-    """Return where the recipe of an expert is written: beside its directory."""
+    """Return the recipe's file, beside the directory of the expert."""
     return Path(out).with_name(f"{Path(out).name}.recipe.yaml")
 
 
 def trials_file(out: str | Path) -> Path:
-    """Return where the trials that led to an expert are written: beside its directory."""
+    """Return the trials' file, beside the directory of the expert."""
     return Path(out).with_name(f"{Path(out).name}.trials.json")
 
 
 def check_files_beside(files: Sequence[Path], overwrite: bool) -> None:
-    """Refuse files that are there already and may not be replaced; call it before any work.
+    """Refuse to replace a file; call it before any work.
 
     Raises:
-        FileExistsError: One is there.
+        FileExistsError: One exists, and `overwrite` is false.
     """
     for file in files:
         if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists already; choose another place, or replace it with overwrite: true")
+            raise FileExistsError(f"{file} exists already; choose another out, or replace it with --overwrite")
 
 
 def write_recipe(
@@ -64,7 +69,7 @@ def write_recipe(
     method: MergeMethod | None,
     per_weight: Mapping[str, MergeMethod],
 ) -> Path:
-    """Write what `merge --config` needs to make the expert `out` again, and return the file."""
+    """Write the options with which `merge --config` makes the expert `out` again, and return the file."""
     content: dict[str, Any] = {"experts": [str(expert) for expert in experts], "out": str(out)}
     if method is not None:
         content["method"] = describe(method)
@@ -77,9 +82,15 @@ def write_recipe(
 
 
 def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
-    """Write the trials as JSON, in order, and return the file; a loss that is not finite is null."""
+    """Write the trials as JSON, in order, and return the file; a loss that is not finite becomes null."""
     rows = [{**asdict(trial), "loss": trial.loss} for trial in trials]
     file = trials_file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return file
+
+
+def record_notes(settings: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the record of a merge says about a search: its settings, and the losses on its validation rows."""
+    scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
+    return {"hyperparameters": {**settings, "tuned_on": sorted(losses)}, "scores": scores}

@@ -1,8 +1,7 @@
-"""Tune: the settings of a merge method, chosen on validation rows, in place on one loaded model.
+"""Choose the settings of a merge method on validation rows, in place on one loaded model.
 
-A factor of the result needs no new merge: the task vector at scale 1 is made once for each choice of the other
-settings, and every scale is that many times it. This is exact for all methods of this package, whose `scale` is by
-contract a factor of the result. Writing the merged expert is the business of `modular_experts.merger.merged`.
+By contract `scale` is a factor of a method's result. So the task vector at scale 1 is made once for each choice of the
+other settings, and every scale is measured as a multiple of it.
 """
 
 from __future__ import annotations
@@ -11,37 +10,23 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from modular_experts.data import TaskMixture
-from modular_experts.deltas import Delta
-from modular_experts.library import StoredExpert
-from modular_experts.merger.merged import Merged
+from modular_experts.library import StoredExpert, check_target, open_experts
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
-from modular_experts.tuning.objective import Objective, Trial
+from modular_experts.text import did_you_mean
+from modular_experts.tuning.objective import Objective, Trial, objective_on_base
+from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
 
-__all__ = ["MOST_SCALES", "Tuned", "Tuning", "at_an_end", "next_place", "scale_at", "tune"]
+__all__ = ["MOST_SCALES", "SCALES", "Tuned", "line_search", "tune"]
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What the settings of a merge method are chosen on, and from.
-
-    Args:
-        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
-        rows: The most rows of one task, spread evenly over its validation rows.
-        grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
-        base: The base's directory or hub id; as the experts' records say if not given.
-    """
-
-    data: TaskMixture
-    rows: int = 64
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    base: str | None = None
+SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
+"""Scales that are searched: 40 to a decade, from 0.1 to 3.981."""
 
 
 @dataclass(frozen=True)
@@ -53,51 +38,103 @@ class Tuned:
         best: The trial of the lowest mean loss, the earliest of equals.
         trials: All trials, in order.
         base: The losses of the base alone, by task.
+        notes: What the record of a merge with this method says about the choice.
+        expert: The merge, if it was written.
     """
 
     method: MergeMethod
     best: Trial
     trials: list[Trial]
     base: dict[str, float]
+    notes: dict[str, Any] = field(default_factory=dict)
+    expert: StoredExpert | None = None
 
 
 def tune(
-    experts: Sequence[StoredExpert],
+    experts: Sequence[str | Path | StoredExpert],
     method: MergeMethod,
-    objective: Objective,
+    data: TaskMixture | Objective,
+    out: str | Path | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
+    rows: int = 64,
+    base: str | None = None,
+    overwrite: bool = False,
     progress: Progress = iter,
 ) -> Tuned:
-    """Choose the settings of a merge method by the lowest mean loss over tasks of their validation rows.
+    """Choose the settings of a merge method by the lowest mean loss over tasks, and merge if `out` is given.
 
-    Tried are all combinations of the grid's values and, unless the grid names them, exponents from 0 to 1 for a method
-    that has one, and scales from 0.1 to 4 for a method that has one. What the method says of these fields has no say.
-    Nothing is random.
+    Every combination of the grid's values is tried. Unless the grid names them, so are exponents from 0 to 1 for a
+    method with an exponent, and scales from 0.1 to 4 for a method with a scale. Values set on the method for tuned
+    fields are ignored. Nothing is random.
 
     Args:
-        experts: Opened experts of the objective's model, in the order that the method gets.
+        experts: Directories of the experts, or opened ones, in the order that the method gets.
         method: The method, with the settings that are not tuned.
-        objective: The rows, and the model that the experts are for.
+        data: Tasks whose validation rows are measured, or an objective on the experts' base.
+        out: Directory of the merged expert. The trials are written beside it.
         grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}.
-        progress: Wraps the names of the trials while they are gone through, for a progress bar.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        overwrite: Whether files that exist may be replaced.
+        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
-        ValueError: The grid names a field that the method does not have, or gives it no values; or no field is left
-            to tune.
+        FileExistsError: A file would be replaced; nothing has been read yet.
+        ValueError: The grid names a field that the method does not have, or gives it no values; no field is left to
+            tune; no trial gives a finite loss; or `objective_on_base` refuses the data.
     """
     choices, scales = _choices(method, grid or {})
     combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     methods = [replace(method, **settings) for settings in combinations]  # type: ignore[type-var]
+    if out is not None:
+        check_target(out, overwrite)
+        check_files_beside([trials_file(out)], overwrite)
+    opened = [expert for expert in experts if isinstance(expert, StoredExpert)]
+    if len(opened) < max(len(experts), 1):
+        opened = open_experts([expert.path if isinstance(expert, StoredExpert) else expert for expert in experts])
+    objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base)
     most = len(combinations) * (1 if scales is None else len(scales) or MOST_SCALES)
     candidates = itertools.chain.from_iterable(
-        _trials(experts, one, settings, scales, objective) for one, settings in zip(methods, combinations, strict=True)
+        _trials(opened, one, settings, scales, objective) for one, settings in zip(methods, combinations, strict=True)
     )
     names = [str(number) for number in range(most)]
     trials = [trial for _, trial in zip(progress(names), candidates, strict=False)]
     best = min(trials, key=lambda trial: trial.loss)
     if best.loss == math.inf:
-        raise ValueError(f"none of the {len(trials)} settings tried gives a loss that is a finite number")
-    return Tuned(replace(method, **best.settings), best, trials, objective.losses())  # type: ignore[type-var]
+        raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
+    chosen = replace(method, **best.settings)  # type: ignore[type-var]
+    settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows}
+    tuned = Tuned(chosen, best, trials, objective.losses(), record_notes(settings, best.losses))
+    if out is None:
+        return tuned
+    expert = write_merged(Merged(opened, chosen), out, overwrite, progress, tuned.notes)
+    write_trials(out, trials)
+    return replace(tuned, expert=expert)
+
+
+def _choices(
+    method: MergeMethod, grid: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, Sequence[Any]], Sequence[float] | None]:
+    """Return the values of each field but the scale, and the scales, as `_trials` takes them."""
+    name = type(method).__name__
+    if not is_dataclass(method):
+        raise ValueError(f"{name} cannot be tuned because it is not a dataclass; make it a frozen one")
+    known = [one.name for one in fields(method) if one.init and not one.name.startswith("_")]
+    for key, values in grid.items():
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has no settings"
+            raise ValueError(f"{name} has no setting {key!r} to tune; {has}{did_you_mean(key, known)}")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"the grid gives {key} as {values!r}; give a list of values to try, such as [0.1, 0.2]")
+    choices = {key: values for key, values in grid.items() if key != "scale"}
+    if "exponent" in known:
+        choices.setdefault("exponent", EXPONENTS)
+    scales = grid.get("scale", ()) if "scale" in known else None
+    for scale in scales or ():
+        replace(method, scale=scale)  # refuses a bad value before anything is measured
+    if not choices and scales is None:
+        raise ValueError(f"{name} has neither a scale nor an exponent; give values to try in the grid")
+    return choices, scales
 
 
 def _trials(
@@ -110,92 +147,41 @@ def _trials(
     """Measure one choice of the other settings at each scale; one task vector is in memory at a time.
 
     Args:
-        scales: Those to try; an empty list where they are searched, and None where the method has no scale.
+        scales: The scales to try; an empty list to search them, and None for a method without a scale.
     """
+    at_one = method if scales is None else replace(method, scale=1.0)  # type: ignore[type-var]
+    vector = {name: delta.to(objective.model.device) for name, delta in Merged(experts, at_one).items()}
     if scales is None:
-        yield Trial({**settings}, objective.losses_with(_held(Merged(experts, method), objective)))
+        yield Trial({**settings}, objective.losses_with(vector))
         return
-    vector = _held(Merged(experts, replace(method, scale=1.0)), objective)  # type: ignore[type-var]
-
-    def measured(scale: float) -> Trial:
-        return Trial({**settings, "scale": scale}, objective.losses_with(vector, scale))
-
-    yield from map(measured, scales)
-    losses: dict[int, float] = {}
-    while not scales and (place := next_place(losses)) is not None:
-        trial = measured(scale_at(place))
-        losses[place] = trial.loss
+    losses: dict[float, float] = {}
+    for scale in scales or line_search(losses):
+        trial = Trial({**settings, "scale": scale}, objective.losses_with(vector, scale))
+        losses[scale] = trial.loss
         yield trial
 
 
-def _held(merged: Merged, objective: Objective) -> dict[str, Delta]:
-    """Return a merge, made once and held where the model is."""
-    return {name: delta.to(objective.model.device) for name, delta in merged.items()}
+_COARSE = sorted(range(0, len(SCALES), 8), key=lambda place: (abs(place - SCALES.index(1.0)), place))
+MOST_SCALES = len(_COARSE) + 2 * 3  # the gaps of eight around the best are halved three times
 
 
-def _choices(
-    method: MergeMethod, grid: Mapping[str, Sequence[Any]]
-) -> tuple[dict[str, Sequence[Any]], Sequence[float] | None]:
-    """Return what is tried for each field but the scale, and the scales, as `_trials` takes them."""
-    known = _settings(method)
-    for name, values in grid.items():
-        _check_values(method, name, values, known)
-    choices = {name: values for name, values in grid.items() if name != "scale"}
-    if "exponent" in known:
-        choices.setdefault("exponent", EXPONENTS)
-    scales = grid.get("scale", ()) if "scale" in known else None
-    for scale in scales or ():
-        replace(method, scale=scale)  # type: ignore[type-var]  # says what is wrong with it before anything is measured
-    if not choices and scales is None:
-        raise ValueError(f"{type(method).__name__} has neither a scale nor an exponent; say what to try in the grid")
-    return choices, scales
+def line_search(losses: Mapping[float, float]) -> Iterator[float]:
+    """Yield the scales to try: every eighth of `SCALES` from 1 outwards, then halves of the gaps around the best.
 
-
-def _check_values(method: MergeMethod, name: str, values: Any, known: Sequence[str]) -> None:
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        has = ", ".join(known) or "none at all"
-        raise ValueError(f"{type(method).__name__} has no setting {name!r} to tune; it has {has}{hint}")
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ValueError(f"the grid gives {name} as {values!r}; give a list of values to try, such as [0.1, 0.2]")
-
-
-def _settings(method: MergeMethod) -> list[str]:
-    if not is_dataclass(method):
-        raise ValueError(f"{type(method).__name__} cannot be tuned, because it is no dataclass; make it a frozen one")
-    return [one.name for one in fields(method) if one.init and not one.name.startswith("_")]
-
-
-_FIRST, _LAST = -40, 24  # places are fortieths of a decade: 0.1 to 3.981
-_COARSE = sorted(range(_FIRST, _LAST + 1, 8), key=lambda place: (abs(place), place))
-MOST_SCALES = len(_COARSE) + 2 * 3  # gaps of eight are halved three times, on both sides of the best
-
-
-def scale_at(place: int) -> float:
-    """Return the scale at a place, to four digits: 0.1 at -40, 1 at 0, 3.981 at 24."""
-    return float(f"{10 ** (place / 40):.4g}")
-
-
-def next_place(losses: Mapping[int, float]) -> int | None:
-    """Return the place to try next.
+    It ends when both neighbours of the best in `SCALES` have been tried, after at most `MOST_SCALES` trials. Of equal
+    losses the one tried first is the best.
 
     Args:
-        losses: The loss at each place tried so far, in the order of trying; of equal ones the earliest is the best.
-
-    Returns:
-        The place, or None when the best is known; that is so after at most `MOST_SCALES` trials.
+        losses: The loss at each scale tried so far, in order; the caller adds each one before it takes the next scale.
     """
-    for place in _COARSE:
-        if place not in losses:
-            return place
-    best = min(losses, key=losses.__getitem__)
-    below = max((place for place in losses if place < best), default=best)
-    above = min((place for place in losses if place > best), default=best)
-    further = below if best - below >= above - best else above
-    return None if abs(further - best) < 2 else (best + further) // 2
-
-
-def at_an_end(scale: float) -> bool:
-    """Return whether a scale is the smallest or the largest that is tried, so that the best may lie beyond it."""
-    return scale in (scale_at(_FIRST), scale_at(_LAST))
+    yield from (SCALES[place] for place in _COARSE)
+    while True:
+        tried = sorted(SCALES.index(scale) for scale in losses)
+        best = SCALES.index(min(losses, key=losses.__getitem__))
+        below = max((place for place in tried if place < best), default=best)
+        above = min((place for place in tried if place > best), default=best)
+        # Halve the wider gap, the lower one if they are equal.
+        further = below if best - below >= above - best else above
+        if abs(further - best) < 2:
+            return
+        yield SCALES[(best + further) // 2]

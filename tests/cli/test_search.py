@@ -94,13 +94,13 @@ def test_a_tuning_in_a_config_and_a_scale_at_the_end(run, place, tasks):
     fixed = ["--tune.grid", "{scale: [0.1]}", "--out", "library/fixed"]
     code, fixed_out, _ = run("merge", "--config", "tune.yaml", *fixed)
     assert open_expert("library/fixed").record["method"]["init_args"]["scale"] == 0.1
-    assert "last that was tried" not in fixed_out
+    assert "end of the search" not in fixed_out
     wrong_way = ["--experts", "[library/away]", "--out", "library/b"]
     stored(place / "away", [{name: -9 * delta for name, delta in open_expert("library/0").items()}], _base(place))
     (place / "away/0").rename(place / "library/away")
     out = run("merge", "--config", "tune.yaml", *wrong_way)[1]
     assert "no setting lowers the loss of the base" in out
-    assert "the scale 0.1 is the last that was tried on its side" in out
+    assert "the best scale, 0.1, is at the end of the search" in out
 
 
 def _base(place):
@@ -191,7 +191,7 @@ def test_a_search_that_finds_nothing_better_than_the_base_says_so(run, place, ta
     how = ["--algorithm", "LoRAHub", "--algorithm.steps", "1", "--algorithm.penalty", "1e6", "--data.tasks", tasks]
     code, out, _ = run("search", *EXPERTS, *how, "--out", "library/ab")
     assert code == 0
-    assert "so nothing is moved" in out
+    assert "so the merge moves nothing" in out
 
 
 def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
@@ -200,7 +200,7 @@ def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
         (place / "library" / name).write_text("mine")
         code, _, err = run("search", *EXPERTS, *how, "--out", "library/ab")
         assert code == 1
-        assert f"{name} exists already; choose another place" in err
+        assert f"{name} exists already; choose another out" in err
         assert (place / "library" / name).read_text() == "mine"
         (place / "library" / name).unlink()
     assert run("search", *EXPERTS, *how, "--out", "library/ab")[0] == 0
@@ -237,7 +237,7 @@ MISTAKES = [
         "start has 4 coefficients for 3 experts",  # before the base is looked for
     ),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
-    ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "would no longer be one; leave the task out"),
+    ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "reserved for the test; leave the task out"),
 ]
 
 

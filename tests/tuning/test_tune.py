@@ -95,10 +95,10 @@ def test_the_best_trial_is_what_the_merger_stores(objective, experts, tmp_path) 
 
 def test_the_grid_says_what_is_tried_and_fixes_what_it_names(objective, experts) -> None:
     experts = experts[:2]
-    tuned = tune(experts, TIES(), objective, {"keep": [0.1, 0.5], "scale": [0.5, 2.0, 0.5]})
+    tuned = tune(experts, TIES(), objective, grid={"keep": [0.1, 0.5], "scale": [0.5, 2.0, 0.5]})
     wanted = [{"keep": keep, "scale": scale} for keep in (0.1, 0.5) for scale in (0.5, 2.0, 0.5)]
     assert [trial.settings for trial in tuned.trials] == wanted
-    fixed = tune(experts, SparseAverage(), objective, {"exponent": [0.3], "scale": [1]})
+    fixed = tune(experts, SparseAverage(), objective, grid={"exponent": [0.3], "scale": [1]})
     assert [trial.settings for trial in fixed.trials] == [{"exponent": 0.3, "scale": 1}]
     losses = objective.losses_with(Merged(experts, SparseAverage(exponent=0.3)))
     assert fixed.best.losses == pytest.approx(losses, rel=1e-6)
@@ -106,8 +106,8 @@ def test_the_grid_says_what_is_tried_and_fixes_what_it_names(objective, experts)
 
 def test_settings_that_only_give_losses_that_are_no_number_are_refused(objective, experts, monkeypatch) -> None:
     monkeypatch.setattr(objective, "losses_with", lambda deltas, scale=1.0: {"upper": math.nan, "reverse": 1.0})
-    with pytest.raises(ValueError, match="none of the 2 settings tried gives a loss that is a finite number"):
-        tune(experts[:1], Average(), objective, {"scale": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="none of the 2 settings tried gives a finite loss"):
+        tune(experts[:1], Average(), objective, grid={"scale": [1.0, 2.0]})
 
 
 def test_of_equal_trials_the_earliest_wins(objective, tmp_path) -> None:
@@ -164,11 +164,11 @@ class Plain(MergeMethod):
         (TIES(), {"keep": 0.1}, r"gives keep as 0.1; give a list of values"),
         (TIES(), {"keep": [2.0]}, r"keep is the share of entries kept and must be in \(0, 1\], got 2.0"),
         (TIES(), {"scale": [math.inf]}, r"scale must be a finite number, got inf"),
-        (Bare(), {"_hidden": [1]}, r"Bare has no setting '_hidden' to tune; it has none at all"),
-        (Bare(), {}, r"Bare has neither a scale nor an exponent; say what to try in the grid"),
-        (Plain(), {}, r"Plain cannot be tuned, because it is no dataclass"),
+        (Bare(), {"_hidden": [1]}, r"Bare has no setting '_hidden' to tune; it has no settings"),
+        (Bare(), {}, r"Bare has neither a scale nor an exponent; give values to try in the grid"),
+        (Plain(), {}, r"Plain cannot be tuned because it is not a dataclass"),
     ],
 )
 def test_what_cannot_be_tuned_gets_a_sentence_before_anything_is_measured(method, grid, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
-        tune([], method, SimpleNamespace(), grid)  # type: ignore[arg-type]
+        tune([], method, SimpleNamespace(), grid=grid)  # type: ignore[arg-type]

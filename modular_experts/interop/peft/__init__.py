@@ -3,7 +3,7 @@
 from modular_experts.interop.peft.formats import Carried, LoraForm, PeftForm, ShiraForm, SupertuningForm
 from modular_experts.interop.peft.read import read_peft
 from modular_experts.interop.peft.verify import AdapterCheck
-from modular_experts.interop.peft.write import WrittenAdapter, write_peft
+from modular_experts.interop.peft.write import WrittenAdapter, export, write_peft
 
 __all__ = [
     "AdapterCheck",
@@ -13,6 +13,7 @@ __all__ = [
     "ShiraForm",
     "SupertuningForm",
     "WrittenAdapter",
+    "export",
     "read_peft",
     "write_peft",
 ]

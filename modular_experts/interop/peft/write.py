@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import nn
@@ -19,14 +19,21 @@ from torch import nn
 from modular_experts.base.apply import MANIFEST
 from modular_experts.base.checkpoint import find_base, fingerprint, load_base, resolve_base
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
-from modular_experts.interop.peft.formats import Carried, PeftForm, total_error
+from modular_experts.interop.peft.formats import (
+    Carried,
+    LoraForm,
+    PeftForm,
+    ShiraForm,
+    SupertuningForm,
+    total_error,
+)
 from modular_experts.interop.peft.layers import nearest, read_layers, shared_weights
 from modular_experts.interop.peft.verify import AdapterCheck, prove
 from modular_experts.library import StoredExpert, as_parents, check_base, check_target, new_directory, open_experts
 from modular_experts.library.record import package_versions, plain
 from modular_experts.progress import Progress
 
-__all__ = ["WrittenAdapter", "write_peft"]
+__all__ = ["WrittenAdapter", "export", "write_peft"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,34 @@ class WrittenAdapter:
     def padding(self) -> int:
         """Number of zeros that only the format asks for."""
         return sum(weight.padding for weight in self.weights.values())
+
+
+def export(
+    expert: str | Path,
+    out: str | Path,
+    form: Literal["lora", "supertuning", "shira"],
+    rank: int | None = None,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> WrittenAdapter:
+    """Write an expert as a PEFT adapter whose form is given by its name; `write_peft` explains the other arguments.
+
+    Args:
+        form: `lora`, `supertuning` or `shira`.
+        rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
+
+    Raises:
+        ValueError: The form does not exist or takes no rank, or `write_peft` refuses the expert.
+    """
+    forms: dict[str, PeftForm] = {"lora": LoraForm(rank), "supertuning": SupertuningForm(), "shira": ShiraForm()}
+    if form not in forms:
+        raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
+    if rank is not None and form != "lora":
+        raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
+    return write_peft(expert, out, forms[form], base, revision, tolerance, overwrite, progress)
 
 
 def write_peft(

@@ -1,0 +1,167 @@
+"""Search how much of each expert to merge, on validation rows, and merge.
+
+`CoefficientSearch` is the contract of an algorithm: it sees a model that it can move (`Combination`) and the rows
+(`Objective`), and returns one coefficient for each weight and expert. `search` runs one from experts on disk to the
+merged expert, its recipe and its trials.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from modular_experts.data import TaskMixture
+from modular_experts.library import StoredExpert, check_target, open_experts, write_expert
+from modular_experts.merger.merged import Merged, merge
+from modular_experts.methods import MergeMethod
+from modular_experts.progress import Progress
+from modular_experts.tuning.combination import Combination
+from modular_experts.tuning.objective import Objective, Trial, objective_on_base
+from modular_experts.tuning.recipe import (
+    as_methods,
+    check_files_beside,
+    recipe_file,
+    record_notes,
+    trials_file,
+    write_recipe,
+    write_trials,
+)
+
+__all__ = ["CoefficientSearch", "Found", "Searched", "search"]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an algorithm found.
+
+    Attributes:
+        coefficients: `(weights, experts)` float64; all rows are equal if each expert has a single coefficient.
+        losses: The loss of the validation rows at these coefficients, by task.
+        trials: All trials, in order.
+    """
+
+    coefficients: Tensor
+    losses: dict[str, float]
+    trials: list[Trial]
+
+
+class CoefficientSearch(ABC):
+    """An algorithm that finds coefficients. Subclass it as a frozen dataclass and write `search`.
+
+    The fields are its settings, and options of the command line.
+    """
+
+    def check(self, experts: int) -> None:  # noqa: B027 - most algorithms take any number
+        """Refuse settings that do not fit a number of experts, before anything is loaded. The default accepts any.
+
+        Args:
+            experts: Number of experts, merges among them.
+
+        Raises:
+            ValueError: The settings do not fit.
+        """
+
+    @abstractmethod
+    def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
+        """Return the coefficients; the model may be left at any of them.
+
+        Args:
+            combination: The objective's model with the experts, inside its `with`.
+            objective: The rows to measure on.
+            progress: Iterator wrapper, e.g. `tqdm`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """What `search` found and wrote.
+
+    Attributes:
+        expert: The merged expert.
+        experts: Directories of all experts that it combines, in the order of the coefficients: merges first.
+        found: Coefficients, losses and trials.
+        base: The losses of the base alone, by task.
+        recipe: The YAML file that `merge --config` takes to make the expert again.
+        trials: The JSON file of the trials.
+    """
+
+    expert: StoredExpert
+    experts: list[str]
+    found: Found
+    base: dict[str, float]
+    recipe: Path
+    trials: Path
+
+
+def search(
+    experts: Sequence[str | Path],
+    algorithm: CoefficientSearch,
+    data: TaskMixture,
+    out: str | Path,
+    merges: Sequence[MergeMethod] = (),
+    rows: int = 64,
+    base: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> Searched:
+    """Find how much of each expert to merge by the loss on validation rows, and write the merge.
+
+    The base is loaded once, and the experts are added to it in place; merges stay in memory until they are written.
+
+    Args:
+        experts: Directories of the experts.
+        algorithm: Finds the coefficients, e.g. `ATLAS()`.
+        data: Tasks whose validation rows are measured, and how their rows are read.
+        out: Directory of the merged expert. Its recipe and its trials are written beside it.
+        merges: Methods whose merges of the experts are combined with the experts, as the first ones. Each merge is
+            also written as an expert, named after `out` and the method.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        overwrite: Whether files that exist may be replaced.
+        progress: Iterator wrapper, e.g. `tqdm`.
+
+    Raises:
+        FileExistsError: A file would be replaced; nothing has been read yet.
+        ValueError: The settings do not fit the number of experts, a merge would replace one of the experts, or
+            `objective_on_base` refuses the data.
+    """
+    algorithm.check(len(merges) + len(experts))
+    places = _places_of_merges(out, merges, experts)
+    for place in [out, *places]:
+        check_target(place, overwrite)
+    check_files_beside([recipe_file(out), trials_file(out)], overwrite)
+    opened = open_experts(experts)
+    lazy = [Merged(opened, method) for method in merges]
+    objective = objective_on_base(opened, data, rows, base)
+    before = objective.losses()
+    held = [{name: one[name] for name in progress(list(one))} for one in lazy]
+    with Combination(objective.model, [*held, *opened], len(held)) as combination:
+        found = algorithm.search(combination, objective, progress)
+    for place, deltas, one in zip(places, held, lazy, strict=True):
+        write_expert(place, deltas, one.record(), overwrite)
+    combined = [*places, *map(str, experts)]
+    method, per_weight = as_methods(combination.names, found.coefficients)
+    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
+    notes = record_notes(settings, found.losses)
+    expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
+    recipe, trials = write_recipe(out, combined, method, per_weight), write_trials(out, found.trials)
+    return Searched(expert, combined, found, before, recipe, trials)
+
+
+def _places_of_merges(out: str | Path, merges: Sequence[MergeMethod], experts: Sequence[str | Path]) -> list[str]:
+    """Return where each merge is written, beside `out`; the second merge of one class gets the number 2."""
+    names = [type(method).__name__ for method in merges]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    numbered = [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
+    places = [Path(out).with_name(f"{Path(out).name}-{name}") for name in numbered]
+    inputs = {Path(expert).resolve(): expert for expert in experts}
+    if taken := [inputs[place.resolve()] for place in places if place.resolve() in inputs]:
+        raise ValueError(
+            f"one of the merges would be written to {taken[0]}, which is among the experts; give another out, or leave "
+            "that expert out"
+        )
+    return [str(place) for place in places]
