@@ -32,8 +32,8 @@ import torch
 from merge_methods import METHODS, REFERENCE
 from merge_worlds import Experts, RealExperts, SuiteExperts
 
+from modular_experts.base import DType
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import DType
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run

@@ -111,7 +111,7 @@ def by_experts(
 ) -> Work:
     """Our merge of stored experts, written as a full checkpoint."""
     from modular_experts import methods
-    from modular_experts.base.apply import write_checkpoint
+    from modular_experts.base import Base
     from modular_experts.library import open_experts
     from modular_experts.merger.merged import Merged
 
@@ -120,7 +120,7 @@ def by_experts(
     def work() -> None:
         opened = open_experts(experts)
         merged = Merged(opened, getattr(methods, method)(**settings))
-        write_checkpoint(merged, opened, out, {}, base=base, check=check, overwrite=True)
+        Base.open(base, opened).write(merged, out, verify=check, overwrite=True)
 
     return work
 

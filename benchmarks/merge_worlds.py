@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from selection_worlds import Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
-from modular_experts.base.checkpoint import DType
+from modular_experts.base import DType
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.quickstart.plan import KINDS, MODULES, Plan

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from modular_experts.base.checkpoint import DType, load_base, load_tokenizer
+from modular_experts.base import Base, DType
 from modular_experts.data import Task, TaskMixture
 from modular_experts.jobs import LocalProcesses
 from modular_experts.quickstart.base import make_base
@@ -98,10 +98,10 @@ class Real:
 @cache
 def model_of(base: Path, dtype: DType | None = None) -> Any:
     """Return the base's model, in its own dtype or another, loaded once in a process."""
-    return load_base(base, dtype)
+    return Base.open(base).load(dtype)
 
 
 @cache
 def tokenizer_of(base: Path) -> Any:
     """Return the base's tokenizer, loaded once in a process."""
-    return load_tokenizer(base)
+    return Base.open(base).tokenizer()

@@ -61,10 +61,10 @@ _HOMES = {
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
-    "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "write_checkpoint"),
+    "modular_experts.base": ("Base",),
+    "modular_experts.base.apply": ("applied", "apply", "apply_deltas"),
     "modular_experts.interop.import_expert": ("import_expert",),
     "modular_experts.interop.peft": ("export", "read_peft", "write_peft"),
-    "modular_experts.base.checkpoint": ("load_base", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modular_experts.base.checkpoint import quiet
+from modular_experts.base.loading import quiet
 from modular_experts.library import new_directory
 
 __all__ = ["convert", "find_gguf"]

@@ -18,7 +18,7 @@ import torch
 from smollm2 import convert, find_gguf
 
 from modular_experts.__main__ import main
-from modular_experts.base.checkpoint import load_base, load_tokenizer
+from modular_experts.base import Base
 from modular_experts.library import Library, open_expert
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def train(run: Callable[..., dict[str, Any]], kind: str, task: str) -> str:
 
 
 def test_the_converted_model_knows_english(smollm2: Path) -> None:
-    model, tokenizer = load_base(smollm2), load_tokenizer(smollm2)
+    model, tokenizer = Base.open(smollm2).load(), Base.open(smollm2).tokenizer()
     tokens = tokenizer(SENTENCE, return_tensors="pt").input_ids
     shuffled = tokens[:, torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():

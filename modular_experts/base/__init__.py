@@ -1,4 +1,10 @@
-"""Base: a pretrained model on disk.
+"""A base: a pretrained model on disk, and experts added to it.
 
-It is found, fetched, fingerprinted, read one weight at a time, loaded, and written with deltas added.
+`base.py` is the face: `Base.open(place)` finds, fetches and checks a checkpoint; it loads the model and its tokenizer,
+reads one weight, and writes the base plus deltas as a new checkpoint. `apply.py` adds experts, on disk and in memory.
+This room trains nothing and merges nothing. Open `base.py` first.
 """
+
+from modular_experts.base.base import Base, DType
+
+__all__ = ["Base", "DType"]

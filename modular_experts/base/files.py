@@ -1,25 +1,60 @@
-"""Weight files: the safetensors files of a Hugging Face checkpoint, found by its index and opened with care."""
+"""Find and open the files of a Hugging Face checkpoint, and write the small ones beside the weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["open_tensors", "read_json", "weight_files"]
+from modular_experts.library.record import package_versions, plain
+
+__all__ = [
+    "DTYPES",
+    "MANIFEST",
+    "copy_companions",
+    "open_tensors",
+    "read_json",
+    "read_layouts",
+    "weight_files",
+    "write_manifest",
+]
+
+MANIFEST = "modular_experts.json"
+"""The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that are read and written, by their names in a safetensors header."""
 
 _INDEX = "model.safetensors.index.json"
+_COMPANIONS = [
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "preprocessor_config.json", "generation_config.json", "LICENSE*"),
+]
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files that make up a checkpoint, after a look at each header.
 
     Raises:
-        FileNotFoundError: There are none, or one that the index names is missing.
+        FileNotFoundError: The directory has no weights, or lacks a file that its index names.
         ValueError: A file is damaged.
     """
     files = [directory / "model.safetensors"]
@@ -37,21 +72,62 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]]]:
+    """Return the name, the dtype (as the header spells it) and the shape of each stored tensor, by file.
+
+    Raises:
+        FileNotFoundError: As for `weight_files`.
+        ValueError: A file is damaged.
+    """
+    layouts = {}
+    for file in weight_files(directory):
+        with open_tensors(file) as tensors:
+            entries = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+            layouts[file] = {key: (entry.get_dtype(), torch.Size(entry.get_shape())) for key, entry in entries.items()}
+    return layouts
+
+
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; the sentence of a damaged one names it."""
+    """Open a safetensors file; an error names the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: it is cut short or no safetensors file ({error})") from error
+        raise ValueError(f"{file} is damaged: it is cut short or not a safetensors file ({error})") from error
 
 
 def read_json(file: Path, consequence: str) -> dict[str, Any]:
-    """Read a JSON object; the sentence of a missing file says what follows from that."""
+    """Read a JSON object.
+
+    Args:
+        file: The file.
+        consequence: What follows from a missing file; it ends the error's sentence.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not valid JSON.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, {consequence}")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what makes a checkpoint usable - tokenizer, generation settings, licence - byte for byte."""
+    for file in sorted({file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, target / file.name)
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    """Write the record of a checkpoint, with the packages' versions and the time."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = {**content, "versions": package_versions(), "created": created}
+    (directory / MANIFEST).write_text(json.dumps(plain(manifest), indent=2) + "\n", encoding="utf-8")

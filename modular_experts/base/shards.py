@@ -1,7 +1,7 @@
-"""Shards: the safetensors files of a checkpoint, each laid out before its first tensor comes and written as they come.
+"""Write the safetensors files of a checkpoint one tensor at a time.
 
-Names, dtypes and shapes are known before, so the header goes first, every tensor goes straight to its place, and no
-more than one is in memory.
+Names, dtypes and shapes are known in advance, so the header is written first and every tensor goes straight to its
+place in the file.
 """
 
 from __future__ import annotations
@@ -19,43 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "ShardWriter", "dtype_named", "write_index"]
+from modular_experts.base.files import DTYPES
+
+__all__ = ["Layout", "ShardWriter", "write_index"]
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a file, in the order in which they lie there."""
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """Return the dtype that a safetensors header calls by a name.
-
-    Raises:
-        ValueError: It is none that is read here, such as a quantised one.
-    """
-    if name not in _DTYPES:
-        raise ValueError(f"tensors of type {name} are not read; the types are {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardWriter:
-    """Writes one file; use it in a `with` block, and give it every tensor of the layout, in any order.
+    """Writes one file. Use it in a `with` block, and give it every tensor of the layout, in any order.
 
     Args:
         file: The file to write.
-        layout: What it will hold.
+        layout: Dtype and shape of each tensor that the file will hold.
     """
 
     def __init__(self, file: Path, layout: Layout) -> None:
@@ -78,7 +57,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._named():
+        with self._naming_the_file():
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -94,12 +73,12 @@ class ShardWriter:
         content = tensor.detach().cpu().contiguous().reshape(-1)
         if content.numel():
             data: Any = content.view(torch.uint8).numpy()
-            with self._named():
+            with self._naming_the_file():
                 self._file.write(memoryview(data))
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let an error, such as that of a full disk, say which file it is about."""
+    def _naming_the_file(self) -> Iterator[None]:
+        """Add the file's name to an error, such as that of a full disk."""
         try:
             yield
         except OSError as error:

@@ -1,91 +1,122 @@
-"""Skeletons: the weights that a checkpoint's model has - names, shapes, which are one tensor - without their numbers.
+"""Describe a model's weights and layers: names, shapes, which names share one tensor, how a layer keeps its weight.
 
-The model is built from its configuration on torch's `meta` device, where a weight takes no memory. Files and their
-bytes are `stored.py`'s.
+`read_structure` builds the model from its configuration on torch's `meta` device, where a weight takes no memory.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from modular_experts.base.checkpoint import quiet
+from modular_experts.base.loading import quiet
+from modular_experts.text import did_you_mean
 
-__all__ = ["Skeleton", "read_skeleton"]
+__all__ = ["Structure", "is_embedding", "is_linear", "is_transposed", "read_structure"]
 
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """What a checkpoint's model is made of.
+class Structure:
+    """What a model is made of, without its numbers.
+
+    Args:
+        model: The model, on any device; a causal language model where `vocabulary`, `name_of` or `is_unused` are used.
+        place: What an error's sentence calls it; the name of its class if not given.
 
     Attributes:
-        place: How the checkpoint is called in a sentence.
-        model: Name of the model's class.
-        shapes: Shape of each weight by each of its names; a tied tensor has several.
-        owners: For each name the first name of its tensor, under which a delta of it is stored.
-        vocabulary: First names of the weights with a row for each token: embeddings, the head and its bias.
-        unused: Patterns of tensors that files of this architecture may hold although the model has no use for them.
-        prefix: First part of the names, which files of the bare model leave out.
-        renamings: Returns how transformers renames what files of this architecture hold, which takes it a while.
+        model: The model.
+        place: What an error's sentence calls it.
     """
 
-    place: str
-    model: str
-    shapes: dict[str, torch.Size]
-    owners: dict[str, str]
-    vocabulary: frozenset[str]
-    unused: tuple[str, ...]
-    prefix: str
-    renamings: Callable[[], list[WeightRenaming]]
+    def __init__(self, model: nn.Module, place: str | None = None) -> None:
+        self.model: Any = model
+        self.place = place or type(model).__name__
 
-    def name_of(self, key: str) -> str | None:
-        """Return the name of a stored tensor in the model, or none if it is no weight of it under this name.
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
 
-        Tensors that transformers would first cut or put together, such as the experts of a mixture, have none.
-        """
-        if key in self.shapes:
-            return key
-        name, _ = rename_source_key(key, self.renamings(), [], self.prefix, self.shapes)
-        return name if name in self.shapes else None
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each weight by each of its names; a tied tensor has several names."""
+        return {name: weight.shape for name, weight in self._parameters.items()}
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """For each name the first name of its tensor, under which a delta of it is stored."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(weight), name) for name, weight in self._parameters.items()}
+
+    @cached_property
     def weights(self) -> list[str]:
-        """Return the first name of each weight, sorted."""
+        """The first name of each weight, sorted."""
         return sorted(set(self.owners.values()))
 
     def twins(self, name: str) -> list[str]:
-        """Return all names of a weight's tensor; more than one if it is tied."""
+        """Return all names of a weight's tensor: more than one if it is tied."""
         return [other for other, owner in self.owners.items() if owner == self.owners[name]]
 
-    def is_unused(self, key: str) -> bool:
-        """Return whether a file may hold this tensor for nothing, such as a mask that older versions stored."""
-        return any(re.search(pattern, key) for pattern in self.unused)
+    @cached_property
+    def vocabulary(self) -> frozenset[str]:
+        """First names of the weights with a row for each token: embeddings, the head and its bias."""
+        layers = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        theirs = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
+        return frozenset(self.owners[name] for name, weight in self._parameters.items() if id(weight) in theirs)
 
-    def check(self, name: str, shape: torch.Size, source: str) -> None:
+    def layer(self, weight: str) -> nn.Module:
+        """Return the module that holds a weight."""
+        return self.model.get_submodule(weight.rpartition(".")[0])
+
+    def name_of(self, key: str) -> str | None:
+        """Return the model's name of a stored tensor, or None if the tensor is not one of its weights.
+
+        Tensors that transformers cuts or joins while it loads, such as the experts of a mixture, have no such name.
+        """
+        if key in self.shapes:
+            return key
+        from transformers.core_model_loading import rename_source_key
+
+        name, _ = rename_source_key(key, self._renamings, [], self.model.base_model_prefix, self.shapes)
+        return name if name in self.shapes else None
+
+    @cached_property
+    def _renamings(self) -> list[Any]:
+        """How transformers renames what files of this architecture hold."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        return [way for way in get_model_conversion_mapping(self.model) if isinstance(way, WeightRenaming)]
+
+    def is_unused(self, key: str) -> bool:
+        """Return whether files may hold this tensor although the model ignores it, such as a mask of older versions."""
+        patterns = (*_UNUSED, *(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+        return any(re.search(pattern, key) for pattern in patterns)
+
+    def check(self, name: str, shape: torch.Size, source: str = "the expert") -> None:
         """Refuse a delta that does not fit.
 
         Args:
             name: Weight that the delta moves.
             shape: Shape of the delta.
-            source: Where it comes from, for the sentence.
+            source: Where the delta comes from, for the sentence.
 
         Raises:
-            ValueError: There is no such weight, or it has another shape.
+            ValueError: The model has no such weight, or has it in another shape.
         """
         if name not in self.shapes:
             raise ValueError(
-                f"{source} moves {name}, and {self.place} has no such weight{self.near(name)}; is it the right base?"
+                f"{source} moves {name}, and {self.place} has no such weight{did_you_mean(name, self.shapes)}"
             )
         if self.shapes[name] != shape:
             raise ValueError(
@@ -93,40 +124,42 @@ class Skeleton:
                 f"{tuple(self.shapes[name])}; is it the right base?"
             )
 
-    def near(self, name: str) -> str:
-        """Return `; the nearest is x`, or nothing where no name is near."""
-        found = difflib.get_close_matches(name, list(self.shapes), n=1)
-        return f"; the nearest is {found[0]}" if found else ""
+    def check_fit(self, shapes: Mapping[str, torch.Size], source: str = "the expert") -> None:
+        """Refuse deltas that cannot be added: `check` for each, and each under the first name of its tensor.
+
+        Raises:
+            ValueError: A weight does not exist, has another shape, or is tied to a weight with an earlier name.
+        """
+        for name, shape in shapes.items():
+            self.check(name, shape, source)
+            owner = self.owners[name]
+            if owner != name:
+                raise ValueError(
+                    f"{name} is the same tensor as {owner} (tied), so it has no delta of its own; leave it out of the "
+                    f"expert's modules, store the delta under {owner}, which moves both, or train on a base whose "
+                    "embeddings are untied"
+                )
 
 
-def read_skeleton(directory: Path) -> Skeleton:
-    """Return the skeleton of a causal language model.
+def read_structure(directory: Path) -> Structure:
+    """Return the structure of a causal language model, from its `config.json` alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    Args:
-        directory: A model directory, as `resolve_base` gives it.
-    """
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, str] = {}
-    owners = {name: first.setdefault(id(weight), name) for name, weight in parameters.items()}
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return Skeleton(
-        place=str(directory),
-        model=type(model).__name__,
-        shapes={name: weight.shape for name, weight in parameters.items()},
-        owners=owners,
-        vocabulary=_rows_are_tokens(model, parameters, owners),
-        unused=(*_UNUSED, *patterns),
-        prefix=model.base_model_prefix,
-        renamings=cache(
-            lambda: [way for way in get_model_conversion_mapping(model) if isinstance(way, WeightRenaming)]
-        ),
-    )
+        return Structure(AutoModelForCausalLM.from_config(config, trust_remote_code=False), str(directory))
 
 
-def _rows_are_tokens(model: nn.Module, parameters: dict[str, nn.Parameter], owners: dict[str, str]) -> frozenset[str]:
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    theirs = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
-    return frozenset(owners[name] for name, weight in parameters.items() if id(weight) in theirs)
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the module multiplies with a weight kept as `(out, in)`."""
+    return isinstance(module, nn.Linear)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the module multiplies with a weight kept as `(in, out)`, as GPT-2's `Conv1D` does."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether the module keeps a row for each token."""
+    return isinstance(module, nn.Embedding)

@@ -1,59 +1,55 @@
-"""Stored weights: the tensors in a checkpoint's files by the names that its model gives them, read one at a time.
-
-Every question but `read` is answered from the headers of the files.
-"""
+"""Read a checkpoint's tensors one at a time, by the names that its model gives them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import open_tensors, weight_files
-from modular_experts.base.shards import dtype_named
-from modular_experts.base.structure import Skeleton
+from modular_experts.base.files import DTYPES
+from modular_experts.base.structure import Structure
 from modular_experts.deltas import all_finite
 from modular_experts.library.tensorfile import MappedTensors
 
 __all__ = ["StoredWeights"]
 
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+_READ = {"F64", "F32", "F16", "BF16"}
 
 
 class StoredWeights:
-    """The weights of one checkpoint on disk, of which one at a time is in memory: the one that was read last.
+    """The weights of one checkpoint on disk. One is in memory at a time: the one that was read last.
+
+    Every question but `read` is answered from the headers of the files.
 
     Args:
-        directory: A model directory with safetensors weights.
-        skeleton: What its model is made of.
+        layouts: Dtype and shape of each stored tensor, by file, from `read_layouts`.
+        structure: What the checkpoint's model is made of.
+
+    Attributes:
+        structure: The same.
 
     Raises:
-        ValueError: The files lack a weight of the model, or hold one that is quantised.
+        ValueError: The files lack a weight of the model, hold one in another shape, or hold a quantised one.
     """
 
-    def __init__(self, directory: Path, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
-        self._files: dict[str, Path] = {}
-        self._layouts: dict[str, tuple[str, torch.Size]] = {}
-        for file in weight_files(directory):
-            with open_tensors(file) as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    entry = tensors.get_slice(key)
-                    self._files[key] = file
-                    self._layouts[key] = (entry.get_dtype(), torch.Size(entry.get_shape()))
-        self._keys: dict[str, list[str]] = {name: [] for name in skeleton.weights()}
+    def __init__(self, layouts: Mapping[Path, Mapping[str, tuple[str, torch.Size]]], structure: Structure) -> None:
+        self.structure = structure
+        self._files = {key: file for file, layout in layouts.items() for key in layout}
+        self._layouts = {key: entry for layout in layouts.values() for key, entry in layout.items()}
+        self._keys: dict[str, list[str]] = {name: [] for name in structure.weights}
         for key in self._files:
-            name = skeleton.name_of(key)
+            name = structure.name_of(key)
             if name is not None:
-                self._keys[skeleton.owners[name]].append(key)
+                self._keys[structure.owners[name]].append(key)
         self._check()
         self._last: tuple[str, Tensor] | None = None
         self._open: tuple[Path, MappedTensors] | None = None
 
     def keys(self, name: str) -> list[str]:
         """Return under which names the files hold a weight: several if it is tied and was stored more than once."""
-        return self._keys[self.skeleton.owners[name]]
+        return self._keys[self.structure.owners[name]]
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a weight as stored."""
@@ -61,19 +57,19 @@ class StoredWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the data type of a weight as stored."""
-        return dtype_named(self._layouts[self.keys(name)[0]][0])
+        return DTYPES[self._layouts[self.keys(name)[0]][0]]
 
     def unclaimed(self) -> set[str]:
-        """Return the names of the stored tensors that are no weight of the model."""
+        """Return the names of the stored tensors that are not weights of the model."""
         return self._files.keys() - {key for keys in self._keys.values() for key in keys}
 
     def read(self, name: str) -> Tensor:
         """Return one weight as stored: a view of the mapped file, never to be written to.
 
         Raises:
-            ValueError: It holds numbers that are not finite, or it is tied and was stored with two different values.
+            ValueError: It holds NaN or infinity, or it is tied and the files hold two different values for it.
         """
-        owner = self.skeleton.owners[name]
+        owner = self.structure.owners[name]
         if self._last and self._last[0] != owner:
             for key in self.keys(self._last[0]):
                 self._mapped(key).release(key)
@@ -92,38 +88,37 @@ class StoredWeights:
         first, *others = self.keys(name)
         tensor = self._mapped(first)[first]
         if not all_finite(tensor):
-            raise ValueError(f"{first} of {self.skeleton.place} holds numbers that are not finite (NaN or infinity)")
+            raise ValueError(f"{first} of {self.structure.place} holds numbers that are not finite (NaN or infinity)")
         for other in others:
             if not torch.equal(self._mapped(other)[other], tensor):
                 raise ValueError(
-                    f"{first} and {other} are one tensor (tied) by the configuration of {self.skeleton.place}, and its "
-                    "files hold different values for them; correct tie_word_embeddings in its config.json"
+                    f"{first} and {other} are one tensor (tied) by the configuration of {self.structure.place}, and "
+                    "its files hold different values for them; correct tie_word_embeddings in its config.json"
                 )
         return tensor
 
     def _check(self) -> None:
+        """Refuse files that lack a weight, and weights whose stored dtype or shape cannot be used."""
+        place = self.structure.place
         missing = [name for name, keys in self._keys.items() if not keys]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            others = sorted(key for key in self.unclaimed() if not self.skeleton.is_unused(key))
-            hint = f"; they hold {others[0]}, which is no weight of it" if others else ""
+            others = sorted(key for key in self.unclaimed() if not self.structure.is_unused(key))
+            hint = f"; they hold {others[0]}, which is not one of its weights" if others else ""
             raise ValueError(
-                f"the files of {self.skeleton.place} do not hold {missing[0]}{more}, which its model "
-                f"({self.skeleton.model}) has{hint}; an import needs a tensor for each weight"
+                f"the files of {place} do not hold {missing[0]}{more}, which its model "
+                f"({self.structure.architecture}) has{hint}; an import needs a tensor for each weight"
             )
         for name, keys in self._keys.items():
             for key in keys:
-                self._check_layout(key, self.skeleton.shapes[name])
-
-    def _check_layout(self, key: str, expected: torch.Size) -> None:
-        dtype, shape = self._layouts[key]
-        if dtype not in _DTYPES:
-            raise ValueError(
-                f"{key} of {self.skeleton.place} is stored as {dtype}: a quantised checkpoint has no exact difference "
-                "from its base; give the checkpoint from before it was quantised"
-            )
-        if shape != expected:
-            raise ValueError(
-                f"{key} of {self.skeleton.place} is stored in shape {tuple(shape)}, and by its config.json it has "
-                f"{tuple(expected)}; its files do not belong together"
-            )
+                (dtype, shape), expected = self._layouts[key], self.structure.shapes[name]
+                if dtype not in _READ:
+                    raise ValueError(
+                        f"{key} of {place} is stored as {dtype}: a quantised checkpoint has no exact difference from "
+                        "its base; give the checkpoint from before it was quantised"
+                    )
+                if shape != expected:
+                    raise ValueError(
+                        f"{key} of {place} is stored in shape {tuple(shape)}, and by its config.json it has "
+                        f"{tuple(expected)}; its files do not belong together"
+                    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from modular_experts.base.apply import Check
 from modular_experts.base.apply import apply as apply_experts
+from modular_experts.base.verify import Check
 from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar, share_text
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
-from modular_experts.base.apply import MANIFEST, write_checkpoint
-from modular_experts.base.checkpoint import DType
+from modular_experts.base import Base, DType
+from modular_experts.base.files import MANIFEST
 from modular_experts.cli.apply import tell_check
 from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar, summary, value_text
@@ -127,9 +127,8 @@ def merge(
     if output == "checkpoint":
         origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
         origin |= tuned.notes if tuned else {}
-        written = write_checkpoint(
-            merged, merged.experts, out, origin, base, None, dtype, tolerance, overwrite, bar, key=merged.key()
-        )
+        opened = Base.open(base, merged.experts)
+        written = opened.write(merged, out, dtype, True, tolerance, overwrite, bar, origin=origin, key=merged.key())
         if tuned:
             write_trials(out, tuned.trials)
     elif tuned is None:

@@ -31,7 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
-from modular_experts.base.checkpoint import load_tokenizer
+from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert
 from modular_experts.cli.errors import SentenceErrors
 from modular_experts.data import Mixing, TaskMixture, TaskSource
@@ -112,7 +112,7 @@ class TrainingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the model, unless it has another."""
         if self.datamodule.tokenizer is None:
-            self.datamodule.tokenizer = load_tokenizer(self.model.base, self.model.revision)
+            self.datamodule.tokenizer = Base.open(self.model.base, revision=self.model.revision).tokenizer()
 
     def after_fit(self) -> None:
         """Say where no expert was written; write the one of a run that was resumed when it had nothing left to do."""

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modular_experts.base.checkpoint import find_base, fingerprint, resolve_base
+from modular_experts.base.base import Base, find_base
 from modular_experts.cli.command import run_tool
-from modular_experts.library import Library, StoredExpert, check_base, open_expert
+from modular_experts.library import Library, StoredExpert, open_expert
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
 
 EXAMPLES = """\
@@ -57,11 +57,10 @@ def _reported(path: Path, base: str | None, revision: str | None) -> bool:
 def _verify(expert: StoredExpert, base: str | None, revision: str | None) -> str:
     expert.verify()
     intact = f"intact, {len(expert)} weights, content hash {expert.content_hash[:12]}"
-    place = base or find_base(expert)
+    place = base or find_base([expert])
     if base is None and not Path(place).is_dir():
         return f"{intact}; base not checked ({place} is no directory here; give --base)"
-    found = resolve_base(place, revision)
-    check_base([expert], fingerprint(found), str(found))
+    Base.open(place, [expert], revision)
     return f"{intact}; base {place} is the one it was trained on"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from modular_experts.base.checkpoint import load_tokenizer
+from modular_experts.base import Base
 from modular_experts.data.batch import Collator, Example, ExampleSet
 from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows
 from modular_experts.data.sampler import (
@@ -236,7 +236,7 @@ class TaskMixture(LightningDataModule):
         if tokenizer is None:
             raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
         if isinstance(tokenizer, str):
-            tokenizer = self.tokenizer = load_tokenizer(tokenizer)
+            tokenizer = self.tokenizer = Base.open(tokenizer).tokenizer()
         return RowTokenizer(tokenizer, self.max_length, self.chat_template)
 
     def _need(self, examples: Mapping[str, Sequence[Example]], split: str, purpose: str) -> None:

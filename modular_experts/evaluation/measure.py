@@ -14,15 +14,15 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modular_experts.base import Base, DType
 from modular_experts.base.apply import apply_deltas
-from modular_experts.base.checkpoint import DType, fingerprint, load_base, load_tokenizer, resolve_base
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.scores import TaskScores
-from modular_experts.library import StoredExpert, check_base, open_expert
+from modular_experts.library import StoredExpert, open_expert
 
 __all__ = ["evaluate", "measure", "score_batch"]
 
@@ -95,10 +95,9 @@ def evaluate(
         FileNotFoundError: The base was not found.
         ValueError: An expert was trained on another base, or a task has no test rows.
     """
-    directory = resolve_base(str(base), revision)
     opened = [one if isinstance(one, Mapping) else open_expert(one) for one in experts]
-    check_base([one for one in opened if isinstance(one, StoredExpert)], fingerprint(directory), str(base))
-    model, tokenizer = load_base(directory, dtype), load_tokenizer(directory)
+    found = Base.open(base, [one for one in opened if isinstance(one, StoredExpert)], revision)
+    model, tokenizer = found.load(dtype), found.tokenizer()
     apply_deltas(model, opened)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")

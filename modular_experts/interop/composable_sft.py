@@ -17,8 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from modular_experts.base.structure import Skeleton, read_skeleton
-from modular_experts.base.weights import StoredWeights
+from modular_experts.base import Base
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.interop.adapter import ForeignExpert
@@ -30,41 +29,39 @@ __all__ = ["DIFF_FILE", "read_composable_sft"]
 DIFF_FILE = "pytorch_diff.bin"
 
 
-def read_composable_sft(directory: Path, base: Path) -> ForeignExpert:
+def read_composable_sft(directory: Path, base: Base) -> ForeignExpert:
     """Read a sparse fine-tuning; the base is read only for weights that it replaces as a whole.
 
     Args:
         directory: Directory with `pytorch_diff.bin`.
-        base: Directory of the model that it was trained on.
+        base: The model that it was trained on.
 
     Raises:
         ValueError: The file is damaged, would run code, is of another layout, or does not fit the base.
     """
-    file, skeleton = directory / DIFF_FILE, read_skeleton(base)
+    file, structure = directory / DIFF_FILE, base.structure
     content = read_pickle(file)
     diffs = content.get("diffs", content.get("body", {}))
     whole = content.get("abs", content.get("head")) or {}
     _check_layout(file, diffs, whole)
     for name, encoded in diffs.items():
-        skeleton.check(name, torch.Size(encoded["size"]), str(file))
+        structure.check(name, torch.Size(encoded["size"]), str(file))
     for name, value in whole.items():
-        skeleton.check(name, value.shape, str(file))
+        structure.check(name, value.shape, str(file))
     settings = {"whole_weights": len(whole)} if whole else {}
-    return ForeignExpert(list(_deltas(file, diffs, whole, base, skeleton)), "composable-sft", settings=settings)
+    return ForeignExpert(list(_deltas(file, diffs, whole, base)), "composable-sft", settings=settings)
 
 
 def _deltas(
-    file: Path, diffs: Mapping[str, Any], whole: Mapping[str, Tensor], base: Path, skeleton: Skeleton
+    file: Path, diffs: Mapping[str, Any], whole: Mapping[str, Tensor], base: Base
 ) -> Iterator[tuple[str, Delta]]:
     for name, encoded in diffs.items():
         try:
-            yield skeleton.owners[name], _decode(encoded)
+            yield base.structure.owners[name], _decode(encoded)
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {name} {error}") from error
-    weights = StoredWeights(base, skeleton) if whole else None
     for name, value in whole.items():
-        assert weights is not None
-        yield skeleton.owners[name], Exact().of(value.float() - weights.read(name).float())
+        yield base.structure.owners[name], Exact().of(value.float() - base.weights.read(name).float())
 
 
 def _decode(encoded: Mapping[str, Any]) -> Sparse:

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modular_experts.base.structure import read_skeleton
+from modular_experts.base import Base
 from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta
 from modular_experts.interop.adapter import ForeignExpert
 from modular_experts.interop.compression import Exact, Form
 from modular_experts.interop.fidelity import Account, weigh
 from modular_experts.progress import Progress
+from modular_experts.text import did_you_mean
 
 __all__ = ["CheckpointDeltas", "Vocabulary", "read_full_checkpoint"]
 
@@ -30,7 +31,7 @@ Vocabulary = Literal["error", "intersect"]
 
 def read_full_checkpoint(
     directory: Path,
-    base: Path,
+    base: Base,
     form: Form | None = None,
     vocab: Vocabulary = "error",
     progress: Progress = iter,
@@ -48,9 +49,8 @@ def read_full_checkpoint(
         FileNotFoundError: A file is missing.
         ValueError: The two are no two states of one model; the sentence says which weight shows it.
     """
-    tuned = StoredWeights(directory, read_skeleton(directory))
     form = form or Exact()
-    deltas = CheckpointDeltas(tuned, StoredWeights(base, read_skeleton(base)), form, vocab, progress)
+    deltas = CheckpointDeltas(Base.open(directory).weights, base.weights, form, vocab, progress)
     resized = {"vocab": vocab} if deltas.vocabularies else {}
     return ForeignExpert(deltas=deltas, kind="checkpoint", settings=vars(form) | resized)
 
@@ -78,20 +78,20 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         self._tuned, self._base, self._form, self._progress = tuned, base, form, progress
         self.account = Account()
         self.dtypes: set[str] = set()
-        names = base.skeleton.weights()
-        self.tied = {name: twins for name in names if len(twins := base.skeleton.twins(name)) > 1}
+        names = base.structure.weights
+        self.tied = {name: twins for name in names if len(twins := base.structure.twins(name)) > 1}
         self._check_model()
         self.vocabularies = self._check_shapes(vocab)
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
         self.account, self.dtypes = Account(), set()
-        for name in self._progress(self._base.skeleton.weights()):
+        for name in self._progress(self._base.structure.weights):
             delta = self._delta(name)
             if delta is not None:
                 yield name, delta
         if not self.account.weights:
             raise ValueError(
-                f"{self._tuned.skeleton.place} holds the same weights as {self._base.skeleton.place}, so there is "
+                f"{self._tuned.structure.place} holds the same weights as {self._base.structure.place}, so there is "
                 "nothing to import; is it the fine-tuned one?"
             )
 
@@ -116,8 +116,8 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         for twin in self.tied.get(name, []):
             if self._tuned.keys(twin) != self._tuned.keys(name) and not torch.equal(self._tuned.read(twin), tensor):
                 raise ValueError(
-                    f"{name} and {twin} are one tensor (tied) in {self._base.skeleton.place} and two different ones "
-                    f"in {self._tuned.skeleton.place}, which no delta can express; import it against the base with "
+                    f"{name} and {twin} are one tensor (tied) in {self._base.structure.place} and two different ones "
+                    f"in {self._tuned.structure.place}, which no delta can express; import it against the base with "
                     "untied embeddings (load it with tie_word_embeddings=False, and save it)"
                 )
         return tensor
@@ -134,44 +134,44 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
 
     def _check_model(self) -> None:
         """Refuse a checkpoint of another architecture, or with weights that the base lacks."""
-        ours, theirs = self._base.skeleton, self._tuned.skeleton
-        if ours.model != theirs.model:
+        ours, theirs = self._base.structure, self._tuned.structure
+        if ours.architecture != theirs.architecture:
             raise ValueError(
-                f"{theirs.place} is a {theirs.model} and {ours.place} a {ours.model}; a delta is between two states of "
-                "one model, so give the base that this checkpoint was made from"
+                f"{theirs.place} is a {theirs.architecture} and {ours.place} a {ours.architecture}; a delta is between "
+                "two states of one model, so give the base that this checkpoint was made from"
             )
         for one, other in ((theirs, ours), (ours, theirs)):
             alone = [name for name in one.shapes if name not in other.shapes]
             if alone:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
                 raise ValueError(
-                    f"{one.place} has {alone[0]}{more}, and {other.place} has not{other.near(alone[0])}; they are "
-                    "models of different make (number of layers, biases), so is it the right base?"
+                    f"{one.place} has {alone[0]}{more}, and {other.place} has not; they are models of different make "
+                    "(number of layers, biases), so is it the right base?"
                 )
         unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ValueError(
-                f"the files of {theirs.place} hold {min(unknown)}{more}, which is no weight of {theirs.model}"
-                f"{theirs.near(min(unknown))}; save the checkpoint without what is not part of the model"
+                f"the files of {theirs.place} hold {min(unknown)}{more}, which is no weight of {theirs.architecture}; "
+                f"save the checkpoint without what is not part of the model{did_you_mean(min(unknown), theirs.shapes)}"
             )
 
     def _check_shapes(self, vocab: Vocabulary) -> dict[str, tuple[int, int]]:
         """Compare the shapes; return the rows of the weights whose vocabulary has another size."""
         resized = {}
-        for name in self._base.skeleton.weights():
+        for name in self._base.structure.weights:
             ours, theirs = self._base.shape(name), self._tuned.shape(name)
             if ours == theirs:
                 continue
-            if name not in self._base.skeleton.vocabulary or ours[1:] != theirs[1:]:
+            if name not in self._base.structure.vocabulary or ours[1:] != theirs[1:]:
                 raise ValueError(
-                    f"{name} has shape {tuple(theirs)} in {self._tuned.skeleton.place} and {tuple(ours)} in "
-                    f"{self._base.skeleton.place}, so it was made from another base"
+                    f"{name} has shape {tuple(theirs)} in {self._tuned.structure.place} and {tuple(ours)} in "
+                    f"{self._base.structure.place}, so it was made from another base"
                 )
             if vocab == "error":
                 raise ValueError(
-                    f"{name} has {theirs[0]} rows in {self._tuned.skeleton.place} and {ours[0]} in "
-                    f"{self._base.skeleton.place}: its vocabulary was resized or padded; vocab: intersect takes the "
+                    f"{name} has {theirs[0]} rows in {self._tuned.structure.place} and {ours[0]} in "
+                    f"{self._base.structure.place}: its vocabulary was resized or padded; vocab: intersect takes the "
                     f"{min(ours[0], theirs[0])} rows in common and leaves the others as they are in the base"
                 )
             resized[name] = (theirs[0], ours[0])

@@ -16,9 +16,8 @@ import huggingface_hub
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from modular_experts.base.checkpoint import fingerprint, resolve_base
+from modular_experts.base import Base
 from modular_experts.base.files import read_json, weight_files
-from modular_experts.base.structure import read_skeleton
 from modular_experts.deltas import Delta
 from modular_experts.interop.adapter import ForeignExpert
 from modular_experts.interop.composable_sft import DIFF_FILE, read_composable_sft
@@ -68,16 +67,16 @@ def import_expert(
     check_target(out, overwrite)
     found = find_source(source, source_revision)
     place, revision = _base_of(found, base, revision)
-    directory = resolve_base(place, revision)
-    foreign = _read(found, directory, form, vocab, progress)
+    opened = Base.open(place, revision=revision)
+    foreign = _read(found, opened, form, vocab, progress)
     record = make_record(
         foreign.kind,
-        {"id": place, "revision": revision, "fingerprint": fingerprint(directory)},
+        {"id": place, "revision": revision, "fingerprint": opened.fingerprint},
         hyperparameters=foreign.settings,
         tasks=tasks,
     )
     origin = {"id": found.place, "revision": found.revision, "format": found.format, "sha256": found.hashes()}
-    write_expert(out, _checked(foreign, found, directory, origin), record | {"source": origin}, overwrite)
+    write_expert(out, _checked(foreign, found, opened, origin), record | {"source": origin}, overwrite)
     return open_expert(out)
 
 
@@ -92,9 +91,8 @@ def _base_of(source: Source, base: str | Path | None, revision: str | None) -> t
     return named, revision or its_revision
 
 
-def _read(source: Source, base: Path, form: Form | None, vocab: Vocabulary, progress: Progress) -> ForeignExpert:
+def _read(source: Source, base: Base, form: Form | None, vocab: Vocabulary, progress: Progress) -> ForeignExpert:
     if source.is_checkpoint:
-        resolve_base(source.directory)
         return read_full_checkpoint(source.directory, base, form, vocab, progress)
     if form is not None or vocab != "error":
         raise ValueError(
@@ -106,17 +104,17 @@ def _read(source: Source, base: Path, form: Form | None, vocab: Vocabulary, prog
     return read_spiel(source.directory, base) if is_spiel(source.directory) else read_peft(source.directory, base)
 
 
-def _checked(foreign: ForeignExpert, source: Source, base: Path, origin: dict[str, Any]) -> Iterator[tuple[str, Delta]]:
+def _checked(foreign: ForeignExpert, source: Source, base: Base, origin: dict[str, Any]) -> Iterator[tuple[str, Delta]]:
     """Pass the deltas on, each once it is known to fit; at the end, note in the record what a checkpoint's import kept.
 
     The record is written after the last delta, so it holds that.
     """
-    skeleton = read_skeleton(base)
+    structure = base.structure
     for name, delta in foreign.deltas:
-        skeleton.check(name, delta.shape, source.place)
-        if source.is_adapter and len(twins := skeleton.twins(name)) > 1:
+        structure.check(name, delta.shape, source.place)
+        if source.is_adapter and len(twins := structure.twins(name)) > 1:
             raise ValueError(
-                f"{source.place} moves {name} alone, and in {skeleton.place} {' and '.join(twins)} are one tensor "
+                f"{source.place} moves {name} alone, and in {structure.place} {' and '.join(twins)} are one tensor "
                 "(tied); import it against the base with untied embeddings (load it with tie_word_embeddings=False, "
                 "and save it)"
             )

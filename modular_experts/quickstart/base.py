@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modular_experts.base.checkpoint import quiet
+from modular_experts.base.loading import quiet
 from modular_experts.data import Equal, Task, TaskMixture
 from modular_experts.evaluation import batch_losses, greedy_matches
 from modular_experts.library import check_target, new_directory

@@ -18,8 +18,8 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import measure
@@ -168,7 +168,8 @@ def _task(plan: Plan, name: str, task: type[WordTask], role: Any, chatty: bool) 
 
 @cache
 def _base(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_base(out / "base"), load_tokenizer(out / "base")
+    base = Base.open(out / "base")
+    return base.load(), base.tokenizer()
 
 
 def _roles(scores: Mapping[str, Any]) -> dict[str, Scores]:

@@ -12,13 +12,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example, ExampleSet
-from modular_experts.library import StoredExpert, check_base, open_experts, union_of_weights, write_statistics
+from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.progress import Progress
 from modular_experts.statistics.fisher import fisher
@@ -66,9 +65,11 @@ def take_statistics(
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
     names = list(union_of_weights(opened))
-    model, place = _load_base(opened, base)
+    opened_base = Base.open(base, opened)
+    model: Any = opened_base.load("float32")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     if data.tokenizer is None:
-        data.tokenizer = load_tokenizer(place)
+        data.tokenizer = opened_base.tokenizer()
     data.setup("validate")
     examples = [_own_examples(expert, data, rows) for expert in opened]
     batches = [_batches(own, data) for own in examples]
@@ -88,18 +89,6 @@ def take_statistics(
             found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored
-
-
-def _load_base(experts: Sequence[StoredExpert], base: str | None) -> tuple[PreTrainedModel, Path]:
-    """Return the experts' base in float32, on the accelerator if there is one, and its directory."""
-    place = base or find_base(experts[0])
-    directory = resolve_base(place, None if base else experts[0].record["base"].get("revision"))
-    check_base(experts, fingerprint(directory), place)
-    return _on_accelerator(load_base(directory, "float32")), directory
-
-
-def _on_accelerator(model: Any) -> PreTrainedModel:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Example]:

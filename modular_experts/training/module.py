@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
-from modular_experts.base.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
@@ -26,7 +26,7 @@ from modular_experts.evaluation import TaskScores, batch_losses, generate, score
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers, inject, task_vector, write_experts
-from modular_experts.library import StoredExpert, as_parents, check_base, open_experts
+from modular_experts.library import StoredExpert, as_parents, open_experts
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.resume import collect_random_states, restore_random_states
 
@@ -115,12 +115,11 @@ class ExpertModule(LightningModule):
                 self._resized |= schedule.resizes
 
     def _load(self) -> None:
-        self.base_directory = resolve_base(self.base, self.revision)
-        self.fingerprint = fingerprint(self.base_directory)
-        self.tokenizer = load_tokenizer(self.base, self.revision)
-        model = load_base(self.base, self.dtype_name, self.revision)
         self.applied_experts = open_experts(self.applied) if self.applied else []
-        check_base(self.applied_experts, self.fingerprint, self.base)
+        self.opened_base = Base.open(self.base, self.applied_experts, self.revision)
+        self.fingerprint = self.opened_base.fingerprint
+        self.tokenizer = self.opened_base.tokenizer()
+        model = self.opened_base.load(self.dtype_name)
         apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
@@ -288,7 +287,7 @@ class ExpertModule(LightningModule):
 
     def _anchor(self, name: str) -> Tensor:
         """Return a base weight as it was before training: read again, applied experts added."""
-        weight = read_weight(self.base_directory, name).to(getattr(torch, self.dtype_name))
+        weight = self.opened_base.weight(name).to(getattr(torch, self.dtype_name))
         moved = [expert[name] for expert in self.applied_experts if name in expert]
         return add(moved).add_to(weight.clone()) if moved else weight
 

@@ -16,13 +16,13 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel
 
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import find_base, fingerprint, load_base, load_tokenizer, resolve_base
 from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses
-from modular_experts.library import StoredExpert, check_base
+from modular_experts.library import StoredExpert
 
 __all__ = ["Objective", "Trial", "mean_loss", "objective_on_base"]
 
@@ -92,13 +92,11 @@ def objective_on_base(
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
     _refuse_held_out(data)
-    place = base or find_base(experts[0])
-    directory = resolve_base(place, None if base else experts[0].record["base"].get("revision"))
-    check_base(experts, fingerprint(directory), str(place))
-    data.tokenizer = data.tokenizer or load_tokenizer(directory)
+    opened = Base.open(base, experts)
+    data.tokenizer = data.tokenizer or opened.tokenizer()
     data.eval_limit = min(rows, data.eval_limit or rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Objective(load_base(directory).to(device), data)  # type: ignore[arg-type]
+    return Objective(opened.load().to(device), data)  # type: ignore[arg-type]
 
 
 def mean_loss(losses: Mapping[str, float]) -> float:

@@ -12,7 +12,8 @@ from conftest import ARCHITECTURES, build_model, build_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from modular_experts.base.checkpoint import fingerprint, load_base, load_tokenizer, read_weight, resolve_base
+from modular_experts.base import Base
+from modular_experts.base.fingerprint import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def copy(tiny_llama_dir, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_is_loaded_as_it_was_saved(tiny, architecture):
-    model, original = load_base(tiny(architecture)), build_model(architecture)
+    model, original = Base.open(tiny(architecture)).load(), build_model(architecture)
     assert not model.training
     for name, weight in original.named_parameters():
         assert torch.equal(model.get_parameter(name), weight)
@@ -36,7 +37,7 @@ def test_every_architecture_is_loaded_as_it_was_saved(tiny, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_read_weight_gives_every_weight_as_stored(tiny, architecture):
     for name, weight in build_model(architecture).named_parameters(remove_duplicate=False):
-        assert torch.equal(read_weight(tiny(architecture), name), weight), name
+        assert torch.equal(Base.open(tiny(architecture)).weight(name), weight), name
 
 
 def test_read_weight_finds_files_without_the_prefix(tiny, tmp_path):
@@ -45,24 +46,24 @@ def test_read_weight_finds_files_without_the_prefix(tiny, tmp_path):
     bare = {name.removeprefix("transformer."): weight for name, weight in stored.items()}
     save_file(bare, tmp_path / "bare/model.safetensors", metadata={"format": "pt"})
     assert torch.equal(
-        read_weight(tmp_path / "bare", "transformer.h.0.attn.c_attn.weight"),
+        Base.open(tmp_path / "bare").weight("transformer.h.0.attn.c_attn.weight"),
         stored["transformer.h.0.attn.c_attn.weight"],
     )
 
 
 def test_read_weight_refuses_a_name_that_is_not_there(tiny_llama_dir):
     with pytest.raises(ValueError, match=r"has no weight model.layers.9.x"):
-        read_weight(tiny_llama_dir, "model.layers.9.x")
+        Base.open(tiny_llama_dir).weight("model.layers.9.x")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_dtype_is_the_one_asked_for(tiny_llama_dir, dtype):
-    assert {weight.dtype for weight in load_base(tiny_llama_dir, dtype).parameters()} == {getattr(torch, dtype)}
+    assert {weight.dtype for weight in Base.open(tiny_llama_dir).load(dtype).parameters()} == {getattr(torch, dtype)}
 
 
 def test_without_a_dtype_it_is_the_stored_one(tmp_path):
     build_model("llama").bfloat16().save_pretrained(tmp_path / "half")
-    assert load_base(tmp_path / "half").dtype == torch.bfloat16
+    assert Base.open(tmp_path / "half").load().dtype == torch.bfloat16
 
 
 def test_fingerprint_does_not_depend_on_path_or_sharding(tiny_llama_dir, copy, tmp_path):
@@ -106,7 +107,7 @@ def test_fingerprint_is_remembered_and_an_unwritable_cache_does_not_matter(copy,
 def test_a_missing_directory_says_what_was_looked_for_and_the_two_ways_out(tmp_path):
     for base in (str(tmp_path / "nowhere"), "./nowhere", "owner/nowhere"):
         with pytest.raises(FileNotFoundError) as caught:
-            resolve_base(base)
+            Base.open(base)
         sentence = str(caught.value)
         assert repr(base) in sentence
         assert str(Path(base).absolute()) in sentence
@@ -120,18 +121,18 @@ def test_files_that_are_missing_or_damaged_are_named(copy):
     weights = copy / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
-    for function in (load_base, fingerprint):
+    for function in (Base.open, fingerprint):
         with pytest.raises(ValueError, match=r"model.safetensors is damaged: it is cut short"):
             function(copy)
     weights.rename(copy / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"no model.safetensors, and only safetensors weights are read"):
-        load_base(copy)
+        Base.open(copy).load()
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
-        load_base(copy)
+        Base.open(copy).load()
     (copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json is missing, so it is not the directory of a model"):
-        load_base(copy)
+        Base.open(copy).load()
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -139,7 +140,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=rf"has no {shard.name}"):
-        load_base(tmp_path / "sharded")
+        Base.open(tmp_path / "sharded").load()
 
 
 @pytest.mark.parametrize("change", ["missing", "mismatched"])
@@ -151,7 +152,7 @@ def test_weights_that_transformers_would_fill_with_noise_are_refused(copy, chang
         weights[name] = torch.zeros(3, 3)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"do not hold these weights of LlamaForCausalLM.*{name}"):
-        load_base(copy)
+        Base.open(copy).load()
 
 
 def test_other_kinds_of_models_are_refused(copy, tmp_path):
@@ -159,20 +160,20 @@ def test_other_kinds_of_models_are_refused(copy, tmp_path):
         BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"is a BertForMaskedLM; only causal language models"):
-        load_base(tmp_path / "bert")
+        Base.open(tmp_path / "bert").load()
     config = json.loads((copy / "config.json").read_text())
     config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "x.Y"}}
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"is a 'homemade' model; only causal language models that transformers"):
-        load_base(copy)
+        Base.open(copy).load()
 
 
 def test_padding_is_not_the_end_of_sequence_where_another_token_will_do(copy):
-    assert load_tokenizer(copy).pad_token == "<pad>"
+    assert Base.open(copy).tokenizer().pad_token == "<pad>"
     tokenizer = build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(copy)
-    loaded = load_tokenizer(copy)
+    loaded = Base.open(copy).tokenizer()
     assert loaded.pad_token_id == 0
     assert loaded.pad_token_id != loaded.eos_token_id
     assert len(loaded) == len(tokenizer)
@@ -181,9 +182,9 @@ def test_padding_is_not_the_end_of_sequence_where_another_token_will_do(copy):
 def test_a_base_without_a_tokenizer_or_an_end_of_sequence_says_so(tmp_path):
     build_model("llama").save_pretrained(tmp_path / "mute")
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer"):
-        load_tokenizer(tmp_path / "mute")
+        Base.open(tmp_path / "mute").tokenizer()
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match=r"has no eos_token"):
-        load_tokenizer(tmp_path / "mute")
+        Base.open(tmp_path / "mute").tokenizer()

@@ -9,8 +9,7 @@ import torch
 from conftest import build_model
 from safetensors.torch import load, load_file
 
-from modular_experts.base.structure import read_skeleton
-from modular_experts.base.weights import StoredWeights
+from modular_experts.base import Base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -18,7 +17,7 @@ from modular_experts.base.weights import StoredWeights
 def test_weights_are_those_of_the_files_in_any_order(tmp_path, dtype, size):
     build_model("llama", 0).to(dtype).save_pretrained(tmp_path, max_shard_size=size)
     expected = {key: tensor for file in tmp_path.glob("*.safetensors") for key, tensor in load_file(file).items()}
-    weights = StoredWeights(tmp_path, read_skeleton(tmp_path))
+    weights = Base.open(tmp_path).weights
     held = {name: weights.read(name) for name in [*expected, *reversed(expected)]}
     assert held.keys() == expected.keys()
     for name, tensor in held.items():
@@ -35,7 +34,7 @@ def test_a_file_whose_numbers_lie_at_odd_places_is_read(tmp_path):
     header = json.dumps(json.loads(content[8 : 8 + length]), separators=(",", ":")).encode()
     header += b" " * (1 - len(header) % 2)
     file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
-    weights = StoredWeights(tmp_path, read_skeleton(tmp_path))
+    weights = Base.open(tmp_path).weights
     assert all(torch.equal(weights.read(name), tensor) for name, tensor in expected.items())
 
 
@@ -44,8 +43,8 @@ def test_one_file_is_open_at_a_time(tmp_path):
     build_model("llama", 0).save_pretrained(tmp_path, max_shard_size="20KB")
     files = len(list(tmp_path.glob("*.safetensors")))
     before = len(list(Path("/proc/self/fd").iterdir()))
-    weights = StoredWeights(tmp_path, read_skeleton(tmp_path))
-    held = [weights.read(name) for name in weights.skeleton.weights()]
+    weights = Base.open(tmp_path).weights
+    held = [weights.read(name) for name in weights.structure.weights]
     del held
     assert files > 3
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

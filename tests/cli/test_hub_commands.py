@@ -15,7 +15,8 @@ from testbed.hub_server import TOKEN, point_client, serving
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import VERBS, main
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base import Base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.library import Library, make_record, open_expert, write_expert
 
 REPO = "someone/experts"
@@ -26,7 +27,7 @@ def place(tiny_llama_dir, tmp_path, monkeypatch):
     """A directory to stand in, with a library of two experts and a file with rows of their task."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    weights = {n: w for n, w in load_base(tiny_llama_dir).named_parameters() if n.endswith("q_proj.weight")}
+    weights = {n: w for n, w in Base.open(tiny_llama_dir).load().named_parameters() if n.endswith("q_proj.weight")}
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
     for seed, name in enumerate("ab"):
         deltas = [(n, random_delta("Sparse", w.shape, seed, torch.float32, share=0.05)) for n, w in weights.items()]

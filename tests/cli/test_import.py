@@ -11,7 +11,7 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 
 from modular_experts.__main__ import main
-from modular_experts.base.checkpoint import fingerprint
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
 from modular_experts.interop.adapter import ForeignExpert
@@ -181,7 +181,7 @@ def test_a_sparse_file_is_imported_and_merges_with_the_others(run, place):
 
 def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeypatch):
     for name, shape, sentence in (
-        ("model.layers.0.self_attn.qproj.weight", (32, 32), f"has no such weight; the nearest is {Q}"),
+        ("model.layers.0.self_attn.qproj.weight", (32, 32), f"has no such weight; did you mean {Q}"),
         (Q, (32, 31), "as a weight of shape (32, 31), and in base it has (32, 32)"),
     ):
         foreign = ForeignExpert([(Q, Sparse.zero((32, 32))), (name, Sparse.zero(shape))], "LORA")

@@ -13,7 +13,8 @@ from testbed.random_deltas import random_delta
 from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base import Base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merger.estimate import estimate, seconds
@@ -24,7 +25,7 @@ from modular_experts.text import bytes_of
 
 @pytest.fixture
 def library(tiny_llama_dir, tmp_path):
-    model = load_base(tiny_llama_dir)
+    model = Base.open(tiny_llama_dir).load()
     record = make_record("X", {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)})
     for seed, name in enumerate(("a", "b")):
         deltas = [
@@ -122,7 +123,7 @@ def test_checkpoint_as_output_is_the_base_plus_the_merge(library, tiny_llama_dir
     options = ["--method", "SparseAverage", "--output", "checkpoint"]
     assert main([*command(library, *options)[:4], str(library / "checkpoint"), *options]) == 0
     assert "the largest difference of a logit is 0" in capsys.readouterr().out
-    plain, base = AutoModelForCausalLM.from_pretrained(library / "checkpoint"), load_base(tiny_llama_dir)
+    plain, base = AutoModelForCausalLM.from_pretrained(library / "checkpoint"), Base.open(tiny_llama_dir).load()
     for name, weight in base.named_parameters():
         moved = merged[name].dense() if name in merged else 0
         torch.testing.assert_close(plain.get_parameter(name), weight + moved, rtol=0, atol=1e-7)

@@ -12,8 +12,9 @@ from testbed.runs import mixture
 from testbed.searching import descent, objective_on, stored
 
 from modular_experts.__main__ import main
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import fingerprint, load_base, load_tokenizer
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.evaluation import measure
 from modular_experts.library import open_expert
 
@@ -55,9 +56,9 @@ def validation_losses(base, task_files, expert) -> dict[str, float]:
     """Return the losses of stored experts on the base, measured on their own."""
     data = mixture({name: task_files[name] for name in ("upper", "reverse")}, base)
     data.setup("validate")
-    model = load_base(base)
+    model = Base.open(base).load()
     with applied(model, [expert]):
-        found = measure(model, load_tokenizer(base), data.val_dataloader(), data.roles, max_new_tokens=None)
+        found = measure(model, Base.open(base).tokenizer(), data.val_dataloader(), data.roles, max_new_tokens=None)
     return {name: scores["loss"] for name, scores in found["tasks"].items()}
 
 

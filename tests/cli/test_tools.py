@@ -16,7 +16,8 @@ from testbed.random_deltas import random_delta
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base import Base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.cli import command as tool
 from modular_experts.library import make_record, open_expert, write_expert
 
@@ -28,8 +29,8 @@ def place(tiny_llama_dir, tiny, tmp_path, monkeypatch):
     """A directory to stand in, with a library of three experts and one of another base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    names = [name for name, weight in load_base(tiny_llama_dir).named_parameters() if name.endswith("_proj.weight")]
-    shapes = dict(load_base(tiny_llama_dir).named_parameters())
+    shapes = dict(Base.open(tiny_llama_dir).load().named_parameters())
+    names = [name for name in shapes if name.endswith("_proj.weight")]
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
     for seed, (name, form) in enumerate({"a": "Sparse", "b": "BlockSparse", "lora": "LowRank"}.items()):
         deltas = [(n, random_delta(form, shapes[n].shape, seed, torch.float32, share=0.05, tile=(8, 8))) for n in names]

@@ -13,14 +13,15 @@ from testbed.runs import mixture
 
 from modular_experts import evaluate
 from modular_experts.__main__ import main
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base import Base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.library import make_record, open_expert, write_expert
 
 
 def test_it_is_what_the_command_test_measures(tiny_llama_dir, task_files, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    name, weight = next((n, w) for n, w in load_base(tiny_llama_dir).named_parameters() if "q_proj" in n)
+    name, weight = next((n, w) for n, w in Base.open(tiny_llama_dir).load().named_parameters() if "q_proj" in n)
     record = make_record("X", {"id": str(tiny_llama_dir), "fingerprint": fingerprint(tiny_llama_dir)})
     write_expert("library/a", [(name, random_delta("Sparse", weight.shape, 1, torch.float32, share=0.5))], record)
     files = {task: task_files[task] for task in ("upper", "reverse")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from testbed.runs import mixture, module, trainer
 
-from modular_experts.base.checkpoint import load_base, load_tokenizer
+from modular_experts.base import Base
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
@@ -17,7 +17,7 @@ def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_pat
     trainer(tmp_path).test(tested, mixture(task_files, tiny_llama_dir), verbose=False)
     data = mixture(task_files, tiny_llama_dir)
     data.setup("test")
-    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
     found = measure(model.train(), tokenizer, data.test_dataloader(), data.roles, max_new_tokens=6)
     assert found == {key: value for key, value in tested.results.items() if key != "model"}
     assert model.training
@@ -26,14 +26,14 @@ def test_measure_gives_the_results_of_a_test(tiny_llama_dir, task_files, tmp_pat
 def test_without_generation_there_is_only_the_loss(tiny_llama_dir, task_files) -> None:
     data = mixture(task_files, tiny_llama_dir)
     data.setup("test")
-    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
     found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=None)
     assert set(found["tasks"]["upper"]) == {"role", "rows", "loss"}
 
 
 def test_greedy_matches_are_the_rows_that_generation_writes(tiny_llama_dir) -> None:
     """Targets of two kinds: what the model writes itself when its end-of-sequence is made likely, and other text."""
-    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
     batch_of = Collator(0)
     prompts = [f"ask {letter}:" for letter in "abcdefgh"]
     rows = [Row(prompt, "x", None, (), "here") for prompt in prompts]

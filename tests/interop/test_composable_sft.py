@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_model
 
+from modular_experts.base import Base
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.interop.composable_sft import read_composable_sft
 from modular_experts.interop.import_expert import import_expert
@@ -40,7 +41,7 @@ def write(directory, content):
 
 
 def read(directory, base):
-    foreign = read_composable_sft(directory, base)
+    foreign = read_composable_sft(directory, Base.open(base))
     return dict(foreign.deltas), foreign
 
 
@@ -108,7 +109,7 @@ def spoilt(entry, **changes):
 def refusals():
     good = encode(sparse((16, 32), 2))
     nameless = {"diffs": {"model.layers.0.self_attn.kproj.weight": good}}
-    yield nameless, rf"moves model.layers.0.self_attn.kproj.weight, .* no such weight; the nearest is {K}"
+    yield nameless, rf"moves model.layers.0.self_attn.kproj.weight, .* no such weight; did you mean {K}"
     yield spoilt(good, size=torch.Size([32, 16])), r"as a weight of shape \(32, 16\), and in .* it has \(16, 32\)"
     yield {"abs": {NORM: torch.ones(31)}}, r"norm.weight as a weight of shape \(31,\), .* it has \(32,\)"
     yield spoilt(good, values=good["values"][:-1]), rf"damaged: {K} has \d+ places for \d+ values"

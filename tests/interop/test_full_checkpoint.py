@@ -13,6 +13,7 @@ from conftest import ARCHITECTURES, build_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from modular_experts.base import Base
 from modular_experts.base import weights as stored
 from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank, Sparse
@@ -57,7 +58,7 @@ def reconfigure(directory, **changes):
 
 
 def read(tuned, base, *arguments):
-    foreign = read_full_checkpoint(tuned, base, *arguments)
+    foreign = read_full_checkpoint(tuned, Base.open(base), *arguments)
     return dict(foreign.deltas), foreign.deltas
 
 
@@ -294,7 +295,7 @@ def test_one_pair_of_weights_is_held_at_a_time_and_no_model_is_loaded(tmp_path, 
 
     monkeypatch.setattr(stored, "MappedTensors", Watched)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    foreign = read_full_checkpoint(tuned, base)
+    foreign = read_full_checkpoint(tuned, Base.open(base))
     assert order == []
     names = [name for name, _ in foreign.deltas]
     assert sorted(names) == sorted(after)
@@ -306,7 +307,9 @@ def test_progress_sees_every_weight(tmp_path):
     base, before = save(tmp_path / "base")
     tuned, _ = save(tmp_path / "tuned", noise=0.01, skip=("mlp",))
     seen = []
-    list(read_full_checkpoint(tuned, base, progress=lambda names: (seen.append(n) or n for n in names)).deltas)
+    list(
+        read_full_checkpoint(tuned, Base.open(base), progress=lambda names: (seen.append(n) or n for n in names)).deltas
+    )
     assert seen == sorted(before)
 
 
@@ -383,11 +386,11 @@ def refusals(base, tuned):
     yield lambda: rewrite(base, lambda t: t.pop(up)), rf"files of .*base do not hold {up}, which its model"
     yield (
         lambda: rewrite(tuned, lambda t: t.update({"model.layers.1.mlp.up_prj.weight": t.pop(up), "v_head": t[key]})),
-        rf"do not hold {up}.*; they hold model.layers.1.mlp.up_prj.weight, which is no weight of it",
+        rf"do not hold {up}.*; they hold model.layers.1.mlp.up_prj.weight, which is not one of its weights",
     )
     yield (
         lambda: rewrite(tuned, lambda t: t.update({f"{key}s": t[key]})),
-        rf"hold {key}s, which is no weight of LlamaForCausalLM; the nearest is {key}",
+        rf"hold {key}s, which is no weight of LlamaForCausalLM; .*did you mean {key}",
     )
     yield (
         lambda: rewrite(tuned, lambda t: t[up][0].fill_(float("nan"))),

@@ -10,8 +10,8 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig
 from safetensors.torch import load_file, save_file
 from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
 
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import load_base
 from modular_experts.deltas import Dense, LowRank, Sparse
 from modular_experts.interop.peft import read_peft
 
@@ -71,7 +71,7 @@ def test_base_plus_deltas_computes_what_peft_computes(tiny, tmp_path, case):
     architecture, config, form = ADAPTERS[case]
     base = tiny(architecture)
     adapter = save_adapter(base, tmp_path / "adapter", config)
-    expected, model = peft_logits(base, adapter), load_base(base)
+    expected, model = peft_logits(base, adapter), Base.open(base).load()
     assert (expected - logits(model)).abs().max() > 0.005
     deltas = dict(read_peft(adapter, base).deltas)
     with applied(model, [deltas]):
@@ -123,7 +123,7 @@ def test_entries_named_twice_add_up_and_zeros_are_places_until_they_are_dropped(
 
 
 def _with(base, adapter):
-    model = load_base(base)
+    model = Base.open(base).load()
     with applied(model, [dict(read_peft(adapter, base).deltas)]):
         return logits(model)
 
@@ -244,8 +244,8 @@ def test_a_field_that_is_not_set_or_only_trains_is_no_obstacle(adapter):
     ("rename", "sentence"),
     [
         (("layers.0.self_attn.q_proj", "layers.0.self_attn.q_prj"), r"belong to nothing in LlamaForCausalLM: "
-         r"model.layers.0.self_attn.q_prj; the nearest is model.layers.0.self_attn.q_proj"),
-        (("model.model.layers", "model.layers"), r"nothing .*: layers.0.mlp.*; the nearest is model.layers.0"),
+         r"model.layers.0.self_attn.q_prj; did you mean model.layers.0.self_attn.q_proj"),
+        (("model.model.layers", "model.layers"), r"nothing .*: layers.0.mlp.*; did you mean model.layers.0"),
         (("q_proj.lora_A", "q_proj.lora_C"), r"belong to nothing .*q_proj.lora_C.weight"),
         (("base_model.model.", "base."), r"does not begin with base_model.model."),
         (("mlp.down_proj", "mlp.act_fn"), r"mlp.act_fn is a SiLU.*; only Linear, Conv1D and Embedding"),
@@ -271,7 +271,7 @@ def test_a_resized_vocabulary_is_refused(adapter):
 
 
 def test_a_whole_tensor_that_equals_the_base_moves_nothing(adapter, tiny_llama_dir):
-    same = load_base(tiny_llama_dir).lm_head.weight.detach()
+    same = Base.open(tiny_llama_dir).load().lm_head.weight.detach()
     change(adapter, lambda stored: stored | {"base_model.model.lm_head.weight": same})
     assert "lm_head.weight" not in dict(read_peft(adapter).deltas)
     change(adapter, lambda stored: stored | {"base_model.model.lm_head.weight": same + 1})

@@ -14,8 +14,9 @@ from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Dense, LowRank, Sparse, add
 from modular_experts.interop.peft import LoraForm, ShiraForm, SupertuningForm, read_peft, write_peft
 from modular_experts.interop.peft import formats as lora_form
@@ -40,12 +41,12 @@ def store(path, base, deltas):
 
 def make(path, base, names, form):
     """Store an expert; the rank of its `LowRank` deltas alternates between 1 and 2."""
-    model = load_base(base)
+    model = Base.open(base).load()
     return store(path, base, [(n, delta_of(form, model.get_parameter(n).shape, i)) for i, n in enumerate(names)])
 
 
 def expected_logits(base, deltas, tokens=None):
-    model = load_base(base)
+    model = Base.open(base).load()
     with applied(model, [deltas]):
         return logits(model, tokens)
 
@@ -71,7 +72,7 @@ def test_peft_computes_with_the_adapter_what_base_plus_deltas_does(tiny, tmp_pat
     expert = open_expert(make(tmp_path / "one", base, names, form))
     written = write_peft(expert.path, tmp_path / "adapter", kind)
     expected = expected_logits(base, dict(expert))
-    assert (expected - logits(load_base(base))).abs().max() > 0.01
+    assert (expected - logits(Base.open(base).load())).abs().max() > 0.01
     torch.testing.assert_close(peft_logits(base, tmp_path / "adapter"), expected, rtol=0, atol=1e-5)
     assert written.check.loaded_with == "peft 0.21.2"
     assert 0 <= written.check.mean_difference <= written.check.largest_difference < 1e-5
@@ -147,7 +148,7 @@ def test_best_rank_is_the_truncated_singular_value_decomposition(shape, form, ra
 
 
 def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_llama_dir, tmp_path):
-    model = load_base(tiny_llama_dir)
+    model = Base.open(tiny_llama_dir).load()
     shapes = {name: model.get_parameter(name).shape for name in LLAMA}
     deltas = {name: delta_of("Dense", shapes[name], seed) for seed, name in enumerate(LLAMA[:2])}
     deltas[LLAMA[2]] = delta_of("LowRank", shapes[LLAMA[2]], 1)
@@ -191,7 +192,7 @@ def test_manifest_says_what_was_written_and_how_it_was_checked(tiny_llama_dir, t
 
 
 def test_weights_that_do_not_move_are_left_out(tiny_llama_dir, tmp_path):
-    model = load_base(tiny_llama_dir)
+    model = Base.open(tiny_llama_dir).load()
     still = Sparse.zero(model.get_parameter(LLAMA[0]).shape)
     moving = (LLAMA[1], delta_of("Sparse", model.get_parameter(LLAMA[1]).shape, 1))
     expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], still), moving])
@@ -203,7 +204,7 @@ def test_weights_that_do_not_move_are_left_out(tiny_llama_dir, tmp_path):
 
 @pytest.mark.parametrize("form", [SupertuningForm(), ShiraForm()], ids=["supertuning", "shira"])
 def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_llama_dir, tmp_path, form):
-    shape = load_base(tiny_llama_dir).get_parameter(LLAMA[0]).shape
+    shape = Base.open(tiny_llama_dir).load().get_parameter(LLAMA[0]).shape
     sparse = delta_of("Sparse", shape, 1)
     expert = store(tmp_path / "one", tiny_llama_dir, [(LLAMA[0], Dense(sparse.dense()))])
     carried = write_peft(expert, tmp_path / "adapter", form).weights[LLAMA[0]]
@@ -254,7 +255,7 @@ def test_biases_conv1d_and_tied_weights_are_refused(tiny, tmp_path):
         )
     lost = store(tmp_path / "lost", base, [("transformer.h.0.attn.c_atn.weight", Dense(torch.ones(32, 96)))])
     with pytest.raises(
-        ValueError, match=r"has no weight .*c_atn.weight; the nearest is transformer.h.0.attn.c_attn.weight"
+        ValueError, match=r"has no weight .*c_atn.weight; did you mean transformer.h.0.attn.c_attn.weight"
     ):
         write_peft(lost, tmp_path / "adapter", LoraForm(rank=2))
 
@@ -275,14 +276,14 @@ def test_another_base_an_existing_target_and_a_senseless_rank_are_refused(tiny, 
 
 @pytest.mark.parametrize("sabotage", [lambda logits: logits + 0.01, lambda logits: logits * float("nan")])
 def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
-    true_logits, calls = proof_room._logits, []
+    true_logits, calls = proof_room.logits, []
 
     def last_differs(model, prompts):
         calls.append(model)
         found = true_logits(model, prompts)
         return sabotage(found) if len(calls) == 2 else found
 
-    monkeypatch.setattr(proof_room, "_logits", last_differs)
+    monkeypatch.setattr(proof_room, "logits", last_differs)
     expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
     with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits differ"):
         write_peft(expert, tmp_path / "adapter", LoraForm())

@@ -58,7 +58,7 @@ def test_values_land_at_their_indices_and_the_base_is_the_adapters(tiny_llama_di
         (entries([1]) | {"base_model.model.score.weight": torch.ones(2)}, "score.weight, which is no sparse delta"),
         (
             {f"base_model.model.model.layers.9.self_attn.k_proj.sft_delta.{k}": torch.ones(1) for k in ("values",)},
-            r"moves model.layers.9.self_attn.k_proj.weight, .* no such weight; the nearest is",
+            r"moves model.layers.9.self_attn.k_proj.weight, .* no such weight; did you mean",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from modular_experts.base.checkpoint import load_base, load_tokenizer
+from modular_experts.base import Base
 from modular_experts.library import Library
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.run import Ledger, run_plan
@@ -62,7 +62,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
     out, results = finished
     assert sorted(Library(out / "library")) == sorted([*EXPERTS, *MERGES, "multitask"])
-    assert load_base(out / "base").config.hidden_size == 16
+    assert Base.open(out / "base").load().config.hidden_size == 16
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert sorted(path.name for path in out.iterdir()) == ["base", "library", "results.json"]
     for _, method, count in SMALL.merges():
@@ -73,7 +73,7 @@ def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
 
 
 def test_the_tokenizer_spells_any_text_and_knows_each_word_of_the_suite(finished) -> None:
-    tokenizer = load_tokenizer(finished[0] / "base")
+    tokenizer = Base.open(finished[0] / "base").tokenizer()
     assert tokenizer.decode(tokenizer("Größe 42 €\n")["input_ids"]) == "Größe 42 €\n"
     assert len(tokenizer(" reverse c a b = b a c")["input_ids"]) == 8
 

@@ -15,8 +15,9 @@ from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
 from modular_experts.__main__ import main
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import fingerprint, load_base
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.statistics import fisher, gram, merged_grams, take_statistics
@@ -179,7 +180,7 @@ def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
-    shapes = {name: weight.shape for name, weight in load_base(tiny_llama_dir).named_parameters()}
+    shapes = {name: weight.shape for name, weight in Base.open(tiny_llama_dir).load().named_parameters()}
     for number, (task, own) in enumerate({"upper": LINEAR[:2], "reverse": LINEAR[1:]}.items()):
         shutil.copy(task_files[task], f"{task}.jsonl")
         deltas = [
@@ -205,7 +206,7 @@ def outputs_distance(merged):
     """The sum over experts of how far the outputs are from the expert's, on its validation rows, by each layer."""
     distances = defaultdict(float)
     for expert, task in zip(map(open_expert, EXPERTS), TASKS, strict=True):
-        model = load_base(expert.record["base"]["id"])
+        model = Base.open(expert.record["base"]["id"]).load()
         data = TaskMixture([task], tokenizer=expert.record["base"]["id"])
         with applied(model, [expert]):
             inputs = hooked_inputs(model, rows_of(data.val_dataloader()), LINEAR)
@@ -249,7 +250,7 @@ def test_the_stored_matrices_of_a_merge_repeat_it(place):
     take_statistics(EXPERTS, "merged_gram", TaskMixture(TASKS))
     assert command("merge", "--method", "RegMeanPlusPlus", "--out", "library/merged") == 0
     merged, (first, _, last) = open_expert("library/merged"), [f"{name}.weight" for name in LINEAR]
-    model = load_base(merged.record["base"]["id"])
+    model = Base.open(merged.record["base"]["id"]).load()
     expert, data = open_expert(EXPERTS[1]), TaskMixture(TASKS[1:], tokenizer=merged.record["base"]["id"])
     with applied(model, [{name: merged[name] for name in merged if name < last}, {last: expert[last]}]):
         x = hooked_inputs(model, rows_of(data.val_dataloader()), LINEAR)[last.removesuffix(".weight")]

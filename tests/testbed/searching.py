@@ -10,7 +10,7 @@ import torch
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
-from modular_experts.base.checkpoint import load_base
+from modular_experts.base import Base
 from modular_experts.deltas import Delta, Dense
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
@@ -22,7 +22,7 @@ FORMS = ("Sparse", "BlockSparse", "LowRank", "Dense")
 
 def objective_on(base: Path, files: dict[str, Path], sharpness: float = 1.0, **settings):
     """Return the objective on two tasks, both held in; a random model is sure of nothing unless it is made sharper."""
-    chosen, model = {name: files[name] for name in ("upper", "reverse")}, load_base(base)
+    chosen, model = {name: files[name] for name in ("upper", "reverse")}, Base.open(base).load()
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness)
     return Objective(model, mixture(chosen, base, eval_batch_size=4, **settings))

@@ -9,8 +9,8 @@ import torch
 from testbed.runs import mixture
 from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
 
+from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
-from modular_experts.base.checkpoint import load_base, load_tokenizer
 from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import add
 from modular_experts.evaluation import measure
@@ -21,10 +21,10 @@ def test_it_is_the_loss_that_measure_gives(tiny_llama_dir, task_files) -> None:
     objective = objective_on(tiny_llama_dir, task_files)
     data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir)
     data.setup("validate")
-    model, tokenizer = load_base(tiny_llama_dir), load_tokenizer(tiny_llama_dir)
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
     expert = random_experts(objective)[0]
     for scale in (0.0, 1.0, -0.5):
-        changed = load_base(tiny_llama_dir)
+        changed = Base.open(tiny_llama_dir).load()
         apply_deltas(changed, [{name: delta * scale for name, delta in expert.items()}])
         found = measure(changed, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
         losses = objective.losses_with(expert, scale)
@@ -52,7 +52,7 @@ def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, tas
     for task in data.tasks:
         for row in task.read()[0]:
             rows[task.name][row.split].add(row.input)
-    tokenizer = load_tokenizer(tiny_llama_dir)
+    tokenizer = Base.open(tiny_llama_dir).tokenizer()
     for name, batches in objective.batches.items():
         prompts = [
             tokenizer.decode(ids[: int((labels != IGNORED).int().argmax())])
@@ -65,17 +65,17 @@ def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, tas
 
 def test_a_held_out_task_and_one_without_validation_rows_are_refused(tiny_llama_dir, task_files, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"cannot be searched on first: the rows of a held-out task are reserved for"):
-        Objective(load_base(tiny_llama_dir), mixture(task_files, tiny_llama_dir))
+        Objective(Base.open(tiny_llama_dir).load(), mixture(task_files, tiny_llama_dir))
     file = tmp_path / "tests.jsonl"
     file.write_text('{"input": "a", "target": "b", "split": "test"}\n')
     with pytest.raises(ValueError, match=r"has no validation rows, so there is nothing to validate on; it has 1 test"):
-        Objective(load_base(tiny_llama_dir), mixture({"tests": file}, tiny_llama_dir))
+        Objective(Base.open(tiny_llama_dir).load(), mixture({"tests": file}, tiny_llama_dir))
 
 
 def test_a_weight_that_the_model_lacks_is_refused(tiny_llama_dir, task_files) -> None:
     objective = objective_on(tiny_llama_dir, task_files)
     wrong = {"model.layers.0.self_attn.q_prj.weight": random_experts(objective)[0][NAMES[0]]}
-    with pytest.raises(ValueError, match=r"has no weight .*the nearest is model.layers.0.self_attn.q_proj.weight"):
+    with pytest.raises(ValueError, match=r"no such weight; did you mean model.layers.0.self_attn.q_proj.weight"):
         objective.losses_with(wrong)
 
 

@@ -52,7 +52,7 @@ def differences(
 def _precision(configuration: Configuration, models: Mapping[Reference, Model]) -> Iterator[Difference]:
     name = configuration.dtype
     if name is None:
-        stored = {model.stored.dtype(model.stored.skeleton.weights()[0]) for model in models.values()}
+        stored = {model.stored.dtype(model.stored.structure.weights[0]) for model in models.values()}
         name = next((str(dtype).removeprefix("torch.") for dtype in stored if dtype.itemsize < 4), "float32")
     if getattr(torch, name).itemsize < 4:
         yield Difference(

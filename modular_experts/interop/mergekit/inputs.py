@@ -7,21 +7,20 @@ merged on disk first: an adapter stays the two factors that it is, and only one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modular_experts.base.checkpoint import fingerprint, resolve_base
-from modular_experts.base.structure import Skeleton, read_skeleton
+from modular_experts.base import Base
+from modular_experts.base.structure import Structure
 from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta, Dense, Sparse, add
 from modular_experts.interop.mergekit.configuration import Configuration
 from modular_experts.interop.mergekit.moved import Moved
 from modular_experts.interop.mergekit.references import ModelPath, Reference
 from modular_experts.interop.peft import read_peft
-from modular_experts.library import check_base, open_expert
+from modular_experts.library import open_expert
 
 __all__ = ["Model", "open_models"]
 
@@ -94,15 +93,15 @@ class _Opener:
     """Opens each checkpoint once."""
 
     def __init__(self) -> None:
-        self._checkpoints: dict[Path, StoredWeights] = {}
-        self._skeletons: dict[bytes, Skeleton] = {}
+        self._bases: dict[Path, Base] = {}
+        self._structures: dict[bytes, Structure] = {}
 
     def model(self, reference: Reference, base: Reference | None) -> Model:
         if (Path(reference.model.path).expanduser() / "expert.json").is_file():
             return self._expert(reference, base)
-        directory = _directory(reference.model)
-        stored = self._stored(directory)
-        added = {} if reference.adapter is None else _adapter(reference.adapter, directory, stored)
+        opened = self._base(reference.model)
+        directory, stored = opened.directory, opened.weights
+        added = {} if reference.adapter is None else _adapter(reference.adapter, opened)
         return Model(str(reference), directory, stored, added)
 
     def _expert(self, reference: Reference, base: Reference | None) -> Model:
@@ -111,51 +110,50 @@ class _Opener:
                 f"{reference} is an expert, which moves a base and is no model by itself; name the checkpoint that it "
                 "was trained on as base_model, and put no adapter on either"
             )
-        expert, directory = open_expert(reference.model.path), _directory(base.model)
-        check_base([expert], fingerprint(directory), str(base))
-        return Model(str(reference), directory, self._stored(directory), expert)
+        expert, opened = open_expert(reference.model.path), self._base(base.model)
+        Base.open(opened, [expert])
+        return Model(str(reference), opened.directory, opened.weights, expert)
 
-    def _stored(self, directory: Path) -> StoredWeights:
-        if directory not in self._checkpoints:
-            self._checkpoints[directory] = StoredWeights(directory, self._skeleton(directory))
-        return self._checkpoints[directory]
-
-    def _skeleton(self, directory: Path) -> Skeleton:
-        config = (directory / "config.json").read_bytes()
-        if config not in self._skeletons:
-            self._skeletons[config] = read_skeleton(directory)
-        return replace(self._skeletons[config], place=str(directory))
-
-
-def _directory(path: ModelPath) -> Path:
-    return resolve_base(path.path, path.revision).resolve()
+    def _base(self, path: ModelPath) -> Base:
+        """Return a checkpoint; those of one configuration share the structure, which takes a while to build."""
+        opened = Base.open(path.path, revision=path.revision)
+        directory = opened.directory.resolve()
+        if directory not in self._bases:
+            opened, config = Base(path.path, directory, path.revision), (directory / "config.json").read_bytes()
+            if config in self._structures:
+                opened.structure = Structure(self._structures[config].model, str(directory))
+            self._structures.setdefault(config, opened.structure)
+            self._bases[directory] = opened
+        return self._bases[directory]
 
 
-def _adapter(path: ModelPath, directory: Path, stored: StoredWeights) -> dict[str, Delta]:
+def _adapter(path: ModelPath, base: Base) -> dict[str, Delta]:
     """Read an adapter's deltas, which are small enough to be held together."""
     place = Path(path.path).expanduser()
     if path.revision is not None or not place.is_dir():
         raise FileNotFoundError(f"the adapter {path} is no directory here; fetch it, and give the directory")
-    deltas = dict(read_peft(place, directory).deltas)
+    deltas, structure = dict(read_peft(place, base).deltas), base.structure
     for name, delta in deltas.items():
-        stored.skeleton.check(name, delta.shape, str(path))
-        if stored.skeleton.owners[name] != name or len(stored.skeleton.twins(name)) > 1:
-            raise ValueError(f"{path} moves {name}, which is tied to another weight in {stored.skeleton.place}")
+        structure.check(name, delta.shape, str(path))
+        if structure.owners[name] != name or len(structure.twins(name)) > 1:
+            raise ValueError(f"{path} moves {name}, which is tied to another weight in {structure.place}")
     return deltas
 
 
 def _check_same_make(first: Model, other: Model) -> None:
-    ours, theirs = first.stored.skeleton, other.stored.skeleton
-    if ours.model != theirs.model:
-        raise ValueError(f"{first.name} is a {ours.model} and {other.name} a {theirs.model}, which cannot be merged")
+    ours, theirs = first.stored.structure, other.stored.structure
+    if ours.architecture != theirs.architecture:
+        raise ValueError(
+            f"{first.name} is a {ours.architecture} and {other.name} a {theirs.architecture}, which cannot be merged"
+        )
     for one, two in ((first, other), (other, first)):
-        alone = _missing(one.stored.skeleton.weights(), two.stored.skeleton.weights())
+        alone = _missing(one.stored.structure.weights, two.stored.structure.weights)
         if alone:
             raise ValueError(
                 f"{one.name} has the weight {alone[0]} and {two.name} has not; only models of one make can be merged "
                 "(number of layers, biases, tied embeddings)"
             )
-    for name in ours.weights():
+    for name in ours.weights:
         if first.stored.shape(name) != other.stored.shape(name):
             raise ValueError(
                 f"{name} has shape {tuple(first.stored.shape(name))} in {first.name} and "

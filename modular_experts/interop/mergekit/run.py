@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from modular_experts.base.apply import MANIFEST, carry
-from modular_experts.base.files import read_json
+from modular_experts.base.files import MANIFEST, copy_companions, read_json, write_manifest
 from modular_experts.base.shards import Layout
 from modular_experts.deltas import Delta, Sparse, all_finite
 from modular_experts.interop.mergekit.configuration import Configuration
@@ -27,7 +24,6 @@ from modular_experts.interop.mergekit.references import Reference
 from modular_experts.interop.mergekit.shards import write_shards
 from modular_experts.interop.mergekit.vocabulary import check_vocabularies
 from modular_experts.library import check_target, new_directory
-from modular_experts.library.record import package_versions, plain
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
@@ -72,9 +68,14 @@ def merge_recipe(
     with new_directory(target, overwrite, MANIFEST) as temporary:
         layout = merge.layout()
         write_shards(temporary, layout, merge.tensors(progress))
-        carry(merge.donor.directory, temporary)
+        copy_companions(merge.donor.directory, temporary)
         _write_config(merge.donor.directory, temporary, [dtype for dtype, _ in layout.values()])
-        _write_manifest(temporary / MANIFEST, configuration, models, seed)
+        origin = {
+            "mergekit": configuration.source,
+            "models": {model.name: str(model.directory) for model in models.values()},
+            "seed": seed,
+        }
+        write_manifest(temporary, origin)
     return target
 
 
@@ -85,7 +86,7 @@ class _Merge:
         self._models, self._configuration = models, configuration
         self.donor = models[configuration.base or configuration.models[0]]
         self._stored = self.donor.stored
-        self._names = self._stored.skeleton.weights()
+        self._names = self._stored.structure.weights
         recipe = Recipe(configuration, self._names, seed)
         self.steps = {name: recipe.step(name, self._stored.shape(name).numel()) for name in self._names}
         self._dtype = configuration.out_dtype or configuration.dtype
@@ -131,14 +132,3 @@ def _write_config(donor: Path, directory: Path, dtypes: Sequence[torch.dtype]) -
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
     config[key] = max(sorted(set(kinds)), key=kinds.count)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_manifest(file: Path, configuration: Configuration, models: Mapping[Reference, Model], seed: int) -> None:
-    origin: dict[str, Any] = {
-        "mergekit": configuration.source,
-        "models": {model.name: str(model.directory) for model in models.values()},
-        "seed": seed,
-        "versions": package_versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    file.write_text(json.dumps(plain(origin), indent=2) + "\n", encoding="utf-8")

@@ -36,8 +36,8 @@ def check_vocabularies(base: Model, others: Iterable[Model]) -> None:
 
 def spare_rows(model: Model) -> int:
     """Return how many rows of a model's embeddings no token of its tokenizer has."""
-    tokens, skeleton = len(_vocabulary(model.directory) or ()), model.stored.skeleton
-    rows = [skeleton.shapes[name][0] for name in skeleton.vocabulary]
+    tokens, structure = len(_vocabulary(model.directory) or ()), model.stored.structure
+    rows = [structure.shapes[name][0] for name in structure.vocabulary]
     return max(0, max(rows, default=0) - tokens)
 
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.structure import is_embedding, is_linear, is_transposed
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.interop.compression import Exact
-from modular_experts.interop.peft.layers import is_embedding, is_linear, is_transposed
 
 __all__ = ["Carried", "LoraForm", "PeftForm", "ShiraForm", "SupertuningForm", "best_rank", "total_error"]
 

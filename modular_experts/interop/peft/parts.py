@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modular_experts.base.structure import is_embedding, is_linear, is_transposed
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import index_dtype
-from modular_experts.interop.peft.layers import is_embedding, is_linear, is_transposed
 
 __all__ = [
     "LORA_TENSORS",

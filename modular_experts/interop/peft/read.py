@@ -7,17 +7,16 @@ SUPERTUNING. Which modules are moved is what the tensors say. Anything else is r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modular_experts.base.checkpoint import read_weight, resolve_base
+from modular_experts.base import Base
 from modular_experts.deltas import Delta, add
 from modular_experts.interop.adapter import ForeignExpert
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterTensors, read_adapter_config, settings_of
-from modular_experts.interop.peft.layers import nearest, read_layers, shared_weights
 from modular_experts.interop.peft.parts import (
     LORA_TENSORS,
     SHIRA_TENSORS,
@@ -29,6 +28,7 @@ from modular_experts.interop.peft.parts import (
     shira_parts,
     supertuning_parts,
 )
+from modular_experts.text import did_you_mean
 
 __all__ = ["read_peft"]
 
@@ -36,7 +36,7 @@ _TENSORS = {"LORA": LORA_TENSORS, "SHIRA": SHIRA_TENSORS, "SUPERTUNING": SUPERTU
 _OWN = ("base_layer.weight", "base_layer.bias")  # the adapted module's own tensors, stored with the adapter
 
 
-def read_peft(directory: str | Path, base: str | Path | None = None, drop_zeros: bool = False) -> ForeignExpert:
+def read_peft(directory: str | Path, base: str | Path | Base | None = None, drop_zeros: bool = False) -> ForeignExpert:
     """Read an adapter that PEFT saved, as deltas of its base.
 
     Names, shapes and settings are checked at once; numbers are read when the deltas are gone through, one weight at a
@@ -62,9 +62,9 @@ def read_peft(directory: str | Path, base: str | Path | None = None, drop_zeros:
     recorded, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not (base or (isinstance(recorded, str) and recorded)):
         raise ValueError(f"{folder / CONFIG_FILE} does not say what the adapter's base is; name the base")
-    root = resolve_base(base or recorded, None if base else revision)  # type: ignore[arg-type]
+    opened = Base.open(base or recorded, revision=None if base else revision)
     return ForeignExpert(
-        deltas=_AdapterDeltas(config, tensors, root, drop_zeros),
+        deltas=_AdapterDeltas(config, tensors, opened, drop_zeros),
         kind=config["peft_type"],
         base=recorded or None,
         revision=revision,
@@ -75,30 +75,25 @@ def read_peft(directory: str | Path, base: str | Path | None = None, drop_zeros:
 class _AdapterDeltas(Iterable[tuple[str, Delta]]):
     """The deltas of an adapter; every iteration reads its numbers anew."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: AdapterTensors, root: Path, drop_zeros: bool) -> None:
-        self._config, self._tensors, self._root, self._drop_zeros = config, tensors, root, drop_zeros
-        self._model = read_layers(root)
-        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+    def __init__(self, config: Mapping[str, Any], tensors: AdapterTensors, base: Base, drop_zeros: bool) -> None:
+        self._config, self._tensors, self._base, self._drop_zeros = config, tensors, base, drop_zeros
+        self._structure, self._model = base.structure, base.structure.model
         self._parts = self._all_parts()
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
         for name, parts in self._parts.items():
             try:
-                terms = [part.delta(self._tensors.read, partial(read_weight, self._root, name)) for part in parts]
+                terms = [part.delta(self._tensors.read, partial(self._base.weight, name)) for part in parts]
             except ValueError as error:
                 raise self._damaged(f"{error} ({name})") from error
             moving = [term for part, term in zip(parts, terms, strict=True) if not _is_the_base(part, term)]
-            if moving and name in self._shared:
+            if moving and len(self._structure.twins(name)) > 1:
                 raise ValueError(
                     f"{self._tensors.file} moves {name}, which {type(self._model).__name__} ties to another weight; "
                     "PEFT moves it in one of the two places only, and no delta of the one tensor can say that"
                 )
             if moving:
                 yield name, add(moving)
-
-    @cached_property
-    def _shared(self) -> set[str]:
-        return shared_weights(self._model)
 
     def _all_parts(self) -> dict[str, list[Part]]:
         """Return the parts of each moved weight, by its name in the base."""
@@ -147,24 +142,27 @@ class _AdapterDeltas(Iterable[tuple[str, Delta]]):
             name, suffix = own[key]
             modules[name][suffix] = self._tensors.shapes[key]
         whole = {key: key for key in rest - own.keys()}
-        strangers = sorted(key for key in whole if key not in self._parameters or key.rpartition(".")[0] in modules)
+        strangers = sorted(
+            key for key in whole if key not in self._structure.shapes or key.rpartition(".")[0] in modules
+        )
         if strangers:
-            raise self._unknown(strangers, self._parameters)
+            raise self._unknown(strangers, self._structure.shapes)
         return modules, whole
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        if name not in self._parameters or self._parameters[name].shape != shape:
-            found = tuple(self._parameters[name].shape) if name in self._parameters else "no such weight"
+        known = self._structure.shapes.get(name)
+        if known != shape:
+            found = "no such weight" if known is None else tuple(known)
             raise ValueError(
-                f"{self._tensors.file} holds {name} with shape {tuple(shape)}, and the base in {self._root} has "
-                f"{found}; was its vocabulary resized, or is it another base?"
+                f"{self._tensors.file} holds {name} with shape {tuple(shape)}, and the base in "
+                f"{self._base.directory} has {found}; was its vocabulary resized, or is it another base?"
             )
 
     def _unknown(self, names: list[str], known: Iterable[str]) -> ValueError:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return ValueError(
             f"{self._tensors.file} holds tensors that belong to nothing in {type(self._model).__name__}: "
-            f"{shown}{nearest(names[0], known)}"
+            f"{shown}{did_you_mean(names[0], known)}"
         )
 
     def _damaged(self, reason: str) -> ValueError:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.checkpoint import quiet
+from modular_experts.base.loading import quiet
+from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.interop.peft.read import read_peft
 
@@ -49,19 +49,17 @@ class AdapterCheck:
 
 
 def prove(
-    model: PreTrainedModel,
-    base: Path,
+    base: Base,
     directory: Path,
     peft_type: str,
     carried: Mapping[str, Delta],
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter and compare; the model is used up, as PEFT puts the adapter into it.
+    """Load an adapter onto its base in float32, and compare.
 
     Args:
-        model: The base, in float32.
-        base: Its directory.
+        base: The base.
         directory: The adapter.
         peft_type: Its kind.
         carried: The deltas that the adapter stands for.
@@ -71,15 +69,16 @@ def prove(
     Raises:
         ValueError: The difference is larger, or PEFT does not find in the adapter what it looks for.
     """
-    prompts = _prompts(model)
+    model = base.load("float32")
+    prompts = fixed_prompts(model)
     with applied(model, [carried]):
-        reference = _logits(model, prompts)
+        reference = logits(model, prompts)
     apart = (0.0, 0.0)
     if expert is not None:
         with applied(model, [expert]):
-            apart = _apart(_logits(model, prompts), reference)
-    logits, loader = _with_peft(model, directory, peft_type, prompts) or _with_reader(model, base, directory, prompts)
-    largest, mean = _apart(logits, reference)
+            apart = difference(logits(model, prompts), reference)
+    found, loader = _with_peft(model, directory, peft_type, prompts) or _with_reader(model, base, directory, prompts)
+    largest, mean = difference(found, reference)
     if not largest <= tolerance:  # written so that a difference that is not a number is refused too
         raise ValueError(
             f"the adapter was not written: loaded again with {loader}, its logits differ by {largest:.3g} from those "
@@ -99,29 +98,13 @@ def _with_peft(model: PreTrainedModel, directory: Path, peft_type: str, prompts:
     # PEFT warns of much that is its own; one warning would say that the adapter is not what PEFT takes it for.
     with quiet(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        logits = _logits(PeftModel.from_pretrained(model, directory), prompts)
+        found = logits(PeftModel.from_pretrained(model, directory), prompts)
     for warning in said:
         if "missing adapter keys" in str(warning.message):
             raise ValueError(f"the adapter was not written: PEFT says of it: {warning.message}")
-    return logits, f"peft {metadata.version('peft')}"
+    return found, f"peft {metadata.version('peft')}"
 
 
-def _with_reader(model: PreTrainedModel, base: Path, directory: Path, prompts: Tensor) -> tuple[Tensor, str]:
+def _with_reader(model: PreTrainedModel, base: Base, directory: Path, prompts: Tensor) -> tuple[Tensor, str]:
     with applied(model, [dict(read_peft(directory, base).deltas)]):
-        return _logits(model, prompts), "modular-experts"
-
-
-def _apart(logits: Tensor, reference: Tensor) -> tuple[float, float]:
-    difference = (logits - reference).abs()
-    return difference.max().item(), difference.mean().item()
-
-
-def _prompts(model: PreTrainedModel) -> Tensor:
-    """Return token ids `(2, 24)` that depend on the vocabulary's size and nothing else, as `apply` does."""
-    vocabulary = model.config.get_text_config().vocab_size
-    return (torch.arange(48, device=model.device).view(2, 24) * 7919 + 11) % vocabulary
-
-
-@torch.no_grad()
-def _logits(model: Any, prompts: Tensor) -> Tensor:
-    return model.eval()(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=False).logits.float()
+        return logits(model, prompts), "modular-experts"

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import nn
 
-from modular_experts.base.apply import MANIFEST
-from modular_experts.base.checkpoint import find_base, fingerprint, load_base, resolve_base
+from modular_experts.base import Base
+from modular_experts.base.files import MANIFEST, write_manifest
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
 from modular_experts.interop.peft.formats import (
     Carried,
@@ -27,11 +26,11 @@ from modular_experts.interop.peft.formats import (
     SupertuningForm,
     total_error,
 )
-from modular_experts.interop.peft.layers import nearest, read_layers, shared_weights
 from modular_experts.interop.peft.verify import AdapterCheck, prove
-from modular_experts.library import StoredExpert, as_parents, check_base, check_target, new_directory, open_experts
-from modular_experts.library.record import package_versions, plain
+from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
+from modular_experts.library.record import plain
 from modular_experts.progress import Progress
+from modular_experts.text import did_you_mean
 
 __all__ = ["WrittenAdapter", "export", "write_peft"]
 
@@ -96,7 +95,7 @@ def write_peft(
     expert: str | Path,
     out: str | Path,
     form: PeftForm,
-    base: str | Path | None = None,
+    base: str | Path | Base | None = None,
     revision: str | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
@@ -124,52 +123,47 @@ def write_peft(
     """
     target = check_target(out, overwrite, MANIFEST)
     (opened,) = open_experts([expert])
-    place = str(base or find_base(opened))
-    revision = revision or (None if base else opened.record["base"].get("revision"))
-    mark = fingerprint(root := resolve_base(place, revision))
-    check_base([opened], mark, place)
-    modules = _modules(opened, form, root)
+    found = Base.open(base, [opened], revision)
+    modules = _modules(opened, form, found)
     form = form.settle((name, opened[name]) for name in modules)
     carried = {name: form.carry(name, modules[name], opened[name]) for name in progress(list(modules))}
     with new_directory(target, overwrite, MANIFEST) as directory:
-        _write_files(directory, _configuration(form, place, revision, modules, carried), carried)
+        _write_files(directory, _configuration(form, found, modules, carried), carried)
         deltas = {name: weight.delta for name, weight in carried.items()}
         approximated = opened if total_error(carried) else None
-        check = prove(load_base(root, "float32"), root, directory, form.peft_type, deltas, approximated, tolerance)
+        check = prove(found, directory, form.peft_type, deltas, approximated, tolerance)
         written = WrittenAdapter(carried, check)
-        account = plain(_account(opened, place, revision, mark, form, written))
-        (directory / MANIFEST).write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
+        write_manifest(directory, _account(opened, found, form, written))
     return written
 
 
-def _modules(expert: StoredExpert, form: PeftForm, root: Path) -> dict[str, nn.Module]:
+def _modules(expert: StoredExpert, form: PeftForm, base: Base) -> dict[str, nn.Module]:
     """Return the module of each weight that the expert moves, by the weight's name.
 
     Raises:
         ValueError: It moves a weight that the form cannot carry or that the base does not have or ties, or none.
     """
-    model = read_layers(root)
-    layers, known = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    structure, known = base.structure, base.structure.shapes
     moved = [name for name in expert if not expert[name].is_empty]
     unknown = [name for name in moved if name not in known]
-    tied = sorted(shared_weights(model) & set(moved))
+    tied = sorted(name for name in moved if name in known and len(structure.twins(name)) > 1)
     if not moved:
         raise ValueError(f"{expert.name} moves nothing, so there is no adapter to write")
     if unknown:
-        raise ValueError(f"the base in {root} has no weight {unknown[0]}{nearest(unknown[0], known)}")
+        raise ValueError(f"the base in {base.directory} has no weight {unknown[0]}{did_you_mean(unknown[0], known)}")
     if tied:
         raise ValueError(
             f"{expert.name} moves {tied[0]}, which the base ties to another weight, and an adapter moves only one of "
             "the two places; export an expert that leaves it alone"
         )
-    others = [name for name in moved if not (name.endswith(".weight") and form.takes(layers[_module(name)]))]
+    others = [name for name in moved if not (name.endswith(".weight") and form.takes(structure.layer(name)))]
     if others:
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         raise ValueError(
             f"a {form.peft_type} adapter moves the weight of a {form.carries} only, and {expert.name} moves {shown} "
             "too; write a full checkpoint with modular-experts apply"
         )
-    return {name: layers[_module(name)] for name in moved}
+    return {name: structure.layer(name) for name in moved}
 
 
 def _module(weight: str) -> str:
@@ -178,16 +172,15 @@ def _module(weight: str) -> str:
 
 def _configuration(
     form: PeftForm,
-    base: str,
-    revision: str | None,
+    base: Base,
     modules: Mapping[str, nn.Module],
     carried: Mapping[str, Carried],
 ) -> dict[str, Any]:
     return {
         "peft_type": form.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
+        "base_model_name_or_path": base.place,
+        "revision": base.revision,
         "inference_mode": True,
         "target_modules": [_module(name) for name in carried],
         "modules_to_save": None,
@@ -206,11 +199,9 @@ def _write_files(directory: Path, config: Mapping[str, Any], carried: Mapping[st
     save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
 
 
-def _account(
-    expert: StoredExpert, base: str, revision: str | None, mark: str, form: PeftForm, written: WrittenAdapter
-) -> dict[str, Any]:
+def _account(expert: StoredExpert, base: Base, form: PeftForm, written: WrittenAdapter) -> dict[str, Any]:
     return {
-        "base": {"id": base, "revision": revision, "fingerprint": mark},
+        "base": {"id": base.place, "revision": base.revision, "fingerprint": base.fingerprint},
         "experts": as_parents([expert]),
         "adapter": {
             "peft_type": form.peft_type,
@@ -221,6 +212,4 @@ def _account(
             "weights": {name: weight.numbers() for name, weight in written.weights.items()},
         },
         "check": asdict(written.check),
-        "versions": package_versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.base.checkpoint import fingerprint
+from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop.mergekit import moved
 from modular_experts.interop.mergekit.arc import Arc

@@ -1,0 +1,262 @@
+"""Open a base: the one place that finds, fetches, checks, reads and writes base checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from modular_experts.base.files import (
+    MANIFEST,
+    copy_companions,
+    open_tensors,
+    read_json,
+    read_layouts,
+    write_manifest,
+)
+from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.loading import DType, fetch, load_model, load_tokenizer, quiet
+from modular_experts.base.streaming import Rounding, StreamedSum
+from modular_experts.base.structure import Structure, read_structure
+from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
+from modular_experts.base.weights import StoredWeights
+from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.library import StoredExpert, check_base, check_target, new_directory
+from modular_experts.library.record import package_versions
+from modular_experts.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Base", "DType", "find_base"]
+
+
+class Base:
+    """A pretrained causal language model on disk; `Base.open` finds one.
+
+    Attributes:
+        place: Directory or hub id, as the user or an expert's record names it.
+        directory: Where its files are.
+        revision: Branch, tag or commit of a hub id.
+    """
+
+    def __init__(self, place: str, directory: Path, revision: str | None = None) -> None:
+        self.place, self.directory, self.revision = place, directory, revision
+
+    @classmethod
+    def open(
+        cls, place: str | Path | Base | None = None, experts: Sequence[StoredExpert] = (), revision: str | None = None
+    ) -> Base:
+        """Find a base, fetch what is not on this machine, and check that it is the one the experts were trained on.
+
+        Args:
+            place: A directory with `config.json` and safetensors weights, a hub id such as
+                `HuggingFaceTB/SmolLM2-135M`, or an opened base; what the experts' records name if not given.
+            experts: The experts that will be put on it.
+            revision: Branch, tag or commit of a hub id; the experts' own where the place is.
+
+        Raises:
+            FileNotFoundError: There is no such directory, and the hub does not give it.
+            ValueError: It is not a causal language model in safetensors, or an expert was trained on another base.
+        """
+        if isinstance(place, Base):
+            base = place
+        else:
+            if not place:
+                if not experts:
+                    raise ValueError("no base is named; give the directory of a model, or a hub id")
+                place, revision = find_base(experts), revision or experts[0].record["base"].get("revision")
+            base = cls(str(place), fetch(place, revision), revision)
+        if experts:
+            check_base(experts, base.fingerprint, base.place)
+        return base
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and stored bytes of its tensors, wherever and however they are stored."""
+        return fingerprint(self.directory)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Its weights and layers without their numbers, from its configuration."""
+        return read_structure(self.directory)
+
+    @cached_property
+    def weights(self) -> StoredWeights:
+        """Its stored weights by name, for readers of many weights.
+
+        Raises:
+            ValueError: The files lack a weight, or hold a quantised one.
+        """
+        return StoredWeights(read_layouts(self.directory), self.structure)
+
+    def load(self, dtype: DType | None = None) -> PreTrainedModel:
+        """Load the model in evaluation mode, every weight from the files.
+
+        Args:
+            dtype: Data type of the weights in memory; as stored if not given.
+
+        Raises:
+            ValueError: The files lack weights, which transformers would fill with noise.
+        """
+        return load_model(self.directory, dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load its tokenizer, with a padding token that is not the end-of-sequence token wherever there is one.
+
+        A tokenizer that pads with its end-of-sequence token, or not at all, gets another token of its vocabulary to
+        pad with: a usual name for it, or the unknown token. Only where there is none does padding stay the
+        end-of-sequence token; then tell the two apart by length, never by number. No token is added. The padding and
+        truncation sides stay as they are.
+
+        Raises:
+            FileNotFoundError: It has no tokenizer.
+            ValueError: The tokenizer has no end-of-sequence token.
+        """
+        return load_tokenizer(self.directory)
+
+    def weight(self, name: str) -> Tensor:
+        """Return one weight as it is stored, without loading the others.
+
+        Args:
+            name: The parameter's name in the loaded model. Files may store it under another name; one that only
+                transformers can put together makes the whole model be loaded.
+
+        Raises:
+            ValueError: The model has no such weight.
+        """
+        if name not in self._files:
+            if name not in self.structure.owners:
+                raise ValueError(f"the base in {self.directory} has no weight {name}")
+            owner = self.structure.owners[name]
+            stored = next((key for key, weight in self._stored.items() if weight == owner), None)
+            if stored is None:
+                return self.load().get_parameter(name).detach()
+            name = stored
+        with open_tensors(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of each stored tensor."""
+        return {key: file for file, layout in read_layouts(self.directory).items() for key in layout}
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """The first name in the model of each stored tensor that is a weight of it."""
+        names = {key: self.structure.name_of(key) for key in self._files}
+        return {key: self.structure.owners[name] for key, name in names.items() if name is not None}
+
+    def write(
+        self,
+        deltas: TaskVector,
+        out: str | Path,
+        dtype: DType | None = None,
+        verify: bool = True,
+        tolerance: float = 1e-3,
+        overwrite: bool = False,
+        progress: Progress = iter,
+        origin: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Check | None:
+        """Write the base plus deltas as an ordinary Hugging Face checkpoint, and verify it by loading it again.
+
+        The weights go from the base's files straight into the new ones. The checkpoint takes its place only after its
+        logits on fixed prompts were compared with those of base plus deltas in memory.
+
+        Args:
+            deltas: The delta of each weight, asked for once, and its `shapes()`: a sum, a merge, an opened expert.
+            out: Directory of the checkpoint.
+            dtype: Data type of the checkpoint; the base's own if not given.
+            verify: Load the model and the result to compare them; without it, one weight at a time is in memory.
+            tolerance: Largest accepted difference of a logit.
+            overwrite: Replace a checkpoint of ours that is there.
+            progress: Iterator wrapper, e.g. `tqdm`.
+            origin: What the manifest records about where the deltas come from.
+            key: What the deltas depend on. With it, interrupted writing goes on with the file where it stopped.
+
+        Raises:
+            FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
+            ValueError: A weight does not fit, or the reloaded checkpoint differs; nothing is written then.
+        """
+        target, kind = check_target(out, overwrite, MANIFEST), getattr(torch, dtype) if dtype else None
+        self.structure.check_fit(deltas.shapes())
+        work = json.dumps([key, self.fingerprint, dtype, package_versions()])
+        resume = hashlib.sha256(work.encode()).hexdigest() if key else None
+        # Some architectures store other tensors than their weights, which transformers cuts or joins: those need the
+        # model in memory.
+        streams = set(deltas) <= set(self._stored.values())
+        model = self.load(None if streams else dtype) if verify or not streams else None
+        weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
+        with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet():
+            try:
+                if streams:
+                    stream = StreamedSum(self.directory, self.structure, deltas, temporary, kind, progress)
+                    for name, delta in stream:
+                        if model is not None:
+                            _add(delta, weights[name], kind)
+                    rounding = stream.rounding
+                    self._write_config(temporary, dtype)
+                else:
+                    assert model is not None
+                    for name in progress(sorted(deltas)):
+                        _add(deltas[name], weights[name], None)
+                    rounding = Rounding()
+                    model.save_pretrained(temporary, max_shard_size="5GB")
+            except SafetensorError as error:
+                raise OSError(f"the checkpoint could not be written: {error}") from error
+            copy_companions(self.directory, temporary)
+            check = None
+            if verify and model is not None:
+                prompts = fixed_prompts(model)
+                for weight in weights.values():  # one by one: `model.to` would round the tables of positions too
+                    weight.data = weight.to(kind) if kind else weight.data
+                reference = logits(model, prompts)
+                del model, weights, weight  # before the second model comes
+                check = check_reloaded(temporary, prompts, reference, tolerance, rounding)
+            base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
+            write_manifest(temporary, {"base": base, **(origin or {}), "check": asdict(check) if check else None})
+        return check
+
+    def _write_config(self, directory: Path, dtype: DType | None) -> None:
+        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+        if dtype:
+            config.pop("torch_dtype", None)  # the older name of the same key
+            config["dtype"] = dtype
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def find_base(experts: Sequence[StoredExpert]) -> str:
+    """Return where the experts' base is: where a record names it, or at the same path or name beside the library.
+
+    A place that is not a directory here is returned as the first record names it, such as a hub id.
+
+    Raises:
+        ValueError: The first record does not name a base.
+    """
+    for expert in experts:
+        recorded, beside = str(expert.record["base"].get("id") or ""), expert.path.parent.parent
+        for place in (Path(recorded).expanduser(), beside / recorded, beside / Path(recorded).name):
+            if recorded and place.is_dir():
+                return str(place)
+    named = experts[0].record["base"].get("id")
+    if not named:
+        raise ValueError(f"the record of {experts[0].path} does not name its base; give its directory or hub id")
+    return str(named)
+
+
+@torch.no_grad()
+def _add(delta: Any, weight: torch.nn.Parameter, dtype: torch.dtype | None) -> None:
+    """Add a delta to a weight in memory, rounded once, from the base's dtype to that of the checkpoint."""
+    if dtype is None or dtype == weight.dtype:
+        delta.add_to(weight)
+    else:
+        weight.data = delta.add_to(weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)).to(dtype)

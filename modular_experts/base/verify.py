@@ -1,0 +1,74 @@
+"""Compare what models compute: the logits of fixed prompts, before and after a checkpoint went through a disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modular_experts.base.loading import quiet
+from modular_experts.base.streaming import Rounding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Check", "check_reloaded", "difference", "fixed_prompts", "logits"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a reloaded checkpoint is from the model it was written from, and what its dtype could not hold.
+
+    Attributes:
+        largest_difference: Largest absolute difference of a logit over the fixed prompts.
+        mean_difference: Mean absolute difference.
+        tolerance: Largest accepted difference.
+        prompts: Shape of the prompts, `(rows, tokens)`.
+        rounding: What rounding took from the deltas.
+    """
+
+    largest_difference: float
+    mean_difference: float
+    tolerance: float
+    prompts: tuple[int, int]
+    rounding: Rounding
+
+
+def fixed_prompts(model: PreTrainedModel) -> Tensor:
+    """Return token ids `(2, 24)` that depend on nothing but the size of the vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return (torch.arange(48, device=model.device).view(2, 24) * 7919 + 11) % vocabulary
+
+
+@torch.no_grad()
+def logits(model: Any, prompts: Tensor) -> Tensor:
+    """Return the float32 logits `(rows, tokens, vocabulary)` of a model, which is put into evaluation mode."""
+    return model.eval()(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=False).logits.float()
+
+
+def difference(found: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return the largest and the mean absolute difference."""
+    apart = (found - reference).abs()
+    return apart.max().item(), apart.mean().item()
+
+
+def check_reloaded(directory: Path, prompts: Tensor, reference: Tensor, tolerance: float, rounding: Rounding) -> Check:
+    """Load a checkpoint with plain transformers, as anyone would, and compare its logits with a reference.
+
+    Raises:
+        ValueError: A logit differs by more than the tolerance, or is not a number.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+    largest, mean = difference(logits(reloaded, prompts), reference)
+    if not largest <= tolerance:  # written so that NaN is refused too
+        raise ValueError(
+            f"the checkpoint was not written: loaded again, its logits differ by {largest:.3g} from those of the "
+            f"model in memory, and the tolerance is {tolerance:.3g}"
+        )
+    return Check(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), rounding)
