@@ -86,7 +86,12 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
     for name, score in sorted(record["scores"].items()):
         yield "score", f"{_score_name(name)}: {_score(score)}"
-    yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    if not expert.mergeable:
+        yield "merging", f"not possible, because {expert.not_mergeable_because}"
+    if state := expert.state():
+        numbers = sum(tensor.numel() for tensor in state.values())
+        yield "state", f"{len(state)} tensors with {numbers:,} numbers, of {record.get('class_path')}"
+    yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no deltas"
     yield "kept", f"{total.kept:,} of {total.entries:,} entries ({share_text(total.kept / max(total.entries, 1))})"
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"

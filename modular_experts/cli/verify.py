@@ -9,7 +9,7 @@ from pathlib import Path
 from modular_experts.base.base import Base, find_base
 from modular_experts.cli.command import run_tool
 from modular_experts.library import Library, StoredExpert, open_expert
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 
 EXAMPLES = """\
   modular-experts verify library/ab
@@ -29,7 +29,7 @@ def verify(directory: str, base: str | None = None, revision: str | None = None)
         revision: Branch, tag or commit of a hub id.
     """
     place = Path(directory)
-    if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE)):
+    if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE)):
         print(f"{directory}: {_verify(open_expert(directory), base, revision)}")
         return
     library = Library(directory)

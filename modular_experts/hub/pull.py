@@ -16,8 +16,7 @@ from pathlib import Path
 from modular_experts.hub.repository import HubRepository, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_statistics
 from modular_experts.library.atomic import is_name
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
-from modular_experts.library.record import read_record
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, read_record
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.progress import Progress
 
@@ -118,7 +117,8 @@ def _files(seen: HubRepository, name: str, statistics: bool) -> list[str]:
     folder = f"{name}/{FOLDER}/"
     kinds = [path.removeprefix(folder).removesuffix(".safetensors") for path in seen.files if path.startswith(folder)]
     found = [f"{folder}{kind}.safetensors" for kind in sorted(kinds) if is_name(kind)] if statistics else []
-    return [f"{name}/{DELTA_FILE}", f"{name}/{RECORD_FILE}", *(path for path in found if path in seen.files)]
+    own = [f"{name}/{file}" for file in (DELTA_FILE, STATE_FILE, RECORD_FILE)]
+    return [path for path in (*own, *found) if path in seen.files]
 
 
 def _check(seen: HubRepository, place: Path, name: str) -> None:

@@ -18,8 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.hub.repository import HubRepository, hub_errors, is_hub_model, look_before_push, may_be_hub_model
 from modular_experts.library import Library, StoredExpert, open_experts, open_statistics
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
-from modular_experts.library.record import read_record
+from modular_experts.library.record import RECORD_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.progress import Progress
 
@@ -95,7 +94,7 @@ def push(
 
 
 def _open(experts: Sequence[str | Path] | str | Path) -> list[StoredExpert]:
-    opened = open_experts(_directories(experts) if isinstance(experts, str | Path) else experts)
+    opened = open_experts(_directories(experts) if isinstance(experts, str | Path) else experts, mergeable=False)
     names = [expert.name for expert in opened]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -123,7 +122,7 @@ def _files(
     for name in progress(list(by_name)):
         expert = by_name[name]
         expert.verify()
-        found |= {f"{name}/{file}": expert.path / file for file in (DELTA_FILE, RECORD_FILE)}
+        found |= {f"{name}/{file}": expert.path / file for file in (*expert.files, RECORD_FILE)}
         for kind in kinds_of_statistics(expert) if statistics else ():
             stored = open_statistics(expert, kind)
             for weight in stored:
@@ -194,7 +193,7 @@ def _entry(seen: HubRepository, name: str, place: Path) -> CardEntry:
         record = read_record(place / name / RECORD_FILE)
     except ValueError as error:
         raise ValueError(f"{str(error).replace(str(place), seen.repo_id)}; remove it there first") from error
-    size = sum(seen.files[f"{name}/{file}"] for file in (DELTA_FILE, RECORD_FILE))
+    size = sum(seen.files.get(f"{name}/{file}", 0) for file in (*files_of(record), RECORD_FILE))
     return CardEntry(name, record, seen.kept_share(name), size)
 
 

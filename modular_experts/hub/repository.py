@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import check_name
 from modular_experts.library.atomic import is_name
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 
 __all__ = ["HubRepository", "hub_errors", "is_hub_model", "look", "look_before_push", "may_be_hub_model"]
 
@@ -57,7 +57,7 @@ class HubRepository:
 
     def experts(self) -> list[str]:
         """Return the names of the complete experts."""
-        return sorted(name for name, files in self._folders().items() if is_name(name) and len(files) == 2)
+        return sorted(name for name, files in self._folders().items() if is_name(name) and not _missing(files))
 
     def choose(self, wanted: Sequence[str] | None) -> list[str]:
         """Return the names of the experts that are wanted, all if none are named, once each is known to be there.
@@ -82,16 +82,15 @@ class HubRepository:
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(there)[:8])}"
             raise ValueError(f"{self.repo_id} has no expert {name!r}; {hint}")
-        missing = sorted({RECORD_FILE, DELTA_FILE} - there[name])
-        if missing:
-            raise ValueError(f"{name} in {self.repo_id} is no complete expert: {name}/{missing[0]} is missing")
+        if missing := _missing(there[name]):
+            raise ValueError(f"{name} in {self.repo_id} is not a complete expert: {name}/{missing} is missing")
 
     def _folders(self) -> dict[str, set[str]]:
         """Return the folders with files of an expert, and which they have."""
         found: dict[str, set[str]] = {}
         for path in self.files:
             folder, _, file = path.rpartition("/")
-            if folder and "/" not in folder and file in (RECORD_FILE, DELTA_FILE):
+            if folder and "/" not in folder and file in (RECORD_FILE, DELTA_FILE, STATE_FILE):
                 found.setdefault(folder, set()).add(file)
         return found
 
@@ -124,6 +123,13 @@ class HubRepository:
                 return sum(entry["kept"] for entry in weights) / total
             except (SafetensorsParsingError, json.JSONDecodeError, LookupError, TypeError, ArithmeticError):
                 return None
+
+
+def _missing(files: Collection[str]) -> str | None:
+    """Return a file that every expert has and a folder with these files lacks."""
+    if RECORD_FILE not in files:
+        return RECORD_FILE
+    return None if {DELTA_FILE, STATE_FILE} & set(files) else DELTA_FILE
 
 
 class _Bar(tqdm):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 
 from modular_experts.library.atomic import check_name, check_target, is_name, new_directory
@@ -16,9 +16,10 @@ from modular_experts.library.compatibility import (
     parent_ids,
     union_of_weights,
 )
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, StoredExpert, open_expert, write_expert
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, open_expert, write_expert
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
+from modular_experts.text import bytes_text, did_you_mean
 
 __all__ = [
     "Library",
@@ -40,8 +41,6 @@ __all__ = [
     "write_statistics",
 ]
 
-_FILES = (RECORD_FILE, DELTA_FILE)
-
 
 class Library(Mapping[str, StoredExpert]):
     """The complete experts in a directory, by name.
@@ -57,9 +56,7 @@ class Library(Mapping[str, StoredExpert]):
 
     def __getitem__(self, name: str) -> StoredExpert:
         if name not in list(self):
-            near = difflib.get_close_matches(name, list(self), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise KeyError(f"{self.directory} has no expert {name!r}{hint}")
+            raise KeyError(f"{self.directory} has no expert {name!r}{did_you_mean(name, self)}")
         return open_expert(self.directory / name)
 
     def __iter__(self) -> Iterator[str]:
@@ -68,15 +65,16 @@ class Library(Mapping[str, StoredExpert]):
                 yield entry.name
 
     def incomplete(self) -> dict[str, str]:
-        """Return what looks like an expert and is none that could be opened, by name, with what is wrong.
+        """Return the directories that look like an expert but cannot be opened as one, by name, with what is wrong.
 
         Names with a leading dot are left out: they are being written, or were when their writer was killed.
         """
         found: dict[str, str] = {}
         for entry in sorted(self.directory.iterdir()):
-            missing = _missing(entry)
-            if entry.is_dir() and not entry.name.startswith(".") and len(missing) < len(_FILES):
-                problem = f"{missing[0]} is missing" if missing else _obstacle(entry)
+            ours = any((entry / name).is_file() for name in (RECORD_FILE, DELTA_FILE, STATE_FILE))
+            if ours and not entry.name.startswith("."):
+                missing = _missing(entry)
+                problem = f"{missing} is missing" if missing else _obstacle(entry)
                 found |= {entry.name: problem} if problem else {}
         return found
 
@@ -86,12 +84,30 @@ class Library(Mapping[str, StoredExpert]):
     def __repr__(self) -> str:
         return f"Library({str(self.directory)!r}, {list(self)})"
 
+    def _repr_html_(self) -> str:
+        """Return a small table of the experts for notebooks; a damaged one has its sentence."""
+        rows = []
+        for name in self:
+            try:
+                expert = self[name]
+                tasks, share = ", ".join(expert.record["tasks"]), f"{expert.kept_share:.2%}" if len(expert) else ""
+                cells = [name, expert.record["kind"], tasks, str(len(expert)), share, bytes_text(expert.size_on_disk)]
+            except (ValueError, OSError) as error:
+                cells = [name, "damaged", str(error), "", "", ""]
+            rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+        head = "".join(f"<th>{name}</th>" for name in ("expert", "kind", "tasks", "weights", "kept", "size"))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><caption>{escape(str(self.directory))}</caption><tr>{head}</tr>{body}</table>"
 
-def _missing(entry: Path) -> list[str]:
-    return [name for name in _FILES if not (entry / name).is_file()]
+
+def _missing(entry: Path) -> str | None:
+    """Return a file that every expert has and this one lacks; `open_expert` checks those that its record lists."""
+    if not (entry / RECORD_FILE).is_file():
+        return RECORD_FILE
+    return None if any((entry / name).is_file() for name in (DELTA_FILE, STATE_FILE)) else DELTA_FILE
 
 
 def _obstacle(entry: Path) -> str | None:
     if entry.is_symlink():
         return "it is a link, and links are not followed"
-    return None if is_name(entry.name) else "its name is none that an expert may have"
+    return None if is_name(entry.name) else "its name is not a valid name of an expert"

@@ -1,4 +1,4 @@
-"""Several experts together: what must agree before they are merged, applied or listed as parents."""
+"""Check that several experts fit together before they are merged, applied or listed as parents."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ import torch
 
 from modular_experts.library.expert import StoredExpert, open_expert
 
-__all__ = ["as_parents", "check_base", "common_base", "open_experts", "parent_ids", "union_of_weights"]
+__all__ = [
+    "as_parents",
+    "check_base",
+    "check_mergeable",
+    "common_base",
+    "open_experts",
+    "parent_ids",
+    "union_of_weights",
+]
 
 log = logging.getLogger(__name__)
 
 
-def open_experts(paths: Sequence[str | Path]) -> list[StoredExpert]:
+def open_experts(paths: Sequence[str | Path], mergeable: bool = True) -> list[StoredExpert]:
     """Open experts in the given order.
 
+    Args:
+        paths: Directories of the experts.
+        mergeable: Refuse an expert whose deltas are not all that it does; merges and sums need deltas.
+
     Raises:
-        ValueError: The list is empty, or names an expert twice.
+        ValueError: The list is empty, or names an expert twice, or one that is not mergeable.
     """
     if not paths:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
@@ -30,8 +42,24 @@ def open_experts(paths: Sequence[str | Path]) -> list[StoredExpert]:
         if expert.path.resolve() in seen:
             raise ValueError(f"the expert {path} is listed twice; list each expert once")
         seen.add(expert.path.resolve())
+    if mergeable:
+        check_mergeable(experts)
     _warn_of_missing_parents(experts)
     return experts
+
+
+def check_mergeable(experts: Sequence[StoredExpert]) -> None:
+    """Refuse experts whose deltas are not all that they do.
+
+    Raises:
+        ValueError: An expert is not mergeable; the sentence has the reason that its type gives.
+    """
+    for expert in experts:
+        if not expert.mergeable:
+            raise ValueError(
+                f"{expert.name} cannot be merged or added to its base, because {expert.not_mergeable_because}; leave "
+                "it out of the list"
+            )
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:

@@ -1,63 +1,84 @@
-"""Stored experts: a directory with `delta.safetensors` (what moves) and `expert.json` (where it comes from).
+"""Stored experts: a directory with `expert.json` (where it comes from), `delta.safetensors` (how far each weight
+moves) and, for some types, `state.safetensors` (`state.py`).
 
 The tensors of a weight are named after it and the form of its delta: `<weight>/values` with `/indices` (Sparse) or
 `/blocks` (BlockSparse), either of which may be encoded in bytes as `/gaps` or `/mask`; `<weight>/up` with `/down`
 (LowRank), `<weight>/dense` (Dense). A table in the file's metadata gives, for each weight, its form, shape and number
-of kept entries, and dtype, shape and SHA-256 of each tensor; the content hash is the SHA-256 of that table, so it does
-not depend on the order of writing, but on how what is kept is encoded. Every read is checked against the table, and the
-table against `expert.json`.
+of kept entries, and dtype, shape and SHA-256 of each tensor; the content hash is the SHA-256 of that table, and of the
+state's where there is one, so it does not depend on the order of writing, but on how the support is encoded. Every read
+is checked against the table, and the table against `expert.json`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Size, Tensor, float32, int32, int64, uint8
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
-from modular_experts.library.packing import Layout, check_layout, check_numbers, pack, unpack
-from modular_experts.library.record import FORMAT, plain, read_record, what_is_wrong
-from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
+from modular_experts.library.packing import check_layout, check_numbers, pack, unpack
+from modular_experts.library.record import (
+    DELTA_FILE,
+    FORMAT,
+    FORMAT_WITH_STATE,
+    RECORD_FILE,
+    STATE_FILE,
+    files_of,
+    plain,
+    read_record,
+    what_is_wrong,
+)
+from modular_experts.library.state import StoredState, write_state
+from modular_experts.library.tensorfile import (
+    MappedTensors,
+    TensorFileWriter,
+    damaged,
+    layout_of,
+    open_tensors,
+    tensor_bytes,
+)
 from modular_experts.progress import Progress
+from modular_experts.text import bytes_text, did_you_mean
 
-__all__ = ["DELTA_FILE", "RECORD_FILE", "StoredExpert", "open_expert", "write_expert"]
+__all__ = ["DELTA_FILE", "RECORD_FILE", "STATE_FILE", "StoredExpert", "open_expert", "write_expert"]
 
-DELTA_FILE = "delta.safetensors"
-RECORD_FILE = "expert.json"
-_DTYPES = {"F32": torch.float32, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-_WIDTH = {str(dtype): dtype.itemsize for dtype in _DTYPES.values()}
+_WIDTH = {str(dtype): dtype.itemsize for dtype in (float32, int32, int64, uint8)}
 
 
 class StoredExpert(TaskVector):
-    """The deltas of an expert on disk, by weight name, each read when it is asked for, and checked the first time.
+    """The deltas of an expert on disk by weight name, each read when it is asked for, and checked the first time.
+
+    An expert of a type that moves no weight has a `state()` and no deltas.
 
     Attributes:
         path: Directory of the expert.
         name: Its name in the library.
-        record: What `expert.json` says.
+        record: The content of `expert.json`.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path = path
         self.name = path.name
         self.record = record
-        self._table = _read_table(path / DELTA_FILE, _open_tensors(path / DELTA_FILE))
-        self._tensors = MappedTensors(path / DELTA_FILE)
-        self._shapes = {name: torch.Size(self._table[name]["shape"]) for name in sorted(self._table)}
+        self.files = files_of(record)
+        self._table: dict[str, Any] = {}
+        if DELTA_FILE in self.files:
+            self._table = _read_table(path / DELTA_FILE)
+            self._tensors = MappedTensors(path / DELTA_FILE)
+        self._state = StoredState(path / STATE_FILE) if STATE_FILE in self.files else None
+        self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked: set[str] = set()
-        if content_hash(self._table) != record["content_hash"]:
-            raise self._damaged(f"its content hash is not the one in {path / RECORD_FILE}")
+        if content_hash(self._table, self._state.table if self._state else None) != record["content_hash"]:
+            raise damaged(path / self.files[0], f"its content hash is not the one in {path / RECORD_FILE}")
 
     @property
     def content_hash(self) -> str:
@@ -65,16 +86,38 @@ class StoredExpert(TaskVector):
         return self.record["content_hash"]
 
     @property
+    def mergeable(self) -> bool:
+        """Whether its deltas are all that it does, so that it can be merged and applied."""
+        return self.not_mergeable_because is None
+
+    @property
+    def not_mergeable_because(self) -> str | None:
+        """The reason, as the end of a sentence, or None for an expert that is mergeable."""
+        reason = self.record.get("not_mergeable_because")
+        return reason or (None if self._table else "it holds a state and no deltas")
+
+    def state(self) -> dict[str, Tensor]:
+        """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone.
+
+        `injection.load_expert_state` puts them into a model with experts of the class that you name; the record's
+        `class_path` is only text.
+
+        Raises:
+            ValueError: A tensor is not what was written.
+        """
+        return {} if self._state is None else self._state.read()
+
+    @property
     def size_on_disk(self) -> int:
-        """Bytes of its files."""
+        """Number of bytes of its files, statistics left out."""
         return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def shapes(self) -> dict[str, Size]:
         """Return the shape of each weight, without reading it."""
         return dict(self._shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # asked for each weight of each expert of a merge, and `shapes` makes a copy
+        return name in self._shapes  # a merge asks for each weight of each expert, and `shapes` makes a copy
 
     def forms(self) -> dict[str, str]:
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
@@ -104,13 +147,14 @@ class StoredExpert(TaskVector):
         return self._table[name].get("kept", min(size, math.prod(values["shape"])))  # older files do not count
 
     def verify(self) -> None:
-        """Read everything once.
+        """Read and check everything once.
 
         Raises:
             ValueError: Something is not as it was written; the sentence names the file and the weight.
         """
         for name in self:
             self[name]
+        self.state()
 
     def __getitem__(self, name: str) -> Delta:
         entry = self._table[name]
@@ -123,17 +167,17 @@ class StoredExpert(TaskVector):
                 check_numbers(entry["form"], entry["shape"], tensors)
             delta = unpack(entry["form"], entry["shape"], tensors)
         except ValueError as error:
-            raise self._damaged(f"{error} ({name})") from error
+            raise damaged(self.path / DELTA_FILE, f"{error} ({name})") from error
         self._checked.add(name)
         return delta
 
     def _check_bytes(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         for suffix, stored in self._table[name]["tensors"].items():
             if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
-                raise self._damaged(f"the {suffix} of {name} are not what was written")
+                raise damaged(self.path / DELTA_FILE, f"the {suffix} of {name} are not what was written")
 
     def release(self, name: str) -> None:
-        """Let go of the memory that a weight's delta was read into; a delta that is still held stays as it is."""
+        """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
         for suffix in self._table[name]["tensors"]:
             self._tensors.release(f"{name}/{suffix}")
 
@@ -147,15 +191,26 @@ class StoredExpert(TaskVector):
     def __repr__(self) -> str:
         return f"StoredExpert({str(self.path)!r}, kind={self.record['kind']!r}, weights={len(self)})"
 
-    def _damaged(self, reason: str) -> ValueError:
-        return _damaged(self.path / DELTA_FILE, reason)
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        record, entries = self.record, sum(shape.numel() for shape in self._shapes.values())
+        kept = f"{len(self)}; {self.kept_share:.2%} of {entries:,} entries kept"
+        rows = {
+            "kind": record["kind"],
+            "tasks": ", ".join(record["tasks"]),
+            "base": str(record["base"].get("id")),
+            "weights": kept if self._table else "none: a state instead of deltas",
+            "size": bytes_text(self.size_on_disk),
+        }
+        cells = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table><caption>{escape(self.name)}</caption>{cells}</table>"
 
 
 def open_expert(path: str | Path) -> StoredExpert:
-    """Open the expert in a directory; nothing but the two headers is read yet.
+    """Open the expert in a directory; only the headers of its files are read yet.
 
     Raises:
-        FileNotFoundError: There is no expert, or one of its two files is missing.
+        FileNotFoundError: There is no expert, or one of its files is missing.
         ValueError: A file is damaged, or the directory is a link that leads out of its library.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
@@ -167,13 +222,20 @@ def open_expert(path: str | Path) -> StoredExpert:
         raise ValueError(
             f"{path} is a library of {len(inside)} experts{more}; name one of them, such as {path}/{inside[0]}"
         )
-    for file in (directory, directory / RECORD_FILE, directory / DELTA_FILE):
-        if not file.exists():
-            raise FileNotFoundError(f"{path} is not a complete expert: {file} is missing")
-        if file.resolve().parent != file.parent.resolve():
-            raise ValueError(f"{file} is a link that leads out of {file.parent}, so it is not followed")
+    _check_file(path, directory)
+    _check_file(path, directory / RECORD_FILE)
+    record = read_record(directory / RECORD_FILE)
+    for name in files_of(record):
+        _check_file(path, directory / name)
     check_name(directory.name)
-    return StoredExpert(directory, read_record(directory / RECORD_FILE))
+    return StoredExpert(directory, record)
+
+
+def _check_file(path: str | Path, file: Path) -> None:
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is not a complete expert: {file} is missing")
+    if file.resolve().parent != file.parent.resolve():
+        raise ValueError(f"{file} is a link that leads out of {file.parent}, so it is not followed")
 
 
 def write_expert(
@@ -183,44 +245,55 @@ def write_expert(
     overwrite: bool = False,
     key: str | None = None,
     progress: Progress = iter,
+    state: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write an expert, one weight in memory at a time; its directory appears when it is complete.
 
     Args:
         path: Directory of the expert; its last part is the name.
         deltas: Name and delta of each weight, in any order. Shape and orientation are those of the base's parameter.
-        record: What `make_record` gives.
-        overwrite: Whether an expert that is there may be replaced.
-        key: What the deltas depend on. With it, and deltas in a mapping, writing that was interrupted goes on where it
-            stopped, and the weights that were written are not asked for again.
-        progress: Wraps the names of a mapping while they are gone through, for a progress bar.
+        record: What `make_record` returns.
+        overwrite: Replace an expert of this name.
+        key: A text that identifies the deltas. With it, and deltas in a mapping, an interrupted call goes on where it
+            stopped, and does not ask for the weights that it had written.
+        progress: Iterator wrapper around the names of a mapping, e.g. `tqdm`.
+        state: Tensors of a type whose delta does not say all, by `<weight>/<name>` (`injection.expert_state`); with
+            them the expert may have no deltas.
 
     Returns:
         The content hash.
 
     Raises:
         FileExistsError: Something is there that may not be replaced.
-        ValueError: A name comes twice, a value is not finite, or there is no weight at all.
+        ValueError: A name comes twice, a value is not finite, or there is neither a delta nor a state.
     """
     target = check_target(path, overwrite)
+    record = {name: value for name, value in record.items() if name != "files"} | {"format": FORMAT}
+    if state:
+        record |= {"format": FORMAT_WITH_STATE, "files": [STATE_FILE]}
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas, progress)
-        content = plain({**record, "content_hash": content_hash(table)})
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress, may_be_empty=bool(state))
+        states = write_state(directory / STATE_FILE, state) if state else None
+        if state and table:
+            record["files"] = [DELTA_FILE, STATE_FILE]
+        content = plain({**record, "content_hash": content_hash(table, states)})
         (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return content_hash(table)
+    return content["content_hash"]
 
 
-def content_hash(table: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a table of weights, independent of the order in which they were written."""
-    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of a table of weights, and of a state's, whatever the order in which they were written."""
+    content = table if state is None else {"state": state, "weights": table}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _write_deltas(
     file: Path,
     deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
     progress: Callable[[Sequence[str]], Iterable[str]],
+    may_be_empty: bool,
 ) -> dict[str, Any]:
     with TensorFileWriter(file) as writer:
         table: dict[str, Any] = dict(writer.resume(_is_whole))
@@ -229,9 +302,11 @@ def _write_deltas(
                 raise ValueError(f"the weight {name} was given twice")
             table[name] = _write_delta(writer, name, delta)
             writer.note([name, table[name]])
-        if not table:
-            raise ValueError("an expert that moves no weight cannot be stored")
+        if not table and not may_be_empty:
+            raise ValueError("an expert that moves no weight cannot be stored without a state")
         writer.finish(json.dumps({"format": FORMAT, "weights": table}, sort_keys=True))
+    if not table:
+        file.unlink()
     return table
 
 
@@ -246,7 +321,7 @@ def _pairs(
 
 
 def _is_whole(note: tuple[str, Any], sha256: Callable[[str], str]) -> bool:
-    """Return whether the tensors of a weight that was written earlier are what they were."""
+    """Return whether the tensors of a weight that an interrupted call wrote are unchanged."""
     name, entry = note
     return all(sha256(f"{name}/{suffix}") == stored["sha256"] for suffix, stored in entry["tensors"].items())
 
@@ -264,15 +339,9 @@ def _write_delta(writer: TensorFileWriter, name: str, delta: Delta) -> dict[str,
     return {"form": type(delta).__name__, "shape": list(delta.shape), "kept": kept, "tensors": tensors}
 
 
-def _open_tensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise _damaged(file, f"it is cut short or no safetensors file ({error})") from error
-
-
-def _read_table(file: Path, tensors: Any) -> dict[str, Any]:
-    """Return the table of weights, once the tensors in the file are known to be those that it names."""
+def _read_table(file: Path) -> dict[str, Any]:
+    """Return the table of weights, once it is known that the file holds just the tensors that it names."""
+    tensors = open_tensors(file)
     try:
         content = json.loads((tensors.metadata() or {})["modular_experts"])
         if content["format"] != FORMAT:
@@ -282,28 +351,19 @@ def _read_table(file: Path, tensors: Any) -> dict[str, Any]:
         if stored != set(tensors.keys()):
             raise ValueError("its tensors are not those that its metadata names")
         for name, entry in table.items():
-            layout = {suffix: _layout(tensors.get_slice(f"{name}/{suffix}")) for suffix in entry["tensors"]}
+            layout = {suffix: layout_of(tensors, f"{name}/{suffix}") for suffix in entry["tensors"]}
             check_layout(entry["form"], entry["shape"], layout)
             if not isinstance(entry.get("kept", 0), int):
-                raise ValueError(f"it does not say in a number how many entries of {name} are kept")
+                raise ValueError(f"its number of kept entries of {name} is not a whole number")
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, f"its metadata does not describe an expert ({error!r})") from error
+        raise damaged(file, f"its metadata does not describe an expert ({error!r})") from error
     except ValueError as error:
-        raise _damaged(file, str(error)) from error
+        raise damaged(file, str(error)) from error
     return table
-
-
-def _layout(tensor: Any) -> Layout:
-    return _DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
-
-
-def _damaged(file: Path, reason: str) -> ValueError:
-    return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
 
 
 def _near(directory: Path) -> str:
     names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
-    near = difflib.get_close_matches(directory.name, names, n=1)
-    if near:
-        return f"; did you mean {directory.parent / near[0]}?"
+    if near := did_you_mean(directory.name, names):
+        return near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
     return f"; {directory.parent} has {', '.join(names[:8])}" if names else ""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
 from modular_experts.deltas.tiles import block_grid, index_dtype
+from modular_experts.library.tensorfile import Layout
 from modular_experts.native.sparse_passes import decode_places
 
 __all__ = [
     "ENCODINGS",
     "FORMS",
-    "Layout",
     "check_layout",
     "check_numbers",
     "decode",
@@ -38,9 +38,6 @@ FORMS: dict[str, dict[str, str]] = {
 }
 # What is kept: field of the class, and name in the file where it is stored as it is.
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
-
-# Dtype (or, where it is none of ours, its name in the file) and shape of a stored tensor.
-Layout = tuple[torch.dtype | str, tuple[int, ...]]
 
 
 def pack(delta: Delta) -> dict[str, Tensor]:

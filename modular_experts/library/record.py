@@ -1,6 +1,11 @@
-"""Records: what `expert.json` says about an expert - where it comes from, how it was made, what it scored.
+"""The record of an expert, `expert.json`: where the expert comes from, how it was made, what it scored.
 
-A record is plain JSON. It is never a way to code: nothing in it is imported or built.
+A record is plain JSON and never leads to code: nobody imports or builds what it names.
+
+Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors`): the record then lists the expert's
+`files`, of which `delta.safetensors` may be missing, the `class_path` of the type whose state it is, and, for a type
+that is not mergeable, the sentence why. `write_expert` writes format 2 only where there is a state, so that earlier
+versions of this package go on reading every other expert; both formats are read.
 """
 
 from __future__ import annotations
@@ -15,9 +20,25 @@ from typing import Any
 
 import modular_experts
 
-__all__ = ["FORMAT", "make_record", "package_versions", "plain", "read_record", "what_is_wrong"]
+__all__ = [
+    "DELTA_FILE",
+    "FORMAT",
+    "FORMAT_WITH_STATE",
+    "RECORD_FILE",
+    "STATE_FILE",
+    "files_of",
+    "make_record",
+    "package_versions",
+    "plain",
+    "read_record",
+    "what_is_wrong",
+]
 
 FORMAT = "modular-experts/1"
+FORMAT_WITH_STATE = "modular-experts/2"
+DELTA_FILE = "delta.safetensors"
+RECORD_FILE = "expert.json"
+STATE_FILE = "state.safetensors"
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
 _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source")
@@ -35,6 +56,8 @@ def make_record(
     per_weight: Mapping[str, Any] | None = None,
     costs: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    class_path: str | None = None,
+    not_mergeable_because: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of a new expert; the content hash is added when it is written.
 
@@ -44,12 +67,15 @@ def make_record(
         hyperparameters: Settings of the kind.
         tasks: Names of the tasks it was trained on.
         scores: What it scored, by task.
-        parents: `name`, `content_hash` and `tasks` of each expert it was made from, or trained on top of.
+        parents: `name`, `content_hash` and `tasks` of each expert that it was made from or trained on top of.
         method: The merge method, `class_path` and `init_args`, of a merged expert.
-        per_weight: Merge methods of single weights, by a pattern of their names; null for what stays at the base.
-        costs: What training held and took: bytes of optimizer state, selections of the support and their cost.
+        per_weight: Merge methods of single weights by a pattern of their names; null for weights that stay at the base.
+        costs: Memory and time of the training: bytes of optimizer state, selections of the support and their cost.
         seed: Seed of the run.
+        class_path: Dotted path of the experts' class, for a reader of their state. It stays text.
+        not_mergeable_because: Why deltas cannot say what the experts do, as the end of a sentence.
     """
+    optional = {"class_path": class_path, "not_mergeable_because": not_mergeable_because}
     return {
         "format": FORMAT,
         "kind": kind,
@@ -64,11 +90,12 @@ def make_record(
         "versions": package_versions(),
         "seed": seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: text for name, text in optional.items() if text},
     }
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that make an expert what it is."""
+    """Return the versions of this package and of those that training and storing depend on."""
     return {"modular-experts": modular_experts.__version__} | {name: metadata.version(name) for name in _PACKAGES}
 
 
@@ -83,16 +110,23 @@ def read_record(file: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {record.get('format')!r}, and this version reads {FORMAT!r} only")
+        raise ValueError(f"{file} is damaged: it does not hold a JSON object")
+    if record.get("format") not in (FORMAT, FORMAT_WITH_STATE):
+        raise ValueError(
+            f"{file} has format {record.get('format')!r}, and this version reads {FORMAT!r} and {FORMAT_WITH_STATE!r}"
+        )
     if wrong := what_is_wrong(record):
         raise ValueError(f"{file} is damaged: {wrong}")
     return record
 
 
+def files_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that an expert of this record has beside the record itself."""
+    return record["files"] if record["format"] == FORMAT_WITH_STATE else [DELTA_FILE]
+
+
 def what_is_wrong(record: Mapping[str, Any]) -> str:
-    """Return what of a record is missing or not what others rely on, or nothing."""
+    """Return which parts of a record are missing or not what its readers rely on, or an empty string."""
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
         return f"{', '.join(wrong)} is missing or of a wrong type"
@@ -102,15 +136,20 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
 
 
 def _details(record: Mapping[str, Any]) -> dict[str, bool]:
-    """Return of each part whether what it holds is what others rely on."""
+    """Return for each part of a record whether it holds what its readers rely on."""
     base, by_pattern = record["base"], record.get("per_weight")
     methods = [record.get("method"), *(by_pattern.values() if isinstance(by_pattern, dict) else ())]
     texts = [base.get("id"), base.get("revision")]
+    files = record.get("files", [DELTA_FILE])
     return {
         "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
         "the id or the revision of its base": all(isinstance(text, str | None) for text in texts),
         "a task": all(isinstance(task, str) for task in record["tasks"]),
         "a parent": all(_is_parent(parent) for parent in record["parents"]),
+        "the list of its files": record["format"] == FORMAT or files in ([STATE_FILE], [DELTA_FILE, STATE_FILE]),
+        "the class path or the reason not to merge": all(
+            isinstance(record.get(name), str | None) for name in ("class_path", "not_mergeable_because")
+        ),
         "a merge method": all(method is None or _is_method(method) for method in methods),
     }
 
@@ -129,7 +168,7 @@ def _is_method(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as strict JSON holds it: numbers that are not finite become null, unknown objects their text."""
+    """Convert a value to strict JSON: numbers that are not finite become null, unknown objects their text."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -18,13 +18,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["MappedTensors", "TensorFileWriter", "tensor_bytes"]
+__all__ = ["Layout", "MappedTensors", "TensorFileWriter", "damaged", "layout_of", "open_tensors", "tensor_bytes"]
 
-_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
+Layout = tuple[torch.dtype | str, tuple[int, ...]]
+"""Dtype (or its name in the file, if the library never writes it) and shape of a stored tensor."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-_BY_NAME |= {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}  # read, never written
 
 
 class TensorFileWriter:
@@ -161,6 +173,29 @@ class MappedTensors:
         last -= last % mmap.PAGESIZE
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def open_tensors(file: Path) -> Any:
+    """Open a safetensors file, and so check its header; no tensor is read.
+
+    Raises:
+        ValueError: It is not a whole safetensors file.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise damaged(file, f"it is cut short or no safetensors file ({error})") from error
+
+
+def layout_of(tensors: Any, name: str) -> Layout:
+    """Return dtype and shape of a tensor of an opened file."""
+    tensor = tensors.get_slice(name)
+    return _BY_NAME.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
+
+
+def damaged(file: Path, reason: str) -> ValueError:
+    """Return the error of an expert's file that is not what was written."""
+    return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
 
 
 def _copy(source: BinaryIO, out: BinaryIO, first: int, last: int) -> None:

@@ -268,7 +268,7 @@ def test_verify_names_a_link_and_a_name_that_none_may_have(run, place):
     code, _, err = run("verify", "library")
     assert code == 1
     assert "library/linked: it is a link" in err
-    assert "library/a b: its name is none that an expert may have" in err
+    assert "library/a b: its name is not a valid name of an expert" in err
 
 
 def test_a_merge_that_is_dense_in_form_tells_how_little_of_it_is_kept(run, place):

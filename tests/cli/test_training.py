@@ -272,7 +272,7 @@ MISTAKES = {
     "option": (["--model.optimiser", "SGD"], 2, "did you mean --model.optimizer"),
     "callback": (["--trainer.callbacks", '[{"class_path": "ExportExprt"}]'], 2, "did you mean ExportExpert?"),
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
-    "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches the full name of no linear layer"),
+    "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
     "keep ratio": (["--model.expert.init_args.keep_ratio", "1.5"], 1, "keep_ratio=1.5 is outside (0, 1]"),
     "name": (["--trainer.callbacks", _export("../x")], 1, "'../x' cannot be the name of an expert"),
     "task file": (["--data.tasks", '[{"name": "a", "path": "aa.jsonl"}]'], 1, "a.jsonl"),

@@ -122,7 +122,7 @@ def test_a_missing_expert_is_named_with_the_nearest(expert):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda record: record.update(format="modular-experts/9"), "reads 'modular-experts/1' only"),
+        (lambda record: record.update(format="modular-experts/9"), "reads 'modular-experts/1' and 'modular-experts/2'"),
         (lambda record: record.pop("tasks"), "tasks is missing or of a wrong type"),
         (lambda record: record["base"].pop("fingerprint"), "fingerprint of its base"),
         (lambda record: record["base"].update(id=5), "the id or the revision of its base is not what it must be"),
@@ -295,7 +295,7 @@ def test_library_names_what_is_incomplete_and_what_it_lacks(expert):
     (expert.parent / "notes").mkdir()
     (expert.parent / "linked").symlink_to(expert)
     assert library.incomplete() == {
-        "a b": "its name is none that an expert may have",
+        "a b": "its name is not a valid name of an expert",
         "half": "delta.safetensors is missing",
         "linked": "it is a link, and links are not followed",
         "other-half": "expert.json is missing",

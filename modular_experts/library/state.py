@@ -1,0 +1,89 @@
+"""The state of an expert on disk: `state.safetensors`, the trained tensors of a type whose delta does not say it all.
+
+The tensors are named `<weight>/<name in the expert>`. A table in the file's metadata gives dtype, shape and SHA-256 of
+each; it is part of the expert's content hash, and every read is checked against it. Which class the tensors belong to
+stands in `expert.json` as text: the library never imports it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modular_experts.deltas import all_finite
+from modular_experts.library.record import FORMAT_WITH_STATE
+from modular_experts.library.tensorfile import (
+    MappedTensors,
+    TensorFileWriter,
+    damaged,
+    layout_of,
+    open_tensors,
+    tensor_bytes,
+)
+
+__all__ = ["StoredState", "write_state"]
+
+
+class StoredState:
+    """The tensors of a state file; its header is read and checked at once, the tensors when they are asked for.
+
+    Args:
+        file: The file.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        tensors = open_tensors(file)
+        try:
+            content = json.loads((tensors.metadata() or {})["modular_experts"])
+            if content["format"] != FORMAT_WITH_STATE:
+                raise damaged(file, f"its format {content['format']!r} is not {FORMAT_WITH_STATE!r}")
+            self.table: dict[str, Any] = content["state"]
+            found = {name: layout_of(tensors, name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            named = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.table.items()}
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise damaged(file, f"its metadata does not describe a state ({error!r})") from error
+        if named != {name: (str(dtype), shape) for name, (dtype, shape) in found.items()}:
+            raise damaged(file, "its tensors are not those that its metadata names")
+        self._tensors = MappedTensors(file)
+
+    def read(self) -> dict[str, Tensor]:
+        """Return all tensors, each a copy of its own.
+
+        Raises:
+            ValueError: A tensor is not what was written.
+        """
+        found = {}
+        for name, entry in self.table.items():
+            tensor = self._tensors[name]
+            if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != entry["sha256"]:
+                raise damaged(self.file, f"the tensor {name} is not what was written")
+            found[name] = tensor.clone()
+        return found
+
+
+def write_state(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a state file; return its table.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    with TensorFileWriter(file) as writer:
+        writer.resume(lambda note, sha256: False)  # an interrupted writer may have left a part
+        table = {}
+        for name, tensor in sorted(state.items()):
+            stored = tensor.detach().to("cpu").contiguous()
+            if stored.is_floating_point() and not all_finite(stored):
+                raise ValueError(f"the state {name} cannot be stored: it holds values that are not finite")
+            entry = {"dtype": str(stored.dtype), "shape": list(stored.shape), "sha256": writer.write(name, stored)}
+            table[name] = entry
+        writer.finish(json.dumps({"format": FORMAT_WITH_STATE, "state": table}, sort_keys=True))
+    return table
