@@ -8,13 +8,15 @@ digit where two deltas are nearly orthogonal or of very different length. Which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from modular_experts.deltas.forms import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas.tiles import block_grid
 
-__all__ = ["inner", "inner_by_row", "row_count"]
+__all__ = ["inner", "inner_by_row", "row_count", "scale_rows"]
 
 
 def inner(one: Delta, other: Delta) -> float:
@@ -41,6 +43,23 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 def row_count(shape: Sequence[int]) -> int:
     """Return how many rows a weight has: one, if it has a single dimension."""
     return shape[0] if len(shape) > 1 else 1
+
+
+def scale_rows(delta: Delta, factors: Tensor) -> Delta:
+    """Multiply each row of a delta by its factor `(rows,)`, in float64; the form stays."""
+    delta = delta.to(dtype=torch.float64)
+    if isinstance(delta, LowRank):
+        return replace(delta, up=delta.up * factors[:, None])
+    if isinstance(delta, Sparse):
+        rows = delta.indices.long() // (delta.shape.numel() // row_count(delta.shape))
+        return replace(delta, values=delta.values * factors[rows])
+    if isinstance(delta, BlockSparse):
+        top = delta.blocks.long() // block_grid(delta.shape, delta.tile)[1] * delta.tile[0]
+        rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
+        # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
+        return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
+    values = delta.dense()
+    return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
 
 
 def _by_entry(delta: Delta) -> Delta:

@@ -10,13 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from modular_experts.deltas import Delta
+from modular_experts.deltas.algebra import inner_by_row, scale_rows
+from modular_experts.methods.chunks import widest_dtype
 from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.settings import fill_from_preset
 
 __all__ = ["ModelStock"]
+
+PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
+
+SHORTEST = 1e-6
+"""What mergekit takes for the product of two lengths if it is smaller, so that the cosine of tiny deltas shrinks."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +46,50 @@ class ModelStock(MergeMethod):
 
     Args:
         scale: Factor of the result.
+        row_wise: Whether each row `(in,)` of a weight `(out, in)` has a cosine and a step of its own, as the filters of
+            the paper have. By default a weight is one long vector. (mergekit's `filter_wise: true` is this.)
+        preset: `mergekit` counts all experts, also those that do not move the weight, and steps backwards where the
+            deltas oppose each other.
     """
 
     scale: float = 1.0
+    row_wise: bool = False
+    preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
+        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        if self.row_wise or self.preset:
+            factors, total = self._factors(deltas), weighted_sum(deltas, [self.scale] * len(deltas), torch.float64)
+            merged = scale_rows(total, factors) if self.row_wise else total * factors.item()
+            return merged.to(dtype=widest_dtype(deltas))
         norms = [0.0 if delta.is_empty else delta.norm() for delta in deltas]
         movers = sum(norm > 0 for norm in norms)
         weight = self.scale * _step(deltas, norms, movers) / max(movers, 1)
         return weighted_sum(deltas, [weight] * len(deltas))
+
+    def _factors(self, deltas: Sequence[Delta]) -> Tensor:
+        """Return `t / N` of each row, float64 `(rows,)`, or of the whole weight, `(1,)`; from the cosine of each pair,
+        as mergekit finds it.
+        """
+
+        def product(one: Delta, other: Delta) -> Tensor:
+            rows = inner_by_row(one, other)
+            return rows if self.row_wise else rows.sum(0, keepdim=True)
+
+        lengths = torch.stack([product(delta, delta).sqrt() for delta in deltas])
+        shortest = SHORTEST if self.preset else torch.finfo(torch.float64).tiny
+        cosines = torch.zeros_like(lengths[0])
+        for i, j in combinations(range(len(deltas)), 2):
+            cosines += (product(deltas[i], deltas[j]) / (lengths[i] * lengths[j]).clamp(min=shortest)).clamp(-1, 1)
+        count = torch.full_like(cosines, len(deltas)) if self.preset else (lengths > 0).sum(0).clamp(min=1).double()
+        # One expert alone has no pair, and is taken whole.
+        cosine = torch.where(count > 1, cosines / (count * (count - 1) / 2), 1.0)
+        if not self.preset:
+            cosine = cosine.clamp(min=0)
+        return cosine / (1 + (count - 1) * cosine)
 
 
 def _step(deltas: Sequence[Delta], norms: Sequence[float], movers: int) -> float:

@@ -7,20 +7,21 @@ between two fine-tuned models is tiny, that between their deltas is not, and a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.algebra import inner, inner_by_row, row_count
-from modular_experts.deltas.tiles import block_grid
+from modular_experts.deltas import Delta
+from modular_experts.deltas.algebra import inner, inner_by_row, scale_rows
 from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
-from modular_experts.methods.settings import check_weights, shares
+from modular_experts.methods.method import Context, MergeMethod, check_finite, sum_of_weights, weighted_sum
+from modular_experts.methods.settings import check_weights, fill_from_preset, shares
 
 __all__ = ["SLERP", "MultiSLERP", "NuSLERP", "arc_weights", "slerp"]
 
@@ -64,21 +65,38 @@ class SLERP(MergeMethod):
         return weighted_sum([merged], [self.scale], widest_dtype(deltas))
 
 
-def slerp(one: Delta, other: Delta, t: float) -> Delta:
-    """Return the delta a share t in [0, 1] of the way along the arc from one to the other, in float64."""
-    cosine = torch.tensor(inner(one, other), dtype=torch.float64) / (one.norm() * other.norm())
-    return weighted_sum([one, other], [weight.item() for weight in arc_weights(cosine, t)], torch.float64)
+def slerp(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shortest: float = 0.0) -> Delta:
+    """Return the delta a share t of the way along the arc from one to the other, in float64.
+
+    Args:
+        one: Where the arc starts, at t = 0.
+        other: Where it ends, at t = 1.
+        t: The share.
+        straight: Cosine beyond which the chord replaces the arc.
+        shortest: Length that a shorter delta counts as, when the angle is measured.
+    """
+    lengths = max(one.norm(), shortest) * max(other.norm(), shortest)
+    cosine = torch.tensor(inner(one, other), dtype=torch.float64) / lengths
+    weights = arc_weights(cosine, t, straight)
+    return weighted_sum([one, other], [weight.item() for weight in weights], torch.float64)
 
 
-def arc_weights(cosines: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def arc_weights(cosines: Tensor, t: float, straight: float = STRAIGHT) -> tuple[Tensor, Tensor]:
     """Return the factors of the first and of the second of two vectors, one pair for each of the cosines.
 
-    A cosine that is not a number, of a vector of length zero, stands for no direction.
+    Where a cosine is not a number, a vector has length zero and no direction, and the chord replaces the arc.
     """
-    curved = cosines.abs() <= STRAIGHT
+    curved = cosines.abs() <= straight
     angles = torch.where(curved, cosines, 0.0).acos()
     first, second = (torch.where(curved, (share * angles).sin() / angles.sin(), share) for share in (1 - t, t))
     return first, second
+
+
+PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
+
+MERGEKIT = {"straight": math.nextafter(1.0, 0.0), "shortest": 1e-7}
+"""Limits of mergekit's `nuslerp`: it follows the arc until the cosine is 1, and a delta of zero, of length 1e-7 to it,
+has a right angle to every other."""
 
 
 @dataclass(frozen=True)
@@ -94,53 +112,49 @@ class NuSLERP(MergeMethod):
     is one of the result.
 
     Args:
-        weights: One weight per expert, in the order of the experts, each at least 0; only their ratios count. Default:
-            all equal.
+        weights: One weight per expert, in the order of the experts, each at least 0 (with the preset, any number); only
+            their ratios count. Default: all equal.
         scale: Factor of the result.
         row_wise: Whether each row `(in,)` of a weight `(out, in)`, which makes one output, is turned by its own angle.
-            By default a weight is one long vector. (mergekit's `nuslerp_flatten: false` is this; its `nuslerp_row_wise:
-            true` turns what is a column of the stored weight.)
+            By default a weight is one long vector. (mergekit's `nuslerp_flatten: false` is this.)
+        column_wise: Whether each column `(out,)` of a weight `(out, in)` is turned by its own angle, instead of each
+            row. (mergekit's `nuslerp_row_wise: true` is this.)
+        preset: `mergekit` follows the arc also beyond a cosine of 0.9995, where two fine-tuned models of one base lie,
+            and gives a delta of zero a right angle to every other.
     """
 
     weights: list[float] | None = None
     scale: float = 1.0
     row_wise: bool = False
+    column_wise: bool = False
+    preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
+        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
-        check_weights(self, self.weights)
+        if self.row_wise and self.column_wise:
+            raise ValueError("NuSLERP: row_wise and column_wise exclude each other; set one of them")
+        if self.preset is None:
+            check_weights(self, self.weights)
+        elif self.weights is not None:
+            sum_of_weights(self, self.weights)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        portions = shares(self, self.weights, len(deltas))
+        if self.column_wise and len(deltas[0].shape) == 2:
+            return replace(self, row_wise=True, column_wise=False).merge([delta.T for delta in deltas]).T
+        portions, limits = shares(self, self.weights, len(deltas)), MERGEKIT if self.preset else {}
         merged, turn = deltas[0], _slerp_rows if self.row_wise else slerp
         for delta, portion, total in list(zip(deltas, portions, accumulate(portions), strict=True))[1:]:
-            merged = turn(merged, delta, portion / total if total else 0.0)
+            merged = turn(merged, delta, portion / total if total else 0.0, **limits)
         return weighted_sum([merged], [self.scale], widest_dtype(deltas))
 
 
-def _slerp_rows(one: Delta, other: Delta, t: float) -> Delta:
+def _slerp_rows(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shortest: float = 0.0) -> Delta:
     """Return `slerp` of each row of one with the same row of the other, in float64."""
-    squares = inner_by_row(one, one), inner_by_row(other, other)
-    cosines = inner_by_row(one, other) / (squares[0].sqrt() * squares[1].sqrt())
-    first, second = arc_weights(cosines, t)
-    return weighted_sum([_scale_rows(one, first), _scale_rows(other, second)], [1.0, 1.0], torch.float64)
-
-
-def _scale_rows(delta: Delta, factors: Tensor) -> Delta:
-    """Multiply each row by its factor, in float64."""
-    delta = delta.to(dtype=torch.float64)
-    if isinstance(delta, LowRank):
-        return replace(delta, up=delta.up * factors[:, None])
-    if isinstance(delta, Sparse):
-        rows = delta.indices.long() // (delta.shape.numel() // row_count(delta.shape))
-        return replace(delta, values=delta.values * factors[rows])
-    if isinstance(delta, BlockSparse):
-        top = delta.blocks.long() // block_grid(delta.shape, delta.tile)[1] * delta.tile[0]
-        rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
-        # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
-        return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
-    values = delta.dense()
-    return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
+    lengths = [inner_by_row(delta, delta).sqrt().clamp(min=shortest) for delta in (one, other)]
+    cosines = inner_by_row(one, other) / (lengths[0] * lengths[1])
+    first, second = arc_weights(cosines, t, straight)
+    return weighted_sum([scale_rows(one, first), scale_rows(other, second)], [1.0, 1.0], torch.float64)
 
 
 CANCELLED = 1e-8

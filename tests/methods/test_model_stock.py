@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight
 
@@ -119,3 +119,38 @@ def test_low_rank_experts_are_never_made_dense(monkeypatch):
     monkeypatch.undo()
     assert isinstance(merged, LowRank)
     torch.testing.assert_close(merged.dense().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def steps(deltas, row_wise, mergekit):
+    """The formula from every pair of rows, or of whole weights; `mergekit` counts all and steps backwards too."""
+    rows = [delta.dense().double().reshape(len(delta.dense()) if row_wise else 1, -1) for delta in deltas]
+    merged = []
+    for row in zip(*rows, strict=True):
+        row = [one for one in row if mergekit or one.any()]
+        n, total = max(len(row), 1), sum(row, torch.zeros_like(rows[0][0]))
+        pairs = itertools.combinations(row, 2)
+        cosines = [(a @ b / (a.norm() * b.norm()).clamp(min=1e-6)).item() for a, b in pairs]
+        c = math.fsum(cosines) / len(cosines) if cosines else 1.0
+        c = c if mergekit else max(c, 0.0)
+        assume(1 + (n - 1) * c > 1e-3)  # where the deltas cancel, mergekit divides by zero
+        merged.append(c / (1 + (n - 1) * c) * total)
+    return torch.stack(merged).view(deltas[0].shape)
+
+
+@pytest.mark.parametrize(("row_wise", "preset"), [(True, None), (False, "mergekit"), (True, "mergekit")])
+@given(deltas_of_one_weight(least=2, most=4), st.floats(-2, 2))
+def test_rows_and_the_mergekit_preset_equal_the_formula(row_wise, preset, deltas, scale):
+    merged = ModelStock(scale, row_wise, preset).merge(deltas).dense().double()
+    expected = scale * steps(deltas, row_wise, preset is not None)
+    torch.testing.assert_close(merged, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_mergekit_preset_steps_backwards_and_counts_experts_that_do_not_move_the_weight():
+    opposed = Dense(torch.tensor([[-0.5, 0.5]], dtype=torch.float64))
+    merged = ModelStock(preset="mergekit").merge([ONE, opposed]).dense()
+    c = -math.sqrt(0.5)
+    torch.testing.assert_close(merged, c / (1 + c) * (ONE.dense() + opposed.dense()))
+    still = Sparse.zero(torch.Size((1, 2)))
+    # cosines 1/2, 0, 0: c = 1/6 of three experts
+    merged = ModelStock(preset="mergekit").merge([ONE, still, TWO]).dense()
+    torch.testing.assert_close(merged, 1 / 8 * (ONE.dense() + TWO.dense()))

@@ -123,3 +123,53 @@ def test_expert_of_weight_zero_has_no_say(weights):
     deltas = [random_delta("Dense", (3, 4), seed) for seed in range(3)]
     expected = deltas[weights.index(2.0)].dense()
     torch.testing.assert_close(NuSLERP(weights).merge(deltas).dense(), expected)
+
+
+def arc(one, other, t):
+    """Turn one vector towards another, whatever the angle."""
+    angle = torch.acos((one @ other) / (one.norm() * other.norm()))
+    return (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * other) / torch.sin(angle)
+
+
+def test_mergekit_preset_follows_the_arc_where_the_default_takes_the_chord():
+    draw = torch.Generator().manual_seed(0)
+    one = torch.randn(40, dtype=torch.float64, generator=draw)
+    other = one + 0.01 * torch.randn(40, dtype=torch.float64, generator=draw)
+    assert one @ other / one.norm() / other.norm() > 0.9995
+    merged = NuSLERP([0.7, 0.3], preset="mergekit").merge([Dense(one), Dense(other)]).dense()
+    torch.testing.assert_close(merged, arc(one, other, 0.3), rtol=1e-9, atol=0)
+    assert not torch.allclose(merged, 0.7 * one + 0.3 * other, rtol=1e-6, atol=0)
+    for factor in (2.0, -0.5):  # no arc at all, or none that is the shortest
+        merged = NuSLERP([0.75, 0.25], preset="mergekit").merge([Dense(one), Dense(factor * one)]).dense()
+        torch.testing.assert_close(merged, (0.75 + 0.25 * factor) * one)
+
+
+def test_mergekit_preset_turns_a_zero_by_a_right_angle_and_takes_negative_weights():
+    one, zero = Dense(torch.tensor([[3.0, 4.0], [0.0, 5.0]])), Sparse.zero((2, 2))
+    for row_wise in (False, True):
+        method = NuSLERP([2.0, 1.0], row_wise=row_wise, preset="mergekit")
+        torch.testing.assert_close(method.merge([one, zero]).dense(), math.sin(math.pi / 3) * one.values)
+    other = Dense(torch.tensor([[4.0, -3.0], [1.0, 1.0]]))
+    merged = NuSLERP([3.0, -1.0], row_wise=True, preset="mergekit").merge([one, other]).dense().double()
+    expected = [arc(a, b, -0.5) for a, b in zip(one.values.double(), other.values.double(), strict=True)]
+    torch.testing.assert_close(merged, torch.stack(expected), rtol=1e-6, atol=1e-7)
+
+
+@given(seeds, forms, forms)
+def test_column_wise_turns_each_column_by_its_own_angle(seed, form, second):
+    one, other = random_delta(form, (6, 4), seed), random_delta(second, (6, 4), seed + 1)
+    merged = NuSLERP([1.0, 3.0], column_wise=True).merge([one, other]).dense().double()
+    torch.testing.assert_close(merged, by_row(one.dense().double().T, other.dense().double().T, 0.75).T, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"row_wise": True, "column_wise": True}, "exclude each other"),
+        ({"preset": "mergkit"}, "did you mean mergekit?"),
+        ({"preset": "mergekit", "weights": [1.0, -1.0]}, "sum to zero"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        NuSLERP(**settings)
