@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar
-from modular_experts.interop.mergekit.differences import Difference
-from modular_experts.interop.mergekit.reading import read_configuration
+from modular_experts.interop.mergekit.deviations import Deviation
+from modular_experts.interop.mergekit.parse import read_recipe
 from modular_experts.interop.mergekit.run import merge_recipe
 
 EXAMPLES = """\
@@ -28,19 +28,19 @@ def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> N
         seed: Of the methods that drop entries at random (dare, della).
         overwrite: Replace a checkpoint of ours that is there.
     """
-    configuration = read_configuration(recipe)
-    merge_recipe(configuration, out, seed, overwrite, progress_bar("merging"), _tell)
-    print(f"merged {len(configuration.models)} models with {configuration.name}")
-    print(f"{out}: a checkpoint of {', '.join(map(str, configuration.models))}")
+    parsed = read_recipe(recipe)
+    merge_recipe(parsed, out, seed, overwrite, progress_bar("merging"), _tell)
+    print(f"merged {len(parsed.models)} models with {parsed.name}")
+    print(f"{out}: a checkpoint of {', '.join(map(str, parsed.models))}")
 
 
-def _tell(found: Sequence[Difference]) -> None:
+def _tell(found: Sequence[Deviation]) -> None:
     if found:
         print("where this recipe is not run as mergekit runs it:")
-    for difference in found:
-        print(f"  {difference.what}:")
-        print(f"    mergekit  {difference.mergekit}")
-        print(f"    here      {difference.here}")
+    for deviation in found:
+        print(f"  {deviation.what}:")
+        print(f"    mergekit  {deviation.mergekit}")
+        print(f"    here      {deviation.here}")
 
 
 def run(argv: Sequence[str]) -> None:

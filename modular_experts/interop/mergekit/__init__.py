@@ -1,6 +1,8 @@
-"""mergekit: its recipes (the YAML of `mergekit-yaml`), read and run with the merge methods of this package.
+"""Run mergekit recipes, the YAML files of `mergekit-yaml`, with the merge methods of this package; mergekit itself is
+neither needed nor imported.
 
-mergekit itself is neither needed nor imported. `reading` turns a file into a checked `configuration`, `settings` and
-`places` give a parameter's value for one weight, `recipe` gives the merge method for it, `inputs` the models' tensors,
-`run` writes the merged checkpoint, and `differences` says where the numbers may not be mergekit's.
+Start with `run.py`: `merge_recipe` writes the merged checkpoint. Before that, `parse` turns a file into a checked
+`recipe`, and `methods` maps each merge method of mergekit to ours; `inputs` reads the models that a recipe names,
+`difference` how far one weight of a model is from the base, and `deviations` lists where our numbers may not be
+mergekit's.
 """

@@ -1,45 +1,160 @@
-"""The recipe: for each weight, which models are merged by which of our methods so that the numbers are mergekit's.
+"""Hold a checked mergekit recipe, and find the value that it gives each parameter for one weight.
 
-Shares of entries are given to our methods as `count / entries`, so that they keep the counts that mergekit keeps. What
-our methods do differently on purpose is in `arc` and `stock` as mergekit does it; what remains is
-told by `differences`.
+A parameter may be set for a model in a slice, for a slice, for the module, or for the whole recipe; the nearest level
+with a value for the weight counts. A value may be a gradient over the layers: mergekit counts the layers of each output
+slice from 0 to 1, and puts everything outside the layers at 0 - the embeddings, but also the final norm and the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from modular_experts.interop.mergekit.arc import Arc
-from modular_experts.interop.mergekit.configuration import Configuration
-from modular_experts.interop.mergekit.places import places
-from modular_experts.interop.mergekit.references import Reference
-from modular_experts.interop.mergekit.stock import Stock
-from modular_experts.interop.mergekit.weight import Weight
-from modular_experts.methods import (
-    DARE,
-    DARETIES,
-    DELLA,
-    RAM,
-    SCE,
-    SLERP,
-    TIES,
-    Average,
-    Breadcrumbs,
-    BreadcrumbsTIES,
-    DELLALinear,
-    Karcher,
-    MergeMethod,
-    MultiSLERP,
-    RAMPlus,
-    TaskArithmetic,
-)
+from modular_experts.interop.mergekit.methods import Method, Parameters, silent_models
+from modular_experts.methods import MergeMethod
+from modular_experts.text import depth_of
 
-__all__ = ["Recipe", "Step"]
+__all__ = [
+    "LayerPosition",
+    "ModelReference",
+    "Recipe",
+    "Rule",
+    "Settings",
+    "Slice",
+    "Source",
+    "Step",
+    "layer_positions",
+    "value_at",
+]
 
-_NO_SUM = 1e-8
-"""Sum of weights below which mergekit does not divide by it."""
+
+@dataclass(frozen=True)
+class ModelReference:
+    """How a recipe names a model.
+
+    Attributes:
+        path: A directory or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        adapter: The adapter on the model, if there is one.
+    """
+
+    path: str
+    revision: str | None = None
+    adapter: ModelReference | None = None
+
+    def __str__(self) -> str:
+        model = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{model}+{self.adapter}" if self.adapter else model
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One value of a parameter, for all weights or for some of them.
+
+    Attributes:
+        values: Numbers of a gradient from the first layer to the last; a plain number is a gradient of one.
+        part: What a weight's name must contain; None for every weight.
+    """
+
+    values: tuple[float, ...]
+    part: str | None = None
+
+    def fits(self, name: str) -> bool:
+        """Return whether the rule is for a weight."""
+        return self.part is None or self.part in name
+
+    def at(self, share: float) -> float:
+        """Return the value at a share in [0, 1] of the layers, interpolated linearly between the numbers."""
+        position = share * (len(self.values) - 1)
+        lower = int(position)
+        upper = min(lower + 1, len(self.values) - 1)
+        share = position - lower
+        return (1 - share) * self.values[lower] + share * self.values[upper]
+
+
+Settings = Mapping[str, tuple[Rule, ...]]
+"""The rules of each parameter that one level of a recipe sets; the first rule that fits a weight counts."""
+
+
+def value_at(rules: Iterable[Rule], name: str, share: float) -> float | None:
+    """Return the value of a parameter for a weight, or None if no rule fits it.
+
+    Args:
+        rules: The parameter's rules on one level.
+        name: The weight.
+        share: Its position in the layers, in [0, 1].
+    """
+    return next((rule.at(share) for rule in rules if rule.fits(name)), None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that takes part in a slice, with its own settings."""
+
+    model: ModelReference
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers that are merged in one way.
+
+    Attributes:
+        sources: The models, in the order of the file; the base comes last if only `base_model` names it.
+        settings: Settings of this slice.
+        layers: Its first layer and the one after its last; None for all layers.
+    """
+
+    sources: tuple[Source, ...]
+    settings: Settings
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerPosition:
+    """The position of a weight in the layers.
+
+    Attributes:
+        slice: Number of the output slice that the weight belongs to.
+        share: Its position in the layers of that slice, from 0 for the first to 1 for the last.
+    """
+
+    slice: int
+    share: float
+
+
+_BEFORE_THE_LAYERS = re.compile(r"emb(?!ed_out)|\bwte\b|\bwpe\b|\bshared\b|rotary|\bln_pre\b")
+
+
+def layer_positions(names: Iterable[str], slices: Sequence[tuple[int, int] | None]) -> dict[str, LayerPosition]:
+    """Return the position of each weight in the layers.
+
+    Args:
+        names: All weights of the model. The first number between points in a name is its layer.
+        slices: First layer of each slice and the one after its last; None for one slice of all layers.
+
+    Raises:
+        ValueError: The slices do not end with the model's last layer.
+    """
+    layers = {name: depth_of(name) for name in names}
+    count = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
+    spans = [span or (0, count) for span in slices]
+    if spans[-1][1] != count:
+        raise ValueError(
+            f"the slices end before layer {spans[-1][1]} and the models have {count} layers; "
+            "only merges that keep all layers, each in its place, are supported"
+        )
+    positions = {}
+    for name, layer in layers.items():
+        if layer is None:
+            positions[name] = LayerPosition(0 if _BEFORE_THE_LAYERS.search(name) else len(spans) - 1, 0.0)
+            continue
+        number = next(number for number, (_, end) in enumerate(spans) if layer < end)
+        start, end = spans[number]
+        positions[name] = LayerPosition(number, (layer - start) / (end - start - 1) if end - start > 1 else 1.0)
+    return positions
 
 
 @dataclass(frozen=True)
@@ -47,148 +162,126 @@ class Step:
     """The merge of one weight.
 
     Attributes:
-        name: The weight.
-        method: How.
-        models: Of which models, in the order of the method's settings.
-        silent: Places in that order of models that keep nothing of this weight.
+        method: Our merge method.
+        models: The models that it merges, in the order of the method's settings.
+        silent: Places in that order of models of which nothing is kept.
     """
 
-    name: str
     method: MergeMethod
-    models: tuple[Reference, ...]
+    models: tuple[ModelReference, ...]
     silent: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
 class Recipe:
-    """A configuration for a model of these weights.
+    """A checked recipe.
 
-    Args:
-        configuration: The checked file.
-        names: All weights of the model.
-        seed: Of the methods that drop entries at random.
-
-    Raises:
-        ValueError: Its slices are not all layers of the model.
+    Attributes:
+        name: mergekit's name of the merge method.
+        method: The method's parameters, and ours that gives its numbers.
+        slices: All layers of the model in order, with the same models in each slice.
+        settings: Settings of the whole recipe.
+        module_settings: Settings of the model's one module, which come before those of the recipe.
+        base: The base, if the recipe names one.
+        dtype: Data type to compute in, as the file gives it.
+        out_dtype: Data type to write.
+        tokenizer: Whether the file asks for the base's tokenizer.
+        source: The file as plain values.
     """
 
-    def __init__(self, configuration: Configuration, names: Iterable[str], seed: int = 0) -> None:
-        self.configuration, self.seed = configuration, seed
-        self._places = places(names, [part.layers for part in configuration.slices])
+    name: str
+    method: Method
+    slices: tuple[Slice, ...]
+    settings: Settings
+    module_settings: Settings
+    base: ModelReference | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def step(self, name: str, entries: int) -> Step:
+    @property
+    def on_deltas(self) -> bool:
+        """Whether deltas from the base are merged, instead of the models themselves."""
+        return self.base is not None if self.method.on_deltas is None else self.method.on_deltas
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """All models of the recipe, including the base where it is one of the sources."""
+        return tuple(source.model for source in self.slices[0].sources)
+
+    @property
+    def merged(self) -> tuple[ModelReference, ...]:
+        """The models that the method gets, in the order of its settings: deltas of all models but the base, or the
+        models themselves.
+        """
+        experts = tuple(model for model in self.models if model != self.base)
+        if self.on_deltas:
+            return experts
+        if self.name == "slerp":
+            assert self.base is not None
+            return self.base, *experts
+        return self.models
+
+    def rules(self, parameter: str | None = None) -> Iterator[Rule]:
+        """Yield the rules of one parameter, or of all, on every level."""
+        levels = [self.settings, self.module_settings, *(part.settings for part in self.slices)]
+        levels += [source.settings for part in self.slices for source in part.sources]
+        for settings in levels:
+            for name, rules in settings.items():
+                if parameter in (None, name):
+                    yield from rules
+
+    def value(self, parameter: str, name: str, position: LayerPosition, model: ModelReference | None = None) -> float:
+        """Return the value of a parameter for one weight.
+
+        Args:
+            parameter: The parameter.
+            name: The weight.
+            position: Its position in the layers.
+            model: The model, for a parameter with a value for every model.
+
+        Raises:
+            ValueError: The parameter has no default, and no setting gives a value for this weight.
+        """
+        part = self.slices[position.slice]
+        own = [source.settings for source in part.sources if source.model == model]
+        for settings in (*own, part.settings, self.module_settings, self.settings):
+            value = value_at(settings.get(parameter, ()), name, position.share)
+            if value is not None:
+                return value
+        default = (self.method.overall if model is None else self.method.each)[parameter]
+        if default is not None:
+            return default
+        if model is None:
+            raise ValueError(
+                f"{self.name} needs the parameter {parameter}, and the recipe gives no value for {name}; add one under "
+                "parameters, without a filter"
+            )
+        raise ValueError(
+            f"{self.name} needs the parameter {parameter} of every model, and the recipe gives no value of {model} for "
+            f"{name}; add one under the model's parameters"
+        )
+
+    def step(self, name: str, position: LayerPosition, entries: int, seed: int = 0) -> Step:
         """Return the merge of one weight.
 
         Args:
             name: The weight.
+            position: Its position in the layers.
             entries: Its number of entries.
+            seed: Seed of the methods that drop entries at random.
 
         Raises:
-            ValueError: A parameter is missing for this weight, or has a value that cannot be.
+            ValueError: A parameter has no value for this weight, or an impossible one.
         """
-        weight = Weight(self.configuration, name, self._places[name], entries, self.seed)
-        built = _BUILDERS[self.configuration.name](weight)
-        return Step(name, built, weight.models, weight.silent())
-
-
-def _linear(weight: Weight) -> MergeMethod:
-    weights = weight.each("weight")
-    if not weight.overall("normalize"):
-        return TaskArithmetic(weights=weights)
-    if sum(weights) == 0:
-        raise ValueError(f"the weights of the models sum to zero for {weight.name}, and normalize divides by the sum")
-    return Average(weights=weights)
-
-
-def _slerp(weight: Weight) -> MergeMethod:
-    return SLERP(t=weight.overall("t"))
-
-
-def _nuslerp(weight: Weight) -> MergeMethod:
-    first, second = weight.each("weight")
-    share = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
-    if weight.overall("nuslerp_flatten"):
-        return Arc(share)
-    return Arc(share, "columns" if weight.overall("nuslerp_row_wise") else "rows")
-
-
-def _multislerp(weight: Weight) -> MergeMethod:
-    weights = weight.each("weight")
-    return MultiSLERP(weights=weights, scale=1.0 if weight.overall("normalize_weights") else sum(weights))
-
-
-def _karcher(weight: Weight) -> MergeMethod:
-    return Karcher(max_iterations=int(weight.overall("max_iter")), tolerance=weight.overall("tol"))
-
-
-def _task_arithmetic(weight: Weight) -> MergeMethod:
-    weights = weight.each("weight")
-    if weight.overall("normalize") and abs(sum(weights)) >= _NO_SUM:
-        return Average(weights=weights, scale=weight.overall("lambda"))
-    return TaskArithmetic(weights=weights, scale=weight.overall("lambda"))
-
-
-def _summed(weight: Weight) -> dict[str, Any]:
-    """Return the settings of a weighted sum of what was kept."""
-    weights = weight.each("weight")
-    return {
-        **{"weights": weights, "scale": weight.overall("lambda"), "preset": "mergekit"},
-        "rescale": "l1" if weight.overall("rescale") else "none",
-        "normalise": bool(weight.overall("normalize")) and abs(sum(weights)) >= _NO_SUM,
-    }
-
-
-def _elected(weight: Weight) -> dict[str, Any]:
-    """Return the settings of an election of signs among what was kept."""
-    divisor = "weights" if weight.overall("normalize") else "none"
-    settings = {name: value for name, value in _summed(weight).items() if name != "normalise"}
-    return {**settings, "vote": "weighted", "divisor": divisor, "zero": "positive"}
-
-
-def _largest(weight: Weight) -> dict[str, Any]:
-    counts = [max(int(density * weight.entries), 1) for density in weight.densities()]
-    return {"keep": [count / weight.entries for count in counts]}
-
-
-def _band(weight: Weight) -> dict[str, Any]:
-    bands = [(0, 0) if place in weight.silent() else band for place, band in enumerate(weight.bands())]
-    return {
-        "beta": [smallest / weight.entries for smallest, _ in bands],
-        "gamma": [largest / weight.entries for _, largest in bands],
-    }
-
-
-def _at_random(weight: Weight) -> dict[str, Any]:
-    return {"keep": weight.densities(), "seed": weight.seed}
-
-
-def _by_rank(weight: Weight) -> dict[str, Any]:
-    return {**_at_random(weight), "epsilon": weight.each("epsilon")}
-
-
-_Settings = Callable[[Weight], Mapping[str, Any]]
-
-
-def _of(kind: Callable[..., MergeMethod], *settings: _Settings) -> Callable[[Weight], MergeMethod]:
-    """Return what makes a method of a kind with the settings that each function gives."""
-    return lambda weight: kind(**{name: value for part in settings for name, value in part(weight).items()})
-
-
-_BUILDERS: Mapping[str, Callable[[Weight], MergeMethod]] = {
-    "linear": _linear,
-    "slerp": _slerp,
-    "nuslerp": _nuslerp,
-    "multislerp": _multislerp,
-    "karcher": _karcher,
-    "task_arithmetic": _task_arithmetic,
-    "ties": _of(TIES, _elected, _largest),
-    "dare_linear": _of(DARE, _summed, _at_random),
-    "dare_ties": _of(DARETIES, _elected, _at_random),
-    "breadcrumbs": _of(Breadcrumbs, _summed, _band),
-    "breadcrumbs_ties": _of(BreadcrumbsTIES, _elected, _band),
-    "della": _of(DELLA, _elected, _by_rank),
-    "della_linear": _of(DELLALinear, _summed, _by_rank),
-    "sce": lambda weight: SCE(keep=min(max(weight.overall("select_topk"), 0.0), 1.0), preset="mergekit"),
-    "ram": lambda weight: RAM(epsilon=weight.overall("epsilon")),
-    "ramplus_tl": lambda weight: RAMPlus(**{name: weight.overall(name) for name in ("epsilon", "r", "alpha")}),
-    "model_stock": lambda weight: Stock(row_wise=bool(weight.overall("filter_wise"))),
-}
+        models, method = self.merged, self.method
+        given = Parameters(
+            name=name,
+            entries=entries,
+            seed=seed,
+            models=[str(model) for model in models],
+            each={each: [self.value(each, name, position, model) for model in models] for each in method.each},
+            overall={overall: self.value(overall, name, position) for overall in method.overall},
+        )
+        return Step(method.build(given), models, silent_models(given))

@@ -1,134 +1,137 @@
-"""Running a recipe: weight by weight from the models' files into the files of the merged checkpoint.
+"""Run a recipe weight by weight, from the models' files into the files of the merged checkpoint.
 
-One weight of each model is in memory at a time, and one of the result. Deltas, and the models where a method
-merges models, are taken in float32; the methods compute in float64.
+One weight of each model is in memory at a time, and one of the result. Deltas, and the models where a method merges
+models, are read in float32; the methods compute in float64.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modular_experts.base.files import MANIFEST, copy_companions, read_json, write_manifest
-from modular_experts.base.shards import Layout
-from modular_experts.deltas import Delta, Sparse, all_finite
-from modular_experts.interop.mergekit.configuration import Configuration
-from modular_experts.interop.mergekit.differences import Difference, differences
-from modular_experts.interop.mergekit.inputs import Model, open_models
-from modular_experts.interop.mergekit.recipe import Recipe
-from modular_experts.interop.mergekit.references import Reference
-from modular_experts.interop.mergekit.shards import write_shards
-from modular_experts.interop.mergekit.vocabulary import check_vocabularies
+from modular_experts.base.shards import Layout, ShardWriter, write_index
+from modular_experts.deltas import Sparse, all_finite
+from modular_experts.interop.mergekit.deviations import Deviation, deviations
+from modular_experts.interop.mergekit.inputs import open_models
+from modular_experts.interop.mergekit.recipe import Recipe, layer_positions
 from modular_experts.library import check_target, new_directory
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
-__all__ = ["merge_recipe"]
-
-Announce = Callable[[Sequence[Difference]], object]
+__all__ = ["merge_recipe", "write_shards"]
 
 
 def merge_recipe(
-    configuration: Configuration,
+    recipe: Recipe,
     out: str | Path,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress = iter,
-    announce: Announce = lambda found: None,
+    announce: Callable[[Sequence[Deviation]], object] = lambda found: None,
 ) -> Path:
     """Run a mergekit recipe, and write the merged model as a Hugging Face checkpoint.
 
     Args:
-        configuration: The recipe, from `read_configuration`.
+        recipe: The recipe, from `read_recipe`.
         out: Directory of the checkpoint.
-        seed: Of the methods that drop entries at random.
-        overwrite: Whether a checkpoint of ours that is there may be replaced.
-        progress: Wraps the names of the weights while they are gone through, for a progress bar.
-        announce: Gets what is done in another way than by mergekit, before the merge begins.
+        seed: Seed of the methods that drop entries at random.
+        overwrite: Whether to replace a checkpoint of ours in that directory.
+        progress: Iterator wrapper, e.g. `tqdm`.
+        announce: Function that gets the deviations from mergekit before the merge begins.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
-        FileNotFoundError: A model or a file of it is missing.
-        ValueError: The models do not fit together, a parameter is missing or cannot be, or a result is not finite;
+        FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
+        FileNotFoundError: A model or one of its files is missing.
+        ValueError: The models do not fit together, a parameter is missing or impossible, or a result is not finite;
             nothing is written then.
     """
     target = check_target(out, overwrite, MANIFEST)
-    models = open_models(configuration)
-    if configuration.tokenizer and configuration.base:
-        check_vocabularies(models[configuration.base], models.values())
-    merge = _Merge(configuration, models, seed)
-    announce(differences(configuration, models, merge.steps))
-    with new_directory(target, overwrite, MANIFEST) as temporary:
-        layout = merge.layout()
-        write_shards(temporary, layout, merge.tensors(progress))
-        copy_companions(merge.donor.directory, temporary)
-        _write_config(merge.donor.directory, temporary, [dtype for dtype, _ in layout.values()])
-        origin = {
-            "mergekit": configuration.source,
-            "models": {model.name: str(model.directory) for model in models.values()},
-            "seed": seed,
-        }
-        write_manifest(temporary, origin)
-    return target
+    models = open_models(recipe)
+    donor = models[recipe.base or recipe.models[0]]
+    stored, names = donor.stored, donor.stored.structure.weights
+    positions = layer_positions(names, [part.layers for part in recipe.slices])
+    steps = {name: recipe.step(name, positions[name], stored.shape(name).numel(), seed) for name in names}
+    announce(list(deviations(recipe, models, steps)))
+    named = recipe.out_dtype or recipe.dtype
+    dtypes = {name: getattr(torch, named) if named else stored.dtype(name) for name in names}
 
-
-class _Merge:
-    """The weights of a merged model."""
-
-    def __init__(self, configuration: Configuration, models: Mapping[Reference, Model], seed: int) -> None:
-        self._models, self._configuration = models, configuration
-        self.donor = models[configuration.base or configuration.models[0]]
-        self._stored = self.donor.stored
-        self._names = self._stored.structure.weights
-        recipe = Recipe(configuration, self._names, seed)
-        self.steps = {name: recipe.step(name, self._stored.shape(name).numel()) for name in self._names}
-        self._dtype = configuration.out_dtype or configuration.dtype
-
-    def layout(self) -> Layout:
-        """Return the data type and shape of each weight of the result, under the name under which it is stored."""
-        stored = self._stored
-        return {stored.keys(name)[0]: (self._dtype_of(name), tuple(stored.shape(name))) for name in self._names}
-
-    def tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight of the result with the name under which it is stored."""
-        for name in progress(self._names):
-            merged = self._merged(name).to(self._dtype_of(name))
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in progress(names):
+            step, context = steps[name], Context(name)
+            merging = [models[reference] for reference in step.models]
+            if recipe.on_deltas:
+                zero = Sparse.zero(stored.shape(name))
+                deltas = [
+                    zero if place in step.silent else model.delta(name, donor) for place, model in enumerate(merging)
+                ]
+                merged = step.method.merge(deltas, context).add_to(donor.tensor(name))
+            else:
+                wholes = [model.whole(name, dtypes[name]) for model in merging]
+                merged = step.method.merge(wholes, context).dense()
+            merged = merged.to(dtypes[name])
             if not all_finite(merged):
                 raise ValueError(
                     f"{name} of the merge is not finite in {merged.dtype}; look at the recipe's weights, or write a "
                     "wider out_dtype"
                 )
-            yield self._stored.keys(name)[0], merged
+            yield stored.keys(name)[0], merged
 
-    def _merged(self, name: str) -> Tensor:
-        step = self.steps[name]
-        models = [self._models[reference] for reference in step.models]
-        if not self._configuration.on_deltas:
-            wholes = [model.whole(name, self._dtype_of(name)) for model in models]
-            return step.method.merge(wholes, Context(name)).dense()
-        zero = Sparse.zero(self._stored.shape(name))
-        deltas: list[Delta] = [
-            zero if place in step.silent else model.delta(name, self.donor) for place, model in enumerate(models)
-        ]
-        return step.method.merge(deltas, Context(name)).add_to(self.donor.tensor(name))
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        if self._dtype is not None:
-            return getattr(torch, self._dtype)
-        return self._stored.dtype(name)
+    with new_directory(target, overwrite, MANIFEST) as temporary:
+        layout = {stored.keys(name)[0]: (dtypes[name], tuple(stored.shape(name))) for name in names}
+        write_shards(temporary, layout, tensors())
+        copy_companions(donor.directory, temporary)
+        config = read_json(donor.directory / "config.json", "so it is not the directory of a model")
+        kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
+        config[key] = max(sorted(set(kinds)), key=kinds.count)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        directories = {model.name: str(model.directory) for model in models.values()}
+        write_manifest(temporary, {"mergekit": recipe.source, "models": directories, "seed": seed})
+    return target
 
 
-def _write_config(donor: Path, directory: Path, dtypes: Sequence[torch.dtype]) -> None:
-    """Write the donor's configuration, with the data type that most weights have."""
-    config = read_json(donor / "config.json", "so it is not the directory of a model")
-    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
-    config[key] = max(sorted(set(kinds)), key=kinds.count)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def write_shards(
+    directory: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], limit: int = 2 * 10**9
+) -> None:
+    """Write the weights of a checkpoint into safetensors files of a limited size, one weight in memory at a time.
+
+    Args:
+        directory: Target directory. A single file is named `model.safetensors`; several are numbered and listed in an
+            index.
+        layout: Data type and shape of each weight, at least one.
+        tensors: Name and value of each weight, in the order of the layout.
+        limit: Bytes of a file, unless one weight alone has more.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + bytes_ > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = dtype, shape
+        size += bytes_
+    count, coming = len(shards), iter(tensors)
+    numbered = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    files = dict(zip(numbered if count > 1 else ["model.safetensors"], shards, strict=True))
+    for file, part in files.items():
+        with ShardWriter(directory / file, part) as writer:
+            for expected in part:
+                name, tensor = next(coming)
+                assert name == expected
+                writer.write(name, tensor)
+    assert next(coming, None) is None
+    if count > 1:
+        write_index(directory, files)

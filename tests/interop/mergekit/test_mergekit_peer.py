@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modular_experts.interop.mergekit.reading import read_configuration
+from modular_experts.interop.mergekit.parse import read_recipe
 from modular_experts.interop.mergekit.run import merge_recipe
 
 PYTHON = os.environ.get("MODULAR_EXPERTS_MERGEKIT", "")
@@ -145,7 +145,7 @@ def both(place, name, monkeypatch):
     """Return the tensors of a recipe's merge as made by mergekit and as made here."""
     monkeypatch.chdir(place)
     ours = Path("ours") / name
-    merge_recipe(read_configuration(f"recipes/{name}.yaml"), ours)
+    merge_recipe(read_recipe(f"recipes/{name}.yaml"), ours)
     return load_file(f"recipes/{name}/model.safetensors"), load_file(ours / "model.safetensors")
 
 

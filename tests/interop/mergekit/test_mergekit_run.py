@@ -7,18 +7,13 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Sparse
-from modular_experts.interop.mergekit import moved
-from modular_experts.interop.mergekit.arc import Arc
-from modular_experts.interop.mergekit.moved import Moved
-from modular_experts.interop.mergekit.reading import read_configuration
-from modular_experts.interop.mergekit.run import merge_recipe
-from modular_experts.interop.mergekit.shards import write_shards
-from modular_experts.interop.mergekit.stock import Stock
+from modular_experts.interop.mergekit.parse import read_recipe
+from modular_experts.interop.mergekit.run import merge_recipe, write_shards
 from modular_experts.library import make_record, write_expert
 
 LAYERS = 3
@@ -47,7 +42,7 @@ def run(place, tmp_path, monkeypatch):
     def merge(recipe, **settings):
         file = tmp_path / "recipe.yaml"
         file.write_text(recipe)
-        merge_recipe(read_configuration(file), tmp_path / "merged", overwrite=True, **settings)
+        merge_recipe(read_recipe(file), tmp_path / "merged", overwrite=True, **settings)
         return {name: tensor.double() for name, tensor in load_file(tmp_path / "merged/model.safetensors").items()}
 
     return merge
@@ -186,53 +181,6 @@ def test_ram_averages_what_several_move_and_adds_what_one_moves(run, place):
     assert_merge(merged, {name: expected(name, 0.5) for name in base})
 
 
-def turn(one, other, t):
-    angle = torch.acos((one @ other) / (one.norm() * other.norm()))
-    return (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * other) / torch.sin(angle)
-
-
-@pytest.mark.parametrize(("along", "dimension"), [("rows", 0), ("columns", 1)])
-def test_arc_turns_each_row_or_each_column_by_its_own_angle(along, dimension):
-    draw = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
-    merged = Arc(0.3, along).merge([Sparse_of(one), Sparse_of(other)]).dense()
-    pairs = zip(one.unbind(dimension), other.unbind(dimension), strict=True)
-    torch.testing.assert_close(merged, torch.stack([turn(a, b, 0.3) for a, b in pairs], dimension))
-
-
-def Sparse_of(tensor):  # noqa: N802 - any form of delta will do
-    return Sparse(torch.arange(tensor.numel(), dtype=torch.int32), tensor.flatten(), tensor.shape)
-
-
-def test_arc_of_a_whole_weight_is_followed_where_slerp_takes_the_line():
-    draw = torch.Generator().manual_seed(0)
-    one = torch.randn(40, dtype=torch.float64, generator=draw)
-    other = one + 0.01 * torch.randn(40, dtype=torch.float64, generator=draw)
-    assert one @ other / one.norm() / other.norm() > 0.9995
-    merged = Arc(0.5).merge([Sparse_of(one), Sparse_of(other)]).dense()
-    torch.testing.assert_close(merged, turn(one, other, 0.5), rtol=1e-9, atol=0)
-    assert not torch.allclose(merged, (one + other) / 2, rtol=1e-6, atol=0)
-    torch.testing.assert_close(Arc(0.25).merge([Sparse_of(one), Sparse_of(2 * one)]).dense(), 1.25 * one)
-
-
-@pytest.mark.parametrize("row_wise", [False, True])
-def test_stock_steps_by_the_mean_cosine_also_backwards(row_wise):
-    draw = torch.Generator().manual_seed(3)
-    deltas = [torch.randn(4, 6, generator=draw, dtype=torch.float64) for _ in range(3)]
-
-    def step(rows):
-        a, b, c = rows
-        cosines = [torch.cosine_similarity(x, y, dim=0) for x, y in ((a, b), (a, c), (b, c))]
-        cosine = sum(cosines) / 3
-        return 3 * cosine / (1 + 2 * cosine) * (a + b + c) / 3
-
-    parts = zip(*deltas, strict=True) if row_wise else [[delta.flatten() for delta in deltas]]
-    expected = torch.stack([step(part) for part in parts]).view(4, 6)
-    torch.testing.assert_close(Stock(row_wise).merge([Sparse_of(delta) for delta in deltas]).dense(), expected)
-    opposed = Stock().merge([Sparse_of(deltas[0]), Sparse_of(deltas[1] - 2 * deltas[0])]).dense()
-    assert (opposed * (deltas[1] - deltas[0])).sum() < 0
-
-
 def test_slices_count_their_layers_by_themselves(run, place):
     merged = run("""
 merge_method: linear
@@ -302,13 +250,13 @@ def test_merge_is_an_ordinary_checkpoint_in_the_asked_data_type(run, place, tmp_
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == build_tokenizer().get_vocab()
     assert_merge(merged, {name: tensor.bfloat16().double() for name, tensor in tensors(place, "base").items()})
-    assert [difference.what for difference in told] == ["weight that is zero in one of the two models"]
+    assert [deviation.what for deviation in told] == ["weight that is zero in one of the two models"]
     manifest = json.loads((tmp_path / "merged/modular_experts.json").read_text())
     assert manifest["mergekit"]["merge_method"] == "slerp"
     assert set(manifest["models"]) == {"a", "base"}
 
 
-def test_differences_are_those_that_the_recipe_meets(run):
+def test_deviations_are_those_that_the_recipe_comes_across(run):
     told = []
     run(
         "merge_method: breadcrumbs\nbase_model: base\ndtype: float16\nmodels: [{model: a, parameters: {weight: "
@@ -316,7 +264,7 @@ def test_differences_are_those_that_the_recipe_meets(run):
         announce=told.extend,
     )
     expected = ["precision", "equal magnitudes", "gamma of less than one entry", "filter '.*mlp'"]
-    assert [difference.what for difference in told] == expected
+    assert [deviation.what for deviation in told] == expected
     told.clear()
     run("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}", announce=told.extend)
     assert told == []
@@ -377,45 +325,7 @@ def test_files_are_cut_at_the_limit_and_listed(tmp_path):
     assert torch.equal(load_file(tmp_path / files[2])["w3"], weights["w3"])
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("task_arithmetic", "weight: 0.7"),
-        ("ties", "weight: 0.7, density: 0.6"),
-        ("dare_ties", "weight: 0.7, density: 0.6"),
-        ("breadcrumbs", "weight: 0.7, density: 0.6"),
-        ("della", "weight: 0.7, density: 0.6"),
-        ("sce", "select_topk: 0.3"),
-    ],
-)
-def test_checkpoints_of_sparse_experts_merge_as_dense_ones_do(tmp_path, monkeypatch, method, settings):
-    monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(["base", "a", "b"]):
-        model = build_model("llama", 0, num_hidden_layers=LAYERS).bfloat16()
-        draw = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                few = torch.rand(parameter.shape, generator=draw) < 0.05 * bool(number)
-                parameter.add_(torch.where(few, torch.randn(parameter.shape, generator=draw), 0.0))
-        model.save_pretrained(name)
-        build_tokenizer().save_pretrained(name)
-    (tmp_path / "recipe.yaml").write_text(
-        f"merge_method: {method}\nbase_model: base\ndtype: float32\n"
-        f"models: [{{model: a}}, {{model: b}}]\nparameters: {{{settings}}}\n"
-    )
-    packed, true_packed = [], Moved.packed
-    monkeypatch.setattr(Moved, "packed", lambda self: packed.append(true_packed(self)) or packed[-1])
-    results = []
-    for share in (moved.PACKED, 0.0):
-        monkeypatch.setattr(moved, "PACKED", share)
-        packed.clear()
-        merge_recipe(read_configuration("recipe.yaml"), "merged", overwrite=True)
-        assert any(isinstance(delta, Sparse) and not delta.is_empty for delta in packed) == (share > 0)
-        results.append(load((tmp_path / "merged/model.safetensors").read_bytes()))
-    assert_merge(*({name: tensor.double() for name, tensor in found.items()} for found in results))
-
-
-def test_progress_is_gone_through_to_its_end(place, tmp_path, monkeypatch):
+def test_progress_is_iterated_to_its_end(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     (tmp_path / "recipe.yaml").write_text(
         "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}"
@@ -426,5 +336,5 @@ def test_progress_is_gone_through_to_its_end(place, tmp_path, monkeypatch):
         yield from names
         ended.append(len(names))
 
-    merge_recipe(read_configuration(tmp_path / "recipe.yaml"), tmp_path / "merged", progress=progress)
+    merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged", progress=progress)
     assert ended == [len(tensors(place, "a"))]

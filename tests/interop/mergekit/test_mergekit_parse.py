@@ -1,96 +1,52 @@
+"""What a recipe's file may hold, and the sentence for what it may not."""
+
+import math
+
 import pytest
 
-from modular_experts.interop.mergekit.places import Place
-from modular_experts.interop.mergekit.reading import read_configuration
-from modular_experts.interop.mergekit.references import ModelPath, Reference, read_reference
-
-TIES = """
-merge_method: ties
-base_model: base
-models:
-  - model: a
-    parameters: {weight: 0.5, density: [0.2, 0.8]}
-  - model: b
-    parameters:
-      weight: [{filter: mlp, value: 0.25}]
-parameters: {weight: 2.0, normalize: false}
-dtype: float32
-"""
-Q, MLP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
-A, B = Reference(ModelPath("a")), Reference(ModelPath("b"))
+from modular_experts.interop.mergekit.parse import parse_reference, parse_setting, read_recipe
+from modular_experts.interop.mergekit.recipe import ModelReference
 
 
 def read(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    return read_configuration(file)
+    return read_recipe(file)
 
 
-def test_nearest_level_that_has_a_value_for_the_weight_counts(tmp_path):
-    recipe, middle = read(tmp_path, TIES), Place(0, 0.5)
-    assert recipe.each("weight", Q, middle, A) == 0.5
-    assert recipe.each("weight", MLP, middle, B) == 0.25
-    assert recipe.each("weight", Q, middle, B) == 2.0  # no filter of b's own fits
-    assert recipe.each("density", Q, middle, A) == 0.5
-    assert recipe.each("density", Q, middle, B) == 1.0
-    assert recipe.overall("normalize", Q, middle) == 0
-    assert recipe.overall("lambda", Q, middle) == 1
-
-
-def test_model_comes_before_slice_before_module_before_recipe(tmp_path):
-    levels = """
-merge_method: linear
-modules:
-  default:
-    slices:
-      - sources:
-          - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: q_proj, value: 1}]}}
-          - {model: b, layer_range: [0, 2]}
-        parameters: {weight: [{filter: self_attn, value: 2}]}
-      - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
-    parameters: {weight: [{filter: layers, value: 3}]}
-parameters: {weight: 4}
-"""
-    recipe = read(tmp_path, levels)
-    k_proj, norm = Q.replace("q_proj", "k_proj"), "model.norm.weight"
-    found = [recipe.each("weight", name, Place(0, 0), A) for name in (Q, k_proj, MLP, norm)]
-    assert found == [1, 2, 3, 4]
-    assert recipe.each("weight", Q, Place(0, 0), B) == 2
-    assert recipe.each("weight", Q, Place(1, 0), A) == 3
-    assert [part.layers for part in recipe.slices] == [(0, 2), (2, 4)]
-
-
-def test_base_is_added_to_models_where_it_is_not_listed(tmp_path):
-    assert [str(model) for model in read(tmp_path, TIES).models] == ["a", "b", "base"]
-    listed = TIES.replace("models:", "models:\n  - model: base")
-    assert [str(model) for model in read(tmp_path, listed).models] == ["base", "a", "b"]
-    assert read(tmp_path, listed).experts == (A, B)
-
-
-def test_missing_weight_is_told_with_model_and_name(tmp_path):
-    recipe = read(tmp_path, TIES.replace("weight: 2.0, ", ""))
-    with pytest.raises(ValueError, match=f"nothing gives that of b for {Q}"):
-        recipe.each("weight", Q, Place(0, 0), B)
+def test_model_is_a_path_with_a_revision_and_an_adapter():
+    with_adapter = ModelReference("a", "x", ModelReference("lora/b", "y"))
+    for text, expected in [
+        ("a", ModelReference("a")),
+        ("owner/a@main", ModelReference("owner/a", "main")),
+        ("a@x+lora/b@y", with_adapter),
+        ({"model": {"path": "a", "revision": "x"}, "lora": "lora/b@y"}, with_adapter),
+        ({"model": "a@x", "lora": {"path": "lora/b", "revision": "y"}}, with_adapter),
+    ]:
+        assert parse_reference(text, "model") == expected
+    assert str(with_adapter) == "a@x+lora/b@y"
+    for wrong in ["", None, 3, "a@b@c", "a+b+c", "a+", "@x", "a@", {"model": None}, {"lora": "b"}]:
+        with pytest.raises(ValueError, match="model"):
+            parse_reference(wrong, "model")
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("value", "told"),
     [
-        ("a", Reference(ModelPath("a"))),
-        ("owner/a@main", Reference(ModelPath("owner/a", "main"))),
-        ("a@x+lora/b@y", Reference(ModelPath("a", "x"), ModelPath("lora/b", "y"))),
-        ({"model": "a", "lora": {"path": "b", "revision": "y"}}, Reference(ModelPath("a"), ModelPath("b", "y"))),
-        ({"model": {"path": "a"}}, Reference(ModelPath("a"))),
+        ({"filter": "mlp", "value": 1}, "weight is a mapping by itself, on which mergekit stops"),
+        ([], "empty list"),
+        ("much", "must be a finite number, a list of them, or a list of filters, got 'much'"),
+        ([0.1, math.inf], "must be a finite number"),
+        ([0.1, {"value": 1}], r"weight\[0\] must be a mapping with filter and value like the other entries, got 0.1"),
+        ([{"filtre": "mlp", "value": 1}], r"weight\[0\] has an unknown key 'filtre'.*did you mean filter\?"),
+        ([{"filter": "mlp"}], r"weight\[0\] has no value"),
+        ([{"filter": 3, "value": 1}], "must be a part of a weight's name, got 3"),
+        ([{"filter": "mlp", "value": [{"value": 1}]}], r"weight\[0\].value must be a finite number"),
     ],
 )
-def test_reference_is_a_path_with_a_revision_and_an_adapter(text, expected):
-    assert read_reference(text, "model") == expected
-
-
-@pytest.mark.parametrize("text", ["", None, 3, "a@b@c", "a+b+c", "a+", "@x", "a@", {"model": None}, {"lora": "b"}])
-def test_what_names_no_model_is_refused(text):
-    with pytest.raises(ValueError, match="model"):
-        read_reference(text, "model")
+def test_value_that_mergekit_would_not_take_is_refused_in_a_sentence(value, told):
+    with pytest.raises(ValueError, match=told):
+        parse_setting(value, "weight")
 
 
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
@@ -146,24 +102,18 @@ slices:
         (SLICES.replace("b, layer_range: [2, 4]", "b, layer_range: [1, 3]"), "have different layer_range"),
         (SLICES.replace("b, layer_range: [2, 4]", "b"), "layer_range must be .first, end. of layers.*got None"),
         (SLICES + "base_model: c", "base_model c must be among the sources"),
-        (
-            SLICES.replace("]}]", "]}], residual_weight: 0.5", 1).replace("- sources", "- sources"),
-            "YAML|residual_weight",
-        ),
+        (SLICES.replace("]}]\n", "]}]\n    residual_weight: 0.5\n", 1), "residual_weight has no effect"),
         ("merge_method: linear\nmodules: {vision: {models: [{model: a}]}}", "modules names vision"),
     ],
 )
-def test_what_cannot_be_run_as_meant_is_refused_in_a_sentence(tmp_path, text, told):
+def test_recipe_that_cannot_run_as_meant_is_refused_in_a_sentence(tmp_path, text, told):
     with pytest.raises(ValueError, match=told) as caught:
         read(tmp_path, text)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file_is_told(tmp_path):
+def test_missing_file_and_yaml_that_makes_objects_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        read_configuration(tmp_path / "none.yaml")
-
-
-def test_yaml_cannot_make_objects(tmp_path):
+        read_recipe(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="is not valid YAML"):
         read(tmp_path, "merge_method: !!python/object/apply:os.getcwd []")

@@ -1,0 +1,278 @@
+"""Map mergekit's merge methods to ours: the parameters that each takes, their defaults, and the method of this package
+that gives the same numbers.
+
+Names and defaults are those of mergekit 0.1.4; `ram` and `ramplus_tl` are in its repository, but not in that release.
+mergekit keeps a whole number of entries, rounded down. Our methods get the share `count / entries`, so that they keep
+exactly that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modular_experts.methods import (
+    DARE,
+    DARETIES,
+    DELLA,
+    RAM,
+    SCE,
+    SLERP,
+    TIES,
+    Average,
+    Breadcrumbs,
+    BreadcrumbsTIES,
+    DELLALinear,
+    Karcher,
+    MergeMethod,
+    ModelStock,
+    MultiSLERP,
+    NuSLERP,
+    RAMPlus,
+    TaskArithmetic,
+)
+from modular_experts.text import did_you_mean
+
+__all__ = ["METHODS", "Method", "Parameters", "find_method", "silent_models"]
+
+_CANCELLED = 1e-8
+"""Sum of weights below which mergekit does not divide by it."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The values that a recipe gives the parameters of its method for one weight.
+
+    Attributes:
+        name: The weight.
+        entries: Its number of entries.
+        seed: Seed of the methods that drop entries at random.
+        models: Names of the merged models, in the order of their values.
+        each: Parameters with a value for every model.
+        overall: Parameters of the whole merge.
+    """
+
+    name: str
+    entries: int
+    seed: int
+    models: Sequence[str]
+    each: Mapping[str, list[float]]
+    overall: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method of mergekit.
+
+    Attributes:
+        build: Return our method for the parameters of one weight.
+        each: Parameters with a value for every model, with their defaults; None where a recipe must give a value.
+        overall: Parameters of the whole merge, with their defaults.
+        on_deltas: Whether it merges deltas from the base (True) or the models themselves (False); None if that depends
+            on whether a recipe names a base.
+        base: Whether a recipe must name a base.
+        models: Number of models that it takes beside the base; None for any number.
+    """
+
+    build: Callable[[Parameters], MergeMethod]
+    each: Mapping[str, float | None] = field(default_factory=dict)
+    overall: Mapping[str, float | None] = field(default_factory=dict)
+    on_deltas: bool | None = True
+    base: bool = True
+    models: int | None = None
+
+
+def _linear(given: Parameters) -> MergeMethod:
+    weights = given.each["weight"]
+    if not given.overall["normalize"]:
+        return TaskArithmetic(weights=weights)
+    if sum(weights) == 0:
+        raise ValueError(
+            f"the weights of the models sum to zero for {given.name}, so normalize would divide by zero; give other "
+            "weights, or write normalize: false"
+        )
+    return Average(weights=weights)
+
+
+def _nuslerp(given: Parameters) -> MergeMethod:
+    weights = given.each["weight"]
+    own_angles = not given.overall["nuslerp_flatten"]
+    columns = bool(given.overall["nuslerp_row_wise"])  # mergekit's rows are the columns of the stored weight
+    return NuSLERP(
+        weights=None if abs(sum(weights)) < 1e-6 else weights,
+        row_wise=own_angles and not columns,
+        column_wise=own_angles and columns,
+        preset="mergekit",
+    )
+
+
+def _multislerp(given: Parameters) -> MergeMethod:
+    weights = given.each["weight"]
+    return MultiSLERP(weights=weights, scale=1.0 if given.overall["normalize_weights"] else sum(weights))
+
+
+def _task_arithmetic(given: Parameters) -> MergeMethod:
+    weights, scale = given.each["weight"], given.overall["lambda"]
+    if given.overall["normalize"] and abs(sum(weights)) >= _CANCELLED:
+        return Average(weights=weights, scale=scale)
+    return TaskArithmetic(weights=weights, scale=scale)
+
+
+def _summed(given: Parameters) -> dict[str, Any]:
+    """Return the settings of a weighted sum of what survives the pruning."""
+    return {
+        **{"weights": given.each["weight"], "scale": given.overall["lambda"], "preset": "mergekit"},
+        "rescale": "l1" if given.overall["rescale"] else "none",
+        "normalise": bool(given.overall["normalize"]) and abs(sum(given.each["weight"])) >= _CANCELLED,
+    }
+
+
+def _elected(given: Parameters) -> dict[str, Any]:
+    """Return the settings of a sign election among what survives the pruning."""
+    settings = _summed(given)
+    del settings["normalise"]
+    return {
+        **settings,
+        **{"vote": "weighted", "divisor": "weights" if given.overall["normalize"] else "none", "zero": "positive"},
+    }
+
+
+def _densities(given: Parameters) -> list[float]:
+    """Return the share of entries that each model keeps, in (0, 1]."""
+    for model, density in zip(given.models, given.each["density"], strict=True):
+        if density <= 0:
+            raise ValueError(
+                f"density of {model} is {density} for {given.name} and must be above 0; to leave the model out there, "
+                "give it weight 0"
+            )
+    return [min(density, 1.0) for density in given.each["density"]]
+
+
+def _largest(given: Parameters) -> dict[str, Any]:
+    counts = [max(int(density * given.entries), 1) for density in _densities(given)]
+    return {"keep": [count / given.entries for count in counts]}
+
+
+def _bands(given: Parameters) -> list[tuple[int, int] | None]:
+    """Return how many of the smallest and of the largest entries `breadcrumbs` drops of each model; None where it keeps
+    nothing, because it drops no outlier and then all that is left.
+    """
+    bands: list[tuple[int, int] | None] = []
+    for density, gamma in zip(_densities(given), given.each["gamma"], strict=True):
+        outliers = int(gamma * given.entries)
+        smallest = given.entries - int(density * given.entries) - outliers
+        largest = outliers + min(smallest, 0)
+        smallest = max(smallest, 0)
+        silent = largest <= 0 or smallest + largest >= given.entries
+        bands.append((0, 0) if density == 1 else None if silent else (smallest, largest))
+    return bands
+
+
+def silent_models(given: Parameters) -> frozenset[int]:
+    """Return the places of the models of which `breadcrumbs` keeps nothing; empty for the other methods."""
+    bands = _bands(given) if "gamma" in given.each else []
+    return frozenset(place for place, band in enumerate(bands) if band is None)
+
+
+def _band(given: Parameters) -> dict[str, Any]:
+    bands = [band or (0, 0) for band in _bands(given)]
+    return {
+        "beta": [smallest / given.entries for smallest, _ in bands],
+        "gamma": [largest / given.entries for _, largest in bands],
+    }
+
+
+def _random(given: Parameters) -> dict[str, Any]:
+    by_rank = {"epsilon": given.each["epsilon"]} if "epsilon" in given.each else {}
+    return {"keep": _densities(given), "seed": given.seed, **by_rank}
+
+
+_Settings = Callable[[Parameters], Mapping[str, Any]]
+
+
+def _pruning(
+    kind: Callable[..., MergeMethod], keep: _Settings, join: _Settings, normalize: bool = False, **each: float
+) -> Method:
+    """Return a method that prunes task vectors and joins what survives.
+
+    Args:
+        kind: Our class.
+        keep: Function that gives the settings of the pruning.
+        join: Function that gives the settings of the sum or of the sign election.
+        normalize: mergekit's default of `normalize`.
+        each: Further parameters with a value for every model.
+    """
+    overall = {"normalize": float(normalize), "rescale": float(keep is _random), "lambda": 1.0, "int8_mask": 0.0}
+    return Method(lambda given: kind(**keep(given), **join(given)), {"weight": None, "density": 1.0, **each}, overall)
+
+
+METHODS: Mapping[str, Method] = {
+    "linear": Method(_linear, {"weight": None}, {"normalize": 1.0}, on_deltas=False, base=False),
+    "slerp": Method(
+        lambda given: SLERP(t=given.overall["t"]),
+        overall={"t": None},
+        on_deltas=False,
+        models=1,
+    ),
+    "nuslerp": Method(
+        _nuslerp,
+        {"weight": None},
+        {"nuslerp_flatten": 1.0, "nuslerp_row_wise": 0.0},
+        on_deltas=None,
+        base=False,
+        models=2,
+    ),
+    "multislerp": Method(
+        _multislerp, {"weight": None}, {"normalize_weights": 1.0, "eps": 1e-8}, on_deltas=None, base=False
+    ),
+    "karcher": Method(
+        lambda given: Karcher(max_iterations=int(given.overall["max_iter"]), tolerance=given.overall["tol"]),
+        overall={"max_iter": 10.0, "tol": 1e-5},
+        on_deltas=False,
+        base=False,
+    ),
+    "task_arithmetic": Method(
+        _task_arithmetic,
+        {"weight": None, "density": 1.0},
+        {"normalize": 0.0, "rescale": 0.0, "lambda": 1.0, "int8_mask": 0.0},
+    ),
+    "ties": _pruning(TIES, _largest, _elected, normalize=True),
+    "dare_linear": _pruning(DARE, _random, _summed),
+    "dare_ties": _pruning(DARETIES, _random, _elected),
+    "breadcrumbs": _pruning(Breadcrumbs, _band, _summed, gamma=0.01),
+    "breadcrumbs_ties": _pruning(BreadcrumbsTIES, _band, _elected, gamma=0.01),
+    "della": _pruning(DELLA, _random, _elected, normalize=True, epsilon=0.15),
+    "della_linear": _pruning(DELLALinear, _random, _summed, epsilon=0.15),
+    "sce": Method(
+        lambda given: SCE(keep=min(max(given.overall["select_topk"], 0.0), 1.0), preset="mergekit"),
+        overall={"select_topk": 1.0, "int8_mask": 0.0},
+    ),
+    "ram": Method(lambda given: RAM(**given.overall), overall={"epsilon": 1e-5}),
+    "ramplus_tl": Method(lambda given: RAMPlus(**given.overall), overall={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
+    "model_stock": Method(
+        lambda given: ModelStock(row_wise=bool(given.overall["filter_wise"]), preset="mergekit"),
+        overall={"filter_wise": 0.0},
+    ),
+}
+_REFUSED = {
+    "passthrough": "it stacks layers and merges nothing",
+    "nearswap": "no method of this package moves towards a model entry by entry",
+    "arcee_fusion": "it estimates importance from a random sample",
+    "lrp": "it needs importances from another program",
+}
+
+
+def find_method(name: object) -> Method:
+    """Return mergekit's method of a name.
+
+    Raises:
+        ValueError: mergekit has no method of this name, or the method is not supported.
+    """
+    supported = f"supported are {', '.join(METHODS)}"
+    if name in _REFUSED:
+        raise ValueError(f"merge_method {name} is not supported: {_REFUSED[str(name)]}; {supported}")
+    if name not in METHODS:
+        hint = did_you_mean(name, {*METHODS, *_REFUSED}) or f"; {supported}"
+        raise ValueError(f"there is no merge_method {name!r}{hint}")
+    return METHODS[str(name)]
