@@ -1,8 +1,8 @@
-"""Fisher merging: each entry's deltas averaged by how much each expert's data depend on the entry (Matena and Raffel,
-"Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832).
+"""Merge by Fisher information: weigh each expert at an entry by how much its loss depends on the entry (Matena and
+Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832).
 
-The peers add 1e-6 itself to the Fisher information, so how near the merge is to the plain average depends on the unit
-in which losses are counted and on the model's size. Here the floor is a share of the mean, so that only ratios matter.
+The peers add a fixed 1e-6 to the Fisher information, so the unit of the loss and the size of the model decide how close
+the merge is to the plain average. Here the floor is a share of the mean information, so only ratios matter.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Fisher(MergeMethod):
     """Fisher merging: `scale * sum_i F_i d_i / sum_i F_i` per entry, where `F_i` is the diagonal of the Fisher
     information of expert i on its own data.
 
-    It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`), taken on rows of each
-    expert's tasks with the expert applied. An expert that does not move an entry still has a say: where its data depend
-    on it, the entry stays near the base. Where all depend on it equally, or not at all, the result is the plain
-    average.
+    It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`), taken on rows of the
+    expert's tasks with the expert applied. An expert that does not move an entry still counts: if its loss depends on
+    the entry, the entry stays near the base. If the losses of all experts depend on it equally, or not at all, the
+    result is the plain average.
 
     Sparse experts merge to a sparse one, tiles of one size to tiles. At scale 1, one expert merges to itself, and so do
-    copies of it. The order of the experts does not matter. A common factor of all deltas is one of the result, and one
-    of all Fisher informations changes nothing.
+    copies of it. The order of the experts does not matter. A common factor of all deltas scales the result, and a
+    common factor of all Fisher informations changes nothing.
 
     Args:
         scale: Factor of the result.
-        normalise: Divide each expert's Fisher information by its norm over all weights, so that each expert has the
-            same say in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
-        floor: The share of the weight's mean Fisher information that is added to each entry of each expert, above 0.
+        normalise: Divide each expert's Fisher information by its norm over all weights, so that all experts weigh the
+            same in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
+        floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0.
     """
 
     scale: float = 1.0
@@ -52,7 +52,8 @@ class Fisher(MergeMethod):
         check_finite(self, "floor", self.floor)
         if self.floor <= 0:
             raise ValueError(
-                f"Fisher: floor must be above 0, or entries on which no data depend have no average, got {self.floor}"
+                f"Fisher: floor must be above 0, got {self.floor}; without it an entry on which no loss depends has no "
+                "average"
             )
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:

@@ -1,7 +1,8 @@
-"""Iso-C: the sum of the experts with all its directions made equally strong (Marczak et al., "No Task Left Behind:
-Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
+"""Merge by Iso-C and Iso-CTS: sum the experts and make all directions of the sum equally strong (Marczak et al., "No
+Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
 
-In a sum, the few directions that many tasks share drown the rest. `merging/iso_cts.py` also keeps what the sum hides.
+In a sum, the few directions that many tasks share drown the others. Iso-CTS also keeps directions of single experts
+that the sum hides.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ __all__ = ["IsoC", "IsoCTS"]
 class IsoC(MergeMethod):
     """Iso-C: `scale * mean(S) * U V^T` of the singular value decomposition `U S V^T` of the sum `sum_i d_i`.
 
-    The paper flattens the *sum*, not the average: where their singular values are equal, the result is N times as long
-    as the average. Only what is not a matrix gets the mean over all experts, as in the paper's code. Directions in
-    which the sum does not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps it.
+    The paper flattens the *sum*, not the average, so the result can be N times as long as the average. A weight that is
+    not a matrix gets the mean over all experts, as in the paper's code. Directions in which the sum does not move are
+    arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank.
 
-    One expert merges to its own flattened self and not to itself, N copies of it to N times that. The order of the
-    experts does not matter. Scaling all of them scales the result. An expert that does not move a matrix changes
-    nothing there. Low-rank experts whose factors are together smaller than the matrix are never made dense, and the
-    result is low-rank where that is smaller; sparse experts do not merge to a sparse one. Needs all experts' matrices
-    of one weight at once, and one singular value decomposition.
+    One expert merges to its own flattened self, and N copies of it to N times that. The order of the experts does not
+    matter. Scaling all of them scales the result. An expert that does not move a matrix changes nothing there. Low-rank
+    experts whose factors are together smaller than the matrix stay in factors, and the result is low-rank where that is
+    smaller; sparse experts give a dense result. The method holds all experts' matrices of one weight at once and
+    decomposes their sum.
 
     Args:
         scale: Factor of the result.
@@ -54,23 +55,24 @@ class IsoC(MergeMethod):
 
 @dataclass(frozen=True)
 class IsoCTS(MergeMethod):
-    """Iso-CTS: `scale * mean(S) * P(U) P(V)^T`, of the sum's strongest directions and each expert's outside of them.
+    """Iso-CTS: `scale * mean(S) * P(U) P(V)^T`, of the sum's strongest directions and each expert's own beside them.
 
-    `P(X) = U V^T` of the singular value decomposition of X makes directions orthogonal. Of the r directions in which
-    the sum moves (r is `min(out, in)` in the paper, and less for low-rank experts), each of the N experts that move the
-    matrix gets the whole number nearest to `(1 - common) r / N`, and the sum's strongest the rest: C, with left
-    directions `U_C`. An expert's own are the strongest of `d_i - U_C U_C^T d_i`. As in the paper it is the *sum* of the
-    experts that is decomposed, and S is of the sum and of these remainders. What is not a matrix gets the mean over all
-    experts, as in the paper's code; directions of singular value zero, which are arbitrary, are left out.
+    `P(X) = U V^T` of the singular value decomposition of X makes directions orthogonal. The sum moves in r directions
+    (`min(out, in)` in the paper, fewer for low-rank experts). Each of the N experts that move the matrix gets the whole
+    number nearest to `(1 - common) r / N` of them, and the sum's strongest directions get the rest; `U_C` are the left
+    ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`. As in the paper, the *sum* of the
+    experts is decomposed, and S has the singular values of the sum and of these remainders. A weight that is not a
+    matrix gets the mean over all experts, as in the paper's code. Directions of singular value zero are left out,
+    because they are arbitrary.
 
-    One expert merges to its own flattened self, like Iso-C, and so does everything at `common: 1.0`. The order of the
-    experts does not matter. Scaling all of them scales the result. An expert that does not move a matrix changes
-    nothing there. Low-rank experts whose factors are together smaller than the matrix are never made dense, and the
-    result is low-rank where that is smaller; sparse experts do not merge to a sparse one. Needs all experts' matrices
-    of one weight at once, and a singular value decomposition of each and of their sum.
+    One expert merges to its own flattened self, like Iso-C, and `common: 1.0` is Iso-C. The order of the experts does
+    not matter. Scaling all of them scales the result. An expert that does not move a matrix changes nothing there.
+    Low-rank experts whose factors are together smaller than the matrix stay in factors, and the result is low-rank
+    where that is smaller; sparse experts give a dense result. The method holds all experts' matrices of one weight at
+    once and decomposes each of them and their sum.
 
     Args:
-        common: Share of the directions that are the sum's, in [0, 1]; the experts share the others.
+        common: Share of the directions that the sum gets, in [0, 1]; the experts divide the others.
         scale: Factor of the result.
     """
 
@@ -96,13 +98,14 @@ class IsoCTS(MergeMethod):
         return as_delta(self.scale * chosen.values.mean() * left, right, deltas)
 
     def _directions_per_expert(self, rank: int, experts: int) -> int:
-        """Round like the paper's code, but never to more directions than there are."""
+        """Round like the paper's code, but never to more directions than the sum has."""
         return min(round((rank - int(rank * self.common)) / experts), rank // experts)
 
 
 def _outside(left: Tensor, delta: Delta) -> Spectrum:
-    """Return the spectrum of what a delta does outside of the space that orthonormal columns span."""
-    floor = NOISE * delta.norm()  # where it does nothing there, what remains is rounding
+    """Return the spectrum of the part of a delta that is orthogonal to the space of some orthonormal columns."""
+    # If the delta lies inside that space, the remainder is rounding, and its directions are noise.
+    floor = NOISE * delta.norm()
     if isinstance(delta, LowRank):
         return spectrum(LowRank(_without(left, delta.up.double()), delta.down.double()), floor)
     return spectrum(Dense(_without(left, delta.to(dtype=torch.float64).dense())), floor)

@@ -1,9 +1,10 @@
-"""Karcher: the mean direction of several deltas along the arcs of the sphere, at their mean length (mergekit's
+"""Merge by the Karcher mean: the mean direction of several deltas on the sphere, at their mean length (mergekit's
 `karcher`).
 
-The Karcher mean is the point with the least sum of squared angles to all, found by steps: look from the mean so far to
-every delta along its arc, and go the average of these ways. Every point on the way is a combination of the deltas, so
-the steps are arithmetic on as many numbers as there are experts: only the inner products look at the deltas.
+The Karcher mean is the point with the least sum of squared angles to all deltas. An iteration finds it: take the
+tangent from the current mean to every delta along its arc, and go along the average of these tangents. Every point on
+the way is a combination of the deltas, so an iteration works on one number per expert; only the inner products read
+the deltas.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from modular_experts.methods.settings import check_weights, shares
 __all__ = ["Karcher"]
 
 CANCELLED = 1e-6
-"""Length of the mean of unit deltas below which it has no direction; its square comes from inner products, whose last
-digit is 1e-16."""
+"""Length of the mean of unit deltas below which it has no direction. Its square comes from inner products, which are
+exact to 1e-16."""
 
 NO_ARC = 1e-6
-"""Sine of an angle so near 0 or 180 degrees that its arc is not told from none by the cosine."""
+"""Sine of an angle so near 0 or 180 degrees that its cosine does not determine the arc."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,24 @@ class Karcher(MergeMethod):
     """Karcher: `scale * n * m`, with m the unit delta of least `sum_i w_i angle(m, d_i)^2` and `n = sum_i w_i |d_i|`,
     per weight.
 
-    Two experts of one length merge to what `SLERP` gives at `t = w_2 / (w_1 + w_2)`. For more, it is what SLERP is for
-    two: no expert comes first.
+    Two experts of one length merge to what `SLERP` gives at `t = w_2 / (w_1 + w_2)`. It extends SLERP to any number of
+    experts, of which none comes first.
 
-    A delta of zero has no direction but counts in the mean length. Where the directions cancel, as of two opposite
-    ones, no point is the mean, and the result is the weighted average of the deltas. One that lies opposite of the
-    mean so far has no one arc to it and is passed over in that step.
+    A delta of zero has no direction but counts in the mean length. Where the directions cancel, as two opposite ones
+    do, the mean is undefined and the result is the weighted average of the deltas. An iteration skips a delta that lies
+    opposite to the current mean, because many arcs lead to it.
 
-    Linear but for the angles, so every form is kept, and angles need no dense form; each pair of experts is looked at
-    once, so the cost grows with the square of their number. At scale 1, one expert merges to itself, and so do copies
-    of it. The order of the experts does not matter (the weights go with them). A common factor of all experts is one of
-    the result.
+    Every form is kept, because only the angles are not linear, and they need no dense form. Each pair of experts is
+    read once, so the cost grows with the square of their number. At scale 1, one expert merges to itself, and so do
+    copies of it. The order of the experts does not matter (the weights go with them). A common factor of all experts is
+    one of the result.
 
     Args:
         weights: One weight per expert, in the order of the experts, each at least 0. They are divided by their sum.
             Default: all equal.
         scale: Factor of the result.
-        max_iterations: Number of steps after which the mean is taken as it is, at least 0; at 0 it is that of
-            `MultiSLERP`.
-        tolerance: Length of a step, as an angle, below which the mean is found, at least 0.
+        max_iterations: Largest number of iterations, at least 0; with 0 the mean is that of `MultiSLERP`.
+        tolerance: Angle of a step, in radians, below which the iteration ends, at least 0.
     """
 
     weights: list[float] | None = None
@@ -80,11 +80,11 @@ class Karcher(MergeMethod):
         return weighted_sum(deltas, (self.scale * weights).tolist())
 
     def _mean(self, cosines: Tensor, pull: Tensor) -> Tensor | None:
-        """Return the factors `(experts,)` by which the unit deltas sum to the mean, or None where they cancel.
+        """Return the factors `(experts,)` by which the unit deltas sum to the mean, or None if they cancel.
 
         Args:
             cosines: Inner products of the unit deltas, `(experts, experts)`.
-            pull: Share of each in the step, `(experts,)`.
+            pull: Weight of each in a step, `(experts,)`; they sum to one.
         """
         length = _length(pull, cosines)
         if length < CANCELLED:

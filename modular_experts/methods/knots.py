@@ -1,9 +1,9 @@
-"""KnOTS: bring the experts into one basis before they are merged (Stoica et al., "Model merging with SVD to tie the
-KnOTS", arXiv 2410.19735).
+"""Merge by KnOTS: express the experts in one common basis, and merge them there (Stoica et al., "Model merging with SVD
+to tie the KnOTS", arXiv 2410.19735).
 
-LoRAs of different tasks do the same with different directions, so that their entries have little to do with each
-other, and what goes entry by entry (signs, sizes) misleads. The singular value decomposition of all experts side by
-side gives them common output directions; what each does with them is merged by another method.
+LoRAs of different tasks use different directions for the same purpose, so their entries do not correspond, and rules
+that compare entries (signs, magnitudes) mislead. The singular value decomposition of all experts side by side gives
+them common output directions; another method merges their coordinates in that basis.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class KnOTS(MergeMethod):
     """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method.
 
     `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
-    of singular value zero are left out. What is not a matrix is merged by `method` as it is, and so is a matrix that no
-    expert moves. With a linear method (`Average`, `TaskArithmetic`) the result is what that method gives alone; the
-    order of the experts matters as much as to the method; scaling all of them scales the result if it does so for the
-    method. An expert that does not move a matrix does not move it in the common basis either.
+    of singular value zero are left out. `method` merges a weight that is not a matrix, or that no expert moves, as it
+    is. With a linear method (`Average`, `TaskArithmetic`) the result is that of the method alone; the order and the
+    scale of the experts matter as they do to the method. An expert that does not move a matrix does not move it in the
+    common basis either.
 
-    The matrix `[d_1 .. d_N]` is never made: `U` comes from the left factors of the experts, `S V_i^T` is `U^T d_i`.
-    Low-rank experts are never made dense, and the result is low-rank where that is smaller; sparse experts do not merge
-    to a sparse one. Needs all experts' matrices of one weight at once, and one singular value decomposition; a method
-    that looks at all weights first, such as `TIES` of `scope: global` (the paper's), has it made anew at each look.
+    The matrix `[d_1 .. d_N]` is never formed: `U` comes from the left factors of the experts, and `S V_i^T` is `U^T
+    d_i`. Low-rank experts stay in factors, and the result is low-rank where that is smaller; sparse experts give a
+    dense result. The method holds all experts' matrices of one weight at once and decomposes them together; a method
+    that reads all weights first, such as `TIES` with `scope: global` (the paper's), repeats this at each reading.
 
     Args:
-        method: What merges in the common basis; the paper's is TIES, the default. Methods that need statistics of the
-            experts' data are refused. A share of entries counts those of `S V_i^T` `(r, in)`, r being the rank of
-            all experts together.
-        scale: Factor of the result, beside that of the method.
+        method: Merges in the common basis; TIES, as in the paper, by default. A method that needs statistics of the
+            experts' data is refused. A share of entries counts the entries of `S V_i^T` `(r, in)`, where r is the rank
+            of all experts together.
+        scale: Factor of the result, in addition to that of the method.
     """
 
     needs = Needs(matrices=10.0, matrices_per_expert=3.4)
@@ -54,8 +54,8 @@ class KnOTS(MergeMethod):
         check_finite(self, "scale", self.scale)
         if (kind := self.method.needs.statistics) is not None:
             raise ValueError(
-                f"KnOTS: {type(self.method).__name__} needs {kind} statistics of the weights, which "
-                "say nothing about the common basis; choose a method that needs deltas only, such as TIES"
+                f"KnOTS: {type(self.method).__name__} needs {kind} statistics of the weights, which do not exist "
+                "in the common basis; choose a method that needs deltas only, such as TIES"
             )
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
@@ -80,7 +80,7 @@ class KnOTS(MergeMethod):
 
 
 class _TiedStream(Iterable[Sequence[Delta]]):
-    """A stream of deltas in which each weight's are in their common basis."""
+    """A stream of deltas, each weight's in their common basis."""
 
     def __init__(self, stream: Iterable[Sequence[Delta]]) -> None:
         self._stream = stream
@@ -91,9 +91,9 @@ class _TiedStream(Iterable[Sequence[Delta]]):
 
 
 def _common_basis(deltas: Sequence[Delta]) -> Tensor | None:
-    """Return the output directions of all experts side by side, `(out, r)` and orthonormal; None where there are none.
+    """Return orthonormal output directions `(out, r)` of all experts side by side, or None if no expert has any.
 
-    A delta's left factor has the same ones as the delta itself, in far fewer columns if it is low-rank.
+    A delta's left factor has the delta's output directions, in far fewer columns if the delta is low-rank.
     """
     if len(deltas[0].shape) != 2:
         return None
@@ -102,7 +102,7 @@ def _common_basis(deltas: Sequence[Delta]) -> Tensor | None:
 
 
 def _tied(deltas: Sequence[Delta], basis: Tensor | None) -> Sequence[Delta]:
-    """Return what each expert does with the common directions, `(r, in)`."""
+    """Return each expert in coordinates of the common basis, `(r, in)`."""
     return deltas if basis is None else [_in_basis(delta, basis) for delta in deltas]
 
 

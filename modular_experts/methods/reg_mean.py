@@ -1,8 +1,10 @@
-"""RegMean: the weight whose outputs are nearest to each expert's outputs on that expert's data (Jin et al., "Dataless
-Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
+"""Merge by RegMean: find the weight whose outputs are closest to each expert's outputs on that expert's data (Jin et
+al., "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
 
-The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base comes out
-as `W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas and needs no base.
+The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base cancels,
+`W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas without a base. `RegMeanPlusPlus` takes the
+Gram matrices in another way, and `SelfRegMean` makes them from the deltas themselves. `ridge_solution` solves both with
+a ridge.
 """
 
 from __future__ import annotations
@@ -28,24 +30,25 @@ class RegMean(MergeMethod):
     on the data of expert i, the mean of `x x^T` over tokens, with its off-diagonal multiplied by `reduce`.
 
     At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`, where x are the inputs of the layer on the data of expert
-    i. Inputs that are zero on all data leave their column of the weight undetermined: of all solutions it is the one
-    nearest to the plain average. Weights that are no matrix of a linear layer (a bias, a norm, an embedding) are
-    averaged.
+    i. Inputs that are zero on all data leave their column of the weight undetermined; the method then takes the
+    solution closest to the plain average. A weight that is not the matrix of a linear layer (a bias, a norm, an
+    embedding) is averaged.
 
     It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). An expert that does not move
-    the weight still has a say, through its data.
+    the weight still counts, through its data.
 
-    Low-rank experts merge to a low-rank one; sparse ones to a dense one. At scale 1, one expert merges to itself, and
-    so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
-    matter. A common factor of all deltas is one of the result, and one of all Gram matrices changes nothing.
+    Low-rank experts merge to a low-rank one, sparse experts to a dense one. At scale 1, one expert merges to itself,
+    and so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
+    matter. A common factor of all deltas scales the result, and a common factor of all Gram matrices changes nothing.
 
     Args:
         scale: Factor of the result.
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
             fitting chance correlations; 0 weighs each input by its mean square alone.
-        ridge: Draws the solution to the overlap-aware average, by this times the mean diagonal of `sum_i G_i`, at least
-            0: with it, 0.01 to 0.03 beside `reduce: 1`, a merge of many experts gives up little of their own tasks and
-            gains on others (`benchmarks/merge_quality.py`). The paper has none. With it the result is dense.
+        ridge: Strength, at least 0, with which the solution is drawn to `SparseAverage`, as a share of the mean
+            diagonal of `sum_i G_i`. With 0.01 to 0.03 and `reduce: 1`, a merge of many experts loses little on their
+            own tasks and gains on others (`benchmarks/merge_quality.py`). The paper has no ridge. With it the result is
+            dense.
     """
 
     needs = Needs(statistics="gram", matrices=4.0, squares=6.0)
@@ -78,8 +81,9 @@ class RegMean(MergeMethod):
         return (merged.T if transposed else merged).to(dtype=widest_dtype(deltas))
 
     def _solve(self, deltas: Sequence[Delta], grams: Sequence[Tensor]) -> Delta:
-        """Return `sum_i d_i (1/N + (G_i - S/N) S^+)` with `S = sum_i G_i`, in float64: what the formula is where S has
-        an inverse, and the average plus the least correction where it has none.
+        """Return `sum_i d_i (1/N + (G_i - S/N) S^+)` with `S = sum_i G_i`, in float64.
+
+        This equals the paper's formula if S has an inverse; otherwise it is the average plus the smallest correction.
         """
         total = torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
         for gram in grams:
@@ -108,11 +112,11 @@ class RegMean(MergeMethod):
 
 
 def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
-    """Return what divides rows `(n, in)` by a sum of Gram matrices from the right, once it is brought to a unit
-    diagonal.
+    """Return a function that divides rows `(n, in)` by a sum of Gram matrices from the right.
 
-    With a reduced off-diagonal the eigenvalues are at least `1 - reduce`, and a Cholesky factor serves; without, there
-    may be fewer tokens than inputs, and directions in which no data point are left out.
+    The sum is scaled to a unit diagonal first. With a reduced off-diagonal its eigenvalues are at least `1 - reduce`,
+    and a Cholesky factor suffices. Otherwise there may be fewer tokens than inputs, and directions without any input
+    are left out.
     """
     size = total.diagonal().clamp(min=0).sqrt()
     scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
@@ -130,17 +134,17 @@ def _divider(total: Tensor, singular: bool) -> Callable[[Tensor], Tensor]:
 @dataclass(frozen=True)
 class RegMeanPlusPlus(RegMean):
     """RegMean++: RegMean, `scale * (sum_i d_i G_i)(sum_i G_i)^-1`, with the Gram matrix `G_i` of the inputs that the
-    layer meets on the data of expert i after all blocks before it have been merged.
+    layer gets on the data of expert i after all transformer blocks before it have been merged.
 
     It needs `merged_gram` statistics, taken of all the experts together
-    (`modular-experts statistics --experts '[...]' --kind merged_gram`), and merges exactly those experts: of the same
-    Gram matrices, all properties are those of RegMean. They are taken with the default `reduce` and scale 1; other
-    settings are solved with the same Gram matrices, not with those that they would have led to.
+    (`modular-experts statistics --experts a b --kind merged_gram`), and merges exactly those experts. For given Gram
+    matrices it has all properties of RegMean. The statistics are taken with the default `reduce` and scale 1; other
+    settings are solved with these same matrices.
 
     Args:
         scale: Factor of the result.
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1].
-        ridge: Draws the solution to the overlap-aware average, as for RegMean.
+        ridge: Strength with which the solution is drawn to `SparseAverage`, as for RegMean.
     """
 
     needs = Needs(statistics="merged_gram", matrices=4.0, squares=6.0)
@@ -148,17 +152,17 @@ class RegMeanPlusPlus(RegMean):
 
 @dataclass(frozen=True)
 class SelfRegMean(MergeMethod):
-    """SelfRegMean: `scale` times the d of least `sum_i |(d - d_i) d_i^T|^2 / |d_i|^2 + r |d - c|^2`, where c is the
-    overlap-aware average and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
+    """SelfRegMean: `scale` times the d of least `sum_i |(d - d_i) d_i^T|^2 / |d_i|^2 + r |d - c|^2`, where c is
+    `SparseAverage` of the experts and r is `ridge` times the mean diagonal of `sum_i d_i^T d_i / |d_i|^2`.
 
-    So d does to the inputs of each task what the task's own expert does, as far as their directions differ. Weights
-    that are no matrices are averaged as c is. The result is dense. One expert merges to itself, and so do copies of it,
-    an expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of all
-    deltas is one of the result. It is meant for experts that were trained on the whole input of a layer (sparse, tiles,
-    full): the rows of a LoRA's delta lie where its random start put them.
+    As far as the directions of the tasks differ, d maps the inputs of each task to what the task's own expert makes of
+    them. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
+    it; an expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of
+    all deltas scales the result. The method is meant for experts that were trained on the whole input of a layer
+    (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
 
     Args:
-        ridge: How strongly d is drawn to the overlap-aware average where experts leave it open, above 0.
+        ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.
         scale: Factor of the result.
         inputs: Dimension of the weight along which the layer's inputs are: 1 of `(out, in)`, as `nn.Linear` stores its
             weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
@@ -189,7 +193,7 @@ class SelfRegMean(MergeMethod):
 
 
 def _own_gram(delta: Delta) -> Tensor:
-    """Return `d^T d / |d|^2`, zero for a delta that moves nothing."""
+    """Return `d^T d / |d|^2` `(in, in)`, zero for a delta that moves nothing."""
     values = delta.dense().double()
     return values.T @ values / values.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -207,8 +211,8 @@ def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]
 
     Args:
         deltas: Matrices `(out, in)`.
-        grams: What gives each expert's Gram matrix `(in, in)`; it is asked once.
-        ridge: Above 0.
+        grams: Functions that return each expert's Gram matrix `(in, in)`; each is called once.
+        ridge: Factor of the penalty, above 0.
     """
     center = overlap_average(deltas).dense()
     width = center.shape[1]
@@ -219,7 +223,7 @@ def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]
         total += values
         pull += (delta.dense().double() - center) @ values
     penalty = ridge * total.diagonal().mean().item()
-    if penalty <= 0:  # there are no inputs at all
+    if penalty <= 0:  # no expert has any inputs
         return Dense(center)
     total.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(total)

@@ -1,9 +1,8 @@
-"""Spectra: the singular values and directions of deltas, for methods that merge directions instead of entries.
+"""Decompose deltas into singular values and directions, for methods that merge directions instead of entries.
 
-A low-rank delta is decomposed through its factors and never made dense; every other form is. All of it is done in
-float64: the decompositions take nearly all of the time in either precision, and small singular values are what rounding
-spoils first. A direction whose singular value is noise is left out, because its vectors are arbitrary. No merge rule is
-known here.
+A low-rank delta is decomposed through its factors; every other form becomes dense first. The arithmetic is float64: the
+decompositions take nearly all of the time in either precision, and rounding spoils small singular values first. A
+direction whose singular value is noise is left out, because its vectors are arbitrary.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from modular_experts.methods.chunks import widest_dtype
 __all__ = ["Spectrum", "as_delta", "join", "left_factor", "nearest_isometry", "spectrum"]
 
 NOISE = 2.0**-23
-"""Share of the largest singular value below which one is noise: what rounding a matrix to float32 adds to its spectrum
-stays below it."""
+"""Share of the largest singular value below which a singular value is noise: rounding a matrix to float32 changes its
+spectrum by less."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Singular values and directions, the largest first: the delta is `left * values @ right`.
+    """Singular values and directions, largest first: the delta is `left * values @ right`.
 
     Attributes:
-        left: `(out, count)`; of one delta orthonormal columns.
+        left: `(out, count)`; the columns of a single delta are orthonormal.
         values: `(count,)`, all above zero.
-        right: `(count, in)`; of one delta orthonormal rows.
+        right: `(count, in)`; the rows of a single delta are orthonormal.
     """
 
     left: Tensor
@@ -41,7 +40,7 @@ class Spectrum:
 
     @property
     def count(self) -> int:
-        """Number of directions; of one delta its rank."""
+        """Number of directions; the rank of a single delta."""
         return self.values.numel()
 
     def top(self, count: int) -> Spectrum:
@@ -54,7 +53,7 @@ def spectrum(delta: Delta, floor: float = 0.0) -> Spectrum:
 
     Args:
         delta: The delta, `(out, in)`.
-        floor: Singular values up to it are noise too; for what is left of a larger matrix.
+        floor: Singular values up to this are noise too; for a remainder of a larger matrix, which rounding dominates.
     """
     if delta.is_empty:
         out, width = delta.shape
@@ -72,7 +71,7 @@ def spectrum(delta: Delta, floor: float = 0.0) -> Spectrum:
 
 
 def join(spectra: Sequence[Spectrum]) -> Spectrum:
-    """Return the directions of several deltas of one weight side by side; together they are orthogonal no more."""
+    """Concatenate the directions of several deltas of one weight; together they are no longer orthogonal."""
     return Spectrum(
         torch.cat([part.left for part in spectra], 1),
         torch.cat([part.values for part in spectra]),
@@ -83,9 +82,8 @@ def join(spectra: Sequence[Spectrum]) -> Spectrum:
 def nearest_isometry(matrix: Tensor) -> Tensor:
     """Return `U V^T` of the singular value decomposition `U S V^T`, the solution of the orthogonal Procrustes problem.
 
-    Columns that are linearly independent become orthonormal, each as near to itself as that allows. Where they are not
-    (copies of a direction, more columns than rows), the directions of singular value zero, which are arbitrary, are
-    left out.
+    Linearly independent columns become orthonormal and move as little as possible. For dependent ones (copies of a
+    direction, more columns than rows) the directions of singular value zero, which are arbitrary, are left out.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = values > NOISE * values[:1].sum()
@@ -93,7 +91,7 @@ def nearest_isometry(matrix: Tensor) -> Tensor:
 
 
 def left_factor(delta: Delta) -> Tensor:
-    """Return a matrix `(out, k)` with the same left directions and singular values as the delta, so `F F^T = d d^T`.
+    """Return a matrix F `(out, k)` with the left directions and singular values of the delta d, so `F F^T = d d^T`.
 
     k is the rank of a low-rank delta and at most `min(out, in)` of any other.
     """
@@ -105,9 +103,9 @@ def left_factor(delta: Delta) -> Tensor:
 
 
 def as_delta(up: Tensor, down: Tensor, deltas: Sequence[Delta]) -> Delta:
-    """Return the product of `(out, k)` and `(k, in)` as a delta, low-rank where that is smaller.
+    """Return the product of `(out, k)` and `(k, in)` as a delta, low-rank if that is smaller.
 
-    It is rounded once, to the widest dtype of the deltas that it was made of; with k = 0 it moves nothing.
+    It is rounded once, to the widest dtype of the given deltas; with k = 0 it moves nothing.
     """
     shape, dtype = deltas[0].shape, widest_dtype(deltas)
     if up.shape[1] == 0:

@@ -1,7 +1,7 @@
-"""SVD average: the mean of the experts, each trimmed to its strongest directions.
+"""Merge by averaging the experts after truncating each to its strongest directions.
 
-The truncated decomposition is the nearest matrix of its rank (Eckart and Young, 1936), so of all ways to keep a few
-directions this loses least. It makes dense experts small, and leaves LoRAs of that rank as they are.
+The truncated decomposition is the nearest matrix of its rank (Eckart and Young, 1936), so no other choice of as many
+directions loses less. It makes dense experts small and leaves LoRAs of that rank unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["SVDAverage"]
 class SVDAverage(MergeMethod):
     """SVD average: `scale * mean_i T(d_i)`, where T keeps the directions of the `rank` largest singular values.
 
-    The mean is over all experts, also those that do not move the weight. What is not a matrix is averaged as it is.
+    The mean is over all experts, also those that do not move the weight. A weight that is not a matrix is averaged.
 
-    At scale 1, one expert merges to its trimmed self, which is itself if its rank is no higher, and so do copies of it.
-    The order of the experts does not matter. Scaling all of them scales the result. Low-rank experts are never made
-    dense; the result is low-rank, of at most N times `rank`, where that is smaller; sparse experts do not merge to a
-    sparse one. Needs all experts' matrices of one weight at once, and a singular value decomposition of each.
+    At scale 1, one expert merges to its truncated self, which is the expert itself if its rank is at most `rank`, and
+    so do copies of it. The order of the experts does not matter. Scaling all of them scales the result. Low-rank
+    experts stay in factors; the result is low-rank, of at most N times `rank`, where that is smaller; sparse experts
+    give a dense result. The method holds all experts' matrices of one weight at once and decomposes each.
 
     Args:
-        rank: Directions kept of each expert, at least 1.
+        rank: Number of directions that each expert keeps, at least 1.
         scale: Factor of the result.
     """
 
@@ -41,7 +41,9 @@ class SVDAverage(MergeMethod):
     def __post_init__(self) -> None:
         check_finite(self, "scale", self.scale)
         if self.rank < 1:
-            raise ValueError(f"SVDAverage: rank is the number of directions kept, at least 1, got {self.rank}")
+            raise ValueError(
+                f"SVDAverage: rank is the number of directions kept and must be at least 1, got {self.rank}"
+            )
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:

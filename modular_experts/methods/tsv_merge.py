@@ -1,4 +1,4 @@
-"""TSV-Merge: keep the strongest directions of each expert and push them apart until they are orthogonal (Gargiulo et
+"""Merge by TSV-Merge: keep the strongest directions of each expert and make them orthogonal to each other (Gargiulo et
 al., "Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081).
 """
 
@@ -22,17 +22,17 @@ class TSVMerge(MergeMethod):
     `U_i S_i V_i^T` are the largest `share / N` of the singular values of `d_i` with their directions, and `P(X) = U
     V^T` of the singular value decomposition of X makes directions orthogonal (orthogonal Procrustes). A matrix `(out,
     in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
-    least one. What the paper leaves to chance is left out: directions of singular value zero, and of several equal
-    directions all but their common one. What is not a matrix gets the mean over all experts, as in the paper's code.
+    least one. Directions of singular value zero are left out, because they are arbitrary, and several equal directions
+    keep their common one. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
 
-    One expert merges to itself, and so do copies of one whose rank is at most its share; of a higher rank they keep the
-    largest directions. The order of the experts does not matter. Scaling all of them scales the result. An expert that
-    does not move a matrix changes nothing there. Low-rank experts are never made dense, and the result is low-rank
-    where that is smaller; sparse experts do not merge to a sparse one. Needs all experts' matrices of one weight at
-    once, and a singular value decomposition of each.
+    One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
+    keep their largest directions. The order of the experts does not matter. Scaling all of them scales the result. An
+    expert that does not move a matrix changes nothing there. Low-rank experts stay in factors, and the result is
+    low-rank where that is smaller; sparse experts give a dense result. The method holds all experts' matrices of one
+    weight at once and decomposes each.
 
     Args:
-        share: Share of a matrix's singular values that the experts keep in all, in (0, 1].
+        share: Share of a matrix's singular values that all experts together keep, in (0, 1].
         scale: Factor of the result.
     """
 
@@ -45,7 +45,7 @@ class TSVMerge(MergeMethod):
         check_finite(self, "scale", self.scale)
         if not 0 < self.share <= 1:
             raise ValueError(
-                f"TSVMerge: share is that of the singular values kept in all and must be in (0, 1], got {self.share}"
+                f"TSVMerge: share is a part of the singular values and must be in (0, 1], got {self.share}"
             )
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:

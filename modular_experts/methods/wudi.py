@@ -1,9 +1,9 @@
-"""WUDI: the matrix that does to what each expert reads what that expert does (Cheng et al., "Whoever Started the
-Interference Should End It: Guiding Data-Free Model Merging via Task Vectors", arXiv 2503.08099).
+"""Merge by WUDI: find the delta whose output on each expert's input subspace is closest to that expert's own output
+(Cheng et al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
+arXiv 2503.08099).
 
-The rows of an expert's matrix lie in the space of the inputs that it was trained on, so they stand for these inputs: no
-data is needed. The paper's two programs, FusionBench and mttl differ in settings that change the result; they are the
-presets.
+The rows of an expert's matrix lie in the space of the inputs that it was trained on, so they stand for these inputs and
+the method needs no data. The paper's two programs, FusionBench and mttl use different settings; these are the presets.
 """
 
 from __future__ import annotations
@@ -40,30 +40,29 @@ class WUDI(MergeMethod):
     """WUDI: `scale * t`, where t makes `sum_i |(t - d_i) d_i^T|^2 / |d_i|^power` small (Frobenius norms).
 
     The loss is quadratic. Solver `exact` gives its minimum, `t = (sum_i d_i A_i) (sum_i A_i)^+` with `A_i = d_i^T d_i /
-    |d_i|^power`; of several minima the smallest, which is also the one that plain gradient descent from the sum
-    reaches. Solver `adam` is what is published: it starts from the sum and stops long before: no entry goes further
-    than about `steps * learning_rate` from the sum, at the defaults 0.003, so between experts whose entries are larger
-    it remains close to their sum. At the minimum, experts that read different inputs (independent rows, as of LoRAs of
-    few directions) do not disturb each other at all; where their inputs nearly coincide and what they do differs, it
-    can be far longer than any of them.
+    |d_i|^power`; of several minima the one of least norm, which plain gradient descent from the sum also reaches.
+    Solver `adam` is the published one: it starts from the sum and stops long before the minimum, because no entry moves
+    further than about `steps * learning_rate` (0.003 at the defaults). The minimum keeps experts apart that read
+    different inputs (independent rows, as those of LoRAs of few directions); where their inputs nearly coincide and
+    their outputs differ, it can be far longer than any expert.
 
-    What is not a matrix gets the mean over all experts, as in the paper's code; an expert that does not move a matrix
-    has no part in its loss. With `exact`, one expert merges to itself, copies of it too, and scaling all scales the
-    result; with `adam` one expert merges to itself but for a few times the learning rate, since Adam takes whole steps
-    along rounding errors too, copies to something between it and their sum, and a common factor changes how far Adam
-    gets. The order of the experts does not matter. With `exact`, low-rank experts are never made dense and the result
-    is low-rank where that is smaller; with `adam` it is dense. Sparse experts do not merge to a sparse one. Needs all
-    experts' matrices of one weight at once, and for Adam a few matrices more.
+    A weight that is not a matrix gets the mean over all experts, as in the paper's code; an expert that does not move a
+    matrix does not enter its loss. With `exact`, one expert merges to itself, copies of it too, and scaling all scales
+    the result. With `adam`, one expert merges to itself up to a few times the learning rate, since Adam takes whole
+    steps along rounding errors too; copies merge to something between the expert and their sum, and a common factor
+    changes how far Adam gets. The order of the experts does not matter. With `exact`, low-rank experts stay in factors
+    and the result is low-rank where that is smaller; with `adam` it is dense. Sparse experts give a dense result. The
+    method holds all experts' matrices of one weight at once, and Adam a few matrices more.
 
     Args:
-        preset: Whose settings fill those that are left open: `vit` (the default) and `roberta` are the paper's two
-            programs, `fusion_bench` and `mttl` are other packages (mttl also stops where the loss hardly changes; here
-            every step is made).
-        power: Power of the norm by which each expert's loss is divided: 1 in the paper's ViT program, else 2.
-        learning_rate: Step of Adam: 1e-5, 2e-5 for `roberta`.
-        steps: Steps of Adam: 300, 400 for `fusion_bench`.
-        average: Whether the result is divided by the number of experts, as for `mttl`.
-        solver: `adam` as published, or `exact`, for which `learning_rate` and `steps` mean nothing.
+        preset: Fills the settings that are not given: `vit` (the default) and `roberta` are the paper's two programs,
+            `fusion_bench` and `mttl` other packages (mttl also stops when the loss hardly changes; here every step is
+            taken).
+        power: Power of the norm that divides each expert's loss: 1 in the paper's ViT program, 2 in the others.
+        learning_rate: Learning rate of Adam: 1e-5, or 2e-5 for `roberta`.
+        steps: Number of steps of Adam: 300, or 400 for `fusion_bench`.
+        average: Whether to divide the result by the number of experts, as `mttl` does.
+        solver: `adam` as published, or `exact`, which ignores `learning_rate` and `steps`.
         scale: Factor of the result.
     """
 
@@ -103,14 +102,14 @@ class WUDI(MergeMethod):
     def _loss(self, movers: Sequence[Delta]) -> tuple[Tensor, Tensor]:
         """Return X `(in, k)` and Y `(out, k)` for which the loss of t is `|t X - Y|^2`.
 
-        `|(t - d) d^T|` does not change if a right factor of d, which has the same `d^T d`, takes the place of `d^T`.
+        `|(t - d) d^T|` stays the same if a right factor of d, which has the same `d^T d`, replaces `d^T`.
         """
         inputs = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]  # type: ignore[operator]
         outputs = [delta.linear(x.T).T for delta, x in zip(movers, inputs, strict=True)]
         return torch.cat(inputs, 1), torch.cat(outputs, 1)
 
     def _descend(self, start: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return where Adam is after its steps."""
+        """Return t after the steps of Adam."""
         gradient, place = _gradient(inputs, outputs), torch.nn.Parameter(start)
         optimizer = torch.optim.Adam([place], lr=self.learning_rate)  # type: ignore[arg-type]
         for _ in range(self.steps):  # type: ignore[arg-type]
@@ -120,7 +119,7 @@ class WUDI(MergeMethod):
 
 
 def _gradient(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the gradient of `|t X - Y|^2` as a function of t, in whichever form costs less for each step."""
+    """Return the gradient of `|t X - Y|^2` as a function of t, in the form that costs less per step."""
     if 2 * inputs.shape[1] < inputs.shape[0]:
         return lambda place: 2 * (place @ inputs - outputs) @ inputs.T
     square, product = inputs @ inputs.T, outputs @ inputs.T
