@@ -160,11 +160,9 @@ def select(step: Step) -> None:
     )
 
     layers: dict[str, Any] = dict(expert_layers(step.model))
-    own = {"score": None, "rule": None, "scope": "layer", "norm": False, "others": [], "penalty": None}
-    selection = Selection(**own, position=100, last=1000, seed=0, may_resize=False)
-    scoring = ScoringPass(lambda batch: step.work.forward(step.model), [None])
-    selection.make(layers, lambda: scoring, MemoryWatch(torch.device("cpu")))
-    for name, units in selection.chosen.items():
+    scoring, memory = ScoringPass(lambda batch: step.work.forward(step.model), [None]), MemoryWatch(torch.device("cpu"))
+    chosen, _ = Selection().choose(layers, lambda: scoring, memory, position=100, last=1000)
+    for name, units in chosen.items():
         layers[name].expert.reselect(layers[name].matrix, units)
 
 

@@ -21,7 +21,7 @@ from modular_experts.callbacks.schedule import TrainedModule, schedules
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.expert import RECORD_FILE
-from modular_experts.selection.optimizer_state import optimizer_bytes
+from modular_experts.selection.exchange import optimizer_bytes
 
 __all__ = ["ExportExpert"]
 

@@ -6,16 +6,15 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import block_sums
-from modular_experts.experts.selectable import Selectable
 from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.expert import RECORD_FILE
+from modular_experts.selection.scoring import SelectableLayer
 
 __all__ = ["count_others", "crowded", "open_neighbours", "refuse_too_few", "shared_units"]
 
@@ -57,7 +56,7 @@ def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
     return False
 
 
-def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tensor:
+def count_others(name: str, layer: SelectableLayer, others: Iterable[StoredExpert]) -> Tensor:
     """Return how many experts keep each unit of a layer's weight `(units,)`; of a tile kept in part, the part.
 
     Args:
@@ -65,7 +64,7 @@ def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tenso
         layer: The layer with a selectable expert.
         others: The experts.
     """
-    expert: Selectable = layer.expert
+    expert = layer.expert
     counts = torch.zeros(expert.units, device=layer.matrix.device)
     for other in others:
         if name not in other:
@@ -82,13 +81,13 @@ def count_others(name: str, layer: Any, others: Iterable[StoredExpert]) -> Tenso
     return counts
 
 
-def shared_units(name: str, layer: Any, other: StoredExpert) -> Tensor:
+def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tensor:
     """Return the units that another expert keeps of a layer's weight.
 
     Raises:
         ValueError: It keeps none, or its units are of another kind.
     """
-    expert: Selectable = layer.expert
+    expert = layer.expert
     delta: Delta | None = layer.oriented(other[name]) if name in other else None
     if isinstance(delta, Sparse) and expert.tile == (1, 1):
         return delta.indices.to(layer.matrix.device)

@@ -1,13 +1,15 @@
-"""Selection: which units layers are to keep, from a score over some batches, alone or in competition with each other.
+"""Choose which units layers keep, from a score over some batches; weights may compete with each other.
 
-When a selection is due, and what becomes of values and moments, is the business of `mask_schedule`.
+`MaskSchedule` decides when a choice is made and moves the experts to it. `rules` decide how a new support follows from
+the old one.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,81 +19,130 @@ from modular_experts.experts.selectable import Selectable
 from modular_experts.library import StoredExpert
 from modular_experts.masks import Rule, Score, StreamingTopK
 from modular_experts.selection.avoid import count_others, crowded, refuse_too_few
-from modular_experts.selection.scoring import MemoryWatch, ScoringPass
+from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, SelectableLayer
 from modular_experts.text import block_of
 
 __all__ = ["Scope", "Selection"]
 
 Scope = Literal["layer", "block", "global"]
-Layers = Mapping[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Selection:
-    """One choice of supports.
+    """How supports are chosen, the same for all choices of a training.
 
     Args:
         score: Ranks the entries; each expert type's own if not given.
         rule: How the support changes; each expert type's own if not given.
         scope: Within what the units compete: each weight, each transformer block, or all weights.
-        norm: A tile's score is the norm of its entries' scores instead of their sum.
-        others: Experts to stay away from.
-        penalty: By how much; with none, what they keep is excluded.
-        position: The optimizer step about to be taken.
-        last: The step after which nothing is chosen.
-        seed: Of random scores.
-        may_resize: Whether packed experts may keep another number of units than before.
+        norm: Whether a tile's score is the norm of its entries' scores instead of their sum.
+        others: Experts to keep away from.
+        penalty: How far: `avoid.crowded` divides scores by it. Without a penalty, what the others keep is excluded.
+        seed: Seed of random scores.
     """
 
-    score: Score | Callable[..., Any] | None
-    rule: Rule | None
-    scope: Scope
-    norm: bool
-    others: Sequence[StoredExpert]
-    penalty: float | None
-    position: int
-    last: int
-    seed: int
-    may_resize: bool
-    chosen: dict[str, Tensor] = field(default_factory=dict)
-    """The units to keep of each weight so far."""
-    _streams: dict[str, StreamingTopK] = field(default_factory=dict)
-    _free: dict[str, int] = field(default_factory=dict)
-    _units: dict[str, int] = field(default_factory=dict)
-    _kept: dict[bool, tuple[int, int]] = field(default_factory=dict)
+    score: Score | Callable[..., Any] | None = None
+    rule: Rule | None = None
+    scope: Scope = "layer"
+    norm: bool = False
+    others: Sequence[StoredExpert] = ()
+    penalty: float | None = None
+    seed: int = 0
 
-    def make(self, layers: Layers, scoring: Callable[[], ScoringPass], memory: MemoryWatch) -> int:
-        """Choose for layers with selectable experts, into `chosen`; return how many passes over batches it took.
+    def choose(
+        self,
+        layers: Layers,
+        scoring: Callable[[], ScoringPass],
+        memory: MemoryWatch,
+        position: int,
+        last: int,
+        may_resize: bool = False,
+    ) -> tuple[dict[str, Tensor], int]:
+        """Return the units to keep of each layer, by the name of its weight, and how many passes over batches it took.
 
         Args:
-            layers: The layers, by the names of their weights.
-            scoring: Draws the batches; it is not called if no score asks for them.
-            memory: Looks at the memory in use while scores are taken.
-        """
-        passes = 0
-        by_statistic: dict[str, dict[str, Any]] = {}
-        for name, layer in layers.items():
-            by_statistic.setdefault(getattr(self._score(layer.expert), "statistic", "gradient"), {})[name] = layer
-        self._count_kept(layers)
-        self._open_streams(layers)
+            layers: The layers to choose for.
+            scoring: Draws the batches; called once for each statistic of the loss that scores ask for.
+            memory: Looks at the memory in use whenever a statistic arrives.
+            position: The optimizer step about to be taken, or what else the rule counts.
+            last: The position after which nothing is chosen.
+            may_resize: Whether packed experts may keep another number of units than before.
 
+        Raises:
+            ValueError: A score has another shape than its weight, or the others leave too few units.
+        """
+        # Whether old supports count is decided for all layers of a kind together: after a choice among all weights, one
+        # of them may keep everything although training is past its dense start.
+        kept, units = Counter[bool](), Counter[bool]()
+        for layer in layers.values():
+            packed = layer.expert.packed is not None
+            kept[packed] += layer.expert.support_units().numel()
+            units[packed] += layer.expert.units
+        anew = {}
+        for name, layer in layers.items():
+            packed = layer.expert.packed is not None
+            anew[name] = self._rule(layer.expert).starts_anew(position, kept[packed], units[packed])
+
+        # Weights that compete divide among them as many units as they would keep alone.
+        groups = {
+            name: self._group(name)
+            for name, layer in layers.items()
+            if self.scope != "layer" and anew[name] and (may_resize or layer.expert.packed is None)
+        }
+        budgets, total, free = Counter[str](), Counter[str](), Counter[str]()
+        for name, group in groups.items():
+            budgets[group] += layers[name].expert.kept_units
+            total[group] += layers[name].expert.units
+        best = {group: StreamingTopK(budget) for group, budget in budgets.items()}
+        chosen: dict[str, Tensor] = {}
+
+        @torch.no_grad()
         def receive(name: str, statistic: Tensor) -> None:
             memory.look()
-            self._take(name, layers[name], statistic)
+            expert = layers[name].expert
+            scores, available = self._unit_scores(name, layers[name], statistic, position)
+            if name in groups:
+                best[groups[name]].add(name, scores)
+                free[groups[name]] += available
+                return
+            if anew[name]:
+                refuse_too_few(available, expert.units, expert.kept_units)
+            before = expert.support_units()
+            k = expert.kept_units if anew[name] else before.numel()
+            rule, change = self._rule(expert), expert.unit_change()
+            chosen[name] = rule.choose(scores, k, before, change, position, last).to(before.dtype)
 
+        by_statistic: dict[str, dict[str, SelectableLayer]] = {}
+        for name, layer in layers.items():
+            statistic = getattr(self._score(layer.expert), "statistic", "gradient")
+            by_statistic.setdefault(statistic, {})[name] = layer
+        passes = 0
         for statistic, part in by_statistic.items():
             if statistic == "none":
                 for name, layer in part.items():
                     receive(name, torch.zeros((), device=layer.matrix.device).expand(layer.matrix.shape))
-                continue
-            score_pass, experts = scoring(), {name: layer.expert for name, layer in part.items()}
-            if statistic == "curvature":
-                score_pass.curvature(experts, receive, {name: layer.matrix.detach() for name, layer in part.items()})
             else:
-                getattr(score_pass, statistic)(experts, receive)
-            passes += score_pass.passes
-        self._close_streams()
-        return passes
+                drawn = scoring()
+                getattr(drawn, statistic)(part, receive)
+                passes += drawn.passes
+        for group, stream in best.items():
+            refuse_too_few(free[group], total[group], stream.k)
+            chosen |= stream.finish()
+        return chosen, passes
+
+    def _unit_scores(self, name: str, layer: SelectableLayer, statistic: Tensor, position: int) -> tuple[Tensor, int]:
+        """Return the score of each unit `(units,)`, lower where other experts are, and how many units may be kept."""
+        expert = layer.expert
+        torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{name}".encode()))
+        scores = self._score(expert)(expert.scored_weight(layer.matrix), statistic, expert.scored_delta(layer.matrix))
+        if scores.shape != expert.shape:
+            raise ValueError(f"the score gave shape {tuple(scores.shape)} for {name}, of shape {tuple(expert.shape)}")
+        scores = expert.unit_scores(scores if scores.is_floating_point() else scores.float(), self.norm)
+        if not self.others:
+            return scores, expert.units
+        keepers = count_others(name, layer, self.others)
+        free = expert.units if self.penalty is not None else int((keepers == 0).sum())
+        return crowded(scores, keepers, self.penalty), free
 
     def _score(self, expert: Selectable) -> Score | Callable[..., Any]:
         return self.score or expert.score
@@ -99,63 +150,8 @@ class Selection:
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
 
-    @torch.no_grad()
-    def _take(self, name: str, layer: Any, statistic: Tensor) -> None:
-        expert = layer.expert
-        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.position}/{name}".encode()))
-        weight = expert.scored_weight(layer.matrix)
-        scores = self._score(expert)(weight, statistic, expert.scored_delta(layer.matrix))
-        if scores.shape != expert.shape:
-            raise ValueError(f"the score gave shape {tuple(scores.shape)} for {name}, of shape {tuple(expert.shape)}")
-        scores = scores if scores.is_floating_point() else scores.float()
-        scores, group = expert.unit_scores(scores, self.norm), self._group(name)
-        competes, free = self._competes(expert), expert.units
-        if self.others:
-            others = count_others(name, layer, self.others)
-            scores = crowded(scores, others, self.penalty)
-            free = expert.units if self.penalty is not None else int((others == 0).sum())
-        if competes:
-            self._free[group] = self._free.get(group, 0) + free
-            self._units[group] = self._units.get(group, 0) + expert.units
-            self._streams[group].add(name, scores)
-            return
-        anew = self._starts_anew(expert)
-        if anew:
-            refuse_too_few(free, expert.units, expert.kept_units)
-        kept, change = expert.support_units(), expert.unit_change()
-        k = expert.kept_units if anew else kept.numel()
-        self.chosen[name] = self._rule(expert).choose(scores, k, kept, change, self.position, self.last).to(kept.dtype)
-
-    def _competes(self, expert: Selectable) -> bool:
-        """Return whether this layer's number of units is decided among several layers."""
-        resizable = expert.packed is None or self.may_resize
-        return self.scope != "layer" and resizable and self._starts_anew(expert)
-
-    def _starts_anew(self, expert: Selectable) -> bool:
-        """Return whether the old support is left out of account: what a dense start shows is known by all layers, as
-        one of them may keep everything after a choice among all.
-        """
-        return self._rule(expert).starts_anew(self.position, *self._kept[expert.packed is None])
-
-    def _count_kept(self, layers: Layers) -> None:
-        for expert in (layer.expert for layer in layers.values()):
-            kept, units = self._kept.get(expert.packed is None, (0, 0))
-            self._kept[expert.packed is None] = (kept + expert.support_units().numel(), units + expert.units)
-
-    def _open_streams(self, layers: Layers) -> None:
-        budgets: dict[str, int] = {}
-        for name, layer in layers.items():
-            if self._competes(layer.expert):
-                budgets[self._group(name)] = budgets.get(self._group(name), 0) + layer.expert.kept_units
-        self._streams = {group: StreamingTopK(k) for group, k in budgets.items()}
-
-    def _close_streams(self) -> None:
-        for group, stream in self._streams.items():
-            refuse_too_few(self._free[group], self._units[group], stream.k)
-            self.chosen |= stream.finish()
-
     def _group(self, name: str) -> str:
-        """Return what the weight competes in: its own name, that of its transformer block, or everything."""
-        if self.scope == "block":
-            return block_of(name) or name
-        return "" if self.scope == "global" else name
+        """Return the name of the transformer block of a weight; an empty one where all weights compete."""
+        if self.scope == "global":
+            return ""
+        return block_of(name) or name

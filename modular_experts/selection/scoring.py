@@ -1,54 +1,81 @@
-"""Scoring passes: what a score is told of the loss, for each selectable weight, without an optimizer step.
+"""Take the statistics of the loss that scores ask for, weight by weight, without an optimizer step.
 
-With one batch, a layer's gradient is made inside backward, handed on and freed at once, so the peak is one layer. With
-several, layers go in groups that share one accumulator budget; every group costs a forward and backward pass per batch.
-No parameter's `.grad` is touched, and nothing but the probed weights' gradients is kept.
+With one batch, each layer's gradient is made inside the backward pass, handed on and freed at once, so the peak is one
+layer. With several batches, layers go in groups that share one memory budget; every group costs a forward and backward
+pass per batch. A pass fills no parameter's `.grad` and keeps only the gradients of the scored weights.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modular_experts.deltas import Delta
 from modular_experts.experts.selectable import Probe, Selectable
+from modular_experts.injection import expert_layers
 
-__all__ = ["MemoryWatch", "ScoringPass"]
+__all__ = ["Layers", "MemoryWatch", "ScoringPass", "SelectableLayer", "selectable_layers"]
 
-Experts = Mapping[str, Selectable]
+
+class SelectableLayer(Protocol):
+    """A linear layer whose expert trains a chosen support."""
+
+    @property
+    def expert(self) -> Selectable:
+        """The expert."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as the expert sees it, `(out, in)`."""
+
+    def oriented(self, delta: Delta) -> Delta:
+        """Return a delta as the expert sees it in the orientation of the stored weight, or the other way round."""
+
+
+Layers = Mapping[str, SelectableLayer]
+"""Layers by the names of their weights."""
+
 Receive = Callable[[str, Tensor], None]
+
+
+def selectable_layers(model: nn.Module) -> dict[str, SelectableLayer]:
+    """Return the layers whose experts train a chosen support, by the names of their weights, sorted."""
+    layers = {name: layer for name, layer in expert_layers(model) if isinstance(layer.expert, Selectable)}
+    return cast(dict[str, SelectableLayer], layers)
+
+
+_UNLIMITED = 2**62
 
 
 def _itself(gradient: Tensor) -> Tensor:
     return gradient
 
 
-_STEP = 0.03
-"""Norm of the shift of a difference of gradients, over the root mean square of the weights.
-
-A share of the norm of all weights is no small step in a large model: with 0.005 of it, products were off by 100 % for
-SmolLM2-135M and by 20 % for the quickstart's base; with this, by 0.3 % and 0.01 %.
-"""
-
-
 @dataclass
 class ScoringPass:
     """Gives statistics of the loss over some batches, weight by weight.
 
+    Each method calls `receive(name, statistic)` once for every layer, with a float32 tensor `(out, in)` that the
+    receiver may keep or change.
+
     Args:
-        loss: Gives the loss of one batch.
+        loss: Returns the loss of one batch.
         batches: One or more batches.
-        shares: What each batch counts for in a mean; equally much if not given.
+        shares: Weight of each batch in a mean gradient; they sum to 1. All batches count the same if it is not given.
         budget: Bytes that the accumulators of one group may take; a single larger layer is a group of its own.
         reduce: Averages a gradient over ranks.
-        shifts: Added to the weights, by name, while the passes last.
-        passes: Forward and backward passes made so far.
+        curvature_step: Length of the step of a difference of gradients, relative to a typical weight: the norm of the
+            shift of all weights together is this times their root mean square. A share of the norm of all weights would
+            be too long in a large model: with 0.005 of it, products were off by 100 % for SmolLM2-135M and by 20 % for
+            the quickstart's base; with this, by 0.3 % and 0.01 %.
+        passes: Number of forward and backward passes made so far.
     """
 
     loss: Callable[[Any], Tensor]
@@ -56,109 +83,116 @@ class ScoringPass:
     shares: Sequence[float] | None = None
     budget: int = 2**30
     reduce: Callable[[Tensor], Tensor] = _itself
-    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    curvature_step: float = 0.03
     passes: int = 0
 
-    def gradient(self, experts: Experts, receive: Receive) -> None:
-        """Call `receive(name, gradient)` once per expert with the mean gradient `(out, in)` of its weight."""
-        shares = self.shares or [1 / len(self.batches)] * len(self.batches)
-        self._sum(experts, receive, shares, _itself, self.reduce)
+    def gradient(self, layers: Layers, receive: Receive) -> None:
+        """Give the mean gradient of each weight."""
+        self._mean_gradient(layers, receive, self.budget)
 
-    def squared_gradient(self, experts: Experts, receive: Receive) -> None:
-        """Call `receive` with the mean over batches of the square of each batch's gradient."""
-        shares = [1 / len(self.batches)] * len(self.batches)
-        self._sum(experts, receive, shares, lambda gradient: self.reduce(gradient).square(), _itself)
+    def squared_gradient(self, layers: Layers, receive: Receive) -> None:
+        """Give the mean over batches of the square of each batch's gradient; all batches count the same."""
 
-    def curvature(self, experts: Experts, receive: Receive, weights: Mapping[str, Tensor]) -> None:
-        """Call `receive` with the Hessian's product `(out, in)` with the mean gradient g of all weights together.
+        def square(receive: Receive, name: str, gradient: Tensor) -> None:
+            receive(name, self.reduce(gradient).square())
 
-        It is the central difference of the gradients at `W + h g` and `W - h g`, with `h |g|` a small share of a weight
-        of root mean square size.
-        Two dense copies of all scored weights are held.
+        if len(self.batches) == 1:
+            self._probe(layers, self.batches[0], partial(square, receive))
+            return
+        for group in _groups(layers, self.budget):
+            sums: dict[str, Tensor] = {}
+            for batch in self.batches:
+                self._probe(group, batch, partial(square, partial(_add, sums, 1 / len(self.batches))))
+            for name in sorted(sums):
+                receive(name, sums.pop(name))
 
-        Args:
-            experts: The experts to score, by name.
-            receive: Takes each product.
-            weights: The experts' weights by name, as they see them.
+    def curvature(self, layers: Layers, receive: Receive) -> None:
+        """Give each weight's part of the Hessian's product with the mean gradient g of all weights together.
+
+        It is the central difference of the gradients at `W + h g` and `W - h g`. Two dense copies of all scored weights
+        are held.
 
         Raises:
-            ValueError: A weight is too coarse for a small difference.
+            ValueError: A weight has too low a precision for a small difference.
         """
+        weights = {name: layer.matrix.detach() for name, layer in layers.items()}
         coarse = {str(weight.dtype) for weight in weights.values() if torch.finfo(weight.dtype).bits < 32}
         if coarse:
             raise ValueError(f"a score from the curvature needs a base in float32, and it is in {', '.join(coarse)}")
-        shift: dict[str, Tensor] = {}
-        undivided = replace(self, budget=2**62, passes=0)
-        with torch.random.fork_rng():  # the same dropout in all passes, or it would be most of their difference
-            undivided.gradient(experts, shift.__setitem__)
+        # All passes draw the same dropout, or its difference would be most of the result.
+        shifts: dict[str, Tensor] = {}
+        with torch.random.fork_rng():
+            self._mean_gradient(layers, shifts.__setitem__, _UNLIMITED)
         typical = _norm(weights) / sum(weight.numel() for weight in weights.values()) ** 0.5
-        step = _STEP * typical / max(_norm(shift), torch.finfo(torch.float32).tiny)
-        for gradient in shift.values():
+        step = self.curvature_step * typical / max(_norm(shifts), torch.finfo(torch.float32).tiny)
+        for gradient in shifts.values():
             gradient.mul_(step)
-        total: dict[str, Tensor] = {}
+        products: dict[str, Tensor] = {}
         for sign in (1, -1):
             with torch.random.fork_rng():
-                replace(undivided, shifts=shift).gradient(experts, partial(_accumulate, total, sign / (2 * step)))
-            for gradient in shift.values():
+                self._mean_gradient(layers, partial(_add, products, sign / (2 * step)), _UNLIMITED, shifts)
+            for gradient in shifts.values():
                 gradient.neg_()
-        self.passes += 3 * len(self.batches)
-        for name in sorted(total):
-            receive(name, total.pop(name))
+        for name in sorted(products):
+            receive(name, products.pop(name))
 
-    def _sum(
-        self,
-        experts: Experts,
-        receive: Receive,
-        shares: Sequence[float],
-        each: Callable[[Tensor], Tensor],
-        final: Callable[[Tensor], Tensor],
+    def _mean_gradient(
+        self, layers: Layers, receive: Receive, budget: int, shifts: Mapping[str, Tensor] | None = None
     ) -> None:
         if len(self.batches) == 1:
-            self._probe(experts, self.batches[0], lambda name, gradient: receive(name, final(each(gradient))))
+            self._probe(layers, self.batches[0], lambda name, gradient: receive(name, self.reduce(gradient)), shifts)
             return
-        for group in _groups(experts, self.budget):
+        shares = self.shares or [1 / len(self.batches)] * len(self.batches)
+        for group in _groups(layers, budget):
             sums: dict[str, Tensor] = {}
             for batch, share in zip(self.batches, shares, strict=True):
-                self._probe(group, batch, partial(_accumulate, sums, share, each=each))
+                self._probe(group, batch, partial(_add, sums, share), shifts)
             for name in sorted(sums):
-                receive(name, final(sums.pop(name)))
+                receive(name, self.reduce(sums.pop(name)))
 
-    def _probe(self, experts: Experts, batch: Any, receive: Receive) -> None:
+    def _probe(self, layers: Layers, batch: Any, receive: Receive, shifts: Mapping[str, Tensor] | None = None) -> None:
+        """Run one batch forward and backward; `receive` gets each layer's gradient while the backward pass runs.
+
+        Args:
+            layers: The layers whose gradients are wanted.
+            batch: The batch.
+            receive: Called inside the backward pass, once per layer.
+            shifts: Added to the weights, by name, while the pass lasts.
+        """
         self.passes += 1
         leaves = []
         try:
-            for name, expert in experts.items():
+            for name, layer in layers.items():
+                expert = layer.expert
                 leaves.append(torch.zeros((), device=next(expert.parameters()).device, requires_grad=True))
-                expert.probe = Probe(partial(receive, name), leaves[-1], self.shifts.get(name))
+                expert.probe = Probe(partial(receive, name), leaves[-1], (shifts or {}).get(name))
             torch.autograd.grad(self.loss(batch), leaves, allow_unused=True)
         finally:
-            for expert in experts.values():
-                expert.probe = None
+            for layer in layers.values():
+                layer.expert.probe = None
 
 
-def _accumulate(
-    sums: dict[str, Tensor], share: float, name: str, gradient: Tensor, each: Callable[[Tensor], Tensor] = _itself
-) -> None:
-    part = each(gradient)
+def _add(sums: dict[str, Tensor], share: float, name: str, gradient: Tensor) -> None:
     if name in sums:
-        sums[name].add_(part, alpha=share)
+        sums[name].add_(gradient, alpha=share)
     else:
-        sums[name] = part.mul_(share)
+        sums[name] = gradient.mul_(share)
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     return sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
 
 
-def _groups(experts: Experts, budget: int) -> Iterator[dict[str, Selectable]]:
-    group: dict[str, Selectable] = {}
+def _groups(layers: Layers, budget: int) -> Iterator[dict[str, SelectableLayer]]:
+    """Yield the layers in groups whose float32 gradients take at most `budget` bytes."""
+    group: dict[str, SelectableLayer] = {}
     size = 0
-    for name, expert in experts.items():
-        needed = 4 * expert.shape.numel()
+    for name, layer in layers.items():
+        needed = 4 * layer.expert.shape.numel()
         if group and size + needed > budget:
             yield group
             group, size = {}, 0
-        group[name] = expert
+        group[name] = layer
         size += needed
     if group:
         yield group
@@ -168,9 +202,10 @@ _STATM = Path("/proc/self/statm")
 
 
 class MemoryWatch:
-    """The memory in use above that at the start, at its highest among the moments looked at.
+    """Measures how far the memory in use rises above that at the start, at the moments when `look` is called.
 
-    On a GPU it is what torch has allocated there, else the resident memory of the process, where the system tells it.
+    On a GPU it is the memory that torch has allocated there, otherwise the resident memory of the process, on systems
+    that report it.
 
     Args:
         device: Where the model is.
@@ -182,7 +217,7 @@ class MemoryWatch:
         self.most = 0
 
     def look(self) -> None:
-        """Take note of the memory in use now."""
+        """Take the memory in use now into account."""
         self.most = max(self.most, self._used() - self.start)
 
     def _used(self) -> int:

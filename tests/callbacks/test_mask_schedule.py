@@ -15,7 +15,7 @@ from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.experts.selectable import carried_slots
 from modular_experts.injection import expert_layers
 from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
-from modular_experts.selection.optimizer_state import carry_state
+from modular_experts.selection.exchange import Exchange, carry_state
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
@@ -152,16 +152,16 @@ def test_a_newcomer_starts_at_the_base_with_zero_moments(tiny_llama_dir, task_fi
 
 def test_stashed_values_come_back() -> None:
     expert = SparseExpert(torch.zeros(4, 4), keep_ratio=0.25)
-    weight, schedule = torch.zeros(4, 4), MaskSchedule(leavers="stash")
+    weight, exchange = torch.zeros(4, 4), Exchange("stash")
     expert.reselect(weight, torch.tensor([0, 1, 2, 3]))
     with torch.no_grad():
         expert.values.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
-    layer, empty = SimpleNamespace(matrix=weight, expert=expert), SimpleNamespace(optimizers=[])
-    schedule._move(empty, "w", layer, torch.tensor([1, 3, 8, 9]))
+    layer = SimpleNamespace(matrix=weight, expert=expert)
+    exchange.move("w", layer, torch.tensor([1, 3, 8, 9]), [])
     assert expert.values.tolist() == [2.0, 4.0, 0.0, 0.0]
     assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [0.0, 2.0, 0.0, 4.0]  # the leavers are hidden
-    schedule._move(empty, "w", layer, torch.tensor([0, 1, 2, 8]))
+    exchange.move("w", layer, torch.tensor([0, 1, 2, 8]), [])
     assert expert.values.tolist() == [1.0, 2.0, 3.0, 0.0]
     assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [1.0, 2.0, 3.0, 0.0]
 

@@ -1,0 +1,116 @@
+"""Move experts to new supports, together with their values and what the optimizers keep for each trained entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modular_experts.experts.selectable import Selectable
+from modular_experts.selection.scoring import SelectableLayer
+
+__all__ = ["Exchange", "carry_state", "forget_state", "optimizer_bytes"]
+
+
+class Exchange:
+    """Moves experts from one support to the next, and remembers what was trained and what left.
+
+    Args:
+        leavers: What becomes of the value of a unit that leaves a packed expert: `revert` forgets it, `stash` keeps it,
+            and the unit resumes from it when it comes back.
+    """
+
+    def __init__(self, leavers: Literal["revert", "stash"] = "revert") -> None:
+        self.leavers = leavers
+        self.touched: dict[str, Tensor] = {}
+        """The units of each weight that were trained before the present support, sorted."""
+        self.stash: dict[str, tuple[Tensor, Tensor]] = {}
+        """The units of each weight that left, and their values."""
+
+    def move(
+        self,
+        name: str,
+        layer: SelectableLayer,
+        units: Tensor,
+        optimizers: Iterable[Optimizer],
+        trained: bool = True,
+        rewind: bool = False,
+    ) -> None:
+        """Let an expert keep other units, in place.
+
+        Args:
+            name: The weight's name.
+            layer: Its layer.
+            units: The units to keep, sorted.
+            optimizers: What may hold state of the expert's parameters.
+            trained: Whether the present support was trained; a random one before the first step was not.
+            rewind: Whether all values start anew from the base.
+        """
+        expert = layer.expert
+        before = expert.support_units().clone()
+        self.touched[name] = self.ever_trained(name, expert) if trained else before[:0]
+        values = expert.packed.detach().clone() if expert.packed is not None else None
+        slots = expert.reselect(layer.matrix, units)
+        if rewind:
+            expert.rewind(layer.matrix)
+            forget_state(optimizers, expert.parameters())
+        if expert.packed is None or values is None:
+            return
+        for optimizer in optimizers:
+            carry_state(optimizer.state.get(expert.packed, {}), expert.packed, slots)
+        if self.leavers == "stash":
+            self._swap_with_stash(name, expert, before, values)
+            expert.write(layer.matrix)
+
+    def ever_trained(self, name: str, expert: Selectable) -> Tensor:
+        """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""
+        units, earlier = expert.support_units(), self.touched.get(name)
+        return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
+
+    def _swap_with_stash(self, name: str, expert: Selectable, before: Tensor, values: Tensor) -> None:
+        """Put the values of the leavers aside, and give newcomers that were here before theirs back."""
+        now = expert.support_units()
+        left = ~torch.isin(before, now)
+        units, kept = self.stash.get(name, (before[:0], values[:0]))
+        # The stash of a resumed run comes from the CPU.
+        units, kept = units.to(before.device), kept.to(values.device)
+        units, kept = torch.cat([units, before[left]]), torch.cat([kept, values[left]])
+        back = torch.isin(units, now)
+        with torch.no_grad():
+            assert expert.packed is not None
+            expert.packed[torch.searchsorted(now, units[back])] = kept[back]
+        self.stash[name] = (units[~back], kept[~back])
+
+
+def forget_state(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the optimizers' state of some parameters, so that they start anew."""
+    parameters = list(parameters)
+    for optimizer in optimizers:
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+
+
+def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
+    """Move the optimizer's per-entry state to the new slots, in place; newcomers start from zero.
+
+    Args:
+        state: The optimizer's state of one parameter.
+        parameter: The parameter, with one slot per kept unit.
+        slots: For each new slot the one it had before, or -1 for a newcomer.
+    """
+    stays = slots >= 0
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            moved = torch.zeros_like(value)
+            moved[stays] = value[slots[stays]]
+            value.copy_(moved)
+
+
+def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:
+    """Return the size of all per-entry state in bytes, without step counters."""
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
