@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar, share_text, summary
-from modular_experts.interop.compression import Form, Largest, Truncated
+from modular_experts.interop.compression import Compression, TopK, Truncated
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import StoredExpert
 
@@ -49,23 +49,25 @@ def import_(
         tasks: Names of the tasks that it was trained on, written '[a, b]'.
         overwrite: Replace an expert that is there.
     """
-    form, bar = _form(keep_ratio, rank), progress_bar("importing")
-    expert = import_expert(source, out, base, revision, source_revision, form, vocab, tasks or (), overwrite, bar)
+    compression, bar = _compression(keep_ratio, rank), progress_bar("importing")
+    expert = import_expert(
+        source, out, base, revision, source_revision, compression, vocab, tasks or (), overwrite, bar
+    )
     origin = expert.record["source"]
-    for line in _told(expert, origin, form) if "account" in origin else ():
+    for line in _told(expert, origin, compression) if "account" in origin else ():
         print(line)
     print(f"{out}: {summary(expert)}")
 
 
-def _form(keep_ratio: float | None, rank: int | None) -> Form | None:
+def _compression(keep_ratio: float | None, rank: int | None) -> Compression | None:
     if keep_ratio is not None and rank is not None:
         raise ValueError(f"keep_ratio={keep_ratio} and rank={rank} are two ways to shorten a checkpoint; give one")
     if rank is not None:
         return Truncated(rank)
-    return None if keep_ratio is None else Largest(keep_ratio)
+    return None if keep_ratio is None else TopK(keep_ratio)
 
 
-def _told(expert: StoredExpert, origin: Mapping[str, Any], form: Form | None) -> Iterator[str]:
+def _told(expert: StoredExpert, origin: Mapping[str, Any], compression: Compression | None) -> Iterator[str]:
     """Tell what the import of a full checkpoint found and kept."""
     account = origin["account"]
     yield (
@@ -74,7 +76,7 @@ def _told(expert: StoredExpert, origin: Mapping[str, Any], form: Form | None) ->
     )
     if account["rounded"]:
         yield f"{account['rounded']:,} entries are the base's but for rounding to a narrower dtype: not moved"
-    yield from _kept(expert, account) if form is None else _lost(account)
+    yield from _kept(expert, account) if compression is None else _lost(account)
     for name, (theirs, ours) in origin["vocabularies"].items():
         yield f"{name}: {min(theirs, ours)} rows compared; the checkpoint has {theirs} and the base {ours}"
     for name, twins in origin["tied"].items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import block_grid
 
-__all__ = ["inner", "inner_by_row", "row_count", "scale_rows"]
+__all__ = ["inner", "inner_by_row", "row_count", "scale_rows", "truncated_svd"]
 
 
 def inner(one: Delta, other: Delta) -> float:
@@ -103,3 +103,33 @@ def _with_low_rank(low_rank: LowRank, other: Delta) -> Tensor:
     else:
         across = _matrix(other) @ down.T
     return (across * up).sum(1)
+
+
+def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
+    """Return the nearest delta of a rank, in float32, and the squared Frobenius norm of what it loses.
+
+    A delta whose factors have that rank or less is returned as it is and loses nothing. The singular vectors are
+    eigenvectors of the smaller Gram matrix, in float64: for a matrix of a language model this takes a fraction of the
+    time of a full decomposition, and what squaring loses lies far below float32.
+
+    Args:
+        delta: A delta of a matrix, `(out, in)`.
+        rank: Largest rank of the result, at least 1.
+    """
+    if isinstance(delta, LowRank) and delta.rank <= rank:
+        return LowRank(delta.up.float(), delta.down.float()), 0.0
+    if isinstance(delta, LowRank):  # decompose the small core; the orthonormal basis changes no singular value
+        basis, core = torch.linalg.qr(delta.up.double())
+        matrix, turned = core @ delta.down.double(), False
+    else:
+        matrix = delta.dense().double()
+        turned = matrix.shape[0] > matrix.shape[1]
+        basis, matrix = None, matrix.T if turned else matrix
+    energies, directions = torch.linalg.eigh(matrix @ matrix.T)  # in ascending order
+    left = directions[:, -rank:].flip(1)
+    right = left.T @ matrix
+    lost = energies[:-rank].clamp(min=0).sum().item()
+    if basis is not None:
+        left = basis @ left
+    up, down = (right.T, left.T) if turned else (left, right)
+    return LowRank(up.float().contiguous(), down.float().contiguous()), lost

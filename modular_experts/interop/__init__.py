@@ -1,1 +1,6 @@
-"""Interop: other people's file formats. Hugging Face checkpoints in and out; nothing here trains or merges."""
+"""Interop: other tools' formats, read as experts and written from them.
+
+`import_expert.py` (open it first) brings in PEFT adapters (`peft/`), sparse fine-tunings (`composable_sft.py`,
+`spiel.py`) and full checkpoints (`full_checkpoint.py`, with `compression.py` and `fidelity.py`). `peft/` also writes
+adapters, and `mergekit/` runs recipes of mergekit.
+"""

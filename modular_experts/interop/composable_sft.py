@@ -1,15 +1,15 @@
-"""Sparse fine-tunings in the format of composable-sft: one `pytorch_diff.bin` for the whole model.
+"""Read sparse fine-tunings in the format of composable-sft: one `pytorch_diff.bin` for the whole model.
 
-It holds `diffs`, entries to add, and `abs`, whole values that replace a weight (a head, say); older files call them
-`body` and `head`. The places of the entries are counted with the first dimension running fastest, and each but the
-first is stored as a step from the one before. Source: Ansell et al. 2022, "Composable Sparse Fine-Tuning for
+The file holds `diffs`, entries to add, and `abs`, whole values that replace a weight (a head, say); older files call
+them `body` and `head`. Entries are numbered with the first dimension running fastest. The first index is stored as it
+is, every other one as a step from its predecessor. Source: Ansell et al. 2022, "Composable Sparse Fine-Tuning for
 Cross-Lingual Transfer", and the files that cambridgeltl/composable-sft writes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from torch import Tensor
 from modular_experts.base import Base
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import index_dtype
-from modular_experts.interop.adapter import ForeignExpert
-from modular_experts.interop.compression import Exact
-from modular_experts.interop.pickles import read_pickle
+from modular_experts.interop.adapter import ImportedAdapter, read_pickle
+from modular_experts.interop.compression import Lossless
 
 __all__ = ["DIFF_FILE", "read_composable_sft"]
 
 DIFF_FILE = "pytorch_diff.bin"
+_FIELDS = {"size", "index_steps", "values"}
 
 
-def read_composable_sft(directory: Path, base: Base) -> ForeignExpert:
-    """Read a sparse fine-tuning; the base is read only for weights that it replaces as a whole.
+def read_composable_sft(directory: str | Path, base: str | Path | Base) -> ImportedAdapter:
+    """Read a sparse fine-tuning; of the base, only the weights that it replaces as a whole.
 
     Args:
         directory: Directory with `pytorch_diff.bin`.
@@ -39,59 +39,50 @@ def read_composable_sft(directory: Path, base: Base) -> ForeignExpert:
     Raises:
         ValueError: The file is damaged, would run code, is of another layout, or does not fit the base.
     """
-    file, structure = directory / DIFF_FILE, base.structure
+    base, file = Base.open(base), Path(directory) / DIFF_FILE
     content = read_pickle(file)
     diffs = content.get("diffs", content.get("body", {}))
     whole = content.get("abs", content.get("head")) or {}
-    _check_layout(file, diffs, whole)
-    for name, encoded in diffs.items():
-        structure.check(name, torch.Size(encoded["size"]), str(file))
-    for name, value in whole.items():
-        structure.check(name, value.shape, str(file))
-    settings = {"whole_weights": len(whole)} if whole else {}
-    return ForeignExpert(list(_deltas(file, diffs, whole, base)), "composable-sft", settings=settings)
-
-
-def _deltas(
-    file: Path, diffs: Mapping[str, Any], whole: Mapping[str, Tensor], base: Base
-) -> Iterator[tuple[str, Delta]]:
-    for name, encoded in diffs.items():
+    known = isinstance(diffs, Mapping) and isinstance(whole, Mapping) and (diffs or whole)
+    if (
+        not known
+        or not all(isinstance(item, Mapping) and item.keys() >= _FIELDS for item in diffs.values())
+        or not all(isinstance(item["values"], Tensor) for item in diffs.values())
+        or not all(isinstance(item, Tensor) for item in whole.values())
+    ):
+        raise ValueError(
+            f"{file} is not a fine-tuning of composable-sft: it should map 'diffs' to names with "
+            f"{', '.join(sorted(_FIELDS))}, and 'abs' to names with tensors"
+        )
+    shapes = {name: torch.Size(item["size"]) for name, item in diffs.items()}
+    for name, shape in [*shapes.items(), *((name, value.shape) for name, value in whole.items())]:
+        base.structure.check(name, shape, str(file))
+    deltas: list[tuple[str, Delta]] = []
+    for name, item in diffs.items():
         try:
-            yield base.structure.owners[name], _decode(encoded)
+            deltas.append((base.structure.owners[name], _decode(item)))
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {name} {error}") from error
     for name, value in whole.items():
-        yield base.structure.owners[name], Exact().of(value.float() - base.weights.read(name).float())
+        difference = value.float() - base.weights.read(name).float()
+        deltas.append((base.structure.owners[name], Lossless().compress(difference)))
+    settings = {"whole_weights": len(whole)} if whole else {}
+    return ImportedAdapter(deltas, "composable-sft", settings=settings)
 
 
-def _decode(encoded: Mapping[str, Any]) -> Sparse:
-    """Return the entries of one weight in the order of rows."""
-    shape = torch.Size(encoded["size"])
-    steps = torch.from_numpy(numpy.asarray(list(encoded["index_steps"]), dtype=numpy.int64))
-    values: Tensor = encoded["values"]
+def _decode(item: Mapping[str, Any]) -> Sparse:
+    """Return the entries of one weight in row-major order."""
+    shape = torch.Size(item["size"])
+    steps = torch.from_numpy(numpy.asarray(list(item["index_steps"]), dtype=numpy.int64))
+    values: Tensor = item["values"]
     if values.shape != steps.shape:
-        raise ValueError(f"has {steps.numel()} places for {values.numel()} values")
+        raise ValueError(f"has {steps.numel()} indices for {values.numel()} values")
     if (steps[1:] < 1).any() or (steps[:1] < 0).any() or int(steps.sum()) >= math.prod(shape):
-        raise ValueError(f"has places that are out of order, or outside of its shape {tuple(shape)}")
+        raise ValueError(f"has indices that are out of order, or outside of its shape {tuple(shape)}")
+    # Split each column-major index into its coordinates, and number them row-major.
     rest, indices = steps.cumsum(0), torch.zeros_like(steps)
     for dimension, size in enumerate(shape):
         indices += (rest % size) * math.prod(shape[dimension + 1 :])
         rest = rest // size
     indices, order = indices.sort()
     return Sparse(indices.to(index_dtype(shape)), values[order].float(), shape)
-
-
-def _check_layout(file: Path, diffs: Any, whole: Any) -> None:
-    """Refuse what is not a mapping of names to encoded entries, and of names to tensors."""
-    fields = {"size", "index_steps", "values"}
-    known = isinstance(diffs, Mapping) and isinstance(whole, Mapping) and (diffs or whole)
-    if (
-        not known
-        or not all(isinstance(item, Mapping) and fields <= item.keys() for item in diffs.values())
-        or not all(isinstance(item["values"], Tensor) for item in diffs.values())
-        or not all(isinstance(item, Tensor) for item in whole.values())
-    ):
-        raise ValueError(
-            f"{file} is no fine-tuning of composable-sft: it should map 'diffs' to names with "
-            f"{', '.join(sorted(fields))}, and 'abs' to names with tensors"
-        )

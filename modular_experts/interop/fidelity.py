@@ -1,6 +1,6 @@
-"""Accounts: what an import kept, told in numbers - what a lossy form lost, and whether an exact one gives the original.
+"""Measure what an import keeps: the loss of a lossy compression, and the rounding of a lossless one.
 
-Sums are taken in float64, a slice at a time, so that no second wide copy of a weight is made.
+Sums run in float64 over slices of a weight, so that no second wide copy of it is made.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
 
-__all__ = ["Account", "Entry", "weigh"]
+__all__ = ["ImportReport", "WeightReport", "measure_loss"]
 
-_SLICE = 2**22
+_SLICE = 2**22  # entries
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The account of one weight.
+class WeightReport:
+    """What an import kept of one weight.
 
     Attributes:
         entries: Entries of the weight.
         moved: Entries that differ from the base.
-        rounded: Entries that differ from it by nothing but the checkpoint's narrower dtype, and count as not moved.
+        rounded: Entries that equal the base's once that is rounded to the checkpoint's narrower dtype; they did not
+            move.
         energy: Squared Frobenius norm of the difference.
-        lost: Squared Frobenius norm of what the delta lacks of it.
-        missed: Entries where base plus delta, in the checkpoint's dtype, is not the checkpoint's entry by rounding;
-            not counted where something is lost.
-        farthest: The largest absolute difference among these.
+        lost: Squared Frobenius norm of what the delta lacks of the difference.
+        missed: Entries where base plus delta, rounded to the checkpoint's dtype, is not the checkpoint's entry; 0
+            for a lossy delta, whose misses are not counted.
+        farthest: Largest absolute difference among the missed entries.
     """
 
     entries: int
@@ -44,62 +45,64 @@ class Entry:
 
     @property
     def error(self) -> float:
-        """Frobenius norm of what is lost, as a share of that of the difference."""
+        """Frobenius norm of what is lost, as a share of the norm of the difference."""
         return math.sqrt(self.lost / self.energy) if self.energy else 0.0
 
 
 @dataclass
-class Account:
-    """The accounts of all weights that moved, and the number of those that did not."""
+class ImportReport:
+    """What an import kept of each weight that moved, and how many weights did not move (`same`)."""
 
-    weights: dict[str, Entry] = field(default_factory=dict)
+    weights: dict[str, WeightReport] = field(default_factory=dict)
     same: int = 0
 
-    def total(self) -> Entry:
-        """Return the account of all weights together."""
-        parts = list(self.weights.values())
-        sums = {name: sum(getattr(part, name) for part in parts) for name in Entry.__annotations__}
-        return Entry(**sums | {"farthest": max((part.farthest for part in parts), default=0.0)})
+    def total(self) -> WeightReport:
+        """Return the report of all weights together."""
+        reports = list(self.weights.values())
+        sums = {name: sum(getattr(report, name) for report in reports) for name in WeightReport.__annotations__}
+        return WeightReport(**sums | {"farthest": max((report.farthest for report in reports), default=0.0)})
 
     def record(self) -> dict[str, Any]:
-        """Return it as a record holds it: the whole, and the relative error of each weight that lost something."""
+        """Return the totals for a record, with the relative error of each weight that lost something."""
         total = self.total()
-        lossy = {name: part.error for name, part in sorted(self.weights.items()) if part.lost}
+        lossy = {name: report.error for name, report in sorted(self.weights.items()) if report.lost}
         shares = {"relative_error": total.error, "energy_kept": 1 - total.error**2}
         return {**asdict(total), "same_weights": self.same, **shares, "relative_errors": lossy}
 
 
-def weigh(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) -> Entry:
-    """Return the account of one weight.
+def measure_loss(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) -> WeightReport:
+    """Compare a stored delta of one weight with the checkpoint that it was made from.
 
     Args:
         base: The weight of the base, as stored.
         tuned: The weight of the fine-tuned checkpoint, as stored, of the same shape.
-        difference: How far it moved, in float32.
-        delta: What is stored of that.
+        difference: How far the weight moved, in float32.
+        delta: What is stored of the difference.
     """
     same = base.to(tuned.dtype) == tuned
-    common = torch.promote_types(base.dtype, tuned.dtype)
-    rounded = _count(same & (base.to(common) != tuned.to(common))) if base.dtype != tuned.dtype else 0
-    moved = difference.numel() - _count(same)
-    lost = 0.0 if isinstance(delta, Dense) else _squares((-delta).add_to(difference.clone()))
-    missed, farthest = (0, 0.0) if lost else _distance(base, tuned, delta)
-    return Entry(difference.numel(), moved, rounded, _squares(difference), lost, missed, farthest)
+    rounded = 0
+    if base.dtype != tuned.dtype:
+        common = torch.promote_types(base.dtype, tuned.dtype)
+        rounded = int((same & (base.to(common) != tuned.to(common))).count_nonzero())
+    lost = 0.0 if isinstance(delta, Dense) else _squared_norm((-delta).add_to(difference.clone()))
+    missed, farthest = 0, 0.0
+    if not lost:
+        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        restored = delta.add_to(wide).to(tuned.dtype)
+        wrong = restored != tuned
+        gaps = restored[wrong].double() - tuned[wrong].double()
+        missed, farthest = gaps.numel(), gaps.abs().max().item() if gaps.numel() else 0.0
+    return WeightReport(
+        entries=difference.numel(),
+        moved=difference.numel() - int(same.count_nonzero()),
+        rounded=rounded,
+        energy=_squared_norm(difference),
+        lost=lost,
+        missed=missed,
+        farthest=farthest,
+    )
 
 
-def _distance(base: Tensor, tuned: Tensor, delta: Delta) -> tuple[int, float]:
-    """Return how many entries base plus delta misses, and by how much at most."""
-    wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-    restored = delta.add_to(wide).to(tuned.dtype)
-    wrong = restored != tuned
-    gaps = restored[wrong].double() - tuned[wrong].double()
-    return gaps.numel(), gaps.abs().max().item() if gaps.numel() else 0.0
-
-
-def _squares(tensor: Tensor) -> float:
-    wide = (part.double() for part in tensor.reshape(-1).split(_SLICE))
-    return math.fsum(torch.dot(part, part).item() for part in wide)
-
-
-def _count(mask: Tensor) -> int:
-    return int(torch.count_nonzero(mask))
+def _squared_norm(tensor: Tensor) -> float:
+    wide = (chunk.double() for chunk in tensor.reshape(-1).split(_SLICE))
+    return math.fsum(torch.dot(chunk, chunk).item() for chunk in wide)

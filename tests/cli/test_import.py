@@ -14,7 +14,7 @@ from modular_experts.__main__ import main
 from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
-from modular_experts.interop.adapter import ForeignExpert
+from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.library import open_expert
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -184,7 +184,7 @@ def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeyp
         ("model.layers.0.self_attn.qproj.weight", (32, 32), f"has no such weight; did you mean {Q}"),
         (Q, (32, 31), "as a weight of shape (32, 31), and in base it has (32, 32)"),
     ):
-        foreign = ForeignExpert([(Q, Sparse.zero((32, 32))), (name, Sparse.zero(shape))], "LORA")
+        foreign = ImportedAdapter([(Q, Sparse.zero((32, 32))), (name, Sparse.zero(shape))], "LORA")
         monkeypatch.setattr(import_room, "read_peft", lambda *_, given=foreign: given)
         code, _, err = run("import", "--source", "lora", "--out", "library/x")
         assert code == 1
@@ -207,14 +207,14 @@ MISTAKES = [
     (["--source", "nothing", *X], 1, "looked for adapter_config.json (a PEFT adapter), pytorch_diff.bin (composable-"
      "sft) and config.json with *.safetensors (a full checkpoint); it has notes.txt"),
     (["--source", "library", *X], 1, "source 'library' was not found"),
-    (["--source", "./no-where", *X], 1, "is no directory, and it is no hub id"),
-    (["--source", "owner/nowhere", *X], 1, "the hub does not give it under that id (HF_HUB_OFFLINE is set, no copy"),
+    (["--source", "./no-where", *X], 1, "is not a directory, and it is not a hub id"),
+    (["--source", "owner/nowhere", *X], 1, "as a hub id it is not in the local cache (HF_HUB_OFFLINE is set)"),
     (["--source", "sft/pytorch_diff.bin", *X], 1, "is a file; give the directory"),
     (["--source", "sft", *X], 1, "sft does not name its base; give it with base"),
     (["--source", "tuned", *X], 1, "tuned does not name its base; give it with base"),
     (["--source", "sft", "--base", "nowhere", *X], 1, "base 'nowhere' was not found"),
-    (["--source", "sft", "--base", "base", "--keep_ratio", "0.1", *X], 1, "no full checkpoint but a composable-sft"),
-    (["--source", "lora", "--rank", "1", *X], 1, "lora is no full checkpoint but a PEFT adapter, which"),
+    (["--source", "sft", "--base", "base", "--keep_ratio", "0.1", *X], 1, "sft (composable-sft) is not a full"),
+    (["--source", "lora", "--rank", "1", *X], 1, "lora (PEFT adapter) is not a full checkpoint"),
     (["--source", "lora", "--vocab", "intersect", *X], 1, "leave out keep_ratio, rank and vocab"),
     (["--source", "tuned", "--base", "half", "--keep_ratio", "2", *X], 1, "keep_ratio must be in (0, 1], got 2.0"),
     (["--source", "tuned", "--base", "half", "--rank", "0", *X], 1, "rank must be at least 1, got 0"),

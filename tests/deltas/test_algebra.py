@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
 
-from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.deltas.algebra import inner, inner_by_row
+from modular_experts.deltas import Dense, LowRank, Sparse, add
+from modular_experts.deltas.algebra import inner, inner_by_row, truncated_svd
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -64,3 +65,18 @@ def test_weight_of_more_dimensions_has_a_row_for_each_of_the_first():
     indices = torch.tensor([0, 5, 6, 11])
     sparse = Sparse(indices, torch.ones(4), torch.Size((2, 3, 2)))
     assert inner_by_row(Dense(values), sparse).tolist() == [5.0, 17.0]
+
+
+@pytest.mark.parametrize(("form", "shape"), [("Dense", (12, 20)), ("Sparse", (20, 12)), ("LowRank", (20, 12))])
+def test_truncated_svd_is_the_nearest_delta_of_a_rank(form, shape):
+    for rank in (1, 3, 8):
+        delta = random_delta(form, shape, 5, torch.float32)
+        if form == "LowRank":
+            delta = add([random_delta(form, shape, seed, torch.float32) for seed in (1, 3, 5)])
+        product, lost = truncated_svd(delta, rank)
+        exact = delta.up.double() @ delta.down.double() if form == "LowRank" else delta.dense().double()
+        left, values, right = numpy.linalg.svd(exact.numpy(), full_matrices=False)
+        nearest = torch.from_numpy(left[:, :rank] * values[:rank] @ right[:rank])
+        assert product.rank <= rank
+        torch.testing.assert_close(product.dense().double(), nearest, rtol=0, atol=1e-5)
+        assert lost == pytest.approx((values[rank:] ** 2).sum(), rel=1e-9, abs=1e-9)

@@ -1,4 +1,4 @@
-"""Forms: the kinds of PEFT adapter that an expert can be written as, and what they have in common."""
+"""Encode deltas as the tensors of a PEFT adapter: LoRA, SHiRA or Super-Tuning."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from torch import Tensor, nn
 
 from modular_experts.base.structure import is_embedding, is_linear, is_transposed
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
-from modular_experts.interop.compression import Exact
+from modular_experts.interop.compression import Lossless
 
-__all__ = ["Carried", "LoraForm", "PeftForm", "ShiraForm", "SupertuningForm", "best_rank", "total_error"]
+__all__ = ["EncodedWeight", "LoraFormat", "PeftFormat", "ShiraFormat", "SupertuningFormat"]
 
 
 @dataclass(frozen=True)
-class Carried:
-    """How an adapter carries one weight.
+class EncodedWeight:
+    """One weight as an adapter stores it.
 
     Attributes:
         delta: The delta that the adapter stands for.
-        tensors: Its tensors, by the last part of their key.
+        tensors: The adapter's tensors, by the last part of their key.
         energy: Squared Frobenius norm of the expert's delta.
-        lost: The same of what the adapter lacks of it.
-        padding: Entries of value zero that the format asks for and the expert does not have.
+        lost: Squared Frobenius norm of what the adapter lacks of it.
+        padding: Number of zero entries that the format requires and the expert does not have.
     """
 
     delta: Delta
@@ -41,42 +42,32 @@ class Carried:
 
     @property
     def kept_energy(self) -> float:
-        """Share of the energy that is carried, in [0, 1]."""
+        """Share of the energy that the adapter keeps, in [0, 1]."""
         return 1.0 - self.lost / self.energy if self.energy else 1.0
 
     @property
     def relative_error(self) -> float:
-        """Frobenius norm of what is lost, as a share of that of the delta."""
+        """Frobenius norm of what is lost, as a share of the norm of the delta."""
         return math.sqrt(self.lost / self.energy) if self.energy else 0.0
 
-    def numbers(self) -> dict[str, Any]:
-        """Return what a manifest says about the weight."""
-        return {
-            "form": type(self.delta).__name__,
-            "kept": getattr(self.delta, "rank", self.delta.support_size),
-            "padding": self.padding,
-            "kept_energy": self.kept_energy,
-            "relative_error": self.relative_error,
-        }
 
-
-class PeftForm(ABC):
-    """A kind of PEFT adapter.
+class PeftFormat(ABC):
+    """A kind of PEFT adapter that an expert can be written as.
 
     Attributes:
-        peft_type: What PEFT calls it.
-        carries: Which modules' weights it can move, in words.
+        peft_type: PEFT's name for it.
+        modules: The modules whose weights it can move, in words.
     """
 
     peft_type: ClassVar[str]
-    carries: ClassVar[str]
+    modules: ClassVar[str]
 
     @abstractmethod
-    def takes(self, module: nn.Module) -> bool:
-        """Return whether the weight of this module can be moved."""
+    def supports(self, module: nn.Module) -> bool:
+        """Return whether the format can move the weight of a module."""
 
-    def settle(self, deltas: Iterable[tuple[str, Delta]]) -> PeftForm:
-        """Return the form with what is one for all modules, such as a sparsity, chosen for these deltas.
+    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> PeftFormat:
+        """Return the format with the settings that all modules share, such as a sparsity, chosen for these deltas.
 
         Raises:
             ValueError: No choice suits them all.
@@ -84,87 +75,57 @@ class PeftForm(ABC):
         return self
 
     @abstractmethod
-    def carry(self, name: str, module: nn.Module, delta: Delta) -> Carried:
-        """Return a delta as the adapter carries it.
+    def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
+        """Encode the delta of one weight.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The format cannot store it.
         """
 
     @abstractmethod
-    def configuration(self, modules: Mapping[str, nn.Module], carried: Mapping[str, Carried]) -> dict[str, Any]:
-        """Return the fields of `adapter_config.json` that are this form's own."""
-
-
-def total_error(carried: Mapping[str, Carried]) -> float:
-    """Return the relative error of all weights together."""
-    energy = sum(weight.energy for weight in carried.values())
-    return math.sqrt(sum(weight.lost for weight in carried.values()) / energy) if energy else 0.0
-
-
-def best_rank(delta: Delta, rank: int) -> tuple[LowRank, float]:
-    """Return the nearest delta of a rank, in float32, and the squared Frobenius norm of what is lost.
-
-    A delta that has that rank or less as it is written is returned as it is; then nothing is lost.
-
-    Args:
-        delta: A delta `(out, in)`.
-        rank: At least 1.
-    """
-    if isinstance(delta, LowRank) and delta.rank <= rank:
-        return LowRank(delta.up.float(), delta.down.float()), 0.0
-    if isinstance(delta, LowRank):
-        basis, core = torch.linalg.qr(delta.up.double())
-        up, down, lost = _project(core @ delta.down.double(), rank)
-        return LowRank((basis @ up).float(), down.float()), lost
-    matrix = delta.dense().double()
-    if matrix.shape[0] <= matrix.shape[1]:
-        up, down, lost = _project(matrix, rank)
-    else:
-        down, up, lost = _project(matrix.T, rank)
-        up, down = up.T, down.T
-    return LowRank(up.float().contiguous(), down.float().contiguous()), lost
-
-
-def _project(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return `(rows, rank)`, `(rank, columns)` and the squared norm of the rest; few rows are quick."""
-    energies, directions = torch.linalg.eigh(matrix @ matrix.T)  # in ascending order
-    kept = directions[:, -rank:].flip(1)
-    return kept, kept.T @ matrix, energies[:-rank].clamp(min=0).sum().item()
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+        """Return the fields of `adapter_config.json` that belong to this format alone."""
 
 
 @dataclass(frozen=True)
-class LoraForm(PeftForm):
-    """A LoRA adapter, whose factors multiply to the delta: `lora_alpha` is the rank, so nothing is scaled.
+class LoraFormat(PeftFormat):
+    """A LoRA adapter, whose factors multiply to the delta: `lora_alpha` is the rank, so PEFT scales by one.
 
     Args:
-        rank: Largest rank. A low-rank delta up to it stays exact; any other one becomes its best approximation of that
-            rank. Without it only low-rank deltas are carried, of whatever rank, exactly.
+        rank: Largest rank. A low-rank delta up to it stays exact; any other one becomes its best approximation of
+            that rank. Without it only low-rank deltas can be written, of whatever rank, exactly.
     """
 
     rank: int | None = None
 
     peft_type = "LORA"
-    carries = "Linear, Conv1D and Embedding"
+    modules = "Linear, Conv1D and Embedding"
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
-    def takes(self, module: nn.Module) -> bool:
+    def supports(self, module: nn.Module) -> bool:
         return is_linear(module) or is_transposed(module) or is_embedding(module)
 
-    def carry(self, name: str, module: nn.Module, delta: Delta) -> Carried:
+    def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         if self.rank is None and not isinstance(delta, LowRank):
             raise ValueError(
-                f"the delta of {name} is {type(delta).__name__} and no product of two factors; give a rank to "
+                f"the delta of {name} is {type(delta).__name__}, not a product of two factors; give a rank to "
                 "approximate it, or export a sparse expert as supertuning or shira"
             )
-        product, lost = best_rank(delta, self.rank or min(delta.shape) + max(delta.shape))
-        return Carried(product, _tensors(module, product), delta.norm() ** 2, lost)
+        largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
+        product, lost = truncated_svd(delta, self.rank or largest)
+        if is_linear(module):
+            tensors = {"lora_A.weight": product.down, "lora_B.weight": product.up}
+        elif is_embedding(module):
+            tensors = {"lora_embedding_A": product.up.T, "lora_embedding_B": product.down.T}
+        else:
+            tensors = {"lora_A.weight": product.up.T, "lora_B.weight": product.down.T}
+        return EncodedWeight(product, tensors, delta.norm() ** 2, lost)
 
-    def configuration(self, modules: Mapping[str, nn.Module], carried: Mapping[str, Carried]) -> dict[str, Any]:
-        ranks = {name.removesuffix(".weight"): weight.delta.rank for name, weight in carried.items()}  # type: ignore[attr-defined]
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
+        ranks = {name.removesuffix(".weight"): weight.delta.rank for name, weight in encoded.items()}  # type: ignore[attr-defined]
         usual = max(Counter(ranks.values()).items(), key=lambda item: item[::-1])[0]
         others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
         return {
@@ -180,48 +141,48 @@ class LoraForm(PeftForm):
         }
 
 
-def _tensors(module: nn.Module, delta: LowRank) -> dict[str, Tensor]:
-    if is_linear(module):
-        return {"lora_A.weight": delta.down, "lora_B.weight": delta.up}
-    if is_embedding(module):
-        return {"lora_embedding_A": delta.up.T, "lora_embedding_B": delta.down.T}
-    return {"lora_A.weight": delta.up.T, "lora_B.weight": delta.down.T}
+class _SparseFormat(PeftFormat):
+    """What the two sparse formats share: a fixed number of entries for each shape, filled up with zeros."""
 
+    modules = "Linear"
 
-class _Entries(PeftForm):
-    """What both have in common."""
-
-    carries = "Linear"
-
-    def takes(self, module: nn.Module) -> bool:
+    def supports(self, module: nn.Module) -> bool:
         return is_linear(module)
 
     @abstractmethod
     def entries(self, shape: torch.Size) -> int:
-        """Return how many entries a weight of this shape has in the adapter."""
+        """Return how many entries the adapter has in a weight of this shape."""
 
     @abstractmethod
     def tensors(self, delta: Sparse) -> dict[str, Tensor]:
         """Return the tensors of one module."""
 
-    def carry(self, name: str, module: nn.Module, delta: Delta) -> Carried:
+    def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         sparse = _as_sparse(name, delta)
-        filled = _filled(sparse, self.entries(sparse.shape))
-        padding = filled.support_size - sparse.support_size
-        return Carried(filled, self.tensors(filled), delta.norm() ** 2, padding=padding)
+        padding = self.entries(sparse.shape) - sparse.support_size
+        assert padding >= 0
+        # Put the padding at unused entries, spread evenly over the weight.
+        unused = torch.ones(sparse.shape.numel(), dtype=torch.bool)
+        unused[sparse.indices.long()] = False
+        free = unused.nonzero()[:, 0]
+        chosen = free[torch.arange(padding) * free.numel() // max(padding, 1)]
+        indices, order = torch.cat([sparse.indices.long(), chosen]).sort()
+        values = torch.cat([sparse.values.float(), torch.zeros(padding)])[order]
+        filled = Sparse(indices.to(sparse.indices.dtype), values, sparse.shape)
+        return EncodedWeight(filled, self.tensors(filled), delta.norm() ** 2, padding=padding)
 
 
 @dataclass(frozen=True)
-class ShiraForm(_Entries):
-    """A SHiRA adapter."""
+class ShiraFormat(_SparseFormat):
+    """A SHiRA adapter, with `r * (out + in)` entries in a weight and one `r` for all of them."""
 
     _r: int = 0
 
     peft_type = "SHIRA"
 
-    def settle(self, deltas: Iterable[tuple[str, Delta]]) -> ShiraForm:
+    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> ShiraFormat:
         kept = [(name, _as_sparse(name, delta).support_size, delta.shape) for name, delta in deltas]
-        r = max(1, *(math.ceil(some / sum(shape)) for _, some, shape in kept))
+        r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
         for name, _, shape in kept:
             if r * sum(shape) > shape.numel():
                 raise ValueError(
@@ -234,66 +195,58 @@ class ShiraForm(_Entries):
         return self._r * sum(shape)
 
     def tensors(self, delta: Sparse) -> dict[str, Tensor]:
-        places = torch.stack(rows_and_columns(delta.indices, delta.shape)).to(torch.int32)
-        return {"shira_weight": delta.values, "shira_indices": places}
+        indices = torch.stack(rows_and_columns(delta.indices, delta.shape)).to(torch.int32)
+        return {"shira_weight": delta.values, "shira_indices": indices}
 
-    def configuration(self, modules: Mapping[str, nn.Module], carried: Mapping[str, Carried]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
         return {"r": self._r, "mask_type": "random", "fan_in_fan_out": False, "init_weights": True}
 
 
 @dataclass(frozen=True)
-class SupertuningForm(_Entries):
-    """A Super-Tuning adapter."""
+class SupertuningFormat(_SparseFormat):
+    """A Super-Tuning adapter, with one sparsity for all weights."""
 
     _sparsity: float = 0.0
 
     peft_type = "SUPERTUNING"
 
-    def settle(self, deltas: Iterable[tuple[str, Delta]]) -> SupertuningForm:
-        kept = [(name, max(_as_sparse(name, delta).support_size, 1), delta.shape.numel()) for name, delta in deltas]
-        for name, _, size in kept:
-            if size >= 2**31:
-                raise ValueError(f"{name} has {size} entries, more than Super-Tuning's indices can number; use apply")
-        sparsity = 1.0 - max(some / size for _, some, size in kept)
-        while any(_entries_at(sparsity, size) < some for _, some, size in kept):
-            sparsity = math.nextafter(sparsity, 0.0)  # rounding has cost an entry
-        return replace(self, _sparsity=sparsity)
+    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> SupertuningFormat:
+        kept = [(name, max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in deltas]
+        for name, _, shape in kept:
+            if shape.numel() >= 2**31:
+                raise ValueError(
+                    f"{name} has {shape.numel()} entries, more than Super-Tuning's indices can number; use apply"
+                )
+        sparsity = 1.0 - max(entries / shape.numel() for _, entries, shape in kept)
+        fitted = replace(self, _sparsity=sparsity)
+        while any(fitted.entries(shape) < entries for _, entries, shape in kept):  # rounding has cost an entry
+            sparsity = math.nextafter(sparsity, 0.0)
+            fitted = replace(self, _sparsity=sparsity)
+        return fitted
 
     def entries(self, shape: torch.Size) -> int:
-        return _entries_at(self._sparsity, shape.numel())
+        return int(shape.numel() * (1 - self._sparsity))  # PEFT's own arithmetic, rounding included
 
     def tensors(self, delta: Sparse) -> dict[str, Tensor]:
         return {"supertuning_values": delta.values, "supertuning_indices": delta.indices.to(torch.int32)}
 
-    def configuration(self, modules: Mapping[str, nn.Module], carried: Mapping[str, Carried]) -> dict[str, Any]:
+    def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
         return {"sparsity": self._sparsity, "select_top": True, "init_weights": True, "save_precomputed_indices": True}
 
 
-def _entries_at(sparsity: float, size: int) -> int:
-    return int(size * (1 - sparsity))  # written as PEFT computes it, rounding included
-
-
 def _as_sparse(name: str, delta: Delta) -> Sparse:
+    """Return a delta by its entries; a merge may have made it dense in form while few entries move.
+
+    Raises:
+        ValueError: Too many entries move.
+    """
     if isinstance(delta, BlockSparse):
         delta = delta.as_sparse()
     elif isinstance(delta, Dense):
-        delta = Exact().of(delta.values)  # it may be dense in form only
+        delta = Lossless().compress(delta.values)
     if not isinstance(delta, Sparse):
         raise ValueError(
             f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it as lora, "
             "with a rank to approximate it, or as a full checkpoint with apply"
         )
     return delta
-
-
-def _filled(delta: Sparse, entries: int) -> Sparse:
-    """Return the delta with zeros at unused places, until it has so many entries."""
-    missing = entries - delta.support_size
-    assert missing >= 0
-    unused = torch.ones(delta.shape.numel(), dtype=torch.bool)
-    unused[delta.indices.long()] = False
-    free = unused.nonzero()[:, 0]
-    chosen = free[torch.arange(missing) * free.numel() // max(missing, 1)]
-    indices, order = torch.cat([delta.indices.long(), chosen]).sort()
-    values = torch.cat([delta.values.float(), torch.zeros(missing)])[order]
-    return Sparse(indices.to(delta.indices.dtype), values, delta.shape)

@@ -1,6 +1,6 @@
-"""Proof: an adapter that was written is loaded onto its base again, and must compute what the deltas in memory do.
+"""Verify a written adapter: load it onto its base again, and compare its logits with those of the deltas in memory.
 
-PEFT itself loads it where it is installed; else our own reader does.
+PEFT loads it where PEFT is installed; elsewhere this package's own reader does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.interop.peft.read import read_peft
 
-__all__ = ["AdapterCheck", "prove"]
+__all__ = ["AdapterCheck", "verify_adapter"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class AdapterCheck:
 
     Attributes:
         largest_difference: Largest absolute difference of a logit over the fixed prompts.
-        mean_difference: The mean of the same.
-        tolerance: The largest that is accepted.
+        mean_difference: Mean absolute difference of a logit.
+        tolerance: Largest accepted difference.
         prompts: Shape of the prompts, `(rows, tokens)`.
         loaded_with: What loaded it: `peft` and its version, or `modular-experts` where PEFT is not installed.
         largest_approximation: Largest absolute difference of a logit between the adapter and the expert itself; 0 if
-            the adapter carries all of it.
-        mean_approximation: The mean of the same.
+            the adapter is lossless.
+        mean_approximation: Mean absolute difference of a logit between the two.
     """
 
     largest_difference: float
@@ -48,63 +48,64 @@ class AdapterCheck:
     mean_approximation: float
 
 
-def prove(
+def verify_adapter(
     base: Base,
     directory: Path,
     peft_type: str,
-    carried: Mapping[str, Delta],
+    encoded: Mapping[str, Delta],
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter onto its base in float32, and compare.
+    """Load an adapter and compare it with the deltas that it stands for, on the base in float32.
 
     Args:
         base: The base.
         directory: The adapter.
-        peft_type: Its kind.
-        carried: The deltas that the adapter stands for.
-        expert: Those of the expert, where the adapter only approximates them.
+        peft_type: PEFT's name for its kind.
+        encoded: The deltas that the adapter stands for.
+        expert: The expert's own deltas, where the adapter only approximates them.
         tolerance: Largest accepted difference of a logit.
 
     Raises:
-        ValueError: The difference is larger, or PEFT does not find in the adapter what it looks for.
+        ValueError: A logit differs by more, or PEFT misses a tensor in the adapter.
     """
     model = base.load("float32")
     prompts = fixed_prompts(model)
-    with applied(model, [carried]):
+    with applied(model, [encoded]):
         reference = logits(model, prompts)
-    apart = (0.0, 0.0)
+    approximation = (0.0, 0.0)
     if expert is not None:
         with applied(model, [expert]):
-            apart = difference(logits(model, prompts), reference)
-    found, loader = _with_peft(model, directory, peft_type, prompts) or _with_reader(model, base, directory, prompts)
+            approximation = difference(logits(model, prompts), reference)
+    found = _logits_with_peft(model, directory, peft_type, prompts)  # PEFT leaves the adapter in the model
+    if found is not None:
+        loader = f"peft {metadata.version('peft')}"
+    else:
+        loader = "modular-experts"
+        with applied(model, [dict(read_peft(directory, base).deltas)]):
+            found = logits(model, prompts)
     largest, mean = difference(found, reference)
-    if not largest <= tolerance:  # written so that a difference that is not a number is refused too
+    if not largest <= tolerance:  # written so that NaN is refused too
         raise ValueError(
             f"the adapter was not written: loaded again with {loader}, its logits differ by {largest:.3g} from those "
             f"of base plus deltas in memory, and the tolerance is {tolerance:.3g}"
         )
-    return AdapterCheck(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), loader, *apart)
+    return AdapterCheck(largest, mean, tolerance, (prompts.shape[0], prompts.shape[1]), loader, *approximation)
 
 
-def _with_peft(model: PreTrainedModel, directory: Path, peft_type: str, prompts: Tensor) -> tuple[Tensor, str] | None:
-    """Return the logits of base and adapter by PEFT, or nothing where it is missing or too old for this kind."""
+def _logits_with_peft(model: PreTrainedModel, directory: Path, peft_type: str, prompts: Tensor) -> Tensor | None:
+    """Return the logits of base and adapter by PEFT, or None where PEFT is missing or too old for this kind."""
     try:
         from peft import PeftModel, PeftType
     except ImportError:
         return None
     if peft_type not in PeftType.__members__:
         return None
-    # PEFT warns of much that is its own; one warning would say that the adapter is not what PEFT takes it for.
-    with quiet(), warnings.catch_warnings(record=True) as said:
+    # PEFT warns of many things; only one warning means that the adapter lacks what PEFT looks for.
+    with quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = logits(PeftModel.from_pretrained(model, directory), prompts)
-    for warning in said:
+    for warning in caught:
         if "missing adapter keys" in str(warning.message):
-            raise ValueError(f"the adapter was not written: PEFT says of it: {warning.message}")
-    return found, f"peft {metadata.version('peft')}"
-
-
-def _with_reader(model: PreTrainedModel, base: Base, directory: Path, prompts: Tensor) -> tuple[Tensor, str]:
-    with applied(model, [dict(read_peft(directory, base).deltas)]):
-        return logits(model, prompts), "modular-experts"
+            raise ValueError(f"the adapter was not written: PEFT warns: {warning.message}")
+    return found
