@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Step
 __all__ = ["Deviation", "deviations"]
 
 
-@dataclass(frozen=True)
-class Deviation:
+class Deviation(NamedTuple):
     """One thing that is done in another way than by mergekit.
 
     Attributes:

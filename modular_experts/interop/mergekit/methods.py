@@ -9,29 +9,11 @@ exactly that number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from modular_experts.methods import (
-    DARE,
-    DARETIES,
-    DELLA,
-    RAM,
-    SCE,
-    SLERP,
-    TIES,
-    Average,
-    Breadcrumbs,
-    BreadcrumbsTIES,
-    DELLALinear,
-    Karcher,
-    MergeMethod,
-    ModelStock,
-    MultiSLERP,
-    NuSLERP,
-    RAMPlus,
-    TaskArithmetic,
-)
+import modular_experts.methods as ours
+from modular_experts.methods import MergeMethod
 from modular_experts.text import did_you_mean
 
 __all__ = ["METHODS", "Method", "Parameters", "find_method", "silent_models"]
@@ -61,6 +43,10 @@ class Parameters:
     overall: Mapping[str, float]
 
 
+_Build = Callable[[Parameters], MergeMethod]
+_Settings = Callable[[Parameters], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Method:
     """A merge method of mergekit.
@@ -75,9 +61,9 @@ class Method:
         models: Number of models that it takes beside the base; None for any number.
     """
 
-    build: Callable[[Parameters], MergeMethod]
-    each: Mapping[str, float | None] = field(default_factory=dict)
-    overall: Mapping[str, float | None] = field(default_factory=dict)
+    build: _Build
+    each: Mapping[str, float | None]
+    overall: Mapping[str, float | None]
     on_deltas: bool | None = True
     base: bool = True
     models: int | None = None
@@ -86,20 +72,20 @@ class Method:
 def _linear(given: Parameters) -> MergeMethod:
     weights = given.each["weight"]
     if not given.overall["normalize"]:
-        return TaskArithmetic(weights=weights)
+        return ours.TaskArithmetic(weights=weights)
     if sum(weights) == 0:
         raise ValueError(
             f"the weights of the models sum to zero for {given.name}, so normalize would divide by zero; give other "
             "weights, or write normalize: false"
         )
-    return Average(weights=weights)
+    return ours.Average(weights=weights)
 
 
 def _nuslerp(given: Parameters) -> MergeMethod:
     weights = given.each["weight"]
     own_angles = not given.overall["nuslerp_flatten"]
     columns = bool(given.overall["nuslerp_row_wise"])  # mergekit's rows are the columns of the stored weight
-    return NuSLERP(
+    return ours.NuSLERP(
         weights=None if abs(sum(weights)) < 1e-6 else weights,
         row_wise=own_angles and not columns,
         column_wise=own_angles and columns,
@@ -109,14 +95,18 @@ def _nuslerp(given: Parameters) -> MergeMethod:
 
 def _multislerp(given: Parameters) -> MergeMethod:
     weights = given.each["weight"]
-    return MultiSLERP(weights=weights, scale=1.0 if given.overall["normalize_weights"] else sum(weights))
+    return ours.MultiSLERP(weights=weights, scale=1.0 if given.overall["normalize_weights"] else sum(weights))
+
+
+def _karcher(given: Parameters) -> MergeMethod:
+    return ours.Karcher(max_iterations=int(given.overall["max_iter"]), tolerance=given.overall["tol"])
 
 
 def _task_arithmetic(given: Parameters) -> MergeMethod:
     weights, scale = given.each["weight"], given.overall["lambda"]
     if given.overall["normalize"] and abs(sum(weights)) >= _CANCELLED:
-        return Average(weights=weights, scale=scale)
-    return TaskArithmetic(weights=weights, scale=scale)
+        return ours.Average(weights=weights, scale=scale)
+    return ours.TaskArithmetic(weights=weights, scale=scale)
 
 
 def _summed(given: Parameters) -> dict[str, Any]:
@@ -188,33 +178,28 @@ def _random(given: Parameters) -> dict[str, Any]:
     return {"keep": _densities(given), "seed": given.seed, **by_rank}
 
 
-_Settings = Callable[[Parameters], Mapping[str, Any]]
+def _sce(given: Parameters) -> MergeMethod:
+    return ours.SCE(keep=min(max(given.overall["select_topk"], 0.0), 1.0), preset="mergekit")
 
 
-def _pruning(
-    kind: Callable[..., MergeMethod], keep: _Settings, join: _Settings, normalize: bool = False, **each: float
-) -> Method:
-    """Return a method that prunes task vectors and joins what survives.
+def _model_stock(given: Parameters) -> MergeMethod:
+    return ours.ModelStock(row_wise=bool(given.overall["filter_wise"]), preset="mergekit")
 
-    Args:
-        kind: Our class.
-        keep: Function that gives the settings of the pruning.
-        join: Function that gives the settings of the sum or of the sign election.
-        normalize: mergekit's default of `normalize`.
-        each: Further parameters with a value for every model.
-    """
-    overall = {"normalize": float(normalize), "rescale": float(keep is _random), "lambda": 1.0, "int8_mask": 0.0}
-    return Method(lambda given: kind(**keep(given), **join(given)), {"weight": None, "density": 1.0, **each}, overall)
+
+def _pruned(kind: Callable[..., MergeMethod], keep: _Settings, join: _Settings) -> _Build:
+    """Return a builder for our class from the settings of its pruning and of the sum or sign election after it."""
+    return lambda given: kind(**keep(given), **join(given))
+
+
+def _on_task_vectors(build: _Build, normalize: bool = False, rescale: bool = False, **each: float) -> Method:
+    """Return a method on task vectors, with mergekit's defaults; parameters in `each` have a value for every model."""
+    overall = {"normalize": float(normalize), "rescale": float(rescale), "lambda": 1.0, "int8_mask": 0.0}
+    return Method(build, {"weight": None, "density": 1.0, **each}, overall)
 
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(_linear, {"weight": None}, {"normalize": 1.0}, on_deltas=False, base=False),
-    "slerp": Method(
-        lambda given: SLERP(t=given.overall["t"]),
-        overall={"t": None},
-        on_deltas=False,
-        models=1,
-    ),
+    "slerp": Method(lambda given: ours.SLERP(t=given.overall["t"]), {}, {"t": None}, on_deltas=False, models=1),
     "nuslerp": Method(
         _nuslerp,
         {"weight": None},
@@ -226,34 +211,19 @@ METHODS: Mapping[str, Method] = {
     "multislerp": Method(
         _multislerp, {"weight": None}, {"normalize_weights": 1.0, "eps": 1e-8}, on_deltas=None, base=False
     ),
-    "karcher": Method(
-        lambda given: Karcher(max_iterations=int(given.overall["max_iter"]), tolerance=given.overall["tol"]),
-        overall={"max_iter": 10.0, "tol": 1e-5},
-        on_deltas=False,
-        base=False,
-    ),
-    "task_arithmetic": Method(
-        _task_arithmetic,
-        {"weight": None, "density": 1.0},
-        {"normalize": 0.0, "rescale": 0.0, "lambda": 1.0, "int8_mask": 0.0},
-    ),
-    "ties": _pruning(TIES, _largest, _elected, normalize=True),
-    "dare_linear": _pruning(DARE, _random, _summed),
-    "dare_ties": _pruning(DARETIES, _random, _elected),
-    "breadcrumbs": _pruning(Breadcrumbs, _band, _summed, gamma=0.01),
-    "breadcrumbs_ties": _pruning(BreadcrumbsTIES, _band, _elected, gamma=0.01),
-    "della": _pruning(DELLA, _random, _elected, normalize=True, epsilon=0.15),
-    "della_linear": _pruning(DELLALinear, _random, _summed, epsilon=0.15),
-    "sce": Method(
-        lambda given: SCE(keep=min(max(given.overall["select_topk"], 0.0), 1.0), preset="mergekit"),
-        overall={"select_topk": 1.0, "int8_mask": 0.0},
-    ),
-    "ram": Method(lambda given: RAM(**given.overall), overall={"epsilon": 1e-5}),
-    "ramplus_tl": Method(lambda given: RAMPlus(**given.overall), overall={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
-    "model_stock": Method(
-        lambda given: ModelStock(row_wise=bool(given.overall["filter_wise"]), preset="mergekit"),
-        overall={"filter_wise": 0.0},
-    ),
+    "karcher": Method(_karcher, {}, {"max_iter": 10.0, "tol": 1e-5}, on_deltas=False, base=False),
+    "task_arithmetic": _on_task_vectors(_task_arithmetic),
+    "ties": _on_task_vectors(_pruned(ours.TIES, _largest, _elected), normalize=True),
+    "dare_linear": _on_task_vectors(_pruned(ours.DARE, _random, _summed), rescale=True),
+    "dare_ties": _on_task_vectors(_pruned(ours.DARETIES, _random, _elected), rescale=True),
+    "breadcrumbs": _on_task_vectors(_pruned(ours.Breadcrumbs, _band, _summed), gamma=0.01),
+    "breadcrumbs_ties": _on_task_vectors(_pruned(ours.BreadcrumbsTIES, _band, _elected), gamma=0.01),
+    "della": _on_task_vectors(_pruned(ours.DELLA, _random, _elected), normalize=True, rescale=True, epsilon=0.15),
+    "della_linear": _on_task_vectors(_pruned(ours.DELLALinear, _random, _summed), rescale=True, epsilon=0.15),
+    "sce": Method(_sce, {}, {"select_topk": 1.0, "int8_mask": 0.0}),
+    "ram": Method(lambda given: ours.RAM(**given.overall), {}, {"epsilon": 1e-5}),
+    "ramplus_tl": Method(lambda given: ours.RAMPlus(**given.overall), {}, {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
+    "model_stock": Method(_model_stock, {}, {"filter_wise": 0.0}),
 }
 _REFUSED = {
     "passthrough": "it stacks layers and merges nothing",

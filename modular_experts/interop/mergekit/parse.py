@@ -78,7 +78,11 @@ def read_recipe(file: str | Path) -> Recipe:
             raise ValueError("modules.default must have either models or slices")
         module_settings = dict(_settings(body.get("parameters"), method, f"{prefix}parameters"))
     if body.get("models"):
-        slices = _slice_of_models(body["models"], f"{prefix}models", method, base)
+        listed = f"{prefix}models"
+        sources = [_source(entry, f"{listed}[{i}]", method) for i, entry in enumerate(_list(body["models"], listed))]
+        if base is not None and all(source.model != base for source in sources):
+            sources.append(Source(base, {}))
+        slices: tuple[Slice, ...] = (Slice(_distinct(sources, listed), {}),)
     else:
         slices = _slices(body["slices"], f"{prefix}slices", method, base)
 
@@ -101,14 +105,6 @@ def read_recipe(file: str | Path) -> Recipe:
         tokenizer=_wants_tokenizer(recipe, base),
         source=recipe,
     )
-
-
-def _slice_of_models(models: Any, where: str, method: Method, base: ModelReference | None) -> tuple[Slice, ...]:
-    """Parse `models` into the one slice of all layers that it stands for."""
-    sources = [_source(entry, f"{where}[{i}]", method) for i, entry in enumerate(_list(models, where))]
-    if base is not None and all(source.model != base for source in sources):
-        sources.append(Source(base, {}))
-    return (Slice(_distinct(sources, where), {}),)
 
 
 def _slices(slices: Any, where: str, method: Method, base: ModelReference | None) -> tuple[Slice, ...]:

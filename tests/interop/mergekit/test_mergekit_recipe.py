@@ -10,7 +10,7 @@ from modular_experts.interop.mergekit.difference import WeightDifference, weight
 from modular_experts.interop.mergekit.methods import METHODS
 from modular_experts.interop.mergekit.parse import parse_setting, read_recipe
 from modular_experts.interop.mergekit.recipe import LayerPosition, ModelReference, layer_positions, value_at
-from modular_experts.methods import TIES, Average, TaskArithmetic
+from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
 from modular_experts.methods.method import Context
 
 LEVELS = """
@@ -175,6 +175,18 @@ def test_ties_gets_every_setting_that_mergekit_means_by_it(step):
     assert isinstance(method, TIES)
     assert (method.scope, method.vote, method.divisor, method.zero) == ("weight", "weighted", "weights", "positive")
     assert (method.keep, method.weights, method.scale, method.rescale) == ([1.0, 1.0], [0.5, 0.5], 3, "l1")
+
+
+def test_nuslerp_and_model_stock_are_ours_with_the_preset_of_mergekit(step):
+    nuslerp = "merge_method: nuslerp\nparameters: {weight: 0.25, nuslerp_flatten: %s, nuslerp_row_wise: %s}"
+    for flatten, row_wise, expected in [(1, 1, (False, False)), (0, 0, (True, False)), (0, 1, (False, True))]:
+        method = step(nuslerp % (flatten, row_wise)).method
+        assert (method.row_wise, method.column_wise) == expected
+        assert (method.weights, method.preset) == ([0.25, 0.25], "mergekit")
+    assert step(nuslerp.replace("0.25", "[1.0e-9]") % (1, 0)).method.weights is None
+    stock = "merge_method: model_stock\nparameters: {filter_wise: %s}"
+    assert step(stock % "true").method == ModelStock(row_wise=True, preset="mergekit")
+    assert step(stock % "false").method == ModelStock(preset="mergekit")
 
 
 def test_every_method_runs_on_its_defaults(step):
