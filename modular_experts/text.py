@@ -53,7 +53,7 @@ def in_any_block(name: str) -> str:
 def bytes_text(size: float) -> str:
     """Return a size in bytes, such as `42.1 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:  # from here three digits would show 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

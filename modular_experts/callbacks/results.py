@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import distributed
 
-from modular_experts.evaluation import results_table, write_results
+from modular_experts.reports import results_table, write_json
 
 __all__ = ["WritePredictions", "WriteResults"]
 
@@ -41,7 +41,7 @@ class WriteResults(Callback):
         self._print(trainer, pl_module)
         if trainer.is_global_zero:
             target = Path(trainer.default_root_dir) / self.file
-            write_results(target, pl_module.results)
+            write_json(target, pl_module.results)
             log.info("the results are in %s", target)
 
     def _print(self, trainer: Trainer, module: Any) -> None:

@@ -14,7 +14,7 @@ from modular_experts.cli.command import run_tool
 from modular_experts.quickstart import (
     Plan,
     check_drawing,
-    draw,
+    draw_figure,
     run_plan,
     summary_sentences,
     summary_table,
@@ -47,7 +47,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     with _bars() as progress:
         results = run_plan(plan, place, progress)
     figure, report = place / "quickstart.svg", place / "report.html"
-    draw(results, figure)
+    draw_figure(results, figure)
     write_report(results, figure, report, out)
     Console(width=_WIDTH).print(summary_table(results))
     for sentence in summary_sentences(results):

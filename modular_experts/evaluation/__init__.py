@@ -11,7 +11,6 @@ from modular_experts.evaluation.likelihood import (
     row_losses,
 )
 from modular_experts.evaluation.measure import evaluate, measure, score_batch
-from modular_experts.evaluation.results import results_summary, results_table, write_results
 from modular_experts.evaluation.scores import TaskScores
 
 __all__ = [
@@ -23,9 +22,6 @@ __all__ = [
     "generate",
     "greedy_matches",
     "measure",
-    "results_summary",
-    "results_table",
     "row_losses",
     "score_batch",
-    "write_results",
 ]

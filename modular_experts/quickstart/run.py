@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modular_experts.evaluation import write_results
 from modular_experts.jobs import LocalProcesses, Piece, cores, run
 from modular_experts.library.record import package_versions
 from modular_experts.quickstart.base import FACTS, make_base
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.work import measure_base, measure_merge, train_expert, train_multitask
+from modular_experts.reports import write_json
 
 __all__ = ["RESULTS", "run_plan"]
 
@@ -109,7 +109,7 @@ class Ledger:
             "python": platform.python_version(),
             "machine": f"{cores()} cores, {platform.machine()}",
         }
-        write_results(self.file, self.results)
+        write_json(self.file, self.results)
 
     def __contains__(self, key: tuple) -> bool:
         """Return whether a result is there, and its expert, if it names one, still in the library."""
@@ -125,7 +125,7 @@ class Ledger:
         for part in key:
             place = place.setdefault(part, {})
         place.update(found)
-        write_results(self.file, self.results)
+        write_json(self.file, self.results)
 
 
 def _show(report: StageProgress, stage: str, done: int, total: int, piece: Piece | None) -> None:

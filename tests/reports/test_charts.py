@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from testbed.quickstart_results import complete_results, in_another_order
 
-from modular_experts.quickstart.report.figure import draw
+from modular_experts.quickstart import draw_figure as draw
 
 ROLES = ("held_in", "held_out")
 DRAWN = {"sparse": 3, "block": 3, "lora": 2, "full": 2}  # methods: without task arithmetic
@@ -133,7 +133,7 @@ def test_a_method_that_was_not_used_has_no_mark(tmp_path) -> None:
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("modular_experts.quickstart.report.figure.find_spec", lambda name: None)
+    monkeypatch.setattr("modular_experts.reports.svg.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("pip install 'modular-experts[report]'")):
         draw(complete_results(), tmp_path / "figure.svg")
     assert not (tmp_path / "figure.svg").exists()

@@ -1,23 +1,26 @@
-"""Sheet: a white SVG page measured in pixels from its upper left corner, with the look that all panels share.
+"""Draw on a white SVG canvas that is measured in pixels from its upper left corner, in one style for all charts.
 
-Text stays text, in the sans serif of whoever reads it; so is its width, and nothing may stand close to the end of a
-text. What is drawn is decided in `panels.py`.
+Text stays text, in the reader's own sans serif. Its width is therefore unknown, so leave room after a text.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "STYLE", "WIDTH", "Sheet"]
+__all__ = ["COLOURS", "PIXEL", "WIDTH", "Canvas", "check_drawing", "style"]
 
 WIDTH = 900
 
-# By role, so that a page which holds the figure can give them others in the dark. Told apart by colour-blind readers.
+# By role, so that a page which holds the figure can give each another colour in the dark. Colour-blind readers can
+# tell them apart.
 COLOURS = {
     "paper": "#ffffff",
     "ink": "#1f2328",
@@ -49,34 +52,60 @@ STYLE: Any = {  # matplotlib's own type would list all of its settings
     "svg.hashsalt": "modular-experts",  # otherwise ids are random
 }
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-POINTS = 0.75  # of a pixel
+PIXEL = 0.75  # in points, in which matplotlib measures
 
 
-class Sheet:
-    """A page of `WIDTH` pixels; made while `STYLE` holds.
+def check_drawing() -> None:
+    """Raise where no figure could be drawn; call it before a long run.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("the figure needs matplotlib; pip install 'modular-experts[report]' brings it")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the style of this package, whatever the user's matplotlibrc sets.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    check_drawing()
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+class Canvas:
+    """A canvas `WIDTH` pixels wide; make it and draw on it inside of `with style():`.
 
     Args:
-        height: Pixels.
+        height: Its height in pixels.
     """
 
     def __init__(self, height: float) -> None:
         from matplotlib.figure import Figure
 
         self.height = height
-        self.figure = Figure(figsize=(WIDTH * POINTS / 72, height * POINTS / 72), facecolor=COLOURS["paper"])
+        self.figure = Figure(figsize=(WIDTH * PIXEL / 72, height * PIXEL / 72), facecolor=COLOURS["paper"])
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Return axes on a part of the page."""
+        """Return axes on a part of the canvas."""
         bottom = 1 - (top + height) / self.height
         return self.figure.add_axes((left / WIDTH, bottom, width / WIDTH, height / self.height))
 
     def text(self, x: float, y: float, text: str, size: float = 12, colour: str = "ink", **style: Any) -> None:
         """Write a text whose baseline starts at a point."""
-        place: dict[str, Any] = {"va": "baseline", "fontsize": size * POINTS, "color": COLOURS[colour]}
+        place: dict[str, Any] = {"va": "baseline", "fontsize": size * PIXEL, "color": COLOURS[colour]}
         self.figure.text(x / WIDTH, 1 - y / self.height, text, **(place | style))
 
     def mark(self, x: float, y: float, marker: str, colour: str = "quiet", **style: Any) -> None:
-        """Put one mark on the page, as a key needs it."""
+        """Put one mark on the canvas, as a legend needs it."""
         from matplotlib.lines import Line2D
 
         place: dict[str, Any] = {"transform": self.figure.transFigure, "linestyle": "none", "marker": marker}
@@ -84,11 +113,11 @@ class Sheet:
         self.figure.add_artist(line)
 
     def svg(self, title: str, text: str) -> str:
-        """Return the page as SVG that names no other file and no date.
+        """Return the canvas as SVG that names no other file and no date: the same drawing gives the same bytes.
 
         Args:
-            title: What the figure is called, for those who cannot see it.
-            text: What it shows.
+            title: The figure's name, for readers who cannot see it.
+            text: What it shows, for the same readers.
         """
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -1,8 +1,9 @@
-"""The report is one well-formed file with all numbers of the run, and its commands do what they say."""
+"""The report is one well-formed file with all numbers of the run, its commands run, and its table fits a terminal."""
 
 from __future__ import annotations
 
 import html
+import io
 import re
 import shlex
 import shutil
@@ -13,14 +14,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from testbed.quickstart_results import complete_results, in_another_order, scores
+from rich.console import Console
+from testbed.quickstart_results import complete_results, in_another_order
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library
-from modular_experts.quickstart.report import write_report
-from modular_experts.quickstart.report.figure import draw
-from modular_experts.quickstart.report.markup import Html, element
-from modular_experts.quickstart.report.next_steps import next_commands
+from modular_experts.quickstart import draw_figure, summary_sentences, summary_table, write_report
+from modular_experts.quickstart.report import next_commands
+from modular_experts.quickstart.rows import as_results
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 METHODS = {"Average": "average", "TaskArithmetic": "task arithmetic", "SparseAverage": "overlap-aware", "TIES": "TIES"}
@@ -29,7 +30,7 @@ METHODS = {"Average": "average", "TaskArithmetic": "task arithmetic", "SparseAve
 @pytest.fixture(scope="module")
 def figure(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("figure") / "figure.svg"
-    draw(complete_results(), file)
+    draw_figure(complete_results(), file)
     return file
 
 
@@ -84,12 +85,13 @@ def test_single_experts_and_their_costs_are_in_a_table(figure, tmp_path) -> None
         mean = {key: fmean(expert[key] for expert in experts) for key in experts[0]}
         quality = [percent(mean["exact_match"]), percent(mean["rougeL"]), f"{mean['loss']:.3f}"]
         shares = [f"{100 * mean[key]:.3g} %" for key in ("kept", "ever_trained")]
-        cost = [f"{round(mean['parameters']):,}", f"{mean['bytes'] / 1000:.0f} kB", f"{mean['seconds']:.1f}"]
+        cost = [f"{round(mean['parameters']):,}", f"{mean['bytes'] / 1000:.3g} kB", f"{mean['seconds']:.1f}"]
         assert found[name] == [*quality, *shares, *cost]
 
 
-@pytest.mark.parametrize(("place", "at"), [(1, "chosen"), (2, "default")])
-@pytest.mark.parametrize("levels", [(2, 5, 10, 20), (2, 4)])
+@pytest.mark.parametrize(
+    ("place", "at", "levels"), [(1, "chosen", (2, 5, 10, 20)), (2, "default", (2, 5, 10, 20)), (2, "default", (2, 4))]
+)
 def test_every_level_is_in_a_table(figure, tmp_path, place, at, levels) -> None:
     results = complete_results(levels)
     rows = tables(written(results, figure, tmp_path))[place]
@@ -115,7 +117,7 @@ def test_merges_of_all_are_in_a_table_with_scale_and_cost(figure, tmp_path) -> N
             chosen = [percent(merge["chosen"][role]["exact_match"]) for role in ("held_in", "held_out")]
             inside = merge["chosen"]["held_in"]
             size = merge["bytes"]
-            cost = [f"{100 * merge['kept']:.3g} %", f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"]
+            cost = [f"{100 * merge['kept']:.3g} %", f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"]
             quality = [percent(inside["rougeL"]), f"{inside['loss']:.3f}"]
             scale = f"{TIMES}{merge['scale']:g}"
             expected.append([METHODS[method], *plain, scale, *chosen, *quality, *cost, f"{merge['seconds']:.2f}"])
@@ -157,18 +159,12 @@ def test_seed_versions_and_settings_are_named(figure, tmp_path) -> None:
     assert "modular-experts quickstart --seed 8" in text_of(parsed(page))
 
 
-def test_sentences_turn_with_the_numbers(figure, tmp_path) -> None:
-    results = complete_results()
-    before = text_of(parsed(written(results, figure, tmp_path)))
-    assert "26.2 points above the plain average (28.7 %)" in before
-    assert "36.2 points above the best merge" not in before
-    merges = results["merges"]["sparse"]
-    merges["SparseAverage"]["20"]["default"]["held_in"] = scores(0.1)
-    merges["SparseAverage"]["20"]["chosen"]["held_in"] = scores(0.95)
-    after = text_of(parsed(written(results, figure, tmp_path)))
-    assert "18.7 points below the plain average (28.7 %)" in after
-    assert "86.1 % held-in, 8.9 points below the best merge, the overlap-aware average" in after
-    assert "26.2 points above" not in after
+def test_every_section_begins_with_one_takeaway(figure, tmp_path) -> None:
+    tree = parsed(written(complete_results(), figure, tmp_path))
+    for section in list(tree.iter("section"))[:-1]:
+        takeaways = [text_of(item) for item in section.findall("p") if item.get("class") is None]
+        assert 20 < len(takeaways[0]) < 260, takeaways
+    assert "86.1 % held-in (the best merge: 56.8 %)" in text_of(tree)
 
 
 def test_the_page_does_not_depend_on_the_order_of_the_results(figure, tmp_path) -> None:
@@ -189,7 +185,6 @@ def test_text_never_becomes_markup(figure, tmp_path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert not list(parsed(page).iter("script"))
     assert page.count(html.escape(evil)) >= 4
-    assert element("p", "a < b", Html("<b>c</b>"), title='"') == '<p title="&quot;">a &lt; b<b>c</b></p>'
 
 
 def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path) -> None:
@@ -206,7 +201,7 @@ def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path
 
 
 def test_the_commands_carry_the_directory_of_the_run() -> None:
-    commands = next_commands(complete_results(), "runs/it's mine")
+    commands = next_commands(as_results(complete_results()), "runs/it's mine")
     assert len(commands) == 3
     for command in commands.values():
         words = shlex.split(command.replace("\\\n", " "))
@@ -219,7 +214,7 @@ def test_the_three_commands_run_as_printed(tmp_path, monkeypatch, tiny_llama_dir
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
     shutil.copytree(tiny_llama_dir, "runs/quickstart/base")
     shutil.copy(task_files["upper"], "mine.jsonl")
-    train, merge, test = next_commands(complete_results(), "runs/quickstart").values()
+    train, merge, test = next_commands(as_results(complete_results()), "runs/quickstart").values()
     first = train.replace("mine", "sparse-reverse").replace("sparse-reverse.jsonl", "mine.jsonl")  # one of the run's
     for command in (first, train, merge, test):
         words = shlex.split(command.replace("\\\n", " ").replace("max_steps 100", "max_steps 2"))
@@ -231,7 +226,7 @@ def test_the_three_commands_run_as_printed(tmp_path, monkeypatch, tiny_llama_dir
 @pytest.mark.parametrize(("levels", "kinds"), [((2,), ("lora",)), ((2, 4), ("full", "block")), ((2, 3), ("sparse",))])
 def test_a_short_run_with_fewer_kinds_has_a_page_too(tmp_path, levels, kinds) -> None:
     results = complete_results(levels, kinds)
-    draw(results, tmp_path / "figure.svg")
+    draw_figure(results, tmp_path / "figure.svg")
     page = written(results, tmp_path / "figure.svg", tmp_path)
     assert f"{levels[-1]} experts, one model" in page
     assert len(tables(page)) == 7
@@ -244,3 +239,50 @@ def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
     found = tables(written(results, figure, tmp_path))
     assert found[0][3][3] == "-"
     assert [row[7] for row in found[3] if row[0] == "task arithmetic"][-1] == "-"
+
+
+def terminal(results: dict[str, Any], width: int = 80) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(summary_table(results))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_terminal_table_fits_80_columns_and_cuts_nothing(width) -> None:
+    results = complete_results()
+    for methods in results["merges"].values():
+        for merges in methods.values():
+            merges["20"] |= {"bytes": 123_456_789, "kept": 0.98765, "seconds": 1234.56}
+    text = terminal(results, width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert text.count("123 MB") == text.count("1234.6") == text.count("98.8 %") == 14
+
+
+def test_the_terminal_table_has_base_multitask_experts_and_merges() -> None:
+    results = complete_results()
+    lines = [" ".join(line.split()) for line in terminal(results).splitlines()]
+    assert {
+        "base 1.0 1.3 54.2",
+        "base, own format 80.1 74.5",
+        "multitask 86.1 55.2 100 % 100 % 958 kB 15.2",
+        "sparse entries, single 76.7 10 % 15 % 240 kB 1.3",
+        "LoRA, single 79.0 5.4 % 5.45 % 58.8 kB 0.9",
+    } <= set(lines)
+    for methods in results["merges"].values():
+        for method, merges in methods.items():
+            merge = merges["20"]
+            numbers = " ".join(percent(merge["chosen"][role]["exact_match"]) for role in ("held_in", "held_out"))
+            assert (
+                sum(line.startswith(f"{METHODS[method]} {TIMES}{merge['scale']:g} {numbers} ") for line in lines) == 1
+            )
+
+
+@pytest.mark.parametrize("kinds", [("sparse", "block", "lora", "full"), ("full", "block")])
+def test_five_findings_are_the_same_in_any_order_of_the_results(kinds) -> None:
+    results = complete_results(kinds=kinds)
+    lines = summary_sentences(results)
+    assert len(lines) == 5
+    assert all(line.endswith(".") and "\n" not in line for line in lines)
+    assert summary_sentences(in_another_order(results)) == lines
+    assert terminal(in_another_order(results)) == terminal(results)

@@ -1,0 +1,189 @@
+"""Hold measurements as rows: model, experts, task, role, metric, value, and whatever else is known of each.
+
+Every table, chart and page reads results in this form, and so does pandas: `pandas.DataFrame(results.rows)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import rich.table
+
+from modular_experts.reports.tables import Column, Line, Table, number, percent
+
+__all__ = ["Results", "results_table", "write_json"]
+
+FORMAT = "modular-experts/results/1"
+COLUMNS = ("model", "experts", "task", "role", "metric", "value")
+ROLES = {"held_in": "held-in", "held_out": "held-out"}
+
+# How the metrics that this package measures are titled and shown; any other metric is shown with three digits.
+METRICS = {"loss": "loss", "exact_match": "exact %", "rougeL": "Rouge-L %", "choice_accuracy": "choice %"}
+SHARES = ("exact_match", "rougeL", "choice_accuracy")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Measurements in long form, one number a row.
+
+    Args:
+        rows: Each is a mapping with the keys `model` (the name of what was measured), `experts` (the names of those in
+            it), `task` (None for a mean over the tasks of a role), `role` (`held_in`, `held_out`, or None for what
+            belongs to no task, such as a size), `metric` and `value` (a number, or None if it is not finite). Further
+            keys, such as `merge`, `rows` (how many were tested) and `seed`, are free.
+        facts: What holds for all rows, such as versions and settings.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_scores(
+        cls, scores: Mapping[str, Any], model: str = "model", experts: Sequence[str] = (), **more: Any
+    ) -> Results:
+        """Make rows of the scores of one model, as `measure` and `Trainer.test` give them.
+
+        Args:
+            scores: A mapping whose `tasks` holds role, number of rows and metrics of each task.
+            model: Name of the model.
+            experts: Names of the experts in it.
+            more: Further columns, the same in every row.
+        """
+        return cls(
+            [
+                {"model": model, "experts": list(experts), "task": task, "role": found["role"]}
+                | {"metric": metric, "value": value, "rows": found["rows"], **more}
+                for task, found in scores["tasks"].items()
+                for metric, value in found.items()
+                if metric not in ("role", "rows")
+            ]
+        )
+
+    @classmethod
+    def read(cls, file: str | Path) -> Results:
+        """Read what `write` wrote, or the `results.json` of `modular-experts test`.
+
+        Raises:
+            ValueError: The file holds neither.
+        """
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.get("format") == FORMAT:
+            return cls(found["rows"], found["facts"])
+        if isinstance(found, dict) and isinstance(found.get("tasks"), dict):
+            return cls.of_scores(found, model=Path(file).stem)
+        raise ValueError(f"{file} does not hold results; give a file that Results.write or modular-experts test wrote")
+
+    def write(self, file: str | Path) -> None:
+        """Write the rows as JSON; a reader sees the whole file or the one before it."""
+        write_json(file, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __add__(self, other: Results) -> Results:
+        return Results([*self.rows, *other.rows], {**self.facts, **other.facts})
+
+    def where(self, **wanted: Any) -> Results:
+        """Return the rows that have these values in these columns; a column that a row lacks counts as None."""
+        keep = [row for row in self.rows if all(row.get(column) == value for column, value in wanted.items())]
+        return Results(keep, self.facts)
+
+    def values(self, column: str) -> list[Any]:
+        """Return the different values of a column except None, in the order of the rows."""
+        return list(dict.fromkeys(row[column] for row in self.rows if row.get(column) is not None))
+
+    def mean(self, metric: str, **wanted: Any) -> float | None:
+        """Return the unweighted mean of a metric over the rows that match, such as the tasks of a role.
+
+        Returns:
+            None if no row matches, and NaN if a row that matches has no finite value.
+        """
+        values = [row["value"] for row in self.where(metric=metric, **wanted).rows]
+        return fmean(math.nan if value is None else value for value in values) if values else None
+
+    def table(self) -> rich.table.Table:
+        """Return a table for the terminal, 80 columns wide at most for the metrics of this package.
+
+        For each role, one model has a line for each task and their mean; several models have a line each, with means.
+        """
+        return self._table().text(self._named())
+
+    def _repr_html_(self) -> str:
+        return self._table().html(self._named())
+
+    def _named(self) -> str:
+        return "model" if len(self.values("model")) > 1 else "task"
+
+    def _table(self) -> Table:
+        metrics = [metric for metric in METRICS if metric in self.values("metric")]
+        metrics += [metric for metric in self.values("metric") if metric not in METRICS]
+        groups = []
+        for mine in [self.where(role=role) for role in ROLES if role in self.values("role")]:
+            if self._named() == "model":
+                groups.append([Line(model, mine.where(model=model)) for model in mine.values("model")])
+            else:
+                tasks = [Line(task, mine.where(task=task)) for task in mine.values("task")]
+                groups.append([*tasks, Line("mean", mine, strong=True)])
+        about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
+        return Table([*about, *[_column(metric) for metric in metrics]], groups)
+
+
+def results_table(scores: Mapping[str, Any]) -> rich.table.Table:
+    """Return the table of one model's scores, as `measure` and `Trainer.test` give them."""
+    return Results.of_scores(scores).table()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all; numbers that are not finite become null."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the results from a group
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _column(metric: str) -> Column:
+    show = percent if metric in SHARES else _loss
+    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, bar=metric in SHARES)
+
+
+def _tested(rows: Results) -> int:
+    """Count the rows that were tested, each task's once."""
+    return sum(rows.where(task=task).rows[0].get("rows") or 0 for task in rows.values("task"))
+
+
+def _loss(value: float) -> str:
+    return number(value, 3) if abs(value) < 1e4 or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    """Return the value in the types of JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):  # a tensor or numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

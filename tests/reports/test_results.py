@@ -1,0 +1,129 @@
+"""Results are rows that anyone can read, and tables that any terminal and any notebook shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from rich.console import Console
+
+from modular_experts.reports import Results, results_table, write_json
+
+SCORES = {"loss": 0.2134, "exact_match": 0.85, "rougeL": 0.8851, "choice_accuracy": 0.5}
+
+
+def scores(names: list[str], **changes: Any) -> dict[str, Any]:
+    roles = ["held_in", "held_out"]
+    return {
+        "tasks": {
+            name: {"role": roles[number % 2], "rows": 12345} | SCORES | changes for number, name in enumerate(names)
+        }
+    }
+
+
+def shown(table: Any, width: int = 200) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table)
+    return stream.getvalue()
+
+
+def test_scores_become_a_row_for_each_task_and_metric() -> None:
+    results = Results.of_scores(scores(["a", "b"]), "merged", ["x", "y"], merge="TIES")
+    assert len(results) == 8
+    assert results.rows[0] == {
+        **{"model": "merged", "experts": ["x", "y"], "task": "a", "role": "held_in"},
+        **{"metric": "loss", "value": 0.2134, "rows": 12345, "merge": "TIES"},
+    }
+    assert results.values("task") == ["a", "b"]
+    assert results.values("nothing") == []
+
+
+def test_rows_are_chosen_by_column_and_averaged_by_metric() -> None:
+    results = Results(
+        [
+            {"model": "m", "task": task, "role": role, "metric": "loss", "value": value}
+            for task, role, value in [("a", "held_in", 1.0), ("b", "held_in", 4.0), ("c", "held_out", None)]
+        ]
+    )
+    assert results.mean("loss", role="held_in") == 2.5
+    assert results.mean("loss", task="b") == 4.0
+    assert math.isnan(results.mean("loss"))
+    assert results.mean("exact_match") is None
+    assert len(results.where(role="held_in", merge=None)) == 2
+    assert len(results.where(role="held_in") + results.where(role="held_out")) == 3
+
+
+def test_what_is_written_is_read_again_and_so_is_the_file_of_a_test(tmp_path) -> None:
+    results = Results(Results.of_scores(scores(["a"])).rows, {"seed": 3})
+    results.write(tmp_path / "new" / "rows.json")
+    assert Results.read(tmp_path / "new" / "rows.json") == results
+    write_json(tmp_path / "results.json", scores(["a", "b"]))
+    assert Results.read(tmp_path / "results.json").rows == Results.of_scores(scores(["a", "b"]), "results").rows
+    write_json(tmp_path / "other.json", [1])
+    with pytest.raises(ValueError, match=r"other\.json does not hold results; give a file that Results\.write or"):
+        Results.read(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_table_of_many_long_names_fits_80_columns_and_cuts_no_name(width: int) -> None:
+    names = [f"{number:02d}" + "abcdefghij" * 6 + "kl" for number in range(40)]
+    text = shown(results_table(scores(names)), width)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name[:22] in text for name in names)
+    assert text.replace("\n", "").count("kl") >= 40
+    assert all(cell in text for cell in ("12345", "0.213", "88.5"))
+    assert "21.3" not in text
+
+
+def test_one_model_has_a_line_for_each_task_and_the_means_of_each_role() -> None:
+    found = scores(["a", "b", "c[d]"])
+    found["tasks"]["a"] = {"role": "held_in", "rows": 3, "loss": float("nan")}
+    lines = [line.split() for line in shown(results_table(found)).splitlines()]
+    assert lines[0] == ["task", "role", "rows", "loss", *["exact", "%", "Rouge-L", "%", "choice", "%"]]
+    assert lines[1] == ["a", "held-in", "3", "-"]
+    assert lines[2] == ["c[d]", "held-in", "12345", "0.213", "85.0", "88.5", "50.0"]
+    assert lines[3] == ["mean", "held-in", "12348", "-", "85.0", "88.5", "50.0"]
+    assert lines[5:] == [[name, "held-out", "12345", "0.213", "85.0", "88.5", "50.0"] for name in ("b", "mean")]
+
+
+def test_columns_that_nobody_measured_are_left_out_and_other_metrics_shown() -> None:
+    found = {"tasks": {"a": {"role": "held_in", "rows": 1, "loss": 2e6, "my_metric": 0.25}}}
+    lines = [line.split() for line in shown(results_table(found)).splitlines()]
+    assert lines[:2] == [["task", "role", "rows", "loss", "my_metric"], ["a", "held-in", "1", "2.0e+06", "0.250"]]
+
+
+def test_several_models_have_a_line_each_in_terminal_and_notebook() -> None:
+    one, other = scores(["a", "b", "c"], exact_match=0.5), scores(["a", "b", "c"], exact_match=0.75)
+    both = Results.of_scores(one, "base") + Results.of_scores(other, "<merged>")
+    lines = [line.split() for line in shown(both.table(), 80).splitlines()]
+    assert lines[0][:3] == ["model", "role", "rows"]
+    assert lines[1:3] == [
+        ["base", "held-in", "24690", "0.213", "50.0", "88.5", "50.0"],
+        ["<merged>", "held-in", "24690", "0.213", "75.0", "88.5", "50.0"],
+    ]
+    tree = ElementTree.fromstring(both._repr_html_())
+    rows = [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")]
+    assert rows[0][:4] == ["model", "role", "rows", "loss"]
+    assert rows[4] == ["<merged>", "held-out", "12345", "0.213", "75.0", "88.5", "50.0"]
+
+
+def test_numbers_that_are_not_finite_become_null_and_scalars_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    value = {"nan": float("nan"), "deep": [{"inf": torch.tensor(float("inf"))}], "three": torch.tensor(3), "ä": 1}
+    write_json(path, value)
+    assert json.loads(path.read_text("utf-8")) == {"nan": None, "deep": [{"inf": None}], "three": 3, "ä": 1}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
