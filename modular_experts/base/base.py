@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from modular_experts.base.files import (
     MANIFEST,
@@ -108,6 +108,25 @@ class Base:
             ValueError: The files lack weights, which transformers would fill with noise.
         """
         return load_model(self.directory, dtype)
+
+    def check_loaded(self, model: nn.Module) -> None:
+        """Check that a model in memory has the weights of this base, rounded to its own dtype; read one at a time.
+
+        Raises:
+            ValueError: A weight is missing or differs.
+        """
+        in_memory = dict(model.named_parameters(remove_duplicate=False))
+        for key, name in sorted(self._stored.items()):
+            if name not in in_memory:
+                raise ValueError(f"the model has no weight {name}, which its base {self.place} has")
+            found = in_memory[name].detach()
+            with open_tensors(self._files[key]) as tensors:
+                wanted = tensors.get_tensor(key).to(found)
+            if not torch.equal(found, wanted):
+                raise ValueError(
+                    f"{name} of the model is not that of its base {self.place}, so a delta against the base would be "
+                    "wrong; save the model and name the new directory as the base"
+                )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer, with a padding token that is not the end-of-sequence token wherever there is one.

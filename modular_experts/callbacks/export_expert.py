@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from modular_experts.callbacks.schedule import TrainedModule, schedules
 from modular_experts.deltas import Delta
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class ExportedModule(Protocol):
-    """What `ExportExpert` asks of the LightningModule that it runs with; `ExpertModule` has it."""
+    """What `ExportExpert` asks of the LightningModule that it runs with; `ExpertModule` has it.
+
+    A module may also have `expert_state()`, the tensors of experts that are no delta (`injection.expert_state`).
+    """
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each trained weight, on the CPU."""
@@ -108,7 +112,7 @@ class ExportExpert(Callback):
         best = self._best_directory(trainer)
         if self.best is not None and best.exists():
             kept = open_expert(best)
-            write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite)
+            write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite, state=kept.state())
             shutil.rmtree(best)
             unseen = trainer.global_step - self.validated_step
             tail = f"; the last {unseen} steps were not validated (trainer.val_check_interval)" if unseen else ""
@@ -151,7 +155,8 @@ class ExportExpert(Callback):
             costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
-        write_expert(path, exported.task_vector(), record, overwrite=self.overwrite or path != self.target)
+        state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
+        write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
 
 
 def _no_metric(name: str, logged: list[str]) -> str:

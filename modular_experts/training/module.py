@@ -7,12 +7,13 @@ It meets the data only in a batch (`data/batch.py`). Which entries are trained i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -25,7 +26,8 @@ from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, generate, score_batch
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
-from modular_experts.injection import expert_layers, inject, task_vector, write_experts
+from modular_experts.experts.site import Factory, Plan
+from modular_experts.injection import expert_layers, expert_state, inject, penalty, task_vector, write_experts
 from modular_experts.library import StoredExpert, as_parents, open_experts
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.resume import collect_random_states, restore_random_states
@@ -34,16 +36,23 @@ __all__ = ["ExpertModule"]
 
 log = logging.getLogger(__name__)
 
-_PLAIN = (str, int, float, list, dict, type(None))  # what a checkpoint may hold of the settings
+if TYPE_CHECKING:
+    BaseModel = str | Path | nn.Module
+    Experts = Mapping[str, Factory] | Plan
+else:
+    # What the command line may be given.
+    BaseModel = str
+    Experts = dict[str, Callable[[Tensor], Expert]]
 
 
 class ExpertModule(LightningModule):
     """A causal language model whose linear layers carry experts.
 
     Args:
-        base: A model directory (config.json, safetensors weights, tokenizer), or a Hugging Face hub id.
-        modules: Regular expressions; layers whose full name one matches get an expert, such as `.*\\.(q_proj|v_proj)`.
-            Each must match at least one linear layer.
+        base: A model directory (config.json, safetensors weights, tokenizer) or a Hugging Face hub id; from Python also
+            a model that `from_pretrained` loaded. Such a model is changed in place and keeps its dtype.
+        modules: The layers that get an expert: ends of their names (`q_proj`), regular expressions for full names
+            (`.*\\.(q_proj|v_proj)`), or `all-linear`. Each must match at least one linear layer.
         expert: The expert type and its settings: `SparseExpert`, `LoRAExpert`, `FullExpert`, `MaskedExpert`, or the
             dotted path of your own.
         applied: Library experts whose deltas are added to the base before anything else, to test them or to train on
@@ -57,13 +66,17 @@ class ExpertModule(LightningModule):
             step; `WarmupLinear` if none is given.
         max_new_tokens: Length limit of generated answers.
         generate_in_fit: Also generate in the validation passes of training, where otherwise only the loss is taken.
+        experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert};
+            from Python also a plan, a function from sites to expert types (`experts.site`).
+        check_base: Whether a loaded model is compared with the files of its base, weight by weight; deltas are taken
+            against these files.
     """
 
     length: TrainingLength
 
     def __init__(
         self,
-        base: str,
+        base: BaseModel,
         modules: str | list[str] | None = None,
         expert: Callable[[Tensor], Expert] | None = None,
         applied: list[str] | None = None,
@@ -74,16 +87,27 @@ class ExpertModule(LightningModule):
         scheduler: LearningRateShape | Callable[[Optimizer], LRScheduler] | None = None,
         max_new_tokens: int = 64,
         generate_in_fit: bool = False,
+        experts: Experts | None = None,
+        check_base: bool = True,
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1; an answer has a token")
-        self.save_hyperparameters()
-        for name in [name for name, value in self.hparams.items() if not isinstance(value, _PLAIN)]:
-            del self.hparams[name]  # made in Python, not by a config: it cannot be stored, and is given again
-        self.base, self.modules_pattern, self.expert = base, modules, expert
+        self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
+        # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
+        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+            del self.hparams[name]
+        self.base, self.revision = str(base), revision
+        self._given: list[nn.Module] = []
+        if isinstance(base, nn.Module):
+            # In a list, so that its parameters do not belong to this module before experts are in it.
+            self._given = [base]
+            config: Any = getattr(base, "config", None)
+            self.base = str(getattr(config, "_name_or_path", "") or "")
+            self.revision = revision or getattr(config, "_commit_hash", None)
+        self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
-        self.dtype_name, self.revision, self.gradient_checkpointing = dtype, revision, gradient_checkpointing
+        self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
         self.strict_loading = False  # checkpoints hold trained tensors only; on_load_checkpoint is strict
@@ -91,6 +115,7 @@ class ExpertModule(LightningModule):
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
         self._resized = False
+        self._penalty: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse to train nothing, before anything is loaded.
@@ -98,33 +123,56 @@ class ExpertModule(LightningModule):
         Raises:
             ValueError: Training has no expert to train, or an expert no place to be.
         """
+        if self.experts is not None and (self.expert is not None or self.modules_pattern):
+            raise ValueError(
+                "model.experts maps patterns to expert types: give no model.expert or model.modules beside"
+            )
         if (self.expert is None) != (not self.modules_pattern):
             given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
             raise ValueError(f"model.{given} is given but not model.{missing}; training needs both, a plain test none")
-        if stage == "fit" and self.expert is None:
+        if stage == "fit" and not self.has_experts:
             raise ValueError("fit trains experts, and none is configured: give model.expert and model.modules")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts are put into the model."""
+        return self.experts is not None or self.expert is not None
 
     def configure_model(self) -> None:
         """Load the base, add the applied experts, and inject; a second call loads nothing."""
         if not hasattr(self, "model"):
             self._load()
         trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and self.expert is not None:
+        if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in schedules(trainer):
                 schedule.before_optimizers(trainer, self)
                 self._resized |= schedule.resizes
 
     def _load(self) -> None:
         self.applied_experts = open_experts(self.applied) if self.applied else []
+        if not self.base:
+            raise ValueError(
+                "the model does not name the directory that it was loaded from (config._name_or_path), and deltas are "
+                "taken against its files; load it with from_pretrained, or give the directory as base"
+            )
         self.opened_base = Base.open(self.base, self.applied_experts, self.revision)
         self.fingerprint = self.opened_base.fingerprint
         self.tokenizer = self.opened_base.tokenizer()
-        model = self.opened_base.load(self.dtype_name)
+        model: Any
+        if self._given:
+            model = self._given.pop()
+            if self.check_base:
+                self.opened_base.check_loaded(model)
+            self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        else:
+            model = self.opened_base.load(self.dtype_name)
         apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if self.expert is not None and self.modules_pattern:
+        if self.experts is not None:
+            inject(model, self.experts)
+        elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
         self.model = model
         _leave_to_this_module(self)
@@ -167,9 +215,11 @@ class ExpertModule(LightningModule):
             self._random_states = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss per target token."""
+        """Return the loss per target token, plus the experts' penalties."""
         loss = self.loss(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["task"]))
+        if self._penalty is not None:
+            self.log("penalty", self._penalty, batch_size=len(batch["task"]))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -178,15 +228,19 @@ class ExpertModule(LightningModule):
         write_experts(self.model)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean loss per target token of the global batch: its average over ranks is that of one process
-        with all rows.
+        """Return the mean loss per target token of the global batch, plus the sum of the experts' penalties.
+
+        Its average over ranks is the loss of one process with all rows.
         """
         sums, counts = batch_losses(self.model, batch)
         tokens = counts.sum()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(tokens)
             tokens = tokens / self.trainer.world_size
-        return sums.sum() / tokens.clamp(min=1)
+        loss = sums.sum() / tokens.clamp(min=1)
+        term = penalty(self.model)
+        self._penalty = None if term is None else term.detach()
+        return loss if term is None else loss + term
 
     def on_validation_epoch_start(self) -> None:
         self._start_scores()
@@ -272,18 +326,38 @@ class ExpertModule(LightningModule):
         for name, delta in task_vector(self.model, self._anchor):
             yield name, delta.to("cpu")
 
+    def expert_state(self) -> dict[str, Tensor]:
+        """Return the tensors of experts that are no delta, on the CPU, by `<weight>/<name>`; most types have none."""
+        return {name: tensor.to("cpu") for name, tensor in expert_state(self.model).items()}
+
     def record_facts(self) -> dict[str, Any]:
         """Return kind, base, settings and parents of the trained experts, in plain values, for their record."""
-        expert = next(expert_layers(self.model))[1].expert
+        experts = [layer.expert for _, layer in expert_layers(self.model)]
+        made: dict[str, Any] = experts[0].settings()
+        if self.experts is not None:
+            # A plan may make experts of several kinds or sizes: list what differs.
+            values: dict[str, list[Any]] = {}
+            for expert in experts:
+                for name, value in expert.settings().items():
+                    if value not in values.setdefault(name, []):
+                        values[name].append(value)
+            made = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
+        if isinstance(self.experts, Mapping):
+            settings["modules"] = list(self.experts)
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         peaks = [group.get("initial_lr", group["lr"]) for group in groups]
         return {
-            "kind": type(expert).__name__,
+            "kind": self._kind(),
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
-            "hyperparameters": settings | expert.settings() | {"learning_rate": max(peaks, default=None)},
+            "hyperparameters": settings | made | {"learning_rate": max(peaks, default=None)},
             "parents": as_parents(self.applied_experts),
         }
+
+    def _kind(self) -> str:
+        """Return the class of the experts; the classes, sorted, where a plan makes several."""
+        kinds = [type(layer.expert).__name__ for _, layer in expert_layers(self.model)]
+        return kinds[0] if self.experts is None else "+".join(sorted(set(kinds)))
 
     def _anchor(self, name: str) -> Tensor:
         """Return a base weight as it was before training: read again, applied experts added."""
@@ -309,8 +383,17 @@ class ExpertModule(LightningModule):
             "base": self.base,
             "fingerprint": self.fingerprint,
             "applied": [{"name": expert.name, "content_hash": expert.content_hash} for expert in self.applied_experts],
-            "expert": type(next(iter(expert_layers(self.model)))[1].expert).__name__ if self.expert else None,
+            "expert": self._kind() if self.has_experts else None,
         }
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a checkpoint may hold a setting: it is loaded as numbers, texts and containers of these."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | None)
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

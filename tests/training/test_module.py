@@ -13,12 +13,15 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from transformers import AutoModelForCausalLM
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
+from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
 from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear, training_length
 from modular_experts.training.module import ExpertModule
@@ -156,6 +159,83 @@ def test_training_without_an_expert_is_refused(tiny_llama_dir, task_files, tmp_p
         runs.trainer(tmp_path).fit(
             runs.module(tiny_llama_dir, FullExpert, modules=None), runs.mixture(task_files, tiny_llama_dir)
         )
+
+
+def _loaded(base: Path, **settings) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(base, **settings).eval()
+
+
+def test_a_loaded_model_trains_like_its_directory(tiny_llama_dir, task_files, tmp_path) -> None:
+    from_directory, _, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, FullExpert, max_steps=3)
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    seed_everything(0, verbose=False)
+    seen, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    module = ExpertModule(_loaded(tiny_llama_dir), runs.TARGET, FullExpert, optimizer=optimizer, max_new_tokens=6)
+    runs.trainer(tmp_path, seen, export, max_steps=3).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert seen.steps == losses
+    stored = open_expert(export.target)
+    for name, delta in from_directory.task_vector():
+        assert torch.equal(stored[name].dense(), delta.dense())
+    assert stored.record["base"] == {
+        "id": str(tiny_llama_dir),
+        "revision": None,
+        "fingerprint": from_directory.fingerprint,
+    }
+
+
+def test_a_model_that_is_not_its_base_is_refused_unless_that_is_wanted(tiny_llama_dir) -> None:
+    model = _loaded(tiny_llama_dir, dtype=torch.bfloat16)
+    ExpertModule(model, "q_proj", FullExpert).configure_model()
+    model = _loaded(tiny_llama_dir, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 1
+    with pytest.raises(ValueError, match=r"model\.norm\.weight of the model is not that of its base"):
+        ExpertModule(model, "q_proj", FullExpert).configure_model()
+    module = ExpertModule(model, "q_proj", FullExpert, check_base=False)
+    module.configure_model()
+    assert module.dtype_name == "bfloat16"
+    with pytest.raises(ValueError, match="does not name the directory that it was loaded from"):
+        ExpertModule(conftest.build_model("llama"), "q_proj", FullExpert).configure_model()
+
+
+class Penalised(LoRAExpert):
+    """Pulls its factors to zero."""
+
+    def penalty(self) -> torch.Tensor:
+        return 0.5 * self.up.square().sum()
+
+
+def test_penalties_join_the_loss_and_are_logged(tiny_llama_dir, task_files, tmp_path) -> None:
+    module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, partial(Penalised, rank=2), max_steps=4)
+    assert trainer.logged_metrics["penalty"] > 0
+    batch = _batch(tiny_llama_dir, task_files)
+    experts = [layer.expert for _, layer in expert_layers(module.model)]
+    both = module.loss(batch).item()
+    for expert in experts:
+        expert.__class__ = LoRAExpert
+    wanted = sum(0.5 * expert.up.square().sum().item() for expert in experts)
+    assert both - module.loss(batch).item() == pytest.approx(wanted, rel=1e-3)
+    _, plain, others = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["lora"], max_steps=4)
+    assert "penalty" not in plain.logged_metrics
+    assert losses[0] == others[0], "the factors start at zero"
+    assert losses[-1] != others[-1]
+
+
+def test_a_plan_gives_layers_experts_of_several_kinds(tiny_llama_dir, task_files, tmp_path) -> None:
+    experts = {"q_proj": partial(LoRAExpert, rank=2), "down_proj": KINDS["element"], "up_proj": LoRAExpert}
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    module = ExpertModule(str(tiny_llama_dir), experts=experts, max_new_tokens=6)
+    trainer = runs.trainer(tmp_path, export, max_steps=2)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "experts" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    record = open_expert(export.target).record
+    assert record["kind"] == "LoRAExpert+SparseExpert"
+    settings = record["hyperparameters"]
+    assert (settings["modules"], settings["keep_ratio"]) == (["q_proj", "down_proj", "up_proj"], 0.1)
+    assert sorted(settings["rank"]) == [2, LoRAExpert(torch.zeros(32, 32)).rank]
+    with pytest.raises(ValueError, match=r"give no model\.expert or model\.modules beside"):
+        ExpertModule(str(tiny_llama_dir), "q_proj", experts=experts).setup("fit")
 
 
 def test_predictions_are_one_row_each_in_the_order_of_the_data(tiny_llama_dir, task_files, tmp_path) -> None:
