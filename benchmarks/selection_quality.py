@@ -172,13 +172,13 @@ def _merged(world: Any, library: Path, variant: Variant) -> dict[str, Any]:
     data, losses = world.mixture(world.tasks), {}
     data.setup("validate")
     for scale in SCALES["sparse" if sparse else "dense"]:
-        with applied(model, [expert], scale):
+        with applied(model, expert, scale, check=False):
             losses[scale] = measure(model, tokenizer, data.val_dataloader(), data.roles, None)["held_in"]["loss"]
     data = world.mixture(world.tasks, held_out=True)
     data.setup("test")
     chosen, found = min(losses, key=losses.__getitem__), {}
     for name, scale in (("chosen", chosen), ("plain", 1.0)):
-        with applied(model, [expert], scale):
+        with applied(model, expert, scale, check=False):
             scores = measure(model, tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
         found[name] = {task: facts["exact_match"] for task, facts in scores["tasks"].items()}
     return {"scale": chosen, "loss": losses[chosen], "kept": expert.kept_share, **found}

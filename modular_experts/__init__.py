@@ -62,7 +62,7 @@ _HOMES = {
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
     "modular_experts.base": ("Base",),
-    "modular_experts.base.apply": ("applied", "apply", "apply_deltas"),
+    "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
     "modular_experts.interop.import_expert": ("import_expert",),
     "modular_experts.interop.peft": ("export", "read_peft", "write_peft"),
 }

@@ -6,27 +6,43 @@ Deltas are simply added up; to average them or to settle conflicts between them,
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from modular_experts.base.base import Base, DType
+from modular_experts.base.base import Base, DType, find_base
 from modular_experts.base.files import MANIFEST
+from modular_experts.base.loading import fetch
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
 from modular_experts.deltas.task_vector import Sum, TaskVector
-from modular_experts.library import as_parents, check_target, open_experts, parent_ids, union_of_weights
+from modular_experts.library import (
+    StoredExpert,
+    as_parents,
+    check_target,
+    common_base,
+    open_expert,
+    open_experts,
+    parent_ids,
+    union_of_weights,
+)
 from modular_experts.progress import Progress
 
-__all__ = ["applied", "apply", "apply_deltas"]
+__all__ = ["applied", "apply", "apply_deltas", "check_loaded"]
+
+log = logging.getLogger(__name__)
+
+Expert = str | Path | Mapping[str, Delta]
+"""A directory of a library, an opened expert, or any mapping from weight names to deltas."""
 
 
 def apply(
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path | StoredExpert],
     out: str | Path,
     base: str | Path | Base | None = None,
     revision: str | None = None,
@@ -39,7 +55,7 @@ def apply(
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and verify it by loading it again.
 
     Args:
-        experts: Directories of the experts; their deltas are added up.
+        experts: Directories of the experts, or opened experts; their deltas are added up.
         out: Directory of the checkpoint.
         base: The base's directory or hub id; what the experts' records name if not given.
         revision: Branch, tag or commit of a hub id.
@@ -98,22 +114,87 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
 
 
 @contextmanager
-def applied(model: nn.Module, experts: Sequence[Mapping[str, Delta]], scale: float = 1.0) -> Iterator[None]:
+def applied(
+    model: nn.Module,
+    experts: Expert | Sequence[Expert],
+    scale: float = 1.0,
+    check: bool = True,
+) -> Iterator[None]:
     """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
 
     So many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held.
 
     Args:
         model: As for `apply_deltas`.
-        experts: Name and delta of each weight, such as opened library experts.
+        experts: One or several, which are added up: directories of a library, opened experts, or mappings from weight
+            names to deltas.
         scale: Factor of all deltas.
+        check: Whether the model must be the base of the stored experts, as `check_loaded` finds out.
+
+    Raises:
+        ValueError: The model is not the experts' base, or a weight does not fit; nothing has been added then.
     """
-    moved = {name for expert in experts for name in expert}
+    several = [experts] if isinstance(experts, str | Path | Mapping) else experts
+    opened = [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
+    if check:
+        check_loaded(model, opened)
+    moved = {name for expert in opened for name in expert}
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if name in moved}
     try:
-        apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in experts])
+        apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in opened])
         yield
     finally:
         with torch.no_grad():
             for name, weight in before.items():
                 model.get_parameter(name).copy_(weight)
+
+
+def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
+    """Refuse a model in memory whose weights are not those that the experts' deltas start from.
+
+    Evenly spaced rows of each weight that an expert moves, about 65,000 entries, are compared with the stored base: the
+    directory that the model was loaded from, or the one that the experts' records name, if it has the recorded
+    fingerprint. A weight in another dtype than stored is compared in that dtype, and one whose numbers all fit into a
+    narrower dtype in the narrower one. If no such directory is on this machine, a warning is logged instead. Task
+    vectors that are not stored have no recorded base, and pass.
+
+    Args:
+        model: A model before experts are injected.
+        experts: The experts that are to be added to it.
+
+    Raises:
+        ValueError: A weight differs from the experts' base.
+    """
+    stored = [expert for expert in experts if isinstance(expert, StoredExpert)]
+    if not stored:
+        return
+    recorded = common_base(stored)
+    base = None
+    for place in dict.fromkeys([str(getattr(model, "name_or_path", "")), find_base(stored)]):
+        with suppress(OSError, ValueError):
+            found = Base(place, fetch(place, recorded.get("revision"), local_only=True)) if place else None
+            base = found if base is None and found and found.fingerprint == recorded["fingerprint"] else base
+    if base is None:
+        log.warning(
+            "the base of %s (%s) is not on this machine, so the model's weights were not compared with it",
+            stored[0].name,
+            recorded.get("id"),
+        )
+        return
+    moved = dict.fromkeys(name for expert in stored for name in expert)
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, step, rows in base.sample(name for name in moved if name in known):
+        if rows.shape[1:] == known[name].shape[1:] and not _same(known[name].detach()[::step].cpu(), rows):
+            raise ValueError(
+                f"{name} of the model is not what it is in {base.place}, on which {stored[0].name} was trained; load "
+                "that base again, add several experts in one call, or go on with check=False"
+            )
+
+
+def _same(held: Tensor, stored: Tensor) -> bool:
+    """Return whether a weight in memory is a stored one in the same or in another dtype."""
+    for dtype in dict.fromkeys([held.dtype, torch.bfloat16, torch.float16]):
+        narrow = held.to(dtype)
+        if torch.equal(narrow.to(held.dtype), held) and torch.equal(narrow, stored.to(dtype)):
+            return True
+    return False

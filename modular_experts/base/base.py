@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
 from modular_experts.library.record import package_versions
+from modular_experts.library.tensorfile import MappedTensors
 from modular_experts.progress import Progress
 
 if TYPE_CHECKING:
@@ -152,16 +153,44 @@ class Base:
         Raises:
             ValueError: The model has no such weight.
         """
-        if name not in self._files:
-            if name not in self.structure.owners:
-                raise ValueError(f"the base in {self.directory} has no weight {name}")
-            owner = self.structure.owners[name]
-            stored = next((key for key, weight in self._stored.items() if weight == owner), None)
-            if stored is None:
-                return self.load().get_parameter(name).detach()
-            name = stored
-        with open_tensors(self._files[name]) as tensors:
-            return tensors.get_tensor(name)
+        key = self._key(name)
+        if key is None:
+            return self.load().get_parameter(name).detach()
+        with open_tensors(self._files[key]) as tensors:
+            return tensors.get_tensor(key)
+
+    def sample(self, names: Iterable[str], entries: int = 2**16) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the name of each weight, a step, and every step-th row of the stored weight, reading little else.
+
+        Weights that the files do not hold as they are in the model are left out.
+
+        Args:
+            names: The parameters' names in the loaded model.
+            entries: The most entries of a weight, unless one row has more.
+
+        Raises:
+            ValueError: The model has no such weight.
+        """
+        keys = {name: key for name in names if (key := self._key(name)) is not None}
+        file, tensors = None, None
+        for name, key in sorted(keys.items(), key=lambda item: str(self._files[item[1]])):
+            if file != self._files[key]:  # one file is open at a time: a process may not open as many as there are
+                file = self._files[key]
+                tensors = MappedTensors(file)
+            assert tensors is not None
+            stored = tensors[key]
+            rows = max(1, entries // max(1, stored[:1].numel()))
+            step = max(1, -(-stored.shape[0] // rows))
+            yield name, step, stored[::step]
+
+    def _key(self, name: str) -> str | None:
+        """Return under which name the files hold a weight, or None if only transformers can put it together."""
+        if name in self._files:
+            return name
+        if name not in self.structure.owners:
+            raise ValueError(f"the base in {self.directory} has no weight {name}")
+        owner = self.structure.owners[name]
+        return next((key for key, weight in self._stored.items() if weight == owner), None)
 
     @cached_property
     def _files(self) -> dict[str, Path]:

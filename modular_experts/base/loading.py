@@ -27,12 +27,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def fetch(place: str | Path, revision: str | None = None) -> Path:
+def fetch(place: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
     """Return the directory of a causal language model, after fetching a hub id that is not in the cache yet.
 
     Args:
         place: A directory with `config.json` and safetensors weights, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
         revision: Branch, tag or commit of a hub id.
+        local_only: Look for a hub id in the local cache only.
 
     Raises:
         FileNotFoundError: There is no such directory, and the hub does not give it.
@@ -43,7 +44,7 @@ def fetch(place: str | Path, revision: str | None = None) -> Path:
     directory = Path(place).expanduser()
     if not directory.is_dir():
         advice = "give the directory of a model (config.json and *.safetensors), or a hub id while the hub is reachable"
-        directory = fetch_from_hub("base", str(place), revision, _FILES, advice)
+        directory = fetch_from_hub("base", str(place), revision, _FILES, advice, local_only)
     config = read_json(directory / "config.json", "so it is not the directory of a model")
     kind, classes = config.get("model_type"), config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
@@ -57,7 +58,9 @@ def fetch(place: str | Path, revision: str | None = None) -> Path:
     return directory
 
 
-def fetch_from_hub(what: str, place: str, revision: str | None, patterns: Sequence[str], advice: str) -> Path:
+def fetch_from_hub(
+    what: str, place: str, revision: str | None, patterns: Sequence[str], advice: str, local_only: bool = False
+) -> Path:
     """Return the local directory of a hub repository, after fetching what is not in the cache yet.
 
     Args:
@@ -66,6 +69,7 @@ def fetch_from_hub(what: str, place: str, revision: str | None, patterns: Sequen
         revision: Branch, tag or commit.
         patterns: Patterns of the files to fetch.
         advice: The end of the error's sentence, what to do.
+        local_only: Look in the local cache only.
 
     Raises:
         FileNotFoundError: It is not a hub id, or the hub does not give it.
@@ -74,7 +78,11 @@ def fetch_from_hub(what: str, place: str, revision: str | None, patterns: Sequen
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(huggingface_hub.snapshot_download(place, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                place, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
+            )
+        )
     except HFValidationError:
         why = "and it is not a hub id, which looks like 'owner/name'"
     except HfHubHTTPError as error:

@@ -24,11 +24,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def open_experts(paths: Sequence[str | Path], mergeable: bool = True) -> list[StoredExpert]:
-    """Open experts in the given order.
+def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = True) -> list[StoredExpert]:
+    """Open experts in the given order; those that are open already are taken as they are.
 
     Args:
-        paths: Directories of the experts.
+        paths: Directories of the experts, or opened experts.
         mergeable: Refuse an expert whose deltas are not all that it does; merges and sums need deltas.
 
     Raises:
@@ -36,11 +36,11 @@ def open_experts(paths: Sequence[str | Path], mergeable: bool = True) -> list[St
     """
     if not paths:
         raise ValueError("the list of experts is empty; name at least one, such as '[library/a, library/b]'")
-    experts = [open_expert(path) for path in paths]
+    experts = [path if isinstance(path, StoredExpert) else open_expert(path) for path in paths]
     seen: set[Path] = set()
-    for path, expert in zip(paths, experts, strict=True):
+    for expert in experts:
         if expert.path.resolve() in seen:
-            raise ValueError(f"the expert {path} is listed twice; list each expert once")
+            raise ValueError(f"the expert {expert.path} is listed twice; list each expert once")
         seen.add(expert.path.resolve())
     if mergeable:
         check_mergeable(experts)

@@ -132,7 +132,7 @@ def _scores(
     """Return the test scores of the base, or of the base with an expert."""
     model, tokenizer = _base(out)
     data.setup("test")
-    with applied(model, [expert] if expert else [], scale):
+    with applied(model, [expert] if expert else [], scale, check=False):
         return measure(model, tokenizer, data.test_dataloader(), data.roles, new_tokens)
 
 
@@ -140,7 +140,7 @@ def _validation_loss(out: Path, data: TaskMixture, expert: StoredExpert, scale: 
     """Return the mean loss over tasks on their validation words."""
     model, tokenizer = _base(out)
     data.setup("validate")
-    with applied(model, [expert], scale):
+    with applied(model, expert, scale, check=False):
         scores = measure(model, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
     return scores["held_in"]["loss"]
 

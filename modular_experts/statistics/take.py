@@ -85,7 +85,7 @@ def take_statistics(
         return [write(*one) for one in zip(opened, examples, grams, strict=True)]
     stored = []
     for expert, own, part in zip(opened, examples, batches, strict=True):
-        with applied(model, [expert]):
+        with applied(model, expert, check=False):
             found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored

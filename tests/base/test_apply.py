@@ -13,7 +13,7 @@ from testbed.random_deltas import random_delta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.base import Base, streaming
-from modular_experts.base.apply import applied, apply, apply_deltas
+from modular_experts.base.apply import applied, apply, apply_deltas, check_loaded
 from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Dense
 from modular_experts.deltas.task_vector import Sum
@@ -346,3 +346,61 @@ def test_progress_is_told_tensor_by_tensor(tiny_llama_dir, tmp_path, monkeypatch
     apply([expert], tmp_path / "out", progress=progress)
     assert when == sorted(set(when))
     assert when[0] < len(told) / 2
+
+
+def test_applied_takes_a_path_an_expert_or_several_of_them(tiny_llama_dir, tmp_path):
+    one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tiny_llama_dir, 2, "LowRank")
+    model = Base.open(tiny_llama_dir).load()
+    name = next(iter(open_expert(one)))
+    before, deltas = model.get_parameter(name).clone(), [open_expert(path)[name].dense() for path in (one, two)]
+    for given, total in [(one, deltas[0]), (open_expert(two), deltas[1]), ([str(one), open_expert(two)], sum(deltas))]:
+        with applied(model, given, 0.5):
+            torch.testing.assert_close(model.get_parameter(name), before + 0.5 * total)
+        assert torch.equal(model.get_parameter(name), before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", None])
+def test_a_model_is_known_as_the_base_in_any_dtype(tmp_path, dtype):
+    """Also where it was rounded on the way, which is what a float32 model from a half precision load is."""
+    build_model("llama").save_pretrained(tmp_path / "base")
+    expert, base = open_expert(make(tmp_path / "one", tmp_path / "base", 1)), Base.open(tmp_path / "base")
+    for model in (base.load(dtype), base.load(dtype).float()):
+        check_loaded(model, [expert])
+        weight = model.get_parameter(next(iter(expert)))
+        weight.data[-1, -1] *= 1.01
+        with pytest.raises(ValueError, match=r"is not what it is in .*base, on which one was trained"):
+            check_loaded(model, [expert])
+
+
+def test_a_model_that_is_not_the_experts_base_is_refused_unless_unchecked(tiny_llama_dir, tmp_path, caplog):
+    one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tiny_llama_dir, 2)
+    model = Base.open(tiny_llama_dir).load()
+    with applied(model, one), pytest.raises(ValueError, match=r"add several experts in one call"), applied(model, two):
+        pass
+    with applied(model, one), applied(model, two, check=False):
+        pass
+    build_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"load that base again"), applied(Base.open(tmp_path / "other").load(), one):
+        pass
+    assert not caplog.records
+    gone = shutil.copytree(tiny_llama_dir, tmp_path / "gone")
+    three = make(tmp_path / "library/three", gone, 1)
+    shutil.rmtree(gone)
+    build_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    with applied(Base.open(tmp_path / "other").load(), three):
+        assert "is not on this machine" in caplog.text
+
+
+def test_tied_and_renamed_weights_are_compared_too(tiny, tmp_path):
+    base = shutil.copytree(tiny("gpt2"), tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in stored.items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    model, names = Base.open(base).load(), ["transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"]
+    expert = open_expert(make(tmp_path / "one", base, 1, names=names))
+    check_loaded(model, [expert])
+    for name in names:
+        model.get_parameter(name).data[0, 0] += 1
+        with pytest.raises(ValueError, match=f"{name} of the model is not"):
+            check_loaded(model, [expert])
+        model.get_parameter(name).data[0, 0] -= 1

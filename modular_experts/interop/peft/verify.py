@@ -75,7 +75,7 @@ def verify_adapter(
         reference = logits(model, prompts)
     approximation = (0.0, 0.0)
     if expert is not None:
-        with applied(model, [expert]):
+        with applied(model, expert, check=False):
             approximation = difference(logits(model, prompts), reference)
     found = _logits_with_peft(model, directory, peft_type, prompts)  # PEFT leaves the adapter in the model
     if found is not None:
