@@ -1,6 +1,7 @@
-"""Model cards: the page of a hub repository of experts - what they are, where they come from, how they are used.
+"""Write the card of a hub repository of experts: what they are, where they come from, and how to use them.
 
-A card says only what the records say. What is not ours in the header of an earlier card, such as a license, is kept.
+A card states only what the records state. Fields of an earlier card's header that this one does not set, such as a
+license, stay.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["CARD_FILE", "CardEntry", "is_ours", "model_card"]
 
 CARD_FILE = "README.md"
 _LIBRARY = "modular-experts"
+# Cards on the hub hold this line, so it must never change.
 _MARK = "<!-- `modular-experts push` writes this page anew; take this line out to keep a text of your own -->"
 _HEADER = re.compile(r"\A---\s*\n(.*?)^---\s*$\n?", re.DOTALL | re.MULTILINE)
 _FEW = 8  # experts in the example of a merge, and tasks in a row of the table
@@ -29,13 +31,13 @@ _FEW = 8  # experts in the example of a merge, and tasks in a row of the table
 
 @dataclass(frozen=True)
 class CardEntry:
-    """What the card tells of one expert.
+    """What a card tells about one expert.
 
     Attributes:
         name: Its name.
-        record: What its `expert.json` says.
-        kept_share: Share of the entries of its weights that it keeps, if that is known.
-        size: Bytes of its two files.
+        record: The content of its `expert.json`.
+        kept_share: Share of the entries of its weights that it keeps; None if unknown, or if it moves no weight.
+        size: Bytes of its files.
         hub_base: Its base, if that is a model of the hub.
     """
 
@@ -52,7 +54,7 @@ class CardEntry:
 
     @property
     def base(self) -> str:
-        """How its base is called: by its hub id, or by the last part of a path, which is nobody else's business."""
+        """Name of its base: the hub id, or the last part of a path, whose other parts stay private."""
         return self.hub_base or re.split(r"[/\\]", str(self.record["base"].get("id")).rstrip("/\\"))[-1]
 
     @property
@@ -62,7 +64,7 @@ class CardEntry:
 
 
 def is_ours(card: str) -> bool:
-    """Return whether a card may be written anew: `push` wrote it, or it has no text yet."""
+    """Return whether `push` may rewrite a card: `push` wrote it, or it has no text yet."""
     return _MARK in card or not _HEADER.sub("", card).strip()
 
 
@@ -72,7 +74,7 @@ def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") ->
     Args:
         repo_id: `owner/name`.
         entries: Its experts, at least one.
-        earlier: The card that is there; of its header, what this one does not say is kept.
+        earlier: The present card; the fields of its header that this card does not set are kept.
     """
     entries = sorted(entries, key=lambda entry: entry.name)
     header = yaml.safe_dump(_header(entries, earlier), sort_keys=False, allow_unicode=True)
@@ -92,7 +94,7 @@ def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
     try:
         kept = yaml.safe_load(found[1]) if found else {}
     except yaml.YAMLError:
-        kept = {}  # the hub takes no such header, so none was there that it had used
+        kept = {}  # the hub does not accept such a header, so it used none of its fields
     kept = kept if isinstance(kept, dict) else {}
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
@@ -110,8 +112,9 @@ def _about(entries: Sequence[CardEntry]) -> Iterator[str]:
     what = "One expert" if len(entries) == 1 else f"{len(entries)} experts"
     yield f"{what} for {', '.join(bases)}, made with *modular-experts*."
     yield (
-        "An expert moves some weights of a frozen base. It is a folder with what moves (`delta.safetensors`: float32, "
-        "to be added to the base) and where it comes from (`expert.json`); experts of one base can be merged.\n"
+        "An expert moves some weights of a frozen base. Its folder holds the deltas (`delta.safetensors`: float32, to "
+        "be added to the base) or, for types that are not deltas, the trained state (`state.safetensors`), and a "
+        "record of its origin (`expert.json`). Experts of one base can be merged.\n"
     )
 
 
@@ -122,9 +125,10 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
         tasks = list(map(str, entry.record["tasks"]))
         shown = ", ".join(tasks) if len(tasks) <= _FEW else f"{len(tasks)} tasks"
         kept = "unknown" if entry.kept_share is None else f"{100 * entry.kept_share:.3g} %"
-        cells = [entry.name, entry.record["kind"], shown, kept, bytes_text(entry.size), _scores(entry)]
+        scores = ", ".join(f"{name} {_number(score)}" for name, score in sorted(entry.record["scores"].items()))
+        cells = [entry.name, entry.record["kind"], shown, kept, bytes_text(entry.size), scores or "none"]
         yield f"| {' | '.join(map(_plain, cells))} |"
-    yield "\nKept is the share of the entries of its weights that an expert moves; scores are those of its record.\n"
+    yield "\nKept is the share of the entries of its weights that an expert moves; scores come from its record.\n"
 
 
 def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
@@ -132,7 +136,10 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     base = first.hub_base or "BASE"
     tasks = json.dumps([{"name": str(task), "path": f"{task}.jsonl"} for task in first.record["tasks"] or ["task"]])
     applied = f"'[library/{first.name}]'"
-    alike = _mergeable(entries)
+    # The example of a merge takes the experts of the commonest base that can be merged and are not merges themselves.
+    trained = [e for e in entries if e.record["kind"] != "merge" and not e.record.get("not_mergeable_because")]
+    common = Counter(entry.fingerprint for entry in trained).most_common(1)
+    alike = [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
     merged = next(name for name in ("merged", "all-merged", "newly-merged") if name not in {e.name for e in entries})
     yield "## Use\n\n```bash"
     yield "pip install .  # in a clone of modular-experts"
@@ -146,15 +153,8 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     yield f"modular-experts apply --experts {applied} --base {first.hub_base or 'BASE'} --out checkpoint"
     yield "```\n"
     if any(entry.hub_base is None for entry in entries):
-        yield "`BASE` is the directory of the base; its fingerprint is checked, so another one is refused."
-    yield 'A row of a task file is `{"input": ..., "target": ...}`; `checkpoint` is one as transformers reads it.\n'
-
-
-def _mergeable(entries: Sequence[CardEntry]) -> list[CardEntry]:
-    """Return the experts of the commonest base that are no merges themselves."""
-    trained = [entry for entry in entries if entry.record["kind"] != "merge"]
-    common = Counter(entry.fingerprint for entry in trained).most_common(1)
-    return [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
+        yield "`BASE` is the directory of the base; another one is refused, by its fingerprint."
+    yield 'A row of a task file is `{"input": ..., "target": ...}`; transformers loads `checkpoint`.\n'
 
 
 def _provenance(entries: Sequence[CardEntry]) -> Iterator[str]:
@@ -175,24 +175,20 @@ def _made(record: Mapping[str, Any]) -> str:
     """Return the method of a merge, or the kind of a trained expert, with its settings."""
     if not record.get("method"):
         return _call(record["kind"], record.get("hyperparameters") or {})
-    parts = [_method(record["method"])]
-    parts += [f"weights {_code(name)}: {_method(other)}" for name, other in (record.get("per_weight") or {}).items()]
-    return "; ".join(parts)
-
-
-def _method(method: Mapping[str, Any] | None) -> str:
-    if not method:
-        return "left at the base"
-    return _call(str(method.get("class_path")).rpartition(".")[2], method.get("init_args") or {})
+    methods = {"": record["method"]}
+    methods |= {f"weights {_code(name)}: ": other for name, other in (record.get("per_weight") or {}).items()}
+    calls = {
+        where: _call(str(method.get("class_path")).rpartition(".")[2], method.get("init_args") or {})
+        if method
+        else "left at the base"
+        for where, method in methods.items()
+    }
+    return "; ".join(f"{where}{call}" for where, call in calls.items())
 
 
 def _call(name: str, settings: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
     return _code(f"{name}({shown})" if shown else name)
-
-
-def _scores(entry: CardEntry) -> str:
-    return ", ".join(f"{name} {_number(score)}" for name, score in sorted(entry.record["scores"].items())) or "none"
 
 
 def _number(score: Any) -> str:
@@ -202,7 +198,7 @@ def _number(score: Any) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Return a text of a record so that it stays in its cell and is no markup."""
+    """Escape a text of a record, so that it stays in its cell and is not read as markup."""
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
 
 

@@ -1,16 +1,14 @@
-"""Hub repositories: what a model repository of the Hugging Face hub holds at one commit.
+"""Look into a model repository of the Hugging Face hub at one commit, and fetch files from it.
 
-A repository is like a library: an expert in it is a folder with the two files that it has in a library. So one expert
-more is one commit more, and what several people pushed can be pulled into one library. Writing is left to
-`interop.push`, reading to `interop.pull`.
+A repository is like a library: each expert in it is a folder with the files that it has in a library. So several people
+can push experts into one repository, one commit each, and pull all of them into one library.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +29,15 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import check_name
-from modular_experts.library.atomic import is_name
-from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
+from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
+from modular_experts.text import did_you_mean
 
-__all__ = ["HubRepository", "hub_errors", "is_hub_model", "look", "look_before_push", "may_be_hub_model"]
+__all__ = ["HubRepository", "files_of", "hub_errors", "is_hub_model", "look", "may_be_hub_model"]
+
+
+def files_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that an expert of this record has beside the record itself."""
+    return list(record.get("files") or [DELTA_FILE])
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class HubRepository:
 
     Attributes:
         repo_id: `owner/name`.
-        commit: The commit; none if the repository is not there yet.
+        commit: The commit; None for a repository that does not exist yet.
         private: Whether only its owner sees it.
-        has_revision: Whether the branch that was asked for is there; if not, this is the main one.
-        files: Size of each file, by its path.
+        has_revision: Whether the requested branch exists; if not, this is the main branch.
+        files: Size of each file in bytes, by its path.
     """
 
     repo_id: str
@@ -55,52 +58,39 @@ class HubRepository:
     has_revision: bool = True
     files: Mapping[str, int] = field(default_factory=dict)
 
-    def experts(self) -> list[str]:
-        """Return the names of the complete experts."""
-        return sorted(name for name, files in self._folders().items() if is_name(name) and not _missing(files))
+    def folders(self) -> list[str]:
+        """Return the names of the folders that hold the record of an expert, also names that no expert may have."""
+        folders = (path.removesuffix(f"/{RECORD_FILE}") for path in self.files if path.endswith(f"/{RECORD_FILE}"))
+        return sorted(folder for folder in folders if "/" not in folder)
 
     def choose(self, wanted: Sequence[str] | None) -> list[str]:
-        """Return the names of the experts that are wanted, all if none are named, once each is known to be there.
+        """Return the names of the wanted experts, all if `wanted` is None, once each is known to be there.
 
         Raises:
-            ValueError: The repository holds no experts, or not one of these, or only a part of one, or has a file
-                whose path leads out of it.
+            ValueError: The repository holds no experts, lacks one that is wanted, or has a file whose path leads out
+                of it.
         """
-        self._check_paths()
-        there = self._folders()
-        if not there:
-            raise ValueError(f"{self.repo_id} holds no experts: it has no folder with {RECORD_FILE} and {DELTA_FILE}")
-        if wanted is not None and not wanted:
-            raise ValueError("the list of experts is empty; name at least one, or leave it out for all")
-        names = sorted(there) if wanted is None else list(dict.fromkeys(wanted))
-        for name in names:
-            self._check_expert(check_name(name), there)
-        return names
-
-    def _check_expert(self, name: str, there: Mapping[str, set[str]]) -> None:
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(there)[:8])}"
-            raise ValueError(f"{self.repo_id} has no expert {name!r}; {hint}")
-        if missing := _missing(there[name]):
-            raise ValueError(f"{name} in {self.repo_id} is not a complete expert: {name}/{missing} is missing")
-
-    def _folders(self) -> dict[str, set[str]]:
-        """Return the folders with files of an expert, and which they have."""
-        found: dict[str, set[str]] = {}
-        for path in self.files:
-            folder, _, file = path.rpartition("/")
-            if folder and "/" not in folder and file in (RECORD_FILE, DELTA_FILE, STATE_FILE):
-                found.setdefault(folder, set()).add(file)
-        return found
-
-    def _check_paths(self) -> None:
         for path in self.files:
             if "\\" in path or {"", ".", ".."} & set(path.split("/")):
                 raise ValueError(f"{self.repo_id} has a file {path!r}, whose path leads elsewhere; nothing was fetched")
+        known = self.folders()
+        if not known:
+            raise ValueError(f"{self.repo_id} holds no experts: it has no folder with {RECORD_FILE}")
+        if wanted is not None and not wanted:
+            raise ValueError("the list of experts is empty; name at least one, or leave it out for all")
+        names = known if wanted is None else list(dict.fromkeys(wanted))
+        for name in names:
+            if check_name(name) not in known:
+                hint = did_you_mean(name, known) or f"; it has {', '.join(known[:8])}"
+                raise ValueError(f"{self.repo_id} has no expert {name!r}{hint}")
+        return names
+
+    def missing(self, name: str, record: Mapping[str, Any]) -> list[str]:
+        """Return the paths of the files that an expert's record lists and the repository lacks."""
+        return [path for file in files_of(record) if (path := f"{name}/{file}") not in self.files]
 
     def fetch(self, files: Sequence[str], directory: Path) -> None:
-        """Fetch files of this commit into a directory, under their paths; those that are there are not fetched again.
+        """Fetch files of this commit into a directory, under their paths; a file that is there stays.
 
         Raises:
             OSError: The hub was not reached, or does not give them.
@@ -112,7 +102,7 @@ class HubRepository:
                 )
 
     def kept_share(self, name: str) -> float | None:
-        """Return the share of entries that an expert keeps, by the header of its file; none if it does not say."""
+        """Return the share of entries that an expert keeps, from the header of its file; None if that has none."""
         with hub_errors(self.repo_id):
             try:
                 header = HfApi().parse_safetensors_file_metadata(
@@ -125,13 +115,6 @@ class HubRepository:
                 return None
 
 
-def _missing(files: Collection[str]) -> str | None:
-    """Return a file that every expert has and a folder with these files lacks."""
-    if RECORD_FILE not in files:
-        return RECORD_FILE
-    return None if {DELTA_FILE, STATE_FILE} & set(files) else DELTA_FILE
-
-
 class _Bar(tqdm):
     """A bar on a terminal, nothing in a log."""
 
@@ -139,38 +122,46 @@ class _Bar(tqdm):
         super().__init__(*args, **{"disable": None, **settings})
 
 
-def look(repo_id: str, revision: str | None = None) -> HubRepository:
+def look(repo_id: str, revision: str | None = None, writing: bool = False) -> HubRepository:
     """Return what a repository holds now.
 
     Args:
         repo_id: `owner/name`.
-        revision: Branch, tag or commit; the main branch if none is given.
+        revision: Branch, tag or commit; the main branch if not given.
+        writing: Whether to accept a repository that does not exist yet, and a branch that does not exist yet.
 
     Raises:
-        ValueError: This is no `owner/name`.
-        OSError: The hub was not reached, or has no such repository or revision that one may see.
+        ValueError: The id is not written `owner/name`.
+        OSError: The hub was not reached, or has no such repository or revision that this user may see.
     """
-    _check_repo_id(repo_id)
-    with hub_errors(repo_id, revision):
-        return _look(repo_id, revision)
-
-
-def look_before_push(repo_id: str, branch: str | None = None) -> HubRepository:
-    """Return what a repository holds that need not be there yet, on a branch that need not be there either."""
-    _check_repo_id(repo_id)
-    with hub_errors(repo_id, branch, writing=True):
+    try:
+        validate_repo_id(repo_id)
+        valid = "/" in repo_id
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{repo_id!r} cannot be a repository of the hub; it is written 'owner/name'")
+    api, has_revision = HfApi(), True
+    with hub_errors(repo_id, revision, writing):
         try:
-            return _look(repo_id, branch)
-        except GatedRepoError:
+            info = api.model_info(repo_id, revision=revision)
+        except GatedRepoError:  # also a RepositoryNotFoundError
             raise
         except RepositoryNotFoundError:
+            if not writing:
+                raise
             return HubRepository(repo_id)
         except RevisionNotFoundError:
-            return _look(repo_id, None, has_revision=False)
+            if not writing:
+                raise
+            info, has_revision = api.model_info(repo_id), False
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
+        files = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    return HubRepository(repo_id, info.sha, bool(info.private), has_revision, files)
 
 
 def may_be_hub_model(name: str) -> bool:
-    """Return whether this can name a model of the hub, and names nothing here."""
+    """Return whether a name is a valid id of a hub model and not a path on this machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -179,7 +170,7 @@ def may_be_hub_model(name: str) -> bool:
 
 
 def is_hub_model(name: str) -> bool:
-    """Return whether this names a model that the hub knows, and nothing here.
+    """Return whether a name is the id of a model on the hub and not a path on this machine.
 
     Raises:
         OSError: The hub was not reached.
@@ -194,64 +185,45 @@ def is_hub_model(name: str) -> bool:
     return True
 
 
-def _look(repo_id: str, revision: str | None, has_revision: bool = True) -> HubRepository:
-    api = HfApi()
-    info = api.model_info(repo_id, revision=revision)
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
-    files = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    return HubRepository(repo_id, info.sha, bool(info.private), has_revision, files)
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        pass
-    else:
-        if "/" in repo_id:
-            return
-    raise ValueError(f"{repo_id!r} cannot be a repository of the hub; it is written 'owner/name'")
-
-
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Say in one sentence what the client of the hub raises in a block.
+    """Turn what the hub's client raises in a block into an error of one sentence.
 
     Args:
         repo_id: The repository that the block asks for.
         revision: Branch, tag or commit that it asks for.
-        writing: Whether it writes to the repository, so that being refused is a matter of permission.
+        writing: Whether it writes to the repository, so that a refusal is a matter of permission.
 
     Raises:
         ConnectionError: The hub was not reached, or an answer broke off.
-        FileNotFoundError: There is no such repository or revision that one may see.
-        PermissionError: One may not do this.
+        FileNotFoundError: There is no such repository or revision that this user may see.
+        PermissionError: This user may not do this.
         OSError: The hub answers with another error.
     """
     try:
         yield
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            raise _answer(error, status, repo_id, revision, writing) from error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of this machine: a full disk, a directory that may not be written
-        raise _no_answer(error, repo_id) from error
+        if status is None and isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of this machine: a full disk, a directory that cannot be written
+        if status is None:
+            raise ConnectionError(_no_answer(error, repo_id)) from error
+        raise _refusal(error, status, repo_id, revision, writing) from error
 
 
-def _no_answer(error: Exception, repo_id: str) -> OSError:
+def _no_answer(error: Exception, repo_id: str) -> str:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return ConnectionError(f"{repo_id} was not looked up, because HF_HUB_OFFLINE is set; unset it to use the hub")
-    if isinstance(error, OSError) and "Consistency check" in str(error):
-        return ConnectionError(f"a file of {repo_id} did not arrive whole; nothing was written, so try again")
-    return ConnectionError(
+        return f"{repo_id} was not looked up, because HF_HUB_OFFLINE is set; unset it to use the hub"
+    if "Consistency check" in str(error):
+        return f"a file of {repo_id} did not arrive whole; nothing was written, so try again"
+    return (
         f"the hub was not reached for {repo_id} ({type(error).__name__} at {HfApi().endpoint}); "
         "check the network, or HF_ENDPOINT if you set it"
     )
 
 
-def _answer(error: Exception, status: int, repo_id: str, revision: str | None, writing: bool) -> OSError:
-    """Return the sentence for an answer of the hub that is an error; it says 401 also of what is not there."""
+def _refusal(error: Exception, status: int, repo_id: str, revision: str | None, writing: bool) -> OSError:
+    """Return the error for an answer of the hub, which gives 401 also for a repository that does not exist."""
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo_id} is gated; ask for access on its page, and log in with 'hf auth login'")
     if isinstance(error, RevisionNotFoundError):
@@ -268,5 +240,5 @@ def _answer(error: Exception, status: int, repo_id: str, revision: str | None, w
         )
     if writing and status in (409, 412):
         return FileExistsError(f"{repo_id} was changed by someone else at the same time (HTTP {status}); push again")
-    said = " ".join(str(getattr(error, "server_message", None) or "no reason given").split())
-    return OSError(f"the hub answered with HTTP {status} for {repo_id}: {said}")
+    reason = " ".join(str(getattr(error, "server_message", None) or "no reason given").split())
+    return OSError(f"the hub answered with HTTP {status} for {repo_id}: {reason}")
