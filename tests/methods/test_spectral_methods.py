@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -17,21 +18,18 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 ADAM = WUDI(learning_rate=1e-2, steps=20)
 EXACT = WUDI(solver="exact")
 METHODS = [
-    TSVMerge(),
     TSVMerge(share=0.5, scale=0.7),
-    IsoC(),
     IsoC(scale=-0.5),
-    IsoCTS(),
     IsoCTS(common=0.3, scale=2.0),
-    SVDAverage(),
     SVDAverage(rank=1, scale=3.0),
     KnOTS(TaskArithmetic(0.5), scale=2.0),
     KnOTS(TIES()),
-    EXACT,
     WUDI("roberta", solver="exact", scale=0.3),
     ADAM,
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+# The battery checks these promises for the other methods, in float32, where Adam takes steps along rounding errors.
+beside_the_battery = pytest.mark.parametrize("method", [KnOTS(TIES()), ADAM], ids=str)
 
 
 def without(*left_out):
@@ -42,7 +40,7 @@ def same(one, other):
     torch.testing.assert_close(one.dense().double(), other.dense().double(), **CLOSE)
 
 
-@each_method
+@beside_the_battery
 @settings(max_examples=20)
 @given(st.lists(seeds, min_size=2, max_size=4, unique=True), st.randoms(use_true_random=False))
 def test_order_of_the_experts_does_not_matter(method, numbers, random):
@@ -71,7 +69,7 @@ def test_result_is_finite_and_scale_is_its_factor(method, deltas):
         same(merged, type(method)(**options).merge(deltas) * method.scale)
 
 
-@without(SVDAverage)
+@beside_the_battery
 @settings(max_examples=20)
 @given(st.lists(seeds, min_size=1, max_size=3, unique=True))
 def test_an_expert_that_moves_nothing_changes_nothing_in_a_matrix(method, numbers):
@@ -90,15 +88,15 @@ def test_low_rank_experts_merge_to_what_their_dense_forms_do(method, numbers):
 
 
 @each_method
-@pytest.mark.parametrize("form", ["Sparse", "BlockSparse"])
-def test_sparse_experts_merge_to_what_their_dense_forms_do(method, form):
-    deltas = [random_delta(form, (12, 14), seed, share=0.6) for seed in range(3)]
-    merged = method.merge(deltas)
-    assert isinstance(merged, Dense | LowRank)
-    same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
+def test_sparse_experts_merge_to_what_their_dense_forms_do(method):
+    for form in ("Sparse", "BlockSparse"):
+        deltas = [random_delta(form, (12, 14), seed, share=0.6) for seed in range(3)]
+        merged = method.merge(deltas)
+        assert isinstance(merged, Dense | LowRank)
+        same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
 
 
-@pytest.mark.parametrize("method", [TSVMerge(), SVDAverage(rank=99), KnOTS(Average()), EXACT], ids=str)
+@pytest.mark.parametrize("method", [SVDAverage(rank=99), KnOTS(Average()), EXACT], ids=str)
 @settings(max_examples=20)
 @given(shapes, seeds, st.sampled_from(["Dense", "LowRank", "Sparse", "BlockSparse"]))
 def test_one_expert_merges_to_itself(method, shape, seed, form):
@@ -116,15 +114,14 @@ def test_copies_of_an_expert_of_low_rank_merge_to_it(method, seed, copies):
 
 
 @each_method
-@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 5)])
-@pytest.mark.parametrize("experts", [1, 2, 5])
-def test_narrow_matrices_merge(method, shape, experts):
-    deltas = [Dense(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))) for seed in range(experts)]
-    merged = method.merge(deltas)
-    assert merged.shape == shape
-    assert merged.dtype == torch.float32
-    assert merged.dense().isfinite().all()
-    assert merged.norm() > 0
+def test_narrow_matrices_merge(method):
+    for shape, experts in itertools.product([(1, 1), (1, 6), (6, 1), (2, 5)], [1, 2, 5]):
+        deltas = [Dense(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))) for seed in range(experts)]
+        merged = method.merge(deltas)
+        assert merged.shape == shape
+        assert merged.dtype == torch.float32
+        assert merged.dense().isfinite().all()
+        assert merged.norm() > 0
 
 
 @each_method
@@ -136,24 +133,24 @@ def test_weight_that_none_moves_stays(method):
 
 
 @without(KnOTS)
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
-def test_what_is_not_a_matrix_gets_the_scaled_mean(method, shape):
-    values = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
-    merged = method.merge([*map(Dense, values), Sparse.zero(shape)])
-    torch.testing.assert_close(merged.dense(), method.scale * sum(values) / 4)
+def test_what_is_not_a_matrix_gets_the_scaled_mean(method):
+    for shape in [(5,), (2, 3, 4)]:
+        values = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+        merged = method.merge([*map(Dense, values), Sparse.zero(shape)])
+        torch.testing.assert_close(merged.dense(), method.scale * sum(values) / 4)
 
 
 @each_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_values_are_rounded_once(method, dtype):
-    deltas = [random_delta("Dense", (9, 9), seed, dtype=dtype) for seed in range(3)]
-    exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
-    merged = method.merge(deltas)
-    assert merged.dtype == dtype
-    if isinstance(merged, Dense):
-        assert torch.equal(merged.dense(), exact.dense().to(dtype))
-    else:  # each factor is
-        assert (merged - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+def test_stored_values_are_rounded_once(method):
+    for dtype in (torch.float32, torch.bfloat16):
+        deltas = [random_delta("Dense", (9, 9), seed, dtype=dtype) for seed in range(3)]
+        exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
+        merged = method.merge(deltas)
+        assert merged.dtype == dtype
+        if isinstance(merged, Dense):
+            assert torch.equal(merged.dense(), exact.dense().to(dtype))
+        else:  # each factor is rounded
+            assert (merged - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("method", [TSVMerge(), IsoC(), IsoCTS(), SVDAverage(), KnOTS(), EXACT], ids=str)

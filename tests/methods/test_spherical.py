@@ -14,15 +14,7 @@ from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse, add
 from modular_experts.methods.karcher import Karcher
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP
 
-METHODS = [
-    SLERP(),
-    SLERP(t=0.3),
-    NuSLERP(),
-    NuSLERP(row_wise=True),
-    MultiSLERP(),
-    Karcher(),
-    Karcher(max_iterations=2),
-]
+METHODS = [SLERP(t=0.3), NuSLERP(row_wise=True), MultiSLERP(), Karcher(max_iterations=2)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 WEIGHTED = [NuSLERP, MultiSLERP, Karcher]
 
@@ -51,18 +43,10 @@ def test_scaled_experts_merge_to_the_scaled_merge(method, deltas, factor):
     torch.testing.assert_close(scaled.dense(), merged.dense(), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [SLERP, NuSLERP, MultiSLERP, Karcher])
-@given(deltas_of_one_weight(most=3), st.floats(-2, 2))
-def test_scale_is_a_factor_of_the_result(kind, deltas, scale):
-    expected = kind().merge(deltas) * scale
-    torch.testing.assert_close(kind(scale=scale).merge(deltas).dense(), expected.dense(), rtol=1e-12, atol=1e-12)
-
-
 @each_method
-@pytest.mark.parametrize("shape", [(6, 9), (7, 10)])
-def test_sparse_stays_sparse_and_tiles_stay_tiles(method, shape):
-    entries = [random_delta("Sparse", shape, seed) for seed in range(3)]
-    tiles = [random_delta("BlockSparse", shape, seed) for seed in range(3)]
+def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
+    entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
+    tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
     assert isinstance(method.merge(entries), Sparse)
     assert isinstance(method.merge(tiles), BlockSparse)
     assert isinstance(method.merge([*entries, *tiles]), Sparse)
@@ -83,23 +67,23 @@ def test_low_rank_experts_are_never_made_dense(method, monkeypatch):
 
 
 @each_method
-@pytest.mark.parametrize("form", ["Dense", "Sparse", "BlockSparse", "zero"])
-def test_stored_float32_values_are_rounded_once(method, form):
-    deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
-    exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
-    merged = method.merge(deltas)
-    assert merged.dtype == torch.float32
-    assert torch.equal(merged.dense(), exact.dense().float())
+def test_stored_float32_values_are_rounded_once(method):
+    for form in ("Dense", "Sparse", "BlockSparse", "zero"):
+        deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
+        exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
+        merged = method.merge(deltas)
+        assert merged.dtype == torch.float32
+        assert torch.equal(merged.dense(), exact.dense().float())
 
 
 @each_method
-@pytest.mark.parametrize("form", FORMS)
-def test_half_precision_experts_merge_in_double(method, form):
-    deltas = [random_delta(form, (9, 9), seed, dtype=torch.bfloat16) for seed in range(3)]
-    merged = method.merge(deltas)
-    assert merged.dtype == (torch.float32 if form == "zero" else torch.bfloat16)
-    exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
-    torch.testing.assert_close(merged.dense().double(), exact.dense().double(), rtol=2e-2, atol=2e-2)
+def test_half_precision_experts_merge_in_double(method):
+    for form in FORMS:
+        deltas = [random_delta(form, (9, 9), seed, dtype=torch.bfloat16) for seed in range(3)]
+        merged = method.merge(deltas)
+        assert merged.dtype == (torch.float32 if form == "zero" else torch.bfloat16)
+        exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
+        torch.testing.assert_close(merged.dense().double(), exact.dense().double(), rtol=2e-2, atol=2e-2)
 
 
 @each_method
@@ -125,21 +109,14 @@ def test_only_ratios_of_weights_count(kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHTED)
-@pytest.mark.parametrize(
-    ("weights", "sentence"),
-    [
+def test_weights_that_are_no_shares_are_refused(kind):
+    for weights, sentence in [
         ([1.0, -0.5], "each weight must be at least 0, got -0.5"),
         ([1.0, math.nan], "each weight must be a finite number, got nan"),
         ([0.0, 0.0], "the weights \\[0.0, 0.0\\] sum to zero"),
-    ],
-)
-def test_weights_that_are_no_shares_are_refused(kind, weights, sentence):
-    with pytest.raises(ValueError, match=f"{kind.__name__}: {sentence}"):
-        kind(weights)
-
-
-@pytest.mark.parametrize("kind", WEIGHTED)
-def test_another_number_of_weights_is_refused(kind):
+    ]:
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {sentence}"):
+            kind(weights)
     with pytest.raises(ValueError, match=f"{kind.__name__}: 2 weights were given for 3 experts"):
         kind([1.0, 2.0]).merge([Sparse.zero((2, 2))] * 3)
 
