@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from modular_experts.library import StoredExpert
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import MergeMethod
-from modular_experts.methods.chunks import PART
+from modular_experts.methods.chunks import chunk_size
 from modular_experts.text import bytes_text
 
 __all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
@@ -63,7 +63,7 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
         held = (_INDEX + _ENTRY * needs.copies) * kept + _WRITTEN * entries
         held += _ENTRY * sum(tiles.get(name, 0) for tiles in spread)
-        peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(PART, entries))
+        peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(chunk_size(), entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
     return found
 
@@ -75,14 +75,14 @@ def _single_entries(expert: StoredExpert) -> dict[str, int]:
 
 
 def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
-    """Return how many entries of tiles an expert keeps of a part, where parts have to be larger than `PART`, as with
+    """Return how many entries of tiles an expert keeps of a part, where parts have to be larger than a chunk, as with
     whole columns; each of them is held with its place.
     """
     shapes, kept, found = expert.shapes(), expert.kept_entries(), {}
     for name, (height, _) in expert.tiles().items():
         entries = shapes[name].numel()
         part = min(entries, height * shapes[name][1])
-        if part > PART:
+        if part > chunk_size():
             found[name] = kept[name] * part // entries
     return found
 

@@ -17,8 +17,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.merger.merged import describe
 from modular_experts.methods import Average, MergeMethod, TaskArithmetic
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import weighted_sum
+from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.progress import Progress
 
 __all__ = ["remove"]
@@ -42,12 +41,12 @@ class _Rest(TaskVector):
         pair = [merged, own]
         if all(isinstance(delta, LowRank) for delta in pair if not delta.is_empty):
             return weighted_sum(pair, self._factors)
-        return merge_by_parts(pair, self._rule)
+        return merge_by_chunks(pair, self._rule)
 
-    def _rule(self, part: Part) -> tuple[Tensor, Tensor]:
-        total, added = part.zeros(), part.zeros()
-        kept = part.zeros(torch.bool)
-        merged, own = part
+    def _rule(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        total, added = chunk.zeros(), chunk.zeros()
+        kept = chunk.zeros(torch.bool)
+        merged, own = chunk
         merged.add_to(total, factor=self._factors[0])
         merged.mark(kept)
         own.add_to(added, factor=-self._factors[1])

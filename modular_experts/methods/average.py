@@ -11,15 +11,9 @@ from typing import Literal
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import (
-    Context,
-    MergeMethod,
-    check_finite,
-    one_per_expert,
-    sum_of_weights,
-    weighted_sum,
-)
+from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite, one_per_expert, sum_of_weights
 
 __all__ = ["Average", "SparseAverage", "TaskArithmetic"]
 
@@ -113,9 +107,9 @@ class SparseAverage(MergeMethod):
             raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_parts(deltas, self._rule)
+        return merge_by_chunks(deltas, self._rule)
 
-    def _rule(self, part: Part) -> tuple[Tensor, Tensor | None]:
-        total, kept = part.weighted_total([self.scale] * len(part.deltas))
-        movers = part.counts(moved=self.count == "values")
+    def _rule(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        total, kept = chunk.weighted_total([self.scale] * len(chunk.deltas))
+        movers = chunk.counts(moved=self.count == "values")
         return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept

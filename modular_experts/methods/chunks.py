@@ -1,42 +1,132 @@
-"""Parts: a weight a few rows at a time, with the entries that each expert keeps there, for rules that work entry by
-entry.
+"""Iterate over a weight in chunks of rows, with the entries that each expert keeps there.
 
-A rule sees flat scratch tensors of one part and, expert after expert, places in them and values. So the same lines
-serve single entries, tiles, low-rank and dense deltas; what is in memory beside the deltas and the result is one part
-of one weight, however many experts there are; and sparse experts cost their entries, not the weight's. (Room for a
-whole weight is asked for, and used as far as it is kept.) No merge rule is known here.
+A rule that works entry by entry gets one `Chunk` at a time and returns its merged values: `merge_by_chunks(deltas,
+rule)`. The rule iterates over the experts (`for entries in chunk`) and adds, marks or writes their `Entries` into flat
+scratch tensors (`chunk.zeros()`). The same lines serve single entries, tiles, low-rank and dense deltas. Memory holds
+the deltas, the result and one chunk, however many experts there are, and a sparse expert costs its kept entries. Where
+all experts are sparse, compiled passes (`modular_experts.native`) take over; their results are the same to the bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, add
 from modular_experts.deltas.tiles import between, block_grid, entries_in_order, gather_blocks, index_dtype, true_places
 from modular_experts.native.sparse_passes import Runs, pack_entries, spread_tiles
 
-__all__ = ["Entries", "Part", "all_sparse", "joined", "merge_by_parts", "parts_of", "widest_dtype"]
+__all__ = [
+    "Chunk",
+    "Entries",
+    "all_sparse",
+    "chunk_size",
+    "chunks_of",
+    "chunks_of_size",
+    "joined",
+    "merge_by_chunks",
+    "weighted_sum",
+    "widest_dtype",
+]
 
-PART = 2**18
-"""Entries of a part, unless one row, or one row of tiles, has more: small enough for a processor's cache."""
+# Entries of a chunk, unless one row, or one row of tiles, has more: small enough for a processor's cache.
+_SIZE: ContextVar[int] = ContextVar("chunk size", default=2**18)
+
+JOINED = 2**17
+"""Entries of sparse experts that `joined` takes together, unless one expert alone keeps more of the chunk."""
+
+
+def chunk_size() -> int:
+    """Return the number of entries of a chunk."""
+    return _SIZE.get()
+
+
+@contextmanager
+def chunks_of_size(entries: int) -> Iterator[None]:
+    """Merge in chunks of this many entries within the block, so that smaller chunks take less memory."""
+    token = _SIZE.set(entries)
+    try:
+        yield
+    finally:
+        _SIZE.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Some rows of a weight, with the deltas of all experts.
+class Entries:
+    """The entries that one expert keeps of a chunk, or several experts (`joined`).
 
     Attributes:
-        deltas: The deltas of the whole weight, in the order of the experts; of tiles, the entries of those that reach
-            into these rows.
+        values: Their values, `(n,)`, in the expert's dtype.
+        places: Their indices in the chunk's flat tensors, `(n,)`, unique within an expert; None where the expert keeps
+            every entry.
+        start: The weight's flat index at which the chunk begins.
+    """
+
+    values: Tensor
+    places: Tensor | None
+    start: int
+
+    def of(self, scratch: Tensor) -> Tensor:
+        """Return what a flat tensor of the chunk holds at these entries."""
+        return scratch if self.places is None else scratch.index_select(0, self.places)
+
+    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float = 1.0) -> None:
+        """Add `factor * values` to a flat tensor of the chunk; `values` defaults to the expert's own."""
+        added = self.values if values is None else values
+        if self.places is None:
+            scratch.add_(added, alpha=factor)
+        else:
+            scratch.index_add_(0, self.places, added.to(scratch.dtype), alpha=factor)
+
+    def mark(self, scratch: Tensor, chosen: Tensor | None = None) -> None:
+        """Set a flat boolean tensor of the chunk to true at these entries, or at the `chosen` ones among them."""
+        if self.places is None:
+            scratch |= True if chosen is None else chosen
+        else:
+            places = self.places if chosen is None else self.places.index_select(0, true_places(chosen))
+            scratch.index_fill_(0, places.long(), True)
+
+    def write_to(self, scratch: Tensor, values: Tensor) -> None:
+        """Write values into a flat tensor of the chunk at these entries, which must belong to one expert."""
+        if self.places is None:
+            scratch.copy_(values)
+        else:
+            scratch.index_copy_(0, self.places.long(), values.to(scratch.dtype))
+
+    def only(self, kept: Tensor) -> Entries:
+        """Return the entries that a mask keeps; the others may remain as zeros where that is faster."""
+        places = true_places(kept)
+        if self.places is None and 4 * places.numel() > kept.numel():
+            return replace(self, values=torch.where(kept, self.values, 0.0))
+        own = places if self.places is None else self.places.index_select(0, places)
+        return Entries(self.values.index_select(0, places), own, self.start)
+
+    def flat(self) -> Tensor:
+        """Return the flat indices of these entries in the weight, int64."""
+        if self.places is None:
+            return torch.arange(self.start, self.start + self.values.numel(), device=self.values.device)
+        return self.places.long() + self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some rows of a weight, with the deltas of all experts. Iterate over it for the `Entries` of one expert after
+    another.
+
+    Attributes:
+        deltas: The deltas of the whole weight, in the order of the experts; tiles are given as single entries, those
+            of the tiles that reach into these rows.
         rows: First row, and the one after the last.
-        slices: For each delta, which of its entries lie in these rows; of other forms, the rows.
-        runs: All entries of these deltas, if all experts keep single ones and compiled code goes through them.
+        slices: For each delta, the slice of its stored entries that lies in these rows; the rows themselves for a
+            dense or low-rank delta.
+        runs: All entries of these deltas for compiled passes, where every expert keeps single entries.
     """
 
     deltas: Sequence[Delta]
@@ -45,11 +135,10 @@ class Part:
     runs: Runs | None
 
     def __iter__(self) -> Iterator[Entries]:
-        """Give the entries of one expert after the other; they may be gone through several times."""
         return (self.entries(expert) for expert in range(len(self.deltas)))
 
     def entries(self, expert: int) -> Entries:
-        """Return what an expert keeps here."""
+        """Return the entries that one expert keeps here."""
         delta, here, start = self.deltas[expert], self.slices[expert], self.span[0]
         if delta.is_empty:
             nothing = torch.empty(0, dtype=torch.int32, device=delta.device)
@@ -60,14 +149,14 @@ class Part:
         return Entries(delta.rows(here.start, here.stop).reshape(-1), None, start)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a flat tensor with a zero for every entry of the part: to sum in, twice as wide as the deltas are."""
+        """Return zeros to sum in, one per entry and flat, by default in a dtype twice as wide as the deltas'."""
         start, stop = self.span
         if dtype is None:
             dtype = torch.float32 if widest_dtype(self.deltas).itemsize == 2 else torch.float64
         return torch.zeros(stop - start, dtype=dtype, device=self.deltas[0].device)
 
     def total(self) -> Tensor:
-        """Return the sum of what the experts keep, in a tensor as `zeros` makes it."""
+        """Return the sum of the experts' entries, in the dtype of `zeros`."""
         if self.runs is not None:
             return self.runs.total(*self.span, self.slices, [1.0] * len(self.deltas))[0]
         total = self.zeros()
@@ -76,11 +165,10 @@ class Part:
         return total
 
     def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-        """Return the sum of weight times what an expert keeps, float64, and the `support`; the latter is None where the
-        merged delta is dense and has no need of it.
+        """Return the sum of weight times entry, float64, and the `support`: None where the merged delta is dense.
 
-        A weight that all have in common is multiplied last, so that sums of half-precision numbers, in float32, are as
-        good as exact.
+        A weight that all experts share multiplies the sum, so that a float32 sum of half-precision numbers, which is
+        as good as exact, is scaled once.
         """
         if self.runs is not None:
             return self.runs.total(*self.span, self.slices, weights)
@@ -94,7 +182,7 @@ class Part:
         return total.double().mul_(weights[0]) if alike else total, kept
 
     def counts(self, moved: bool = False) -> Tensor:
-        """Return how many experts keep each entry, or how many have a value there that is not zero."""
+        """Return how many experts keep each entry, or with `moved` how many have a value other than zero there."""
         if self.runs is not None:
             return self.runs.counts(*self.span, self.slices, moved)
         counts = self.zeros()
@@ -103,7 +191,7 @@ class Part:
         return counts
 
     def support(self) -> Tensor:
-        """Return where any expert keeps an entry, as booleans; a kept entry may hold the value zero."""
+        """Return which entries any expert keeps, as booleans; a kept entry may hold the value zero."""
         kept = self.zeros(torch.bool)
         for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.mark(kept)
@@ -111,50 +199,73 @@ class Part:
 
     @property
     def width(self) -> int:
-        """Entries of a row."""
+        """Number of entries of a row."""
         return _width(self.deltas[0].shape)
 
     @cached_property
     def span(self) -> tuple[int, int]:
-        """First flat entry, and the one after the last."""
+        """First flat index of the weight, and the one after the last."""
         return self.rows[0] * self.width, self.rows[1] * self.width
 
 
-# Gets a part; returns its merged values, and which of them a sparse result keeps (None: all that any expert keeps).
-Rule = Callable[[Part], tuple[Tensor, Tensor | None]]
+Rule = Callable[[Chunk], tuple[Tensor, Tensor | None]]
+"""Gets a chunk; returns its merged values, flat, and which of them a sparse result keeps (None: the support)."""
 
 
-def merge_by_parts(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | None = None) -> Delta:
-    """Merge the deltas of one weight by a rule that needs no more than a few rows at a time.
+def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | None = None) -> Delta:
+    """Merge the deltas of one weight by a rule that needs only a few rows at a time.
 
-    Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mixture a
-    dense one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
+    Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mix a dense
+    one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
+
+    Args:
+        deltas: One delta per expert.
+        rule: What merges a chunk.
+        dtype: Of the result.
     """
     dtype, tile = dtype or widest_dtype(deltas), _common_tile(deltas)
+    shape, device = deltas[0].shape, deltas[0].device
     if not all_sparse(deltas):
-        merged = torch.empty(deltas[0].shape, dtype=dtype, device=deltas[0].device)
-        for part in parts_of(deltas):
-            merged.view(-1)[slice(*part.span)].copy_(rule(part)[0])
+        merged = torch.empty(shape, dtype=dtype, device=device)
+        for chunk in chunks_of(deltas):
+            merged.view(-1)[slice(*chunk.span)].copy_(rule(chunk)[0])
         return Dense(merged)
-    shape = deltas[0].shape
+    # Room for the whole weight is allocated, but only the pages that the kept entries fill are ever touched.
     room = math.prod(block_grid(shape, tile) if tile else shape)
-    places = torch.empty(room, dtype=index_dtype(shape), device=deltas[0].device)
-    values, count = torch.empty(room, *tile or (), dtype=dtype, device=deltas[0].device), 0
-    for part in parts_of(deltas):
-        count += _pack(part, *rule(part), tile, places[count:], values[count:])
+    places = torch.empty(room, dtype=index_dtype(shape), device=device)
+    values, count = torch.empty(room, *tile or (), dtype=dtype, device=device), 0
+    for chunk in chunks_of(deltas):
+        total, kept = rule(chunk)
+        kept = chunk.support() if kept is None else kept
+        if tile:
+            count += _pack_tiles(chunk, total, kept, tile, places[count:], values[count:])
+        else:
+            count += _pack_entries(chunk, total, kept, places[count:], values[count:])
     places, values = places[:count], values[:count]
-    if 2 * count < room:  # what is kept shall not hold on to so much more
+    if 2 * count < room:  # a view of few entries would keep the memory of all
         places, values = places.clone(), values.clone()
     return BlockSparse(places, values, shape) if tile else Sparse(places, values, shape)
 
 
-def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
-    """Give the parts of a weight, from the first row to the last; no tile that the deltas have in common is cut in
-    two.
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
+    """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the deltas' widest dtype.
+
+    Sparse sums stay sparse, tiles stay tiles, and low-rank sums stay low-rank. Any other mix is summed chunk by chunk
+    into a dense delta, so that memory does not grow with the number of experts.
     """
+    dtype = dtype or widest_dtype(deltas)
+    terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]
+    if all(isinstance(delta, LowRank) for delta, _ in terms):
+        total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
+        return total.to(dtype=dtype)
+    return merge_by_chunks(deltas, lambda chunk: chunk.weighted_total(weights), dtype)
+
+
+def chunks_of(deltas: Sequence[Delta]) -> Iterator[Chunk]:
+    """Yield the chunks of a weight, from the first row to the last, without cutting a tile that all deltas share."""
     shape = deltas[0].shape
     tile = _common_tile(deltas)
-    step = max(1, PART // max(1, _width(shape)))
+    step = max(1, chunk_size() // max(1, _width(shape)))
     if tile:
         step = max(1, step // tile[0]) * tile[0]
     height = shape[0] if shape else 1
@@ -164,21 +275,28 @@ def parts_of(deltas: Sequence[Delta]) -> Iterator[Part]:
     runs = None if tiled else _runs(deltas)
     for place, span in enumerate(rows):
         here = [own[place] for own in slices]
-        if tiled:  # these become entries part by part, so that they are never held for the whole weight
-            pairs = [_entry_by_entry(delta, one, span) for delta, one in zip(deltas, here, strict=True)]
-            part, here = [delta for delta, _ in pairs], [one for _, one in pairs]
-            yield Part(part, span, here, _runs(part))
-        else:
-            yield Part(deltas, span, here, runs)
+        if not tiled:
+            yield Chunk(deltas, span, here, runs)
+            continue
+        # Tiles become single entries chunk by chunk, so that these are never held for the whole weight.
+        entries: list[Delta] = []
+        for expert, delta in enumerate(deltas):
+            if isinstance(delta, BlockSparse):
+                blocks, values = delta.blocks[here[expert]], delta.values[here[expert]]
+                found = spread_tiles(blocks, values, shape) or entries_in_order(blocks, values, shape)
+                delta = Sparse(*found, shape)
+                here[expert] = _slices(delta, [span])[0]  # a tile may reach out of these rows
+            entries.append(delta)
+        yield Chunk(entries, span, here, _runs(entries))
 
 
 def all_sparse(deltas: Sequence[Delta]) -> bool:
-    """Return whether no delta keeps more than single entries or tiles, so that the merged one does not either."""
+    """Return whether every delta keeps single entries or tiles, so that the merged one is sparse too."""
     return all(delta.is_empty or isinstance(delta, Sparse | BlockSparse) for delta in deltas)
 
 
 def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
-    """Return the dtype that all the deltas fit into; empty ones have no say."""
+    """Return the dtype that all deltas fit into, without regard to empty ones."""
     dtypes = [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype]
     dtype = dtypes[0]
     for other in dtypes:
@@ -186,136 +304,11 @@ def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     return dtype
 
 
-def _pack(
-    part: Part, total: Tensor, kept: Tensor | None, tile: tuple[int, int] | None, places: Tensor, values: Tensor
-) -> int:
-    """Write which entries, or tiles, of the whole weight a part keeps, and their values; return how many there are."""
-    kept = part.support() if kept is None else kept
-    if not tile:
-        packed = pack_entries(total, kept, part.span[0], places, values)
-        if packed is not None:
-            return packed
-        inside = true_places(kept)
-        torch.add(inside, part.span[0], out=places[: len(inside)])
-        values[: len(inside)] = total.index_select(0, inside)
-        return len(inside)
-    wide = -(-part.width // tile[1])
-    inside = torch.arange(-(-(part.rows[1] - part.rows[0]) // tile[0]) * wide, device=values.device)
-    blocks = inside[gather_blocks(kept.view(-1, part.width), inside, tile).flatten(1).any(1)]
-    places[: len(blocks)] = blocks + part.rows[0] // tile[0] * wide
-    values[: len(blocks)] = gather_blocks(total.to(values.dtype).view(-1, part.width), blocks, tile)
-    return len(blocks)
+def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = JOINED) -> Iterator[tuple[Entries, float]]:
+    """Yield the experts' entries with their weights, for rules to which an entry's owner does not matter.
 
-
-def _runs(deltas: Sequence[Delta]) -> Runs | None:
-    """Return the entries of all experts for compiled code, if all keep single ones and it serves them."""
-    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
-    same = len(sparse) == len(deltas)
-    return Runs.of([delta.indices for delta in sparse], [delta.values for delta in sparse]) if same else None
-
-
-def _entry_by_entry(delta: Delta, here: slice, rows: tuple[int, int]) -> tuple[Delta, slice]:
-    """Return a delta of tiles as one of the single entries that it keeps in some rows, with which of them these are:
-    all, or fewer where rows of a tile lie outside. Any other delta is returned as it is.
-    """
-    if not isinstance(delta, BlockSparse):
-        return delta, here
-    blocks, tiles = delta.blocks[here], delta.values[here]
-    found = spread_tiles(blocks, tiles, delta.shape) or entries_in_order(blocks, tiles, delta.shape)
-    entries = Sparse(*found, delta.shape)
-    return entries, _slices(entries, [rows])[0]
-
-
-def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
-    """Return which of a delta's stored entries or tiles, which are sorted, reach into each span of rows; of another
-    form, the rows.
-    """
-    width = _width(delta.shape)
-    if isinstance(delta, Sparse):
-        return between(delta.indices, [(first * width, last * width) for first, last in rows])
-    if isinstance(delta, BlockSparse):
-        height, wide = delta.tile[0], -(-width // delta.tile[1])
-        return between(delta.blocks, [(first // height * wide, -(-last // height) * wide) for first, last in rows])
-    return [slice(*span) for span in rows]
-
-
-def _common_tile(deltas: Sequence[Delta]) -> tuple[int, int] | None:
-    """Return the tile of the deltas, if all that keep anything are tiles of one size."""
-    terms = [delta for delta in deltas if not delta.is_empty]
-    sizes = {delta.tile if isinstance(delta, BlockSparse) else None for delta in terms}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _width(shape: Sequence[int]) -> int:
-    return math.prod(shape[1:])
-
-
-JOINED = 2**17
-"""Entries of sparse experts that are taken together, unless one expert alone keeps more of the part."""
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """What one expert keeps of a part, or several of them (`joined`).
-
-    Attributes:
-        values: Its values there, `(n,)`, in its own dtype.
-        places: Where they are in the part's flat tensors, `(n,)`, unique within an expert; None where it keeps every
-            entry.
-        start: The weight's flat entry with which the part begins.
-    """
-
-    values: Tensor
-    places: Tensor | None
-    start: int
-
-    def of(self, scratch: Tensor) -> Tensor:
-        """Return what a flat tensor of the part holds at these entries."""
-        return scratch if self.places is None else scratch.index_select(0, self.places)
-
-    def add_to(self, scratch: Tensor, values: Tensor | None = None, factor: float = 1.0) -> None:
-        """Add `factor` times values, the expert's own if none are given, to a flat tensor of the part."""
-        added = self.values if values is None else values
-        if self.places is None:
-            scratch.add_(added, alpha=factor)
-        else:
-            scratch.index_add_(0, self.places, added.to(scratch.dtype), alpha=factor)
-
-    def mark(self, scratch: Tensor, chosen: Tensor | None = None) -> None:
-        """Set a flat tensor of booleans to true at these entries, or at those chosen among them."""
-        if self.places is None:
-            scratch |= True if chosen is None else chosen
-        else:
-            places = self.places if chosen is None else self.places.index_select(0, true_places(chosen))
-            scratch.index_fill_(0, places.long(), True)
-
-    def write_to(self, scratch: Tensor, values: Tensor) -> None:
-        """Put values into a flat tensor of the part at these entries, which must be those of one expert."""
-        if self.places is None:
-            scratch.copy_(values)
-        else:
-            scratch.index_copy_(0, self.places.long(), values.to(scratch.dtype))
-
-    def only(self, kept: Tensor) -> Entries:
-        """Return those of the entries that a mask keeps; the others may stay as zeros where that is quicker."""
-        places = true_places(kept)
-        if self.places is None and 4 * places.numel() > kept.numel():
-            return replace(self, values=torch.where(kept, self.values, 0.0))
-        own = places if self.places is None else self.places.index_select(0, places)
-        return Entries(self.values.index_select(0, places), own, self.start)
-
-    def flat(self) -> Tensor:
-        """Return the flat entries of the weight that these are, as int64."""
-        if self.places is None:
-            return torch.arange(self.start, self.start + self.values.numel(), device=self.values.device)
-        return self.places.long() + self.start
-
-
-def joined(entries: Iterable[Entries], weights: Sequence[float]) -> Iterator[tuple[Entries, float]]:
-    """Give what experts keep of a part, each with its weight, for rules to which it does not matter whose an entry is.
-
-    Where the weights are equal, what several sparse experts keep comes as one, up to `JOINED` entries, which takes
-    fewer and longer operations; a place may then be there several times.
+    Where all weights are equal, the entries of several sparse experts come as one, up to `most` of them, which takes
+    fewer and longer operations; an index may then occur several times.
     """
     if len(set(weights)) > 1:
         yield from zip(entries, weights, strict=True)
@@ -323,7 +316,7 @@ def joined(entries: Iterable[Entries], weights: Sequence[float]) -> Iterator[tup
     group: list[Entries] = []
     for one in entries:
         whole = one.places is None
-        if group and (whole or sum(len(held.values) for held in group) + len(one.values) > JOINED):
+        if group and (whole or sum(len(held.values) for held in group) + len(one.values) > most):
             yield _as_one(group), weights[0]
             group = []
         if whole:
@@ -339,3 +332,57 @@ def _as_one(group: Sequence[Entries]) -> Entries:
         return group[0]
     places = torch.cat([one.places for one in group if one.places is not None])
     return Entries(torch.cat([one.values for one in group]), places, group[0].start)
+
+
+def _pack_entries(chunk: Chunk, total: Tensor, kept: Tensor, places: Tensor, values: Tensor) -> int:
+    """Write the flat indices and the values of the kept entries into the result; return their number."""
+    packed = pack_entries(total, kept, chunk.span[0], places, values)
+    if packed is not None:
+        return packed
+    inside = true_places(kept)
+    torch.add(inside, chunk.span[0], out=places[: len(inside)])
+    values[: len(inside)] = total.index_select(0, inside)
+    return len(inside)
+
+
+def _pack_tiles(
+    chunk: Chunk, total: Tensor, kept: Tensor, tile: tuple[int, int], places: Tensor, values: Tensor
+) -> int:
+    """Write the indices and the values of the tiles with a kept entry into the result; return their number."""
+    wide = -(-chunk.width // tile[1])
+    inside = torch.arange(-(-(chunk.rows[1] - chunk.rows[0]) // tile[0]) * wide, device=values.device)
+    blocks = inside[gather_blocks(kept.view(-1, chunk.width), inside, tile).flatten(1).any(1)]
+    places[: len(blocks)] = blocks + chunk.rows[0] // tile[0] * wide
+    values[: len(blocks)] = gather_blocks(total.to(values.dtype).view(-1, chunk.width), blocks, tile)
+    return len(blocks)
+
+
+def _runs(deltas: Sequence[Delta]) -> Runs | None:
+    """Return the entries of all experts for compiled passes, if every expert keeps single ones that these serve."""
+    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
+    same = len(sparse) == len(deltas)
+    return Runs.of([delta.indices for delta in sparse], [delta.values for delta in sparse]) if same else None
+
+
+def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:
+    """Return the slice of a delta's stored entries or tiles, which are sorted, that reaches into each span of rows; of
+    another form, the rows.
+    """
+    width = _width(delta.shape)
+    if isinstance(delta, Sparse):
+        return between(delta.indices, [(first * width, last * width) for first, last in rows])
+    if isinstance(delta, BlockSparse):
+        height, wide = delta.tile[0], -(-width // delta.tile[1])
+        return between(delta.blocks, [(first // height * wide, -(-last // height) * wide) for first, last in rows])
+    return [slice(*span) for span in rows]
+
+
+def _common_tile(deltas: Sequence[Delta]) -> tuple[int, int] | None:
+    """Return the size of the tiles, if every delta that is not empty consists of tiles of one size."""
+    terms = [delta for delta in deltas if not delta.is_empty]
+    sizes = {delta.tile if isinstance(delta, BlockSparse) else None for delta in terms}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _width(shape: Sequence[int]) -> int:
+    return math.prod(shape[1:])

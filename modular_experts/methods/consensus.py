@@ -1,119 +1,99 @@
-"""Combining: trimmed experts into one delta, by a sum or by an election of signs. The second half of TIES, DARE, DELLA
-and Breadcrumbs; the first is `trimming`.
+"""Combine pruned experts into one delta: a weighted sum, or a mean of the entries that carry an elected sign.
 
-What the peers call by the same name differs in who votes, in the divisor, and in what becomes of an entry that elects
-no sign, so each is a setting.
+Consensus is the second half of TIES, DARE, DELLA and Breadcrumbs, `prune` the first. Implementations that share a
+method's name differ in the votes, in the divisor, and in what becomes of an entry that elects no sign, so each of these
+is a setting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Entries, Part, joined, merge_by_parts, parts_of
-from modular_experts.methods.method import Context, one_per_expert, sum_of_weights
-from modular_experts.methods.prune import Trim, Trimming
+from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
+from modular_experts.methods.prune import Pruned
 
-__all__ = ["Divisor", "Elected", "Summed", "Vote", "Zero"]
+__all__ = ["Divisor", "Vote", "Zero", "elected_mean", "majority", "sign_of_zero", "weighted_sum_of"]
 
 Vote = Literal["sum", "weighted", "count"]
 Divisor = Literal["count", "weights", "none"]
 Zero = Literal["none", "positive", "weight_majority"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summed(Trimming):
-    """Combines trimmed experts by their weighted sum, divided by the sum of the weights if `normalise`."""
+def weighted_sum_of(pruned: Pruned, weights: Sequence[float], scale: float) -> Delta:
+    """Return `scale * sum_i weight_i * pruned_i`; a sparse result keeps what is not zero in some pruned expert."""
 
-    weights: list[float] | None = None
-    normalise: bool | None = None
-    scale: float | None = None
+    def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+        total, moved = chunk.zeros(), chunk.zeros(torch.bool)
+        for entries, weight in joined(pruned.entries(chunk), weights):
+            entries.add_to(total, factor=weight)
+            entries.mark(moved, entries.values != 0)
+        return total.mul_(scale), moved
 
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        divisor = sum_of_weights(self, weights) if self.normalise else 1.0
-        deltas, trims = self.trims(deltas, context or Context())
-
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, moved = part.zeros(), part.zeros(torch.bool)
-            for entries, weight in joined(_trimmed(part, trims), weights):
-                entries.add_to(total, factor=weight)
-                entries.mark(moved, entries.values != 0)
-            return total.mul_(self.scale / divisor), moved  # type: ignore[operator]
-
-        return merge_by_parts(deltas, rule)
+    return merge_by_chunks(pruned.deltas, rule)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Elected(Trimming):
-    """Combines trimmed experts by electing a sign per entry, and summing or averaging what has it."""
+def elected_mean(
+    pruned: Pruned, weights: Sequence[float], vote: Vote, divisor: Divisor, zero: float, scale: float
+) -> Delta:
+    """Elect a sign for each entry, and return `scale` times the mean of the pruned entries that carry it.
 
-    weights: list[float] | None = None
-    scale: float | None = None
-    vote: Vote | None = None
-    divisor: Divisor | None = None
-    zero: Zero | Literal["majority"] | None = None
+    Args:
+        pruned: The pruned experts.
+        weights: One per expert; each multiplies its expert.
+        vote: What decides the sign: the `sum` of the entries, their sum `weighted`, or the `count` of their signs.
+        divisor: What the sum is divided by: the `count` of the entries that carry the sign, the sum of their
+            `weights`, or `none`.
+        zero: The sign of an entry whose votes sum to exactly zero, from `sign_of_zero`: 1, -1, or 0 to leave it at the
+            base.
+        scale: Factor of the result.
+    """
 
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", self.weights, len(deltas))
-        context = context or Context()
-        deltas, trims = self.trims(deltas, context)
-        of_zero = self._sign_of_zero(deltas, trims, weights, context)
-        counts = self.divisor == "count"
+    def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+        experts = list(joined(pruned.entries(chunk), weights))
+        elected = _votes(chunk, experts, vote).sign_()
+        elected += zero / 2  # a half turns no sign but that of zero
+        total, voters = chunk.zeros(), chunk.zeros(torch.bool)
+        divided = None if divisor == "none" else chunk.zeros()
+        for entries, weight in experts:
+            values = entries.values
+            side = values * weight if vote == "weighted" else values
+            agrees = side * entries.of(elected) > 0
+            entries.add_to(total, values * agrees, weight)
+            entries.mark(voters, agrees)
+            if divided is not None:
+                entries.add_to(divided, agrees, weight if divisor == "weights" else 1.0)
+        total *= scale
+        # The divisor is zero where no entry agrees, or where the weights of those that do cancel.
+        if divided is not None:
+            total /= divided.clamp_(min=1.0) if divisor == "count" else divided.masked_fill_(divided == 0, 1.0)
+        return total, voters
 
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            trimmed = list(joined(_trimmed(part, trims), weights))
-            elected = self._votes(part, trimmed).sign_()
-            elected += of_zero / 2  # a half turns no sign but that of zero
-            total, voters = part.zeros(), part.zeros(torch.bool)
-            divisor = None if self.divisor == "none" else part.zeros()
-            for entries, weight in trimmed:
-                values = entries.values
-                side = values * weight if self.vote == "weighted" else values
-                agrees = side * entries.of(elected) > 0
-                entries.add_to(total, values * agrees, weight)
-                entries.mark(voters, agrees)
-                if divisor is not None:
-                    entries.add_to(divisor, agrees, weight if self.divisor == "weights" else 1.0)
-            total *= self.scale  # type: ignore[arg-type]
-            if divisor is not None:  # zero where no one agrees, or where the weights of those who do cancel
-                total /= divisor.clamp_(min=1.0) if counts else divisor.masked_fill_(divisor == 0, 1.0)
-            return total, voters
-
-        return merge_by_parts(deltas, rule)
-
-    def _votes(self, part: Part, trimmed: Iterable[tuple[Entries, float]]) -> Tensor:
-        """Return the outcome of the election at each entry: positive, negative or zero."""
-        votes = part.zeros()
-        for entries, weight in trimmed:
-            vote = entries.values.sign() if self.vote == "count" else entries.values
-            entries.add_to(votes, vote, weight if self.vote == "weighted" else 1.0)
-        return votes
-
-    def _sign_of_zero(
-        self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float], context: Context
-    ) -> float:
-        """Return the sign that an entry gets whose votes sum to exactly zero."""
-        if self.zero == "weight_majority":
-            return _sign(self._majority(deltas, trims, weights))
-        return 1.0 if self.zero == "positive" else 0.0
-
-    def _majority(self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float]) -> float:
-        """Return how many more entries of a weight elect plus than minus."""
-        parts = parts_of(deltas)
-        elected = (self._votes(part, joined(_trimmed(part, trims), weights)).sign_() for part in parts)
-        return sum(signs.sum().item() for signs in elected)
+    return merge_by_chunks(pruned.deltas, rule)
 
 
-def _trimmed(part: Part, trims: Sequence[Trim]) -> Iterator[Entries]:
-    for trim, entries in zip(trims, part, strict=True):
-        yield trim(entries)
+def sign_of_zero(zero: Zero, pruned: Pruned, weights: Sequence[float], vote: Vote) -> float:
+    """Return the sign that an entry gets whose votes sum to exactly zero: 1, -1, or 0 for none."""
+    if zero == "weight_majority":
+        difference = majority(pruned, weights, vote)
+        return float(difference > 0) - float(difference < 0)
+    return 1.0 if zero == "positive" else 0.0
 
 
-def _sign(number: float) -> float:
-    return float(number > 0) - float(number < 0)
+def majority(pruned: Pruned, weights: Sequence[float], vote: Vote) -> float:
+    """Return how many more entries of a weight elect plus than minus."""
+    votes = (_votes(chunk, joined(pruned.entries(chunk), weights), vote) for chunk in chunks_of(pruned.deltas))
+    return sum(outcome.sign_().sum().item() for outcome in votes)
+
+
+def _votes(chunk: Chunk, experts: Iterable[tuple[Entries, float]], vote: Vote) -> Tensor:
+    """Return the sum of the votes at each entry of a chunk."""
+    votes = chunk.zeros()
+    for entries, weight in experts:
+        own = entries.values.sign() if vote == "count" else entries.values
+        entries.add_to(votes, own, weight if vote == "weighted" else 1.0)
+    return votes

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Part, merge_by_parts, parts_of
-from modular_experts.methods.method import Context, MergeMethod, check_finite
+from modular_experts.methods.chunks import Chunk, chunks_of, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["EMR"]
 
@@ -51,26 +52,26 @@ class EMR(MergeMethod):
         return torch.where(masked > 0, own / masked, 1.0).tolist()
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_parts(deltas, lambda part: (self.scale * _unified(part), None))
+        return merge_by_chunks(deltas, lambda chunk: (self.scale * _unified(chunk), None))
 
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
         if context is None or context.prepared is None:
             raise ValueError("EMR: a task's expert needs its factor; pass Context(prepared=method.prepare(stream))")
         rescaler = context.prepared[expert]
 
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            unified, kept = _unified(part), part.zeros(torch.bool)
-            entries = part.entries(expert)
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            unified, kept = _unified(chunk), chunk.zeros(torch.bool)
+            entries = chunk.entries(expert)
             entries.mark(kept, entries.values * entries.of(unified) > 0)
             return rescaler * unified * kept, kept
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
 
-def _unified(part: Part) -> Tensor:
-    """Return the unified delta on a part, float64 and flat."""
-    sign, largest = part.total().sign_(), part.zeros()
-    for entries in part:  # times the sign, a value that disagrees is below zero and never the largest
+def _unified(chunk: Chunk) -> Tensor:
+    """Return the unified delta on a chunk, float64 and flat."""
+    sign, largest = chunk.total().sign_(), chunk.zeros()
+    for entries in chunk:  # times the sign, a value that disagrees is below zero and never the largest
         entries.write_to(largest, torch.maximum(entries.of(largest), entries.values * entries.of(sign)))
     return largest * sign
 
@@ -78,9 +79,9 @@ def _unified(part: Part) -> Tensor:
 def _magnitudes(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor]:
     """Return `sum |d_i|` and `sum |m_i u|` of one weight for each expert i, `(experts,)`."""
     own, masked = torch.zeros(2, len(deltas), dtype=torch.float64)
-    for part in parts_of(deltas):
-        unified = _unified(part)
-        for place, entries in enumerate(part):
+    for chunk in chunks_of(deltas):
+        unified = _unified(chunk)
+        for place, entries in enumerate(chunk):
             values, elected = entries.values.double(), entries.of(unified)
             own[place] += values.abs().sum().item()
             masked[place] += elected[values * elected > 0].abs().sum().item()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, known_statistics
+from modular_experts.methods.chunks import Chunk, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["Fisher"]
 
@@ -63,12 +64,12 @@ class Fisher(MergeMethod):
         means = [one.values.double().mean().item() * factor for one, factor in zip(known, factors, strict=True)]
         floor = self.floor * sum(means) / len(means) or 1.0
 
-        def rule(part: Part) -> tuple[Tensor, None]:
-            total, weights = part.zeros(), part.zeros()
-            for entries, one, factor in zip(part, known, factors, strict=True):
-                weight = one.values[slice(*part.rows)].reshape(-1).to(torch.float64) * factor + floor
+        def rule(chunk: Chunk) -> tuple[Tensor, None]:
+            total, weights = chunk.zeros(), chunk.zeros()
+            for entries, one, factor in zip(chunk, known, factors, strict=True):
+                weight = one.values[slice(*chunk.rows)].reshape(-1).to(torch.float64) * factor + floor
                 weights += weight
                 entries.add_to(total, entries.values.double() * entries.of(weight))
             return total.mul_(self.scale).div_(weights), None
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)

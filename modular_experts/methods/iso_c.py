@@ -15,7 +15,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, LowRank
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, weighted_sum
+from modular_experts.methods.chunks import weighted_sum
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import check_finite
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
 
 __all__ = ["IsoC", "IsoCTS"]

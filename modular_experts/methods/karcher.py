@@ -17,8 +17,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner
-from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
-from modular_experts.methods.settings import check_weights, shares
+from modular_experts.methods.chunks import weighted_sum
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite, check_weights, shares
 
 __all__ = ["Karcher"]
 

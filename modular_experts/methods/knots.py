@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import check_finite
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 from modular_experts.methods.ties import TIES
 

@@ -1,7 +1,7 @@
-"""Cuts: the entries of largest magnitude of one delta, an exact number of them, equal ones from the lowest flat entry.
+"""Find the magnitude that separates an expert's largest entries: exactly in one weight, or over all weights.
 
-A cut is a magnitude and, where entries tie at it, the last one that stays, so that neither a ranking nor a mask of the
-entries is held, and any part of the delta can be cut by itself.
+A `Threshold` is a magnitude and, where entries tie at it, the last one that stays. So neither a ranking nor a mask of
+the entries is held, and any chunk of the delta can be pruned by itself.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
 from modular_experts.methods.chunks import Entries
 
-__all__ = ["Cut", "exact_cut", "kept_count", "magnitudes_at_share", "stored_values"]
+__all__ = ["Threshold", "exact_threshold", "kept_count", "streamed_thresholds"]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Which entries of one expert survive: those above `magnitude`, and those at it up to the flat entry `last`, which
-    is infinite where none has to go.
-    """
+class Threshold:
+    """Keeps the entries above `magnitude`, and those at it up to the flat index `last`: by default all of them."""
 
     magnitude: float
     last: float = math.inf
 
     def mask(self, entries: Entries) -> Tensor:
-        """Return which of the entries survive, as booleans."""
+        """Return which of the entries stay, as booleans."""
         size = entries.values.abs()
         kept = size >= self.magnitude
         if math.isfinite(self.last):
@@ -41,72 +39,75 @@ class Cut:
         return kept
 
     def __call__(self, entries: Entries) -> Entries:
-        """Return the entries that survive."""
+        """Return the entries that stay."""
         return entries if self.magnitude == 0 else entries.only(self.mask(entries))
 
 
 def kept_count(share: float, size: int) -> int:
     """Return how many of `size` entries a share in (0, 1] keeps: rounded down, as the peers do, but at least one."""
-    return max(1, math.floor(share * size * (1 + 1e-12)))  # 0.3 * 10 is a little more than 3, 0.29 * 100 a little less
+    # The factor mends products such as 0.29 * 100, which is a little less than 29.
+    return max(1, math.floor(share * size * (1 + 1e-12)))
 
 
-def exact_cut(delta: Delta, count: int) -> Cut:
-    """Return the cut that leaves the `count` >= 1 largest entries of a delta, ties by the lowest flat entry.
+def exact_threshold(delta: Delta, count: int) -> Threshold:
+    """Return the threshold that keeps the `count` >= 1 largest entries of a delta, ties from the lowest flat index.
 
-    Where fewer than `count` are not zero, it leaves all of them.
+    Where fewer than `count` entries differ from zero, it keeps all of these.
     """
     delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
-    size = stored_values(delta).abs()
+    size = _stored_values(delta).abs()
     if count >= size.numel() or not (magnitude := kth_highest(size, count)):
-        return Cut(0.0)
+        return Threshold(0.0)
     tied = true_places(size == magnitude)
     room = count - int((size > magnitude).count_nonzero())
     if room == tied.numel():
-        return Cut(magnitude.item())
-    return Cut(magnitude.item(), last=_flat(delta, tied).sort().values[room - 1].item())
+        return Threshold(magnitude.item())
+    flat = delta.indices[tied].long() if isinstance(delta, Sparse) else tied
+    return Threshold(magnitude.item(), last=flat.sort().values[room - 1].item())
 
 
-def stored_values(delta: Delta) -> Tensor:
-    """Return the values of all entries that may be other than zero, `(n,)`, in the order of their places."""
+def _stored_values(delta: Delta) -> Tensor:
+    """Return the values of all entries that may differ from zero, `(n,)`, in the order of their indices."""
     delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
     return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
 
 
-def _flat(delta: Delta, places: Tensor) -> Tensor:
-    """Return the flat entries at some places of what `stored_values` lists; of tiles, `as_sparse` has them."""
-    return delta.indices[places].long() if isinstance(delta, Sparse) else places
-
-
+# The magnitude over all weights is a float32, found bit by bit: its upper 15 bits from a first histogram over all
+# entries, its lower 16 bits from a second histogram of the entries in that bin.
 _LOW = 16
 _LOW_BINS = 1 << _LOW
 _HIGH_BINS = 1 << (31 - _LOW)
 
-# Starts the stream anew: how many entries a weight has, and the delta of each of several experts.
-Chunks = Callable[[], Iterable[tuple[int, Sequence[Delta]]]]
 
+def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequence[float]) -> list[Threshold]:
+    """Return a threshold for each expert that keeps a share of the entries of all its weights together.
 
-def magnitudes_at_share(chunks: Chunks, share: float | Sequence[float]) -> list[float]:
-    """Return, for each expert, the magnitude that the given share of its entries reaches, or 0 where fewer are not
-    zero.
+    Entries that a delta does not keep count as zeros, magnitudes are compared in float32, and entries that tie at the
+    threshold all stay. A threshold of 0 means that fewer entries than the share differ from zero.
 
-    Entries that a delta does not keep count as zeros. Magnitudes are compared in float32. The stream is
-    gone through twice.
+    Args:
+        stream: The experts' deltas, weight by weight; read twice.
+        share: In (0, 1], for all experts or one for each.
     """
-    size, high = _histograms(chunks, lambda bits, _: bits >> _LOW, _HIGH_BINS)
+    size, high = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
     shares = [share] * len(high) if isinstance(share, float | int) else share
     bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
-    _, low = _histograms(chunks, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
-    return [_float(bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0]) for i, counts in enumerate(low)]
+    _, low = _histograms(stream, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
+    found = [bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
+    return [Threshold(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
 
 
-def _histograms(chunks: Chunks, digit: Callable[[Tensor, int], Tensor], bins: int) -> tuple[int, list[Tensor]]:
+def _histograms(
+    stream: Iterable[Sequence[Delta]], digit: Callable[[Tensor, int], Tensor], bins: int
+) -> tuple[int, list[Tensor]]:
+    """Return the number of entries of all weights, and for each expert how many entries have each digit."""
     size = 0
     totals: list[Tensor] = []
-    for entries, chunk in chunks():
-        size += entries
-        totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in chunk]
-        for i, delta in enumerate(chunk):
-            bits = stored_values(delta).float().abs().view(torch.int32)
+    for deltas in stream:
+        size += deltas[0].shape.numel()
+        totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in deltas]
+        for i, delta in enumerate(deltas):
+            bits = _stored_values(delta).float().abs().view(torch.int32)
             totals[i] += torch.bincount(digit(bits, i), minlength=bins)
     return size, totals
 
@@ -117,7 +118,3 @@ def _bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
     place = min(int(torch.searchsorted(from_top, k)), counts.numel() - 1)
     above = int(from_top[place - 1]) if place else 0
     return counts.numel() - 1 - place, k - above
-
-
-def _float(bits: int) -> float:
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()

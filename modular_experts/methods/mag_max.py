@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import Context, MergeMethod, check_finite
+from modular_experts.methods.chunks import Chunk, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["MagMax"]
 
@@ -37,11 +38,11 @@ class MagMax(MergeMethod):
         check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_parts(deltas, self._rule)
+        return merge_by_chunks(deltas, self._rule)
 
-    def _rule(self, part: Part) -> tuple[Tensor, None]:
-        largest = part.zeros()
-        for entries in part:
+    def _rule(self, chunk: Chunk) -> tuple[Tensor, None]:
+        largest = chunk.zeros()
+        for entries in chunk:
             held, values = entries.of(largest), entries.values.double()
             entries.write_to(largest, torch.where(values.abs() > held.abs(), values, held))
         return largest.mul_(self.scale), None

@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, LowRank, add
-from modular_experts.methods.chunks import merge_by_parts, widest_dtype
+from modular_experts.deltas import Delta
 
-__all__ = [
-    "Context",
-    "DataStatistic",
-    "MergeMethod",
-    "Needs",
-    "check_finite",
-    "known_statistics",
-    "one_per_expert",
-    "weighted_sum",
-]
+__all__ = ["Context", "DataStatistic", "MergeMethod", "Needs", "known_statistics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,69 +146,6 @@ def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
         return merge(self, deltas)
 
     return with_context
-
-
-def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
-    """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the widest dtype of the
-    deltas.
-
-    The form is that of `modular_experts.deltas.add`: sparse sums stay sparse and low-rank sums low-rank. All else is
-    added a part at a time, so that memory does not grow with the number of experts.
-    """
-    dtype = dtype or widest_dtype(deltas)
-    terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]
-    if all(isinstance(delta, LowRank) for delta, _ in terms):
-        total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
-        return total.to(dtype=dtype)
-
-    return merge_by_parts(deltas, lambda part: part.weighted_total(weights), dtype)
-
-
-def one_per_expert(
-    method: MergeMethod, field: str, value: float | Sequence[float] | None, experts: int, default: float = 1.0
-) -> list[float]:
-    """Return a setting as one number per expert: a single number counts for all.
-
-    Raises:
-        ValueError: A list has another length.
-    """
-    if value is None or isinstance(value, float | int):
-        return [default if value is None else value] * experts
-    if len(value) != experts:
-        raise ValueError(
-            f"{type(method).__name__}: {len(value)} {field} were given for {experts} experts; give one for each"
-        )
-    return list(value)
-
-
-def sum_of_weights(method: MergeMethod, weights: Sequence[float]) -> float:
-    """Return the sum of weights that will be divided by.
-
-    Raises:
-        ValueError: They cancel, but for rounding.
-    """
-    total = math.fsum(weights)
-    if abs(total) <= 1e-12 * math.fsum(map(abs, weights)):
-        kind = type(method).__name__
-        raise ValueError(
-            f"{kind}: the weights {list(weights)} sum to zero, so they cannot be shares; give other weights"
-        )
-    return total
-
-
-def check_finite(method: MergeMethod, field: str, value: float | None) -> None:
-    """Refuse a setting that is infinite or not a number."""
-    if value is None or not math.isfinite(value):
-        raise ValueError(f"{type(method).__name__}: {field} must be a finite number, got {value}")
-
-
-def check_choices(method: MergeMethod, **choices: Any) -> None:
-    """Refuse a setting that is none of the values of its `Literal` type; the command line does so by itself."""
-    for field, choice in choices.items():
-        value, allowed = getattr(method, field), get_args(choice)
-        if value not in allowed:
-            text = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
-            raise ValueError(f"{type(method).__name__}: {field} must be {text}, got {value!r}")
 
 
 def known_statistics(method: MergeMethod, context: Context | None, experts: int) -> Sequence[DataStatistic | None]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner_by_row, scale_rows
-from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
-from modular_experts.methods.settings import fill_from_preset
+from modular_experts.methods.chunks import weighted_sum, widest_dtype
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite, with_presets
 
 __all__ = ["ModelStock"]
 
@@ -30,6 +30,7 @@ SHORTEST = 1e-6
 """What mergekit takes for the product of two lengths if it is smaller, so that the cosine of tiny deltas shrinks."""
 
 
+@with_presets(PRESETS)
 @dataclass(frozen=True)
 class ModelStock(MergeMethod):
     """Model Stock: `scale * t * mean_i d_i` with `t = N c / (1 + (N - 1) c)`, where c is the mean cosine between the
@@ -57,7 +58,6 @@ class ModelStock(MergeMethod):
     preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
-        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import true_places
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
+from modular_experts.methods.chunks import Chunk, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["PCB"]
 
@@ -58,10 +59,10 @@ class PCB(MergeMethod):
         movers = [values for values in map(_flat, deltas) if values.any()]
         merged = self.scale * self._mean(movers) if movers else _flat(deltas[0])
 
-        def rule(part: Part) -> tuple[Tensor, None]:
-            return merged[slice(*(row * part.width for row in part.rows))], None
+        def rule(chunk: Chunk) -> tuple[Tensor, None]:
+            return merged[slice(*(row * chunk.width for row in chunk.rows))], None
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
     def _mean(self, movers: Sequence[Tensor]) -> Tensor:
         total, weight = torch.zeros_like(movers[0]), torch.zeros_like(movers[0])

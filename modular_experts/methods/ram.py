@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Entries, Part, merge_by_parts, parts_of
-from modular_experts.methods.method import Context, MergeMethod, check_finite
+from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["RAM", "RAMPlus"]
 
@@ -41,7 +42,7 @@ class RAM(MergeMethod):
         _check(self, "epsilon", "scale")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_parts(deltas, lambda part: _shared_average(self, part, [1.0] * len(deltas)))
+        return merge_by_chunks(deltas, lambda chunk: _shared_average(self, chunk, [1.0] * len(deltas)))
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,20 @@ class RAMPlus(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         shared, unique = [0] * len(deltas), [0] * len(deltas)
-        for part in parts_of(deltas):
-            movers = _movers(part, self.epsilon)
-            for expert, entries in enumerate(part):
+        for chunk in chunks_of(deltas):
+            movers = _movers(chunk, self.epsilon)
+            for expert, entries in enumerate(chunk):
                 with_others = entries.of(movers)[_moved(entries, self.epsilon)] > 1
                 shared[expert] += int(with_others.sum())
                 unique[expert] += int((~with_others).sum())
         ratios = [min(s / u, self.alpha) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
-        return merge_by_parts(deltas, lambda part: _shared_average(self, part, [1 + self.r * x for x in ratios]))
+        return merge_by_chunks(deltas, lambda chunk: _shared_average(self, chunk, [1 + self.r * x for x in ratios]))
 
 
-def _shared_average(method: RAM | RAMPlus, part: Part, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _shared_average(method: RAM | RAMPlus, chunk: Chunk, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return the average over the movers of each entry; what an expert alone moves is multiplied by its strength."""
-    total, movers = part.zeros(), _movers(part, method.epsilon)
-    for strength, entries in zip(strengths, part, strict=True):
+    total, movers = chunk.zeros(), _movers(chunk, method.epsilon)
+    for strength, entries in zip(strengths, chunk, strict=True):
         values = torch.where(_moved(entries, method.epsilon), entries.values.double(), 0.0)
         if strength != 1:
             values[entries.of(movers) == 1] *= strength
@@ -89,9 +90,9 @@ def _shared_average(method: RAM | RAMPlus, part: Part, strengths: Sequence[float
     return total.mul_(method.scale).div_(movers.clamp(min=1)), movers > 0
 
 
-def _movers(part: Part, epsilon: float) -> Tensor:
-    movers = part.zeros()
-    for entries in part:
+def _movers(chunk: Chunk, epsilon: float) -> Tensor:
+    movers = chunk.zeros()
+    for entries in chunk:
         entries.add_to(movers, _moved(entries, epsilon))
     return movers
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.methods.average import SparseAverage
-from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite, known_statistics, weighted_sum
+from modular_experts.methods.chunks import weighted_sum, widest_dtype
+from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["RegMean", "RegMeanPlusPlus", "SelfRegMean", "overlap_average", "ridge_solution"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
-from modular_experts.methods.chunks import Entries, Part, merge_by_parts, parts_of
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_choices, check_finite
-from modular_experts.methods.settings import fill_from_preset
+from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import FROM_PRESET, check_choices, check_finite, with_presets
 
 __all__ = ["SCE"]
 
@@ -25,13 +25,14 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 }
 
 
+@with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class SCE(MergeMethod):
     """SCE: `scale * sum_i a_i c_i d_i / sum_i a_i c_i` on the entries of largest variance between the experts.
 
     `c_i` is expert i's share of the sum of squares over the selected entries of the weight, and `a_i` is 1 where `d_i`
     has the sign of `sum_j d_j`, else 0. Sparse experts merge to a sparse one that keeps what was selected and agrees,
-    tiles of one size to tiles; others are made dense, a part at a time. The order of the experts does not matter. With
+    tiles of one size to tiles; others are made dense, a chunk at a time. The order of the experts does not matter. With
     `keep: 1`, one expert merges to itself, and so do copies of it (below 1 nothing of them is selected, as they do not
     differ); scaled experts merge to the scaled merge, but for `floor`. An expert that moves nothing changes what is
     selected, and nothing else.
@@ -50,74 +51,71 @@ class SCE(MergeMethod):
 
     needs = Needs(matrices=4.0)
 
-    keep: float | None = None
-    scale: float | None = None
-    floor: float | None = None
-    zero: Literal["none", "positive"] | None = None
+    keep: float = FROM_PRESET
+    scale: float = FROM_PRESET
+    floor: float = FROM_PRESET
+    zero: Literal["none", "positive"] = FROM_PRESET
     preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
-        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
         check_finite(self, "floor", self.floor)
         check_choices(self, zero=Literal["none", "positive"])
-        if self.keep is None or not 0 <= self.keep <= 1:
+        if not 0 <= self.keep <= 1:
             raise ValueError(f"SCE: keep is the share of entries selected and must be in [0, 1], got {self.keep}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        assert self.keep is not None
-        scale, floor = self.scale or 0.0, self.floor or 0.0
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)
         shares = self._shares(deltas, selected)
 
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            votes = part.zeros()
-            for entries in part:
-                entries.add_to(votes, _selected(entries, part, selected))
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            votes = chunk.zeros()
+            for entries in chunk:
+                entries.add_to(votes, _selected(entries, chunk, selected))
             elected = votes.sign_()
             if self.zero == "positive":
                 elected += elected == 0
-            total, divisor, voters = part.zeros(), part.zeros(), part.zeros(torch.bool)
-            least = floor or torch.finfo(divisor.dtype).tiny
-            for share, entries in zip(shares, part, strict=True):
-                values = _selected(entries, part, selected)
+            total, divisor, voters = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
+            least = self.floor or torch.finfo(divisor.dtype).tiny
+            for share, entries in zip(shares, chunk, strict=True):
+                values = _selected(entries, chunk, selected)
                 agrees = values * entries.of(elected) > 0
                 entries.add_to(total, values * agrees, share)
                 entries.add_to(divisor, agrees, share)
                 entries.mark(voters, agrees)
-            return total.mul_(scale).div_(divisor.clamp_(min=least)), voters
+            return total.mul_(self.scale).div_(divisor.clamp_(min=least)), voters
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
     def _shares(self, deltas: Sequence[Delta], selected: Tensor | None) -> list[float]:
         squares = [0.0] * len(deltas)
-        for part in parts_of(deltas):
-            for expert, entries in enumerate(part):
-                squares[expert] += _selected(entries, part, selected).double().square().sum().item()
+        for chunk in chunks_of(deltas):
+            for expert, entries in enumerate(chunk):
+                squares[expert] += _selected(entries, chunk, selected).double().square().sum().item()
         size = deltas[0].shape.numel()
         total = sum(squares)
-        if total == 0 or total / size < self.floor:  # type: ignore[operator]
+        if total == 0 or total / size < self.floor:
             return [1 / len(deltas)] * len(deltas)
         return [square / total for square in squares]
 
 
-def _selected(entries: Entries, part: Part, selected: Tensor | None) -> Tensor:
+def _selected(entries: Entries, chunk: Chunk, selected: Tensor | None) -> Tensor:
     """Return an expert's values, zero where the entry is not selected."""
-    return entries.values if selected is None else entries.values * entries.of(selected[slice(*part.span)])
+    return entries.values if selected is None else entries.values * entries.of(selected[slice(*chunk.span)])
 
 
 def _most_varied(deltas: Sequence[Delta], keep: float) -> Tensor:
     """Return which flat entries are selected, as booleans: one tensor of the weight's size is held."""
     variance = torch.empty(deltas[0].shape.numel(), dtype=torch.float64, device=deltas[0].device)
-    for part in parts_of(deltas):
-        mean, square, absent = part.zeros(), part.zeros(), part.zeros().fill_(len(deltas))
-        for entries in part:
+    for chunk in chunks_of(deltas):
+        mean, square, absent = chunk.zeros(), chunk.zeros(), chunk.zeros().fill_(len(deltas))
+        for entries in chunk:
             entries.add_to(mean)
         mean.div_(len(deltas))
-        for entries in part:  # the mean first, so that equal values have a variance of exactly zero
+        for entries in chunk:  # the mean first, so that equal values have a variance of exactly zero
             entries.add_to(square, (entries.values.double() - entries.of(mean)).square())
             entries.add_to(absent, torch.ones_like(entries.values), -1.0)
-        variance[slice(*part.span)] = square + absent * mean.square()
+        variance[slice(*chunk.span)] = square + absent * mean.square()
     count = int(keep * int(variance.count_nonzero()) * (1 + 1e-12))
     selected = torch.zeros_like(variance, dtype=torch.bool)
     selected[top_k(variance, count).long()] = True

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Part, merge_by_parts
-from modular_experts.methods.method import Context, MergeMethod, check_finite
+from modular_experts.methods.chunks import Chunk, merge_by_chunks
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["Difference", "Intersection"]
 
@@ -45,12 +46,12 @@ class Intersection(MergeMethod):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         needed = len(deltas) if self.agreement is None else self.agreement
 
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            keepers = part.counts()
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            keepers = chunk.counts()
             kept = keepers >= needed
-            return part.total().mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
+            return chunk.total().mul_(self.scale).mul_(kept).div_(keepers.clamp_(min=1)), kept
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Difference(MergeMethod):
         check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, first, others = part.zeros(), part.zeros(torch.bool), part.zeros(torch.bool)
-            own, *rest = part
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            total, first, others = chunk.zeros(), chunk.zeros(torch.bool), chunk.zeros(torch.bool)
+            own, *rest = chunk
             own.add_to(total, factor=self.scale)
             own.mark(first)
             for entries in rest:
@@ -81,4 +82,4 @@ class Difference(MergeMethod):
             kept = first & ~others
             return total.mul_(kept), kept
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)

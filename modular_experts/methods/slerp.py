@@ -19,9 +19,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner, inner_by_row, scale_rows
-from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, check_finite, sum_of_weights, weighted_sum
-from modular_experts.methods.settings import check_weights, fill_from_preset, shares
+from modular_experts.methods.chunks import weighted_sum, widest_dtype
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite, check_weights, shares, sum_of_weights, with_presets
 
 __all__ = ["SLERP", "MultiSLERP", "NuSLERP", "arc_weights", "slerp"]
 
@@ -99,6 +99,7 @@ MERGEKIT = {"straight": math.nextafter(1.0, 0.0), "shortest": 1e-7}
 has a right angle to every other."""
 
 
+@with_presets(PRESETS)
 @dataclass(frozen=True)
 class NuSLERP(MergeMethod):
     """NuSLERP: SLERP of two experts at `t = w_2 / (w_1 + w_2)`, times `scale`.
@@ -130,7 +131,6 @@ class NuSLERP(MergeMethod):
     preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
-        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
         if self.row_wise and self.column_wise:
             raise ValueError("NuSLERP: row_wise and column_wise exclude each other; set one of them")

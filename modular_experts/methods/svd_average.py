@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_finite
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import check_finite
 from modular_experts.methods.spectrum import as_delta, join, spectrum
 
 __all__ = ["SVDAverage"]

@@ -2,7 +2,7 @@
 Information for Improved Model Merging and Compression", arXiv 2405.07813).
 
 The mask of an expert holds where its own delta is large beside all that the others add. Consensus merging keeps of the
-sum what matters to several experts, TALL masks give each task the part of it that matters to the task.
+sum what matters to several experts, TALL masks give each task the chunk of it that matters to the task.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.chunks import Entries, Part, merge_by_parts
-from modular_experts.methods.method import Context, MergeMethod, check_finite, weighted_sum
+from modular_experts.methods.chunks import Chunk, Entries, merge_by_chunks, weighted_sum
+from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.settings import check_finite
 
 __all__ = ["ConsensusTA", "TALLMask"]
 
@@ -26,7 +27,7 @@ class ConsensusTA(MergeMethod):
     |sum_j d_j - d_i|`; elsewhere the base.
 
     Entries that matter to one expert alone, or to none, are dropped as selfish or catastrophic. Sparse experts merge to
-    a sparse one that keeps what survives, tiles of one size to tiles; others are made dense, a part at a time. The
+    a sparse one that keeps what survives, tiles of one size to tiles; others are made dense, a chunk at a time. The
     order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to the
     scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
 
@@ -48,14 +49,14 @@ class ConsensusTA(MergeMethod):
             raise ValueError(f"ConsensusTA: agreement is a number of experts, at least 1, got {self.agreement}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, count = part.total(), part.zeros()
-            for entries in part:
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            total, count = chunk.total(), chunk.zeros()
+            for entries in chunk:
                 entries.add_to(count, _matters(entries, total, self.threshold))
             kept = count >= self.agreement
             return total.mul_(self.scale).mul_(kept), kept
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ class TALLMask(MergeMethod):
         return weighted_sum(deltas, [self.scale] * len(deltas))
 
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
-        def rule(part: Part) -> tuple[Tensor, Tensor]:
-            total, entries = part.total(), part.entries(expert)
-            kept = part.zeros(torch.bool)
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            total, entries = chunk.total(), chunk.entries(expert)
+            kept = chunk.zeros(torch.bool)
             entries.mark(kept, _matters(entries, total, self.threshold))
             return total.mul_(self.scale).mul_(kept), kept
 
-        return merge_by_parts(deltas, rule)
+        return merge_by_chunks(deltas, rule)
 
 
 def _matters(entries: Entries, total: Tensor, threshold: float) -> Tensor:

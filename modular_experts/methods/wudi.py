@@ -17,9 +17,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.average import Average
-from modular_experts.methods.chunks import widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, Needs, check_choices, check_finite, weighted_sum
-from modular_experts.methods.settings import fill_from_preset
+from modular_experts.methods.chunks import weighted_sum, widest_dtype
+from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.settings import FROM_PRESET, check_choices, check_finite, with_presets
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 
 __all__ = ["WUDI"]
@@ -35,6 +35,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 }
 
 
+@with_presets(PRESETS)
 @dataclass(frozen=True)
 class WUDI(MergeMethod):
     """WUDI: `scale * t`, where t makes `sum_i |(t - d_i) d_i^T|^2 / |d_i|^power` small (Frobenius norms).
@@ -69,15 +70,14 @@ class WUDI(MergeMethod):
     needs = Needs(matrices=4.0, matrices_per_expert=4.0, squares=6.0)
 
     preset: Literal["vit", "roberta", "fusion_bench", "mttl"] | None = None
-    power: float | None = None
-    learning_rate: float | None = None
-    steps: int | None = None
-    average: bool | None = None
+    power: float = FROM_PRESET
+    learning_rate: float = FROM_PRESET
+    steps: int = FROM_PRESET
+    average: bool = FROM_PRESET
     solver: Solver = "adam"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        fill_from_preset(self, self.preset, PRESETS)
         check_finite(self, "scale", self.scale)
         for field in ("power", "learning_rate", "steps"):
             check_finite(self, field, getattr(self, field))
@@ -104,15 +104,15 @@ class WUDI(MergeMethod):
 
         `|(t - d) d^T|` stays the same if a right factor of d, which has the same `d^T d`, replaces `d^T`.
         """
-        inputs = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]  # type: ignore[operator]
+        inputs = [left_factor(delta.T) / delta.norm() ** (self.power / 2) for delta in movers]
         outputs = [delta.linear(x.T).T for delta, x in zip(movers, inputs, strict=True)]
         return torch.cat(inputs, 1), torch.cat(outputs, 1)
 
     def _descend(self, start: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return t after the steps of Adam."""
         gradient, place = _gradient(inputs, outputs), torch.nn.Parameter(start)
-        optimizer = torch.optim.Adam([place], lr=self.learning_rate)  # type: ignore[arg-type]
-        for _ in range(self.steps):  # type: ignore[arg-type]
+        optimizer = torch.optim.Adam([place], lr=self.learning_rate)
+        for _ in range(self.steps):
             place.grad = gradient(place.detach())
             optimizer.step()
         return place.detach()

@@ -20,6 +20,7 @@ from modular_experts.library import make_record, open_expert, open_experts, writ
 from modular_experts.merger.estimate import estimate, seconds
 from modular_experts.merger.merged import Merged
 from modular_experts.methods import DARE, MergeMethod, SparseAverage, TSVMerge
+from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.text import bytes_of
 
 
@@ -100,7 +101,7 @@ def test_copies_of_single_entries_are_counted(library):
 
 
 @pytest.mark.parametrize(("tile", "share"), [((64, 1), 1), ((32, 16), 2), ((1, 48), 0)])
-def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_path, monkeypatch):
+def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_path):
     record = make_record("X", {"id": "base", "revision": None, "fingerprint": "0" * 64})
     delta = BlockSparse(torch.tensor([0, 2], dtype=torch.int32), torch.ones(2, *tile), torch.Size((64, 48)))
     paths = [tmp_path / name for name in ("a", "b")]
@@ -110,8 +111,8 @@ def test_entries_of_tiles_are_counted_where_a_part_is_large(tile, share, tmp_pat
     assert experts[0].tiles() == {"w": tile}
     peaks = []
     for part in (2**18, 500):  # the former is larger than the weight
-        monkeypatch.setattr("modular_experts.merger.estimate.PART", part)
-        peaks.append(estimate(Merged(experts, SparseAverage()))[0].peak)
+        with chunks_of_size(part):
+            peaks.append(estimate(Merged(experts, SparseAverage()))[0].peak)
     scratch = (40 + 8 * 2) * (64 * 48 - 500)
     kept = 2 * tile[0] * tile[1]
     assert peaks[0] - peaks[1] == scratch - (8 * 2 * kept // share if share else 0)

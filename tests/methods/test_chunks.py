@@ -1,8 +1,6 @@
-"""Parts: a weight in any number of parts gives what it gives whole, for every form."""
+"""A weight in any number of chunks merges to what it merges to whole, for every form."""
 
 from __future__ import annotations
-
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,33 +9,24 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, SparseAverage
-from modular_experts.methods import chunks as entries_room
-from modular_experts.methods import chunks as parts
-from modular_experts.methods.chunks import joined, merge_by_parts, parts_of
+from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, SparseAverage, chunks
+from modular_experts.methods.chunks import chunks_of, chunks_of_size, joined, merge_by_chunks
 
 sizes = st.sampled_from([1, 5, 16, 2**19])
 
 
-@contextmanager
-def parts_of_size(size):
-    before, parts.PART = parts.PART, size
-    yield
-    parts.PART = before
-
-
-def summed(part):
-    total = part.zeros()
-    for entries in part:
+def summed(chunk):
+    total = chunk.zeros()
+    for entries in chunk:
         entries.add_to(total)
     return total, None
 
 
 @given(sizes, deltas_of_one_weight())
-def test_parts_add_up_to_the_weight(size, deltas):
+def test_chunks_add_up_to_the_weight(size, deltas):
     whole = sum(delta.dense().double() for delta in deltas)
-    with parts_of_size(size):
-        merged = merge_by_parts(deltas, summed)
+    with chunks_of_size(size):
+        merged = merge_by_chunks(deltas, summed)
     torch.testing.assert_close(merged.dense().double(), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -45,9 +34,9 @@ def test_parts_add_up_to_the_weight(size, deltas):
     "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), MagMax()]
 )
 @given(size=sizes, deltas=deltas_of_one_weight(of=["Dense", "Sparse", "BlockSparse", "zero"]))
-def test_result_does_not_depend_on_the_size_of_the_parts(method, size, deltas):
+def test_result_does_not_depend_on_the_size_of_the_chunks(method, size, deltas):
     whole = method.merge(deltas)
-    with parts_of_size(size):
+    with chunks_of_size(size):
         found = method.merge(deltas)
     assert type(found) is type(whole)
     assert torch.equal(found.dense(), whole.dense())
@@ -58,9 +47,9 @@ def test_result_does_not_depend_on_the_size_of_the_parts(method, size, deltas):
 @given(size=sizes, numbers=st.lists(seeds, min_size=1, max_size=3))
 def test_tiles_stay_tiles_and_are_never_cut(tile, size, numbers):
     deltas = [random_delta("BlockSparse", (7, 10), number, tile=tile) for number in numbers]
-    with parts_of_size(size):
-        merged = merge_by_parts(deltas, summed)
-        first_rows = [part.rows[0] for part in parts_of(deltas)]
+    with chunks_of_size(size):
+        merged = merge_by_chunks(deltas, summed)
+        first_rows = [chunk.rows[0] for chunk in chunks_of(deltas)]
     assert isinstance(merged, BlockSparse)
     assert merged.tile == tile
     assert set(merged.blocks.tolist()) == {block for delta in deltas for block in delta.blocks.tolist()}
@@ -68,12 +57,12 @@ def test_tiles_stay_tiles_and_are_never_cut(tile, size, numbers):
 
 
 @given(sizes, deltas_of_one_weight())
-def test_entries_of_a_part_say_where_they_are(size, deltas):
+def test_entries_of_a_chunk_say_where_they_are(size, deltas):
     for delta in deltas:
         rebuilt = torch.zeros(delta.shape.numel(), dtype=torch.float64)
-        with parts_of_size(size):
-            for part in parts_of([delta]):
-                entries = part.entries(0)
+        with chunks_of_size(size):
+            for chunk in chunks_of([delta]):
+                entries = chunk.entries(0)
                 rebuilt[entries.flat()] = entries.values.double()
         torch.testing.assert_close(rebuilt.view(delta.shape), delta.dense().double(), rtol=1e-12, atol=1e-12)
 
@@ -87,17 +76,16 @@ def test_entries_of_a_part_say_where_they_are(size, deltas):
 )
 def test_joined_entries_are_those_of_the_experts(size, most, deltas, weight, alike):
     weights = [weight + (0 if alike else place) for place in range(len(deltas))]
-    with parts_of_size(size), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entries_room, "JOINED", most)
-        for part in parts_of(deltas):
-            each, together = part.zeros(torch.float64), part.zeros(torch.float64)
-            for entries, factor in zip(part, weights, strict=True):
+    with chunks_of_size(size):
+        for chunk in chunks_of(deltas):
+            each, together = chunk.zeros(torch.float64), chunk.zeros(torch.float64)
+            for entries, factor in zip(chunk, weights, strict=True):
                 entries.add_to(each, factor=factor)
-            pieces = list(joined(part, weights))
+            pieces = list(joined(chunk, weights, most))
             for entries, factor in pieces:
                 entries.add_to(together, factor=factor)
             assert torch.equal(each, together)
-            of_one = max(len(entries.values) for entries in part)
+            of_one = max(len(entries.values) for entries in chunk)
             assert all(len(entries.values) <= max(most, of_one) for entries, _ in pieces)
 
 
@@ -109,20 +97,20 @@ def test_equal_weights_join_sparse_experts_and_others_stay_apart():
         (sparse, [0.5, 0.5, 1.0], 3),
         ([*sparse[:2], dense, sparse[2]], [0.5] * 4, 3),
     ]:
-        (part,) = parts_of(deltas)
-        assert len(list(joined(part, weights))) == count
+        (chunk,) = chunks_of(deltas)
+        assert len(list(joined(chunk, weights))) == count
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
-def test_other_shapes_than_matrices_have_parts_too(shape):
+def test_other_shapes_than_matrices_have_chunks_too(shape):
     values = torch.randn(shape, dtype=torch.float64)
-    with parts_of_size(5):
-        assert torch.equal(merge_by_parts([Dense(values), Dense(values)], summed).dense(), 2 * values)
+    with chunks_of_size(5):
+        assert torch.equal(merge_by_chunks([Dense(values), Dense(values)], summed).dense(), 2 * values)
 
 
 def test_a_kept_zero_stays_in_the_support():
     delta = Sparse(torch.tensor([1, 4], dtype=torch.int32), torch.tensor([0.0, 2.0]), torch.Size((2, 3)))
-    merged = merge_by_parts([delta], summed)
+    merged = merge_by_chunks([delta], summed)
     assert merged.indices.tolist() == [1, 4]
     assert merged.indices.dtype == torch.int32
 
@@ -140,13 +128,13 @@ def test_averages_of_half_precision_are_the_true_ones_rounded_once(dtype, count)
     assert (found != weighted.to(dtype)).double().mean() < 1e-4
 
 
-def test_parts_of_tiles_cost_their_own_tiles_only(monkeypatch):
-    seen, spread = [], parts.entries_in_order
+def test_chunks_of_tiles_cost_their_own_tiles_only(monkeypatch):
+    seen, spread = [], chunks.entries_in_order
     monkeypatch.setattr(
-        parts, "entries_in_order", lambda blocks, *more: seen.append(len(blocks)) or spread(blocks, *more)
+        chunks, "entries_in_order", lambda blocks, *more: seen.append(len(blocks)) or spread(blocks, *more)
     )
     tiles = random_delta("BlockSparse", (60, 30), 0)
-    with parts_of_size(180):
-        merge_by_parts([tiles], summed)
+    with chunks_of_size(180):
+        merge_by_chunks([tiles], summed)
     assert len(seen) > 5
     assert sum(seen) == len(tiles.blocks)

@@ -15,6 +15,7 @@ from testbed.random_deltas import FORMS, deltas_of_one_weight, forms, random_del
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import EMR
+from modular_experts.methods.chunks import chunks_of_size
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -169,11 +170,12 @@ def test_stored_float32_values_are_rounded_once(form):
             assert torch.equal(merged.dense(), other.dense().float())
 
 
-def test_a_weight_may_be_merged_in_chunks(monkeypatch):
+def test_a_weight_may_be_merged_in_chunks():
     weights = [[random_delta(form, (9, 9), 3 + seed) for seed, form in enumerate(FORMS)]]
     whole = [merge_all(EMR(), weights), *tasks_of(EMR(), weights)]
-    monkeypatch.setattr("modular_experts.methods.chunks.PART", 20)
-    for (merged,), (expected,) in zip([merge_all(EMR(), weights), *tasks_of(EMR(), weights)], whole, strict=True):
+    with chunks_of_size(20):
+        found = [merge_all(EMR(), weights), *tasks_of(EMR(), weights)]
+    for (merged,), (expected,) in zip(found, whole, strict=True):
         torch.testing.assert_close(merged.dense(), expected.dense(), **CLOSE)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import modular_experts.methods as m
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods.method import weighted_sum
+from modular_experts.methods.chunks import weighted_sum
 from modular_experts.testing.methods import check_merge_method
 
 SAME = {"alone": True, "copies": True}

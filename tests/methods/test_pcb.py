@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from testbed.random_deltas import FORMS, deltas_of_one_weight, forms, random_delta, seeds, shapes
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse, add
+from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.pcb import PCB
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -114,12 +115,12 @@ def test_an_expert_that_moves_nothing_changes_nothing(deltas):
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (7, 10)])
-def test_sparse_stays_sparse_and_tiles_stay_tiles(shape, monkeypatch):
-    monkeypatch.setattr("modular_experts.methods.chunks.PART", 20)
+def test_sparse_stays_sparse_and_tiles_stay_tiles(shape):
     entries = [random_delta("Sparse", shape, seed) for seed in range(3)]
     tiles = [random_delta("BlockSparse", shape, seed) for seed in range(3)]
     for deltas, kind in ((entries, Sparse), (tiles, BlockSparse), ([*entries, *tiles], Sparse)):
-        merged = PCB(keep=1.0).merge(deltas)
+        with chunks_of_size(20):
+            merged = PCB(keep=1.0).merge(deltas)
         assert isinstance(merged, kind)
         assert merged.support().tolist() == add(deltas).support().tolist()
         torch.testing.assert_close(merged.dense(), pcb(deltas, keep=1.0), **CLOSE)

@@ -12,10 +12,10 @@ from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic
-from modular_experts.methods import chunks as parts
+from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, prune
+from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
-from modular_experts.methods.random_numbers import coins, stream_key
+from modular_experts.methods.random_numbers import stream_key, uniform
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
 KINDS = [DARE, DARETIES, DELLA, DELLALinear]
@@ -23,16 +23,16 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 LONG = Dense(torch.full((100, 1000), 1.0))
 
 
-def test_coins_are_those_of_splitmix64():
+def test_numbers_are_those_of_splitmix64():
     # The published test vector of SplitMix64 with seed 1234567: entry n is the n-th output.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    found = coins(torch.arange(1, 4), 1234567)
+    found = uniform(torch.arange(1, 4), 1234567)
     assert found.tolist() == [(number >> 11) * 2.0**-53 for number in expected]
 
 
-def test_coins_are_uniform_and_those_of_two_streams_unrelated():
+def test_numbers_are_uniform_and_those_of_two_streams_unrelated():
     flat = torch.arange(200_000)
-    one, other = (coins(flat, stream_key(0, "weight", expert)) for expert in (0, 1))
+    one, other = (uniform(flat, stream_key(0, "weight", expert)) for expert in (0, 1))
     counts = torch.histc(one, 20, 0, 1)
     assert (counts / 10_000 - 1).abs().max() < 0.05
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.01
@@ -63,14 +63,10 @@ def test_form_of_the_delta_does_not_matter(kind, height, width, seed):
 
 @each_kind
 @given(deltas_of_one_weight())
-def test_size_of_the_parts_does_not_matter(kind, deltas):
+def test_size_of_the_chunks_does_not_matter(kind, deltas):
     whole = kind(keep=0.5).merge(deltas).dense()
-    before = parts.PART
-    parts.PART = 1
-    try:
+    with chunks_of_size(1):
         torch.testing.assert_close(kind(keep=0.5).merge(deltas).dense(), whole, **CLOSE)
-    finally:
-        parts.PART = before
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.9])
@@ -110,14 +106,12 @@ def test_a_delta_of_which_nothing_is_left_still_has_a_say_in_the_form():
     assert merged.dtype == torch.float64
 
 
-def test_coins_of_single_entries_are_drawn_once(monkeypatch):
-    from modular_experts.methods import prune as trimming
-
+def test_numbers_of_single_entries_are_drawn_once(monkeypatch):
     drawn = []
-    monkeypatch.setattr(trimming, "coins", lambda flat, key: drawn.append(flat.numel()) or coins(flat, key))
+    monkeypatch.setattr(prune, "uniform", lambda flat, key: drawn.append(flat.numel()) or uniform(flat, key))
     deltas = [random_delta("Sparse", (30, 40), number) for number in (1, 2)]
-    monkeypatch.setattr(parts, "PART", 200)
-    DARETIES(preset="mergekit", keep=0.5).merge(deltas)
+    with chunks_of_size(200):
+        DARETIES(preset="mergekit", keep=0.5).merge(deltas)
     assert drawn == [delta.support_size for delta in deltas]
 
 
@@ -216,12 +210,12 @@ def test_another_number_of_shares_is_refused():
 
 
 @pytest.mark.parametrize("form", [Dense, Sparse])
-def test_della_ranks_a_vector_as_one_row_also_in_parts(form, monkeypatch):
+def test_della_ranks_a_vector_as_one_row_also_in_chunks(form):
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     delta = Dense(values) if form is Dense else Sparse(torch.arange(0, 5000, 2), values[::2], values.shape)
     whole = DELLALinear().merge([delta]).dense()
-    monkeypatch.setattr(parts, "PART", 100)
-    assert torch.equal(DELLALinear().merge([delta]).dense(), whole)
+    with chunks_of_size(100):
+        assert torch.equal(DELLALinear().merge([delta]).dense(), whole)
 
 
 def test_half_precision_deltas_merge_to_finite_ones():

@@ -23,9 +23,8 @@ from modular_experts.methods import (
     MergeMethod,
     SparseAverage,
     TaskArithmetic,
-    chunks,
 )
-from modular_experts.methods.chunks import merge_by_parts
+from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
 from modular_experts.native.sparse_passes import Runs, add_rounded, decode_places, pack_entries, spread_tiles
 
@@ -300,11 +299,11 @@ def test_all_else_is_not_served() -> None:
     ids=repr,
 )
 def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "PART", 8000)  # four parts of the weight
     deltas, found = [_sparse(share, seed) for seed, share in enumerate(SHARES)], []
     for library in (entries._library, lambda: None):
         monkeypatch.setattr(entries, "_library", library)
-        found.append(method.merge(deltas))
+        with chunks_of_size(8000):  # four chunks of the weight
+            found.append(method.merge(deltas))
     one, other = found
     assert type(one) is type(other)
     assert torch.equal(one.indices, other.indices)
@@ -327,7 +326,7 @@ def test_gradients_flow_through_a_merge() -> None:
 
 def test_a_result_that_keeps_little_does_not_hold_much() -> None:
     few = _sparse(0.2, 1)
-    merged = merge_by_parts([few, few], lambda part: part.weighted_total([1.0, 1.0]))
+    merged = merge_by_chunks([few, few], lambda part: part.weighted_total([1.0, 1.0]))
     assert torch.equal(merged.indices, few.indices)
     assert merged.values.untyped_storage().nbytes() == 4 * len(few.values)
 
