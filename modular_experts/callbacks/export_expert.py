@@ -1,12 +1,11 @@
-"""ExportExpert: write what was trained into a library, with where it came from and how well it does.
+"""ExportExpert writes what was trained into a library, with a record of its origin and its scores.
 
-With validation, the best state is exported; it is kept beside the run's other files until training ends, so that an
-interrupted and resumed run still has it. Without, the last state is exported.
+With validation it exports the best state. It keeps that state among the run's files until training ends, so that an
+interrupted and resumed run still has it. Without validation it exports the last state.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.expert import RECORD_FILE
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.text import did_you_mean
 
 __all__ = ["ExportExpert"]
 
@@ -52,8 +52,8 @@ class ExportExpert(Callback):
         library: Directory of the library; made if missing.
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
-        monitor: Logged metric whose lowest value marks the best state; with null, or without validation, the last state
-            counts.
+        monitor: Logged metric whose lowest value marks the best state. With null, or without validation, the last state
+            is exported.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
@@ -64,11 +64,11 @@ class ExportExpert(Callback):
 
     @property
     def target(self) -> Path:
-        """Where the expert is written."""
+        """Directory of the expert."""
         return Path(self.library) / self.name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an existing name, or a place that cannot be written to, before anything is trained.
+        """Check before training that the module can be exported, and that the target can be written.
 
         Raises:
             OSError: The target exists and `overwrite` is false, or nothing can be made beside it.
@@ -84,7 +84,7 @@ class ExportExpert(Callback):
             check_target(self.target, self.overwrite)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear away the best state of an earlier run of this name, unless this run goes on from it."""
+        """Delete the best state of an earlier run of this name, unless this run resumes that one."""
         if self.best is None and trainer.is_global_zero and (self._best_directory(trainer) / RECORD_FILE).is_file():
             shutil.rmtree(self._best_directory(trainer))
 
@@ -92,13 +92,17 @@ class ExportExpert(Callback):
         """Keep this state if it is the best so far.
 
         Raises:
-            ValueError: The monitored metric is not among those that are logged.
+            ValueError: The module does not log the monitored metric.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
-            raise ValueError(_no_metric(self.monitor, list(trainer.callback_metrics)))
+            logged = sorted(trainer.callback_metrics)
+            raise ValueError(
+                f"monitor={self.monitor!r} is not a logged metric{did_you_mean(self.monitor, logged)}; choose from "
+                f"{', '.join(logged)}, or null for the last state"
+            )
         self.validated_step = trainer.global_step
         if self.best is None or float(score) < self.best:
             self.best, self.best_step = float(score), trainer.global_step
@@ -106,7 +110,7 @@ class ExportExpert(Callback):
                 self._write(trainer, pl_module, self._best_directory(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the expert, and say where it is."""
+        """Write the expert, and log its directory."""
         if not trainer.is_global_zero or trainer.interrupted:
             return
         best = self._best_directory(trainer)
@@ -116,13 +120,13 @@ class ExportExpert(Callback):
             shutil.rmtree(best)
             unseen = trainer.global_step - self.validated_step
             tail = f"; the last {unseen} steps were not validated (trainer.val_check_interval)" if unseen else ""
-            log.info("step %d, the best of those validated, is exported to %s%s", self.best_step, self.target, tail)
+            log.info("exported step %d, the best validated one, to %s%s", self.best_step, self.target, tail)
         else:
             self._write(trainer, pl_module, self.target)
-            log.info("the last of %d steps is exported to %s", trainer.global_step, self.target)
+            log.info("exported the last of %d steps to %s", trainer.global_step, self.target)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where the best state so far is."""
+        """Log the directory of the best state so far."""
         best = self._best_directory(trainer)
         if self.best is not None and trainer.is_global_zero and best.exists():
             log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, best)
@@ -157,11 +161,3 @@ class ExportExpert(Callback):
         )
         state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
         write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
-
-
-def _no_metric(name: str, logged: list[str]) -> str:
-    near = difflib.get_close_matches(name, logged, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return (
-        f"monitor={name!r} is no logged metric{hint}; there are {', '.join(sorted(logged))}, or null for the last state"
-    )

@@ -1,13 +1,11 @@
-"""GradientMask: train only the masked-in entries of any trained parameter. A general tool beside the packed sparse
-experts.
+"""GradientMask trains only chosen entries of any parameter, beside sparse experts or without them.
 
-Masking gradients alone is not enough: weight decay and stale moments still move the entries that the mask leaves out.
-So their moments are cleared and their values put back after every step, which costs a copy of each masked parameter.
+Masking gradients alone is not enough: weight decay and optimizer state from before still move the other entries. So the
+callback clears their optimizer state and restores their values after every step, from a copy of each masked parameter.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modular_experts.library import open_expert
+from modular_experts.text import did_you_mean
 
 __all__ = ["GradientMask"]
 
@@ -34,10 +33,10 @@ class GradientMask(Callback):
         self._masked: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the parameters, and remember them as they are.
+        """Find the masked parameters, and copy their values.
 
         Raises:
-            ValueError: A mask names no trained parameter, or has another shape.
+            ValueError: A mask does not name exactly one trained parameter, or has another shape.
         """
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, mask in self.masks.items():
@@ -50,7 +49,7 @@ class GradientMask(Callback):
             self._masked[name] = (parameter, mask, parameter.detach().clone())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients outside the masks, before they are clipped."""
+        """Zero the gradients and the optimizer state outside the masks, before Lightning clips gradients."""
         for parameter, mask, _ in self._masked.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -62,7 +61,7 @@ class GradientMask(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put back what weight decay moved outside the masks."""
+        """Restore the values that weight decay moved outside the masks."""
         for parameter, mask, start in self._masked.values():
             parameter.copy_(torch.where(mask, parameter, start))
 
@@ -80,6 +79,5 @@ def _find(trained: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
     found = [parameter for full, parameter in trained.items() if full == name or full.endswith(f".{name}")]
     if len(found) == 1:
         return found[0]
-    near = difflib.get_close_matches(name, trained, n=3, cutoff=0.4)
-    hint = f"; near names are {', '.join(near)}" if near else ""
-    raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, and must match one{hint}")
+    near = did_you_mean(name, trained, cutoff=0.4)
+    raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, and must match one{near}")

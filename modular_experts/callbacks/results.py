@@ -1,4 +1,4 @@
-"""WriteResults: what a test found, as `results.json` in the run's directory and as a table in the terminal."""
+"""Write what a test or a prediction found: `results.json` with a table in the terminal, `predictions.jsonl`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -31,25 +31,22 @@ class WriteResults(Callback):
     def __init__(self, file: str = "results.json") -> None:
         self.file = file
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, outside training."""
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the file, print the table, and say where the file is; the first rank does, for all."""
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, print the table, and log where the file is; the first rank does it for all."""
         self._print(trainer, pl_module)
         if trainer.is_global_zero:
             target = Path(trainer.default_root_dir) / self.file
-            write_json(target, pl_module.results)
+            write_json(target, cast(dict[str, Any], pl_module.results))
             log.info("the results are in %s", target)
 
-    def _print(self, trainer: Trainer, module: Any) -> None:
+    def _print(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
-            Console(width=80).print(results_table(module.results))
-
-
-log = logging.getLogger(__name__)
+            Console(width=80).print(results_table(cast(dict[str, Any], module.results)))
 
 
 class WritePredictions(BasePredictionWriter):
@@ -66,7 +63,7 @@ class WritePredictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Gather the ranks' rows, which take turns, and write them from the first rank."""
+        """Gather the rows of all ranks, which read the data in turns, and write them from the first rank."""
         rows = [row for batch in predictions for row in batch]
         ranks = [rows]
         if trainer.world_size > 1:
@@ -78,4 +75,4 @@ class WritePredictions(BasePredictionWriter):
             target.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in turns if row is not None and row["task"]]
             target.write_text("".join(lines), encoding="utf-8")
-            log.info("%d predictions are in %s", len(lines), target)
+            log.info("wrote %d predictions to %s", len(lines), target)

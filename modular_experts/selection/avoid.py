@@ -1,4 +1,4 @@
-"""Neighbours: the experts of a library that a new expert is to keep away from, or whose support it is to share."""
+"""Keep a new expert away from the entries of other experts, or give it the support of one of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
     """Open experts; a directory that is a library stands for all the experts in it.
 
     Raises:
-        ValueError: An expert is named twice or moves every entry, or a directory holds none.
+        ValueError: An expert is named twice or moves every entry, or a directory holds no experts.
     """
     found: list[str | Path] = []
     libraries: list[Path] = []
@@ -44,7 +44,7 @@ def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
 
 
 def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
-    """Return whether there is anything to keep away from; what was named itself must be sparse."""
+    """Return whether an expert can be avoided; raise if one cannot and was named itself, not found in a library."""
     dense = sorted({form for form in expert.forms().values() if form not in ("Sparse", "BlockSparse")})
     if not dense:
         return True
@@ -57,7 +57,7 @@ def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
 
 
 def count_others(name: str, layer: SelectableLayer, others: Iterable[StoredExpert]) -> Tensor:
-    """Return how many experts keep each unit of a layer's weight `(units,)`; of a tile kept in part, the part.
+    """Return how many experts keep each unit of a layer's weight `(units,)`; a tile kept in part counts in part.
 
     Args:
         name: The weight's name.
@@ -85,7 +85,7 @@ def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tens
     """Return the units that another expert keeps of a layer's weight.
 
     Raises:
-        ValueError: It keeps none, or its units are of another kind.
+        ValueError: It keeps no entry of this weight, or units of another kind.
     """
     expert = layer.expert
     delta: Delta | None = layer.oriented(other[name]) if name in other else None
@@ -105,13 +105,13 @@ def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tens
 
 
 def crowded(scores: Tensor, others: Tensor, penalty: float | None) -> Tensor:
-    """Return scores that are lower where other experts are.
+    """Return scores that are lower where other experts keep entries.
 
     Args:
         scores: Score of every unit `(units,)`.
-        others: How many other experts keep each unit `(units,)`; of a tile that they keep in part, the part.
-        penalty: A positive score is divided by `1 + penalty * others`, a negative one multiplied by it. With none, what
-            any other expert keeps is out of the question.
+        others: How many other experts keep each unit `(units,)`, from `count_others`.
+        penalty: A positive score is divided by `1 + penalty * others`, a negative one multiplied by it. Without a
+            penalty, a unit that any other expert keeps gets the score minus infinity.
     """
     if penalty is None:
         return scores.masked_fill(others > 0, -math.inf)
@@ -120,7 +120,7 @@ def crowded(scores: Tensor, others: Tensor, penalty: float | None) -> Tensor:
 
 
 def refuse_too_few(free: int, units: int, k: int) -> None:
-    """Refuse to keep what other experts keep.
+    """Raise if other experts leave too few units.
 
     Raises:
         ValueError: They leave fewer than k units.
@@ -128,5 +128,5 @@ def refuse_too_few(free: int, units: int, k: int) -> None:
     if free < k:
         raise ValueError(
             f"the experts to avoid leave {free:,} of {units:,} units free, and {k:,} are to be kept; avoid fewer "
-            "experts, keep less, or give a penalty instead of excluding what they keep"
+            "experts, keep less, or give a penalty, which excludes nothing"
         )

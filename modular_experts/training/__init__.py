@@ -1,4 +1,4 @@
-"""Training: `ExpertModule`, the LightningModule around a base with experts, its learning rates and exact resume.
+"""Train experts on a base: `ExpertModule` as a LightningModule, learning-rate shapes, exact resume.
 
-Open `module.py` first.
+Schedules, export and reports are `callbacks/`; rows come from `data/`. Open `module.py` first.
 """

@@ -1,4 +1,4 @@
-"""Learning-rate shapes over a known number of optimizer steps. Any torch scheduler may be used in their place."""
+"""Shape the learning rate over a known number of optimizer steps; any torch scheduler may take a shape's place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Constant", "LearningRateShape", "WarmupCosine", "WarmupLinear", "tra
 
 
 class LearningRateShape(ABC):
-    """The learning rate as a factor of its peak."""
+    """Gives the learning rate of each step as a factor of the peak."""
 
     @abstractmethod
     def factor(self, step: int, total_steps: int) -> float:
@@ -21,14 +21,14 @@ class LearningRateShape(ABC):
 
 
 class Constant(LearningRateShape):
-    """The peak throughout."""
+    """Keeps the peak from the first step to the last."""
 
     def factor(self, step: int, total_steps: int) -> float:
         return 1.0
 
 
 class WarmupLinear(LearningRateShape):
-    """Rise linearly to the peak, then fall linearly to zero (the paper's).
+    """Rises linearly to the peak, then falls linearly to zero, as in the paper.
 
     Args:
         warmup: Share of all steps that the rise takes, in [0, 1).
@@ -51,7 +51,7 @@ class WarmupLinear(LearningRateShape):
 
 
 class WarmupCosine(WarmupLinear):
-    """Rise linearly to the peak, then fall to zero along half a cosine.
+    """Rises linearly to the peak, then falls to zero along half a cosine.
 
     Args:
         warmup: Share of all steps that the rise takes, in [0, 1).
@@ -67,22 +67,22 @@ def training_length(trainer: Trainer) -> TrainingLength:
     Raises:
         ValueError: Neither max_steps nor max_epochs bounds it.
     """
-    per_epoch = max(math.ceil(_batches(trainer) / trainer.accumulate_grad_batches), 1)
+    # The batches of one rank and epoch. A data module can be asked; plain loaders have no position that is lost when
+    # the trainer sets them up.
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        trainer.fit_loop.setup_data()
+        batches = int(trainer.num_training_batches)
+    else:
+        batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+        if isinstance(limit, int):
+            batches = min(batches, limit)
+        elif limit is not None:
+            batches = int(batches * limit)
+    per_epoch = max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
     epochs, steps = trainer.max_epochs, trainer.max_steps
     bounds = [per_epoch * epochs] if epochs is not None and epochs > 0 else []
     bounds += [steps] if steps > 0 else []
     if not bounds:
         raise ValueError("training has no end: give trainer.max_steps or trainer.max_epochs")
     return TrainingLength(per_epoch, min(bounds))
-
-
-def _batches(trainer: Trainer) -> int:
-    """Return the training batches of one rank and epoch."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:  # plain loaders keep no place to lose
-        trainer.fit_loop.setup_data()
-        return int(trainer.num_training_batches)
-    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
-    if isinstance(limit, int):
-        return min(batches, limit)
-    return int(batches * limit) if limit is not None else batches

@@ -1,7 +1,7 @@
-"""ExpertModule: a base language model with experts in it, as a LightningModule. Training, evaluation and exact resume.
+"""ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule.
 
-It meets the data only in a batch (`data/batch.py`). Which entries are trained is the business of
-`callbacks.MaskSchedule`, what is written to a library that of `callbacks.ExportExpert`. Causal language models only.
+It meets the data only in a batch (`data/batch.py`). Schedules (`callbacks/schedule.py`) choose what is trained, and
+`callbacks.ExportExpert` writes it to a library.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class ExpertModule(LightningModule):
             dotted path of your own.
         applied: Library experts whose deltas are added to the base before anything else, to test them or to train on
             top.
-        dtype: Data type of the base; trained values are float32 beside any of them.
+        dtype: Data type of the base; trained values are float32 with any of them.
         revision: Branch, tag or commit of a hub id.
         gradient_checkpointing: Recompute activations in backward instead of keeping them.
-        optimizer: Any torch optimizer over the trained parameters; AdamW without weight decay at the expert type's
-            learning rate if none is given.
+        optimizer: Any torch optimizer over the trained parameters. The default is AdamW without weight decay at the
+            expert type's learning rate.
         scheduler: A shape (`WarmupLinear`, `WarmupCosine`, `Constant`) or any torch scheduler, stepped every optimizer
-            step; `WarmupLinear` if none is given.
+            step. The default is `WarmupLinear`.
         max_new_tokens: Length limit of generated answers.
-        generate_in_fit: Also generate in the validation passes of training, where otherwise only the loss is taken.
+        generate_in_fit: Whether validation during training also generates answers, beside taking the loss.
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert};
             from Python also a plan, a function from sites to expert types (`experts.site`).
         check_base: Whether a loaded model is compared with the files of its base, weight by weight; deltas are taken
@@ -110,7 +110,8 @@ class ExpertModule(LightningModule):
         self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
         self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
-        self.strict_loading = False  # checkpoints hold trained tensors only; on_load_checkpoint is strict
+        # Checkpoints hold trained tensors only; `on_load_checkpoint` is strict in Lightning's place.
+        self.strict_loading = False
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
@@ -118,10 +119,10 @@ class ExpertModule(LightningModule):
         self._penalty: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse to train nothing, before anything is loaded.
+        """Check before anything is loaded that training has experts, and experts have layers.
 
         Raises:
-            ValueError: Training has no expert to train, or an expert no place to be.
+            ValueError: Only one of the two is given, or neither for a fit.
         """
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
             raise ValueError(
@@ -129,9 +130,11 @@ class ExpertModule(LightningModule):
             )
         if (self.expert is None) != (not self.modules_pattern):
             given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            raise ValueError(f"model.{given} is given but not model.{missing}; training needs both, a plain test none")
+            raise ValueError(
+                f"model.{given} is given but not model.{missing}; give both, or neither to test a plain base"
+            )
         if stage == "fit" and not self.has_experts:
-            raise ValueError("fit trains experts, and none is configured: give model.expert and model.modules")
+            raise ValueError("fit has no experts to train: give model.expert and model.modules")
 
     @property
     def has_experts(self) -> bool:
@@ -139,7 +142,7 @@ class ExpertModule(LightningModule):
         return self.experts is not None or self.expert is not None
 
     def configure_model(self) -> None:
-        """Load the base, add the applied experts, and inject; a second call loads nothing."""
+        """Load the base, add the applied experts, and inject; a second call only asks the schedules of a fit."""
         if not hasattr(self, "model"):
             self._load()
         trainer = self._trainer
@@ -175,7 +178,11 @@ class ExpertModule(LightningModule):
         elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
         self.model = model
-        _leave_to_this_module(self)
+        # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
+        # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
@@ -200,7 +207,7 @@ class ExpertModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Start from the same supports on every rank, and say what is trained."""
+        """Log what is trained, and start from the same supports on every rank."""
         self.model.train()
         log.info(_summary(self))
         if self.trainer.world_size > 1:
@@ -209,7 +216,7 @@ class ExpertModule(LightningModule):
                     torch.distributed.broadcast(buffer, src=0)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Go on with the random state of the checkpoint, once, when all set-up is over."""
+        """Restore the random state of the checkpoint before the first batch, when all set-up is over."""
         if self._random_states is not None:
             restore_random_states(self._random_states)
             self._random_states = None
@@ -223,7 +230,7 @@ class ExpertModule(LightningModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and write the new values into the weights."""
+        """Step, and write the experts' new values into the weights."""
         super().optimizer_step(*args, **kwargs)
         write_experts(self.model)
 
@@ -257,7 +264,7 @@ class ExpertModule(LightningModule):
         self._score(batch, generates=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return task, input, target and generation of each row."""
+        """Return the task, input, target and generation of each row."""
         texts = generate(self.model, self.tokenizer, batch, self.max_new_tokens)
         columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
         return [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
@@ -273,7 +280,7 @@ class ExpertModule(LightningModule):
         self._finish_scores()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the trained tensors and the experts' buffers; the frozen base is read again from its files."""
+        """Return the trained tensors and the experts' buffers; a resumed run loads the frozen base from its files."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         full = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
@@ -287,10 +294,10 @@ class ExpertModule(LightningModule):
         checkpoint["resized"] = self._resized
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or of other experts.
+        """Check that the checkpoint was written with this base and experts of these types and sizes.
 
         Raises:
-            ValueError: The fingerprint differs, or trained tensors are missing or have nowhere to go.
+            ValueError: The fingerprint differs, or the trained tensors have other names or shapes.
         """
         self.configure_model()
         theirs = checkpoint.get("base_fingerprint")
@@ -307,13 +314,14 @@ class ExpertModule(LightningModule):
         unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
         if unlike:
             raise ValueError(
-                f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, the first is "
-                f"{unlike[0]} with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here"
+                f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, first {unlike[0]}, "
+                f"with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here; give the "
+                "expert and modules of the checkpoint"
             )
         self._random_states = checkpoint.get("random_states")
 
     def _resize_like(self, state: dict[str, Any]) -> None:
-        """Let each packed expert keep as many units as its counterpart in a checkpoint."""
+        """Resize each packed expert to the number of units that it keeps in a checkpoint."""
         for name, layer in expert_layers(self.model):
             theirs = state.get(f"model.{name.removesuffix('weight')}expert.indices")
             if isinstance(layer.expert, Selectable) and layer.expert.packed is not None and theirs is not None:
@@ -360,7 +368,7 @@ class ExpertModule(LightningModule):
         return kinds[0] if self.experts is None else "+".join(sorted(set(kinds)))
 
     def _anchor(self, name: str) -> Tensor:
-        """Return a base weight as it was before training: read again, applied experts added."""
+        """Read a base weight from its file and add the applied experts, as before training."""
         weight = self.opened_base.weight(name).to(getattr(torch, self.dtype_name))
         moved = [expert[name] for expert in self.applied_experts if name in expert]
         return add(moved).add_to(weight.clone()) if moved else weight
@@ -400,26 +408,15 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _leave_to_this_module(module: LightningModule) -> None:
-    """Keep DDP away from frozen weights, which are the same everywhere, and from buffers, which change only in
-    selections.
-
-    Otherwise it would send all of them to every rank at the start, and all buffers before every forward pass.
-    """
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in module.named_buffers()]
-    module._ddp_params_and_buffers_to_ignore = frozen + buffers  # type: ignore[assignment]
-
-
 def _summary(module: ExpertModule) -> str:
+    """Return what is trained, as one line of the log."""
     layers = [layer for _, layer in expert_layers(module.model)]
+    kinds = set()
+    for expert in (layer.expert for layer in layers):
+        settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
+        kinds.add(f"{type(expert).__name__}({settings})")
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     theirs = sum(layer.weight.numel() for layer in layers)
     total = sum(parameter.numel() for name, parameter in module.model.named_parameters() if ".expert." not in name)
-    kinds = ", ".join(sorted({f"{type(layer.expert).__name__}({_words(layer.expert.settings())})" for layer in layers}))
     share = f"{trained / theirs:.2%} of these weights, {trained / total:.2%} of the base's {total:,}"
-    return f"{kinds} in {len(layers)} weights: {trained:,} trained parameters, {share}"
-
-
-def _words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{', '.join(sorted(kinds))} in {len(layers)} weights: {trained:,} trained parameters, {share}"

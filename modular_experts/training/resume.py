@@ -1,7 +1,7 @@
-"""Random state in a checkpoint: Lightning saves none, so a resumed run with dropout would draw other numbers.
+"""Collect and restore the random state of a run; Lightning's checkpoints leave it out, so dropout would differ.
 
-Every rank has a state of its own; they are gathered, because one file is written for all. Plain numbers and tensors
-only, so that a checkpoint loads with `weights_only=True`.
+Every rank has a state of its own, and rank 0 writes the checkpoint of all, so the states are gathered. They are plain
+numbers and tensors, so that a checkpoint loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def collect_random_states() -> list[dict[str, Any]]:
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
-    """Set this rank's generators; a run with more ranks than before goes on with what its extra ranks have."""
+    """Set this rank's generators; a rank that the checkpoint has no state for keeps its own."""
     rank = distributed.get_rank() if _is_distributed() else 0
     if rank >= len(states):
         return

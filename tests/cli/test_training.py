@@ -261,7 +261,7 @@ MISTAKES = {
     "monitor": (
         ["--trainer.callbacks", _export("a", monitor="val_los")],
         1,
-        "monitor='val_los' is no logged metric; did you mean val_loss?",
+        "monitor='val_los' is not a logged metric; did you mean val_loss?",
     ),
     "tile": (
         ["--model.expert.init_args.block_size", "40"],
