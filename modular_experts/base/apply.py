@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from modular_experts.base.loading import fetch
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
-from modular_experts.deltas.task_vector import Sum, TaskVector
+from modular_experts.deltas.task_vector import Scaled, Sum, TaskVector
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -31,9 +31,10 @@ from modular_experts.library import (
     parent_ids,
     union_of_weights,
 )
+from modular_experts.library.compatibility import check_mergeable
 from modular_experts.progress import Progress
 
-__all__ = ["applied", "apply", "apply_deltas", "check_loaded"]
+__all__ = ["Applied", "applied", "apply", "apply_deltas", "check_loaded"]
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +114,41 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
         delta.to(weight.device).add_to(weight)
 
 
-@contextmanager
+class Applied:
+    """Experts that are added to a model until `remove`, or until the end of a `with` block.
+
+    Of several on one model, remove the last first: each brings back the weights that it found.
+    """
+
+    def __init__(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
+        self._model, self._before = model, dict(before)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Make every weight what it was, bit for bit; a second call does nothing."""
+        for name, weight in self._before.items():
+            self._model.get_parameter(name).copy_(weight)
+        self._before = {}
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.remove()
+
+
 def applied(
     model: nn.Module,
     experts: Expert | Sequence[Expert],
     scale: float = 1.0,
     check: bool = True,
-) -> Iterator[None]:
+) -> Applied:
     """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
 
     So many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held.
+
+        with applied(model, "library/a", scale=0.5):
+            ...
 
     Args:
         model: As for `apply_deltas`.
@@ -132,21 +158,31 @@ def applied(
         check: Whether the model must be the base of the stored experts, as `check_loaded` finds out.
 
     Raises:
-        ValueError: The model is not the experts' base, or a weight does not fit; nothing has been added then.
+        ValueError: The model is not the experts' base, an expert is not mergeable, or a weight does not fit; nothing
+            has been added then.
     """
     several = [experts] if isinstance(experts, str | Path | Mapping) else experts
     opened = [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
+    check_mergeable([stored for expert in opened for stored in _stored(expert)])
     if check:
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if name in moved}
+    found = Applied(model, {n: weight.detach().clone() for n, weight in model.named_parameters() if n in moved})
     try:
         apply_deltas(model, [{name: expert[name] * scale for name in expert} for expert in opened])
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in before.items():
-                model.get_parameter(name).copy_(weight)
+    except BaseException:
+        found.remove()
+        raise
+    return found
+
+
+def _stored(expert: Mapping[str, Delta]) -> list[StoredExpert]:
+    """Return the library experts that a task vector is, or is made of by sums and factors."""
+    if isinstance(expert, Sum):
+        return [stored for vector in expert.vectors for stored in _stored(vector)]
+    if isinstance(expert, Scaled):
+        return _stored(expert.vector)
+    return [expert] if isinstance(expert, StoredExpert) else []
 
 
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
@@ -165,7 +201,7 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     Raises:
         ValueError: A weight differs from the experts' base.
     """
-    stored = [expert for expert in experts if isinstance(expert, StoredExpert)]
+    stored = [stored for expert in experts for stored in _stored(expert)]
     if not stored:
         return
     recorded = common_base(stored)

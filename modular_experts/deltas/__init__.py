@@ -6,6 +6,6 @@ is known here.
 """
 
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse, add, all_finite
-from modular_experts.deltas.task_vector import Sum, TaskVector
+from modular_experts.deltas.task_vector import Scaled, Sum, TaskVector
 
-__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "Sum", "TaskVector", "add", "all_finite"]
+__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Scaled", "Sparse", "Sum", "TaskVector", "add", "all_finite"]

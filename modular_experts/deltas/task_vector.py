@@ -1,18 +1,21 @@
-"""Task vectors: all deltas of one expert, by weight name, each read or made when it is asked for.
+"""Task vectors: all deltas of one expert by weight name, each read or made when it is asked for.
 
-What is stored, what is merged and what is summed is used through this one face; only the shapes are known beforehand.
+Stored experts, merges and sums all have this one face. `a + b`, `a - b` and `0.5 * a` are task vectors too, whose deltas
+are computed one weight at a time, when somebody merges, applies or writes them.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from modular_experts.deltas.forms import Delta, add
+import modular_experts
+from modular_experts.deltas import Delta, add
 
-__all__ = ["Sum", "TaskVector"]
+__all__ = ["Scaled", "Sum", "TaskVector"]
 
 
 class TaskVector(Mapping[str, Delta]):
@@ -21,6 +24,11 @@ class TaskVector(Mapping[str, Delta]):
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each weight that moves, in the order of the names, without reading or making a delta."""
+
+    @property
+    def not_mergeable_because(self) -> str | None:
+        """Why the deltas do not say all that the expert does, as the end of a sentence; None where they do."""
+        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes())
@@ -31,20 +39,76 @@ class TaskVector(Mapping[str, Delta]):
     def __contains__(self, name: object) -> bool:
         return name in self.shapes()  # what Mapping inherits would make the delta to find out
 
+    def __add__(self, other: TaskVector) -> Sum:
+        return Sum([self, other])
+
+    def __sub__(self, other: TaskVector) -> Sum:
+        return Sum([self, -other])
+
+    def __mul__(self, factor: float) -> Scaled:
+        return Scaled(self, factor)
+
+    def __rmul__(self, factor: float) -> Scaled:
+        return Scaled(self, factor)
+
+    def __neg__(self) -> Scaled:
+        return Scaled(self, -1.0)
+
+    def apply_to(self, model: torch.nn.Module, scale: float = 1.0, check: bool = True) -> Any:
+        """Add all deltas to a loaded model; return a handle whose `remove()` makes it what it was, bit for bit.
+
+            with expert.apply_to(model, scale=0.5):
+                model.generate(...)
+
+        Args:
+            model: The base, before experts are injected.
+            scale: Factor of the deltas.
+            check: For library experts, check that the model is the base that they were trained on.
+
+        Raises:
+            ValueError: The model does not have one of the weights, or is not the base.
+        """
+        # Through the front door: bases are built on task vectors, so no module here can import them.
+        return modular_experts.applied(model, self, scale, check)
+
 
 class Sum(TaskVector):
-    """The sum of task vectors, weight by weight, each taken when it is asked for.
+    """The sum of task vectors, weight by weight.
 
     Args:
         vectors: At least one; a weight has one shape in all of them.
     """
 
     def __init__(self, vectors: Sequence[TaskVector]) -> None:
-        self._vectors = vectors
+        self.vectors = [_mergeable(vector) for vector in vectors]
         self._shapes = dict(sorted(item for vector in vectors for item in vector.shapes().items()))
 
     def __getitem__(self, name: str) -> Delta:
-        return add([vector[name] for vector in self._vectors if name in vector])
+        return add([vector[name] for vector in self.vectors if name in vector])
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._shapes
+
+
+class Scaled(TaskVector):
+    """A task vector times a number, weight by weight.
+
+    Args:
+        vector: The task vector.
+        factor: What each delta is multiplied by.
+    """
+
+    def __init__(self, vector: TaskVector, factor: float) -> None:
+        self.vector, self.factor = _mergeable(vector), factor
+
+    def __getitem__(self, name: str) -> Delta:
+        return self.vector[name] * self.factor
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return self.vector.shapes()
+
+
+def _mergeable(vector: TaskVector) -> TaskVector:
+    if reason := vector.not_mergeable_because:
+        raise ValueError(f"{vector!r} cannot be added or scaled, because {reason}")
+    return vector
