@@ -54,6 +54,7 @@ _HOMES = {
         "TaskArithmetic",
     ),
     "modular_experts.injection": ("eject", "inject"),
+    "modular_experts.injection.save": ("save_expert",),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
     "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
     "modular_experts.training.module": ("ExpertModule",),

@@ -1,7 +1,7 @@
 """Task vectors: all deltas of one expert by weight name, each read or made when it is asked for.
 
-Stored experts, merges and sums all have this one face. `a + b`, `a - b` and `0.5 * a` are task vectors too, whose deltas
-are computed one weight at a time, when somebody merges, applies or writes them.
+Stored experts, merges and sums all have this one face. `a + b`, `a - b` and `0.5 * a` are task vectors too; their
+deltas are computed one weight at a time, when somebody merges, applies or writes them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,13 @@ class Sum(TaskVector):
 
     def __init__(self, vectors: Sequence[TaskVector]) -> None:
         self.vectors = [_mergeable(vector) for vector in vectors]
-        self._shapes = dict(sorted(item for vector in vectors for item in vector.shapes().items()))
+        found: dict[str, torch.Size] = {}
+        for vector in self.vectors:
+            for name, shape in vector.shapes().items():
+                if found.setdefault(name, shape) != shape:
+                    two = f"{tuple(found[name])} and {tuple(shape)}"
+                    raise ValueError(f"the task vectors disagree on the shape of {name}: {two}")
+        self._shapes = dict(sorted(found.items()))
 
     def __getitem__(self, name: str) -> Delta:
         return add([vector[name] for vector in self.vectors if name in vector])

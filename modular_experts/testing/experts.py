@@ -1,7 +1,7 @@
-"""A public battery of checks for expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`.
+"""Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`.
 
 Each check builds a small model with two linear layers, so that a whole battery takes seconds. A check that fails
-raises an `AssertionError` that says what the expert broke.
+raises an `AssertionError` that names the broken promise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modular_experts.experts.expert import Expert
-from modular_experts.injection import eject, expert_layers, inject, task_vector
+from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state, task_vector
 
 __all__ = ["check_expert"]
 
@@ -28,46 +29,65 @@ Factory = Callable[[Tensor], Expert]
 def check_expert(factory: Factory, compile: bool = True) -> None:
     """Check that an expert type keeps the contract of `Expert`.
 
+    The weight must be the base before training, and the base again after `eject`, bit for bit. The exported deltas of
+    weight and bias must reproduce the trained outputs, and where the type has a state, that must too. Copies, state
+    dicts, gradient checkpointing and `torch.compile` must not change what is trained.
+
     Args:
         factory: Makes an expert for a weight `(out, in)`, as the argument `expert` of `ExpertModule` does.
         compile: Also check under `torch.compile`, which needs a C++ compiler and some seconds.
 
     Raises:
-        AssertionError: It does not; the message names the promise.
+        AssertionError: The type breaks a promise; the message names it.
     """
+    moves_bias = _check_bias(factory)
+    case = _Case(factory, moves_bias)
     for dtype in (torch.float32, torch.bfloat16):
-        _check_identity_at_start(factory, dtype)
-        _check_gradients(factory, dtype)
-        _check_export_reproduces(factory, dtype)
-    _check_eject(factory)
-    _check_copies(factory)
-    _check_state_dict(factory)
-    _check_gradient_checkpointing(factory)
+        _check_identity_at_start(case, dtype)
+        _check_gradients(case, dtype)
+        _check_export_reproduces(case, dtype)
+    _check_state(case)
+    _check_penalty(case)
+    _check_eject(case)
+    _check_copies(case)
+    _check_state_dict(case)
+    _check_gradient_checkpointing(case)
     if compile:
-        _check_compile(factory)
+        _check_compile(case)
 
 
 class _Network(nn.Module):
     """Two linear layers around a non-linearity; `first` has a bias and a width that no tile divides."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_bias: bool) -> None:
         super().__init__()
         self.first = nn.Linear(24, 36)
-        self.last = nn.Linear(36, 20, bias=False)
+        self.last = nn.Linear(36, 20, bias=last_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.first(x)))
 
 
-def _network(dtype: torch.dtype = torch.float32) -> _Network:
-    torch.manual_seed(0)
-    return _Network().to(dtype)
+@dataclass(frozen=True)
+class _Case:
+    """The type under test, and whether it moves biases, so that every layer must have one."""
 
+    factory: Factory
+    moves_bias: bool
 
-def _equipped(factory: Factory, dtype: torch.dtype = torch.float32) -> _Network:
-    network = _network(dtype)
-    inject(network, factory, ".*")
-    return network.eval()
+    def plain(self, dtype: torch.dtype = torch.float32) -> _Network:
+        """Return the network without experts; always the same one."""
+        torch.manual_seed(0)
+        return _Network(self.moves_bias).to(dtype)
+
+    def equipped(self, dtype: torch.dtype = torch.float32) -> _Network:
+        network = self.plain(dtype)
+        inject(network, self.factory, ".*")
+        return network.eval()
+
+    def base(self, dtype: torch.dtype) -> Callable[[str], Tensor]:
+        """Return the function from the name of a weight to its value before training."""
+        return self.plain(dtype).state_dict().__getitem__
 
 
 def _inputs(dtype: torch.dtype = torch.float32, rows: int = 6) -> Tensor:
@@ -89,20 +109,31 @@ def _train(network: nn.Module, steps: int = 3, forward: Callable[[Tensor], Tenso
     return losses
 
 
-def _base_weights(dtype: torch.dtype) -> Callable[[str], Tensor]:
-    base = _network(dtype).state_dict()
-    return lambda name: base[name]
+def _check_bias(factory: Factory) -> bool:
+    """Return whether the type moves biases; then a layer without one must be refused."""
+    layer = nn.Linear(24, 36)
+    inject(nn.Sequential(layer), factory, "0")
+    expert: Expert = layer.expert  # type: ignore[assignment]
+    moved = expert.bias_delta(layer.bias, lambda: layer.bias)
+    if moved is None:
+        return False
+    assert moved.shape == layer.bias.shape, f"the delta of the bias must have its shape, not {tuple(moved.shape)}"
+    try:
+        inject(nn.Sequential(nn.Linear(24, 36, bias=False)), factory, "0")
+    except ValueError:
+        return True
+    raise AssertionError("bias_delta must not depend on whether the layer has a bias, so that one without is refused")
 
 
-def _check_identity_at_start(factory: Factory, dtype: torch.dtype) -> None:
+def _check_identity_at_start(case: _Case, dtype: torch.dtype) -> None:
     x = _inputs(dtype)
-    gap = (_equipped(factory, dtype)(x).float() - _network(dtype)(x).float()).abs().max()
+    gap = (case.equipped(dtype)(x).float() - case.plain(dtype)(x).float()).abs().max()
     rounding = torch.finfo(dtype).eps  # of outputs below one
     assert gap <= rounding, f"before training, an expert must leave the {dtype} model as it is; it moves by {gap:.1e}"
 
 
-def _check_gradients(factory: Factory, dtype: torch.dtype) -> None:
-    network = _equipped(factory, dtype)
+def _check_gradients(case: _Case, dtype: torch.dtype) -> None:
+    network = case.equipped(dtype)
     _train(network, steps=1)  # types that start one factor at zero give the other no gradient before the first step
     x = _inputs(dtype).requires_grad_()
     network(x).float().square().sum().backward()
@@ -119,12 +150,14 @@ def _check_gradients(factory: Factory, dtype: torch.dtype) -> None:
         assert parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}; small steps need float32"
 
 
-def _check_export_reproduces(factory: Factory, dtype: torch.dtype) -> None:
-    network, plain, x = _equipped(factory, dtype), _network(dtype), _inputs(dtype)
+def _check_export_reproduces(case: _Case, dtype: torch.dtype) -> None:
+    network, plain, x = case.equipped(dtype), case.plain(dtype), _inputs(dtype)
     losses = _train(network, steps=5)
     assert losses[-1] < losses[0], f"five steps must lower the loss, but it went from {losses[0]} to {losses[-1]}"
+    if not _expert(network).mergeable:
+        return
     with torch.no_grad():
-        for name, delta in task_vector(network, _base_weights(dtype)):
+        for name, delta in task_vector(network, case.base(dtype)):
             assert delta.shape == plain.get_parameter(name).shape, f"the delta of {name} must have the weight's shape"
             assert delta.dtype == torch.float32, "an exported delta must be float32"
             delta.add_to(plain.get_parameter(name))
@@ -133,19 +166,54 @@ def _check_export_reproduces(factory: Factory, dtype: torch.dtype) -> None:
     assert gap <= tolerance, f"base plus exported delta must give the trained outputs in {dtype}; gap {gap:.1e}"
 
 
-def _check_eject(factory: Factory) -> None:
+def _expert(network: _Network) -> Expert:
+    return network.first.expert  # type: ignore[return-value]
+
+
+def _check_state(case: _Case) -> None:
+    """Check that a state gives the trained outputs, and that a type that is not mergeable has one and says why."""
+    network, twin, x = case.equipped(), case.equipped(), _inputs()
+    _train(network)
+    state = {name: tensor.clone() for name, tensor in expert_state(network).items()}
+    if not _expert(network).mergeable:
+        assert _expert(network).not_mergeable_because, "a type that is not mergeable must say why"
+        assert not list(task_vector(network)), "a type that is not mergeable must not export deltas"
+        assert state, "a type that is not mergeable must have a state"
+        try:
+            _expert(network).delta(network.first.weight, lambda: network.first.weight)
+        except NotImplementedError:
+            pass
+        else:
+            raise AssertionError("the delta of a type that is not mergeable must raise NotImplementedError")
+    if state:
+        _train(twin, steps=1)  # what loading must replace
+        load_expert_state(twin, state)
+        assert torch.equal(twin(x), network(x)), "a loaded state must give the same outputs"
+
+
+def _check_penalty(case: _Case) -> None:
+    network = case.equipped()
+    _train(network)
+    added = _expert(network).penalty()
+    if added is not None:
+        assert added.shape == (), f"a penalty must be one number, not of shape {tuple(added.shape)}"
+        assert added.isfinite(), "a penalty must be finite"
+        assert added.requires_grad, "a penalty must have a gradient"
+
+
+def _check_eject(case: _Case) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        network, base = _equipped(factory, dtype), _network(dtype).state_dict()
+        network, base = case.equipped(dtype), case.plain(dtype).state_dict()
         _train(network)
-        eject(network, _base_weights(dtype))
+        eject(network, case.base(dtype))
         after = network.state_dict()
         assert after.keys() == base.keys(), "eject must leave no tensor behind"
         changed = [name for name in base if not torch.equal(after[name], base[name])]
         assert not changed, f"eject must restore the base bit for bit; {changed} differ"
 
 
-def _check_copies(factory: Factory) -> None:
-    network, x = _equipped(factory), _inputs()
+def _check_copies(case: _Case) -> None:
+    network, x = case.equipped(), _inputs()
     _train(network)
     wanted = network(x)
     for how, twin in (("deepcopy", copy.deepcopy(network)), ("pickle", pickle.loads(pickle.dumps(network)))):
@@ -155,11 +223,9 @@ def _check_copies(factory: Factory) -> None:
         assert torch.equal(network(x), wanted), f"training a {how} must not move the original"
 
 
-def _check_state_dict(factory: Factory) -> None:
-    network, twin, x = _equipped(factory), _network(), _inputs()
+def _check_state_dict(case: _Case) -> None:
+    network, twin, x = case.equipped(), case.equipped(), _inputs()
     _train(network)
-    inject(twin, factory, ".*")
-    twin.eval()
     _train(twin, steps=1)  # state that loading must replace
     file = io.BytesIO()
     state = network.state_dict()
@@ -174,15 +240,15 @@ def _is_trained(network: nn.Module, name: str) -> bool:
     return dict(network.named_parameters())[name].requires_grad if name in dict(network.named_parameters()) else False
 
 
-def _check_gradient_checkpointing(factory: Factory) -> None:
-    plain, recomputed = _equipped(factory), _equipped(factory)
+def _check_gradient_checkpointing(case: _Case) -> None:
+    plain, recomputed = case.equipped(), case.equipped()
     recomputed.load_state_dict(plain.state_dict())
     losses = _train(plain), _train(recomputed, forward=lambda x: checkpoint(recomputed, x, use_reentrant=False))
     assert losses[0] == losses[1], f"gradient checkpointing must not change the losses: {losses[0]} and {losses[1]}"
 
 
-def _check_compile(factory: Factory) -> None:
-    plain, compiled = _equipped(factory), _equipped(factory)
+def _check_compile(case: _Case) -> None:
+    plain, compiled = case.equipped(), case.equipped()
     compiled.load_state_dict(plain.state_dict())
     torch.compiler.reset()
     with warnings.catch_warnings():

@@ -27,7 +27,15 @@ from modular_experts.evaluation import TaskScores, batch_losses, generate, score
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Factory, Plan
-from modular_experts.injection import expert_layers, expert_state, inject, penalty, task_vector, write_experts
+from modular_experts.injection import (
+    describe_experts,
+    expert_layers,
+    expert_state,
+    inject,
+    penalty,
+    task_vector,
+    write_experts,
+)
 from modular_experts.library import StoredExpert, as_parents, open_experts
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.resume import collect_random_states, restore_random_states
@@ -340,32 +348,20 @@ class ExpertModule(LightningModule):
 
     def record_facts(self) -> dict[str, Any]:
         """Return kind, base, settings and parents of the trained experts, in plain values, for their record."""
-        experts = [layer.expert for _, layer in expert_layers(self.model)]
-        made: dict[str, Any] = experts[0].settings()
-        if self.experts is not None:
-            # A plan may make experts of several kinds or sizes: list what differs.
-            values: dict[str, list[Any]] = {}
-            for expert in experts:
-                for name, value in expert.settings().items():
-                    if value not in values.setdefault(name, []):
-                        values[name].append(value)
-            made = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+        facts = describe_experts(self.model)
+        if self.experts is None:  # of one factory, the first expert's settings; its kernel may differ by the layer
+            facts["hyperparameters"] = next(expert_layers(self.model))[1].expert.settings()
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         peaks = [group.get("initial_lr", group["lr"]) for group in groups]
         return {
-            "kind": self._kind(),
+            **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
-            "hyperparameters": settings | made | {"learning_rate": max(peaks, default=None)},
+            "hyperparameters": settings | facts["hyperparameters"] | {"learning_rate": max(peaks, default=None)},
             "parents": as_parents(self.applied_experts),
         }
-
-    def _kind(self) -> str:
-        """Return the class of the experts; the classes, sorted, where a plan makes several."""
-        kinds = [type(layer.expert).__name__ for _, layer in expert_layers(self.model)]
-        return kinds[0] if self.experts is None else "+".join(sorted(set(kinds)))
 
     def _anchor(self, name: str) -> Tensor:
         """Read a base weight from its file and add the applied experts, as before training."""
@@ -391,7 +387,7 @@ class ExpertModule(LightningModule):
             "base": self.base,
             "fingerprint": self.fingerprint,
             "applied": [{"name": expert.name, "content_hash": expert.content_hash} for expert in self.applied_experts],
-            "expert": self._kind() if self.has_experts else None,
+            "expert": describe_experts(self.model)["kind"] if self.has_experts else None,
         }
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from testbed.ia3 import IA3Expert
+from testbed.other_experts import BiasExpert, GatedExpert
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
@@ -35,6 +36,8 @@ FACTORIES = {
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
     "full": FullExpert,
     "user-ia3": IA3Expert,
+    "user-bias": BiasExpert,
+    "user-gated": GatedExpert,
 }
 
 

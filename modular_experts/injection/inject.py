@@ -25,6 +25,7 @@ __all__ = [
     "ExpertConv1D",
     "ExpertLayer",
     "ExpertLinear",
+    "describe_experts",
     "eject",
     "expert_layers",
     "expert_state",
@@ -200,6 +201,30 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def describe_experts(model: nn.Module) -> dict[str, Any]:
+    """Return what a record keeps of a model's experts: `kind`, `hyperparameters` and, for experts with a state,
+    `class_path` and `not_mergeable_because`, as `library.make_record` takes them.
+
+    Of several types the classes are joined by `+`. A setting with several values is a list of them.
+    """
+    types: dict[str, Expert] = {}
+    values: dict[str, list[Any]] = {}
+    for _, layer in expert_layers(model):
+        types.setdefault(type(layer.expert).__name__, layer.expert)
+        for name, value in layer.expert.settings().items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    facts: dict[str, Any] = {
+        "kind": "+".join(sorted(types)),
+        "hyperparameters": {name: found[0] if len(found) == 1 else found for name, found in values.items()},
+    }
+    if with_state := [types[name] for name in sorted(types) if types[name].state()]:
+        reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
+        facts["class_path"] = "+".join(f"{type(e).__module__}.{type(e).__qualname__}" for e in with_state)
+        facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
+    return facts
+
+
 def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load what `expert_state` returned into a model with experts of the same types and settings.
 
@@ -265,9 +290,8 @@ def _planned(model: nn.Module, experts: Any, modules: str | Sequence[str] | None
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
     for name in factories:
         if name not in by_name:
-            raise ValueError(
-                f"the plan gives {name} an expert, which is not a linear layer{did_you_mean(name, by_name)}"
-            )
+            near = did_you_mean(name, by_name)
+            raise ValueError(f"the plan gives an expert to {name}, which is not a linear layer of the model{near}")
     return {site: factories[site.name] for site in sites if site.name in factories}
 
 

@@ -6,16 +6,29 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import conftest
 import pytest
 import torch
+from testbed.other_experts import BiasExpert, GatedExpert
 from torch import nn
 
 from modular_experts.deltas import add
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.injection import eject, expert_layers, inject, task_vector, write_experts
+from modular_experts.experts.site import Site
+from modular_experts.injection import (
+    eject,
+    expert_layers,
+    expert_state,
+    find_sites,
+    inject,
+    load_expert_state,
+    penalty,
+    task_vector,
+    write_experts,
+)
 
 KINDS = {
     "element": partial(SparseExpert, keep_ratio=0.1),
@@ -136,6 +149,136 @@ def test_experts_on_top_of_each_other_add_up() -> None:
     torch.testing.assert_close(plain(input_ids=IDS).logits, second(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def _kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(layer.expert).__name__ for name, layer in expert_layers(model)}
+
+
+@pytest.mark.parametrize("pattern", ["q_proj|v_proj", "(q|v)_proj", r".*\.[qv]_proj", ["q_proj", "self_attn.v_proj"]])
+def test_ends_of_names_and_full_names_find_the_same_layers(pattern: str | list[str]) -> None:
+    names = inject(conftest.build_model("llama"), LoRAExpert, pattern)
+    parts = [name.split(".")[2::2] for name in names]
+    assert parts == [["0", "q_proj"], ["0", "v_proj"], ["1", "q_proj"], ["1", "v_proj"]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_leaves_out_the_head(tied: bool) -> None:
+    model = conftest.build_model("llama", tie_word_embeddings=tied)
+    names = inject(model, LoRAExpert, "all-linear")
+    assert len(names) == 2 * 7
+    assert "lm_head.weight" not in names
+    assert len(inject(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), LoRAExpert, "all-linear")) == 2
+
+
+def test_of_several_patterns_the_first_that_matches_decides() -> None:
+    model = conftest.build_model("llama")
+    inject(model, {"layers.0.self_attn.q_proj": KINDS["block"], "q_proj": KINDS["lora"], "(q|v)_proj": FullExpert})
+    assert list(_kinds(model).values()) == ["SparseExpert", "FullExpert", "LoRAExpert", "FullExpert"]
+
+
+def test_a_plan_sees_the_sites_and_names_or_returns_them() -> None:
+    seen: list[Site] = []
+
+    def deeper(sites: Sequence[Site]) -> dict[Site | str, Callable[..., Expert]]:
+        seen.extend(sites)
+        ranks = {site: partial(LoRAExpert, rank=1 + site.depth) for site in sites if site.layer == "q_proj"}
+        return {**ranks, "lm_head": FullExpert}
+
+    model = conftest.build_model("llama")
+    inject(model, deeper)
+    assert {site.name: site.module for site in seen} == {
+        n: m for n, m in model.named_modules() if hasattr(m, "in_features")
+    }
+    assert {(site.depth, site.is_head) for site in seen} == {(0, False), (1, False), (None, True)}
+    assert [layer.expert.rank for name, layer in expert_layers(model) if "q_proj" in name] == [1, 2]
+    assert "lm_head.weight" in _kinds(model)
+
+
+def test_a_factory_with_a_second_parameter_gets_the_site() -> None:
+    class Deeper(LoRAExpert):
+        def __init__(self, weight: torch.Tensor, rank: int = 1, site: Site | None = None) -> None:
+            super().__init__(weight, rank + (site.depth if site else 5))
+
+    for factory in (Deeper, partial(Deeper, rank=1), lambda weight, where: LoRAExpert(weight, 1 + where.depth)):
+        model = conftest.build_model("llama")
+        inject(model, factory, "q_proj")
+        assert [layer.expert.rank for _, layer in expert_layers(model)] == [1, 2]
+    model = conftest.build_model("llama")
+    inject(model, lambda weight, rank=3: LoRAExpert(weight, rank), "q_proj")
+    assert [layer.expert.rank for _, layer in expert_layers(model)] == [3, 3]
+
+
+def test_layers_inside_of_an_expert_are_no_sites() -> None:
+    model = conftest.build_model("llama")
+    inject(model, GatedExpert, "q_proj")
+    assert not any(".expert" in site.name for site in find_sites(model))
+    assert inject(model, LoRAExpert, ".*q_proj.*") == [name for name, _ in expert_layers(model)]
+    assert set(_kinds(model).values()) == {"GatedExpert"}
+
+
+@pytest.mark.parametrize(
+    ("experts", "modules", "error", "sentence"),
+    [
+        (
+            lambda sites: {"q_prj": FullExpert, "lm_head": FullExpert},
+            None,
+            ValueError,
+            "not a linear layer",
+        ),
+        (lambda sites: {"lm_haed": FullExpert}, None, ValueError, "did you mean lm_head"),
+        (lambda sites: ["lm_head"], None, TypeError, r"returned a list; it must return \{site: factory\}"),
+        (LoRAExpert, None, ValueError, "modules is missing: name the layers"),
+        (partial(LoRAExpert, rank=2), None, ValueError, "modules is missing"),
+        ({"q_proj": LoRAExpert, "query": LoRAExpert}, None, ValueError, "experts='query' matches no linear layer"),
+        (lambda weight: nn.Linear(2, 2), "q_proj", TypeError, r"must make a modular_experts\.Expert"),
+        (BiasExpert, "q_proj", ValueError, "q_proj has no bias, and BiasExpert moves one; leave this layer out"),
+    ],
+)
+def test_a_plan_or_an_expert_that_does_not_fit_is_refused(experts, modules, error, sentence) -> None:
+    with pytest.raises(error, match=sentence):
+        inject(conftest.build_model("llama"), experts, modules)
+
+
+def test_a_moved_bias_is_part_of_the_task_vector_and_the_base_keeps_its_own() -> None:
+    model, plain = conftest.build_model("qwen2"), conftest.build_model("qwen2")
+    inject(model, {"q_proj": BiasExpert, "v_proj": KINDS["element"]})
+    _train(model)
+    found = dict(task_vector(model))
+    assert list(found) == sorted(found)
+    names = {name.rpartition("self_attn.")[2] for name in found}
+    assert names == {"q_proj.bias", "q_proj.weight", "v_proj.weight"}
+    trained = model(input_ids=IDS).logits
+    with torch.no_grad():
+        for name, delta in found.items():
+            assert delta.dtype == torch.float32
+            delta.add_to(plain.get_parameter(name))
+    torch.testing.assert_close(plain(input_ids=IDS).logits, trained, rtol=1e-5, atol=1e-5)
+    eject(model)
+    base = conftest.build_model("qwen2").state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+def test_penalties_add_up() -> None:
+    model = conftest.build_model("qwen2")
+    inject(model, {"q_proj": BiasExpert, "v_proj": LoRAExpert})
+    shifts = [layer.expert.shift for name, layer in expert_layers(model) if "q_proj" in name]
+    for number, shift in enumerate(shifts, start=1):
+        torch.nn.init.constant_(shift, number)
+    assert penalty(model).item() == pytest.approx(0.1 * (1 + 4) * shifts[0].numel())
+    none = conftest.build_model("qwen2")
+    inject(none, LoRAExpert, "q_proj")
+    assert penalty(none) is None
+
+
+def test_a_state_goes_only_into_the_experts_that_it_came_from() -> None:
+    model, other = conftest.build_model("llama"), conftest.build_model("llama")
+    inject(model, GatedExpert, "q_proj")
+    inject(other, GatedExpert, "layers.0.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"the state but not the model has an expert with a state for .*1.*q_proj"):
+        load_expert_state(other, expert_state(model))
+    with pytest.raises(ValueError, match=r"the model but not the state has an expert"):
+        load_expert_state(model, expert_state(other))
+
+
 @pytest.mark.parametrize(
     ("pattern", "sentence"),
     [
@@ -165,11 +308,6 @@ def test_a_quantised_weight_is_refused() -> None:
     model[0].__class__ = Quantised
     with pytest.raises(ValueError, match="matches 0, whose weight is quantised"):
         inject(model, LoRAExpert, "0")
-
-
-def test_a_factory_that_makes_something_else_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"must make a modular_experts\.Expert"):
-        inject(conftest.build_model("llama"), lambda weight: nn.Linear(2, 2), r".*\.q_proj")
 
 
 def test_ejecting_a_full_expert_needs_the_base() -> None:

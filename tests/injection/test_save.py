@@ -1,0 +1,146 @@
+"""Experts of any training loop go into a library and come back: deltas, moved biases, and states that are no delta."""
+
+from __future__ import annotations
+
+import json
+
+import conftest
+import pytest
+import torch
+import transformers
+from testbed.other_experts import BiasExpert, GatedExpert
+
+from modular_experts.__main__ import main
+from modular_experts.base.apply import applied
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.injection import inject, load_expert_state
+from modular_experts.injection.save import save_expert
+from modular_experts.library import Library, open_expert, open_experts
+
+IDS = torch.arange(30).view(2, 15) + 3
+
+
+def load(directory, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+
+def train(model, experts, modules=None):
+    inject(model, experts, modules)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_a_loop_of_ones_own_saves_an_expert_that_reproduces_it(tiny, tmp_path) -> None:
+    model = train(load(tiny("qwen2")), {"v_proj": FullExpert, "q_proj": BiasExpert, "down_proj": LoRAExpert})
+    expert = save_expert(model, tmp_path / "library/x", tasks=["t"], scores={"loss": 1.0}, seed=3)
+    record = expert.record
+    assert (record["format"], record["tasks"], record["seed"]) == ("modular-experts/1", ["t"], 3)
+    assert record["kind"] == "BiasExpert+FullExpert+LoRAExpert"
+    assert record["hyperparameters"]["rank"] == 8
+    assert record["base"]["id"] == str(tiny("qwen2"))
+    assert expert["model.layers.0.self_attn.q_proj.bias"].norm() > 0
+    assert open_expert(expert.path).mergeable
+    fresh = load(tiny("qwen2"))
+    with applied(fresh, expert.path, check=True):
+        torch.testing.assert_close(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_on_top_of_another_is_the_distance_from_their_sum(tiny, tmp_path) -> None:
+    first = save_expert(train(load(tiny("llama")), LoRAExpert, "q_proj"), tmp_path / "library/a")
+    model = load(tiny("llama"))
+    first.apply_to(model)
+    second = save_expert(train(model, FullExpert, "q_proj"), tmp_path / "library/b", applied=[first.path])
+    assert [parent["name"] for parent in second.record["parents"]] == ["a"]
+    fresh = load(tiny("llama"))
+    with (first + second).apply_to(fresh):
+        torch.testing.assert_close(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_delta_is_stored_shown_verified_and_not_merged(tiny, tmp_path, capsys) -> None:
+    model, library = train(load(tiny("llama")), GatedExpert, "q_proj"), tmp_path / "library"
+    expert = save_expert(model, library / "gated")
+    assert expert.files == ["state.safetensors"]
+    assert sorted(file.name for file in expert.path.iterdir()) == ["expert.json", "state.safetensors"]
+    assert expert.record["class_path"] == "testbed.other_experts.GatedExpert"
+    assert not expert.mergeable
+    assert (len(expert), list(Library(library))) == (0, ["gated"])
+    twin = load(tiny("llama"))
+    inject(twin, GatedExpert, "q_proj")
+    load_expert_state(twin, open_expert(expert.path).state())
+    assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    sentence = "gated cannot be merged or added to its base, because its gate depends on the input"
+    with pytest.raises(ValueError, match=sentence):
+        open_experts([expert.path])
+    with pytest.raises(ValueError, match=sentence):
+        applied(twin, expert)
+    with pytest.raises(ValueError, match="cannot be added or scaled, because its gate depends on the input"):
+        expert + expert
+    assert main(["show", str(expert.path)]) == 0
+    assert main(["list", str(library)]) == 0
+    assert main(["verify", str(library)]) == 0
+    assert "not possible, because its gate depends on the input" in capsys.readouterr().out
+    assert main(["merge", "--experts", f"[{expert.path}]", "--method", "Average", "--out", str(tmp_path / "m")]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_state_beside_deltas_is_merged_by_its_deltas(tiny, tmp_path) -> None:
+    class Seeded(LoRAExpert):
+        def state(self):
+            return {"up": self.up}
+
+        def load_state(self, state):
+            self.up.data.copy_(state["up"])
+
+    expert = save_expert(train(load(tiny("llama")), Seeded, "q_proj"), tmp_path / "x")
+    assert expert.files == ["delta.safetensors", "state.safetensors"]
+    assert expert.mergeable
+    assert len(expert.state()) == len(expert) == 2
+    assert "not_mergeable_because" not in expert.record
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(tiny, tmp_path) -> None:
+    plain = load(tiny("llama"))
+    with pytest.raises(ValueError, match="has no experts to save; put them in before training"):
+        save_expert(plain, tmp_path / "x")
+    other = conftest.build_model("llama")
+    inject(other, SparseExpert, "q_proj")
+    with pytest.raises(ValueError, match="does not know where it was loaded from; name its base"):
+        save_expert(other, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"the trained model moves model\.layers.*no such weight"):
+        save_expert(other, tmp_path / "x", base=tiny("gpt2"))
+    assert not list(tmp_path.iterdir())
+    saved = save_expert(other, tmp_path / "x", base=tiny("llama"))
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_expert(other, saved.path, base=tiny("llama"))
+
+
+def test_a_model_that_is_not_the_base_is_refused(tiny, tmp_path) -> None:
+    expert = save_expert(train(load(tiny("llama")), LoRAExpert, "q_proj"), tmp_path / "x")
+    moved = load(tiny("llama"))
+    before = {name: tensor.clone() for name, tensor in moved.state_dict().items()}
+    handle = expert.apply_to(moved, scale=0.5)
+    with pytest.raises(ValueError, match=r"of the model is not what it is in .*check=False"):
+        expert.apply_to(moved)
+    second = expert.apply_to(moved, check=False)
+    second.remove()
+    handle.remove()
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moved.state_dict().items())
+    with pytest.raises(ValueError, match="of the model is not what it is in"):
+        (0.5 * expert).apply_to(load(tiny("qwen2")))
+    expert.apply_to(load(tiny("llama"), torch.bfloat16)).remove()
+
+
+def test_experts_and_libraries_show_themselves_in_notebooks(tiny, tmp_path) -> None:
+    expert = save_expert(train(load(tiny("llama")), LoRAExpert, "q_proj"), tmp_path / "a", tasks=["<t>"])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/expert.json").write_text(json.dumps({}))
+    (tmp_path / "b/delta.safetensors").write_text("")
+    assert "<td>&lt;t&gt;</td>" in expert._repr_html_()
+    text = Library(tmp_path)._repr_html_()
+    assert "LoRAExpert" in text
+    assert "damaged" in text
