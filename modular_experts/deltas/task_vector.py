@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import modular_experts
-from modular_experts.deltas import Delta, add
+from modular_experts.deltas.forms import Delta, add
 
 __all__ = ["Scaled", "Sum", "TaskVector"]
 
