@@ -1,4 +1,9 @@
-"""The library: a directory of experts, written whole or not at all and checked at every read."""
+"""The library: a directory of experts, written whole or not at all and checked at every read.
+
+`expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
+tensors, `tensorfile.py` and `atomic.py` its files, `statistics.py` what is measured beside it, `compatibility.py` what
+several experts must have in common. No model is loaded here, and nothing is merged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and directories: what an expert may be called, and how a directory comes into being whole or not at all."""
+"""Check the names of experts, and write directories whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_name", "check_target", "is_name", "new_directory"]
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two processes that do the same work would disturb each other
+except ImportError:  # on Windows there is no lock, and two processes that do the same work disturb each other
     fcntl = None  # type: ignore[assignment]
 
 
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """Return a name that an expert may have, and that therefore cannot lead out of its library.
+    """Return a name if an expert may have it; such a name cannot lead out of the library.
 
     Raises:
         ValueError: The name is not 1 to 64 letters, digits, '.', '_' or '-' that start with a letter or digit.
@@ -47,11 +47,11 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
 
     Args:
         path: The directory.
-        overwrite: Whether a directory that is there may be replaced.
-        marker: The file that shows that a directory was written by us; without it nothing is ever replaced.
+        overwrite: Replace a directory that is there.
+        marker: The file that only directories of ours have; a directory without it is never replaced.
 
     Raises:
-        FileExistsError: Something is there that may not be replaced.
+        FileExistsError: The path exists and may not be replaced.
         PermissionError: The nearest directory above it cannot be written to.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
@@ -60,7 +60,9 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
     if not os.path.lexists(target):
         _check_parents(target)
     elif target.is_symlink() or not (target / marker).is_file():
-        raise FileExistsError(f"{path} exists and is no directory of ours (it holds no {marker}); choose another place")
+        raise FileExistsError(
+            f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
+        )
     elif not overwrite:
         raise FileExistsError(
             f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
@@ -71,7 +73,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
 
 
 def _check_parents(target: Path) -> None:
-    """Try to make a directory where one will have to be made: permissions alone do not tell it of every disk."""
+    """Try to make a directory in the nearest parent: on some disks, permissions alone do not show that it will fail."""
     for parent in target.parents:
         if parent.is_dir():
             try:
@@ -87,20 +89,20 @@ def _check_parents(target: Path) -> None:
 def new_directory(
     target: Path, overwrite: bool = False, marker: str = "expert.json", key: str | None = None
 ) -> Iterator[Path]:
-    """Give a temporary directory beside the target, and move it into place when the block ends without an error.
+    """Yield a temporary directory beside the target, and move it into place when the block ends without an error.
 
-    Whoever looks at the target sees nothing or the whole. Where a directory is replaced, the old one is moved aside
-    first: between two renames there is none, but never half of one.
+    A reader of the target sees nothing or the whole. To replace a directory, the old one is moved aside first: between
+    the two renames there is no directory, but never half of one.
 
     Args:
         target: The directory to write.
-        overwrite: Whether a directory that is there may be replaced.
-        marker: The file that shows that a directory was written by us.
-        key: What tells this work from any other. With it, a block that is interrupted, or whose process is killed,
-            leaves its files, and the next one with the same key finds them. An error removes them.
+        overwrite: Replace a directory that is there.
+        marker: The file that only directories of ours have.
+        key: What identifies this work. With it, a block that is interrupted, or whose process is killed, leaves its
+            files, and the next block with the same key finds them. An error removes them.
 
     Raises:
-        BlockingIOError: Another process does the same work at this moment.
+        BlockingIOError: Another process is doing the same work.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
@@ -125,7 +127,7 @@ def new_directory(
 
 
 def _remove_stale(target: Path, mine: Path) -> None:
-    """Remove what interrupted work on other contents of this target left, unless a process is at it."""
+    """Remove what interrupted work on other contents of this target left, unless another process holds its lock."""
     for left in target.parent.glob(f".{target.name}.????????????????"):
         if left != mine and left.is_dir() and not left.is_symlink():
             with suppress(BlockingIOError), _locked(left, target):
@@ -134,7 +136,7 @@ def _remove_stale(target: Path, mine: Path) -> None:
 
 @contextmanager
 def _locked(temporary: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on a directory that others may find by its name; the system lets go of it when a process ends."""
+    """Hold a lock on a directory that other processes find by its name; the system frees it when this process ends."""
     if fcntl is None:
         yield
         return

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = True) -> list[StoredExpert]:
-    """Open experts in the given order; those that are open already are taken as they are.
+    """Open experts in the given order; an opened expert stays as it is.
 
     Args:
         paths: Directories of the experts, or opened experts.
@@ -63,7 +63,7 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
-    """Return what the experts' records say about their base, which must be one and the same.
+    """Return the base that the experts' records name, which must be one and the same.
 
     Raises:
         ValueError: Two experts have bases of different fingerprint.
@@ -82,12 +82,12 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
     """Refuse a base that is not the one the experts were trained on.
 
     Args:
-        experts: The experts that are to be put on it.
+        experts: The experts that will be put on it.
         fingerprint: Fingerprint of the base at hand.
-        base: How to call it in the sentence.
+        base: What the sentence calls it.
 
     Raises:
-        ValueError: Its fingerprint is another one than an expert's record says.
+        ValueError: An expert's record has another fingerprint.
     """
     for expert in experts:
         if expert.record["base"]["fingerprint"] != fingerprint:
@@ -98,9 +98,9 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
 
 
 def _warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
-    """Warn of an expert that was trained on top of another one which is not there: its delta is against their sum.
+    """Warn of an expert that was trained on top of another one which is not listed: its delta is against their sum.
 
-    The parents of a merge are contained in it and need not be there.
+    A merge contains its parents, so they need not be listed.
     """
     present = {expert.content_hash for expert in experts}
     for expert in experts:
@@ -131,7 +131,7 @@ def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
 
 
 def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
-    """Return the experts as a record lists them: by name and content hash, with their tasks."""
+    """Return the experts as records list parents: by name and content hash, with their tasks."""
     return [
         {"name": expert.name, "content_hash": expert.content_hash, "tasks": expert.record["tasks"]}
         for expert in experts
@@ -139,7 +139,7 @@ def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
 
 
 def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return only what tells which experts listed parents are: names and content hashes, whatever tasks they have."""
+    """Return what identifies listed parents: their names and content hashes, without their tasks."""
     return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 

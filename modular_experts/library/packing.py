@@ -1,7 +1,8 @@
-"""Packing: a delta as named tensors for a file, and back with every check that a file from elsewhere needs.
+"""Turn a delta into named tensors for a file, and back, with every check that a file from elsewhere needs.
 
-Values are stored as float32, whatever they were trained in. Which entries or tiles are kept is stored as `encoding`
-finds shortest: as int32 (int64 for a weight of 2^31 entries and more), or in bytes.
+Values are stored as float32, whatever they were trained in. The numbers of the kept entries or tiles take the shortest
+of three forms: as they are, in int32 (int64 for a weight of 2^31 entries or more); as *gaps*, a byte for each distance
+to the number before, with a zero byte for every 255 to skip; or as a *mask*, a bit for each entry or tile.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ __all__ = [
     "unpack",
 ]
 
-# The tensors of each form, but for what is kept: name in the file -> field of the class.
+# The tensors of each form, except the kept numbers: name in the file -> field of the class.
 FORMS: dict[str, dict[str, str]] = {
     "Dense": {"dense": "values"},
     "LowRank": {"up": "up", "down": "down"},
     "Sparse": {"values": "values"},
     "BlockSparse": {"values": "values"},
 }
-# What is kept: field of the class, and name in the file where it is stored as it is.
+# The kept numbers: field of the class, and name in the file where they are stored as they are.
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
 
 
@@ -44,9 +45,9 @@ def pack(delta: Delta) -> dict[str, Tensor]:
     """Return the tensors to store, by their name in the file, contiguous and on the CPU.
 
     Raises:
-        TypeError: The delta is of none of the four forms.
-        ValueError: A value is not finite, or too large for float32; or what is kept is not sorted and unique, out of
-            bounds, or another number than that of the values.
+        TypeError: The delta has none of the four forms.
+        ValueError: A value is not finite in float32; or the kept numbers are not sorted and unique, out of bounds, or
+            more or fewer than the values.
     """
     form, shape = type(delta).__name__, delta.shape
     if form not in FORMS:
@@ -67,7 +68,7 @@ def _float32(values: Tensor) -> Tensor:
 
 
 def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) -> None:
-    """Check dtypes and shapes of the stored tensors of one weight, before any of them is read.
+    """Check dtypes and shapes of the stored tensors of one weight before reading any of them.
 
     Args:
         form: Name of the form.
@@ -75,11 +76,11 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
         layout: Dtype and shape of each tensor, by its name in the file.
 
     Raises:
-        ValueError: They cannot be a delta of this form and shape.
+        ValueError: The tensors cannot be a delta of this form and shape.
     """
     kept = _name_of_kept(form, layout)
     if form not in FORMS or set(layout) != {*FORMS[form], *kept}:
-        raise ValueError(f"it has the tensors {sorted(layout)}, which are not those of a {form} delta")
+        raise ValueError(f"it has the tensors {sorted(layout)}, which are not the tensors of a {form} delta")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"its weight has the shape {shape}")
     shapes = {name: tuple(size) for name, (_, size) in layout.items()}
@@ -105,7 +106,7 @@ def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, .
 
 
 def check_numbers(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-    """Check the numbers in tensors of checked layout; `unpack` checks those that are encoded.
+    """Check the numbers in tensors of checked layout; `unpack` checks encoded ones.
 
     Raises:
         ValueError: An index is out of bounds, out of order or doubled, or a value is not finite.
@@ -122,7 +123,7 @@ def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> De
     """Return the delta of tensors of checked layout and numbers.
 
     Raises:
-        ValueError: What is kept is encoded, and not as many as there are values, or out of bounds.
+        ValueError: Encoded numbers are out of bounds, or more or fewer than the values.
     """
     if form == "LowRank":
         return LowRank(tensors["up"], tensors["down"])
@@ -134,7 +135,7 @@ def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> De
 
 
 def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
-    """Return the name of the tensor that says what is kept: one for a sparse form, and none for the others."""
+    """Return the name of the tensor of kept numbers: one for a sparse form, no name for the others."""
     if form not in _KEPT:
         return []
     return [next((name for name in ENCODINGS if name in names), _KEPT[form])]
@@ -159,22 +160,23 @@ def _stored_dtype(name: str, shape: Sequence[int]) -> torch.dtype:
 
 
 ENCODINGS = ("gaps", "mask")
-_FURTHEST = 255  # what one byte of gaps can say
-_PART = 1 << 15  # bytes of a mask that are unpacked at once: their numbers stay in the processor's cache
+_FURTHEST = 255  # the largest distance that one byte of gaps holds
+_PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
+# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
 _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
-_BITS = _BITS.view(torch.int64).view(-1)  # the eight bits of a byte, a byte each: looked up as one number
+_BITS = _BITS.view(torch.int64).view(-1)
 
 
 def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
-    """Return sorted, unique numbers in the fewest bytes, by the name of the encoding; of equals the quickest to read.
+    """Return sorted, unique numbers in the fewest bytes, by the name of the encoding; ties go to the fastest to read.
 
     Args:
         numbers: `(n,)` on the CPU, int32 or int64.
-        limit: What they are below.
+        limit: Exclusive upper bound of the numbers.
         plain: Name for the numbers as they are.
 
     Raises:
-        ValueError: They are not sorted and unique, or out of `[0, limit)`.
+        ValueError: The numbers are not sorted and unique, or out of `[0, limit)`.
     """
     distances = numbers.diff(prepend=numbers.new_tensor([-1]))
     if numbers.numel() and not (int(distances.min()) > 0 and int(numbers[-1]) < limit):
@@ -204,14 +206,14 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     """Return the numbers `(count,)` of a stored tensor that `fits`.
 
     Args:
-        name: Name of the encoding; any other is that of the numbers as they are, which are returned unseen.
+        name: Name of the encoding; numbers under any other name are stored as they are, and returned unchecked.
         stored: On the CPU; uint8 if it is encoded.
-        count: How many numbers there must be.
-        limit: What they must be below.
+        count: Expected number of numbers.
+        limit: Exclusive upper bound of the numbers.
         dtype: int32 or int64, wide enough for the limit.
 
     Raises:
-        ValueError: There are more or fewer, or they reach the limit.
+        ValueError: There are more or fewer numbers, or one reaches the limit.
     """
     if name not in ENCODINGS:
         return stored
@@ -232,9 +234,10 @@ def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
 
 
 def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
-    """Return the numbers and the last of them (-1 if there is none), which is None where there are not so many."""
+    """Decode `count` numbers; also return the last one: -1 if there are none, None if there are more or fewer."""
     zeros = gaps.numel() - int(gaps.count_nonzero())
-    wide = torch.int32 if _FURTHEST * gaps.numel() < 2**31 else torch.int64  # so that no sum overflows
+    # Wide enough that no sum overflows, whatever a forged file holds.
+    wide = torch.int32 if _FURTHEST * gaps.numel() < 2**31 else torch.int64
     numbers = gaps.to(wide)
     if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
         return numbers, None
@@ -262,12 +265,12 @@ def _to_mask(numbers: Tensor, limit: int) -> Tensor:
 
 
 def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
-    """As `_from_gaps`."""
+    """Decode as `_from_gaps` does."""
     wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
     numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
     for part, eights in enumerate(mask.split(_PART)):
         bits = _BITS[eights.int()].view(torch.bool)
-        here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as quick as torch's own
+        here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as fast as torch's own
         if found + here.numel() > count:
             return numbers, None
         torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])

@@ -1,9 +1,9 @@
-"""Stored statistics: what an expert's data say about weights, in `<expert>/statistics/<kind>.safetensors`.
+"""Read and write the statistics of an expert's data, in `<expert>/statistics/<kind>.safetensors`.
 
 Each tensor is float32 and named after its weight; tensors with the same bytes are stored once (the projections of one
-attention layer have the same inputs). The file's metadata say of which expert the statistics are, by content hash and
-fingerprint of the base, on which data they were taken, and shape, norm and SHA-256 of each tensor. The expert's own
-files and its content hash stay as they are. How statistics are taken is the business of `modular_experts.statistics`.
+attention layer have the same inputs). The file's metadata hold the expert's content hash, the base's fingerprint, the
+data, and shape, norm and SHA-256 of each tensor. The expert's own files and its content hash stay as they are.
+`modular_experts.statistics` takes statistics.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list
 
 
 class StoredStatistics(Mapping[str, DataStatistic | None]):
-    """The statistics of one kind on one expert's data, by weight name, each read and checked when it is asked for.
+    """The statistics of one kind on one expert's data, by weight name, each read and checked on access.
 
-    A weight about which the kind has nothing to say gives none.
+    A weight for which this kind is not defined gives None.
 
     Attributes:
         file: The file.
         content_hash: SHA-256 over its metadata and, by their hashes, its tensors.
-        facts: What its metadata say beside the table of weights: `expert` and `base` (hashes), `tasks` (rows of each),
-            `data` (how they were taken), `among` (the content hashes of the experts that they hold for together; empty
-            if they hold for any).
+        facts: Its metadata without the table of weights: `expert` and `base` (hashes), `tasks` (rows of each), `data`
+            (how the statistics were taken), `among` (content hashes of the experts of the one merge that they hold for;
+            empty if they hold for any).
     """
 
     def __init__(self, expert: StoredExpert, kind: str) -> None:
@@ -76,7 +76,7 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
         return self.file.stat().st_size
 
     def fits(self, name: str, shape: Sequence[int]) -> bool:
-        """Return whether the statistic of a weight can be one of a weight of this shape, without reading it."""
+        """Return whether a weight's statistic fits a weight of this shape, without reading it."""
         entry = self._table[name]
         square = [shape[entry["inputs"]]] * 2 if entry and len(shape) == 2 else None
         return entry is None or list(entry["shape"]) in (list(shape), square)
@@ -92,7 +92,7 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
         return DataStatistic(values, norm, entry["inputs"])
 
     def release(self, name: str) -> None:
-        """Let go of the memory that a statistic was read into; one that is still held stays as it is."""
+        """Drop the memory that a statistic was read into; one that is still held stays valid."""
         entry = self._table[name]
         if entry is not None:
             self._tensors.release(entry["tensor"])
@@ -104,7 +104,7 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
         return len(self._table)
 
     def _read_facts(self) -> dict[str, Any]:
-        """Open the file and return its metadata, once they are known to describe its tensors."""
+        """Open the file, check that its metadata describe its tensors, and return them."""
         try:
             tensors = safe_open(self.file, framework="pt")
             facts = json.loads((tensors.metadata() or {})["modular_experts"])
@@ -130,11 +130,11 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
 
 
 def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
-    """Open the statistics of a kind of an expert; nothing but the header is read yet.
+    """Open an expert's statistics of one kind, reading only the header.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: The file is damaged, a link that leads elsewhere, or of other contents of the expert.
+        FileNotFoundError: The expert has no such statistics.
+        ValueError: The file is damaged, a link that leads elsewhere, or was made for other contents of the expert.
     """
     if not has_statistics(expert, kind):
         raise FileNotFoundError(f"{expert.path} has no {kind} statistics; take them: {command_for([expert], kind)}")
@@ -142,18 +142,18 @@ def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
 
 
 def has_statistics(expert: StoredExpert, kind: str) -> bool:
-    """Return whether there are statistics of this kind beside an expert."""
+    """Return whether an expert has statistics of this kind."""
     return _file(expert, kind).is_file()
 
 
 def kinds_of_statistics(expert: StoredExpert) -> list[str]:
-    """Return the kinds of which there is a file beside an expert."""
+    """Return the kinds of statistics that an expert has."""
     folder = expert.path / FOLDER
     return sorted(file.stem for file in folder.glob("*.safetensors") if is_name(file.stem)) if folder.is_dir() else []
 
 
 def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> None:
-    """Refuse to replace statistics without being asked; call it before any work.
+    """Refuse to replace statistics unless asked to; call it before any work.
 
     Raises:
         FileExistsError: An expert has statistics of this kind.
@@ -178,14 +178,14 @@ def write_statistics(
     Args:
         expert: The expert whose statistics they are.
         kind: Their kind.
-        statistics: Name and statistic of each weight, none where the kind has nothing to say; norms are taken here.
-        tasks: Rows of each task that were looked at.
-        data: How they were read and what they are, in plain values.
-        among: The experts that they hold for together, if they hold only in a merge of those.
-        overwrite: Whether statistics that are there may be replaced.
+        statistics: Name and statistic of each weight, None where the kind is not defined; norms are computed here.
+        tasks: Number of rows of each task.
+        data: How the rows were read, in plain values.
+        among: The experts of the merge that the statistics hold for, if they hold only in that merge.
+        overwrite: Replace statistics that are there.
 
     Raises:
-        FileExistsError: They are there and may not be replaced.
+        FileExistsError: The expert has statistics of this kind, and they may not be replaced.
         ValueError: A number is not finite.
     """
     check_statistics_targets([expert], kind, overwrite)
@@ -224,7 +224,7 @@ def _write(
 
 @contextmanager
 def _new_file(file: Path) -> Iterator[Path]:
-    """Give a temporary file beside the target, and put it in its place when the block ends without an error."""
+    """Yield a temporary file beside the target, and move it into place when the block ends without an error."""
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_name(f".{uuid.uuid4().hex[:8]}.{file.name}")
     try:
@@ -240,7 +240,7 @@ def _new_file(file: Path) -> Iterator[Path]:
 
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
-    """Return the command that takes statistics of experts, but for their tasks."""
+    """Return the command that takes statistics of experts; the user fills in their tasks."""
     places = ", ".join(os.path.relpath(expert.path) for expert in experts)
     more = " --overwrite true" if overwrite else ""
     return f"modular-experts statistics --experts '[{places}]' --kind {kind} --data.tasks '[...]'{more}"
@@ -256,9 +256,9 @@ def _file(expert: StoredExpert, kind: str) -> Path:
 
 
 class Gathered:
-    """The statistics of one kind of the experts of a merge: called with a weight's name, it gives one per expert.
+    """The statistics of one kind of the experts of a merge: a call with a weight's name gives one per expert.
 
-    Those of the weight before are let go of, so that one weight of every expert is in memory at a time.
+    A call for the next weight drops the last one's, so that one weight of every expert is in memory at a time.
     """
 
     def __init__(self, opened: Sequence[StoredStatistics]) -> None:
@@ -281,7 +281,7 @@ class Gathered:
 def gather_statistics(
     experts: Sequence[StoredExpert], kind: str | None, shapes: Mapping[str, Sequence[int]]
 ) -> Gathered:
-    """Return what gives the statistics of a weight, one per expert; it gives none at all if no kind is asked for.
+    """Return a function from a weight's name to its statistics, one per expert; it gives an empty list without a kind.
 
     Args:
         experts: The experts that are merged.
@@ -289,7 +289,7 @@ def gather_statistics(
         shapes: The weights that are merged, with their shapes.
 
     Raises:
-        ValueError: An expert has none of this kind, or they are not for these weights, or hold for other experts. The
+        ValueError: An expert has no statistics of this kind, or has them for other weights or for another merge. The
             sentence names the command that makes them.
     """
     if kind is None:

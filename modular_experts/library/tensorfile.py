@@ -1,9 +1,8 @@
-"""Tensor files: a safetensors file written one tensor at a time and read one at a time, so that memory does not grow
-with the file.
+"""Write and read a safetensors file one tensor at a time, so that memory does not grow with the file.
 
-The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header can
-only be known at the end, so the bytes go to a file of their own first and are copied behind it. Reading maps the file
-into memory, as safetensors does, but can also let go of what was read.
+The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header is
+known only at the end, so the bytes go to a file of their own first and are copied behind it. Reading maps the file into
+memory, as safetensors does, but can also release what was read.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class TensorFileWriter:
-    """Writes `file`; nothing is there under that name before `finish`. Use it in a `with` block.
+    """Writes `file`, which does not exist before `finish`. Use it in a `with` block.
 
-    A writer that did not finish leaves a file of bytes, and of what it was told to note; the next one for the same
-    `file` finds both by `resume`.
+    A writer that did not finish leaves its bytes and its notes in two files beside it; the next writer of the same
+    `file` takes them up with `resume`.
 
     Args:
         file: The file to write, in a directory that exists.
@@ -73,7 +72,7 @@ class TensorFileWriter:
         return hashlib.sha256(content).hexdigest()
 
     def note(self, what: Any) -> None:
-        """Note that the tensors written since the last note are complete, with what the caller wants to find again."""
+        """Note that the tensors written since the last note are complete, with a value for `resume` to return."""
         new = dict(list(self._header.items())[self._noted :])
         self._noted = len(self._header)
         self._data.flush()
@@ -81,10 +80,10 @@ class TensorFileWriter:
         self._notes.flush()
 
     def resume(self, check: Callable[[Any, Callable[[str], str]], bool]) -> list[Any]:
-        """Take up what an earlier writer noted and left, up to the first that is not what it was; return the notes.
+        """Take up the tensors of an earlier writer, up to the first note that fails the check; return the notes.
 
         Args:
-            check: Gets a note, and what gives the SHA-256 of a tensor that was written with it.
+            check: Gets a note, and a function from the name of a tensor written with it to the tensor's SHA-256.
         """
         self._notes.seek(0)
         found, end, kept = [], 0, 0
@@ -125,9 +124,9 @@ class TensorFileWriter:
         Path(self._notes.name).unlink()
 
     def _widest_first(self) -> tuple[dict[str, Any], list[Sequence[int]]]:
-        """Return the header of the tensors in another order, and where each of them was written.
+        """Return the header of the tensors, the widest dtype first, and where each of them was written.
 
-        The layout allows no holes, so this is how every number comes to lie at a multiple of its width.
+        Files have no gaps between tensors, so this order puts every number at a multiple of its width.
         """
         tensors: dict[str, Any] = {}
         spans: list[Sequence[int]] = []
@@ -141,10 +140,10 @@ class TensorFileWriter:
 
 
 class MappedTensors:
-    """The tensors of a file that `safetensors` has opened before, and so found to be sound.
+    """The tensors of a file that `safetensors` has opened, and so checked, before.
 
-    A tensor is a view of the mapped file: it costs no memory of the process but pages that the system may drop, and
-    `release` drops them at once. A copy-on-write mapping, because torch warns of memory that it must not write to.
+    A tensor is a view of the mapped file, in pages that the system may drop, and that `release` drops at once. The
+    mapping is copy-on-write, because torch warns of read-only memory.
 
     Args:
         file: The file.
@@ -167,7 +166,7 @@ class MappedTensors:
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=self._start + first).view(shape)
 
     def release(self, name: str) -> None:
-        """Let go of the memory that a tensor was read into; whoever still holds it reads it again from the file."""
+        """Drop the memory pages of a tensor; a view that is still held reads them again from the file."""
         first, last = (self._start + offset for offset in self._header[name]["data_offsets"])
         first += -first % mmap.PAGESIZE  # pages that hold nothing else
         last -= last % mmap.PAGESIZE

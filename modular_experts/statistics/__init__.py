@@ -1,6 +1,7 @@
-"""Statistics: what merge methods ask of an expert's data, taken on validation rows and stored beside the expert.
+"""Measure what some merge methods need of an expert's data, and store it beside the expert.
 
-Test rows are never looked at, so that a merge is not measured on what it was made from.
+`take.py` conducts it; open it first. `gram.py`, `fisher.py` and `merged_gram.py` each measure one kind. Statistics use
+validation rows only: a merge must not be tested on rows that it was made from. The files are `library/statistics.py`'s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fisher information: how much the likelihood of the targets depends on each entry of a weight, on its diagonal.
+"""Measure the diagonal of the Fisher information: how much the targets' likelihood depends on each entry of a weight.
 
-It is the mean over rows of the squared gradient of a row's log-likelihood. The targets are those of the data (the
-"empirical" Fisher information). The theory draws them from the model, which for texts means to generate many of them
-for each row; an expert that has learned its task would mostly write the data's.
+It is the mean over rows of the squared gradient of a row's log-likelihood. The targets are the data's own (the
+"empirical" Fisher information). The theory draws them from the model, which would mean to generate many texts for each
+row; an expert that has learned its task would mostly write the data's targets anyway.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["fisher"]
 def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
     """Return the mean squared gradient of each weight, of its shape, in at least float32.
 
-    Each row costs a pass of its own: a batch has one gradient, and the square of a sum is not the sum of squares. In
-    memory are the sums, one number per measured entry, and the gradient of one weight at a time.
+    Each row costs a pass of its own, because the squared gradient of a batch is not the sum of its rows' squared
+    gradients. The sums, one number per measured entry, and the gradient of one weight at a time are in memory.
 
     Args:
-        model: A causal language model with the expert applied; it is put into evaluation mode for the while.
-        batches: As `data/batch.py` says; rows without a labelled token are left out.
+        model: A causal language model with the expert applied; it is in evaluation mode while it is measured.
+        batches: Batches as `data/batch.py` describes them; rows without a labelled token are left out.
         names: The weights.
 
     Raises:
@@ -50,7 +50,7 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
 
 @contextmanager
 def _squares_into(model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let every backward pass add the squares of its gradients to sums; each gradient is freed at once."""
+    """Add the squares of each backward pass's gradients to sums, and free each gradient at once."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
 
@@ -79,7 +79,7 @@ def _squares_into(model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping
 
 
 def _rows(batch: Batch, device: torch.device) -> Iterator[Batch]:
-    """Give each row with a labelled token as a batch of its own, without padding."""
+    """Yield each row with a labelled token as a batch of its own, without padding."""
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         row = {key: batch[key][number : number + 1, :length] for key in ("input_ids", "attention_mask", "labels")}
         if (row["labels"] != IGNORED).any():

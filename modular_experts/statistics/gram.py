@@ -1,7 +1,7 @@
-"""Gram matrices: which inputs of a linear layer go together on some data, `X^T X` over the rows X of inputs.
+"""Measure Gram matrices: `X^T X` over the inputs X `(tokens, in)` of a linear layer, as a mean over tokens.
 
-All tokens of the rows count, those of the prompt too, and padding does not. It is the mean over tokens, so that data of
-one expert do not outweigh those of another by their length.
+All tokens of a row count, the prompt's too; padding does not. The mean keeps long data of one expert from outweighing
+short data of another.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modular_experts.base.structure import is_linear, is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.methods.method import DataStatistic
 
@@ -24,17 +25,17 @@ __all__ = ["gram"]
 def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic | None]:
     """Return the Gram matrix `(in, in)` of the inputs of each weight's layer, in at least float32.
 
-    A weight that is no matrix of a linear layer (a bias, a norm, an embedding) gives none. In memory are one matrix per
-    layer and the inputs of one batch.
+    A weight that is not the matrix of a linear layer (a bias, a norm, an embedding) gives None. One matrix per layer
+    and the inputs of one batch are in memory.
 
     Args:
-        model: A causal language model; it is put into evaluation mode for the while.
-        batches: As `data/batch.py` says.
+        model: A causal language model; it is in evaluation mode while it is measured.
+        batches: Batches as `data/batch.py` describes them.
         names: The weights.
 
     Raises:
-        ValueError: There is no row, or a layer's inputs are not laid out by row and token, as those of a mixture of
-            experts, and the batch has padding.
+        ValueError: There is no row; or the batch has padding, and a layer's inputs are not laid out by row and token,
+            as in a mixture of experts.
     """
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     directions = {name: _inputs(name, layer) for name, layer in layers.items()}
@@ -87,7 +88,7 @@ class _Sums:
         weight: Any = layer.weight
         width = weight.shape[inputs]
         total = self._totals.get(name)
-        if total is None:  # a layer that no token reached
+        if total is None:  # no token reached this layer
             total = torch.zeros(width, width, device=weight.device)
         return DataStatistic(total.div_(self.tokens), inputs=inputs)
 
@@ -103,15 +104,13 @@ class _Sums:
 
 
 def _inputs(name: str, layer: nn.Module) -> int | None:
-    """Return along which dimension of a weight its layer's inputs are; none for what is no matrix of a linear layer."""
+    """Return along which dimension of a weight its layer's inputs are; None if it is not a linear layer's matrix."""
     if not name.endswith(".weight"):
         return None
-    if isinstance(layer, nn.Linear):
-        return 1
-    return 0 if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") else None
+    return 1 if is_linear(layer) else 0 if is_transposed(layer) else None
 
 
 def _inner(model: PreTrainedModel, layers: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a model to run: without the head, whose logits would be most of the memory, if it may be."""
+    """Return the part of a model to run: without the head, unless it is measured, because logits take most memory."""
     inside = {id(module) for module in model.base_model.modules()}
     return model.base_model if all(id(layer) in inside for layer in layers) else model

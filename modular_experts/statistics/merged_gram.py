@@ -1,16 +1,15 @@
-"""Gram matrices along a merge: each block's inputs come from the blocks before it as they are merged (RegMean++,
-Nguyen et al., arXiv 2508.03121).
+"""Measure Gram matrices along a merge: a block's inputs come from merged blocks (RegMean++, Nguyen et al., arXiv
+2508.03121).
 
-From the first transformer block to the last: on the data of each expert, the expert's own block is run behind the
-merged blocks, which gives the Gram matrices of its layers; then the block is merged. A weight outside of the blocks is
-a block of its own, in the order of the model.
+From the first transformer block to the last, run each expert's own block behind the blocks merged so far, on the
+expert's data; this gives the Gram matrices of the block's layers. Then merge the block. A weight outside of the blocks
+is a block of its own, in the order of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods import MergeMethod, RegMeanPlusPlus
 from modular_experts.methods.method import Context, DataStatistic
+from modular_experts.progress import Progress
 from modular_experts.statistics.gram import gram
 from modular_experts.text import block_of
 
@@ -33,20 +33,20 @@ def merged_grams(
     batches: Sequence[Sequence[Batch]],
     names: Sequence[str],
     method: MergeMethod | None = None,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    progress: Progress = iter,
 ) -> list[dict[str, DataStatistic | None]]:
     """Return the Gram matrices of each weight, for each expert.
 
-    Every block costs a pass of the model over the data of each expert. In memory are all the matrices, and a copy of
-    the moved weights; afterwards every weight of the model is what it was, bit for bit.
+    Every block costs a pass of the model over the data of each expert. All matrices and a copy of the moved weights are
+    in memory. Afterwards every weight of the model is what it was, bit for bit.
 
     Args:
         model: The base of the experts.
         experts: Name and delta of each weight.
         batches: The data of each expert.
         names: The weights that are merged.
-        method: How a block is merged; `RegMeanPlusPlus()` if none is given.
-        progress: Wraps the blocks while they are gone through.
+        method: How a block is merged; `RegMeanPlusPlus()` if not given.
+        progress: Iterator wrapper, e.g. `tqdm`.
     """
     method = method or RegMeanPlusPlus()
     found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]

@@ -1,7 +1,4 @@
-"""Taking statistics: experts of a library and their tasks in, a file of statistics beside each expert out.
-
-Only validation rows are read, of the tasks that the expert was trained on.
-"""
+"""Take statistics of experts on the validation rows of the tasks they were trained on, and store them."""
 
 from __future__ import annotations
 
@@ -42,24 +39,24 @@ def take_statistics(
 ) -> list[StoredStatistics]:
     """Take statistics of experts that are to be merged, and store them beside each of them.
 
-    Every weight that any of them moves is measured for each of them, because an expert has a say about weights that
-    only others move.
+    Each expert is measured at every weight that any of them moves: a merge asks it about weights that only others
+    move, too.
 
     Args:
         experts: Directories of the experts.
         kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts.
         data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
         rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; as the experts' records say if not given.
-        overwrite: Whether statistics of this kind that are there may be replaced.
-        progress: Wraps what is gone through, for a progress bar.
+        base: The base's directory or hub id; what the experts' records name if not given.
+        overwrite: Replace statistics of this kind that are there.
+        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
         ValueError: Bases differ, or an expert has no validation rows; nothing has been measured yet.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is no kind of statistics; it is one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
     opened = open_experts(experts)
@@ -116,5 +113,6 @@ def _batches(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
     """Return batches of rows of about one length, so that there is little padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens.ids))
     collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
-    generator = torch.Generator()  # one of its own: a loader without takes numbers from the global one
+    # Without a generator of its own, a loader would draw from the global one.
+    generator = torch.Generator()
     return list(DataLoader(ExampleSet(ordered), data.eval_batch_size, collate_fn=collate, generator=generator))

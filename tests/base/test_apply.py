@@ -127,7 +127,7 @@ def test_another_base_and_an_existing_target_are_refused(tiny, tiny_llama_dir, t
     with pytest.raises(ValueError, match=r"list of experts is empty"):
         apply([], tmp_path / "out", tiny_llama_dir)
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+    with pytest.raises(FileExistsError, match=r"not a directory of ours"):
         apply([expert], tmp_path / "out", overwrite=True)
     apply([expert], tmp_path / "new")
     with pytest.raises(FileExistsError, match=r"exists already"):

@@ -223,7 +223,7 @@ MISTAKES = [
     (["--source", "tuned", "--base", "half", "--vocab", "union", *X], 2, "must be one of error, intersect, got union"),
     (["--source", "tuned", "--bose", "half", *X], 2, "no option --bose; did you mean --base?"),
     (["--source", "tuned", "--base", "half", "--out", "library/-x"], 1, "cannot be the name"),
-    (["--source", "sft", "--base", "base", "--out", "base"], 1, "is no directory of ours"),
+    (["--source", "sft", "--base", "base", "--out", "base"], 1, "is not a directory of ours"),
     (["--out", "library/x"], 2, "source must be given"),
 ]  # fmt: skip
 

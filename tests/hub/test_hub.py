@@ -217,7 +217,7 @@ def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
 def test_a_directory_of_someone_else_is_never_replaced(hub, library, tmp_path):
     push(library, REPO)
     (tmp_path / "other/a").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="no directory of ours"):
+    with pytest.raises(FileExistsError, match="not a directory of ours"):
         pull(REPO, tmp_path / "other", overwrite=True)
 
 

@@ -223,7 +223,7 @@ def test_an_existing_expert_is_kept_unless_overwritten(expert):
 def test_overwrite_replaces_nothing_but_experts(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("two years of work")
-    with pytest.raises(FileExistsError, match=r"no directory of ours"):
+    with pytest.raises(FileExistsError, match=r"not a directory of ours"):
         write(tmp_path / "thesis", deltas().items(), RECORD, overwrite=True)
     assert (tmp_path / "thesis/chapter.txt").exists()
 
