@@ -1,4 +1,8 @@
-"""Evaluation: what a model did on each task - losses, generations, scores, and their report."""
+"""Measure models on tasks: losses, generated answers and choices, as scores by task.
+
+Start with `measure.py`: `evaluate` measures a base with experts in one call, `measure` a loaded model. `scores.py` has
+the metrics and takes a user's own; `likelihood.py` and `generation.py` run the model. The room `reports` shows results.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from modular_experts.evaluation.likelihood import (
     row_losses,
 )
 from modular_experts.evaluation.measure import evaluate, measure, score_batch
-from modular_experts.evaluation.scores import TaskScores
+from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores
 
 __all__ = [
+    "TEXT_METRICS",
     "TaskScores",
     "answer_logits",
     "batch_losses",

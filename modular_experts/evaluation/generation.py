@@ -1,7 +1,7 @@
-"""Generation: what a model writes after the prompts of a batch, greedily.
+"""Generate greedily after the prompts of a batch.
 
-Decoding is `model.generate`'s, with left padding, under a configuration that is all ours: a checkpoint's own sampling
-or repetition settings would make a measurement depend on them. Model and tokenizer are as before afterwards.
+`model.generate` decodes, with left padding and a configuration of this file alone, so that a checkpoint's sampling or
+repetition settings do not change a measurement. Model and tokenizer are left as they were.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["evaluating", "generate"]
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
 ) -> list[str]:
-    """Return what the model writes for each row, up to end-of-sequence, without white space at the ends.
+    """Return the text that the model generates for each row, up to end-of-sequence, without white space at its ends.
 
     A prompt that leaves no room for `max_new_tokens` in the model's context loses tokens on its left.
 
     Args:
         model: A causal language model with `generate`.
-        tokenizer: Of the model; its end-of-sequence stops a row.
-        batch: As `data/batch.py` says; the prompts are read from its labels.
-        max_new_tokens: The most tokens to write.
+        tokenizer: Its tokenizer, whose end-of-sequence stops a row.
+        batch: A batch as `data/batch.py` describes it; its labels show where prompts end.
+        max_new_tokens: The most tokens to generate.
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -64,10 +64,8 @@ def _left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hold dropout off, and the model's own configuration too: `generate` takes from it whatever is left open.
-
-    The head gets the last places of the prompts in one piece; why, `answer_logits` says.
-    """
+    """Turn off dropout, and replace the model's own configuration, from which `generate` fills in what is not set."""
+    # The head gets hidden states without gaps in memory; `answer_logits` has the reason.
     head = model.get_output_embeddings() or nn.Identity()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     training, own = model.training, model.generation_config

@@ -1,4 +1,4 @@
-"""Likelihood: the loss of a row's target, whether it is the likeliest answer, and how likely each of its choices is."""
+"""Compute the loss of a row's target, whether the target is the likeliest answer, and the likelihood of its choices."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ __all__ = ["answer_logits", "batch_losses", "choice_log_likelihoods", "greedy_ma
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits from the place that predicts the first answer of a batch on, and what they are to predict.
+    """Return the logits of a batch from the position that predicts its first answer token on, and their labels.
 
-    A model whose forward takes `logits_to_keep` makes no others. It is told the places one by one, because a slice of
-    the hidden states has gaps in memory, and torch multiplies each row of such by itself with a head that is not
-    trained; on a CPU in bfloat16 a training step then takes 2.7 times as long (`benchmarks/answer_logits.py`).
+    Logits before that position cost time and memory and are not used: a model whose forward takes `logits_to_keep`
+    does not compute them.
 
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`.
         batch: `input_ids`, `attention_mask` and `labels`, `(n, length)`.
 
     Returns:
-        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where nothing is to be predicted, as in the last
-        place, which is there for the sake of numbers from before it could be left out.
+        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where a logit predicts nothing. The last position
+        predicts nothing; it is kept so that results stay the same to the bit.
     """
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # the position before a token predicts it
     first = int((labels != IGNORED).any(0).int().argmax())
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return model(**inputs).logits[:, first:], labels[:, first:]
-    places = torch.arange(first, labels.shape[1], device="cpu")  # from where any device can be indexed
+    # The positions are named one by one: a slice of the hidden states has gaps in memory, and torch then multiplies
+    # row by row with a head that is not trained. On a CPU in bfloat16 that makes a training step 2.7 times as long
+    # (`benchmarks/answer_logits.py`). An index on the CPU works for a model on any device.
+    places = torch.arange(first, labels.shape[1], device="cpu")
     return model(**inputs, logits_to_keep=places).logits, labels[:, first:]
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's summed loss in nats and its number of labelled tokens.
 
-    Only labelled places are raised to float32.
+    Only labelled positions are converted to float32.
 
     Args:
         logits: `(n, k, vocabulary)`; any float dtype, gradients flow.
-        labels: `(n, k)`, what the logits in the same place predict; `IGNORED` where that is nothing.
+        labels: `(n, k)`, the token that each logit predicts, or `IGNORED`.
 
     Returns:
         Sums `(n,)` in at least float32, and counts `(n,)` int64.
@@ -58,7 +60,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return what `row_losses` does, of the answers of a batch."""
+    """Return the `row_losses` of the answers of a batch."""
     return row_losses(*answer_logits(model, batch))
 
 
@@ -67,9 +69,9 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> 
     """Return the summed log-likelihood of every choice `(m,)`, its end-of-sequence included.
 
     Args:
-        model: A causal language model; as `answer_logits` says.
+        model: A causal language model, as for `answer_logits`.
         choices: The `choices` of a batch.
-        rows: Choices per pass; bounds the memory, as a row of a batch may have many.
+        rows: Choices per forward pass; it bounds the memory, because one row of a batch may have many choices.
     """
     scores = []
     keys = ("input_ids", "attention_mask", "labels")
@@ -82,10 +84,10 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> 
 
 @torch.no_grad()
 def greedy_matches(model: nn.Module, batch: Batch) -> Tensor:
-    """Return for each row whether greedy decoding would write its target token by token and then stop, `(n,)` booleans.
+    """Return for each row whether greedy decoding would generate its target and then stop, `(n,)` booleans.
 
-    One pass over the target tells: each of its tokens must be the likeliest after those before it. (Equal logits
-    aside, generation does the same in as many passes as there are tokens.)
+    One pass over the target decides it, because each token of the target must be the likeliest after the tokens before
+    it. Generation gives the same, unless two logits are equal, in as many passes as there are tokens.
     """
     logits, labels = answer_logits(model, batch)
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)

@@ -1,7 +1,6 @@
-"""Measure: the scores of a model on batches of tasks.
+"""Measure a model on tasks: one loaded model by batches, or a base with several mixes of experts in one call.
 
-`ExpertModule` scores its validation and test batches so; `measure` does it without a trainer, for many changes of one
-loaded model.
+`ExpertModule` scores its validation and test batches with the same `score_batch`, so that numbers agree.
 """
 
 from __future__ import annotations
@@ -15,16 +14,97 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
-from modular_experts.base.apply import apply_deltas
-from modular_experts.data import TaskMixture
+from modular_experts.base.apply import applied
+from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
+from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
-from modular_experts.evaluation.scores import TaskScores
+from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, TextMetric
 from modular_experts.library import StoredExpert, open_expert
+from modular_experts.reports import Results
 
 __all__ = ["evaluate", "measure", "score_batch"]
+
+AnyExpert = str | Path | Mapping[str, Delta]
+"""An expert: its directory, opened, or any mapping from weight names to deltas."""
+
+
+def evaluate(
+    base: str | Path | Base | None,
+    experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]],
+    data: TaskMixture | Sequence[Task | Mapping[str, Any]],
+    max_new_tokens: int | None = 64,
+    dtype: DType = "float32",
+    revision: str | None = None,
+    metrics: Mapping[str, TextMetric] = TEXT_METRICS,
+) -> Results:
+    """Measure a base with experts on the test rows of tasks, as the command `test` does, and return rows with a table.
+
+    The base is loaded once, and each mix of experts is added in place for as long as it is measured:
+
+        evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks).table()
+
+    Args:
+        base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
+        experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
+            names to such, to compare several. An expert is a directory, an opened expert or a task vector.
+        data: The tasks, or a mixture that says how their rows are read; the base's tokenizer is used unless the
+            mixture has one.
+        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
+        dtype: Data type of the base.
+        revision: Branch, tag or commit of a hub id.
+        metrics: Functions of a generated text and its target, by name, whose means are measured.
+
+    Raises:
+        FileNotFoundError: The base was not found.
+        ValueError: An expert was trained on another base, or a task has no test rows.
+    """
+    mixes = {name: _opened(mix) for name, mix in _named(experts).items()}
+    stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
+    found = Base.open(base, stored, revision)
+    model, tokenizer = found.load(dtype), found.tokenizer()
+    data = data if isinstance(data, TaskMixture) else TaskMixture([*data])  # type: ignore[list-item]
+    data.tokenizer = data.tokenizer or tokenizer
+    data.setup("test")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = Results([], {"base": found.place, "fingerprint": found.fingerprint, "dtype": dtype})
+    for name, mix in mixes.items():
+        names = [one.name if isinstance(one, StoredExpert) else "task vector" for one in mix]
+        # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
+        with applied(model, mix):
+            model.to(device)  # type: ignore[arg-type]
+            scores = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens, metrics)
+            model.to("cpu")  # type: ignore[arg-type]
+        results += Results.of_scores(scores, name or " + ".join(names) or "base", names)
+    return results
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[Batch],
+    roles: Mapping[str, str],
+    max_new_tokens: int | None = 64,
+    metrics: Mapping[str, TextMetric] = TEXT_METRICS,
+) -> dict[str, Any]:
+    """Return the scores of a loaded model by task, as `TaskScores.compute` gives them.
+
+    Args:
+        model: A causal language model; it is in evaluation mode while it is measured.
+        tokenizer: Its tokenizer.
+        batches: Such as `TaskMixture.test_dataloader()`.
+        roles: Each task's role by name, such as `TaskMixture.roles`.
+        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
+        metrics: Functions of a generated text and its target, by name, whose means are measured.
+    """
+    scores, training = TaskScores(roles, metrics).to(model.device), model.training
+    model.eval()
+    for batch in batches:
+        score_batch(scores, model, tokenizer, move_data_to_device(batch, model.device), max_new_tokens)
+    model.train(training)
+    return scores.compute()
 
 
 @torch.no_grad()
@@ -35,71 +115,28 @@ def score_batch(
     batch: Batch,
     max_new_tokens: int | None = 64,
 ) -> None:
-    """Count one batch: the loss of its targets, what the model writes, and its choices.
+    """Count one batch: the loss of its targets, the texts that the model generates, and its choices.
 
     Args:
         scores: Where the batch is counted.
-        model: A causal language model, in evaluation mode.
-        tokenizer: Of the model.
-        batch: As `data/batch.py` says, with texts.
-        max_new_tokens: Length limit of a generated answer; without one, nothing is generated.
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch: A batch with texts, as `data/batch.py` describes it.
+        max_new_tokens: Length limit of a generated answer; None generates nothing.
     """
     texts = generate(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
     choices = choice_log_likelihoods(model, batch["choices"]) if "choices" in batch else None
     scores.update(batch, *batch_losses(model, batch), texts, choices)
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterable[Batch],
-    roles: Mapping[str, str],
-    max_new_tokens: int | None = 64,
-) -> dict[str, Any]:
-    """Return the scores by task, as `TaskScores.compute` gives them, of a model in one process.
-
-    Args:
-        model: A causal language model; it is put into evaluation mode for the while.
-        tokenizer: Of the model.
-        batches: Such as `TaskMixture.test_dataloader()`.
-        roles: Each task's role by name, such as `TaskMixture.roles`.
-        max_new_tokens: Length limit of a generated answer; without one, only losses and choices are measured.
-    """
-    scores, training = TaskScores(roles).to(model.device), model.training
-    model.eval()
-    for batch in batches:
-        score_batch(scores, model, tokenizer, move_data_to_device(batch, model.device), max_new_tokens)
-    model.train(training)
-    return scores.compute()
+def _named(experts: Any) -> dict[str, Any]:
+    """Return the mixes by name; a mix that the caller did not name has an empty name."""
+    is_vector = isinstance(experts, TaskVector) or (
+        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
+    )
+    return {"": experts} if is_vector or not isinstance(experts, Mapping) else dict(experts)
 
 
-def evaluate(
-    base: str | Path,
-    experts: Sequence[str | Path | Mapping[str, Delta]],
-    data: TaskMixture,
-    max_new_tokens: int | None = 64,
-    dtype: DType = "float32",
-    revision: str | None = None,
-) -> dict[str, Any]:
-    """Return the scores by task of a base plus experts on the test rows, as the command `test` measures them.
-
-    Args:
-        base: The base's directory or hub id.
-        experts: Directories of experts, opened experts or task vectors; their deltas are added up. May be empty.
-        data: The tasks, and how their rows are read; the base's tokenizer is used unless it has one.
-        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
-        dtype: Data type of the base.
-        revision: Branch, tag or commit of a hub id.
-
-    Raises:
-        FileNotFoundError: The base was not found.
-        ValueError: An expert was trained on another base, or a task has no test rows.
-    """
-    opened = [one if isinstance(one, Mapping) else open_expert(one) for one in experts]
-    found = Base.open(base, [one for one in opened if isinstance(one, StoredExpert)], revision)
-    model, tokenizer = found.load(dtype), found.tokenizer()
-    apply_deltas(model, opened)
-    data.tokenizer = data.tokenizer or tokenizer
-    data.setup("test")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    return measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens)
+def _opened(mix: Any) -> list[Mapping[str, Delta]]:
+    alone = isinstance(mix, str | Path | Mapping)
+    return [one if isinstance(one, Mapping) else open_expert(one) for one in ([mix] if alone else mix)]

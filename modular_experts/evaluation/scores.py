@@ -1,14 +1,14 @@
-"""Scores: what a model did on each task, summed row by row so that any number of processes give the same result.
+"""Score tasks: sums over rows, so that any division into batches and processes gives the same result.
 
-Loss per target token, exact match, Rouge-L and choice accuracy, per task, and their means over the held-in and over
-the held-out tasks. Nothing is generated here (`generation.py`) and nothing is written (`results.py`).
+A task has its loss per target token, its choice accuracy, and the mean of each text metric: exact match, Rouge-L, and
+any function of a generated text and its target that the user adds.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,34 @@ from torchmetrics.functional.text.rouge import rouge_score
 
 from modular_experts.data.batch import Batch, is_filler
 
-__all__ = ["TaskScores", "rouge_l", "words"]
+__all__ = ["TEXT_METRICS", "TaskScores", "TextMetric", "exact_match", "rouge_l", "words"]
 
-_SUMS = ("loss", "exact_match", "rougeL", "choice_accuracy")
-_COUNTS = ("rows", "tokens", "generated", "chosen")
+TextMetric = Callable[[str, str], float]
+"""Scores a generated text against its target; the mean over the rows of a task is its score."""
+
+# Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
+_CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
+
+
+def exact_match(generated: str, target: str) -> float:
+    """Return 1.0 if both texts are the same but for white space at their ends, else 0.0."""
+    return float(generated.strip() == target.strip())
+
+
+def rouge_l(generated: str, target: str) -> float:
+    """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
+    # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
+    scores = rouge_score(generated, target, rouge_keys="rougeL", normalizer=str, tokenizer=words)
+    return float(scores["rougeL_fmeasure"])
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-case words of a text: runs of letters, marks and digits of any script."""
+    spaced = _CHARACTER_WORDS.sub(r" \1 ", unicodedata.normalize("NFC", text.lower()))
+    return "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in spaced).split()
+
+
+TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}
 
 
 class TaskScores(Metric):
@@ -29,18 +53,22 @@ class TaskScores(Metric):
 
     Args:
         tasks: Each task's role, `held_in` or `held_out`, by name.
+        metrics: The text metrics by name; `TEXT_METRICS | {"length": lambda generated, target: len(generated)}` adds
+            one.
     """
 
     full_state_update = False
     higher_is_better = None
     is_differentiable = False
 
-    def __init__(self, tasks: Mapping[str, str]) -> None:
+    def __init__(self, tasks: Mapping[str, str], metrics: Mapping[str, TextMetric] = TEXT_METRICS) -> None:
         super().__init__()
-        self.roles = dict(tasks)
-        for name in _SUMS:
+        self.roles, self.metrics = dict(tasks), dict(metrics)
+        #: Each score, and the count that divides its sum.
+        self.divisors = {"loss": "tokens", **dict.fromkeys(self.metrics, "generated"), "choice_accuracy": "chosen"}
+        for name in self.divisors:
             self.add_state(f"{name}_sum", torch.zeros(len(tasks)), dist_reduce_fx="sum")
-        for name in _COUNTS:
+        for name in ("rows", "tokens", "generated", "chosen"):
             self.add_state(f"{name}_count", torch.zeros(len(tasks), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
@@ -54,10 +82,10 @@ class TaskScores(Metric):
         """Count one batch; filler rows are left out.
 
         Args:
-            batch: As `data/batch.py` says, with texts, for `n` rows.
+            batch: A batch of `n` rows with texts, as `data/batch.py` describes it.
             token_loss_sums: `(n,)` from `row_losses`.
             token_counts: `(n,)` from `row_losses`.
-            generations: What the model wrote for each row.
+            generations: The text that the model generated for each row.
             choice_scores: `(m,)` from `choice_log_likelihoods`, one per choice of the batch.
         """
         number = {name: index for index, name in enumerate(self.roles)}
@@ -67,14 +95,10 @@ class TaskScores(Metric):
         self._add("loss_sum", tasks, token_loss_sums[rows])
         self._add("tokens_count", tasks, token_counts[rows])
         if generations is not None:
-            pairs = [(generations[row], batch["target"][row]) for row in rows]
             self._add("generated_count", tasks, torch.ones(len(rows)))
-            self._add(
-                "exact_match_sum", tasks, torch.tensor([float(made.strip() == want.strip()) for made, want in pairs])
-            )
-            self._add(
-                "rougeL_sum", tasks, torch.tensor([rouge_l(made, want) for made, want in pairs], dtype=torch.float64)
-            )
+            for name, metric in self.metrics.items():
+                values = [metric(generations[row], batch["target"][row]) for row in rows]
+                self._add(f"{name}_sum", tasks, torch.tensor(values, dtype=torch.float64))
         if choice_scores is not None and "choices" in batch:
             chosen, right = _best_choices(batch["choices"], choice_scores)
             of = torch.tensor([number[batch["task"][row]] for row in chosen], dtype=torch.int64)
@@ -84,23 +108,24 @@ class TaskScores(Metric):
     def compute(self) -> dict[str, Any]:
         """Return the scores: "tasks" by name, and "held_in" and "held_out", unweighted means over tasks that have rows.
 
-        A task of which no row was seen is left out, as is a score that nothing was measured for. Exact match, Rouge-L
-        and choice accuracy are shares between 0 and 1; the loss is in nats per target token, end-of-sequence included.
+        A task without rows is left out, and so is a score that was not measured. Exact match, Rouge-L and choice
+        accuracy are shares between 0 and 1; the loss is in nats per target token, end-of-sequence included.
         """
-        tasks = {name: self._task(index) for index, name in enumerate(self.roles)}
-        tasks = {name: scores for name, scores in tasks.items() if scores["rows"]}
-        means = {
-            role: _mean([scores for scores in tasks.values() if scores["role"] == role])
-            for role in ("held_in", "held_out")
-        }
+        tasks = {}
+        for index, (name, role) in enumerate(self.roles.items()):
+            found: dict[str, Any] = {"role": role, "rows": int(self.rows_count[index])}  # type: ignore[index]
+            for score, divisor in self.divisors.items():
+                count = int(getattr(self, f"{divisor}_count")[index])
+                if count:
+                    found[score] = float(getattr(self, f"{score}_sum")[index]) / count
+            if found["rows"]:
+                tasks[name] = found
+        means = {}
+        for role in ("held_in", "held_out"):
+            mine = [scores for scores in tasks.values() if scores["role"] == role]
+            measured = {name: [scores[name] for scores in mine if name in scores] for name in self.divisors}
+            means[role] = {name: sum(values) / len(values) for name, values in measured.items() if values}
         return {"tasks": tasks, **means}
-
-    def _task(self, index: int) -> dict[str, Any]:
-        counts = {name: int(getattr(self, f"{name}_count")[index]) for name in _COUNTS}
-        of = {"loss": "tokens", "exact_match": "generated", "rougeL": "generated", "choice_accuracy": "chosen"}
-        sums = {name: float(getattr(self, f"{name}_sum")[index]) for name in _SUMS}
-        scores = {name: sums[name] / counts[of[name]] for name in _SUMS if counts[of[name]]}
-        return {"role": list(self.roles.values())[index], "rows": counts["rows"], **scores}
 
     def _add(self, name: str, tasks: Tensor, values: Tensor) -> None:
         state = getattr(self, name)
@@ -118,25 +143,3 @@ def _best_choices(choices: Batch, scores: Tensor) -> tuple[list[int], list[float
         if row not in best or values[place] > values[best[row]]:
             best[row] = place
     return list(best), [float(choices["correct"][place]) for place in best.values()]
-
-
-def _mean(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    measured = {name: [scores[name] for scores in tasks if name in scores] for name in _SUMS}
-    return {name: sum(values) / len(values) for name, values in measured.items() if values}
-
-
-# Scripts without spaces between words: each character is a word (kana, Han, and Han's extensions).
-_CHARACTER_WORDS = re.compile(r"([぀-ヿ㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff])")
-
-
-def rouge_l(generated: str, target: str) -> float:
-    """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
-    # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
-    scores = rouge_score(generated, target, rouge_keys="rougeL", normalizer=str, tokenizer=words)
-    return float(scores["rougeL_fmeasure"])
-
-
-def words(text: str) -> list[str]:
-    """Return the lower-case words of a text: runs of letters, marks and digits of any script."""
-    spaced = _CHARACTER_WORDS.sub(r" \1 ", unicodedata.normalize("NFC", text.lower()))
-    return "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in spaced).split()

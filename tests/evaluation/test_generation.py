@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_model, build_tokenizer
+from conftest import build_model, build_tokenizer
 from transformers import GenerationConfig
 
 from modular_experts.data.batch import Collator
@@ -35,7 +35,7 @@ def greedily(model: torch.nn.Module, text: str, steps: int) -> str:
     return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])  # three ways to count positions
 def test_a_padded_batch_equals_each_prompt_alone(architecture: str) -> None:
     model = build_model(architecture, seed=3)
     for parameter in model.parameters():  # larger weights: a random model of the usual size repeats one token

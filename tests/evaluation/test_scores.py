@@ -96,7 +96,7 @@ def test_sums_stay_exact_in_a_module_cast_to_bfloat16() -> None:
     scores = TaskScores(ROLES)
     module = torch.nn.ModuleDict({"scores": scores}).to(torch.bfloat16)
     assert module["scores"] is scores
-    for _ in range(1000):
+    for _ in range(300):
         update(scores, [("a", "x", "x", 1.001, 1)])
     assert scores.compute()["tasks"]["a"]["loss"] == pytest.approx(1.001, rel=1e-6)
 
