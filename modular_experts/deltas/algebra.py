@@ -58,7 +58,7 @@ def scale_rows(delta: Delta, factors: Tensor) -> Delta:
         rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
         # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
         return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
-    values = delta.dense()
+    values = delta.values if isinstance(delta, Dense) else delta.dense()
     return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
 
 
@@ -67,7 +67,8 @@ def _by_entry(delta: Delta) -> Delta:
 
 
 def _matrix(delta: Delta) -> Tensor:
-    return delta.dense().double().reshape(row_count(delta.shape), -1)
+    values = delta.values if isinstance(delta, Dense) else delta.dense()  # the values of a dense delta need no copy
+    return values.double().reshape(row_count(delta.shape), -1)
 
 
 def _with_sparse(sparse: Sparse, other: Delta) -> Tensor:

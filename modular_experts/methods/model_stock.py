@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.deltas.algebra import inner_by_row, scale_rows
-from modular_experts.methods.chunks import weighted_sum, widest_dtype
+from modular_experts.deltas.algebra import scale_rows
+from modular_experts.methods.chunks import chunks_of, weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
 from modular_experts.methods.settings import check_finite, with_presets
 
@@ -71,22 +70,25 @@ class ModelStock(MergeMethod):
         return weighted_sum(deltas, [weight] * len(deltas))
 
     def _factors(self, deltas: Sequence[Delta]) -> Tensor:
-        """Return `t / N` of each row, float64 `(rows,)`, or of the whole weight, `(1,)`; from the cosine of each pair,
-        as mergekit finds it.
-        """
-
-        def product(one: Delta, other: Delta) -> Tensor:
-            rows = inner_by_row(one, other)
-            return rows if self.row_wise else rows.sum(0, keepdim=True)
-
-        lengths = torch.stack([product(delta, delta).sqrt() for delta in deltas])
+        """Return `t / N`, from the cosine of each pair: float64 `(rows,)`, or `(1,)` for the whole weight."""
+        by_row = self.row_wise and len(deltas[0].shape) > 1
+        grams = []
+        for chunk in chunks_of(deltas):
+            dense = chunk.zeros(torch.float64).repeat(len(deltas), 1)
+            for entries, values in zip(chunk, dense, strict=True):
+                entries.add_to(values)
+            vectors = dense.view(len(deltas), -1, chunk.width if by_row else dense.shape[1]).transpose(0, 1)
+            grams.append(vectors @ vectors.mT)
+        # inner products of all pairs, (rows, experts, experts)
+        gram = torch.cat(grams) if by_row else torch.cat(grams).sum(0, keepdim=True)
+        lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+        one, other = torch.triu_indices(len(deltas), len(deltas), 1)
         shortest = SHORTEST if self.preset else torch.finfo(torch.float64).tiny
-        cosines = torch.zeros_like(lengths[0])
-        for i, j in combinations(range(len(deltas)), 2):
-            cosines += (product(deltas[i], deltas[j]) / (lengths[i] * lengths[j]).clamp(min=shortest)).clamp(-1, 1)
-        count = torch.full_like(cosines, len(deltas)) if self.preset else (lengths > 0).sum(0).clamp(min=1).double()
+        cosines = gram[:, one, other] / (lengths[:, one] * lengths[:, other]).clamp(min=shortest)
+        total = cosines.clamp(-1, 1).sum(1)
+        count = torch.full_like(total, len(deltas)) if self.preset else (lengths > 0).sum(1).clamp(min=1).double()
         # One expert alone has no pair, and is taken whole.
-        cosine = torch.where(count > 1, cosines / (count * (count - 1) / 2), 1.0)
+        cosine = torch.where(count > 1, total / (count * (count - 1) / 2), 1.0)
         if not self.preset:
             cosine = cosine.clamp(min=0)
         return cosine / (1 + (count - 1) * cosine)

@@ -151,6 +151,7 @@ class NuSLERP(MergeMethod):
 
 def _slerp_rows(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shortest: float = 0.0) -> Delta:
     """Return `slerp` of each row of one with the same row of the other, in float64."""
+    one, other = one.to(dtype=torch.float64), other.to(dtype=torch.float64)  # once, instead of in each product
     lengths = [inner_by_row(delta, delta).sqrt().clamp(min=shortest) for delta in (one, other)]
     cosines = inner_by_row(one, other) / (lengths[0] * lengths[1])
     first, second = arc_weights(cosines, t, straight)
