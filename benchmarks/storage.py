@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
-from modular_experts.deltas.tiles import block_grid
+from modular_experts.deltas.tiles import tile_grid
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 
 Shape = tuple[int, int]
@@ -59,7 +59,7 @@ def entries(shape: Shape, share: float, kind: str) -> Sparse:
 
 def tiles(shape: Shape, share: float, kind: str) -> BlockSparse:
     """Return a delta of square tiles."""
-    blocks = support(math.prod(block_grid(shape, (TILE, TILE))), share, kind)
+    blocks = support(math.prod(tile_grid(shape, (TILE, TILE))), share, kind)
     return BlockSparse(blocks, torch.randn(len(blocks), TILE, TILE), torch.Size(shape))
 
 
@@ -90,7 +90,7 @@ def candidates(kept: Tensor, rows: int, limit: int) -> dict[str, float]:
 def size_row(delta: Sparse | BlockSparse, stored: StoredExpert, name: str, share: float, kind: str) -> dict[str, Any]:
     """Return bytes per kept place of each way, and of the file over the floor."""
     kept, tile = (delta.indices, (1, 1)) if isinstance(delta, Sparse) else (delta.blocks, delta.tile)
-    rows, columns = block_grid(delta.shape, tile)
+    rows, columns = tile_grid(delta.shape, tile)
     count, values = len(kept), VALUE * delta.values.numel()
     ways = {way: size / count for way, size in candidates(kept, rows, rows * columns).items()}
     size, floor = stored.stored_bytes()[name], floor_bytes(rows * columns, count)

@@ -1,8 +1,8 @@
 """Deltas: how far one weight moved from the base, as a value with exact arithmetic.
 
-`forms.py` has the four forms and their sum; open it first. `tiles.py` numbers, reads and writes the tiles of a matrix,
-`algebra.py` has inner products, `task_vector.py` all deltas of one expert by weight name. No module, file or training
-is known here.
+Open `forms.py` first: the four forms and their sum. `tiles.py` numbers, reads and writes the tiles of a matrix,
+`algebra.py` has inner products and the nearest delta of a rank, `task_vector.py` all deltas of one expert by weight
+name. This room knows tensors, and no file or training.
 """
 
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse, add, all_finite

@@ -1,8 +1,8 @@
-"""Inner products of deltas: how far two experts point the same way, without making the dense form where that can be
-spared.
+"""Compute with deltas in their own forms: inner products, rows times factors, the nearest delta of a rank.
 
-They are taken in float64. The norm of a sum would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but loses every
-digit where two deltas are nearly orthogonal or of very different length. Which rule uses them is not known here.
+Inner products say how far two experts point the same way. They are computed entry by entry in float64: the norms of
+sums would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but lose every digit where two deltas are nearly orthogonal
+or of very different length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.tiles import block_grid
+from modular_experts.deltas.tiles import tile_grid
 
 __all__ = ["inner", "inner_by_row", "row_count", "scale_rows", "truncated_svd"]
 
@@ -27,16 +27,26 @@ def inner(one: Delta, other: Delta) -> float:
 def inner_by_row(one: Delta, other: Delta) -> Tensor:
     """Return the inner product of each row with the same row of the other delta, float64 `(rows,)`.
 
-    With a sparse delta only its entries are looked at, with a low-rank one only its factors, two dense ones are gone
-    through. A weight of one dimension is one row.
+    It reads only the entries of a sparse delta and only the factors of a low-rank one. A weight of one dimension has
+    one row.
     """
-    one, other = _by_entry(one), _by_entry(other)
+    one, other = (delta.as_sparse() if isinstance(delta, BlockSparse) else delta for delta in (one, other))
+    # The cheapest form comes first: sparse, then low-rank, then dense.
     if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
-        one, other = other, one  # what spares most comes first: sparse, low-rank, dense
+        one, other = other, one
     if isinstance(one, Sparse):
-        return _with_sparse(one, other)
+        rows, indices = row_count(one.shape), one.indices.long()
+        products = one.values.double() * _values_at(other, indices)
+        total = torch.zeros(rows, dtype=torch.float64, device=one.device)
+        return total.index_add_(0, indices // (one.shape.numel() // rows), products)
     if isinstance(one, LowRank):
-        return _with_low_rank(one, other)
+        # Row sums of `(other @ down.T) * up`; two low-rank deltas meet in the product of their ranks.
+        up, down = one.up.double(), one.down.double()
+        if isinstance(other, LowRank):
+            across = other.up.double() @ (other.down.double() @ down.T)
+        else:
+            across = _matrix(other) @ down.T
+        return (across * up).sum(1)
     return torch.linalg.vecdot(_matrix(one), _matrix(other))
 
 
@@ -54,7 +64,7 @@ def scale_rows(delta: Delta, factors: Tensor) -> Delta:
         rows = delta.indices.long() // (delta.shape.numel() // row_count(delta.shape))
         return replace(delta, values=delta.values * factors[rows])
     if isinstance(delta, BlockSparse):
-        top = delta.blocks.long() // block_grid(delta.shape, delta.tile)[1] * delta.tile[0]
+        top = delta.blocks.long() // tile_grid(delta.shape, delta.tile)[1] * delta.tile[0]
         rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
         # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
         return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
@@ -62,21 +72,9 @@ def scale_rows(delta: Delta, factors: Tensor) -> Delta:
     return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
 
 
-def _by_entry(delta: Delta) -> Delta:
-    return delta.as_sparse() if isinstance(delta, BlockSparse) else delta
-
-
 def _matrix(delta: Delta) -> Tensor:
     values = delta.values if isinstance(delta, Dense) else delta.dense()  # the values of a dense delta need no copy
     return values.double().reshape(row_count(delta.shape), -1)
-
-
-def _with_sparse(sparse: Sparse, other: Delta) -> Tensor:
-    rows = row_count(sparse.shape)
-    indices = sparse.indices.long()
-    products = sparse.values.double() * _values_at(other, indices)
-    total = torch.zeros(rows, dtype=torch.float64, device=sparse.device)
-    return total.index_add_(0, indices // (sparse.shape.numel() // rows), products)
 
 
 def _values_at(delta: Delta, indices: Tensor) -> Tensor:
@@ -84,7 +82,8 @@ def _values_at(delta: Delta, indices: Tensor) -> Tensor:
     if isinstance(delta, LowRank):
         rows, columns = indices // delta.shape[1], indices % delta.shape[1]
         values = torch.zeros(indices.numel(), dtype=torch.float64, device=indices.device)
-        for up, down in zip(delta.up.double().T, delta.down.double(), strict=True):  # one rank at a time spares memory
+        # One rank at a time, so that no matrix of (entries, rank) is made.
+        for up, down in zip(delta.up.double().T, delta.down.double(), strict=True):
             values += up[rows] * down[columns]
         return values
     if isinstance(delta, Sparse):
@@ -94,16 +93,6 @@ def _values_at(delta: Delta, indices: Tensor) -> Tensor:
         place = torch.searchsorted(kept, indices).clamp_(max=kept.numel() - 1)
         return torch.where(kept[place] == indices, delta.values[place].double(), 0.0)
     return delta.dense().reshape(-1)[indices].double()
-
-
-def _with_low_rank(low_rank: LowRank, other: Delta) -> Tensor:
-    """Return the rows of `(other @ down.T) * up`, summed; a low-rank other is multiplied factor by factor."""
-    up, down = low_rank.up.double(), low_rank.down.double()
-    if isinstance(other, LowRank):
-        across = other.up.double() @ (other.down.double() @ down.T)
-    else:
-        across = _matrix(other) @ down.T
-    return (across * up).sum(1)
 
 
 def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:

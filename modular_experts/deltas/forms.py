@@ -1,10 +1,8 @@
-"""Deltas: how far one weight moved from the base, `W - W0`, as an immutable value.
+"""A delta is how far one weight moved from the base, `W - W0`: an immutable value in one of four exact forms.
 
-Four forms, each exact: `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns).
-They form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact; `add` gives
-the rule.
-
-No module, file, training or merge rule is known here.
+The forms are `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns), and there
+are no others. They form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest
+form that is still exact; `add` has the rule.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from torch import Tensor
 
 from modular_experts.deltas.tiles import (
     Tile,
-    block_grid,
     entries_in_order,
-    gather_blocks,
+    gather_tiles,
     index_dtype,
     rows_and_columns,
-    scatter_blocks_,
+    scatter_tiles_,
+    tile_grid,
 )
 
 __all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add", "all_finite"]
@@ -41,23 +39,21 @@ class Delta(ABC):
     def add_to(self, target: Tensor) -> Tensor:
         """Add this delta to `target` `(out, in)` in place and return it.
 
-        The sum is taken in at least float32 and rounded once to the target's dtype, so a bfloat16 weight becomes
+        The sum is computed in at least float32 and rounded once to the target's dtype, so a bfloat16 weight becomes
         `cast(weight + delta)`.
         """
 
     @abstractmethod
     def linear(self, x: Tensor) -> Tensor:
-        """Return `x @ delta.T` in the dtype of `x`: `(..., in)` to `(..., out)`, without making the dense form where
-        that pays.
-        """
+        """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`; no form but `Dense` is made dense."""
 
     @abstractmethod
     def support(self) -> Tensor:
-        """Return the kept entries as sorted, unique flat (row-major) indices; a kept entry may hold the value zero."""
+        """Return the kept entries as sorted, unique flat (row-major) indices; the value of a kept entry may be zero."""
 
     @abstractmethod
     def norm(self) -> float:
-        """Return the Frobenius norm, taken in float64, without making the dense form."""
+        """Return the Frobenius norm, computed in float64 without the dense form."""
 
     @property
     @abstractmethod
@@ -84,20 +80,18 @@ class Delta(ABC):
         return self.add_to(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return some rows of the dense form, `(last - first, in)`, without making the others where that pays; a delta
-        without dimensions has one row.
-        """
+        """Return rows of the dense form, `(last - first, in)`; a delta without dimensions has one row."""
         return (self.dense().view(1) if len(self.shape) == 0 else self.dense())[first:last]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Delta:
-        """Move to a device, or cast the values; index tensors keep their integer dtype."""
+        """Move to a device, or cast the values; indices keep their integer dtype."""
         moved = {}
         for name, tensor in self.tensors().items():
             moved[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         return replace(self, **moved)  # type: ignore[type-var]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that make up this form, by field name."""
+        """Return the tensors of this form by the names of its fields."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
@@ -120,7 +114,7 @@ class Delta(ABC):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is kept: the zero of the vector space."""
+        """Whether no entry is kept; then the delta is the zero of the vector space."""
         return self.support_size == 0
 
     def __repr__(self) -> str:
@@ -166,7 +160,7 @@ class Dense(Delta):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Delta):
-    """A product `up @ down` of `(out, rank)` and `(rank, in)`; any scale is already inside `up`."""
+    """A product `up @ down` of `(out, rank)` and `(rank, in)`; `up` contains any scale."""
 
     up: Tensor
     down: Tensor
@@ -222,7 +216,7 @@ class Sparse(Delta):
 
     @classmethod
     def zero(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Sparse:
-        """Return the delta that moves nothing."""
+        """Return the delta that keeps no entry."""
         shape = torch.Size(shape)
         return cls(torch.empty(0, dtype=index_dtype(shape), device=device), torch.empty(0, device=device), shape)
 
@@ -241,7 +235,8 @@ class Sparse(Delta):
         return target
 
     def linear(self, x: Tensor) -> Tensor:
-        wide = _at_least_float32(x.dtype)  # sparse products have no half-precision kernels on every device
+        # Not every device has half-precision kernels for sparse products.
+        wide = _at_least_float32(x.dtype)
         rows, columns = rows_and_columns(self.indices, self.shape)
         matrix = torch.sparse_coo_tensor(
             torch.stack([rows, columns]), self.values.to(wide), self.shape, is_coalesced=True, check_invariants=False
@@ -285,7 +280,7 @@ class BlockSparse(Delta):
 
     @property
     def support_size(self) -> int:
-        rows, columns = rows_and_columns(self.blocks, block_grid(self.shape, self.tile))
+        rows, columns = rows_and_columns(self.blocks, tile_grid(self.shape, self.tile))
         height = (self.shape[0] - rows * self.tile[0]).clamp(max=self.tile[0])
         width = (self.shape[1] - columns * self.tile[1]).clamp(max=self.tile[1])
         return int((height * width).sum())
@@ -296,17 +291,18 @@ class BlockSparse(Delta):
 
     def add_to(self, target: Tensor) -> Tensor:
         wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
-        kept = gather_blocks(target, self.blocks, self.tile).to(wide) + self.values
-        return scatter_blocks_(target, self.blocks, kept.to(target.dtype))
+        kept = gather_tiles(target, self.blocks, self.tile).to(wide) + self.values
+        return scatter_tiles_(target, self.blocks, kept.to(target.dtype))
 
     def linear(self, x: Tensor) -> Tensor:
-        (height, width), (tall, wide) = self.tile, block_grid(self.shape, self.tile)
+        (height, width), (tall, wide) = self.tile, tile_grid(self.shape, self.tile)
         rows, columns = rows_and_columns(self.blocks, (tall, wide))
         flat = F.pad(x.reshape(-1, self.shape[1]), (0, wide * width - self.shape[1]))
         values, out = self.values.to(x.dtype), flat.new_zeros(tall, height, flat.shape[0])
-        if wide == 1:  # whole rows: all of the input, once
+        # Whole rows read all of the input once, whole columns write all of the output once: one product for all tiles.
+        if wide == 1:
             out[rows] = (values.view(-1, width) @ flat.T).view(-1, height, flat.shape[0])
-        elif tall == 1:  # whole columns: their part of the input, once
+        elif tall == 1:
             inputs = flat.view(-1, wide, width)[:, columns].reshape(flat.shape[0], -1)
             out[0] = (inputs @ values.transpose(1, 2).reshape(-1, height)).T
         else:
@@ -326,7 +322,7 @@ class BlockSparse(Delta):
 
     @property
     def T(self) -> BlockSparse:  # noqa: N802
-        tall, wide = block_grid(self.shape, self.tile)
+        tall, wide = tile_grid(self.shape, self.tile)
         rows, columns = rows_and_columns(self.blocks, (tall, wide))
         blocks, order = (columns * tall + rows).sort()
         values = self.values[order].transpose(1, 2).contiguous()
@@ -370,7 +366,8 @@ def add(deltas: Sequence[Delta]) -> Delta:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Return whether every value is finite; the extremes tell it in a tenth of the time that asking each one takes."""
+    """Return whether every value is finite."""
+    # A value that is not finite is or hides an extreme, and extremes take a tenth of the time of a test of each value.
     return values.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in values.aminmax())
 
 
@@ -385,7 +382,7 @@ def _dense_sum(terms: Sequence[Delta]) -> Dense:
 
 
 def _union(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sum values that carry the same index: sorted unique indices and their sums."""
+    """Add up the values of equal indices; return the sorted, unique indices and the sums."""
     indices, place = torch.unique(torch.cat([index for index, _ in parts]), return_inverse=True)
     values = torch.cat(_promoted([value for _, value in parts]))
     return indices, values.new_zeros(indices.numel(), *values.shape[1:]).index_add_(0, place, values)

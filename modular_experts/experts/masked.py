@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.deltas.tiles import gather_blocks, index_dtype, scatter_blocks_
+from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 
@@ -72,7 +72,7 @@ class MaskedExpert(Selectable):
         units = self.support_units()
         if self.tile == (1, 1):
             return self.sparse_form(units, self.change.view(-1)[units])
-        return self.sparse_form(units, gather_blocks(self.change * self.mask, units, self.tile))
+        return self.sparse_form(units, gather_tiles(self.change * self.mask, units, self.tile))
 
     def support_units(self) -> Tensor:
         shown = self.unit_scores(self.mask.to(torch.float32)) > 0
@@ -109,4 +109,4 @@ class MaskedExpert(Selectable):
             self.mask.view(-1)[units.long()] = True
         else:
             shown = torch.ones(units.numel(), *self.tile, dtype=torch.bool, device=units.device)
-            scatter_blocks_(self.mask, units, shown)
+            scatter_tiles_(self.mask, units, shown)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
-from modular_experts.deltas.tiles import Tile, block_grid, block_sums
+from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score
 
@@ -63,7 +63,7 @@ class Selectable(Expert):
     @property
     def units(self) -> int:
         """Number of entries, tiles, rows or columns of the weight."""
-        return math.prod(block_grid(self.shape, self.tile))
+        return math.prod(tile_grid(self.shape, self.tile))
 
     @property
     def kept_units(self) -> int:
@@ -79,7 +79,7 @@ class Selectable(Expert):
         """
         if self.tile == (1, 1):
             return scores.reshape(-1)
-        return block_sums(scores.square(), self.tile).sqrt() if norm else block_sums(scores, self.tile)
+        return tile_sums(scores.square(), self.tile).sqrt() if norm else tile_sums(scores, self.tile)
 
     @abstractmethod
     def support_units(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Sparse
-from modular_experts.deltas.tiles import gather_blocks, index_dtype, scatter_blocks_
+from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
@@ -144,13 +144,13 @@ class SparseExpert(Selectable):
     def _read(self, weight: Tensor) -> Tensor:
         if self.tile == (1, 1):
             return weight.reshape(-1)[self.indices]
-        return gather_blocks(weight, self.indices, self.tile)
+        return gather_tiles(weight, self.indices, self.tile)
 
     def _write(self, weight: Tensor, kept: Tensor) -> None:
         if self.tile == (1, 1):
             weight.view(-1)[self.indices] = kept
         else:
-            scatter_blocks_(weight, self.indices, kept)
+            scatter_tiles_(weight, self.indices, kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

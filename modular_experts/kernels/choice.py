@@ -19,9 +19,9 @@ from torch import Tensor
 from modular_experts.deltas.tiles import Tile
 from modular_experts.kernels import native
 from modular_experts.kernels.kernel import KeptGradient
-from modular_experts.kernels.native import NativeBlocks, NativeEntries
-from modular_experts.kernels.plain import BlockRows, DenseGathered, KeptColumns, KeptRows, SampledProduct
-from modular_experts.kernels.triton_tiles import TritonBlocks
+from modular_experts.kernels.native import NativeEntries, NativeTiles
+from modular_experts.kernels.plain import DenseGathered, KeptColumns, KeptRows, SampledProduct, TileRows
+from modular_experts.kernels.triton_tiles import TritonTiles
 
 __all__ = ["NATIVE_FROM", "SAMPLED_BELOW", "Backend", "check_backend", "make_kernel"]
 
@@ -102,4 +102,4 @@ def _serving(shape: Sequence[int], tile: Tile) -> dict[str, type[KeptGradient]]:
         return {"dense": DenseGathered, "slices": KeptRows}
     if tile == (shape[0], 1):
         return {"dense": DenseGathered, "slices": KeptColumns}
-    return {"block_rows": BlockRows, "dense": DenseGathered, "native": NativeBlocks, "triton": TritonBlocks}
+    return {"block_rows": TileRows, "dense": DenseGathered, "native": NativeTiles, "triton": TritonTiles}

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modular_experts.deltas.tiles import Tile, block_grid, rows_and_columns
+from modular_experts.deltas.tiles import Tile, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 from modular_experts.native.build import load
 
-__all__ = ["NativeBlocks", "NativeEntries", "available", "computes"]
+__all__ = ["NativeEntries", "NativeTiles", "available", "computes"]
 
 SOURCE = Path(__file__).with_name("native.cpp")
 BLOCK = 64
@@ -55,13 +55,13 @@ class _Native(KeptGradient):
     name: ClassVar[str] = "native"
 
 
-class NativeBlocks(_Native):
+class NativeTiles(_Native):
     """The gradient of square tiles; sides that 16 divides fill the registers best."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
         assert tile[0] == tile[1] > 1, tile
-        tall, wide = block_grid(shape, tile)
+        tall, wide = tile_grid(shape, tile)
         self.tiles = units.to(torch.int32, copy=True)
         self.starts = _starts(units.long() // wide, tall)
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modular_experts.deltas.tiles import Tile, block_grid, gather_blocks, rows_and_columns
+from modular_experts.deltas.tiles import Tile, gather_tiles, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 
-__all__ = ["BlockRows", "DenseGathered", "KeptColumns", "KeptRows", "SampledProduct"]
+__all__ = ["DenseGathered", "KeptColumns", "KeptRows", "SampledProduct", "TileRows"]
 
 
 class DenseGathered(KeptGradient):
@@ -27,7 +27,7 @@ class DenseGathered(KeptGradient):
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         dense = grad.T @ x
-        return dense.view(-1)[self.units] if self.tile == (1, 1) else gather_blocks(dense, self.units, self.tile)
+        return dense.view(-1)[self.units] if self.tile == (1, 1) else gather_tiles(dense, self.units, self.tile)
 
 
 class SampledProduct(KeptGradient):
@@ -60,14 +60,14 @@ def _accept_compressed_rows() -> None:
         )
 
 
-class BlockRows(KeptGradient):
+class TileRows(KeptGradient):
     """One product per row of tiles that keeps any."""
 
     name: ClassVar[str] = "block_rows"
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
-        self.grid = block_grid(shape, tile)
+        self.grid = tile_grid(shape, tile)
         self.columns = units.long() % self.grid[1]
         rows, counts = torch.unique_consecutive(units.long() // self.grid[1], return_counts=True)
         ends = counts.cumsum(0)

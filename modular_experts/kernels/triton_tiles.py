@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from modular_experts.deltas.tiles import Tile, block_grid
+from modular_experts.deltas.tiles import Tile, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 
-__all__ = ["SIZES", "TritonBlocks", "token_splits"]
+__all__ = ["SIZES", "TritonTiles", "token_splits"]
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -49,7 +49,7 @@ BUFFER_BYTES = 2**25
 """Most memory for the partial sums of one weight."""
 
 
-class TritonBlocks(KeptGradient):
+class TritonTiles(KeptGradient):
     """One program for each segment of a row of tiles and each split of the tokens.
 
     It takes float32, bfloat16 and float16, sums in float32 and returns float32. Products of float32 inputs are exact
@@ -71,7 +71,7 @@ class TritonBlocks(KeptGradient):
         super().__init__(units, shape, tile)
         _refuse(tile)
         _program()  # so that what is missing is said now, not in the first backward pass
-        wide = block_grid(shape, tile)[1]
+        wide = tile_grid(shape, tile)[1]
         rows, counts = torch.unique_consecutive(units.long() // wide, return_counts=True)
         self.tiles = _segment_tiles(counts, tile[0])
         self.segments = _segments(rows, counts, self.tiles)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
-from modular_experts.deltas.tiles import block_grid, index_dtype
+from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.sparse_passes import decode_places
 
@@ -143,7 +143,7 @@ def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
 
 def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
     """Return how many entries, or tiles of the size that the values have, a weight has."""
-    return math.prod(shape) if form == "Sparse" else math.prod(block_grid(shape, (values[1], values[2])))
+    return math.prod(shape) if form == "Sparse" else math.prod(tile_grid(shape, (values[1], values[2])))
 
 
 def _check_order(indices: Tensor, limit: int) -> None:

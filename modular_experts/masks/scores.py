@@ -25,13 +25,13 @@ __all__ = [
     "FisherInformation",
     "GraSP",
     "GradientMagnitude",
+    "GradientStatistic",
     "RandomScore",
     "Score",
-    "Statistic",
     "WeightMagnitude",
 ]
 
-Statistic = Literal["gradient", "squared_gradient", "curvature", "none"]
+GradientStatistic = Literal["gradient", "squared_gradient", "curvature", "none"]
 """What a score is given of the loss: the mean gradient g over the scoring batches, the mean of the squares of the
 batches' gradients, the Hessian times g, or nothing, so that no scoring pass is needed.
 """
@@ -40,7 +40,7 @@ batches' gradients, the Hessian times g, or nothing, so that no scoring pass is 
 class Score(ABC):
     """Ranks the entries of one weight; the highest are kept."""
 
-    statistic: ClassVar[Statistic] = "gradient"
+    statistic: ClassVar[GradientStatistic] = "gradient"
 
     @abstractmethod
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
@@ -96,7 +96,7 @@ class FisherInformation(Score):
     Each batch's gradient is squared before the mean is taken, so more and smaller batches say more.
     """
 
-    statistic: ClassVar[Statistic] = "squared_gradient"
+    statistic: ClassVar[GradientStatistic] = "squared_gradient"
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         return gradient
@@ -110,7 +110,7 @@ class GraSP(Score):
     passes over the batches, two copies of that gradient, and a base in float32.
     """
 
-    statistic: ClassVar[Statistic] = "curvature"
+    statistic: ClassVar[GradientStatistic] = "curvature"
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         return weight.to(gradient.dtype) * gradient
@@ -125,7 +125,7 @@ class WeightMagnitude(Score):
     """
 
     smallest: bool = False
-    statistic: ClassVar[Statistic] = "none"
+    statistic: ClassVar[GradientStatistic] = "none"
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         size = weight.abs().to(gradient.dtype)
@@ -136,7 +136,7 @@ class WeightMagnitude(Score):
 class ChangeMagnitude(Score):
     """`|D|`: what training has moved furthest; with the rule `DenseThenSparse(rewind=True)` it is LT-SFT."""
 
-    statistic: ClassVar[Statistic] = "none"
+    statistic: ClassVar[GradientStatistic] = "none"
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         return delta.dense().abs()
@@ -146,7 +146,7 @@ class ChangeMagnitude(Score):
 class RandomScore(Score):
     """Uniform random scores: the control. The caller seeds torch, so that all ranks draw alike."""
 
-    statistic: ClassVar[Statistic] = "none"
+    statistic: ClassVar[GradientStatistic] = "none"
 
     def __call__(self, weight: Tensor, gradient: Tensor, delta: Delta) -> Tensor:
         return torch.rand(weight.shape, device="cpu").to(weight.device)

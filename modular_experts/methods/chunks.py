@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, add
-from modular_experts.deltas.tiles import between, block_grid, entries_in_order, gather_blocks, index_dtype, true_places
+from modular_experts.deltas.tiles import between, entries_in_order, gather_tiles, index_dtype, tile_grid, true_places
 from modular_experts.native.sparse_passes import Runs, pack_entries, spread_tiles
 
 __all__ = [
@@ -231,7 +231,7 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
             merged.view(-1)[slice(*chunk.span)].copy_(rule(chunk)[0])
         return Dense(merged)
     # Room for the whole weight is allocated, but only the pages that the kept entries fill are ever touched.
-    room = math.prod(block_grid(shape, tile) if tile else shape)
+    room = math.prod(tile_grid(shape, tile) if tile else shape)
     places = torch.empty(room, dtype=index_dtype(shape), device=device)
     values, count = torch.empty(room, *tile or (), dtype=dtype, device=device), 0
     for chunk in chunks_of(deltas):
@@ -351,9 +351,9 @@ def _pack_tiles(
     """Write the indices and the values of the tiles with a kept entry into the result; return their number."""
     wide = -(-chunk.width // tile[1])
     inside = torch.arange(-(-(chunk.rows[1] - chunk.rows[0]) // tile[0]) * wide, device=values.device)
-    blocks = inside[gather_blocks(kept.view(-1, chunk.width), inside, tile).flatten(1).any(1)]
+    blocks = inside[gather_tiles(kept.view(-1, chunk.width), inside, tile).flatten(1).any(1)]
     places[: len(blocks)] = blocks + chunk.rows[0] // tile[0] * wide
-    values[: len(blocks)] = gather_blocks(total.to(values.dtype).view(-1, chunk.width), blocks, tile)
+    values[: len(blocks)] = gather_tiles(total.to(values.dtype).view(-1, chunk.width), blocks, tile)
     return len(blocks)
 
 

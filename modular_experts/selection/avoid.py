@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Sparse
-from modular_experts.deltas.tiles import block_sums
+from modular_experts.deltas.tiles import tile_sums
 from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.expert import RECORD_FILE
 from modular_experts.selection.scoring import SelectableLayer
@@ -73,7 +73,7 @@ def count_others(name: str, layer: SelectableLayer, others: Iterable[StoredExper
         if isinstance(delta, Sparse) or (isinstance(delta, BlockSparse) and delta.tile != expert.tile):
             entries = torch.zeros(expert.shape.numel(), device=counts.device)
             entries[delta.support().to(counts.device).long()] = 1.0
-            counts += block_sums(entries.view(expert.shape), expert.tile) / math.prod(expert.tile)
+            counts += tile_sums(entries.view(expert.shape), expert.tile) / math.prod(expert.tile)
         elif isinstance(delta, BlockSparse):
             counts[delta.blocks.to(counts.device).long()] += 1.0
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.tiles import block_grid, gather_blocks, index_dtype
+from modular_experts.deltas.tiles import gather_tiles, index_dtype, tile_grid
 from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
@@ -156,9 +156,9 @@ def _delta(form: str, shape: tuple[int, int], seed: int) -> Delta:
         return Dense(values)
     if form == "LowRank":
         return LowRank(torch.randn(shape[0], 2, generator=draw), torch.randn(2, shape[1], generator=draw))
-    grid = shape if form == "Sparse" else block_grid(shape, (2, 3))
+    grid = shape if form == "Sparse" else tile_grid(shape, (2, 3))
     count = grid[0] * grid[1]
     kept = torch.randperm(count, generator=draw)[: max(1, 2 * count // 5)].sort().values.to(index_dtype(shape))
     if form == "Sparse":
         return Sparse(kept, values.view(-1)[kept], torch.Size(shape))
-    return BlockSparse(kept, gather_blocks(values, kept, (2, 3)), torch.Size(shape))
+    return BlockSparse(kept, gather_tiles(values, kept, (2, 3)), torch.Size(shape))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base.apply import apply_deltas
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
-from modular_experts.deltas.tiles import gather_blocks
+from modular_experts.deltas.tiles import gather_tiles
 
 __all__ = ["Combination"]
 
@@ -120,7 +120,7 @@ def inner(tensor: Tensor, delta: Delta) -> Tensor:
     if isinstance(delta, Sparse):
         return tensor.reshape(-1)[delta.indices].to(wide).dot(delta.values.to(wide))
     if isinstance(delta, BlockSparse):
-        return (gather_blocks(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
+        return (gather_tiles(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
     if isinstance(delta, LowRank):
         return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
     return (tensor.to(wide) * delta.dense()).sum()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from modular_experts.deltas.tiles import (
-    block_grid,
-    block_sums,
     entries_in_order,
-    gather_blocks,
+    gather_tiles,
     index_dtype,
-    scatter_blocks_,
+    scatter_tiles_,
+    tile_grid,
+    tile_sums,
 )
 
 SHAPES = [(6, 9), (5, 7), (1, 4), (8, 3)]
@@ -30,22 +30,22 @@ def _slices(matrix: np.ndarray, tile: tuple[int, int]) -> list[np.ndarray]:
 def test_tiles_are_slices_filled_up_with_zeros(shape: tuple[int, int], tile: tuple[int, int]) -> None:
     matrix = np.random.default_rng(0).normal(size=shape)
     wanted = _slices(matrix, tile)
-    assert len(wanted) == np.prod(block_grid(shape, tile))
+    assert len(wanted) == np.prod(tile_grid(shape, tile))
     blocks = torch.arange(len(wanted))
-    tiles = gather_blocks(torch.from_numpy(matrix), blocks, tile)
+    tiles = gather_tiles(torch.from_numpy(matrix), blocks, tile)
     for found, part in zip(tiles.numpy(), wanted, strict=True):
         assert found.shape == tile
         np.testing.assert_array_equal(found[: part.shape[0], : part.shape[1]], part)
         assert np.count_nonzero(found) == np.count_nonzero(part)
-    np.testing.assert_allclose(block_sums(torch.from_numpy(matrix), tile), [p.sum() for p in wanted], atol=1e-12)
+    np.testing.assert_allclose(tile_sums(torch.from_numpy(matrix), tile), [p.sum() for p in wanted], atol=1e-12)
     copy = torch.full(shape, torch.nan, dtype=torch.float64)
-    assert torch.equal(scatter_blocks_(copy, blocks, tiles), torch.from_numpy(matrix))
+    assert torch.equal(scatter_tiles_(copy, blocks, tiles), torch.from_numpy(matrix))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_writing_some_tiles_leaves_the_others(tile: tuple[int, int]) -> None:
     matrix, blocks = torch.zeros(5, 7), torch.tensor([1])
-    scatter_blocks_(matrix, blocks, torch.ones(1, *tile))
+    scatter_tiles_(matrix, blocks, torch.ones(1, *tile))
     assert [part.all() for part in _slices(matrix.numpy(), tile)][1]
     assert matrix.sum() == _slices(matrix.numpy(), tile)[1].size
 
@@ -56,11 +56,11 @@ def test_writing_some_tiles_leaves_the_others(tile: tuple[int, int]) -> None:
 def test_entries_of_tiles_come_in_the_order_of_the_weight(
     shape: tuple[int, int], tile: tuple[int, int], share: float
 ) -> None:
-    count = int(np.prod(block_grid(shape, tile)))
+    count = int(np.prod(tile_grid(shape, tile)))
     blocks = np.flatnonzero(np.random.default_rng(1).random(count) < share)
     tiles = 1.0 + torch.arange(len(blocks) * tile[0] * tile[1]).view(len(blocks), *tile)
     entries, values = entries_in_order(torch.from_numpy(blocks).int(), tiles, shape)
-    wide, wanted = block_grid(shape, tile)[1], {}
+    wide, wanted = tile_grid(shape, tile)[1], {}
     for block, own in zip(blocks.tolist(), tiles.tolist(), strict=True):
         for i, j in np.ndindex(*tile):
             row, column = block // wide * tile[0] + i, block % wide * tile[1] + j

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.kernels import KeptGradient, kept_linear, native
-from modular_experts.kernels.native import NativeBlocks, NativeEntries
+from modular_experts.kernels.native import NativeEntries, NativeTiles
 
 SHAPES = [(17, 23), (24, 36), (64, 8), (130, 70)]
 TOKENS = [1, 7, 300, 1000]
@@ -36,7 +36,7 @@ def _kernel(size: int, share: float, shape: tuple[int, int]) -> KeptGradient:
 
 
 def _kernel_of(units: Tensor, size: int, shape: tuple[int, int]) -> KeptGradient:
-    return (NativeEntries if size == 1 else NativeBlocks)(units, shape, (size, size))
+    return (NativeEntries if size == 1 else NativeTiles)(units, shape, (size, size))
 
 
 def _check(kernel: KeptGradient, x: Tensor, grad: Tensor) -> None:
@@ -121,7 +121,7 @@ def test_the_number_of_threads_changes_no_bit(size, share) -> None:
 @pytest.mark.usefixtures("compiled")
 def test_zeros_lie_beyond_the_edge_even_beside_infinity() -> None:
     x, grad = torch.full((3, 20), math.inf), torch.full((3, 17), math.inf)
-    tile = NativeBlocks(torch.tensor([3]), (17, 20), (16, 16)).gradient(x, grad)[0]
+    tile = NativeTiles(torch.tensor([3]), (17, 20), (16, 16)).gradient(x, grad)[0]
     assert tile[:1, :4].isinf().all()
     assert tile[1:].eq(0).all()
     assert tile[:, 4:].eq(0).all()

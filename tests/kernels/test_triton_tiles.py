@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.kernels import triton_tiles as triton_blocks
-from modular_experts.kernels.triton_tiles import SIZES, TritonBlocks, token_splits
+from modular_experts.kernels.triton_tiles import SIZES, TritonTiles, token_splits
 
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -61,7 +61,7 @@ SPLIT = [
 ]
 
 
-class Split(TritonBlocks):
+class Split(TritonTiles):
     """Splits the tokens as a case says, and remembers into how many parts they were.
 
     The last segment is made first: one that wrote beyond its own end would spoil tiles that are already there.
@@ -212,7 +212,7 @@ def test_float32_is_exact_unless_torch_allows_tf32(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(triton_blocks, "_program", lambda: program)
     monkeypatch.setattr(triton_blocks, "_interpreted", lambda: True)
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    TritonBlocks(torch.tensor([0]), (16, 16), (16, 16)).gradient(torch.zeros(1, 16), torch.zeros(1, 16))
+    TritonTiles(torch.tensor([0]), (16, 16), (16, 16)).gradient(torch.zeros(1, 16), torch.zeros(1, 16))
     assert [settings["precision"] for settings in launches] == [precision]
 
 
@@ -232,12 +232,12 @@ def test_partial_sums_stay_below_their_share_of_memory() -> None:
 @pytest.mark.parametrize("tile", [(24, 24), (4, 4), (256, 256), (16, 32)])
 def test_tiles_that_no_program_serves_are_refused(tile: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"serves square tiles of 8, .* or 128, not {tile[0]} x {tile[1]}; set"):
-        TritonBlocks(torch.tensor([0]), (512, 512), tile)
+        TritonTiles(torch.tensor([0]), (512, 512), tile)
 
 
 def test_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_blocks, "_program", lambda: None)
-    kernel = TritonBlocks(torch.tensor([0]), (16, 16), (16, 16))
+    kernel = TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
     with pytest.raises(ValueError, match=r"not in torch\.float64; use auto"):
         kernel.gradient(torch.zeros(1, 16).double(), torch.zeros(1, 16).double())
 
@@ -246,7 +246,7 @@ def test_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_blocks, "_program", triton_blocks._program.__wrapped__)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="needs the package triton: pip install triton, or use auto"):
-        TritonBlocks(torch.tensor([0]), (16, 16), (16, 16))
+        TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
 
 
 def test_importing_the_kernels_does_not_import_triton() -> None:

@@ -12,7 +12,7 @@ from testbed.random_deltas import random_delta
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
 from modular_experts.deltas import BlockSparse, Sparse
-from modular_experts.deltas.tiles import block_grid
+from modular_experts.deltas.tiles import tile_grid
 from modular_experts.library import make_record, open_expert, write_expert
 
 RECORD = make_record("SparseExpert", {"id": "base", "revision": None, "fingerprint": "f" * 64})
@@ -43,7 +43,7 @@ def test_each_weight_is_stored_in_its_shortest_form_beside_its_values(tmp_path):
             way = name.split()[1]
             assert f"{name}/{way}" in set(tensors.keys())
             assert torch.equal(tensors.get_tensor(f"{name}/values"), delta.values)
-            tall, wide = block_grid(SHAPE, (1, 1) if isinstance(delta, Sparse) else delta.tile)
+            tall, wide = tile_grid(SHAPE, (1, 1) if isinstance(delta, Sparse) else delta.tile)
             size = {"gaps": len(delta.values), "mask": -(-tall * wide // 8)}.get(way, 4)  # no gap is beyond 255
             assert tensors.get_slice(f"{name}/{way}").get_dtype() == ("I32" if way in ("indices", "blocks") else "U8")
             assert stored.stored_bytes()[name] == 4 * delta.values.numel() + size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.base import streaming
 from modular_experts.deltas import BlockSparse, Delta, Sparse
-from modular_experts.deltas.tiles import block_grid, entries_in_order, gather_blocks
+from modular_experts.deltas.tiles import entries_in_order, gather_tiles, tile_grid
 from modular_experts.library.packing import encode
 from modular_experts.methods import (
     EMR,
@@ -54,9 +54,9 @@ def _runs(deltas: list[Sparse]) -> Runs:
 
 def _tiles(share: float, seed: int, tile: tuple[int, int]) -> BlockSparse:
     draw = torch.Generator().manual_seed(seed)
-    blocks = (torch.rand(math.prod(block_grid(SHAPE, tile)), generator=draw) < share).nonzero()[:, 0].int()
+    blocks = (torch.rand(math.prod(tile_grid(SHAPE, tile)), generator=draw) < share).nonzero()[:, 0].int()
     values = torch.randn(math.prod(SHAPE), generator=draw).view(SHAPE)
-    return BlockSparse(blocks, gather_blocks(values, blocks, tile), SHAPE)
+    return BlockSparse(blocks, gather_tiles(values, blocks, tile), SHAPE)
 
 
 def _by_torch(deltas: list[Sparse], weights: list[float]) -> Tensor:
@@ -198,7 +198,7 @@ def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
 @pytest.mark.parametrize("tile", [(16, 16), (1, 200), (150, 1), (7, 300), (1, 1)], ids=str)
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
-    count = math.prod(block_grid(shape, tile))
+    count = math.prod(tile_grid(shape, tile))
     draw = torch.Generator().manual_seed(5)
     blocks = (torch.rand(count, generator=draw) < share).nonzero()[:, 0].int()
     tiles = torch.randn(len(blocks), *tile, generator=draw)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.tiles import Tile, block_grid, gather_blocks, index_dtype
+from modular_experts.deltas.tiles import Tile, gather_tiles, index_dtype, tile_grid
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
@@ -39,8 +39,8 @@ def random_delta(
     if form == "Sparse":
         indices = _some(math.prod(shape), share, draw)
         return Sparse(indices.to(index_dtype(shape)), values.view(-1)[indices], torch.Size(shape))
-    blocks = _some(math.prod(block_grid(shape, tile)), share, draw).to(index_dtype(shape))
-    return BlockSparse(blocks, gather_blocks(values, blocks, tile), torch.Size(shape))
+    blocks = _some(math.prod(tile_grid(shape, tile)), share, draw).to(index_dtype(shape))
+    return BlockSparse(blocks, gather_tiles(values, blocks, tile), torch.Size(shape))
 
 
 def _factors(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
