@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_model
+from conftest import build_model
 from safetensors.torch import load_file, save_file
 from testbed.random_deltas import random_delta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.base import Base, streaming
+from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply, apply_deltas, check_loaded
 from modular_experts.base.fingerprint import fingerprint
 from modular_experts.deltas import Dense
@@ -26,7 +28,7 @@ def linear_weights(model):
 
 
 def make(path, base, seed, form="Sparse", names=None):
-    model = Base.open(base).load()
+    model = Base.open(base).structure.model
     names = names or linear_weights(model)
     deltas = [
         (n, random_delta(form, model.get_parameter(n).shape, seed, torch.float32, tile=(8, 8)) * 0.1) for n in names
@@ -36,7 +38,7 @@ def make(path, base, seed, form="Sparse", names=None):
     return path
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "neox"])
 def test_checkpoint_is_base_plus_deltas_and_loads_with_plain_transformers(tiny, architecture, tmp_path):
     base = tiny(architecture)
     one = make(tmp_path / "one", base, 1, "Sparse")
@@ -76,15 +78,6 @@ def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, t
     assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
     assert manifest["check"]["largest_difference"] == 0.0
     assert manifest["check"]["tolerance"] == 1e-3
-
-
-def test_base_is_found_through_the_record_and_beside_the_library(tiny_llama_dir, tmp_path):
-    assert apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out").largest_difference == 0
-    base = shutil.copytree(tiny_llama_dir, tmp_path / "project/models/base")
-    make(tmp_path / "project/library/one", base, 1)
-    shutil.move(tmp_path / "project", tmp_path / "moved")
-    shutil.move(tmp_path / "moved/models/base", tmp_path / "moved/base")
-    assert apply([tmp_path / "moved/library/one"], tmp_path / "out2").largest_difference == 0
 
 
 def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
@@ -164,9 +157,8 @@ def test_without_the_check_no_model_is_loaded(tiny_llama_dir, tmp_path, monkeypa
     assert json.loads((tmp_path / "unchecked/modular_experts.json").read_text())["check"] is None
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_rounding_takes_is_told(tmp_path, dtype):
-    base = build_model("llama").to(getattr(torch, dtype))
+def test_what_rounding_takes_is_told(tmp_path):
+    base = build_model("llama").bfloat16()
     base.save_pretrained(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj.weight"
     weight = dict(base.named_parameters())[name].detach()
@@ -273,50 +265,44 @@ def test_interrupted_checkpoint_goes_on_with_the_file_where_it_stopped(tmp_path,
     )
 
 
-def interrupted_checkpoint(tmp_path, monkeypatch):
-    """A base in several files and a checkpoint of it that was interrupted after the first of them."""
+def test_finished_files_that_changed_are_written_again(tmp_path, monkeypatch):
     build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
     expert = make(tmp_path / "one", tmp_path / "base", 1)
     read, asked = Sum.__getitem__, []
 
     def interrupted(self, name):
         asked.append(name)
-        if len(asked) == 5:
+        if len(asked) == 6:
             raise KeyboardInterrupt
         return read(self, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(Sum, "__getitem__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            apply([expert], tmp_path / "out")
+            apply([expert], tmp_path / "out", verify=False)
     (place,) = tmp_path.glob(".out.*")
-    return expert, place
-
-
-@pytest.mark.parametrize("damage", ["file", "note"])
-def test_finished_file_that_changed_is_written_again(tmp_path, monkeypatch, damage):
-    expert, place = interrupted_checkpoint(tmp_path, monkeypatch)
-    finished = sorted(place.glob("model-*.safetensors"))[0]
-    if damage == "file":
-        content = bytearray(finished.read_bytes())
-        content[-1] ^= 1
-        finished.write_bytes(content)
-    else:
-        (place / f".{finished.name}.json").write_text("")
-    apply([expert], tmp_path / "out")
-    apply([expert], tmp_path / "whole")
+    first, second, *_ = sorted(place.glob("model-*.safetensors"))
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    (place / f".{second.name}.json").write_text("")
+    apply([expert], tmp_path / "out", verify=False)
+    apply([expert], tmp_path / "whole", verify=False)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_last_file_is_not_read_again(tiny_llama_dir, tmp_path, monkeypatch):
-    """Nothing is left to do once it is there, so what would take it up again is not taken down."""
-    read = []
-    monkeypatch.setattr(streaming, "_hash", lambda file: read.append(file.name) or "")
-    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out")
-    assert not read
+    """With it all is there, so no note is needed to take it up, and so no hash of it."""
     build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
-    apply([make(tmp_path / "two", tmp_path / "base", 1)], tmp_path / "more")
+    one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tmp_path / "base", 1)
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind)
+    )
+    apply([one], tmp_path / "out", verify=False)
+    assert not read
+    apply([two], tmp_path / "more", verify=False)
     assert read == [file.name for file in sorted((tmp_path / "more").glob("*.safetensors"))][:-1]
 
 
@@ -359,7 +345,7 @@ def test_applied_takes_a_path_an_expert_or_several_of_them(tiny_llama_dir, tmp_p
         assert torch.equal(model.get_parameter(name), before)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", None])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64", None])
 def test_a_model_is_known_as_the_base_in_any_dtype(tmp_path, dtype):
     """Also where it was rounded on the way, which is what a float32 model from a half precision load is."""
     build_model("llama").save_pretrained(tmp_path / "base")

