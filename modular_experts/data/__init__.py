@@ -1,4 +1,8 @@
-"""Data: tasks read, checked, tokenised and mixed into batches. `batch.py` says what a batch is."""
+"""Read, check and tokenise the rows of tasks, and mix them into batches.
+
+`batch.py` defines a batch, the one thing that data and training both know; models and experts are unknown here. Open
+`mixture.py` first.
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""The batch: the one thing that the data and the module both know.
+"""Define the batch, the one thing that data and training both know.
 
 A batch is a dict, for `n` rows padded on the right to the longest, `length`:
 
     input_ids       (n, length) int64; the prompt, the target, end-of-sequence, padding
-    attention_mask  (n, length) int64; 1 on tokens and 0 on padding, which is known by length and never by a token's id
-    labels          (n, length) int64; the id where the target or its end-of-sequence stands, IGNORED elsewhere
-    task            list of n names; "" marks a filler row, which no score may count (see `is_filler`)
+    attention_mask  (n, length) int64; 1 on tokens and 0 on padding, by its place and never by a token's id
+    labels          (n, length) int64; the id at the places of the target and its end-of-sequence, IGNORED elsewhere
+    task            list of n names; "" marks a filler row, which no score counts (see `is_filler`)
 
 The prompt of a row is its tokens before the first labelled one. Batches of validation, test and prediction also carry
 
-    input, target   lists of n texts as they stood in the data (after the task's template)
+    input, target   lists of n texts as in the data, after the task's template
     choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
-                    rows, and row (m,) int64, the row a choice belongs to, and correct (m,) bool
+                    rows, row (m,) int64, the row that a choice belongs to, and correct (m,) bool
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A row, tokenised; `choices` are the row's prompt with each choice in the target's place."""
+    """A tokenised row; `choices` are the row's prompt with each choice in the target's place."""
 
     task: str
     input: str
@@ -99,7 +99,7 @@ class Collator:
 
 
 def is_filler(batch: Batch) -> list[bool]:
-    """Say of each row whether it only fills up a batch, to keep processes in step; nobody counts or writes it."""
+    """Return of each row whether it is a filler, which keeps processes in step and counts in no score or file."""
     return [task == "" for task in batch["task"]]
 
 

@@ -1,7 +1,7 @@
-"""The task mixture: tasks in, batches out, as a LightningDataModule.
+"""Turn tasks into batches, as a LightningDataModule.
 
-All rows are read and judged before anything runs, and tokenised once, so a loader only pads. Held-in tasks are
-trained and validated on; every task is tested and predicted. No model is known here.
+The mixture reads and checks all rows before anything runs, and tokenises them once, so a loader only pads. Held-in
+tasks are for training and validation; every task is for test and prediction.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import Collator, Example, ExampleSet
-from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows
+from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
     Mixing,
@@ -46,20 +46,20 @@ class TaskMixture(LightningDataModule):
     Args:
         tasks: The tasks, e.g. {name: intents, path: intents.jsonl}. Rows have `input`, `target` and optionally
             `split` (train, validation or test) and `choices`.
-        tokenizer: Model directory or hub id whose tokenizer is used (or a tokenizer); the command line takes the
+        tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
         batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only.
-        max_length: The most tokens of a row; longer ones lose tokens on the left of the input and keep their target.
+        max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target.
         mixing: How much of each task an epoch takes: `Proportional` (the default), `Equal` or `Temperature`.
-        seed: The order of training is a function of this and the epoch; the run's own (`seed_everything`) if none is
-            given.
-        validation_ratio: Share of the rows without a `split` that is validated on (held-in tasks).
-        test_ratio: Share of the rows without a `split` that is tested on (held-in tasks; of held-out tasks it is all).
-        split_seed: Chooses these rows. It is not `seed`, so that a test never meets rows trained on under another seed.
+        seed: Seed of the order of training, together with the epoch; the run's own (`seed_everything`) if not given.
+        validation_ratio: Share of a held-in task's rows without a `split` that go to validation.
+        test_ratio: Share of a held-in task's rows without a `split` that go to the test; of held-out tasks all do.
+        split_seed: Seed of this division. It is not `seed`, so that no test meets rows that a run with another seed
+            trained on.
         eval_limit: The most validation rows, and the most test rows, of one task, spread evenly over its file.
         chat_template: Put the input as a user's message through the tokenizer's chat template.
-        num_workers: Worker processes of a loader; rows are tokenised in advance, so 0 is seldom slower.
+        num_workers: Worker processes of a loader. Rows are tokenised in advance, so 0 is seldom slower.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = False
@@ -81,6 +81,16 @@ class TaskMixture(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if eval_limit is not None and eval_limit < 1:
+            raise ValueError(f"eval_limit={eval_limit} must be at least 1 row of a task, or null for all")
+        if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
+            raise ValueError(
+                f"validation_ratio={validation_ratio} and test_ratio={test_ratio} must be 0 or more and leave rows to "
+                "train on"
+            )
         self.tasks = as_tasks(tasks)
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
@@ -91,25 +101,12 @@ class TaskMixture(LightningDataModule):
         self.chat_template, self.num_workers = chat_template, num_workers
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
-        #: Rows that lost tokens to `max_length`, by split and task; filled as splits are tokenised.
         self.cut_rows: dict[str, dict[str, int]] = {}
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise ValueError(f"eval_limit={self.eval_limit} must be at least 1 row of a task, or null for all")
-        validation, test = self.validation_ratio, self.test_ratio
-        if min(validation, test) < 0 or validation + test >= 1:
-            raise ValueError(
-                f"validation_ratio={validation} and test_ratio={test} must be 0 or more and leave something to train on"
-            )
+        """Rows that lost tokens to `max_length`, by split and task; known as soon as a split is tokenised."""
 
     @property
     def roles(self) -> dict[str, str]:
-        """Each task's role, `held_in` or `held_out`, by name, in the order given."""
+        """Each task's role, `held_in` or `held_out`, by name, in the order of the tasks."""
         return {task.name: task.role for task in self.tasks}
 
     @property
@@ -120,7 +117,7 @@ class TaskMixture(LightningDataModule):
         return epoch_counts(sizes, self.mixing, weights, {task.name: task.cap for task in self.tasks})
 
     def prepare_data(self) -> None:
-        """Download hub datasets, on one process of each machine, so that the others find them in the cache."""
+        """Download hub datasets; one process of each machine does it, and the others find them in the cache."""
         for task in self.tasks:
             if task.hub is not None:
                 task.read()
@@ -131,21 +128,27 @@ class TaskMixture(LightningDataModule):
         Raises:
             ValueError: A file is missing, a row is bad, or a task has no rows for the stage. Nothing has run yet.
         """
-        # The rows are in memory and tokenised: there is nothing that worker processes would do sooner.
+        # Worker processes would gain nothing: the rows are in memory and tokenised.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         if stage in ("fit", None):
             self._need(self._split("train"), "train", "train on")
             self._split("validation")
-            self._log_proportions()
+            counts = self.counts
+            total = sum(counts.values())
+            for name, count in counts.items():
+                passes = count / len(self._split("train")[name])
+                self._log(
+                    logging.INFO, f"{name}: {count} of {total} rows an epoch ({count / total:.1%}), {passes:.2f} passes"
+                )
         if stage in ("validate", None):
             self._need(self._split("validation"), "validation", "validate on")
         if stage in ("test", "predict", None):
             self._need(self._split("test"), "test", "test on")
 
     def train_dataloader(self) -> DataLoader:
-        """Return the batches of an epoch, `loader.sampler.set_epoch(epoch)`, in an order that no one else changes.
+        """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
 
-        The trainer's current epoch goes on where the trainer's count of finished batches stands; every other epoch
+        Reading the trainer's current epoch starts after the batches that the trainer has finished. Every other epoch
         starts at its beginning, so a callback may read batches of its own without touching those of the training.
         """
         examples, counts = self._split("train"), self.counts
@@ -158,18 +161,19 @@ class TaskMixture(LightningDataModule):
             sampler=MixtureSampler(order, sum(counts.values()), self.batch_size, rank, world_size, self._position),
             collate_fn=Collator(self._row_tokenizer().pad_id, texts=False),
             num_workers=self.num_workers,
-            generator=torch.Generator(),  # one of its own: a loader without takes numbers from the global one
+            # Without a generator of its own, a loader takes numbers from the global one.
+            generator=torch.Generator(),
         )
         loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
         return loader
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Return the validation rows of the held-in tasks, tasks taking turns; nothing at all if there are none."""
+        """Return the validation rows of the held-in tasks, tasks taking turns, or an empty list without such rows."""
         examples = _taking_turns(list(self._split("validation").values()))
         return self._evaluation_loader(examples) if examples else []
 
     def test_dataloader(self) -> DataLoader:
-        """Return the test rows of all tasks, tasks taking turns, so that `limit_test_batches` meets each of them."""
+        """Return the test rows of all tasks, tasks taking turns, so that `limit_test_batches` reaches each of them."""
         return self._evaluation_loader(_taking_turns(list(self._split("test").values())))
 
     def predict_dataloader(self) -> DataLoader:
@@ -191,10 +195,9 @@ class TaskMixture(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _position(self, epoch: int) -> tuple[int, int]:
-        """Return which epoch to read and its finished batches; for the trainer's own, by its count of all batches.
-
-        Its count of epochs is one too high after a resume from a checkpoint of an epoch's end.
-        """
+        """Return which epoch to read and how many of its batches are finished."""
+        # The trainer's count of epochs is one too high after a resume from the end of an epoch; its count of all
+        # batches is right.
         loop = None if self.trainer is None else self.trainer.fit_loop
         if loop is None or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
             return epoch, 0
@@ -214,7 +217,7 @@ class TaskMixture(LightningDataModule):
         return self._rows
 
     def _split(self, split: str) -> dict[str, list[Example]]:
-        """Return one split's examples by task; tokenised at the first call."""
+        """Return one split's examples by task; the first call tokenises them."""
         if split not in self._examples:
             tokenize, examples, problems, cut = self._row_tokenizer(), {}, [], {}
             for task in self.tasks:
@@ -222,13 +225,19 @@ class TaskMixture(LightningDataModule):
                     continue
                 rows = [row for row in self._read()[task.name] if row.split == split]
                 if split != "train" and self.eval_limit is not None:
-                    rows = _spread(rows, self.eval_limit)
+                    rows = spread_evenly(rows, self.eval_limit)
                 done = tokenize(task.name, rows, choices=split != "train")
                 examples[task.name], cut[task.name] = done.examples, done.cut
                 problems += done.problems
             raise_for_bad_rows(problems)
             self._examples[split], self.cut_rows[split] = examples, cut
-            self._log_cuts(split)
+            for name, count in cut.items():
+                if count:
+                    self._log(
+                        logging.WARNING,
+                        f"{name}: {count} of {len(examples[name])} {split} rows are longer than "
+                        f"max_length={self.max_length} and lost the start of their input",
+                    )
         return self._examples[split]
 
     def _row_tokenizer(self) -> RowTokenizer:
@@ -250,33 +259,9 @@ class TaskMixture(LightningDataModule):
                 has = ", ".join(f"{splits.count(known)} {known}" for known in SPLITS if known in splits)
                 raise ValueError(f"task {name!r} has no {split} rows, so there is nothing to {purpose}; it has {has}")
 
-    def _log_proportions(self) -> None:
-        counts = self.counts
-        total = sum(counts.values())
-        for name, count in counts.items():
-            size = len(self._split("train")[name])
-            self._say(
-                logging.INFO,
-                f"{name}: {count} of {total} rows an epoch ({count / total:.1%}), {count / size:.2f} passes",
-            )
-
-    def _log_cuts(self, split: str) -> None:
-        for name, cut in self.cut_rows[split].items():
-            if cut:
-                rows = len(self._examples[split][name])
-                self._say(
-                    logging.WARNING,
-                    f"{name}: {cut} of {rows} {split} rows are longer than max_length={self.max_length} and lost the "
-                    "start of their input",
-                )
-
-    def _say(self, level: int, sentence: str) -> None:
+    def _log(self, level: int, sentence: str) -> None:
         if self.trainer is None or self.trainer.is_global_zero:
             log.log(level, sentence)
-
-
-def _spread(rows: Sequence[Row], count: int) -> list[Row]:
-    return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
 
 
 def _taking_turns(tasks: Sequence[Sequence[Any]]) -> list[Any]:

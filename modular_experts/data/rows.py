@@ -1,7 +1,6 @@
-"""Rows: what one example of a task must be - an input text and a target text, perhaps a split and choices.
+"""Turn records into rows: an input text and a target text, perhaps with a split and choices.
 
-Records come in, rows go out, and every record that is no good row becomes one sentence, `file:line: what is wrong`.
-Nothing is read from disk here and nothing is tokenised.
+Every record that is not a good row becomes one sentence, `file:line: what is wrong`. `sources.py` reads the records.
 """
 
 from __future__ import annotations
@@ -9,14 +8,15 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
 from modular_experts.data.sources import Record
+from modular_experts.text import did_you_mean
 
-__all__ = ["SPLITS", "Row", "RowReader", "raise_for_bad_rows", "template_fields"]
+__all__ = ["SPLITS", "Row", "RowReader", "raise_for_bad_rows", "spread_evenly", "template_fields"]
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
@@ -25,7 +25,7 @@ _QUOTED = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One example; `split` is None where the data does not say, `where` is its place (`file:line`)."""
+    """One example; `split` is None if the data does not name one, `where` is its place (`file:line`)."""
 
     input: str
     target: str
@@ -39,10 +39,9 @@ class RowReader:
     """Turns records into rows.
 
     Args:
-        columns: Which column of the data stands for `input`, `target`, `split` or `choices`, where it is named
-            otherwise.
+        columns: The data's column for `input`, `target`, `split` or `choices`, if it has another name.
         template: The input text, with columns in braces: "Question: {question}\\nAnswer:".
-        choices: Possible targets of every row that names none of its own.
+        choices: Possible targets of every row without choices of its own.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -91,15 +90,17 @@ class RowReader:
             return None
         if isinstance(split, str) and (name := _SPLIT_ALIASES.get(split.lower(), split.lower())) in SPLITS:
             return name
-        raise _BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{_near(split, SPLITS)}")
+        raise _BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
 
     def _choices(self, values: Mapping[str, Any], target: str) -> tuple[str, ...]:
         column = self.columns.get("choices", "choices")
         choices = values.get(column)
         if choices is None or choices == "":
             choices = list(self.choices)
-        if isinstance(choices, str):  # a CSV cell holds text only
-            choices = _parsed(choices)
+        if isinstance(choices, str):
+            # A CSV cell holds text only, which may be a JSON list.
+            with suppress(json.JSONDecodeError):
+                choices = json.loads(choices)
         if not isinstance(choices, list | tuple):
             raise _BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
         texts = [_checked(column, choice) for choice in choices]
@@ -107,13 +108,14 @@ class RowReader:
             raise _BadRow(f"{column!r} needs two or more different texts, not {reprlib.repr(texts)}")
         if texts and target not in texts:
             raise _BadRow(
-                f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}{_near(target, texts)}"
+                f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}"
+                f"{did_you_mean(target, texts)}"
             )
         return tuple(texts)
 
 
 def template_fields(template: str) -> list[str]:
-    """Return the columns a prompt template names.
+    """Return the columns that a prompt template names.
 
     Raises:
         ValueError: A brace is not closed, or a field has no name.
@@ -131,10 +133,10 @@ def template_fields(template: str) -> list[str]:
 
 
 def raise_for_bad_rows(problems: Sequence[str]) -> None:
-    """Raise one error that counts all bad rows and quotes the first few.
+    """Raise one error that counts all bad rows and quotes the first five.
 
     Raises:
-        ValueError: There is at least one.
+        ValueError: There is a bad row.
     """
     if not problems:
         return
@@ -143,8 +145,13 @@ def raise_for_bad_rows(problems: Sequence[str]) -> None:
     raise ValueError("\n".join([f"{count} in the task data, so nothing was run{more}:", *problems[:_QUOTED]]))
 
 
+def spread_evenly(rows: Sequence[Any], count: int) -> list[Any]:
+    """Return at most `count` of the rows, at even distances over all of them."""
+    return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
+
+
 class _BadRow(ValueError):
-    """What is wrong with one record; becomes a sentence of the report."""
+    """A sentence on one record, for the report of all bad rows."""
 
 
 def _checked(column: str, value: Any) -> str:
@@ -163,16 +170,4 @@ def _checked(column: str, value: Any) -> str:
 
 def _no_column(column: str, values: Mapping[str, Any]) -> str:
     names = [str(name) for name in values]
-    return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{_near(column, names)}"
-
-
-def _near(word: object, names: Iterable[str]) -> str:
-    near = get_close_matches(str(word), list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{did_you_mean(column, names)}"

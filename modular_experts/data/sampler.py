@@ -1,8 +1,8 @@
-"""Samplers: which rows a process reads, in training (an order, cut into equal slices) and evaluation (each row once).
+"""Choose the rows that a process reads: mixing tasks into an epoch, its order, and its slices for each process.
 
-Both are `DistributedSampler`s, because that is how Lightning is told that a loader is already divided among the
-processes: it wraps nothing a second time, whatever `use_distributed_sampler` says. Position is never counted here: a
-run that is resumed in the middle of an epoch starts where the trainer's own count of finished batches says.
+Both samplers are `DistributedSampler`s, so Lightning does not divide the loader among processes a second time, whatever
+`use_distributed_sampler` is. Samplers count no position: a run that resumes in the middle of an epoch starts after the
+batches that the trainer has counted as finished.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ log = logging.getLogger(__name__)
 
 
 class MixtureSampler(DistributedSampler):
-    """The rows of one process in training: of each global batch, every `world_size`-th row from `rank` on.
+    """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on.
 
-    An epoch is as long as its order. If the last batch does not divide among the processes, it is filled up with rows
-    from the start of the same epoch (fewer than `world_size` of them; none in a single process).
+    An epoch is as long as its order. If the last batch does not divide among the processes, rows from the start of the
+    same epoch complete it, fewer than `world_size` of them.
 
     Args:
-        order: The global order of an epoch, given its number.
-        length: How many rows that order has.
+        order: Returns the global order of an epoch, given its number.
+        length: Number of rows of that order.
         batch_size: Rows of a global batch; a multiple of `world_size`.
         rank: Number of this process.
-        world_size: How many processes share a batch.
-        position: Gives, for the epoch that was set, the one to read and how many of its batches are finished already;
-            asked whenever an iteration begins.
+        world_size: Number of processes that share a batch.
+        position: Returns, for the epoch that was set, the one to read and how many of its batches are finished; called
+            whenever an iteration begins.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MixtureSampler(DistributedSampler):
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
-                f"batch_size={batch_size} is the batch of all processes together and cannot be cut into {world_size} "
+                f"batch_size={batch_size} is the batch of all processes together and does not divide into {world_size} "
                 f"equal slices; use a positive multiple of {world_size}"
             )
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
@@ -79,15 +79,15 @@ class MixtureSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """The rows of one process in evaluation: every `world_size`-th row from `rank` on, each row in one process only.
+    """Gives the rows of one process in evaluation: every `world_size`-th row from `rank` on, each in one process only.
 
-    All processes get equally many, because a process that runs one batch more than the others waits for them forever.
-    What is missing is made up with `FILLER`, which stands for a row that nobody counts.
+    All processes get equally many rows, because a process that runs one batch more than the others would wait for them
+    forever. `FILLER`, a row that no score counts, makes up the difference.
 
     Args:
-        length: How many rows there are.
+        length: Number of rows.
         rank: Number of this process.
-        world_size: How many processes share the rows.
+        world_size: Number of processes that share the rows.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
@@ -102,30 +102,30 @@ class EvaluationSampler(DistributedSampler):
 class ResumableLoader(DataLoader):
     """A training loader that begins to read at the first `next`, not at `iter`.
 
-    Lightning asks for the iterator before it has set the epoch and its counters of a resumed run; a loader that reads
-    ahead (with workers) would take the wrong rows.
+    Lightning asks for the iterator before it has set the epoch and the counters of a resumed run; a loader with workers
+    would read the wrong rows ahead.
     """
 
-    #: What must be equal for a resumed run to see the rows that an uninterrupted one would have seen.
     identity: Mapping[str, Any]
+    """What must be equal for a resumed run to see the rows that an uninterrupted one would have seen."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order depends on. The position is the trainer's to keep."""
+        """Return what the order depends on; the trainer keeps the position."""
         return dict(self.identity)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare with the run that wrote the checkpoint, and say where this one differs."""
+        """Warn where this run differs from the one that wrote the checkpoint."""
         changed = {key: (state.get(key), value) for key, value in self.identity.items() if state.get(key) != value}
         if changed:
             words = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
-            log.warning("the resumed run does not continue in the same rows: %s", words)
+            log.warning("the resumed run does not continue with the same rows: %s", words)
 
 
 class Mixing(ABC):
-    """How a task's size gives its share of the mixture; `Task.weight` multiplies it, `Task.cap` bounds the size."""
+    """Turns a task's size into its share of the mixture; `Task.weight` multiplies it, `Task.cap` bounds the size."""
 
     @abstractmethod
     def share(self, size: int) -> float:
@@ -134,7 +134,7 @@ class Mixing(ABC):
 
 @dataclass(frozen=True)
 class Proportional(Mixing):
-    """Every row counts the same: an epoch is every row once (up to weights and caps)."""
+    """Counts every row the same: an epoch is every row once, up to weights and caps."""
 
     def share(self, size: int) -> float:
         return size
@@ -142,7 +142,7 @@ class Proportional(Mixing):
 
 @dataclass(frozen=True)
 class Equal(Mixing):
-    """Every task counts the same, whatever its size; with `weight` set on the tasks, these weights are the mixture."""
+    """Counts every task the same, whatever its size; with `weight` set on the tasks, these weights are the mixture."""
 
     def share(self, size: int) -> float:
         return 1.0
@@ -150,7 +150,7 @@ class Equal(Mixing):
 
 @dataclass(frozen=True)
 class Temperature(Mixing):
-    """Between the two: a share of `size ** (1 / temperature)`.
+    """Gives each task a share of `size ** (1 / temperature)`, between the other two.
 
     Args:
         temperature: 1 is proportional, large values approach equal shares.
@@ -171,10 +171,10 @@ def epoch_counts(
 ) -> dict[str, int]:
     """Return how many rows of each task one epoch takes.
 
-    An epoch has as many rows as all tasks together (each counted up to its cap). They are divided by `weight *
-    share`; a task that would get more than its cap gets its cap, and the epoch is that much shorter. Rounding is by
-    largest remainders, ties in the order of the tasks, so the counts sum to the epoch exactly; only a task that would
-    round to nothing gets one row more.
+    An epoch has as many rows as all tasks together, each up to its cap, in proportion to `weight * share`. A task that
+    would get more than its cap gets its cap, and the epoch is that much shorter. Rounding is by largest remainders,
+    ties in the order of the tasks, so the counts sum to the epoch exactly; only a task that would round to zero gets
+    one row more.
     """
     capped = {name: min(size, caps.get(name) or size) for name, size in sizes.items()}
     shares = {
@@ -190,26 +190,23 @@ def epoch_counts(
 
 
 def epoch_order(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int, epoch: int) -> Tensor:
-    """Return the rows of one epoch, shuffled, as indices `(sum of counts,)` into the tasks' rows laid end to end.
+    """Return the rows of one epoch, shuffled, as indices `(sum of counts,)` into the concatenated rows of the tasks.
 
-    Each task runs through its rows in passes, each pass in a new order: no row comes again before every other has
-    come, in this epoch or over epochs.
+    Each task goes through its rows in passes, each in a new order: a row comes again only after every other row of its
+    task, in this epoch or over epochs.
     """
     rows, offset = [], 0
     for name, size in sizes.items():
-        if counts.get(name):
-            rows.append(offset + _next_rows(size, counts[name], seed, epoch, name))
+        if count := counts.get(name):
+            # Over all epochs a task reads one long sequence of passes; this epoch is `count` rows of it.
+            first, last = epoch * count, (epoch + 1) * count
+            passes = range(first // size, -(-last // size))
+            sequence = torch.cat([_permutation(size, (seed, "task", name, number)) for number in passes])
+            skip = first - passes.start * size
+            rows.append(offset + sequence[skip : skip + count])
         offset += size
     together = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
     return together[_permutation(len(together), (seed, "epoch", epoch))]
-
-
-def _next_rows(size: int, count: int, seed: int, epoch: int, name: str) -> Tensor:
-    first, last = epoch * count, (epoch + 1) * count
-    passes = range(first // size, -(-last // size))
-    laid = torch.cat([_permutation(size, (seed, "task", name, number)) for number in passes])
-    skip = first - passes.start * size
-    return laid[skip : skip + count]
 
 
 def _permutation(size: int, key: Sequence[object]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Sources: where the records of a task come from - a file, a `datasets` directory, the hub, or a class of one's own.
+"""Read the records of a task from a file, a `datasets` directory, the hub, or a class of the user's own.
 
-A record is whatever stood at one place, with that place written down (`file:line`), so that a bad one can be found
-again. What a good record looks like is not known here; `rows.py` judges.
+A record is what one place holds, together with that place (`file:line`), so that people find a bad one. `rows.py`
+decides what a good record is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 __all__ = ["Record", "TaskSource", "Wanted", "hub_records", "path_records", "source_records"]
 
 Wanted = Mapping[str, str | int | float | bool]
-"""The value that each of some columns is to have."""
+"""The wanted value of some columns."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Record:
 
 
 class TaskSource(ABC):
-    """Rows of your own making: subclass this, and name it in the task, `source: {class_path: my_file.MySource}`."""
+    """Gives rows from code of your own: subclass it and name it in the task, `source: {class_path: my_file.Mine}`."""
 
     @abstractmethod
     def rows(self) -> Iterable[Mapping[str, Any]]:
@@ -41,7 +41,7 @@ class TaskSource(ABC):
 
 
 def source_records(source: TaskSource) -> Iterator[Record]:
-    """Read a user's source; a row's place is its number."""
+    """Read a user's source; the place of a row is its number."""
     for number, values in enumerate(source.rows(), 1):
         yield Record(f"{type(source).__name__}:{number}", values)
 
@@ -49,10 +49,10 @@ def source_records(source: TaskSource) -> Iterator[Record]:
 def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
 
-    `where` is only a hint: a directory skips rows that it rules out. The caller has to match what comes.
+    `where` is a hint: a directory may skip rows that it rules out. The caller filters all records by it.
 
     Raises:
-        ValueError: The path does not exist, or its suffix is none of the known ones.
+        ValueError: The path does not exist, or its suffix is unknown.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -67,9 +67,9 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
 def hub_records(
     name: str, subset: str | None = None, revision: str | None = None, where: Wanted | None = None
 ) -> Iterator[Record]:
-    """Read a dataset of the Hugging Face hub, all its splits; class labels are given by their names.
+    """Read all splits of a dataset of the Hugging Face hub; class labels become their names.
 
-    `where` is only a hint: rows that it rules out may be skipped. The caller has to match what comes.
+    `where` is a hint: rows that it rules out may be skipped. The caller filters all records by it.
 
     Raises:
         ValueError: The hub, or the dataset on it, could not be reached or read.
@@ -77,7 +77,8 @@ def hub_records(
     return _dataset_records(name, _hub_dataset(name, subset, revision), where or {})
 
 
-@cache  # an open table lies on disk and costs no memory, and the tasks of one dataset ask for it one after the other
+# The tasks of one dataset open it one after the other; an open table lies on disk and costs no memory.
+@cache
 def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
     import datasets  # a second of imports that a run on files does not need
 
@@ -122,10 +123,10 @@ def _dataset_records(name: str, loaded: Any, wanted: Wanted) -> Iterator[Record]
 
 
 def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
-    """Return the rows of a table that may be wanted, by its columns of text, which are compared without reading a row.
+    """Return the numbers of rows that may be wanted, from the table's columns of text, without reading rows.
 
-    The first wanted column that is no text ends it. Where one rules out every row, one row of each of its values is
-    left, to say what there is instead.
+    The comparison ends at the first wanted column that does not hold text. If a column rules out every row, the result
+    is one row of each of its values, so that the caller's error can list them.
     """
     from pyarrow import compute
 
@@ -177,7 +178,7 @@ def _json_file(path: str, place: Path) -> Iterator[Record]:
 
 
 def _array_elements(path: str, text: str) -> Iterator[Record]:
-    """Yield the elements of a JSON list, known to be well formed, with the line each of them starts on."""
+    """Yield the elements of a well-formed JSON list, each with the line that it starts on."""
     decoder = json.JSONDecoder()
     line, seen, end = 1, 0, text.index("[")
     while text[start := _next_token(text, end + 1)] != "]":
@@ -200,7 +201,8 @@ def _delimited(path: str, place: Path) -> Iterator[Record]:
     with place.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
-        line = 1  # a quoted field may span lines: a row is named by the line it starts on
+        # A quoted field may span lines; a row's place is the line that it starts on.
+        line = 1
         try:
             for fields in reader:
                 where, line = f"{path}:{line}", reader.line_num + 1

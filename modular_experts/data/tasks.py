@@ -1,6 +1,7 @@
-"""Tasks: a named set of rows, where they come from, and what they are for.
+"""Define a task: a named set of rows, their source, and their role.
 
-A task is a value that a configuration can spell: `{name: intents, path: data/intents.jsonl, role: held_out}`.
+A configuration can spell a task: `{name: intents, path: data/intents.jsonl, role: held_out}`. `matching` takes one
+task's records out of a table of several, and `fill_splits` divides rows without a split.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, Literal
 
 from modular_experts.data.rows import Row, RowReader, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records, source_records
+from modular_experts.text import did_you_mean
 
 __all__ = ["Task", "as_tasks", "fill_splits", "matching"]
 
@@ -24,22 +25,21 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Task:
-    """One task; exactly one of `path`, `hub` and `source` says where its rows are.
+    """One task, whose rows come from exactly one of `path`, `hub` and `source`.
 
     Args:
-        name: How the task is called in results: up to 64 letters, digits, dots, dashes and underscores.
+        name: Name of the task in results: up to 64 letters, digits, dots, dashes and underscores.
         path: A .jsonl, .json, .csv, .tsv or .parquet file, or a directory written by `datasets.save_to_disk`.
         hub: The id of a dataset on the Hugging Face hub.
-        subset: Which configuration of the hub dataset.
-        revision: Which commit, tag or branch of the hub dataset.
+        subset: Configuration of the hub dataset.
+        revision: Commit, tag or branch of the hub dataset.
         source: A `TaskSource` of your own.
-        role: `held_in` tasks are trained on; `held_out` tasks are only tested.
-        columns: Where the data names things otherwise: {input: question, target: answer, split: ..., choices: ...}.
-        where: Take only the rows that have these values in these columns of the data, from a table of several tasks:
+        role: Training uses `held_in` tasks; `held_out` tasks are only for the test.
+        columns: The data's names of columns: {input: question, target: answer, split: ..., choices: ...}.
+        where: Take only the rows with these values in these columns of the data, from a table of several tasks:
             {task_name: sciq_Multiple_Choice}.
         template: The input text, with columns in braces: "Question: {question} Answer:".
-        choices: The possible targets of every row that has no `choices` of its own; choice accuracy is measured over
-            them.
+        choices: The possible targets of every row without `choices` of its own, for choice accuracy.
         weight: Factor on the task's share of the mixture.
         cap: The most rows of this task that one epoch may take; other rows come in later epochs.
     """
@@ -65,7 +65,7 @@ class Task:
             )
         if sum(place is not None for place in (self.path, self.hub, self.source)) != 1:
             raise ValueError(
-                f"task {self.name!r} needs exactly one of `path`, `hub` and `source` to say where its rows are"
+                f"task {self.name!r} needs exactly one of `path`, `hub` and `source`, the place of its rows"
             )
         self._check_word("role", self.role, ROLES)
         for key in self.columns:
@@ -82,7 +82,7 @@ class Task:
 
     @property
     def held_in(self) -> bool:
-        """Whether the task is trained on."""
+        """Whether training uses the task."""
         return self.role == "held_in"
 
     def read(self) -> tuple[list[Row], list[str]]:
@@ -111,17 +111,27 @@ class Task:
     def _check_word(self, what: str, word: str, known: Sequence[str]) -> None:
         if word not in known:
             raise ValueError(
-                f"task {self.name!r}: {what} {word!r} is not one of {', '.join(known)}{_near(word, known)}"
+                f"task {self.name!r}: {what} {word!r} is not one of {', '.join(known)}{did_you_mean(word, known)}"
             )
 
 
 def as_tasks(tasks: Iterable[Task | Mapping[str, Any]]) -> list[Task]:
-    """Return tasks, made from mappings where mappings were given.
+    """Return the tasks; a mapping becomes a `Task`.
 
     Raises:
-        ValueError: There is none, a name comes twice, or a mapping has an unknown key.
+        ValueError: There are no tasks, a name comes twice, or a mapping has an unknown key or no name.
     """
-    made = [task if isinstance(task, Task) else _from_mapping(task) for task in tasks]
+    made = []
+    known = [entry.name for entry in fields(Task)]
+    for task in tasks:
+        if not isinstance(task, Task):
+            for key in task:
+                if key not in known:
+                    raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
+            if "name" not in task:
+                raise ValueError(f"a task needs a name, and {dict(task)!r} has none")
+            task = Task(**task)
+        made.append(task)
     if not made:
         raise ValueError("no tasks were given; a task is at least {name: intents, path: intents.jsonl}")
     names = [task.name for task in made]
@@ -133,34 +143,19 @@ def as_tasks(tasks: Iterable[Task | Mapping[str, Any]]) -> list[Task]:
     return made
 
 
-def _from_mapping(values: Mapping[str, Any]) -> Task:
-    known = [entry.name for entry in fields(Task)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{_near(key, known)}")
-    if "name" not in values:
-        raise ValueError(f"a task needs a name, and {dict(values)!r} has none")
-    return Task(**values)
-
-
-def _near(word: object, known: Iterable[str]) -> str:
-    near = get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 _NAMED = 5
 
 
 def matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:
-    """Yield the records whose columns hold the given values, and those that could not be read.
+    """Yield the records with the wanted values in their columns, and those that could not be read.
 
     Args:
-        place: Where the records come from, for the sentence.
+        place: The source of the records, for the error's sentence.
         records: All records of the table.
         where: The wanted value of each named column.
 
     Raises:
-        ValueError: There is no such record; the sentence says what the columns hold instead.
+        ValueError: There is no such record; the sentence lists what the columns hold instead.
     """
     seen: dict[str, set[str]] = {column: set() for column in where}
     names: set[str] = set()
@@ -177,7 +172,7 @@ def matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[R
 
 
 def _holds(values: Mapping[str, object], where: Wanted, seen: Mapping[str, set[str]]) -> bool:
-    """Compare column by column up to the first that differs; `seen` keeps what each comparison met."""
+    """Compare column by column up to the first that differs; `seen` collects the values of each column."""
     for column, wanted in where.items():
         if values.get(column) is None:
             return False
@@ -188,6 +183,7 @@ def _holds(values: Mapping[str, object], where: Wanted, seen: Mapping[str, set[s
 
 
 def _nothing(where: Wanted, seen: Mapping[str, set[str]], names: set[str]) -> str:
+    """Return which wanted column or value is missing, and what there is."""
     earlier: list[str] = []
     for column, wanted in where.items():
         if column not in names:
@@ -201,17 +197,16 @@ def _nothing(where: Wanted, seen: Mapping[str, set[str]], names: set[str]) -> st
 
 def _some(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    near = get_close_matches(word, names, n=1)
     listed = ", ".join(repr(name) for name in names[:_NAMED])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{listed or 'nothing'}{more}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{listed or 'nothing'}{more}{did_you_mean(word, names)}"
 
 
 def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float, seed: int, held_in: bool) -> list[Row]:
-    """Give every row without a split one, in the order of the rows.
+    """Give every row without a split one, and keep the order of the rows.
 
-    A held-out task is never trained, so all such rows of it are test rows. A held-in task gives `ratio` of them to
-    validation and to test, rounded, and at least one row for a ratio above zero once there are three rows.
+    All such rows of a held-out task are test rows. Of a held-in task, `validation_ratio` of them go to validation and
+    `test_ratio` to the test, rounded, and at least one row for a ratio above zero if there are three rows.
     """
     unsplit = [index for index, row in enumerate(rows) if row.split is None]
     found = list(rows)

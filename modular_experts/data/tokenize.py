@@ -1,8 +1,8 @@
-"""Tokenise: rows of text become examples of tokens.
+"""Tokenise rows of text into examples.
 
-Input and target are tokenised apart, without special tokens, and joined by the paper's rule: one space goes before
-the target unless one of the two has white space there already. End-of-sequence follows the target. A row that is too
-long loses tokens on the left of its input; its target is kept whole.
+The tokenizer takes input and target apart, without special tokens. They are joined by the paper's rule: one space goes
+before the target unless either has white space at the joint. End-of-sequence follows the target. A row that is too long
+loses tokens on the left of its input and keeps its target whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["RowTokenizer", "Tokenized", "joined"]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples in the order of their rows, how many were cut, and one sentence for each row that is no example."""
+    """Examples in the order of their rows, how many lost tokens, and a sentence for each row that gives no example."""
 
     examples: list[Example]
     cut: int
@@ -32,18 +32,18 @@ class RowTokenizer:
     """Tokenises the rows of a task.
 
     Args:
-        tokenizer: Of the model; it is not changed.
-        max_length: The most tokens a row may have, target and end-of-sequence included.
-        chat_template: Whether the input is put as a user's message through the tokenizer's chat template.
+        tokenizer: The model's tokenizer; it stays as it is.
+        max_length: The most tokens of a row, with target and end-of-sequence.
+        chat_template: Whether to put the input as a user's message through the tokenizer's chat template.
 
     Raises:
-        ValueError: The tokenizer has no end-of-sequence token, or no chat template although one is asked for.
+        ValueError: The tokenizer has no end-of-sequence token, or no chat template although `chat_template` is set.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, chat_template: bool = False) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no end-of-sequence token, so no target could ever end; set tokenizer.eos_token"
+                "the tokenizer has no end-of-sequence token, so a target could not end; set tokenizer.eos_token"
             )
         if chat_template and tokenizer.chat_template is None:
             raise ValueError("chat_template is asked for, but the tokenizer has none (tokenizer.chat_template is None)")
@@ -55,7 +55,7 @@ class RowTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The token to pad with: end-of-sequence if there is no other; padding is masked by length, so this is safe."""
+        """The token to pad with, or end-of-sequence without one: safe, because batches mask padding by its place."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
@@ -70,10 +70,18 @@ class RowTokenizer:
         examples, problems, cut = [], [], 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
             room = self.max_length - max(map(len, [target, *ends]))
-            if problem := self._problem(prompt, target, room):
-                problems.append(f"{row.where}: {problem}")
+            if not prompt or len(target) < 2:
+                missing = "target" if prompt else "input"
+                problems.append(f"{row.where}: the tokenizer makes no tokens of the {missing}")
                 continue
-            kept = prompt[-room:]  # the same prompt for every choice, or their scores could not be compared
+            if room < 1:
+                problems.append(
+                    f"{row.where}: the target (or a choice) leaves no room for the input within "
+                    f"max_length={self.max_length}; raise it"
+                )
+                continue
+            # Every choice gets the same prompt, so that their scores can be compared.
+            kept = prompt[-room:]
             cut += len(kept) < len(prompt)
             correct = row.choices.index(row.target) if row.choices else 0
             examples.append(
@@ -103,15 +111,6 @@ class RowTokenizer:
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def _problem(self, prompt: list[int], target: list[int], room: int) -> str | None:
-        if not prompt or len(target) < 2:
-            return f"the tokenizer makes no tokens of the {'target' if prompt else 'input'}"
-        if room < 1:
-            return (
-                f"the target (or a choice) leaves no room for the input within max_length={self.max_length}; raise it"
-            )
-        return None
 
 
 def joined(prompt: str, target: str) -> str:

@@ -14,6 +14,7 @@ from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example, ExampleSet
+from modular_experts.data.rows import spread_evenly
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.progress import Progress
@@ -102,11 +103,7 @@ def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Ex
             f"has validation rows of {', '.join(data.roles)} only; give its tasks the names that they had in training, "
             "or import it again with --tasks"
         )
-    return [row for task in by_task.values() for row in _spread(task, rows)]
-
-
-def _spread(rows: Sequence[Example], count: int) -> list[Example]:
-    return [rows[place * len(rows) // count] for place in range(count)] if count < len(rows) else list(rows)
+    return [row for task in by_task.values() for row in spread_evenly(task, rows)]
 
 
 def _batches(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:

@@ -46,7 +46,7 @@ def test_no_task_rounds_to_nothing_and_an_empty_one_stays_out() -> None:
     assert epoch_counts({"a": 10_000, "b": 1, "none": 0}, Proportional(), {"b": 1e-9}, {}) == {"a": 10_001, "b": 1}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 500), min_size=1),
     st.sampled_from([Proportional(), Equal(), Temperature(3.0)]),

@@ -156,18 +156,16 @@ def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(thr
     assert served(data.predict_dataloader())[:2] == served(everything.predict_dataloader())[0:6:3]
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
+def test_bad_numbers_are_refused() -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"eval_limit": 0}, "eval_limit=0"),
-        ({"validation_ratio": 0.6, "test_ratio": 0.4}, "leave something to train on"),
+        ({"validation_ratio": 0.6, "test_ratio": 0.4}, "leave rows to train on"),
         ({"test_ratio": -0.1}, "must be 0 or more"),
-    ],
-)
-def test_bad_numbers_are_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        mixture({"name": "a", "path": "a.jsonl"}, **options)
+    ]
+    for options, sentence in bad:
+        with pytest.raises(ValueError, match=sentence):
+            mixture({"name": "a", "path": "a.jsonl"}, **options)
 
 
 def test_a_mixture_without_a_tokenizer_says_so(three: list[Task]) -> None:

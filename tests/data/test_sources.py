@@ -98,16 +98,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case[0])
-def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, case: tuple[str, bytes]) -> None:
-    path = tmp_path / case[0]
-    path.write_bytes(case[1])
-    line, sentence = BROKEN[case]
-    (bad,) = [record for record in path_records(str(path)) if record.problem]
-    assert bad.where == f"{path}:{line}"
-    assert bad.problem is not None
-    assert sentence in bad.problem
-    assert "\n" not in bad.problem
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path) -> None:
+    for (name, content), (line, sentence) in BROKEN.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        (bad,) = [record for record in path_records(str(path)) if record.problem]
+        assert bad.where == f"{path}:{line}"
+        assert bad.problem is not None
+        assert sentence in bad.problem, name
+        assert "\n" not in bad.problem, name
 
 
 def test_reading_goes_on_after_a_broken_line(tmp_path: Path) -> None:

@@ -36,19 +36,19 @@ def test_a_users_source_gives_rows_and_its_bad_rows_are_named() -> None:
     assert Task("squares", source=Squares(9)).read()[1] == ["Squares:8: 'target' is null; it must be text"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "-a", "a b", "x" * 65, "a\n"])
-def test_a_name_that_is_no_plain_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="a task name is up to 64"):
-        Task(name, path="a.jsonl")
+def test_a_name_that_is_not_plain_is_refused() -> None:
+    for name in ("../x", "a/b", "", "-a", "a b", "x" * 65, "a\n"):
+        with pytest.raises(ValueError, match="a task name is up to 64"):
+            Task(name, path="a.jsonl")
 
 
 BAD = {
     "no place": ({"name": "a"}, "exactly one of `path`, `hub` and `source`"),
     "two places": ({"name": "a", "path": "a.jsonl", "hub": "b"}, "exactly one of `path`, `hub` and `source`"),
-    "role": ({"name": "a", "path": "a.jsonl", "role": "heldout"}, "role 'heldout' is not one of .*mean 'held_out'"),
-    "columns": ({"name": "a", "path": "a.jsonl", "columns": {"inputs": "q"}}, "columns key 'inputs' .* mean 'input'"),
+    "role": ({"name": "a", "path": "a.jsonl", "role": "heldout"}, "role 'heldout' is not one of .*mean held_out"),
+    "columns": ({"name": "a", "path": "a.jsonl", "columns": {"inputs": "q"}}, "columns key 'inputs' .* mean input"),
     "where": ({"name": "a", "path": "a.jsonl", "where": {"k": ["x"]}}, r"where 'k' is one text or number, not \['x'\]"),
-    "key": ({"name": "a", "paht": "a.jsonl"}, "a task has no 'paht'.* mean 'path'"),
+    "key": ({"name": "a", "paht": "a.jsonl"}, "a task has no 'paht'.* mean path"),
     "unnamed": ({"path": "a.jsonl"}, "a task needs a name"),
     "weight": ({"name": "a", "path": "a.jsonl", "weight": 0}, "weight=0 must be a positive number"),
     "cap": ({"name": "a", "path": "a.jsonl", "cap": 0}, "cap=0 must be at least 1"),

@@ -23,22 +23,19 @@ def tokenized(*rows: Row, **options: object) -> list[Example]:
     return done.examples
 
 
-@pytest.mark.parametrize(
-    ("prompt", "target", "end"),
-    [
+def test_one_space_joins_unless_white_space_is_there() -> None:
+    for prompt, target, end in [
         ("a", "b", " b"),
         ("a ", "b", "b"),
         ("a\n", "b", "b"),
         ("a", " b", " b"),
         ("a", "\nb", "\nb"),
         ("a:", "b c", " b c"),
-    ],
-)
-def test_one_space_joins_unless_white_space_is_there(prompt: str, target: str, end: str) -> None:
-    assert joined(prompt, target) == end
-    (example,) = tokenized(Row(prompt, target))
-    assert example.tokens.ids.tolist() == ids(prompt) + ids(end) + [EOS]
-    assert example.tokens.prompt == len(prompt)
+    ]:
+        assert joined(prompt, target) == end
+        (example,) = tokenized(Row(prompt, target))
+        assert example.tokens.ids.tolist() == ids(prompt) + ids(end) + [EOS]
+        assert example.tokens.prompt == len(prompt)
 
 
 def test_no_special_token_is_added_even_by_a_tokenizer_that_would() -> None:
