@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
+from modular_experts.old_names import install_old_names
 
 # Verb -> the file in cli/ whose run(argv) gets the verb and its arguments, and what it does.
 VERBS = {
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "the command comes first, before" if argv[0].startswith("-") else "there is no command"
         print(f"error: {what} {argv[0]}{near(argv[0], VERBS)}; the commands are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    install_old_names()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's class lies beside the config; a console script does not look there
     return guarded(lambda: importlib.import_module(f"modular_experts.cli.{VERBS[argv[0]][0]}").run(argv))

@@ -119,15 +119,13 @@ def merge(
     if tune and method:
         target = out if output == "expert" else None
         bar = progress_bar("tuning")
-        tuned = tune_settings(
-            merged.experts, method, tune.data, target, tune.grid, tune.rows, tune.base, overwrite, bar
-        )
-        merged = Merged(merged.experts, tuned.method)
+        tuned = tune_settings(merged.stored, method, tune.data, target, tune.grid, tune.rows, tune.base, overwrite, bar)
+        merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
     if output == "checkpoint":
         origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
         origin |= tuned.notes if tuned else {}
-        opened = Base.open(base, merged.experts)
+        opened = Base.open(base, merged.stored)
         written = opened.write(merged, out, dtype, True, tolerance, overwrite, bar, origin=origin, key=merged.key())
         if tuned:
             write_trials(out, tuned.trials)

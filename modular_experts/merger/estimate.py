@@ -49,9 +49,9 @@ class WeightEstimate:
 
 def estimate(merged: Merged) -> list[WeightEstimate]:
     """Return the estimate of each weight, in the order in which they are merged."""
-    sizes = [expert.stored_bytes() for expert in merged.experts]
-    singles = [_single_entries(expert) for expert in merged.experts]
-    spread = [_spread_at_once(expert) for expert in merged.experts]
+    sizes = [expert.stored_bytes() for expert in merged.stored]
+    singles = [_single_entries(expert) for expert in merged.stored]
+    spread = [_spread_at_once(expert) for expert in merged.stored]
     found = []
     for name, shape in merged.shapes().items():
         method, entries = merged.rules[name], shape.numel()

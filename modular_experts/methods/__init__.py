@@ -1,6 +1,14 @@
-"""Merging: many deltas of one weight in, one delta out. One method per file; `dir(modular_experts.methods)` lists
-them.
+"""Merge methods: the deltas that several experts have for one weight become one delta.
+
+`method.py` is the contract; open it first, then `average.py` and `ties.py`. `chunks.py` lets a rule work entry by
+entry, `prune.py` and `consensus.py` hold the steps that several methods share. Each method is imported here once; the
+imports are the catalogue of `modular-experts methods` and of names such as `modular_experts.TIES`.
+`modular_experts.merger` applies methods to stored experts.
 """
+
+# ruff: noqa: F401 - `METHODS` finds what is imported here
+
+from __future__ import annotations
 
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
@@ -25,43 +33,25 @@ from modular_experts.methods.tall_mask import ConsensusTA, TALLMask
 from modular_experts.methods.ties import TIES, MagnitudePrune
 from modular_experts.methods.tsv_merge import TSVMerge
 from modular_experts.methods.wudi import WUDI
+from modular_experts.text import did_you_mean
 
-__all__ = [
-    "DARE",
-    "DARETIES",
-    "DELLA",
-    "EMR",
-    "PCB",
-    "RAM",
-    "SCE",
-    "SLERP",
-    "TIES",
-    "WUDI",
-    "Average",
-    "Breadcrumbs",
-    "BreadcrumbsTIES",
-    "ConsensusTA",
-    "DELLALinear",
-    "Difference",
-    "Fisher",
-    "Intersection",
-    "IsoC",
-    "IsoCTS",
-    "Karcher",
-    "KnOTS",
-    "MagMax",
-    "MagnitudePrune",
-    "MergeMethod",
-    "ModelStock",
-    "MultiSLERP",
-    "NuSLERP",
-    "RAMPlus",
-    "RegMean",
-    "RegMeanPlusPlus",
-    "SVDAverage",
-    "SelfRegMean",
-    "SparseAverage",
-    "TALLMask",
-    "TSVMerge",
-    "TaskArithmetic",
-]
+METHODS: dict[str, type[MergeMethod]] = {
+    name: kind
+    for name, kind in sorted(globals().items())
+    if isinstance(kind, type) and issubclass(kind, MergeMethod) and kind is not MergeMethod
+}
+"""Every method of the package by its name."""
+
+__all__ = ["MergeMethod", *METHODS]
+
+
+def method_named(name: str) -> MergeMethod:
+    """Return a method of the package with its default settings.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS) or f"; the methods are {', '.join(METHODS)}"
+        raise ValueError(f"there is no merge method {name!r}{hint}")
+    return METHODS[name]()

@@ -5,14 +5,14 @@ value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
-from modular_experts.methods.method import Context, MergeMethod
+from modular_experts.methods.method import Context, MergeMethod, Removal
 from modular_experts.methods.settings import check_finite, one_per_expert, sum_of_weights
 
 __all__ = ["Average", "SparseAverage", "TaskArithmetic"]
@@ -47,6 +47,12 @@ class Average(MergeMethod):
         total = sum_of_weights(self, weights)
         return weighted_sum(deltas, [self.scale * weight / total for weight in weights])
 
+    def without(self, expert: int, experts: int) -> Removal:
+        weights = one_per_expert(self, "weights", self.weights, experts)
+        rest = [*weights[:expert], *weights[expert + 1 :]]
+        others = replace(self, weights=rest if self.weights else None)
+        return Removal(others, sum(weights) / sum(rest), self.scale * weights[expert] / sum(rest))
+
 
 @dataclass(frozen=True)
 class TaskArithmetic(MergeMethod):
@@ -73,6 +79,11 @@ class TaskArithmetic(MergeMethod):
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", self.weights, len(deltas))
         return weighted_sum(deltas, [self.scale * weight for weight in weights])
+
+    def without(self, expert: int, experts: int) -> Removal:
+        weights = one_per_expert(self, "weights", self.weights, experts)
+        rest = [*weights[:expert], *weights[expert + 1 :]]
+        return Removal(replace(self, weights=rest if self.weights else None), 1.0, self.scale * weights[expert])
 
 
 @dataclass(frozen=True)

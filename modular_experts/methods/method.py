@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 
-__all__ = ["Context", "DataStatistic", "MergeMethod", "Needs", "known_statistics"]
+__all__ = ["Context", "DataStatistic", "MergeMethod", "Needs", "Removal", "known_statistics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,30 @@ class MergeMethod(ABC):
             context: As for `merge`.
         """
         return self.merge(deltas, context)
+
+    def without(self, expert: int, experts: int) -> Removal | None:
+        """Return how one of several experts is taken out of a merge; None unless the method is linear.
+
+        Args:
+            expert: Index of the expert.
+            experts: Number of the experts.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """How one expert is taken out of a linear merge: what is left is `factor * merged - share * expert`.
+
+    Attributes:
+        method: The method that merges the other experts to the same.
+        factor: Factor of the merge.
+        share: Factor of the expert.
+    """
+
+    method: MergeMethod
+    factor: float
+    share: float
 
 
 def _takes_context(merge: Callable[..., Delta]) -> bool:

@@ -20,6 +20,7 @@ from modular_experts.deltas import Dense, Sparse
 from modular_experts.library import make_record, new_directory, open_expert, write_expert
 from modular_experts.merger import merged as merger
 from modular_experts.merger.merged import Merged, merge
+from modular_experts.merger.remove import remove
 from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 
 BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
@@ -439,3 +440,33 @@ def test_interruption_says_how_to_go_on(library, capsys):
     assert guarded(lambda: merge_two(library, "merged", method=Interrupted())) == 130
     (place,) = hidden(library)
     assert f"interrupted; the same command goes on where it stopped, with {place}" in capsys.readouterr().err
+
+
+def test_experts_may_be_paths_opened_or_lazy_and_the_method_a_name(library):
+    one, two = (open_expert(library / name) for name in ("one", "two"))
+    lazy = merge([library / "one", 0.5 * two], "TaskArithmetic")
+    assert isinstance(lazy, Merged)
+    written = merge([one, 0.5 * two], TaskArithmetic(), library / "merged")
+    plain = TaskArithmetic(weights=[1.0, 0.5])
+    for name in one:
+        expected = plain.merge([one[name], two[name] if name in two else Sparse.zero(SHAPES[name])])
+        torch.testing.assert_close(lazy[name].dense(), expected.dense())
+        assert torch.equal(lazy[name].dense(), written[name].dense())
+    assert written.record["hyperparameters"] == {"experts": ["one", "0.5 * two"]}
+    assert [parent["name"] for parent in written.record["parents"]] == ["one", "two"]
+    again = merge([lazy, library / "three"], "Average", library / "again")
+    assert again.record["tasks"] == ["intents", "slots"]
+    assert again.record["hyperparameters"] == {"experts": ["TaskArithmetic(one, 0.5 * two)", "three"]}
+    keys = {merge([one, factor * two], "Average").key() for factor in (0.5, 0.25)}
+    keys |= {merge([merge([one, two], TaskArithmetic(scale)), library / "three"], "Average").key() for scale in (1, 2)}
+    assert len(keys) == 4
+
+
+def test_bad_names_and_lazy_experts_get_a_sentence(library):
+    with pytest.raises(ValueError, match=r"there is no merge method 'TEIS'; did you mean TIES"):
+        merge([library / "one"], "TEIS")
+    with pytest.raises(ValueError, match="Fisher needs fisher statistics, which only stored experts have"):
+        merge([0.5 * open_expert(library / "one")], "Fisher")
+    merge([library / "one", 0.5 * open_expert(library / "two")], "Average", library / "lazy")
+    with pytest.raises(ValueError, match=r"lazy is a Average.*merge the others again"):
+        remove(library / "lazy", library / "one", library / "rest")
