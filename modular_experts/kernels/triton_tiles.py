@@ -70,7 +70,7 @@ class TritonTiles(KeptGradient):
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
         _refuse(tile)
-        _program()  # so that what is missing is said now, not in the first backward pass
+        program()  # so that what is missing is said now, not in the first backward pass
         wide = tile_grid(shape, tile)[1]
         rows, counts = torch.unique_consecutive(units.long() // wide, return_counts=True)
         self.tiles = _segment_tiles(counts, tile[0])
@@ -98,7 +98,7 @@ class TritonTiles(KeptGradient):
         size = self.tile[0]
         x, grad = _neighbours(x), _neighbours(grad)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever holds its arguments
-            _program()[(len(self.segments), partials.shape[0])](
+            program()[(len(self.segments), partials.shape[0])](
                 *(x, grad, partials, self.segments, self.columns),
                 *(x.shape[0], split_tokens, self.shape[1], self.shape[0], partials.shape[1]),
                 *(x.stride(0), grad.stride(0)),
@@ -106,7 +106,7 @@ class TritonTiles(KeptGradient):
                 tiles=self.tiles,
                 chunk=chunk,
                 precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-                widened=_interpreted(),
+                widened=interpreted(),
                 num_warps=8 if self.tiles * size * size > 8192 else 4,
                 num_stages=3,
                 enable_fp_fusion=True,  # Triton 3.9 warns where this is left to its default, which will change
@@ -167,7 +167,7 @@ def _segments(rows: Tensor, counts: Tensor, tiles: int) -> Tensor:
 
 
 @functools.cache
-def _program() -> Any:
+def program() -> Any:
     """Import Triton and return the program, to be compiled at its first launch."""
     global tl  # Triton looks the name up among the globals of the function that it compiles
     try:
@@ -180,11 +180,11 @@ def _program() -> Any:
 
 
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Say whether the program runs in Triton's interpreter, on the CPU: `TRITON_INTERPRET=1`."""
     import triton
 
-    return not isinstance(_program(), triton.JITFunction)
+    return not isinstance(program(), triton.JITFunction)
 
 
 def _segment_product(

@@ -21,12 +21,12 @@ def test_inner_product_is_the_sum_of_products(deltas):
     torch.testing.assert_close(inner_by_row(*deltas), products.sum(1), **CLOSE)
 
 
-@pytest.mark.parametrize("other", FORMS)
 @pytest.mark.parametrize("one", FORMS)
-def test_every_pair_of_forms_has_one(one, other):
-    pair = [random_delta(form, (7, 10), seed, torch.float32) for seed, form in enumerate((one, other), start=1)]
-    products = (pair[0].to(dtype=torch.float64).dense() * pair[1].to(dtype=torch.float64).dense()).sum(1)
-    torch.testing.assert_close(inner_by_row(*pair), products, **CLOSE)
+def test_every_pair_of_forms_has_one(one):
+    for other in FORMS:
+        pair = [random_delta(form, (7, 10), seed, torch.float32) for seed, form in enumerate((one, other), start=1)]
+        products = (pair[0].to(dtype=torch.float64).dense() * pair[1].to(dtype=torch.float64).dense()).sum(1)
+        torch.testing.assert_close(inner_by_row(*pair), products, **CLOSE)
 
 
 def test_with_itself_it_is_the_squared_norm():

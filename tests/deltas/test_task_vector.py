@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from testbed.random_deltas import random_delta
-
-from modular_experts.deltas import Delta, TaskVector
-
-
-class Held(TaskVector):
-    """Deltas in memory, which count how often they are asked for."""
-
-    def __init__(self, **deltas: Delta) -> None:
-        self.held, self.asked = deltas, 0
-
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: self.held[name].shape for name in sorted(self.held)}
-
-    def __getitem__(self, name: str) -> Delta:
-        self.asked += 1
-        return self.held[name]
+from testbed.random_deltas import Held, random_delta
 
 
 def test_arithmetic_is_lazy_and_weight_by_weight() -> None:
-    one = Held(a=random_delta("Sparse", (4, 5), 1), b=random_delta("LowRank", (4, 5), 2))
-    two = Held(b=random_delta("Dense", (4, 5), 3), c=random_delta("BlockSparse", (4, 5), 4))
+    one = Held({"a": random_delta("Sparse", (4, 5), 1), "b": random_delta("LowRank", (4, 5), 2)})
+    two = Held({"b": random_delta("Dense", (4, 5), 3), "c": random_delta("BlockSparse", (4, 5), 4)})
     found = 0.5 * one - two * 2 + -one
     assert list(found) == ["a", "b", "c"]
     assert found.shapes()["c"] == (4, 5)
@@ -37,7 +21,7 @@ def test_arithmetic_is_lazy_and_weight_by_weight() -> None:
 
 
 def test_a_weight_of_two_shapes_is_refused_at_once() -> None:
-    one, two = (Held(a=random_delta("Dense", shape, 1)) for shape in ((2, 3), (3, 2)))
+    one, two = (Held({"a": random_delta("Dense", shape, 1)}) for shape in ((2, 3), (3, 2)))
     with pytest.raises(ValueError, match=r"disagree on the shape of a: \(2, 3\) and \(3, 2\)"):
         one + two
 
@@ -45,7 +29,7 @@ def test_a_weight_of_two_shapes_is_refused_at_once() -> None:
 def test_a_model_gets_a_task_vector_and_loses_it_bit_for_bit() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    vector = Held(**{"0.weight": random_delta("Sparse", (4, 5), 1), "1.bias": random_delta("Dense", (3,), 2)})
+    vector = Held({"0.weight": random_delta("Sparse", (4, 5), 1), "1.bias": random_delta("Dense", (3,), 2)})
     handle = vector.apply_to(model, scale=3.0)
     for name in vector:
         torch.testing.assert_close(model.get_parameter(name).detach(), before[name] + 3 * vector[name].dense().float())
@@ -54,5 +38,5 @@ def test_a_model_gets_a_task_vector_and_loses_it_bit_for_bit() -> None:
     with pytest.raises(ZeroDivisionError), vector.apply_to(model):
         1 / 0  # noqa: B018
     with pytest.raises(ValueError, match="has no such weight"):
-        Held(x=random_delta("Dense", (3,), 2)).apply_to(model)
+        Held({"x": random_delta("Dense", (3,), 2)}).apply_to(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

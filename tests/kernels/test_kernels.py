@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testbed.pairwise import pairwise
 
 from modular_experts.kernels import choice, make_kernel
 from modular_experts.kernels.choice import NATIVE_FROM, SAMPLED_BELOW, check_backend
@@ -37,10 +38,9 @@ def _dense_units(dense: torch.Tensor, tile: tuple[int, int], units: list[int]) -
     return tiles.view(-1) if tile == (1, 1) else tiles
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("kind", "backend"), CASES)
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
-def test_kept_gradient_is_the_dense_one_at_the_kept_units(shape, kind, backend, share) -> None:
+@pytest.mark.parametrize(("shape", "case", "share"), pairwise(SHAPES, CASES, [0.0, 0.02, 0.5, 1.0]), ids=str)
+def test_kept_gradient_is_the_dense_one_at_the_kept_units(shape, case, share) -> None:
+    kind, backend = case
     draw = torch.Generator().manual_seed(shape[0])
     x = torch.randn(9, shape[1], generator=draw, dtype=torch.float64)
     grad = torch.randn(9, shape[0], generator=draw, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_columns_save_only_their_part_of_the_input() -> None:
 def test_the_rule_is_the_documented_one(monkeypatch, tile, kept, dtype, native, wanted) -> None:
     monkeypatch.setattr(choice.native, "available", lambda: native)
     units = torch.arange(kept)
-    assert choice._rule(units, (512, 512), tile, dtype) == wanted
+    assert make_kernel("auto", units, (512, 512), tile, dtype).name == wanted
 
 
 def test_small_weights_never_compile(monkeypatch) -> None:
@@ -85,7 +85,7 @@ def test_small_weights_never_compile(monkeypatch) -> None:
 
     monkeypatch.setattr(choice.native, "available", fail)
     side = int(NATIVE_FROM**0.5) - 1
-    assert choice._rule(torch.arange(9), (side, side), (1, 1), torch.float32) == "sampled"
+    assert make_kernel("auto", torch.arange(9), (side, side), (1, 1), torch.float32).name == "sampled"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from testbed.pairwise import pairwise
 from torch import Tensor
 
 from modular_experts.kernels import KeptGradient, kept_linear, native
@@ -54,35 +55,31 @@ def _check(kernel: KeptGradient, x: Tensor, grad: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("size", [1, *SIZES])
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "size", "share"), pairwise(SHAPES, TOKENS, [1, *SIZES], [0.05, 0.5, 1.0]), ids=str
+)
 def test_the_gradient_is_the_dense_one_at_the_kept_units(shape, tokens, size, share) -> None:
     _check(_kernel(size, share, shape), *_inputs(shape, tokens))
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 8, 16, 32])
-@pytest.mark.parametrize("units", [[], [0], [5], [0, 11]], ids=str)
-def test_rows_and_columns_without_units_are_left_out(size, units) -> None:
-    _check(
-        _kernel_of(torch.tensor(units, dtype=torch.int32), size, (3 * size, 4 * size)),
-        *_inputs((3 * size, 4 * size), 70),
-    )
+def test_rows_and_columns_without_units_are_left_out(size) -> None:
+    shape = 3 * size, 4 * size
+    for units in ([], [0], [5], [0, 11]):
+        _check(_kernel_of(torch.tensor(units, dtype=torch.int32), size, shape), *_inputs(shape, 70))
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("size", [1, 8, 16, 20, 64])
-@pytest.mark.parametrize("shape", [(64, 96), (130, 70)], ids=str)
-def test_bfloat16_is_widened_before_it_is_multiplied(size, shape) -> None:
-    x, grad = _inputs(shape, 300)
-    _check(_kernel(size, 0.3, shape), x.bfloat16(), grad.bfloat16())
+def test_bfloat16_is_widened_before_it_is_multiplied(size) -> None:
+    for shape in ((64, 96), (130, 70)):
+        x, grad = _inputs(shape, 300)
+        _check(_kernel(size, 0.3, shape), x.bfloat16(), grad.bfloat16())
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 8, 16, 20])
+@pytest.mark.parametrize(("size", "dtype"), zip([1, 8, 16, 20], [torch.float32, torch.bfloat16] * 2, strict=True))
 def test_inputs_may_lie_in_memory_in_any_way(size, dtype) -> None:
     x, grad = (matrix.to(dtype) for matrix in _inputs((48, 80), 150))
     kernel, wide = _kernel(size, 0.3, (48, 80)), torch.zeros(150, 200, dtype=dtype)
@@ -103,8 +100,7 @@ def test_the_plan_does_not_follow_its_units(kept_in) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("size", [1, 8, 16, 20, 64])
-@pytest.mark.parametrize("share", [0.05, 0.9])
+@pytest.mark.parametrize(("size", "share"), [(1, 0.05), (1, 0.9), (8, 0.9), (16, 0.05), (20, 0.9), (64, 0.05)])
 def test_the_number_of_threads_changes_no_bit(size, share) -> None:
     kernel, before = _kernel(size, share, (192, 256)), torch.get_num_threads()
     inputs, found = _inputs((192, 256), 500), {}

@@ -1,7 +1,7 @@
 """The Triton program gives the dense gradient's kept tiles: run in Triton's interpreter, and compiled for two GPUs.
 
 Triton reads `TRITON_INTERPRET` when it is imported, which another test may have done before. So this file is also a
-program: `python test_triton_blocks.py interpret` checks every case with the variable set, in one process, and prints
+program: `python test_triton_tiles.py interpret` checks every case with the variable set, in one process, and prints
 what it found; `compile` translates the program for GPUs that are not there.
 """
 
@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 import torch
+from testbed.pairwise import pairwise
 from torch import Tensor
 
-from modular_experts.kernels import triton_tiles as triton_blocks
+from modular_experts.kernels import triton_tiles
 from modular_experts.kernels.triton_tiles import SIZES, TritonTiles, token_splits
 
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -46,10 +47,10 @@ class Case:
 
 SHAPES, TOKENS, KINDS = [(17, 40), (64, 64), (130, 70)], [1, 50, 300], ["few", "all", "one", "empty row", "none"]
 CASES = [
-    *itertools.starmap(Case, itertools.product(SHAPES, TOKENS, (16, 32, 64, 128))),
+    *itertools.starmap(Case, pairwise(SHAPES, TOKENS, (16, 32, 64, 128))),
     *(Case(shape=shape, size=8) for shape in SHAPES),
     *(Case(size=size, dtype=dtype) for size in SIZES for dtype in ("bfloat16", "float16")),
-    *(Case(size=size, kept=kept) for size in (16, 64) for kept in KINDS),
+    *(Case(size=size, kept=kept) for size, kept in zip((16, 64, 16, 64, 64), KINDS, strict=True)),
     *(Case(shape=(40, 600), kept=kept) for kept in ("all", "empty row")),  # rows longer than a segment
     *(Case(layout=layout) for layout in ("columns", "expanded")),
     Case(tokens=0),
@@ -138,7 +139,7 @@ def _compiled(capability: int, dtype: str) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    program = triton_blocks._program()
+    program = triton_tiles.program()
     fixed = {"size": 16, "tiles": 16, "chunk": 32 if dtype == "bf16" else 16, "precision": "ieee", "widened": False}
     pointers = {"x": f"*{dtype}", "grad": f"*{dtype}", "partials": "*fp32", "segments": "*i32", "columns": "*i32"}
     signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in program.arg_names}
@@ -153,7 +154,7 @@ def _compiled(capability: int, dtype: str) -> str:
 def _run(what: str) -> subprocess.CompletedProcess[str]:
     """Run this file as a program, once."""
     with tempfile.TemporaryDirectory() as cache:
-        variables = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parents[2])}
+        variables = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
         variables |= {"TRITON_INTERPRET": "1"} if what == "interpret" else {}
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, "-W", "error", __file__, what]
@@ -209,14 +210,14 @@ def restored_precision() -> Iterator[None]:
 def test_float32_is_exact_unless_torch_allows_tf32(monkeypatch: pytest.MonkeyPatch, allowed, precision) -> None:
     launches: list[dict[str, Any]] = []
     program = {(1, 1): lambda *arguments, **settings: launches.append(settings)}
-    monkeypatch.setattr(triton_blocks, "_program", lambda: program)
-    monkeypatch.setattr(triton_blocks, "_interpreted", lambda: True)
+    monkeypatch.setattr(triton_tiles, "program", lambda: program)
+    monkeypatch.setattr(triton_tiles, "interpreted", lambda: True)
     torch.backends.cuda.matmul.allow_tf32 = allowed
     TritonTiles(torch.tensor([0]), (16, 16), (16, 16)).gradient(torch.zeros(1, 16), torch.zeros(1, 16))
     assert [settings["precision"] for settings in launches] == [precision]
 
 
-def test_tokens_are_split_only_while_the_gpu_has_room_for_more_programs() -> None:
+def test_tokens_are_split_only_while_the_gpu_has_room_for_moreprograms() -> None:
     assert token_splits(segments=528, tokens=10**6, kept_bytes=1, processors=132) == 1
     assert token_splits(segments=100, tokens=10**6, kept_bytes=1, processors=132) == 6
     assert token_splits(segments=1, tokens=1024, kept_bytes=1, processors=132) == 4
@@ -230,20 +231,20 @@ def test_partial_sums_stay_below_their_share_of_memory() -> None:
 
 
 @pytest.mark.parametrize("tile", [(24, 24), (4, 4), (256, 256), (16, 32)])
-def test_tiles_that_no_program_serves_are_refused(tile: tuple[int, int]) -> None:
+def test_tiles_that_noprogram_serves_are_refused(tile: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"serves square tiles of 8, .* or 128, not {tile[0]} x {tile[1]}; set"):
         TritonTiles(torch.tensor([0]), (512, 512), tile)
 
 
 def test_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_blocks, "_program", lambda: None)
+    monkeypatch.setattr(triton_tiles, "program", lambda: None)
     kernel = TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
     with pytest.raises(ValueError, match=r"not in torch\.float64; use auto"):
         kernel.gradient(torch.zeros(1, 16).double(), torch.zeros(1, 16).double())
 
 
 def test_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_blocks, "_program", triton_blocks._program.__wrapped__)
+    monkeypatch.setattr(triton_tiles, "program", triton_tiles.program.__wrapped__)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="needs the package triton: pip install triton, or use auto"):
         TritonTiles(torch.tensor([0]), (16, 16), (16, 16))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import conftest
 import numpy as np
 import pytest
 import torch
+from testbed.pairwise import pairwise
+from testbed.random_deltas import Held
 from torch import Tensor
 
-from modular_experts.base import streaming
+from modular_experts.base import Base
 from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import entries_in_order, gather_tiles, tile_grid
 from modular_experts.library.packing import encode
@@ -68,8 +71,10 @@ def _by_torch(deltas: list[Sparse], weights: list[float]) -> Tensor:
     return total.mul_(weights[0]) if alike else total
 
 
-@pytest.mark.parametrize("weights", [[1.0] * 5, [0.3] * 5, [0.7, -2.0, 1e-3, 0.0, 1 / 3]], ids=str)
-@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [([1.0] * 5, 1), ([0.3] * 5, 2), ([0.7, -2.0, 1e-3, 0.0, 1 / 3], 7)],
+)
 def test_sums_are_those_of_torch_to_the_last_bit(weights, parts) -> None:
     deltas = [_sparse(share, seed) for seed, share in enumerate(SHARES)]
     runs, edges = _runs(deltas), torch.linspace(0, SHAPE.numel(), parts + 1).int()
@@ -194,9 +199,13 @@ def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
     assert decode_places("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
 
 
-@pytest.mark.parametrize("shape", [(160, 208), (150, 200), (1, 6000), (6000, 1)], ids=str)
-@pytest.mark.parametrize("tile", [(16, 16), (1, 200), (150, 1), (7, 300), (1, 1)], ids=str)
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "tile", "share"),
+    pairwise(
+        [(160, 208), (150, 200), (1, 6000), (6000, 1)], [(16, 16), (1, 200), (150, 1), (7, 300), (1, 1)], [0.5, 1.0]
+    ),
+    ids=str,
+)
 def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
     count = math.prod(tile_grid(shape, tile))
     draw = torch.Generator().manual_seed(5)
@@ -224,21 +233,26 @@ def test_tiles_that_are_none_of_the_weight_write_no_further_than_there_is_room()
 
 
 @pytest.mark.parametrize(
-    "method", [SparseAverage(exponent=0.5), TIES(keep=0.3), Breadcrumbs(beta=0.3, gamma=0.1), EMR()]
+    ("method", "tile"),
+    [
+        (SparseAverage(exponent=0.5), (16, 16)),
+        (SparseAverage(exponent=0.5), (5, 7)),
+        (TIES(keep=0.3), (16, 16)),
+        (Breadcrumbs(beta=0.3, gamma=0.1), (5, 7)),
+        (EMR(), (16, 16)),
+    ],
 )
-@pytest.mark.parametrize("tile", [(16, 16), (5, 7)], ids=str)
 def test_a_merge_of_tiles_is_that_of_torch_to_the_last_bit(method, tile, monkeypatch) -> None:
     deltas = [_tiles(0.4, seed, tile) for seed in range(4)]
     compiled = method.merge(deltas)
-    monkeypatch.setattr(entries, "_library", lambda: None)
+    monkeypatch.setattr(entries, "LEAST", 2**62)  # as where there is no compiler
     plain = method.merge(deltas)
     assert isinstance(compiled, BlockSparse)
     assert torch.equal(compiled.blocks, plain.blocks)
     assert torch.equal(compiled.values, plain.values)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.97, 1.0])
-@pytest.mark.parametrize("limit", [2**16, 70_001])
+@pytest.mark.parametrize(("share", "limit"), [(0.0, 2**16), (0.2, 70_001), (0.97, 2**16), (1.0, 70_001)])
 def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
     kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
     kept[-1] = share > 0
@@ -300,8 +314,8 @@ def test_all_else_is_not_served() -> None:
 )
 def test_merges_are_the_same_without_a_compiler(method: MergeMethod, monkeypatch) -> None:
     deltas, found = [_sparse(share, seed) for seed, share in enumerate(SHARES)], []
-    for library in (entries._library, lambda: None):
-        monkeypatch.setattr(entries, "_library", library)
+    for least in (entries.LEAST, 2**62):  # 2**62 as where there is no compiler
+        monkeypatch.setattr(entries, "LEAST", least)
         with chunks_of_size(8000):  # four chunks of the weight
             found.append(method.merge(deltas))
     one, other = found
@@ -331,29 +345,33 @@ def test_a_result_that_keeps_little_does_not_hold_much() -> None:
     assert merged.values.untyped_storage().nbytes() == 4 * len(few.values)
 
 
-@pytest.mark.parametrize("tile", [None, (16, 16), (10, 10)], ids=str)
-def test_a_written_checkpoint_is_the_same_without_a_compiler(tile, monkeypatch) -> None:
-    delta: Delta = _sparse(0.4, 5) if tile is None else _tiles(0.4, 5, tile)
-    weight, found = torch.randn(SHAPE).bfloat16(), []
-    for library in (entries._library, lambda: None):
-        monkeypatch.setattr(entries, "_library", library)
-        losses = streaming._Losses()
-        found.append((streaming._sum("w", weight, delta, torch.bfloat16, losses), losses))
+@pytest.mark.parametrize("tile", [None, (16, 16), (5, 7)], ids=str)
+def test_a_written_checkpoint_is_the_same_without_a_compiler(tile, tmp_path, monkeypatch) -> None:
+    model, found = conftest.build_model("llama").bfloat16(), []
+    model.save_pretrained(tmp_path / "base")
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = torch.randn(48, 32, generator=torch.Generator().manual_seed(7))
+    units = torch.arange(0, math.prod(tile_grid(values.shape, tile or (1, 1))), 3, dtype=torch.int32)
+    delta: Delta = Sparse(units, values.view(-1)[units], values.shape)
+    if tile:
+        delta = BlockSparse(units, gather_tiles(values, units, tile), values.shape)
+    for number, least in enumerate((1, 2**62)):
+        monkeypatch.setattr(entries, "LEAST", least)
+        out = tmp_path / str(number)
+        checked = Base.open(tmp_path / "base").write(Held({name: delta}), out)
+        assert checked is not None
+        found.append(((out / "model.safetensors").read_bytes(), checked.rounding))
     (one, counted), (other, recounted) = found
-    assert torch.equal(one, other)
-    assert (counted.moved, counted.unchanged) == (recounted.moved, recounted.unchanged)
-    assert counted.total().lost == pytest.approx(recounted.total().lost, rel=1e-5)
-    assert counted.total().lost > 0
+    assert one == other
+    assert counted.moved == recounted.moved > 0
+    assert counted.unchanged == recounted.unchanged
+    assert counted.lost == pytest.approx(recounted.lost, rel=1e-5)
+    assert counted.lost > 0
 
 
-def test_a_checkpoint_of_another_dtype_is_rounded_to_that() -> None:
-    delta, weight = _sparse(0.4, 5), torch.randn(SHAPE).bfloat16()
-    found = streaming._sum("w", weight, delta, torch.float32, streaming._Losses())
-    assert torch.equal(found, delta.add_to(weight.float()))
-
-
-def test_a_sum_that_is_not_finite_is_refused_in_one_pass_too() -> None:
-    delta = _sparse(0.4, 5)
-    weight, large = torch.full(SHAPE, 3e38).bfloat16(), Sparse(delta.indices, 0 * delta.values + 1e38, SHAPE)
-    with pytest.raises(ValueError, match=r"w plus its delta is not finite in torch.bfloat16"):
-        streaming._sum("w", weight, large, torch.bfloat16, streaming._Losses())
+def test_a_sum_that_is_not_finite_is_refused_in_one_pass_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(entries, "LEAST", 1)
+    conftest.build_model("llama").bfloat16().save_pretrained(tmp_path / "base")
+    large = Sparse(torch.tensor([3], dtype=torch.int32), torch.tensor([3.4e38]), torch.Size((48, 32)))
+    with pytest.raises(ValueError, match=r"is not finite in torch.bfloat16"):
+        Base.open(tmp_path / "base").write(Held({"model.layers.0.mlp.up_proj.weight": large}), tmp_path / "out")

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, TaskVector
 from modular_experts.deltas.tiles import Tile, gather_tiles, index_dtype, tile_grid
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
 
 FORMS = ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"]
+
+
+class Held(TaskVector):
+    """Deltas in memory as a task vector, which counts how often they are asked for."""
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        self.held, self.asked = dict(deltas), 0
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: self.held[name].shape for name in sorted(self.held)}
+
+    def __getitem__(self, name: str) -> Delta:
+        self.asked += 1
+        return self.held[name]
 
 
 def random_delta(
