@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import DELTA_FILE, files_of
 from modular_experts.text import bytes_text
 
 __all__ = ["CARD_FILE", "CardEntry", "is_ours", "model_card"]
@@ -50,7 +51,13 @@ class CardEntry:
     @classmethod
     def of(cls, expert: StoredExpert, hub_base: str | None = None) -> CardEntry:
         """Return the entry of a stored expert."""
-        return cls(expert.name, expert.record, expert.kept_share, expert.size_on_disk, hub_base)
+        share = expert.kept_share if len(expert) else None
+        return cls(expert.name, expert.record, share, expert.size_on_disk, hub_base)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether it consists of deltas, so that it can be merged and applied."""
+        return DELTA_FILE in files_of(self.record) and not self.record.get("not_mergeable_because")
 
     @property
     def base(self) -> str:
@@ -137,7 +144,7 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     tasks = json.dumps([{"name": str(task), "path": f"{task}.jsonl"} for task in first.record["tasks"] or ["task"]])
     applied = f"'[library/{first.name}]'"
     # The example of a merge takes the experts of the commonest base that can be merged and are not merges themselves.
-    trained = [e for e in entries if e.record["kind"] != "merge" and not e.record.get("not_mergeable_because")]
+    trained = [entry for entry in entries if entry.mergeable and entry.record["kind"] != "merge"]
     common = Counter(entry.fingerprint for entry in trained).most_common(1)
     alike = [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
     merged = next(name for name in ("merged", "all-merged", "newly-merged") if name not in {e.name for e in entries})

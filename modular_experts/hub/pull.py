@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modular_experts.hub.repository import HubRepository, files_of, look
+from modular_experts.hub.repository import HubRepository, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_statistics
 from modular_experts.library.atomic import is_name
-from modular_experts.library.expert import RECORD_FILE
-from modular_experts.library.record import read_record
+from modular_experts.library.record import RECORD_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.progress import Progress
 

@@ -18,7 +18,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.hub.repository import (
     HubRepository,
-    files_of,
     hub_errors,
     is_hub_model,
     look,
@@ -26,8 +25,7 @@ from modular_experts.hub.repository import (
 )
 from modular_experts.library import Library, StoredExpert, open_experts, open_statistics
 from modular_experts.library.atomic import is_name
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
-from modular_experts.library.record import read_record
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.progress import Progress
 
@@ -42,7 +40,7 @@ class Pushed:
 
     Attributes:
         files: The files beside the card, by their path in the repository.
-        removed: Files that were removed: statistics of an expert that was replaced.
+        removed: Files that were removed: what a replaced expert had and its successor does not have.
         present: Experts that the repository had already, with the same record and so the same deltas.
         card: The card; None if the repository has one with a text of its own, which stays.
         address: The page of the repository, or of the commit.
@@ -111,14 +109,15 @@ def push(
         others = [name for name in theirs if name not in {expert.name for expert in opened}]
         entries = [CardEntry.of(expert) for expert in opened] + _entries(repository, others, place)
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
-    # Statistics (`<expert>/statistics/<kind>`) go even if the repository has their expert already, and disappear with
-    # the expert that they belong to.
+    # Statistics (`<expert>/statistics/<kind>`) go even if the repository has their expert already.
     new = {path: file for path, file in files.items() if path.count("/") > 1 or path.split("/")[0] not in present}
     replaced = {expert.name for expert in opened} - set(present)
     removed = [
         path
         for path in repository.files
-        if path.split("/")[1:2] == [FOLDER] and path.split("/")[0] in replaced and path not in new
+        if path.split("/")[0] in replaced
+        and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE])
+        and path not in new
     ]
     entries = [replace(entry, hub_base=_hub_base(entry, is_model)) for entry in entries]
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
@@ -136,7 +135,7 @@ def _open(experts: Sequence[str | Path] | str | Path) -> list[StoredExpert]:
         if not library:
             raise ValueError(f"{experts} holds no expert, so there is nothing to push")
         experts = [library.directory / name for name in library]
-    opened = open_experts(experts)
+    opened = open_experts(experts, mergeable=False)
     names = [expert.name for expert in opened]
     for name in names:
         if names.count(name) > 1:

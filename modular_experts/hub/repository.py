@@ -29,15 +29,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from modular_experts.library import check_name
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, files_of
 from modular_experts.text import did_you_mean
 
-__all__ = ["HubRepository", "files_of", "hub_errors", "is_hub_model", "look", "may_be_hub_model"]
-
-
-def files_of(record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that an expert of this record has beside the record itself."""
-    return list(record.get("files") or [DELTA_FILE])
+__all__ = ["HubRepository", "hub_errors", "is_hub_model", "look", "may_be_hub_model"]
 
 
 @dataclass(frozen=True)

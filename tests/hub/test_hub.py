@@ -90,6 +90,24 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, library, tmp_path):
     assert hub.repositories[REPO].messages[1] == "Add a, b"
 
 
+def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, library, tmp_path):
+    reason = "its output depends on the input"
+    state = {"w0/router": torch.arange(6.0).view(2, 3)}
+    record = make_record("Mixture", BASE, tasks=["first"], not_mergeable_because=reason)
+    write_expert(library / "routed", {}, record, state=state)
+    push(library, REPO)
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    assert "| routed | Mixture | first | unknown |" in card
+    assert "merge --experts '[library/a, library/b]'" in card
+    pull(REPO, tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(library)
+    assert torch.equal(open_expert(tmp_path / "other/routed").state()["w0/router"], state["w0/router"])
+    shutil.rmtree(library / "routed")
+    write(library / "routed")
+    assert push(library, REPO, overwrite=True).removed == ["routed/state.safetensors"]
+    assert "routed/state.safetensors" not in hub.repositories[REPO].files()
+
+
 def test_only_an_experts_own_files_go(hub, library):
     (library / "a" / "notes.txt").write_text("private")
     (library / "a" / "token.json").write_text("private")
