@@ -1,8 +1,4 @@
-"""Fingerprints: one hash that tells a base model from another.
-
-It covers the name, the shape and the stored bytes of every tensor, and so depends neither on where the files are, nor
-on how they are sharded, nor on the dtype in which the model is loaded.
-"""
+"""Compute the hash that tells one base model from another."""
 
 from __future__ import annotations
 
@@ -22,29 +18,24 @@ __all__ = ["fingerprint"]
 def fingerprint(directory: str | Path) -> str:
     """Return the fingerprint of a checkpoint: SHA-256 in 64 hexadecimal digits.
 
-    It is remembered in `$XDG_CACHE_HOME/modular-experts` (or `~/.cache/modular-experts`) for as long as path, size and
-    time stamps of the weight files stay the same, because hashing a large model takes a while.
+    It covers the name, the shape and the stored bytes of every tensor, and so depends neither on where the files are,
+    nor on how they are sharded, nor on the dtype in which the model is loaded. Because hashing a large model takes a
+    while, `$XDG_CACHE_HOME/modular-experts` (or `~/.cache/modular-experts`) keeps it for as long as path, size and time
+    stamps of the weight files stay the same.
 
     Raises:
         FileNotFoundError: A weight file is missing.
         ValueError: A weight file is damaged.
     """
     files = weight_files(Path(directory))
-    note = _cache_directory() / f"{_state(files)}.txt"
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-experts" / "fingerprints"
+    note = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text().strip()
         if len(known) == 64:
             return known
-    found = _hash_tensors(files)
-    with suppress(OSError):  # a cache that cannot be written costs time and nothing else
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
-        temporary.write_text(found)
-        temporary.replace(note)
-    return found
-
-
-def _hash_tensors(files: list[Path]) -> str:
     table = {}
     for file in files:
         with open_tensors(file) as tensors:
@@ -52,15 +43,10 @@ def _hash_tensors(files: list[Path]) -> str:
                 tensor = tensors.get_tensor(name)
                 content = tensor.reshape(-1).view(torch.uint8).numpy()
                 table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
-    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _state(files: list[Path]) -> str:
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-
-
-def _cache_directory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "modular-experts" / "fingerprints"
+    found = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}")
+        temporary.write_text(found)
+        temporary.replace(note)
+    return found

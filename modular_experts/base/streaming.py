@@ -120,7 +120,9 @@ class StreamedSum:
                     yielded.add(name)
                     yield name, delta
             if not kept and source is not last:  # with the last file all is there
-                _write_note(note, losses, written)
+                part = note.with_suffix(".part")
+                part.write_text(json.dumps({"sha256": _hash(written), "losses": asdict(losses)}))
+                part.rename(note)
             self._losses += losses
         for source in self._layouts:
             (self._out / f".{source.name}.json").unlink(missing_ok=True)
@@ -195,13 +197,6 @@ def _written_dtype(key: str, stored: str, wanted: torch.dtype | None) -> torch.d
         raise ValueError(f"{key} is stored as {stored}, which is not read; the types are {', '.join(DTYPES)}")
     dtype = DTYPES[stored]
     return wanted if wanted is not None and dtype.is_floating_point else dtype
-
-
-def _write_note(note: Path, losses: _Losses, file: Path) -> None:
-    """Note beside a finished file what rounding took, and the file's hash, so that a later run can keep it."""
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps({"sha256": _hash(file), "losses": asdict(losses)}))
-    part.rename(note)
 
 
 def _finished(note: Path, file: Path) -> _Losses | None:

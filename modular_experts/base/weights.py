@@ -75,7 +75,18 @@ class StoredWeights:
                 self._mapped(key).release(key)
             self._last = None
         if not self._last:
-            self._last = owner, self._checked(owner)
+            place = self.structure.place
+            first, *others = self.keys(owner)
+            tensor = self._mapped(first)[first]
+            if not all_finite(tensor):
+                raise ValueError(f"{first} of {place} holds numbers that are not finite (NaN or infinity)")
+            for other in others:
+                if not torch.equal(self._mapped(other)[other], tensor):
+                    raise ValueError(
+                        f"{first} and {other} are one tensor (tied) by the configuration of {place}, and its files "
+                        "hold different values for them; correct tie_word_embeddings in its config.json"
+                    )
+            self._last = owner, tensor
         return self._last[1]
 
     def _mapped(self, key: str) -> MappedTensors:
@@ -83,19 +94,6 @@ class StoredWeights:
         if not self._open or self._open[0] != self._files[key]:
             self._open = self._files[key], MappedTensors(self._files[key])
         return self._open[1]
-
-    def _checked(self, name: str) -> Tensor:
-        first, *others = self.keys(name)
-        tensor = self._mapped(first)[first]
-        if not all_finite(tensor):
-            raise ValueError(f"{first} of {self.structure.place} holds numbers that are not finite (NaN or infinity)")
-        for other in others:
-            if not torch.equal(self._mapped(other)[other], tensor):
-                raise ValueError(
-                    f"{first} and {other} are one tensor (tied) by the configuration of {self.structure.place}, and "
-                    "its files hold different values for them; correct tie_word_embeddings in its config.json"
-                )
-        return tensor
 
     def _check(self) -> None:
         """Refuse files that lack a weight, and weights whose stored dtype or shape cannot be used."""

@@ -52,19 +52,16 @@ def pack(delta: Delta) -> dict[str, Tensor]:
     form, shape = type(delta).__name__, delta.shape
     if form not in FORMS:
         raise TypeError(f"a delta to store must be one of {', '.join(FORMS)}, got {form}")
-    packed = {name: _float32(getattr(delta, field)) for name, field in FORMS[form].items()}
+    packed = {}
+    for name, field in FORMS[form].items():
+        packed[name] = getattr(delta, field).detach().to("cpu", torch.float32).contiguous()
+        if not all_finite(packed[name]):
+            raise ValueError("it holds values that are not finite in float32")
     if form in _KEPT:
         kept = getattr(delta, _KEPT[form]).detach().to("cpu", index_dtype(shape)).contiguous()
         packed = encode(kept, _limit(form, shape, packed["values"].shape), _KEPT[form]) | packed
     check_layout(form, shape, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()})
     return packed
-
-
-def _float32(values: Tensor) -> Tensor:
-    stored = values.detach().to("cpu", torch.float32).contiguous()
-    if not all_finite(stored):
-        raise ValueError("it holds values that are not finite in float32")
-    return stored
 
 
 def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) -> None:
@@ -116,7 +113,11 @@ def check_numbers(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]
             raise ValueError(f"its {name} hold numbers that are not finite")
     plain = _KEPT.get(form, "")
     if plain in tensors:
-        _check_order(tensors[plain], _limit(form, shape, tensors["values"].shape))
+        indices, limit = tensors[plain], _limit(form, shape, tensors["values"].shape)
+        if indices.numel() and not (int(indices[0]) >= 0 and int(indices[-1]) < limit):
+            raise ValueError(f"its indices run from {int(indices[0])} to {int(indices[-1])}, out of [0, {limit})")
+        if indices.numel() > 1 and int((indices[1:] - indices[:-1]).min()) < 1:
+            raise ValueError("its indices are not sorted and unique")
 
 
 def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Delta:
@@ -144,13 +145,6 @@ def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
 def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
     """Return how many entries, or tiles of the size that the values have, a weight has."""
     return math.prod(shape) if form == "Sparse" else math.prod(tile_grid(shape, (values[1], values[2])))
-
-
-def _check_order(indices: Tensor, limit: int) -> None:
-    if indices.numel() and not (int(indices[0]) >= 0 and int(indices[-1]) < limit):
-        raise ValueError(f"its indices run from {int(indices[0])} to {int(indices[-1])}, out of [0, {limit})")
-    if indices.numel() > 1 and int((indices[1:] - indices[:-1]).min()) < 1:
-        raise ValueError("its indices are not sorted and unique")
 
 
 def _stored_dtype(name: str, shape: Sequence[int]) -> torch.dtype:
@@ -189,8 +183,18 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     }
     shortest = min(size, key=size.__getitem__)
     if shortest == "gaps":
-        return {"gaps": _to_gaps(distances, further)}
-    return {"mask": _to_mask(numbers, limit)} if shortest == "mask" else {plain: numbers}
+        last = (distances - _FURTHEST * further).to(torch.uint8)
+        gaps = last.new_zeros(size["gaps"])
+        gaps[torch.arange(last.numel(), device=last.device) + further.cumsum(0)] = last
+        return {"gaps": gaps}
+    if shortest == "mask":
+        bits = torch.zeros(8 * _mask_bytes(limit), dtype=torch.uint8, device=numbers.device)
+        bits[numbers] = 1
+        mask = bits.new_zeros(_mask_bytes(limit))
+        for place, column in enumerate(bits.view(-1, 8).unbind(1)):
+            mask |= column << place
+        return {"mask": mask}
+    return {plain: numbers}
 
 
 def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
@@ -225,14 +229,6 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
     return numbers.to(dtype)
 
 
-def _to_gaps(distances: Tensor, further: Tensor) -> Tensor:
-    last = (distances - _FURTHEST * further).to(torch.uint8)
-    ends = torch.arange(last.numel(), device=last.device) + further.cumsum(0)
-    gaps = last.new_zeros(last.numel() + int(further.sum()))
-    gaps[ends] = last
-    return gaps
-
-
 def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
     """Decode `count` numbers; also return the last one: -1 if there are none, None if there are more or fewer."""
     zeros = gaps.numel() - int(gaps.count_nonzero())
@@ -253,15 +249,6 @@ def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
 
 def _mask_bytes(limit: int) -> int:
     return -(-limit // 8)
-
-
-def _to_mask(numbers: Tensor, limit: int) -> Tensor:
-    bits = torch.zeros(8 * _mask_bytes(limit), dtype=torch.uint8, device=numbers.device)
-    bits[numbers] = 1
-    mask = bits.new_zeros(_mask_bytes(limit))
-    for place, column in enumerate(bits.view(-1, 8).unbind(1)):
-        mask |= column << place
-    return mask
 
 
 def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:

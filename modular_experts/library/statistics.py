@@ -200,26 +200,26 @@ def write_statistics(
         table: dict[str, Any] = {}
         written: dict[str, str] = {}
         for name, statistic in statistics:
-            table[name] = _write(writer, written, name, statistic)
+            if statistic is None:
+                table[name] = None
+                continue
+            values = statistic.values.detach().to("cpu", torch.float32).contiguous()
+            if not all_finite(values):
+                raise ValueError(
+                    f"the statistic of {name} holds numbers that are not finite in float32, so it was not stored"
+                )
+            shape, digest = list(values.shape), hashlib.sha256(tensor_bytes(values)).hexdigest()
+            if (key := f"{shape} {digest}") not in written:
+                writer.write(name, values)
+            table[name] = {
+                "tensor": written.setdefault(key, name),
+                "shape": shape,
+                "inputs": statistic.inputs,
+                "sha256": digest,
+                "norm": values.double().norm().item(),
+            }
         writer.finish(json.dumps({**facts, "weights": table}, sort_keys=True))
     return StoredStatistics(expert, kind)
-
-
-def _write(
-    writer: TensorFileWriter, written: dict[str, str], name: str, statistic: DataStatistic | None
-) -> dict[str, Any] | None:
-    if statistic is None:
-        return None
-    values = statistic.values.detach().to("cpu", torch.float32).contiguous()
-    if not all_finite(values):
-        raise ValueError(f"the statistic of {name} holds numbers that are not finite in float32, so it was not stored")
-    digest = hashlib.sha256(tensor_bytes(values)).hexdigest()
-    key = f"{list(values.shape)} {digest}"
-    if key not in written:
-        writer.write(name, values)
-    tensor = written.setdefault(key, name)
-    norm = values.double().norm().item()
-    return {"tensor": tensor, "shape": list(values.shape), "inputs": statistic.inputs, "sha256": digest, "norm": norm}
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
         ValueError: There is no row.
     """
     weights = {name: model.get_parameter(name) for name in names}
-    sums = {name: torch.zeros_like(weight, dtype=_at_least_float32(weight)) for name, weight in weights.items()}
+    sums = {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+    }
     rows = 0
     with _squares_into(model, weights, sums):
         for batch in batches:
@@ -84,7 +87,3 @@ def _rows(batch: Batch, device: torch.device) -> Iterator[Batch]:
         row = {key: batch[key][number : number + 1, :length] for key in ("input_ids", "attention_mask", "labels")}
         if (row["labels"] != IGNORED).any():
             yield {key: tensor.to(device) for key, tensor in row.items()}
-
-
-def _at_least_float32(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)

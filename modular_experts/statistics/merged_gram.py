@@ -50,34 +50,19 @@ def merged_grams(
     """
     method = method or RegMeanPlusPlus()
     found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]
-    with ExitStack() as merged:
-        for block in progress(_blocks(model, names)):
-            for expert, data, grams in zip(experts, batches, found, strict=True):
-                with applied(model, [{name: expert[name] for name in block if name in expert}]):
-                    grams |= gram(model, data, block)
-            merged.enter_context(applied(model, [_merge(model, experts, found, block, method)]))
-    return found
-
-
-def _merge(
-    model: PreTrainedModel,
-    experts: Experts,
-    found: Sequence[Mapping[str, DataStatistic | None]],
-    block: Sequence[str],
-    method: MergeMethod,
-) -> dict[str, Delta]:
-    merged = {}
-    for name in block:
-        still, device = Sparse.zero(model.get_parameter(name).shape), model.device
-        deltas = [expert.get(name, still).to(device) for expert in experts]
-        merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
-    return merged
-
-
-def _blocks(model: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
-    """Return the weights of each transformer block, in the order of the model."""
     wanted, blocks = set(names), dict[str, list[str]]()
     for name, _ in model.named_parameters():
         if name in wanted:
             blocks.setdefault(block_of(name) or name, []).append(name)
-    return list(blocks.values())
+    with ExitStack() as applied_so_far:
+        for block in progress(list(blocks.values())):
+            for expert, data, grams in zip(experts, batches, found, strict=True):
+                with applied(model, {name: expert[name] for name in block if name in expert}):
+                    grams |= gram(model, data, block)
+            merged: dict[str, Delta] = {}
+            for name in block:
+                still = Sparse.zero(model.get_parameter(name).shape)
+                deltas = [expert.get(name, still).to(model.device) for expert in experts]
+                merged[name] = method.merge(deltas, Context(name, [grams[name] for grams in found]))
+            applied_so_far.enter_context(applied(model, merged))
+    return found
