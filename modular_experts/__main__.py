@@ -1,4 +1,4 @@
-"""The command `modular-experts`: hands each verb to its file in `modular_experts.cli`, and is quick about help."""
+"""The command `modular-experts`: find the function of a command in `modular_experts.cli`; help imports no torch."""
 
 from __future__ import annotations
 
@@ -6,31 +6,48 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from modular_experts import __version__
 from modular_experts.old_names import install_old_names
 
-# Verb -> the file in cli/ whose run(argv) gets the verb and its arguments, and what it does.
+
+class Command(NamedTuple):
+    """Where a command is.
+
+    Attributes:
+        file: Its file in `cli/`.
+        function: The function that it calls; empty for those that run a trainer.
+        summary: What it does.
+        positional: How many of its first options may also be given by position.
+    """
+
+    file: str
+    function: str
+    summary: str
+    positional: int = 0
+
+
 VERBS = {
-    "quickstart": ("quickstart", "see it all on generated tasks: train, merge, test, report, in minutes"),
-    "fit": ("training", "train experts on task files"),
-    "validate": ("training", "measure a model on the validation rows"),
-    "test": ("training", "measure a model on the test rows: a table, and results.json"),
-    "predict": ("training", "write a model's answers"),
-    "import": ("import_", "bring an adapter or a fine-tuned checkpoint into a library"),
-    "statistics": ("statistics", "take what some merge methods need to know of the experts' data"),
-    "methods": ("methods", "show the merge methods: formulas, settings, sources"),
-    "merge": ("merge", "merge experts into one expert"),
-    "search": ("search", "find on validation rows how much of each expert to merge, and merge"),
-    "mergekit": ("mergekit", "run a recipe of mergekit: checkpoints into a checkpoint"),
-    "remove": ("remove", "take one expert out of an average again"),
-    "apply": ("apply", "add experts to their base: an ordinary checkpoint"),
-    "export": ("export", "write an expert as an adapter that PEFT loads"),
-    "push": ("push", "push experts and a card about them to the Hugging Face hub"),
-    "pull": ("pull", "pull experts from the Hugging Face hub into a library"),
-    "list": ("list", "list the experts of a library"),
-    "show": ("show", "show everything about one expert"),
-    "verify": ("verify", "check an expert's files and its base"),
+    "quickstart": Command("quickstart", "quickstart", "see it all on generated tasks: train, merge, test, report"),
+    "fit": Command("training", "", "train experts on task files"),
+    "validate": Command("training", "", "measure a model on the validation rows"),
+    "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
+    "predict": Command("training", "", "write a model's answers"),
+    "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library"),
+    "statistics": Command("search", "statistics", "measure what some merge methods need of the experts' data"),
+    "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", 1),
+    "merge": Command("merge", "merge", "merge experts into one expert"),
+    "search": Command("search", "search", "find on validation rows how much of each expert to merge, and merge"),
+    "mergekit": Command("mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", 2),
+    "remove": Command("merge", "remove", "take one expert out of an average again"),
+    "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint"),
+    "export": Command("apply", "export", "write an expert as an adapter that PEFT loads"),
+    "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub"),
+    "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library"),
+    "list": Command("library", "list_library", "list the experts of a library", 1),
+    "show": Command("library", "show", "show everything about one expert", 1),
+    "verify": Command("library", "verify", "check an expert's files and its base", 1),
 }
 
 HELP = """\
@@ -44,30 +61,48 @@ Each command has --help, --config FILE.yaml and --print_config. A first tour:
 
   modular-experts fit --config configs/fit/sparse.yaml --model.base DIR \\
       --data.tasks '[{{"name": "intents", "path": "intents.jsonl"}}]'
-  modular-experts merge --experts '[library/a, library/b]' --method SparseAverage --out library/ab
-  modular-experts apply --experts '[library/ab]' --out merged-checkpoint
+  modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
+  modular-experts apply --experts library/ab --out merged-checkpoint
 
 options: --help, --version"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
-    from modular_experts.cli.errors import guarded, near
+    from modular_experts.cli.errors import guarded
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items())
-        return guarded(lambda: print(HELP.format(verbs=verbs)))
-    if argv[0] == "--version":
-        return guarded(lambda: print(f"modular-experts {__version__}"))
-    if argv[0] not in VERBS:
-        what = "the command comes first, before" if argv[0].startswith("-") else "there is no command"
-        print(f"error: {what} {argv[0]}{near(argv[0], VERBS)}; the commands are {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    install_old_names()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's class lies beside the config; a console script does not look there
-    return guarded(lambda: importlib.import_module(f"modular_experts.cli.{VERBS[argv[0]][0]}").run(argv))
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    """Print help, or import and run a command."""
+    verb = argv[0] if argv else "help"
+    if verb in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {name:<12}{command.summary}" for name, command in VERBS.items())))
+    elif verb == "--version":
+        print(f"modular-experts {__version__}")
+    elif verb not in VERBS:
+        from modular_experts.cli.errors import unknown_command
+
+        raise unknown_command(verb, list(VERBS))
+    elif {"-h", "--help"} & set(argv):
+        from modular_experts.cli.help import command_help, training_help
+
+        command = VERBS[verb]
+        print(command_help(verb, *command) if command.function else training_help(verb, command.summary))
+    else:
+        # A user's class lies beside the config, where a console script does not look.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        install_old_names()
+        module = importlib.import_module(f"modular_experts.cli.{VERBS[verb].file}")
+        if VERBS[verb].function:
+            from modular_experts.cli.command import run_command
+
+            run_command(getattr(module, VERBS[verb].function), argv, VERBS[verb].positional)
+        else:
+            module.run(argv)
 
 
 if __name__ == "__main__":

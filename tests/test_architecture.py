@@ -158,7 +158,7 @@ def test_imports_keep_the_layers() -> None:
         ("merger.merged", "import transformers", "layer 2 is torch only"),
         ("merger.merged", "from safetensors.torch import save_file", "only base and hub and interop and library may"),
         ("training.module", "import safetensors", "only base and hub and interop and library may"),
-        ("training.module", "from modular_experts.cli.errors import near", "only __main__ opens"),
+        ("training.module", "from modular_experts.cli.errors import guarded", "only __main__ opens"),
         ("data.tasks", "from jsonargparse import ArgumentParser", "only cli may"),
         ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli may"),
         ("callbacks.results", "from lightning.pytorch import cli", "only cli may"),

@@ -1,18 +1,15 @@
-"""`modular-experts apply`: experts and their base into an ordinary checkpoint."""
+"""`modular-experts apply` and `export`: write experts in the formats of other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from modular_experts.base.apply import apply as apply_experts
-from modular_experts.base.verify import Check
-from modular_experts.cli.command import run_tool
-from modular_experts.cli.format import progress_bar, share_text
+from modular_experts.cli.format import print_check, progress_bar, share_text
+from modular_experts.interop.peft import WrittenAdapter
+from modular_experts.interop.peft import export as export_expert
 
-EXAMPLES = """\
-  modular-experts apply --base runs/base --experts '[library/ab]' --out merged-checkpoint
-  modular-experts apply --experts '[library/ab]' --out merged-checkpoint --dtype bfloat16"""
+__all__ = ["apply", "export"]
 
 
 def apply(
@@ -27,40 +24,84 @@ def apply(
 ) -> None:
     """Add experts to their base and write a full Hugging Face checkpoint that needs nothing of this package.
 
-    The deltas of several experts are added up; to average them, merge first. The checkpoint is loaded again with plain
-    transformers before it takes its place, and its logits are compared with those of the model in memory. Causal
-    language models only.
+    The deltas of several experts are added up; to average them, merge first. Before the checkpoint takes its place,
+    plain transformers loads it again, and its logits are compared with those of the model in memory. Causal language
+    models only.
 
     Args:
-        experts: Directories of the experts, written '[library/ab]'.
+        experts: Directories of the experts.
         out: Directory of the checkpoint.
-        base: The base's directory or hub id; as the experts' records say if not given.
+        base: The base's directory or hub id; the one in the experts' records by default.
         revision: Branch, tag or commit of a hub id.
-        dtype: Data type of the checkpoint; that of the base if not given.
+        dtype: Data type of the checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
-        overwrite: Replace a checkpoint of ours that is there.
-        check: Load the result again and compare; without it, no more than one weight is in memory.
+        overwrite: Replace a checkpoint of ours.
+        check: Load the result again and compare; with --check false, no more than one weight is in memory.
+
+    Examples:
+        modular-experts apply --base runs/base --experts library/ab --out merged-checkpoint
+        modular-experts apply --experts library/ab --out merged-checkpoint --dtype bfloat16
     """
     found = apply_experts(experts, out, base, revision, dtype, tolerance, overwrite, progress_bar("applying"), check)
-    tell_check(found)
+    print_check(found)
     print(f"{out}: a checkpoint of the base and {', '.join(experts)}")
 
 
-def tell_check(found: Check | None) -> None:
-    """Say how a checkpoint proved itself, and what its dtype could not hold."""
-    if found is None:
-        print("not loaded again, because check is false")
-        return
+def export(
+    expert: str,
+    form: Literal["lora", "supertuning", "shira"],
+    out: str,
+    rank: int | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+) -> None:
+    """Write an expert as a PEFT adapter, which PEFT and what builds on it load without this package.
+
+    A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
+    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
+    adapter takes its place it is loaded again, by PEFT if it is installed, and its logits are compared with those of
+    base plus deltas. Use `apply` for what no adapter can carry (biases, norms).
+
+    Args:
+        expert: Directory of the expert.
+        form: Kind of the adapter.
+        out: Directory of the adapter.
+        rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
+        base: The base's directory or hub id; the one in the expert's record by default.
+        revision: Branch, tag or commit of a hub id.
+        tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it carries.
+        overwrite: Replace an adapter of ours.
+
+    Examples:
+        modular-experts export --expert library/a --form supertuning --out adapter
+        modular-experts export --expert library/ab --form lora --rank 16 --out adapter
+    """
+    written = export_expert(expert, out, form, rank, base, revision, tolerance, overwrite, progress_bar("exporting"))
+    _print_losses(written)
+    print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")
+
+
+def _print_losses(written: WrittenAdapter) -> None:
+    """Print what the adapter lost, and how it compared when it was loaded again."""
+    check = written.check
+    lossy = {name: weight for name, weight in written.weights.items() if weight.lost}
+    if lossy:
+        print(f"{len(lossy)} of {len(written.weights)} weights are approximated; those that lose most:")
+        for name in sorted(lossy, key=lambda name: -lossy[name].relative_error)[:5]:
+            kept, error = share_text(lossy[name].kept_energy), lossy[name].relative_error
+            print(f"  {name}: {kept} of its squared norm kept, relative error {error:.3g}")
+        print(
+            f"in all: {share_text(written.kept_energy)} of the squared norm kept, relative error "
+            f"{written.relative_error:.3g}; a logit differs from the expert's by up to "
+            f"{check.largest_approximation:.3g}, {check.mean_approximation:.3g} on average"
+        )
+    if written.padding:
+        print(f"padded with {written.padding} zeros, because the format asks for fixed numbers of entries")
     print(
-        f"loaded again with transformers: the largest difference of a logit is {found.largest_difference:.3g} "
-        f"(tolerance {found.tolerance:g})"
+        f"loaded again with {check.loaded_with}: a logit differs by up to {check.largest_difference:.3g}, "
+        f"{check.mean_difference:.3g} on average (tolerance {check.tolerance:g})"
     )
-    lost = found.rounding
-    if lost.lost > 0:
-        unchanged = share_text(lost.unchanged / lost.moved)
-        print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(apply, argv, EXAMPLES)
+    if not check.loaded_with.startswith("peft"):
+        print("PEFT is not installed; to have PEFT itself check the adapter: pip install 'peft>=0.21'")

@@ -1,90 +1,70 @@
-"""Tools: commands that are one typed function - its arguments become options, its docstring the help."""
+"""Run a command that is one typed function: its arguments are the options, its docstring is the help."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Sequence
-from itertools import pairwise
-from typing import get_args, get_type_hints
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 
-from modular_experts.cli.errors import SentenceErrors
+from modular_experts.cli.arguments import as_settings, as_words, fold_configs, read_options
+from modular_experts.cli.errors import UsageError
+from modular_experts.cli.parser_errors import check_settings, hints_of
 
-__all__ = ["run_tool"]
-
-_TRUTHS = {"true", "false", "yes", "no"}
+__all__ = ["explained", "run_command"]
 
 
-class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keep the line breaks of the examples in a help text."""
-
-
-class _ToolParser(SentenceErrors, ArgumentParser):
-    """A parser whose complaints are sentences."""
-
-
-def _options(function: Callable[..., None], kind: object) -> set[str]:
-    """Return the options of a type, or of a choice with it among others."""
-    hints = get_type_hints(function)
-    return {f"--{name}" for name, hint in hints.items() if kind in (hint, *get_args(hint))}
-
-
-def _spelled(argv: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Return a command line with `--dry-run` written as the parser wants it: `--dry_run true`."""
-    given: list[str] = []
-    for word, after in pairwise([*argv, ""]):
-        if word.startswith("--"):
-            option = re.match(r"[^.=]*", word[2:])[0]  # type: ignore[index]
-            word = f"--{option.replace('-', '_')}{word[2 + len(option) :]}"
-        given.append(word)
-        if word in flags and after.lower() not in _TRUTHS:
-            given.append("true")
-    return given
-
-
-def _gathered(argv: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Return a command line with `--experts a b` written as the parser wants it: `--experts '["a", "b"]'`."""
-    given: list[str] = []
-    gathering = False
-    for number, word in enumerate(argv):
-        if gathering and not word.startswith("--"):
-            given[-1] = json.dumps([*json.loads(given[-1]), word])
-            continue
-        gathering = number > 0 and argv[number - 1] in lists and not word.startswith(("[", "--"))
-        given.append(json.dumps([word]) if gathering else word)
-    return given
-
-
-def run_tool(
-    function: Callable[..., None],
-    argv: Sequence[str],
-    examples: str,
-    positional: bool = False,
-    class_bases: Sequence[type] = (),
-) -> None:
+def run_command(function: Callable[..., None], argv: Sequence[str], positional: int = 0) -> None:
     """Parse a command's arguments and call its function.
 
     Args:
         function: A function with annotations and a Google-style docstring.
         argv: The command and its arguments.
-        examples: Commands that work as written, for the end of the help text.
-        positional: Whether arguments without a default are given by position instead of by name.
-        class_bases: Classes whose subclasses may be named in the arguments.
+        positional: How many of the first arguments may also be given by position.
+
+    Raises:
+        UsageError: The arguments do not fit; nothing was called.
     """
-    parser = _ToolParser(
-        prog=f"modular-experts {argv[0]}",
-        description=inspect.getdoc(function).partition("\nArgs:")[0].strip(),  # type: ignore[union-attr]
-        epilog=f"examples:\n{examples}",
-        formatter_class=_Formatter,
-    )
-    parser.class_bases = class_bases
+    hints = {name: hint for name, hint in hints_of(function).items() if name != "return"}
+    parameters = inspect.signature(function).parameters
+
+    def options_of(kind: object) -> list[str]:
+        """Return the options of a type, None aside."""
+        return [name for name, hint in hints.items() if kind in (hint, get_origin(hint), *map(_plain, get_args(hint)))]
+
+    tables = options_of(dict)
+    flags, lists = options_of(bool), options_of(list[str])
+    options = read_options(argv[1:], flags, lists, tables, list(parameters)[:positional])
+    options, config = fold_configs(options)
+    # Errors are raised, so that they become sentences.
+    parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
-    parser.add_function_arguments(function, as_positional=positional)
-    words = _gathered(_spelled(argv[1:], _options(function, bool)), _options(function, list[str]))
-    settings = parser.instantiate(parser.parse_args(words))
+    parser.add_function_arguments(function)
+    words = ["--config", json.dumps(config, default=str), *as_words(options)]
+    try:
+        settings = parser.instantiate(parser.parse_args(words))
+    except ArgumentError as error:
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        raise explained(error, as_settings(options, config, tables), hints, required) from None
     settings.pop("config", None)
     function(**settings.as_dict())
+
+
+def _plain(hint: Any) -> Any:
+    return get_origin(hint) if get_origin(hint) is dict else hint
+
+
+def explained(
+    error: ArgumentError, settings: Mapping[str, Any], hints: Mapping[str, Any], required: Sequence[str]
+) -> UsageError:
+    """Return a parser's error as a sentence: ours if the walk along the annotations finds what is wrong."""
+    try:
+        check_settings(settings, hints, required)
+    except UsageError as sentence:
+        return sentence
+    except Exception:
+        pass
+    return UsageError(" ".join(str(error).split()))

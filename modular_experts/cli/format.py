@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
 from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
@@ -16,6 +17,7 @@ __all__ = [
     "bytes_text",
     "call_text",
     "kind_text",
+    "print_check",
     "progress_bar",
     "share_text",
     "statistics_text",
@@ -72,3 +74,18 @@ def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
         return track(names, description, console=console, transient=True, disable=not console.is_terminal)
 
     return wrap
+
+
+def print_check(found: Check | None) -> None:
+    """Print how a checkpoint compared with the model in memory, and what its dtype could not hold."""
+    if found is None:
+        print("not loaded again, because check is false")
+        return
+    print(
+        f"loaded again with transformers: the largest difference of a logit is {found.largest_difference:.3g} "
+        f"(tolerance {found.tolerance:g})"
+    )
+    lost = found.rounding
+    if lost.lost > 0:
+        unchanged = share_text(lost.unchanged / lost.moved)
+        print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")

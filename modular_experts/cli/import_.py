@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar, share_text, summary
 from modular_experts.interop.compression import Compression, TopK, Truncated
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import StoredExpert
-
-EXAMPLES = """\
-  modular-experts import --source downloads/lora --out library/lora
-  modular-experts import --source runs/tuned --base runs/base --out library/tuned
-  modular-experts import --source runs/tuned --base runs/base --out library/short --keep_ratio 0.05"""
 
 
 def import_(
@@ -48,6 +42,11 @@ def import_(
         vocab: With intersect, a full checkpoint may have a resized vocabulary; the rows in common are compared.
         tasks: Names of the tasks that it was trained on, written '[a, b]'.
         overwrite: Replace an expert that is there.
+
+    Examples:
+        modular-experts import --source downloads/lora --out library/lora
+        modular-experts import --source runs/tuned --base runs/base --out library/tuned
+        modular-experts import --source runs/tuned --base runs/base --out library/short --keep_ratio 0.05
     """
     compression, bar = _compression(keep_ratio, rank), progress_bar("importing")
     expert = import_expert(
@@ -106,8 +105,3 @@ def _lost(account: Mapping[str, Any]) -> Iterator[str]:
     yield f"relative error {account['relative_error']:.3g}, {kept} of the energy kept (record: error of each weight)"
     for name, error in errors[:3]:
         yield f"  {name}: {error:.3g}"
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(import_, argv, EXAMPLES)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modular_experts.cli.command import run_tool
 from modular_experts.cli.format import progress_bar
 from modular_experts.interop.mergekit.deviations import Deviation
 from modular_experts.interop.mergekit.parse import read_recipe
 from modular_experts.interop.mergekit.run import merge_recipe
-
-EXAMPLES = """\
-  modular-experts mergekit recipe.yaml merged-checkpoint
-  modular-experts mergekit recipe.yaml merged-checkpoint --seed 1 --overwrite true"""
 
 
 def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> None:
@@ -27,6 +22,10 @@ def mergekit(recipe: str, out: str, seed: int = 0, overwrite: bool = False) -> N
         out: Directory of the checkpoint.
         seed: Of the methods that drop entries at random (dare, della).
         overwrite: Replace a checkpoint of ours that is there.
+
+    Examples:
+        modular-experts mergekit recipe.yaml merged-checkpoint
+        modular-experts mergekit recipe.yaml merged-checkpoint --seed 1 --overwrite true
     """
     parsed = read_recipe(recipe)
     merge_recipe(parsed, out, seed, overwrite, progress_bar("merging"), _tell)
@@ -41,8 +40,3 @@ def _tell(found: Sequence[Deviation]) -> None:
         print(f"  {deviation.what}:")
         print(f"    mergekit  {deviation.mergekit}")
         print(f"    here      {deviation.here}")
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(mergekit, argv, EXAMPLES, positional=True)

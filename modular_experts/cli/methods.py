@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import modular_experts.methods as catalogue
-from modular_experts.cli.command import run_tool
-from modular_experts.cli.errors import near
 from modular_experts.cli.format import value_text
 from modular_experts.methods import MergeMethod
-
-EXAMPLES = """\
-  modular-experts methods
-  modular-experts methods TIES"""
+from modular_experts.text import did_you_mean
 
 
 def methods(name: str | None = None) -> None:
@@ -26,6 +20,10 @@ def methods(name: str | None = None) -> None:
 
     Args:
         name: Name of a method, or the dotted path of a class of your own.
+
+    Examples:
+        modular-experts methods
+        modular-experts methods TIES
     """
     known = {
         known: getattr(catalogue, known) for known in sorted(catalogue.__all__, key=str.lower) if known != "MergeMethod"
@@ -37,7 +35,7 @@ def methods(name: str | None = None) -> None:
         _show(_own(name))
         return
     if name not in known:
-        hint = near(name, known) or f"; the methods are {', '.join(known)}"
+        hint = did_you_mean(name, known) or f"; the methods are {', '.join(known)}"
         raise ValueError(f"there is no merge method {name!r}{hint}")
     _show(known[name])
 
@@ -50,7 +48,7 @@ def _own(path: str) -> type[MergeMethod]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path} cannot be imported: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, MergeMethod)):
-        raise ValueError(f"{path} is no merge method; it must be a subclass of modular_experts.MergeMethod")
+        raise ValueError(f"{path} is not a merge method; it must be a subclass of modular_experts.MergeMethod")
     return found
 
 
@@ -84,11 +82,3 @@ def _defaults(kind: type[MergeMethod]) -> str:
 def _first_paragraph(kind: type[MergeMethod]) -> str:
     text = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
     return text.partition(": ")[2] or text
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command; the name may come without its option."""
-    first, *rest = argv
-    if rest and not rest[0].startswith("-"):
-        rest = ["--name", *rest]
-    run_tool(methods, [first, *rest], EXAMPLES)

@@ -1,189 +1,180 @@
-"""Complaints: what a parser says about a command line or a config, as one sentence.
+"""Explain why settings do not fit a command: walk along the annotations of its options until one does not fit.
 
-The parser's messages are trees of indented lines: `Parser key "x":` stands above what is wrong with x, and a type that
-is a union lists the complaint of each of its members. The complaint that lies deepest came furthest, so that one is
-told, with the keys above it as the option's full name.
+jsonargparse decides whether a command line is right; only after it refused one is this walk made, for a sentence with
+the option's full name, the value and near candidates.
 """
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+import importlib
 import inspect
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["explain", "near", "with_near"]
+from modular_experts.cli.errors import UsageError
+from modular_experts.text import did_you_mean
 
-_KEY = re.compile(r'Parser key "([^"]+)"|^(--[\w.]+): ')
-_CLASS = re.compile(r"class_path '([\w.]+)'|(callable class:)")
-_UNKNOWN = r"(?:(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)|does not accept option '([\w.]+)')"
-_NO_SETTING = _UNKNOWN + r"(; did you mean .*?\?)?"
-_RAISED = r"^ +- (?!Expected|Does not validate|Not a valid|Problem with|Invalid content|Import path|Type |a )(.+)"
-_EXPECTED = r"Expected an? (?!path but|dot import)(.+?)(?:\. Got value: (.+?))?(?:\. Got value: .*)?$"
+__all__ = ["check_settings", "hints_of"]
+
+_MOST_LISTED = 12
+_TASKS = '[{"name": "mine", "path": "file.jsonl"}]'
+_SCALARS = (int, float, bool, str)
 
 
-def explain(
-    message: str,
-    options: Sequence[str] = (),
-    class_bases: Sequence[type] = (),
-    examples: Mapping[str, str] | None = None,
-) -> str:
-    """Return a parser's message as one sentence that says what is wrong, what was given and what is near.
+def check_settings(settings: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]) -> None:
+    """Find the first setting that does not fit its option.
 
     Args:
-        message: What the parser says.
-        options: The option strings it knows, such as `--out`.
-        class_bases: Classes whose subclasses may be named.
-        examples: How the value of an option is written, where the name of its type does not tell.
+        settings: Values by name of the option, as `arguments.as_settings` gives them.
+        hints: Annotation of each option.
+        required: Options without a default.
+
+    Raises:
+        UsageError: A setting does not fit, or one is missing.
     """
-    if message.startswith("unrecognized arguments:"):
-        return _unrecognized(message.partition(":")[2].split(), options)
-    if ambiguous := re.match(r"ambiguous option: (--[\w.]+) could match (--[\w.]+)", message):
-        return f"there is no option {ambiguous[1]}; did you mean {ambiguous[2]}?"
-    return _Complaint(with_near(message, options), class_bases, examples or {}).sentence()
+    for name, value in settings.items():
+        if name not in hints:
+            raise UsageError(f"there is no option --{name}{did_you_mean(f'--{name}', [f'--{h}' for h in hints])}")
+        _check(f"--{name}", hints[name], value)
+    for name in required:
+        if name not in settings:
+            raise UsageError(f"--{name} must be given, on the command line or in --config")
 
 
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `; did you mean x?`, or nothing where no known name is near."""
-    spelt = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower(), list(spelt), n=1, cutoff=cutoff)
-    return f"; did you mean {spelt[found[0]]}?" if found else ""
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of a function or of a class's arguments, as types."""
+    # A dataclass has fields from classes of several modules, where its __init__ has only their names.
+    plain = inspect.isclass(function) and not dataclasses.is_dataclass(function)
+    called = function.__init__ if plain else function
+    try:
+        return typing.get_type_hints(called)
+    except NameError:
+        # A class may name TaskMixture without importing it, so that it is fast to import.
+        return typing.get_type_hints(called, localns=vars(importlib.import_module("modular_experts.data")))
 
 
-def with_near(message: str, options: Iterable[str]) -> str:
-    """Return a message about an option of the parser that knows `options`, with the nearest of them added."""
-    found = re.search(_NO_SETTING, message)
-    if not found or found[3] or _KEY.search(message):
-        return message
-    return message + near(found[1] or found[2], [option.lstrip("-") for option in options])
+def _check(path: str, hint: Any, value: Any) -> None:
+    """Raise the sentence for a value that does not fit an annotation."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        _check_union(path, hint, value)
+    elif origin is Literal:
+        if value not in inner:
+            known = ", ".join(map(str, inner))
+            raise UsageError(f"{path} must be one of {known}, got {value}{did_you_mean(value, inner)}")
+    elif origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise _refusal(path, hint, value)
+        for key, one in value.items():
+            _check(f"{path}.{key}", inner[1], one)
+    elif origin in (list, Sequence):
+        if not isinstance(value, list):
+            written = _TASKS if getattr(inner[0], "__name__", "") == "Task" else "[a, b]"
+            raise UsageError(f"{path} must be a list, written '{written}', got {value}")
+        for one in value:
+            _check(path, inner[0], one)
+    elif origin is Callable and inspect.isclass(inner[-1]):
+        # A callable that makes an object: its class is named, and gets its first argument from us.
+        _check_class(path, inner[-1], value, given_by_us=1)
+    elif hint in _SCALARS:
+        fits = {bool: (bool,), int: (int,), float: (int, float), str: (str, int, float)}[hint]
+        if not isinstance(value, fits):
+            raise _refusal(path, hint, value)
+    elif hint is type(None):
+        if value is not None:
+            raise _refusal(path, hint, value)
+    elif inspect.isclass(hint):
+        _check_class(path, hint, value)
 
 
-class _Complaint:
-    """A message taken apart into lines, each with the full name of the option that it is about."""
+def _check_union(path: str, hint: Any, value: Any) -> None:
+    """Raise the refusal of the member that fits the value's shape, if no member accepts the value."""
+    refusals: list[UsageError] = []
+    for one in get_args(hint):
+        try:
+            _check(path, one, value)
+        except UsageError as error:
+            shape = (list,) if get_origin(one) is list else (str, dict, int, float)
+            if isinstance(value, shape) and one not in (*_SCALARS, type(None)):
+                refusals.append(error)
+        else:
+            return
+    # The longest option name belongs to the member that understood most of the value.
+    raise max(refusals, key=lambda error: str(error).partition(" ")[0].count("."), default=_refusal(path, hint, value))
 
-    def __init__(self, message: str, class_bases: Sequence[type], examples: Mapping[str, str]) -> None:
-        self.message, self.examples = message, examples
-        self.bases = [base for base in class_bases if re.search(rf"\b{base.__name__}\b", message)] or class_bases
-        self.lines = list(_lines(message, {cls.__name__ for cls in _classes(class_bases)}))
 
-    def sentence(self) -> str:
-        """Return the most telling complaint; among those equally deep, the first kind in `_TELLING`."""
-        told = [
-            (path.count("."), -rank, tell, path.removesuffix(".init_args"), found)
-            for path, line in self.lines
-            for rank, (pattern, tell) in enumerate(self._TELLING.items())
-            if (found := re.search(pattern, line))
-        ]
-        best = max(told, key=lambda item: item[:2], default=None)
-        path = best[3] if best else next((path for path, _ in self.lines), "")
-        if path in self.examples and not (best and best[2] is _Complaint._no_setting):
-            return f"{path} is written '{self.examples[path]}', got {self._given(path)}"
-        if best is None:
-            return " ".join(_KEY.sub(r"\1\2", self.message).split())
-        return best[2](self, path, best[4])
+def _refusal(path: str, hint: Any, value: Any) -> UsageError:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    names = [one.__name__ if inspect.isclass(one) and not get_args(one) else str(one) for one in kinds]
+    return UsageError(f"{path} must be of type {' or '.join(n for n in names if n != 'NoneType')}, got {value}")
 
-    def _no_setting(self, path: str, found: re.Match) -> str:
-        """Name the option in full. (The path lost its last `init_args`, which stands before a setting of a class.)"""
-        full = next(above for above, line in self.lines if found[0] in line)
-        option = ".".join(filter(None, [full, found[1] or found[2]])).replace("init_args.", "")
-        return f"there is no option '{option}'{found[3] or self._settings()}"
 
-    def _settings(self) -> str:
-        """Return what can be set of the class that the message is about, if there is one."""
-        named = [cls for cls in _classes(self.bases) if re.search(rf"\b{cls.__name__}\b", self.message)]
-        about = [cls for cls in named if cls not in self.bases and not inspect.isabstract(cls)]
-        if not about:
-            return ""
-        kind = max(about, key=lambda cls: len(cls.__name__))
-        return f"; {kind.__name__} has {', '.join(inspect.signature(kind).parameters) or 'no settings'}"
+def _check_class(path: str, base: type, value: Any, given_by_us: int = 0) -> None:
+    """Check the name of a class and its settings.
 
-    def _required(self, path: str, found: re.Match) -> str:
-        return f"{path}{': ' * bool(path)}{found[1]} must be given, on the command line or in --config"
+    Args:
+        path: The option.
+        base: The class whose subclasses may be named; it need not be named itself if it can be made.
+        value: The class's name, or a dictionary.
+        given_by_us: How many of the first arguments the package gives.
+    """
+    settings = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(settings, dict) or ("class_path" not in settings and inspect.isabstract(base)):
+        written = "{class_path: Name, init_args: {setting: value}}"
+        raise UsageError(f"{path}: a class is written as its name or as {written}, got {value}")
+    kind = _named(path, base, settings["class_path"]) if "class_path" in settings else base
+    if not inspect.isclass(kind):
+        return
+    # A setting given as an option of its own beats the one in the config.
+    outer = {key: one for key, one in settings.items() if key not in ("class_path", "init_args", "dict_kwargs")}
+    own = {**(settings.get("init_args") or {}), **outer}
+    parameters = dict(list(inspect.signature(kind).parameters.items())[given_by_us:])
+    hints = hints_of(kind)
+    for key, one in own.items():
+        if key not in parameters:
+            known = [f"{path}.{name}" for name in parameters]
+            hint = did_you_mean(f"{path}.{key}", known, 0.8) or f"; {kind.__name__} has {', '.join(parameters)}"
+            raise UsageError(f"there is no option {path}.{key}{hint if parameters else ''}")
+        _check(f"{path}.{key}", hints.get(key, Any), one)
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in own and parameter.kind is not parameter.VAR_KEYWORD:
+            raise UsageError(f"{path}.{key} must be given, on the command line or in --config")
 
-    def _no_attribute(self, path: str, found: re.Match) -> str:
-        given = self._given(path)
-        if "." in given and not given.startswith(f"{found[1]}."):
-            return f"{path}: {given} cannot be imported: {found[0]}"
-        names = [name for name, value in vars(sys.modules[found[1]]).items() if inspect.isclass(value)]
-        return f"{path}: the module {found[1]} has no class {found[2]!r}{near(found[2], names)}"
 
-    def _unusable(self, path: str, found: re.Match) -> str:
-        """Pass on what an import raised."""
-        return f"{path}: {self._given(path)} cannot be used: {found[1]}"
-
-    def _no_module(self, path: str, found: re.Match) -> str:
-        where = "in the current directory or among those installed"
-        return f"{path}: {self._given(path)} cannot be imported: there is no module {found[1]!r} {where}"
-
-    def _no_class(self, path: str, found: re.Match) -> str:
-        names = sorted({cls.__name__ for cls in _classes(self.bases) if not inspect.isabstract(cls)})
-        known = f" (known: {', '.join(names)})" if 0 < len(names) <= 12 else ""
-        known = (
-            " (`modular-experts methods` lists them)" if any(b.__name__ == "MergeMethod" for b in self.bases) else known
-        )
+def _named(path: str, base: type, name: str) -> Any:
+    """Return the class that a name stands for: a known subclass, or what a dotted path leads to."""
+    known: dict[str, Any] = {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
+    if name in known:
+        return known[name]
+    module, _, last = name.rpartition(".")
+    if not module:
+        listed = f" (known: {', '.join(sorted(known))})" if 0 < len(known) <= _MOST_LISTED else ""
+        listed = " (`modular-experts methods` lists them)" if base.__name__ == "MergeMethod" else listed
         own = "a class of your own is named module.Class"
-        return f"{path}: there is no class {found[1]!r}{near(found[1], names)}{known}; {own}"
-
-    def _wrong_class(self, path: str, found: re.Match) -> str:
-        *cls, base = (group for group in found.groups() if group)
-        return f"{path}: {cls[0] if cls else self._given(path)} is no {base}; name a subclass of {base}"
-
-    def _value(self, path: str, found: re.Match) -> str:
-        alike = [match for at, line in self.lines if at == path and (match := re.search(_EXPECTED, line))]
-        expected, given = [match[1] for match in alike], alike[0][2] or self._given(path)
-        choices = [choice for kind in expected if "Literal" in kind for choice in re.findall(r"'([^']*)'", kind)]
-        if choices:
-            return f"{path} must be one of {', '.join(dict.fromkeys(choices))}, got {given}{near(given, choices)}"
-        kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", kind) for kind in expected if "NoneType" not in kind]
-        if not kinds or any(kind.startswith("instantiatable class") for kind in kinds):
-            written = "{class_path: Name, init_args: {setting: value}}"
-            return f"{path}: a class is written as its name or as {written}, got {given}"
-        listed = "list" in kinds and not given.startswith(("[", "{"))
-        hint = f"; a list is written '[{given}, ...]'" if listed else ""
-        return f"{path} must be of type {' or '.join(dict.fromkeys(kinds))}, got {given}{hint}"
-
-    def _given(self, path: str) -> str:
-        about = "\n".join(line for at, line in self.lines if at.removesuffix(".init_args") == path)
-        kinds = r"Expected a path but (.+) either not|class_path '([\w.]+)'|Given value: (.+)|Got value: (.+)"
-        found = re.search(kinds, about)
-        return next(group for group in found.groups() if group) if found else "something else"
-
-    # What is looked for in a line -> how it is told.
-    _TELLING: ClassVar[dict[str, Callable[[_Complaint, str, re.Match], str]]] = {
-        _NO_SETTING: _no_setting,
-        r"the following arguments are required: (.+)": _required,
-        r"module '([\w.]+)' has no attribute '(\w+)'": _no_attribute,
-        r"No module named '([\w.]+)'": _no_module,
-        _RAISED: _unusable,
-        r"Expected a dot import path string: ([\w.]+)$": _no_class,
-        r"Expected '([\w.]+)' to be a subclass of <class '(\w+)'>": _wrong_class,
-        r"Import path(?: ([\w.]+))? does not correspond to a subclass of (\w+)": _wrong_class,
-        r"\"([\w.]+)\" is not a subclass of (\w+)": _wrong_class,
-        _EXPECTED: _value,
-    }
+        raise UsageError(f"{path}: there is no class {name!r}{did_you_mean(name, known)}{listed}; {own}")
+    try:
+        found = getattr(importlib.import_module(module), last)
+    except ModuleNotFoundError as error:
+        where = "in the current directory or among the installed ones"
+        raise UsageError(f"{path}: {name} cannot be imported: there is no module {error.name!r} {where}") from None
+    except AttributeError as error:
+        if error.name != last or getattr(error.obj, "__name__", None) != module:
+            raise UsageError(f"{path}: {name} cannot be imported: {error}") from None
+        classes = [key for key, one in vars(error.obj).items() if inspect.isclass(one)]
+        near = did_you_mean(last, classes)
+        raise UsageError(f"{path}: the module {module} has no class {last!r}{near}") from None
+    except Exception as error:  # whatever the user's module raises
+        raise UsageError(f"{path}: {name} cannot be used: {error}") from None
+    if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):
+        raise UsageError(f"{path}: {name} is not a subclass of {base.__name__}; name one that is")
+    return found
 
 
-def _lines(message: str, known: set[str]) -> Iterator[tuple[str, str]]:
-    above: list[tuple[int, list[str]]] = []
-    for line in filter(str.strip, message.splitlines()):
-        indent = len(line) - len(line.lstrip())
-        above = [(at, names) for at, names in above if at < indent]
-        names = [found[1] or found[2] for found in _KEY.finditer(line)]
-        if (cls := _CLASS.search(line)) and (cls[2] or cls[1].rpartition(".")[2] in known):
-            names = ["init_args", *names]
-        above.append((indent, names))
-        yield ".".join(name for _, names in above for name in names), line
-
-
-def _classes(bases: Iterable[type]) -> set[type]:
-    return {cls for base in bases for cls in ({base} | _classes(base.__subclasses__()))}
-
-
-def _unrecognized(given: list[str], options: Sequence[str]) -> str:
-    wrong = next((item for item in given if item.startswith("-")), given[0])
-    option = wrong.partition("=")[0]
-    if not wrong.startswith("-"):
-        return f"{wrong!r} is one argument too many; options start with --, and a list is written '[a, b]'"
-    return f"there is no option {option}{near(option, options)}"
+def _subclasses(base: type) -> Iterator[type[Any]]:
+    yield base
+    kind: type[Any]
+    for kind in base.__subclasses__():
+        yield from _subclasses(kind)

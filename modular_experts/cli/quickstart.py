@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modular_experts.cli.command import run_tool
 from modular_experts.quickstart import (
     Plan,
     check_drawing,
@@ -20,11 +19,6 @@ from modular_experts.quickstart import (
     summary_table,
     write_report,
 )
-
-EXAMPLES = """\
-  modular-experts quickstart
-  modular-experts quickstart --seed 1 --out runs/quickstart-1
-  modular-experts quickstart --tasks 5 --out runs/short"""
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 STAGES = {"base": "training a small base", "experts": "training experts", "merges": "merging and testing"}
@@ -41,6 +35,11 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         seed: Of the words, the weights and the order of training; another seed is another experiment.
         out: Directory of the run.
         tasks: How many of the 20 held-in tasks get experts, for a shorter run; at least 2.
+
+    Examples:
+        modular-experts quickstart
+        modular-experts quickstart --seed 1 --out runs/quickstart-1
+        modular-experts quickstart --tasks 5 --out runs/short
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
     check_drawing()
@@ -87,8 +86,3 @@ def _bars() -> Iterator[Callable[[str, float, float], None]]:
         except (KeyboardInterrupt, SystemExit):  # the second is what Lightning makes of the first
             console.print("interrupted; the same command goes on from here")
             raise
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(quickstart, argv, EXAMPLES)

@@ -1,26 +1,21 @@
-"""`modular-experts search`: how much of each expert a merge takes, found on validation rows."""
+"""`modular-experts search` and `statistics`: what merges learn from the experts' data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
-import modular_experts.suite  # noqa: F401 - so that a config names its tasks by their class alone
-from modular_experts.cli.command import run_tool
-from modular_experts.cli.format import call_text, progress_bar, summary
-from modular_experts.data import TaskMixture, TaskSource
+# So that a config names the generated tasks by their class alone.
+import modular_experts.suite  # noqa: F401
+from modular_experts.cli.format import call_text, progress_bar, statistics_text, summary
+from modular_experts.data import TaskMixture
 from modular_experts.methods import MergeMethod
+from modular_experts.statistics import take_statistics
 from modular_experts.tuning import CoefficientSearch
-from modular_experts.tuning import search as search_experts
+from modular_experts.tuning import search as search_coefficients
 from modular_experts.tuning.objective import mean_loss
 
-EXAMPLES = """\
-  modular-experts search --experts '[library/a, library/b]' --algorithm LoRAHub --out library/ab \\
-      --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
-  modular-experts search --experts '[library/a, library/b]' --merges '[SparseAverage]' \\
-      --algorithm ATLAS --out library/ab \\
-      --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
-  modular-experts merge --config library/ab.recipe.yaml --out library/again
-  modular-experts search --algorithm.help AdaMerging"""
+__all__ = ["search", "statistics"]
 
 
 def search(
@@ -33,24 +28,34 @@ def search(
     overwrite: bool = False,
     merges: list[MergeMethod] | None = None,
 ) -> None:
-    """Find how much of each expert a merge takes, on validation rows, and merge.
+    """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
-    The base is loaded once, and the experts are added to it in place; merges are held in memory until they are written.
-    Written are the merged expert, and beside it its recipe, which `merge --config` takes, and the trials.
+    The base is loaded once, and the experts are added to it in place; merges stay in memory until they are written.
+    The merged expert is written, and beside it its recipe, which `merge --config` takes, and the trials.
 
     Args:
-        experts: Directories of the experts, written '[library/a, library/b]'.
-        algorithm: ATLAS or AdaMerging (by gradients; for each expert and weight), LoRAHub (without; for each expert),
-            or the dotted path of a class of your own.
+        experts: Directories of the experts.
+        algorithm: ATLAS or AdaMerging (with gradients; for each expert and weight), LoRAHub (without; for each
+            expert), or the dotted path of a class of your own.
         data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
-        base: The base's directory or hub id; as the experts' records say if not given.
-        overwrite: Replace an expert, a recipe and trials that are there.
-        merges: Methods whose merges of the experts are combined with them, as the first of them, such as '[RegMean,
-            SparseAverage]'; each is written as an expert, too, named after `out` and the method.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        overwrite: Replace an expert, a recipe and trials.
+        merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
+            '[RegMean, SparseAverage]'. Each merge is also written as an expert, named after `out` and the method.
+
+    Examples:
+        modular-experts search --experts library/a library/b --algorithm LoRAHub --out library/ab \\
+            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+        modular-experts search --experts library/a library/b --merges '[SparseAverage]' \\
+            --algorithm ATLAS --out library/ab \\
+            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+        modular-experts merge --config library/ab.recipe.yaml --out library/again
+        modular-experts search --algorithm.help AdaMerging
     """
-    done = search_experts(experts, algorithm, data, out, merges or (), rows, base, overwrite, progress_bar("searching"))
+    bar = progress_bar("searching")
+    done = search_coefficients(experts, algorithm, data, out, merges or (), rows, base, overwrite, bar)
     found = done.found
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     for expert, values in zip(done.experts, found.coefficients.T, strict=True):
@@ -67,6 +72,34 @@ def search(
     print(f"{out}: {summary(done.expert)}")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(search, argv, EXAMPLES, class_bases=[CoefficientSearch, MergeMethod, TaskMixture, TaskSource])
+def statistics(
+    experts: list[str],
+    kind: Literal["fisher", "gram", "merged_gram"],
+    data: TaskMixture,
+    rows: int = 256,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measure statistics of experts that are to be merged, and store them beside each expert.
+
+    The merge methods Fisher, RegMean and RegMeanPlusPlus need them. Each expert is measured on the validation rows of
+    the tasks that it was trained on, never on test rows, at every weight that any of the experts moves.
+
+    Args:
+        experts: Directories of the experts.
+        kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean) one per pair of a layer's inputs;
+            `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts.
+        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        overwrite: Replace statistics of this kind.
+
+    Examples:
+        modular-experts statistics --experts library/a library/b --kind gram \\
+            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+        modular-experts merge --experts library/a library/b --method RegMean --out library/ab
+    """
+    found = take_statistics(experts, kind, data, rows, base, overwrite, progress_bar("measuring"))
+    for directory, stored in zip(experts, found, strict=True):
+        place = stored.file.relative_to(stored.file.parents[1])
+        print(f"{Path(directory, place)}: {kind} statistics of {statistics_text(stored)}")

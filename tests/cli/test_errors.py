@@ -1,4 +1,4 @@
-"""What becomes of an error: its sentence, the exit code, and which of several processes says it."""
+"""Every error becomes a sentence and an exit code, and a reader that leaves early ends a command silently."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ import sys
 
 import pytest
 
-from modular_experts.cli.errors import guarded
+from modular_experts.cli.errors import UsageError, guarded
 from modular_experts.library import check_name
 
-# A first rank that starts another one, which fails; it then fails too, or goes on.
-FIRST_RANK = """
-import os, subprocess, sys
-rank = "import sys; from modular_experts.cli.errors import guarded; from modular_experts.library import check_name; "
-rank += "sys.exit(guarded(lambda: print('started', flush=True) or check_name('../x')))"
-other = subprocess.Popen([sys.executable, "-c", rank], env={**os.environ, "LOCAL_RANK": "1"}, stdout=subprocess.PIPE)
-other.stdout.readline()
-if sys.argv[1] == "goes on":
-    other.wait()
-"""
+GUARDED = "import os, sys\nfrom modular_experts.cli.errors import guarded\ndef f(): {}\nsys.exit(guarded(f))"
 
 
-def _interrupted() -> None:
-    """Do as Lightning does after Ctrl-C."""
+def _interrupted_as_by_lightning() -> None:
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -35,18 +25,23 @@ def _interrupted_at_once() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("command", [_interrupted, _interrupted_at_once])
-def test_an_interruption_ends_with_130(command) -> None:
-    assert guarded(command) == 130
-
-
-def test_another_exit_keeps_its_code() -> None:
+def test_exit_codes(capsys) -> None:
+    assert guarded(_interrupted_as_by_lightning) == guarded(_interrupted_at_once) == 130
     with pytest.raises(SystemExit) as leaving:
         guarded(lambda: sys.exit(2))
     assert leaving.value.code == 2
 
+    def mistyped() -> None:
+        raise UsageError("there is no option --x")
 
-def test_notes_of_an_error_are_told_behind_it(capsys) -> None:
+    assert guarded(mistyped) == 2
+    assert capsys.readouterr().err.endswith("error: there is no option --x\n")
+    assert guarded(lambda: check_name("../x")) == 1
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)
+
+
+def test_notes_follow_the_sentence_and_other_ranks_name_themselves(capsys, monkeypatch) -> None:
     def command() -> None:
         try:
             check_name("../x")
@@ -55,68 +50,37 @@ def test_notes_of_an_error_are_told_behind_it(capsys) -> None:
             raise
 
     assert guarded(command) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: '../x' cannot be the name of an expert")
-    assert said.endswith("(for the expert of q)\n")
+    written = capsys.readouterr().err
+    assert written.startswith("error: '../x' cannot be the name of an expert")
+    assert written.endswith("(for the expert of q)\n")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert guarded(command) == 1
+    assert capsys.readouterr().err.startswith("error in process 1: '../x' cannot be")
 
 
-def _unread(code: str, unbuffered: bool) -> tuple[int, bytes]:
-    """Run code whose output nobody reads; return the exit code and what it says on stderr."""
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [("print('x\\n' * 100_000)", False), ("print('x')", True), ("(print('x'), sys.exit(0))", False), ("--help", True)],
+)
+def test_a_reader_that_leaves_early_ends_the_command_silently(command: str, unbuffered: bool) -> None:
+    code = GUARDED.format(command)
+    if command == "--help":
+        code = "import sys; from modular_experts.__main__ import main\nsys.exit(main(['--help']))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as command:
-        command.stdout.close()
-        said = command.stderr.read()
-    return command.returncode, said
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as started:
+        started.stdout.close()
+        written = started.stderr.read()
+    assert (started.returncode, written) == (141, b"")
 
 
-@pytest.mark.parametrize("unbuffered", [False, True])
-@pytest.mark.parametrize("code", ["print('x\\n' * 100_000)", "print('x')", "print('x'); sys.exit(0)"])
-def test_a_reader_that_leaves_early_ends_the_command_without_a_word(code: str, unbuffered: bool) -> None:
-    code = f"import sys; from modular_experts.cli.errors import guarded\ndef f(): {code}\nsys.exit(guarded(f))"
-    assert _unread(code, unbuffered) == (141, b"")
-
-
-@pytest.mark.parametrize("unbuffered", [False, True])
-@pytest.mark.parametrize("argument", ["--help", "--version"])
-def test_so_it_is_where_help_is_not_read(argument: str, unbuffered: bool) -> None:
-    code = f"import sys; from modular_experts.__main__ import main\nsys.exit(main([{argument!r}]))"
-    assert _unread(code, unbuffered) == (141, b"")
-
-
-def test_another_pipe_that_breaks_gets_its_sentence() -> None:
-    code = "import os\ndef f():\n  r, w = os.pipe(); os.close(r); os.write(w, b'x')"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; from modular_experts.cli.errors import guarded\n{code}\nsys.exit(guarded(f))",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_another_pipe_and_a_closed_output_are_not_mistaken_for_it() -> None:
+    breaks = GUARDED.format("r, w = os.pipe(); os.close(r); os.write(w, b'x')")
+    words = [sys.executable, "-c", breaks]
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: [Errno 32] Broken pipe\n")
-
-
-def test_a_closed_output_is_no_error() -> None:
-    done = subprocess.run(
-        [
-            "sh",
-            "-c",
-            f'"{sys.executable}" -c "import sys; from modular_experts.cli.errors import guarded; '
-            'sys.exit(guarded(lambda: print(1)))" >&-',
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    prints = GUARDED.format("print(1)")
+    words = ["sh", "-c", f'"{sys.executable}" -c "$CODE" >&-']
+    done = subprocess.run(words, env=os.environ | {"CODE": prints}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(("first", "told"), [("fails", 0), ("goes on", 1)])
-def test_another_rank_tells_its_error_unless_the_first_one_ends_too(first: str, told: int) -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST_RANK, first], capture_output=True, text=True, timeout=60)
-    assert done.stderr.count("error: '../x' cannot be the name of an expert") == told

@@ -101,7 +101,7 @@ def test_a_dry_run_prints_the_card_and_the_files(run, place, hub):
     assert out.startswith("---\nlibrary_name: modular-experts\n")
     size = Path("library/a/delta.safetensors").stat().st_size
     assert f"\na/delta.safetensors: {size / 1000:.3g} kB\n" in out
-    assert "nothing was written; without --dry_run, 2 experts would be pushed to http" in out
+    assert "nothing was written; without --dry-run, 2 experts would be pushed to http" in out
     assert hub.written() == []
     assert hub.repositories == {}
 
@@ -155,7 +155,7 @@ def test_a_card_of_ones_own_is_told(run, place, hub):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["push", "--repo", REPO], "say what to push, and in one way"),
+        (["push", "--repo", REPO], "give what to push in one way"),
         (["push", "--repo", REPO, "--library", "library", "--experts", "[library/a]"], "in one way"),
         (["push", "--repo", "experts", "--library", "library"], "it is written 'owner/name'"),
         (["push", "--repo", REPO, "--experts", "[library/c]"], "library/c is not an expert"),

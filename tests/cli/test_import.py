@@ -73,13 +73,6 @@ def write_lora(directory, base="base"):
     return 2.0 * factors["lora_B"].double() @ factors["lora_A"].double()
 
 
-def test_help_teaches(run):
-    code, out, _ = run("import", "--help")
-    assert code == 0
-    for text in ("examples:", "modular-experts import", "--config", "--keep_ratio", "pytorch_diff.bin"):
-        assert text in out
-
-
 def test_a_full_checkpoint_is_imported_exactly_and_says_so(run, place):
     code, out, err = run("import", "--source", "tuned", "--base", "half", "--out", "library/x", "--tasks", "[sums]")
     assert (code, err) == (0, "")

@@ -213,8 +213,8 @@ MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
 SEARCH = ["search", *EXPERTS, "--algorithm", "LoRAHub", "--out", "library/ab"]
 MERGED = ["search", "--merges", "[TIES]", "--algorithm", "ATLAS", "--out", "library/q", "--data.tasks", "TASKS"]
 MISTAKES = [
-    ([*MERGE, "--tune.rows", "8"], 2, "tune: data must be given, on the command line or in --config"),
-    ([*MERGE, "--tune.row", "8"], 2, "there is no option 'tune.row'; did you mean rows?"),
+    ([*MERGE, "--tune.rows", "8"], 2, "--tune.data must be given, on the command line or in --config"),
+    ([*MERGE, "--tune.row", "8"], 2, "there is no option --tune.row; did you mean --tune.rows?"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.rows", "0"], 1, "rows=0 must be at least 1 row of a task"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.grid.exponet", "[1]"], 1, "did you mean exponent?"),
     ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "cannot be searched on upper, reverse: the rows of a held-out task"),
@@ -223,7 +223,7 @@ MISTAKES = [
     ([*MERGE, "--tune.data.tasks", "TASKS", "--per_weight", "{'.*': null}"], 1, "give a method, and no per_weight"),
     ([*SEARCH], 2, "data must be given"),
     ([*SEARCH[:3], "--algorithm", "LoraHub", "--out", "library/ab"], 2, "did you mean LoRAHub?"),
-    ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.stps", "3"], 2, "did you mean steps?"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.stps", "3"], 2, "did you mean --algorithm.steps?"),
     ([*SEARCH, "--data.tasks", "TASKS", "--algorithm.steps", "0"], 1, "LoRAHub: steps must be at least 1, got 0"),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[RegMean]"], 1, "has no gram statistics, which this method needs"),
     (
@@ -255,9 +255,5 @@ def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks, ar
     assert sorted(str(path) for path in place.rglob("*")) == before
 
 
-def test_help_teaches(run):
-    for verb, words in (("search", ("AdaMerging", "LoRAHub", "examples:")), ("merge", ("--tune", "examples:"))):
-        code, out, _ = run(verb, "--help")
-        assert code == 0
-        assert all(word in out for word in words)
-    assert "one value fixes it" in run("merge", "--tune.help")[1].replace("\n", " ").replace("  ", "")
+def test_help_of_the_tuning_options(run):
+    assert "one value fixes it" in " ".join(run("merge", "--tune.help")[1].split())

@@ -14,14 +14,12 @@ import pytest
 import torch
 from testbed.random_deltas import random_delta
 
-import modular_experts
-from modular_experts.__main__ import VERBS, main
+from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.fingerprint import fingerprint
-from modular_experts.cli import command as tool
+from modular_experts.cli.arguments import as_words, read_options
+from modular_experts.cli.errors import UsageError
 from modular_experts.library import make_record, open_expert, write_expert
-
-TOOLS = [verb for verb, (room, _) in VERBS.items() if room not in ("training", "quickstart")]
 
 
 @pytest.fixture
@@ -63,46 +61,6 @@ def python(*argv, cwd=None):
     return subprocess.run(
         [sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
     )
-
-
-def test_help_and_version_do_not_import_torch():
-    code = "import sys; from modular_experts.__main__ import main; main([{!r}]); assert 'torch' not in sys.modules"
-    for argument, expected in (("--help", "merge experts into one expert"), ("--version", modular_experts.__version__)):
-        done = python("-c", code.format(argument))
-        assert done.returncode == 0, done.stderr
-        assert expected in done.stdout
-
-
-def test_import_is_lazy_and_every_public_name_has_a_home():
-    code = [
-        "import sys, modular_experts",
-        "assert 'torch' not in sys.modules",
-        "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert",
-        "assert not {'lightning', 'transformers'} & set(sys.modules)",
-    ]
-    done = python("-c", "\n".join(code))
-    assert done.returncode == 0, done.stderr
-    for name in modular_experts.__all__:
-        assert getattr(modular_experts, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'Sprse'"):
-        modular_experts.Sprse  # noqa: B018
-
-
-def test_help_lists_every_command(run):
-    code, out, _ = run("--help")
-    assert code == 0
-    assert all(f"\n  {verb}" in out for verb in VERBS)
-    assert run()[1] == out
-
-
-@pytest.mark.parametrize("verb", TOOLS)
-def test_help_of_a_command_teaches(run, place, verb):
-    code, out, _ = run(verb, "--help")
-    assert code == 0
-    assert "examples:" in out
-    assert f"modular-experts {verb}" in out
-    assert "--config" in out
-    assert "--print_config" in out
 
 
 def test_merge_by_options(run, place):
@@ -302,20 +260,20 @@ MISTAKES = [
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
     ([*MERGE, "ties"], 2, "no class 'ties'; did you mean TIES? (`modular-experts methods` lists them)"),
-    ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option 'method.density'; MagMax has scale"),
-    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option 'method.kep'; did you mean keep?"),
-    ([*MERGE, "TIES", "--method.keep", "much"], 2, "method.init_args.keep must be of type float or list, got much"),
-    ([*MERGE, "torch.nn.Linear"], 2, "method: torch.nn.Linear is no MergeMethod"),
+    ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option --method.density; MagMax has scale"),
+    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option --method.kep; did you mean --method.keep?"),
+    ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
+    ([*MERGE, "torch.nn.Linear"], 2, "--method: torch.nn.Linear is not a subclass of MergeMethod"),
     ([*MERGE, "modular_experts.Averag"], 2, "the module modular_experts has no class 'Averag'; did you mean Average?"),
-    ([*MERGE, "nowhere.Method"], 2, "method: nowhere.Method cannot be imported: there is no module 'nowhere'"),
-    (["merge", "--method.help", "Nonsense"], 2, "--method.help: there is no class 'Nonsense'"),
+    ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: there is no module 'nowhere'"),
+    (["merge", "--method.help", "Nonsense"], 2, "--method: there is no class 'Nonsense'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
     (
         [*MERGE, "SparseAverage", "--method.count", "value"],
         2,
         "must be one of values, supports, got value; did you mean",
     ),
-    (["merge", "--method", "TIES", "--out", "library/new"], 2, "experts must be given"),
+    (["merge", "--method", "TIES", "--out", "library/new"], 2, "--experts must be given"),
     (["apply", "--expert", "library/a", "--out", "out"], 2, "there is no option --expert; did you mean --experts?"),
     (["merge", "--experts", "[]", "--method", "TIES", "--out", "library/new"], 1, "list of experts is empty"),
     (["merge", "--experts", "[library/aa]", "--method", "TIES", "--out", "library/new"], 1, "did you mean"),
@@ -325,12 +283,12 @@ MISTAKES = [
     (["merge", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["merge", "--config", "name.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
     (["merge", "--config", "number.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
-    (["merge", "--config", "typo.yaml"], 2, "no option 'exprts'; did you mean experts?"),
+    (["merge", "--config", "typo.yaml"], 2, "no option --exprts; did you mean --experts?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
     (["apply", "--experts", "[others/x]", "--out", "new"], 1, "base 'elsewhere' was not found"),
     (["verify", "."], 1, ". holds no expert"),
-    (["list"], 2, "directory must be given"),
+    (["list"], 2, "--directory must be given"),
     (["list", "library", "more"], 2, "'more' is one argument too many"),
     (["list", "nowhere"], 1, "nowhere is not a library"),
     (["show", "library/nowhere"], 1, "is not an expert"),
@@ -364,38 +322,33 @@ def test_a_bug_keeps_its_traceback(run, place):
     assert not (place / "library/new").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "gathered"),
-    [
-        (["--experts", "a", "b", "--out", "c"], ["--experts", '["a", "b"]', "--out", "c"]),
-        (["--experts", "a"], ["--experts", '["a"]']),
-        (["--experts", "[a, b]", "--out", "c"], ["--experts", "[a, b]", "--out", "c"]),
-        (["--out", "a", "b"], ["--out", "a", "b"]),
-        (["--experts", "--out", "c"], ["--experts", "--out", "c"]),
-    ],
-)
-def test_lists_may_be_written_with_spaces(given, gathered):
-    assert tool._gathered(given, {"--experts"}) == gathered
+SPELT = {
+    "--experts a b --out c": '--experts=["a", "b"] --out=c',
+    "--experts a": '--experts=["a"]',
+    "--experts [a] --out c": "--experts=[a] --out=c",
+    "--out a b": "--out=a --recipe=b",
+    "--experts --out c": "--experts --out=c",
+    "--dry-run": "--dry_run=true",
+    "--dry_run --out a-b": "--dry_run=true --out=a-b",
+    "--dry-run false --max-memory=2-GB": "--dry_run=false --max_memory=2-GB",
+    "--dry-run=true a": "--dry_run=true --recipe=a",
+    "--dry-run recipe.yaml": "--dry_run=true --recipe=recipe.yaml",
+    "--dry-run --print-config": "--dry_run=true --print_config",
+    "--dry_run False a": "--dry_run=False --recipe=a",
+    "--per-weight.a-b[0-9]=c-d": "--per_weight.a-b[0-9]=c-d",
+    "--per_weight.[p-r]_proj TIES": "--per_weight.[p-r]_proj=TIES",
+    "--tune.data.batch-size 3": "--tune.data.batch_size=3",
+    "-c a --config=b": "--config=a --config=b",
+    "": "",
+}
 
 
-@pytest.mark.parametrize(
-    ("given", "spelled"),
-    [
-        (["--dry-run"], ["--dry_run", "true"]),
-        (["--dry_run", "--out", "a-b"], ["--dry_run", "true", "--out", "a-b"]),
-        (["--dry-run", "false", "--max-memory=2-GB"], ["--dry_run", "false", "--max_memory=2-GB"]),
-        (["--dry-run=true", "a"], ["--dry_run=true", "a"]),
-        (["--dry-run", "recipe.yaml"], ["--dry_run", "true", "recipe.yaml"]),
-        (["--dry-run", "-h"], ["--dry_run", "true", "-h"]),
-        (["--dry_run", "False", "a"], ["--dry_run", "False", "a"]),
-        (["--per-weight.a-b[0-9]=c-d"], ["--per_weight.a-b[0-9]=c-d"]),
-        (["--per_weight.[p-r]_proj", "TIES"], ["--per_weight.[p-r]_proj", "TIES"]),
-        (["--out", "a"], ["--out", "a"]),
-        ([], []),
-    ],
-)
-def test_options_may_have_dashes_and_flags_no_value(given, spelled):
-    assert tool._spelled(given, {"--dry_run"}) == spelled
+def test_options_may_have_dashes_lists_spaces_and_flags_no_value():
+    for given, spelt in SPELT.items():
+        found = read_options(given.split(), ["dry_run"], ["experts"], ["per_weight"], ["recipe"])
+        assert " ".join(as_words(found)) == spelt
+    with pytest.raises(UsageError, match="'b' is one argument too many"):
+        read_options(["--dry_run", "a", "b"], ["dry_run"], positional=["recipe"])
 
 
 def test_a_dry_run_needs_no_more_than_its_name(run, place):

@@ -1,26 +1,128 @@
-"""`modular-experts show`: everything about one expert."""
+"""`modular-experts list`, `show` and `verify`: what a library and an expert hold, and whether the files are intact."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.command import run_tool
-from modular_experts.cli.format import bytes_text, call_text, share_text, statistics_text
-from modular_experts.library import StoredExpert, open_expert, open_statistics
+from modular_experts.base.base import Base, find_base
+from modular_experts.cli.format import call_text, kind_text, share_text, statistics_text
+from modular_experts.library import Library, StoredExpert, open_expert, open_statistics
+from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
+from modular_experts.text import bytes_text
 
-EXAMPLES = """\
-  modular-experts show library/ab
-  modular-experts show library/ab --weights true"""
+__all__ = ["list_library", "show", "verify"]
+
+_BROKEN = ("", "damaged", "", "'verify' says why")
+# Width when stdout is not a terminal, so that grep sees whole names.
+_UNFOLDED = 1000
+_MOST_TASKS = 4
+
+
+def list_library(directory: str) -> None:
+    """List the experts in a library, one a line, damaged and incomplete ones too.
+
+    The base is shown if the experts have different ones.
+
+    Args:
+        directory: Directory of the library.
+
+    Examples:
+        modular-experts list library
+    """
+    library = Library(directory)
+    rows = {name: _row(library, name) for name in library} | dict.fromkeys(library.incomplete(), _BROKEN)
+    if not rows:
+        if (Path(directory).expanduser() / RECORD_FILE).is_file():
+            raise ValueError(f"{directory} is an expert, not a library; `modular-experts show {directory}` shows it")
+        print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    several = len({row[0] for row in rows.values() if row[0]}) > 1
+    for name in ("expert", "kind", "base", "tasks") if several else ("expert", "kind", "tasks"):
+        table.add_column(name, overflow="fold")
+    for name in ("weights", "kept", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in sorted(rows):
+        fingerprint, kind, base, *others = rows[name]
+        table.add_row(name, kind, *[f"{base} {fingerprint[:7]}".strip()] * several, *others)
+    watched = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(markup=False, emoji=False, width=None if watched else _UNFOLDED).print(table)
+
+
+def _row(library: Library, name: str) -> tuple[str, ...]:
+    """Return the fingerprint of an expert's base, and the cells of the expert."""
+    try:
+        expert = library[name]
+    except (ValueError, OSError):
+        # One bad file must not hide the others.
+        return _BROKEN
+    tasks, base = expert.record["tasks"], expert.record["base"]
+    shown = ", ".join(tasks) if len(tasks) <= _MOST_TASKS else f"{len(tasks)} tasks"
+    place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
+    numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
+    return base["fingerprint"], kind_text(expert.record), place, shown, *numbers
+
+
+def verify(directory: str, base: str | None = None, revision: str | None = None) -> None:
+    """Read an expert, or all experts of a library, and check every byte against its hash.
+
+    Shapes, data types, bounds and order of the indices are checked too, and that all values are finite. The base is
+    compared by its fingerprint if it is given, or if the record leads to a directory that exists.
+
+    Args:
+        directory: Directory of an expert, or of a library.
+        base: The base's directory or hub id.
+        revision: Branch, tag or commit of a hub id.
+
+    Examples:
+        modular-experts verify library/ab
+        modular-experts verify library
+        modular-experts verify library/ab --base runs/base
+    """
+    place = Path(directory)
+    if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE)):
+        print(f"{directory}: {_verified(open_expert(directory), base, revision)}")
+        return
+    library = Library(directory)
+    failed = dict(library.incomplete())
+    if not library and not failed:
+        raise ValueError(f"{directory} holds no expert, so there is nothing to verify")
+    for name, problem in failed.items():
+        print(f"{place / name}: {problem}", file=sys.stderr)
+    for name in library:
+        try:
+            print(f"{place / name}: {_verified(open_expert(place / name), base, revision)}")
+        except (ValueError, OSError) as error:
+            failed[name] = str(error)
+            print(f"{place / name}: {error}", file=sys.stderr)
+    if failed:
+        count = len({*library, *failed})
+        raise ValueError(f"{len(failed)} of {count} experts in {directory} failed: {', '.join(sorted(failed))}")
+    print(f"{directory}: all {len(library)} experts are intact")
+
+
+def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
+    """Check one expert, and return the sentence about it."""
+    expert.verify()
+    intact = f"intact, {len(expert)} weights, content hash {expert.content_hash[:12]}"
+    place = base or find_base([expert])
+    if base is None and not Path(place).is_dir():
+        return f"{intact}; base not checked ({place} is not a directory here; give --base)"
+    Base.open(place, [expert], revision)
+    return f"{intact}; base {place} is the one it was trained on"
 
 
 @dataclass(frozen=True)
@@ -50,6 +152,10 @@ def show(directory: str, weights: bool = False) -> None:
     Args:
         directory: Directory of the expert.
         weights: List every weight instead of every layer.
+
+    Examples:
+        modular-experts show library/ab
+        modular-experts show library/ab --weights
     """
     expert, console = open_expert(directory), Console(markup=False, emoji=False)
     measures = {}
@@ -155,8 +261,3 @@ def _table(heading: str, measures: dict[str, Measure]) -> Table:
     for name, measure in measures.items():
         table.add_row(name, *measure.cells())
     return table
-
-
-def run(argv: Sequence[str]) -> None:
-    """Run the command."""
-    run_tool(show, argv, EXAMPLES, positional=True)

@@ -1,0 +1,113 @@
+"""`modular-experts push` and `pull`: experts to and from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modular_experts.cli.format import progress_bar, summary
+from modular_experts.hub.card import CARD_FILE
+from modular_experts.hub.pull import pull as pull_experts
+from modular_experts.hub.push import Pushed
+from modular_experts.hub.push import push as push_experts
+from modular_experts.text import bytes_text
+
+__all__ = ["pull", "push"]
+
+
+def push(
+    repo: str,
+    experts: list[str] | None = None,
+    library: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
+    message: str | None = None,
+    overwrite: bool = False,
+    statistics: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Push experts, and a card about them, into a model repository of the Hugging Face hub, in one commit.
+
+    Every expert is read and checked first. It becomes a folder of the repository, beside the folders that exist; an
+    expert that the repository already has is left alone. Its files are pushed unchanged: `expert.json` names the base
+    and the tasks as you named them, paths included.
+
+    Args:
+        repo: The repository, written owner/name; it is created if necessary. Log in with `hf auth login` first.
+        experts: Directories of experts.
+        library: Directory of a library to push whole, instead of `experts`.
+        private: Make the repository private; an existing one must be private already.
+        branch: Branch to write to, created if necessary.
+        message: Subject of the commit.
+        overwrite: Replace experts of the same name.
+        statistics: Push the experts' statistics too.
+        dry_run: Print the card and the files, and write nothing.
+
+    Examples:
+        modular-experts push --experts library/a library/b --repo owner/name --dry-run
+        modular-experts push --experts library/a library/b --repo owner/name --private
+        modular-experts push --library library --repo owner/name
+    """
+    if (experts is None) == (library is None):
+        raise ValueError("give what to push in one way: --experts library/a library/b, or --library library")
+    given = library if library is not None else list(experts or [])
+    bar = progress_bar("checking")
+    pushed = push_experts(given, repo, private, branch, message, overwrite, statistics, dry_run, bar)
+    if dry_run:
+        print(pushed.card or f"{CARD_FILE} of {repo} has a text of its own and would stay as it is")
+    _print_pushed(pushed, repo, dry_run)
+
+
+def _print_pushed(pushed: Pushed, repo: str, dry_run: bool) -> None:
+    for path, file in pushed.files.items():
+        print(f"{path}: {bytes_text(file.stat().st_size)}")
+    for path in pushed.removed:
+        print(f"{path}: {'would be ' if dry_run else ''}removed, because it belongs to a replaced expert")
+    for name in pushed.present:
+        print(f"{name}: there already with the same content hash and record, left alone")
+    if pushed.card is None and not dry_run:
+        print(f"{CARD_FILE}: has a text of its own and was left as it is")
+    count = len(pushed.experts)
+    experts = f"{count} {'expert' if count == 1 else 'experts'}"
+    if dry_run:
+        print(f"nothing was written; without --dry-run, {experts} would be pushed to {pushed.address}")
+    elif pushed.commit is None:
+        print(f"nothing to push: {repo} is up to date")
+    else:
+        print(f"pushed {experts} to {repo}: {pushed.address}")
+
+
+def pull(
+    repo: str,
+    out: str,
+    experts: list[str] | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    statistics: bool = False,
+) -> None:
+    """Pull experts from a model repository of the Hugging Face hub into a library.
+
+    Every byte is checked against its hash before anything is written. An expert that the library already has with the
+    same content hash is left alone. The commit is printed, so that the same experts can be pulled again.
+
+    Args:
+        repo: The repository, written owner/name.
+        out: Directory of the library, created if necessary.
+        experts: Names of the experts; all by default.
+        revision: Branch, tag or commit.
+        overwrite: Replace experts of the same name and other contents.
+        statistics: Pull the statistics of the pulled experts too.
+
+    Examples:
+        modular-experts pull --repo owner/name --out library
+        modular-experts pull --repo owner/name --out library --experts a b
+        modular-experts pull --repo owner/name --out library --revision 0123456789abcdef0123456789abcdef01234567
+    """
+    pulled = pull_experts(repo, out, experts, revision, overwrite, statistics, progress_bar("checking"))
+    for expert in pulled.experts:
+        print(f"{Path(out, expert.name)}: {summary(expert)}")
+    for expert in pulled.present:
+        print(f"{Path(out, expert.name)}: there already with the same content hash, left alone")
+    count = len(pulled.experts)
+    print(
+        f"pulled {count} {'expert' if count == 1 else 'experts'} of {repo}; the same again: --revision {pulled.commit}"
+    )

@@ -1,0 +1,67 @@
+"""The options `--tune` of `modular-experts merge`, and what a tuning prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modular_experts.cli.format import value_text
+
+if TYPE_CHECKING:
+    # jsonargparse imports these when --tune is given, so that a plain merge does without Lightning. The suite makes
+    # its tasks known by their class alone.
+    from modular_experts.data import TaskMixture
+    from modular_experts.tuning import Tuned
+
+__all__ = ["Tuning", "print_tuning"]
+
+_TRIALS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The rows and values to choose the settings of a merge method from.
+
+    Args:
+        data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
+        rows: The most rows of one task, spread evenly over its validation rows.
+        grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
+        base: The base's directory or hub id; the one in the experts' records by default.
+    """
+
+    data: TaskMixture
+    rows: int = 64
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    base: str | None = None
+
+
+def print_tuning(tuned: Tuned, searched: bool) -> None:
+    """Print the best trials and what follows from them.
+
+    Args:
+        tuned: What tuning found.
+        searched: Whether the scale was searched, not given by the grid.
+    """
+    from modular_experts.tuning.objective import mean_loss
+    from modular_experts.tuning.tune import SCALES
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (*tuned.best.settings, "validation loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for trial in sorted(tuned.trials, key=lambda trial: trial.loss)[:_TRIALS_SHOWN]:
+        loss = "not finite" if trial.loss == math.inf else f"{trial.loss:.4f}"
+        table.add_row(*map(value_text, trial.settings.values()), loss)
+    Console(markup=False, emoji=False).print(table)
+    base, best, tasks = mean_loss(tuned.base), tuned.best.loss, len(tuned.base)
+    where = f"on validation rows of {tasks} {'task' if tasks == 1 else 'tasks'}"
+    print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
+    if best >= base:
+        print("no setting lowers the loss of the base: these experts do not help on these tasks")
+    scale = tuned.best.settings.get("scale")
+    if searched and scale in (SCALES[0], SCALES[-1]):
+        print(f"the best scale, {scale:g}, is at the end of the search; name scales beyond it in --tune.grid.scale")

@@ -1,0 +1,156 @@
+"""Help shows every option and imports no torch; common commands import neither Lightning nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import modular_experts
+from modular_experts.__main__ import VERBS, main
+from modular_experts.cli.tuning import Tuning
+from modular_experts.data import TaskMixture
+from modular_experts.training.module import ExpertModule
+
+TRAINING = [verb for verb, command in VERBS.items() if not command.function]
+PACKAGE = Path(modular_experts.__file__).parent
+
+
+def python(code: str, cwd: Path | None = None) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_help_imports_torch() -> None:
+    words = [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
+    lines = [
+        "import sys",
+        "from modular_experts.__main__ import main",
+        f"assert all(main(words) == 0 for words in {words})",
+        "assert not {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)",
+    ]
+    python("\n".join(lines))
+
+
+def test_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> None:
+    commands = [
+        "list library",
+        "show library/a",
+        "methods TIES",
+        "methods",
+        "merge --experts library/a library/b --method TIES --out library/ab",
+        "merge --experts library/a library/b --method TIES --out library/ab --dry-run",
+        "merge --experts library/a library/b --method RAM --out library/ram",
+        "remove --merged library/average --expert library/b --out library/rest",
+    ]
+    lines = [
+        "import sys, torch",
+        "from modular_experts.__main__ import main",
+        "from modular_experts import Sparse, Average, merge",
+        "from modular_experts.library import make_record, write_expert",
+        "for name in 'abc':",
+        "    delta = Sparse(torch.tensor([1, 5]), torch.randn(2), (4, 4))",
+        "    record = make_record('X', {'id': 'base', 'revision': None, 'fingerprint': '0' * 64})",
+        "    write_expert(f'library/{name}', [('w', delta)], record)",
+        "merge(['library/a', 'library/b', 'library/c'], Average(), 'library/average')",
+        f"for words in {commands}: assert main(words.split()) == 0, words",
+        "assert not {'lightning', 'transformers', 'datasets'} & set(sys.modules)",
+    ]
+    python("\n".join(lines), tmp_path)
+
+
+def test_import_is_lazy_and_every_public_name_has_a_home() -> None:
+    lines = [
+        "import sys, modular_experts",
+        "assert 'torch' not in sys.modules",
+        "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert, modular_experts.merge",
+        "assert not {'lightning', 'transformers'} & set(sys.modules)",
+    ]
+    python("\n".join(lines))
+    for name in modular_experts.__all__:
+        assert getattr(modular_experts, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Sprse'"):
+        modular_experts.Sprse  # noqa: B018
+
+
+def function_of(verb: str):
+    command = VERBS[verb]
+    return getattr(importlib.import_module(f"modular_experts.cli.{command.file}"), command.function)
+
+
+def test_help_shows_every_option_with_its_text_required_ones_first_and_examples_last(capsys) -> None:
+    assert main(["--help"]) == 0
+    assert all(f"\n  {verb}" in capsys.readouterr().out or verb for verb in VERBS)
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        options = re.findall(r"^  --([\w.-]+)", shown.partition("\nexamples:")[0], re.MULTILINE)
+        if verb in TRAINING:
+            needed = ["model.base", "data.tasks"]
+            for group, kind in (("model", ExpertModule), ("data", TaskMixture)):
+                assert {f"{group}.{name}" for name in list(inspect.signature(kind).parameters)} <= set(options)
+        else:
+            parameters = inspect.signature(function_of(verb)).parameters
+            needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+            assert set(options) == {*parameters, "config", "print_config", "help"}
+        assert options[: len(needed)] == needed
+        assert f"  modular-experts {verb}" in shown.partition("\nexamples:")[2]
+        # Every option has a text, on its line or below it.
+        assert not re.search(r"^  --\S+( \S+)*\n(?=  --|\n)", shown, re.MULTILINE), verb
+        assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_help_all_lists_the_options_of_the_trainer(capsys) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", "--help-all"])
+    assert leaving.value.code == 0
+    assert "--trainer.accumulate_grad_batches" in capsys.readouterr().out
+
+
+def known_options() -> set[str]:
+    """Return every option that a hint may name."""
+    known = {"help", "help-all", "config", "print_config", "version", "ckpt_path", "seed_everything"}
+    for verb in set(VERBS) - set(TRAINING):
+        known |= set(inspect.signature(function_of(verb)).parameters)
+    groups = {"model": ExpertModule, "data": TaskMixture, "tune": Tuning}
+    known |= {f"{group}.{name}" for group, kind in groups.items() for name in inspect.signature(kind).parameters}
+    return known | {name.replace("_", "-") for name in known}
+
+
+def test_every_hint_names_a_command_and_an_option_that_exist() -> None:
+    """In all strings of the package: sentences of errors, help texts and docstrings."""
+    known, wrong = known_options(), []
+    for file in PACKAGE.rglob("*.py"):
+        if {"quickstart", "mergekit", "reports"} & set(file.parts):
+            continue
+        tree = ast.parse(file.read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for text in texts:
+            for option in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text):
+                free = re.match(
+                    r"(method|algorithm|per_weight|trainer|tune\.(grid|data)|[\w.]*expert|[\w.]*help)(\.|$)", option
+                )
+                if option not in known and not free:
+                    wrong.append((file.name, f"--{option}"))
+            for verb in re.findall(r"`modular-experts (\w+)", text):
+                if verb not in VERBS:
+                    wrong.append((file.name, verb))
+    assert not wrong
+
+
+def test_the_configs_of_the_repository_name_options_that_exist() -> None:
+    parameters = inspect.signature(function_of("merge")).parameters
+    for file in (PACKAGE.parent / "configs" / "merge").rglob("*.yaml"):
+        assert set(yaml.safe_load(file.read_text())) <= set(parameters), file
