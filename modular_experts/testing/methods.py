@@ -1,7 +1,6 @@
-"""A public battery of checks for merge methods, built-in or your own: `check_merge_method(MyMethod())`.
+"""Check that a merge method, built-in or your own, keeps its promises: `check_merge_method(MyMethod())`.
 
-What every method must do is always checked; what only some promise, by asking for it. A check that fails raises an
-`AssertionError` that says what the method broke.
+The battery always checks what every method must do, and what only some promise when you ask for it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,12 @@ _SHAPES = ((6, 8), (7, 5), (1, 9), (9, 1), (1, 1))
 
 
 def check_merge_method(
-    method: MergeMethod, alone: bool = False, copies: bool = False, order: bool = False, zero: bool = False
+    method: MergeMethod,
+    alone: bool = False,
+    copies: bool = False,
+    order: bool = False,
+    zero: bool = False,
+    sparse: bool = False,
 ) -> None:
     """Check that a merge method keeps the contract of `MergeMethod`, and what else it promises.
 
@@ -46,9 +50,10 @@ def check_merge_method(
         copies: And so do copies of it.
         order: The order of the experts does not matter.
         zero: An expert that moves nothing, at the end of the list, changes nothing.
+        sparse: Sparse experts merge to a sparse one within the union of their supports, tiles to tiles.
 
     Raises:
-        AssertionError: It does not; the message names the promise.
+        AssertionError: The method breaks a promise, which the message names.
     """
     for shape in _SHAPES:
         for forms in [*itertools.combinations_with_replacement(_FORMS, 2), _FORMS]:
@@ -63,8 +68,13 @@ def check_merge_method(
         if copies:
             _close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
     if order:
-        deltas = [_delta(form, (6, 8), seed) for seed, form in enumerate(_FORMS)]
-        _close(_merged(method, deltas[::-1]), _merged(method, deltas), "the order of the experts must not matter")
+        for forms in (_FORMS, ("Sparse",) * 3):
+            deltas = [_delta(form, (6, 8), seed) for seed, form in enumerate(forms)]
+            expected = _merged(method, deltas)
+            for turned in (deltas[::-1], [*deltas[1:], deltas[0]]):
+                _close(_merged(method, turned), expected, "the order of the experts must not matter")
+    for form in ("Sparse", "BlockSparse") if sparse else ():
+        _check_sparse(method, form)
     _check_stored(method)
 
 
@@ -92,6 +102,15 @@ def _check_zero(method: MergeMethod, deltas: Sequence[Delta]) -> None:
     nothing = Sparse.zero(deltas[0].shape)
     expected = _merged(method, deltas)
     _close(_merged(method, [*deltas, nothing]), expected, "an expert that moves nothing must change nothing")
+
+
+def _check_sparse(method: MergeMethod, form: str) -> None:
+    for shape in _SHAPES[:2]:
+        deltas = [_delta(form, shape, seed) for seed in range(3)]
+        merged = method.merge(deltas, _context(method, deltas))
+        assert type(merged).__name__ == form, f"{form} experts must merge to a {form} one, got {merged!r}"
+        kept = set().union(*(delta.support().tolist() for delta in deltas))
+        assert set(merged.support().tolist()) <= kept, "the result must stay within the union of the supports"
 
 
 def _check_nothing(method: MergeMethod) -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from testbed.merging import merge_one
-from testbed.random_deltas import FORMS, deltas_of_one_weight, forms, random_delta, seeds, shapes
+from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
 
-from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse, add
-from modular_experts.methods import TIES, Average, Breadcrumbs, MagMax, ModelStock, SparseAverage, TaskArithmetic
+from modular_experts.deltas import LowRank, Sparse
+from modular_experts.methods import PCB, TIES, Average, Breadcrumbs, MagMax, ModelStock, SparseAverage, TaskArithmetic
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 METHODS = [
@@ -38,7 +38,6 @@ METHODS = [
 ]
 EXACT_ON_COPIES = [Average(), SparseAverage(), TIES(keep=1.0), MagMax(), ModelStock()]
 EXACT_ALONE = [*EXACT_ON_COPIES, SparseAverage(exponent=0.5), TaskArithmetic(), Breadcrumbs(beta=0.0, gamma=0.0)]
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def stacked(deltas):
@@ -118,16 +117,8 @@ def test_ties_equals_the_formula(deltas, keep, scale):
     torch.testing.assert_close(merged.dense().double(), ties(deltas, keep, scale), **CLOSE)
 
 
-@each_method
-@given(deltas_of_one_weight(least=2), st.randoms(use_true_random=False))
-def test_order_of_the_experts_does_not_matter(method, deltas, random):
-    merged = run(method, deltas).dense()
-    random.shuffle(deltas)
-    torch.testing.assert_close(run(method, deltas).dense(), merged, **CLOSE)
-
-
-@pytest.mark.parametrize("method", EXACT_ALONE, ids=str)
-@given(shapes, seeds, forms)
+@settings(max_examples=150)
+@given(st.sampled_from(EXACT_ALONE), shapes, seeds, forms)
 def test_one_expert_merges_to_itself_exactly(method, shape, seed, form):
     delta = random_delta(form, shape, seed, dtype=torch.float32)
     merged = run(method, [delta])
@@ -135,38 +126,24 @@ def test_one_expert_merges_to_itself_exactly(method, shape, seed, form):
     assert isinstance(merged, type(delta)) or isinstance(delta, LowRank)
 
 
-@pytest.mark.parametrize("method", EXACT_ON_COPIES, ids=str)
-@given(shapes, seeds, st.sampled_from(["Dense", "Sparse", "BlockSparse"]), st.integers(2, 11))
+@settings(max_examples=100)
+@given(
+    st.sampled_from(EXACT_ON_COPIES),
+    shapes,
+    seeds,
+    st.sampled_from(["Dense", "Sparse", "BlockSparse"]),
+    st.integers(2, 11),
+)
 def test_copies_of_an_expert_merge_to_it_exactly(method, shape, seed, form, copies):
     delta = random_delta(form, shape, seed, dtype=torch.float32)
     assert torch.equal(run(method, [delta] * copies).dense(), delta.dense())
 
 
-@each_method
-@given(deltas_of_one_weight(), st.sampled_from([-4.0, 0.5, 2.0]))
-def test_scaled_experts_merge_to_the_scaled_merge(method, deltas, factor):
+@settings(max_examples=200)
+@given(st.sampled_from(METHODS), deltas_of_one_weight(), st.sampled_from([-4.0, 0.5]))
+def test_a_negative_factor_of_all_experts_is_one_of_the_merge_too(method, deltas, factor):
     merged = run(method, deltas) * factor
     torch.testing.assert_close(run(method, [delta * factor for delta in deltas]).dense(), merged.dense(), **CLOSE)
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, Average)], ids=str)
-@given(deltas_of_one_weight())
-def test_an_expert_that_moves_nothing_changes_nothing(method, deltas):
-    merged = run(method, deltas)
-    with_zero = run(method, [*deltas, Sparse.zero(deltas[0].shape)])
-    torch.testing.assert_close(with_zero.dense(), merged.dense(), **CLOSE)
-    assert type(with_zero) is type(merged)
-
-
-@each_method
-@pytest.mark.parametrize("shape", [(6, 9), (7, 10)])
-def test_sparse_stays_sparse_and_tiles_stay_tiles(method, shape):
-    entries = [random_delta("Sparse", shape, seed) for seed in range(3)]
-    tiles = [random_delta("BlockSparse", shape, seed) for seed in range(3)]
-    assert isinstance(run(method, entries), Sparse)
-    assert isinstance(run(method, tiles), BlockSparse)
-    assert isinstance(run(method, [*entries, *tiles]), Sparse)
-    assert set(run(method, entries).support().tolist()) <= set(add(entries).support().tolist())
 
 
 @pytest.mark.parametrize("method", [Average(), TaskArithmetic(), ModelStock()], ids=str)
@@ -174,21 +151,12 @@ def test_linear_methods_keep_low_rank(method):
     assert isinstance(run(method, [random_delta("LowRank", (12, 12), seed) for seed in range(2)]), LowRank)
 
 
-@each_method
-@pytest.mark.parametrize("form", FORMS)
-def test_stored_float32_values_are_rounded_once(method, form):
+@pytest.mark.parametrize("form", ["Dense", "Sparse", "BlockSparse"])  # a low-rank product is a float32 one itself
+def test_stored_float32_values_are_rounded_once(form):
     deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
-    exact = run(method, [delta.to(dtype=torch.float64) for delta in deltas]).dense()
-    merged = run(method, deltas)
-    assert merged.dtype == torch.float32
-    if form != "LowRank":  # whose product is a float32 one
-        assert torch.equal(merged.dense(), exact.float())
-
-
-@each_method
-def test_vectors_such_as_biases_merge_too(method):
-    one, other = Dense(torch.tensor([1.0, -2.0, 0.0])), Sparse(torch.tensor([1]), torch.tensor([-4.0]), torch.Size([3]))
-    assert run(method, [one, other]).shape == (3,)
+    for method in [*METHODS, PCB()]:
+        exact = run(method, [delta.to(dtype=torch.float64) for delta in deltas]).dense()
+        assert torch.equal(run(method, deltas).dense(), exact.float()), method
 
 
 def test_sparse_average_leaves_what_one_expert_alone_has_learned():
@@ -199,33 +167,33 @@ def test_sparse_average_leaves_what_one_expert_alone_has_learned():
     assert Average().merge([one, other]).dense().tolist() == [[1.0, 6.0], [3.0, 0.5]]
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "sentence"),
-    [
-        (TIES, {"keep": 0.0}, "in \\(0, 1\\], got 0.0"),
-        (TIES, {"keep": 1.5}, "in \\(0, 1\\], got 1.5"),
-        (TIES, {"scope": "tensor"}, "'weight' or 'global', got 'tensor'"),
-        (SparseAverage, {"count": "masks"}, "'values' or 'supports', got 'masks'"),
-        (SparseAverage, {"scale": math.nan}, "finite number, got nan"),
-        (SparseAverage, {"exponent": math.inf}, "exponent must be a finite number, got inf"),
-        (SparseAverage, {"exponent": -1.0}, "exponent must be at least 0 .*, got -1.0"),
-        (TaskArithmetic, {"scale": math.inf}, "finite number, got inf"),
-        (Average, {"weights": [1.0, -1.0]}, "sum to zero"),
-        (Average, {"weights": [0.1, 0.2, -0.3]}, "sum to zero"),
-        (Average, {"scale": math.inf}, "finite number, got inf"),
-        (MagMax, {"scale": math.inf}, "finite number, got inf"),
-        (ModelStock, {"scale": math.nan}, "finite number, got nan"),
-        (Breadcrumbs, {"scale": math.nan}, "finite number, got nan"),
-        (Breadcrumbs, {"beta": 1.0}, "beta .* in \\[0, 1\\), got 1.0"),
-        (Breadcrumbs, {"beta": -0.1}, "beta .* in \\[0, 1\\), got -0.1"),
-        (Breadcrumbs, {"gamma": 1.5}, "gamma .* in \\[0, 1\\), got 1.5"),
-        (Breadcrumbs, {"gamma": math.nan}, "gamma .* in \\[0, 1\\), got nan"),
-        (Breadcrumbs, {"beta": 0.9, "gamma": 0.1}, "beta 0.9 and gamma 0.1 drop every entry"),
-    ],
-)
-def test_bad_settings_get_a_sentence(method, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        method(**settings)
+BAD = [
+    (TIES, {"keep": 0.0}, "in \\(0, 1\\], got 0.0"),
+    (TIES, {"keep": 1.5}, "in \\(0, 1\\], got 1.5"),
+    (TIES, {"scope": "tensor"}, "'weight' or 'global', got 'tensor'"),
+    (SparseAverage, {"count": "masks"}, "'values' or 'supports', got 'masks'"),
+    (SparseAverage, {"scale": math.nan}, "finite number, got nan"),
+    (SparseAverage, {"exponent": math.inf}, "exponent must be a finite number, got inf"),
+    (SparseAverage, {"exponent": -1.0}, "exponent must be at least 0 .*, got -1.0"),
+    (TaskArithmetic, {"scale": math.inf}, "finite number, got inf"),
+    (Average, {"weights": [1.0, -1.0]}, "sum to zero"),
+    (Average, {"weights": [0.1, 0.2, -0.3]}, "sum to zero"),
+    (Average, {"scale": math.inf}, "finite number, got inf"),
+    (MagMax, {"scale": math.inf}, "finite number, got inf"),
+    (ModelStock, {"scale": math.nan}, "finite number, got nan"),
+    (Breadcrumbs, {"scale": math.nan}, "finite number, got nan"),
+    (Breadcrumbs, {"beta": 1.0}, "beta .* in \\[0, 1\\), got 1.0"),
+    (Breadcrumbs, {"beta": -0.1}, "beta .* in \\[0, 1\\), got -0.1"),
+    (Breadcrumbs, {"gamma": 1.5}, "gamma .* in \\[0, 1\\), got 1.5"),
+    (Breadcrumbs, {"gamma": math.nan}, "gamma .* in \\[0, 1\\), got nan"),
+    (Breadcrumbs, {"beta": 0.9, "gamma": 0.1}, "beta 0.9 and gamma 0.1 drop every entry"),
+]
+
+
+def test_bad_settings_get_a_sentence():
+    for method, wrong, sentence in BAD:
+        with pytest.raises(ValueError, match=sentence):
+            method(**wrong)
 
 
 def test_average_refuses_another_number_of_weights():

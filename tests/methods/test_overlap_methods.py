@@ -127,31 +127,10 @@ def test_tall_mask_of_an_expert_apart_is_the_expert():
     assert TALLMask().per_task([one, other], 1).indices.tolist() == [1]
 
 
-METHODS = [RAM(0.1), RAMPlus(0.1), SCE(keep=0.5), ConsensusTA(), TALLMask()]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
-    entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
-    tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
-    for merge in (method.merge, lambda deltas: method.per_task(deltas, 0)):
-        assert isinstance(merge(entries), Sparse)
-        assert isinstance(merge(tiles), BlockSparse)
-
-
-@pytest.mark.parametrize("method", [RAM(), RAMPlus(), SCE(keep=0.5), ConsensusTA(), TALLMask()], ids=str)
-@given(deltas_of_one_weight(least=2), st.randoms(use_true_random=False), st.sampled_from([-4.0, 0.5]))
-def test_order_does_not_matter_and_factors_pass_through(method, deltas, random, factor):
-    merged = method.merge(deltas).dense()
-    torch.testing.assert_close(method.merge([d * factor for d in deltas]).dense(), merged * factor, **CLOSE)
-    random.shuffle(deltas)
-    torch.testing.assert_close(method.merge(deltas).dense(), merged, **CLOSE)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_all_zero_and_empty_deltas_merge_to_nothing(method):
-    zeros = [Dense(torch.zeros(2, 3)), Sparse.zero((2, 3)), Dense(torch.zeros(2, 3))]
-    assert not method.merge(zeros).dense().any()
+def test_the_experts_of_tall_masks_stay_sparse_and_tiles():
+    for form, kind in (("Sparse", Sparse), ("BlockSparse", BlockSparse)):
+        deltas = [random_delta(form, (7, 10), seed) for seed in range(3)]
+        assert isinstance(TALLMask().per_task(deltas, 0), kind)
 
 
 @pytest.mark.parametrize(

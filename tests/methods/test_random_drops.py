@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
-from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, prune
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
@@ -161,22 +161,6 @@ def test_weights_of_one_entry_a_row_and_zeros_merge_too(kind):
         for rescale in ("probability", "l1"):
             merged = kind(keep=0.5, rescale=rescale).merge([delta])
             assert merged.dense().isfinite().all()
-
-
-@each_kind
-def test_sparse_stays_sparse_and_tiles_stay_tiles(kind):
-    entries = [random_delta("Sparse", (7, 10), seed) for seed in range(3)]
-    tiles = [random_delta("BlockSparse", (7, 10), seed) for seed in range(3)]
-    assert isinstance(kind(keep=0.5).merge(entries), Sparse)
-    assert isinstance(kind(keep=0.5).merge(tiles), BlockSparse)
-
-
-@each_kind
-@given(deltas_of_one_weight(), st.sampled_from([-4.0, 0.5, 2.0]))
-def test_scaled_experts_merge_to_the_scaled_merge(kind, deltas, factor):
-    merged = kind(keep=0.5).merge(deltas).dense() * factor
-    scaled = kind(keep=0.5).merge([delta * factor for delta in deltas]).dense()
-    torch.testing.assert_close(scaled, merged, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

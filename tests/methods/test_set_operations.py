@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.random_deltas import deltas_of_one_weight, random_delta
+from testbed.random_deltas import deltas_of_one_weight
 
-from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.methods import Difference, Intersection
 
 
@@ -44,12 +43,6 @@ def test_the_sets_of_two_sparse_experts_add_up(deltas):
     common, alone = Intersection().merge([one, two]), Difference().merge([one, two])
     assert set(common.support().tolist()) | set(alone.support().tolist()) == set(one.support().tolist())
     assert not set(common.support().tolist()) & set(alone.support().tolist())
-
-
-@pytest.mark.parametrize("method", [Intersection(agreement=1), Difference()], ids=str)
-def test_sparse_stays_sparse_and_tiles_stay_tiles(method):
-    assert isinstance(method.merge([random_delta("Sparse", (7, 10), seed) for seed in range(2)]), Sparse)
-    assert isinstance(method.merge([random_delta("BlockSparse", (7, 10), seed) for seed in range(2)]), BlockSparse)
 
 
 @given(deltas_of_one_weight(most=1, of=["Dense", "Sparse", "BlockSparse"]))
