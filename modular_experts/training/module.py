@@ -45,7 +45,7 @@ __all__ = ["ExpertModule"]
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    BaseModel = str | Path | nn.Module
+    BaseModel = str | Path | Base | nn.Module
     Experts = Mapping[str, Factory] | Plan
 else:
     # What the command line may be given.
@@ -105,14 +105,16 @@ class ExpertModule(LightningModule):
         # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
-        self.base, self.revision = str(base), revision
-        self._given: list[nn.Module] = []
+        # A model in a list is no submodule: its parameters join this module when experts are in it.
+        self._given: list[nn.Module] = [base] if isinstance(base, nn.Module) else []
         if isinstance(base, nn.Module):
-            # In a list, so that its parameters do not belong to this module before experts are in it.
-            self._given = [base]
             config: Any = getattr(base, "config", None)
             self.base = str(getattr(config, "_name_or_path", "") or "")
             self.revision = revision or getattr(config, "_commit_hash", None)
+        elif isinstance(base, Base):
+            self.base, self.revision = base.place, revision or base.revision
+        else:
+            self.base, self.revision = str(base), revision
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
         self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
@@ -171,7 +173,7 @@ class ExpertModule(LightningModule):
         self.tokenizer = self.opened_base.tokenizer()
         model: Any
         if self._given:
-            model = self._given.pop()
+            model = self._given[0]
             if self.check_base:
                 self.opened_base.check_loaded(model)
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
@@ -185,7 +187,7 @@ class ExpertModule(LightningModule):
             inject(model, self.experts)
         elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
-        self.model = model
+        self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
