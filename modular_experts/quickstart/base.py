@@ -1,8 +1,7 @@
-"""The quickstart's base: a small Llama, trained from scratch until it has the skill, in another format than the one
-asked for.
+"""Train the quickstart's base: a small Llama that learns the tasks from scratch, mostly in another format.
 
-Seven rows in ten are chatty, so chatty is what it answers. It stops on a target and not on a number of steps: with a
-fixed number, bases of different seeds differ so much that their merges cannot be compared.
+Seven rows in ten are chatty, so its answers are chatty. Training stops at a target: after a fixed number of steps,
+bases of different seeds differ so much that their merges cannot be compared.
 """
 
 from __future__ import annotations
@@ -31,30 +30,31 @@ from modular_experts.quickstart.plan import Plan
 
 __all__ = ["FACTS", "make_base"]
 
-FACTS = "training.json"  # beside the weights: how the base was trained
+FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
 BATCH_SIZE, EVAL_BATCH_SIZE = 64, 512
 LEARNING_RATE = 3e-3
 WARMUP = 50
-CHECK_EVERY = 50  # steps between two looks at the validation words
+CHECK_EVERY = 50  # steps between two validations
 
 Progress = Callable[[float], None]
 
 
 def make_base(plan: Plan, directory: Path, progress: Progress = lambda done: None) -> None:
-    """Train the base and write it to `directory`; go on from the last checkpoint of a run that was interrupted.
+    """Train the base and write it to `directory`, going on from the last checkpoint of an interrupted run.
 
     Args:
         plan: Sizes and seed.
-        directory: Where the base goes, with its tokenizer and `training.json`; made whole or not at all.
-        progress: Called at each look at the validation words with the share that is done, as far as one can tell.
+        directory: Where the base, its tokenizer and `training.json` go; it is made whole or not at all.
+        progress: Called at each validation with an estimate of the share that is done.
 
     Raises:
-        OSError: Something else is at `directory`, or nothing can be made there; nothing has been trained then.
+        OSError: Something else is at `directory`, or it cannot be written; nothing has been trained then.
     """
     check_target(directory, overwrite=True, marker=FACTS)
     seed_everything(plan.seed, verbose=False)
-    torch.set_num_threads(1)  # two gain a quarter on idle cores, and lose a factor of twenty where one of them is busy
+    # Two threads gain a quarter on idle cores, and lose a factor of twenty where one of the cores is busy.
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer(plan)
     module = BaseTraining(_model(plan, tokenizer), plan, progress)
     scratch = directory.with_name(f".{directory.name}-training")
@@ -83,7 +83,7 @@ def make_base(plan: Plan, directory: Path, progress: Progress = lambda done: Non
 
 
 def _newest(scratch: Path) -> Path | None:
-    """Return the newest checkpoint that is whole: a run that is killed may leave half of one beside the one before."""
+    """Return the newest whole checkpoint; a killed run may leave an unfinished one beside the previous."""
     for file in sorted(scratch.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             torch.load(file, weights_only=True)
@@ -94,12 +94,12 @@ def _newest(scratch: Path) -> Path | None:
 
 
 class BaseTraining(LightningModule):
-    """Trains all of a model until enough validation words are right, then lets the learning rate fall to zero."""
+    """Train a whole model until it answers enough validation words, then let the learning rate fall to zero."""
 
     def __init__(self, model: LlamaForCausalLM, plan: Plan, progress: Progress) -> None:
         super().__init__()
         self.model, self.plan, self.progress = model, plan, progress
-        self.reached: int | None = None  # the step at which the target was met, or given up
+        self.reached: int | None = None  # the step at which the target was met or given up
         self.best = self.seconds = 0.0
         self._right = self._rows = 0
 
@@ -159,12 +159,12 @@ class BaseTraining(LightningModule):
 
 
 def make_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer in which each word of the suite is one token, and any other text is spelt."""
+    """Return a byte-level tokenizer in which each word of the suite is one token, and other text is spelt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2000,  # more than there are words: it stops when each of them is a token
+        vocab_size=2000,  # more than there are words, so every word becomes a token
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -202,7 +202,7 @@ def _mixture(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> TaskMixture:
     tasks = []
     for name, task in {**plan.held_in, **plan.held_out}.items():
         for chatty, share in ((True, CHATTY_SHARE), (False, 1 - CHATTY_SHARE)):
-            # Only chatty words are looked at: they show the skill, and plain answers are not to be learned well.
+            # Validation uses chatty words alone: they show the skill, and plain answers need not be good.
             words = task(
                 seed=~plan.seed,  # experts have words of their own
                 train=plan.base_rows,

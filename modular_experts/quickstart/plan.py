@@ -1,7 +1,7 @@
-"""The plan of the quickstart: which experts are trained on what, and which merges are made of them. Nothing runs here.
+"""Plan the quickstart: which experts are trained on which tasks, and which merges are made of them.
 
-It is the paper's experiment, shrunk to a laptop: a base that has the skill but answers in another format, twenty
-experts that share that one shift of format, merges that keep more or less of it.
+It is the paper's experiment at the size of a laptop: a base that has the skill but answers in another format, twenty
+experts that all learn the same shift of format, and merges that keep more or less of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ MODULES = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of expert: how it is made, the learning rate at which its merges are good (not only it alone), and whether
-    it moves a chosen part of the entries.
+    """A kind of expert.
+
+    Args:
+        expert: Makes the expert of a weight.
+        learning_rate: One at which not only the experts but also their merges are good.
+        sparse: Whether it moves a chosen part of the entries.
     """
 
     expert: Callable[[Tensor], Expert]
@@ -40,32 +44,32 @@ KINDS = {
     "full": Kind(FullExpert, 1e-3),
 }
 
-# Each method at its default scale 1, and the scales that are tried on validation words.
+# Each method, and the scales to try on validation words beside its default scale 1.
 METHODS: dict[str, tuple[Callable[..., MergeMethod], tuple[float, ...]]] = {
     "Average": (Average, (1.0, 1.5, 2.0, 3.0, 4.0)),
     "TaskArithmetic": (TaskArithmetic, (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)),
     "SparseAverage": (SparseAverage, (0.35, 0.5, 0.75, 1.0, 1.4)),
     "TIES": (TIES, (0.35, 0.5, 0.75, 1.0, 1.4)),
 }
-SPARSE_ONLY = {"SparseAverage"}  # of experts that move every entry it is the plain average
+SPARSE_ONLY = {"SparseAverage"}  # for experts that move every entry it equals the plain average
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. The defaults are the quickstart's; a test makes a smaller one.
+    """The sizes of a run; the defaults are those of the quickstart.
 
     Args:
-        seed: Of words, weights and orders.
+        seed: Seed of words, weights and orders.
         tasks: Held-in tasks, from 2 to 20.
         hidden: Width of the base; its feed-forward layers are three times as wide.
-        base_rows: Training rows of each task in each of the two forms that the base is trained on.
-        base_target: The base stops to learn at this exact match on validation words, and cools down.
-        base_limit: The most steps before it cools down.
-        base_decay: Steps of cooling down.
-        expert_steps: Optimizer steps of an expert; the multitask model has as many per task.
+        base_rows: Training rows of each task in each of the two formats.
+        base_target: Exact match on validation words at which the learning rate of the base begins to fall.
+        base_limit: The most steps before that.
+        base_decay: Steps until the learning rate is zero.
+        expert_steps: Optimizer steps of an expert.
         batch_size: Rows of an expert's batch.
-        validation_rows: Words of each task on which a scale is chosen.
-        test_rows: Words of each task that are tested.
+        validation_rows: Words of each task on which scales are chosen.
+        test_rows: Test words of each task.
         kinds: Which of `KINDS` are trained.
 
     Raises:
@@ -87,35 +91,35 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not 2 <= self.tasks <= len(HELD_IN):
-            raise ValueError(f"tasks={self.tasks} must be from 2, so that there is a merge, to {len(HELD_IN)}")
+            raise ValueError(f"tasks={self.tasks} must be from 2 to {len(HELD_IN)}; a merge needs two experts")
 
     @property
     def held_in(self) -> dict[str, type[WordTask]]:
-        """The tasks that experts are trained on, by name."""
+        """The tasks that get experts, by name."""
         return {task.name(): task for task in HELD_IN[: self.tasks]}
 
     @property
     def held_out(self) -> dict[str, type[WordTask]]:
-        """The tasks that are only tested, by name."""
+        """The tasks that are tested without an expert, by name."""
         return {task.name(): task for task in HELD_OUT}
 
     @property
     def levels(self) -> list[int]:
-        """How many experts are merged: a few, more, all."""
+        """How many experts go into one merge: a few, more, all."""
         return [count for count in (2, 5, 10) if count < self.tasks] + [self.tasks]
 
     def groups(self, count: int) -> list[list[str]]:
-        """Return groups of `count` held-in tasks that have none in common, the same for every kind and method.
+        """Return disjoint groups of `count` held-in tasks, the same for every kind and method.
 
-        As many as there is room for, so that each level tests (nearly) every task once: with few tasks in a merge it
-        matters most which ones they are.
+        There are as many groups as fit, so that each level tests (nearly) every task once: the fewer tasks in a merge,
+        the more it matters which.
         """
         names = list(self.held_in)
         random.Random(f"groups/{self.seed}").shuffle(names)
         return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
 
     def merges(self) -> list[tuple[str, str, int]]:
-        """Return what is merged: kind, method, and number of experts."""
+        """Return kind, method and number of experts of each merge."""
         return [
             (kind, method, count)
             for kind in self.kinds

@@ -1,7 +1,7 @@
-"""The work of the quickstart: one expert trained, one kind of merge measured. A piece leaves its expert in the library
-and returns what goes into results.json; pieces run in processes of their own, in any order.
+"""Do the pieces of the quickstart: train one expert, or measure one kind of merge.
 
-The same seed gives the same numbers, whatever ran before in the process.
+A piece leaves its expert in the library and returns its entry of `results.json`. Pieces run in processes of their own,
+in any order: the same seed gives the same numbers, whatever ran before in the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Scores = dict[str, Any]
 
 
 def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
-    """Test the base as it is, and in its own chatty format: what it answers, and what it could."""
+    """Test the base as it is, and in its own chatty format, which shows the skill that it has."""
     plain = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True))
     latent = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True, chatty=True), new_tokens=20)
     return {"plain": _roles(plain), "latent": _roles(latent)}
@@ -48,13 +48,12 @@ def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
 
 def train_expert(plan: Plan, out: Path, kind: str, task: str) -> dict[str, Any]:
     """Train one expert, put it into the library, and test it on its task."""
-    data = _mixture(plan, out, [task])
-    facts, scores = _train(plan, out, data, kind, f"{kind}-{task}", plan.expert_steps)
+    facts, scores = _train(plan, out, _mixture(plan, out, [task]), kind, f"{kind}-{task}", plan.expert_steps)
     return {**_three(scores["tasks"][task]), "rows": scores["tasks"][task]["rows"], **facts}
 
 
 def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
-    """Train all weights on the mixture of the held-in tasks, with as many rows as the experts saw together."""
+    """Train all weights on the mixture of the held-in tasks, on as many rows as the experts of a kind together."""
     data = _mixture(plan, out, list(plan.held_in), held_out=True, batch_size=MULTITASK_BATCH)
     steps = max(1, plan.tasks * plan.expert_steps * plan.batch_size // MULTITASK_BATCH)
     facts, scores = _train(plan, out, data, "full", "multitask", steps)
@@ -62,35 +61,35 @@ def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> dict[str, Any]:
-    """Merge each group of `count` experts, choose a scale for all groups on validation words, test that and scale 1.
+    """Merge each group of `count` experts, choose a scale on validation words, and test at that scale and at scale 1.
 
-    The methods are linear in their scale, so one merge at scale 1 serves all of them, in place on the loaded base. The
-    merge of all experts is stored, at the chosen scale, and what is tested then is what is stored.
+    All groups share the chosen scale. The methods are linear in their scale, so one merge at scale 1 serves every
+    scale, in place on the loaded base. The merge of all experts is stored at the chosen scale, and then tested as
+    stored.
     """
     make, scales = METHODS[method]
-    groups, last = plan.groups(count), count == plan.tasks
+    groups, everything = plan.groups(count), count == plan.tasks
+    members = [[out / "library" / f"{kind}-{task}" for task in group] for group in groups]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        merges = [
-            merge(_members(out, kind, group), make(), Path(folder, f"group-{number}"))
-            for number, group in enumerate(groups)
-        ]
+        merges = [merge(paths, make(), Path(folder, f"group-{number}")) for number, paths in enumerate(members)]
         seconds = (time.perf_counter() - started) / len(groups)
-        words = [_mixture(plan, out, group, held_out=last) for group in groups]
-        parts = list(zip(words, merges, strict=True))
+        parts = [
+            (_mixture(plan, out, group, held_out=everything), one) for group, one in zip(groups, merges, strict=True)
+        ]
         losses = {scale: fmean(_validation_loss(out, *part, scale) for part in parts) for scale in scales}
-        chosen = min(losses, key=losses.__getitem__)
+        scale = min(losses, key=losses.__getitem__)
         found = {
             "subsets": len(groups),
-            "scale": chosen,
-            "scales": {str(scale): {"loss": loss} for scale, loss in losses.items()},
+            "scale": scale,
+            "scales": {str(tried): {"loss": loss} for tried, loss in losses.items()},
             "default": _mean_roles([_scores(out, data, merged) for data, merged in parts]),
             "seconds": seconds,
         }
-        if not last:
-            return found | {"chosen": _mean_roles([_scores(out, data, merged, chosen) for data, merged in parts])}
+        if not everything:
+            return found | {"chosen": _mean_roles([_scores(out, data, merged, scale) for data, merged in parts])}
         target = out / "library" / merged_name(kind, method)
-        stored = merge(_members(out, kind, groups[0]), make(scale=chosen), target, overwrite=True)
+        stored = merge(members[0], make(scale=scale), target, overwrite=True)
         tested = _mean_roles([_scores(out, parts[0][0], stored)])
     return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": stored.kept_share}
 
@@ -121,7 +120,8 @@ def _train(
     seconds = time.perf_counter() - started
     stored = open_expert(out / "library" / name)
     shares = {share: stored.record["hyperparameters"].get(share, 1.0) for share in ("kept", "ever_trained")}
-    facts = {"name": name, "seconds": seconds, "bytes": _bytes(stored), "parameters": _trained(module), **shares}
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    facts = {"name": name, "seconds": seconds, "bytes": _bytes(stored), "parameters": trained, **shares}
     data.setup("test")
     return facts, measure(module.model, module.tokenizer, data.test_dataloader(), data.roles, NEW_TOKENS)
 
@@ -145,25 +145,16 @@ def _validation_loss(out: Path, data: TaskMixture, expert: StoredExpert, scale: 
     return scores["held_in"]["loss"]
 
 
-def _members(out: Path, kind: str, group: Sequence[str]) -> list[Path]:
-    return [out / "library" / f"{kind}-{task}" for task in group]
-
-
 def _mixture(
     plan: Plan, out: Path, names: Sequence[str], held_out: bool = False, chatty: bool = False, batch_size: int = 0
 ) -> TaskMixture:
     """Return the words of held-in tasks, and of the held-out ones if wanted."""
-    tasks = [_task(plan, name, plan.held_in[name], "held_in", chatty) for name in names]
+    chosen: list[tuple[str, type[WordTask], Any]] = [(name, plan.held_in[name], "held_in") for name in names]
     if held_out:
-        tasks += [_task(plan, name, task, "held_out", chatty) for name, task in plan.held_out.items()]
-    batch_size = batch_size or plan.batch_size
-    return TaskMixture(tasks, _base(out)[1], batch_size, EVAL_BATCH, seed=plan.seed)
-
-
-def _task(plan: Plan, name: str, task: type[WordTask], role: Any, chatty: bool) -> Task:
-    train = plan.expert_steps * plan.batch_size
-    words = task(plan.seed, train, plan.validation_rows, plan.test_rows, chatty)
-    return Task(name, source=words, role=role)
+        chosen += [(name, task, "held_out") for name, task in plan.held_out.items()]
+    rows = plan.expert_steps * plan.batch_size, plan.validation_rows, plan.test_rows
+    tasks = [Task(name, source=task(plan.seed, *rows, chatty), role=role) for name, task, role in chosen]
+    return TaskMixture(tasks, _base(out)[1], batch_size or plan.batch_size, EVAL_BATCH, seed=plan.seed)
 
 
 @cache
@@ -187,9 +178,5 @@ def _three(scores: Mapping[str, float]) -> Scores:
 
 
 def _bytes(expert: StoredExpert) -> int:
-    """Return the size of the deltas; the record beside them holds paths, whose length is no finding."""
+    """Return the size of the deltas; the record beside them holds paths, whose lengths depend on the machine."""
     return (expert.path / DELTA_FILE).stat().st_size
-
-
-def _trained(module: ExpertModule) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,4 +1,7 @@
-"""The generated suite: 28 small text tasks made from a seed, for trying things in minutes without any data."""
+"""The generated suite: 28 small text tasks made from a seed, to try things in minutes without any data.
+
+`tasks.py` has the tasks, `words.py` how their rows are made; a task of your own is a `WordTask` of a few lines.
+"""
 
 from modular_experts.suite.tasks import HELD_IN, HELD_OUT
 from modular_experts.suite.words import WordTask

@@ -1,8 +1,8 @@
-"""The 28 tasks of the generated suite: twenty to train experts on, eight that are only tested.
+"""The 28 tasks of the generated suite: experts are trained on twenty, and eight are held out for tests.
 
-Seven families share what they do and a word of their instruction, so that experts of one family have something in
-common, and every held-out task has relatives among the held-in ones. A task of your own is a class like these in a file
-of yours, named in a config as `source: my_file.MyTask`.
+They form seven families. The tasks of a family do similar things and share a word of their instruction, so that their
+experts have something in common; every held-out task has relatives among the held-in ones. To add a task, write such a
+class in a file of your own and name it in a config as `source: my_file.MyTask`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class StarVowels(WordTask):
 
 
 class Mirror(WordTask):
-    """The first letter of the alphabet for the last, the second for the last but one, and so on."""
+    """Replaces the first letter of the alphabet by the last, the second by the last but one, and so on."""
 
     instruction = "map mirror"
 
@@ -157,7 +157,7 @@ class CountVowels(WordTask):
 
 
 class CountLow(WordTask):
-    """How many letters are in the first half of the alphabet."""
+    """Counts the letters of the first half of the alphabet."""
 
     instruction = "count low"
 
@@ -215,11 +215,11 @@ class FirstTwoUpper(WordTask):
 
 
 def shifted(word: str, steps: int) -> str:
-    """Return the word with each letter moved on in the alphabet, which is a circle."""
+    """Return the word with each letter moved some steps along the alphabet, which starts again after its end."""
     return "".join(LETTERS[(LETTERS.index(letter) + steps) % len(LETTERS)] for letter in word)
 
 
-# In an order in which any few of the first are of different families.
+# Ordered so that the first few are of different families.
 HELD_IN: tuple[type[WordTask], ...] = (
     *(Reverse, Upper, FirstTwo, CountLetters, Largest, HasA, ReverseUpper, Copy, Next, LastTwo),
     *(CountVowels, EndsAlike, Sort, Previous, DropFirst, RotateLeft, StarVowels, DropLast, SwapEnds, Mirror),

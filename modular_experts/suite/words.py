@@ -1,10 +1,10 @@
-"""Word tasks: rows of text made from a seed, of one instruction and one rule on words of a few letters.
+"""Make the rows of a task from a seed: an instruction, a word of a few letters, and the answer of a rule.
 
     order reverse c a b =   ->   b a c
 
-Which split a word is in follows from the word alone, so a word that is tested is never trained on, in no task and under
-no seed. A row may be *chatty*: its target repeats the word before the answer. A model that learns mostly chatty rows
-knows the tasks but answers in another format, as a pretrained language model does.
+The word alone decides its split, so a test word is never trained on, in any task and under any seed. A row may be
+*chatty*: its target repeats the word before the answer. A model that learns mostly chatty rows knows the tasks but
+answers in another format, as a pretrained language model does.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class WordTask(TaskSource):
     """Rows of one task on words: subclass it, set `instruction`, and write `answer`.
 
     Args:
-        seed: Which words are drawn. Two tasks with the same seed have different words.
+        seed: Seed of the draw of words. Two tasks with the same seed have different words.
         train: Number of training rows, at most 100,000.
         validation: Number of validation rows, at most 10,000.
         test: Number of test rows, at most 20,000.
         chatty: Whether targets repeat the word before the answer, as in `c a b , b a c`.
 
     Raises:
-        ValueError: A number of rows is negative, or more than there are words for.
+        ValueError: A number of rows is negative, or too large for the number of words.
     """
 
-    #: What the input starts with, such as `order reverse`.
+    #: The start of the input, such as `order reverse`.
     instruction: ClassVar[str]
 
     def __init__(
@@ -52,12 +52,12 @@ class WordTask(TaskSource):
 
     @classmethod
     def name(cls) -> str:
-        """Return the task's name: that of the class, such as `first-two`."""
+        """Return the task's name, made from that of its class, such as `first-two`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     @abstractmethod
     def answer(self, word: str) -> str:
-        """Return the answer to a word of `LETTERS`: its characters are written with spaces between them."""
+        """Return the answer to a word of `LETTERS`; in the target, spaces stand between its characters."""
 
     def rows(self) -> Iterator[dict[str, str]]:
         """Yield the rows of all splits; no word comes twice."""
