@@ -9,8 +9,7 @@ import pytest
 from modular_experts.quickstart.plan import METHODS, Plan
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 7, 20])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("tasks", "seed"), [(2, 0), (7, 1), (20, 0)])
 def test_groups_have_no_task_in_common_and_leave_few_out(tasks: int, seed: int) -> None:
     plan = Plan(seed=seed, tasks=tasks)
     for count in plan.levels:
@@ -34,7 +33,7 @@ def test_the_overlap_aware_average_is_not_made_of_dense_experts() -> None:
     }
 
 
-@pytest.mark.parametrize("tasks", [-1, 1, 21])
+@pytest.mark.parametrize("tasks", [1, 21])
 def test_too_few_or_too_many_tasks_get_a_sentence(tasks: int) -> None:
-    with pytest.raises(ValueError, match=rf"tasks={tasks} must be from 2, .* to 20"):
+    with pytest.raises(ValueError, match=rf"tasks={tasks} must be from 2 to 20; a merge needs two experts"):
         Plan(tasks=tasks)

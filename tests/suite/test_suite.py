@@ -1,4 +1,4 @@
-"""The generated suite: every answer is right, no word that is tested is trained on, and a seed is a seed."""
+"""The generated suite: every answer is right, no test word is trained on, and the same seed gives the same rows."""
 
 from __future__ import annotations
 
@@ -53,12 +53,8 @@ def test_the_suite_has_twenty_tasks_to_train_and_eight_to_test() -> None:
 
 
 @pytest.mark.parametrize("task", ALL, ids=lambda task: task.name())
-def test_the_answer_is_right(task: type[WordTask]) -> None:
+def test_the_answer_is_right_and_each_word_comes_once(task: type[WordTask]) -> None:
     assert task().answer("feda") == EXAMPLE[task.name()]
-
-
-@pytest.mark.parametrize("task", ALL, ids=lambda task: task.name())
-def test_rows_are_as_many_as_asked_and_each_word_comes_once(task: type[WordTask]) -> None:
     rows = list(task(train=30, validation=5, test=10).rows())
     assert [sum(row["split"] == split for row in rows) for split in ("train", "validation", "test")] == [30, 5, 10]
     words = [row["input"].removeprefix(task.instruction).removesuffix("=").replace(" ", "") for row in rows]
@@ -88,16 +84,15 @@ def test_the_same_seed_gives_the_same_rows_and_another_others() -> None:
     assert one != other
 
 
-@pytest.mark.parametrize("counts", [{"train": -1}, {"validation": 10_001}, {"test": 10**6}])
-def test_a_number_of_rows_that_could_never_be_drawn_is_refused(counts: dict[str, int]) -> None:
+@pytest.mark.parametrize("counts", [{"train": -1}, {"validation": 10_001}])
+def test_more_rows_than_can_be_drawn_are_refused(counts: dict[str, int]) -> None:
     ((split, count),) = counts.items()
     with pytest.raises(ValueError, match=rf"{split}={count} must be from 0 to "):
         HELD_IN[0](**counts)
 
 
 def test_the_largest_number_of_rows_is_drawn() -> None:
-    rows = list(HELD_IN[0](train=0, validation=10_000, test=20_000).rows())
-    assert len({row["input"] for row in rows}) == 30_000
+    assert len({row["input"] for row in HELD_IN[0](train=0, validation=10_000, test=20_000).rows()}) == 30_000
 
 
 def test_a_chatty_target_repeats_the_word() -> None:
