@@ -118,12 +118,16 @@ def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(tmp_path) ->
         assert goal["met"] == (None if value is None else value >= limit if at_least else value <= limit)
 
 
-def test_a_bad_option_gets_one_sentence(tmp_path) -> None:
-    done = run("merge_speed.py", "--tiny", "--mergekit", "nowhere", "--folder", tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("--mergekit nowhere is no Python")
-    assert done.stderr.count("\n") == 1
+def test_a_bad_option_gets_one_sentence(module, tmp_path, monkeypatch, capsys) -> None:
+    options = ["--tiny", "--mergekit", "nowhere", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["merge_speed.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        module("merge_speed").main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("--mergekit nowhere is no Python")
+    assert told.err.count("\n") == 1
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(module, tmp_path, capsys) -> None:
