@@ -133,13 +133,14 @@ def test_an_interruption_ends_the_processes_at_once_and_takes_back_what_waits() 
 
 
 PROGRAM = """
-import signal, time
+import os, signal, time
 from modular_experts.jobs import LocalProcesses
 
 def work():
     signal.signal(signal.SIGTERM, lambda *_: None)  # as Lightning does while it trains
     print("at work", flush=True)
-    time.sleep(40)
+    time.sleep(30)
+    os._exit(0)
 
 if __name__ == "__main__":
     with LocalProcesses(1) as pool:
