@@ -16,7 +16,7 @@ __all__ = ["FullExpert"]
 
 
 class FullExpert(Expert):
-    """Trains the layer's own weight; the base is not kept in memory but read again when the delta is asked for.
+    """Trains the layer's own weight; the delta reads the base again from its files, so that memory holds one copy.
 
     Args:
         weight: The base weight `(out, in)`.

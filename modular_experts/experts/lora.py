@@ -24,7 +24,7 @@ class LoRAExpert(Expert):
         rank: Inner dimension of the product, from 1 to min(out, in).
         alpha: The scale is alpha / rank.
         rank_stabilized: Use alpha / sqrt(rank), which keeps the step size alike for all ranks (arXiv 2312.03732).
-        dropout: Probability, in [0, 1), with which an input of the product is dropped in training.
+        dropout: Probability, in [0, 1), of dropping an input of the product in training.
     """
 
     learning_rate: ClassVar[float] = 3e-3

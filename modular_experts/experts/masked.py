@@ -1,7 +1,7 @@
 """The paper's own algorithm, dense and masked: train a dense change D, show only `D * M` (arXiv 2507.07140).
 
-Kept as the faithful reference beside `SparseExpert`: same exported form, at the cost of a dense D, its optimizer
-state, a mask and a second matrix product per layer.
+It is the faithful reference beside `SparseExpert`: it exports the same form, at the cost of a dense D, its optimizer
+state, a mask and a second matrix product in each layer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.
 
     An entry that leaves the mask keeps its value, still counts in the next scoring pass (which takes `M = 1`) and
-    resumes from it when it comes back. What is outside the mask in the end is discarded at export. `MaskSchedule`
-    re-selects by the paper's signed score every 100 optimizer steps of the first epoch, then freezes.
+    resumes from it when it comes back. The export drops what is outside the mask in the end. `MaskSchedule` re-selects
+    by the paper's signed score every 100 optimizer steps of the first epoch, then freezes.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -41,7 +41,7 @@ class MaskedExpert(Selectable):
     learning_rate: ClassVar[float] = 1e-3
     score: ClassVar[Score] = ConnectionSensitivity()
     rule: ClassVar[Rule] = Reselect()
-    selects_at_start: ClassVar[bool] = False  # D is zero there, and so is every score
+    selects_at_start: ClassVar[bool] = False  # D is zero at the start, and so is every score
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
-"""Selectable experts: those that train a chosen part of a weight. How much, in which units, and how a choice is scored.
+"""What expert types share that train a chosen part of a weight: its size, its units, and the hooks of a selection.
 
-The choosing itself belongs to `masks` (rules and scores) and to the `MaskSchedule` callback (when, on which batches).
+`selection` computes scores and calls these hooks, `masks` has the scores and rules, and the `MaskSchedule` callback
+decides when, on which batches.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ Granularity = Literal["element", "block", "row", "column"]
 class Selectable(Expert):
     """An expert whose support is a fixed number of *units* of a weight: single entries, square tiles, rows or columns.
 
-    While `probe` is set, a backward pass hands the dense gradient `(out, in)` of the weight, in float32, to it and
-    frees it: a scoring pass over one batch holds one layer's gradient at a time.
+    While `probe` is set, backward hands the dense gradient of the weight `(out, in)`, in float32, to the probe and
+    frees it, so that a scoring pass over one batch holds one layer's gradient at a time.
     """
 
     score: ClassVar[Score]
     rule: ClassVar[Rule]
-    """What `MaskSchedule` uses where it is not told otherwise."""
+    """The defaults of `MaskSchedule` for this type."""
     selects_at_start: ClassVar[bool] = True
 
     probe: Probe | None = None
@@ -67,7 +68,7 @@ class Selectable(Expert):
 
     @property
     def kept_units(self) -> int:
-        """Number of them that are kept: by the keep ratio, rounded down but at least one, until `resize`."""
+        """Number of kept units: by the keep ratio, rounded down but at least one, until `resize`."""
         return self._kept_units
 
     def unit_scores(self, scores: Tensor, norm: bool = False) -> Tensor:
@@ -75,7 +76,7 @@ class Selectable(Expert):
 
         Args:
             scores: Scores of the entries.
-            norm: A tile's score is the Euclidean norm of its entries' instead of their sum.
+            norm: Score a tile by the Euclidean norm of its entries' scores instead of their sum.
         """
         if self.tile == (1, 1):
             return scores.reshape(-1)
@@ -91,7 +92,7 @@ class Selectable(Expert):
 
     @abstractmethod
     def scored_delta(self, weight: Tensor) -> Delta:
-        """Return the delta that a score is to see."""
+        """Return the delta that a score gets."""
 
     def scored_weight(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer uses it, `(out, in)`: the base plus the delta."""
@@ -99,26 +100,24 @@ class Selectable(Expert):
 
     @abstractmethod
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
-        """Keep other units, in place; return for each new slot `(k,)` the slot it had before, or -1 for a newcomer."""
+        """Keep other units, in place; return for each new slot `(k,)` the slot that its unit had before, or -1."""
 
     @abstractmethod
     def resize(self, weight: Tensor, units: Tensor) -> None:
-        """Keep other units, as many as are given, with values that start anew; only before an optimizer is made."""
+        """Keep these units, whatever their number, with values that start anew; only before an optimizer is made."""
 
     def rewind(self, weight: Tensor) -> None:
-        """Let the values of what is kept start anew from the base."""
-        raise NotImplementedError(f"{type(self).__name__} does not train all entries first, so there is no way back")
+        """Set the kept values back to the base."""
+        raise NotImplementedError(f"{type(self).__name__} does not train all entries first, so it cannot rewind")
 
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output; in backward, the weight's gradient goes to `probe`."""
+        """Return the layer's output; backward hands the weight's gradient to `probe`."""
         assert self.probe is not None
         return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
 
     @property
     def packed(self) -> nn.Parameter | None:
-        """The trained parameter with one slot per kept unit, if there is one: its optimizer state moves with the
-        slots.
-        """
+        """The trained parameter with one slot for each kept unit, or None; its optimizer state moves with the slots."""
         return None
 
     def sparse_form(self, units: Tensor, values: Tensor) -> Sparse | BlockSparse:
@@ -128,12 +127,12 @@ class Selectable(Expert):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a scoring pass puts into an expert.
+    """The receiver of a weight's dense gradient, which a scoring pass puts into an expert.
 
     Attributes:
-        receive: Takes the weight's gradient `(out, in)`.
-        leaf: A scalar that requires a gradient, so that backward comes here even where the layer's input needs none.
-        shift: Added to the weight while the probe is in, `(out, in)`, if given.
+        receive: Called with the weight's gradient `(out, in)`.
+        leaf: A scalar that requires a gradient, so that backward reaches the layer even if its input needs none.
+        shift: Added to the weight while the probe is set, `(out, in)`, if given.
     """
 
     receive: Callable[[Tensor], None]
@@ -141,12 +140,12 @@ class Probe:
     shift: Tensor | None = None
 
     def shifted(self, weight: Tensor) -> Tensor:
-        """Return the weight as the pass is to see it."""
+        """Return the weight that the scoring pass computes with."""
         return weight if self.shift is None else weight + self.shift
 
 
 class _ProbedLinear(torch.autograd.Function):
-    """A frozen linear layer whose backward also makes the weight's gradient and gives it away at once."""
+    """A frozen linear layer whose backward also computes the weight's gradient and hands it to the probe at once."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, leaf, probe):
@@ -163,6 +162,6 @@ class _ProbedLinear(torch.autograd.Function):
 
 
 def carried_slots(before: Tensor, after: Tensor) -> Tensor:
-    """Return for each sorted unit of `after` its slot in the sorted `before`, or -1 where it is new."""
+    """Return for each unit of the sorted `after` its slot in the sorted `before`, or -1 for a new unit."""
     slots = torch.searchsorted(before, after).clamp(max=before.numel() - 1)
     return torch.where(before[slots] == after, slots, -1)

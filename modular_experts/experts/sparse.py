@@ -1,8 +1,8 @@
-"""Sparse experts: train a few entries of a weight, in place, at the price of those entries.
+"""Sparse experts train a few entries of a weight, in place, at the price of those entries.
 
-The kept entries are written into the frozen weight, so the forward pass is one matrix product; backward makes only
-their gradient (`kernels`), and the optimizer sees one packed vector. There is no second copy of the model and no
-dense mask.
+The expert writes the kept entries into the frozen weight, so the forward pass is one matrix product; backward computes
+only their gradient (`kernels`), and the optimizer sees one packed vector. No second copy of the model and no dense mask
+exists.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SparseExpert(Selectable):
         granularity: `element` keeps single entries, `block` square tiles of neighbouring entries, `row` and `column`
             whole outputs and inputs of the layer, which train at the price of a slice.
         block_size: Side of a tile. Where it does not divide the weight, the last tiles reach over the edge.
-        backend: How the kept gradient is made: `auto` chooses by the kind of unit, share kept, device and dtype (the
-            rule is in `kernels/choice.py`; the run's summary says what it chose). By name: `sampled` and `native` for
-            entries, `block_rows`, `native` and `triton` (CUDA) for tiles, `slices` for rows and columns, `dense` for
-            all.
+        backend: Kernel that computes the kept gradient: `auto` chooses by the kind of unit, share kept, device and
+            dtype (the rule is in `kernels/choice.py`; the run's summary shows its choice). By name: `sampled` and
+            `native` for entries, `block_rows`, `native` and `triton` (CUDA) for tiles, `slices` for rows and columns,
+            `dense` for all.
     """
 
     learning_rate: ClassVar[float] = 2e-3
@@ -46,7 +46,7 @@ class SparseExpert(Selectable):
     rule: ClassVar[Rule] = GrowAndDrop()
 
     _written: int | None = None  # version of `values` that the weight holds
-    _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # what the kernel was planned for, and it
+    _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
 
     def __init__(
         self,
@@ -71,7 +71,8 @@ class SparseExpert(Selectable):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._forward(x, weight, bias)
 
-    @torch.compiler.disable  # it writes into the weight and loops over tile rows; there is nothing to fuse here
+    # torch.compile could fuse nothing here: the layer writes into the weight and loops over rows of tiles.
+    @torch.compiler.disable
     def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._written != self.values._version:
             self.write(weight)
@@ -127,7 +128,7 @@ class SparseExpert(Selectable):
         return slots
 
     def kernel(self, dtype: torch.dtype) -> KeptGradient:
-        """Return what makes the kept gradient where the layer computes in `dtype`; planned once for each support."""
+        """Return the kernel for a layer that computes in `dtype`; it is planned once for each support."""
         wanted = (self.indices._version, self.indices.device, dtype)
         if self._kernel is None or self._kernel[0] != wanted or self._kernel[1].units is not self.indices:
             self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))

@@ -1,5 +1,7 @@
-"""Kernels: the gradient of only the kept entries of a weight, one way per file, and the rule that chooses one; and, in
-`entries`, compiled passes over the entries of sparse deltas.
+"""Kernels: the gradient of only the kept entries of a weight.
+
+Open `kernel.py` first, the contract; `linear.py` is the layer that calls a kernel, `choice.py` the rule that
+chooses one. `plain.py` has kernels in torch, `native.py` calls C++ on the CPU, `triton_tiles.py` is a program for CUDA.
 """
 
 from modular_experts.kernels.choice import Backend, check_backend, make_kernel

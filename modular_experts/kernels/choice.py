@@ -1,10 +1,10 @@
-"""Which kernel serves a support: by name, or by a rule from the kind of unit, the share kept, the device and the dtype.
+"""Choose the kernel of a support: by name, or by a rule from the kind of unit, share kept, device and dtype.
 
-The rule, from the measurements in `benchmarks/README.md`:
+The rule follows the measurements in `benchmarks/README.md`:
 * rows and columns: `slices`, everywhere;
 * on a CPU, in float32 or bfloat16, for weights of `NATIVE_FROM` entries and more, where a compiler was found: `native`;
 * otherwise on a CPU: tiles by `block_rows`; entries by `sampled` below `SAMPLED_BELOW` kept, and `dense` above it;
-* elsewhere: `dense`. The Triton kernel for CUDA is used when asked for: it has not been measured on a GPU yet.
+* elsewhere: `dense`. The Triton kernel for CUDA must be asked for by name, as nobody has measured it on a GPU yet.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
     """Refuse a backend that cannot serve these units.
 
     Raises:
-        ValueError: It is not one of them.
+        ValueError: No kernel of this name serves these units.
     """
     if backend != "auto" and backend not in _serving(shape, tile):
         known = backend in get_args(Backend)
@@ -47,14 +47,14 @@ def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
 
 
 def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -> KeptGradient:
-    """Return the kernel of a name, or the one that the rule chooses, planned for these units.
+    """Return a kernel planned for these units, by its name or by the rule.
 
     Args:
-        backend: A name, or `auto`.
+        backend: Name of a kernel, or `auto` for the rule.
         units: The kept units `(k,)`, sorted.
-        shape: The weight's, `(out, in)`.
+        shape: Shape of the weight, `(out, in)`.
         tile: Height and width of a unit.
-        dtype: In which the layer computes.
+        dtype: Data type in which the layer computes.
 
     Raises:
         ValueError: The backend cannot work on this device or in this dtype, or is not installed.
@@ -95,7 +95,7 @@ def _refuse_native(units: Tensor, dtype: torch.dtype) -> None:
 
 
 def _serving(shape: Sequence[int], tile: Tile) -> dict[str, type[KeptGradient]]:
-    """Return the kernels for a kind of unit, by name."""
+    """Return the kernels that serve a kind of unit, by name."""
     if tile == (1, 1):
         return {"dense": DenseGathered, "native": NativeEntries, "sampled": SampledProduct}
     if tile == (1, shape[1]):

@@ -1,8 +1,7 @@
 """The contract of a kernel: the gradient of only the kept units of a weight, from a layer's input and output gradient.
 
-For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)` a kernel gives `g^T x` at the kept
-units. It is made once for a support and called in every backward pass; what can be planned ahead is planned in its
-constructor.
+For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)` a kernel computes `g^T x` at the kept
+units. An expert makes a kernel once for a support and calls it in every backward pass, so the constructor plans ahead.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ __all__ = ["KeptGradient"]
 
 
 class KeptGradient(ABC):
-    """Makes the gradient of the kept units.
+    """Computes the gradient of the kept units.
 
     Args:
         units: The kept units `(k,)`, sorted: flat entries, or tiles numbered row-major over the grid that covers the
             weight.
-        shape: The weight's, `(out, in)`.
+        shape: Shape of the weight, `(out, in)`.
         tile: Height and width of a unit; `(1, 1)` for entries, `(1, in)` for rows, `(out, 1)` for columns.
     """
 
     name: ClassVar[str]
-    """What the argument `backend` of an expert calls it."""
+    """The name by which an expert's argument `backend` asks for it."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: tuple[int, int]) -> None:
         self.units, self.shape, self.tile = units, (shape[0], shape[1]), tile
 
     def saved(self, x: Tensor) -> Tensor:
-        """Return what backward needs of the input `(tokens, in)`; a kernel that needs a part saves only that."""
+        """Return the part of the input `(tokens, in)` that backward needs."""
         return x
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""A linear layer with kept entries: one matrix product forward, and backward only the gradients that are wanted."""
+"""A linear layer with kept entries: one matrix product forward, and backward only the gradients that somebody needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, 
     Args:
         x: Input `(..., in)`.
         weight: The effective weight `(out, in)`; frozen.
-        bias: `(out,)` or none; frozen.
+        bias: `(out,)` or None; frozen.
         values: The trained parameter that receives the kept gradient.
-        kernel: Makes the kept gradient, in the shape of `values`.
+        kernel: Computes the kept gradient, in the shape of `values`.
     """
     dtype = computed_in(weight)
     if dtype != weight.dtype:
@@ -28,7 +28,7 @@ def kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, 
 
 
 def computed_in(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a layer of this weight computes here: autocast's where that is on, else its own."""
+    """Return the dtype in which a layer of this weight computes: autocast's where it is on, else the weight's own."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

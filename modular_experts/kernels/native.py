@@ -1,7 +1,7 @@
-"""Kept gradients on the CPU from compiled code, without a dense gradient and without copies of the inputs.
+"""Kernels in C++ for the CPU: no dense gradient, and no copies of the inputs.
 
-`native.cpp` says how. Where it cannot be compiled, `available` is False and the caller takes another kernel. What runs
-on a GPU lies elsewhere.
+`native.cpp` has the loops and their reasons. Where it cannot be compiled, `available` returns False and the rule
+chooses another kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["NativeEntries", "NativeTiles", "available", "computes"]
 
 SOURCE = Path(__file__).with_name("native.cpp")
 BLOCK = 64
-"""Columns of the input that `native.cpp` holds at once for entries; the same number stands there."""
+"""Columns of the input that `native.cpp` holds at once for entries; the two numbers must agree."""
 
 
 def computes(dtype: torch.dtype) -> bool:
@@ -32,7 +32,7 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def available() -> bool:
-    """Return whether the kernels can run here; the first call may compile them, and says so in the log."""
+    """Return whether the kernels can run here; the first call may compile them, and then logs it."""
     return _library() is not None
 
 
@@ -56,7 +56,7 @@ class _Native(KeptGradient):
 
 
 class NativeTiles(_Native):
-    """The gradient of square tiles; sides that 16 divides fill the registers best."""
+    """Computes the gradient of square tiles; sides that are multiples of 16 fill the registers best."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
@@ -70,7 +70,7 @@ class NativeTiles(_Native):
 
 
 class NativeEntries(_Native):
-    """The gradient of single entries. Its plan takes eight bytes for each."""
+    """Computes the gradient of single entries; its plan takes eight bytes for each."""
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile = (1, 1)) -> None:
         super().__init__(units, shape, tile)
@@ -86,11 +86,11 @@ class NativeEntries(_Native):
 
 
 def _starts(groups: Tensor, count: int) -> Tensor:
-    """Return `(count + 1,)`: where each group begins in the sorted numbers of groups, and where the last ends."""
+    """Return where each group begins in a sorted list of group numbers, and where the last ends, `(count + 1,)`."""
     return torch.searchsorted(groups, torch.arange(count + 1, device=groups.device))
 
 
-# Operators of torch rather than plain functions, so that torch.compile calls them without looking inside.
+# Operators of torch rather than plain functions, so that torch.compile calls them without tracing into them.
 torch.library.define(
     "modular_experts::kept_tiles", "(Tensor x, Tensor g, Tensor tiles, Tensor starts, int size) -> Tensor"
 )
@@ -124,9 +124,9 @@ def _kept_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order
 
 
 def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
-    """Call a function of the library; its first arguments and its last are the same for all."""
+    """Call a function of the library, which takes the inputs first and the number of threads last."""
     library = _library()
-    assert library is not None, "ask available() before"
+    assert library is not None, "call available() first"
     if not computes(x.dtype):
         raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")
     x, grad = _contiguous_rows(x), _contiguous_rows(grad.to(x.dtype))

@@ -1,6 +1,6 @@
-"""The dense gradient of this one layer, gathered: the way that always works, for any unit, share kept and device.
+"""Kernels in torch alone: the dense gradient and its kept units, dot products, rows of tiles, slices.
 
-It costs the operations of a full fine-tune, but the dense gradient lives only inside this layer's backward pass.
+All compute `g^T x` at the kept units, for `x` `(tokens, in)` and output gradient `g` `(tokens, out)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ __all__ = ["DenseGathered", "KeptColumns", "KeptRows", "SampledProduct", "TileRo
 
 
 class DenseGathered(KeptGradient):
-    """Makes all of `g^T x` and keeps what is kept."""
+    """Computes all of `g^T x` and reads the kept units; it serves any unit, share kept and device.
+
+    It costs the operations of a full fine-tune, but the dense gradient lives only inside this layer's backward pass.
+    """
 
     name: ClassVar[str] = "dense"
 
@@ -31,7 +34,7 @@ class DenseGathered(KeptGradient):
 
 
 class SampledProduct(KeptGradient):
-    """One dot product over the tokens per kept entry."""
+    """Computes one dot product over the tokens for each kept entry."""
 
     name: ClassVar[str] = "sampled"
 
@@ -52,7 +55,7 @@ class SampledProduct(KeptGradient):
 
 @functools.cache
 def _accept_compressed_rows() -> None:
-    """Make torch give its once-a-process beta notice for compressed sparse rows here, unheard."""
+    """Silence torch's beta notice for compressed sparse rows, which it gives once in a process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(
@@ -61,7 +64,7 @@ def _accept_compressed_rows() -> None:
 
 
 class TileRows(KeptGradient):
-    """One product per row of tiles that keeps any."""
+    """Computes one product for each row of the grid that keeps a tile."""
 
     name: ClassVar[str] = "block_rows"
 
@@ -80,7 +83,8 @@ class TileRows(KeptGradient):
         panels = _widened(x, wide * width).reshape(tokens, wide, width)
         grad = _widened(grad, tall * height)
         out = x.new_empty(self.units.numel(), height, width)
-        room = x.new_empty(tokens * width * self.longest)  # for the inputs of one row: one place, always in the cache
+        # The inputs of each row's tiles go to the same memory, so that it stays in the processor's cache.
+        room = x.new_empty(tokens * width * self.longest)
         for row, start, end in self.spans:
             count = end - start
             inputs = room[: tokens * count * width].view(tokens, count, width)
@@ -91,12 +95,12 @@ class TileRows(KeptGradient):
 
 
 def _widened(matrix: Tensor, width: int) -> Tensor:
-    """Return the matrix with columns of zeros up to a width; itself where it has them all."""
+    """Append columns of zeros up to a width; a matrix of that width is returned as it is."""
     return matrix if matrix.shape[1] == width else F.pad(matrix, (0, width - matrix.shape[1]))
 
 
 class KeptRows(KeptGradient):
-    """`g[:, rows]^T x`."""
+    """Computes `g[:, rows]^T x`."""
 
     name: ClassVar[str] = "slices"
 
@@ -105,7 +109,7 @@ class KeptRows(KeptGradient):
 
 
 class KeptColumns(KeptGradient):
-    """`g^T x[:, columns]`, column by column."""
+    """Computes `g^T x[:, columns]`; only these columns of the input are kept for backward."""
 
     name: ClassVar[str] = "slices"
 

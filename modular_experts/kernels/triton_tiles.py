@@ -12,7 +12,7 @@ one sum over the splits, in an order that is always the same, follows: no atomic
 
 It gives the right numbers in Triton's interpreter, and it compiles for compute capability 8.0 and 9.0. It has not run
 on a GPU, so its speed is not measured: these reasons are arithmetic. Triton is imported when the first gradient is
-planned. Which backend serves a weight is chosen elsewhere.
+planned. `choice.py` chooses the kernel of a weight.
 """
 
 from __future__ import annotations

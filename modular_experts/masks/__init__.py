@@ -1,7 +1,8 @@
-"""Masks: which entries of a weight are trained. Scores in, indices out; no module is touched here.
+"""Masks: which entries of a weight are trained. Scores go in, indices come out.
 
-A *score* ranks the entries of a weight, a *rule* turns scores into the kept units when training starts and at later
-updates. Both are small values, named by class in a config; a score may also be a plain function.
+A *score* (`scores.py`) ranks the entries of a weight; a *rule* (`rules.py`) turns scores into the kept units when
+training starts and at later updates. A config names both by class; a score may also be a plain function. `top_k.py`
+finds the highest scores. `selection` computes the scores and changes the experts.
 """
 
 from modular_experts.masks.rules import DenseThenSparse, GrowAndDrop, Reselect, Rule, SelectOnce

@@ -1,4 +1,4 @@
-"""Rules: when the kept units of a weight are chosen, and how the new ones follow from the old.
+"""Rules decide when the kept units of a weight are chosen, and how the new ones follow from the old.
 
 Sources: the paper (arXiv 2507.07140) for `Reselect`; RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405) for
 `GrowAndDrop`; LT-SFT (arXiv 2110.07560) for the rewinding of `DenseThenSparse`.
@@ -29,7 +29,7 @@ class Rule(ABC):
     rewind: bool = False
     """Whether values go back to the base when the support is chosen, and are trained anew."""
     unit: Unit = "optimizer_steps"
-    """What the numbers of steps count that the rule takes and returns."""
+    """What the rule's numbers of steps count."""
 
     @abstractmethod
     def last_update(self, total_steps: int, steps_per_epoch: int) -> int:
@@ -40,7 +40,7 @@ class Rule(ABC):
         """Return whether the support is chosen before optimizer step `step` (the first is 0)."""
 
     def starts_anew(self, step: int, kept: int, units: int) -> bool:
-        """Return whether the choice at `step` leaves the old support, `kept` of `units`, out of account."""
+        """Return whether the choice at `step` ignores the old support, which keeps `kept` of `units`."""
         return True
 
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
@@ -75,7 +75,7 @@ class Reselect(Rule):
     Args:
         every: Optimizer steps between two selections.
         until: Share of all steps after which the support is frozen, in (0, 1], or `first_epoch` as in the paper.
-        unit: What `every` counts. The paper says steps; its code counts `micro_batches`, so that with 16 accumulated
+        unit: What `every` counts. The paper counts steps; its code counts `micro_batches`, so that with 16 accumulated
             batches the mask changed every 6.25 optimizer steps.
     """
 
@@ -97,14 +97,14 @@ class Reselect(Rule):
 
 @dataclass(frozen=True)
 class DenseThenSparse(Rule):
-    """Train everything at first, then choose once by score and train only what is kept; for `MaskedExpert`.
+    """Train everything at first, then choose once by score and train only the kept units; for `MaskedExpert`.
 
-    With `ChangeMagnitude` and `rewind` this is LT-SFT (lottery-ticket sparse fine-tuning), but for the learning rate,
-    whose schedule goes on where it is.
+    With `ChangeMagnitude` and `rewind` this is LT-SFT (lottery-ticket sparse fine-tuning), except that the schedule of
+    the learning rate does not start again.
 
     Args:
         dense: Share of all steps in which everything is trained, in (0, 1), or `first_epoch`.
-        rewind: Start anew from the base with what is kept.
+        rewind: Set the kept values back to the base after the choice.
     """
 
     dense: float | Literal["first_epoch"] = "first_epoch"
@@ -125,14 +125,14 @@ class DenseThenSparse(Rule):
 
 @dataclass(frozen=True)
 class GrowAndDrop(Rule):
-    """Start from the highest scores; then now and again exchange the least changed units for the best scored ones
+    """Start from the highest scores; then, every few steps, exchange the least changed units for the best scored ones
     outside.
 
     The number of kept units is constant. The share exchanged falls linearly to zero at the freeze.
 
     Args:
-        every: Optimizer steps between two exchanges; without it, five exchanges are spread evenly, so that their cost
-            does not grow with the length of training.
+        every: Optimizer steps between two exchanges; if not given, five exchanges spread evenly, whose cost does not
+            grow with the length of training.
         until: Share of all steps after which the support is frozen, in (0, 1].
         replace: Share of the kept units exchanged at the first exchange, in (0, 1].
     """

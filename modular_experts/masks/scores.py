@@ -1,6 +1,6 @@
-"""Scores: the number by which the entries of a weight are ranked for its mask; the highest are kept.
+"""Scores rank the entries of a weight for its mask; the highest are kept.
 
-A score sees the weight, its delta and a *statistic* of the loss's gradient, which it names. Any function of (weight,
+A score gets the weight, its delta and the *statistic* of the loss's gradient that it names. Any function of (weight,
 gradient, delta) serves too.
 
 Sources: the paper (arXiv 2507.07140) for `ConnectionSensitivity`; SNIP (arXiv 1810.02340); FISH masks (arXiv
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 GradientStatistic = Literal["gradient", "squared_gradient", "curvature", "none"]
-"""What a score is given of the loss: the mean gradient g over the scoring batches, the mean of the squares of the
-batches' gradients, the Hessian times g, or nothing, so that no scoring pass is needed.
+"""The statistic of the loss that a score gets: the mean gradient g over the scoring batches, the mean of the squares of
+the batches' gradients, the Hessian times g, or none, which saves the scoring pass.
 """
 
 
@@ -93,7 +93,7 @@ class ConnectionSensitivity(Score):
 class FisherInformation(Score):
     """Mean `g^2`: the diagonal of the empirical Fisher information over the scoring batches (Sung et al.).
 
-    Each batch's gradient is squared before the mean is taken, so more and smaller batches say more.
+    Each batch's gradient is squared before the mean is taken, so more and smaller batches give a better estimate.
     """
 
     statistic: ClassVar[GradientStatistic] = "squared_gradient"

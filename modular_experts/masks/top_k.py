@@ -1,8 +1,8 @@
-"""The k highest scores, exactly k of them, ties to the lowest index; also over many weights whose scores come by once.
+"""Find the k highest scores: exactly k, ties to the lowest index; of one weight, or of many whose scores are seen once.
 
-Thresholds come from a histogram of the upper 16 bits of the scores as float32, whose order is that of the numbers: two
-passes instead of a sort. It also gives a lower bound that only rises while scores stream by, so that a choice among all
-weights holds little more than k candidates and never all scores.
+A histogram of the upper 16 bits of the scores as float32, which sort like the numbers, gives a threshold in two passes
+instead of a sort. While scores of many weights stream by, the threshold only rises, so that a choice among all weights
+holds little more than k candidates and never all scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from modular_experts.deltas.tiles import index_dtype, true_places
 __all__ = ["StreamingTopK", "kth_highest", "top_k"]
 
 _BINS = 2**16
-_CHUNK = 2**20  # scores at a time, so that no second copy of them is made
+_CHUNK = 2**20  # scores converted at a time, so that no second copy of all is made
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -55,7 +55,7 @@ def kth_highest(scores: Tensor, k: int) -> Tensor:
 
 
 class StreamingTopK:
-    """The k highest scores of several weights, each seen once, in any order.
+    """Finds the k highest scores of several weights, each seen once, in any order.
 
     Args:
         k: How many to keep over all weights.
@@ -104,7 +104,8 @@ class StreamingTopK:
 
 
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:
-    """Return the smallest of the k highest numbers; on the CPU by numpy, five times faster than by torch."""
+    """Return the smallest of the k highest numbers."""
+    # On the CPU numpy's partition is five times faster than torch's top-k.
     if candidates.device.type == "cpu" and candidates.dtype in (torch.float32, torch.float64):
         place, copy = candidates.numel() - k, candidates.detach().clone()
         copy.numpy().partition(place)
@@ -126,24 +127,23 @@ def _upper(scores: Tensor) -> Tensor:
 
 
 def _upper_bits(place: int) -> int:
-    """Return the upper bits of the numbers of a bin; bins count from 0 up for positive numbers, from -1 down for
-    negative ones.
-    """
+    """Return the upper bits of a bin's numbers; bins go up from 0 for positive, down from -1 for negative."""
     return place if place >= 0 else (place ^ 0x7FFF)
 
 
 def _lower_bound(counts: Tensor, k: int) -> float:
-    """Return the smallest number of the highest bin at or above which there are k scores."""
+    """Return the lower edge of the highest bin such that it and the bins above hold at least k scores."""
     above = counts.flip(0).cumsum(0)
     reached = int(torch.searchsorted(above, torch.tensor(k, device=above.device)))
     place = max(_BINS // 2 - 1 - reached, -_BINS // 2)
     bits = _upper_bits(place) << 16 | (0 if place >= 0 else 0xFFFF)
     bound = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
-    return -math.inf if math.isnan(bound) else bound  # the bin of minus infinity ends among what is not a number
+    # The bin of minus infinity reaches into the bit patterns of NaN.
+    return -math.inf if math.isnan(bound) else bound
 
 
 def _at_least(flat: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Return the indices, rising, of the scores from a bound up, and these scores."""
+    """Return the ascending indices of the scores at or above a bound, and these scores."""
     chunks = enumerate(flat.split(_CHUNK))
     parts = [(chunk.to(torch.float32) >= bound).nonzero().view(-1) + n * _CHUNK for n, chunk in chunks]
     places = torch.cat(parts).to(index_dtype(flat.shape))

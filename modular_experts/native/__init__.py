@@ -1,5 +1,5 @@
-"""Native: C++ that is built on first use, and passes over the entries of sparse deltas written in it.
+"""Native: C++ that is compiled on first use, and passes over the entries of sparse deltas written in it.
 
-`build.py` builds and loads a C++ file; `sparse_passes.py` calls the passes. Without a compiler the callers do the same
-in torch.
+`build.py` compiles and loads a C++ file; `sparse_passes.py` calls the passes. Where there is no compiler, the callers
+compute the same in torch.
 """

@@ -1,7 +1,8 @@
-"""Passes over sparse entries on the CPU from compiled code: sums of several experts, what is kept of them, and where.
+"""Call the compiled passes over sparse entries on the CPU: sums of several experts, their supports, decoding.
 
-`sparse_passes.cpp` says how; the results are those of torch, bit for bit. `Runs.of` and the functions return None where
-the code does not serve: other dtypes and devices, gradients, little work, no compiler. Who calls has another way.
+`sparse_passes.cpp` has the loops; the results are those of torch, bit for bit. `Runs.of` and the functions return None
+where the code does not serve (other dtypes and devices, gradients, little work, no compiler), and their callers then
+compute the same in torch.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ __all__ = ["Added", "Runs", "add_rounded", "decode_places", "pack_entries", "spr
 SOURCE = Path(__file__).with_name("sparse_passes.cpp")
 
 LEAST = 2**12
-"""Entries below which nothing is compiled, nor called: little would be gained."""
+"""Least number of entries for which the code is compiled and called; for fewer it would gain little."""
 
 
 class Added(NamedTuple):
-    """What became of the entries of a sparse delta in a weight of less precision.
+    """A weight of less precision plus a sparse delta, and how much of the delta it holds.
 
     Attributes:
         weight: The sums, rounded.
-        moved: Entries whose delta is not zero.
-        changed: Entries that are not the same bits as before.
-        lost: Sum of the squares of what rounding took away.
+        moved: Number of entries whose delta is not zero.
+        changed: Number of entries whose bits changed.
+        lost: Sum of the squared rounding errors.
         norm: Sum of the squares of the delta.
     """
 
@@ -63,17 +64,17 @@ def _library() -> ctypes.CDLL | None:
 
 def _loaded() -> ctypes.CDLL:
     library = _library()
-    assert library is not None, "this is not served"
+    assert library is not None, "the callers ask _serves first"
     return library
 
 
 def _serves(entries: int, tensors: Sequence[Tensor]) -> bool:
-    """Return whether the code works on contiguous tensors of so many entries; it may be compiled for the answer."""
+    """Return whether the code serves these tensors and this number of entries; it may be compiled for the answer."""
     return entries >= LEAST and all(map(_is_plain, tensors)) and _library() is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor's values lie at its address, one after the other, and need no gradient."""
+    """Return whether a tensor's values lie at its address, one after the other, without gradient or lazy sign."""
     lazy = tensor.is_neg() or tensor.requires_grad
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
 
@@ -81,22 +82,23 @@ def _is_plain(tensor: Tensor) -> bool:
 class Runs:
     """The entries that several experts keep of one weight.
 
-    Its methods give flat tensors for a part of the weight: the flat entries from `start` to before `stop`, and `here`,
-    which entries of each expert lie there. They raise an IndexError where indices are not sorted or not in the part.
+    Its methods return flat tensors for a chunk of the weight: the flat entries from `start` to before `stop`. `here` is
+    the slice of each expert's entries that lies there. They raise an IndexError where indices are not sorted or not in
+    the chunk.
     """
 
     def __init__(self, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self._held = places, values  # so that the addresses stay good
+        self._held = places, values  # keeps the memory at the addresses alive
         self._places = [tensor.data_ptr() for tensor in places]
         self._values = [tensor.data_ptr() for tensor in values]
 
     @classmethod
     def of(cls, places: Sequence[Tensor], values: Sequence[Tensor]) -> Runs | None:
-        """Return the runs, or None where they are not served.
+        """Return the runs, or None where the code does not serve them.
 
         Args:
-            places: Of each expert the flat entries of the weight, `(n,)`, sorted.
-            values: Of each expert the values there, `(n,)`.
+            places: For each expert its flat entries of the weight, `(n,)`, sorted.
+            values: For each expert its values there, `(n,)`.
         """
         known = all(
             (own.dtype, its.dtype, own.shape) == (torch.int32, torch.float32, its.shape)
@@ -105,8 +107,9 @@ class Runs:
         return cls(places, values) if known and _serves(sum(map(len, places)), [*places, *values]) else None
 
     def total(self, start: int, stop: int, here: Sequence[slice], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return the sum of weights times values in float64, in the order of the experts, and as booleans where any of
-        them keeps an entry. A weight that all have in common is multiplied last.
+        """Return the weighted sum in float64, in the order of the experts, and which entries any of them keeps.
+
+        A weight that all experts have in common is multiplied last.
         """
         alike = len(set(weights)) == 1
         factors = None if alike else (ctypes.c_double * len(here))(*weights)
@@ -117,7 +120,7 @@ class Runs:
         return out, kept
 
     def counts(self, start: int, stop: int, here: Sequence[slice], moved: bool = False) -> Tensor:
-        """Return how many experts keep each entry, or have a value there that is not zero, in float64."""
+        """Return how many experts keep each entry (`moved`: have a value there that is not zero), in float64."""
         out, values = _empty(stop - start, torch.float64), _addresses(self._values, here) if moved else None
         runs = [_addresses(self._places, here), values, _counts(here), len(here)]
         _check(_loaded().count_entries(*runs, start, len(out), out.data_ptr()))
@@ -129,7 +132,7 @@ def _empty(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _addresses(tensors: Sequence[int], here: Sequence[slice]) -> ctypes.Array[ctypes.c_void_p]:
-    """Return where the entries of a part begin: places and values alike take four bytes."""
+    """Return the addresses at which each expert's slice begins; places and values both take four bytes."""
     first = (address + 4 * one.start for address, one in zip(tensors, here, strict=True))
     return (ctypes.c_void_p * len(here))(*first)
 
@@ -141,21 +144,21 @@ def _counts(here: Sequence[slice]) -> ctypes.Array[ctypes.c_int64]:
 def _check(outside: int) -> None:
     if outside:
         raise IndexError(
-            "a sparse delta has indices that are not sorted or not in its weight; make it of flat (row-major) "
-            "entries in their order"
+            "a sparse delta has indices that are not sorted or not in its weight; make it from sorted flat (row-major) "
+            "entries"
         )
 
 
 def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values: Tensor) -> int | None:
-    """Write the flat entries of what is kept of a part of a weight, and its values; return how many there are, or None
-    if this is not served.
+    """Write the kept entries of a chunk of a weight and their values; return their number, or None where the code does
+    not serve.
 
     Args:
-        total: The values of the part, `(n,)` float64.
-        kept: What is kept of them, `(n,)` booleans.
-        start: The weight's flat entry with which the part begins.
-        places: Gets the entries, int32; has room for n, and what is behind those that are kept may be overwritten.
-        values: Gets the values, float32; as places.
+        total: Values of the chunk, `(n,)` float64.
+        kept: Mask of the kept ones, `(n,)` booleans.
+        start: Flat entry of the weight with which the chunk begins.
+        places: Output for the flat entries, int32, with room for n; all of these n may be overwritten.
+        values: Output for the values, float32, with room for n.
     """
     known = [torch.float64, torch.bool, torch.int32, torch.float32]
     tensors = [total, kept, places, values]
@@ -168,12 +171,12 @@ def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values
 
 
 def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
-    """Return a bfloat16 weight plus a sparse delta, taken in float32 and rounded once; or None if this is not served.
+    """Return a bfloat16 weight plus a sparse delta, computed in float32 and rounded once; None where not served.
 
     Args:
         weight: Any shape; it stays as it is.
         places: Flat entries of the weight, `(n,)` int32.
-        values: What is added there, `(n,)` float32.
+        values: The delta's values there, `(n,)` float32.
     """
     known = [weight.dtype, places.dtype, values.dtype] == [torch.bfloat16, torch.int32, torch.float32]
     if not known or places.shape != values.shape or not _serves(places.numel(), [weight, places, values]):
@@ -185,12 +188,12 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
 
 
 def spread_tiles(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """Return what `blocks.entries_in_order` does, or None where this is not served.
+    """Return what `deltas.tiles.entries_in_order` returns, or None where the code does not serve.
 
     Args:
         blocks: Numbers of the tiles, `(n,)` int32, sorted and unique.
         tiles: Their values, `(n, height, width)` float32.
-        shape: The weight's.
+        shape: Shape of the weight.
     """
     known = [blocks.dtype, tiles.dtype] == [torch.int32, torch.float32] and math.prod(shape) < 2**31
     if not known or not _serves(tiles.numel(), [blocks, tiles]):
@@ -202,16 +205,16 @@ def spread_tiles(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[T
 
 
 def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | None] | None:
-    """Return the numbers that stored bytes stand for, as `library.encoding` says, or None where this is not served.
+    """Decode the numbers of stored bytes (`library/packing.py` has the encodings); None where the code does not serve.
 
     Args:
         name: The encoding, `gaps` or `mask`.
         stored: Bytes, `(n,)` uint8.
-        count: How many numbers there must be.
+        count: Expected number of numbers.
 
     Returns:
-        The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1 if
-        there is none, and None where there are not `count`.
+        The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1
+        for an empty list, None where there are not `count` numbers.
     """
     if stored.dtype != torch.uint8 or not _serves(max(count, stored.numel()), [stored]):
         return None

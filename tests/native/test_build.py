@@ -74,7 +74,7 @@ def test_a_failed_compilation_is_one_line_with_the_reason(source, tmp_path, monk
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
         assert load(source, *(["-DSEVEN=7"] if broken == "folder" else [])) is None
     (line,) = caplog.messages
-    assert line.startswith("seven.cpp is not used: ")
+    assert line.startswith("seven.cpp is not used, as ")
     assert {"source": "SEVEN", "folder": "Not a directory"}[broken] in line
 
 

@@ -1,0 +1,105 @@
+"""A state is part of the expert and checked at every read; experts of deltas alone stay as they were."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+
+from modular_experts.library import Library, make_record, open_expert, write_expert
+
+BASE = {"id": "base", "revision": None, "fingerprint": "f" * 64}
+RECORD = make_record("Gated", BASE, class_path="mine.Gated", not_mergeable_because="its gate depends on the input")
+STATE = {
+    "w/shift": torch.randn(7, generator=torch.Generator().manual_seed(1)),
+    "w/gate.weight": torch.randn(3, 4, dtype=torch.float64).T,
+    "w/mask": torch.tensor([True, False]),
+    "w/counts": torch.arange(5),
+    "w/half": torch.ones(2, 2, dtype=torch.bfloat16),
+    "w/scale": torch.tensor(2.0),
+}
+
+
+@pytest.fixture
+def expert(tmp_path):
+    write_expert(tmp_path / "library/x", {}, RECORD, state=STATE)
+    return tmp_path / "library/x"
+
+
+def test_a_state_comes_back_bit_for_bit_in_every_dtype(expert) -> None:
+    found = open_expert(expert).state()
+    assert found.keys() == STATE.keys()
+    for name, tensor in STATE.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    found["w/shift"].zero_()
+    assert torch.equal(open_expert(expert).state()["w/shift"], STATE["w/shift"])
+
+
+def test_the_content_hash_covers_the_state(expert) -> None:
+    delta = {"w": random_delta("Sparse", (3, 4), 1)}
+    changed = {**STATE, "w/scale": torch.tensor(3.0)}
+    path = expert.parent
+    hashes = {
+        write_expert(path / "a", {}, RECORD, state=changed),
+        write_expert(path / "b", delta, RECORD, state=STATE),
+        write_expert(path / "c", delta, RECORD, state=changed),
+        write_expert(path / "d", delta, RECORD),
+        open_expert(expert).content_hash,
+    }
+    assert len(hashes) == 5
+    (path / "a/state.safetensors").replace(expert / "state.safetensors")
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged: its content hash is not the one in"):
+        open_expert(expert)
+
+
+def test_every_flipped_byte_of_a_state_is_noticed(expert) -> None:
+    file = expert / "state.safetensors"
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 23):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"state.safetensors is damaged"):
+            open_expert(expert).verify()
+
+
+def test_the_format_is_version_2_only_where_there_is_a_state(expert) -> None:
+    delta = {"w": random_delta("Sparse", (3, 4), 1)}
+    write_expert(expert.parent / "both", delta, RECORD, state=STATE)
+    both = open_expert(expert.parent / "both")
+    write_expert(expert.parent / "plain", delta, both.record)
+    plain = open_expert(expert.parent / "plain")
+    assert [open_expert(expert).record["format"], both.record["format"]] == ["modular-experts/2"] * 2
+    assert plain.record["format"] == "modular-experts/1"
+    assert "files" not in plain.record
+    assert (plain.state(), both.files) == ({}, ["delta.safetensors", "state.safetensors"])
+    read = (expert.parent / "both/delta.safetensors").read_bytes()
+    assert read == (expert.parent / "plain/delta.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "files", [[], ["delta.safetensors"], ["../x"], ["state.safetensors", "x"], "state.safetensors"]
+)
+def test_a_list_of_files_that_leads_elsewhere_is_refused(expert, files) -> None:
+    record = json.loads((expert / "expert.json").read_text())
+    (expert / "expert.json").write_text(json.dumps({**record, "files": files}))
+    with pytest.raises(ValueError, match="the list of its files is not what it must be"):
+        open_expert(expert)
+
+
+def test_a_missing_state_is_named(expert) -> None:
+    write_expert(expert.parent / "both", {"w": random_delta("Sparse", (3, 4), 1)}, RECORD, state=STATE)
+    (expert.parent / "both/state.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"not a complete expert: .*state.safetensors is missing"):
+        open_expert(expert.parent / "both")
+    (expert / "state.safetensors").unlink()
+    assert Library(expert.parent).incomplete() == {"x": "delta.safetensors is missing"}
+
+
+def test_a_state_with_nan_and_no_state_at_all_are_not_written(tmp_path) -> None:
+    with pytest.raises(ValueError, match="the state w/a cannot be stored: it holds values that are not finite"):
+        write_expert(tmp_path / "x", {}, RECORD, state={"w/a": torch.tensor([float("nan")])})
+    with pytest.raises(ValueError, match="moves no weight cannot be stored without a state"):
+        write_expert(tmp_path / "x", {}, RECORD, state={})
+    assert not list(tmp_path.iterdir())
