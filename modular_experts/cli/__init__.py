@@ -1,3 +1,6 @@
-"""The command line. One file per command; nothing else in the package imports from here, and jsonargparse lives only
-here.
+"""The command line: parse options, call one function of the library, print.
+
+A file holds a group of commands. `command.py` runs a command that is one function, `training.py` those that run a
+trainer; `arguments.py` reads options as people type them, `parser_errors.py` explains wrong ones, `help.py` writes help
+without importing torch. No other room imports this one, and jsonargparse lives only here.
 """

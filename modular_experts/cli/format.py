@@ -1,4 +1,4 @@
-"""Summary: how an expert is told in one line, and numbers and settings in few characters."""
+"""Write experts, settings and numbers in few characters, and show progress."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def summary(expert: StoredExpert) -> str:
 
 
 def statistics_text(stored: StoredStatistics) -> str:
-    """Return of how many weights stored statistics are, on which data, and their size on disk in one line."""
+    """Return the number of weights, the rows and the size on disk of stored statistics in one line."""
     rows = ", ".join(f"{count} rows of {task}" for task, count in sorted(stored.facts["tasks"].items()))
     return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
 
@@ -49,13 +49,13 @@ def kind_text(record: Mapping[str, Any]) -> str:
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:
-    """Return a class and its settings, such as `TIES(keep=0.2, scope='weight')`; what is not set is left out."""
+    """Return a class and its settings, such as `TIES(keep=0.2, scope='weight')`; None is left out."""
     shown = [f"{key}={value_text(value)}" for key, value in settings.items() if value is not None]
     return f"{name}({', '.join(shown)})" if shown else name
 
 
 def value_text(value: Any) -> str:
-    """Return a setting: numbers to four digits, texts in quotes as they are."""
+    """Return a setting: numbers to four digits, strings in quotes."""
     if isinstance(value, float):
         return str(float(f"{value:.4g}"))
     return f"'{value}'" if isinstance(value, str) else str(value)
@@ -67,7 +67,7 @@ def share_text(share: float) -> str:
 
 
 def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
-    """Return what wraps a list of names while they are gone through."""
+    """Return an iterator wrapper that draws a bar on a terminal."""
     console = Console(stderr=True)
 
     def wrap(names: Sequence[str]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""`modular-experts import`: other people's fine-tuning into a library."""
+"""`modular-experts import`: bring a fine-tuning from elsewhere into a library."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def import_(
     The format is found from the files: a PEFT adapter (adapter_config.json), a sparse fine-tuning of composable-sft
     (pytorch_diff.bin), or a full checkpoint (config.json and safetensors), which is compared with its base weight by
     weight without loading either. A full checkpoint is stored exactly unless keep_ratio or rank is given: as single
-    entries where few moved, else whole. Causal language models only; no code from a file is run.
+    entries if few moved, else whole. Causal language models only; no code from a file is run.
 
     Args:
         source: Directory or hub id of the fine-tuning.
         out: Directory of the expert; its last part is the name.
-        base: Directory or hub id of the model that it was made from; as an adapter says if not given.
+        base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
         source_revision: Branch, tag or commit of the source on the hub.
         keep_ratio: Of a full checkpoint, keep only this share of each weight's entries: those that moved farthest.
         rank: Of a full checkpoint, keep of each matrix only the best approximation of this rank.
         vocab: With intersect, a full checkpoint may have a resized vocabulary; the rows in common are compared.
-        tasks: Names of the tasks that it was trained on, written '[a, b]'.
-        overwrite: Replace an expert that is there.
+        tasks: Names of the tasks that the fine-tuning was trained on.
+        overwrite: Replace an expert.
 
     Examples:
         modular-experts import --source downloads/lora --out library/lora
@@ -53,7 +53,7 @@ def import_(
         source, out, base, revision, source_revision, compression, vocab, tasks or (), overwrite, bar
     )
     origin = expert.record["source"]
-    for line in _told(expert, origin, compression) if "account" in origin else ():
+    for line in _report(expert, origin, compression) if "account" in origin else ():
         print(line)
     print(f"{out}: {summary(expert)}")
 
@@ -66,8 +66,8 @@ def _compression(keep_ratio: float | None, rank: int | None) -> Compression | No
     return None if keep_ratio is None else TopK(keep_ratio)
 
 
-def _told(expert: StoredExpert, origin: Mapping[str, Any], compression: Compression | None) -> Iterator[str]:
-    """Tell what the import of a full checkpoint found and kept."""
+def _report(expert: StoredExpert, origin: Mapping[str, Any], compression: Compression | None) -> Iterator[str]:
+    """Yield the lines about what the import of a full checkpoint found and kept."""
     account = origin["account"]
     yield (
         f"{len(expert)} weights moved, in {account['moved']:,} of their {account['entries']:,} entries; "

@@ -16,7 +16,7 @@ from modular_experts.text import did_you_mean
 
 
 def methods(name: str | None = None) -> None:
-    """Show the merge methods, or all about one of them: formula, properties, settings with their defaults, source.
+    """Show the merge methods, or everything about one: formula, properties, settings with their defaults, source.
 
     Args:
         name: Name of a method, or the dotted path of a class of your own.
@@ -57,14 +57,14 @@ def _list(known: dict[str, type[MergeMethod]]) -> None:
     for name, kind in known.items():
         table.add_row(name, _first_paragraph(kind))
     Console(markup=False, emoji=False).print(table)
-    print("All about one: modular-experts methods TIES")
+    print("Everything about one: modular-experts methods TIES")
 
 
 def _show(kind: type[MergeMethod]) -> None:
     about, _, settings = inspect.cleandoc(kind.__doc__ or "").partition("Args:")
     print(about.strip())
     print("\nSettings:")
-    print(inspect.cleandoc(settings) if settings else "  none")
+    print(inspect.cleandoc(settings) if settings else "  no settings")
     print(f"\nDefaults: {_defaults(kind)}")
     if source := inspect.getdoc(inspect.getmodule(kind)):
         print(f"\nSource:\n{source}")
@@ -72,9 +72,9 @@ def _show(kind: type[MergeMethod]) -> None:
 
 def _defaults(kind: type[MergeMethod]) -> str:
     try:
-        made = kind()  # filled from presets
+        made = kind()  # presets fill the settings
     except TypeError:
-        return "some settings have none"
+        return "some settings have no default"
     public = {name: value for name, value in vars(made).items() if not name.startswith("_")}
     return ", ".join(f"{name} {value_text(value)}" for name, value in public.items()) or "none"
 

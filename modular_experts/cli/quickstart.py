@@ -1,4 +1,4 @@
-"""`modular-experts quickstart`: the whole story on a small generated suite, with real training, in a few minutes."""
+"""`modular-experts quickstart`: train, merge, test and report on a small generated suite, in a few minutes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STAGES = {"base": "training a small base", "experts": "training experts", "merge
 
 
 def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> None:
-    """Train a small base model and experts of four kinds on generated text tasks, merge them, and report what was lost.
+    """Train a small base and experts of four kinds on generated text tasks, merge them, and report what that lost.
 
-    Everything is trained here and now, from a seed, on the CPU, in about four minutes on two cores. An interrupted run
-    goes on where it was. The directory then holds `base/` (a Llama checkpoint), `library/` (the experts and merges),
+    Everything is trained from a seed, on the CPU, in about four minutes on two cores. The same command resumes an
+    interrupted run. The directory then holds `base/` (a Llama checkpoint), `library/` (the experts and merges),
     `results.json`, `quickstart.svg` and `report.html`.
 
     Args:
-        seed: Of the words, the weights and the order of training; another seed is another experiment.
+        seed: Seed of the words, the weights and the order of training.
         out: Directory of the run.
         tasks: How many of the 20 held-in tasks get experts, for a shorter run; at least 2.
 
@@ -58,31 +58,32 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
 
 
 def _wrapped(text: str) -> str:
-    """Break a text into lines, and no number from its unit."""
+    """Break a text into lines, but not between a number and its unit."""
     kept_together = text.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
     return textwrap.fill(kept_together, _WIDTH).replace(_NO_BREAK, " ")
 
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, float, float], None]]:
-    """Give what shows how far each stage is: bars on a terminal, in a log a line for each tenth."""
+    """Yield a function that shows the progress of each stage: a bar on a terminal, else a line at every tenth."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     left = (TextColumn("left"), TimeRemainingColumn())
     bars = Progress(*columns, *left, console=console, disable=not console.is_terminal)
     begun = {stage: bars.add_task(words, start=False, total=1) for stage, words in STAGES.items()}
-    said: dict[str, int] = {}
+    shown: dict[str, int] = {}
 
     def show(stage: str, done: float, total: float) -> None:
         bars.start_task(begun[stage])
         bars.update(begun[stage], completed=done, total=total)
-        if not console.is_terminal and said.get(stage) != (tenths := int(10 * done / total)):
-            said[stage] = tenths
+        if not console.is_terminal and shown.get(stage) != (tenths := int(10 * done / total)):
+            shown[stage] = tenths
             print(f"{STAGES[stage]}: {10 * tenths} %", flush=True)
 
     with bars:
         try:
             yield show
-        except (KeyboardInterrupt, SystemExit):  # the second is what Lightning makes of the first
+        except (KeyboardInterrupt, SystemExit):
+            # Lightning turns the first into the second.
             console.print("interrupted; the same command goes on from here")
             raise

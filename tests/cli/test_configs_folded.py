@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from modular_experts.__main__ import main
+from modular_experts.cli.arguments import fold_configs
 
 FIRST = {
     "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},
@@ -58,3 +59,22 @@ def test_a_field_of_the_last_item_is_set_in_place(printed) -> None:
 def test_plus_appends(printed) -> None:
     found = printed("--data.tasks+", '{"name": "two", "path": "two.jsonl"}')["data"]["tasks"]
     assert [(task["name"], task["weight"]) for task in found] == [("one", 3.0), ("two", 1.0)]
+
+
+def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_same_class_join_them(tmp_path) -> None:
+    files = []
+    for number, expert in enumerate(
+        [
+            {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1, "granularity": "block"}},
+            {"init_args": {"keep_ratio": 0.2}},
+            {"class_path": "LoRAExpert", "init_args": {"rank": 2}},
+        ]
+    ):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(yaml.safe_dump({"model": {"base": f"base-{number}", "expert": expert}}))
+    options = [("config", str(file)) for file in files]
+    rest, config = fold_configs([*options[:2], ("model.base", "mine")])
+    assert rest == [("model.base", "mine")]
+    settings = {"keep_ratio": 0.2, "granularity": "block"}
+    assert config == {"model": {"base": "base-1", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
+    assert fold_configs(options)[1]["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}

@@ -242,17 +242,17 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "code", "sentence"), MISTAKES, ids=[sentence for _, _, sentence in MISTAKES])
-def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks, argv, code, sentence):
+def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks):
     held_out = json.dumps([{**task, "role": "held_out"} for task in json.loads(tasks)])
     shutil.copytree("library/0", "library/q-TIES")
     before = sorted(str(path) for path in place.rglob("*"))
-    found, out, err = run(*({"TASKS": tasks, "HELD_OUT": held_out}.get(item, item) for item in argv))
-    assert (found, out) == (code, "")
-    assert sentence in err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert sorted(str(path) for path in place.rglob("*")) == before
+    for argv, code, sentence in MISTAKES:
+        found, out, err = run(*({"TASKS": tasks, "HELD_OUT": held_out}.get(item, item) for item in argv))
+        assert (found, out) == (code, ""), argv
+        assert sentence in err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert sorted(str(path) for path in place.rglob("*")) == before, argv
 
 
 def test_help_of_the_tuning_options(run):

@@ -139,17 +139,17 @@ def test_steps_take_the_batches_in_turn(tiny_llama_dir, task_files) -> None:
     assert trials[0].losses != pytest.approx(trials[1].losses, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"objective": "entropie"}, "objective must be 'entropy' or 'loss', got 'entropie'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
-        ({"start": 2.0}, r"start must be from 0 to largest=1.0, which is finite; got 2.0"),
-        ({"largest": float("inf")}, r"start must be from 0 to largest=inf, which is finite"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        AdaMerging(**settings)
+OUT_OF_RANGE = [
+    ({"objective": "entropie"}, "objective must be 'entropy' or 'loss', got 'entropie'"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+    ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+    ({"start": 2.0}, r"start must be from 0 to largest=1.0, which is finite; got 2.0"),
+    ({"largest": float("inf")}, r"start must be from 0 to largest=inf, which is finite"),
+]
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for settings, sentence in OUT_OF_RANGE:
+        with pytest.raises(ValueError, match=sentence):
+            AdaMerging(**settings)

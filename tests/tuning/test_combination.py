@@ -25,8 +25,8 @@ def objective(tiny_llama_dir, task_files):
 
 
 @pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse", "zero"])
-@pytest.mark.parametrize("shape", [(7, 10), (9, 9)])
-def test_the_inner_product_is_that_of_the_dense_forms(form, shape) -> None:
+def test_the_inner_product_is_that_of_the_dense_forms(form) -> None:
+    shape = (7, 10)
     tensor, delta = torch.randn(*shape, dtype=torch.float64), random_delta(form, shape, 3)
     expected = (tensor * delta.dense().double()).sum()
     torch.testing.assert_close(inner(tensor, delta).double(), expected, rtol=1e-12, atol=1e-12)

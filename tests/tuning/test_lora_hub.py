@@ -17,8 +17,7 @@ def objective(tiny_llama_dir, task_files):
     return objective_on(tiny_llama_dir, task_files, sharpness=20)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("bottom", [[0.5], [0.2, -1.1], [1.0, 0.3, -0.4, 0.0]])
+@pytest.mark.parametrize(("bottom", "seed"), [([0.5], 0), ([0.2, -1.1], 1), ([1.0, 0.3, -0.4, 0.0], 2)])
 def test_the_bottom_of_a_bowl_is_found(bottom, seed) -> None:
     goal = torch.tensor(bottom, dtype=torch.float64)
     stretch = torch.linspace(1, 5, len(goal), dtype=torch.float64)
@@ -45,7 +44,7 @@ def test_what_is_no_number_is_never_taken() -> None:
     assert -0.1 < found.item() <= 0
 
 
-@pytest.mark.parametrize("penalty", [0.05, 0.4, 0.8, 1.6])
+@pytest.mark.parametrize("penalty", [0.05, 0.8])
 def test_it_finds_a_lower_loss_than_the_base_and_returns_the_best_it_met(objective, penalty) -> None:
     experts, before = [descent(objective, task, 2.0) for task in ("upper", "reverse")], state(objective.model)
     base = sum(objective.losses().values()) / 2
@@ -77,15 +76,15 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(objective) -> None:
     assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
-        ({"penalty": -1.0}, "penalty must be 0 or a positive number, got -1.0"),
-        ({"penalty": float("nan")}, "penalty must be 0 or a positive number, got nan"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        LoRAHub(**settings)
+OUT_OF_RANGE = [
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
+    ({"penalty": -1.0}, "penalty must be 0 or a positive number, got -1.0"),
+    ({"penalty": float("nan")}, "penalty must be 0 or a positive number, got nan"),
+]
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for settings, sentence in OUT_OF_RANGE:
+        with pytest.raises(ValueError, match=sentence):
+            LoRAHub(**settings)
