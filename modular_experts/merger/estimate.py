@@ -1,7 +1,7 @@
-"""Estimates: what a merge will read and hold, weight by weight, before it begins.
+"""Estimate what a merge will read and hold in memory, weight by weight, before it begins.
 
-Sizes come from the experts' tables and the methods' own word on what they hold; nothing is read. Time is told by
-merging a few weights and throwing the result away.
+The sizes come from the tables of the experts' files and from what each method `needs`; no delta is read. The time is
+extrapolated from merging a few weights.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from modular_experts.text import bytes_text
 __all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
 
 _SCRATCH, _VALUES = 40, 8
-"""Bytes per entry of a part: a few tensors of eight bytes, and the trimmed values of each expert."""
+"""Bytes per entry of a chunk: a few tensors of eight bytes, and the pruned values of each expert."""
 _INDEX, _ENTRY, _WRITTEN = 4, 8, 6
-"""Bytes per single entry that an expert keeps: of its index, once decoded; of a copy, with its value. And bytes per
-entry of the weight in which the result is written."""
+"""Bytes per single entry that an expert keeps, for its decoded index and for a copy of index and value; and bytes per
+entry of the weight for writing the result."""
 
 
 @dataclass(frozen=True)
 class WeightEstimate:
-    """What one weight of a merge takes.
+    """The cost of merging one weight.
 
     Attributes:
         name: Its name.
         shape: Its shape.
-        method: What merges it.
-        experts: How many experts move it.
+        method: Its merge method.
+        experts: Number of experts that move it.
         read: Bytes of their deltas in the files.
-        peak: Bytes of memory at most, beside the files' own pages: indices, scratch, matrices, and the result.
+        peak: Most bytes of memory, without the files' own pages: indices, scratch, matrices, and the result.
     """
 
     name: str
@@ -75,15 +75,15 @@ def _single_entries(expert: StoredExpert) -> dict[str, int]:
 
 
 def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
-    """Return how many entries of tiles an expert keeps of a part, where parts have to be larger than a chunk, as with
-    whole columns; each of them is held with its place.
+    """Return how many entries of tiles an expert spreads at once, each with its index, where a row of tiles exceeds the
+    size of a chunk, as with whole columns.
     """
     shapes, kept, found = expert.shapes(), expert.kept_entries(), {}
     for name, (height, _) in expert.tiles().items():
         entries = shapes[name].numel()
-        part = min(entries, height * shapes[name][1])
-        if part > chunk_size():
-            found[name] = kept[name] * part // entries
+        rows = min(entries, height * shapes[name][1])
+        if rows > chunk_size():
+            found[name] = kept[name] * rows // entries
     return found
 
 
@@ -93,19 +93,19 @@ def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:
 
 
 def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
-    """Refuse a merge that needs more memory than it may have.
+    """Refuse a merge that needs more memory than allowed.
 
     Args:
         weights: From `estimate`.
-        limit: Bytes, beside what Python and torch take without any merge.
+        limit: Bytes, beyond what Python and torch take without a merge.
 
     Raises:
         ValueError: The estimate of a weight is larger.
     """
     most = largest(weights)
     if most.peak > limit:
-        by_parts = not (most.method.needs.matrices or most.method.needs.matrices_per_expert)
-        other = "" if by_parts else "take a method that works part by part (such as SparseAverage or TIES), "
+        by_chunks = not (most.method.needs.matrices or most.method.needs.matrices_per_expert)
+        other = "" if by_chunks else "take a method that works chunk by chunk (such as SparseAverage or TIES), "
         raise ValueError(
             f"merging {most.name} {most.shape} of {most.experts} experts with {type(most.method).__name__} needs about "
             f"{bytes_text(most.peak)} of memory, and max_memory is {bytes_text(limit)}; raise it, merge fewer experts, "
@@ -114,10 +114,10 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
 
 
 def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
-    """Return about how long the merge will take, from merging weights until `budget` seconds are over.
+    """Return about how many seconds the merge will take, from merging weights for `budget` seconds.
 
-    What happens once is counted once: the first look that some methods take at all weights, and what is compiled when
-    it is first used. Then the smallest and the largest weight come first; their time is scaled by the entries.
+    What happens once is counted once: the first look of some methods at all weights, and compilation on first use. The
+    smallest and the largest weight are merged first, and their time is scaled by the number of entries.
     """
     order = sorted(weights, key=lambda weight: (weight.read, weight.name))
     order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else list(order)

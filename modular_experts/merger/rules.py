@@ -1,7 +1,7 @@
-"""Merge rules: which merge method each weight gets, by patterns over the weights' names.
+"""Assign a merge method to each weight by patterns of the weights' names.
 
-A pattern is a regular expression for the whole name, as for the modules of a model. The first one that matches counts;
-a weight that none matches gets the method for the rest, and where there is none it stays at the base.
+A pattern is a regular expression for the whole name. The first pattern that matches a weight counts; a weight that no
+pattern matches gets the default method, and stays at the base without one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["assign"]
 def assign(
     names: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None]
 ) -> dict[str, MergeMethod]:
-    """Return the method of each weight that is merged; those that stay at the base are left out.
+    """Return the method of each weight that is merged, without the weights that stay at the base.
 
     Args:
         names: Names of the weights that any expert moves.
-        method: The method of weights that no pattern matches; without one, they stay at the base.
-        per_weight: Pattern and method; without a method, what the pattern matches stays at the base.
+        method: The method of weights that no pattern matches; without one, these weights stay at the base.
+        per_weight: Method by pattern, or None for weights that stay at the base.
 
     Raises:
-        ValueError: There is no method at all, a pattern is no regular expression or matches no weight, or every weight
-            stays at the base.
+        ValueError: There is no method at all, a pattern is not a regular expression or matches no weight, or every
+            weight stays at the base.
     """
     if method is None and not any(per_weight.values()):
         raise ValueError(
@@ -55,7 +55,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"per_weight: '{pattern}' is no regular expression: {error}") from error
+        raise ValueError(f"per_weight: '{pattern}' is not a regular expression: {error}") from error
 
 
 def _refuse_unused(
@@ -67,7 +67,7 @@ def _refuse_unused(
         )
         if first:
             raise ValueError(
-                f"per_weight: all that '{lost}' matches is matched by '{first}' before it; put the narrower one first"
+                f"per_weight: '{first}' comes first and matches all that '{lost}' matches; put the narrower first"
             )
         near = difflib.get_close_matches(lost, names, n=1, cutoff=0.3) or list(names[:1])
         raise ValueError(f"per_weight: '{lost}' matches no weight that the experts move; one of them is {near[0]}")

@@ -1,5 +1,7 @@
-"""Average: the mean of the deltas, weighted if asked. An entry that one of N experts moves shrinks to 1/N of its
-value.
+"""Sums and averages of deltas: plain, weighted, and aware of which experts move an entry.
+
+In a plain average an entry that only one of N experts moves shrinks to 1/N of its value; `SparseAverage` divides each
+entry by the number of experts that move it.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ class TaskArithmetic(MergeMethod):
     Args:
         scale: Factor of the sum. 1 adds every expert at full strength, 0.3 to 0.5 are common for many experts, `1/N`
             is the average, and a negative scale takes the experts' skill away.
-        weights: One weight per expert, in the order of the experts; unlike those of `Average` they are taken as they
-            are, whatever their sum. Default: all 1.
+        weights: One weight per expert, in the order of the experts; unlike those of `Average` they are not
+            divided by their sum. Default: all 1.
     """
 
     scale: float = 1.0

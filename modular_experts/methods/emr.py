@@ -1,10 +1,9 @@
 """EMR: one unified delta, and for each task a mask and a factor that bring it back to the task's own (Huang et al.,
 "EMR-Merging", arXiv 2405.17461).
 
-Elect: per entry the sign that the experts have in sum, and the largest magnitude among those that have it. Mask: a task
-keeps the entries where its own delta has the elected sign. Rescale: one factor for the whole of a task's expert makes
-its mean magnitude what it was. That experts beside the merged one are written too is the business of
-`modular_experts.merger.merged`.
+Elect takes at each entry the sign of the experts' sum, and the largest magnitude among the experts that have it. Mask
+keeps for a task the entries where its own delta has the elected sign. Rescale multiplies a task's expert by one factor,
+so that its mean magnitude is what it was. The merger writes the experts of the tasks beside the merged one.
 """
 
 from __future__ import annotations
@@ -32,12 +31,13 @@ class EMR(MergeMethod):
     means of the weights instead, so that a bias counts as much as a matrix). `scale` does not change these.
 
     An entry whose sum is exactly zero elects no sign and stays at the base. Sparse experts merge to a sparse one on the
-    union of their supports, tiles of one size to tiles, and a task's expert keeps only what its mask does; others are
-    made dense. One expert merges to itself, and so do copies of it, for their tasks too. An expert that moves nothing
-    changes nothing. The order of the experts does not matter. A common factor of all experts is one of the results.
+    union of their supports, tiles of one size to tiles, and a task's expert keeps only what its mask does; any other
+    mix merges to a dense one. One expert merges to itself, and so do copies of it, for their tasks too. An expert that
+    moves nothing changes nothing. The order of the experts does not matter. A common factor of all experts is one of
+    the results.
 
     Args:
-        scale: Factor of the merged expert. Like the maximum that it is, it is a long step.
+        scale: Factor of the merged expert; a maximum of many experts is a long step.
     """
 
     scale: float = 1.0

@@ -1,9 +1,10 @@
-"""PCB: per entry a mean in which each expert has the say that its score there gives it (Du et al., "Parameter
+"""PCB: a weighted mean per entry, where the weight of an expert at an entry is its score there (Du et al., "Parameter
 Competition Balancing for Model Merging", arXiv 2410.02396).
 
-The paper does not say what `Norm` is. Here it is the stretch to [0, 1] that its code uses; mergekit takes the Euclidean
-norm, after which the entries of a large weight are all next to zero and every expert has the same say. The code differs
-from the paper in more than that (it scores by `tanh(d_i * sum_j d_j)`); this is the paper, weight by weight.
+The paper leaves `Norm` open. Here it stretches the values to [0, 1], as the paper's code does; mergekit divides by the
+Euclidean norm, after which the entries of a large weight are all next to zero and the experts' scores nearly equal. The
+code differs from the paper in more than that (it scores by `tanh(d_i * sum_j d_j)`); this is the paper, weight by
+weight.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class PCB(MergeMethod):
     The score is `b_i = softmax(N norm(d_i d_i)) * sum_j softmax(norm(d_i d_j))`, where products are per entry, `norm`
     stretches a weight's values to [0, 1], the softmax is over its entries and N is the number of experts that move the
     weight. Of each expert the entries with the largest scores are kept, and all that tie with the last of them; an
-    entry that none keeps stays at the base. An expert has a say where its own delta is zero, if it keeps the entry.
+    entry that no expert keeps stays at the base. An expert counts also where its own delta is zero, if it keeps the
+    entry.
 
-    Every expert is made dense, all at once and in float64, and each pair is looked at: it is for few experts, or small
+    The method makes all experts dense at once, in float64, and compares each pair, so it suits few experts or small
     weights. The result of sparse experts is sparse all the same, on the union of their supports. One expert merges to
     itself at its kept entries, and so do copies of it. An expert that moves nothing changes nothing. The order of the
     experts does not matter. A common factor of all experts is one of the result.
@@ -92,7 +94,7 @@ def _where_moved(values: Tensor) -> tuple[Tensor | slice, Tensor]:
 def _score(values: Tensor, moved: Sequence[tuple[Tensor | slice, Tensor]]) -> Tensor:
     """Return the scores of an expert's entries, all above zero.
 
-    The product with another expert is zero where that one moves nothing, and there its softmax is one number.
+    The product with another expert is zero where that expert moves nothing, so its softmax is one number there.
     """
     own = (len(moved) * _stretched(values * values)).softmax(0)
     shared, everywhere = torch.zeros_like(values), 0.0

@@ -1,8 +1,8 @@
-"""RAM: what one expert alone moves is added, what several move is averaged, with a threshold for what counts as moved
-(mergekit's `ram` and `ramplus_tl`, after "Reinforced Agent Merging", arXiv 2601.13572).
+"""RAM: add the entries that one expert alone moves, average those that several move, above a threshold (mergekit's
+`ram` and `ramplus_tl`, after "Reinforced Agent Merging", arXiv 2601.13572).
 
-With `epsilon: 0` RAM is the overlap-aware average of `sparse_average`, which knows what an expert keeps. The threshold
-is for deltas that were taken from full checkpoints, where rounding moves entries that no one trained.
+With `epsilon: 0` RAM is `SparseAverage`. The threshold is meant for deltas of full checkpoints, where rounding moves
+entries that nobody trained.
 """
 
 from __future__ import annotations

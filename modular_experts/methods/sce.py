@@ -1,5 +1,5 @@
-"""SCE: select the entries on which the experts differ most, calculate how much each expert counts, erase what is
-against the elected sign (Wan et al., "FuseChat", arXiv 2402.16107 and 2408.07990).
+"""SCE: select the entries on which the experts differ most, calculate the weight of each expert, erase what is against
+the elected sign (Wan et al., "FuseChat", arXiv 2402.16107 and 2408.07990).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class SCE(MergeMethod):
 
     `c_i` is expert i's share of the sum of squares over the selected entries of the weight, and `a_i` is 1 where `d_i`
     has the sign of `sum_j d_j`, else 0. Sparse experts merge to a sparse one that keeps what was selected and agrees,
-    tiles of one size to tiles; others are made dense, a chunk at a time. The order of the experts does not matter. With
-    `keep: 1`, one expert merges to itself, and so do copies of it (below 1 nothing of them is selected, as they do not
-    differ); scaled experts merge to the scaled merge, but for `floor`. An expert that moves nothing changes what is
-    selected, and nothing else.
+    tiles of one size to tiles; any other mix merges to a dense one, chunk by chunk. The order of the experts does not
+    matter. With `keep: 1`, one expert merges to itself, and so do copies of it (below 1 nothing of them is selected, as
+    they do not differ); scaled experts merge to the scaled merge, but for `floor`. An expert that moves nothing changes
+    what is selected, and nothing else.
 
     Args:
         keep: Share of the entries with a variance other than zero that are selected, in [0, 1], rounded down; equal
-            variances from the lowest flat entry. At 1 all entries of the weight are. Default 1.
+            variances from the lowest flat index. At 1 all entries of the weight are selected. Default 1.
         scale: Factor of the result. Default 1.
         floor: Where the mean squares of the experts sum to less than this, all count alike; also the least that the
             sum is divided by. Default 0.
         zero: What becomes of an entry whose deltas sum to exactly zero: it stays at the base (`none`, the default), or
             counts as `positive`.
         preset: Fills what is not given: `mergekit` (floor 1e-6, which fine-tunings with a standard deviation below 1e-3
-            fall under, zero positive).
+            stay below, zero positive).
     """
 
     needs = Needs(matrices=4.0)

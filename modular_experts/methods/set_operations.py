@@ -1,8 +1,7 @@
-"""Supports as sets: what several experts move in common, and what one moves alone.
+"""Treat supports as sets: keep what several experts move in common, or what one moves alone.
 
-An expert's support is stored, so these sets are exact; no threshold decides what was moved. The union needs no method
-of its own: it is what sums and averages keep (`TaskArithmetic`, `SparseAverage`), and `A - B` as values is a sum with
-the weights 1 and -1.
+An expert's support is stored, so these sets are exact and need no threshold. The union is what sums and averages keep
+(`TaskArithmetic`, `SparseAverage`), and `A - B` as values is a sum with the weights 1 and -1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TALL masks and consensus merging: which entries of a sum matter to which expert (Wang et al., "Localizing Task
+"""TALL masks and consensus merging: find which entries of a sum matter to which expert (Wang et al., "Localizing Task
 Information for Improved Model Merging and Compression", arXiv 2405.07813).
 
-The mask of an expert holds where its own delta is large beside all that the others add. Consensus merging keeps of the
-sum what matters to several experts, TALL masks give each task the chunk of it that matters to the task.
+The mask of an expert is true where its own delta is large beside the sum of the others. Consensus merging keeps the
+entries of the sum that matter to several experts; TALL masks give each task the entries that matter to it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ConsensusTA(MergeMethod):
     """Consensus task arithmetic: `scale * sum_i d_i` where at least `agreement` experts have `|d_i| >= threshold *
     |sum_j d_j - d_i|`; elsewhere the base.
 
-    Entries that matter to one expert alone, or to none, are dropped as selfish or catastrophic. Sparse experts merge to
-    a sparse one that keeps what survives, tiles of one size to tiles; others are made dense, a chunk at a time. The
-    order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to the
-    scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
+    Entries that matter to one expert alone (selfish) or to no expert (catastrophic) are dropped. Sparse experts merge
+    to a sparse one that keeps what survives, tiles of one size to tiles; any other mix merges to a dense one, chunk by
+    chunk. The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts
+    merge to the scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
 
     Args:
         threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
@@ -62,7 +62,7 @@ class ConsensusTA(MergeMethod):
 @dataclass(frozen=True)
 class TALLMask(MergeMethod):
     """TALL masks: the merged expert is `scale * sum_i d_i`, and beside it each task gets an expert of its own, `scale *
-    m_i * sum_j d_j`, where the mask `m_i` holds where `|d_i| >= threshold * |sum_j d_j - d_i|`.
+    m_i * sum_j d_j`, where the mask `m_i` is true where `|d_i| >= threshold * |sum_j d_j - d_i|`.
 
     What the tasks' experts share is the sum; a task needs only its mask, one bit per entry. The merged expert is task
     arithmetic, with its properties: linear, every form kept. A task's expert is sparse where all are, and is the expert

@@ -226,8 +226,8 @@ def test_global_statistics_are_those_of_the_weights_that_the_method_gets(library
     ("method", "rules", "sentence"),
     [
         (Average(), {r"d\..*": TIES()}, r"'d\\\.\.\*' matches no weight that the experts move; one of them is"),
-        (Average(), {"(": TIES()}, "'\\(' is no regular expression"),
-        (Average(), {".*": TIES(), "a.*": TIES()}, "all that 'a.*' matches is matched by '.*' before it"),
+        (Average(), {"(": TIES()}, "'\\(' is not a regular expression"),
+        (Average(), {".*": TIES(), "a.*": TIES()}, "'.*' comes first and matches all that 'a.*' matches"),
         (None, {}, "there is no merge method"),
         (None, {".*": None}, "there is no merge method"),
         (None, {"a.*": None, "d.*": TIES()}, "matches no weight"),
