@@ -1,4 +1,4 @@
-"""README.md: its Python runs, its commands run in order, and what it shows is what they print."""
+"""The Python of README.md runs, its commands run in order, and their last line is the one that it shows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _commands() -> list[list[str]]:
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about a trainer that a reader makes
 def test_the_python_blocks_run_in_order(place, monkeypatch) -> None:
     run_as_file("\n\n".join(blocks(PAGE, "python")), place, monkeypatch)
-    assert "from-python" in Library("library")
+    assert {"intents", "banking", "both"} <= set(Library("library"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -65,7 +65,7 @@ def test_the_tour_runs(place, monkeypatch, capsys) -> None:
     shown = capsys.readouterr()
     for line in ("the results are in runs/results.json", "loaded again with transformers", "library/both: intact"):
         assert line in shown.out + shown.err
-        assert line in (ROOT / PAGE).read_text()
+    assert "the results are in runs/results.json" in (ROOT / PAGE).read_text()
 
 
 def test_no_placeholder_is_left() -> None:
