@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.library import make_record, open_expert, write_expert
 

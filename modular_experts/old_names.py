@@ -19,7 +19,7 @@ __all__ = ["MOVED", "current_name", "install_old_names"]
 _TOOK_IN = {
     "base": "interop.checkpoint",
     "base.apply": "interop.apply",
-    "base.fingerprint": "interop.fingerprint",
+    "base.files": "interop.fingerprint",
     "base.structure": "interop.skeleton",
     "base.weights": "interop.stored",
     "callbacks.results": "callbacks.predictions",

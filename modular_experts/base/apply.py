@@ -29,16 +29,13 @@ from modular_experts.library import (
     open_expert,
     open_experts,
     parent_ids,
-    union_of_weights,
 )
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.progress import Progress
 
-__all__ = ["Applied", "applied", "apply", "apply_deltas", "check_loaded"]
-
 log = logging.getLogger(__name__)
 
-Expert = str | Path | Mapping[str, Delta]
+AnyExpert = str | Path | Mapping[str, Delta]
 """A directory of a library, an opened expert, or any mapping from weight names to deltas."""
 
 
@@ -74,7 +71,6 @@ def apply(
     """
     check_target(out, overwrite, MANIFEST)
     opened = open_experts(experts)
-    union_of_weights(opened)
     parents = as_parents(opened)
     return Base.open(base, opened, revision).write(
         Sum(opened),
@@ -103,10 +99,9 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     """
     shapes: dict[str, torch.Size] = {}
     for expert in experts:
-        if isinstance(expert, TaskVector):
-            shapes |= expert.shapes()
-        else:
-            shapes |= {name: delta.shape for name, delta in expert.items()}
+        shapes |= (
+            expert.shapes() if isinstance(expert, TaskVector) else {name: delta.shape for name, delta in expert.items()}
+        )
     Structure(model).check_fit(shapes)
     for name in progress(sorted(shapes)):
         weight = model.get_parameter(name)
@@ -139,13 +134,13 @@ class Applied:
 
 def applied(
     model: nn.Module,
-    experts: Expert | Sequence[Expert],
+    experts: AnyExpert | Sequence[AnyExpert],
     scale: float = 1.0,
     check: bool = True,
 ) -> Applied:
     """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
 
-    So many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held.
+    Many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held.
 
         with applied(model, "library/a", scale=0.5):
             ...
@@ -161,8 +156,7 @@ def applied(
         ValueError: The model is not the experts' base, an expert is not mergeable, or a weight does not fit; nothing
             has been added then.
     """
-    several = [experts] if isinstance(experts, str | Path | Mapping) else experts
-    opened = [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
+    opened = open_several(experts)
     check_mergeable([stored for expert in opened for stored in _stored(expert)])
     if check:
         check_loaded(model, opened)
@@ -174,6 +168,12 @@ def applied(
         found.remove()
         raise
     return found
+
+
+def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, Delta]]:
+    """Return one or several experts as a list, after opening those that are named by their directories."""
+    several = [experts] if isinstance(experts, str | Path | Mapping) else experts
+    return [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
 
 
 def _stored(expert: Mapping[str, Delta]) -> list[StoredExpert]:
@@ -194,12 +194,8 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     narrower dtype in the narrower one. If no such directory is on this machine, a warning is logged instead. Task
     vectors that are not stored have no recorded base, and pass.
 
-    Args:
-        model: A model before experts are injected.
-        experts: The experts that are to be added to it.
-
     Raises:
-        ValueError: A weight differs from the experts' base.
+        ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.
     """
     stored = [stored for expert in experts for stored in _stored(expert)]
     if not stored:
@@ -211,11 +207,8 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
             found = Base(place, fetch(place, recorded.get("revision"), local_only=True)) if place else None
             base = found if base is None and found and found.fingerprint == recorded["fingerprint"] else base
     if base is None:
-        log.warning(
-            "the base of %s (%s) is not on this machine, so the model's weights were not compared with it",
-            stored[0].name,
-            recorded.get("id"),
-        )
+        text = "the base of %s (%s) is not on this machine, so the model's weights were not compared with it"
+        log.warning(text, stored[0].name, recorded.get("id"))
         return
     moved = dict.fromkeys(name for expert in stored for name in expert)
     known = dict(model.named_parameters(remove_duplicate=False))

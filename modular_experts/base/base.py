@@ -1,4 +1,4 @@
-"""Open a base: the one place that finds, fetches, checks, reads and writes base checkpoints."""
+"""Find, fetch, check, read and write base checkpoints: `Base.open` is where to start."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from modular_experts.base.files import (
     MANIFEST,
     copy_companions,
+    fingerprint,
     open_tensors,
     read_json,
     read_layouts,
     write_manifest,
 )
-from modular_experts.base.fingerprint import fingerprint
-from modular_experts.base.loading import DType, fetch, load_model, load_tokenizer, quiet
+from modular_experts.base.loading import fetch, quiet
 from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import Structure, read_structure
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
@@ -37,7 +36,10 @@ from modular_experts.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Base", "DType", "find_base"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
 class Base:
@@ -92,11 +94,7 @@ class Base:
 
     @cached_property
     def weights(self) -> StoredWeights:
-        """Its stored weights by name, for readers of many weights.
-
-        Raises:
-            ValueError: The files lack a weight, or hold a quantised one.
-        """
+        """Its stored weights by name, for readers of many weights; raises what `StoredWeights` does."""
         return StoredWeights(read_layouts(self.directory), self.structure)
 
     def load(self, dtype: DType | None = None) -> PreTrainedModel:
@@ -108,7 +106,25 @@ class Base:
         Raises:
             ValueError: The files lack weights, which transformers would fill with noise.
         """
-        return load_model(self.directory, dtype)
+        from transformers import AutoModelForCausalLM
+
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.directory,
+                dtype=getattr(torch, dtype) if dtype else "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported with the missing ones, in one sentence
+            )
+        model, report = loaded
+        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if absent:
+            raise ValueError(
+                f"the files in {self.directory} do not hold these weights of {type(model).__name__} in the right "
+                f"shape: {', '.join(absent[:4])}{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}"
+            )
+        return model
 
     def check_loaded(self, model: nn.Module) -> None:
         """Check that a model in memory has the weights of this base, rounded to its own dtype; read one at a time.
@@ -130,25 +146,38 @@ class Base:
                 )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load its tokenizer, with a padding token that is not the end-of-sequence token wherever there is one.
+        """Load its tokenizer, with a padding token that is not the end-of-sequence token where the vocabulary has one.
 
-        A tokenizer that pads with its end-of-sequence token, or not at all, gets another token of its vocabulary to
-        pad with: a usual name for it, or the unknown token. Only where there is none does padding stay the
-        end-of-sequence token; then tell the two apart by length, never by number. No token is added. The padding and
-        truncation sides stay as they are.
+        A tokenizer that pads with its end-of-sequence token, or not at all, gets another token of its vocabulary: a
+        usual name for it, or the unknown token. If the vocabulary has neither, tell padding from the end of sequence by
+        length, never by number. No token is added, and the padding and truncation sides stay as they are.
 
         Raises:
             FileNotFoundError: It has no tokenizer.
             ValueError: The tokenizer has no end-of-sequence token.
         """
-        return load_tokenizer(self.directory)
+        from transformers import AutoTokenizer
+
+        if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(
+                f"{self.directory} has no tokenizer, such as tokenizer.json; copy the tokenizer's files into it"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        eos = tokenizer.eos_token
+        if eos is None:
+            raise ValueError(
+                f"the tokenizer in {self.directory} has no eos_token (end of sequence); add it in tokenizer_config.json"
+            )
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            known = tokenizer.get_vocab()
+            usual = (token for token in (*_PAD_TOKENS, tokenizer.unk_token) if token in known and token != eos)
+            tokenizer.pad_token = next(usual, eos)
+        return tokenizer
 
     def weight(self, name: str) -> Tensor:
-        """Return one weight as it is stored, without loading the others.
+        """Return one weight, named as in the loaded model, as it is stored, without loading the others.
 
-        Args:
-            name: The parameter's name in the loaded model. Files may store it under another name; one that only
-                transformers can put together makes the whole model be loaded.
+        For a weight that only transformers can put together, the whole model is loaded.
 
         Raises:
             ValueError: The model has no such weight.
@@ -162,26 +191,22 @@ class Base:
     def sample(self, names: Iterable[str], entries: int = 2**16) -> Iterator[tuple[str, int, Tensor]]:
         """Yield the name of each weight, a step, and every step-th row of the stored weight, reading little else.
 
-        Weights that the files do not hold as they are in the model are left out.
+        Weights that only transformers can put together are left out.
 
         Args:
             names: The parameters' names in the loaded model.
             entries: The most entries of a weight, unless one row has more.
-
-        Raises:
-            ValueError: The model has no such weight.
         """
         keys = {name: key for name in names if (key := self._key(name)) is not None}
-        file, tensors = None, None
-        for name, key in sorted(keys.items(), key=lambda item: str(self._files[item[1]])):
-            if file != self._files[key]:  # one file is open at a time: a process may not open as many as there are
-                file = self._files[key]
-                tensors = MappedTensors(file)
-            assert tensors is not None
-            stored = tensors[key]
-            rows = max(1, entries // max(1, stored[:1].numel()))
-            step = max(1, -(-stored.shape[0] // rows))
-            yield name, step, stored[::step]
+        # One file is open at a time, as a checkpoint may have more than a process may open.
+        for file in sorted({self._files[key] for key in keys.values()}):
+            tensors = MappedTensors(file)
+            for name, key in keys.items():
+                if self._files[key] == file:
+                    stored = tensors[key]
+                    rows = max(1, entries // max(1, stored[:1].numel()))
+                    step = max(1, -(-stored.shape[0] // rows))
+                    yield name, step, stored[::step]
 
     def _key(self, name: str) -> str | None:
         """Return under which name the files hold a weight, or None if only transformers can put it together."""
@@ -221,7 +246,7 @@ class Base:
         logits on fixed prompts were compared with those of base plus deltas in memory.
 
         Args:
-            deltas: The delta of each weight, asked for once, and its `shapes()`: a sum, a merge, an opened expert.
+            deltas: The delta of each weight, read once, and its `shapes()`: a sum, a merge, an opened expert.
             out: Directory of the checkpoint.
             dtype: Data type of the checkpoint; the base's own if not given.
             verify: Load the model and the result to compare them; without it, one weight at a time is in memory.
@@ -245,22 +270,23 @@ class Base:
         model = self.load(None if streams else dtype) if verify or not streams else None
         weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
         with new_directory(target, overwrite, MANIFEST, resume) as temporary, quiet():
-            try:
-                if streams:
-                    stream = StreamedSum(self.directory, self.structure, deltas, temporary, kind, progress)
-                    for name, delta in stream:
-                        if model is not None:
-                            _add(delta, weights[name], kind)
-                    rounding = stream.rounding
-                    self._write_config(temporary, dtype)
-                else:
-                    assert model is not None
-                    for name in progress(sorted(deltas)):
-                        _add(deltas[name], weights[name], None)
-                    rounding = Rounding()
-                    model.save_pretrained(temporary, max_shard_size="5GB")
-            except SafetensorError as error:
-                raise OSError(f"the checkpoint could not be written: {error}") from error
+            if streams:
+                stream = StreamedSum(self.directory, self.structure, deltas, temporary, kind, progress)
+                for name, delta in stream:
+                    if model is not None:
+                        _add(delta, weights[name], kind)
+                rounding = stream.rounding
+                config = read_json(self.directory / "config.json", "so it is not the directory of a model")
+                if dtype:
+                    config.pop("torch_dtype", None)  # the older name of the same key
+                    config["dtype"] = dtype
+                (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            else:
+                assert model is not None
+                for name in progress(sorted(deltas)):
+                    _add(deltas[name], weights[name], None)
+                rounding = Rounding()
+                model.save_pretrained(temporary, max_shard_size="5GB")
             copy_companions(self.directory, temporary)
             check = None
             if verify and model is not None:
@@ -273,13 +299,6 @@ class Base:
             base = {"id": self.place, "revision": self.revision, "fingerprint": self.fingerprint}
             write_manifest(temporary, {"base": base, **(origin or {}), "check": asdict(check) if check else None})
         return check
-
-    def _write_config(self, directory: Path, dtype: DType | None) -> None:
-        config = read_json(self.directory / "config.json", "so it is not the directory of a model")
-        if dtype:
-            config.pop("torch_dtype", None)  # the older name of the same key
-            config["dtype"] = dtype
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_base(experts: Sequence[StoredExpert]) -> str:

@@ -1,11 +1,13 @@
-"""Find and open the files of a Hugging Face checkpoint, and write the small ones beside the weights."""
+"""Find, open and hash the files of a Hugging Face checkpoint, and write the small ones beside the weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,33 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from modular_experts.library.record import package_versions, plain
 
-__all__ = [
-    "DTYPES",
-    "MANIFEST",
-    "copy_companions",
-    "open_tensors",
-    "read_json",
-    "read_layouts",
-    "weight_files",
-    "write_manifest",
-]
-
 MANIFEST = "modular_experts.json"
 """The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The dtypes that are read and written, by their names in a safetensors header."""
 
 _INDEX = "model.safetensors.index.json"
 _COMPANIONS = [
@@ -75,9 +52,7 @@ def weight_files(directory: Path) -> list[Path]:
 def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]]]:
     """Return the name, the dtype (as the header spells it) and the shape of each stored tensor, by file.
 
-    Raises:
-        FileNotFoundError: As for `weight_files`.
-        ValueError: A file is damaged.
+    It raises what `weight_files` does.
     """
     layouts = {}
     for file in weight_files(directory):
@@ -99,6 +74,39 @@ def open_tensors(file: Path) -> Iterator[Any]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: it is cut short or not a safetensors file ({error})") from error
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Return the SHA-256, in hexadecimal digits, over the name, the shape and the stored bytes of every tensor.
+
+    It depends neither on where the files are, nor on how they are sharded, nor on the dtype in which the model is
+    loaded. Because hashing a large model takes a while, `$XDG_CACHE_HOME/modular-experts` (or
+    `~/.cache/modular-experts`) keeps it for as long as path, size and time stamps of the weight files stay the same.
+    It raises what `weight_files` does.
+    """
+    files = weight_files(Path(directory))
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modular-experts" / "fingerprints"
+    note = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]}.txt"
+    with suppress(OSError, UnicodeDecodeError):
+        known = note.read_text().strip()
+        if len(known) == 64:
+            return known
+    table = {}
+    for file in files:
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get_tensor(name)
+                content = tensor.reshape(-1).view(torch.uint8).numpy()
+                table[name] = [list(tensor.shape), hashlib.sha256(content).hexdigest()]
+    found = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}")
+        temporary.write_text(found)
+        temporary.replace(note)
+    return found
 
 
 def read_json(file: Path, consequence: str) -> dict[str, Any]:

@@ -1,30 +1,14 @@
-"""Fetch a checkpoint and load it through transformers.
-
-Only safetensors are read, and no code from a checkpoint runs.
-"""
+"""Fetch a checkpoint from the hub, and keep transformers quiet. Only safetensors are read; no code from them runs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from modular_experts.base.files import read_json, weight_files
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["DType", "fetch", "fetch_from_hub", "load_model", "load_tokenizer", "quiet"]
-
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
 def fetch(place: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
@@ -78,11 +62,10 @@ def fetch_from_hub(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                place, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
-            )
+        found = huggingface_hub.snapshot_download(
+            place, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
         )
+        return Path(found)
     except HFValidationError:
         why = "and it is not a hub id, which looks like 'owner/name'"
     except HfHubHTTPError as error:
@@ -94,59 +77,6 @@ def fetch_from_hub(
     raise FileNotFoundError(
         f"{what} {place!r} was not found: {Path(place).expanduser().absolute()} is not a directory, {why}; {advice}"
     )
-
-
-def load_model(directory: Path, dtype: DType | None = None) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode, every weight from the checkpoint.
-
-    Raises:
-        ValueError: The files lack weights, which transformers would fill with noise.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported with the missing ones, in one sentence
-        )
-    model, report = loaded
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise ValueError(
-            f"the files in {directory} do not hold these weights of {type(model).__name__} in the right shape: "
-            f"{', '.join(absent[:4])}{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}"
-        )
-    return model
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, and choose a padding token that differs from the end-of-sequence token where one exists.
-
-    `Base.tokenizer` documents the choice.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        raise FileNotFoundError(
-            f"{directory} has no tokenizer, such as tokenizer.json; copy the tokenizer's files into it"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a tokenizer file in {directory} is damaged: it is not valid JSON ({error})") from error
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"the tokenizer in {directory} has no eos_token (end of sequence); add it in tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        vocabulary = tokenizer.get_vocab()
-        usual = (token for token in (*_PAD_TOKENS, tokenizer.unk_token) if token in vocabulary)
-        tokenizer.pad_token = next((token for token in usual if token != tokenizer.eos_token), tokenizer.eos_token)
-    return tokenizer
 
 
 @contextmanager

@@ -10,18 +10,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import DTYPES
-
-__all__ = ["Layout", "ShardWriter", "write_index"]
+from modular_experts.library.tensorfile import DTYPES, tensor_bytes
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a file, in the order in which they lie there."""
@@ -30,12 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardWriter:
-    """Writes one file. Use it in a `with` block, and give it every tensor of the layout, in any order.
-
-    Args:
-        file: The file to write.
-        layout: Dtype and shape of each tensor that the file will hold.
-    """
+    """Writes one file. Use it in a `with` block, and give it every tensor of the layout, in any order."""
 
     def __init__(self, file: Path, layout: Layout) -> None:
         header: dict[str, Any] = {}
@@ -49,20 +40,6 @@ class ShardWriter:
         self._starts = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
         self._file = file.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
-        self.size = end
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._naming_the_file():
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-        assert kind or not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor to its place."""
@@ -70,19 +47,17 @@ class ShardWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), (name, tensor.dtype, tensor.shape)
         self._missing.remove(name)
         self._file.seek(self._starts[name])
-        content = tensor.detach().cpu().contiguous().reshape(-1)
-        if content.numel():
-            data: Any = content.view(torch.uint8).numpy()
-            with self._naming_the_file():
-                self._file.write(memoryview(data))
+        self._file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
 
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        """Add the file's name to an error, such as that of a full disk."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; the checkpoint is not written", self._file.name) from error
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        if kind is None:
+            assert not self._missing, f"the file lacks {sorted(self._missing)[:3]}"
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def write_index(directory: Path, files: Mapping[str, Layout]) -> None:

@@ -1,7 +1,4 @@
-"""Describe a model's weights and layers: names, shapes, which names share one tensor, how a layer keeps its weight.
-
-`read_structure` builds the model from its configuration on torch's `meta` device, where a weight takes no memory.
-"""
+"""Describe a model's weights and layers: names, shapes, which names share one tensor, how a layer keeps its weight."""
 
 from __future__ import annotations
 
@@ -17,21 +14,15 @@ from torch import nn
 from modular_experts.base.loading import quiet
 from modular_experts.text import did_you_mean
 
-__all__ = ["Structure", "is_embedding", "is_linear", "is_transposed", "read_structure"]
-
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")
 
 
 class Structure:
     """What a model is made of, without its numbers.
 
-    Args:
+    Attributes:
         model: The model, on any device; a causal language model where `vocabulary`, `name_of` or `is_unused` are used.
         place: What an error's sentence calls it; the name of its class if not given.
-
-    Attributes:
-        model: The model.
-        place: What an error's sentence calls it.
     """
 
     def __init__(self, model: nn.Module, place: str | None = None) -> None:
@@ -106,13 +97,8 @@ class Structure:
     def check(self, name: str, shape: torch.Size, source: str = "the expert") -> None:
         """Refuse a delta that does not fit.
 
-        Args:
-            name: Weight that the delta moves.
-            shape: Shape of the delta.
-            source: Where the delta comes from, for the sentence.
-
         Raises:
-            ValueError: The model has no such weight, or has it in another shape.
+            ValueError: The model has no such weight, or has it in another shape; the sentence names the source.
         """
         if name not in self.shapes:
             raise ValueError(
@@ -142,7 +128,7 @@ class Structure:
 
 
 def read_structure(directory: Path) -> Structure:
-    """Return the structure of a causal language model, from its `config.json` alone."""
+    """Return the structure of a causal language model from its `config.json`, built on torch's `meta` device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):

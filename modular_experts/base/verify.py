@@ -1,4 +1,4 @@
-"""Compare what models compute: the logits of fixed prompts, before and after a checkpoint went through a disk."""
+"""Compare the logits of fixed prompts before and after a checkpoint was written to disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from modular_experts.base.streaming import Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["Check", "check_reloaded", "difference", "fixed_prompts", "logits"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Check:
 
 
 def fixed_prompts(model: PreTrainedModel) -> Tensor:
-    """Return token ids `(2, 24)` that depend on nothing but the size of the vocabulary."""
+    """Return token ids `(2, 24)` that depend only on the size of the vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     return (torch.arange(48, device=model.device).view(2, 24) * 7919 + 11) % vocabulary
 

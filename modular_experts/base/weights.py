@@ -8,27 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import DTYPES
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import all_finite
-from modular_experts.library.tensorfile import MappedTensors
-
-__all__ = ["StoredWeights"]
-
-_READ = {"F64", "F32", "F16", "BF16"}
+from modular_experts.library.tensorfile import DTYPES, MappedTensors
 
 
 class StoredWeights:
-    """The weights of one checkpoint on disk. One is in memory at a time: the one that was read last.
+    """The weights of one checkpoint on disk; only the last one that was read is in memory.
 
-    Every question but `read` is answered from the headers of the files.
+    `read` reads a weight; the headers of the files answer everything else.
 
     Args:
         layouts: Dtype and shape of each stored tensor, by file, from `read_layouts`.
         structure: What the checkpoint's model is made of.
-
-    Attributes:
-        structure: The same.
 
     Raises:
         ValueError: The files lack a weight of the model, hold one in another shape, or hold a quantised one.
@@ -43,9 +35,30 @@ class StoredWeights:
             name = structure.name_of(key)
             if name is not None:
                 self._keys[structure.owners[name]].append(key)
-        self._check()
         self._last: tuple[str, Tensor] | None = None
         self._open: tuple[Path, MappedTensors] | None = None
+        place, missing = structure.place, [name for name, keys in self._keys.items() if not keys]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            others = sorted(key for key in self.unclaimed() if not structure.is_unused(key))
+            hint = f"; they hold {others[0]}, which is not one of its weights" if others else ""
+            raise ValueError(
+                f"the files of {place} do not hold {missing[0]}{more}, which its model ({structure.architecture}) "
+                f"has{hint}; an import needs a tensor for each weight"
+            )
+        for name, keys in self._keys.items():
+            for key in keys:
+                (dtype, shape), expected = self._layouts[key], structure.shapes[name]
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"{key} of {place} is stored as {dtype}: a quantised checkpoint has no exact difference from "
+                        "its base; give the checkpoint from before it was quantised"
+                    )
+                if shape != expected:
+                    raise ValueError(
+                        f"{key} of {place} is stored in shape {tuple(shape)}, and by its config.json it has "
+                        f"{tuple(expected)}; its files do not belong together"
+                    )
 
     def keys(self, name: str) -> list[str]:
         """Return under which names the files hold a weight: several if it is tied and was stored more than once."""
@@ -69,13 +82,12 @@ class StoredWeights:
         Raises:
             ValueError: It holds NaN or infinity, or it is tied and the files hold two different values for it.
         """
-        owner = self.structure.owners[name]
+        owner, place = self.structure.owners[name], self.structure.place
         if self._last and self._last[0] != owner:
             for key in self.keys(self._last[0]):
                 self._mapped(key).release(key)
             self._last = None
         if not self._last:
-            place = self.structure.place
             first, *others = self.keys(owner)
             tensor = self._mapped(first)[first]
             if not all_finite(tensor):
@@ -94,29 +106,3 @@ class StoredWeights:
         if not self._open or self._open[0] != self._files[key]:
             self._open = self._files[key], MappedTensors(self._files[key])
         return self._open[1]
-
-    def _check(self) -> None:
-        """Refuse files that lack a weight, and weights whose stored dtype or shape cannot be used."""
-        place = self.structure.place
-        missing = [name for name, keys in self._keys.items() if not keys]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            others = sorted(key for key in self.unclaimed() if not self.structure.is_unused(key))
-            hint = f"; they hold {others[0]}, which is not one of its weights" if others else ""
-            raise ValueError(
-                f"the files of {place} do not hold {missing[0]}{more}, which its model "
-                f"({self.structure.architecture}) has{hint}; an import needs a tensor for each weight"
-            )
-        for name, keys in self._keys.items():
-            for key in keys:
-                (dtype, shape), expected = self._layouts[key], self.structure.shapes[name]
-                if dtype not in _READ:
-                    raise ValueError(
-                        f"{key} of {place} is stored as {dtype}: a quantised checkpoint has no exact difference from "
-                        "its base; give the checkpoint from before it was quantised"
-                    )
-                if shape != expected:
-                    raise ValueError(
-                        f"{key} of {place} is stored in shape {tuple(shape)}, and by its config.json it has "
-                        f"{tuple(expected)}; its files do not belong together"
-                    )

@@ -15,8 +15,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modular_experts.data.batch import Batch, prompts
 
-__all__ = ["evaluating", "generate"]
-
 
 @torch.no_grad()
 def generate(

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from modular_experts.data.batch import IGNORED, Batch
 
-__all__ = ["answer_logits", "batch_losses", "choice_log_likelihoods", "greedy_matches", "row_losses"]
-
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits of a batch from the position that predicts its first answer token on, and their labels.

@@ -14,7 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
-from modular_experts.base.apply import applied
+from modular_experts.base.apply import AnyExpert, applied, open_several
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
@@ -22,13 +22,8 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, TextMetric
-from modular_experts.library import StoredExpert, open_expert
+from modular_experts.library import StoredExpert
 from modular_experts.reports import Results
-
-__all__ = ["evaluate", "measure", "score_batch"]
-
-AnyExpert = str | Path | Mapping[str, Delta]
-"""An expert: its directory, opened, or any mapping from weight names to deltas."""
 
 
 def evaluate(
@@ -61,7 +56,7 @@ def evaluate(
         FileNotFoundError: The base was not found.
         ValueError: An expert was trained on another base, or a task has no test rows.
     """
-    mixes = {name: _opened(mix) for name, mix in _named(experts).items()}
+    mixes = {name: open_several(mix) for name, mix in _named(experts).items()}
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
     model, tokenizer = found.load(dtype), found.tokenizer()
@@ -135,8 +130,3 @@ def _named(experts: Any) -> dict[str, Any]:
         isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
     )
     return {"": experts} if is_vector or not isinstance(experts, Mapping) else dict(experts)
-
-
-def _opened(mix: Any) -> list[Mapping[str, Delta]]:
-    alone = isinstance(mix, str | Path | Mapping)
-    return [one if isinstance(one, Mapping) else open_expert(one) for one in ([mix] if alone else mix)]

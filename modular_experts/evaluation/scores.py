@@ -18,8 +18,6 @@ from torchmetrics.functional.text.rouge import rouge_score
 
 from modular_experts.data.batch import Batch, is_filler
 
-__all__ = ["TEXT_METRICS", "TaskScores", "TextMetric", "exact_match", "rouge_l", "words"]
-
 TextMetric = Callable[[str, str], float]
 """Scores a generated text against its target; the mean over the rows of a task is its score."""
 

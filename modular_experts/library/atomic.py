@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["check_name", "check_target", "is_name", "new_directory"]
-
 try:
     import fcntl
 except ImportError:  # on Windows there is no lock, and two processes that do the same work disturb each other

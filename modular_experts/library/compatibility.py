@@ -11,16 +11,6 @@ import torch
 
 from modular_experts.library.expert import StoredExpert, open_expert
 
-__all__ = [
-    "as_parents",
-    "check_base",
-    "check_mergeable",
-    "common_base",
-    "open_experts",
-    "parent_ids",
-    "union_of_weights",
-]
-
 log = logging.getLogger(__name__)
 
 

@@ -49,8 +49,6 @@ from modular_experts.library.tensorfile import (
 from modular_experts.progress import Progress
 from modular_experts.text import bytes_text, did_you_mean
 
-__all__ = ["DELTA_FILE", "RECORD_FILE", "STATE_FILE", "StoredExpert", "open_expert", "write_expert"]
-
 _WIDTH = {str(dtype): dtype.itemsize for dtype in (float32, int32, int64, uint8)}
 
 

@@ -18,18 +18,6 @@ from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.sparse_passes import decode_places
 
-__all__ = [
-    "ENCODINGS",
-    "FORMS",
-    "check_layout",
-    "check_numbers",
-    "decode",
-    "encode",
-    "fits",
-    "pack",
-    "unpack",
-]
-
 # The tensors of each form, except the kept numbers: name in the file -> field of the class.
 FORMS: dict[str, dict[str, str]] = {
     "Dense": {"dense": "values"},

@@ -20,20 +20,6 @@ from typing import Any
 
 import modular_experts
 
-__all__ = [
-    "DELTA_FILE",
-    "FORMAT",
-    "FORMAT_WITH_STATE",
-    "RECORD_FILE",
-    "STATE_FILE",
-    "files_of",
-    "make_record",
-    "package_versions",
-    "plain",
-    "read_record",
-    "what_is_wrong",
-]
-
 FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
 DELTA_FILE = "delta.safetensors"

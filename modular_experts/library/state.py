@@ -26,8 +26,6 @@ from modular_experts.library.tensorfile import (
     tensor_bytes,
 )
 
-__all__ = ["StoredState", "write_state"]
-
 
 class StoredState:
     """The tensors of a state file; its header is read and checked at once, the tensors when they are asked for.

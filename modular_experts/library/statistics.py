@@ -27,18 +27,6 @@ from modular_experts.library.record import plain
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
 from modular_experts.methods.method import DataStatistic
 
-__all__ = [
-    "Gathered",
-    "StoredStatistics",
-    "check_statistics_targets",
-    "command_for",
-    "gather_statistics",
-    "has_statistics",
-    "kinds_of_statistics",
-    "open_statistics",
-    "write_statistics",
-]
-
 FOLDER = "statistics"
 FORMAT = "modular-experts/statistics/1"
 _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}

@@ -20,22 +20,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["Layout", "MappedTensors", "TensorFileWriter", "damaged", "layout_of", "open_tensors", "tensor_bytes"]
-
 Layout = tuple[torch.dtype | str, tuple[int, ...]]
 """Dtype (or its name in the file, if the library never writes it) and shape of a stored tensor."""
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+"""The dtypes that the package reads and writes, by their names in a safetensors header."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFileWriter:
@@ -68,7 +70,7 @@ class TensorFileWriter:
         start, content = self._data.tell(), tensor_bytes(tensor)
         self._data.write(content)
         offsets = [start, self._data.tell()]
-        self._header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         return hashlib.sha256(content).hexdigest()
 
     def note(self, what: Any) -> None:
@@ -131,7 +133,7 @@ class TensorFileWriter:
         tensors: dict[str, Any] = {}
         spans: list[Sequence[int]] = []
         end = 0
-        for name in sorted(self._header, key=lambda name: -_BY_NAME[self._header[name]["dtype"]].itemsize):
+        for name in sorted(self._header, key=lambda name: -DTYPES[self._header[name]["dtype"]].itemsize):
             first, last = self._header[name]["data_offsets"]
             start, end = end, end + last - first
             tensors[name] = {**self._header[name], "data_offsets": [start, end]}
@@ -159,7 +161,7 @@ class MappedTensors:
     def __getitem__(self, name: str) -> Tensor:
         entry = self._header[name]
         first, last = entry["data_offsets"]
-        dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if first == last:
             return torch.empty(shape, dtype=dtype)
         count = (last - first) // dtype.itemsize
@@ -189,7 +191,7 @@ def open_tensors(file: Path) -> Any:
 def layout_of(tensors: Any, name: str) -> Layout:
     """Return dtype and shape of a tensor of an opened file."""
     tensor = tensors.get_slice(name)
-    return _BY_NAME.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
+    return DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
 
 
 def damaged(file: Path, reason: str) -> ValueError:

@@ -18,8 +18,6 @@ from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.evaluation import batch_losses
 from modular_experts.methods.method import DataStatistic
 
-__all__ = ["fisher"]
-
 
 def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
     """Return the mean squared gradient of each weight, of its shape, in at least float32.

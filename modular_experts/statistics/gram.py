@@ -18,8 +18,6 @@ from modular_experts.base.structure import is_linear, is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.methods.method import DataStatistic
 
-__all__ = ["gram"]
-
 
 @torch.no_grad()
 def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic | None]:

@@ -22,8 +22,6 @@ from modular_experts.progress import Progress
 from modular_experts.statistics.gram import gram
 from modular_experts.text import block_of
 
-__all__ = ["merged_grams"]
-
 Experts = Sequence[Mapping[str, Delta]]
 
 

@@ -22,8 +22,6 @@ from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
 
-__all__ = ["KINDS", "take_statistics"]
-
 Kind = Literal["fisher", "gram", "merged_gram"]
 KINDS = get_args(Kind)
 _MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram}

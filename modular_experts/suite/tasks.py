@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from modular_experts.suite.words import LETTERS, WordTask
 
-__all__ = ["HELD_IN", "HELD_OUT"]
-
 VOWELS = "ae"
 
 

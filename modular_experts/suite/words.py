@@ -18,8 +18,6 @@ from typing import ClassVar
 
 from modular_experts.data import TaskSource
 
-__all__ = ["LETTERS", "WordTask", "split_of"]
-
 LETTERS = "abcdefgh"
 LENGTHS = (3, 4, 5, 6)
 MOST = {"train": 100_000, "validation": 10_000, "test": 20_000}  # a third to a half of all words, so that drawing ends

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply, apply_deltas, check_loaded
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Dense
 from modular_experts.deltas.task_vector import Sum
 from modular_experts.library import make_record, open_expert, write_expert

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from modular_experts.base import Base
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 
 
 @pytest.fixture(autouse=True)

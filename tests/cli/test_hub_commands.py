@@ -16,7 +16,7 @@ from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import VERBS, main
 from modular_experts.base import Base
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.library import Library, make_record, open_expert, write_expert
 
 REPO = "someone/experts"

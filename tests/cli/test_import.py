@@ -11,7 +11,7 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 
 from modular_experts.__main__ import main
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
 from modular_experts.interop.adapter import ImportedAdapter

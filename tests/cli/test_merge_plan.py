@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merger.estimate import estimate, seconds

@@ -14,7 +14,7 @@ from testbed.searching import descent, objective_on, stored
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import measure
 from modular_experts.library import open_expert
 

@@ -14,7 +14,7 @@ from testbed.runs import mixture
 from modular_experts import evaluate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS
 from modular_experts.library import make_record, open_expert, write_expert
 

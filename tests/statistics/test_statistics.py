@@ -17,7 +17,7 @@ from testbed.runs import mixture
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.statistics import fisher, gram, merged_grams, take_statistics

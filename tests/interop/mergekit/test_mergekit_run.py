@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modular_experts.base.fingerprint import fingerprint
+from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop.mergekit.parse import read_recipe
 from modular_experts.interop.mergekit.run import merge_recipe, write_shards
