@@ -15,8 +15,6 @@ import torch
 
 from modular_experts.deltas import Delta
 
-__all__ = ["ImportedAdapter", "read_pickle"]
-
 
 @dataclass(frozen=True)
 class ImportedAdapter:

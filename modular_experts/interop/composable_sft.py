@@ -23,8 +23,6 @@ from modular_experts.deltas.tiles import index_dtype
 from modular_experts.interop.adapter import ImportedAdapter, read_pickle
 from modular_experts.interop.compression import Lossless
 
-__all__ = ["DIFF_FILE", "read_composable_sft"]
-
 DIFF_FILE = "pytorch_diff.bin"
 _FIELDS = {"size", "index_steps", "values"}
 

@@ -15,8 +15,6 @@ from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.masks import top_k
 
-__all__ = ["Compression", "Lossless", "TopK", "Truncated"]
-
 
 class Compression(ABC):
     """A way to store the difference of a weight."""

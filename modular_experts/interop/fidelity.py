@@ -14,8 +14,6 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
 
-__all__ = ["ImportReport", "WeightReport", "measure_loss"]
-
 _SLICE = 2**22  # entries
 
 

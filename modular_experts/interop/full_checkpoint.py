@@ -23,8 +23,6 @@ from modular_experts.interop.fidelity import ImportReport, measure_loss
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
-__all__ = ["CheckpointDeltas", "Vocabulary", "read_full_checkpoint"]
-
 Vocabulary = Literal["error", "intersect"]
 
 

@@ -26,8 +26,6 @@ from modular_experts.interop.spiel import PEFT_TYPE, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
 from modular_experts.progress import Progress
 
-__all__ = ["Source", "find_source", "import_expert"]
-
 log = logging.getLogger(__name__)
 
 _FETCHED = ["*.json", "*.safetensors", "adapter_model.bin", DIFF_FILE]

@@ -16,8 +16,6 @@ from modular_experts.deltas.tiles import index_dtype
 from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.interop.peft.files import AdapterFiles
 
-__all__ = ["PEFT_TYPE", "read_spiel"]
-
 PEFT_TYPE = "SFT"
 _SETTINGS = ("density", "num_tunable_weights", "selection_algorithm", "reselection_steps")
 _SUFFIX = ".sft_delta."

@@ -10,8 +10,6 @@ import torch
 from modular_experts.interop.mergekit.inputs import Model
 from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Step
 
-__all__ = ["Deviation", "deviations"]
-
 
 class Deviation(NamedTuple):
     """One thing that is done in another way than by mergekit.

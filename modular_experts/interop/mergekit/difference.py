@@ -13,8 +13,6 @@ from modular_experts.base.streaming import unequal
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.deltas.tiles import index_dtype, true_places
 
-__all__ = ["WeightDifference", "weight_difference"]
-
 
 class WeightDifference(Dense):
     """A dense delta that is computed when it is asked for: `tuned - start`, or `tuned` alone.

@@ -22,8 +22,6 @@ from modular_experts.interop.mergekit.recipe import ModelReference, Recipe
 from modular_experts.interop.peft import read_peft
 from modular_experts.library import open_expert
 
-__all__ = ["Model", "open_models"]
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

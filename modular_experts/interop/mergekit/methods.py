@@ -16,8 +16,6 @@ import modular_experts.methods as ours
 from modular_experts.methods import MergeMethod
 from modular_experts.text import did_you_mean
 
-__all__ = ["METHODS", "Method", "Parameters", "find_method", "silent_models"]
-
 _CANCELLED = 1e-8
 """Sum of weights below which mergekit does not divide by it."""
 

@@ -17,8 +17,6 @@ from modular_experts.interop.mergekit.methods import Method, find_method
 from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Rule, Settings, Slice, Source
 from modular_experts.text import did_you_mean
 
-__all__ = ["parse_reference", "parse_setting", "read_recipe"]
-
 _KEYS = {
     *("merge_method", "base_model", "parameters", "models", "slices", "modules", "dtype", "out_dtype"),
     *("tokenizer_source", "tokenizer", "chat_template"),

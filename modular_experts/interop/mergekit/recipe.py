@@ -16,8 +16,6 @@ from modular_experts.interop.mergekit.methods import Method, Parameters, silent_
 from modular_experts.methods import MergeMethod
 from modular_experts.text import depth_of
 
-__all__ = ["LayerPosition", "ModelReference", "Recipe", "Rule", "Slice", "Source", "Step", "layer_positions"]
-
 
 @dataclass(frozen=True)
 class ModelReference:

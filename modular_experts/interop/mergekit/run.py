@@ -24,8 +24,6 @@ from modular_experts.library import check_target, new_directory
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
-__all__ = ["merge_recipe", "write_shards"]
-
 
 def merge_recipe(
     recipe: Recipe,

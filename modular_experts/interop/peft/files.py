@@ -17,8 +17,6 @@ from torch import Tensor
 from modular_experts.base.files import open_tensors, read_json
 from modular_experts.interop.adapter import read_pickle
 
-__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "AdapterFiles"]
-
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _OLD_TENSOR_FILE = "adapter_model.bin"

@@ -19,8 +19,6 @@ from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.interop.compression import Lossless
 
-__all__ = ["EncodedWeight", "LoraFormat", "PeftFormat", "ShiraFormat", "SupertuningFormat"]
-
 
 @dataclass(frozen=True)
 class EncodedWeight:

@@ -19,8 +19,6 @@ from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.interop.peft.terms import TENSORS, NormedProduct, Replacement, Term, module_terms
 from modular_experts.text import did_you_mean
 
-__all__ = ["read_peft"]
-
 _OWN = ("base_layer.weight", "base_layer.bias")  # the adapted module's own tensors, stored with the adapter
 
 

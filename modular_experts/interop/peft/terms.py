@@ -20,8 +20,6 @@ from modular_experts.base.structure import is_embedding, is_linear, is_transpose
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import index_dtype
 
-__all__ = ["TENSORS", "NormedProduct", "Replacement", "Term", "module_terms"]
-
 Read = Callable[[str], Tensor]
 Terms = dict[str, list["Term"]]
 Shapes = dict[str, tuple[int, ...]]

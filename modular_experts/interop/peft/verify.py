@@ -21,8 +21,6 @@ from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.interop.peft.read import read_peft
 
-__all__ = ["AdapterCheck", "verify_adapter"]
-
 
 @dataclass(frozen=True)
 class AdapterCheck:

@@ -32,8 +32,6 @@ from modular_experts.library.record import plain
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 
-__all__ = ["WrittenAdapter", "export", "write_peft"]
-
 
 @dataclass(frozen=True)
 class WrittenAdapter:
