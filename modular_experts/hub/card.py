@@ -20,8 +20,6 @@ from modular_experts.library import StoredExpert
 from modular_experts.library.record import DELTA_FILE, files_of
 from modular_experts.text import bytes_text
 
-__all__ = ["CARD_FILE", "CardEntry", "is_ours", "model_card"]
-
 CARD_FILE = "README.md"
 _LIBRARY = "modular-experts"
 # Cards on the hub hold this line, so it must never change.
@@ -32,7 +30,7 @@ _FEW = 8  # experts in the example of a merge, and tasks in a row of the table
 
 @dataclass(frozen=True)
 class CardEntry:
-    """What a card tells about one expert.
+    """What a card shows of one expert.
 
     Attributes:
         name: Its name.
@@ -49,15 +47,9 @@ class CardEntry:
     hub_base: str | None = None
 
     @classmethod
-    def of(cls, expert: StoredExpert, hub_base: str | None = None) -> CardEntry:
+    def of(cls, expert: StoredExpert) -> CardEntry:
         """Return the entry of a stored expert."""
-        share = expert.kept_share if len(expert) else None
-        return cls(expert.name, expert.record, share, expert.size_on_disk, hub_base)
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether it consists of deltas, so that it can be merged and applied."""
-        return DELTA_FILE in files_of(self.record) and not self.record.get("not_mergeable_because")
+        return cls(expert.name, expert.record, expert.kept_share if len(expert) else None, expert.size_on_disk)
 
     @property
     def base(self) -> str:
@@ -85,24 +77,22 @@ def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") ->
     """
     entries = sorted(entries, key=lambda entry: entry.name)
     header = yaml.safe_dump(_header(entries, earlier), sort_keys=False, allow_unicode=True)
-    sections = [
+    bases = dict.fromkeys(f"{_code(entry.base)} (fingerprint {_code(entry.fingerprint[:12])})" for entry in entries)
+    what = "One expert" if len(entries) == 1 else f"{len(entries)} experts"
+    top = [
         f"---\n{header}---\n{_MARK}\n",
         f"# {repo_id.partition('/')[2]}\n",
-        *_about(entries),
-        *_table(entries),
-        *_use(repo_id, entries),
-        *_provenance(entries),
+        f"{what} for {', '.join(bases)}, made with *modular-experts*.",
+        "An expert moves some weights of a frozen base. Its folder holds the deltas (`delta.safetensors`: float32, to "
+        "be added to the base) or, for types that are not deltas, the trained state (`state.safetensors`), and a "
+        "record of its origin (`expert.json`). Experts of one base can be merged.\n",
     ]
-    return "\n".join(sections)
+    return "\n".join([*top, *_table(entries), *_use(repo_id, entries), *_provenance(entries)])
 
 
 def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
     found = _HEADER.match(earlier)
-    try:
-        kept = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        kept = {}  # the hub does not accept such a header, so it used none of its fields
-    kept = kept if isinstance(kept, dict) else {}
+    kept = (yaml.safe_load(found[1]) if found else None) or {}
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
     tags += ["merge"] if any(entry.record["kind"] == "merge" for entry in entries) else []
@@ -112,17 +102,6 @@ def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
     old = kept.get("tags") if isinstance(kept.get("tags"), list) else []
     ours["tags"] = list(dict.fromkeys([*tags, *map(str, old or [])]))
     return ours | {name: value for name, value in kept.items() if name not in ours}
-
-
-def _about(entries: Sequence[CardEntry]) -> Iterator[str]:
-    bases = dict.fromkeys(f"{_code(entry.base)} (fingerprint {_code(entry.fingerprint[:12])})" for entry in entries)
-    what = "One expert" if len(entries) == 1 else f"{len(entries)} experts"
-    yield f"{what} for {', '.join(bases)}, made with *modular-experts*."
-    yield (
-        "An expert moves some weights of a frozen base. Its folder holds the deltas (`delta.safetensors`: float32, to "
-        "be added to the base) or, for types that are not deltas, the trained state (`state.safetensors`), and a "
-        "record of its origin (`expert.json`). Experts of one base can be merged.\n"
-    )
 
 
 def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
@@ -144,7 +123,8 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     tasks = json.dumps([{"name": str(task), "path": f"{task}.jsonl"} for task in first.record["tasks"] or ["task"]])
     applied = f"'[library/{first.name}]'"
     # The example of a merge takes the experts of the commonest base that can be merged and are not merges themselves.
-    trained = [entry for entry in entries if entry.mergeable and entry.record["kind"] != "merge"]
+    deltas = [entry for entry in entries if DELTA_FILE in files_of(entry.record)]
+    trained = [e for e in deltas if not e.record.get("not_mergeable_because") and e.record["kind"] != "merge"]
     common = Counter(entry.fingerprint for entry in trained).most_common(1)
     alike = [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
     merged = next(name for name in ("merged", "all-merged", "newly-merged") if name not in {e.name for e in entries})
@@ -171,26 +151,21 @@ def _provenance(entries: Sequence[CardEntry]) -> Iterator[str]:
         at = f", revision {_code(revision)}" if revision else ""
         yield f"**{entry.name}**, content hash {_code(record['content_hash'])}\n"
         yield f"- base: {_code(entry.base)}{at}, fingerprint {_code(entry.fingerprint)}"
-        yield f"- made as: {_made(record)}"
+        made = {"": _call(record["kind"], record.get("hyperparameters") or {})}
+        if record.get("method"):
+            made = {"": _method(record["method"])}
+            made |= {f"weights {_code(name)}: ": _method(m) for name, m in (record.get("per_weight") or {}).items()}
+        yield f"- made as: {'; '.join(where + call for where, call in made.items())}"
         for parent in record["parents"]:
             yield f"- parent: {_plain(parent.get('name'))}, content hash {_code(parent.get('content_hash'))}"
         versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
         yield f"- with: {_plain(versions) or 'versions not recorded'}; seed {_plain(record.get('seed'))}\n"
 
 
-def _made(record: Mapping[str, Any]) -> str:
-    """Return the method of a merge, or the kind of a trained expert, with its settings."""
-    if not record.get("method"):
-        return _call(record["kind"], record.get("hyperparameters") or {})
-    methods = {"": record["method"]}
-    methods |= {f"weights {_code(name)}: ": other for name, other in (record.get("per_weight") or {}).items()}
-    calls = {
-        where: _call(str(method.get("class_path")).rpartition(".")[2], method.get("init_args") or {})
-        if method
-        else "left at the base"
-        for where, method in methods.items()
-    }
-    return "; ".join(f"{where}{call}" for where, call in calls.items())
+def _method(method: Mapping[str, Any] | None) -> str:
+    if not method:
+        return "left at the base"
+    return _call(str(method.get("class_path")).rpartition(".")[2], method.get("init_args") or {})
 
 
 def _call(name: str, settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Pull experts from a repository of the hub into a library, after checking every byte against its hash.
 
-The files go into a temporary directory beside the library first, so a library never holds an unchecked file. They are
-moved unchanged: `pull` returns their commit and does not write it into the records.
+The files go into a temporary directory beside the library first, so a library never holds an unchecked file. `pull`
+returns their commit and does not write it into the records.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modular_experts.hub.repository import HubRepository, look
-from modular_experts.library import StoredExpert, check_target, new_directory, open_expert, open_statistics
+from modular_experts.hub.repository import check_contents, look
+from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
 from modular_experts.library.record import RECORD_FILE, files_of, read_record
-from modular_experts.library.statistics import FOLDER, kinds_of_statistics
+from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
-
-__all__ = ["Pulled", "pull"]
 
 
 @dataclass(frozen=True)
@@ -73,79 +71,55 @@ def pull(
     beside = next(place for place in (library, *library.parents) if place.is_dir())
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=beside) as temporary:
         place = Path(temporary)
+
+        def damaged(name: str, error: Exception) -> ValueError:
+            reason = str(error).replace(f"{place}{os.sep}", "").partition("; take it from a copy")[0]
+            which = f"{name} of {repo_id} at commit {str(repository.commit)[:12]}"
+            return ValueError(f"{which} was not written, nor any other: {reason}; pull again, or ask its owner to push")
+
         repository.fetch([f"{name}/{RECORD_FILE}" for name in names], place)
-        files, present = {}, []
+        files: dict[str, list[str]] = {}
         for name in names:
             try:
                 record = read_record(place / name / RECORD_FILE)
             except ValueError as error:
-                raise _damaged(repository, place, name, error) from error
+                raise damaged(name, error) from error
             if missing := repository.missing(name, record):
                 raise ValueError(f"{name} in {repo_id} is not a complete expert: {missing[0]} is missing")
-            if _is_present(library / name, record, repo_id, overwrite):
-                present.append(name)
-            else:
-                files[name] = _paths(repository, name, record, statistics)
+            if _is_present(library / name, record):
+                continue
+            if (library / name).exists() and not overwrite:
+                raise FileExistsError(
+                    f"{library / name} exists already, damaged or with other contents than in {repo_id}; pull into "
+                    "another library, or replace it with overwrite: true"
+                )
+            files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
+            for path in sorted(repository.files) if statistics else ():
+                kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
+                if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):
+                    files[name].append(path)
         repository.fetch([path for paths in files.values() for path in paths], place)
         for name in progress(list(files)):
             try:
-                expert = open_expert(place / name)
-                expert.verify()
-                for kind in kinds_of_statistics(expert):
-                    stored = open_statistics(expert, kind)
-                    for weight in stored:
-                        stored[weight]  # reading a tensor checks it
+                check_contents(open_expert(place / name), statistics=True)
             except (ValueError, OSError) as error:
-                raise _damaged(repository, place, name, error) from error
+                raise damaged(name, error) from error
         for name, paths in files.items():
             with new_directory(library / name, overwrite) as directory:
                 for path in paths:
-                    inside = path.partition("/")[2]
-                    (directory / inside).parent.mkdir(exist_ok=True)
-                    shutil.move(place / path, directory / inside)
+                    target = directory / path.partition("/")[2]
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.move(place / path, target)
     assert repository.commit is not None
-    written, there = ([open_expert(library / name) for name in group] for group in (files, present))
-    return Pulled(written, there, repository.commit)
+    present = [open_expert(library / name) for name in names if name not in files]
+    return Pulled([open_expert(library / name) for name in files], present, repository.commit)
 
 
-def _is_present(target: Path, record: Mapping[str, Any], repo_id: str, overwrite: bool) -> bool:
-    """Return whether the library has an expert as the repository has it.
-
-    Raises:
-        FileExistsError: It has another expert of that name, or a damaged one, which may not be replaced.
-    """
-    if not target.exists():
-        return False
+def _is_present(target: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether the library has an expert as the repository has it, undamaged."""
     try:
         there = open_expert(target)
         there.verify()
     except (ValueError, OSError):
-        problem = "and is damaged"
-    else:
-        if there.content_hash == record["content_hash"]:
-            return True
-        problem = f"with other contents ({there.content_hash[:12]}, in {repo_id} {record['content_hash'][:12]})"
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists already, {problem}; pull into another library, or replace it with overwrite: true"
-        )
-    return False
-
-
-def _paths(repository: HubRepository, name: str, record: Mapping[str, Any], statistics: bool) -> list[str]:
-    """Return the paths of an expert's files in the repository."""
-    paths = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
-    folder, suffix = f"{name}/{FOLDER}/", ".safetensors"
-    for path in sorted(repository.files) if statistics else ():
-        kind = path.removeprefix(folder).removesuffix(suffix)
-        if path == f"{folder}{kind}{suffix}" and is_name(kind):
-            paths.append(path)
-    return paths
-
-
-def _damaged(repository: HubRepository, place: Path, name: str, error: Exception) -> ValueError:
-    reason = str(error).replace(f"{place}{os.sep}", "").partition("; take it from a copy")[0]
-    return ValueError(
-        f"{name} of {repository.repo_id} at commit {str(repository.commit)[:12]} was not written, nor any other: "
-        f"{reason}; pull again, and if that does not help, ask its owner to push it again"
-    )
+        return False
+    return there.content_hash == record["content_hash"]

@@ -1,13 +1,13 @@
 """Push experts and a card about them into a repository of the hub, in one commit, after reading and checking them.
 
-Only the files that an expert consists of go, and its statistics on request; any other file in its directory stays.
+`push` sends only the files that an expert consists of, and its statistics on request.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,20 +16,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
-from modular_experts.hub.repository import (
-    HubRepository,
-    hub_errors,
-    is_hub_model,
-    look,
-    may_be_hub_model,
-)
-from modular_experts.library import Library, StoredExpert, open_experts, open_statistics
+from modular_experts.hub.repository import HubRepository, check_contents, hub_errors, is_hub_model, look
+from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
-from modular_experts.library.statistics import FOLDER, kinds_of_statistics
+from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
-
-__all__ = ["Pushed", "push"]
 
 log = logging.getLogger(__name__)
 
@@ -85,19 +77,22 @@ def push(
         progress: Iterator wrapper, e.g. `tqdm`, for reading the experts.
 
     Raises:
-        ValueError: An expert is damaged, there is none, or two have the same name.
+        ValueError: An expert is damaged, there is no expert, or two have the same name.
         OSError: The hub was not reached, does not let this user write, or has another expert of that name.
     """
     opened = _open(experts)
-    files = _read_files(opened, statistics, progress)
-    is_model: Callable[[str], bool] = cache(is_hub_model)
+    files: dict[str, Path] = {}
+    for name in progress(list(opened)):
+        contents = check_contents(opened[name], statistics)
+        files |= {f"{name}/{file}": opened[name].path / file for file in contents}
+    reachable = True
     try:
         repository = look(repo_id, branch, writing=True)
     except ConnectionError as error:
         if not dry_run:
             raise
         log.warning("%s (this shows what a repository that is not there yet would get)", error)
-        repository, is_model = HubRepository(repo_id), may_be_hub_model
+        repository, reachable = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public, and private was asked for; make it private on its page first")
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,21 +100,32 @@ def push(
         cards = [CARD_FILE] if CARD_FILE in repository.files else []
         theirs = [name for name in repository.folders() if is_name(name)]
         repository.fetch([*cards, *(f"{name}/{RECORD_FILE}" for name in theirs)], place)
-        present = [expert.name for expert in opened if _is_present(expert, place, repo_id, overwrite)]
-        others = [name for name in theirs if name not in {expert.name for expert in opened}]
-        entries = [CardEntry.of(expert) for expert in opened] + _entries(repository, others, place)
+        present, entries = [], []
+        for name in theirs:
+            record = place / name / RECORD_FILE
+            if name not in opened:
+                entries += _entry(repository, name, record)
+            elif record.read_bytes() == (opened[name].path / RECORD_FILE).read_bytes():
+                present.append(name)  # the record holds the hash of the contents
+            elif not overwrite:
+                raise FileExistsError(
+                    f"{repo_id} has another expert called {name}; give yours another name, or replace it with "
+                    "overwrite: true"
+                )
+        entries += [CardEntry.of(expert) for expert in opened.values()]
         earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
     # Statistics (`<expert>/statistics/<kind>`) go even if the repository has their expert already.
     new = {path: file for path, file in files.items() if path.count("/") > 1 or path.split("/")[0] not in present}
-    replaced = {expert.name for expert in opened} - set(present)
     removed = [
         path
         for path in repository.files
-        if path.split("/")[0] in replaced
+        if path.split("/")[0] in opened.keys() - set(present)
         and path.split("/")[1:2] in ([FOLDER], [DELTA_FILE], [STATE_FILE])
         and path not in new
     ]
-    entries = [replace(entry, hub_base=_hub_base(entry, is_model)) for entry in entries]
+    on_hub = cache(lambda base: isinstance(base, str) and is_hub_model(base, ask=reachable))
+    bases = [entry.record["base"].get("id") for entry in entries]
+    entries = [replace(e, hub_base=base if on_hub(base) else None) for e, base in zip(entries, bases, strict=True)]
     card = model_card(repo_id, entries, earlier) if is_ours(earlier) else None
     plan = Pushed(new, removed, present, card, f"{HfApi().endpoint}/{repo_id}")
     if dry_run or not (new or removed or card not in (None, earlier)):
@@ -127,77 +133,33 @@ def push(
     return _commit(repository, plan, private, branch, message)
 
 
-def _open(experts: Sequence[str | Path] | str | Path) -> list[StoredExpert]:
+def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]:
+    """Open the experts of a list or of a library, by name."""
     if isinstance(experts, str | Path):
         library = Library(experts)
         for name, problem in library.incomplete().items():
             raise ValueError(f"{library.directory / name} cannot be pushed: {problem}; remove it, or name the experts")
-        if not library:
-            raise ValueError(f"{experts} holds no expert, so there is nothing to push")
         experts = [library.directory / name for name in library]
-    opened = open_experts(experts, mergeable=False)
-    names = [expert.name for expert in opened]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"two of the experts are called {name}, and a repository holds one of a name; push one of them"
-            )
+    opened: dict[str, StoredExpert] = {}
+    for expert in open_experts(experts, mergeable=False):
+        if expert.name in opened:
+            raise ValueError(f"two of the experts are called {expert.name}, and names must differ; push one of them")
+        opened[expert.name] = expert
     return opened
 
 
-def _read_files(experts: Sequence[StoredExpert], statistics: bool, progress: Progress) -> dict[str, Path]:
-    """Return the files of experts by their path in the repository, after reading all that is in them."""
-    files: dict[str, Path] = {}
-    by_name = {expert.name: expert for expert in experts}
-    for name in progress(list(by_name)):
-        expert = by_name[name]
-        expert.verify()
-        files |= {f"{name}/{file}": expert.path / file for file in (*files_of(expert.record), RECORD_FILE)}
-        for kind in kinds_of_statistics(expert) if statistics else ():
-            stored = open_statistics(expert, kind)
-            for weight in stored:
-                stored[weight]  # reading a tensor checks it
-            files[f"{name}/{FOLDER}/{kind}.safetensors"] = stored.file
-    return files
-
-
-def _is_present(expert: StoredExpert, place: Path, repo_id: str, overwrite: bool) -> bool:
-    """Return whether the repository has the expert with the same record, which holds the hash of its contents.
-
-    Raises:
-        FileExistsError: It has another expert of that name, which may not be replaced.
-    """
-    record = place / expert.name / RECORD_FILE
-    if not record.is_file():
-        return False
-    if record.read_bytes() == (expert.path / RECORD_FILE).read_bytes():
-        return True
-    if not overwrite:
-        raise FileExistsError(
-            f"{repo_id} has another expert called {expert.name}; give yours another name, or replace it with "
-            "overwrite: true"
-        )
-    return False
-
-
-def _entries(repository: HubRepository, names: Sequence[str], place: Path) -> list[CardEntry]:
-    """Return the card's entries of the complete experts that the repository has beside those that are pushed."""
-    entries = []
-    for name in names:
-        try:
-            record = read_record(place / name / RECORD_FILE)
-        except ValueError as error:
-            raise ValueError(f"{str(error).replace(str(place), repository.repo_id)}; remove it there first") from error
-        if not repository.missing(name, record):
-            size = sum(repository.files[f"{name}/{file}"] for file in (*files_of(record), RECORD_FILE))
-            kept = repository.kept_share(name) if DELTA_FILE in files_of(record) else None
-            entries.append(CardEntry(name, record, kept, size))
-    return entries
-
-
-def _hub_base(entry: CardEntry, is_model: Callable[[str], bool]) -> str | None:
-    base = entry.record["base"].get("id")
-    return base if isinstance(base, str) and is_model(base) else None
+def _entry(repository: HubRepository, name: str, file: Path) -> list[CardEntry]:
+    """Return the card's entry of an expert in the repository, from its record; empty if the expert is not complete."""
+    try:
+        record = read_record(file)
+    except ValueError as error:
+        shown = str(error).replace(str(file.parents[1]), repository.repo_id)
+        raise ValueError(f"{shown}; remove it there first") from error
+    if repository.missing(name, record):
+        return []
+    size = sum(repository.files[f"{name}/{part}"] for part in (*files_of(record), RECORD_FILE))
+    kept = repository.kept_share(name) if DELTA_FILE in files_of(record) else None
+    return [CardEntry(name, record, kept, size)]
 
 
 def _commit(repository: HubRepository, plan: Pushed, private: bool, branch: str | None, message: str | None) -> Pushed:
@@ -212,11 +174,7 @@ def _commit(repository: HubRepository, plan: Pushed, private: bool, branch: str 
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         if branch and (repository.commit is None or not repository.has_revision):
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        done = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=message or f"Add {names or CARD_FILE}",
-            revision=branch,
-            parent_commit=repository.commit,
-        )
+        subject = message or f"Add {names or CARD_FILE}"
+        head = repository.commit
+        done = api.create_commit(repo_id, operations, commit_message=subject, revision=branch, parent_commit=head)
     return replace(plan, commit=done.oid, address=str(done.commit_url))

@@ -1,7 +1,6 @@
 """Look into a model repository of the Hugging Face hub at one commit, and fetch files from it.
 
-A repository is like a library: each expert in it is a folder with the files that it has in a library. So several people
-can push experts into one repository, one commit each, and pull all of them into one library.
+A repository is like a library: each expert in it is a folder with the files that it has in a library.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    GatedRepoError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
@@ -28,11 +26,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id
 
-from modular_experts.library import check_name
+from modular_experts.library import StoredExpert, check_name, open_statistics
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, files_of
+from modular_experts.library.statistics import FOLDER, kinds_of_statistics
 from modular_experts.text import did_you_mean
-
-__all__ = ["HubRepository", "hub_errors", "is_hub_model", "look", "may_be_hub_model"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ class HubRepository:
         """Return the names of the wanted experts, all if `wanted` is None, once each is known to be there.
 
         Raises:
-            ValueError: The repository holds no experts, lacks one that is wanted, or has a file whose path leads out
-                of it.
+            ValueError: The repository holds no experts, lacks a wanted one, or has a path that leads out of it.
         """
         for path in self.files:
             if "\\" in path or {"", ".", ".."} & set(path.split("/")):
@@ -71,8 +67,6 @@ class HubRepository:
         known = self.folders()
         if not known:
             raise ValueError(f"{self.repo_id} holds no experts: it has no folder with {RECORD_FILE}")
-        if wanted is not None and not wanted:
-            raise ValueError("the list of experts is empty; name at least one, or leave it out for all")
         names = known if wanted is None else list(dict.fromkeys(wanted))
         for name in names:
             if check_name(name) not in known:
@@ -85,11 +79,7 @@ class HubRepository:
         return [path for file in files_of(record) if (path := f"{name}/{file}") not in self.files]
 
     def fetch(self, files: Sequence[str], directory: Path) -> None:
-        """Fetch files of this commit into a directory, under their paths; a file that is there stays.
-
-        Raises:
-            OSError: The hub was not reached, or does not give them.
-        """
+        """Fetch files of this commit into a directory, under their paths; a file that is there stays."""
         if files:
             with hub_errors(self.repo_id):
                 HfApi().snapshot_download(
@@ -100,9 +90,8 @@ class HubRepository:
         """Return the share of entries that an expert keeps, from the header of its file; None if that has none."""
         with hub_errors(self.repo_id):
             try:
-                header = HfApi().parse_safetensors_file_metadata(
-                    self.repo_id, f"{name}/{DELTA_FILE}", revision=self.commit
-                )
+                file = f"{name}/{DELTA_FILE}"
+                header = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
                 weights = json.loads(header.metadata["modular_experts"])["weights"].values()
                 total = sum(math.prod(entry["shape"]) for entry in weights)
                 return sum(entry["kept"] for entry in weights) / total
@@ -129,19 +118,12 @@ def look(repo_id: str, revision: str | None = None, writing: bool = False) -> Hu
         ValueError: The id is not written `owner/name`.
         OSError: The hub was not reached, or has no such repository or revision that this user may see.
     """
-    try:
-        validate_repo_id(repo_id)
-        valid = "/" in repo_id
-    except HFValidationError:
-        valid = False
-    if not valid:
+    if not (_is_id(repo_id) and "/" in repo_id):
         raise ValueError(f"{repo_id!r} cannot be a repository of the hub; it is written 'owner/name'")
     api, has_revision = HfApi(), True
     with hub_errors(repo_id, revision, writing):
         try:
             info = api.model_info(repo_id, revision=revision)
-        except GatedRepoError:  # also a RepositoryNotFoundError
-            raise
         except RepositoryNotFoundError:
             if not writing:
                 raise
@@ -155,45 +137,46 @@ def look(repo_id: str, revision: str | None = None, writing: bool = False) -> Hu
     return HubRepository(repo_id, info.sha, bool(info.private), has_revision, files)
 
 
-def may_be_hub_model(name: str) -> bool:
-    """Return whether a name is a valid id of a hub model and not a path on this machine."""
+def is_hub_model(name: str, ask: bool) -> bool:
+    """Return whether a name is the id of a model on the hub and not a path here; only its form counts unless `ask`."""
+    if not _is_id(name) or Path(name).expanduser().exists():
+        return False
+    with hub_errors(name):
+        try:
+            if ask:
+                HfApi().model_info(name)
+        except RepositoryNotFoundError:
+            return False
+    return True
+
+
+def _is_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).expanduser().exists()
-
-
-def is_hub_model(name: str) -> bool:
-    """Return whether a name is the id of a model on the hub and not a path on this machine.
-
-    Raises:
-        OSError: The hub was not reached.
-    """
-    if not may_be_hub_model(name):
-        return False
-    with hub_errors(name):
-        try:
-            HfApi().model_info(name)
-        except RepositoryNotFoundError:
-            return False
     return True
+
+
+def check_contents(expert: StoredExpert, statistics: bool) -> list[str]:
+    """Check every byte of an expert, and of its statistics, against its hash; return the files it consists of."""
+    expert.verify()
+    files = [*files_of(expert.record), RECORD_FILE]
+    for kind in kinds_of_statistics(expert) if statistics else ():
+        stored = open_statistics(expert, kind)
+        for weight in stored:
+            stored[weight]  # reading a tensor checks it
+        files.append(f"{FOLDER}/{kind}.safetensors")
+    return files
 
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False) -> Iterator[None]:
     """Turn what the hub's client raises in a block into an error of one sentence.
 
-    Args:
-        repo_id: The repository that the block asks for.
-        revision: Branch, tag or commit that it asks for.
-        writing: Whether it writes to the repository, so that a refusal is a matter of permission.
-
     Raises:
-        ConnectionError: The hub was not reached, or an answer broke off.
-        FileNotFoundError: There is no such repository or revision that this user may see.
-        PermissionError: This user may not do this.
-        OSError: The hub answers with another error.
+        OSError: The hub was not reached (ConnectionError), has no such repository or revision that this user may see
+            (FileNotFoundError), refuses to write (PermissionError), or answers with another error.
     """
     try:
         yield
@@ -201,38 +184,23 @@ def hub_errors(repo_id: str, revision: str | None = None, writing: bool = False)
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is None and isinstance(error, OSError) and error.errno is not None:
             raise  # an error of this machine: a full disk, a directory that cannot be written
-        if status is None:
-            raise ConnectionError(_no_answer(error, repo_id)) from error
-        raise _refusal(error, status, repo_id, revision, writing) from error
+        raise _in_a_sentence(error, status, repo_id, revision, writing) from error
 
 
-def _no_answer(error: Exception, repo_id: str) -> str:
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return f"{repo_id} was not looked up, because HF_HUB_OFFLINE is set; unset it to use the hub"
-    if "Consistency check" in str(error):
-        return f"a file of {repo_id} did not arrive whole; nothing was written, so try again"
-    return (
-        f"the hub was not reached for {repo_id} ({type(error).__name__} at {HfApi().endpoint}); "
-        "check the network, or HF_ENDPOINT if you set it"
-    )
-
-
-def _refusal(error: Exception, status: int, repo_id: str, revision: str | None, writing: bool) -> OSError:
-    """Return the error for an answer of the hub, which gives 401 also for a repository that does not exist."""
-    if isinstance(error, GatedRepoError):
-        return PermissionError(f"{repo_id} is gated; ask for access on its page, and log in with 'hf auth login'")
+def _in_a_sentence(error: Exception, status: int | None, repo_id: str, revision: str | None, writing: bool) -> OSError:
+    login = "log in with 'hf auth login'"
+    if status is None and huggingface_hub.constants.HF_HUB_OFFLINE:
+        return ConnectionError(f"{repo_id} was not looked up, because HF_HUB_OFFLINE is set; unset it to use the hub")
+    if status is None:
+        which = f"{repo_id} ({type(error).__name__} at {HfApi().endpoint})"
+        return ConnectionError(f"the hub was not reached for {which}; check the network, or HF_ENDPOINT if you set it")
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}")
     if writing and status in (401, 403):
-        return PermissionError(
-            f"the hub does not let you write to {repo_id} (HTTP {status}); log in with 'hf auth login', or set "
-            "HF_TOKEN, with a token that may write there"
-        )
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-        return FileNotFoundError(
-            f"the hub has no model repository {repo_id} that you may see (HTTP {status}); check its name, or log in "
-            "with 'hf auth login' if it is private"
-        )
+        return PermissionError(f"the hub does not let you write to {repo_id} (HTTP {status}); {login}")
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):  # 401 also for one that does not exist
+        which = f"model repository {repo_id} that you may see (HTTP {status})"
+        return FileNotFoundError(f"the hub has no {which}; check its name, or {login} if it is private")
     if writing and status in (409, 412):
         return FileExistsError(f"{repo_id} was changed by someone else at the same time (HTTP {status}); push again")
     reason = " ".join(str(getattr(error, "server_message", None) or "no reason given").split())

@@ -212,7 +212,7 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     push(library, REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
-    with pytest.raises(FileExistsError, match=f"other contents \\({other.content_hash[:12]}.*overwrite: true"):
+    with pytest.raises(FileExistsError, match="exists already, damaged or with other contents .* overwrite: true"):
         pull(REPO, tmp_path / "other")
     assert list(Library(tmp_path / "other")) == ["b"]
     assert open_expert(tmp_path / "other/b").content_hash == other.content_hash
@@ -226,7 +226,7 @@ def test_a_damaged_copy_is_not_taken_for_the_expert(hub, library, tmp_path):
     pull(REPO, tmp_path / "other")
     file = tmp_path / "other/a/delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(FileExistsError, match="exists already, and is damaged"):
+    with pytest.raises(FileExistsError, match="exists already, damaged"):
         pull(REPO, tmp_path / "other")
     pull(REPO, tmp_path / "other", overwrite=True)
     assert contents(tmp_path / "other") == contents(library)
@@ -351,8 +351,6 @@ def test_an_expert_that_is_not_there_is_told_with_the_nearest_name(hub, library,
         pull(REPO, tmp_path / "other", ["intent"])
     with pytest.raises(ValueError, match="has no expert 'zz'; it has a, b, intents"):
         pull(REPO, tmp_path / "other", ["zz"])
-    with pytest.raises(ValueError, match="the list of experts is empty"):
-        pull(REPO, tmp_path / "other", [])
 
 
 def test_a_repository_without_experts_and_one_with_half_an_expert(hub, library, tmp_path):
@@ -381,7 +379,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(hub, library, 
     with pytest.raises(ValueError, match=r"b cannot be pushed: expert.json is missing"):
         push(library, REPO)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no expert, so there is nothing to push"):
+    with pytest.raises(ValueError, match="the list of experts is empty"):
         push(tmp_path / "empty", REPO)
     assert hub.requests == []
 
