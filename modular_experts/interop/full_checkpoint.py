@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.base import Base
+from modular_experts.base.structure import Structure
 from modular_experts.deltas import Delta
 from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.interop.compression import Compression, Lossless
@@ -139,19 +140,7 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
     def _check_model(self) -> None:
         """Refuse a checkpoint of another architecture, or with weights that the base lacks."""
         ours, theirs = self._base.structure, self._tuned.structure
-        if ours.architecture != theirs.architecture:
-            raise ValueError(
-                f"{theirs.place} is a {theirs.architecture} and {ours.place} a {ours.architecture}; a delta is the "
-                "difference of two states of one model, so give the base that this checkpoint was made from"
-            )
-        for one, other in ((theirs, ours), (ours, theirs)):
-            alone = [name for name in one.shapes if name not in other.shapes]
-            if alone:
-                more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-                raise ValueError(
-                    f"{one.place} has {alone[0]}{more}, and {other.place} does not; the two models differ in their "
-                    "number of layers or in their biases, so is it the right base?"
-                )
+        check_same_model(theirs, ours)
         unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -181,3 +170,24 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
                 )
             resized[name] = (theirs[0], ours[0])
         return resized
+
+
+def check_same_model(one: Structure, other: Structure) -> None:
+    """Check that two checkpoints are states of one model: the same architecture with the same weights.
+
+    Raises:
+        ValueError: They are not; the sentence names a weight that only one of them has.
+    """
+    if one.architecture != other.architecture:
+        raise ValueError(
+            f"{one.place} is a {one.architecture} and {other.place} a {other.architecture}; they are not two states of "
+            "one model"
+        )
+    for here, there in ((one, other), (other, one)):
+        alone = [name for name in here.shapes if name not in there.shapes]
+        if alone:
+            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+            raise ValueError(
+                f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two models differ in their number "
+                "of layers or in their biases, so they are not two states of one model"
+            )

@@ -43,7 +43,7 @@ def test_slip_in_a_recipe_is_one_sentence(recipe, tmp_path, capsys):
     assert main(["mergekit", "recipe.yaml", "merged"]) == 1
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
-    assert "unknown key 'densty', which mergekit would ignore; did you mean density?" in complaint
+    assert "unsupported key 'densty'; did you mean density?" in complaint
     assert not (tmp_path / "merged").exists()
 
 

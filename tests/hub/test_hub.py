@@ -212,7 +212,7 @@ def test_other_contents_are_refused_before_anything_is_fetched_and_replaced_on_r
     push(library, REPO)
     other = write(tmp_path / "other" / "b", seed=99)
     hub.requests.clear()
-    with pytest.raises(FileExistsError, match="exists already, damaged or with other contents .* overwrite: true"):
+    with pytest.raises(FileExistsError, match=r"exists already, damaged or with other contents .* overwrite: true"):
         pull(REPO, tmp_path / "other")
     assert list(Library(tmp_path / "other")) == ["b"]
     assert open_expert(tmp_path / "other/b").content_hash == other.content_hash

@@ -17,6 +17,7 @@ from modular_experts.base import Base
 from modular_experts.base.structure import Structure
 from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas import Delta, Dense, Sparse, add
+from modular_experts.interop.full_checkpoint import check_same_model
 from modular_experts.interop.mergekit.difference import WeightDifference, weight_difference
 from modular_experts.interop.mergekit.recipe import ModelReference, Recipe
 from modular_experts.interop.peft import read_peft
@@ -30,13 +31,11 @@ class Model:
     """A model of a recipe.
 
     Attributes:
-        name: The recipe's name of the model.
         directory: The checkpoint.
         stored: Its weights.
         added: Deltas of an adapter or of an expert that are added to them, by weight.
     """
 
-    name: str
     directory: Path
     stored: StoredWeights
     added: Mapping[str, Delta]
@@ -84,8 +83,7 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
     """Open the models of a recipe, each checkpoint once, and check that they can be merged.
 
     Raises:
-        FileNotFoundError: A model or one of its files is missing, or the recipe asks for a tokenizer that the base does
-            not have.
+        FileNotFoundError: A model, or one of its files, is missing.
         ValueError: Two models differ in their weights, in the shape of one, or in a tokenizer that the recipe asks for;
             an expert was trained on another base, or an adapter does not fit.
     """
@@ -118,58 +116,25 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
         else:
             opened = open_base(reference)
         if reference.adapter is not None:
-            added = _adapter(reference.adapter, opened)
-        models[reference] = Model(str(reference), opened.directory, opened.weights, added)
+            added = dict(read_peft(reference.adapter.path, opened).deltas)
+        models[reference] = Model(opened.directory, opened.weights, added)
 
-    first, *others = models.values()
+    first, *others = [model.stored for model in models.values()]
     for other in others:
-        _check_same_weights(first, other)
+        check_same_model(first.structure, other.structure)
+        if first.structure.weights != other.structure.weights:
+            raise ValueError(f"only one of {first.structure.place} and {other.structure.place} ties its embeddings")
+        for name in first.structure.weights:
+            ours, theirs = tuple(first.shape(name)), tuple(other.shape(name))
+            if ours != theirs:
+                places = f"{ours} in {first.structure.place} and {theirs} in {other.structure.place}"
+                raise ValueError(f"{name} has shape {places}; mergekit would cut or skip it, here both must be equal")
     if recipe.tokenizer and base:
         expected = models[base].vocabulary()
-        if expected is None:
-            raise FileNotFoundError(
-                f"the recipe asks for the tokenizer of {base}, and {models[base].directory} has none"
-            )
-        for model in models.values():
-            if (model.vocabulary() or expected) != expected:
+        for reference, model in models.items():
+            if expected is None or (model.vocabulary() or expected) != expected:
                 raise ValueError(
-                    f"the tokenizer of {model.name} is not that of {base}, and its embeddings would have to be put in "
-                    "another order, which is not supported"
+                    f"the recipe asks for the tokenizer of {base}, which is missing, or {reference} has another one; "
+                    "embeddings in another order are not supported"
                 )
     return models
-
-
-def _adapter(adapter: ModelReference, base: Base) -> dict[str, Delta]:
-    """Read an adapter's deltas, which are small enough to be held together."""
-    place, structure = Path(adapter.path).expanduser(), base.structure
-    if adapter.revision is not None or not place.is_dir():
-        raise FileNotFoundError(f"the adapter {adapter} is not a directory here; fetch it, and give the directory")
-    deltas = dict(read_peft(place, base).deltas)
-    for name, delta in deltas.items():
-        structure.check(name, delta.shape, str(adapter))
-        if structure.owners[name] != name or len(structure.twins(name)) > 1:
-            raise ValueError(f"{adapter} moves {name}, which is tied to another weight in {structure.place}")
-    return deltas
-
-
-def _check_same_weights(first: Model, other: Model) -> None:
-    ours, theirs = first.stored.structure, other.stored.structure
-    if ours.architecture != theirs.architecture:
-        raise ValueError(
-            f"{first.name} is a {ours.architecture} and {other.name} a {theirs.architecture}, which cannot be merged"
-        )
-    for one, two in ((first, other), (other, first)):
-        known = set(two.stored.structure.weights)
-        alone = next((name for name in one.stored.structure.weights if name not in known), None)
-        if alone:
-            raise ValueError(
-                f"{one.name} has the weight {alone} and {two.name} has not; only models with the same weights can be "
-                "merged (number of layers, biases, tied embeddings)"
-            )
-    for name in ours.weights:
-        if first.stored.shape(name) != other.stored.shape(name):
-            raise ValueError(
-                f"{name} has shape {tuple(first.stored.shape(name))} in {first.name} and "
-                f"{tuple(other.stored.shape(name))} in {other.name}; mergekit would cut or skip it, here the shapes "
-                "must be equal"
-            )

@@ -96,10 +96,6 @@ def _multislerp(given: Parameters) -> MergeMethod:
     return ours.MultiSLERP(weights=weights, scale=1.0 if given.overall["normalize_weights"] else sum(weights))
 
 
-def _karcher(given: Parameters) -> MergeMethod:
-    return ours.Karcher(max_iterations=int(given.overall["max_iter"]), tolerance=given.overall["tol"])
-
-
 def _task_arithmetic(given: Parameters) -> MergeMethod:
     weights, scale = given.each["weight"], given.overall["lambda"]
     if given.overall["normalize"] and abs(sum(weights)) >= _CANCELLED:
@@ -118,12 +114,9 @@ def _summed(given: Parameters) -> dict[str, Any]:
 
 def _elected(given: Parameters) -> dict[str, Any]:
     """Return the settings of a sign election among what survives the pruning."""
-    settings = _summed(given)
-    del settings["normalise"]
-    return {
-        **settings,
-        **{"vote": "weighted", "divisor": "weights" if given.overall["normalize"] else "none", "zero": "positive"},
-    }
+    divisor = "weights" if given.overall["normalize"] else "none"
+    settings = _summed(given) | {"vote": "weighted", "divisor": divisor, "zero": "positive"}
+    return {name: value for name, value in settings.items() if name != "normalise"}
 
 
 def _densities(given: Parameters) -> list[float]:
@@ -176,14 +169,6 @@ def _random(given: Parameters) -> dict[str, Any]:
     return {"keep": _densities(given), "seed": given.seed, **by_rank}
 
 
-def _sce(given: Parameters) -> MergeMethod:
-    return ours.SCE(keep=min(max(given.overall["select_topk"], 0.0), 1.0), preset="mergekit")
-
-
-def _model_stock(given: Parameters) -> MergeMethod:
-    return ours.ModelStock(row_wise=bool(given.overall["filter_wise"]), preset="mergekit")
-
-
 def _pruned(kind: Callable[..., MergeMethod], keep: _Settings, join: _Settings) -> _Build:
     """Return a builder for our class from the settings of its pruning and of the sum or sign election after it."""
     return lambda given: kind(**keep(given), **join(given))
@@ -209,7 +194,13 @@ METHODS: Mapping[str, Method] = {
     "multislerp": Method(
         _multislerp, {"weight": None}, {"normalize_weights": 1.0, "eps": 1e-8}, on_deltas=None, base=False
     ),
-    "karcher": Method(_karcher, {}, {"max_iter": 10.0, "tol": 1e-5}, on_deltas=False, base=False),
+    "karcher": Method(
+        lambda given: ours.Karcher(max_iterations=int(given.overall["max_iter"]), tolerance=given.overall["tol"]),
+        {},
+        {"max_iter": 10.0, "tol": 1e-5},
+        on_deltas=False,
+        base=False,
+    ),
     "task_arithmetic": _on_task_vectors(_task_arithmetic),
     "ties": _on_task_vectors(_pruned(ours.TIES, _largest, _elected), normalize=True),
     "dare_linear": _on_task_vectors(_pruned(ours.DARE, _random, _summed), rescale=True),
@@ -218,16 +209,18 @@ METHODS: Mapping[str, Method] = {
     "breadcrumbs_ties": _on_task_vectors(_pruned(ours.BreadcrumbsTIES, _band, _elected), gamma=0.01),
     "della": _on_task_vectors(_pruned(ours.DELLA, _random, _elected), normalize=True, rescale=True, epsilon=0.15),
     "della_linear": _on_task_vectors(_pruned(ours.DELLALinear, _random, _summed), rescale=True, epsilon=0.15),
-    "sce": Method(_sce, {}, {"select_topk": 1.0, "int8_mask": 0.0}),
+    "sce": Method(
+        lambda given: ours.SCE(keep=min(max(given.overall["select_topk"], 0.0), 1.0), preset="mergekit"),
+        {},
+        {"select_topk": 1.0, "int8_mask": 0.0},
+    ),
     "ram": Method(lambda given: ours.RAM(**given.overall), {}, {"epsilon": 1e-5}),
     "ramplus_tl": Method(lambda given: ours.RAMPlus(**given.overall), {}, {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
-    "model_stock": Method(_model_stock, {}, {"filter_wise": 0.0}),
-}
-_REFUSED = {
-    "passthrough": "it stacks layers and merges nothing",
-    "nearswap": "no method of this package moves towards a model entry by entry",
-    "arcee_fusion": "it estimates importance from a random sample",
-    "lrp": "it needs importances from another program",
+    "model_stock": Method(
+        lambda given: ours.ModelStock(row_wise=bool(given.overall["filter_wise"]), preset="mergekit"),
+        {},
+        {"filter_wise": 0.0},
+    ),
 }
 
 
@@ -237,10 +230,7 @@ def find_method(name: object) -> Method:
     Raises:
         ValueError: mergekit has no method of this name, or the method is not supported.
     """
-    supported = f"supported are {', '.join(METHODS)}"
-    if name in _REFUSED:
-        raise ValueError(f"merge_method {name} is not supported: {_REFUSED[str(name)]}; {supported}")
     if name not in METHODS:
-        hint = did_you_mean(name, {*METHODS, *_REFUSED}) or f"; {supported}"
-        raise ValueError(f"there is no merge_method {name!r}{hint}")
+        hint = did_you_mean(name, METHODS)
+        raise ValueError(f"merge_method {name!r} is not supported{hint}; supported are {', '.join(METHODS)}")
     return METHODS[str(name)]

@@ -1,30 +1,25 @@
 """Parse the YAML file of a mergekit recipe, and check it.
 
-mergekit ignores keys that it does not know, and stops late on what it cannot do. Here a recipe with a key that mergekit
-would ignore, or with a request that is not supported, is refused at once.
+mergekit ignores keys that it does not know, and stops late on what it cannot do. Here every mapping of a recipe has its
+known keys, and a recipe with another key, unknown to mergekit or not supported here, is refused at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from modular_experts.interop.mergekit.methods import Method, find_method
-from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Rule, Settings, Slice, Source
+from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Rule, Settings, Slice
 from modular_experts.text import did_you_mean
 
 _KEYS = {
     *("merge_method", "base_model", "parameters", "models", "slices", "modules", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template"),
-}
-_OTHER_PROGRAMS = {
-    "gate_mode": "a mixture of experts (mergekit-moe)",
-    "experts": "a mixture of experts (mergekit-moe)",
-    "genome": "a search (mergekit-evolve)",
+    *("tokenizer_source", "tokenizer"),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,137 +34,100 @@ def read_recipe(file: str | Path) -> Recipe:
         FileNotFoundError: The file does not exist.
         ValueError: It is not a recipe, has an unknown key, or asks for something that is not supported.
     """
-    path, where = Path(file).expanduser(), str(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {file}; give the YAML file that mergekit-yaml takes")
     try:
-        documents = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_UniqueKeys))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    if len(documents) != 1:
-        raise ValueError(f"{where} has {len(documents)} documents; only one merge in a file is supported")
-    recipe = _mapping(documents[0], where)
-    for key, program in _OTHER_PROGRAMS.items():
-        if key in recipe:
-            raise ValueError(f"{where} is the configuration of {program}, which is not supported")
-    _check_keys(recipe, _KEYS, where)
-    if "merge_method" not in recipe:
-        raise ValueError(f"{where} has no merge_method; add one, such as merge_method: ties")
-    name, method = recipe["merge_method"], find_method(recipe["merge_method"])
-    base = None if recipe.get("base_model") is None else parse_reference(recipe["base_model"], "base_model")
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    recipe = _mapping(loaded, str(file), _KEYS)
+    name, method = recipe.get("merge_method"), find_method(recipe.get("merge_method"))
+    base = parse_reference(recipe["base_model"], "base_model") if "base_model" in recipe else None
     if method.base and base is None:
-        raise ValueError(f"merge_method {name} needs a base_model, and {where} names none")
+        raise ValueError(f"merge_method {name} needs a base_model, and {file} names none")
 
     # `models` and `slices` stand in the recipe, or in its one module
-    given = [key for key in ("models", "slices", "modules") if recipe.get(key)]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise ValueError(f"exactly one of models, slices and modules must be given, got {found}")
-    body, prefix, module_settings = recipe, "", {}
-    if given == ["modules"]:
-        modules = _mapping(recipe["modules"], "modules")
-        if list(modules) != ["default"]:
-            raise ValueError(f"only models of one module, default, are supported; modules names {', '.join(modules)}")
-        body, prefix = _mapping(modules["default"], "modules.default"), "modules.default."
-        _check_keys(body, {"models", "slices", "parameters"}, "modules.default")
-        if bool(body.get("models")) == bool(body.get("slices")):
-            raise ValueError("modules.default must have either models or slices")
-        module_settings = dict(_settings(body.get("parameters"), method, f"{prefix}parameters"))
-    if body.get("models"):
-        listed = f"{prefix}models"
-        sources = [_source(entry, f"{listed}[{i}]", method) for i, entry in enumerate(_list(body["models"], listed))]
-        if base is not None and all(source.model != base for source in sources):
-            sources.append(Source(base, {}))
-        slices: tuple[Slice, ...] = (Slice(_distinct(sources, listed), {}),)
+    body, prefix = recipe, ""
+    if "modules" in recipe:
+        body = _mapping(recipe["modules"], "modules", {"default"}).get("default")
+        body, prefix = _mapping(body, "modules.default", {"models", "slices", "parameters"}), "modules.default."
+    if sum(key in recipe for key in ("models", "slices", "modules")) != 1 or ("models" in body) == ("slices" in body):
+        raise ValueError("a recipe must have exactly one of models, slices and modules, and a module models or slices")
+    if "models" in body:
+        sources = _sources(body["models"], f"{prefix}models", method, {"model", "parameters"})
+        if base is not None:
+            sources.setdefault(base, {})
+        slices = [Slice(sources, {})]
     else:
         slices = _slices(body["slices"], f"{prefix}slices", method, base)
 
-    experts = [source.model for source in slices[0].sources if source.model != base]
-    if not experts:
-        raise ValueError(f"merge_method {name} has no model to merge but the base; name at least one more")
-    if method.models is not None and len(experts) != method.models:
-        raise ValueError(f"merge_method {name} takes {method.models} model(s) beside the base, got {len(experts)}")
-    if name == "model_stock" and len(experts) < 2:
-        raise ValueError("merge_method model_stock needs two models beside the base, got 1")
+    experts = [model for model in slices[0].sources if model != base]
+    least = 2 if name == "model_stock" else 1
+    if len(experts) < least or len(experts) != (method.models or len(experts)):
+        wanted = f"{method.models or least}{'' if method.models else ' or more'} model(s)"
+        raise ValueError(f"merge_method {name} takes {wanted} beside the base, got {len(experts)}")
+    dtypes = {key: str(recipe[key]).removeprefix("torch.") for key in ("dtype", "out_dtype") if key in recipe}
+    for key, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{key} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return Recipe(
-        name=name,
+        name=str(name),
         method=method,
-        slices=slices,
-        settings=_settings(recipe.get("parameters"), method, "parameters"),
-        module_settings=module_settings,
+        slices=tuple(slices),
+        settings=_settings(recipe, "", method),
+        module_settings=_settings(body, prefix, method) if prefix else {},
         base=base,
-        dtype=_dtype(recipe, "dtype"),
-        out_dtype=_dtype(recipe, "out_dtype"),
+        dtype=dtypes.get("dtype"),
+        out_dtype=dtypes.get("out_dtype"),
         tokenizer=_wants_tokenizer(recipe, base),
-        source=recipe,
+        source=loaded,
     )
 
 
-def _slices(slices: Any, where: str, method: Method, base: ModelReference | None) -> tuple[Slice, ...]:
+def _slices(slices: Any, where: str, method: Method, base: ModelReference | None) -> list[Slice]:
     """Parse `slices`, which together must be all layers in order, with the same sources in each."""
     found: list[Slice] = []
-    next_layer = 0
+    start = 0
     for number, entry in enumerate(_list(slices, where)):
         here = f"{where}[{number}]"
-        given = _mapping(entry, here)
-        _check_keys(given, {"sources", "base_model", "residual_weight", "parameters"}, here)
-        if given.get("residual_weight") is not None:
-            raise ValueError(f"{here}.residual_weight has no effect in mergekit; leave it out")
-        if given.get("base_model") is not None and parse_reference(given["base_model"], here) != base:
-            raise ValueError(f"{here}.base_model is not the recipe's base_model, which is not supported")
-        sources, ranges = [], set()
-        for i, listed in enumerate(_list(given.get("sources"), f"{here}.sources")):
-            sources.append(_source(listed, f"{here}.sources[{i}]", method, {"layer_range"}))
-            layers = listed.get("layer_range")
-            whole = isinstance(layers, list) and len(layers) == 2 and all(type(bound) is int for bound in layers)
-            if not whole or not 0 <= layers[0] < layers[1]:
-                raise ValueError(
-                    f"{here}.sources[{i}].layer_range must be [first, end] of layers, such as [0, 12], got {layers!r}"
-                )
-            ranges.add(tuple(layers))
-        if len(ranges) > 1:
+        given = _mapping(entry, here, {"sources", "parameters"})
+        sources = _sources(given.get("sources"), f"{here}.sources", method, {"model", "parameters", "layer_range"})
+        layers, *others = [source.get("layer_range") for source in given["sources"]]
+        if any(other != layers for other in others):
             raise ValueError(f"the sources of {here} have different layer_range, which is not supported")
-        (start, end), models = ranges.pop(), [source.model for source in sources]
-        if not found and base is not None and base not in models:
+        whole = isinstance(layers, list) and len(layers) == 2 and all(isinstance(bound, int) for bound in layers)
+        if not whole or not start == layers[0] < layers[1]:
+            raise ValueError(
+                f"{here} must have a layer_range [{start}, end] in each source, got {layers!r}; leaving out, repeating "
+                "or reordering layers is not supported"
+            )
+        if base is not None and base not in sources:
             raise ValueError(f"base_model {base} must be among the sources of each slice, or mergekit stops")
-        if found and models != [source.model for source in found[0].sources]:
+        if found and list(sources) != list(found[0].sources):
             raise ValueError(f"{here} has other sources than the slice before it, which is not supported")
-        if start != next_layer:
-            raise ValueError(
-                f"{here} starts with layer {start} where layer {next_layer} is next; leaving out, repeating or "
-                "reordering layers is not supported"
-            )
-        next_layer = end
-        settings = _settings(given.get("parameters"), method, f"{here}.parameters")
-        found.append(Slice(_distinct(sources, here), settings, (start, end)))
-    return tuple(found)
+        found.append(Slice(sources, _settings(given, f"{here}.", method), (start, layers[1])))
+        start = layers[1]
+    return found
 
 
-def _source(entry: Any, where: str, method: Method, more_keys: Collection[str] = ()) -> Source:
-    source = _mapping(entry, where)
-    _check_keys(source, {"model", "parameters", *more_keys}, where)
-    settings = _settings(source.get("parameters"), method, f"{where}.parameters", of_model=True)
-    return Source(parse_reference(source.get("model"), f"{where}.model"), settings)
-
-
-def _distinct(sources: Sequence[Source], where: str) -> tuple[Source, ...]:
-    models = [source.model for source in sources]
-    for model in models:
-        if models.count(model) > 1:
+def _sources(listed: Any, where: str, method: Method, keys: Collection[str]) -> dict[ModelReference, Settings]:
+    """Parse a list of models with their settings."""
+    sources: dict[ModelReference, Settings] = {}
+    for i, entry in enumerate(_list(listed, where)):
+        given = _mapping(entry, f"{where}[{i}]", keys)
+        model = parse_reference(given.get("model"), f"{where}[{i}].model")
+        if model in sources:
             raise ValueError(f"{where} names {model} twice, and mergekit would use it once; list each model once")
-    return tuple(sources)
+        sources[model] = _settings(given, f"{where}[{i}].", method, of_model=True)
+    return sources
 
 
-def _settings(given: Any, method: Method, where: str, of_model: bool = False) -> Settings:
-    """Parse the `parameters` of a model or of a higher level."""
-    parameters = {} if given is None else _mapping(given, where)
-    for name in parameters:
-        if of_model and name in method.overall:
-            raise ValueError(
-                f"{where}.{name} is a parameter of the whole merge, which mergekit ignores under a model; move it to "
-                "the recipe's parameters"
-            )
-    _check_keys(parameters, {*method.each} if of_model else {*method.each, *method.overall}, where)
+def _settings(given: Mapping[str, Any], prefix: str, method: Method, of_model: bool = False) -> Settings:
+    """Parse the `parameters` of a model, which are those with a value for each model, or of a higher level."""
+    known = {*method.each} if of_model else {*method.each, *method.overall}
+    where = f"{prefix}parameters"
+    parameters = _mapping(given.get("parameters", {}), where, known)
     return {name: parse_setting(value, f"{where}.{name}") for name, value in parameters.items()}
 
 
@@ -183,40 +141,27 @@ def parse_setting(value: Any, where: str) -> tuple[Rule, ...]:
     Raises:
         ValueError: The value is something else.
     """
-    if isinstance(value, Mapping):
-        raise ValueError(
-            f"{where} is a mapping by itself, on which mergekit stops; write it as the one entry of a list: "
-            "[{filter: ..., value: ...}]"
-        )
     if not isinstance(value, list) or not any(isinstance(entry, Mapping) for entry in value):
         return (Rule(_numbers(value, where)),)
     rules = []
     for place, entry in enumerate(value):
-        here = f"{where}[{place}]"
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"{here} must be a mapping with filter and value like the other entries, got {entry!r}")
-        _check_keys(entry, {"filter", "value"}, here)
-        part = entry.get("filter")
-        if part is not None and not isinstance(part, str):
-            raise ValueError(f"{here}.filter must be a part of a weight's name, got {part!r}")
-        if "value" not in entry:
-            raise ValueError(f"{here} has no value; write {{filter: {part or '*'}, value: 0.5}}")
-        rules.append(Rule(_numbers(entry["value"], f"{here}.value"), None if part == "*" else part))
+        given = _mapping(entry, f"{where}[{place}]", {"filter", "value"})
+        part = given.get("filter", "*")
+        if not isinstance(part, str):
+            raise ValueError(f"{where}[{place}].filter must be a part of a weight's name, got {part!r}")
+        rules.append(Rule(_numbers(given.get("value"), f"{where}[{place}].value"), None if part == "*" else part))
     return tuple(rules)
 
 
 def _numbers(value: Any, where: str) -> tuple[float, ...]:
-    """Parse a number or a list of numbers."""
     values = value if isinstance(value, list) else [value]
-    if not values:
-        raise ValueError(f"{where} is an empty list; give at least one number")
     try:
-        numbers = tuple(float(entry) for entry in values)  # YAML reads 1e-5, without a point, as text
+        numbers = [float(entry) for entry in values]  # YAML reads 1e-5, without a point, as text
     except (TypeError, ValueError):
-        numbers = (math.nan,)
-    if not all(math.isfinite(number) for number in numbers):
+        numbers = []
+    if not numbers or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"{where} must be a finite number, a list of them, or a list of filters, got {value!r}")
-    return numbers
+    return tuple(numbers)
 
 
 def parse_reference(value: Any, where: str) -> ModelReference:
@@ -229,93 +174,47 @@ def parse_reference(value: Any, where: str) -> ModelReference:
     Raises:
         ValueError: The value is something else.
     """
+    model, lora = value, None
     if isinstance(value, Mapping):
-        _check_keys(value, {"model", "lora", "override_architecture"}, where)
-        if value.get("override_architecture") is not None:
-            raise ValueError(f"{where} asks for override_architecture, which is not supported; leave it out")
-        adapter = None if value.get("lora") is None else _path(value["lora"], f"{where}.lora")
-        return _path(value.get("model"), f"{where}.model", adapter)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where} must name a model, such as path, path@revision or path+adapter, got {value!r}")
-    path, *adapters = value.split("+")
-    if len(adapters) > 1:
-        raise ValueError(f"{where} has more than one + ({value!r}), and only one adapter can be put on a model")
-    return _path(path, where, _path(adapters[0], where) if adapters else None)
+        given = _mapping(value, where, {"model", "lora"})
+        model, lora = given.get("model"), given.get("lora")
+    elif isinstance(value, str) and "+" in value:
+        model, _, lora = value.partition("+")
+    return ModelReference(*_path(model, where), None if lora is None else ModelReference(*_path(lora, where)))
 
 
-def _path(value: Any, where: str, adapter: ModelReference | None = None) -> ModelReference:
+def _path(value: Any, where: str) -> tuple[str, str | None]:
     """Parse `path[@revision]`, or a mapping of these."""
+    parts = value.split("@") if isinstance(value, str) else []
     if isinstance(value, Mapping):
-        _check_keys(value, {"path", "revision"}, where)
-        path, revision = value.get("path"), value.get("revision")
-    else:
-        path, at, revision = value.partition("@") if isinstance(value, str) else (None, "", None)
-        revision = revision if at else None
-    named = isinstance(path, str) and path
-    if not named or not (revision is None or (isinstance(revision, str) and revision and "@" not in revision)):
-        raise ValueError(f"{where} must be path or path@revision, got {value!r}")
-    return ModelReference(str(path), revision, adapter)
-
-
-def _dtype(recipe: Mapping[str, Any], key: str) -> str | None:
-    if recipe.get(key) is None:
-        return None
-    name = str(recipe[key]).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"{key} must be one of {', '.join(_DTYPES)}, got {recipe[key]!r}")
-    return name
+        given = _mapping(value, where, {"path", "revision"})
+        parts = [given.get("path", ""), *([given["revision"]] if "revision" in given else [])]
+    if len(parts) not in (1, 2) or not all(isinstance(part, str) and part and "+" not in part for part in parts):
+        raise ValueError(f"{where} must be path, path@revision or path+adapter, got {value!r}")
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _wants_tokenizer(recipe: Mapping[str, Any], base: ModelReference | None) -> bool:
     """Return whether the recipe asks for the base's tokenizer, the only one that is supported."""
-    if recipe.get("chat_template") is not None:
-        raise ValueError("chat_template is not supported; leave it out, and set it on the merged model's tokenizer")
-    source, tokenizer = recipe.get("tokenizer_source"), recipe.get("tokenizer")
-    if source is not None and tokenizer is not None:
-        raise ValueError("tokenizer_source and tokenizer mean the same; give only one of them")
-    if tokenizer is not None:
-        settings = _mapping(tokenizer, "tokenizer")
-        _check_keys(settings, {"source", "tokens", "pad_to_multiple_of"}, "tokenizer")
-        for key in ("tokens", "pad_to_multiple_of"):
-            if settings.get(key):
-                raise ValueError(f"tokenizer.{key} is not supported; only models of one vocabulary are merged")
-        source = settings.get("source", "union")
+    source = recipe.get("tokenizer_source")
+    if "tokenizer" in recipe:
+        source = _mapping(recipe["tokenizer"], "tokenizer", {"source"}).get("source", "union")
     if source is None:
         return False
-    if source == "union":
-        raise ValueError(
-            "a union of tokenizers is not supported; only models of one vocabulary are merged, with the tokenizer of "
-            "the base (tokenizer_source: base)"
-        )
     if base is None or (source != "base" and parse_reference(source, "tokenizer_source") != base):
         raise ValueError(f"the tokenizer must be that of base_model, got {source!r}; write tokenizer_source: base")
     return True
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a repeated key: YAML forbids it, and PyYAML keeps the last one only."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" else key
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _check_keys(mapping: Mapping[Any, Any], known: Collection[str], where: str) -> None:
-    for key in mapping:
-        if key not in known:
-            hint = did_you_mean(key, sorted(known)) or f"; known are {', '.join(sorted(known))}"
-            raise ValueError(f"{where} has an unknown key {key!r}, which mergekit would ignore{hint}")
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+def _mapping(value: Any, where: str, known: Collection[str]) -> Mapping[str, Any]:
+    """Check that a value is a mapping with known keys, and return it without the keys that are not set."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a mapping of keys to values, got {value!r}")
-    return value
+    for key in value:
+        if key not in known:
+            hint = did_you_mean(key, sorted(known)) or f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{where} has an unknown or unsupported key {key!r}{hint}")
+    return {key: entry for key, entry in value.items() if entry is not None}
 
 
 def _list(value: Any, where: str) -> list[Any]:

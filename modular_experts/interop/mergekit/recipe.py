@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from modular_experts.interop.mergekit.methods import Method, Parameters, silent_models
 from modular_experts.methods import MergeMethod
@@ -48,10 +48,6 @@ class Rule:
     values: tuple[float, ...]
     part: str | None = None
 
-    def fits(self, name: str) -> bool:
-        """Return whether the rule is for a weight."""
-        return self.part is None or self.part in name
-
     def at(self, share: float) -> float:
         """Return the value at a share in [0, 1] of the layers, interpolated linearly between the numbers."""
         position = share * (len(self.values) - 1)
@@ -66,22 +62,8 @@ Settings = Mapping[str, tuple[Rule, ...]]
 
 
 def value_at(rules: Iterable[Rule], name: str, share: float) -> float | None:
-    """Return the value of a parameter for a weight, or None if no rule fits it.
-
-    Args:
-        rules: The parameter's rules on one level.
-        name: The weight.
-        share: Its position in the layers, in [0, 1].
-    """
-    return next((rule.at(share) for rule in rules if rule.fits(name)), None)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that takes part in a slice, with its own settings."""
-
-    model: ModelReference
-    settings: Settings
+    """Return the value of a parameter for the weight `name` at a share of the layers, or None if no rule fits it."""
+    return next((rule.at(share) for rule in rules if rule.part is None or rule.part in name), None)
 
 
 @dataclass(frozen=True)
@@ -89,24 +71,18 @@ class Slice:
     """Consecutive layers that are merged in one way.
 
     Attributes:
-        sources: The models, in the order of the file; the base comes last if only `base_model` names it.
+        sources: The models with their own settings, as in the file; the base comes last if only `base_model` names it.
         settings: Settings of this slice.
         layers: Its first layer and the one after its last; None for all layers.
     """
 
-    sources: tuple[Source, ...]
+    sources: Mapping[ModelReference, Settings]
     settings: Settings
     layers: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class LayerPosition:
-    """The position of a weight in the layers.
-
-    Attributes:
-        slice: Number of the output slice that the weight belongs to.
-        share: Its position in the layers of that slice, from 0 for the first to 1 for the last.
-    """
+class LayerPosition(NamedTuple):
+    """The number of the output slice that a weight belongs to, and its position in the slice's layers, in [0, 1]."""
 
     slice: int
     share: float
@@ -145,21 +121,6 @@ def layer_positions(names: Iterable[str], slices: Sequence[tuple[int, int] | Non
 
 
 @dataclass(frozen=True)
-class Step:
-    """The merge of one weight.
-
-    Attributes:
-        method: Our merge method.
-        models: The models that it merges, in the order of the method's settings.
-        silent: Places in that order of models of which nothing is kept.
-    """
-
-    method: MergeMethod
-    models: tuple[ModelReference, ...]
-    silent: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A checked recipe.
 
@@ -195,29 +156,23 @@ class Recipe:
     @property
     def models(self) -> tuple[ModelReference, ...]:
         """All models of the recipe, including the base where it is one of the sources."""
-        return tuple(source.model for source in self.slices[0].sources)
+        return tuple(self.slices[0].sources)
 
     @property
     def merged(self) -> tuple[ModelReference, ...]:
-        """The models that the method gets, in the order of its settings: deltas of all models but the base, or the
-        models themselves.
-        """
+        """The models that the method merges, in the order of its settings; the base only where it merges models."""
         experts = tuple(model for model in self.models if model != self.base)
-        if self.on_deltas:
-            return experts
         if self.name == "slerp":
             assert self.base is not None
             return self.base, *experts
-        return self.models
+        return experts if self.on_deltas else self.models
 
-    def rules(self, parameter: str | None = None) -> Iterator[Rule]:
-        """Yield the rules of one parameter, or of all, on every level."""
+    def rules(self) -> Iterator[tuple[str, Rule]]:
+        """Yield the name of each parameter that a level sets, with each of its rules."""
         levels = [self.settings, self.module_settings, *(part.settings for part in self.slices)]
-        levels += [source.settings for part in self.slices for source in part.sources]
+        levels += [settings for part in self.slices for settings in part.sources.values()]
         for settings in levels:
-            for name, rules in settings.items():
-                if parameter in (None, name):
-                    yield from rules
+            yield from ((name, rule) for name, rules in settings.items() for rule in rules)
 
     def value(self, parameter: str, name: str, position: LayerPosition, model: ModelReference | None = None) -> float:
         """Return the value of a parameter for one weight.
@@ -232,26 +187,24 @@ class Recipe:
             ValueError: The parameter has no default, and no setting gives a value for this weight.
         """
         part = self.slices[position.slice]
-        own = [source.settings for source in part.sources if source.model == model]
+        own: list[Settings] = [part.sources[model]] if model in part.sources else []
         for settings in (*own, part.settings, self.module_settings, self.settings):
             value = value_at(settings.get(parameter, ()), name, position.share)
             if value is not None:
                 return value
         default = (self.method.overall if model is None else self.method.each)[parameter]
-        if default is not None:
-            return default
-        if model is None:
+        if default is None:
+            owner = f" of {model}" if model else ""
             raise ValueError(
-                f"{self.name} needs the parameter {parameter}, and the recipe gives no value for {name}; add one under "
-                "parameters, without a filter"
+                f"{self.name} needs the parameter {parameter}, and the recipe gives no value{owner} for {name}; add "
+                "one under parameters, without a filter"
             )
-        raise ValueError(
-            f"{self.name} needs the parameter {parameter} of every model, and the recipe gives no value of {model} for "
-            f"{name}; add one under the model's parameters"
-        )
+        return default
 
-    def step(self, name: str, position: LayerPosition, entries: int, seed: int = 0) -> Step:
-        """Return the merge of one weight.
+    def step(
+        self, name: str, position: LayerPosition, entries: int, seed: int = 0
+    ) -> tuple[MergeMethod, frozenset[int]]:
+        """Return how one weight is merged: our method, and the places in `merged` of models that it keeps nothing of.
 
         Args:
             name: The weight.
@@ -262,13 +215,13 @@ class Recipe:
         Raises:
             ValueError: A parameter has no value for this weight, or an impossible one.
         """
-        models, method = self.merged, self.method
+        models = self.merged
         given = Parameters(
             name=name,
             entries=entries,
             seed=seed,
             models=[str(model) for model in models],
-            each={each: [self.value(each, name, position, model) for model in models] for each in method.each},
-            overall={overall: self.value(overall, name, position) for overall in method.overall},
+            each={each: [self.value(each, name, position, model) for model in models] for each in self.method.each},
+            overall={overall: self.value(overall, name, position) for overall in self.method.overall},
         )
-        return Step(method.build(given), models, silent_models(given))
+        return self.method.build(given), silent_models(given)

@@ -58,23 +58,21 @@ def merge_recipe(
     stored, names = donor.stored, donor.stored.structure.weights
     positions = layer_positions(names, [part.layers for part in recipe.slices])
     steps = {name: recipe.step(name, positions[name], stored.shape(name).numel(), seed) for name in names}
-    announce(list(deviations(recipe, models, steps)))
+    announce(list(deviations(recipe, models, names, [name for name in names if steps[name][1]])))
     named = recipe.out_dtype or recipe.dtype
     dtypes = {name: getattr(torch, named) if named else stored.dtype(name) for name in names}
 
+    merging = [models[reference] for reference in recipe.merged]
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in progress(names):
-            step, context = steps[name], Context(name)
-            merging = [models[reference] for reference in step.models]
+            (method, silent), context = steps[name], Context(name)
             if recipe.on_deltas:
                 zero = Sparse.zero(stored.shape(name))
-                deltas = [
-                    zero if place in step.silent else model.delta(name, donor) for place, model in enumerate(merging)
-                ]
-                merged = step.method.merge(deltas, context).add_to(donor.tensor(name))
+                deltas = [zero if place in silent else model.delta(name, donor) for place, model in enumerate(merging)]
+                merged = method.merge(deltas, context).add_to(donor.tensor(name))
             else:
-                wholes = [model.whole(name, dtypes[name]) for model in merging]
-                merged = step.method.merge(wholes, context).dense()
+                merged = method.merge([model.whole(name, dtypes[name]) for model in merging], context).dense()
             merged = merged.to(dtypes[name])
             if not all_finite(merged):
                 raise ValueError(
@@ -92,7 +90,7 @@ def merge_recipe(
         key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
         config[key] = max(sorted(set(kinds)), key=kinds.count)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        directories = {model.name: str(model.directory) for model in models.values()}
+        directories = {str(reference): str(model.directory) for reference, model in models.items()}
         write_manifest(temporary, {"mergekit": recipe.source, "models": directories, "seed": seed})
     return target
 
@@ -102,15 +100,13 @@ def write_shards(
 ) -> None:
     """Write the weights of a checkpoint into safetensors files of a limited size, one weight in memory at a time.
 
+    A single file is named `model.safetensors`; several are numbered and listed in an index.
+
     Args:
-        directory: Target directory. A single file is named `model.safetensors`; several are numbered and listed in an
-            index.
+        directory: Target directory.
         layout: Data type and shape of each weight, at least one.
         tensors: Name and value of each weight, in the order of the layout.
         limit: Bytes of a file, unless one weight alone has more.
-
-    Raises:
-        OSError: A file cannot be written.
     """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0

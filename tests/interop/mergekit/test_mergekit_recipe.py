@@ -145,33 +145,33 @@ def test_embeddings_belong_to_the_first_slice_and_the_head_to_the_last():
 def step(tmp_path):
     def of(recipe, entries=100):
         parsed = read(tmp_path, "base_model: base\nmodels: [{model: a}, {model: b}]\n" + recipe)
-        return parsed.step(MLP, LayerPosition(0, 0), entries)
+        return parsed.step(MLP, LayerPosition(0, 0), entries)[0]
 
     return of
 
 
 def test_counts_are_mergekits_also_where_a_product_of_floats_falls_short(step):
     assert 0.29 * 100 < 29
-    kept = step("merge_method: ties\nparameters: {weight: 1, density: 0.29}").method
+    kept = step("merge_method: ties\nparameters: {weight: 1, density: 0.29}")
     assert kept.keep == [28 / 100] * 2
-    band = step("merge_method: breadcrumbs\nparameters: {weight: 1, density: 0.29, gamma: 0.29}").method
+    band = step("merge_method: breadcrumbs\nparameters: {weight: 1, density: 0.29, gamma: 0.29}")
     assert band.gamma == [28 / 100] * 2
     assert band.beta == [44 / 100] * 2
 
 
 def test_density_of_less_than_one_entry_keeps_one(step):
-    assert step("merge_method: ties\nparameters: {weight: 1, density: 0.001}").method.keep == [1 / 100] * 2
+    assert step("merge_method: ties\nparameters: {weight: 1, density: 0.001}").keep == [1 / 100] * 2
 
 
 def test_weights_that_cancel_are_not_divided_by(step):
     cancel = "parameters: {normalize: true, weight: [1.0e-9]}"
-    assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}").method, TaskArithmetic)
-    assert not step(f"merge_method: dare_linear\n{cancel}").method.normalise
-    assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}".replace("e-9", "e-3")).method, Average)
+    assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}"), TaskArithmetic)
+    assert not step(f"merge_method: dare_linear\n{cancel}").normalise
+    assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}".replace("e-9", "e-3")), Average)
 
 
 def test_ties_gets_every_setting_that_mergekit_means_by_it(step):
-    method = step("merge_method: ties\nparameters: {weight: 0.5, lambda: 3, rescale: true}").method
+    method = step("merge_method: ties\nparameters: {weight: 0.5, lambda: 3, rescale: true}")
     assert isinstance(method, TIES)
     assert (method.scope, method.vote, method.divisor, method.zero) == ("weight", "weighted", "weights", "positive")
     assert (method.keep, method.weights, method.scale, method.rescale) == ([1.0, 1.0], [0.5, 0.5], 3, "l1")
@@ -180,21 +180,25 @@ def test_ties_gets_every_setting_that_mergekit_means_by_it(step):
 def test_nuslerp_and_model_stock_are_ours_with_the_preset_of_mergekit(step):
     nuslerp = "merge_method: nuslerp\nparameters: {weight: 0.25, nuslerp_flatten: %s, nuslerp_row_wise: %s}"
     for flatten, row_wise, expected in [(1, 1, (False, False)), (0, 0, (True, False)), (0, 1, (False, True))]:
-        method = step(nuslerp % (flatten, row_wise)).method
+        method = step(nuslerp % (flatten, row_wise))
         assert (method.row_wise, method.column_wise) == expected
         assert (method.weights, method.preset) == ([0.25, 0.25], "mergekit")
-    assert step(nuslerp.replace("0.25", "[1.0e-9]") % (1, 0)).method.weights is None
+    assert step(nuslerp.replace("0.25", "[1.0e-9]") % (1, 0)).weights is None
     stock = "merge_method: model_stock\nparameters: {filter_wise: %s}"
-    assert step(stock % "true").method == ModelStock(row_wise=True, preset="mergekit")
-    assert step(stock % "false").method == ModelStock(preset="mergekit")
+    assert step(stock % "true") == ModelStock(row_wise=True, preset="mergekit")
+    assert step(stock % "false") == ModelStock(preset="mergekit")
 
 
-def test_every_method_runs_on_its_defaults(step):
+def test_every_method_runs_on_its_defaults(step, tmp_path):
     for name, method in METHODS.items():
         if method.models != 1:
             given = "parameters: {weight: 1}" if "weight" in method.each else ""
             on_models = ["a", "b", "base"] if name in ("linear", "karcher") else ["a", "b"]
-            assert [str(model) for model in step(f"merge_method: {name}\n{given}").models] == on_models
+            recipe = read(
+                tmp_path, f"base_model: base\nmodels: [{{model: a}}, {{model: b}}]\nmerge_method: {name}\n{given}"
+            )
+            assert [str(model) for model in recipe.merged] == on_models
+            assert step(f"merge_method: {name}\n{given}")
 
 
 SETTINGS = "weight: 0.7, density: 0.6"
@@ -207,7 +211,7 @@ def test_differences_held_entry_by_entry_merge_as_dense_ones_do(step, method, se
     start = torch.randn(30, 20, generator=draw).bfloat16()
     moved = [torch.rand(start.shape, generator=draw) < 0.08 for _ in range(2)]
     tuned = [torch.where(few, torch.randn(start.shape, generator=draw).bfloat16(), start) for few in moved]
-    merge = step(f"merge_method: {method}\nparameters: {{{settings}}}", start.numel()).method.merge
+    merge = step(f"merge_method: {method}\nparameters: {{{settings}}}", start.numel()).merge
     sparse = [weight_difference(one, start, torch.float32) for one in tuned]
     dense = [weight_difference(one, start, torch.float32, sparse_up_to=0) for one in tuned]
     assert [type(delta) for delta in (*sparse, *dense)] == [Sparse] * 2 + [WeightDifference] * 2

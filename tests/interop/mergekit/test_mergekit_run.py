@@ -276,9 +276,9 @@ ONE = "base_model: base\nmodels: [{model: other, parameters: {weight: 1}}]\nmerg
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_hidden_layers": 2}, "base has the weight model.layers.2.input_layernorm.weight and .*other has not"),
-        ({"intermediate_size": 40}, "has shape .* in base and .*other"),
-        ({"tie_word_embeddings": True}, "base has the weight lm_head.weight and .*other has not"),
+        ({"num_hidden_layers": 2}, "base has model.layers.2.* more, and .*other does not"),
+        ({"intermediate_size": 40}, "has shape .* in .*base and .*other"),
+        ({"tie_word_embeddings": True}, "only one of .*base and .*other ties its embeddings"),
     ],
 )
 def test_models_of_different_make_are_refused(run, place, changes, told, tmp_path):
@@ -294,7 +294,7 @@ def test_another_tokenizer_is_refused_where_one_is_named(run, place, tmp_path):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
     recipe = ONE.replace("other", str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="is not that of base"):
+    with pytest.raises(ValueError, match=r"asks for the tokenizer of base, which is missing, or .*other has another"):
         run(recipe + "tokenizer_source: base")
     run(recipe)
 
@@ -302,7 +302,10 @@ def test_another_tokenizer_is_refused_where_one_is_named(run, place, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [
-        (ONE.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"), "needs the parameter weight of every model"),
+        (
+            ONE.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"),
+            "gives no value of a for lm_head",
+        ),
         (ONE.replace("task_arithmetic", "ties").replace("weight: 1", "weight: 1, density: 0"), "must be above 0"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 0}}]", "sum to zero"),
         (ONE.replace("other", "nowhere"), "nowhere"),
