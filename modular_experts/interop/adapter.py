@@ -38,14 +38,8 @@ class ImportedAdapter:
 
 # What torch's unpickler raised over thousands of files with bytes changed at random.
 _DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    struct.error,
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError),
+    *(ValueError, TypeError, AssertionError, struct.error),
 )
 
 

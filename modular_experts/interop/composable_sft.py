@@ -9,7 +9,6 @@ Cross-Lingual Transfer", and the files that cambridgeltl/composable-sft writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from modular_experts.interop.adapter import ImportedAdapter, read_pickle
 from modular_experts.interop.compression import Lossless
 
 DIFF_FILE = "pytorch_diff.bin"
-_FIELDS = {"size", "index_steps", "values"}
 
 
 def read_composable_sft(directory: str | Path, base: str | Path | Base) -> ImportedAdapter:
@@ -41,24 +39,22 @@ def read_composable_sft(directory: str | Path, base: str | Path | Base) -> Impor
     content = read_pickle(file)
     diffs = content.get("diffs", content.get("body", {}))
     whole = content.get("abs", content.get("head")) or {}
-    known = isinstance(diffs, Mapping) and isinstance(whole, Mapping) and (diffs or whole)
-    if (
-        not known
-        or not all(isinstance(item, Mapping) and item.keys() >= _FIELDS for item in diffs.values())
-        or not all(isinstance(item["values"], Tensor) for item in diffs.values())
-        or not all(isinstance(item, Tensor) for item in whole.values())
-    ):
+    try:
+        parts = {n: (torch.Size(d["size"]), list(d["index_steps"]), d["values"].float()) for n, d in diffs.items()}
+        shapes = {name: shape for name, (shape, *_) in parts.items()} | {name: t.shape for name, t in whole.items()}
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a fine-tuning of composable-sft: it should map 'diffs' to names with "
-            f"{', '.join(sorted(_FIELDS))}, and 'abs' to names with tensors"
-        )
-    shapes = {name: torch.Size(item["size"]) for name, item in diffs.items()}
-    for name, shape in [*shapes.items(), *((name, value.shape) for name, value in whole.items())]:
+            f"{file} is not a fine-tuning of composable-sft: it should map 'diffs' to names with index_steps, size, "
+            "values, and 'abs' to names with tensors"
+        ) from error
+    if not shapes:
+        raise ValueError(f"{file} is not a fine-tuning of composable-sft: it maps neither 'diffs' nor 'abs' to weights")
+    for name, shape in shapes.items():
         base.structure.check(name, shape, str(file))
     deltas: list[tuple[str, Delta]] = []
-    for name, item in diffs.items():
+    for name, (shape, steps, values) in parts.items():
         try:
-            deltas.append((base.structure.owners[name], _decode(item)))
+            deltas.append((base.structure.owners[name], _decode(shape, steps, values)))
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {name} {error}") from error
     for name, value in whole.items():
@@ -68,11 +64,9 @@ def read_composable_sft(directory: str | Path, base: str | Path | Base) -> Impor
     return ImportedAdapter(deltas, "composable-sft", settings=settings)
 
 
-def _decode(item: Mapping[str, Any]) -> Sparse:
+def _decode(shape: torch.Size, index_steps: list[Any], values: Tensor) -> Sparse:
     """Return the entries of one weight in row-major order."""
-    shape = torch.Size(item["size"])
-    steps = torch.from_numpy(numpy.asarray(list(item["index_steps"]), dtype=numpy.int64))
-    values: Tensor = item["values"]
+    steps = torch.from_numpy(numpy.asarray(index_steps, dtype=numpy.int64))
     if values.shape != steps.shape:
         raise ValueError(f"has {steps.numel()} indices for {values.numel()} values")
     if (steps[1:] < 1).any() or (steps[:1] < 0).any() or int(steps.sum()) >= math.prod(shape):
@@ -83,4 +77,4 @@ def _decode(item: Mapping[str, Any]) -> Sparse:
         indices += (rest % size) * math.prod(shape[dimension + 1 :])
         rest = rest // size
     indices, order = indices.sort()
-    return Sparse(indices.to(index_dtype(shape)), values[order].float(), shape)
+    return Sparse(indices.to(index_dtype(shape)), values[order], shape)

@@ -26,11 +26,7 @@ class Compression(ABC):
 
 @dataclass(frozen=True)
 class Lossless(Compression):
-    """Keep the whole difference, in the smaller of two forms.
-
-    An entry of `Sparse` costs four bytes and four or eight more for its index, so `Sparse` is smaller where less than
-    half (with large indices a third) of the entries moved; every other difference is `Dense`.
-    """
+    """Keep the whole difference, as `Sparse` where that takes fewer bytes, else as `Dense`."""
 
     def compress(self, difference: Tensor) -> Delta:
         moved = int(difference.count_nonzero())

@@ -24,12 +24,11 @@ class WeightReport:
     Attributes:
         entries: Entries of the weight.
         moved: Entries that differ from the base.
-        rounded: Entries that equal the base's once that is rounded to the checkpoint's narrower dtype; they did not
-            move.
+        rounded: Entries that did not move but lost digits to the checkpoint's narrower dtype.
         energy: Squared Frobenius norm of the difference.
         lost: Squared Frobenius norm of what the delta lacks of the difference.
         missed: Entries where base plus delta, rounded to the checkpoint's dtype, is not the checkpoint's entry; 0
-            for a lossy delta, whose misses are not counted.
+            for a lossy delta.
         farthest: Largest absolute difference among the missed entries.
     """
 
@@ -69,14 +68,7 @@ class ImportReport:
 
 
 def measure_loss(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) -> WeightReport:
-    """Compare a stored delta of one weight with the checkpoint that it was made from.
-
-    Args:
-        base: The weight of the base, as stored.
-        tuned: The weight of the fine-tuned checkpoint, as stored, of the same shape.
-        difference: How far the weight moved, in float32.
-        delta: What is stored of the difference.
-    """
+    """Compare a delta with the weights, as stored, of base and checkpoint, and with their difference in float32."""
     same = base.to(tuned.dtype) == tuned
     rounded = 0
     if base.dtype != tuned.dtype:
@@ -90,15 +82,8 @@ def measure_loss(base: Tensor, tuned: Tensor, difference: Tensor, delta: Delta) 
         wrong = restored != tuned
         gaps = restored[wrong].double() - tuned[wrong].double()
         missed, farthest = gaps.numel(), gaps.abs().max().item() if gaps.numel() else 0.0
-    return WeightReport(
-        entries=difference.numel(),
-        moved=difference.numel() - int(same.count_nonzero()),
-        rounded=rounded,
-        energy=_squared_norm(difference),
-        lost=lost,
-        missed=missed,
-        farthest=farthest,
-    )
+    moved, energy = difference.numel() - int(same.count_nonzero()), _squared_norm(difference)
+    return WeightReport(difference.numel(), moved, rounded, energy, lost, missed, farthest)
 
 
 def _squared_norm(tensor: Tensor) -> float:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from modular_experts.base import Base
 from modular_experts.base.structure import Structure
@@ -55,17 +54,10 @@ def read_full_checkpoint(
 
 
 class CheckpointDeltas(Iterable[tuple[str, Delta]]):
-    """The deltas of the weights that moved. Each iteration fills `report`.
-
-    Args:
-        tuned: The fine-tuned checkpoint.
-        base: Its base.
-        compression: How to store a difference.
-        vocab: As for `read_full_checkpoint`.
-        progress: Iterator wrapper, e.g. `tqdm`.
+    """The deltas of the weights that moved; `read_full_checkpoint` explains the arguments.
 
     Attributes:
-        report: What was kept and lost, by weight.
+        report: What was kept and lost, by weight; each iteration fills it.
         vocabularies: Rows of each resized weight, `(in the checkpoint, in the base)`.
         tied: All names of each weight that is tied to another in the base.
         wider_dtypes: Data types of the checkpoint that are wider than those of the base's weights.
@@ -78,10 +70,32 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         self._compression, self._progress = compression, progress
         self.report = ImportReport()
         self.wider_dtypes: set[str] = set()
-        structure = base.structure
-        self.tied = {name: twins for name in structure.weights if len(twins := structure.twins(name)) > 1}
-        self._check_model()
-        self.vocabularies = self._check_shapes(vocab)
+        self.vocabularies: dict[str, tuple[int, int]] = {}
+        ours, theirs = base.structure, tuned.structure
+        self.tied = {name: twins for name in ours.weights if len(twins := ours.twins(name)) > 1}
+        check_same_model(theirs, ours)
+        unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
+        if unknown:
+            raise ValueError(
+                f"the files of {theirs.place} hold {min(unknown)}, which is not a weight of {theirs.architecture}"
+                f"{did_you_mean(min(unknown), theirs.shapes)}; save the checkpoint without it"
+            )
+        for name in ours.weights:
+            here, there = self._base.shape(name), self._tuned.shape(name)
+            if here == there:
+                continue
+            if name not in ours.vocabulary or here[1:] != there[1:]:
+                raise ValueError(
+                    f"{name} has shape {tuple(there)} in {theirs.place} and {tuple(here)} in {ours.place}, so it was "
+                    "made from another base"
+                )
+            if vocab == "error":
+                raise ValueError(
+                    f"{name} has {there[0]} rows in {theirs.place} and {here[0]} in {ours.place}: its vocabulary was "
+                    f"resized or padded; vocab: intersect takes the {min(here[0], there[0])} rows in common and leaves "
+                    "the others as they are in the base"
+                )
+            self.vocabularies[name] = (there[0], here[0])
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
         self.report, self.wider_dtypes = ImportReport(), set()
@@ -97,7 +111,15 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
 
     def _delta(self, name: str) -> Delta | None:
         """Return how far a weight moved, noted in the report, or None if it did not move."""
-        base, tuned = self._base.read(name), self._read_tuned(name)
+        base, tuned = self._base.read(name), self._tuned.read(name)
+        # The checkpoint may store separately what is one tensor in the base.
+        for twin in self.tied.get(name, []):
+            if self._tuned.keys(twin) != self._tuned.keys(name) and not torch.equal(self._tuned.read(twin), tuned):
+                raise ValueError(
+                    f"{name} and {twin} are one tensor (tied) in {self._base.structure.place} and two different ones "
+                    f"in {self._tuned.structure.place}, which no delta can express; import it against the base with "
+                    "untied embeddings (load it with tie_word_embeddings=False, and save it)"
+                )
         if torch.promote_types(base.dtype, tuned.dtype) != base.dtype:
             self.wider_dtypes.add(str(tuned.dtype).removeprefix("torch."))
         if name in self.vocabularies:
@@ -115,61 +137,14 @@ class CheckpointDeltas(Iterable[tuple[str, Delta]]):
         self.report.weights[name] = measure_loss(base, tuned, difference, delta)
         return delta
 
-    def _read_tuned(self, name: str) -> Tensor:
-        """Read a weight of the checkpoint, which may store separately what is one tensor in the base."""
-        tensor = self._tuned.read(name)
-        for twin in self.tied.get(name, []):
-            if self._tuned.keys(twin) != self._tuned.keys(name) and not torch.equal(self._tuned.read(twin), tensor):
-                raise ValueError(
-                    f"{name} and {twin} are one tensor (tied) in {self._base.structure.place} and two different ones "
-                    f"in {self._tuned.structure.place}, which no delta can express; import it against the base with "
-                    "untied embeddings (load it with tie_word_embeddings=False, and save it)"
-                )
-        return tensor
-
     def record(self) -> dict[str, Any]:
         """Return what a record notes about the import, after an iteration."""
-        moved = self.report.weights
         return {
             "account": self.report.record(),
             "vocabularies": self.vocabularies,
-            "tied": {name: twins for name, twins in self.tied.items() if name in moved},
+            "tied": {name: twins for name, twins in self.tied.items() if name in self.report.weights},
             "wider_dtypes": sorted(self.wider_dtypes),
         }
-
-    def _check_model(self) -> None:
-        """Refuse a checkpoint of another architecture, or with weights that the base lacks."""
-        ours, theirs = self._base.structure, self._tuned.structure
-        check_same_model(theirs, ours)
-        unknown = [key for key in self._tuned.unclaimed() - self._base.unclaimed() if not theirs.is_unused(key)]
-        if unknown:
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise ValueError(
-                f"the files of {theirs.place} hold {min(unknown)}{more}, which is not a weight of "
-                f"{theirs.architecture}{did_you_mean(min(unknown), theirs.shapes)}; save the checkpoint without what "
-                "is not part of the model"
-            )
-
-    def _check_shapes(self, vocab: Vocabulary) -> dict[str, tuple[int, int]]:
-        """Compare the shapes, and return the rows of the weights whose vocabulary has another size."""
-        resized = {}
-        for name in self._base.structure.weights:
-            ours, theirs = self._base.shape(name), self._tuned.shape(name)
-            if ours == theirs:
-                continue
-            if name not in self._base.structure.vocabulary or ours[1:] != theirs[1:]:
-                raise ValueError(
-                    f"{name} has shape {tuple(theirs)} in {self._tuned.structure.place} and {tuple(ours)} in "
-                    f"{self._base.structure.place}, so it was made from another base"
-                )
-            if vocab == "error":
-                raise ValueError(
-                    f"{name} has {theirs[0]} rows in {self._tuned.structure.place} and {ours[0]} in "
-                    f"{self._base.structure.place}: its vocabulary was resized or padded; vocab: intersect takes the "
-                    f"{min(ours[0], theirs[0])} rows in common and leaves the others as they are in the base"
-                )
-            resized[name] = (theirs[0], ours[0])
-        return resized
 
 
 def check_same_model(one: Structure, other: Structure) -> None:
@@ -179,15 +154,13 @@ def check_same_model(one: Structure, other: Structure) -> None:
         ValueError: They are not; the sentence names a weight that only one of them has.
     """
     if one.architecture != other.architecture:
-        raise ValueError(
-            f"{one.place} is a {one.architecture} and {other.place} a {other.architecture}; they are not two states of "
-            "one model"
-        )
+        names = f"{one.place} is a {one.architecture} and {other.place} a {other.architecture}"
+        raise ValueError(f"{names}; they are not two states of one model")
     for here, there in ((one, other), (other, one)):
         alone = [name for name in here.shapes if name not in there.shapes]
         if alone:
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
             raise ValueError(
-                f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two models differ in their number "
-                "of layers or in their biases, so they are not two states of one model"
+                f"{here.place} has {alone[0]}{more}, and {there.place} does not; the two differ in their number of "
+                "layers or in their biases, so they are not two states of one model"
             )

@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modular_experts.base import Base
 from modular_experts.base.files import weight_files
 from modular_experts.base.loading import fetch_from_hub
 from modular_experts.deltas import Delta
-from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.interop.composable_sft import DIFF_FILE, read_composable_sft
 from modular_experts.interop.compression import Compression
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
@@ -28,6 +25,7 @@ from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)
 
+_FORMATS = {CONFIG_FILE: "PEFT adapter", DIFF_FILE: "composable-sft", "config.json": "full checkpoint"}
 _FETCHED = ["*.json", "*.safetensors", "adapter_model.bin", DIFF_FILE]
 
 
@@ -63,126 +61,70 @@ def import_expert(
         ValueError: The format is not known, or a weight does not fit the base; nothing is written then.
     """
     check_target(out, overwrite)
-    found = find_source(source, source_revision)
-    named = found.adapter.base if found.adapter else None
+    directory, format = _find(source, source_revision)
+    adapter = AdapterFiles(directory) if format == "PEFT adapter" else None
+    named = adapter.base if adapter else None
     if base is None:
-        if named is None:
-            raise ValueError(f"{found.place} does not name its base; give it with base, a directory or a hub id")
-        assert found.adapter is not None
-        base, revision = named, revision or found.adapter.revision
+        if adapter is None or named is None:
+            raise ValueError(f"{source} does not name its base; give it with base, a directory or a hub id")
+        base, revision = named, revision or adapter.revision
     elif named is not None and not isinstance(base, Base) and Path(named).name != Path(base).name:
-        log.warning("%s names %s as its base; it is imported as an expert of %s instead", found.place, named, base)
+        log.warning("%s names %s as its base; it is imported as an expert of %s instead", source, named, base)
     opened = Base.open(base, revision=revision)
-    imported = found.read(opened, compression, vocab, progress)
-    record = make_record(
-        imported.kind,
-        {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint},
-        hyperparameters=imported.settings,
-        tasks=tasks,
-    )
-    origin = {"id": found.place, "revision": found.revision, "format": found.format, "sha256": found.hashes()}
-    deltas = _checked_deltas(imported, found, opened, origin)
-    write_expert(out, deltas, record | {"source": origin}, overwrite)
+    if format == "full checkpoint":
+        imported = read_full_checkpoint(directory, opened, compression, vocab, progress)
+        files = weight_files(directory)
+    elif compression is not None or vocab != "error":
+        raise ValueError(
+            f"{source} ({format}) is not a full checkpoint, so it is stored in the form that it has; leave out "
+            "keep_ratio, rank and vocab"
+        )
+    elif adapter is None:
+        imported, files = read_composable_sft(directory, opened), [directory / DIFF_FILE]
+    else:
+        reader = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else read_peft
+        imported, files = reader(adapter, opened), [directory / CONFIG_FILE, adapter.file]
+    hashes = {}
+    for file in files:
+        with file.open("rb") as content:
+            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": hashes}
+
+    def checked() -> Iterator[tuple[str, Delta]]:
+        structure = opened.structure
+        for name, delta in imported.deltas:
+            structure.check(name, delta.shape, str(source))
+            if adapter and len(twins := structure.twins(name)) > 1:
+                raise ValueError(
+                    f"{source} moves {name} alone, and in {structure.place} {' and '.join(twins)} are one tensor "
+                    "(tied); import it against the base with untied embeddings (load it with "
+                    "tie_word_embeddings=False, and save it)"
+                )
+            yield name, delta
+        # `write_expert` writes the record, which holds `origin`, after the last delta.
+        if isinstance(imported.deltas, CheckpointDeltas):
+            origin.update(imported.deltas.record())
+
+    trained_on = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}
+    record = make_record(imported.kind, trained_on, hyperparameters=imported.settings, tasks=tasks)
+    write_expert(out, checked(), record | {"source": origin}, overwrite)
     return open_expert(out)
 
 
-def _checked_deltas(
-    imported: ImportedAdapter, source: Source, base: Base, origin: dict[str, Any]
-) -> Iterator[tuple[str, Delta]]:
-    """Yield each delta once it is known to fit; after the last one, add a full checkpoint's report to `origin`.
-
-    `write_expert` writes the record, which holds `origin`, after the last delta.
-    """
-    structure = base.structure
-    for name, delta in imported.deltas:
-        structure.check(name, delta.shape, source.place)
-        if source.adapter and len(twins := structure.twins(name)) > 1:
-            raise ValueError(
-                f"{source.place} moves {name} alone, and in {structure.place} {' and '.join(twins)} are one tensor "
-                "(tied); import it against the base with untied embeddings (load it with tie_word_embeddings=False, "
-                "and save it)"
-            )
-        yield name, delta
-    if isinstance(imported.deltas, CheckpointDeltas):
-        origin |= imported.deltas.record()
-
-
-@dataclass(frozen=True)
-class Source:
-    """A directory with a fine-tuning of a known format.
-
-    Attributes:
-        place: Its directory or hub id, as the user gave it.
-        directory: Where its files are.
-        revision: Branch, tag or commit of a hub id.
-        adapter: The files of a PEFT adapter; None for the other formats.
-        format: `PEFT adapter`, `composable-sft` or `full checkpoint`.
-    """
-
-    place: str
-    directory: Path
-    revision: str | None
-    adapter: AdapterFiles | None
-    format: str
-
-    def read(
-        self, base: Base, compression: Compression | None, vocab: Vocabulary, progress: Progress
-    ) -> ImportedAdapter:
-        """Read the fine-tuning as deltas of its base.
-
-        Raises:
-            ValueError: It does not fit the base, or settings of a full checkpoint are given for something else.
-        """
-        if self.format == "full checkpoint":
-            return read_full_checkpoint(self.directory, base, compression, vocab, progress)
-        if compression is not None or vocab != "error":
-            raise ValueError(
-                f"{self.place} ({self.format}) is not a full checkpoint, so it is stored in the form that it has; "
-                "leave out keep_ratio, rank and vocab"
-            )
-        if self.adapter is None:
-            return read_composable_sft(self.directory, base)
-        reader = read_spiel if self.adapter.config.get("peft_type") == PEFT_TYPE else read_peft
-        return reader(self.adapter, base)
-
-    def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of each file that the numbers come from, and of an adapter's configuration."""
-        if self.format == "full checkpoint":
-            files = weight_files(self.directory)
-        elif self.adapter is None:
-            files = [self.directory / DIFF_FILE]
-        else:
-            files = [self.directory / CONFIG_FILE, self.adapter.file]
-        found = {}
-        for file in files:
-            with file.open("rb") as content:
-                found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-        return found
-
-
-def find_source(place: str | Path, revision: str | None = None) -> Source:
-    """Find a fine-tuning and its format, after fetching it if it is a hub id that is not in the cache yet.
-
-    Raises:
-        FileNotFoundError: There is no such directory, and the hub does not give it.
-        ValueError: Its files are of no known format; the sentence lists what was looked for.
-    """
+def _find(place: str | Path, revision: str | None) -> tuple[Path, str]:
+    """Return the directory of a fine-tuning, fetched if it is a hub id that is not in the cache yet, and its format."""
     directory = Path(place).expanduser()
     if directory.is_file():
         raise ValueError(f"{place} is a file; give the directory that holds it and the files beside it")
     if not directory.is_dir():
         advice = "give the directory of a fine-tuning, or a hub id while the hub is reachable"
         directory = fetch_from_hub("source", str(place), revision, _FETCHED, advice)
-    if (directory / CONFIG_FILE).is_file():
-        return Source(str(place), directory, revision, AdapterFiles(directory), "PEFT adapter")
-    if (directory / DIFF_FILE).is_file():
-        return Source(str(place), directory, revision, None, "composable-sft")
-    if (directory / "config.json").is_file():
-        return Source(str(place), directory, revision, None, "full checkpoint")
-    names = sorted(path.name for path in directory.iterdir())
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    for file, format in _FORMATS.items():
+        if (directory / file).is_file():
+            return directory, format
+    names = sorted(path.name for path in directory.iterdir())[:6]
     raise ValueError(
         f"{place} holds no fine-tuning of a known format: looked for {CONFIG_FILE} (a PEFT adapter), {DIFF_FILE} "
-        f"(composable-sft) and config.json with *.safetensors (a full checkpoint); it has "
-        f"{', '.join(names[:6]) + more if names else 'no files'}"
+        "(composable-sft) and config.json with *.safetensors (a full checkpoint); it has "
+        f"{', '.join(names) or 'no files'}"
     )

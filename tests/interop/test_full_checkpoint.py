@@ -423,7 +423,7 @@ def refusals(base, tuned):
     )
     yield (
         lambda: (shutil.rmtree(tuned), save(tuned, num_hidden_layers=3)),
-        r"tuned has model.layers.2.* and 8 more, and .*base does not; the two models differ in",
+        r"tuned has model.layers.2.* and 8 more, and .*base does not; the two differ in",
     )
     yield (
         lambda: (shutil.rmtree(tuned), save(tuned, num_hidden_layers=1)),

@@ -105,7 +105,7 @@ def test_an_iteration_over_the_deltas_can_be_repeated(tiny_llama_dir, tmp_path):
     assert all(torch.equal(first[name].dense(), second[name].dense()) for name in first)
 
 
-def test_entries_named_twice_add_up_and_zeros_are_places_until_they_are_dropped(tiny_llama_dir, tmp_path):
+def test_entries_named_twice_add_up_and_zeros_are_places(tiny_llama_dir, tmp_path):
     adapter = save_adapter(tiny_llama_dir, tmp_path / "a", ShiraConfig(r=1, target_modules=["q_proj"]))
     file = adapter / "adapter_model.safetensors"
     stored = load_file(file)
@@ -115,10 +115,9 @@ def test_entries_named_twice_add_up_and_zeros_are_places_until_they_are_dropped(
     for row, column, value in zip(*places.tolist(), values.tolist(), strict=True):
         total[row, column] += value
     save_file(stored, file, metadata={"format": "pt"})
-    kept, dropped = (dict(read_peft(adapter, drop_zeros=drop).deltas)[f"{Q}.weight"] for drop in (False, True))
-    assert (kept.support_size, dropped.support_size) == (63, 62)
+    kept = dict(read_peft(adapter).deltas)[f"{Q}.weight"]
+    assert kept.support_size == 63
     torch.testing.assert_close(kept.dense().double(), total, rtol=0, atol=1e-7)
-    torch.testing.assert_close(dropped.dense(), kept.dense(), rtol=0, atol=0)
     torch.testing.assert_close(peft_logits(tiny_llama_dir, adapter), _with(tiny_llama_dir, adapter), rtol=0, atol=1e-5)
 
 
@@ -202,26 +201,25 @@ def adapter(tiny_llama_dir, tmp_path):
 
 
 SETTINGS = [
-    ({"peft_type": "IA3"}, r"peft_type 'IA3', and only LORA, SHIRA and SUPERTUNING adapters can be imported"),
-    ({"alora_invocation_tokens": [3]}, r"sets alora_invocation_tokens to \[3\]: that acts only after some tokens"),
+    ({"peft_type": "IA3"}, r"peft_type 'IA3', and only LORA, SHIRA, SUPERTUNING can be imported"),
+    (
+        {"alora_invocation_tokens": [3]},
+        r"sets alora_invocation_tokens to \[3\], which may move weights",
+    ),
     ({"use_qalora": True}, r"sets use_qalora to True"),
-    ({"layer_replication": [[0, 2]]}, r"sets layer_replication to .* repeats layers"),
+    ({"layer_replication": [[0, 2]]}, r"sets layer_replication to"),
     ({"target_parameters": ["q_proj.weight"]}, r"sets target_parameters"),
     ({"trainable_token_indices": [1]}, r"sets trainable_token_indices to \[1\]"),
     ({"kasa_config": {"beta": 1}}, r"sets kasa_config"),
     ({"ensure_weight_tying": True}, r"sets ensure_weight_tying"),
-    ({"brand_new": 3}, r"sets brand_new to 3: it is not known whether that changes"),
+    ({"brand_new": 3}, r"sets brand_new to 3, which may move weights"),
     ({"init_lora_weights": "loftq"}, r"init_lora_weights to 'loftq', .* path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights to 'pissa_niter_4'"),
     ({"r": 5}, r"has shape \(4, (32|48)\) and should have \(5, (32|48)\)"),
-    ({"r": "four"}, r"rank of .* must be a whole number above 0, got 'four'"),
-    ({"lora_alpha": None}, r"lora_alpha of .* must be a number, got None"),
-    ({"rank_pattern": {"(q_proj": 4}}, r"a pattern in rank_pattern is not a valid regular expression .*'\(q_proj'"),
-    ({"alpha_pattern": [4]}, r"rank_pattern and alpha_pattern must map names to numbers, got \[4\]"),
     ({"use_dora": True}, r"has no lora_magnitude_vector"),
     ({"lora_bias": True}, r"has a lora_bias, and the base has no bias there"),
-    ({"base_model_name_or_path": 5}, r"does not name the adapter's base"),
-    ({"base_model_name_or_path": None}, r"does not name the adapter's base"),
+    ({"base_model_name_or_path": 5}, r"no base is named"),
+    ({"base_model_name_or_path": None}, r"no base is named"),
 ]
 
 
@@ -320,9 +318,7 @@ def test_super_tuning_without_its_places_is_refused_with_the_way_out(tiny_llama_
 
 
 def test_damaged_and_missing_files_are_told(adapter, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"adapter_config.json is missing, so .* is not a PEFT adapter; give .*adap"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json is missing, so .* is not a PEFT adapter"):
         read_peft(tmp_path)
     file = adapter / "adapter_model.safetensors"
     content = file.read_bytes()
@@ -334,9 +330,6 @@ def test_damaged_and_missing_files_are_told(adapter, tmp_path):
         read_peft(adapter)
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config.json is damaged: it is not valid JSON"):
-        read_peft(adapter)
-    (adapter / "adapter_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"adapter_config.json is damaged: it does not hold a JSON object"):
         read_peft(adapter)
 
 

@@ -78,14 +78,14 @@ def test_peft_computes_what_base_plus_deltas_does_and_reading_back_gives_the_sam
     assert list(written.weights) == sorted(names)
     if form == "Dense":
         return  # a product of all ranks is the delta but for rounding
-    back = dict(read_peft(tmp_path / "adapter", drop_zeros=True).deltas)
+    back = dict(read_peft(tmp_path / "adapter").deltas)
     assert back.keys() == set(expert)
     for name, delta in expert.items():
         assert torch.equal(back[name].dense(), delta.dense()), name
         if form == "LowRank":
             assert torch.equal(back[name].up, delta.up)
         if form == "Sparse":
-            assert torch.equal(back[name].indices, delta.indices)
+            assert torch.equal(back[name].indices[back[name].values != 0], delta.indices)  # the others are padding
         assert written.weights[name].lost == 0.0
 
 
@@ -232,7 +232,8 @@ def test_biases_conv1d_and_tied_weights_are_refused(tiny, tmp_path):
         )
     lost = store(tmp_path / "lost", base, [("transformer.h.0.attn.c_atn.weight", Dense(torch.ones(32, 96)))])
     with pytest.raises(
-        ValueError, match=r"has no weight .*c_atn.weight; did you mean transformer.h.0.attn.c_attn.weight"
+        ValueError,
+        match=r"lost moves .*c_atn.weight, .* no such weight; did you mean .*c_attn.weight",
     ):
         write_peft(lost, tmp_path / "adapter", LoraFormat(rank=2))
 
@@ -314,8 +315,7 @@ def test_the_command_tells_what_is_lost_and_how_it_was_checked(tiny_llama_dir, t
     assert "a lora adapter of" in told
     assert main([*line[:4], "shira", *line[5:]]) == 1
     assert "rank=4 is a setting of form lora, and form is shira" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*line[:4], "lorra", *line[5:]])
+    assert main([*line[:4], "lorra", *line[5:]]) == 2
     assert "must be one of lora, supertuning, shira, got lorra; did you mean lora?" in capsys.readouterr().err
 
 

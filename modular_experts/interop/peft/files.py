@@ -44,103 +44,62 @@ _SUPERTUNING = {
 _FIELDS = {"LORA": _LORA | _TRAINING, "SHIRA": _SHIRA, "SUPERTUNING": _SUPERTUNING}
 
 _NOT_SET: tuple[Any, ...] = (None, False, {}, [], "")
-_NO_DELTA = {
-    "alora_invocation_tokens": "acts only after some tokens",
-    "arrow_config": "chooses among adapters at each token",
-    "ensure_weight_tying": "shares factors between two weights",
-    "kasa_config": "changes the base itself",
-    "layer_replication": "repeats layers of the base",
-    "monteclora_config": "draws its weights at random",
-    "target_parameters": "moves parameters by other names than their modules",
-    "trainable_token_indices": "trains single rows of the embeddings",
-    "use_qalora": "averages groups of inputs for a quantised base",
-}
 # The initialisations that leave the base as it is; the others subtract their start from it.
 _HARMLESS_STARTS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
 
 
 class AdapterFiles:
-    """An adapter on disk: its configuration, read at once, and its tensors by key, read when asked for.
+    """An adapter in a directory: its configuration, read at once, and its tensors by key, read when asked for.
 
     Keys leave out the prefix `base_model.model.`, which all of them have in the file.
-
-    Args:
-        directory: The adapter's directory.
 
     Attributes:
         directory: The adapter's directory.
         config: Content of `adapter_config.json`.
         file: The file of tensors.
-
-    Raises:
-        FileNotFoundError: The directory has no `adapter_config.json`; the sentence names a subdirectory that has one.
-        ValueError: The configuration is damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
-        file = self.directory / CONFIG_FILE
-        inner = sorted(found.parent for found in self.directory.glob(f"*/{CONFIG_FILE}"))
-        hint = f"; give {inner[0]}" if inner else ""
-        self.config = read_json(file, f"so {self.directory} is not a PEFT adapter{hint}")
-        if not isinstance(self.config, dict):
-            raise ValueError(f"{file} is damaged: it does not hold a JSON object")
+        self.config = read_json(self.directory / CONFIG_FILE, f"so {self.directory} is not a PEFT adapter")
         new, old = self.directory / TENSOR_FILE, self.directory / _OLD_TENSOR_FILE
         self._is_old = old.is_file() and not new.is_file()
         self.file = old if self._is_old else new
 
     @property
     def base(self) -> str | None:
-        """Path or hub id of the base, as the configuration names it; None if it does not."""
+        """Path or hub id of the base, if the configuration names it."""
         named = self.config.get("base_model_name_or_path")
         return named if isinstance(named, str) and named else None
 
     @property
     def revision(self) -> str | None:
-        """Branch, tag or commit of the base on the hub; None if the configuration does not name it."""
+        """Branch, tag or commit of the base on the hub, if the configuration names it."""
         return self.config.get("revision") or None
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that tell how the adapter was trained, without those that are not set."""
+        """Return the fields about the adapter's training that are set."""
         left_out = _ABOUT - {"target_modules", "peft_version"}
         return {name: value for name, value in self.config.items() if name not in left_out and value not in _NOT_SET}
 
     def check_config(self) -> None:
-        """Refuse a kind of adapter, or a field of its configuration, that no reader here understands.
-
-        Raises:
-            ValueError: The adapter is of another kind, or a field changes what it computes in a way that no fixed
-                delta has.
-        """
+        """Raise a ValueError for a kind of adapter, or a field of its configuration, that `read_peft` does not know."""
         file, kind = self.directory / CONFIG_FILE, self.config.get("peft_type")
         if kind not in _FIELDS:
-            raise ValueError(
-                f"{file} has peft_type {kind!r}, and only LORA, SHIRA and SUPERTUNING adapters can be imported"
-            )
+            raise ValueError(f"{file} has peft_type {kind!r}, and only {', '.join(_FIELDS)} can be imported")
         for field, value in self.config.items():
-            if value in _NOT_SET or field in _ABOUT | _FIELDS[kind]:
-                continue
-            if field in _NO_DELTA:
-                why = f"that {_NO_DELTA[field]}, which no fixed delta of a weight of the base does"
-            else:
-                why = "it is not known whether that changes what the adapter computes"
-            raise ValueError(f"{file} sets {field} to {value!r}: {why}, so the adapter cannot be imported")
+            if value not in _NOT_SET and field not in _ABOUT | _FIELDS[kind]:
+                raise ValueError(f"{file} sets {field} to {value!r}, which may move weights and is not supported")
         start = self.config.get("init_lora_weights")
         if start not in _HARMLESS_STARTS:
             raise ValueError(
                 f"{file} sets init_lora_weights to {start!r}, which may have changed the base before training; save "
-                "the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA of the "
-                "base"
+                "the adapter with PEFT's path_initial_model_for_weight_conversion"
             )
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of each tensor, by key, sorted.
-
-        Raises:
-            FileNotFoundError: The adapter has no file of tensors.
-            ValueError: The file is damaged, or a key lacks the prefix.
-        """
+        """Shape of each tensor, by key, sorted."""
         if self._is_old:
             shapes = {key: tensor.shape for key, tensor in self._pickled.items()}
         elif not self.file.is_file():

@@ -65,20 +65,12 @@ class PeftFormat(ABC):
         """Return whether the format can move the weight of a module."""
 
     def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> PeftFormat:
-        """Return the format with the settings that all modules share, such as a sparsity, chosen for these deltas.
-
-        Raises:
-            ValueError: No choice suits them all.
-        """
+        """Return the format with the settings that all modules share, such as a sparsity, chosen for these deltas."""
         return self
 
     @abstractmethod
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
-        """Encode the delta of one weight.
-
-        Raises:
-            ValueError: The format cannot store it.
-        """
+        """Encode the delta of one weight; a ValueError means that the format cannot store it."""
 
     @abstractmethod
     def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
@@ -185,7 +177,7 @@ class ShiraFormat(_SparseFormat):
             if r * sum(shape) > shape.numel():
                 raise ValueError(
                     f"SHiRA would need r={r} for all modules, which is {r * sum(shape)} entries of {name}, and it has "
-                    f"only {shape.numel()}; export it as supertuning, or as a full checkpoint with apply"
+                    f"only {shape.numel()}; export it as supertuning"
                 )
         return replace(self, _r=r)
 
@@ -209,15 +201,10 @@ class SupertuningFormat(_SparseFormat):
     peft_type = "SUPERTUNING"
 
     def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> SupertuningFormat:
-        kept = [(name, max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in deltas]
-        for name, _, shape in kept:
-            if shape.numel() >= 2**31:
-                raise ValueError(
-                    f"{name} has {shape.numel()} entries, more than Super-Tuning's indices can number; use apply"
-                )
-        sparsity = 1.0 - max(entries / shape.numel() for _, entries, shape in kept)
+        kept = [(max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in deltas]
+        sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
         fitted = replace(self, _sparsity=sparsity)
-        while any(fitted.entries(shape) < entries for _, entries, shape in kept):  # rounding has cost an entry
+        while any(fitted.entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
             sparsity = math.nextafter(sparsity, 0.0)
             fitted = replace(self, _sparsity=sparsity)
         return fitted
@@ -233,11 +220,7 @@ class SupertuningFormat(_SparseFormat):
 
 
 def _as_sparse(name: str, delta: Delta) -> Sparse:
-    """Return a delta by its entries; a merge may have made it dense in form while few entries move.
-
-    Raises:
-        ValueError: Too many entries move.
-    """
+    """Return a delta by its entries; a merge may have made it dense in form while few entries move."""
     if isinstance(delta, BlockSparse):
         delta = delta.as_sparse()
     elif isinstance(delta, Dense):
@@ -245,6 +228,6 @@ def _as_sparse(name: str, delta: Delta) -> Sparse:
     if not isinstance(delta, Sparse):
         raise ValueError(
             f"the delta of {name} is {type(delta).__name__} and has no single entries to store; export it as lora, "
-            "with a rank to approximate it, or as a full checkpoint with apply"
+            "with a rank to approximate it"
         )
     return delta

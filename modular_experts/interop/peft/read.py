@@ -15,16 +15,14 @@ import torch
 from modular_experts.base import Base
 from modular_experts.deltas import Delta, add
 from modular_experts.interop.adapter import ImportedAdapter
-from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
+from modular_experts.interop.peft.files import AdapterFiles
 from modular_experts.interop.peft.terms import TENSORS, NormedProduct, Replacement, Term, module_terms
 from modular_experts.text import did_you_mean
 
 _OWN = ("base_layer.weight", "base_layer.bias")  # the adapted module's own tensors, stored with the adapter
 
 
-def read_peft(
-    adapter: str | Path | AdapterFiles, base: str | Path | Base | None = None, drop_zeros: bool = False
-) -> ImportedAdapter:
+def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None = None) -> ImportedAdapter:
     """Read an adapter that PEFT saved, as deltas of its base.
 
     The call checks names, shapes and settings; an iteration over the deltas reads numbers, one weight at a time. A
@@ -35,22 +33,18 @@ def read_peft(
     Args:
         adapter: The adapter's directory.
         base: The base's directory or hub id; the one that the adapter's configuration names if not given.
-        drop_zeros: Whether to leave out entries of a sparse adapter whose value is zero, such as padding. They are
-            entries that further training could move.
 
     Raises:
         FileNotFoundError: A file of the adapter, or the base, is missing.
         ValueError: A file is damaged, or no deltas of this base can express the adapter: an unknown setting, a
-            tensor or a module that the base does not have, a shape that does not fit. (An iteration finds a wrong
-            number, and a weight that the base ties to another one.)
+            tensor or a module that the base does not have, a shape that does not fit. An iteration raises it for a
+            wrong number, and for a weight that the base ties to another one.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
     files.check_config()
-    if not (base or files.base):
-        raise ValueError(f"{files.directory / CONFIG_FILE} does not name the adapter's base; give it with base")
     opened = Base.open(base or files.base, revision=None if base else files.revision)
     return ImportedAdapter(
-        deltas=_AdapterDeltas(files, opened, drop_zeros),
+        deltas=_AdapterDeltas(files, opened),
         kind=files.config["peft_type"],
         base=files.base,
         revision=files.revision,
@@ -61,9 +55,9 @@ def read_peft(
 class _AdapterDeltas(Iterable[tuple[str, Delta]]):
     """The deltas of an adapter; every iteration reads its numbers anew."""
 
-    def __init__(self, files: AdapterFiles, base: Base, drop_zeros: bool) -> None:
+    def __init__(self, files: AdapterFiles, base: Base) -> None:
         self._files, self._base = files, base
-        self._terms = self._terms_by_weight(drop_zeros)
+        self._terms = self._terms_by_weight()
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
         structure = self._base.structure
@@ -79,26 +73,34 @@ class _AdapterDeltas(Iterable[tuple[str, Delta]]):
                 raise self._does_not_fit(f"{error} ({name})") from error
             if moving and len(structure.twins(name)) > 1:
                 raise ValueError(
-                    f"{self._files.file} moves {name}, which {structure.architecture} ties to another weight; "
-                    "PEFT moves only one of the two, and a delta of the one tensor would move both"
+                    f"{self._files.file} moves {name}, which {structure.architecture} ties to another weight, and a "
+                    "delta of the one tensor would move both"
                 )
             if moving:
                 yield name, add(moving)
 
-    def _terms_by_weight(self, drop_zeros: bool) -> dict[str, list[Term]]:
-        """Return the terms of each moved weight, by its name in the base.
-
-        Raises:
-            ValueError: A tensor does not belong to anything in the base, or does not fit it.
-        """
-        adapted, whole = self._group_tensors()
-        weights = self._base.structure.shapes
+    def _terms_by_weight(self) -> dict[str, list[Term]]:
+        """Return the terms of each moved weight, by its name in the base, once every tensor is known to fit."""
+        shapes, structure = self._files.shapes, self._base.structure
+        # The shapes of the tensors of each adapted module, by the last parts of their keys.
+        adapted: dict[str, dict[str, torch.Size]] = {}
+        for key, shape in shapes.items():
+            for suffix in (*TENSORS[self._files.config["peft_type"]], *_OWN):
+                if key.endswith(f".{suffix}"):
+                    adapted.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = shape
+        modules = {name for name, _ in structure.model.named_modules()} - {""}
+        self._check_known(adapted.keys() - modules, modules)
+        rest = shapes.keys() - {f"{name}.{suffix}" for name, found in adapted.items() for suffix in found}
+        unknown = {key for key in rest if key not in structure.shapes or key.rpartition(".")[0] in adapted}
+        self._check_known(unknown, structure.shapes)
+        # The keys of the tensors that replace a weight.
+        whole = {key: key for key in rest}
         terms: dict[str, list[Term]] = {}
         for name, found in sorted(adapted.items()):
             own = {suffix: f"{name}.{suffix}" for suffix in _OWN if found.pop(suffix, None)}
-            module, replacement = self._base.structure.model.get_submodule(name), own.get("base_layer.weight")
+            module, replacement = structure.model.get_submodule(name), own.get("base_layer.weight")
             try:
-                moved = module_terms(self._files.config, name, module, found, replacement, drop_zeros)
+                moved = module_terms(self._files.config, name, module, found, replacement)
             except ValueError as error:
                 raise self._does_not_fit(str(error)) from error
             for parameter, its_terms in moved.items():
@@ -108,37 +110,13 @@ class _AdapterDeltas(Iterable[tuple[str, Delta]]):
             # A DoRA reads the tensor that replaces its weight by itself.
             if not any(isinstance(term, NormedProduct) for term in terms.get(name, [])):
                 terms.setdefault(name, []).append(Replacement(key))
-            shape = self._files.shapes[key]
-            if weights.get(name) != shape:
-                found_shape = tuple(weights[name]) if name in weights else "no such weight"
+            if structure.shapes.get(name) != shapes[key]:
+                found_shape = tuple(structure.shapes.get(name, ())) or "no such weight"
                 raise ValueError(
-                    f"{self._files.file} holds {name} with shape {tuple(shape)}, and the base in "
+                    f"{self._files.file} holds {name} with shape {tuple(shapes[key])}, and the base in "
                     f"{self._base.directory} has {found_shape}; was its vocabulary resized, or is it another base?"
                 )
         return terms
-
-    def _group_tensors(self) -> tuple[dict[str, dict[str, torch.Size]], dict[str, str]]:
-        """Return the shapes of the tensors of each adapted module, and the keys of tensors that replace a weight.
-
-        Raises:
-            ValueError: A tensor is neither.
-        """
-        shapes = self._files.shapes
-        adapted: dict[str, dict[str, torch.Size]] = {}
-        for key, shape in shapes.items():
-            for suffix in TENSORS[self._files.config["peft_type"]]:
-                if key.endswith(f".{suffix}"):
-                    adapted.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = shape
-        modules = {name for name, _ in self._base.structure.model.named_modules()} - {""}
-        self._check_known(adapted.keys() - modules, modules)
-        rest = shapes.keys() - {f"{name}.{suffix}" for name, found in adapted.items() for suffix in found}
-        for name, found in adapted.items():
-            own = {suffix for suffix in _OWN if f"{name}.{suffix}" in rest}
-            found |= {suffix: shapes[f"{name}.{suffix}"] for suffix in own}
-            rest -= {f"{name}.{suffix}" for suffix in own}
-        weights = self._base.structure.shapes
-        self._check_known({key for key in rest if key not in weights or key.rpartition(".")[0] in adapted}, weights)
-        return adapted, {key: key for key in rest}
 
     def _check_known(self, strangers: set[str], known: Iterable[str]) -> None:
         """Refuse tensors that have no place in the base."""

@@ -39,28 +39,16 @@ TENSORS = {
 
 
 class Term(ABC):
-    """One summand of the delta of one weight."""
+    """One summand of the delta of one weight; its fields name tensors of the adapter by their keys."""
 
     @abstractmethod
     def delta(self, read: Read, base: Callable[[], Tensor]) -> Delta:
-        """Return the summand.
-
-        Args:
-            read: Returns a tensor of the adapter by its key.
-            base: Returns the weight of the base.
-
-        Raises:
-            ValueError: The tensors do not hold what they should.
-        """
+        """Return the summand; `read` returns a tensor of the adapter by its key, `base` the weight of the base."""
 
 
 @dataclass(frozen=True)
 class Replacement(Term):
-    """A whole tensor that takes the place of the base's: of `modules_to_save`, a trained bias, a saved embedding.
-
-    Args:
-        key: Key of the tensor.
-    """
+    """A whole tensor that takes the place of the base's: of `modules_to_save`, a trained bias, a saved embedding."""
 
     key: str
 
@@ -70,13 +58,9 @@ class Replacement(Term):
 
 @dataclass(frozen=True)
 class Product(Term):
-    """A product of two factors, `(rows, rank)` and `(rank, columns)` of the base's parameter, times a number.
+    """A product of two factors, `(rows, rank)` and `(rank, columns)` of the base's parameter, times `scaling`.
 
-    Args:
-        left: Key of the left factor.
-        right: Key of the right factor.
-        scaling: The number; it goes into the left factor.
-        transposed: Whether both factors are stored transposed: those of an embedding and of a `Conv1D`.
+    The factors of an embedding and of a `Conv1D` are stored `transposed`.
     """
 
     left: str
@@ -93,13 +77,9 @@ class Product(Term):
 
 @dataclass(frozen=True)
 class NormedProduct(Term):
-    """DoRA: base plus product, with each output scaled to a trained length.
+    """Base plus product, with each output scaled to a trained length along `axis` (DoRA).
 
-    Args:
-        product: The product.
-        magnitude: Key of the lengths.
-        axis: Axis of the parameter along which a length is measured.
-        replacement: Key of a tensor that takes the base's place, if the adapter has one.
+    A tensor `replacement` takes the base's place if the adapter has one.
     """
 
     product: Product
@@ -117,12 +97,7 @@ class NormedProduct(Term):
 
 @dataclass(frozen=True)
 class BiasTerm(Term):
-    """A bias that is added to the base's, times the scaling of the product beside it.
-
-    Args:
-        key: Key of the bias.
-        scaling: The scaling.
-    """
+    """A bias that is added to the base's, times the scaling of the product beside it."""
 
     key: str
     scaling: float
@@ -133,19 +108,11 @@ class BiasTerm(Term):
 
 @dataclass(frozen=True)
 class SparseTerm(Term):
-    """Values at flat indices `(n,)`, or at rows and columns `(2, n)`; values at the same entry add up.
-
-    Args:
-        values: Key of the values `(n,)`.
-        indices: Key of the indices.
-        shape: Shape of the weight, `(out, in)`.
-        drop_zeros: Whether to leave out entries whose value is zero.
-    """
+    """Values `(n,)` at flat indices `(n,)`, or at rows and columns `(2, n)`; values at the same entry add up."""
 
     values: str
     indices: str
     shape: torch.Size
-    drop_zeros: bool
 
     def delta(self, read: Read, base: Callable[[], Tensor]) -> Sparse:
         stored = read(self.indices)
@@ -158,8 +125,7 @@ class SparseTerm(Term):
         flat = indices[0] * self.shape[1] + indices[1] if indices.ndim == 2 else indices
         unique, position = torch.unique(flat, return_inverse=True)
         summed = torch.zeros(unique.numel(), dtype=torch.float64).index_add_(0, position, read(self.values).double())
-        kept = summed != 0 if self.drop_zeros else torch.ones_like(summed, dtype=torch.bool)
-        return Sparse(unique[kept].to(index_dtype(self.shape)), summed[kept].float(), self.shape)
+        return Sparse(unique.to(index_dtype(self.shape)), summed.float(), self.shape)
 
 
 def module_terms(
@@ -168,26 +134,23 @@ def module_terms(
     module: nn.Module,
     found: Mapping[str, torch.Size],
     replacement: str | None,
-    drop_zeros: bool,
 ) -> Terms:
     """Return the terms of one module's `weight` and `bias`, once its tensors are known to fit it.
 
     Args:
         config: The adapter's configuration.
         name: Full name of the module.
-        module: The module, for its layout and its shapes.
+        module: The module.
         found: Shape of each of its adapter tensors, by the last part of the key (see `TENSORS`).
         replacement: Key of a tensor that takes the place of the base's weight, if there is one.
-        drop_zeros: Whether a sparse adapter's entries of value zero are left out.
 
     Raises:
-        ValueError: Adapters of this kind cannot sit on such a module, or a tensor is missing, of another shape, or
-            not called for by the configuration.
+        ValueError: The module cannot have such an adapter, or a tensor is missing, superfluous or of another shape.
     """
     if config["peft_type"] == "LORA":
         terms, wanted = _lora_terms(config, name, module, replacement)
     else:
-        terms, wanted = _sparse_terms(config, name, module, found, drop_zeros)
+        terms, wanted = _sparse_terms(config, name, module, found)
     for suffix in sorted(wanted.keys() | found.keys()):
         if suffix not in found:
             raise ValueError(f"{name} has no {suffix}")
@@ -219,9 +182,7 @@ def _lora_terms(
         terms["weight"] = [NormedProduct(product, magnitude, 0 if transposed else 1, replacement)]
     if config.get("lora_bias"):
         if config.get("use_dora"):
-            raise ValueError(
-                f"{name} has lora_bias and use_dora, whose lengths then depend on the bias; that cannot be imported"
-            )
+            raise ValueError(f"{name} has lora_bias and use_dora, which cannot be imported together")
         if getattr(module, "bias", None) is None:
             raise ValueError(f"{name} has a lora_bias, and the base has no bias there that could take it")
         wanted["lora_B.bias"] = (rows,)
@@ -230,7 +191,7 @@ def _lora_terms(
 
 
 def _sparse_terms(
-    config: Mapping[str, Any], name: str, module: nn.Module, found: Mapping[str, torch.Size], drop_zeros: bool
+    config: Mapping[str, Any], name: str, module: nn.Module, found: Mapping[str, torch.Size]
 ) -> tuple[Terms, Shapes]:
     """Return what SHiRA or Super-Tuning does to a module, and the shape that each of its tensors should have."""
     if not is_linear(module):
@@ -238,7 +199,7 @@ def _sparse_terms(
     shape: torch.Size = module.weight.shape  # type: ignore[assignment]
     values, indices = TENSORS[config["peft_type"]][:2]
     entries = found.get(values, torch.Size([0])).numel()
-    terms: list[Term] = [SparseTerm(f"{name}.{values}", f"{name}.{indices}", shape, drop_zeros)]
+    terms: list[Term] = [SparseTerm(f"{name}.{values}", f"{name}.{indices}", shape)]
     if config["peft_type"] == "SHIRA":
         return {"weight": terms}, {values: (entries,), indices: (2, entries)}
     if indices not in found:
@@ -254,26 +215,12 @@ def _sparse_terms(
 
 
 def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Return rank and scaling of a module's product; the first pattern that matches its full name decides.
-
-    Raises:
-        ValueError: r or lora_alpha is not a number, or a pattern is not a valid regular expression.
-    """
+    """Return rank and scaling of a module's product; the first pattern that matches its full name decides."""
     values = []
+    # The defaults of 8 are PEFT's own.
     for patterns, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
         table = config.get(patterns) or {}
-        if not isinstance(table, Mapping):
-            raise ValueError(f"rank_pattern and alpha_pattern must map names to numbers, got {table!r}")
-        try:
-            matching = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
-            values.append(next(matching, default))  # the defaults of 8 are PEFT's own
-        except re.error as error:
-            raise ValueError(
-                f"a pattern in {patterns} is not a valid regular expression ({error}): {', '.join(map(repr, table))}"
-            ) from error
+        matching = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        values.append(next(matching, default))
     rank, alpha = values
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"the rank of {module} must be a whole number above 0, got {rank!r}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha of {module} must be a number, got {alpha!r}")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -54,7 +54,7 @@ def verify_adapter(
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter and compare it with the deltas that it stands for, on the base in float32.
+    """Load an adapter of a kind, and compare it with the deltas that it stands for, on the base in float32.
 
     Args:
         base: The base.

@@ -48,7 +48,8 @@ class WrittenAdapter:
     @property
     def relative_error(self) -> float:
         """Frobenius norm of what the adapter lacks, as a share of the norm of the whole task vector."""
-        return _relative_error(self.weights)
+        energy = sum(weight.energy for weight in self.weights.values())
+        return math.sqrt(sum(weight.lost for weight in self.weights.values()) / energy) if energy else 0.0
 
     @property
     def kept_energy(self) -> float:
@@ -149,7 +150,7 @@ def write_peft(
         (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
         deltas = {name: weight.delta for name, weight in encoded.items()}
-        approximated = opened if _relative_error(encoded) else None
+        approximated = opened if any(weight.lost for weight in encoded.values()) else None
         check = verify_adapter(found, directory, format.peft_type, deltas, approximated, tolerance)
         written = WrittenAdapter(encoded, check)
         manifest = {
@@ -179,25 +180,18 @@ def write_peft(
 
 
 def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict[str, nn.Module]:
-    """Return the module of each weight that the expert moves, by the weight's name.
-
-    Raises:
-        ValueError: It moves nothing, or a weight that the base does not have or ties, or that the format cannot move.
-    """
+    """Return the module of each weight that the expert moves, by the weight's name, if the format can move them."""
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
     if not moved:
         raise ValueError(f"{expert.name} moves nothing, so there is no adapter to write")
-    unknown = [name for name in moved if name not in structure.shapes]
-    if unknown:
-        hint = did_you_mean(unknown[0], structure.shapes)
-        raise ValueError(f"the base in {base.directory} has no weight {unknown[0]}{hint}")
-    tied = sorted(name for name in moved if len(structure.twins(name)) > 1)
-    if tied:
-        raise ValueError(
-            f"{expert.name} moves {tied[0]}, which the base ties to another weight, and an adapter moves only one of "
-            "the two; export an expert that leaves it alone"
-        )
+    for name in moved:
+        structure.check(name, expert[name].shape, expert.name)
+        if len(structure.twins(name)) > 1:
+            raise ValueError(
+                f"{expert.name} moves {name}, which the base ties to another weight, and an adapter moves only one of "
+                "the two; export an expert that leaves it alone"
+            )
     modules = {name: structure.layer(name) for name in moved}
     others = [name for name in moved if not (name.endswith(".weight") and format.supports(modules[name]))]
     if others:
@@ -207,8 +201,3 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
             f"moves {shown}; write a full checkpoint with modular-experts apply"
         )
     return modules
-
-
-def _relative_error(weights: Mapping[str, EncodedWeight]) -> float:
-    energy = sum(weight.energy for weight in weights.values())
-    return math.sqrt(sum(weight.lost for weight in weights.values()) / energy) if energy else 0.0
