@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["FILLER", "IGNORED", "Batch", "Collator", "Example", "ExampleSet", "Tokens", "is_filler", "prompts"]
-
 IGNORED = -100
 FILLER = -1
 
@@ -70,12 +68,7 @@ class ExampleSet(Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of examples.
-
-    Args:
-        pad_id: Token written where a row has ended.
-        texts: Whether to carry texts and choices, which training does not need.
-    """
+    """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices."""
 
     pad_id: int
     texts: bool = True
@@ -86,15 +79,14 @@ class Collator:
         if self.texts:
             batch["input"] = [example.input for example in examples]
             batch["target"] = [example.target for example in examples]
-            if any(example.choices for example in examples):
-                batch["choices"] = self._choices(examples)
-        return batch
-
-    def _choices(self, examples: Sequence[Example]) -> Batch:
-        placed = [(row, number) for row, example in enumerate(examples) for number in range(len(example.choices))]
-        batch: Batch = _padded([examples[row].choices[number] for row, number in placed], self.pad_id)
-        batch["row"] = torch.tensor([row for row, _ in placed])
-        batch["correct"] = torch.tensor([number == examples[row].correct for row, number in placed])
+            choices = [choice for example in examples for choice in example.choices]
+            if choices:
+                counts = torch.tensor([len(example.choices) for example in examples])
+                correct = [number == example.correct for example in examples for number in range(len(example.choices))]
+                batch["choices"] = _padded(choices, self.pad_id) | {
+                    "row": torch.arange(len(examples)).repeat_interleave(counts),
+                    "correct": torch.tensor(correct),
+                }
         return batch
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
@@ -34,8 +35,6 @@ from modular_experts.data.sampler import (
 )
 from modular_experts.data.tasks import Task, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
-
-__all__ = ["TaskMixture"]
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +80,12 @@ class TaskMixture(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_limit": eval_limit}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if eval_limit is not None and eval_limit < 1:
-            raise ValueError(f"eval_limit={eval_limit} must be at least 1 row of a task, or null for all")
         if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
-            raise ValueError(
-                f"validation_ratio={validation_ratio} and test_ratio={test_ratio} must be 0 or more and leave rows to "
-                "train on"
-            )
+            raise ValueError(f"{validation_ratio=} and {test_ratio=} must be 0 or more and leave rows to train on")
         self.tasks = as_tasks(tasks)
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
@@ -101,8 +96,6 @@ class TaskMixture(LightningDataModule):
         self.chat_template, self.num_workers = chat_template, num_workers
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
-        self.cut_rows: dict[str, dict[str, int]] = {}
-        """Rows that lost tokens to `max_length`, by split and task; known as soon as a split is tokenised."""
 
     @property
     def roles(self) -> dict[str, str]:
@@ -130,20 +123,22 @@ class TaskMixture(LightningDataModule):
         """
         # Worker processes would gain nothing: the rows are in memory and tokenised.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        if stage in ("fit", None):
-            self._need(self._split("train"), "train", "train on")
+        needed = {"fit": ["train"], "validate": ["validation"], None: list(SPLITS)}.get(stage, ["test"])
+        for split in needed:
+            examples = self._split(split)
+            if not examples:
+                raise ValueError(f"there are no {split} rows: all of {', '.join(self.roles)} are held out")
+            for name, rows in examples.items():
+                if not rows:
+                    splits = Counter(row.split for row in self._read()[name])
+                    has = ", ".join(f"{count} {known}" for known, count in splits.items())
+                    raise ValueError(f"task {name!r} has no {split} rows, only {has}")
+        if "train" in needed:
             self._split("validation")
-            counts = self.counts
-            total = sum(counts.values())
-            for name, count in counts.items():
-                passes = count / len(self._split("train")[name])
-                self._log(
-                    logging.INFO, f"{name}: {count} of {total} rows an epoch ({count / total:.1%}), {passes:.2f} passes"
-                )
-        if stage in ("validate", None):
-            self._need(self._split("validation"), "validation", "validate on")
-        if stage in ("test", "predict", None):
-            self._need(self._split("test"), "test", "test on")
+            total = sum(self.counts.values())
+            for name, count in self.counts.items():
+                share, passes = count / total, count / len(self._split("train")[name])
+                self._log(logging.INFO, f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
@@ -154,11 +149,11 @@ class TaskMixture(LightningDataModule):
         examples, counts = self._split("train"), self.counts
         sizes = {name: len(rows) for name, rows in examples.items()}
         order: Callable[[int], Tensor] = partial(epoch_order, sizes, counts, self.seed)
-        rank, world_size = self._place()
+        place = self._place()
         loader = ResumableLoader(
             dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
-            batch_size=max(1, self.batch_size // world_size),
-            sampler=MixtureSampler(order, sum(counts.values()), self.batch_size, rank, world_size, self._position),
+            batch_size=max(1, self.batch_size // place[1]),
+            sampler=MixtureSampler(order, sum(counts.values()), self.batch_size, *place, self._position),
             collate_fn=Collator(self._row_tokenizer().pad_id, texts=False),
             num_workers=self.num_workers,
             # Without a generator of its own, a loader takes numbers from the global one.
@@ -181,17 +176,17 @@ class TaskMixture(LightningDataModule):
         return self._evaluation_loader(list(chain.from_iterable(self._split("test").values())))
 
     def _evaluation_loader(self, examples: Sequence[Example]) -> DataLoader:
-        rank, world_size = self._place()
         return DataLoader(
             dataset=ExampleSet(examples),
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(len(examples), rank, world_size),
+            sampler=EvaluationSampler(len(examples), *self._place()),
             collate_fn=Collator(self._row_tokenizer().pad_id),
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
 
     def _place(self) -> tuple[int, int]:
+        """Return the number of this process, and how many there are."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _position(self, epoch: int) -> tuple[int, int]:
@@ -219,25 +214,23 @@ class TaskMixture(LightningDataModule):
     def _split(self, split: str) -> dict[str, list[Example]]:
         """Return one split's examples by task; the first call tokenises them."""
         if split not in self._examples:
-            tokenize, examples, problems, cut = self._row_tokenizer(), {}, [], {}
+            tokenize, examples, problems = self._row_tokenizer(), {}, []
             for task in self.tasks:
                 if split != "test" and not task.held_in:
                     continue
                 rows = [row for row in self._read()[task.name] if row.split == split]
                 if split != "train" and self.eval_limit is not None:
                     rows = spread_evenly(rows, self.eval_limit)
-                done = tokenize(task.name, rows, choices=split != "train")
-                examples[task.name], cut[task.name] = done.examples, done.cut
-                problems += done.problems
-            raise_for_bad_rows(problems)
-            self._examples[split], self.cut_rows[split] = examples, cut
-            for name, count in cut.items():
-                if count:
+                examples[task.name], cut, bad = tokenize(task.name, rows, choices=split != "train")
+                problems += bad
+                if cut:
                     self._log(
                         logging.WARNING,
-                        f"{name}: {count} of {len(examples[name])} {split} rows are longer than "
+                        f"{task.name}: {cut} of {len(rows)} {split} rows are longer than "
                         f"max_length={self.max_length} and lost the start of their input",
                     )
+            raise_for_bad_rows(problems)
+            self._examples[split] = examples
         return self._examples[split]
 
     def _row_tokenizer(self) -> RowTokenizer:
@@ -247,17 +240,6 @@ class TaskMixture(LightningDataModule):
         if isinstance(tokenizer, str):
             tokenizer = self.tokenizer = Base.open(tokenizer).tokenizer()
         return RowTokenizer(tokenizer, self.max_length, self.chat_template)
-
-    def _need(self, examples: Mapping[str, Sequence[Example]], split: str, purpose: str) -> None:
-        if not examples:
-            raise ValueError(
-                f"no task to {purpose}: all of {', '.join(self.roles)} are held out; give one the role held_in"
-            )
-        for name, rows in examples.items():
-            if not rows:
-                splits = [row.split for row in self._read()[name]]
-                has = ", ".join(f"{splits.count(known)} {known}" for known in SPLITS if known in splits)
-                raise ValueError(f"task {name!r} has no {split} rows, so there is nothing to {purpose}; it has {has}")
 
     def _log(self, level: int, sentence: str) -> None:
         if self.trainer is None or self.trainer.is_global_zero:

@@ -16,11 +16,8 @@ from typing import Any
 from modular_experts.data.sources import Record
 from modular_experts.text import did_you_mean
 
-__all__ = ["SPLITS", "Row", "RowReader", "raise_for_bad_rows", "spread_evenly", "template_fields"]
-
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
-_QUOTED = 5
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,16 @@ class RowReader:
         rows, problems = [], []
         for record in records:
             try:
-                rows.append(self._row(record))
+                if record.problem is not None:
+                    raise _BadRow(record.problem)
+                if not isinstance(record.values, Mapping):
+                    raise _BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(record.values)}")
+                text, target = self._input(record.values), self._text(record.values, "target")
+                split, choices = self._split(record.values), self._choices(record.values, target)
+                rows.append(Row(text, target, split, choices, record.where))
             except _BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
         return rows, problems
-
-    def _row(self, record: Record) -> Row:
-        if record.problem is not None:
-            raise _BadRow(record.problem)
-        values = record.values
-        if not isinstance(values, Mapping):
-            raise _BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(values)}")
-        text = self._text(values, "input") if self.template is None else _checked("input", self._render(values))
-        target = self._text(values, "target")
-        return Row(text, target, self._split(values), self._choices(values, target), record.where)
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
@@ -74,15 +67,16 @@ class RowReader:
             raise _BadRow(_no_column(column, values))
         return _checked(column, values[column])
 
-    def _render(self, values: Mapping[str, Any]) -> str:
-        assert self.template is not None
+    def _input(self, values: Mapping[str, Any]) -> str:
+        if self.template is None:
+            return self._text(values, "input")
         known = dict(values) | {key: values[column] for key, column in self.columns.items() if column in values}
         for name in template_fields(self.template):
             if name not in known:
                 raise _BadRow(f"the template has {{{name}}}, but {_no_column(name, known)}")
             if known[name] is None:
                 raise _BadRow(f"the template has {{{name}}}, which is null here")
-        return self.template.format_map(known)
+        return _checked("input", self.template.format_map(known))
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
         split = values.get(self.columns.get("split", "split"))
@@ -107,42 +101,28 @@ class RowReader:
         if texts and (len(set(texts)) < len(texts) or len(texts) < 2):
             raise _BadRow(f"{column!r} needs two or more different texts, not {reprlib.repr(texts)}")
         if texts and target not in texts:
-            raise _BadRow(
-                f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}"
-                f"{did_you_mean(target, texts)}"
-            )
+            raise _BadRow(f"target {reprlib.repr(target)} is not among its choices {reprlib.repr(texts)}")
         return tuple(texts)
 
 
 def template_fields(template: str) -> list[str]:
-    """Return the columns that a prompt template names.
-
-    Raises:
-        ValueError: A brace is not closed, or a field has no name.
-    """
+    """Return the columns that a prompt template names, or raise a ValueError if it is malformed."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"template {template!r} is malformed ({error}); a literal brace is written twice") from error
-    bad = [name for name in names if not name.replace("-", "_").replace(" ", "_").isidentifier()]
-    if bad:
-        raise ValueError(
-            f"template {template!r} has the field {{{bad[0]}}}; a field is the plain name of a column, like {{input}}"
-        )
+    for name in names:
+        if not name.replace("-", "_").replace(" ", "_").isidentifier():
+            raise ValueError(f"template {template!r} has the field {{{name}}}, which is not a plain name of a column")
     return names
 
 
 def raise_for_bad_rows(problems: Sequence[str]) -> None:
-    """Raise one error that counts all bad rows and quotes the first five.
-
-    Raises:
-        ValueError: There is a bad row.
-    """
-    if not problems:
-        return
-    count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
-    more = f", the first {_QUOTED}" if len(problems) > _QUOTED else ""
-    raise ValueError("\n".join([f"{count} in the task data, so nothing was run{more}:", *problems[:_QUOTED]]))
+    """Raise a ValueError that counts all bad rows and quotes the first five, if there are any."""
+    if problems:
+        count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
+        more = ", the first 5" if len(problems) > 5 else ""
+        raise ValueError("\n".join([f"{count} in the task data, so nothing was run{more}:", *problems[:5]]))
 
 
 def spread_evenly(rows: Sequence[Any], count: int) -> list[Any]:
@@ -155,16 +135,14 @@ class _BadRow(ValueError):
 
 
 def _checked(column: str, value: Any) -> str:
-    if value is None:
-        raise _BadRow(f"{column!r} is null; it must be text")
     if not isinstance(value, str):
-        raise _BadRow(f"{column!r} must be text, not the {type(value).__name__} {reprlib.repr(value)}")
+        raise _BadRow(f"{column!r} must be text, not {reprlib.repr(value)}")
     if not value.strip():
         raise _BadRow(f"{column!r} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _BadRow(f"{column!r} holds half of a character (a lone surrogate): {ascii(value)[:60]}") from None
+        raise _BadRow(f"{column!r} holds a lone surrogate, half of a character: {ascii(value)[:60]}") from None
     return value
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -22,26 +22,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from modular_experts.data.batch import FILLER
 
-__all__ = [
-    "Equal",
-    "EvaluationSampler",
-    "Mixing",
-    "MixtureSampler",
-    "Proportional",
-    "ResumableLoader",
-    "Temperature",
-    "epoch_counts",
-    "epoch_order",
-]
-
 log = logging.getLogger(__name__)
 
 
 class MixtureSampler(DistributedSampler):
     """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on.
 
-    An epoch is as long as its order. If the last batch does not divide among the processes, rows from the start of the
-    same epoch complete it, fewer than `world_size` of them.
+    If the last batch does not divide among the processes, rows from the start of the same epoch complete it.
 
     Args:
         order: Returns the global order of an epoch, given its number.
@@ -49,8 +36,7 @@ class MixtureSampler(DistributedSampler):
         batch_size: Rows of a global batch; a multiple of `world_size`.
         rank: Number of this process.
         world_size: Number of processes that share a batch.
-        position: Returns, for the epoch that was set, the one to read and how many of its batches are finished; called
-            whenever an iteration begins.
+        position: Returns, for the epoch that was set, the one to read and how many of its batches are finished.
     """
 
     def __init__(
@@ -62,10 +48,9 @@ class MixtureSampler(DistributedSampler):
         world_size: int = 1,
         position: Callable[[int], tuple[int, int]] = lambda epoch: (epoch, 0),
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
+        if batch_size % world_size:
             raise ValueError(
-                f"batch_size={batch_size} is the batch of all processes together and does not divide into {world_size} "
-                f"equal slices; use a positive multiple of {world_size}"
+                f"batch_size={batch_size}, the rows of all processes together, must be a multiple of {world_size}"
             )
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.order, self.length, self.batch_size, self.position = order, length, batch_size, position
@@ -79,15 +64,10 @@ class MixtureSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """Gives the rows of one process in evaluation: every `world_size`-th row from `rank` on, each in one process only.
+    """Gives the rows of one process in evaluation: of `length` rows, every `world_size`-th from `rank` on.
 
     All processes get equally many rows, because a process that runs one batch more than the others would wait for them
     forever. `FILLER`, a row that no score counts, makes up the difference.
-
-    Args:
-        length: Number of rows.
-        rank: Number of this process.
-        world_size: Number of processes that share the rows.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
@@ -118,10 +98,9 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Warn where this run differs from the one that wrote the checkpoint."""
-        changed = {key: (state.get(key), value) for key, value in self.identity.items() if state.get(key) != value}
-        if changed:
-            words = ", ".join(f"{key} was {before} and is {now}" for key, (before, now) in changed.items())
-            log.warning("the resumed run does not continue with the same rows: %s", words)
+        for key, now in self.identity.items():
+            if state.get(key) != now:
+                log.warning("the resumed run reads other rows: %s was %s and is %s", key, state.get(key), now)
 
 
 class Mixing(ABC):
@@ -150,17 +129,13 @@ class Equal(Mixing):
 
 @dataclass(frozen=True)
 class Temperature(Mixing):
-    """Gives each task a share of `size ** (1 / temperature)`, between the other two.
-
-    Args:
-        temperature: 1 is proportional, large values approach equal shares.
-    """
+    """Gives each task a share of `size ** (1 / temperature)`: 1 is proportional, large values approach equal shares."""
 
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 1 (proportional) or more (towards equal shares)")
+            raise ValueError(f"temperature={self.temperature} must be 1 or more")
 
     def share(self, size: int) -> float:
         return size ** (1 / self.temperature)
@@ -177,9 +152,7 @@ def epoch_counts(
     one row more.
     """
     capped = {name: min(size, caps.get(name) or size) for name, size in sizes.items()}
-    shares = {
-        name: Fraction(weights.get(name, 1.0)) * Fraction(mixing.share(size)) for name, size in capped.items() if size
-    }
+    shares = {n: Fraction(weights.get(n, 1.0)) * Fraction(mixing.share(size)) for n, size in capped.items() if size}
     total, parts = sum(capped.values()), sum(shares.values())
     exact = {name: total * share / parts for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}
@@ -209,6 +182,6 @@ def epoch_order(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int, 
     return together[_permutation(len(together), (seed, "epoch", epoch))]
 
 
-def _permutation(size: int, key: Sequence[object]) -> Tensor:
-    digest = blake2b(repr(tuple(key)).encode(), digest_size=7).digest()
+def _permutation(size: int, key: tuple[object, ...]) -> Tensor:
+    digest = blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))

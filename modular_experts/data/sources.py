@@ -7,17 +7,15 @@ decides what a good record is.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "TaskSource", "Wanted", "hub_records", "path_records", "source_records"]
+from modular_experts.text import did_you_mean
 
 Wanted = Mapping[str, str | int | float | bool]
 """The wanted value of some columns."""
@@ -40,12 +38,6 @@ class TaskSource(ABC):
         """Yield one mapping per row with at least `input` and `target`, in the same order each time."""
 
 
-def source_records(source: TaskSource) -> Iterator[Record]:
-    """Read a user's source; the place of a row is its number."""
-    for number, values in enumerate(source.rows(), 1):
-        yield Record(f"{type(source).__name__}:{number}", values)
-
-
 def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     """Read a JSONL, JSON, CSV, TSV or Parquet file, or a directory written by `datasets.save_to_disk`.
 
@@ -58,7 +50,9 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     if place.is_dir():
         return _directory_records(path, place, where or {})
     if not place.is_file():
-        raise ValueError(_missing(path, place))
+        near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
+        folder = str(place.parent.absolute())
+        raise ValueError(f"{path}: no such file in {folder!r}{near} (a hub dataset goes into `hub`)")
     if place.suffix.lower() not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}, not in {place.suffix!r}")
     return _never_empty(path, READERS[place.suffix.lower()](path, place))
@@ -86,8 +80,7 @@ def _hub_dataset(name: str, subset: str | None, revision: str | None) -> Any:
         return datasets.load_dataset(name, subset, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"hub dataset {name!r} could not be loaded ({_one_line(error)}); without a network, give `path`: a file, "
-            "or a directory written by datasets.save_to_disk"
+            f"hub dataset {name!r} could not be loaded ({_one_line(error)}); without a network, give `path`"
         ) from error
 
 
@@ -97,11 +90,7 @@ def _directory_records(path: str, place: Path, where: Wanted) -> Iterator[Record
     try:
         loaded = datasets.load_from_disk(str(place))
     except (OSError, ValueError) as error:
-        inside = sorted(entry.name for entry in place.iterdir())[:5]
-        raise ValueError(
-            f"{path}: this directory was not written by datasets.save_to_disk; name a file in it (it holds "
-            f"{', '.join(inside) or 'nothing'})"
-        ) from error
+        raise ValueError(f"{path} was not written by datasets.save_to_disk; name a file in it") from error
     return _never_empty(path, _dataset_records(path, loaded, where))
 
 
@@ -146,54 +135,30 @@ def _possible_rows(dataset: Any, wanted: Wanted) -> Sequence[int]:
 
 def _json_lines(path: str, place: Path) -> Iterator[Record]:
     with place.open("rb") as file:
-        yield from _lines(path, file)
-
-
-def _lines(path: str, lines: Iterable[bytes]) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-            if text:
-                yield Record(where, json.loads(text))
-        except UnicodeDecodeError:
-            yield Record(where, problem="this line is not UTF-8 text")
-        except json.JSONDecodeError as error:
-            yield Record(where, problem=f"broken JSON, {_json_error(error)}: {_excerpt(text)}")
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+                if text:
+                    yield Record(f"{path}:{number}", json.loads(text))
+            except ValueError as error:
+                yield _broken_json(path, number, error)
 
 
 def _json_file(path: str, place: Path) -> Iterator[Record]:
-    """Read a list of objects; a file that starts with an object is read line by line."""
-    raw = place.read_bytes()
+    """Read a list of objects, whose places are their numbers from 0; a file that starts with an object holds lines."""
     try:
-        text = raw.decode("utf-8-sig")
+        text = place.read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith("["):
-            return _lines(path, io.BytesIO(raw))
-        json.loads(text)
-    except UnicodeDecodeError:
-        return iter([Record(f"{path}:1", problem="this file is not UTF-8 text")])
-    except json.JSONDecodeError as error:
-        return iter([Record(f"{path}:{error.lineno}", problem=f"broken JSON, {_json_error(error)}")])
-    return _array_elements(path, text)
+            return _json_lines(path, place)
+        return iter([Record(f"{path}[{number}]", values) for number, values in enumerate(json.loads(text))])
+    except ValueError as error:
+        return iter([_broken_json(path, getattr(error, "lineno", 1), error)])
 
 
-def _array_elements(path: str, text: str) -> Iterator[Record]:
-    """Yield the elements of a well-formed JSON list, each with the line that it starts on."""
-    decoder = json.JSONDecoder()
-    line, seen, end = 1, 0, text.index("[")
-    while text[start := _next_token(text, end + 1)] != "]":
-        line, seen = line + text.count("\n", seen, start), start
-        value, end = decoder.raw_decode(text, start)
-        end = _next_token(text, end)
-        yield Record(f"{path}:{line}", value)
-        if text[end] == "]":
-            return
-
-
-def _next_token(text: str, position: int) -> int:
-    while text[position].isspace():
-        position += 1
-    return position
+def _broken_json(path: str, line: int, error: ValueError) -> Record:
+    if isinstance(error, json.JSONDecodeError):
+        return Record(f"{path}:{line}", problem=f"broken JSON at column {error.colno}: {error.msg.removesuffix(' at')}")
+    return Record(f"{path}:{line}", problem="this is not UTF-8 text")
 
 
 def _delimited(path: str, place: Path) -> Iterator[Record]:
@@ -248,31 +213,6 @@ def _never_empty(path: str, records: Iterator[Record]) -> Iterator[Record]:
         yield record
     if empty:
         yield Record(f"{path}:1", problem="the file is empty: it has no rows")
-
-
-def _missing(path: str, place: Path) -> str:
-    parent = place.parent
-    if not parent.is_dir():
-        sentence = (
-            f"{path}: no such file; the directory {str(parent)!r} does not exist (looked from {str(Path.cwd())!r})"
-        )
-    else:
-        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix.lower() in READERS)
-        near = get_close_matches(place.name, names, n=3, cutoff=0.5) or names[:5]
-        there = f"near it: {', '.join(near)}" if near else "there are no task files"
-        sentence = f"{path}: no such file; in {str(parent.resolve())!r} {there}"
-    return (
-        sentence if place.suffix else f"{sentence}. A dataset of the Hugging Face hub is named by `hub`, not by `path`"
-    )
-
-
-def _json_error(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-
-
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _one_line(error: Exception) -> str:

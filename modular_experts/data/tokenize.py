@@ -8,7 +8,6 @@ loses tokens on the left of its input and keeps its target whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,25 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from modular_experts.data.batch import Example, Tokens
 from modular_experts.data.rows import Row
 
-__all__ = ["RowTokenizer", "Tokenized", "joined"]
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Examples in the order of their rows, how many lost tokens, and a sentence for each row that gives no example."""
-
-    examples: list[Example]
-    cut: int
-    problems: list[str]
-
 
 class RowTokenizer:
     """Tokenises the rows of a task.
 
     Args:
         tokenizer: The model's tokenizer; it stays as it is.
-        max_length: The most tokens of a row, with target and end-of-sequence.
-        chat_template: Whether to put the input as a user's message through the tokenizer's chat template.
+        max_length, chat_template: As for `TaskMixture`; the length counts end-of-sequence.
 
     Raises:
         ValueError: The tokenizer has no end-of-sequence token, or no chat template although `chat_template` is set.
@@ -42,15 +29,11 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, chat_template: bool = False) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "the tokenizer has no end-of-sequence token, so a target could not end; set tokenizer.eos_token"
-            )
+            raise ValueError("the tokenizer has no end-of-sequence token to end a target; set tokenizer.eos_token")
         if chat_template and tokenizer.chat_template is None:
-            raise ValueError("chat_template is asked for, but the tokenizer has none (tokenizer.chat_template is None)")
+            raise ValueError("chat_template is set, but the tokenizer has no chat template (tokenizer.chat_template)")
         if max_length < 3:
-            raise ValueError(
-                f"max_length={max_length} has no room for a prompt, a target and end-of-sequence; use at least 3"
-            )
+            raise ValueError(f"max_length={max_length} must be at least 3: a prompt, a target and end-of-sequence")
         self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, chat_template
 
     @property
@@ -59,47 +42,39 @@ class RowTokenizer:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def __call__(self, task: str, rows: Sequence[Row], choices: bool = True) -> Tokenized:
-        """Tokenise all rows of one task, with their choices if wanted."""
-        if not rows:
-            return Tokenized([], 0, [])
-        texts = [self._prompt(row.input) for row in rows]
+    def __call__(self, task: str, rows: Sequence[Row], choices: bool = True) -> tuple[list[Example], int, list[str]]:
+        """Tokenise all rows of one task, with their choices if wanted.
+
+        Returns:
+            The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
+        """
+        texts = [row.input for row in rows]
+        if self.chat_template:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target] for row in rows])
         options = self._ends(texts, [row.choices if choices else () for row in rows])
-        examples, problems, cut = [], [], 0
+        examples: list[Example] = []
+        problems: list[str] = []
+        cut = 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
             room = self.max_length - max(map(len, [target, *ends]))
             if not prompt or len(target) < 2:
-                missing = "target" if prompt else "input"
-                problems.append(f"{row.where}: the tokenizer makes no tokens of the {missing}")
+                problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
             if room < 1:
-                problems.append(
-                    f"{row.where}: the target (or a choice) leaves no room for the input within "
-                    f"max_length={self.max_length}; raise it"
-                )
+                problems.append(f"{row.where}: the target or a choice fills max_length={self.max_length}; raise it")
                 continue
             # Every choice gets the same prompt, so that their scores can be compared.
             kept = prompt[-room:]
             cut += len(kept) < len(prompt)
             correct = row.choices.index(row.target) if row.choices else 0
-            examples.append(
-                Example(
-                    task, row.input, row.target, _tokens(kept, target), tuple(_tokens(kept, e) for e in ends), correct
-                )
+            tokens, *others = (
+                Tokens(torch.tensor([*kept, *end], dtype=torch.int32), len(kept)) for end in [target, *ends]
             )
-        return Tokenized(examples, cut, problems)
-
-    def _prompt(self, text: str) -> str:
-        if not self.chat_template:
-            return text
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, return_dict=False
-        )
-        assert isinstance(rendered, str)
-        return rendered
+            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct))
+        return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Tokenise, for each prompt, the targets that may follow it, each with its end-of-sequence."""
@@ -116,7 +91,3 @@ class RowTokenizer:
 def joined(prompt: str, target: str) -> str:
     """Return the target as it follows the prompt: after one space, unless either side has white space at the joint."""
     return target if prompt[-1:].isspace() or target[:1].isspace() else f" {target}"
-
-
-def _tokens(prompt: list[int], end: list[int]) -> Tokens:
-    return Tokens(torch.tensor([*prompt, *end], dtype=torch.int32), len(prompt))

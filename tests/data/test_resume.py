@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,86 +105,3 @@ def test_an_epoch_is_every_row_once(task_files: dict[str, Path], tmp_path: Path)
     lengths = [sorted(len([token for token in row if token]) for row in epoch) for epoch in epochs]
     assert lengths[0] == lengths[1] == lengths[2]
     assert len({str(epoch) for epoch in epochs}) == 3
-
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch
-from test_resume import QUIET, Recorder, mixture
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from modular_experts.evaluation import TaskScores
-
-out, resume, distributed_sampler = Path(sys.argv[2]), sys.argv[3] or None, sys.argv[4] == "1"
-files = {name: Path(sys.argv[5]) / f"{name}.jsonl" for name in ("upper", "reverse")}
-module, data = Recorder(), mixture(files, eval_batch_size=4)
-tested, scores = [], TaskScores(data.roles)
-
-
-def test_step(batch):
-    tested.append(list(zip(batch["task"], batch["input"])))
-    lengths = torch.tensor([len(text) for text in batch["target"]])
-    scores.update(batch, 0.25 * lengths, lengths, generations=batch["target"])
-
-
-module.test_step = test_step
-trainer = Trainer(**QUIET, strategy="ddp", devices=2, use_distributed_sampler=distributed_sampler,
-                  callbacks=[ModelCheckpoint(out, filename="{step}", every_n_train_steps=1, save_top_k=-1)])
-trainer.fit(module, datamodule=data, ckpt_path=resume)
-trainer.test(module, datamodule=data, verbose=False)
-(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([module.seen, tested, scores.compute()]))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without it, now and then
-"""
-
-
-def two_processes(folder: Path, out: Path, resume: str, distributed_sampler: bool) -> list[Any]:
-    import json
-
-    out.mkdir()
-    script = out / "run.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "RANK", "LOCAL_RANK"))
-    }
-    tests = Path(__file__).resolve().parent
-    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = f"{tests.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, str(script), str(tests), str(out), resume, str(int(distributed_sampler)), str(folder)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors[-3000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-
-@pytest.mark.ddp
-def test_two_processes_share_each_batch_and_resume_in_the_middle(task_files: dict[str, Path], tmp_path: Path) -> None:
-    alone = run(task_files, tmp_path / "alone")
-    folder = task_files["upper"].parent
-    ranks = two_processes(folder, tmp_path / "two", "", distributed_sampler=True)
-
-    def rows(batch: list[list[int]]) -> list[list[int]]:
-        return sorted([token for token in row if token] for row in batch)
-
-    for number, (_, _, batch) in enumerate(alone.seen):
-        first, second = (rank[0][number][2] for rank in ranks)
-        assert len(first) == len(second) == 2
-        assert rows(first + second) == rows(batch)
-
-    resumed = two_processes(folder, tmp_path / "rest", str(tmp_path / "two" / "step=8.ckpt"), distributed_sampler=False)
-    assert [rank[0] for rank in resumed] == [rank[0][8:] for rank in ranks]
-
-    tested = [tuple(row) for rank in ranks for batch in rank[1] for row in batch if row[0]]
-    assert len(tested) == len(set(tested)) == 12
-    means = {"loss": 0.25, "exact_match": 1.0, "rougeL": 1.0}
-    tasks = {name: {"role": "held_in", "rows": 6} | means for name in ("upper", "reverse")}
-    assert ranks[0][2] == ranks[1][2] == {"tasks": tasks, "held_in": means, "held_out": {}}

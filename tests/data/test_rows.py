@@ -46,9 +46,9 @@ BAD = {
         {"input": "a", "taget": "b"},
         "the row has no 'target', only 'input', 'taget'; did you mean taget?",
     ),
-    "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not the int 5"),
-    "list": ({"input": ["a"], "target": "b"}, "'input' must be text, not the list ['a']"),
-    "null": ({"input": "a", "target": None}, "'target' is null; it must be text"),
+    "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not 5"),
+    "list": ({"input": ["a"], "target": "b"}, "'input' must be text, not ['a']"),
+    "null": ({"input": "a", "target": None}, "'target' must be text, not None"),
     "empty target": ({"input": "a", "target": ""}, "'target' is empty"),
     "blank input": ({"input": " \n", "target": "b"}, "'input' is empty"),
     "no object": (["a", "b"], "a row is an object with 'input' and 'target', not ['a', 'b']"),
@@ -60,9 +60,9 @@ BAD = {
         "'choices' needs two or more different texts",
     ),
     "choices text": ({"input": "a", "target": "b", "choices": "b, c"}, "'choices' must be a list of texts"),
-    "choice type": ({"input": "a", "target": "b", "choices": ["b", 2]}, "'choices' must be text, not the int 2"),
+    "choice type": ({"input": "a", "target": "b", "choices": ["b", 2]}, "'choices' must be text, not 2"),
     "target no choice": ({"input": "a", "target": "bb", "choices": ["b", "c"]}, "target 'bb' is not among its choices"),
-    "surrogate": ({"input": "a\ud800", "target": "b"}, "'input' holds half of a character"),
+    "surrogate": ({"input": "a\ud800", "target": "b"}, "'input' holds a lone surrogate"),
 }
 
 

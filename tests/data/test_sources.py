@@ -36,10 +36,10 @@ def write(folder: Path, suffix: str) -> Path:
     return path
 
 
-#: The line each row starts on: blank lines between JSON lines, four lines an object, a CSV field of two lines.
+#: The line each row starts on: blank lines between JSON lines, a CSV field of two lines; numbers in a JSON list.
 LINES = {
     ".jsonl": [1, 3, 5],
-    ".json": [2, 6, 10],
+    ".json": [0, 1, 2],
     ".csv": [2, 3, 5],
     ".tsv": [2, 3, 5],
     ".parquet": [1, 2, 3],
@@ -52,7 +52,8 @@ def test_every_format_gives_the_same_rows_with_their_lines(tmp_path: Path, suffi
     path = str(write(tmp_path, suffix))
     records = list(path_records(path))
     assert [record.values for record in records] == ROWS
-    assert [record.where for record in records] == [f"{path}:{line}" for line in LINES[suffix]]
+    place = "{}[{}]" if suffix == ".json" else "{}:{}"
+    assert [record.where for record in records] == [place.format(path, line) for line in LINES[suffix]]
 
 
 def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
@@ -85,7 +86,10 @@ def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, c
 
 
 BROKEN = {
-    ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (2, "broken JSON, Unterminated string"),
+    ("cut.jsonl", b'{"input": "a", "target": "b"}\n{"input": "a", "targ\n'): (
+        2,
+        "broken JSON at column 16: Unterm",
+    ),
     ("latin.jsonl", '{"input": "é"}\n'.encode("latin-1")): (1, "not UTF-8"),
     ("list.json", b'[\n {"input": "a"},\n {"input" "b"}\n]'): (3, "broken JSON"),
     ("latin.json", '["é"]'.encode("latin-1")): (1, "not UTF-8"),
@@ -118,14 +122,14 @@ def test_reading_goes_on_after_a_broken_line(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_answered_with_the_near_name(tmp_path: Path) -> None:
     (tmp_path / "intents.jsonl").touch()
-    with pytest.raises(ValueError, match=r"intnets\.jsonl: no such file; .* near it: intents\.jsonl"):
+    with pytest.raises(ValueError, match=r"intnets\.jsonl: no such file in .*; did you mean intents\.jsonl\?"):
         path_records(str(tmp_path / "intnets.jsonl"))
 
 
 def test_a_missing_directory_and_a_hub_id_as_a_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere/a\.jsonl: no such file in"):
         path_records(str(tmp_path / "nowhere" / "a.jsonl"))
-    with pytest.raises(ValueError, match="named by `hub`"):
+    with pytest.raises(ValueError, match="goes into `hub`"):
         path_records("google/boolq")
 
 
@@ -133,7 +137,5 @@ def test_an_unknown_suffix_and_a_directory_of_files_are_refused(tmp_path: Path) 
     (tmp_path / "a.txt").touch()
     with pytest.raises(ValueError, match=r"ends in one of \.jsonl"):
         path_records(str(tmp_path / "a.txt"))
-    with pytest.raises(
-        ValueError, match=r"not written by datasets\.save_to_disk; name a file in it \(it holds a\.txt\)"
-    ):
+    with pytest.raises(ValueError, match=r"not written by datasets\.save_to_disk; name a file in it"):
         list(path_records(str(tmp_path)))

@@ -18,9 +18,9 @@ def ids(text: str) -> list[int]:
 
 
 def tokenized(*rows: Row, **options: object) -> list[Example]:
-    done = RowTokenizer(build_tokenizer(), **options)("t", rows)  # type: ignore[arg-type]
-    assert done.problems == []
-    return done.examples
+    examples, _, problems = RowTokenizer(build_tokenizer(), **options)("t", rows)  # type: ignore[arg-type]
+    assert problems == []
+    return examples
 
 
 def test_one_space_joins_unless_white_space_is_there() -> None:
@@ -44,7 +44,7 @@ def test_no_special_token_is_added_even_by_a_tokenizer_that_would() -> None:
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
     assert tokenizer("a")["input_ids"] == [2, *ids("a")]
-    assert RowTokenizer(tokenizer)("t", [Row("a", "b")]).examples[0].tokens.ids.tolist() == [*ids("a b"), EOS]
+    assert RowTokenizer(tokenizer)("t", [Row("a", "b")])[0][0].tokens.ids.tolist() == [*ids("a b"), EOS]
 
 
 def test_a_batch_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_the_end_is_learned_although_it_is_also_the_padding() -> None:
     tokenizer.pad_token = tokenizer.eos_token
     tokenize = RowTokenizer(tokenizer)
     assert tokenize.pad_id == EOS
-    batch = Collator(tokenize.pad_id)(tokenize("t", [Row("a", "b"), Row("a", "bcd")]).examples)
+    batch = Collator(tokenize.pad_id)(tokenize("t", [Row("a", "b"), Row("a", "bcd")])[0])
     assert batch["labels"][0].tolist() == [IGNORED, *ids(" b"), EOS, IGNORED, IGNORED]
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 0, 0]
 
@@ -81,16 +81,18 @@ def test_without_a_padding_token_the_end_pads_and_the_tokenizer_stays_as_it_was(
 
 
 def test_a_long_row_loses_the_left_of_its_input_and_keeps_its_target() -> None:
-    done = RowTokenizer(build_tokenizer(), max_length=6)("t", [Row("abcdef", "xy"), Row("ab", "xy")])
-    assert [example.tokens.ids.tolist() for example in done.examples] == [[*ids("ef xy"), EOS], [*ids("ab xy"), EOS]]
-    assert done.cut == 1
-    assert done.examples[0].input == "abcdef"
+    examples, cut, _ = RowTokenizer(build_tokenizer(), max_length=6)("t", [Row("abcdef", "xy"), Row("ab", "xy")])
+    assert [example.tokens.ids.tolist() for example in examples] == [[*ids("ef xy"), EOS], [*ids("ab xy"), EOS]]
+    assert cut == 1
+    assert examples[0].input == "abcdef"
 
 
 def test_a_target_that_leaves_no_room_is_a_bad_row() -> None:
-    done = RowTokenizer(build_tokenizer(), max_length=5)("t", [Row("a", "xyz", where="f:3"), Row("a", "xy")])
-    assert len(done.examples) == 1
-    assert done.problems == ["f:3: the target (or a choice) leaves no room for the input within max_length=5; raise it"]
+    examples, _, problems = RowTokenizer(build_tokenizer(), max_length=5)(
+        "t", [Row("a", "xyz", where="f:3"), Row("a", "xy")]
+    )
+    assert len(examples) == 1
+    assert problems == ["f:3: the target or a choice fills max_length=5; raise it"]
 
 
 def test_choices_share_the_prompt_and_are_marked() -> None:
@@ -113,14 +115,14 @@ def test_a_chat_template_renders_the_prompt() -> None:
     tokenizer = build_tokenizer()
     messages, prompt = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "[bot]\n"
     tokenizer.chat_template = f"{messages}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
-    (example,) = RowTokenizer(tokenizer, chat_template=True)("t", [Row("hi", "yo")]).examples
+    (example,) = RowTokenizer(tokenizer, chat_template=True)("t", [Row("hi", "yo")])[0]
     assert example.tokens.ids.tolist() == [*ids("[user]hi[bot]\nyo"), EOS]
     assert example.tokens.prompt == len("[user]hi[bot]\n")
     assert example.input == "hi"
 
 
 def test_what_a_tokenizer_lacks_is_said() -> None:
-    with pytest.raises(ValueError, match="chat_template is asked for"):
+    with pytest.raises(ValueError, match="chat_template is set"):
         RowTokenizer(build_tokenizer(), chat_template=True)
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None

@@ -80,14 +80,14 @@ def test_where_meets_the_split_key_and_label_names_of_a_dataset_dictionary(tmp_p
 
 
 NOTHING = {
-    "value": ({"task": "d"}, r"no row has task='d', only 'a', 'b', 'c'$"),
-    "many": ({"source": "b3"}, r"no row has source='b3', only 'a0', 'a1', 'a2', 'b0', 'b1' and 4 more$"),
-    "column": ({"tsak": "b"}, r"`where` names the column 'tsak', and the rows have only .*; did you mean task\?"),
-    "number": ({"fold": 2}, r"no row has fold='2', only '0', '1'$"),
-    "second": ({"task": "b", "split": "tain"}, r"no row with task='b' has split='tain', only 'train'; did you .*\?$"),
-    "together": ({"source": "b1", "fold": 0}, r"no row with source='b1' has fold='0', only '1'$"),
-    "number first": ({"fold": 0, "source": "b1"}, r"no row with fold='0' has source='b1', only 'a0', .* and 1 more"),
-    "no column": ({"task": "b", "kind": "x"}, r"`where` names the column 'kind', and the rows have only 'fold', "),
+    "value": ({"task": "d"}, r"'task' is not 'd' but 'a', 'b', 'c'$"),
+    "many": ({"source": "b3"}, r"'source' is not 'b3' but 'a0', 'a1', 'a2', 'b0', 'b1', \.\.\.$"),
+    "column": ({"tsak": "b"}, r"'tsak' is not 'b' but missing$"),
+    "number": ({"fold": 2}, r"'fold' is not '2' but '0', '1'$"),
+    "second": ({"task": "b", "split": "tain"}, r"'split' is not 'tain' but 'train'; did you mean train\?$"),
+    "together": ({"source": "b1", "fold": 0}, r"'fold' is not '0' but '1'$"),
+    "number first": ({"fold": 0, "source": "b1"}, r"'source' is not 'b1' but 'a0', .*"),
+    "no column": ({"task": "b", "kind": "x"}, r"'kind' is not 'x' but missing$"),
 }
 
 
@@ -95,7 +95,7 @@ NOTHING = {
 def test_where_that_matches_no_row_lists_what_there_is(tmp_path: Path, suffix: str, capfd) -> None:
     path = table(tmp_path, suffix)
     for where, sentence in NOTHING.values():
-        with pytest.raises(ValueError, match=rf"^task 'b': {path}: {sentence}"):
+        with pytest.raises(ValueError, match=rf"^task 'b': {path}: no row fits `where`; {sentence}"):
             Task("b", path=path, columns=COLUMNS, where=where).read()
 
 
@@ -104,7 +104,7 @@ def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
     for path in (write_rows(tmp_path / "d.jsonl", rows), tmp_path / "d"):
         assert [row.input for row in Task("k", path=str(path), where={"kind": "k"}).read()[0]] == ["c"]
-        with pytest.raises(ValueError, match="no row has kind='None', only 'k'"):
+        with pytest.raises(ValueError, match="'kind' is not 'None' but 'k'"):
             Task("k", path=str(path), where={"kind": "None"}).read()
 
 

@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_usual_loss() -> None:
 def test_choices_are_scored_one_by_one_or_together_the_same() -> None:
     model = build_model("llama")
     rows = [Row("pick", "a", choices=("a", "bcd", "e")), Row("a longer prompt", "z", choices=("y", "z"))]
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", rows).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", rows)[0])
     scores = choice_log_likelihoods(model, batch["choices"], rows=2)
     for number in range(5):
         length = int(batch["choices"]["attention_mask"][number].sum())
@@ -86,14 +86,14 @@ def test_choices_are_scored_one_by_one_or_together_the_same() -> None:
 
 
 def test_a_choice_is_scored_with_its_end() -> None:
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab", choices=("ab", "c"))]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab", choices=("ab", "c"))])[0])
     scores = choice_log_likelihoods(Whole(lambda ids, mask: torch.zeros(*ids.shape, 200).double()), batch["choices"])
     assert scores.tolist() == pytest.approx([-4 * math.log(200), -3 * math.log(200)])  # space, letters, end
 
 
 def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() -> None:
     model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("pre", "ab"), Row("longer", "c")]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("pre", "ab"), Row("longer", "c")])[0])
     got = []
     model.lm_head.register_forward_pre_hook(lambda head, inputs: got.append(inputs[0]))
     logits, labels = answer_logits(model, batch)
@@ -109,7 +109,7 @@ def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() ->
 
 def test_a_model_that_makes_all_logits_gives_the_same() -> None:
     model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")])[0])
 
     whole = Whole(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits)
     for found, wanted in zip(batch_losses(whole, batch), batch_losses(model, batch), strict=True):
@@ -118,7 +118,7 @@ def test_a_model_that_makes_all_logits_gives_the_same() -> None:
 
 
 def test_a_row_without_an_answer_does_not_cost_the_others_anything() -> None:
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("longer", "ab"), Row("prompt", "c")]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("longer", "ab"), Row("prompt", "c")])[0])
     one = batch["labels"].clone()
     one[1] = IGNORED
     logits, labels = answer_logits(build_model("llama"), batch | {"labels": one})
@@ -128,7 +128,7 @@ def test_a_row_without_an_answer_does_not_cost_the_others_anything() -> None:
 
 def test_without_an_answer_nothing_is_summed() -> None:
     model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab")]).examples)
+    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab")])[0])
     sums, counts = batch_losses(model, batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
     assert sums.tolist() == [0.0]
     assert counts.tolist() == [0]

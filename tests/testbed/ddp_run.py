@@ -1,6 +1,6 @@
 """One training run, of one process or as a rank of several: `python ddp_run.py FOLDER BASE FILES_JSON RANKS`.
 
-Each rank writes what it ends with to `FOLDER/rank{R}.pt`.
+Each rank writes what it ends with to `FOLDER/rank{R}.pt`. Two ranks also resume from a checkpoint in mid-epoch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import expert_layers
-from modular_experts.masks import FisherInformation, GradientMagnitude, GraSP, GrowAndDrop, Score
+from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
+from modular_experts.training.module import ExpertModule
 
 
 class Watch(Callback):
@@ -44,32 +46,46 @@ def choose_among_all(folder: Path, base: Path, files: dict[str, Path], ranks: in
     rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
     watch, schedule = Watch(), MaskSchedule(score=score, rule=rule, batches=2, seed=0, scope="global")
     module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64")
-    trainer = runs.trainer(folder, watch, schedule, max_steps=4, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    trainer = runs.trainer(folder, watch, schedule, max_steps=3, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
     trainer.fit(module, runs.mixture(files, base, seed=0))
-    values = {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
-    return {"supports": watch.supports, "values": values, "passes": schedule.passes}
+    return {"supports": watch.supports, "values": values(module), "passes": schedule.passes}
+
+
+def values(module: ExpertModule) -> dict[str, torch.Tensor]:
+    return {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
+
+
+def prepare(folder: Path, base: Path, ranks: int, *callbacks: Callback, **settings) -> tuple:
+    """Return a module and a trainer for seven steps (an epoch is six); the support changes at two of them."""
+    seed_everything(ranks, verbose=False)  # other supports at first in one process and in two: the schedule must agree
+    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
+    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "enable_checkpointing": True}
+    trainer = runs.trainer(folder, schedule, *callbacks, max_steps=7, **(place | settings))
+    return module, trainer
 
 
 def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     warnings.simplefilter("ignore")
-    seed_everything(ranks, verbose=False)  # other supports at first in one process and in two: the schedule must agree
     watch, export = Watch(), ExportExpert(str(folder / "library"), "mine")
-    schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), batches=2, seed=0)
-    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
-    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
-    strategy = "ddp" if ranks > 1 else "auto"
-    trainer = runs.trainer(folder, watch, schedule, export, max_steps=10, devices=ranks, strategy=strategy)
+    saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    module, trainer = prepare(folder, base, ranks, watch, export, saving)
     trainer.fit(module, runs.mixture(files, base, seed=0))
     trainer.test(module, runs.mixture(files, base, eval_batch_size=4), verbose=False)
     trainer.predict(module, runs.mixture(files, base, eval_batch_size=4))
     found = {
         "supports": watch.supports,
-        "values": {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)},
+        "values": values(module),
         "results": module.results,
         "reduced_bytes": watch.reduced_bytes,
         "synchronised_buffers": watch.synchronised_buffers,
     }
-    for score in (GradientMagnitude(), FisherInformation(), GraSP()):
+    if ranks > 1:
+        rest, again = prepare(folder, base, ranks, enable_checkpointing=False, use_distributed_sampler=False)
+        again.fit(rest, runs.mixture(files, base, seed=0), ckpt_path=folder / "step=4.ckpt")
+        found["resumed"] = values(rest)
+    for score in (FisherInformation(), GraSP()):
         found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:

@@ -8,31 +8,32 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from testbed import ddp_run
 
 pytestmark = pytest.mark.ddp
 
 
-def _run(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> list[dict]:
-    folder.mkdir()
-    script = str(Path(__file__).parents[1] / "testbed" / "ddp_run.py")
-    command = [
-        sys.executable,
-        script,
-        str(folder),
-        str(base),
-        json.dumps({k: str(v) for k, v in files.items()}),
-        str(ranks),
-    ]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict], Path]:
+    """What one process, this one, and two processes end with; and their folders, `one` and `two`."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    with warnings.catch_warnings():
+        ddp_run.main(folder / "one", tiny_llama_dir, task_files, 1)
+    arguments = [str(folder / "two"), str(tiny_llama_dir), json.dumps({k: str(v) for k, v in task_files.items()}), "2"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "RANK", "LOCAL_RANK"))} | own
+    command = [sys.executable, ddp_run.__file__, *arguments]
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -42,14 +43,8 @@ def _run(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> list[d
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, output[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict], Path]:
-    folder = tmp_path_factory.mktemp("ddp")
-    (one,) = _run(folder / "one", tiny_llama_dir, task_files, 1)
-    return one, _run(folder / "two", tiny_llama_dir, task_files, 2), folder
+    ranks = [torch.load(folder / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return torch.load(folder / "one" / "rank0.pt", weights_only=True), ranks, folder
 
 
 def test_ranks_keep_the_same_entries_with_the_same_values(found) -> None:
@@ -67,9 +62,14 @@ def test_two_processes_equal_one_with_the_same_global_batch(found) -> None:
         torch.testing.assert_close(first["values"][name], values, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("score", "passes"), [("GradientMagnitude", 4), ("FisherInformation", 4), ("GraSP", 12)]
-)  # two choices on two batches
+def test_two_processes_resume_in_mid_epoch_whoever_divides_the_rows(found) -> None:
+    _, ranks, _ = found
+    for rank in ranks:
+        assert all(torch.equal(values, rank["resumed"][name]) for name, values in rank["values"].items())
+
+
+# Two choices on two batches.
+@pytest.mark.parametrize(("score", "passes"), [("FisherInformation", 4), ("GraSP", 12)])
 def test_two_processes_choose_among_all_weights_what_one_chooses(found, score: str, passes: int) -> None:
     one, two, _ = found
     wanted = one[score]

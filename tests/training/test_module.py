@@ -302,7 +302,7 @@ def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works
 
 
 def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | None, kill_at: int | None) -> list[float]:
-    """Train 14 steps (an epoch is six) with dropout beside a moving mask; return the losses of this process."""
+    """Train 10 steps (an epoch is six) with dropout beside a moving mask; return the losses of this process."""
 
     class Kill(runs.Losses):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -317,7 +317,7 @@ def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | Non
     )
     schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9, replace=0.4), leavers="stash")
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
-    run = runs.trainer(folder, losses, schedule, saving, max_steps=14, enable_checkpointing=True)
+    run = runs.trainer(folder, losses, schedule, saving, max_steps=10, enable_checkpointing=True)
     torch.manual_seed(5 if ckpt is None else 77)
     run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
     return losses.steps
