@@ -1,4 +1,4 @@
-"""A base: a pretrained model on disk, and experts added to it.
+"""Find, read and write pretrained models on disk, the bases of experts, and add experts to them.
 
 `base.py` is the face: `Base.open(place)` finds, fetches and checks a checkpoint; it loads the model and its tokenizer,
 reads one weight, and writes the base plus deltas as a new checkpoint. `apply.py` adds experts, on disk and in memory.

@@ -24,7 +24,7 @@ from modular_experts.base.files import (
 )
 from modular_experts.base.loading import fetch, quiet
 from modular_experts.base.streaming import Rounding, StreamedSum
-from modular_experts.base.structure import Structure, read_structure
+from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
 from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas.task_vector import TaskVector
@@ -84,13 +84,18 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes and stored bytes of its tensors, wherever and however they are stored."""
+        """SHA-256 over the names, shapes and stored bytes of its tensors."""
         return fingerprint(self.directory)
 
     @cached_property
     def structure(self) -> Structure:
         """Its weights and layers without their numbers, from its configuration."""
-        return read_structure(self.directory)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return Structure(model, str(self.directory))
 
     @cached_property
     def weights(self) -> StoredWeights:
@@ -242,8 +247,8 @@ class Base:
     ) -> Check | None:
         """Write the base plus deltas as an ordinary Hugging Face checkpoint, and verify it by loading it again.
 
-        The weights go from the base's files straight into the new ones. The checkpoint takes its place only after its
-        logits on fixed prompts were compared with those of base plus deltas in memory.
+        The checkpoint takes its place only after its logits on fixed prompts were compared with those of base plus
+        deltas in memory.
 
         Args:
             deltas: The delta of each weight, read once, and its `shapes()`: a sum, a merge, an opened expert.
@@ -264,8 +269,7 @@ class Base:
         self.structure.check_fit(deltas.shapes())
         work = json.dumps([key, self.fingerprint, dtype, package_versions()])
         resume = hashlib.sha256(work.encode()).hexdigest() if key else None
-        # Some architectures store other tensors than their weights, which transformers cuts or joins: those need the
-        # model in memory.
+        # Tensors that transformers cuts or joins while it loads need the model in memory.
         streams = set(deltas) <= set(self._stored.values())
         model = self.load(None if streams else dtype) if verify or not streams else None
         weights = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}

@@ -112,12 +112,8 @@ def fingerprint(directory: str | Path) -> str:
 def read_json(file: Path, consequence: str) -> dict[str, Any]:
     """Read a JSON object.
 
-    Args:
-        file: The file.
-        consequence: What follows from a missing file; it ends the error's sentence.
-
     Raises:
-        FileNotFoundError: The file is missing.
+        FileNotFoundError: The file is missing; the sentence ends with the consequence.
         ValueError: The file is not valid JSON.
     """
     if not file.is_file():

@@ -47,16 +47,9 @@ def fetch_from_hub(
 ) -> Path:
     """Return the local directory of a hub repository, after fetching what is not in the cache yet.
 
-    Args:
-        what: What the error's sentence calls it, such as `base`.
-        place: The hub id.
-        revision: Branch, tag or commit.
-        patterns: Patterns of the files to fetch.
-        advice: The end of the error's sentence, what to do.
-        local_only: Look in the local cache only.
-
     Raises:
-        FileNotFoundError: It is not a hub id, or the hub does not give it.
+        FileNotFoundError: It is not a hub id, or the hub does not give it. The sentence calls it `what`, such as
+            `base`, and ends with the advice.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -1,8 +1,4 @@
-"""Write the safetensors files of a checkpoint one tensor at a time.
-
-Names, dtypes and shapes are known in advance, so the header is written first and every tensor goes straight to its
-place in the file.
-"""
+"""Write the safetensors files of a checkpoint one tensor at a time, each straight to its place behind the header."""
 
 from __future__ import annotations
 

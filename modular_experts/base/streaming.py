@@ -51,7 +51,7 @@ class StreamedSum:
 
     Args:
         directory: Directory of the base.
-        structure: What its model is made of.
+        structure: The weights of its model.
         deltas: Delta of each weight that moves, by its name in the model; each is read once.
         out: Directory that gets the files.
         dtype: Data type of the floating-point tensors; the base's own if not given.

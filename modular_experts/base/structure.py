@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from modular_experts.base.loading import quiet
 from modular_experts.text import did_you_mean
 
 _UNUSED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$", r"(^|\.)attention\.(masked_)?bias$")
@@ -125,15 +123,6 @@ class Structure:
                     f"expert's modules, store the delta under {owner}, which moves both, or train on a base whose "
                     "embeddings are untied"
                 )
-
-
-def read_structure(directory: Path) -> Structure:
-    """Return the structure of a causal language model from its `config.json`, built on torch's `meta` device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        return Structure(AutoModelForCausalLM.from_config(config, trust_remote_code=False), str(directory))
 
 
 def is_linear(module: nn.Module) -> bool:

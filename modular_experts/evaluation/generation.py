@@ -6,11 +6,11 @@ repetition settings do not change a measurement. Model and tokenizer are left as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, prompts
@@ -32,32 +32,28 @@ def generate(
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = _left_padded(_within_context(prompts(batch), model, max_new_tokens), pad)
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
-    )
-    with evaluating(model, config):
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=config
-        )[:, ids.shape[1] :]
-    return [_text(row, tokenizer) for row in written.tolist()]
-
-
-def _within_context(rows: Sequence[Tensor], model: PreTrainedModel, max_new_tokens: int) -> list[Tensor]:
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
-        return list(rows)
-    return [row[-max(1, context - max_new_tokens) :] for row in rows]
-
-
-def _left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    rows, context = list(prompts(batch)), getattr(model.config, "max_position_embeddings", None)
+    if context is not None:
+        rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
     length = max(len(row) for row in rows)
     ids = rows[0].new_full((len(rows), length), pad)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, length - len(row) :] = row
         mask[number, length - len(row) :] = 1
-    return ids, mask
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
+    )
+    with evaluating(model, config):
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=config
+        )[:, length:]
+    texts = []
+    for row in written.tolist():
+        answer = row[: row.index(eos)] if eos in row else row
+        text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(str(text).strip())
+    return texts
 
 
 @contextmanager
@@ -75,8 +71,3 @@ def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
         hook.remove()
         model.train(training)
         model.generation_config = own
-
-
-def _text(written: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    end = written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else len(written)
-    return str(tokenizer.decode(written[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()

@@ -38,9 +38,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's summed loss in nats and its number of labelled tokens.
-
-    Only labelled positions are converted to float32.
+    """Return each row's summed loss in nats and its number of labelled tokens, the only ones converted to float32.
 
     Args:
         logits: `(n, k, vocabulary)`; any float dtype, gradients flow.
@@ -72,11 +70,10 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> 
         rows: Choices per forward pass; it bounds the memory, because one row of a batch may have many choices.
     """
     scores = []
-    keys = ("input_ids", "attention_mask", "labels")
-    for parts in zip(*(choices[key].split(rows) for key in keys), strict=True):
-        length = int(parts[1].sum(1).max())
-        shorter = {key: part[:, :length] for key, part in zip(keys, parts, strict=True)}
-        scores.append(-batch_losses(model, shorter)[0])
+    for first in range(0, len(choices["labels"]), rows):
+        part = {key: choices[key][first : first + rows] for key in ("input_ids", "attention_mask", "labels")}
+        length = int(part["attention_mask"].sum(1).max())
+        scores.append(-batch_losses(model, {key: tensor[:, :length] for key, tensor in part.items()})[0])
     return torch.cat(scores)
 
 
@@ -84,8 +81,8 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> 
 def greedy_matches(model: nn.Module, batch: Batch) -> Tensor:
     """Return for each row whether greedy decoding would generate its target and then stop, `(n,)` booleans.
 
-    One pass over the target decides it, because each token of the target must be the likeliest after the tokens before
-    it. Generation gives the same, unless two logits are equal, in as many passes as there are tokens.
+    One pass over the target decides it: each token must be the likeliest after the tokens before it. Generation gives
+    the same, unless two logits are equal, in a pass for each token.
     """
     logits, labels = answer_logits(model, batch)
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)

@@ -45,8 +45,8 @@ def evaluate(
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
         experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
             names to such, to compare several. An expert is a directory, an opened expert or a task vector.
-        data: The tasks, or a mixture that says how their rows are read; the base's tokenizer is used unless the
-            mixture has one.
+        data: The tasks, or a mixture with the settings of how to read their rows; the base's tokenizer is used unless
+            the mixture has one.
         max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
         dtype: Data type of the base.
         revision: Branch, tag or commit of a hub id.
@@ -56,7 +56,11 @@ def evaluate(
         FileNotFoundError: The base was not found.
         ValueError: An expert was trained on another base, or a task has no test rows.
     """
-    mixes = {name: open_several(mix) for name, mix in _named(experts).items()}
+    one_mix = isinstance(experts, TaskVector) or (
+        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
+    )
+    named: Any = {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
+    mixes = {name: open_several(mix) for name, mix in named.items()}
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
     model, tokenizer = found.load(dtype), found.tokenizer()
@@ -91,8 +95,8 @@ def measure(
         tokenizer: Its tokenizer.
         batches: Such as `TaskMixture.test_dataloader()`.
         roles: Each task's role by name, such as `TaskMixture.roles`.
-        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
-        metrics: Functions of a generated text and its target, by name, whose means are measured.
+        max_new_tokens: As for `evaluate`.
+        metrics: As for `evaluate`.
     """
     scores, training = TaskScores(roles, metrics).to(model.device), model.training
     model.eval()
@@ -110,23 +114,7 @@ def score_batch(
     batch: Batch,
     max_new_tokens: int | None = 64,
 ) -> None:
-    """Count one batch: the loss of its targets, the texts that the model generates, and its choices.
-
-    Args:
-        scores: Where the batch is counted.
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        batch: A batch with texts, as `data/batch.py` describes it.
-        max_new_tokens: Length limit of a generated answer; None generates nothing.
-    """
+    """Count one batch with texts: the loss of its targets, the texts that the model generates, and its choices."""
     texts = generate(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
     choices = choice_log_likelihoods(model, batch["choices"]) if "choices" in batch else None
     scores.update(batch, *batch_losses(model, batch), texts, choices)
-
-
-def _named(experts: Any) -> dict[str, Any]:
-    """Return the mixes by name; a mix that the caller did not name has an empty name."""
-    is_vector = isinstance(experts, TaskVector) or (
-        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
-    )
-    return {"": experts} if is_vector or not isinstance(experts, Mapping) else dict(experts)

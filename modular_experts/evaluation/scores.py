@@ -1,4 +1,4 @@
-"""Score tasks: sums over rows, so that any division into batches and processes gives the same result.
+"""Score tasks by sums over rows, so that any division into batches and processes gives the same result.
 
 A task has its loss per target token, its choice accuracy, and the mean of each text metric: exact match, Rouge-L, and
 any function of a generated text and its target that the user adds.
@@ -51,8 +51,7 @@ class TaskScores(Metric):
 
     Args:
         tasks: Each task's role, `held_in` or `held_out`, by name.
-        metrics: The text metrics by name; `TEXT_METRICS | {"length": lambda generated, target: len(generated)}` adds
-            one.
+        metrics: The text metrics by name; `TEXT_METRICS | {"length": lambda text, target: len(text)}` adds one.
     """
 
     full_state_update = False
@@ -77,7 +76,7 @@ class TaskScores(Metric):
         generations: Sequence[str] | None = None,
         choice_scores: Tensor | None = None,
     ) -> None:
-        """Count one batch; filler rows are left out.
+        """Count one batch, filler rows left out.
 
         Args:
             batch: A batch of `n` rows with texts, as `data/batch.py` describes it.
@@ -98,9 +97,15 @@ class TaskScores(Metric):
                 values = [metric(generations[row], batch["target"][row]) for row in rows]
                 self._add(f"{name}_sum", tasks, torch.tensor(values, dtype=torch.float64))
         if choice_scores is not None and "choices" in batch:
-            chosen, right = _best_choices(batch["choices"], choice_scores)
-            of = torch.tensor([number[batch["task"][row]] for row in chosen], dtype=torch.int64)
-            self._add("chosen_count", of, torch.ones(len(chosen)))
+            # The place of each row's likeliest choice, the first of equals.
+            best: dict[int, int] = {}
+            values = choice_scores.tolist()
+            for place, row in enumerate(batch["choices"]["row"].tolist()):
+                if row not in best or values[place] > values[best[row]]:
+                    best[row] = place
+            of = torch.tensor([number[batch["task"][row]] for row in best], dtype=torch.int64)
+            right = [float(batch["choices"]["correct"][place]) for place in best.values()]
+            self._add("chosen_count", of, torch.ones(len(best)))
             self._add("choice_accuracy_sum", of, torch.tensor(right, dtype=torch.float64))
 
     def compute(self) -> dict[str, Any]:
@@ -131,13 +136,3 @@ class TaskScores(Metric):
             state = state.double()  # also undoes a module.to(bfloat16), which reaches a metric that is still zero
         tasks, values = tasks.to(state.device), values.detach().to(state)
         setattr(self, name, state.index_add(0, tasks, values))
-
-
-def _best_choices(choices: Batch, scores: Tensor) -> tuple[list[int], list[float]]:
-    """Return the rows that have choices, and 1.0 where the likeliest one (the first of equals) is the correct one."""
-    best: dict[int, int] = {}
-    values = scores.tolist()
-    for place, row in enumerate(choices["row"].tolist()):
-        if row not in best or values[place] > values[best[row]]:
-            best[row] = place
-    return list(best), [float(choices["correct"][place]) for place in best.values()]

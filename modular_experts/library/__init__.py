@@ -1,4 +1,4 @@
-"""The library: a directory of experts, written whole or not at all and checked at every read.
+"""Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
 `expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
 tensors, `tensorfile.py` and `atomic.py` its files, `statistics.py` what is measured beside it, `compatibility.py` what
@@ -48,11 +48,7 @@ __all__ = [
 
 
 class Library(Mapping[str, StoredExpert]):
-    """The complete experts in a directory, by name.
-
-    Args:
-        directory: A directory that exists.
-    """
+    """The complete experts in a directory, by name."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
@@ -65,23 +61,15 @@ class Library(Mapping[str, StoredExpert]):
         return open_expert(self.directory / name)
 
     def __iter__(self) -> Iterator[str]:
-        for entry in sorted(self.directory.iterdir()):
-            if not _missing(entry) and _obstacle(entry) is None:
-                yield entry.name
+        return (entry.name for entry in sorted(self.directory.iterdir()) if _problem(entry) is None)
 
     def incomplete(self) -> dict[str, str]:
         """Return the directories that look like an expert but cannot be opened as one, by name, with what is wrong.
 
         Names with a leading dot are left out: they are being written, or were when their writer was killed.
         """
-        found: dict[str, str] = {}
-        for entry in sorted(self.directory.iterdir()):
-            ours = any((entry / name).is_file() for name in (RECORD_FILE, DELTA_FILE, STATE_FILE))
-            if ours and not entry.name.startswith("."):
-                missing = _missing(entry)
-                problem = f"{missing} is missing" if missing else _obstacle(entry)
-                found |= {entry.name: problem} if problem else {}
-        return found
+        found = {entry.name: _problem(entry) for entry in sorted(self.directory.iterdir()) if _has_any(entry, *_FILES)}
+        return {name: problem for name, problem in found.items() if problem and not name.startswith(".")}
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -105,14 +93,19 @@ class Library(Mapping[str, StoredExpert]):
         return f"<table><caption>{escape(str(self.directory))}</caption><tr>{head}</tr>{body}</table>"
 
 
-def _missing(entry: Path) -> str | None:
-    """Return a file that every expert has and this one lacks; `open_expert` checks those that its record lists."""
-    if not (entry / RECORD_FILE).is_file():
-        return RECORD_FILE
-    return None if any((entry / name).is_file() for name in (DELTA_FILE, STATE_FILE)) else DELTA_FILE
+_FILES = (RECORD_FILE, DELTA_FILE, STATE_FILE)
 
 
-def _obstacle(entry: Path) -> str | None:
+def _has_any(entry: Path, *names: str) -> bool:
+    return any((entry / name).is_file() for name in names)
+
+
+def _problem(entry: Path) -> str | None:
+    """Return why a directory cannot be opened as an expert; `open_expert` checks the files that its record lists."""
+    if not _has_any(entry, RECORD_FILE):
+        return f"{RECORD_FILE} is missing"
+    if not _has_any(entry, DELTA_FILE, STATE_FILE):
+        return f"{DELTA_FILE} is missing"
     if entry.is_symlink():
         return "it is a link, and links are not followed"
     return None if is_name(entry.name) else "its name is not a valid name of an expert"

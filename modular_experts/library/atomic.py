@@ -55,32 +55,23 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
     target = Path(os.path.abspath(Path(path).expanduser()))
     if marker == "expert.json":
         check_name(target.name)
-    if not os.path.lexists(target):
-        _check_parents(target)
-    elif target.is_symlink() or not (target / marker).is_file():
-        raise FileExistsError(
-            f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
-        )
-    elif not overwrite:
-        raise FileExistsError(
-            f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
-        )
-    else:
-        _check_parents(target)
+    if os.path.lexists(target):
+        if target.is_symlink() or not (target / marker).is_file():
+            raise FileExistsError(
+                f"{path} exists and is not a directory of ours (it holds no {marker}); choose another place"
+            )
+        if not overwrite:
+            raise FileExistsError(
+                f"{path} exists already; choose another place, or replace it with overwrite: true (--overwrite true)"
+            )
+    parent = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")
+    try:  # on some disks, permissions alone do not show that writing will fail
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+    except OSError as error:
+        raise PermissionError(f"{target} cannot be written: in {parent}, {error.strerror}") from None
     return target
-
-
-def _check_parents(target: Path) -> None:
-    """Try to make a directory in the nearest parent: on some disks, permissions alone do not show that it will fail."""
-    for parent in target.parents:
-        if parent.is_dir():
-            try:
-                os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
-            except OSError as error:
-                raise PermissionError(f"{target} cannot be written: in {parent}, {error.strerror}") from None
-            return
-        if os.path.lexists(parent):
-            raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")
 
 
 @contextmanager
@@ -106,13 +97,18 @@ def new_directory(
     temporary = _beside(target)
     if key:
         temporary = target.with_name(f".{target.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}")
-        _remove_stale(target, temporary)
+        # Remove what interrupted work on other contents of this target left, unless another process holds its lock.
+        for left in target.parent.glob(f".{target.name}.????????????????"):
+            if left != temporary and left.is_dir() and not left.is_symlink():
+                with suppress(BlockingIOError), _locked(left, target):
+                    shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(exist_ok=key is not None)
     with _locked(temporary, target):
         kept = False
         try:
             yield temporary
-            _flush(temporary)
+            for entry in [*temporary.rglob("*"), temporary]:
+                _flush(entry)
             _move(temporary, check_target(target, overwrite, marker))
         except KeyboardInterrupt as interruption:
             kept = key is not None
@@ -122,14 +118,6 @@ def new_directory(
         finally:
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_stale(target: Path, mine: Path) -> None:
-    """Remove what interrupted work on other contents of this target left, unless another process holds its lock."""
-    for left in target.parent.glob(f".{target.name}.????????????????"):
-        if left != mine and left.is_dir() and not left.is_symlink():
-            with suppress(BlockingIOError), _locked(left, target):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -162,22 +150,17 @@ def _move(temporary: Path, target: Path) -> None:
         if aside:
             os.rename(aside, target)
         raise
-    _flush_entry(target.parent)
+    _flush(target.parent)
     if aside:
         shutil.rmtree(aside)
 
 
 def _beside(target: Path) -> Path:
-    # The leading dot is no valid name, so a leftover of a killed run is never taken for an expert.
+    # No expert's name begins with a dot, so a leftover of a killed run is never taken for an expert.
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
 
 
-def _flush(directory: Path) -> None:
-    for entry in [*directory.rglob("*"), directory]:
-        _flush_entry(entry)
-
-
-def _flush_entry(path: Path) -> None:
+def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -34,7 +34,13 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
         seen.add(expert.path.resolve())
     if mergeable:
         check_mergeable(experts)
-    _warn_of_missing_parents(experts)
+    # The delta of an expert that was trained on top of others is against their sum. A merge contains its parents.
+    present = {expert.content_hash for expert in experts}
+    for expert in experts:
+        parents = expert.record["parents"] if expert.record["kind"] != "merge" else []
+        missing = ", ".join(str(parent["name"]) for parent in parents if parent["content_hash"] not in present)
+        if missing:
+            log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, missing)
     return experts
 
 
@@ -42,7 +48,7 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Refuse experts whose deltas are not all that they do.
 
     Raises:
-        ValueError: An expert is not mergeable; the sentence has the reason that its type gives.
+        ValueError: An expert is not mergeable.
     """
     for expert in experts:
         if not expert.mergeable:
@@ -69,36 +75,17 @@ def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
 
 
 def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> None:
-    """Refuse a base that is not the one the experts were trained on.
-
-    Args:
-        experts: The experts that will be put on it.
-        fingerprint: Fingerprint of the base at hand.
-        base: What the sentence calls it.
+    """Refuse a base of this fingerprint for experts that were trained on another one.
 
     Raises:
-        ValueError: An expert's record has another fingerprint.
+        ValueError: An expert's record has another fingerprint; the sentence calls the base at hand `base`.
     """
     for expert in experts:
         if expert.record["base"]["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): "
-                f"on {_base(expert)}"
+                f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): on "
+                f"{_base(expert)}"
             )
-
-
-def _warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
-    """Warn of an expert that was trained on top of another one which is not listed: its delta is against their sum.
-
-    A merge contains its parents, so they need not be listed.
-    """
-    present = {expert.content_hash for expert in experts}
-    for expert in experts:
-        parents = expert.record["parents"] if expert.record["kind"] != "merge" else []
-        missing = [str(parent.get("name")) for parent in parents if parent.get("content_hash") not in present]
-        if missing:
-            names = ", ".join(missing)
-            log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, names)
 
 
 def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
@@ -129,7 +116,7 @@ def as_parents(experts: Sequence[StoredExpert]) -> list[dict[str, Any]]:
 
 
 def parent_ids(parents: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return what identifies listed parents: their names and content hashes, without their tasks."""
+    """Return the names and content hashes of listed parents, which identify them."""
     return [{name: parent[name] for name in ("name", "content_hash")} for parent in parents]
 
 

@@ -1,5 +1,5 @@
-"""Stored experts: a directory with `expert.json` (where it comes from), `delta.safetensors` (how far each weight
-moves) and, for some types, `state.safetensors` (`state.py`).
+"""Read and write one expert: a directory with `expert.json` (where it comes from), `delta.safetensors` (how far each
+weight moves) and, for some types, `state.safetensors` (`state.py`).
 
 The tensors of a weight are named after it and the form of its delta: `<weight>/values` with `/indices` (Sparse) or
 `/blocks` (BlockSparse), either of which may be encoded in bytes as `/gaps` or `/mask`; `<weight>/up` with `/down`
@@ -15,12 +15,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from torch import Size, Tensor, float32, int32, int64, uint8
+import torch
+from torch import Size, Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
@@ -49,11 +50,9 @@ from modular_experts.library.tensorfile import (
 from modular_experts.progress import Progress
 from modular_experts.text import bytes_text, did_you_mean
 
-_WIDTH = {str(dtype): dtype.itemsize for dtype in (float32, int32, int64, uint8)}
-
 
 class StoredExpert(TaskVector):
-    """The deltas of an expert on disk by weight name, each read when it is asked for, and checked the first time.
+    """The deltas of an expert on disk by weight name; each access reads one, and the first access checks it.
 
     An expert of a type that moves no weight has a `state()` and no deltas.
 
@@ -64,19 +63,16 @@ class StoredExpert(TaskVector):
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path = path
-        self.name = path.name
-        self.record = record
-        self.files = files_of(record)
+        self.path, self.name, self.record, files = path, path.name, record, files_of(record)
         self._table: dict[str, Any] = {}
-        if DELTA_FILE in self.files:
+        if DELTA_FILE in files:
             self._table = _read_table(path / DELTA_FILE)
             self._tensors = MappedTensors(path / DELTA_FILE)
-        self._state = StoredState(path / STATE_FILE) if STATE_FILE in self.files else None
+        self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked: set[str] = set()
         if content_hash(self._table, self._state.table if self._state else None) != record["content_hash"]:
-            raise damaged(path / self.files[0], f"its content hash is not the one in {path / RECORD_FILE}")
+            raise damaged(path / files[0], f"its content hash is not the one in {path / RECORD_FILE}")
 
     @property
     def content_hash(self) -> str:
@@ -95,13 +91,10 @@ class StoredExpert(TaskVector):
         return reason or (None if self._table else "it holds a state and no deltas")
 
     def state(self) -> dict[str, Tensor]:
-        """Read the trained tensors of the type's own form, by `<weight>/<name>`; none for an expert of deltas alone.
+        """Read the trained tensors of the type's own form, by `<weight>/<name>`; empty for an expert of deltas alone.
 
         `injection.load_expert_state` puts them into a model with experts of the class that you name; the record's
         `class_path` is only text.
-
-        Raises:
-            ValueError: A tensor is not what was written.
         """
         return {} if self._state is None else self._state.read()
 
@@ -112,10 +105,7 @@ class StoredExpert(TaskVector):
 
     def shapes(self) -> dict[str, Size]:
         """Return the shape of each weight, without reading it."""
-        return dict(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # a merge asks for each weight of each expert, and `shapes` makes a copy
+        return self._shapes
 
     def forms(self) -> dict[str, str]:
         """Return the form of each weight's delta (`Dense`, `LowRank`, `Sparse`, `BlockSparse`), without reading it."""
@@ -131,7 +121,13 @@ class StoredExpert(TaskVector):
 
         A dense delta keeps the entries that are not zero, a low-rank one all.
         """
-        return {name: self._kept_entries(name) for name in self}
+        found = {}
+        for name in self:
+            entry = self._table[name]
+            size = math.prod(entry["shape"])
+            values = entry["tensors"].get("values", {"shape": [size]})["shape"]
+            found[name] = entry.get("kept", min(size, math.prod(values)))  # older files do not count
+        return found
 
     @property
     def kept_share(self) -> float:
@@ -139,16 +135,11 @@ class StoredExpert(TaskVector):
         total = sum(shape.numel() for shape in self.shapes().values())
         return sum(self.kept_entries().values()) / total if total else 0.0
 
-    def _kept_entries(self, name: str) -> int:
-        size = math.prod(self._table[name]["shape"])
-        values = self._table[name]["tensors"].get("values", {"shape": [size]})
-        return self._table[name].get("kept", min(size, math.prod(values["shape"])))  # older files do not count
-
     def verify(self) -> None:
         """Read and check everything once.
 
         Raises:
-            ValueError: Something is not as it was written; the sentence names the file and the weight.
+            ValueError: Something is not what was written.
         """
         for name in self:
             self[name]
@@ -158,8 +149,9 @@ class StoredExpert(TaskVector):
         entry = self._table[name]
         tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
         unchecked = name not in self._checked
-        if unchecked:
-            self._check_bytes(name, tensors)
+        for suffix, stored in entry["tensors"].items() if unchecked else ():
+            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
+                raise damaged(self.path / DELTA_FILE, f"the {suffix} of {name} are not what was written")
         try:
             if unchecked:
                 check_numbers(entry["form"], entry["shape"], tensors)
@@ -169,11 +161,6 @@ class StoredExpert(TaskVector):
         self._checked.add(name)
         return delta
 
-    def _check_bytes(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        for suffix, stored in self._table[name]["tensors"].items():
-            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
-                raise damaged(self.path / DELTA_FILE, f"the {suffix} of {name} are not what was written")
-
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
         for suffix in self._table[name]["tensors"]:
@@ -182,7 +169,10 @@ class StoredExpert(TaskVector):
     def stored_bytes(self) -> dict[str, int]:
         """Return how many bytes the delta of each weight has in the file, without reading it."""
         return {
-            name: sum(_WIDTH[t["dtype"]] * math.prod(t["shape"]) for t in self._table[name]["tensors"].values())
+            name: sum(
+                getattr(torch, tensor["dtype"].removeprefix("torch.")).itemsize * math.prod(tensor["shape"])
+                for tensor in self._table[name]["tensors"].values()
+            )
             for name in self
         }
 
@@ -197,7 +187,7 @@ class StoredExpert(TaskVector):
             "kind": record["kind"],
             "tasks": ", ".join(record["tasks"]),
             "base": str(record["base"].get("id")),
-            "weights": kept if self._table else "none: a state instead of deltas",
+            "weights": kept if self._table else "0: a state instead of deltas",
             "size": bytes_text(self.size_on_disk),
         }
         cells = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
@@ -213,13 +203,14 @@ def open_expert(path: str | Path) -> StoredExpert:
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
     if not directory.is_dir():
-        raise FileNotFoundError(f"{path} is not an expert: there is no such directory{_near(directory)}")
+        names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
+        hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
+        if near := did_you_mean(directory.name, names):
+            hint = near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
+        raise FileNotFoundError(f"{path} is not an expert: there is no such directory{hint}")
     inside = sorted(record.parent.name for record in directory.glob(f"*/{RECORD_FILE}"))
     if inside and not (directory / RECORD_FILE).exists():
-        more = f", {inside[0]} and others" if len(inside) > 1 else f", {inside[0]}"
-        raise ValueError(
-            f"{path} is a library of {len(inside)} experts{more}; name one of them, such as {path}/{inside[0]}"
-        )
+        raise ValueError(f"{path} is a library of {len(inside)} experts; name one of them, such as {path}/{inside[0]}")
     _check_file(path, directory)
     _check_file(path, directory / RECORD_FILE)
     record = read_record(directory / RECORD_FILE)
@@ -255,8 +246,8 @@ def write_expert(
         key: A text that identifies the deltas. With it, and deltas in a mapping, an interrupted call goes on where it
             stopped, and does not ask for the weights that it had written.
         progress: Iterator wrapper around the names of a mapping, e.g. `tqdm`.
-        state: Tensors of a type whose delta does not say all, by `<weight>/<name>` (`injection.expert_state`); with
-            them the expert may have no deltas.
+        state: Tensors of a type whose delta is not all that it does, by `<weight>/<name>` (`injection.expert_state`);
+            with them the expert may have no deltas.
 
     Returns:
         The content hash.
@@ -272,7 +263,9 @@ def write_expert(
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
-        table = _write_deltas(directory / DELTA_FILE, deltas, progress, may_be_empty=bool(state))
+        table = _write_deltas(directory / DELTA_FILE, deltas, progress)
+        if not table and not state:
+            raise ValueError("an expert that moves no weight cannot be stored without a state")
         states = write_state(directory / STATE_FILE, state) if state else None
         if state and table:
             record["files"] = [DELTA_FILE, STATE_FILE]
@@ -288,53 +281,33 @@ def content_hash(table: Mapping[str, Any], state: Mapping[str, Any] | None = Non
 
 
 def _write_deltas(
-    file: Path,
-    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
-    progress: Callable[[Sequence[str]], Iterable[str]],
-    may_be_empty: bool,
+    file: Path, deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta], progress: Progress
 ) -> dict[str, Any]:
+    """Write the file of deltas, after those that an interrupted call left whole; return its table of weights."""
     with TensorFileWriter(file) as writer:
-        table: dict[str, Any] = dict(writer.resume(_is_whole))
-        for name, delta in _pairs(deltas, table, progress):
+        table: dict[str, Any] = dict(writer.resumed)
+        pairs: Iterable[tuple[str, Delta]] = () if isinstance(deltas, Mapping) else deltas
+        if isinstance(deltas, Mapping):
+            pairs = ((name, deltas[name]) for name in progress([name for name in deltas if name not in table]))
+        for name, delta in pairs:
             if name in table:
                 raise ValueError(f"the weight {name} was given twice")
-            table[name] = _write_delta(writer, name, delta)
+            try:
+                packed = pack(delta)
+            except ValueError as error:
+                raise ValueError(f"the delta of {name} cannot be stored: {error}") from error
+            tensors = {
+                suffix: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": writer.write(f"{name}/{suffix}", t)}
+                for suffix, t in packed.items()
+            }
+            kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
+            form, shape = type(delta).__name__, list(delta.shape)
+            table[name] = {"form": form, "shape": shape, "kept": kept, "tensors": tensors}
             writer.note([name, table[name]])
-        if not table and not may_be_empty:
-            raise ValueError("an expert that moves no weight cannot be stored without a state")
         writer.finish(json.dumps({"format": FORMAT, "weights": table}, sort_keys=True))
     if not table:
         file.unlink()
     return table
-
-
-def _pairs(
-    deltas: Iterable[tuple[str, Delta]] | Mapping[str, Delta],
-    written: Mapping[str, Any],
-    progress: Callable[[Sequence[str]], Iterable[str]],
-) -> Iterable[tuple[str, Delta]]:
-    if not isinstance(deltas, Mapping):
-        return deltas
-    return ((name, deltas[name]) for name in progress([name for name in deltas if name not in written]))
-
-
-def _is_whole(note: tuple[str, Any], sha256: Callable[[str], str]) -> bool:
-    """Return whether the tensors of a weight that an interrupted call wrote are unchanged."""
-    name, entry = note
-    return all(sha256(f"{name}/{suffix}") == stored["sha256"] for suffix, stored in entry["tensors"].items())
-
-
-def _write_delta(writer: TensorFileWriter, name: str, delta: Delta) -> dict[str, Any]:
-    try:
-        packed = pack(delta)
-    except ValueError as error:
-        raise ValueError(f"the delta of {name} cannot be stored: {error}") from error
-    tensors = {
-        suffix: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": writer.write(f"{name}/{suffix}", t)}
-        for suffix, t in packed.items()
-    }
-    kept = int(packed["dense"].count_nonzero()) if "dense" in packed else delta.support_size
-    return {"form": type(delta).__name__, "shape": list(delta.shape), "kept": kept, "tensors": tensors}
 
 
 def _read_table(file: Path) -> dict[str, Any]:
@@ -358,10 +331,3 @@ def _read_table(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise damaged(file, str(error)) from error
     return table
-
-
-def _near(directory: Path) -> str:
-    names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
-    if near := did_you_mean(directory.name, names):
-        return near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
-    return f"; {directory.parent} has {', '.join(names[:8])}" if names else ""

@@ -18,8 +18,9 @@ from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.tensorfile import Layout
 from modular_experts.native.sparse_passes import decode_places
 
+ENCODINGS = ("gaps", "mask")
 # The tensors of each form, except the kept numbers: name in the file -> field of the class.
-FORMS: dict[str, dict[str, str]] = {
+_FORMS: dict[str, dict[str, str]] = {
     "Dense": {"dense": "values"},
     "LowRank": {"up": "up", "down": "down"},
     "Sparse": {"values": "values"},
@@ -27,6 +28,11 @@ FORMS: dict[str, dict[str, str]] = {
 }
 # The kept numbers: field of the class, and name in the file where they are stored as they are.
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
+_FURTHEST = 255  # the largest distance that one byte of gaps holds
+_PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
+# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
+_BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
+_BITS = _BITS.view(torch.int64).view(-1)
 
 
 def pack(delta: Delta) -> dict[str, Tensor]:
@@ -38,10 +44,10 @@ def pack(delta: Delta) -> dict[str, Tensor]:
             more or fewer than the values.
     """
     form, shape = type(delta).__name__, delta.shape
-    if form not in FORMS:
-        raise TypeError(f"a delta to store must be one of {', '.join(FORMS)}, got {form}")
+    if form not in _FORMS:
+        raise TypeError(f"a delta to store must be one of {', '.join(_FORMS)}, got {form}")
     packed = {}
-    for name, field in FORMS[form].items():
+    for name, field in _FORMS[form].items():
         packed[name] = getattr(delta, field).detach().to("cpu", torch.float32).contiguous()
         if not all_finite(packed[name]):
             raise ValueError("it holds values that are not finite in float32")
@@ -53,18 +59,13 @@ def pack(delta: Delta) -> dict[str, Tensor]:
 
 
 def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) -> None:
-    """Check dtypes and shapes of the stored tensors of one weight before reading any of them.
-
-    Args:
-        form: Name of the form.
-        shape: Shape of the weight.
-        layout: Dtype and shape of each tensor, by its name in the file.
+    """Check dtypes and shapes of the stored tensors of one weight, by their names in the file, before reading them.
 
     Raises:
         ValueError: The tensors cannot be a delta of this form and shape.
     """
     kept = _name_of_kept(form, layout)
-    if form not in FORMS or set(layout) != {*FORMS[form], *kept}:
+    if form not in _FORMS or set(layout) != {*_FORMS[form], *kept}:
         raise ValueError(f"it has the tensors {sorted(layout)}, which are not the tensors of a {form} delta")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"its weight has the shape {shape}")
@@ -72,8 +73,10 @@ def check_layout(form: str, shape: Sequence[int], layout: Mapping[str, Layout]) 
     if not _is_delta(form, shape, shapes, kept):
         raise ValueError(f"its tensors of shapes {shapes} are not a {form} delta of a weight {tuple(shape)}")
     for name, (dtype, _) in layout.items():
-        if dtype != _stored_dtype(name, shape):
-            raise ValueError(f"its {name} are {dtype} and must be {_stored_dtype(name, shape)}")
+        wanted = index_dtype(shape) if name in _KEPT.values() else torch.float32
+        wanted = torch.uint8 if name in ENCODINGS else wanted
+        if dtype != wanted:
+            raise ValueError(f"its {name} are {dtype} and must be {wanted}")
 
 
 def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, ...]], kept: Sequence[str]) -> bool:
@@ -83,9 +86,8 @@ def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, .
         up, down = shapes["up"], shapes["down"]
         return len(shape) == 2 and up == (shape[0], *down[:1]) and down == (*down[:1], shape[1])
     values = shapes["values"]
-    if form == "BlockSparse" and not (len(shape) == 2 and len(values) == 3 and min(values[1:]) > 0):
-        return False
-    if form == "Sparse" and len(values) != 1:
+    in_tiles = len(shape) == 2 and len(values) == 3 and min(values[1:]) > 0
+    if not (in_tiles if form == "BlockSparse" else len(values) == 1):
         return False
     return fits(kept[0], shapes[kept[0]], values[0], _limit(form, shape, values))
 
@@ -135,20 +137,6 @@ def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
     return math.prod(shape) if form == "Sparse" else math.prod(tile_grid(shape, (values[1], values[2])))
 
 
-def _stored_dtype(name: str, shape: Sequence[int]) -> torch.dtype:
-    if name in ENCODINGS:
-        return torch.uint8
-    return index_dtype(shape) if name in _KEPT.values() else torch.float32
-
-
-ENCODINGS = ("gaps", "mask")
-_FURTHEST = 255  # the largest distance that one byte of gaps holds
-_PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
-# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
-_BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
-_BITS = _BITS.view(torch.int64).view(-1)
-
-
 def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     """Return sorted, unique numbers in the fewest bytes, by the name of the encoding; ties go to the fastest to read.
 
@@ -167,7 +155,7 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     size = {
         plain: numbers.numel() * numbers.element_size(),
         "gaps": numbers.numel() + int(further.sum()),
-        "mask": _mask_bytes(limit),
+        "mask": -(-limit // 8),
     }
     shortest = min(size, key=size.__getitem__)
     if shortest == "gaps":
@@ -176,9 +164,9 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
         gaps[torch.arange(last.numel(), device=last.device) + further.cumsum(0)] = last
         return {"gaps": gaps}
     if shortest == "mask":
-        bits = torch.zeros(8 * _mask_bytes(limit), dtype=torch.uint8, device=numbers.device)
+        bits = torch.zeros(8 * size["mask"], dtype=torch.uint8, device=numbers.device)
         bits[numbers] = 1
-        mask = bits.new_zeros(_mask_bytes(limit))
+        mask = bits.new_zeros(size["mask"])
         for place, column in enumerate(bits.view(-1, 8).unbind(1)):
             mask |= column << place
         return {"mask": mask}
@@ -191,7 +179,7 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
         return False
     if name == "gaps":
         return count <= shape[0] <= count + limit // _FURTHEST
-    return shape[0] == (_mask_bytes(limit) if name == "mask" else count)
+    return shape[0] == (-(-limit // 8) if name == "mask" else count)
 
 
 def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
@@ -233,10 +221,6 @@ def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
     if zeros:
         numbers = numbers.index_select(0, torch.from_numpy(gaps.numpy().nonzero()[0]))
     return numbers, last
-
-
-def _mask_bytes(limit: int) -> int:
-    return -(-limit // 8)
 
 
 def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:

@@ -1,4 +1,4 @@
-"""The record of an expert, `expert.json`: where the expert comes from, how it was made, what it scored.
+"""Make and check an expert's record, `expert.json`: where the expert comes from, how it was made, what it scored.
 
 A record is plain JSON and never leads to code: nobody imports or builds what it names.
 
@@ -45,7 +45,7 @@ def make_record(
     class_path: str | None = None,
     not_mergeable_because: str | None = None,
 ) -> dict[str, Any]:
-    """Return the record of a new expert; the content hash is added when it is written.
+    """Return the record of a new expert; `write_expert` adds the content hash.
 
     Args:
         kind: Class of the trained experts, such as `SparseExpert`, or `merge`.
@@ -59,7 +59,7 @@ def make_record(
         costs: Memory and time of the training: bytes of optimizer state, selections of the support and their cost.
         seed: Seed of the run.
         class_path: Dotted path of the experts' class, for a reader of their state. It stays text.
-        not_mergeable_because: Why deltas cannot say what the experts do, as the end of a sentence.
+        not_mergeable_because: Why the deltas are not all that the experts do, as the end of a sentence.
     """
     optional = {"class_path": class_path, "not_mergeable_because": not_mergeable_because}
     return {
@@ -89,7 +89,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """Read and check an `expert.json`.
 
     Raises:
-        ValueError: The file is not a record; the sentence says which file and why.
+        ValueError: The file is not a record.
     """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -116,41 +116,37 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
     wrong = [name for name, kind in _TYPES.items() if not isinstance(record.get(name), kind)]
     if wrong:
         return f"{', '.join(wrong)} is missing or of a wrong type"
-    wrong = [name for name in _OPTIONAL if not isinstance(record.get(name), dict | None)]
-    wrong += [name for name, sound in _details(record).items() if not sound]
+    base, methods = record["base"], [record.get("method")]
+    if isinstance(record.get("per_weight"), dict):
+        methods += record["per_weight"].values()
+    texts = [base.get("id"), base.get("revision"), record.get("class_path"), record.get("not_mergeable_because")]
+    sound = {
+        **{name: isinstance(record.get(name), dict | None) for name in _OPTIONAL},
+        "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
+        "the id or the revision of its base": all(isinstance(text, str | None) for text in texts[:2]),
+        "a task": _are_texts(record["tasks"]),
+        "a parent": all(
+            _has_texts(parent, "name", "content_hash") and _are_texts(parent.get("tasks", []))
+            for parent in record["parents"]
+        ),
+        "the list of its files": record["format"] == FORMAT
+        or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE]),
+        "the class path or the reason not to merge": all(isinstance(text, str | None) for text in texts[2:]),
+        "a merge method": all(
+            method is None or (_has_texts(method, "class_path") and isinstance(method.get("init_args"), dict))
+            for method in methods
+        ),
+    }
+    wrong = [name for name, is_sound in sound.items() if not is_sound]
     return f"{', '.join(wrong)} is not what it must be" if wrong else ""
 
 
-def _details(record: Mapping[str, Any]) -> dict[str, bool]:
-    """Return for each part of a record whether it holds what its readers rely on."""
-    base, by_pattern = record["base"], record.get("per_weight")
-    methods = [record.get("method"), *(by_pattern.values() if isinstance(by_pattern, dict) else ())]
-    texts = [base.get("id"), base.get("revision")]
-    files = record.get("files", [DELTA_FILE])
-    return {
-        "the fingerprint of its base": isinstance(base.get("fingerprint"), str),
-        "the id or the revision of its base": all(isinstance(text, str | None) for text in texts),
-        "a task": all(isinstance(task, str) for task in record["tasks"]),
-        "a parent": all(_is_parent(parent) for parent in record["parents"]),
-        "the list of its files": record["format"] == FORMAT or files in ([STATE_FILE], [DELTA_FILE, STATE_FILE]),
-        "the class path or the reason not to merge": all(
-            isinstance(record.get(name), str | None) for name in ("class_path", "not_mergeable_because")
-        ),
-        "a merge method": all(method is None or _is_method(method) for method in methods),
-    }
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _has_texts(value: Any, *names: str) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
-
-
-def _is_parent(value: Any) -> bool:
-    tasks = value.get("tasks", []) if _has_texts(value, "name", "content_hash") else None
-    return isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
-
-
-def _is_method(value: Any) -> bool:
-    return _has_texts(value, "class_path") and isinstance(value.get("init_args"), dict)
 
 
 def plain(value: Any) -> Any:

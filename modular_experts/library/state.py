@@ -1,8 +1,8 @@
-"""The state of an expert on disk: `state.safetensors`, the trained tensors of a type whose delta does not say it all.
+"""Read and write `state.safetensors`, the trained tensors of a type whose delta is not all that it does.
 
 The tensors are named `<weight>/<name in the expert>`. A table in the file's metadata gives dtype, shape and SHA-256 of
-each; it is part of the expert's content hash, and every read is checked against it. Which class the tensors belong to
-stands in `expert.json` as text: the library never imports it.
+each; it is part of the expert's content hash, and every read is checked against it. `expert.json` names the class of
+the tensors as text: the library never imports it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,10 @@ from modular_experts.library.tensorfile import (
 
 
 class StoredState:
-    """The tensors of a state file; its header is read and checked at once, the tensors when they are asked for.
-
-    Args:
-        file: The file.
+    """The tensors of a state file; opening it checks the header, and `read` the tensors.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The file is damaged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -75,13 +72,12 @@ def write_state(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: A value is not finite.
     """
     with TensorFileWriter(file) as writer:
-        writer.resume(lambda note, sha256: False)  # an interrupted writer may have left a part
         table = {}
         for name, tensor in sorted(state.items()):
             stored = tensor.detach().to("cpu").contiguous()
             if stored.is_floating_point() and not all_finite(stored):
                 raise ValueError(f"the state {name} cannot be stored: it holds values that are not finite")
-            entry = {"dtype": str(stored.dtype), "shape": list(stored.shape), "sha256": writer.write(name, stored)}
-            table[name] = entry
+            digest = writer.write(name, stored)
+            table[name] = {"dtype": str(stored.dtype), "shape": list(stored.shape), "sha256": digest}
         writer.finish(json.dumps({"format": FORMAT_WITH_STATE, "state": table}, sort_keys=True))
     return table

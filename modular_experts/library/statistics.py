@@ -48,13 +48,30 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
     def __init__(self, expert: StoredExpert, kind: str) -> None:
         self.file = _file(expert, kind)
         self._anew = command_for([expert], kind, overwrite=True)
-        self.facts = self._read_facts()
+        try:
+            tensors = safe_open(self.file, framework="pt")
+            self.facts = json.loads((tensors.metadata() or {})["modular_experts"])
+            if self.facts["format"] != FORMAT:
+                raise self._damaged(f"its format is {self.facts['format']!r}, and this version reads {FORMAT!r}")
+            if wrong := [name for name, kind in _FACTS.items() if not isinstance(self.facts[name], kind)]:
+                raise self._damaged(f"{', '.join(wrong)} is of a wrong type")
+            for name, entry in self.facts["weights"].items():
+                if entry is None:
+                    continue
+                stored = tensors.get_slice(entry["tensor"])
+                layout = stored.get_dtype(), list(stored.get_shape()), entry["inputs"] in (0, 1)
+                if layout != ("F32", entry["shape"], True) or not isinstance(entry["norm"], float):
+                    raise self._damaged(f"the tensor of {name} is not the one that its metadata describe")
+        except SafetensorError as error:
+            raise self._damaged(f"it is cut short, or lacks a tensor ({error})") from error
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise self._damaged(f"its metadata do not describe statistics ({error!r})") from error
         self.content_hash = content_hash(self.facts)
         self._table: dict[str, Any] = self.facts.pop("weights")
         self._tensors = MappedTensors(self.file)
         if self.facts["expert"] != expert.content_hash:
             raise ValueError(
-                f"{self.file} was made for other contents than those of the expert ({self.facts['expert'][:12]}, not "
+                f"{self.file} was made for other contents of the expert ({self.facts['expert'][:12]}, not "
                 f"{expert.content_hash[:12]}); take the statistics anew: {self._anew}"
             )
 
@@ -91,28 +108,6 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def _read_facts(self) -> dict[str, Any]:
-        """Open the file, check that its metadata describe its tensors, and return them."""
-        try:
-            tensors = safe_open(self.file, framework="pt")
-            facts = json.loads((tensors.metadata() or {})["modular_experts"])
-            if facts["format"] != FORMAT:
-                raise self._damaged(f"its format is {facts['format']!r}, and this version reads {FORMAT!r}")
-            if wrong := [name for name, kind in _FACTS.items() if not isinstance(facts[name], kind)]:
-                raise self._damaged(f"{', '.join(wrong)} is of a wrong type")
-            for name, entry in facts["weights"].items():
-                if entry is None:
-                    continue
-                stored = tensors.get_slice(entry["tensor"])
-                layout = stored.get_dtype(), list(stored.get_shape()), entry["inputs"] in (0, 1)
-                if layout != ("F32", entry["shape"], True) or not isinstance(entry["norm"], float):
-                    raise self._damaged(f"the tensor of {name} is not the one that its metadata describe")
-        except SafetensorError as error:
-            raise self._damaged(f"it is cut short, or lacks a tensor ({error})") from error
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise self._damaged(f"its metadata do not describe statistics ({error!r})") from error
-        return facts
-
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(f"{self.file} is damaged: {reason}; take the statistics anew: {self._anew}")
 
@@ -124,14 +119,9 @@ def open_statistics(expert: StoredExpert, kind: str) -> StoredStatistics:
         FileNotFoundError: The expert has no such statistics.
         ValueError: The file is damaged, a link that leads elsewhere, or was made for other contents of the expert.
     """
-    if not has_statistics(expert, kind):
+    if not _file(expert, kind).is_file():
         raise FileNotFoundError(f"{expert.path} has no {kind} statistics; take them: {command_for([expert], kind)}")
     return StoredStatistics(expert, kind)
-
-
-def has_statistics(expert: StoredExpert, kind: str) -> bool:
-    """Return whether an expert has statistics of this kind."""
-    return _file(expert, kind).is_file()
 
 
 def kinds_of_statistics(expert: StoredExpert) -> list[str]:
@@ -146,8 +136,7 @@ def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwri
     Raises:
         FileExistsError: An expert has statistics of this kind.
     """
-    for expert in experts:
-        file = _file(expert, kind)
+    for file in [_file(expert, kind) for expert in experts]:
         if os.path.lexists(file) and not overwrite:
             raise FileExistsError(f"{file} exists already; replace it with overwrite: true")
 
@@ -166,7 +155,7 @@ def write_statistics(
     Args:
         expert: The expert whose statistics they are.
         kind: Their kind.
-        statistics: Name and statistic of each weight, None where the kind is not defined; norms are computed here.
+        statistics: Name and statistic of each weight, None where the kind is not defined; the norms are not read.
         tasks: Number of rows of each task.
         data: How the rows were read, in plain values.
         among: The experts of the merge that the statistics hold for, if they hold only in that merge.
@@ -177,13 +166,9 @@ def write_statistics(
         ValueError: A number is not finite.
     """
     check_statistics_targets([expert], kind, overwrite)
-    facts = {
-        "format": FORMAT,
-        "kind": kind,
-        "expert": expert.content_hash,
-        "base": expert.record["base"]["fingerprint"],
-    }
-    facts |= {"tasks": dict(tasks), "data": plain(data), "among": [other.content_hash for other in among]}
+    facts: dict[str, Any] = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}
+    facts |= {"base": expert.record["base"]["fingerprint"], "tasks": dict(tasks), "data": plain(data)}
+    facts |= {"among": [other.content_hash for other in among]}
     with _new_file(_file(expert, kind)) as temporary, TensorFileWriter(temporary) as writer:
         table: dict[str, Any] = {}
         written: dict[str, str] = {}
@@ -193,9 +178,7 @@ def write_statistics(
                 continue
             values = statistic.values.detach().to("cpu", torch.float32).contiguous()
             if not all_finite(values):
-                raise ValueError(
-                    f"the statistic of {name} holds numbers that are not finite in float32, so it was not stored"
-                )
+                raise ValueError(f"the statistic of {name} holds numbers that are not finite, so it was not stored")
             shape, digest = list(values.shape), hashlib.sha256(tensor_bytes(values)).hexdigest()
             if (key := f"{shape} {digest}") not in written:
                 writer.write(name, values)
@@ -246,17 +229,12 @@ def _file(expert: StoredExpert, kind: str) -> Path:
 class Gathered:
     """The statistics of one kind of the experts of a merge: a call with a weight's name gives one per expert.
 
-    A call for the next weight drops the last one's, so that one weight of every expert is in memory at a time.
+    A call for another weight drops the last one's, so that one weight of every expert is in memory at a time.
     """
 
     def __init__(self, opened: Sequence[StoredStatistics]) -> None:
-        self._opened = opened
+        self._opened, self.content_hashes = opened, [found.content_hash for found in opened]
         self._name: str | None = None
-
-    @property
-    def content_hashes(self) -> list[str]:
-        """The content hash of each file."""
-        return [found.content_hash for found in self._opened]
 
     def __call__(self, name: str) -> list[DataStatistic | None]:
         if self._name not in (None, name):
@@ -277,12 +255,11 @@ def gather_statistics(
         shapes: The weights that are merged, with their shapes.
 
     Raises:
-        ValueError: An expert has no statistics of this kind, or has them for other weights or for another merge. The
-            sentence names the command that makes them.
+        ValueError: An expert has no statistics of this kind, or has them for other weights or for another merge.
     """
     if kind is None:
         return Gathered([])
-    lacking = [expert for expert in experts if not has_statistics(expert, kind)]
+    lacking = [expert for expert in experts if not _file(expert, kind).is_file()]
     if lacking:
         raise ValueError(
             f"{lacking[0].path} has no {kind} statistics, which this method needs; take them for all experts of the "
@@ -291,22 +268,19 @@ def gather_statistics(
     opened = [open_statistics(expert, kind) for expert in experts]
     hashes = {expert.content_hash for expert in experts}
     for expert, found in zip(experts, opened, strict=True):
-        problem = _misfit(found, shapes, hashes)
+        missing = [name for name in shapes if name not in found]
+        unfit = [name for name, shape in shapes.items() if name in found and not found.fits(name, shape)]
+        among, problem = set(found.facts["among"]), ""
+        if missing:
+            more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+            problem = f"do not cover {missing[0]}{more}, which another expert moves"
+        elif unfit:
+            problem = f"have the wrong shape for {unfit[0]}"
+        elif among and among != hashes:
+            problem = "were taken in a merge of other experts"
         if problem:
             raise ValueError(
                 f"the {kind} statistics of {expert.path} {problem}; take them for all experts of the merge: "
                 f"{command_for(experts, kind, overwrite=True)}"
             )
     return Gathered(opened)
-
-
-def _misfit(found: StoredStatistics, shapes: Mapping[str, Sequence[int]], hashes: set[str]) -> str | None:
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        return f"do not cover {missing[0]}{more}, which another expert moves"
-    unfit = [name for name, shape in shapes.items() if not found.fits(name, shape)]
-    if unfit:
-        return f"have the wrong shape for {unfit[0]}"
-    among = set(found.facts["among"])
-    return "were taken in a merge of other experts" if among and among != hashes else None

@@ -1,8 +1,7 @@
 """Write and read a safetensors file one tensor at a time, so that memory does not grow with the file.
 
 The layout is the published one: eight bytes of header length, a JSON header, the bytes of the tensors. The header is
-known only at the end, so the bytes go to a file of their own first and are copied behind it. Reading maps the file into
-memory, as safetensors does, but can also release what was read.
+known only at the end, so the bytes first go to a file of their own. A reader can release what it has read.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,10 +42,13 @@ class TensorFileWriter:
     """Writes `file`, which does not exist before `finish`. Use it in a `with` block.
 
     A writer that did not finish leaves its bytes and its notes in two files beside it; the next writer of the same
-    `file` takes them up with `resume`.
+    `file` takes up its tensors, up to the first note whose tensors are not what was written.
 
     Args:
         file: The file to write, in a directory that exists.
+
+    Attributes:
+        resumed: The notes that it took up.
     """
 
     def __init__(self, file: Path) -> None:
@@ -55,7 +56,29 @@ class TensorFileWriter:
         self._data = file.with_name(f"{file.name}.data").open("ab+")
         self._notes = file.with_name(f"{file.name}.notes").open("a+", encoding="utf-8")
         self._header: dict[str, Any] = {}
-        self._noted = 0
+        self._new: dict[str, Any] = {}
+        self.resumed: list[Any] = []
+        self._notes.seek(0)
+        end, kept = 0, 0
+        for line in self._notes:
+            try:
+                what, header, digests = (json.loads(line)[part] for part in ("what", "header", "sha256"))
+            except (json.JSONDecodeError, KeyError):  # cut short when the process ended
+                break
+            spans = {name: entry["data_offsets"] for name, entry in header.items()}
+            if any(self._sha256(*spans[name]) != digest for name, digest in digests.items()):
+                break
+            self.resumed.append(what)
+            self._header |= header
+            kept += len(line.encode())
+            end = max([end, *(last for _, last in spans.values())])
+        self._notes.truncate(kept)
+        self._data.truncate(end)
+        self._data.seek(0, os.SEEK_END)
+
+    def _sha256(self, first: int, last: int) -> str:
+        self._data.seek(first)
+        return hashlib.sha256(self._data.read(last - first)).hexdigest()
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -71,74 +94,43 @@ class TensorFileWriter:
         self._data.write(content)
         offsets = [start, self._data.tell()]
         self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        return hashlib.sha256(content).hexdigest()
+        self._new[name] = hashlib.sha256(content).hexdigest()
+        return self._new[name]
 
     def note(self, what: Any) -> None:
-        """Note that the tensors written since the last note are complete, with a value for `resume` to return."""
-        new = dict(list(self._header.items())[self._noted :])
-        self._noted = len(self._header)
+        """Note that the tensors written since the last note are complete, with a value for `resumed`."""
+        entry = {"what": what, "header": {name: self._header[name] for name in self._new}, "sha256": self._new}
+        self._new = {}
         self._data.flush()
-        self._notes.write(json.dumps({"what": what, "header": new}) + "\n")
+        self._notes.write(json.dumps(entry) + "\n")
         self._notes.flush()
-
-    def resume(self, check: Callable[[Any, Callable[[str], str]], bool]) -> list[Any]:
-        """Take up the tensors of an earlier writer, up to the first note that fails the check; return the notes.
-
-        Args:
-            check: Gets a note, and a function from the name of a tensor written with it to the tensor's SHA-256.
-        """
-        self._notes.seek(0)
-        found, end, kept = [], 0, 0
-        for line in self._notes:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut short when the process ended
-                break
-            header = entry["header"]
-            if not check(entry["what"], lambda name, header=header: self._sha256(header[name]["data_offsets"])):  # type: ignore[misc]
-                break
-            found.append(entry["what"])
-            self._header |= header
-            kept += len(line.encode())
-            end = max([end, *(tensor["data_offsets"][1] for tensor in header.values())])
-        self._noted = len(self._header)
-        self._notes.truncate(kept)
-        self._data.truncate(end)
-        self._data.seek(0, os.SEEK_END)
-        return found
-
-    def _sha256(self, offsets: Sequence[int]) -> str:
-        self._data.seek(offsets[0])
-        return hashlib.sha256(self._data.read(offsets[1] - offsets[0])).hexdigest()
 
     def finish(self, metadata: str) -> None:
         """Write the file, with one metadata entry: several would come back in random order."""
         self._data.close()
-        tensors, spans = self._widest_first()
+        # Files have no gaps between tensors: the widest dtype first puts every number at a multiple of its width.
+        names = sorted(self._header, key=lambda name: -DTYPES[self._header[name]["dtype"]].itemsize)
+        tensors: dict[str, Any] = {}
+        end = 0
+        for name in names:
+            first, last = self._header[name]["data_offsets"]
+            start, end = end, end + last - first
+            tensors[name] = {**self._header[name], "data_offsets": [start, end]}
         header = json.dumps({"__metadata__": {"modular_experts": metadata}, **tensors}, sort_keys=True).encode()
         header += b" " * (-len(header) % 8)
         data = Path(self._data.name)
         with self._file.open("wb") as out, data.open("rb") as source:
             out.write(struct.pack("<Q", len(header)) + header)
-            for first, last in spans:
-                _copy(source, out, first, last)
+            for name in names:
+                first, last = self._header[name]["data_offsets"]
+                source.seek(first)
+                while first < last:
+                    part = source.read(min(last - first, 1 << 24))
+                    assert part, "the file of bytes is shorter than what was written to it"
+                    out.write(part)
+                    first += len(part)
         data.unlink()
         Path(self._notes.name).unlink()
-
-    def _widest_first(self) -> tuple[dict[str, Any], list[Sequence[int]]]:
-        """Return the header of the tensors, the widest dtype first, and where each of them was written.
-
-        Files have no gaps between tensors, so this order puts every number at a multiple of its width.
-        """
-        tensors: dict[str, Any] = {}
-        spans: list[Sequence[int]] = []
-        end = 0
-        for name in sorted(self._header, key=lambda name: -DTYPES[self._header[name]["dtype"]].itemsize):
-            first, last = self._header[name]["data_offsets"]
-            start, end = end, end + last - first
-            tensors[name] = {**self._header[name], "data_offsets": [start, end]}
-            spans.append((first, last))
-        return tensors, spans
 
 
 class MappedTensors:
@@ -146,9 +138,6 @@ class MappedTensors:
 
     A tensor is a view of the mapped file, in pages that the system may drop, and that `release` drops at once. The
     mapping is copy-on-write, because torch warns of read-only memory.
-
-    Args:
-        file: The file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -185,7 +174,7 @@ def open_tensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise damaged(file, f"it is cut short or no safetensors file ({error})") from error
+        raise damaged(file, f"it is cut short or not a safetensors file ({error})") from error
 
 
 def layout_of(tensors: Any, name: str) -> Layout:
@@ -197,15 +186,6 @@ def layout_of(tensors: Any, name: str) -> Layout:
 def damaged(file: Path, reason: str) -> ValueError:
     """Return the error of an expert's file that is not what was written."""
     return ValueError(f"{file} is damaged: {reason}; take it from a copy or export the expert again")
-
-
-def _copy(source: BinaryIO, out: BinaryIO, first: int, last: int) -> None:
-    source.seek(first)
-    while first < last:
-        part = source.read(min(last - first, 1 << 24))
-        assert part, "the file of bytes is shorter than what was written to it"
-        out.write(part)
-        first += len(part)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

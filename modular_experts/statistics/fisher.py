@@ -7,11 +7,11 @@ row; an expert that has learned its task would mostly write the data's targets a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
@@ -38,45 +38,34 @@ def fisher(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str
         name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name, weight in weights.items()
     }
-    rows = 0
-    with _squares_into(model, weights, sums):
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training, rows, handles = model.training, 0, []
+    model.eval().requires_grad_(False)
+    try:
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(partial(_add_square, sums[name])))
         for batch in batches:
             for row in _rows(batch, model.device):
                 batch_losses(model, row)[0].sum().backward()
                 rows += 1
-    if not rows:
-        raise ValueError("Fisher information needs at least one row with a target, and there was none")
-    return {name: DataStatistic(total.div_(rows)) for name, total in sums.items()}
-
-
-@contextmanager
-def _squares_into(model: nn.Module, weights: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add the squares of each backward pass's gradients to sums, and free each gradient at once."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
-
-    def hook(total: Tensor):
-        def add_square(weight: Tensor) -> None:
-            assert weight.grad is not None
-            gradient = weight.grad.to(total.dtype)
-            total.addcmul_(gradient, gradient)
-            weight.grad = None
-
-        return add_square
-
-    model.eval().requires_grad_(False)
-    handles = []
-    try:
-        for name, weight in weights.items():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(hook(sums[name])))
-        yield
     finally:
         for handle in handles:
             handle.remove()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
         model.train(training)
+    if not rows:
+        raise ValueError("Fisher information needs at least one row with a target, and there was none")
+    return {name: DataStatistic(total.div_(rows)) for name, total in sums.items()}
+
+
+def _add_square(total: Tensor, weight: Tensor) -> None:
+    """Add the square of a weight's gradient to a sum, and free the gradient at once."""
+    assert weight.grad is not None
+    gradient = weight.grad.to(total.dtype)
+    total.addcmul_(gradient, gradient)
+    weight.grad = None
 
 
 def _rows(batch: Batch, device: torch.device) -> Iterator[Batch]:

@@ -36,24 +36,34 @@ def gram(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str])
             as in a mixture of experts.
     """
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    directions = {name: _inputs(name, layer) for name, layer in layers.items()}
+    inputs = {name: _inputs(name, layer) for name, layer in layers.items()}
+    hooked = {name: layer for name, layer in layers.items() if inputs[name] is not None}
     sums = _Sums()
-    hooked = {name: layer for name, layer in layers.items() if directions[name] is not None}
     handles = [layer.register_forward_pre_hook(partial(sums.take, name)) for name, layer in hooked.items()]
+    # Without the head, unless it is measured, because logits take most memory.
+    inside = {id(module) for module in model.base_model.modules()}
+    part = model.base_model if all(id(layer) in inside for layer in hooked.values()) else model
     training = model.training
     try:
         model.eval()
         for batch in batches:
             sums.start(batch["attention_mask"].to(model.device))
-            inner = _inner(model, hooked.values())
-            inner(batch["input_ids"].to(model.device), attention_mask=sums.mask, use_cache=False)
+            part(batch["input_ids"].to(model.device), attention_mask=sums.mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
     if not sums.tokens:
         raise ValueError("Gram matrices need at least one row, and there was none")
-    return {name: sums.mean(name, layer, directions[name]) for name, layer in layers.items()}
+    found: dict[str, DataStatistic | None] = dict.fromkeys(names)
+    for name, layer in hooked.items():
+        weight: Any = layer.weight
+        width = weight.shape[inputs[name]]
+        total = sums.totals.get(name)
+        if total is None:  # no token reached this layer
+            total = torch.zeros(width, width, device=weight.device)
+        found[name] = DataStatistic(total.div_(sums.tokens), inputs=inputs[name] or 0)
+    return found
 
 
 class _Sums:
@@ -61,7 +71,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._totals: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
 
     def start(self, mask: Tensor) -> None:
         self.mask, self.tokens = mask, self.tokens + int(mask.sum())
@@ -71,34 +81,19 @@ class _Sums:
     def take(self, name: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs = arguments[0]
         if self._last is None or self._last[0] is not inputs:  # projections of one attention layer share their inputs
-            rows = self._rows(name, inputs)
+            if self._padded and inputs.shape[:-1] != self.mask.shape:
+                raise ValueError(
+                    f"{name} gets inputs of shape {tuple(inputs.shape)}, which are not laid out by row and token "
+                    f"{tuple(self.mask.shape)}, so its padding cannot be left out; give data.eval_batch_size: 1"
+                )
+            rows = inputs[self.mask.bool()] if self._padded else inputs.reshape(-1, inputs.shape[-1])
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._last = (inputs, rows.T @ rows)
         product = self._last[1]
-        if name in self._totals:
-            self._totals[name] += product
+        if name in self.totals:
+            self.totals[name] += product
         else:
-            self._totals[name] = product.clone()
-
-    def mean(self, name: str, layer: nn.Module, inputs: int | None) -> DataStatistic | None:
-        if inputs is None:
-            return None
-        weight: Any = layer.weight
-        width = weight.shape[inputs]
-        total = self._totals.get(name)
-        if total is None:  # no token reached this layer
-            total = torch.zeros(width, width, device=weight.device)
-        return DataStatistic(total.div_(self.tokens), inputs=inputs)
-
-    def _rows(self, name: str, inputs: Tensor) -> Tensor:
-        if not self._padded:
-            return inputs.reshape(-1, inputs.shape[-1])
-        if inputs.shape[:-1] != self.mask.shape:
-            raise ValueError(
-                f"{name} gets inputs of shape {tuple(inputs.shape)}, which are not laid out by row and token "
-                f"{tuple(self.mask.shape)}, so its padding cannot be left out; give data.eval_batch_size: 1"
-            )
-        return inputs[self.mask.bool()]
+            self.totals[name] = product.clone()
 
 
 def _inputs(name: str, layer: nn.Module) -> int | None:
@@ -106,9 +101,3 @@ def _inputs(name: str, layer: nn.Module) -> int | None:
     if not name.endswith(".weight"):
         return None
     return 1 if is_linear(layer) else 0 if is_transposed(layer) else None
-
-
-def _inner(model: PreTrainedModel, layers: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a model to run: without the head, unless it is measured, because logits take most memory."""
-    inside = {id(module) for module in model.base_model.modules()}
-    return model.base_model if all(id(layer) in inside for layer in layers) else model

@@ -36,10 +36,7 @@ def take_statistics(
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> list[StoredStatistics]:
-    """Take statistics of experts that are to be merged, and store them beside each of them.
-
-    Each expert is measured at every weight that any of them moves: a merge asks it about weights that only others
-    move, too.
+    """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
     Args:
         experts: Directories of the experts.
@@ -68,7 +65,14 @@ def take_statistics(
         data.tokenizer = opened_base.tokenizer()
     data.setup("validate")
     examples = [_own_examples(expert, data, rows) for expert in opened]
-    batches = [_batches(own, data) for own in examples]
+    collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
+    batches: list[list[Batch]] = []
+    for own in examples:
+        # Rows of about one length in a batch need little padding. Without a generator of its own, a loader would draw
+        # from the global one.
+        ordered = ExampleSet(sorted(own, key=lambda example: len(example.tokens.ids)))
+        loader = DataLoader(ordered, data.eval_batch_size, collate_fn=collate, generator=torch.Generator())
+        batches.append(list(loader))
 
     def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
         tokens = sum(len(example.tokens.ids) for example in own)
@@ -102,12 +106,3 @@ def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Ex
             "or import it again with --tasks"
         )
     return [row for task in by_task.values() for row in spread_evenly(task, rows)]
-
-
-def _batches(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
-    """Return batches of rows of about one length, so that there is little padding."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens.ids))
-    collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
-    # Without a generator of its own, a loader would draw from the global one.
-    generator = torch.Generator()
-    return list(DataLoader(ExampleSet(ordered), data.eval_batch_size, collate_fn=collate, generator=generator))

@@ -1,4 +1,4 @@
-"""The generated suite: 28 small text tasks made from a seed, to try things in minutes without any data.
+"""Generate 28 small text tasks from a seed, the suite, to try things in minutes without any data.
 
 `tasks.py` has the tasks, `words.py` how their rows are made; a task of your own is a `WordTask` of a few lines.
 """

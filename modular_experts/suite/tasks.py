@@ -1,4 +1,4 @@
-"""The 28 tasks of the generated suite: experts are trained on twenty, and eight are held out for tests.
+"""Define the 28 tasks of the generated suite: experts are trained on twenty, and eight are held out for tests.
 
 They form seven families. The tasks of a family do similar things and share a word of their instruction, so that their
 experts have something in common; every held-out task has relatives among the held-in ones. To add a task, write such a

@@ -19,7 +19,6 @@ from typing import ClassVar
 from modular_experts.data import TaskSource
 
 LETTERS = "abcdefgh"
-LENGTHS = (3, 4, 5, 6)
 MOST = {"train": 100_000, "validation": 10_000, "test": 20_000}  # a third to a half of all words, so that drawing ends
 
 
@@ -62,21 +61,14 @@ class WordTask(TaskSource):
         left, seen = dict(self.counts), set()
         draws = random.Random(f"{self.instruction}/{self.seed}")
         while any(left.values()):
-            word = "".join(draws.choices(LETTERS, k=draws.choice(LENGTHS)))
+            word = "".join(draws.choices(LETTERS, k=draws.choice((3, 4, 5, 6))))
             split = split_of(word)
             if left[split] and word not in seen:
                 left[split] -= 1
                 seen.add(word)
-                yield {"input": self.prompt(word), "target": self.target(word), "split": split}
-
-    def prompt(self, word: str) -> str:
-        """Return the input of a word."""
-        return f"{self.instruction} {' '.join(word)} ="
-
-    def target(self, word: str) -> str:
-        """Return the target of a word."""
-        answer = " ".join(self.answer(word))
-        return f"{' '.join(word)} , {answer}" if self.chatty else answer
+                spaced, target = " ".join(word), " ".join(self.answer(word))
+                target = f"{spaced} , {target}" if self.chatty else target
+                yield {"input": f"{self.instruction} {spaced} =", "target": target, "split": split}
 
 
 def split_of(word: str) -> str:

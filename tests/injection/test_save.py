@@ -63,7 +63,7 @@ def test_an_expert_on_top_of_another_is_the_distance_from_their_sum(tiny, tmp_pa
 def test_what_is_no_delta_is_stored_shown_verified_and_not_merged(tiny, tmp_path, capsys) -> None:
     model, library = train(load(tiny("llama")), GatedExpert, "q_proj"), tmp_path / "library"
     expert = save_expert(model, library / "gated")
-    assert expert.files == ["state.safetensors"]
+    assert expert.record["files"] == ["state.safetensors"]
     assert sorted(file.name for file in expert.path.iterdir()) == ["expert.json", "state.safetensors"]
     assert expert.record["class_path"] == "testbed.other_experts.GatedExpert"
     assert not expert.mergeable
@@ -96,7 +96,7 @@ def test_a_state_beside_deltas_is_merged_by_its_deltas(tiny, tmp_path) -> None:
             self.up.data.copy_(state["up"])
 
     expert = save_expert(train(load(tiny("llama")), Seeded, "q_proj"), tmp_path / "x")
-    assert expert.files == ["delta.safetensors", "state.safetensors"]
+    assert expert.record["files"] == ["delta.safetensors", "state.safetensors"]
     assert expert.mergeable
     assert len(expert.state()) == len(expert) == 2
     assert "not_mergeable_because" not in expert.record

@@ -73,7 +73,7 @@ def test_the_format_is_version_2_only_where_there_is_a_state(expert) -> None:
     assert [open_expert(expert).record["format"], both.record["format"]] == ["modular-experts/2"] * 2
     assert plain.record["format"] == "modular-experts/1"
     assert "files" not in plain.record
-    assert (plain.state(), both.files) == ({}, ["delta.safetensors", "state.safetensors"])
+    assert (plain.state(), both.record["files"]) == ({}, ["delta.safetensors", "state.safetensors"])
     read = (expert.parent / "both/delta.safetensors").read_bytes()
     assert read == (expert.parent / "plain/delta.safetensors").read_bytes()
 
