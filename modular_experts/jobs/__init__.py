@@ -5,18 +5,8 @@ are in `processes.py`. The loop takes any `concurrent.futures.Executor`, so that
 about what a piece computes.
 """
 
-from modular_experts.jobs.pieces import FailedPiecesError, Failure, JSONLines, Outcome, Piece
+from modular_experts.jobs.pieces import FailedPiecesError, JSONLines, Outcome, Piece
 from modular_experts.jobs.processes import LocalProcesses, cores
 from modular_experts.jobs.run import print_progress, run
 
-__all__ = [
-    "FailedPiecesError",
-    "Failure",
-    "JSONLines",
-    "LocalProcesses",
-    "Outcome",
-    "Piece",
-    "cores",
-    "print_progress",
-    "run",
-]
+__all__ = ["FailedPiecesError", "JSONLines", "LocalProcesses", "Outcome", "Piece", "cores", "print_progress", "run"]

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-from rich.markup import escape
-from rich.table import Table
-
-__all__ = ["FailedPiecesError", "Failure", "JSONLines", "Key", "Outcome", "Piece", "Store", "key_text"]
 
 Key = tuple[str | int | float, ...]
 
@@ -26,7 +21,7 @@ class Piece:
         key: Names the piece among all pieces of a run, such as `("experts", "lora", "reverse")`.
         function: Computes the result from the arguments alone. It must be importable, because a process of its own
             runs it, and the same arguments must give the same result.
-        arguments: What the function is called with.
+        arguments: The arguments of the function.
     """
 
     key: Key
@@ -47,36 +42,23 @@ class Store(Protocol):
         """Keep a result; when this returns, an interruption no longer loses it."""
 
 
-class JSONLines(Mapping[Key, Any]):
-    """Results in a file, one JSON object a line: `{"key": [...], "result": ...}`.
+class JSONLines(dict[Key, Any]):
+    """Results in a file, one JSON object a line: `{"key": [...], "result": ...}`. Set results one at a time.
 
-    A run that is killed while it writes leaves an unfinished last line. Reading skips it, and the next result cuts it
-    off.
-
-    Args:
-        file: The file; the first result makes it, with its directory.
+    The first result makes the file, with its directory. A run that is killed while it writes leaves an unfinished last
+    line. Reading skips it, and the next result cuts it off.
     """
 
     def __init__(self, file: str | Path) -> None:
+        super().__init__()
         self.file = Path(file)
-        self._results: dict[Key, Any] = {}
         self._whole = 0  # bytes up to the end of the last finished line
         if self.file.exists():
             for line in self.file.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                found = json.loads(line)
-                self._results[tuple(found["key"])] = found["result"]
-                self._whole += len(line)
-
-    def __getitem__(self, key: Key) -> Any:
-        return self._results[key]
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._results)
-
-    def __len__(self) -> int:
-        return len(self._results)
+                if line.endswith(b"\n"):
+                    found = json.loads(line)
+                    super().__setitem__(tuple(found["key"]), found["result"])
+                    self._whole += len(line)
 
     def __setitem__(self, key: Key, result: Any) -> None:
         line = json.dumps({"key": list(key), "result": result}, ensure_ascii=False).encode() + b"\n"
@@ -87,27 +69,7 @@ class JSONLines(Mapping[Key, Any]):
             file.flush()
             os.fsync(file.fileno())
         self._whole += len(line)
-        self._results[key] = json.loads(line)["result"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a piece has no result.
-
-    Attributes:
-        reason: The error in one line, such as `ValueError: rank=0 must be at least 1`.
-        trace: Where it was raised, over several lines.
-    """
-
-    reason: str
-    trace: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Describe an error that a piece raised."""
-        first = next(iter(str(error).strip().splitlines()), "")
-        reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        return cls(reason, "".join(traceback.format_exception(error)))
+        super().__setitem__(key, json.loads(line)["result"])
 
 
 class FailedPiecesError(RuntimeError):
@@ -121,19 +83,12 @@ class Outcome:
     Attributes:
         total: Number of pieces.
         results: The results that this run computed, by key; the store has those of earlier runs too.
-        failures: The pieces that have no result, by key.
+        failures: The error of each piece that has no result, by key.
     """
 
     total: int
     results: dict[Key, Any] = field(default_factory=dict)
-    failures: dict[Key, Failure] = field(default_factory=dict)
-
-    def table(self) -> Table:
-        """Return a table of the pieces that failed, and why."""
-        table = Table("piece", "why it failed", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for key, failure in self.failures.items():
-            table.add_row(escape(key_text(key)), escape(failure.reason))
-        return table
+    failures: dict[Key, BaseException] = field(default_factory=dict)
 
     def raise_failures(self) -> None:
         """Raise if any piece failed.
@@ -143,11 +98,15 @@ class Outcome:
         """
         if not self.failures:
             return
-        shown = [f"{key_text(key)} ({failure.reason})" for key, failure in list(self.failures.items())[:3]]
+        shown = []
+        for key, error in list(self.failures.items())[:3]:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
+            shown.append(f"{key_text(key)} ({reason})")
         more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
+        trace = "".join(traceback.format_exception(next(iter(self.failures.values()))))
         raise FailedPiecesError(
             f"{len(self.failures)} of {self.total} pieces failed: {', '.join(shown)}{more}; run the same again to "
-            f"retry only these\n\n{next(iter(self.failures.values())).trace}"
+            f"retry only these\n\n{trace}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Processes of this machine as an executor: one thread each, and none outlives the program that started it."""
+"""Run work in processes of this machine, one thread each, which end with the program that started them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import Any
-
-__all__ = ["LocalProcesses", "cores"]
 
 MOST_PROCESSES = 8  # each holds torch and transformers, some 500 MB
 
 
 class LocalProcesses(Executor):
-    """An executor whose processes start when work comes, and which replaces them if the system kills one.
+    """An executor that starts processes when work comes, and replaces them if the system kills one.
 
     As a context manager it waits for its work at the end, and on any error (Ctrl-C too) it ends its processes at once.
 
@@ -51,17 +48,11 @@ class LocalProcesses(Executor):
             self._pool.shutdown(wait, cancel_futures=cancel_futures)
             self._pool = None
 
-    def stop(self) -> None:
-        """End the processes at once, whatever they do."""
-        processes = list((self._pool._processes if self._pool else {}).values())
-        self.shutdown(wait=False, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        processes = list(self._pool._processes.values()) if self._pool and kind is not None else []
+        self.shutdown(wait=kind is None, cancel_futures=kind is not None)
         for process in processes:
             process.kill()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown() if kind is None else self.stop()
 
 
 def cores() -> int:
@@ -81,7 +72,6 @@ def start_process() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)  # SIGTERM would not do: Lightning catches it while it trains, and the process would stay

@@ -1,22 +1,20 @@
 """Run the pieces of a plan that have no result yet, several at a time.
 
-Results are stored as they come, so an interrupted run goes on where it was. A piece that raises, or whose process the
-system kills, is recorded as failed, and the others go on.
+Results are stored as they come, so an interrupted run goes on where it was. The loop records a piece that raises, or
+whose process the system kills, as failed, and goes on with the others.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 
-from modular_experts.jobs.pieces import Failure, Outcome, Piece, Store
+from modular_experts.jobs.pieces import Outcome, Piece, Store, key_text
 from modular_experts.jobs.processes import LocalProcesses
-
-__all__ = ["JobProgress", "print_progress", "run"]
 
 JobProgress = Callable[[int, int, Piece | None], None]
 """Called with how many pieces are finished, how many there are, and the piece that finished (None at the start)."""
@@ -44,26 +42,26 @@ def run(
         ValueError: Two pieces have the same key.
         BrokenExecutor: The caller's own executor broke and takes no more work.
     """
-    if len({piece.key for piece in pieces}) < len(pieces):
-        twice = next(piece for number, piece in enumerate(pieces) if piece.key in [p.key for p in pieces[:number]])
-        raise ValueError(f"two pieces have the key {twice}; give each a key of its own")
+    for key, count in Counter(piece.key for piece in pieces).items():
+        if count > 1:
+            raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")
     waiting = deque(piece for piece in pieces if store is None or piece.key not in store)
     outcome = Outcome(len(pieces))
     done = len(pieces) - len(waiting)
     progress(done, len(pieces), None)
     running: dict[Future, Piece] = {}
     suspects: deque[Piece] = deque()
-    with LocalProcesses() if executor is None else nullcontext(executor) as pool, _cancelled_on_error(running):
+    with ExitStack() as stack:
+        pool = stack.enter_context(LocalProcesses()) if executor is None else executor
         slots = getattr(pool, "processes", len(pieces))
+        # A run that ends early takes back what the caller's executor has not begun.
+        stack.callback(lambda: [future.cancel() for future in running])
         while waiting or suspects or running:
             # A process that is killed takes down all that run beside it. No more pieces run at once than there are
             # processes, so few are under suspicion, and each of these runs again alone: whichever then breaks its
             # process is the one that failed.
-            if suspects and not running:
-                piece = suspects.popleft()
-                running[pool.submit(piece.function, *piece.arguments)] = piece
-            while waiting and not suspects and len(running) < slots:
-                piece = waiting.popleft()
+            while (waiting and not suspects and len(running) < slots) or (suspects and not running):
+                piece = (suspects or waiting).popleft()
                 running[pool.submit(piece.function, *piece.arguments)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -76,21 +74,10 @@ def run(
                     if store is not None:
                         store[piece.key] = outcome.results[piece.key]
                 else:
-                    outcome.failures[piece.key] = Failure.of(error)
+                    outcome.failures[piece.key] = error
                 done += 1
                 progress(done, len(pieces), piece)
     return outcome
-
-
-@contextmanager
-def _cancelled_on_error(running: Mapping[Future, Piece]) -> Iterator[None]:
-    """Take back what a caller's executor has not begun when the run ends early."""
-    try:
-        yield
-    except BaseException:
-        for future in running:
-            future.cancel()
-        raise
 
 
 def print_progress() -> JobProgress:
