@@ -7,16 +7,13 @@ bases of different seeds differ so much that their merges cannot be compared.
 from __future__ import annotations
 
 import json
-import pickle
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,75 +25,70 @@ from modular_experts.evaluation import batch_losses, greedy_matches
 from modular_experts.library import check_target, new_directory
 from modular_experts.quickstart.plan import Plan
 
-__all__ = ["FACTS", "make_base"]
-
 FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
 BATCH_SIZE, EVAL_BATCH_SIZE = 64, 512
 LEARNING_RATE = 3e-3
 WARMUP = 50
 CHECK_EVERY = 50  # steps between two validations
+TRAINER: dict[str, Any] = {  # of the base and of its experts
+    "accelerator": "cpu",
+    "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,
+    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+}
 
-Progress = Callable[[float], None]
 
+def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] = lambda done: None) -> None:
+    """Train the base and write it to `directory`, whole or not at all: an interrupted training starts again.
 
-def make_base(plan: Plan, directory: Path, progress: Progress = lambda done: None) -> None:
-    """Train the base and write it to `directory`, going on from the last checkpoint of an interrupted run.
-
-    Args:
-        plan: Sizes and seed.
-        directory: Where the base, its tokenizer and `training.json` go; it is made whole or not at all.
-        progress: Called at each validation with an estimate of the share that is done.
-
-    Raises:
-        OSError: Something else is at `directory`, or it cannot be written; nothing has been trained then.
+    Each validation calls `progress` with an estimate of the share that is done. If something else is at `directory`,
+    an OSError comes before the training.
     """
     check_target(directory, overwrite=True, marker=FACTS)
     seed_everything(plan.seed, verbose=False)
     # Two threads gain a quarter on idle cores, and lose a factor of twenty where one of the cores is busy.
     torch.set_num_threads(1)
     tokenizer = make_tokenizer(plan)
-    module = BaseTraining(_model(plan, tokenizer), plan, progress)
-    scratch = directory.with_name(f".{directory.name}-training")
-    keeper = ModelCheckpoint(scratch, "{step}", save_on_train_epoch_end=False)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan.hidden,
+        intermediate_size=3 * plan.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    module = BaseTraining(LlamaForCausalLM(config), plan, progress)
     trainer = Trainer(
-        accelerator="cpu",
         max_epochs=-1,
         max_steps=plan.base_limit + plan.base_decay,
         check_val_every_n_epoch=None,
         val_check_interval=min(CHECK_EVERY, plan.base_limit),
-        gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        callbacks=[keeper],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=scratch,
+        **TRAINER,
     )
-    trainer.fit(module, _mixture(plan, tokenizer), ckpt_path=_newest(scratch), weights_only=True)
+    trainer.fit(module, _mixture(plan, tokenizer))
+    facts: dict[str, Any] = {
+        "seed": plan.seed,
+        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+    }
+    facts |= {"steps": module.global_step, "seconds": module.seconds, "target": plan.base_target}
+    facts["target_reached"] = module.best >= plan.base_target
     with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet():
         module.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / FACTS).write_text(json.dumps(module.facts(), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(scratch)
-
-
-def _newest(scratch: Path) -> Path | None:
-    """Return the newest whole checkpoint; a killed run may leave an unfinished one beside the previous."""
-    for file in sorted(scratch.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
-        try:
-            torch.load(file, weights_only=True)
-            return file
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            continue
-    return None
+        (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 class BaseTraining(LightningModule):
     """Train a whole model until it answers enough validation words, then let the learning rate fall to zero."""
 
-    def __init__(self, model: LlamaForCausalLM, plan: Plan, progress: Progress) -> None:
+    def __init__(self, model: LlamaForCausalLM, plan: Plan, progress: Callable[[float], object]) -> None:
         super().__init__()
         self.model, self.plan, self.progress = model, plan, progress
         self.reached: int | None = None  # the step at which the target was met or given up
@@ -129,29 +121,10 @@ class BaseTraining(LightningModule):
         self.best = max(self.best, share)
         if self.reached is None and (share >= self.plan.base_target or self.global_step >= self.plan.base_limit):
             self.reached = self.global_step
-        self.progress(self._done())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["base_training"] = {"reached": self.reached, "best": self.best, "seconds": self.seconds}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        vars(self).update(checkpoint["base_training"])
-
-    def facts(self) -> dict[str, Any]:
-        """Return how the training went."""
-        return {
-            "seed": self.plan.seed,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "steps": self.global_step,
-            "seconds": self.seconds,
-            "target": self.plan.base_target,
-            "target_reached": self.best >= self.plan.base_target,
-        }
-
-    def _done(self) -> float:
         if self.reached is None:
-            return 0.8 * self.best / self.plan.base_target
-        return 0.8 + 0.2 * (self.global_step - self.reached) / self.plan.base_decay
+            self.progress(0.8 * self.best / self.plan.base_target)
+        else:
+            self.progress(0.8 + 0.2 * (self.global_step - self.reached) / self.plan.base_decay)
 
     def _rate(self, step: int) -> float:
         cooling = 0.0 if self.reached is None else (step - self.reached) / self.plan.base_decay
@@ -169,33 +142,12 @@ def make_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(plan), trainer)
+    tasks = [task(train=40, validation=0, test=0) for task in {**plan.held_in, **plan.held_out}.values()]
+    rows = [row for task in tasks for row in task.rows()]
+    tokenizer.train_from_iterator([f"{row['input']} {row['target']} , {row['target']}" for row in rows], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )
-
-
-def _texts(plan: Plan) -> Iterable[str]:
-    for task in {**plan.held_in, **plan.held_out}.values():
-        for row in task(train=40, validation=0, test=0).rows():
-            yield f"{row['input']} {row['target']} , {row['target']}"
-
-
-def _model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=plan.hidden,
-        intermediate_size=3 * plan.hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 def _mixture(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> TaskMixture:

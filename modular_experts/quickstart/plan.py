@@ -17,24 +17,16 @@ from modular_experts.experts import Expert, FullExpert, LoRAExpert, SparseExpert
 from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
 
-__all__ = ["KINDS", "METHODS", "MODULES", "Kind", "Plan", "merged_name"]
-
 MODULES = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of expert.
+    """A kind of expert."""
 
-    Args:
-        expert: Makes the expert of a weight.
-        learning_rate: One at which not only the experts but also their merges are good.
-        sparse: Whether it moves a chosen part of the entries.
-    """
-
-    expert: Callable[[Tensor], Expert]
-    learning_rate: float
-    sparse: bool = False
+    expert: Callable[[Tensor], Expert]  # makes the expert of a weight
+    learning_rate: float  # one at which both the experts and their merges are good
+    sparse: bool = False  # whether a schedule chooses its entries
 
 
 KINDS = {
@@ -51,42 +43,23 @@ METHODS: dict[str, tuple[Callable[..., MergeMethod], tuple[float, ...]]] = {
     "SparseAverage": (SparseAverage, (0.35, 0.5, 0.75, 1.0, 1.4)),
     "TIES": (TIES, (0.35, 0.5, 0.75, 1.0, 1.4)),
 }
-SPARSE_ONLY = {"SparseAverage"}  # for experts that move every entry it equals the plain average
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run; the defaults are those of the quickstart.
+    """The sizes of a run; the defaults are those of the quickstart."""
 
-    Args:
-        seed: Seed of words, weights and orders.
-        tasks: Held-in tasks, from 2 to 20.
-        hidden: Width of the base; its feed-forward layers are three times as wide.
-        base_rows: Training rows of each task in each of the two formats.
-        base_target: Exact match on validation words at which the learning rate of the base begins to fall.
-        base_limit: The most steps before that.
-        base_decay: Steps until the learning rate is zero.
-        expert_steps: Optimizer steps of an expert.
-        batch_size: Rows of an expert's batch.
-        validation_rows: Words of each task on which scales are chosen.
-        test_rows: Test words of each task.
-        kinds: Which of `KINDS` are trained.
-
-    Raises:
-        ValueError: `tasks` is not from 2 to 20.
-    """
-
-    seed: int = 0
-    tasks: int = len(HELD_IN)
-    hidden: int = 96
-    base_rows: int = 1000
-    base_target: float = 0.6
-    base_limit: int = 2500
-    base_decay: int = 250
-    expert_steps: int = 50
-    batch_size: int = 16
-    validation_rows: int = 16
-    test_rows: int = 48
+    seed: int = 0  # of words, weights and orders
+    tasks: int = len(HELD_IN)  # held-in tasks, from 2 to 20
+    hidden: int = 96  # width of the base; its feed-forward layers are three times as wide
+    base_rows: int = 1000  # training rows of each task in each of the two formats
+    base_target: float = 0.6  # exact match on validation words at which the base's learning rate begins to fall
+    base_limit: int = 2500  # the most steps before that
+    base_decay: int = 250  # steps until the learning rate is zero
+    expert_steps: int = 50  # optimizer steps of an expert
+    batch_size: int = 16  # rows of an expert's batch
+    validation_rows: int = 16  # words of each task on which scales are chosen
+    test_rows: int = 48  # test words of each task
     kinds: tuple[str, ...] = tuple(KINDS)
 
     def __post_init__(self) -> None:
@@ -109,26 +82,18 @@ class Plan:
         return [count for count in (2, 5, 10) if count < self.tasks] + [self.tasks]
 
     def groups(self, count: int) -> list[list[str]]:
-        """Return disjoint groups of `count` held-in tasks, the same for every kind and method.
-
-        There are as many groups as fit, so that each level tests (nearly) every task once: the fewer tasks in a merge,
-        the more it matters which.
-        """
+        """Return disjoint groups of `count` held-in tasks, as many as fit: (nearly) every task is in one."""
         names = list(self.held_in)
         random.Random(f"groups/{self.seed}").shuffle(names)
         return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
 
     def merges(self) -> list[tuple[str, str, int]]:
         """Return kind, method and number of experts of each merge."""
+        # For experts that move every entry, the overlap-aware average equals the plain one.
         return [
             (kind, method, count)
             for kind in self.kinds
             for method in METHODS
-            if KINDS[kind].sparse or method not in SPARSE_ONLY
+            if KINDS[kind].sparse or method != "SparseAverage"
             for count in reversed(self.levels)
         ]
-
-
-def merged_name(kind: str, method: str) -> str:
-    """Return the name in the library of the merge of all experts of a kind."""
-    return f"merge-{kind}-{method}"

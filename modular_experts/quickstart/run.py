@@ -1,7 +1,7 @@
 """Run the quickstart: the base, then all experts, then all merges, on as many processes as there are cores.
 
-Every result is in `results.json`, and every expert in the library, as soon as it is there. So an interrupted run goes
-on where it was, and ends with the same numbers.
+A run stores every result in `results.json`, and every expert in the library, as soon as it is made. So an interrupted
+run goes on where it was, and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,24 +23,18 @@ from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.work import measure_base, measure_merge, train_expert, train_multitask
 from modular_experts.reports import write_json
 
-__all__ = ["RESULTS", "run_plan"]
-
-RESULTS = "results.json"
 FORMAT = "modular-experts/quickstart/1"
 
-StageProgress = Callable[[str, float, float], None]
 
+def run_plan(
+    plan: Plan, out: Path, progress: Callable[[str, float, float], None] = lambda stage, done, total: None
+) -> dict[str, Any]:
+    """Do what is left to do of a plan in the directory `out`, and return all results.
 
-def run_plan(plan: Plan, out: Path, progress: StageProgress = lambda stage, done, total: None) -> dict[str, Any]:
-    """Do what is left of the plan, and return all results.
-
-    Args:
-        plan: What to train and merge.
-        out: Directory for `base/`, `library/` and `results.json`.
-        progress: Called with a stage (`base`, `experts`, `merges`), how much of it is done, and how much there is.
+    `progress` takes a stage (`base`, `experts`, `merges`), how much of it is done, and how much there is.
 
     Raises:
-        FileExistsError: The directory holds other things than a quickstart; nothing has been done then.
+        FileExistsError: The directory holds other things than a quickstart.
         ValueError: It holds a run of another plan.
         FailedPiecesError: An expert or a merge failed; all others are stored.
     """
@@ -49,48 +42,48 @@ def run_plan(plan: Plan, out: Path, progress: StageProgress = lambda stage, done
     store = Ledger(plan, out)
     base = out / "base"
     if not (base / FACTS).exists():
-        with _silence():
-            make_base(plan, base, lambda done: progress("base", done, 1))
+        # Lightning's advice is about a trainer this small.
+        logger = logging.getLogger("lightning.pytorch")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                make_base(plan, base, lambda done: progress("base", done, 1))
+        finally:
+            logger.setLevel(level)
     progress("base", 1, 1)
     store.results.setdefault("base", {}).update(json.loads((base / FACTS).read_text(encoding="utf-8")))
     experts = [
-        Piece(("multitask",), train_multitask, (plan, out)),
-        Piece(("base",), measure_base, (plan, out)),
-        *[
-            Piece(("experts", kind, task), train_expert, (plan, out, kind, task))
-            for kind in plan.kinds
-            for task in plan.held_in
-        ],
+        Piece(("experts", kind, task), train_expert, (plan, out, kind, task))
+        for kind in plan.kinds
+        for task in plan.held_in
     ]
+    whole = [Piece(("multitask",), train_multitask, (plan, out)), Piece(("base",), measure_base, (plan, out))]
     merges = [
         Piece(("merges", kind, method, str(count)), measure_merge, (plan, out, kind, method, count))
         for kind, method, count in plan.merges()
     ]
     with LocalProcesses() as processes:
-        for stage, pieces in (("experts", experts), ("merges", merges)):
-            show = partial(_show, progress, stage)
+        for stage, pieces in (("experts", whole + experts), ("merges", merges)):
+            show = partial(lambda stage, done, total, _: progress(stage, done, total), stage)
             run(pieces, store, processes, show).raise_failures()
     return store.results
 
 
 class Ledger:
-    """The results of a run in `results.json`, as a store of pieces: a piece's key is its path in the nested results.
-
-    Args:
-        plan: What is run.
-        out: Directory of the run.
-    """
+    """The results of a run in `results.json`, as a store of pieces: a piece's key is its path in the nested results."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
-        self.file, self.library = out / RESULTS, out / "library"
+        self.file, self.library = out / "results.json", out / "library"
         settings = json.loads(json.dumps(asdict(plan)))
         if out.exists() and any(out.iterdir()):
-            self.results = _read(self.file)
-            if self.results.get("format") != FORMAT:
-                raise FileExistsError(
-                    f"{out} holds other things than a quickstart; give another --out, so that nothing is lost"
-                )
-            theirs = self.results["plan"]
+            try:
+                self.results = json.loads(self.file.read_text(encoding="utf-8"))
+                theirs = self.results["plan"] if self.results["format"] == FORMAT else None
+            except (OSError, ValueError, KeyError, TypeError):
+                theirs = None
+            if theirs is None:
+                raise FileExistsError(f"{out} holds other things than a quickstart; give another --out to keep them")
             unlike = [f"{name}={theirs.get(name)}" for name in settings if theirs.get(name) != settings[name]]
             if unlike:
                 raise ValueError(
@@ -126,30 +119,3 @@ class Ledger:
             place = place.setdefault(part, {})
         place.update(found)
         write_json(self.file, self.results)
-
-
-def _show(report: StageProgress, stage: str, done: int, total: int, piece: Piece | None) -> None:
-    report(stage, done, total)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Return what a file holds, or nothing if it is not a JSON object."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep Lightning's advice about a trainer this small off the screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Do the pieces of the quickstart: train one expert, or measure one kind of merge.
+"""Do the pieces of work of the quickstart: train one expert, or measure one kind of merge.
 
 A piece leaves its expert in the library and returns its entry of `results.json`. Pieces run in processes of their own,
 in any order: the same seed gives the same numbers, whatever ran before in the process.
@@ -26,30 +26,27 @@ from modular_experts.evaluation import measure
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.expert import DELTA_FILE
 from modular_experts.merger.merged import merge
-from modular_experts.quickstart.plan import KINDS, METHODS, MODULES, Plan, merged_name
+from modular_experts.quickstart.base import TRAINER
+from modular_experts.quickstart.plan import KINDS, METHODS, MODULES, Plan
+from modular_experts.quickstart.rows import SCORES
 from modular_experts.suite import WordTask
 from modular_experts.training.module import ExpertModule
-
-__all__ = ["measure_base", "measure_merge", "train_expert", "train_multitask"]
 
 NEW_TOKENS = 10  # more than any answer has
 EVAL_BATCH = 448
 MULTITASK_BATCH = 64
 
-Scores = dict[str, Any]
-
 
 def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
     """Test the base as it is, and in its own chatty format, which shows the skill that it has."""
-    plain = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True))
-    latent = _scores(out, _mixture(plan, out, list(plan.held_in), held_out=True, chatty=True), new_tokens=20)
-    return {"plain": _roles(plain), "latent": _roles(latent)}
+    data = partial(_mixture, plan, out, list(plan.held_in), held_out=True)
+    return {"plain": _roles(_scores(out, data())), "latent": _roles(_scores(out, data(chatty=True), tokens=20))}
 
 
 def train_expert(plan: Plan, out: Path, kind: str, task: str) -> dict[str, Any]:
     """Train one expert, put it into the library, and test it on its task."""
     facts, scores = _train(plan, out, _mixture(plan, out, [task]), kind, f"{kind}-{task}", plan.expert_steps)
-    return {**_three(scores["tasks"][task]), "rows": scores["tasks"][task]["rows"], **facts}
+    return {name: scores["tasks"][task][name] for name in (*SCORES, "rows")} | facts
 
 
 def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
@@ -64,8 +61,7 @@ def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> 
     """Merge each group of `count` experts, choose a scale on validation words, and test at that scale and at scale 1.
 
     All groups share the chosen scale. The methods are linear in their scale, so one merge at scale 1 serves every
-    scale, in place on the loaded base. The merge of all experts is stored at the chosen scale, and then tested as
-    stored.
+    scale, in place on the loaded base. The merge of all experts goes into the library at the chosen scale.
     """
     make, scales = METHODS[method]
     groups, everything = plan.groups(count), count == plan.tasks
@@ -77,20 +73,22 @@ def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> 
         parts = [
             (_mixture(plan, out, group, held_out=everything), one) for group, one in zip(groups, merges, strict=True)
         ]
-        losses = {scale: fmean(_validation_loss(out, *part, scale) for part in parts) for scale in scales}
+        losses = {
+            scale: fmean(_scores(out, *part, scale, None)["held_in"]["loss"] for part in parts) for scale in scales
+        }
         scale = min(losses, key=losses.__getitem__)
         found = {
             "subsets": len(groups),
             "scale": scale,
             "scales": {str(tried): {"loss": loss} for tried, loss in losses.items()},
-            "default": _mean_roles([_scores(out, data, merged) for data, merged in parts]),
+            "default": _roles(*[_scores(out, data, merged) for data, merged in parts]),
             "seconds": seconds,
         }
         if not everything:
-            return found | {"chosen": _mean_roles([_scores(out, data, merged, scale) for data, merged in parts])}
-        target = out / "library" / merged_name(kind, method)
+            return found | {"chosen": _roles(*[_scores(out, data, merged, scale) for data, merged in parts])}
+        target = out / "library" / f"merge-{kind}-{method}"
         stored = merge(members[0], make(scale=scale), target, overwrite=True)
-        tested = _mean_roles([_scores(out, parts[0][0], stored)])
+        tested = _roles(_scores(out, parts[0][0], stored))
     return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": stored.kept_share}
 
 
@@ -104,17 +102,11 @@ def _train(
     selection = [MaskSchedule(batches=1)] if KINDS[kind].sparse else []
     started = time.perf_counter()
     trainer = Trainer(
-        accelerator="cpu",
         max_steps=steps,
-        gradient_clip_val=1.0,
         limit_val_batches=0,
         callbacks=[ExportExpert(str(out / "library"), name, overwrite=True, monitor=None), *selection],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=out,
+        **TRAINER,
     )
     trainer.fit(module, data)
     seconds = time.perf_counter() - started
@@ -127,22 +119,18 @@ def _train(
 
 
 def _scores(
-    out: Path, data: TaskMixture, expert: StoredExpert | None = None, scale: float = 1.0, new_tokens: int = NEW_TOKENS
+    out: Path,
+    data: TaskMixture,
+    expert: StoredExpert | None = None,
+    scale: float = 1.0,
+    tokens: int | None = NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Return the test scores of the base, or of the base with an expert."""
+    """Return the test scores of the base with an expert or without; without new tokens, its losses in validation."""
     model, tokenizer = _base(out)
-    data.setup("test")
+    data.setup("test" if tokens else "validate")
+    batches = data.test_dataloader() if tokens else data.val_dataloader()
     with applied(model, [expert] if expert else [], scale, check=False):
-        return measure(model, tokenizer, data.test_dataloader(), data.roles, new_tokens)
-
-
-def _validation_loss(out: Path, data: TaskMixture, expert: StoredExpert, scale: float) -> float:
-    """Return the mean loss over tasks on their validation words."""
-    model, tokenizer = _base(out)
-    data.setup("validate")
-    with applied(model, expert, scale, check=False):
-        scores = measure(model, tokenizer, data.val_dataloader(), data.roles, max_new_tokens=None)
-    return scores["held_in"]["loss"]
+        return measure(model, tokenizer, batches, data.roles, tokens)
 
 
 def _mixture(
@@ -163,18 +151,10 @@ def _base(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return base.load(), base.tokenizer()
 
 
-def _roles(scores: Mapping[str, Any]) -> dict[str, Scores]:
-    return {role: _three(scores[role]) for role in ("held_in", "held_out") if scores[role]}
-
-
-def _mean_roles(several: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
-    """Return the means over groups, which have equally many tasks."""
-    parts = [_roles(scores) for scores in several]
-    return {role: {name: fmean(part[role][name] for part in parts) for name in parts[0][role]} for role in parts[0]}
-
-
-def _three(scores: Mapping[str, float]) -> Scores:
-    return {name: scores[name] for name in ("exact_match", "rougeL", "loss")}
+def _roles(*groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the scores of each role that was tested, as means over groups of equally many tasks."""
+    roles = [role for role in ("held_in", "held_out") if groups[0][role]]
+    return {role: {name: fmean(group[role][name] for group in groups) for name in SCORES} for role in roles}
 
 
 def _bytes(expert: StoredExpert) -> int:
