@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import distributed
 
-from modular_experts.reports import results_table, write_json
+from modular_experts.reports import Results, write_json
 
 __all__ = ["WritePredictions", "WriteResults"]
 
@@ -46,7 +46,7 @@ class WriteResults(Callback):
 
     def _print(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
-            Console(width=80).print(results_table(cast(dict[str, Any], module.results)))
+            Console(width=80).print(Results.of_scores(cast(dict[str, Any], module.results)).table())
 
 
 class WritePredictions(BasePredictionWriter):

@@ -10,15 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from modular_experts.quickstart import (
-    Plan,
-    check_drawing,
-    draw_figure,
-    run_plan,
-    summary_sentences,
-    summary_table,
-    write_report,
-)
+from modular_experts.quickstart import Plan, draw_figure, run_plan, summary_sentences, summary_table, write_report
+from modular_experts.reports.svg import check_drawing
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 STAGES = {"base": "training a small base", "experts": "training experts", "merges": "merging and testing"}

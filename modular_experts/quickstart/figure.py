@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modular_experts.quickstart.findings import exact
 from modular_experts.quickstart.rows import KIND_NAMES, LATENT, METHOD_NAMES, as_results
 from modular_experts.reports import Results
 from modular_experts.reports.charts import Chart, Course, Courses, Key, Look, Side, StepGroup, StepRow, Steps, draw
 from modular_experts.reports.svg import COLOURS
-
-__all__ = ["draw_figure"]
 
 LOOKS = {"Average": Look("average", "s"), "SparseAverage": Look("overlap", "o"), "TIES": Look("ties", "^")}
 REFERENCES = {"multitask": "multitask", "latent": LATENT, "plain": "base"}
@@ -37,15 +36,7 @@ COURSE_KEY = [
 
 
 def draw_figure(found: Mapping[str, Any], file: Path) -> None:
-    """Draw the figure of a run; the same results give the same bytes.
-
-    Args:
-        found: What `results.json` of a complete run holds.
-        file: The SVG to write.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """Draw the figure of a complete run's `results.json` as SVG; the same results give the same bytes."""
     run = as_results(found)
     draw(
         [_steps(run), _courses(run)],
@@ -64,7 +55,7 @@ def _steps(run: Results) -> Steps:
             f"{len(run.facts['tasks' if role == 'held_in' else 'held_out'])} {words} tasks",
             left,
             width,
-            {name: (text, _exact(run, model=text, role=role)) for name, text in REFERENCES.items()},
+            {name: (text, exact(run, model=text, role=role)) for name, text in REFERENCES.items()},
         )
         for role, (words, left, width) in SIDES.items()
     ]
@@ -74,10 +65,10 @@ def _steps(run: Results) -> Steps:
         for method in _drawn(run, kind):
             merge = run.where(kind=kind, merge=method, count=everything)
             values = {
-                role: (_exact(merge, role=role, at="default"), _exact(merge, role=role, at="chosen")) for role in SIDES
+                role: (exact(merge, role=role, at="default"), exact(merge, role=role, at="chosen")) for role in SIDES
             }
             rows.append(StepRow(f"{kind}-{method}", METHOD_NAMES[method], LOOKS[method], values))
-        groups.append(StepGroup(kind, KIND_NAMES[kind], rows, _exact(run, kind=kind, count=1)))
+        groups.append(StepGroup(kind, KIND_NAMES[kind], rows, exact(run, kind=kind, count=1)))
     return Steps(f"All {everything} experts merged into one", sides, groups, STEP_KEY)
 
 
@@ -89,22 +80,14 @@ def _courses(run: Results) -> Courses:
         for at in ("default", "chosen"):
             for method in _drawn(run, kind):
                 merges = run.where(kind=kind, merge=method, at=at, role="held_in")
-                values = {count: _exact(merges, count=count) for count in run.facts["levels"]}
+                values = {count: exact(merges, count=count) for count in run.facts["levels"]}
                 courses.append(Course(f"{method}-{at}", LOOKS[method], values, dotted=at == "default"))
-        charts.append(Chart(kind, KIND_NAMES[kind], courses, _exact(run, kind=kind, count=1)))
+        charts.append(Chart(kind, KIND_NAMES[kind], courses, exact(run, kind=kind, count=1)))
     references = {
-        name: (REFERENCES[name], _exact(run, model=REFERENCES[name], role="held_in")) for name in ("multitask", "plain")
+        name: (REFERENCES[name], exact(run, model=REFERENCES[name], role="held_in")) for name in ("multitask", "plain")
     }
     return Courses("From one expert to all, on held-in tasks", charts, references, "experts in one merge", COURSE_KEY)
 
 
 def _drawn(run: Results, kind: str) -> list[str]:
-    used = run.where(kind=kind).values("merge")
-    return [method for method in LOOKS if method in used]
-
-
-def _exact(run: Results, **where: Any) -> float:
-    value = run.mean("exact_match", **where)
-    if value is None:
-        raise ValueError(f"the run has no exact match for {where}; only a complete run can be drawn")
-    return value
+    return [method for method in run.where(kind=kind).values("merge") if method in LOOKS]

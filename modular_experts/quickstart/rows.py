@@ -11,8 +11,6 @@ from typing import Any
 
 from modular_experts.reports import Results
 
-__all__ = ["KIND_NAMES", "LATENT", "METHOD_NAMES", "as_results"]
-
 KIND_NAMES = {"sparse": "sparse entries", "block": "sparse tiles", "lora": "LoRA", "full": "full"}
 METHOD_NAMES = {
     "Average": "average",
@@ -26,15 +24,11 @@ COSTS = ("bytes", "ever_trained", "kept", "parameters", "seconds")
 
 
 def as_results(found: Mapping[str, Any]) -> Results:
-    """Return the rows of a complete run, in the same order whatever was finished first.
-
-    Args:
-        found: What `results.json` holds.
-    """
+    """Return the rows of a complete run's `results.json`, in the same order whatever was finished first."""
     rows: list[dict[str, Any]] = []
 
     def add(model: str, metrics: Mapping[str, Any], names: tuple[str, ...], **where: Any) -> None:
-        same = {"model": model, "experts": [], "task": None, "role": None, "seed": found["seed"], **where}
+        same = {"model": model, "experts": [], "task": None, "role": None, **where}
         rows.extend(same | {"metric": name, "value": metrics[name]} for name in names if name in metrics)
 
     def add_roles(model: str, roles: Mapping[str, Any], **where: Any) -> None:
@@ -58,9 +52,7 @@ def as_results(found: Mapping[str, Any]) -> Results:
                 model = f"{count} {KIND_NAMES[kind]} experts, {METHOD_NAMES[method]}"
                 about = {"kind": kind, "merge": method, "count": count}
                 add(model, merge, ("scale", *COSTS), **about)
-                for scale, tried in merge["scales"].items():
-                    add(model, {"validation loss": tried["loss"]}, ("validation loss",), **about, scale=float(scale))
                 add_roles(f"{model}, scale 1", merge["default"], **about, at="default")
                 add_roles(f"{model}, chosen scale", merge["chosen"], **about, at="chosen")
-    facts = {name: found[name] for name in ("seed", "python", "machine", "versions", "plan", "held_out")}
-    return Results(rows, facts | {"tasks": found["tasks"], "levels": found["levels"], "base": found["base"]})
+    facts = ("seed", "python", "machine", "versions", "tasks", "held_out", "levels", "base")
+    return Results(rows, {name: found[name] for name in facts})

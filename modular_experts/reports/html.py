@@ -1,7 +1,7 @@
 """Build HTML from Python values, as elements and as whole pages that need no other file, no script and no network.
 
-Text that is not `Html` already is escaped, so no text can become markup. Tags are closed as in XML, so that any XML
-parser can check a page.
+`element` and `joined` escape text that is not `Html` already, so that no text can become markup. They close tags as in
+XML, so that any XML parser can check a page.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from pathlib import Path
 
 from modular_experts.reports.svg import COLOURS
 
-__all__ = ["Html", "element", "folded", "inline_svg", "joined", "marks", "note", "page", "section"]
-
 HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
 STYLE = Path(__file__).with_name("page.css")
 
@@ -24,13 +22,7 @@ class Html(str):
 
 
 def element(name: str, *children: str, **attributes: object) -> Html:
-    """Return an element.
-
-    Args:
-        name: Its tag.
-        children: What is in it: `Html` as it is, any other text escaped.
-        attributes: Its attributes; `class_` is `class`.
-    """
+    """Return an element: children that are `Html` as they are, others escaped; the attribute `class_` is `class`."""
     shown = "".join(f' {key.rstrip("_")}="{escape(str(value))}"' for key, value in attributes.items())
     return Html(f"<{name}{shown}>{joined(children)}</{name}>")
 
@@ -60,23 +52,6 @@ def note(text: str) -> Html:
 def folded(title: str, *rest: Html) -> Html:
     """Return content that a click unfolds."""
     return element("details", element("summary", title), *rest)
-
-
-def marks(*entries: tuple[str, str, str]) -> Html:
-    """Return a row of large percentages: name, number, and a line about each."""
-    return element(
-        "dl",
-        *[
-            element(
-                "div",
-                element("dt", name),
-                element("dd", value, element("small", " %"), class_="value"),
-                element("dd", about),
-            )
-            for name, value, about in entries
-        ],
-        class_="marks",
-    )
 
 
 def inline_svg(svg: str) -> Html:

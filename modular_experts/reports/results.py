@@ -1,4 +1,4 @@
-"""Hold measurements as rows: model, experts, task, role, metric, value, and whatever else is known of each.
+"""Hold measurements as rows of model, experts, task, role, metric, value and further columns.
 
 Every table, chart and page reads results in this form, and so does pandas: `pandas.DataFrame(results.rows)`.
 """
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +19,6 @@ import rich.table
 
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
-__all__ = ["Results", "results_table", "write_json"]
-
-FORMAT = "modular-experts/results/1"
-COLUMNS = ("model", "experts", "task", "role", "metric", "value")
 ROLES = {"held_in": "held-in", "held_out": "held-out"}
 
 # How the metrics that this package measures are titled and shown; any other metric is shown with three digits.
@@ -36,10 +32,10 @@ class Results:
 
     Args:
         rows: Each is a mapping with the keys `model` (the name of what was measured), `experts` (the names of those in
-            it), `task` (None for a mean over the tasks of a role), `role` (`held_in`, `held_out`, or None for what
-            belongs to no task, such as a size), `metric` and `value` (a number, or None if it is not finite). Further
-            keys, such as `merge`, `rows` (how many were tested) and `seed`, are free.
-        facts: What holds for all rows, such as versions and settings.
+            it), `task` (None for a mean over the tasks of a role), `role` (`held_in`, `held_out`, or None for a size
+            or another cost), `metric` and `value` (a number, or None if it is not finite). Further keys, such as
+            `merge` and `rows` (how many were tested), are free.
+        facts: Versions, settings and the like, which hold for all rows.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -49,14 +45,7 @@ class Results:
     def of_scores(
         cls, scores: Mapping[str, Any], model: str = "model", experts: Sequence[str] = (), **more: Any
     ) -> Results:
-        """Make rows of the scores of one model, as `measure` and `Trainer.test` give them.
-
-        Args:
-            scores: A mapping whose `tasks` holds role, number of rows and metrics of each task.
-            model: Name of the model.
-            experts: Names of the experts in it.
-            more: Further columns, the same in every row.
-        """
+        """Make rows of the scores of one model, as `measure` and `Trainer.test` give them, with `more` columns."""
         return cls(
             [
                 {"model": model, "experts": list(experts), "task": task, "role": found["role"]}
@@ -66,30 +55,6 @@ class Results:
                 if metric not in ("role", "rows")
             ]
         )
-
-    @classmethod
-    def read(cls, file: str | Path) -> Results:
-        """Read what `write` wrote, or the `results.json` of `modular-experts test`.
-
-        Raises:
-            ValueError: The file holds neither.
-        """
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("format") == FORMAT:
-            return cls(found["rows"], found["facts"])
-        if isinstance(found, dict) and isinstance(found.get("tasks"), dict):
-            return cls.of_scores(found, model=Path(file).stem)
-        raise ValueError(f"{file} does not hold results; give a file that Results.write or modular-experts test wrote")
-
-    def write(self, file: str | Path) -> None:
-        """Write the rows as JSON; a reader sees the whole file or the one before it."""
-        write_json(file, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __add__(self, other: Results) -> Results:
         return Results([*self.rows, *other.rows], {**self.facts, **other.facts})
@@ -104,11 +69,7 @@ class Results:
         return list(dict.fromkeys(row[column] for row in self.rows if row.get(column) is not None))
 
     def mean(self, metric: str, **wanted: Any) -> float | None:
-        """Return the unweighted mean of a metric over the rows that match, such as the tasks of a role.
-
-        Returns:
-            None if no row matches, and NaN if a row that matches has no finite value.
-        """
+        """Return the unweighted mean of a metric over the rows that match: None without rows."""
         values = [row["value"] for row in self.where(metric=metric, **wanted).rows]
         return fmean(math.nan if value is None else value for value in values) if values else None
 
@@ -117,31 +78,24 @@ class Results:
 
         For each role, one model has a line for each task and their mean; several models have a line each, with means.
         """
-        return self._table().text(self._named())
+        return self._table().text()
 
     def _repr_html_(self) -> str:
-        return self._table().html(self._named())
-
-    def _named(self) -> str:
-        return "model" if len(self.values("model")) > 1 else "task"
+        return self._table().html()
 
     def _table(self) -> Table:
+        named = "model" if len(self.values("model")) > 1 else "task"
         metrics = [metric for metric in METRICS if metric in self.values("metric")]
         metrics += [metric for metric in self.values("metric") if metric not in METRICS]
         groups = []
         for mine in [self.where(role=role) for role in ROLES if role in self.values("role")]:
-            if self._named() == "model":
+            if named == "model":
                 groups.append([Line(model, mine.where(model=model)) for model in mine.values("model")])
             else:
                 tasks = [Line(task, mine.where(task=task)) for task in mine.values("task")]
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
-        return Table([*about, *[_column(metric) for metric in metrics]], groups)
-
-
-def results_table(scores: Mapping[str, Any]) -> rich.table.Table:
-    """Return the table of one model's scores, as `measure` and `Trainer.test` give them."""
-    return Results.of_scores(scores).table()
+        return Table([*about, *[_column(metric) for metric in metrics]], groups, named)
 
 
 def write_json(path: str | Path, value: Any) -> None:

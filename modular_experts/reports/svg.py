@@ -1,4 +1,4 @@
-"""Draw on a white SVG canvas that is measured in pixels from its upper left corner, in one style for all charts.
+"""Draw on a white SVG canvas, measured in pixels from its upper left corner, in one style for all charts.
 
 Text stays text, in the reader's own sans serif. Its width is therefore unknown, so leave room after a text.
 """
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["COLOURS", "PIXEL", "WIDTH", "Canvas", "check_drawing", "style"]
 
 WIDTH = 900
 
@@ -67,11 +65,7 @@ def check_drawing() -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the style of this package, whatever the user's matplotlibrc sets.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """Draw in the style of this package, whatever the user's matplotlibrc sets."""
     check_drawing()
     import matplotlib
 
@@ -82,11 +76,7 @@ def style() -> Iterator[None]:
 
 
 class Canvas:
-    """A canvas `WIDTH` pixels wide; make it and draw on it inside of `with style():`.
-
-    Args:
-        height: Its height in pixels.
-    """
+    """A canvas `WIDTH` pixels wide and `height` pixels high; make it and draw on it inside of `with style():`."""
 
     def __init__(self, height: float) -> None:
         from matplotlib.figure import Figure
@@ -113,12 +103,7 @@ class Canvas:
         self.figure.add_artist(line)
 
     def svg(self, title: str, text: str) -> str:
-        """Return the canvas as SVG that names no other file and no date: the same drawing gives the same bytes.
-
-        Args:
-            title: The figure's name, for readers who cannot see it.
-            text: What it shows, for the same readers.
-        """
+        """Return the canvas as SVG without links and dates: the same drawing gives the same bytes."""
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         self.figure.savefig(stream, format="svg", metadata=nothing, facecolor=COLOURS["paper"])

@@ -1,4 +1,4 @@
-"""Tables by columns: a column is a title and a function of a line's rows, and every line is shown by all columns.
+"""Show tables by columns: a column is a title and a function of a line's rows, and all columns show every line.
 
 To add a column to a report, add a `Column` to its list; the terminal and the page both show it.
 """
@@ -16,72 +16,45 @@ from rich.markup import escape
 
 from modular_experts.reports.html import Html, element
 
-__all__ = ["Column", "Line", "Table", "listed", "number", "percent", "points", "share", "times"]
-
 NAME_WIDTH = 25  # so that a name and eight short columns fit 80 characters; longer names are folded, not cut
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Args:
-        title: What stands over it.
-        of: Returns a cell's value from the rows of its line; None leaves the cell empty.
-        show: Makes text of the value.
-        bar: Whether a bar under the cell shows its value, a share between 0 and 1 (on pages).
-        over: What stands over this column and its neighbours that have the same.
-        left: Whether the text starts on the left.
-    """
+    """A column of a table."""
 
     title: str
-    of: Callable[[Any], Any]
-    show: Callable[[Any], str] = str
-    bar: bool = False
-    over: str = ""
-    left: bool = False
+    of: Callable[[Any], Any]  # a cell's value from the rows of its line; None leaves the cell empty
+    show: Callable[[Any], str] = str  # the text of the value
+    bar: bool = False  # on pages: whether a bar under the cell shows the value, a share between 0 and 1
+    over: str = ""  # a heading over this column and its neighbours that have the same
+    left: bool = False  # whether the text starts on the left
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table.
-
-    Args:
-        name: What stands at its start.
-        rows: What the columns take their values from, such as the `Results` of one model.
-        strong: Whether it is printed bold: the head of a group, or a mean.
-        key: CSS classes of a mark before the name, such as `key overlap`.
-    """
+    """A line of a table."""
 
     name: str
-    rows: Any
-    strong: bool = False
-    key: str = ""
+    rows: Any  # what the columns read, such as the `Results` of one model
+    strong: bool = False  # bold: the head of a group, or a mean
+    key: str = ""  # CSS classes of a mark before the name, such as `key overlap`
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines in groups, each shown by all columns.
-
-    Args:
-        columns: The columns, without that of the names.
-        groups: The lines, those that belong together in one group.
-    """
+    """Lines in groups, each shown by all columns, with a heading over their names."""
 
     columns: Sequence[Column]
     groups: Sequence[Sequence[Line]]
+    name: str = ""
 
-    def text(self, name: str = "", title: str | None = None) -> rich.table.Table:
-        """Return the table for a terminal.
-
-        Args:
-            name: What stands over the names.
-            title: A headline.
-        """
+    def text(self, title: str | None = None) -> rich.table.Table:
+        """Return the table for a terminal, under a headline."""
         table = rich.table.Table(
             box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold"
         )
-        table.add_column(name, max_width=NAME_WIDTH, overflow="fold")
+        table.add_column(self.name, max_width=NAME_WIDTH, overflow="fold")
         for column in self.columns:
             heading = f"{column.over}\n{column.title}" if column.over else column.title
             table.add_column(heading, justify="left" if column.left else "right", no_wrap=True)
@@ -89,18 +62,14 @@ class Table:
             if number:
                 table.add_row()
             for line in group:
-                table.add_row(escape(line.name), *self._cells(line), style="bold" if line.strong else None)
+                cells = [escape(text) for _, _, text in self._cells(line)]
+                table.add_row(escape(line.name), *cells, style="bold" if line.strong else None)
         return table
 
-    def html(self, name: str = "") -> Html:
-        """Return the table as HTML, in a box of its own that scrolls where the page is narrow.
-
-        Args:
-            name: What stands over the names.
-        """
-        head = [
-            element("tr", *[element("th", title, scope="col") for title in [name, *[c.title for c in self.columns]]])
-        ]
+    def html(self) -> Html:
+        """Return the table as HTML, in a box of its own that scrolls where the page is narrow."""
+        titles = [self.name, *[column.title for column in self.columns]]
+        head = [element("tr", *[element("th", title, scope="col") for title in titles])]
         if any(column.over for column in self.columns):
             spans = [(over, len(list(columns))) for over, columns in groupby(column.over for column in self.columns)]
             over = [element("th", title, scope="colgroup", colspan=span) for title, span in [("", 1), *spans]]
@@ -108,22 +77,17 @@ class Table:
         bodies = [element("tbody", *[self._row(line) for line in group]) for group in self.groups]
         return element("div", element("table", element("thead", *head), *bodies), class_="scroll", tabindex="0")
 
-    def _cells(self, line: Line) -> list[str]:
+    def _cells(self, line: Line) -> list[tuple[Column, Any, str]]:
+        """Return the column, the value and the text of each cell of a line."""
         values = [(column, column.of(line.rows)) for column in self.columns]
-        return ["" if value is None else escape(column.show(value)) for column, value in values]
+        return [(column, value, "" if value is None else column.show(value)) for column, value in values]
 
     def _row(self, line: Line) -> Html:
-        name = element("span", line.name, class_=line.key) if line.key else line.name
-        cells = [element("th", name, scope="row")]
-        for column in self.columns:
-            value = column.of(line.rows)
-            if value is None:
-                cells.append(element("td"))
-            elif column.bar:
-                cells.append(element("td", column.show(value), class_="bar", style=f"--share: {100 * value:.1f}%"))
-            else:
-                cells.append(element("td", column.show(value)))
-        return element("tr", *cells, class_="kind") if line.strong else element("tr", *cells)
+        cells = [element("th", element("span", line.name, class_=line.key) if line.key else line.name, scope="row")]
+        for column, value, text in self._cells(line):
+            bar = {"class_": "bar", "style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
+            cells.append(element("td", text, **bar))
+        return element("tr", *cells, **({"class_": "kind"} if line.strong else {}))
 
 
 def percent(share: float) -> str:

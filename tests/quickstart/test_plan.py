@@ -1,4 +1,4 @@
-"""The plan: the groups that are merged are paired, balanced, and the same for everything that is compared."""
+"""The groups of a plan are disjoint, and use nearly every task at each level."""
 
 from __future__ import annotations
 

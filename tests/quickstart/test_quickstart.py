@@ -1,4 +1,4 @@
-"""The whole quickstart, as a newcomer runs it: what it shows is so. Minutes of training; `make test-quickstart`.
+"""Run the whole quickstart as a newcomer does, and check what it shows: minutes of training; `make test-quickstart`.
 
 The facts are paired differences within one seed, with margins below those seen over several seeds. Which gradient rule
 is best, and whether sparse experts beat LoRA alone, is not among them: that is noise here.

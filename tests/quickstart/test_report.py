@@ -89,26 +89,24 @@ def test_single_experts_and_their_costs_are_in_a_table(figure, tmp_path) -> None
         assert found[name] == [*quality, *shares, *cost]
 
 
-@pytest.mark.parametrize(
-    ("place", "at", "levels"), [(1, "chosen", (2, 5, 10, 20)), (2, "default", (2, 5, 10, 20)), (2, "default", (2, 4))]
-)
-def test_every_level_is_in_a_table(figure, tmp_path, place, at, levels) -> None:
+@pytest.mark.parametrize("levels", [(2, 5, 10, 20), (2, 4)])
+def test_every_level_is_in_a_table(figure, tmp_path, levels) -> None:
     results = complete_results(levels)
-    rows = tables(written(results, figure, tmp_path))[place]
+    rows = tables(written(results, figure, tmp_path))[1]
     assert rows[0] == ["", "single", *[f"{level} in one" for level in levels]]
     expected = []
     for kind, methods in results["merges"].items():
         experts = results["experts"][kind].values()
         expected.append(percent(sum(expert["exact_match"] for expert in experts) / len(experts)))
         for method, merges in methods.items():
-            values = [percent(merges[str(level)][at]["held_in"]["exact_match"]) for level in levels]
+            values = [percent(merges[str(level)]["chosen"]["held_in"]["exact_match"]) for level in levels]
             expected.append([METHODS[method], "", *values])
     assert [row[1] if row[2] == "" else row for row in rows[1:]] == expected
 
 
 def test_merges_of_all_are_in_a_table_with_scale_and_cost(figure, tmp_path) -> None:
     results = complete_results()
-    rows = tables(written(results, figure, tmp_path))[3]
+    rows = tables(written(results, figure, tmp_path))[2]
     expected = []
     for methods in results["merges"].values():
         for method, merges in methods.items():
@@ -125,7 +123,7 @@ def test_merges_of_all_are_in_a_table_with_scale_and_cost(figure, tmp_path) -> N
 
 
 def test_held_in_stands_beside_held_out(figure, tmp_path) -> None:
-    found = {row[0]: row[1:] for row in tables(written(complete_results(), figure, tmp_path))[4]}
+    found = {row[0]: row[1:] for row in tables(written(complete_results(), figure, tmp_path))[3]}
     assert found == {
         "": ["held-in", "held-out"],
         "base, as it is": ["1.0", "1.3"],
@@ -138,25 +136,10 @@ def test_held_in_stands_beside_held_out(figure, tmp_path) -> None:
     }
 
 
-def test_every_task_is_in_a_folded_table(figure, tmp_path) -> None:
-    results = complete_results()
-    page = written(results, figure, tmp_path)
-    folded = [text_of(fold) for fold in parsed(page).iter("details")]
-    found = {row[0]: row[1:] for row in tables(page)[5]}
-    for task in results["tasks"]:
-        experts = [results["experts"][kind][task] for kind in ("sparse", "block", "lora", "full")]
-        matches = [percent(expert["exact_match"]) for expert in experts]
-        assert found[task] == [*matches, *[f"{expert['loss']:.3f}" for expert in experts]]
-        assert sum(task in fold for fold in folded) == 1
-
-
-def test_seed_versions_and_settings_are_named(figure, tmp_path) -> None:
-    results = complete_results()
-    page = written(results, figure, tmp_path)
-    facts = {row[0]: row[1] for row in tables(page)[6]}
-    assert {"seed": "7", "Python": "3.11.7", "torch": "2.13.0", "expert_steps": "50"}.items() <= facts.items()
-    assert "seed 7" in text_of(parsed(page).find("body/main/header"))
-    assert "modular-experts quickstart --seed 8" in text_of(parsed(page))
+def test_seed_and_versions_are_named(figure, tmp_path) -> None:
+    tree = parsed(written(complete_results(), figure, tmp_path))
+    assert "seed 7" in text_of(tree.find("body/main/header"))
+    assert "Made on 2 cores, x86_64, with Python 3.11.7, modular-experts 0.1.0, torch 2.13.0" in text_of(tree)
 
 
 def test_every_section_begins_with_one_takeaway(figure, tmp_path) -> None:
@@ -164,7 +147,6 @@ def test_every_section_begins_with_one_takeaway(figure, tmp_path) -> None:
     for section in list(tree.iter("section"))[:-1]:
         takeaways = [text_of(item) for item in section.findall("p") if item.get("class") is None]
         assert 20 < len(takeaways[0]) < 260, takeaways
-    assert "86.1 % held-in (the best merge: 56.8 %)" in text_of(tree)
 
 
 def test_the_page_does_not_depend_on_the_order_of_the_results(figure, tmp_path) -> None:
@@ -179,12 +161,12 @@ def test_text_never_becomes_markup(figure, tmp_path) -> None:
     evil = '<script>alert("&")</script>'
     results["versions"][evil] = results["machine"] = evil
     for experts in results["experts"].values():
-        experts[evil] = experts.pop("upper")
-    results["tasks"][1] = evil
+        experts[evil] = experts.pop("reverse")
+    results["tasks"][0] = evil
     write_report(results, figure, tmp_path / "report.html", f"runs/{evil}")
     page = (tmp_path / "report.html").read_text()
     assert not list(parsed(page).iter("script"))
-    assert page.count(html.escape(evil)) >= 4
+    assert page.count(html.escape(evil)) >= 3
 
 
 def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path) -> None:
@@ -223,13 +205,13 @@ def test_the_three_commands_run_as_printed(tmp_path, monkeypatch, tiny_llama_dir
     assert "mine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("levels", "kinds"), [((2,), ("lora",)), ((2, 4), ("full", "block")), ((2, 3), ("sparse",))])
+@pytest.mark.parametrize(("levels", "kinds"), [((2,), ("lora",)), ((2, 4), ("full", "block"))])
 def test_a_short_run_with_fewer_kinds_has_a_page_too(tmp_path, levels, kinds) -> None:
     results = complete_results(levels, kinds)
     draw_figure(results, tmp_path / "figure.svg")
     page = written(results, tmp_path / "figure.svg", tmp_path)
     assert f"{levels[-1]} experts, one model" in page
-    assert len(tables(page)) == 7
+    assert len(tables(page)) == 4
 
 
 def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
@@ -238,7 +220,7 @@ def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
     results["experts"]["lora"]["upper"]["loss"] = None
     found = tables(written(results, figure, tmp_path))
     assert found[0][3][3] == "-"
-    assert [row[7] for row in found[3] if row[0] == "task arithmetic"][-1] == "-"
+    assert [row[7] for row in found[2] if row[0] == "task arithmetic"][-1] == "-"
 
 
 def terminal(results: dict[str, Any], width: int = 80) -> str:
@@ -278,9 +260,8 @@ def test_the_terminal_table_has_base_multitask_experts_and_merges() -> None:
             )
 
 
-@pytest.mark.parametrize("kinds", [("sparse", "block", "lora", "full"), ("full", "block")])
-def test_five_findings_are_the_same_in_any_order_of_the_results(kinds) -> None:
-    results = complete_results(kinds=kinds)
+def test_five_findings_are_the_same_in_any_order_of_the_results() -> None:
+    results = complete_results()
     lines = summary_sentences(results)
     assert len(lines) == 5
     assert all(line.endswith(".") and "\n" not in line for line in lines)

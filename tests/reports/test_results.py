@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from modular_experts.reports import Results, results_table, write_json
+from modular_experts.reports import Results, write_json
 
 SCORES = {"loss": 0.2134, "exact_match": 0.85, "rougeL": 0.8851, "choice_accuracy": 0.5}
 
@@ -35,7 +35,7 @@ def shown(table: Any, width: int = 200) -> str:
 
 def test_scores_become_a_row_for_each_task_and_metric() -> None:
     results = Results.of_scores(scores(["a", "b"]), "merged", ["x", "y"], merge="TIES")
-    assert len(results) == 8
+    assert len(results.rows) == 8
     assert results.rows[0] == {
         **{"model": "merged", "experts": ["x", "y"], "task": "a", "role": "held_in"},
         **{"metric": "loss", "value": 0.2134, "rows": 12345, "merge": "TIES"},
@@ -55,25 +55,14 @@ def test_rows_are_chosen_by_column_and_averaged_by_metric() -> None:
     assert results.mean("loss", task="b") == 4.0
     assert math.isnan(results.mean("loss"))
     assert results.mean("exact_match") is None
-    assert len(results.where(role="held_in", merge=None)) == 2
-    assert len(results.where(role="held_in") + results.where(role="held_out")) == 3
-
-
-def test_what_is_written_is_read_again_and_so_is_the_file_of_a_test(tmp_path) -> None:
-    results = Results(Results.of_scores(scores(["a"])).rows, {"seed": 3})
-    results.write(tmp_path / "new" / "rows.json")
-    assert Results.read(tmp_path / "new" / "rows.json") == results
-    write_json(tmp_path / "results.json", scores(["a", "b"]))
-    assert Results.read(tmp_path / "results.json").rows == Results.of_scores(scores(["a", "b"]), "results").rows
-    write_json(tmp_path / "other.json", [1])
-    with pytest.raises(ValueError, match=r"other\.json does not hold results; give a file that Results\.write or"):
-        Results.read(tmp_path / "other.json")
+    assert len(results.where(role="held_in", merge=None).rows) == 2
+    assert len((results.where(role="held_in") + results.where(role="held_out")).rows) == 3
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_a_table_of_many_long_names_fits_80_columns_and_cuts_no_name(width: int) -> None:
     names = [f"{number:02d}" + "abcdefghij" * 6 + "kl" for number in range(40)]
-    text = shown(results_table(scores(names)), width)
+    text = shown(Results.of_scores(scores(names)).table(), width)
     assert max(map(len, text.splitlines())) <= 80
     assert all(name[:22] in text for name in names)
     assert text.replace("\n", "").count("kl") >= 40
@@ -84,7 +73,7 @@ def test_a_table_of_many_long_names_fits_80_columns_and_cuts_no_name(width: int)
 def test_one_model_has_a_line_for_each_task_and_the_means_of_each_role() -> None:
     found = scores(["a", "b", "c[d]"])
     found["tasks"]["a"] = {"role": "held_in", "rows": 3, "loss": float("nan")}
-    lines = [line.split() for line in shown(results_table(found)).splitlines()]
+    lines = [line.split() for line in shown(Results.of_scores(found).table()).splitlines()]
     assert lines[0] == ["task", "role", "rows", "loss", *["exact", "%", "Rouge-L", "%", "choice", "%"]]
     assert lines[1] == ["a", "held-in", "3", "-"]
     assert lines[2] == ["c[d]", "held-in", "12345", "0.213", "85.0", "88.5", "50.0"]
@@ -94,7 +83,7 @@ def test_one_model_has_a_line_for_each_task_and_the_means_of_each_role() -> None
 
 def test_columns_that_nobody_measured_are_left_out_and_other_metrics_shown() -> None:
     found = {"tasks": {"a": {"role": "held_in", "rows": 1, "loss": 2e6, "my_metric": 0.25}}}
-    lines = [line.split() for line in shown(results_table(found)).splitlines()]
+    lines = [line.split() for line in shown(Results.of_scores(found).table()).splitlines()]
     assert lines[:2] == [["task", "role", "rows", "loss", "my_metric"], ["a", "held-in", "1", "2.0e+06", "0.250"]]
 
 

@@ -28,13 +28,13 @@ def cells(html: str) -> list[list[str]]:
 
 
 def test_every_column_is_in_the_terminal_and_on_the_page() -> None:
-    more = Table([*COLUMNS, Column("new", lambda rows: len(rows))], GROUPS)
+    more = Table([*COLUMNS, Column("new", lambda rows: len(rows))], GROUPS, "name")
     stream = io.StringIO()
-    Console(file=stream, width=80).print(more.text("name"))
+    Console(file=stream, width=80).print(more.text())
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert lines[:2] == [["exact", "match", "exact", "match"], ["name", "size", "held-in", "held-out", "new"]]
     assert lines[2:] == [["head", "50.0", "1"], ["a", "3", "kB", "25.0", "100.0", "3"], [], ["[b]", "-", "1"]]
-    assert cells(more.html("name")) == [
+    assert cells(more.html()) == [
         ["", "", "exact match", ""],
         ["name", "size", "held-in", "held-out", "new"],
         ["head", "", "50.0", "", "1"],
@@ -55,7 +55,7 @@ def test_the_page_marks_heads_keys_bars_and_columns_that_belong_together() -> No
 def test_text_never_becomes_markup() -> None:
     assert element("p", "a < b", Html("<b>c</b>"), title='"') == '<p title="&quot;">a &lt; b<b>c</b></p>'
     evil = "<script>"
-    html = page(evil, note(evil), Table([Column(evil, str)], [[Line(evil, evil, key='"')]]).html(evil))
+    html = page(evil, note(evil), Table([Column(evil, str)], [[Line(evil, evil, key='"')]], evil).html())
     assert "<script" not in html
     assert "<style>:root" in html.replace("\n", "")
 
