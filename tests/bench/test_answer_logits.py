@@ -1,4 +1,4 @@
-"""benchmarks/answer_logits.py: it runs as it stands, and the three ways give one loss."""
+"""benchmarks/answer_logits.py runs as it stands, and its three ways give one loss."""
 
 from __future__ import annotations
 

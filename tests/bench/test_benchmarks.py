@@ -1,4 +1,4 @@
-"""benchmarks/: the script of the training step runs as it stands, and its report holds what it promises."""
+"""benchmarks/sparse_step.py runs as it stands, and its report holds what it promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/: the scripts of the merge's cost run as they stand, and what they compare is what they say."""
+"""The scripts of the merge's cost in benchmarks/ run as they stand, and compare the same on both sides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def module(monkeypatch):
 
 @pytest.fixture
 def inputs(module, tmp_path):
-    """A tiny base, of which experts and checkpoints are made when they are asked for."""
+    """Return a tiny base, which makes its experts and checkpoints on demand."""
     return module("merge_inputs").Inputs(tmp_path, module("merge_speed").TINY)
 
 
@@ -81,7 +81,7 @@ def test_a_watched_process_reports_what_it_took_and_what_went_wrong(module, tmp_
         watch(sys.executable, "copying", **task | {"files": [str(tmp_path / "none")]})
 
 
-def test_both_sides_of_a_method_are_told_the_same(module) -> None:
+def test_both_sides_of_a_method_get_the_same_settings(module) -> None:
     for method in module("merge_speed").METHODS:
         recipe = method.recipe(Path("base"), [Path("a"), Path("b")])
         assert [model["model"] for model in recipe["models"]] == ["a", "b"]
@@ -124,10 +124,10 @@ def test_a_bad_option_gets_one_sentence(module, tmp_path, monkeypatch, capsys) -
     with pytest.raises(SystemExit) as stopped:
         module("merge_speed").main()
     assert stopped.value.code == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("--mergekit nowhere is no Python")
-    assert told.err.count("\n") == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("--mergekit nowhere is no Python")
+    assert shown.err.count("\n") == 1
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(module, tmp_path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/merge_quality.py: its methods can be made, and its table says what the measurements say."""
+"""benchmarks/merge_quality.py makes all its methods, and its table agrees with the measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/selection_quality.py: its ways can be made, and its table says what the measurements say."""
+"""benchmarks/selection_quality.py makes all its ways, and its table agrees with the measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/storage.py: it runs as it stands, and its sizes are what arithmetic says."""
+"""benchmarks/storage.py runs as it stands, and its sizes agree with arithmetic."""
 
 from __future__ import annotations
 
