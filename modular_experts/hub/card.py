@@ -68,13 +68,7 @@ def is_ours(card: str) -> bool:
 
 
 def model_card(repo_id: str, entries: Sequence[CardEntry], earlier: str = "") -> str:
-    """Return the card of a repository.
-
-    Args:
-        repo_id: `owner/name`.
-        entries: Its experts, at least one.
-        earlier: The present card; the fields of its header that this card does not set are kept.
-    """
+    """Return the card of a repository; header fields of the `earlier` card that it does not set are kept."""
     entries = sorted(entries, key=lambda entry: entry.name)
     header = yaml.safe_dump(_header(entries, earlier), sort_keys=False, allow_unicode=True)
     bases = dict.fromkeys(f"{_code(entry.base)} (fingerprint {_code(entry.fingerprint[:12])})" for entry in entries)

@@ -77,7 +77,7 @@ def push(
         progress: Iterator wrapper, e.g. `tqdm`, for reading the experts.
 
     Raises:
-        ValueError: An expert is damaged, there is no expert, or two have the same name.
+        ValueError: An expert is damaged, the list is empty, or two experts have the same name.
         OSError: The hub was not reached, does not let this user write, or has another expert of that name.
     """
     opened = _open(experts)
@@ -94,7 +94,7 @@ def push(
         log.warning("%s (this shows what a repository that is not there yet would get)", error)
         repository, reachable = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
-        raise PermissionError(f"{repo_id} is public, and private was asked for; make it private on its page first")
+        raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         cards = [CARD_FILE] if CARD_FILE in repository.files else []

@@ -107,12 +107,7 @@ class _Bar(tqdm):
 
 
 def look(repo_id: str, revision: str | None = None, writing: bool = False) -> HubRepository:
-    """Return what a repository holds now.
-
-    Args:
-        repo_id: `owner/name`.
-        revision: Branch, tag or commit; the main branch if not given.
-        writing: Whether to accept a repository that does not exist yet, and a branch that does not exist yet.
+    """Return what a repository holds now at a revision; if `writing`, neither it nor the branch need exist.
 
     Raises:
         ValueError: The id is not written `owner/name`.

@@ -1,4 +1,4 @@
-"""Interop: other tools' formats, read as experts and written from them.
+"""Read other tools' formats as experts, and write experts in them.
 
 `import_expert.py` (open it first) brings in PEFT adapters (`peft/`), sparse fine-tunings (`composable_sft.py`,
 `spiel.py`) and full checkpoints (`full_checkpoint.py`, with `compression.py` and `fidelity.py`). `peft/` also writes

@@ -46,8 +46,7 @@ _DAMAGE = (
 def read_pickle(file: Path) -> dict[str, Any]:
     """Read the mapping in a file that `torch.save` wrote, on the CPU, without running any code in it.
 
-    `torch.load` with `weights_only=True` builds tensors and plain containers and refuses everything else. NumPy
-    numbers pass too, because some writers leave them in a list of plain numbers.
+    NumPy numbers pass too, because some writers leave them in a list of plain numbers.
 
     Raises:
         ValueError: The file is damaged, holds something else than a mapping, or would run code.

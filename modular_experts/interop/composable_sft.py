@@ -28,10 +28,6 @@ DIFF_FILE = "pytorch_diff.bin"
 def read_composable_sft(directory: str | Path, base: str | Path | Base) -> ImportedAdapter:
     """Read a sparse fine-tuning; of the base, only the weights that it replaces as a whole.
 
-    Args:
-        directory: Directory with `pytorch_diff.bin`.
-        base: The model that it was trained on.
-
     Raises:
         ValueError: The file is damaged, would run code, is of another layout, or does not fit the base.
     """

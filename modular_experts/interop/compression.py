@@ -40,8 +40,7 @@ class TopK(Compression):
     """Keep the entries that moved farthest; among equals, the lowest flat index wins.
 
     Args:
-        keep_ratio: Share of each weight's entries to keep, in (0, 1]; at least one entry. A weight in which fewer
-            entries moved keeps those.
+        keep_ratio: Share of each weight's entries to keep, in (0, 1]; at least one entry.
     """
 
     keep_ratio: float

@@ -22,11 +22,7 @@ _SUFFIX = ".sft_delta."
 
 
 def read_spiel(adapter: str | Path | AdapterFiles, base: str | Path | Base) -> ImportedAdapter:
-    """Read an adapter of SpIEL.
-
-    Args:
-        adapter: Directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
-        base: The model that it was trained on.
+    """Read an adapter of SpIEL, from its directory or its opened files.
 
     Raises:
         ValueError: A file is damaged, holds something else beside the sparse deltas, or does not fit the base.
@@ -35,10 +31,7 @@ def read_spiel(adapter: str | Path | AdapterFiles, base: str | Path | Base) -> I
     structure, source = Base.open(base).structure, f"the adapter in {files.directory}"
     strangers = [key for key in files.shapes if not key.endswith((f"{_SUFFIX}values", f"{_SUFFIX}indices"))]
     if strangers:
-        raise ValueError(
-            f"{source} holds {strangers[0]}, which is not a sparse delta; modules that were trained as a whole beside "
-            "the sparse deltas cannot be imported"
-        )
+        raise ValueError(f"{source} holds {strangers[0]}, which is not a sparse delta and cannot be imported")
     deltas: list[tuple[str, Delta]] = []
     for module in sorted({key.partition(_SUFFIX)[0] for key in files.shapes}):
         name = f"{module}.weight"

@@ -269,7 +269,7 @@ def test_private_is_private(hub, library, tmp_path, monkeypatch):
 
 def test_private_experts_do_not_go_to_a_public_repository(hub, library):
     push([library / "a"], REPO)
-    with pytest.raises(PermissionError, match="is public, and private was asked for"):
+    with pytest.raises(PermissionError, match="is public; make it private"):
         push([library / "b"], REPO, private=True)
     assert "b/expert.json" not in hub.repositories[REPO].files()
 

@@ -48,14 +48,7 @@ _OF_METHOD = {
 def deviations(
     recipe: Recipe, models: Mapping[ModelReference, Model], names: Iterable[str], silent: Iterable[str]
 ) -> Iterator[Deviation]:
-    """Yield the deviations that a recipe comes across.
-
-    Args:
-        recipe: The recipe.
-        models: Its models.
-        names: The weights.
-        silent: Those in which breadcrumbs keeps nothing of a model.
-    """
+    """Yield the deviations that a recipe comes across; breadcrumbs keeps nothing of a model in `silent` weights."""
     stored = {model.stored.dtype(model.stored.structure.weights[0]) for model in models.values()}
     narrow = next((str(dtype).removeprefix("torch.") for dtype in stored if dtype.itemsize < 4), "float32")
     computed = recipe.dtype or narrow

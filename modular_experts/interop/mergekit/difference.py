@@ -15,7 +15,7 @@ from modular_experts.deltas.tiles import index_dtype, true_places
 
 
 class WeightDifference(Dense):
-    """A dense delta that is computed when it is asked for: `tuned - start`, or `tuned` alone.
+    """A dense delta that is computed on demand: `tuned - start`, or `tuned` alone.
 
     Args:
         tuned: A weight of any shape, as stored.
@@ -66,12 +66,8 @@ def weight_difference(
     """Return `tuned - start` as single entries if few of them moved, as sparse experts leave a checkpoint, so that the
     cost of a merge follows their number; otherwise as a `WeightDifference`.
 
-    Args:
-        tuned: A weight of any shape, as stored.
-        start: The weight that it started from, of the same shape.
-        dtype: Data type of the delta, at least as wide as the tensors' own.
-        sparse_up_to: Largest share of moved entries that are held as single ones, each with its index in eight bytes.
-        chunk: Entries that are compared at a time.
+    `dtype` must be at least as wide as the tensors' own. Up to a share of `sparse_up_to` of the entries are held as
+    single ones; `chunk` entries are compared at a time.
     """
     most, count = tuned.numel() * sparse_up_to, 0
     found: list[Tensor] = []

@@ -8,7 +8,7 @@ exactly that number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,14 @@ _CANCELLED = 1e-8
 
 @dataclass(frozen=True)
 class Parameters:
-    """The values that a recipe gives the parameters of its method for one weight.
+    """The values that a recipe gives the parameters of its method for the weight `name` with its number of entries.
 
-    Attributes:
-        name: The weight.
-        entries: Its number of entries.
-        seed: Seed of the methods that drop entries at random.
-        models: Names of the merged models, in the order of their values.
-        each: Parameters with a value for every model.
-        overall: Parameters of the whole merge.
+    `each` holds the parameters with a value for every model, `overall` those of the whole merge.
     """
 
     name: str
     entries: int
     seed: int
-    models: Sequence[str]
     each: Mapping[str, list[float]]
     overall: Mapping[str, float]
 
@@ -72,10 +65,7 @@ def _linear(given: Parameters) -> MergeMethod:
     if not given.overall["normalize"]:
         return ours.TaskArithmetic(weights=weights)
     if sum(weights) == 0:
-        raise ValueError(
-            f"the weights of the models sum to zero for {given.name}, so normalize would divide by zero; give other "
-            "weights, or write normalize: false"
-        )
+        raise ValueError(f"the weights of the models sum to zero for {given.name}; write normalize: false")
     return ours.Average(weights=weights)
 
 
@@ -121,12 +111,9 @@ def _elected(given: Parameters) -> dict[str, Any]:
 
 def _densities(given: Parameters) -> list[float]:
     """Return the share of entries that each model keeps, in (0, 1]."""
-    for model, density in zip(given.models, given.each["density"], strict=True):
-        if density <= 0:
-            raise ValueError(
-                f"density of {model} is {density} for {given.name} and must be above 0; to leave the model out there, "
-                "give it weight 0"
-            )
+    lowest = min(given.each["density"])
+    if lowest <= 0:
+        raise ValueError(f"density is {lowest} for {given.name} and must be above 0; weight 0 leaves a model out")
     return [min(density, 1.0) for density in given.each["density"]]
 
 
@@ -225,11 +212,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def find_method(name: object) -> Method:
-    """Return mergekit's method of a name.
-
-    Raises:
-        ValueError: mergekit has no method of this name, or the method is not supported.
-    """
+    """Return mergekit's method of a name; a ValueError lists the supported ones."""
     if name not in METHODS:
         hint = did_you_mean(name, METHODS)
         raise ValueError(f"merge_method {name!r} is not supported{hint}; supported are {', '.join(METHODS)}")

@@ -25,10 +25,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_recipe(file: str | Path) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        file: The YAML file that `mergekit-yaml` takes.
+    """Read and check a recipe, the YAML file that `mergekit-yaml` takes.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -36,7 +33,7 @@ def read_recipe(file: str | Path) -> Recipe:
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {file}; give the YAML file that mergekit-yaml takes")
+        raise FileNotFoundError(f"the recipe {file} was not found; give the YAML file that mergekit-yaml takes")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -50,8 +47,8 @@ def read_recipe(file: str | Path) -> Recipe:
     # `models` and `slices` stand in the recipe, or in its one module
     body, prefix = recipe, ""
     if "modules" in recipe:
-        body = _mapping(recipe["modules"], "modules", {"default"}).get("default")
-        body, prefix = _mapping(body, "modules.default", {"models", "slices", "parameters"}), "modules.default."
+        modules, prefix = _mapping(recipe["modules"], "modules", {"default"}), "modules.default."
+        body = _mapping(modules.get("default"), "modules.default", {"models", "slices", "parameters"})
     if sum(key in recipe for key in ("models", "slices", "modules")) != 1 or ("models" in body) == ("slices" in body):
         raise ValueError("a recipe must have exactly one of models, slices and modules, and a module models or slices")
     if "models" in body:
@@ -132,14 +129,9 @@ def _settings(given: Mapping[str, Any], prefix: str, method: Method, of_model: b
 
 
 def parse_setting(value: Any, where: str) -> tuple[Rule, ...]:
-    """Parse the value of a parameter.
+    """Parse the value of a parameter; `where` is its place in the file, for errors.
 
-    Args:
-        value: A number, a list of numbers, or a list of mappings with `value` and, for some weights only, `filter`.
-        where: The parameter's place in the file, for errors.
-
-    Raises:
-        ValueError: The value is something else.
+    The value is a number, a list of numbers, or a list of mappings with `value` and, for some weights only, `filter`.
     """
     if not isinstance(value, list) or not any(isinstance(entry, Mapping) for entry in value):
         return (Rule(_numbers(value, where)),)
@@ -165,15 +157,7 @@ def _numbers(value: Any, where: str) -> tuple[float, ...]:
 
 
 def parse_reference(value: Any, where: str) -> ModelReference:
-    """Parse how a recipe names a model.
-
-    Args:
-        value: `path[@revision][+adapter[@revision]]`, or a mapping with `model` and `lora`.
-        where: Its place in the file, for errors.
-
-    Raises:
-        ValueError: The value is something else.
-    """
+    """Parse how a recipe names a model: `path[@revision][+adapter[@revision]]`, or a mapping of `model` and `lora`."""
     model, lora = value, None
     if isinstance(value, Mapping):
         given = _mapping(value, where, {"model", "lora"})

@@ -175,19 +175,13 @@ class Recipe:
             yield from ((name, rule) for name, rules in settings.items() for rule in rules)
 
     def value(self, parameter: str, name: str, position: LayerPosition, model: ModelReference | None = None) -> float:
-        """Return the value of a parameter for one weight.
-
-        Args:
-            parameter: The parameter.
-            name: The weight.
-            position: Its position in the layers.
-            model: The model, for a parameter with a value for every model.
+        """Return the value of a parameter for the weight `name`, of one model if every model has a value.
 
         Raises:
             ValueError: The parameter has no default, and no setting gives a value for this weight.
         """
         part = self.slices[position.slice]
-        own: list[Settings] = [part.sources[model]] if model in part.sources else []
+        own = [settings for source, settings in part.sources.items() if source == model]
         for settings in (*own, part.settings, self.module_settings, self.settings):
             value = value_at(settings.get(parameter, ()), name, position.share)
             if value is not None:
@@ -204,13 +198,7 @@ class Recipe:
     def step(
         self, name: str, position: LayerPosition, entries: int, seed: int = 0
     ) -> tuple[MergeMethod, frozenset[int]]:
-        """Return how one weight is merged: our method, and the places in `merged` of models that it keeps nothing of.
-
-        Args:
-            name: The weight.
-            position: Its position in the layers.
-            entries: Its number of entries.
-            seed: Seed of the methods that drop entries at random.
+        """Return our method for one weight, and the places in `merged` of models that it keeps nothing of.
 
         Raises:
             ValueError: A parameter has no value for this weight, or an impossible one.
@@ -220,7 +208,6 @@ class Recipe:
             name=name,
             entries=entries,
             seed=seed,
-            models=[str(model) for model in models],
             each={each: [self.value(each, name, position, model) for model in models] for each in self.method.each},
             overall={overall: self.value(overall, name, position) for overall in self.method.overall},
         )

@@ -43,9 +43,6 @@ def merge_recipe(
         progress: Iterator wrapper, e.g. `tqdm`.
         announce: Function that gets the deviations from mergekit before the merge begins.
 
-    Returns:
-        The directory.
-
     Raises:
         FileExistsError: `out` exists and may not be replaced; nothing has been read yet.
         FileNotFoundError: A model or one of its files is missing.

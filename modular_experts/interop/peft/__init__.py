@@ -1,7 +1,7 @@
-"""PEFT: read and write adapters of the library `peft` by their file format; that library need not be installed.
+"""Read and write adapters of the library `peft` by their file format; that library need not be installed.
 
-Reading: `read.py` (open it first), `terms.py` (what the tensors of a module do to its weight), `files.py`. Writing:
-`write.py`, `formats.py` (the kinds of adapter), `verify.py` (load the result again).
+`read.py` (open it first) reads with `files.py` and `terms.py`, what a module's tensors do to its weight.
+`write.py` writes with `formats.py`, the kinds of adapter, and `verify.py`, which loads the result again.
 """
 
 from modular_experts.interop.peft.formats import (

@@ -132,7 +132,7 @@ class LoraFormat(PeftFormat):
 
 
 class _SparseFormat(PeftFormat):
-    """What the two sparse formats share: a fixed number of entries for each shape, filled up with zeros."""
+    """What the two sparse formats share: a fixed number of `entries` for each shape, filled up with zeros."""
 
     modules = "Linear"
 
@@ -140,12 +140,10 @@ class _SparseFormat(PeftFormat):
         return is_linear(module)
 
     @abstractmethod
-    def entries(self, shape: torch.Size) -> int:
-        """Return how many entries the adapter has in a weight of this shape."""
+    def entries(self, shape: torch.Size) -> int: ...
 
     @abstractmethod
-    def tensors(self, delta: Sparse) -> dict[str, Tensor]:
-        """Return the tensors of one module."""
+    def tensors(self, delta: Sparse) -> dict[str, Tensor]: ...
 
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         sparse = _as_sparse(name, delta)

@@ -137,12 +137,8 @@ def module_terms(
 ) -> Terms:
     """Return the terms of one module's `weight` and `bias`, once its tensors are known to fit it.
 
-    Args:
-        config: The adapter's configuration.
-        name: Full name of the module.
-        module: The module.
-        found: Shape of each of its adapter tensors, by the last part of the key (see `TENSORS`).
-        replacement: Key of a tensor that takes the place of the base's weight, if there is one.
+    `found` holds the shapes of its adapter tensors by the last parts of their keys (see `TENSORS`); `replacement` is
+    the key of a tensor that takes the place of the base's weight.
 
     Raises:
         ValueError: The module cannot have such an adapter, or a tensor is missing, superfluous or of another shape.

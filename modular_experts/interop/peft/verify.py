@@ -54,15 +54,9 @@ def verify_adapter(
     expert: Mapping[str, Delta] | None,
     tolerance: float,
 ) -> AdapterCheck:
-    """Load an adapter of a kind, and compare it with the deltas that it stands for, on the base in float32.
+    """Load an adapter, and compare it with the deltas `encoded` that it stands for, on the base in float32.
 
-    Args:
-        base: The base.
-        directory: The adapter.
-        peft_type: PEFT's name for its kind.
-        encoded: The deltas that the adapter stands for.
-        expert: The expert's own deltas, where the adapter only approximates them.
-        tolerance: Largest accepted difference of a logit.
+    `expert` holds the expert's own deltas where the adapter only approximates them.
 
     Raises:
         ValueError: A logit differs by more, or PEFT misses a tensor in the adapter.

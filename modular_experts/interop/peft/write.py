@@ -80,7 +80,7 @@ def export(
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
 
     Raises:
-        ValueError: There is no such format, it takes no rank, or `write_peft` refuses the expert.
+        ValueError: The format is unknown or takes no rank, or `write_peft` refuses the expert.
     """
     formats: dict[str, PeftFormat] = {
         "lora": LoraFormat(rank),
@@ -184,7 +184,7 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
     if not moved:
-        raise ValueError(f"{expert.name} moves nothing, so there is no adapter to write")
+        raise ValueError(f"{expert.name} moves nothing, so an adapter would be empty")
     for name in moved:
         structure.check(name, expert[name].shape, expert.name)
         if len(structure.twins(name)) > 1:

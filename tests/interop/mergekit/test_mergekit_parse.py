@@ -125,7 +125,7 @@ def test_recipe_that_cannot_run_as_meant_is_refused_in_a_sentence(tmp_path, text
 
 
 def test_missing_file_and_yaml_that_makes_objects_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+    with pytest.raises(FileNotFoundError, match="was not found"):
         read_recipe(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="is not valid YAML"):
         read(tmp_path, "merge_method: !!python/object/apply:os.getcwd []")
