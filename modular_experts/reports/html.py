@@ -49,11 +49,6 @@ def note(text: str) -> Html:
     return element("p", _kept_together(text), class_="note")
 
 
-def folded(title: str, *rest: Html) -> Html:
-    """Return content that a click unfolds."""
-    return element("details", element("summary", title), *rest)
-
-
 def inline_svg(svg: str) -> Html:
     """Return a figure of `svg.py` for a page: without its own size, and in colours that the page may set."""
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*" ', r"\1", svg[svg.index("<svg") :], count=1)

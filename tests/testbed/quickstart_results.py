@@ -50,7 +50,7 @@ HELD_IN = [
 def complete_results(
     levels: tuple[int, ...] = (2, 5, 10, 20), kinds: tuple[str, ...] = tuple(SINGLES)
 ) -> dict[str, Any]:
-    """Return results of a run of as many tasks as the last level says."""
+    """Return the results of a run with as many tasks as the last level."""
     tasks = HELD_IN[: levels[-1]]
     return {
         "format": "modular-experts/quickstart/1",
