@@ -13,8 +13,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
 
-__all__ = ["MOVED", "current_name", "install_old_names"]
-
 # New module -> the modules of version 1 that it took in, both below `modular_experts`.
 _TOOK_IN = {
     "base": "interop.checkpoint",

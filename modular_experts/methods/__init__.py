@@ -1,4 +1,4 @@
-"""Merge methods: the deltas that several experts have for one weight become one delta.
+"""Merge methods make one delta of the deltas that several experts have for one weight.
 
 `method.py` is the contract; open it first, then `average.py` and `ties.py`. `chunks.py` lets a rule work entry by
 entry, `prune.py` and `consensus.py` hold the steps that several methods share. Each method is imported here once; the

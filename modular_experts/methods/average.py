@@ -1,4 +1,4 @@
-"""Sums and averages of deltas: plain, weighted, and aware of which experts move an entry.
+"""Sum or average deltas, plainly, with weights, or aware of which experts move an entry.
 
 In a plain average an entry that only one of N experts moves shrinks to 1/N of its value; `SparseAverage` divides each
 entry by the number of experts that move it.
@@ -15,9 +15,17 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Removal
-from modular_experts.methods.settings import check_finite, one_per_expert, sum_of_weights
+from modular_experts.methods.settings import (
+    Checks,
+    at_least,
+    finite,
+    not_cancelling,
+    one_of,
+    one_per_expert,
+    sum_of_weights,
+)
 
-__all__ = ["Average", "SparseAverage", "TaskArithmetic"]
+Count = Literal["values", "supports"]
 
 
 @dataclass(frozen=True)
@@ -28,29 +36,24 @@ class Average(MergeMethod):
     of it. The order of the experts does not matter (the weights go with them).
 
     Args:
-        weights: One weight per expert, in the order of the experts. They are divided by their sum, so `[3, 1]` and
-            `[0.75, 0.25]` mean the same; a weight may be negative. Default: all equal.
+        weights: One weight per expert, in the order of the experts, divided by their sum; a weight may be negative.
+            Default: all equal.
         scale: Factor of the result. The plain average of many experts is a short step; with a scale of N it is their
             sum.
     """
 
+    checks = Checks(weights=not_cancelling)
+
     weights: list[float] | None = None
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        for weight in self.weights or []:
-            check_finite(self, "each weight", weight)
-        if self.weights is not None:
-            sum_of_weights(self, self.weights)
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        weights = one_per_expert(self, "weights", len(deltas))
         total = sum_of_weights(self, weights)
         return weighted_sum(deltas, [self.scale * weight / total for weight in weights])
 
     def without(self, expert: int, experts: int) -> Removal:
-        weights = one_per_expert(self, "weights", self.weights, experts)
+        weights = one_per_expert(self, "weights", experts)
         rest = [*weights[:expert], *weights[expert + 1 :]]
         others = replace(self, weights=rest if self.weights else None)
         return Removal(others, sum(weights) / sum(rest), self.scale * weights[expert] / sum(rest))
@@ -70,20 +73,17 @@ class TaskArithmetic(MergeMethod):
             divided by their sum. Default: all 1.
     """
 
+    checks = Checks(weights=finite)
+
     scale: float = 1.0
     weights: list[float] | None = None
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        for weight in self.weights or []:
-            check_finite(self, "each weight", weight)
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", self.weights, len(deltas))
+        weights = one_per_expert(self, "weights", len(deltas))
         return weighted_sum(deltas, [self.scale * weight for weight in weights])
 
     def without(self, expert: int, experts: int) -> Removal:
-        weights = one_per_expert(self, "weights", self.weights, experts)
+        weights = one_per_expert(self, "weights", experts)
         rest = [*weights[:expert], *weights[expert + 1 :]]
         return Removal(replace(self, weights=rest if self.weights else None), 1.0, self.scale * weights[expert])
 
@@ -92,9 +92,8 @@ class TaskArithmetic(MergeMethod):
 class SparseAverage(MergeMethod):
     """Overlap-aware average: `scale * sum_i d_i / F^exponent` per entry, over the F experts that move it.
 
-    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert in the mix makes the
-    result dense. At scale 1, one expert merges to itself; k copies of an expert merge to `k^(1 - exponent)` times it,
-    at exponent 1 to itself. The order of the experts does not matter.
+    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself; k copies of an expert merge to
+    `k^(1 - exponent)` times it, at exponent 1 to itself. The order of the experts does not matter.
 
     Args:
         scale: Factor of the result.
@@ -104,25 +103,19 @@ class SparseAverage(MergeMethod):
             their sum (task arithmetic), 0.5 between the two. What one expert alone moves is the same at each.
     """
 
+    checks = Checks(
+        count=one_of(Count),
+        exponent=at_least(0, "must be at least 0 (0 sums, 1 averages what several experts move)"),
+    )
+
     scale: float = 1.0
-    count: Literal["values", "supports"] = "values"
+    count: Count = "values"
     exponent: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_finite(self, "exponent", self.exponent)
-        if self.exponent < 0:
-            raise ValueError(
-                f"SparseAverage: exponent must be at least 0 (0 sums, 1 averages what several experts move), got "
-                f"{self.exponent}"
-            )
-        if self.count not in ("values", "supports"):
-            raise ValueError(f"SparseAverage: count must be 'values' or 'supports', got {self.count!r}")
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_chunks(deltas, self._rule)
+        def rule(chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+            total, kept = chunk.weighted_total([self.scale] * len(deltas))
+            movers = chunk.counts(moved=self.count == "values")
+            return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept
 
-    def _rule(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        total, kept = chunk.weighted_total([self.scale] * len(chunk.deltas))
-        movers = chunk.counts(moved=self.count == "values")
-        return total.div_(movers.clamp_(min=1).pow_(self.exponent)), kept
+        return merge_by_chunks(deltas, rule)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -23,24 +23,11 @@ from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, a
 from modular_experts.deltas.tiles import between, entries_in_order, gather_tiles, index_dtype, tile_grid, true_places
 from modular_experts.native.sparse_passes import Runs, pack_entries, spread_tiles
 
-__all__ = [
-    "Chunk",
-    "Entries",
-    "all_sparse",
-    "chunk_size",
-    "chunks_of",
-    "chunks_of_size",
-    "joined",
-    "merge_by_chunks",
-    "weighted_sum",
-    "widest_dtype",
-]
-
 # Entries of a chunk, unless one row, or one row of tiles, has more: small enough for a processor's cache.
 _SIZE: ContextVar[int] = ContextVar("chunk size", default=2**18)
 
+# Entries of sparse experts that `joined` takes together, unless one expert alone keeps more of the chunk.
 JOINED = 2**17
-"""Entries of sparse experts that `joined` takes together, unless one expert alone keeps more of the chunk."""
 
 
 def chunk_size() -> int:
@@ -64,8 +51,7 @@ class Entries:
 
     Attributes:
         values: Their values, `(n,)`, in the expert's dtype.
-        places: Their indices in the chunk's flat tensors, `(n,)`, unique within an expert; None where the expert keeps
-            every entry.
+        places: Their indices in the chunk's flat tensors, `(n,)`; None where the expert keeps every entry.
         start: The weight's flat index at which the chunk begins.
     """
 
@@ -190,13 +176,6 @@ class Chunk:
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
         return counts
 
-    def support(self) -> Tensor:
-        """Return which entries any expert keeps, as booleans; a kept entry may hold the value zero."""
-        kept = self.zeros(torch.bool)
-        for entries, _ in joined(self, [1.0] * len(self.deltas)):
-            entries.mark(kept)
-        return kept
-
     @property
     def width(self) -> int:
         """Number of entries of a row."""
@@ -217,11 +196,6 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
 
     Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mix a dense
     one. Values are rounded once, to `dtype` or to the widest dtype of the deltas.
-
-    Args:
-        deltas: One delta per expert.
-        rule: What merges a chunk.
-        dtype: Of the result.
     """
     dtype, tile = dtype or widest_dtype(deltas), _common_tile(deltas)
     shape, device = deltas[0].shape, deltas[0].device
@@ -236,11 +210,20 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
     values, count = torch.empty(room, *tile or (), dtype=dtype, device=device), 0
     for chunk in chunks_of(deltas):
         total, kept = rule(chunk)
-        kept = chunk.support() if kept is None else kept
+        if kept is None:
+            kept = chunk.zeros(torch.bool)
+            for entries, _ in joined(chunk, [1.0] * len(deltas)):
+                entries.mark(kept)
+        room_left = places[count:], values[count:]
         if tile:
-            count += _pack_tiles(chunk, total, kept, tile, places[count:], values[count:])
+            count += _pack_tiles(chunk, total, kept, tile, *room_left)
+        elif (packed := pack_entries(total, kept, chunk.span[0], *room_left)) is not None:
+            count += packed
         else:
-            count += _pack_entries(chunk, total, kept, places[count:], values[count:])
+            inside = true_places(kept)
+            torch.add(inside, chunk.span[0], out=places[count : count + len(inside)])
+            values[count : count + len(inside)] = total.index_select(0, inside)
+            count += len(inside)
     places, values = places[:count], values[:count]
     if 2 * count < room:  # a view of few entries would keep the memory of all
         places, values = places.clone(), values.clone()
@@ -297,11 +280,7 @@ def all_sparse(deltas: Sequence[Delta]) -> bool:
 
 def widest_dtype(deltas: Sequence[Delta]) -> torch.dtype:
     """Return the dtype that all deltas fit into, without regard to empty ones."""
-    dtypes = [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype]
-    dtype = dtypes[0]
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    return reduce(torch.promote_types, [delta.dtype for delta in deltas if not delta.is_empty] or [deltas[0].dtype])
 
 
 def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = JOINED) -> Iterator[tuple[Entries, float]]:
@@ -315,11 +294,10 @@ def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = JOI
         return
     group: list[Entries] = []
     for one in entries:
-        whole = one.places is None
-        if group and (whole or sum(len(held.values) for held in group) + len(one.values) > most):
+        if group and (one.places is None or sum(len(held.values) for held in group) + len(one.values) > most):
             yield _as_one(group), weights[0]
             group = []
-        if whole:
+        if one.places is None:
             yield one, weights[0]
         else:
             group.append(one)
@@ -332,17 +310,6 @@ def _as_one(group: Sequence[Entries]) -> Entries:
         return group[0]
     places = torch.cat([one.places for one in group if one.places is not None])
     return Entries(torch.cat([one.values for one in group]), places, group[0].start)
-
-
-def _pack_entries(chunk: Chunk, total: Tensor, kept: Tensor, places: Tensor, values: Tensor) -> int:
-    """Write the flat indices and the values of the kept entries into the result; return their number."""
-    packed = pack_entries(total, kept, chunk.span[0], places, values)
-    if packed is not None:
-        return packed
-    inside = true_places(kept)
-    torch.add(inside, chunk.span[0], out=places[: len(inside)])
-    values[: len(inside)] = total.index_select(0, inside)
-    return len(inside)
 
 
 def _pack_tiles(

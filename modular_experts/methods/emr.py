@@ -1,5 +1,5 @@
-"""EMR: one unified delta, and for each task a mask and a factor that bring it back to the task's own (Huang et al.,
-"EMR-Merging", arXiv 2405.17461).
+"""EMR makes one unified delta, and for each task a mask and a factor that bring it back to the task's own (Huang et
+al., "EMR-Merging", arXiv 2405.17461).
 
 Elect takes at each entry the sign of the experts' sum, and the largest magnitude among the experts that have it. Mask
 keeps for a task the entries where its own delta has the elected sign. Rescale multiplies a task's expert by one factor,
@@ -17,9 +17,6 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["EMR"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,16 @@ class EMR(MergeMethod):
     `l_i = sum |d_i| / sum |m_i u|` over all weights, as the paper prints it (its code, and FusionBench's, add up the
     means of the weights instead, so that a bias counts as much as a matrix). `scale` does not change these.
 
-    An entry whose sum is exactly zero elects no sign and stays at the base. Sparse experts merge to a sparse one on the
-    union of their supports, tiles of one size to tiles, and a task's expert keeps only what its mask does; any other
-    mix merges to a dense one. One expert merges to itself, and so do copies of it, for their tasks too. An expert that
-    moves nothing changes nothing. The order of the experts does not matter. A common factor of all experts is one of
-    the results.
+    An entry whose sum is exactly zero elects no sign and stays at the base. Sparse experts merge to a sparse one, and a
+    task's expert keeps only what its mask does. One expert merges to itself, and so do copies of it, for their tasks
+    too. An expert that moves nothing changes nothing. The order of the experts does not matter. Scaled experts merge to
+    the scaled merge.
 
     Args:
         scale: Factor of the merged expert; a maximum of many experts is a long step.
     """
 
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[float]:
         """Return the rescaling factor of each task."""

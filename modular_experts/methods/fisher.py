@@ -1,5 +1,5 @@
-"""Merge by Fisher information: weigh each expert at an entry by how much its loss depends on the entry (Matena and
-Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832).
+"""Fisher merging weighs each expert at an entry by how much its loss depends on the entry (Matena and Raffel, "Merging
+Models with Fisher-Weighted Averaging", arXiv 2111.09832).
 
 The peers add a fixed 1e-6 to the Fisher information, so the unit of the loss and the size of the model decide how close
 the merge is to the plain average. Here the floor is a share of the mean information, so only ratios matter.
@@ -16,9 +16,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["Fisher"]
+from modular_experts.methods.settings import Checks, above
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,24 @@ class Fisher(MergeMethod):
     the entry, the entry stays near the base. If the losses of all experts depend on it equally, or not at all, the
     result is the plain average.
 
-    Sparse experts merge to a sparse one, tiles of one size to tiles. At scale 1, one expert merges to itself, and so do
-    copies of it. The order of the experts does not matter. A common factor of all deltas scales the result, and a
-    common factor of all Fisher informations changes nothing.
+    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. The order of
+    the experts does not matter. Scaled experts merge to the scaled merge, and a common factor of all Fisher
+    informations changes nothing.
 
     Args:
         scale: Factor of the result.
         normalise: Divide each expert's Fisher information by its norm over all weights, so that all experts weigh the
             same in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
-        floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0.
+        floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0. Where
+            no loss depends on an entry, it gets the plain average.
     """
+
+    checks = Checks(floor=above(0))
+    needs = Needs(statistics="fisher")
 
     scale: float = 1.0
     normalise: bool = True
     floor: float = 1e-6
-
-    needs = Needs(statistics="fisher")
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_finite(self, "floor", self.floor)
-        if self.floor <= 0:
-            raise ValueError(
-                f"Fisher: floor must be above 0, got {self.floor}; without it an entry on which no loss depends has no "
-                "average"
-            )
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         known = [one for one in known_statistics(self, context, len(deltas)) if one is not None]

@@ -1,5 +1,5 @@
-"""Merge by Iso-C and Iso-CTS: sum the experts and make all directions of the sum equally strong (Marczak et al., "No
-Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
+"""Iso-C and Iso-CTS sum the experts and make all directions of the sum equally strong (Marczak et al., "No Task Left
+Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
 
 In a sum, the few directions that many tasks share drown the others. Iso-CTS also keeps directions of single experts
 that the sum hides.
@@ -17,25 +17,21 @@ from modular_experts.deltas import Delta, Dense, LowRank
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import check_finite
+from modular_experts.methods.settings import Checks, within
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
-
-__all__ = ["IsoC", "IsoCTS"]
 
 
 @dataclass(frozen=True)
 class IsoC(MergeMethod):
     """Iso-C: `scale * mean(S) * U V^T` of the singular value decomposition `U S V^T` of the sum `sum_i d_i`.
 
-    The paper flattens the *sum*, not the average, so the result can be N times as long as the average. A weight that is
-    not a matrix gets the mean over all experts, as in the paper's code. Directions in which the sum does not move are
-    arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank.
+    The paper flattens the *sum*, so the result can be N times as long as the average. Directions in which the sum does
+    not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank. A weight that
+    is not a matrix gets the mean over all experts, as in the paper's code.
 
     One expert merges to its own flattened self, and N copies of it to N times that. The order of the experts does not
-    matter. Scaling all of them scales the result. An expert that does not move a matrix changes nothing there. Low-rank
-    experts whose factors are together smaller than the matrix stay in factors, and the result is low-rank where that is
-    smaller; sparse experts give a dense result. The method holds all experts' matrices of one weight at once and
-    decomposes their sum.
+    matter. Scaled experts merge to the scaled merge. An expert that does not move a matrix changes nothing there.
+    Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
 
     Args:
         scale: Factor of the result.
@@ -44,9 +40,6 @@ class IsoC(MergeMethod):
     needs = Needs(matrices=7.0)
 
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
@@ -63,55 +56,40 @@ class IsoCTS(MergeMethod):
     (`min(out, in)` in the paper, fewer for low-rank experts). Each of the N experts that move the matrix gets the whole
     number nearest to `(1 - common) r / N` of them, and the sum's strongest directions get the rest; `U_C` are the left
     ones. An expert's own directions are the strongest of `d_i - U_C U_C^T d_i`. As in the paper, the *sum* of the
-    experts is decomposed, and S has the singular values of the sum and of these remainders. A weight that is not a
-    matrix gets the mean over all experts, as in the paper's code. Directions of singular value zero are left out,
-    because they are arbitrary.
+    experts is decomposed, and S has the singular values of the sum and of these remainders.
 
-    One expert merges to its own flattened self, like Iso-C, and `common: 1.0` is Iso-C. The order of the experts does
-    not matter. Scaling all of them scales the result. An expert that does not move a matrix changes nothing there.
-    Low-rank experts whose factors are together smaller than the matrix stay in factors, and the result is low-rank
-    where that is smaller; sparse experts give a dense result. The method holds all experts' matrices of one weight at
-    once and decomposes each of them and their sum.
+    One expert merges to its own flattened self, and `common: 1.0` is Iso-C. In all else Iso-CTS is like Iso-C: weights
+    that are not matrices, order, scale, experts that do not move a matrix, and the form of the result.
 
     Args:
         common: Share of the directions that the sum gets, in [0, 1]; the experts divide the others.
         scale: Factor of the result.
     """
 
+    checks = Checks(common=within("[0, 1]", "is a share of directions"))
     needs = Needs(matrices=11.0, matrices_per_expert=3.0)
 
     common: float = 0.8
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if not 0 <= self.common <= 1:
-            raise ValueError(f"IsoCTS: common is a share of directions and must be in [0, 1], got {self.common}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:
             return Average(scale=self.scale).merge(deltas)
         movers = [delta for delta in deltas if not delta.is_empty and delta.norm() > 0]
         total = spectrum(weighted_sum(deltas, [1.0] * len(deltas), dtype=torch.float64))
-        own = self._directions_per_expert(total.count, max(1, len(movers)))
-        common = total.top(total.count - own * len(movers))
+        # Round like the paper's code, but never to more directions than the sum has.
+        experts, rank = max(1, len(movers)), total.count
+        own = min(round((rank - int(rank * self.common)) / experts), rank // experts)
+        common = total.top(rank - own * len(movers))
         chosen = join([common, *(_outside(common.left, delta).top(own) for delta in movers)])
         left, right = nearest_isometry(chosen.left), nearest_isometry(chosen.right)
         return as_delta(self.scale * chosen.values.mean() * left, right, deltas)
-
-    def _directions_per_expert(self, rank: int, experts: int) -> int:
-        """Round like the paper's code, but never to more directions than the sum has."""
-        return min(round((rank - int(rank * self.common)) / experts), rank // experts)
 
 
 def _outside(left: Tensor, delta: Delta) -> Spectrum:
     """Return the spectrum of the part of a delta that is orthogonal to the space of some orthonormal columns."""
     # If the delta lies inside that space, the remainder is rounding, and its directions are noise.
     floor = NOISE * delta.norm()
-    if isinstance(delta, LowRank):
-        return spectrum(LowRank(_without(left, delta.up.double()), delta.down.double()), floor)
-    return spectrum(Dense(_without(left, delta.to(dtype=torch.float64).dense())), floor)
-
-
-def _without(left: Tensor, matrix: Tensor) -> Tensor:
-    return matrix - left @ (left.T @ matrix)
+    matrix = delta.up.double() if isinstance(delta, LowRank) else delta.to(dtype=torch.float64).dense()
+    rest = matrix - left @ (left.T @ matrix)
+    return spectrum(LowRank(rest, delta.down.double()) if isinstance(delta, LowRank) else Dense(rest), floor)

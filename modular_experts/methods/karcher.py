@@ -1,10 +1,9 @@
-"""Merge by the Karcher mean: the mean direction of several deltas on the sphere, at their mean length (mergekit's
+"""The Karcher mean has the mean direction of several deltas on the sphere, and their mean length (mergekit's
 `karcher`).
 
-The Karcher mean is the point with the least sum of squared angles to all deltas. An iteration finds it: take the
-tangent from the current mean to every delta along its arc, and go along the average of these tangents. Every point on
-the way is a combination of the deltas, so an iteration works on one number per expert; only the inner products read
-the deltas.
+It has the least sum of squared angles to all deltas. An iteration finds it: take the tangent from the current mean to
+every delta along its arc, and go along the average of these tangents. Every point on the way is a combination of the
+deltas, so an iteration works on one number per expert; only the inner products read the deltas.
 """
 
 from __future__ import annotations
@@ -19,16 +18,12 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite, check_weights, shares
+from modular_experts.methods.settings import Checks, at_least, parts_of_whole, shares
 
-__all__ = ["Karcher"]
-
+# Length of the mean of unit deltas below which it has no direction: its square is a sum of products exact to 1e-16.
 CANCELLED = 1e-6
-"""Length of the mean of unit deltas below which it has no direction. Its square comes from inner products, which are
-exact to 1e-16."""
-
+# Sine of an angle so near 0 or 180 degrees that its cosine does not determine the arc.
 NO_ARC = 1e-6
-"""Sine of an angle so near 0 or 180 degrees that its cosine does not determine the arc."""
 
 
 @dataclass(frozen=True)
@@ -45,33 +40,25 @@ class Karcher(MergeMethod):
 
     Every form is kept, because only the angles are not linear, and they need no dense form. Each pair of experts is
     read once, so the cost grows with the square of their number. At scale 1, one expert merges to itself, and so do
-    copies of it. The order of the experts does not matter (the weights go with them). A common factor of all experts is
-    one of the result.
+    copies of it. The order of the experts does not matter (the weights go with them). Scaled experts merge to the
+    scaled merge.
 
     Args:
-        weights: One weight per expert, in the order of the experts, each at least 0. They are divided by their sum.
-            Default: all equal.
+        weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.
         scale: Factor of the result.
         max_iterations: Largest number of iterations, at least 0; with 0 the mean is that of `MultiSLERP`.
         tolerance: Angle of a step, in radians, below which the iteration ends, at least 0.
     """
+
+    checks = Checks(weights=parts_of_whole, max_iterations=at_least(0), tolerance=at_least(0))
 
     weights: list[float] | None = None
     scale: float = 1.0
     max_iterations: int = 10
     tolerance: float = 1e-5
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_finite(self, "tolerance", self.tolerance)
-        check_weights(self, self.weights)
-        if self.max_iterations < 0:
-            raise ValueError(f"Karcher: max_iterations must be at least 0, got {self.max_iterations}")
-        if self.tolerance < 0:
-            raise ValueError(f"Karcher: tolerance must be at least 0, got {self.tolerance}")
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        portions = torch.tensor(shares(self, self.weights, len(deltas)), dtype=torch.float64)
+        portions = torch.tensor(shares(self, len(deltas)), dtype=torch.float64)
         norms = torch.tensor([delta.norm() for delta in deltas], dtype=torch.float64)
         pull = torch.where(norms > 0, portions, 0.0)
         mean = self._mean(_cosines(deltas, norms), pull / pull.sum()) if pull.sum() > 0 else None
@@ -81,12 +68,7 @@ class Karcher(MergeMethod):
         return weighted_sum(deltas, (self.scale * weights).tolist())
 
     def _mean(self, cosines: Tensor, pull: Tensor) -> Tensor | None:
-        """Return the factors `(experts,)` by which the unit deltas sum to the mean, or None if they cancel.
-
-        Args:
-            cosines: Inner products of the unit deltas, `(experts, experts)`.
-            pull: Weight of each in a step, `(experts,)`; they sum to one.
-        """
+        """Return the factors `(experts,)` by which the unit deltas sum to the mean, or None if they cancel."""
         length = _length(pull, cosines)
         if length < CANCELLED:
             return None
@@ -104,7 +86,6 @@ class Karcher(MergeMethod):
 
 
 def _length(weights: Tensor, cosines: Tensor) -> Tensor:
-    """Return the length of a sum of unit deltas with these factors."""
     return (weights @ cosines @ weights).clamp(min=0).sqrt()
 
 

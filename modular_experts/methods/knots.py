@@ -1,9 +1,9 @@
-"""Merge by KnOTS: express the experts in one common basis, and merge them there (Stoica et al., "Model merging with SVD
+"""KnOTS expresses the experts in one common basis, and merges them there (Stoica et al., "Model merging with SVD
 to tie the KnOTS", arXiv 2410.19735).
 
-LoRAs of different tasks use different directions for the same purpose, so their entries do not correspond, and rules
-that compare entries (signs, magnitudes) mislead. The singular value decomposition of all experts side by side gives
-them common output directions; another method merges their coordinates in that basis.
+LoRAs of different tasks use different directions for the same purpose, so rules that compare their entries mislead. The
+singular value decomposition of all experts side by side gives them common output directions; another method merges
+their coordinates in that basis.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import check_finite
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 from modular_experts.methods.ties import TIES
-
-__all__ = ["KnOTS"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,11 @@ class KnOTS(MergeMethod):
     `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
     of singular value zero are left out. `method` merges a weight that is not a matrix, or that no expert moves, as it
     is. With a linear method (`Average`, `TaskArithmetic`) the result is that of the method alone; the order and the
-    scale of the experts matter as they do to the method. An expert that does not move a matrix does not move it in the
-    common basis either.
+    scale of the experts matter as they do to the method.
 
-    The matrix `[d_1 .. d_N]` is never formed: `U` comes from the left factors of the experts, and `S V_i^T` is `U^T
-    d_i`. Low-rank experts stay in factors, and the result is low-rank where that is smaller; sparse experts give a
-    dense result. The method holds all experts' matrices of one weight at once and decomposes them together; a method
-    that reads all weights first, such as `TIES` with `scope: global` (the paper's), repeats this at each reading.
+    `U` comes from the left factors of the experts, and `S V_i^T` is `U^T d_i`, so that `[d_1 .. d_N]` is never formed.
+    Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller. A method that reads all
+    weights first, such as `TIES` with `scope: global` (the paper's), repeats the decomposition at each reading.
 
     Args:
         method: Merges in the common basis; TIES, as in the paper, by default. A method that needs statistics of the
@@ -52,7 +47,7 @@ class KnOTS(MergeMethod):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
+        super().__post_init__()
         if (kind := self.method.needs.statistics) is not None:
             raise ValueError(
                 f"KnOTS: {type(self.method).__name__} needs {kind} statistics of the weights, which do not exist "
@@ -73,8 +68,8 @@ class KnOTS(MergeMethod):
         return self._in_common_basis(deltas, lambda tied: self.method.per_task(tied, expert, context))
 
     def _in_common_basis(self, deltas: Sequence[Delta], merge: Callable[[Sequence[Delta]], Delta]) -> Delta:
-        basis = _common_basis(deltas)
-        merged = merge(_tied(deltas, basis))
+        basis, tied = _tied(deltas)
+        merged = merge(tied)
         if basis is None:
             return merged * self.scale
         return as_delta(self.scale * basis, merged.to(dtype=torch.float64).dense(), deltas)
@@ -87,27 +82,20 @@ class _TiedStream(Iterable[Sequence[Delta]]):
         self._stream = stream
 
     def __iter__(self) -> Iterator[Sequence[Delta]]:
-        for deltas in self._stream:
-            yield _tied(deltas, _common_basis(deltas))
+        return (_tied(deltas)[1] for deltas in self._stream)
 
 
-def _common_basis(deltas: Sequence[Delta]) -> Tensor | None:
-    """Return orthonormal output directions `(out, r)` of all experts side by side, or None if no expert has any.
-
-    A delta's left factor has the delta's output directions, in far fewer columns if the delta is low-rank.
+def _tied(deltas: Sequence[Delta]) -> tuple[Tensor | None, Sequence[Delta]]:
+    """Return orthonormal output directions `(out, r)` of all experts side by side, and each expert in their coordinates
+    `(r, in)`; None and the deltas themselves if no expert has any.
     """
     if len(deltas[0].shape) != 2:
-        return None
-    left = spectrum(Dense(torch.cat([left_factor(delta) for delta in deltas], 1))).left
-    return left if left.shape[1] else None
-
-
-def _tied(deltas: Sequence[Delta], basis: Tensor | None) -> Sequence[Delta]:
-    """Return each expert in coordinates of the common basis, `(r, in)`."""
-    return deltas if basis is None else [_in_basis(delta, basis) for delta in deltas]
-
-
-def _in_basis(delta: Delta, basis: Tensor) -> Delta:
-    if delta.is_empty:
-        return Sparse.zero((basis.shape[1], delta.shape[1]), basis.device)
-    return Dense(delta.to(dtype=torch.float64).T.linear(basis.T))
+        return None, deltas
+    # A delta's left factor has the delta's output directions, in far fewer columns if the delta is low-rank.
+    basis = spectrum(Dense(torch.cat([left_factor(delta) for delta in deltas], 1))).left
+    if not basis.shape[1]:
+        return None, deltas
+    zero = Sparse.zero((basis.shape[1], deltas[0].shape[1]), basis.device)
+    return basis, [
+        zero if delta.is_empty else Dense(delta.to(dtype=torch.float64).T.linear(basis.T)) for delta in deltas
+    ]

@@ -18,8 +18,6 @@ from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
 from modular_experts.methods.chunks import Entries
 
-__all__ = ["Threshold", "exact_threshold", "kept_count", "streamed_thresholds"]
-
 
 @dataclass(frozen=True)
 class Threshold:
@@ -82,12 +80,9 @@ _HIGH_BINS = 1 << (31 - _LOW)
 def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequence[float]) -> list[Threshold]:
     """Return a threshold for each expert that keeps a share of the entries of all its weights together.
 
-    Entries that a delta does not keep count as zeros, magnitudes are compared in float32, and entries that tie at the
-    threshold all stay. A threshold of 0 means that fewer entries than the share differ from zero.
-
-    Args:
-        stream: The experts' deltas, weight by weight; read twice.
-        share: In (0, 1], for all experts or one for each.
+    The stream is read twice. Entries that a delta does not keep count as zeros, magnitudes are compared in float32, and
+    entries that tie at the threshold all stay. A threshold of 0 means that fewer entries than the share differ from
+    zero.
     """
     size, high = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
     shares = [share] * len(high) if isinstance(share, float | int) else share

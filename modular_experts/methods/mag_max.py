@@ -1,6 +1,6 @@
-"""MagMax: per entry, the delta of the expert that moves it furthest (Marczak et al., "MagMax", arXiv 2407.06322).
+"""MagMax takes per entry the delta of the expert that moves it furthest (Marczak et al., "MagMax", arXiv 2407.06322).
 
-Nothing is summed or averaged, so an entry keeps the strength that its winner gave it, however many experts there are.
+An entry keeps the strength that its winner gave it, however many experts there are.
 """
 
 from __future__ import annotations
@@ -14,19 +14,15 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["MagMax"]
 
 
 @dataclass(frozen=True)
 class MagMax(MergeMethod):
     """MagMax: per entry, `scale * d_k`, where k is the expert with the largest `|d_k|` there.
 
-    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert in the mix makes the
-    result dense. At scale 1, one expert merges to itself, and so do copies of it. Of equal magnitudes the first expert
-    wins, so the order of the experts matters only where the largest two are of opposite sign. Scaled experts merge to
-    the scaled merge if all have one factor; an expert with a larger norm wins more entries.
+    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. Of equal
+    magnitudes the first expert wins, so the order of the experts matters only where the largest two are of opposite
+    sign. Scaled experts merge to the scaled merge if all have one factor.
 
     Args:
         scale: Factor of the result. FusionBench takes 0.5.
@@ -34,15 +30,12 @@ class MagMax(MergeMethod):
 
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_chunks(deltas, self._rule)
+        def rule(chunk: Chunk) -> tuple[Tensor, None]:
+            largest = chunk.zeros()
+            for entries in chunk:
+                held, values = entries.of(largest), entries.values.double()
+                entries.write_to(largest, torch.where(values.abs() > held.abs(), values, held))
+            return largest.mul_(self.scale), None
 
-    def _rule(self, chunk: Chunk) -> tuple[Tensor, None]:
-        largest = chunk.zeros()
-        for entries in chunk:
-            held, values = entries.of(largest), entries.values.double()
-            entries.write_to(largest, torch.where(values.abs() > held.abs(), values, held))
-        return largest.mul_(self.scale), None
+        return merge_by_chunks(deltas, rule)

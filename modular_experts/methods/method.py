@@ -1,4 +1,4 @@
-"""The contract of a merge method: the deltas that several experts have for one weight become one delta.
+"""A merge method makes one delta of the deltas that several experts have for one weight; this is its contract.
 
 A method is a pure function with settings. `modular_experts.merger` reads the experts, walks over the weights, calls the
 method for each of them and writes the result. To write a method of your own, subclass `MergeMethod` as a frozen
@@ -12,13 +12,12 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-
-__all__ = ["Context", "DataStatistic", "MergeMethod", "Needs", "Removal", "known_statistics"]
+from modular_experts.methods.settings import Checks, finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +25,7 @@ class DataStatistic:
     """A statistic of one weight on one expert's data.
 
     Attributes:
-        values: One number per entry of the weight, in the weight's shape (Fisher information), or one per pair of the
-            layer's inputs, `(in, in)` (Gram matrix).
+        values: Fisher information in the weight's shape, or the Gram matrix of the layer's inputs, `(in, in)`.
         norm: Euclidean norm of the expert's statistic over all weights together.
         inputs: Dimension of the weight along which the layer's inputs lie: 1 of `(out, in)`, as `nn.Linear` stores its
             weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
@@ -44,9 +42,8 @@ class Context:
 
     Attributes:
         name: The weight's name.
-        statistics: One per expert, in the order of the experts, of the kind that the method `needs`; an element is None
-            where the kind does not describe this weight, such as the Gram matrix of a bias. None for a method that
-            needs no statistics.
+        statistics: One per expert, of the kind that the method `needs`; an element is None where the kind does not
+            describe this weight, such as the Gram matrix of a bias.
         prepared: What the method's `prepare` returned.
     """
 
@@ -81,12 +78,22 @@ class MergeMethod(ABC):
 
     The fields become options of the command line and are recorded in the merged expert. `merge` may leave out the
     parameter `context`.
+
+    Attributes:
+        checks: What refuses bad settings when a method is made, such as `Checks(ridge=at_least(0))`; a `scale` must be
+            finite in any case.
     """
+
+    checks: ClassVar[Checks] = Checks()
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "merge" in vars(cls) and not _takes_context(cls.merge):
             cls.merge = _with_context(cls.merge)  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for setting, check in {"scale": finite, **self.checks}.items():
+            check(self, setting, getattr(self, setting, None))
 
     @abstractmethod
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
@@ -132,23 +139,14 @@ class MergeMethod(ABC):
         return self.merge(deltas, context)
 
     def without(self, expert: int, experts: int) -> Removal | None:
-        """Return how one of several experts is taken out of a merge; None unless the method is linear.
-
-        Args:
-            expert: Index of the expert.
-            experts: Number of the experts.
-        """
+        """Return how an expert, by its index, is taken out of a merge; None unless the method is linear."""
         return None
 
 
 @dataclass(frozen=True)
 class Removal:
-    """How one expert is taken out of a linear merge: what is left is `factor * merged - share * expert`.
-
-    Attributes:
-        method: The method that merges the other experts to the same.
-        factor: Factor of the merge.
-        share: Factor of the expert.
+    """How one expert is taken out of a linear merge: `factor * merged - share * expert` is what `method` makes of the
+    other experts.
     """
 
     method: MergeMethod
@@ -173,11 +171,7 @@ def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
 
 
 def known_statistics(method: MergeMethod, context: Context | None, experts: int) -> Sequence[DataStatistic | None]:
-    """Return the statistics of a context, one per expert.
-
-    Raises:
-        ValueError: There are none, or there are those of another number of experts.
-    """
+    """Return the statistics of a context, one per expert, and refuse another number of them."""
     known = context.statistics if context else None
     if known is None or len(known) != experts:
         found = "got none" if known is None else f"got {len(known)} for {experts} experts"

@@ -1,8 +1,8 @@
-"""Model Stock: the average, as far towards it as the angles between the deltas say (Jang et al., "Model Stock", arXiv
-2403.19522).
+"""Model Stock goes towards the average, the further the smaller the angles between the deltas are (Jang et al., "Model
+Stock", arXiv 2403.19522).
 
 Fine-tunings of one task scatter around a centre: the more their deltas agree, the nearer their average is to it. The
-paper derives the step for one angle and does not say which one for more than two experts; here as in mergekit it is the
+paper derives the step for one angle and leaves open which one for more than two experts; here as in mergekit it is the
 one whose cosine is the mean over all pairs.
 """
 
@@ -19,14 +19,12 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import scale_rows
 from modular_experts.methods.chunks import chunks_of, weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite, with_presets
-
-__all__ = ["ModelStock"]
+from modular_experts.methods.settings import with_presets
 
 PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
 
+# What mergekit takes for the product of two lengths if it is smaller, so that the cosine of tiny deltas shrinks.
 SHORTEST = 1e-6
-"""What mergekit takes for the product of two lengths if it is smaller, so that the cosine of tiny deltas shrinks."""
 
 
 @with_presets(PRESETS)
@@ -36,9 +34,8 @@ class ModelStock(MergeMethod):
     deltas of two experts, taken over each weight by itself.
 
     Only the N experts whose delta is not zero count; one alone has t = 1. Where the deltas oppose each other more than
-    they agree (c < 0, which the paper does not meet and where mergekit steps backwards), t is 0 and the weight stays at
-    the base. Deltas of different tasks are nearly orthogonal, and sparse ones without a common entry are so exactly:
-    they nearly vanish. It is meant for experts of one task.
+    they agree (c < 0, where mergekit steps backwards), t is 0 and the weight stays at the base. It is meant for experts
+    of one task: deltas of different tasks are nearly orthogonal, so that they nearly vanish.
 
     Linear but for t, so every form is kept, and angles need no dense form. At scale 1, one expert merges to itself, and
     so do copies of it. The order of the experts does not matter. t does not change if all have one factor, or if one
@@ -55,9 +52,6 @@ class ModelStock(MergeMethod):
     scale: float = 1.0
     row_wise: bool = False
     preset: Literal["mergekit"] | None = None
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if self.row_wise or self.preset:

@@ -1,5 +1,5 @@
-"""PCB: a weighted mean per entry, where the weight of an expert at an entry is its score there (Du et al., "Parameter
-Competition Balancing for Model Merging", arXiv 2410.02396).
+"""PCB takes a weighted mean per entry, where the weight of an expert at an entry is its score there (Du et al.,
+"Parameter Competition Balancing for Model Merging", arXiv 2410.02396).
 
 The paper leaves `Norm` open. Here it stretches the values to [0, 1], as the paper's code does; mergekit divides by the
 Euclidean norm, after which the entries of a large weight are all next to zero and the experts' scores nearly equal. The
@@ -19,11 +19,9 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import true_places
-from modular_experts.methods.chunks import Chunk, merge_by_chunks
+from modular_experts.methods.chunks import merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["PCB"]
+from modular_experts.methods.settings import Checks, within
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ class PCB(MergeMethod):
     entry.
 
     The method makes all experts dense at once, in float64, and compares each pair, so it suits few experts or small
-    weights. The result of sparse experts is sparse all the same, on the union of their supports. One expert merges to
-    itself at its kept entries, and so do copies of it. An expert that moves nothing changes nothing. The order of the
-    experts does not matter. A common factor of all experts is one of the result.
+    weights. Sparse experts merge to a sparse one all the same. One expert merges to itself at its kept entries, and so
+    do copies of it. An expert that moves nothing changes nothing. The order of the experts does not matter. Scaled
+    experts merge to the scaled merge.
 
     Args:
         keep: Share of the weight's entries that are kept of each expert, in (0, 1]; rounded down to whole entries, but
@@ -47,41 +45,28 @@ class PCB(MergeMethod):
         scale: Factor of the result.
     """
 
+    checks = Checks(keep=within("(0, 1]", "is the share of entries kept"))
     needs = Needs(matrices=8.0, matrices_per_expert=1.6)
 
     keep: float = 0.1
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"PCB: keep is the share of entries kept and must be in (0, 1], got {self.keep}")
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        movers = [values for values in map(_flat, deltas) if values.any()]
-        merged = self.scale * self._mean(movers) if movers else _flat(deltas[0])
-
-        def rule(chunk: Chunk) -> tuple[Tensor, None]:
-            return merged[slice(*(row * chunk.width for row in chunk.rows))], None
-
-        return merge_by_chunks(deltas, rule)
+        experts = [delta.dense().double().reshape(-1) for delta in deltas]
+        movers = [values for values in experts if values.any()]
+        merged = self.scale * self._mean(movers) if movers else experts[0]
+        return merge_by_chunks(deltas, lambda chunk: (merged[slice(*chunk.span)], None))
 
     def _mean(self, movers: Sequence[Tensor]) -> Tensor:
         total, weight = torch.zeros_like(movers[0]), torch.zeros_like(movers[0])
         moved = [_where_moved(values) for values in movers]
         for values in movers:
-            score = self._kept(_score(values, moved))
-            total += score * values
-            weight += score
+            score = _score(values, moved)
+            dropped = score.numel() - max(1, int(self.keep * score.numel()))
+            kept = torch.where(score >= score.kthvalue(dropped + 1).values, score, 0.0)
+            total += kept * values
+            weight += kept
         return torch.where(weight > 0, total / weight, 0.0)
-
-    def _kept(self, score: Tensor) -> Tensor:
-        dropped = score.numel() - max(1, int(self.keep * score.numel()))
-        return torch.where(score >= score.kthvalue(dropped + 1).values, score, 0.0)
-
-
-def _flat(delta: Delta) -> Tensor:
-    return delta.dense().double().reshape(-1)
 
 
 def _where_moved(values: Tensor) -> tuple[Tensor | slice, Tensor]:
@@ -96,22 +81,19 @@ def _score(values: Tensor, moved: Sequence[tuple[Tensor | slice, Tensor]]) -> Te
 
     The product with another expert is zero where that expert moves nothing, so its softmax is one number there.
     """
-    own = (len(moved) * _stretched(values * values)).softmax(0)
+    square = values * values
+    low, high = square.aminmax()
+    stretched = (square - low) / (high - low) if high > low else torch.zeros_like(square)
+    own = (len(moved) * stretched).softmax(0)
     shared, everywhere = torch.zeros_like(values), 0.0
     for where, other in moved:
         product = values[where] * other
         elsewhere = len(values) - len(product)
-        low, high = (edge.item() for edge in (F.pad(product, (0, 1)) if elsewhere else product).aminmax())
-        width = high - low or 1.0
-        exponentials = ((product - low) / width).exp()
-        zero = math.exp(-low / width) if elsewhere else 0.0
+        least, most = (edge.item() for edge in (F.pad(product, (0, 1)) if elsewhere else product).aminmax())
+        width = most - least or 1.0
+        exponentials = ((product - least) / width).exp()
+        zero = math.exp(-least / width) if elsewhere else 0.0
         total = exponentials.sum().item() + elsewhere * zero
         everywhere += zero / total
         shared[where] += (exponentials - zero) / total
     return own * (shared + everywhere)
-
-
-def _stretched(values: Tensor) -> Tensor:
-    """Return the values moved and scaled to [0, 1]; zeros where they are all equal."""
-    low, high = values.aminmax()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)

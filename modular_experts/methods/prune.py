@@ -1,4 +1,4 @@
-"""Prune experts before they are combined: keep the largest entries or a band of them, or drop entries at random.
+"""Prune experts before they are combined; keep the largest entries or a band of them, or drop entries at random.
 
 Pruning is the first half of TIES, DARE, DELLA and Breadcrumbs, `consensus` the second. Each function here looks at one
 expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk by chunk.
@@ -18,18 +18,6 @@ from modular_experts.deltas import Delta, Sparse
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of
 from modular_experts.methods.largest import exact_threshold, kept_count
 from modular_experts.methods.random_numbers import uniform
-
-__all__ = [
-    "Prune",
-    "Pruned",
-    "Rescale",
-    "Shares",
-    "drop_at_random",
-    "drop_by_rank",
-    "keep_band",
-    "keep_largest",
-    "prune",
-]
 
 Prune = Callable[[Entries], Entries]
 """Gets the entries that an expert keeps of a chunk; returns those that pruning leaves, or zeros in place of others."""
@@ -81,13 +69,7 @@ def keep_band(delta: Delta, beta: float, gamma: float) -> Prune:
 
 
 def drop_at_random(keep: float, key: int, rescale: Rescale) -> Prune:
-    """Keep each entry with the same probability; with `rescale: probability`, divide what stays by it.
-
-    Args:
-        keep: The probability.
-        key: Of the random numbers, from `stream_key`.
-        rescale: `probability`, or another value to leave the entries as they are.
-    """
+    """Keep each entry with the same probability; with `rescale: probability`, divide what stays by it."""
     if keep == 1:
         return _keep_all
     return lambda entries: _drop(entries, keep, key, rescale)
@@ -97,14 +79,8 @@ def drop_by_rank(delta: Delta, keep: float, epsilon: float, key: int, rescale: R
     """Keep each entry with a probability that rises with the rank of its magnitude in its row.
 
     The entry of rank r, 0 for the smallest, stays with probability `keep - epsilon + 2 epsilon r / (width - 1)`, and
-    one that is alone in its row with `keep`. Entries that a sparse expert does not keep rank lowest.
-
-    Args:
-        delta: The expert's delta of the weight.
-        keep: The mean probability; at 1 every entry stays.
-        epsilon: Half the spread of the probabilities.
-        key: Of the random numbers, from `stream_key`.
-        rescale: `probability` divides each entry that stays by its probability.
+    one that is alone in its row with `keep`. Entries that a sparse expert does not keep rank lowest. With `rescale:
+    probability`, an entry that stays is divided by its probability.
     """
     if keep == 1:
         return _keep_all

@@ -1,4 +1,4 @@
-"""RAM: add the entries that one expert alone moves, average those that several move, above a threshold (mergekit's
+"""RAM adds the entries that one expert alone moves and averages those that several move, above a threshold (mergekit's
 `ram` and `ramplus_tl`, after "Reinforced Agent Merging", arXiv 2601.13572).
 
 With `epsilon: 0` RAM is `SparseAverage`. The threshold is meant for deltas of full checkpoints, where rounding moves
@@ -16,30 +16,26 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["RAM", "RAMPlus"]
+from modular_experts.methods.settings import Checks, at_least
 
 
 @dataclass(frozen=True)
 class RAM(MergeMethod):
     """RAM: `scale * sum_i d_i / F` per entry, over the F experts with `|d_i| > epsilon` there.
 
-    Sparse experts merge to a sparse one that keeps what is above epsilon, tiles of one size to tiles; a dense or
-    low-rank expert in the mix makes the result dense. One expert merges to itself but for what is at most epsilon, and
-    so do copies of it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At
-    `epsilon: 0`, scaled experts merge to the scaled merge.
+    Sparse experts merge to a sparse one. One expert merges to itself but for what is at most epsilon, and so do copies
+    of it. The order of the experts does not matter, and an expert that moves nothing changes nothing. At `epsilon: 0`,
+    scaled experts merge to the scaled merge.
 
     Args:
         epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
         scale: Factor of the result.
     """
 
+    checks = Checks(epsilon=at_least(0))
+
     epsilon: float = 0.0
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self, "epsilon", "scale")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return merge_by_chunks(deltas, lambda chunk: _shared_average(self, chunk, [1.0] * len(deltas)))
@@ -59,13 +55,12 @@ class RAMPlus(MergeMethod):
         scale: Factor of the result.
     """
 
+    checks = Checks(epsilon=at_least(0), r=at_least(0), alpha=at_least(0))
+
     epsilon: float = 0.0
     r: float = 0.1
     alpha: float = 0.2
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self, "epsilon", "r", "alpha", "scale")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         shared, unique = [0] * len(deltas), [0] * len(deltas)
@@ -99,10 +94,3 @@ def _movers(chunk: Chunk, epsilon: float) -> Tensor:
 
 def _moved(entries: Entries, epsilon: float) -> Tensor:
     return entries.values.abs() > epsilon
-
-
-def _check(method: MergeMethod, *fields: str) -> None:
-    for field in fields:
-        check_finite(method, field, getattr(method, field))
-        if field != "scale" and getattr(method, field) < 0:
-            raise ValueError(f"{type(method).__name__}: {field} must be at least 0, got {getattr(method, field)}")

@@ -1,4 +1,4 @@
-"""A random number for every entry of a weight, independent of the order and the size of the pieces that are asked for.
+"""Draw a random number for every entry of a weight, whatever the order and the size of the pieces.
 
 The numbers come from a counter-based generator (SplitMix64, Steele, Lea and Flood 2014): the number of an entry is a
 hash of the entry, the expert, the weight's name and the seed. So the same entries are dropped whether a delta is stored
@@ -12,8 +12,6 @@ import hashlib
 
 import torch
 from torch import Tensor
-
-__all__ = ["stream_key", "uniform"]
 
 # Entries at a time, so that the intermediate numbers stay in the processor's cache.
 _PIECE = 2**14

@@ -1,5 +1,5 @@
-"""Merge by RegMean: find the weight whose outputs are closest to each expert's outputs on that expert's data (Jin et
-al., "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
+"""RegMean finds the weight whose outputs are closest to each expert's outputs on that expert's data (Jin et al.,
+"Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849).
 
 The paper solves for the merged weight W, `W = (sum_i W_i G_i)(sum_i G_i)^-1`. With `W_i = W_0 + d_i` the base cancels,
 `W_0 (sum_i G_i)(sum_i G_i)^-1 = W_0`, so the same formula merges the deltas without a base. `RegMeanPlusPlus` takes the
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,7 @@ from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["RegMean", "RegMeanPlusPlus", "SelfRegMean", "overlap_average", "ridge_solution"]
+from modular_experts.methods.settings import Checks, above, at_least, one_of, within
 
 
 @dataclass(frozen=True)
@@ -40,31 +39,23 @@ class RegMean(MergeMethod):
 
     Low-rank experts merge to a low-rank one, sparse experts to a dense one. At scale 1, one expert merges to itself,
     and so do copies of it; experts with equal Gram matrices merge to their average. The order of the experts does not
-    matter. A common factor of all deltas scales the result, and a common factor of all Gram matrices changes nothing.
+    matter. Scaled experts merge to the scaled merge, and a common factor of all Gram matrices changes nothing.
 
     Args:
         scale: Factor of the result.
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
             fitting chance correlations; 0 weighs each input by its mean square alone.
         ridge: Strength, at least 0, with which the solution is drawn to `SparseAverage`, as a share of the mean
-            diagonal of `sum_i G_i`. With 0.01 to 0.03 and `reduce: 1`, a merge of many experts loses little on their
-            own tasks and gains on others (`benchmarks/merge_quality.py`). The paper has no ridge. With it the result is
-            dense.
+            diagonal of `sum_i G_i`; it makes the result dense. With 0.01 to 0.03 and `reduce: 1`, a merge of many
+            experts loses little on their own tasks and gains on others. The paper has none.
     """
 
+    checks = Checks(reduce=within("[0, 1]"), ridge=at_least(0))
     needs = Needs(statistics="gram", matrices=4.0, squares=6.0)
 
     scale: float = 1.0
     reduce: float = 0.9
     ridge: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if not 0 <= self.reduce <= 1:
-            raise ValueError(f"{type(self).__name__}: reduce must be in [0, 1], got {self.reduce}")
-        check_finite(self, "ridge", self.ridge)
-        if self.ridge < 0:
-            raise ValueError(f"{type(self).__name__}: ridge must be at least 0, got {self.ridge}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         known = known_statistics(self, context, len(deltas))
@@ -158,8 +149,8 @@ class SelfRegMean(MergeMethod):
 
     As far as the directions of the tasks differ, d maps the inputs of each task to what the task's own expert makes of
     them. A weight that is not a matrix gets c. The result is dense. One expert merges to itself, and so do copies of
-    it; an expert that moves nothing changes nothing, and the order of the experts does not matter. A common factor of
-    all deltas scales the result. The method is meant for experts that were trained on the whole input of a layer
+    it; an expert that moves nothing changes nothing, and the order of the experts does not matter. Scaled experts merge
+    to the scaled merge. The method is meant for experts that were trained on the whole input of a layer
     (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
 
     Args:
@@ -169,27 +160,19 @@ class SelfRegMean(MergeMethod):
             weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
     """
 
+    checks = Checks(ridge=above(0), inputs=one_of(Literal[0, 1]))
     needs = Needs(matrices=4.0, squares=5.0)
 
     ridge: float = 0.1
     scale: float = 1.0
     inputs: int = 1
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_finite(self, "ridge", self.ridge)
-        if self.ridge <= 0:
-            raise ValueError(f"SelfRegMean: ridge must be above 0, got {self.ridge}")
-        if self.inputs not in (0, 1):
-            raise ValueError(f"SelfRegMean: inputs is a dimension of the weight, 0 or 1, got {self.inputs}")
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         dtype = widest_dtype(deltas)
         if len(deltas[0].shape) != 2:
             return (overlap_average(deltas) * self.scale).to(dtype=dtype)
         upright = [delta.T for delta in deltas] if self.inputs == 0 else list(deltas)
-        merged = ridge_solution(upright, [lambda delta=delta: _own_gram(delta) for delta in upright], self.ridge)  # type: ignore[misc]
-        merged = merged * self.scale
+        merged = ridge_solution(upright, [partial(_own_gram, delta) for delta in upright], self.ridge) * self.scale
         return (merged.T if self.inputs == 0 else merged).to(dtype=dtype)
 
 
@@ -208,12 +191,8 @@ def ridge_solution(deltas: Sequence[Delta], grams: Sequence[Callable[[], Tensor]
     """Return the d of least `sum_i tr((d - d_i) G_i (d - d_i)^T) + r |d - c|^2`, dense and in float64.
 
     c is the overlap-aware average, r is `ridge` times the mean of the diagonal of `sum_i G_i`, and the solution is
-    `c + (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. One expert's matrices are in memory at a time.
-
-    Args:
-        deltas: Matrices `(out, in)`.
-        grams: Functions that return each expert's Gram matrix `(in, in)`; each is called once.
-        ridge: Factor of the penalty, above 0.
+    `c + (sum_i (d_i - c) G_i)(sum_i G_i + r I)^-1`. The functions `grams` return the Gram matrices `(in, in)` one at a
+    time, so that those of one expert are in memory.
     """
     center = overlap_average(deltas).dense()
     width = center.shape[1]

@@ -1,5 +1,5 @@
-"""SCE: select the entries on which the experts differ most, calculate the weight of each expert, erase what is against
-the elected sign (Wan et al., "FuseChat", arXiv 2402.16107 and 2408.07990).
+"""SCE selects the entries on which the experts differ most, calculates the weight of each expert, and erases what is
+against the elected sign (Wan et al., "FuseChat", arXiv 2402.16107 and 2408.07990).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from modular_experts.deltas import Delta
 from modular_experts.masks import top_k
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import FROM_PRESET, check_choices, check_finite, with_presets
+from modular_experts.methods.settings import FROM_PRESET, Checks, finite, one_of, with_presets, within
 
-__all__ = ["SCE"]
-
+Zero = Literal["none", "positive"]
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"keep": 1.0, "floor": 0.0, "zero": "none", "scale": 1.0},
     "mergekit": {"floor": 1e-6, "zero": "positive"},
@@ -31,8 +30,7 @@ class SCE(MergeMethod):
     """SCE: `scale * sum_i a_i c_i d_i / sum_i a_i c_i` on the entries of largest variance between the experts.
 
     `c_i` is expert i's share of the sum of squares over the selected entries of the weight, and `a_i` is 1 where `d_i`
-    has the sign of `sum_j d_j`, else 0. Sparse experts merge to a sparse one that keeps what was selected and agrees,
-    tiles of one size to tiles; any other mix merges to a dense one, chunk by chunk. The order of the experts does not
+    has the sign of `sum_j d_j`, else 0. Sparse experts merge to a sparse one. The order of the experts does not
     matter. With `keep: 1`, one expert merges to itself, and so do copies of it (below 1 nothing of them is selected, as
     they do not differ); scaled experts merge to the scaled merge, but for `floor`. An expert that moves nothing changes
     what is selected, and nothing else.
@@ -49,20 +47,14 @@ class SCE(MergeMethod):
             stay below, zero positive).
     """
 
+    checks = Checks(floor=finite, zero=one_of(Zero), keep=within("[0, 1]", "is the share of entries selected"))
     needs = Needs(matrices=4.0)
 
     keep: float = FROM_PRESET
     scale: float = FROM_PRESET
     floor: float = FROM_PRESET
-    zero: Literal["none", "positive"] = FROM_PRESET
+    zero: Zero = FROM_PRESET
     preset: Literal["mergekit"] | None = None
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_finite(self, "floor", self.floor)
-        check_choices(self, zero=Literal["none", "positive"])
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"SCE: keep is the share of entries selected and must be in [0, 1], got {self.keep}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)

@@ -1,4 +1,4 @@
-"""Treat supports as sets: keep what several experts move in common, or what one moves alone.
+"""Treat supports as sets; keep what several experts move in common, or what one moves alone.
 
 An expert's support is stored, so these sets are exact and need no threshold. The union is what sums and averages keep
 (`TaskArithmetic`, `SparseAverage`), and `A - B` as values is a sum with the weights 1 and -1.
@@ -15,32 +15,26 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["Difference", "Intersection"]
+from modular_experts.methods.settings import Checks, at_least
 
 
 @dataclass(frozen=True)
 class Intersection(MergeMethod):
     """Intersection: `scale` times the mean of the deltas at the entries that all experts keep, or enough of them.
 
-    Sparse experts merge to a sparse one, tiles of one size to tiles; a dense or low-rank expert keeps every entry, and
-    the result is sparse only if all are. An expert that does not move the weight keeps nothing of it. One expert merges
-    to itself, and so do copies of it. The order of the experts does not matter, and scaled experts merge to the scaled
-    merge.
+    Sparse experts merge to a sparse one; a dense or low-rank expert keeps every entry, and one that does not move the
+    weight keeps nothing of it. One expert merges to itself, and so do copies of it. The order of the experts does not
+    matter, and scaled experts merge to the scaled merge.
 
     Args:
         agreement: How many experts must keep an entry, at least 1; all of them if not given.
         scale: Factor of the result.
     """
 
+    checks = Checks(agreement=at_least(1, "is a number of experts, at least 1"))
+
     agreement: int | None = None
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if self.agreement is not None and self.agreement < 1:
-            raise ValueError(f"Intersection: agreement is a number of experts, at least 1, got {self.agreement}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         needed = len(deltas) if self.agreement is None else self.agreement
@@ -57,18 +51,14 @@ class Intersection(MergeMethod):
 class Difference(MergeMethod):
     """Difference: `scale` times the first expert's delta at the entries that no other expert keeps.
 
-    Sparse experts merge to a sparse one, tiles of one size to tiles (a tile stays if an entry of it does). One expert
-    merges to itself, and copies of it to nothing. The order of all but the first does not matter, and an expert that
-    moves nothing changes nothing unless it is the first.
+    Sparse experts merge to a sparse one. One expert merges to itself, and copies of it to nothing. The order of all but
+    the first does not matter, and an expert that moves nothing changes nothing unless it is the first.
 
     Args:
         scale: Factor of the result.
     """
 
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:

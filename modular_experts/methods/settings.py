@@ -1,29 +1,25 @@
-"""Settings of merge methods: presets, one number per expert, and checks that refuse a bad value with a sentence."""
+"""Let merge methods take settings from presets, one number per expert, and refuse a bad value with a sentence."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, get_args
 
-__all__ = [
-    "FROM_PRESET",
-    "check_choices",
-    "check_finite",
-    "check_shares",
-    "check_weights",
-    "one_per_expert",
-    "paired",
-    "shares",
-    "sum_of_weights",
-    "with_presets",
-]
+from modular_experts.text import did_you_mean
 
 Kind = TypeVar("Kind")
 Presets = Mapping[str | None, Mapping[str, Any]]
+Check = Callable[[object, str, Any], None]
+"""Refuses a bad value of a setting: it gets the method, the name of the setting, and the value."""
+
+
+class Checks(dict[str, Check]):
+    """The checks of a method's settings by their names, such as `Checks(scale=finite)`."""
+
 
 FROM_PRESET: Any = None
 """Default of a setting that the preset fills; once a method is made, the setting holds a value."""
@@ -34,7 +30,8 @@ def with_presets(presets: Presets) -> Callable[[type[Kind]], type[Kind]]:
 
     A preset holds what a peer means by the method's name. The settings are filled before the class is made with them,
     so that its fields, and the record of a merge, hold every value that counted. A value that is given beats the
-    preset; None counts as not given, because a command line passes it on for what was left out.
+    preset; None counts as not given, because a command line passes it on for what was left out. The class refuses a
+    preset that does not exist, and one without a value for a setting that is not given.
 
     Args:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value
@@ -49,7 +46,16 @@ def with_presets(presets: Presets) -> Callable[[type[Kind]], type[Kind]]:
         def filled(self: Any, *positional: Any, **settings: Any) -> None:
             bound = signature.bind(self, *positional, **settings).arguments
             given = {name: value for name, value in list(bound.items())[1:] if value is not None}
-            make(self, **resolved(kind.__name__, presets, given))
+            preset = given.get("preset")
+            if preset not in presets:
+                known = [known for known in presets if known]
+                hint = did_you_mean(str(preset), known) or f"; the presets are {', '.join(known)}"
+                raise ValueError(f"{kind.__name__}: there is no preset {preset!r}{hint}")
+            complete = {**presets[None], **presets[preset], **given}
+            for setting, value in complete.items():
+                if value is None:
+                    raise ValueError(f"{kind.__name__}: {preset} has no default for {setting}; give a value")
+            make(self, **complete)
 
         kind.__init__ = filled  # type: ignore[method-assign]
         return kind
@@ -57,38 +63,14 @@ def with_presets(presets: Presets) -> Callable[[type[Kind]], type[Kind]]:
     return decorated
 
 
-def resolved(name: str, presets: Presets, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method: the given ones over those of the preset over the defaults.
-
-    Raises:
-        ValueError: The preset does not exist, or it has no value for a setting that is not given.
-    """
-    preset = given.get("preset")
-    if preset not in presets:
-        known = [known for known in presets if known]
-        near = difflib.get_close_matches(str(preset), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the presets are {', '.join(known)}"
-        raise ValueError(f"{name}: there is no preset {preset!r}; {hint}")
-    settings = {**presets[None], **presets[preset], **given}
-    for setting, value in settings.items():
-        if value is None:
-            raise ValueError(f"{name}: {preset} has no default for {setting}; give a value")
-    return settings
-
-
-def one_per_expert(
-    method: object, field: str, value: float | Sequence[float] | None, experts: int, default: float = 1.0
-) -> list[float]:
-    """Return a setting as one number per expert: a single number holds for all, None stands for the default.
-
-    Raises:
-        ValueError: A list has another length.
-    """
+def one_per_expert(method: object, setting: str, experts: int) -> list[float]:
+    """Return a setting as one number per expert: a single number holds for all, None stands for 1."""
+    value = getattr(method, setting)
     if value is None or isinstance(value, float | int):
-        return [default if value is None else value] * experts
+        return [1.0 if value is None else value] * experts
     if len(value) != experts:
         raise ValueError(
-            f"{type(method).__name__}: {len(value)} {field} were given for {experts} experts; give one for each"
+            f"{type(method).__name__}: {len(value)} {setting} were given for {experts} experts; give one for each"
         )
     return list(value)
 
@@ -102,11 +84,7 @@ def paired(one: float | list[float], other: float | list[float]) -> list[tuple[f
 
 
 def sum_of_weights(method: object, weights: Sequence[float]) -> float:
-    """Return the sum of weights, to divide by.
-
-    Raises:
-        ValueError: The weights cancel, but for rounding.
-    """
+    """Return the sum of weights, to divide by; refuse weights that cancel, but for rounding."""
     total = math.fsum(weights)
     if abs(total) <= 1e-12 * math.fsum(map(abs, weights)):
         raise ValueError(
@@ -116,45 +94,64 @@ def sum_of_weights(method: object, weights: Sequence[float]) -> float:
     return total
 
 
-def shares(method: object, weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the weights divided by their sum, or equal shares where none are given.
-
-    Raises:
-        ValueError: The number of weights differs from the number of experts.
-    """
-    weights = one_per_expert(method, "weights", weights, count)
+def shares(method: object, experts: int) -> list[float]:
+    """Return the weights of a method divided by their sum, or equal shares where none are given."""
+    weights = one_per_expert(method, "weights", experts)
     total = sum(weights)
     return [weight / total for weight in weights]
 
 
-def check_weights(method: object, weights: Sequence[float] | None) -> None:
-    """Refuse weights that cannot be shares of a whole: negative, not finite, or all zero."""
-    name = type(method).__name__
-    for weight in weights or []:
-        check_finite(method, "each weight", weight)
-        if weight < 0:
-            raise ValueError(f"{name}: each weight must be at least 0, got {weight}")
-    if weights is not None and sum(weights) == 0:
-        raise ValueError(f"{name}: the weights {weights} sum to zero, so they cannot be shares; give other weights")
+def _check(method: object, setting: str, value: Any, holds: Callable[[float], bool], text: str) -> None:
+    several = isinstance(value, list | tuple)
+    for number in value if several else [] if value is None else [value]:  # None is a setting that was left out
+        if not (math.isfinite(number) and holds(number)):
+            text = text if math.isfinite(number) else "must be a finite number"
+            name = f"each {setting.removesuffix('s')}" if several else setting
+            raise ValueError(f"{type(method).__name__}: {name} {text}, got {number}")
 
 
-def check_finite(method: object, field: str, value: float | None) -> None:
-    """Refuse a setting that is infinite or not a number."""
-    if value is None or not math.isfinite(value):
-        raise ValueError(f"{type(method).__name__}: {field} must be a finite number, got {value}")
+# Each of these is a check, or returns one, of a number or of all numbers of a list.
+finite: Check = partial(_check, holds=lambda _: True, text="")
 
 
-def check_shares(method: object, field: str, values: float | list[float], meaning: str) -> None:
-    """Refuse a share, or one of a list of shares, that lies outside (0, 1]."""
-    for share in values if isinstance(values, list) else [values]:
-        if share is None or not 0 < share <= 1:
-            raise ValueError(f"{type(method).__name__}: {field} is {meaning} and must be in (0, 1], got {share}")
+def at_least(low: float, text: str = "") -> Check:
+    return partial(_check, holds=lambda number: number >= low, text=text or f"must be at least {low}")
 
 
-def check_choices(method: object, **choices: Any) -> None:
-    """Refuse a setting whose value its `Literal` type does not list; the command line checks this by itself."""
-    for field, choice in choices.items():
-        value, allowed = getattr(method, field), get_args(choice)
+def above(low: float) -> Check:
+    return partial(_check, holds=lambda number: number > low, text=f"must be above {low}")
+
+
+def within(interval: str, meaning: str = "") -> Check:
+    """Check that numbers lie in an interval such as `(0, 1]`; the meaning of the setting goes into the sentence."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def inside(number: float) -> bool:
+        return low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+
+    return partial(_check, holds=inside, text=f"{meaning}{' and ' if meaning else ''}must be in {interval}")
+
+
+def not_cancelling(method: object, setting: str, weights: Any) -> None:
+    """Check that the sum of weights can divide them."""
+    finite(method, setting, weights)
+    if weights is not None:
+        sum_of_weights(method, weights)
+
+
+def parts_of_whole(method: object, setting: str, weights: Any) -> None:
+    """Check that weights can be shares of a whole: none is negative, and some are above zero."""
+    at_least(0)(method, setting, weights)
+    not_cancelling(method, setting, weights)
+
+
+def one_of(choices: Any) -> Check:
+    """Check that a `Literal` type lists a value; the command line checks this by itself."""
+    allowed = get_args(choices)
+    text = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
+
+    def check(method: object, setting: str, value: Any) -> None:
         if value not in allowed:
-            text = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
-            raise ValueError(f"{type(method).__name__}: {field} must be {text}, got {value!r}")
+            raise ValueError(f"{type(method).__name__}: {setting} must be {text}, got {value!r}")
+
+    return check

@@ -1,8 +1,8 @@
-"""SLERP: from one delta to the next along the arc between them, not along the chord (Shoemake, 1985).
+"""SLERP goes from one delta to the next along the arc between them instead of the chord (Shoemake, 1985).
 
-The chord cuts inside the sphere: the average of two orthogonal deltas of length 1 has length 0.71, the middle of their
-arc has length 1. mergekit turns whole models, base and all; here deltas are turned, which is another result: the angle
-between two fine-tuned models is tiny, that between their deltas is not, and a merged expert needs no base.
+The average of two orthogonal deltas of length 1 has length 0.71, the middle of their arc has length 1. mergekit turns
+whole models, base and all; here deltas are turned, which is another result, because the angle between two fine-tuned
+models is tiny and that between their deltas is not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner, inner_by_row, scale_rows
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite, check_weights, shares, sum_of_weights, with_presets
+from modular_experts.methods.settings import (
+    Checks,
+    not_cancelling,
+    parts_of_whole,
+    shares,
+    with_presets,
+    within,
+)
 
-__all__ = ["SLERP", "MultiSLERP", "NuSLERP", "arc_weights", "slerp"]
-
+# Cosine beyond which the arc is taken for its chord, as in mergekit and in the code of arXiv 2507.07140. They differ by
+# less than 2e-4 there; opposite directions have many arcs, and near them the factors grow without bound.
 STRAIGHT = 0.9995
-"""Cosine beyond which the arc is taken for its chord, as in mergekit and in the code of arXiv 2507.07140. The arc
-differs from it by less than 2e-4 there; between opposite directions there is no one arc, and near them the factors
-grow without bound."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,17 @@ class SLERP(MergeMethod):
     t = 0.5, and opposite deltas of one length cancel there.
 
     Linear but for the angle, so every form is kept, and angles need no dense form. At scale 1, one expert merges to
-    itself, and so do copies of it. A common factor of all experts is one of the result.
+    itself, and so do copies of it. Scaled experts merge to the scaled merge.
 
     Args:
         t: How far to go from the first expert, at 0, to the second, at 1.
         scale: Factor of the result.
     """
 
+    checks = Checks(t=within("[0, 1]", "lies between the two experts"))
+
     t: float = 0.5
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if not 0 <= self.t <= 1:
-            raise ValueError(f"SLERP: t lies between the two experts and must be in [0, 1], got {self.t}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         merged = reduce(lambda running, delta: slerp(running, delta, self.t), deltas)
@@ -68,12 +69,7 @@ class SLERP(MergeMethod):
 def slerp(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, shortest: float = 0.0) -> Delta:
     """Return the delta a share t of the way along the arc from one to the other, in float64.
 
-    Args:
-        one: Where the arc starts, at t = 0.
-        other: Where it ends, at t = 1.
-        t: The share.
-        straight: Cosine beyond which the chord replaces the arc.
-        shortest: Length that a shorter delta counts as, when the angle is measured.
+    Beyond a cosine of `straight` the chord replaces the arc; a delta shorter than `shortest` counts as of that length.
     """
     lengths = max(one.norm(), shortest) * max(other.norm(), shortest)
     cosine = torch.tensor(inner(one, other), dtype=torch.float64) / lengths
@@ -94,9 +90,8 @@ def arc_weights(cosines: Tensor, t: float, straight: float = STRAIGHT) -> tuple[
 
 PRESETS: dict[str | None, dict[str, Any]] = {None: {}, "mergekit": {}}
 
+# mergekit's `nuslerp` follows the arc until the cosine is 1, and gives a delta of zero the length 1e-7.
 MERGEKIT = {"straight": math.nextafter(1.0, 0.0), "shortest": 1e-7}
-"""Limits of mergekit's `nuslerp`: it follows the arc until the cosine is 1, and a delta of zero, of length 1e-7 to it,
-has a right angle to every other."""
 
 
 @with_presets(PRESETS)
@@ -108,13 +103,12 @@ class NuSLERP(MergeMethod):
     that each has its share, where the deltas all point one way exactly that of the weighted average. Two experts may
     change places with their weights; of more, the order matters a little, as arcs do not commute.
 
-    Zero, equal and opposite directions are as in `SLERP`. Linear but for the angle, so every form is kept, and angles
-    need no dense form. At scale 1, one expert merges to itself, and so do copies of it. A common factor of all experts
-    is one of the result.
+    Zero, equal and opposite directions are as in `SLERP`, and so are the forms. At scale 1, one expert merges to
+    itself, and so do copies of it. Scaled experts merge to the scaled merge.
 
     Args:
-        weights: One weight per expert, in the order of the experts, each at least 0 (with the preset, any number); only
-            their ratios count. Default: all equal.
+        weights: One weight per expert, each at least 0 (with the preset, any number), divided by their sum. Default:
+            all equal.
         scale: Factor of the result.
         row_wise: Whether each row `(in,)` of a weight `(out, in)`, which makes one output, is turned by its own angle.
             By default a weight is one long vector. (mergekit's `nuslerp_flatten: false` is this.)
@@ -131,18 +125,15 @@ class NuSLERP(MergeMethod):
     preset: Literal["mergekit"] | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
+        super().__post_init__()
         if self.row_wise and self.column_wise:
             raise ValueError("NuSLERP: row_wise and column_wise exclude each other; set one of them")
-        if self.preset is None:
-            check_weights(self, self.weights)
-        elif self.weights is not None:
-            sum_of_weights(self, self.weights)
+        (not_cancelling if self.preset else parts_of_whole)(self, "weights", self.weights)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if self.column_wise and len(deltas[0].shape) == 2:
             return replace(self, row_wise=True, column_wise=False).merge([delta.T for delta in deltas]).T
-        portions, limits = shares(self, self.weights, len(deltas)), MERGEKIT if self.preset else {}
+        portions, limits = shares(self, len(deltas)), MERGEKIT if self.preset else {}
         merged, turn = deltas[0], _slerp_rows if self.row_wise else slerp
         for delta, portion, total in list(zip(deltas, portions, accumulate(portions), strict=True))[1:]:
             merged = turn(merged, delta, portion / total if total else 0.0, **limits)
@@ -158,8 +149,7 @@ def _slerp_rows(one: Delta, other: Delta, t: float, straight: float = STRAIGHT, 
     return weighted_sum([scale_rows(one, first), scale_rows(other, second)], [1.0, 1.0], torch.float64)
 
 
-CANCELLED = 1e-8
-"""Length of the mean of unit deltas below which it has no direction; mergekit's eps."""
+CANCELLED = 1e-8  # length of the mean of unit deltas below which it has no direction; mergekit's eps
 
 
 @dataclass(frozen=True)
@@ -174,24 +164,21 @@ class MultiSLERP(MergeMethod):
     two opposite ones; mergekit refuses that of more than two), the result is the weighted average of the deltas.
 
     Linear but for the lengths, so every form is kept and none is made dense. At scale 1, one expert merges to itself,
-    and so do copies of it. The order of the experts does not matter (the weights go with them). A common factor of all
-    experts is one of the result.
+    and so do copies of it. The order of the experts does not matter (the weights go with them). Scaled experts merge to
+    the scaled merge.
 
     Args:
-        weights: One weight per expert, in the order of the experts, each at least 0. They are divided by their sum.
-            Default: all equal.
+        weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.
         scale: Factor of the result.
     """
+
+    checks = Checks(weights=parts_of_whole)
 
     weights: list[float] | None = None
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        check_weights(self, self.weights)
-
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        portions = shares(self, self.weights, len(deltas))
+        portions = shares(self, len(deltas))
         norms = [delta.norm() for delta in deltas]
         directions = [portion / norm if norm > 0 else 0.0 for portion, norm in zip(portions, norms, strict=True)]
         length = weighted_sum(deltas, directions, torch.float64).norm()

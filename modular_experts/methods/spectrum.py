@@ -3,6 +3,10 @@
 A low-rank delta is decomposed through its factors; every other form becomes dense first. The arithmetic is float64: the
 decompositions take nearly all of the time in either precision, and rounding spoils small singular values first. A
 direction whose singular value is noise is left out, because its vectors are arbitrary.
+
+What the methods of directions (`TSVMerge`, `IsoC`, `IsoCTS`, `KnOTS`, `SVDAverage`, `WUDI`) have in common: they hold
+all experts' matrices of one weight at once; low-rank experts stay in factors where these are smaller than the matrix,
+and sparse experts give a dense result (`as_delta`); a weight that is not a matrix gets the mean over all experts.
 """
 
 from __future__ import annotations
@@ -17,11 +21,8 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.methods.chunks import widest_dtype
 
-__all__ = ["Spectrum", "as_delta", "join", "left_factor", "nearest_isometry", "spectrum"]
-
+# Share of the largest singular value below which one is noise: rounding a matrix to float32 changes its spectrum less.
 NOISE = 2.0**-23
-"""Share of the largest singular value below which a singular value is noise: rounding a matrix to float32 changes its
-spectrum by less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +30,9 @@ class Spectrum:
     """Singular values and directions, largest first: the delta is `left * values @ right`.
 
     Attributes:
-        left: `(out, count)`; the columns of a single delta are orthonormal.
+        left: `(out, count)`; of a single delta, orthonormal columns.
         values: `(count,)`, all above zero.
-        right: `(count, in)`; the rows of a single delta are orthonormal.
+        right: `(count, in)`; of a single delta, orthonormal rows.
     """
 
     left: Tensor
@@ -51,9 +52,7 @@ class Spectrum:
 def spectrum(delta: Delta, floor: float = 0.0) -> Spectrum:
     """Return the singular values and directions of a delta of a matrix.
 
-    Args:
-        delta: The delta, `(out, in)`.
-        floor: Singular values up to this are noise too; for a remainder of a larger matrix, which rounding dominates.
+    Those up to `floor` are noise too, as in a remainder of a larger matrix, which rounding dominates.
     """
     if delta.is_empty:
         out, width = delta.shape
@@ -71,7 +70,7 @@ def spectrum(delta: Delta, floor: float = 0.0) -> Spectrum:
 
 
 def join(spectra: Sequence[Spectrum]) -> Spectrum:
-    """Concatenate the directions of several deltas of one weight; together they are no longer orthogonal."""
+    """Concatenate the directions of several deltas of one weight. Together they are not orthogonal."""
     return Spectrum(
         torch.cat([part.left for part in spectra], 1),
         torch.cat([part.values for part in spectra]),

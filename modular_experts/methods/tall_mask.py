@@ -1,4 +1,4 @@
-"""TALL masks and consensus merging: find which entries of a sum matter to which expert (Wang et al., "Localizing Task
+"""TALL masks and consensus merging find which entries of a sum matter to which expert (Wang et al., "Localizing Task
 Information for Improved Model Merging and Compression", arXiv 2405.07813).
 
 The mask of an expert is true where its own delta is large beside the sum of the others. Consensus merging keeps the
@@ -16,9 +16,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, Entries, merge_by_chunks, weighted_sum
 from modular_experts.methods.method import Context, MergeMethod
-from modular_experts.methods.settings import check_finite
-
-__all__ = ["ConsensusTA", "TALLMask"]
+from modular_experts.methods.settings import Checks, at_least
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class ConsensusTA(MergeMethod):
     |sum_j d_j - d_i|`; elsewhere the base.
 
     Entries that matter to one expert alone (selfish) or to no expert (catastrophic) are dropped. Sparse experts merge
-    to a sparse one that keeps what survives, tiles of one size to tiles; any other mix merges to a dense one, chunk by
-    chunk. The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts
-    merge to the scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their sum.
+    to a sparse one. The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled
+    experts merge to the scaled merge. One expert alone is dropped unless `agreement` is 1; two copies merge to their
+    sum.
 
     Args:
         threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
@@ -38,15 +36,11 @@ class ConsensusTA(MergeMethod):
         scale: Factor of the sum.
     """
 
+    checks = Checks(threshold=at_least(0), agreement=at_least(1, "is a number of experts, at least 1"))
+
     threshold: float = 0.4
     agreement: int = 2
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        _check_threshold(self, self.threshold)
-        if self.agreement < 1:
-            raise ValueError(f"ConsensusTA: agreement is a number of experts, at least 1, got {self.agreement}")
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -69,17 +63,14 @@ class TALLMask(MergeMethod):
     itself where no other moves an entry.
 
     Args:
-        threshold: How large an expert's delta must be beside what all others add, at least 0. The paper searches 0.2 to
-            0.6, FusionBench takes 0.6.
+        threshold: How large an expert's delta must be beside what all others add, at least 0.
         scale: Factor of the sum.
     """
 
+    checks = Checks(threshold=at_least(0))
+
     threshold: float = 0.4
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        _check_threshold(self, self.threshold)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         return weighted_sum(deltas, [self.scale] * len(deltas))
@@ -97,9 +88,3 @@ class TALLMask(MergeMethod):
 def _matters(entries: Entries, total: Tensor, threshold: float) -> Tensor:
     values = entries.values.double()
     return (values.abs() >= threshold * (entries.of(total) - values).abs()) & (values != 0)
-
-
-def _check_threshold(method: MergeMethod, threshold: float) -> None:
-    check_finite(method, "threshold", threshold)
-    if threshold < 0:
-        raise ValueError(f"{type(method).__name__}: threshold must be at least 0, got {threshold}")

@@ -1,5 +1,5 @@
-"""Merge by TSV-Merge: keep the strongest directions of each expert and make them orthogonal to each other (Gargiulo et
-al., "Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081).
+"""TSV-Merge keeps the strongest directions of each expert and makes them orthogonal to each other (Gargiulo et al.,
+"Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081).
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from modular_experts.deltas import Delta
 from modular_experts.methods.average import Average
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import check_finite
+from modular_experts.methods.settings import Checks, within
 from modular_experts.methods.spectrum import as_delta, join, nearest_isometry, spectrum
-
-__all__ = ["TSVMerge"]
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,20 @@ class TSVMerge(MergeMethod):
     keep their common one. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
 
     One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
-    keep their largest directions. The order of the experts does not matter. Scaling all of them scales the result. An
-    expert that does not move a matrix changes nothing there. Low-rank experts stay in factors, and the result is
-    low-rank where that is smaller; sparse experts give a dense result. The method holds all experts' matrices of one
-    weight at once and decomposes each.
+    keep their largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
+    An expert that does not move a matrix changes nothing there. Sparse experts give a dense result, low-rank ones a
+    low-rank one where that is smaller.
 
     Args:
         share: Share of a matrix's singular values that all experts together keep, in (0, 1].
         scale: Factor of the result.
     """
 
+    checks = Checks(share=within("(0, 1]", "is a part of the singular values"))
     needs = Needs(matrices=10.0, matrices_per_expert=3.1)
 
     share: float = 1.0
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "scale", self.scale)
-        if not 0 < self.share <= 1:
-            raise ValueError(
-                f"TSVMerge: share is a part of the singular values and must be in (0, 1], got {self.share}"
-            )
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         if len(deltas[0].shape) != 2:

@@ -23,8 +23,6 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import widest_dtype
 from modular_experts.methods.method import Context, DataStatistic
 
-__all__ = ["check_merge_method"]
-
 _FORMS = ("Dense", "LowRank", "Sparse", "BlockSparse")
 _SHAPES = ((6, 8), (7, 5), (1, 9), (9, 1), (1, 1))
 

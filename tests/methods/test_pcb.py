@@ -115,7 +115,7 @@ def test_vectors_such_as_biases_merge_too():
     [
         ({"keep": 0.0}, "keep .* in \\(0, 1\\], got 0.0"),
         ({"keep": 1.5}, "keep .* in \\(0, 1\\], got 1.5"),
-        ({"keep": math.nan}, "keep .* in \\(0, 1\\], got nan"),
+        ({"keep": math.nan}, "keep must be a finite number, got nan"),
         ({"scale": math.inf}, "scale must be a finite number, got inf"),
     ],
 )

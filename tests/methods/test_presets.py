@@ -1,6 +1,4 @@
-"""Presets give each peer's meaning of a method's name: against PEFT itself, and against the others' rules written anew
-in float64.
-"""
+"""Presets give each peer's meaning of a method's name, as PEFT itself and the others' rules, written anew, show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DARE and DELLA: what is dropped depends on seed, weight, expert and entry, and on nothing else; and how often."""
+"""What DARE and DELLA drop depends on seed, weight, expert and entry, and on nothing else."""
 
 from __future__ import annotations
 

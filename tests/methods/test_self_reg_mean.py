@@ -1,6 +1,4 @@
-"""SelfRegMean and the ridge of RegMean: the minimum that they promise, found in another way, and what they do to one
-expert, copies, zeros and forms.
-"""
+"""SelfRegMean and the ridge of RegMean reach the minimum that they promise, found here in another way."""
 
 from __future__ import annotations
 
@@ -101,7 +99,7 @@ def test_vectors_are_averaged_over_the_experts_that_move_them():
     ("kind", "settings", "sentence"),
     [
         (SelfRegMean, {"ridge": 0.0}, "SelfRegMean: ridge must be above 0, got 0.0"),
-        (SelfRegMean, {"inputs": 2}, "inputs is a dimension of the weight, 0 or 1, got 2"),
+        (SelfRegMean, {"inputs": 2}, "inputs must be 0 or 1, got 2"),
         (SelfRegMean, {"scale": float("inf")}, "scale must be a finite number, got inf"),
         (RegMean, {"ridge": -1.0}, "RegMean: ridge must be at least 0, got -1.0"),
     ],

@@ -1,4 +1,4 @@
-"""Spectra: the low-rank way gives what numpy gives for the dense matrix, and noise is told from directions."""
+"""The low-rank way to a spectrum gives what numpy gives for the dense matrix, and leaves noise out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of task arithmetic: a plain weighted sum, whatever the weights add up to."""
+"""Task arithmetic is a plain weighted sum, whatever the weights add up to."""
 
 from __future__ import annotations
 

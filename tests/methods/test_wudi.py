@@ -1,4 +1,4 @@
-"""WUDI: the loss as printed, Adam written out, the minimum by its conditions, the presets, and wrong twins."""
+"""WUDI equals the loss as printed, with Adam written out, and the minimum by its conditions."""
 
 from __future__ import annotations
 
