@@ -17,13 +17,9 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.chunks import chunk_size
 from modular_experts.text import bytes_text
 
-__all__ = ["WeightEstimate", "check_memory", "estimate", "largest", "seconds"]
-
-_SCRATCH, _VALUES = 40, 8
-"""Bytes per entry of a chunk: a few tensors of eight bytes, and the pruned values of each expert."""
-_INDEX, _ENTRY, _WRITTEN = 4, 8, 6
-"""Bytes per single entry that an expert keeps, for its decoded index and for a copy of index and value; and bytes per
-entry of the weight for writing the result."""
+# Bytes per entry of a chunk (a few tensors of eight bytes; the pruned values of each expert), per single entry that an
+# expert keeps (its decoded index; a copy of index and value), and per entry of the weight (writing the result).
+_SCRATCH, _VALUES, _INDEX, _COPY, _WRITTEN = 40, 8, 4, 8, 6
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,6 @@ class WeightEstimate:
     """The cost of merging one weight.
 
     Attributes:
-        name: Its name.
-        shape: Its shape.
-        method: Its merge method.
         experts: Number of experts that move it.
         read: Bytes of their deltas in the files.
         peak: Most bytes of memory, without the files' own pages: indices, scratch, matrices, and the result.
@@ -50,28 +43,22 @@ class WeightEstimate:
 def estimate(merged: Merged) -> list[WeightEstimate]:
     """Return the estimate of each weight, in the order in which they are merged."""
     sizes = [expert.stored_bytes() for expert in merged.stored]
-    singles = [_single_entries(expert) for expert in merged.stored]
+    tables = [(expert.forms(), expert.kept_entries()) for expert in merged.stored]
     spread = [_spread_at_once(expert) for expert in merged.stored]
     found = []
     for name, shape in merged.shapes().items():
         method, entries = merged.rules[name], shape.numel()
         read = [stored[name] for stored in sizes if name in stored]
-        kept = sum(counts.get(name, 0) for counts in singles)
+        single = sum(counts[name] for forms, counts in tables if forms.get(name) == "Sparse")  # tiles have few indices
         needs = method.needs
         matrices = (needs.matrices + needs.matrices_per_expert * len(read)) * entries * 8
         matrices += needs.squares * shape[-1:].numel() ** 2 * 8
         result = min(2 * sum(read), 4 * entries) + 4 * entries  # in the file's form, and before it is put into it
-        held = (_INDEX + _ENTRY * needs.copies) * kept + _WRITTEN * entries
-        held += _ENTRY * sum(tiles.get(name, 0) for tiles in spread)
+        held = (_INDEX + _COPY * needs.copies) * single + _WRITTEN * entries
+        held += _COPY * sum(tiles.get(name, 0) for tiles in spread)
         peak = int(matrices + result + held + (_SCRATCH + _VALUES * len(read)) * min(chunk_size(), entries))
         found.append(WeightEstimate(name, tuple(shape), method, len(read), sum(read), peak))
     return found
-
-
-def _single_entries(expert: StoredExpert) -> dict[str, int]:
-    """Return how many single entries an expert keeps, by the name of the weight; tiles have few indices."""
-    forms, kept = expert.forms(), expert.kept_entries()
-    return {name: kept[name] for name, form in forms.items() if form == "Sparse"}
 
 
 def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
@@ -93,15 +80,7 @@ def largest(weights: Sequence[WeightEstimate]) -> WeightEstimate:
 
 
 def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
-    """Refuse a merge that needs more memory than allowed.
-
-    Args:
-        weights: From `estimate`.
-        limit: Bytes, beyond what Python and torch take without a merge.
-
-    Raises:
-        ValueError: The estimate of a weight is larger.
-    """
+    """Refuse a merge that needs more bytes of memory than the limit, beyond what Python and torch take anyway."""
     most = largest(weights)
     if most.peak > limit:
         by_chunks = not (most.method.needs.matrices or most.method.needs.matrices_per_expert)
@@ -120,22 +99,15 @@ def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2
     smallest and the largest weight are merged first, and their time is scaled by the number of entries.
     """
     order = sorted(weights, key=lambda weight: (weight.read, weight.name))
-    order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else list(order)
-    once = _seconds_of(merged, order[0])
-    spent, done = 0.0, 0
-    for weight in order:
-        spent += _seconds_of(merged, weight)
-        done += _entries(weight)
-        if once + spent > budget:
-            break
-    return once + spent * sum(map(_entries, weights)) / done
-
-
-def _seconds_of(merged: Merged, weight: WeightEstimate) -> float:
+    order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else order
     started = time.perf_counter()
-    merged[weight.name]
-    return time.perf_counter() - started
-
-
-def _entries(weight: WeightEstimate) -> int:
-    return math.prod(weight.shape)
+    merged[order[0].name]
+    once_until = time.perf_counter()
+    done = 0
+    for weight in order:
+        merged[weight.name]
+        done += math.prod(weight.shape)
+        now = time.perf_counter()
+        if now - started > budget:
+            break
+    return once_until - started + (now - once_until) * sum(math.prod(weight.shape) for weight in weights) / done

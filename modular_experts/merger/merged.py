@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -37,17 +37,16 @@ from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 
-__all__ = ["Merged", "describe", "merge", "write_merged"]
-
-Rules = Mapping[str, MergeMethod | str | None]
+Method = MergeMethod | str | None
+Rules = Mapping[str, Method]
 Experts = Sequence[str | Path | TaskVector]
 
 
 class Merged(TaskVector):
-    """The deltas of a merge by weight name, each merged when it is asked for and then forgotten.
+    """The deltas of a merge by weight name; a lookup merges the weight and does not keep the result.
 
-    It is used like an expert that is not written anywhere: applied to a model, written to a checkpoint, measured, or
-    merged again.
+    It is made with the arguments of `merge`, and used like an expert that is not written anywhere: applied to a model,
+    written to a checkpoint, measured, or merged again.
 
     Attributes:
         experts: The experts, in the order in which the methods get them.
@@ -55,18 +54,9 @@ class Merged(TaskVector):
         base: The record of their base.
         rules: The method of each weight that is merged.
 
-    Args:
-        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`.
-        method: The method of all weights that no pattern of `per_weight` matches, or its name, such as "TIES"; without
-            one, these weights stay at the base.
-        per_weight: Pattern of weight names and method, or None for weights that stay at the base. The first pattern
-            that matches the whole name counts.
-
-    Raises:
-        ValueError: Bases or shapes differ, the rules do not fit, or an expert lacks the statistics that a method needs.
     """
 
-    def __init__(self, experts: Experts, method: MergeMethod | str | None, per_weight: Rules | None = None) -> None:
+    def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
         _keep_freed_memory()
         self.experts = _opened(experts)
         self.stored = _stored_in(self.experts)
@@ -87,9 +77,7 @@ class Merged(TaskVector):
         self._group_of = {name: group for group in self._groups for name in group.names}
 
     def __getitem__(self, name: str) -> Delta:
-        group = self._group_of[name]
-        context = group.context(name)
-        return self._checked(name, group.method, lambda deltas: group.method.merge(deltas, context))
+        return self.of_task(None, name)
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._shapes
@@ -100,16 +88,29 @@ class Merged(TaskVector):
         return [expert[name] if name in expert else Sparse.zero(shape) for expert in self.experts]
 
     def release(self, name: str) -> None:
-        """Free the memory of the experts' deltas of one weight; they are read anew when they are asked for again."""
+        """Free the memory of the experts' deltas of one weight; the next lookup reads them anew."""
         for expert in self.stored:
             if name in expert:
                 expert.release(name)
 
-    def of_task(self, expert: int, name: str) -> Delta:
-        """Return the delta of one weight in the expert that belongs to the task of one of the experts."""
-        group = self._group_of[name]
-        context = group.context(name)
-        return self._checked(name, group.method, lambda deltas: group.method.per_task(deltas, expert, context))
+    def of_task(self, expert: int | None, name: str) -> Delta:
+        """Return the delta of one weight in the expert of the task of one of the experts, or in the merged expert."""
+        group, shape = self._group_of[name], self._shapes[name]
+        method, kind = group.method, type(group.method).__name__
+        context = Context(name, group.statistics(name), group.prepared)
+        try:
+            deltas = self.deltas_of(name)
+            merged = method.merge(deltas, context) if expert is None else method.per_task(deltas, expert, context)
+        except Exception as error:
+            error.add_note(f"while {kind} merged {name}")
+            raise
+        if not isinstance(merged, Delta) or merged.shape != shape:
+            found = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}"
+            if isinstance(merged, torch.Tensor):
+                found = "a tensor; wrap it, as in Dense(tensor)"
+            raise ValueError(f"{kind}.merge must return a delta of shape {tuple(shape)} for {name}, got {found}")
+        self.release(name)
+        return merged
 
     def beside(self) -> dict[str, TaskVector]:
         """Return the task vector that belongs to the task of each expert, by the expert's name.
@@ -157,38 +158,15 @@ class Merged(TaskVector):
         """Whether an expert is made of stored ones, such as `0.5 * a`."""
         return any(not isinstance(expert, StoredExpert) for expert in self.experts)
 
-    def _checked(self, name: str, method: MergeMethod, merge: Callable[[list[Delta]], Delta]) -> Delta:
-        kind, shape = type(method).__name__, self._shapes[name]
-        try:
-            merged = merge(self.deltas_of(name))
-        except Exception as error:
-            error.add_note(f"while {kind} merged {name}")
-            raise
-        if not isinstance(merged, Delta) or merged.shape != shape:
-            found = repr(merged) if isinstance(merged, Delta) else f"a {type(merged).__name__}"
-            if isinstance(merged, torch.Tensor):
-                found = "a tensor; wrap it, as in Dense(tensor)"
-            raise ValueError(f"{kind}.merge must return a delta of shape {tuple(shape)} for {name}, got {found}")
-        self.release(name)
-        return merged
+
+@overload
+def merge(experts: Experts, method: Method, out: None = None, *, per_weight: Rules | None = None) -> Merged: ...
 
 
 @overload
 def merge(
     experts: Experts,
-    method: MergeMethod | str | None,
-    out: None = None,
-    overwrite: bool = False,
-    progress: Progress = iter,
-    per_weight: Rules | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> Merged: ...
-
-
-@overload
-def merge(
-    experts: Experts,
-    method: MergeMethod | str | None,
+    method: Method,
     out: str | Path,
     overwrite: bool = False,
     progress: Progress = iter,
@@ -199,7 +177,7 @@ def merge(
 
 def merge(
     experts: Experts,
-    method: MergeMethod | str | None,
+    method: Method,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
@@ -211,7 +189,7 @@ def merge(
         merge(["library/a", lib["b"], 0.5 * lib["c"]], "TIES", out="library/abc")
 
     A weight that an expert does not move counts as a delta of zero. One weight of every expert is in memory at a time.
-    An interrupted merge continues where it stopped when it is asked for again. A method such as EMR also writes an
+    The same call after an interruption continues where the merge stopped. A method such as EMR also writes an
     expert for the task of each expert, `<out>-<name>`.
 
     Args:
@@ -243,26 +221,17 @@ def write_merged(
     progress: Progress = iter,
     notes: Mapping[str, Any] | None = None,
 ) -> StoredExpert:
-    """Write a merge as an expert, after the experts of the tasks that belong beside it; see `merge`.
-
-    Args:
-        merged: The merge.
-        out: Directory of the merged expert.
-        overwrite: Whether an existing expert may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
-        notes: More for the record of the merged expert.
-
-    Raises:
-        FileExistsError: `out`, or an expert that would be written beside it, exists and may not be replaced.
-        ValueError: A file is damaged, or a method does not return what it must.
-    """
+    """Write a merge as an expert, after the experts of the tasks that belong beside it; the settings are `merge`'s."""
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
     beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
     left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, record)}
     for path in left:
         check_target(path, overwrite)
-    tasks = {_name(vector): _tasks(vector) for vector in merged.experts} if beside else {}
+    tasks = {}
+    for vector in merged.experts if beside else []:
+        parts = _stored_in([vector])
+        tasks[_name(vector)] = list(dict.fromkeys(task for expert in parts for task in expert.record["tasks"]))
     for path, (name, deltas) in left.items():
         write_expert(path, deltas, record | {"tasks": tasks[name]}, overwrite, f"{key}/{path.name}", progress)
     # The merged expert comes last, so that everything is there when it is.
@@ -298,12 +267,8 @@ class _Group(Iterable[Sequence[Delta]]):
 
     @cached_property
     def prepared(self) -> Any:
-        """What the method found in all of these weights; it looks when the first delta is asked for."""
+        """What the method found in all of these weights; the first lookup of a delta makes it look."""
         return self.method.prepare(self)
-
-    def context(self, name: str) -> Context:
-        """Return what the method may know of one weight."""
-        return Context(name, self.statistics(name), self.prepared)
 
     def __iter__(self) -> Iterator[Sequence[Delta]]:
         for name in self.names:
@@ -338,14 +303,9 @@ class _OfTask(TaskVector):
 
 def _opened(experts: Experts) -> list[TaskVector]:
     """Open the directories in the list; task vectors keep their places in it."""
-    lazy = {
-        place: expert
-        for place, expert in enumerate(experts)
-        if isinstance(expert, TaskVector) and not isinstance(expert, StoredExpert)
-    }
     named = [expert for expert in experts if not isinstance(expert, TaskVector) or isinstance(expert, StoredExpert)]
-    opened = iter(open_experts(named) if named or not lazy else [])
-    return [lazy[place] if place in lazy else next(opened) for place in range(len(experts))]
+    opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
+    return [next(opened) if not isinstance(e, TaskVector) or isinstance(e, StoredExpert) else e for e in experts]
 
 
 def _stored_in(vectors: Iterable[TaskVector]) -> list[StoredExpert]:
@@ -370,10 +330,6 @@ def _terms(vector: TaskVector) -> Sequence[TaskVector]:
 def _keys(vector: TaskVector) -> list[str]:
     """Return the keys of the merges in a lazy task vector."""
     return [vector.key()] if isinstance(vector, Merged) else [key for term in _terms(vector) for key in _keys(term)]
-
-
-def _tasks(vector: TaskVector) -> list[str]:
-    return list(dict.fromkeys(task for expert in _stored_in([vector]) for task in expert.record["tasks"]))
 
 
 def _name(vector: TaskVector) -> str:
@@ -411,8 +367,7 @@ def _source_hash(kind: type[MergeMethod]) -> str:
 def _keep_freed_memory() -> None:
     """Let glibc reuse the memory of one weight for the next: a merge by sums then takes a quarter less CPU time.
 
-    glibc maps large allocations anew and returns them to the system when they are freed, so every weight would pay
-    page faults. Freeing one mapped allocation raises the limit from which it does so to that size, at most 32 MB, and
-    keeps twice as much; of the allocation made here no page is ever touched.
+    glibc maps large allocations anew, so every weight would pay page faults. Freeing one mapped allocation raises the
+    limit from which it does so to that size, at most 32 MB; of the allocation made here no page is ever touched.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

@@ -1,7 +1,4 @@
-"""Take one expert out of a stored average or sum, without the other experts.
-
-What a linear merge added can be subtracted. With every other method, merge the remaining experts anew.
-"""
+"""Take one expert out of a stored average or sum, without the other experts; other merges must be made anew."""
 
 from __future__ import annotations
 
@@ -20,8 +17,6 @@ from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.methods.method import Removal
 from modular_experts.old_names import current_name
 from modular_experts.progress import Progress
-
-__all__ = ["remove"]
 
 
 def remove(
@@ -76,16 +71,15 @@ def _removal(merged: StoredExpert, place: int) -> Removal:
     linear = path in kinds and kinds[path].without is not MergeMethod.without
     # The factors of experts such as `0.5 * a` are not among the method's settings.
     lazy = "experts" in (merged.record.get("hyperparameters") or {})
-    removal = None
     if linear and not lazy and not merged.record.get("per_weight"):
         removal = kinds[path](**settings).without(place, count)
-    if removal is None:
-        found = path.rpartition(".")[2] or merged.record["kind"]
-        raise ValueError(
-            f"{merged.name} is a {found}, and an expert can be taken out of a merge by Average or TaskArithmetic only; "
-            "merge the others again"
-        )
-    return removal
+        if removal is not None:
+            return removal
+    found = path.rpartition(".")[2] or merged.record["kind"]
+    raise ValueError(
+        f"{merged.name} is a {found}, and an expert can be taken out of a merge by Average or TaskArithmetic only; "
+        "merge the others again"
+    )
 
 
 class _Rest(TaskVector):

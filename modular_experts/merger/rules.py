@@ -6,13 +6,11 @@ pattern matches gets the default method, and stays at the base without one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
 from modular_experts.methods import MergeMethod
-
-__all__ = ["assign"]
+from modular_experts.text import nearest
 
 
 def assign(
@@ -34,40 +32,33 @@ def assign(
             "there is no merge method; name one, such as --method SparseAverage (`modular-experts methods` lists "
             "them), or one per pattern in per_weight"
         )
-    patterns = [(_compiled(pattern), chosen) for pattern, chosen in per_weight.items()]
+    patterns = []
+    for text, chosen in per_weight.items():
+        try:
+            patterns.append((re.compile(text), chosen))
+        except re.error as error:
+            raise ValueError(f"per_weight: '{text}' is not a regular expression: {error}") from error
     found, used = {}, set()
     for name in names:
-        chosen = method
-        for pattern, own in patterns:
-            if pattern.fullmatch(name):
-                chosen = own
-                used.add(pattern.pattern)
-                break
+        pattern, chosen = next(((one, own) for one, own in patterns if one.fullmatch(name)), (None, method))
+        used.add(pattern)
         if chosen is not None:
             found[name] = chosen
-    _refuse_unused([pattern.pattern for pattern, _ in patterns if pattern.pattern not in used], patterns, names)
+    for pattern, _ in patterns:
+        if pattern not in used:
+            _refuse_unused(pattern, [one for one, _ in patterns], names)
     if not found:
         raise ValueError("every weight that the experts move would stay at the base, so there is nothing to merge")
     return found
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"per_weight: '{pattern}' is not a regular expression: {error}") from error
-
-
-def _refuse_unused(
-    unused: Sequence[str], patterns: Sequence[tuple[re.Pattern[str], MergeMethod | None]], names: Sequence[str]
-) -> None:
-    for lost in unused:
-        first = next(
-            (p.pattern for p, _ in patterns if any(p.fullmatch(n) for n in names if re.fullmatch(lost, n))), ""
-        )
-        if first:
+def _refuse_unused(lost: re.Pattern[str], patterns: Sequence[re.Pattern[str]], names: Sequence[str]) -> None:
+    matched = [name for name in names if lost.fullmatch(name)]
+    for first in patterns:
+        if any(map(first.fullmatch, matched)):
             raise ValueError(
-                f"per_weight: '{first}' comes first and matches all that '{lost}' matches; put the narrower first"
+                f"per_weight: '{first.pattern}' comes first and matches all that '{lost.pattern}' matches; put the "
+                "narrower first"
             )
-        near = difflib.get_close_matches(lost, names, n=1, cutoff=0.3) or list(names[:1])
-        raise ValueError(f"per_weight: '{lost}' matches no weight that the experts move; one of them is {near[0]}")
+    near = nearest(lost.pattern, names, cutoff=0.3) or names[0]
+    raise ValueError(f"per_weight: '{lost.pattern}' matches no weight that the experts move; one of them is {near}")

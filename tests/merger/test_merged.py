@@ -1,6 +1,4 @@
-"""The merger: the streamed merge of experts on disk is the method applied weight by weight, and says where it came
-from.
-"""
+"""The streamed merge of experts on disk is the method applied weight by weight, and records where it came from."""
 
 from __future__ import annotations
 
