@@ -2,9 +2,8 @@
 
 A rule that works entry by entry gets one `Chunk` at a time and returns its merged values: `merge_by_chunks(deltas,
 rule)`. The rule iterates over the experts (`for entries in chunk`) and adds, marks or writes their `Entries` into flat
-scratch tensors (`chunk.zeros()`). The same lines serve single entries, tiles, low-rank and dense deltas. Memory holds
-the deltas, the result and one chunk, however many experts there are, and a sparse expert costs its kept entries. Where
-all experts are sparse, compiled passes (`modular_experts.native`) take over; their results are the same to the bit.
+scratch tensors (`chunk.zeros()`), whatever the form of their deltas. Memory holds the deltas, the result and one chunk.
+Where all experts are sparse, compiled passes (`modular_experts.native`) take over, with the same results to the bit.
 """
 
 from __future__ import annotations
@@ -107,11 +106,9 @@ class Chunk:
     another.
 
     Attributes:
-        deltas: The deltas of the whole weight, in the order of the experts; tiles are given as single entries, those
-            of the tiles that reach into these rows.
+        deltas: The deltas of the whole weight; of tiles, the single entries of those that reach into these rows.
         rows: First row, and the one after the last.
-        slices: For each delta, the slice of its stored entries that lies in these rows; the rows themselves for a
-            dense or low-rank delta.
+        slices: For each delta, the slice of its stored entries that lies in these rows, or else the rows.
         runs: All entries of these deltas for compiled passes, where every expert keeps single entries.
     """
 
@@ -151,13 +148,10 @@ class Chunk:
         return total
 
     def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-        """Return the sum of weight times entry, float64, and the `support`: None where the merged delta is dense.
-
-        A weight that all experts share multiplies the sum, so that a float32 sum of half-precision numbers, which is
-        as good as exact, is scaled once.
-        """
+        """Return the sum of weight times entry, float64, and the `support`: None where the merged delta is dense."""
         if self.runs is not None:
             return self.runs.total(*self.span, self.slices, weights)
+        # A weight that all share multiplies the sum: a float32 sum of half-precision numbers, as good as exact.
         alike = len(set(weights)) == 1
         total = self.zeros(None if alike else torch.float64)
         kept = self.zeros(torch.bool) if all_sparse(self.deltas) else None
@@ -233,8 +227,7 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
     """Return the sum of `weight * delta`, taken in float64 and rounded once to `dtype`, or to the deltas' widest dtype.
 
-    Sparse sums stay sparse, tiles stay tiles, and low-rank sums stay low-rank. Any other mix is summed chunk by chunk
-    into a dense delta, so that memory does not grow with the number of experts.
+    Sparse sums stay sparse, tiles stay tiles, and low-rank sums stay low-rank. Any other mix gives a dense delta.
     """
     dtype = dtype or widest_dtype(deltas)
     terms = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if not delta.is_empty]

@@ -34,14 +34,13 @@ class Karcher(MergeMethod):
     Two experts of one length merge to what `SLERP` gives at `t = w_2 / (w_1 + w_2)`. It extends SLERP to any number of
     experts, of which none comes first.
 
-    A delta of zero has no direction but counts in the mean length. Where the directions cancel, as two opposite ones
-    do, the mean is undefined and the result is the weighted average of the deltas. An iteration skips a delta that lies
-    opposite to the current mean, because many arcs lead to it.
+    A delta of zero counts in the mean length only. Where the directions cancel, as two opposite ones do, the result is
+    the weighted average of the deltas. An iteration skips a delta that lies opposite to the current mean, because many
+    arcs lead to it.
 
-    Every form is kept, because only the angles are not linear, and they need no dense form. Each pair of experts is
-    read once, so the cost grows with the square of their number. At scale 1, one expert merges to itself, and so do
-    copies of it. The order of the experts does not matter (the weights go with them). Scaled experts merge to the
-    scaled merge.
+    Linear but for the angles, so every form is kept. The cost grows with the square of the number of experts. At scale
+    1, one expert merges to itself, and so do copies of it. The order of the experts does not matter (the weights go
+    with them). Scaled experts merge to the scaled merge.
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.

@@ -54,9 +54,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be gathered and held in memory for a method, beside the deltas and a chunk of the weight.
-
-    The sizes are estimates; `modular_experts.merger.estimate` adds them up before a merge begins.
+    """What must be gathered and held in memory for a method, beside the deltas and a chunk of the weight: estimates.
 
     Attributes:
         statistics: Kind of the statistics of the experts' data, such as `gram`.
@@ -113,11 +111,8 @@ class MergeMethod(ABC):
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
         """Look at every weight of every expert, and return what `merge` shall find as `context.prepared`.
 
-        Methods with statistics over the whole expert, such as one threshold for all weights, define this.
-
-        Args:
-            stream: The deltas of one weight after another, as `merge` will get them. Each iteration reads the experts
-                anew, and only one weight is in memory at a time.
+        Methods with statistics over the whole expert, such as one threshold for all weights, define this. The stream
+        gives the deltas of one weight after another, as `merge` will get them. Each iteration reads the experts anew.
         """
         return None
 
@@ -129,12 +124,8 @@ class MergeMethod(ABC):
     def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
         """Return the delta of one weight in the expert that is written for the task of one of the experts.
 
-        Methods that give each task an expert of its own beside the merged one define this.
-
-        Args:
-            deltas: One delta per expert, as `merge` gets them.
-            expert: Index of the task's expert among them.
-            context: As for `merge`.
+        Methods that give each task an expert of its own beside the merged one define this; `expert` is the index of
+        the task's expert among the deltas.
         """
         return self.merge(deltas, context)
 

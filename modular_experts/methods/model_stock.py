@@ -43,8 +43,8 @@ class ModelStock(MergeMethod):
 
     Args:
         scale: Factor of the result.
-        row_wise: Whether each row `(in,)` of a weight `(out, in)` has a cosine and a step of its own, as the filters of
-            the paper have. By default a weight is one long vector. (mergekit's `filter_wise: true` is this.)
+        row_wise: Give each row `(in,)` of a weight `(out, in)` a cosine and a step of its own, as the paper's filters
+            have (mergekit's `filter_wise: true`). By default a weight is one long vector.
         preset: `mergekit` counts all experts, also those that do not move the weight, and steps backwards where the
             deltas oppose each other.
     """

@@ -156,8 +156,7 @@ class SelfRegMean(MergeMethod):
     Args:
         ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.
         scale: Factor of the result.
-        inputs: Dimension of the weight along which the layer's inputs are: 1 of `(out, in)`, as `nn.Linear` stores its
-            weight, 0 of `(in, out)`, as GPT-2's `Conv1D` does.
+        inputs: Dimension of the weight along which the layer's inputs are: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
     """
 
     checks = Checks(ridge=above(0), inputs=one_of(Literal[0, 1]))

@@ -36,15 +36,13 @@ class SCE(MergeMethod):
     what is selected, and nothing else.
 
     Args:
-        keep: Share of the entries with a variance other than zero that are selected, in [0, 1], rounded down; equal
-            variances from the lowest flat index. At 1 all entries of the weight are selected. Default 1.
+        keep: Share of the entries with a variance other than zero that are selected, in [0, 1], rounded down, ties from
+            the lowest flat index; 1 selects all entries of the weight. Default 1.
         scale: Factor of the result. Default 1.
         floor: Where the mean squares of the experts sum to less than this, all count alike; also the least that the
             sum is divided by. Default 0.
-        zero: What becomes of an entry whose deltas sum to exactly zero: it stays at the base (`none`, the default), or
-            counts as `positive`.
-        preset: Fills what is not given: `mergekit` (floor 1e-6, which fine-tunings with a standard deviation below 1e-3
-            stay below, zero positive).
+        zero: Sign where the deltas cancel: `none` (stay at the base, the default) or `positive`.
+        preset: Fills what is not given: `mergekit` (floor 1e-6, zero positive).
     """
 
     checks = Checks(floor=finite, zero=one_of(Zero), keep=within("[0, 1]", "is the share of entries selected"))

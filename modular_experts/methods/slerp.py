@@ -40,13 +40,11 @@ class SLERP(MergeMethod):
     """SLERP: `scale * (sin((1 - t) a) d_1 + sin(t a) d_2) / sin a`, with a the angle between the deltas of a weight.
 
     The rule is for two experts. More are folded, as arXiv 2507.07140 does at t = 0.5: the second is merged into the
-    first, the third into what that gave, and so on. So the order of the experts matters: the later one comes, the more
-    it weighs at t = 0.5. Two in the other order need `1 - t`. `NuSLERP` folds without favour, `Karcher` and
-    `MultiSLERP` without order.
+    first, the third into the result, and so on. So the order of the experts matters: later ones weigh more at t = 0.5.
+    Two in the other order need `1 - t`. `NuSLERP` folds without favour, `Karcher` and `MultiSLERP` without order.
 
-    Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero and so has no direction, the line takes
-    the arc's place: `(1 - t) d_1 + t d_2`. So a weight that one of two experts leaves alone moves half as far at
-    t = 0.5, and opposite deltas of one length cancel there.
+    Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero, the line takes the arc's place:
+    `(1 - t) d_1 + t d_2`. Opposite deltas of one length cancel at t = 0.5.
 
     Linear but for the angle, so every form is kept, and angles need no dense form. At scale 1, one expert merges to
     itself, and so do copies of it. Scaled experts merge to the scaled merge.
@@ -110,10 +108,9 @@ class NuSLERP(MergeMethod):
         weights: One weight per expert, each at least 0 (with the preset, any number), divided by their sum. Default:
             all equal.
         scale: Factor of the result.
-        row_wise: Whether each row `(in,)` of a weight `(out, in)`, which makes one output, is turned by its own angle.
-            By default a weight is one long vector. (mergekit's `nuslerp_flatten: false` is this.)
-        column_wise: Whether each column `(out,)` of a weight `(out, in)` is turned by its own angle, instead of each
-            row. (mergekit's `nuslerp_row_wise: true` is this.)
+        row_wise: Turn each row `(in,)` of a weight `(out, in)` by its own angle (mergekit's `nuslerp_flatten: false`).
+            By default a weight is one long vector.
+        column_wise: Turn each column `(out,)` by its own angle instead (mergekit's `nuslerp_row_wise: true`).
         preset: `mergekit` follows the arc also beyond a cosine of 0.9995, where two fine-tuned models of one base lie,
             and gives a delta of zero a right angle to every other.
     """
@@ -156,9 +153,8 @@ CANCELLED = 1e-8  # length of the mean of unit deltas below which it has no dire
 class MultiSLERP(MergeMethod):
     """MultiSLERP: `scale * n * s / |s|`, with `s = sum_i w_i d_i / |d_i|` and `n = sum_i w_i |d_i|`, per weight.
 
-    The lengths of the experts do not turn the result: the mean is that of the directions, and of the lengths by
-    themselves. Two experts of equal weight merge to what `SLERP` gives at t = 0.5 for the same directions at the mean
-    length; so, if the two are of one length, to the same.
+    The direction is the mean of the directions, and the length the mean of the lengths. Two experts of one length and
+    equal weight merge to what `SLERP` gives at t = 0.5.
 
     A delta of zero has no direction but counts in the mean length. Where the directions cancel (|s| below 1e-8, as of
     two opposite ones; mergekit refuses that of more than two), the result is the weighted average of the deltas.

@@ -71,11 +71,10 @@ class TIES(PrunedElection):
             (the default). `global` prunes the expert as a whole, at one magnitude at which every entry stays; it reads
             the experts three times instead of once.
         rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
-        preset: Fills what is not given, as another implementation has it: `paper` (Yadav et al.: scope global),
-            `mergekit` (keep 1, vote weighted, divisor weights, zero positive), `peft` (no default for keep, zero
-            positive), `fusion_bench` (scale 0.3, scope global, divisor none, zero majority), `mttl` (scope global),
-            `paper-code` (the code of arXiv 2507.07140, which keeps 0.8 where its paper says 0.2; scope global, zero
-            weight_majority).
+        preset: Fills what is not given: `paper` (scope global), `mergekit` (keep 1, vote weighted, divisor weights,
+            zero positive), `peft` (no default for keep, zero positive), `fusion_bench` (scale 0.3, scope
+            global, divisor none, zero majority), `mttl` (scope global), `paper-code` (the code of arXiv 2507.07140:
+            keep 0.8, scope global, zero weight_majority).
     """
 
     checks = Checks(PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(Zero), rescale=one_of(Rescale))

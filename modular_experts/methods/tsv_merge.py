@@ -21,8 +21,7 @@ class TSVMerge(MergeMethod):
     `U_i S_i V_i^T` are the largest `share / N` of the singular values of `d_i` with their directions, and `P(X) = U
     V^T` of the singular value decomposition of X makes directions orthogonal (orthogonal Procrustes). A matrix `(out,
     in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
-    least one. Directions of singular value zero are left out, because they are arbitrary, and several equal directions
-    keep their common one. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
+    least one. A weight that is not a matrix gets the mean over all experts, as in the paper's code.
 
     One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
     keep their largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
