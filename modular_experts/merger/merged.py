@@ -58,7 +58,11 @@ class Merged(TaskVector):
 
     def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
         _keep_freed_memory()
-        self.experts = _opened(experts)
+        named = [one for one in experts if not isinstance(one, TaskVector) or isinstance(one, StoredExpert)]
+        opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
+        self.experts: list[TaskVector] = [
+            next(opened) if not isinstance(one, TaskVector) or isinstance(one, StoredExpert) else one for one in experts
+        ]
         self.stored = _stored_in(self.experts)
         if not self.stored:
             raise ValueError(
@@ -299,13 +303,6 @@ class _OfTask(TaskVector):
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._merged.shapes()
-
-
-def _opened(experts: Experts) -> list[TaskVector]:
-    """Open the directories in the list; task vectors keep their places in it."""
-    named = [expert for expert in experts if not isinstance(expert, TaskVector) or isinstance(expert, StoredExpert)]
-    opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
-    return [next(opened) if not isinstance(e, TaskVector) or isinstance(e, StoredExpert) else e for e in experts]
 
 
 def _stored_in(vectors: Iterable[TaskVector]) -> list[StoredExpert]:

@@ -40,7 +40,17 @@ class EMR(MergeMethod):
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[float]:
         """Return the rescaling factor of each task."""
-        own, masked = (sum(column) for column in zip(*map(_magnitudes, stream), strict=True))
+        own = masked = torch.zeros((), dtype=torch.float64)
+        for deltas in stream:
+            # `sum |d_i|` and `sum |m_i u|` of one weight for each expert i
+            here, there = torch.zeros(2, len(deltas), dtype=torch.float64)
+            for chunk in chunks_of(deltas):
+                unified = _unified(chunk)
+                for place, entries in enumerate(chunk):
+                    values, elected = entries.values.double(), entries.of(unified)
+                    here[place] += values.abs().sum().item()
+                    there[place] += elected[values * elected > 0].abs().sum().item()
+            own, masked = own + here, masked + there
         # A task that is outvoted wherever it moves something keeps nothing that a factor could act on.
         return torch.where(masked > 0, own / masked, 1.0).tolist()
 
@@ -67,15 +77,3 @@ def _unified(chunk: Chunk) -> Tensor:
     for entries in chunk:  # times the sign, a value that disagrees is below zero and never the largest
         entries.write_to(largest, torch.maximum(entries.of(largest), entries.values * entries.of(sign)))
     return largest * sign
-
-
-def _magnitudes(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor]:
-    """Return `sum |d_i|` and `sum |m_i u|` of one weight for each expert i, `(experts,)`."""
-    own, masked = torch.zeros(2, len(deltas), dtype=torch.float64)
-    for chunk in chunks_of(deltas):
-        unified = _unified(chunk)
-        for place, entries in enumerate(chunk):
-            values, elected = entries.values.double(), entries.of(unified)
-            own[place] += values.abs().sum().item()
-            masked[place] += elected[values * elected > 0].abs().sum().item()
-    return own, masked

@@ -60,7 +60,12 @@ class Karcher(MergeMethod):
         portions = torch.tensor(shares(self, len(deltas)), dtype=torch.float64)
         norms = torch.tensor([delta.norm() for delta in deltas], dtype=torch.float64)
         pull = torch.where(norms > 0, portions, 0.0)
-        mean = self._mean(_cosines(deltas, norms), pull / pull.sum()) if pull.sum() > 0 else None
+        cosines = torch.diag((norms > 0).double())  # of every pair; zero with a delta of length zero
+        for i, one in enumerate(deltas):
+            for j, other in enumerate(deltas[:i]):
+                if norms[i] > 0 and norms[j] > 0:
+                    cosines[i, j] = cosines[j, i] = inner(one, other) / (norms[i] * norms[j])
+        mean = self._mean(cosines, pull / pull.sum()) if pull.sum() > 0 else None
         if mean is None:
             return weighted_sum(deltas, (self.scale * portions).tolist())
         weights = torch.where(norms > 0, mean / norms, 0.0) * (portions @ norms)
@@ -86,13 +91,3 @@ class Karcher(MergeMethod):
 
 def _length(weights: Tensor, cosines: Tensor) -> Tensor:
     return (weights @ cosines @ weights).clamp(min=0).sqrt()
-
-
-def _cosines(deltas: Sequence[Delta], norms: Tensor) -> Tensor:
-    """Return the cosine of every pair; zero with a delta of length zero."""
-    cosines = torch.diag((norms > 0).double())
-    for i, one in enumerate(deltas):
-        for j, other in enumerate(deltas[:i]):
-            if norms[i] > 0 and norms[j] > 0:
-                cosines[i, j] = cosines[j, i] = inner(one, other) / (norms[i] * norms[j])
-    return cosines

@@ -59,8 +59,14 @@ class ModelStock(MergeMethod):
             merged = scale_rows(total, factors) if self.row_wise else total * factors.item()
             return merged.to(dtype=widest_dtype(deltas))
         norms = [0.0 if delta.is_empty else delta.norm() for delta in deltas]
-        movers = sum(norm > 0 for norm in norms)
-        weight = self.scale * _step(deltas, norms, movers) / max(movers, 1)
+        movers, step = sum(norm > 0 for norm in norms), 1.0
+        if movers > 1:
+            # The squared norm s of the sum of the unit deltas is N + N (N - 1) c, so t = N / (N - 1) * (1 - N / s): one
+            # sum instead of all pairs.
+            units = weighted_sum(deltas, [1 / norm if norm > 0 else 0.0 for norm in norms], dtype=torch.float64)
+            square = units.norm() ** 2
+            step = movers / (movers - 1) * (1 - movers / square) if square > movers else 0.0
+        weight = self.scale * step / max(movers, 1)
         return weighted_sum(deltas, [weight] * len(deltas))
 
     def _factors(self, deltas: Sequence[Delta]) -> Tensor:
@@ -86,16 +92,3 @@ class ModelStock(MergeMethod):
         if not self.preset:
             cosine = cosine.clamp(min=0)
         return cosine / (1 + (count - 1) * cosine)
-
-
-def _step(deltas: Sequence[Delta], norms: Sequence[float], movers: int) -> float:
-    """Return t.
-
-    The squared norm s of the sum of the unit deltas is N + N (N - 1) c, so t = N / (N - 1) * (1 - N / s): one sum
-    instead of all pairs.
-    """
-    if movers < 2:
-        return 1.0
-    units = weighted_sum(deltas, [1 / norm if norm > 0 else 0.0 for norm in norms], dtype=torch.float64)
-    square = units.norm() ** 2
-    return movers / (movers - 1) * (1 - movers / square) if square > movers else 0.0

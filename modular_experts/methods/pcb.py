@@ -59,7 +59,11 @@ class PCB(MergeMethod):
 
     def _mean(self, movers: Sequence[Tensor]) -> Tensor:
         total, weight = torch.zeros_like(movers[0]), torch.zeros_like(movers[0])
-        moved = [_where_moved(values) for values in movers]
+        moved = []  # where each expert moves the weight, all of it unless that is less than half, and its values there
+        for values in movers:
+            places = true_places(values != 0)
+            where = places if 2 * len(places) < len(values) else slice(None)
+            moved.append((where, values[where]))
         for values in movers:
             score = _score(values, moved)
             dropped = score.numel() - max(1, int(self.keep * score.numel()))
@@ -67,13 +71,6 @@ class PCB(MergeMethod):
             total += kept * values
             weight += kept
         return torch.where(weight > 0, total / weight, 0.0)
-
-
-def _where_moved(values: Tensor) -> tuple[Tensor | slice, Tensor]:
-    """Return where an expert moves the weight, all of it unless that is less than half, and its values there."""
-    places = true_places(values != 0)
-    where = places if 2 * len(places) < len(values) else slice(None)
-    return where, values[where]
 
 
 def _score(values: Tensor, moved: Sequence[tuple[Tensor | slice, Tensor]]) -> Tensor:

@@ -56,7 +56,13 @@ class SCE(MergeMethod):
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         selected = None if self.keep == 1 else _most_varied(deltas, self.keep)
-        shares = self._shares(deltas, selected)
+        squares = [0.0] * len(deltas)
+        for chunk in chunks_of(deltas):
+            for expert, entries in enumerate(chunk):
+                squares[expert] += _selected(entries, chunk, selected).double().square().sum().item()
+        total = sum(squares)
+        alike = total == 0 or total / deltas[0].shape.numel() < self.floor
+        shares = [1 / len(deltas) if alike else square / total for square in squares]
 
         def rule(chunk: Chunk) -> tuple[Tensor, Tensor]:
             votes = chunk.zeros()
@@ -65,28 +71,17 @@ class SCE(MergeMethod):
             elected = votes.sign_()
             if self.zero == "positive":
                 elected += elected == 0
-            total, divisor, voters = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
+            summed, divisor, voters = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
             least = self.floor or torch.finfo(divisor.dtype).tiny
             for share, entries in zip(shares, chunk, strict=True):
                 values = _selected(entries, chunk, selected)
                 agrees = values * entries.of(elected) > 0
-                entries.add_to(total, values * agrees, share)
+                entries.add_to(summed, values * agrees, share)
                 entries.add_to(divisor, agrees, share)
                 entries.mark(voters, agrees)
-            return total.mul_(self.scale).div_(divisor.clamp_(min=least)), voters
+            return summed.mul_(self.scale).div_(divisor.clamp_(min=least)), voters
 
         return merge_by_chunks(deltas, rule)
-
-    def _shares(self, deltas: Sequence[Delta], selected: Tensor | None) -> list[float]:
-        squares = [0.0] * len(deltas)
-        for chunk in chunks_of(deltas):
-            for expert, entries in enumerate(chunk):
-                squares[expert] += _selected(entries, chunk, selected).double().square().sum().item()
-        size = deltas[0].shape.numel()
-        total = sum(squares)
-        if total == 0 or total / size < self.floor:
-            return [1 / len(deltas)] * len(deltas)
-        return [square / total for square in squares]
 
 
 def _selected(entries: Entries, chunk: Chunk, selected: Tensor | None) -> Tensor:

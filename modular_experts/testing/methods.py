@@ -57,9 +57,13 @@ def check_merge_method(
         for forms in [*itertools.combinations_with_replacement(_FORMS, 2), _FORMS]:
             _check_mix(method, [_delta(form, shape, seed) for seed, form in enumerate(forms)])
         if zero:
-            _check_zero(method, [_delta(form, shape, seed) for seed, form in enumerate(_FORMS)])
+            deltas = [_delta(form, shape, seed) for seed, form in enumerate(_FORMS)]
+            more = _merged(method, [*deltas, Sparse.zero(shape)])
+            _close(more, _merged(method, deltas), "an expert that moves nothing must change nothing")
     _check_mix(method, [Dense(torch.randn(5)), Sparse(torch.tensor([3]), torch.tensor([2.0]), torch.Size([5]))])
-    _check_nothing(method)
+    still = Dense(torch.zeros(4, 6))
+    for zeros in ([Sparse.zero((4, 6))] * 3, [still] * 3, [Sparse.zero((4, 6)), still]):
+        assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
     for form in _FORMS if alone else ():
         delta = _delta(form, (6, 8), 3)
         _close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
@@ -71,8 +75,12 @@ def check_merge_method(
             expected = _merged(method, deltas)
             for turned in (deltas[::-1], [*deltas[1:], deltas[0]]):
                 _close(_merged(method, turned), expected, "the order of the experts must not matter")
-    for form in ("Sparse", "BlockSparse") if sparse else ():
-        _check_sparse(method, form)
+    for form, shape in itertools.product(("Sparse", "BlockSparse") if sparse else (), _SHAPES[:2]):
+        deltas = [_delta(form, shape, seed) for seed in range(3)]
+        merged = method.merge(deltas, _context(method, deltas))
+        assert type(merged).__name__ == form, f"{form} experts must merge to a {form} one, got {merged!r}"
+        kept = set().union(*(delta.support().tolist() for delta in deltas))
+        assert set(merged.support().tolist()) <= kept, "the result must stay within the union of the supports"
     _check_stored(method)
 
 
@@ -94,30 +102,6 @@ def _check_mix(method: MergeMethod, deltas: Sequence[Delta]) -> None:
         scale: float = method.scale
         half: Any = replace(method, scale=0.5 * scale)
         _close(_merged(half, deltas), 0.5 * again, "the scale must be a factor of the result")
-
-
-def _check_zero(method: MergeMethod, deltas: Sequence[Delta]) -> None:
-    nothing = Sparse.zero(deltas[0].shape)
-    expected = _merged(method, deltas)
-    _close(_merged(method, [*deltas, nothing]), expected, "an expert that moves nothing must change nothing")
-
-
-def _check_sparse(method: MergeMethod, form: str) -> None:
-    for shape in _SHAPES[:2]:
-        deltas = [_delta(form, shape, seed) for seed in range(3)]
-        merged = method.merge(deltas, _context(method, deltas))
-        assert type(merged).__name__ == form, f"{form} experts must merge to a {form} one, got {merged!r}"
-        kept = set().union(*(delta.support().tolist() for delta in deltas))
-        assert set(merged.support().tolist()) <= kept, "the result must stay within the union of the supports"
-
-
-def _check_nothing(method: MergeMethod) -> None:
-    for zeros in (
-        [Sparse.zero((4, 6))] * 3,
-        [Dense(torch.zeros(4, 6))] * 3,
-        [Sparse.zero((4, 6)), Dense(torch.zeros(4, 6))],
-    ):
-        assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
 
 
 def _check_stored(method: MergeMethod) -> None:

@@ -61,7 +61,7 @@ def test_example_worked_by_hand():
 
 
 def movers_only(deltas, statistics):
-    """Let only those have a say that move the entry."""
+    """Count only those that move the entry."""
     top = sum(d.dense() * s.values for d, s in zip(deltas, statistics, strict=True))
     return top / sum((d.dense() != 0) * s.values for d, s in zip(deltas, statistics, strict=True))
 

@@ -119,7 +119,7 @@ def test_rows_of_low_rank_experts_are_turned_without_making_them_dense(monkeypat
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0, 2.0], [0.0, 2.0, 0.0], [2.0, 0.0, 0.0]])
-def test_expert_of_weight_zero_has_no_say(weights):
+def test_expert_of_weight_zero_changes_nothing(weights):
     deltas = [random_delta("Dense", (3, 4), seed) for seed in range(3)]
     expected = deltas[weights.index(2.0)].dense()
     torch.testing.assert_close(NuSLERP(weights).merge(deltas).dense(), expected)

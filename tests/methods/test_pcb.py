@@ -77,7 +77,7 @@ def test_wrong_twins_are_told_from_it():
     by_square = (squares[0] * one.dense() + squares[1] * other.dense()) / (squares[0] + squares[1])
     assert not torch.allclose(merged, plain)
     assert not torch.allclose(merged, by_square)
-    assert (merged.abs() > plain.abs()).sum() >= 3  # who moved an entry further has more say there
+    assert (merged.abs() > plain.abs()).sum() >= 3  # who moved an entry further counts more there
 
 
 @given(shapes, seeds, forms, st.integers(1, 5))

@@ -95,7 +95,7 @@ def test_rescaled_by_magnitudes_the_sum_of_each_stays():
     torch.testing.assert_close(found.values.abs().sum(), delta.values.abs().sum())
 
 
-def test_a_delta_of_which_nothing_is_left_still_has_a_say_in_the_form():
+def test_a_delta_of_which_nothing_is_left_still_counts_for_the_form():
     single = Sparse(torch.tensor([7], dtype=torch.int32), torch.ones(1, dtype=torch.float64), torch.Size((6, 8)))
     tiles = random_delta("BlockSparse", (6, 8), 0)
     method = next(
