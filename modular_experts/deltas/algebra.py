@@ -16,8 +16,6 @@ from torch import Tensor
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import tile_grid
 
-__all__ = ["inner", "inner_by_row", "row_count", "scale_rows", "truncated_svd"]
-
 
 def inner(one: Delta, other: Delta) -> float:
     """Return the sum of the products of the entries of two deltas of one weight."""

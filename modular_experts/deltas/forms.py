@@ -26,8 +26,6 @@ from modular_experts.deltas.tiles import (
     tile_grid,
 )
 
-__all__ = ["BlockSparse", "Delta", "Dense", "LowRank", "Sparse", "add", "all_finite"]
-
 
 class Delta(ABC):
     """The change of one weight of shape `(out, in)`."""

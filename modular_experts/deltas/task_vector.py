@@ -15,8 +15,6 @@ import torch
 import modular_experts
 from modular_experts.deltas.forms import Delta, add
 
-__all__ = ["Scaled", "Sum", "TaskVector"]
-
 
 class TaskVector(Mapping[str, Delta]):
     """A mapping from weight names to deltas. Subclass it with `shapes` and `__getitem__`."""

@@ -15,20 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "Tile",
-    "between",
-    "entries_in_order",
-    "gather_tiles",
-    "index_dtype",
-    "rows_and_columns",
-    "scatter_tiles_",
-    "tile_entries",
-    "tile_grid",
-    "tile_sums",
-    "true_places",
-]
-
 Tile = tuple[int, int]
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 
-__all__ = ["Expert"]
-
 
 class Expert(nn.Module, ABC):
     """Owns the trained state of one linear layer; a subclass must give `__init__(weight, ...)` and `delta`.

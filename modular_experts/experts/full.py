@@ -12,8 +12,6 @@ from torch import Tensor
 from modular_experts.deltas import Dense
 from modular_experts.experts.expert import Expert
 
-__all__ = ["FullExpert"]
-
 
 class FullExpert(Expert):
     """Trains the layer's own weight; the delta reads the base again from its files, so that memory holds one copy.

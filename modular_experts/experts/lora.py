@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from modular_experts.deltas import LowRank
 from modular_experts.experts.expert import Expert
 
-__all__ = ["LoRAExpert"]
-
 
 class LoRAExpert(Expert):
     """Adds `scale * up @ down`; `up` starts at zero, so that training starts at the base.

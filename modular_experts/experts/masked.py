@@ -18,8 +18,6 @@ from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tile
 from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 
-__all__ = ["MaskedExpert"]
-
 
 class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.

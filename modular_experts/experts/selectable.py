@@ -21,8 +21,6 @@ from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score
 
-__all__ = ["Granularity", "Probe", "Selectable"]
-
 Granularity = Literal["element", "block", "row", "column"]
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from modular_experts.experts.expert import Expert
 from modular_experts.text import depth_of, did_you_mean
 
-__all__ = ["ALL_LINEAR", "Factory", "Plan", "Site", "by_pattern", "make_expert"]
-
 ALL_LINEAR = "all-linear"
 """The pattern of every linear layer but the output head and layers whose weight is tied to another."""
 

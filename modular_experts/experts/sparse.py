@@ -19,8 +19,6 @@ from modular_experts.experts.selectable import Granularity, Selectable, carried_
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 
-__all__ = ["SparseExpert"]
-
 
 class SparseExpert(Selectable):
     """Trains `keep_ratio` of the entries; the others stay at the base.

@@ -21,22 +21,6 @@ from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, Plan, Site, by_pattern, make_expert
 from modular_experts.text import did_you_mean
 
-__all__ = [
-    "ExpertConv1D",
-    "ExpertLayer",
-    "ExpertLinear",
-    "describe_experts",
-    "eject",
-    "expert_layers",
-    "expert_state",
-    "find_sites",
-    "inject",
-    "load_expert_state",
-    "penalty",
-    "task_vector",
-    "write_experts",
-]
-
 
 class ExpertLayer(nn.Module):
     """What both kinds of layer share: an `expert` beside the base's own `weight` and `bias`."""

@@ -21,8 +21,6 @@ from modular_experts.library import (
     write_expert,
 )
 
-__all__ = ["save_expert"]
-
 
 def save_expert(
     model: nn.Module,

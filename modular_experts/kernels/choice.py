@@ -23,8 +23,6 @@ from modular_experts.kernels.native import NativeEntries, NativeTiles
 from modular_experts.kernels.plain import DenseGathered, KeptColumns, KeptRows, SampledProduct, TileRows
 from modular_experts.kernels.triton_tiles import TritonTiles
 
-__all__ = ["NATIVE_FROM", "SAMPLED_BELOW", "Backend", "check_backend", "make_kernel"]
-
 Backend = Literal["auto", "dense", "sampled", "block_rows", "slices", "native", "triton"]
 
 SAMPLED_BELOW = 0.07

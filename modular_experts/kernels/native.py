@@ -19,8 +19,6 @@ from modular_experts.deltas.tiles import Tile, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 from modular_experts.native.build import load
 
-__all__ = ["NativeEntries", "NativeTiles", "available", "computes"]
-
 SOURCE = Path(__file__).with_name("native.cpp")
 BLOCK = 64
 """Columns of the input that `native.cpp` holds at once for entries; the two numbers must agree."""

@@ -17,8 +17,6 @@ from torch import Tensor
 from modular_experts.deltas.tiles import Tile, gather_tiles, rows_and_columns, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 
-__all__ = ["DenseGathered", "KeptColumns", "KeptRows", "SampledProduct", "TileRows"]
-
 
 class DenseGathered(KeptGradient):
     """Computes all of `g^T x` and reads the kept units; it serves any unit, share kept and device.

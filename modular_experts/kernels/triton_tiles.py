@@ -27,8 +27,6 @@ from torch import Tensor
 from modular_experts.deltas.tiles import Tile, tile_grid
 from modular_experts.kernels.kernel import KeptGradient
 
-__all__ = ["SIZES", "TritonTiles", "token_splits"]
-
 if TYPE_CHECKING:
     import triton.language as tl
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from modular_experts.masks.top_k import top_k
 
-__all__ = ["DenseThenSparse", "GrowAndDrop", "Reselect", "Rule", "SelectOnce"]
-
 Unit = Literal["optimizer_steps", "micro_batches"]
 
 

@@ -18,19 +18,6 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 
-__all__ = [
-    "SNIP",
-    "ChangeMagnitude",
-    "ConnectionSensitivity",
-    "FisherInformation",
-    "GraSP",
-    "GradientMagnitude",
-    "GradientStatistic",
-    "RandomScore",
-    "Score",
-    "WeightMagnitude",
-]
-
 GradientStatistic = Literal["gradient", "squared_gradient", "curvature", "none"]
 """The statistic of the loss that a score gets: the mean gradient g over the scoring batches, the mean of the squares of
 the batches' gradients, the Hessian times g, or none, which saves the scoring pass.

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from modular_experts.deltas.tiles import index_dtype, true_places
 
-__all__ = ["StreamingTopK", "kth_highest", "top_k"]
-
 _BINS = 2**16
 _CHUNK = 2**20  # scores converted at a time, so that no second copy of all is made
 

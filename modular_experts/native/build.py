@@ -18,8 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["load"]
-
 _log = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")

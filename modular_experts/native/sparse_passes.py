@@ -19,8 +19,6 @@ from torch import Tensor
 
 from modular_experts.native.build import load
 
-__all__ = ["Added", "Runs", "add_rounded", "decode_places", "pack_entries", "spread_tiles"]
-
 SOURCE = Path(__file__).with_name("sparse_passes.cpp")
 
 LEAST = 2**12

@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from modular_experts.experts.expert import Expert
 from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state, task_vector
 
-__all__ = ["check_expert"]
-
 Factory = Callable[[Tensor], Expert]
 
 
