@@ -25,15 +25,14 @@ def inner(one: Delta, other: Delta) -> float:
 def inner_by_row(one: Delta, other: Delta) -> Tensor:
     """Return the inner product of each row with the same row of the other delta, float64 `(rows,)`.
 
-    It reads only the entries of a sparse delta and only the factors of a low-rank one. A weight of one dimension has
-    one row.
+    A weight of one dimension has one row.
     """
     one, other = (delta.as_sparse() if isinstance(delta, BlockSparse) else delta for delta in (one, other))
     # The cheapest form comes first: sparse, then low-rank, then dense.
     if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
         one, other = other, one
     if isinstance(one, Sparse):
-        rows, indices = row_count(one.shape), one.indices.long()
+        rows, indices = _row_count(one.shape), one.indices.long()
         products = one.values.double() * _values_at(other, indices)
         total = torch.zeros(rows, dtype=torch.float64, device=one.device)
         return total.index_add_(0, indices // (one.shape.numel() // rows), products)
@@ -48,31 +47,29 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
     return torch.linalg.vecdot(_matrix(one), _matrix(other))
 
 
-def row_count(shape: Sequence[int]) -> int:
-    """Return how many rows a weight has: one, if it has a single dimension."""
-    return shape[0] if len(shape) > 1 else 1
-
-
 def scale_rows(delta: Delta, factors: Tensor) -> Delta:
     """Multiply each row of a delta by its factor `(rows,)`, in float64; the form stays."""
     delta = delta.to(dtype=torch.float64)
     if isinstance(delta, LowRank):
         return replace(delta, up=delta.up * factors[:, None])
     if isinstance(delta, Sparse):
-        rows = delta.indices.long() // (delta.shape.numel() // row_count(delta.shape))
+        rows = delta.indices.long() // (delta.shape.numel() // _row_count(delta.shape))
         return replace(delta, values=delta.values * factors[rows])
     if isinstance(delta, BlockSparse):
         top = delta.blocks.long() // tile_grid(delta.shape, delta.tile)[1] * delta.tile[0]
         rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
         # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
         return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
-    values = delta.values if isinstance(delta, Dense) else delta.dense()
-    return Dense((values.reshape(len(factors), -1) * factors[:, None]).reshape(values.shape))
+    return Dense((_matrix(delta) * factors[:, None]).view(delta.shape))
+
+
+def _row_count(shape: Sequence[int]) -> int:
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _matrix(delta: Delta) -> Tensor:
     values = delta.values if isinstance(delta, Dense) else delta.dense()  # the values of a dense delta need no copy
-    return values.double().reshape(row_count(delta.shape), -1)
+    return values.double().reshape(_row_count(delta.shape), -1)
 
 
 def _values_at(delta: Delta, indices: Tensor) -> Tensor:
@@ -106,7 +103,8 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
     """
     if isinstance(delta, LowRank) and delta.rank <= rank:
         return LowRank(delta.up.float(), delta.down.float()), 0.0
-    if isinstance(delta, LowRank):  # decompose the small core; the orthonormal basis changes no singular value
+    if isinstance(delta, LowRank):
+        # The orthonormal basis changes no singular value, so only the small core is decomposed.
         basis, core = torch.linalg.qr(delta.up.double())
         matrix, turned = core @ delta.down.double(), False
     else:

@@ -7,6 +7,7 @@ form that is still exact; `add` has the rule.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -45,21 +46,21 @@ class Delta(ABC):
     def linear(self, x: Tensor) -> Tensor:
         """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`; no form but `Dense` is made dense."""
 
-    @abstractmethod
     def support(self) -> Tensor:
         """Return the kept entries as sorted, unique flat (row-major) indices; the value of a kept entry may be zero."""
+        return torch.arange(self.shape.numel(), dtype=index_dtype(self.shape), device=self.device)
 
-    @abstractmethod
     def norm(self) -> float:
         """Return the Frobenius norm, computed in float64 without the dense form."""
+        return self.values.double().norm().item()
 
     @property
     @abstractmethod
     def T(self) -> Delta:  # noqa: N802 - the name torch gives it
         """The delta of the transposed weight, `(in, out)`."""
 
-    @abstractmethod
-    def __mul__(self, factor: float | Tensor) -> Delta: ...
+    def __mul__(self, factor: float | Tensor) -> Delta:
+        return replace(self, values=self.values * factor)  # type: ignore[type-var]
 
     def __rmul__(self, factor: float | Tensor) -> Delta:
         return self * factor
@@ -88,6 +89,10 @@ class Delta(ABC):
             moved[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         return replace(self, **moved)  # type: ignore[type-var]
 
+    def _wide(self, target: Tensor) -> torch.dtype:
+        """Return the dtype in which this delta is added to a target."""
+        return torch.promote_types(torch.promote_types(target.dtype, torch.float32), self.dtype)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of this form by the names of its fields."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -103,12 +108,12 @@ class Delta(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def support_size(self) -> int:
         """Number of kept entries."""
-        return math.prod(self.shape)
+        return self.shape.numel()
 
     @property
     def is_empty(self) -> bool:
@@ -130,7 +135,7 @@ class Dense(Delta):
         return self.values.shape
 
     def add_to(self, target: Tensor) -> Tensor:
-        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        wide = self._wide(target)
         return target.copy_(target.to(wide) + self.values)
 
     def dense(self) -> Tensor:
@@ -141,12 +146,6 @@ class Dense(Delta):
 
     def rows(self, first: int, last: int) -> Tensor:
         return (self.values.view(1) if self.values.dim() == 0 else self.values)[first:last]
-
-    def support(self) -> Tensor:
-        return torch.arange(self.values.numel(), dtype=index_dtype(self.shape), device=self.device)
-
-    def norm(self) -> float:
-        return self.values.double().norm().item()
 
     @property
     def T(self) -> Dense:  # noqa: N802
@@ -180,7 +179,7 @@ class LowRank(Delta):
         return self.rank == 0
 
     def add_to(self, target: Tensor) -> Tensor:
-        wide = torch.promote_types(_at_least_float32(target.dtype), self.dtype)
+        wide = self._wide(target)
         return target.copy_(torch.addmm(target.to(wide), self.up.to(wide), self.down.to(wide)))
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -188,9 +187,6 @@ class LowRank(Delta):
 
     def linear(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-
-    def support(self) -> Tensor:
-        return torch.arange(math.prod(self.shape), dtype=index_dtype(self.shape), device=self.device)
 
     def norm(self) -> float:
         up, down = self.up.double(), self.down.double()
@@ -223,7 +219,7 @@ class Sparse(Delta):
         return self.indices.numel()
 
     def add_to(self, target: Tensor) -> Tensor:
-        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        wide = self._wide(target)
         flat = target.view(-1)
         if wide == target.dtype:
             flat.index_add_(0, self.indices, self.values.to(wide))
@@ -234,7 +230,7 @@ class Sparse(Delta):
 
     def linear(self, x: Tensor) -> Tensor:
         # Not every device has half-precision kernels for sparse products.
-        wide = _at_least_float32(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
         rows, columns = rows_and_columns(self.indices, self.shape)
         matrix = torch.sparse_coo_tensor(
             torch.stack([rows, columns]), self.values.to(wide), self.shape, is_coalesced=True, check_invariants=False
@@ -245,17 +241,11 @@ class Sparse(Delta):
     def support(self) -> Tensor:
         return self.indices
 
-    def norm(self) -> float:
-        return self.values.double().norm().item()
-
     @property
     def T(self) -> Sparse:  # noqa: N802
         rows, columns = rows_and_columns(self.indices, self.shape)
         indices, order = (columns * self.shape[0] + rows).sort()
         return Sparse(indices.to(self.indices.dtype), self.values[order], torch.Size(reversed(self.shape)))
-
-    def __mul__(self, factor: float | Tensor) -> Sparse:
-        return replace(self, values=self.values * factor)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -288,7 +278,7 @@ class BlockSparse(Delta):
         return self.blocks.numel() == 0
 
     def add_to(self, target: Tensor) -> Tensor:
-        wide = torch.promote_types(_at_least_float32(target.dtype), self.values.dtype)
+        wide = self._wide(target)
         kept = gather_tiles(target, self.blocks, self.tile).to(wide) + self.values
         return scatter_tiles_(target, self.blocks, kept.to(target.dtype))
 
@@ -315,9 +305,6 @@ class BlockSparse(Delta):
         """Return the same delta entry by entry; the support is the same."""
         return Sparse(*entries_in_order(self.blocks, self.values, self.shape), self.shape)
 
-    def norm(self) -> float:
-        return self.values.double().norm().item()
-
     @property
     def T(self) -> BlockSparse:  # noqa: N802
         tall, wide = tile_grid(self.shape, self.tile)
@@ -325,9 +312,6 @@ class BlockSparse(Delta):
         blocks, order = (columns * tall + rows).sort()
         values = self.values[order].transpose(1, 2).contiguous()
         return BlockSparse(blocks.to(self.blocks.dtype), values, torch.Size(reversed(self.shape)))
-
-    def __mul__(self, factor: float | Tensor) -> BlockSparse:
-        return replace(self, values=self.values * factor)
 
 
 def add(deltas: Sequence[Delta]) -> Delta:
@@ -360,23 +344,16 @@ def add(deltas: Sequence[Delta]) -> Delta:
         sparse = [term.as_sparse() if isinstance(term, BlockSparse) else term for term in terms]
         indices, values = _union([(term.indices, term.values) for term in sparse])  # type: ignore[attr-defined]
         return Sparse(indices, values, deltas[0].shape)
-    return _dense_sum(terms)
+    total = torch.zeros(deltas[0].shape, dtype=_common_dtype([term.dtype for term in terms]), device=terms[0].device)
+    for term in terms:
+        term.add_to(total)
+    return Dense(total)
 
 
 def all_finite(values: Tensor) -> bool:
     """Return whether every value is finite."""
     # A value that is not finite is or hides an extreme, and extremes take a tenth of the time of a test of each value.
     return values.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in values.aminmax())
-
-
-def _dense_sum(terms: Sequence[Delta]) -> Dense:
-    dtype = terms[0].dtype
-    for term in terms:
-        dtype = torch.promote_types(dtype, term.dtype)
-    total = torch.zeros(terms[0].shape, dtype=dtype, device=terms[0].device)
-    for term in terms:
-        term.add_to(total)
-    return Dense(total)
 
 
 def _union(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -387,11 +364,9 @@ def _union(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = _common_dtype([tensor.dtype for tensor in tensors])
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)

@@ -46,8 +46,7 @@ class TaskVector(Mapping[str, Delta]):
     def __mul__(self, factor: float) -> Scaled:
         return Scaled(self, factor)
 
-    def __rmul__(self, factor: float) -> Scaled:
-        return Scaled(self, factor)
+    __rmul__ = __mul__
 
     def __neg__(self) -> Scaled:
         return Scaled(self, -1.0)
@@ -71,11 +70,7 @@ class TaskVector(Mapping[str, Delta]):
 
 
 class Sum(TaskVector):
-    """The sum of task vectors, weight by weight.
-
-    Args:
-        vectors: At least one; a weight has one shape in all of them.
-    """
+    """The sum of task vectors, weight by weight; a weight has one shape in all of them."""
 
     def __init__(self, vectors: Sequence[TaskVector]) -> None:
         self.vectors = [_mergeable(vector) for vector in vectors]
@@ -95,12 +90,7 @@ class Sum(TaskVector):
 
 
 class Scaled(TaskVector):
-    """A task vector times a number, weight by weight.
-
-    Args:
-        vector: The task vector.
-        factor: What each delta is multiplied by.
-    """
+    """A task vector times a number, weight by weight."""
 
     def __init__(self, vector: TaskVector, factor: float) -> None:
         self.vector, self.factor = _mergeable(vector), factor

@@ -34,7 +34,7 @@ def tile_grid(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
 
-def tile_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Tensor, Tensor]:
+def _tile_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Tensor, Tensor]:
     """Return the flat entries `(n, height, width)` of the tiles, and which of them lie inside the weight."""
     rows, columns = rows_and_columns(blocks, tile_grid(shape, tile))
     rows = (rows * tile[0])[:, None, None] + torch.arange(tile[0], device=blocks.device)[:, None]
@@ -43,15 +43,12 @@ def tile_entries(blocks: Tensor, shape: Sequence[int], tile: Tile) -> tuple[Tens
 
 
 def entries_in_order(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the flat entries of tiles, sorted, and their values, without those beyond the edge of the weight.
+    """Return the sorted flat entries `(k,)` of tiles inside the weight, in `index_dtype`, and their values `(k,)`.
 
     Args:
         blocks: Numbers of the tiles, `(n,)`, sorted and unique.
         tiles: Their values, `(n, height, width)`.
         shape: Shape of the weight.
-
-    Returns:
-        Entries `(k,)` in `index_dtype`, and values `(k,)`.
     """
     # The tiles in one row of the grid cover the same rows of the weight. Its entries in order are the first row of each
     # of these tiles, then the second row of each, and so on: so whole rows of tiles are moved and nothing is sorted.
@@ -79,7 +76,7 @@ def gather_tiles(matrix: Tensor, blocks: Tensor, tile: Tile) -> Tensor:
     if matrix.shape == (tall * tile[0], wide * tile[1]):
         rows, columns = rows_and_columns(blocks, (tall, wide))
         return matrix.view(tall, tile[0], wide, tile[1])[rows, :, columns]
-    entries, inside = tile_entries(blocks, matrix.shape, tile)
+    entries, inside = _tile_entries(blocks, matrix.shape, tile)
     tiles = matrix.new_zeros(entries.shape)
     tiles[inside] = matrix.view(-1)[entries[inside]]
     return tiles
@@ -93,7 +90,7 @@ def scatter_tiles_(matrix: Tensor, blocks: Tensor, tiles: Tensor) -> Tensor:
         rows, columns = rows_and_columns(blocks, (tall, wide))
         matrix.view(tall, tile[0], wide, tile[1])[rows, :, columns] = tiles
         return matrix
-    entries, inside = tile_entries(blocks, matrix.shape, tile)
+    entries, inside = _tile_entries(blocks, matrix.shape, tile)
     matrix.view(-1)[entries[inside]] = tiles[inside]
     return matrix
 
@@ -108,17 +105,13 @@ def tile_sums(matrix: Tensor, tile: Tile) -> Tensor:
 def true_places(mask: Tensor) -> Tensor:
     """Return the positions where a flat mask is true, as int64."""
     # On the CPU numpy finds them eight times faster than torch.
-    if mask.device.type == "cpu":
-        return torch.from_numpy(mask.numpy().nonzero()[0])
-    return mask.nonzero()[:, 0]
+    return torch.from_numpy(mask.numpy().nonzero()[0]) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
 
 
 def between(numbers: Tensor, spans: Sequence[tuple[int, int]]) -> list[slice]:
     """Return for each span the slice of sorted numbers that lie in it, from its start to before its stop."""
-    # On the CPU numpy searches faster than torch.
     edges = torch.tensor(spans, dtype=numbers.dtype, device=numbers.device)
-    if numbers.device.type == "cpu":
-        found = numbers.numpy().searchsorted(edges.numpy()).tolist()
-    else:
-        found = torch.searchsorted(numbers, edges).tolist()
-    return [slice(start, stop) for start, stop in found]
+    # On the CPU numpy searches faster than torch.
+    on_cpu = numbers.device.type == "cpu"
+    found = numbers.numpy().searchsorted(edges.numpy()) if on_cpu else torch.searchsorted(numbers, edges)
+    return [slice(start, stop) for start, stop in found.tolist()]
