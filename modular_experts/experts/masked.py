@@ -22,9 +22,9 @@ from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.
 
-    An entry that leaves the mask keeps its value, still counts in the next scoring pass (which takes `M = 1`) and
-    resumes from it when it comes back. The export drops what is outside the mask in the end. `MaskSchedule` re-selects
-    by the paper's signed score every 100 optimizer steps of the first epoch, then freezes.
+    An entry that leaves the mask keeps its value, counts in the next scoring pass (which takes `M = 1`), and resumes
+    from it when it comes back; only what is inside the mask in the end is exported. `MaskSchedule` re-selects by the
+    paper's signed score every 100 optimizer steps of the first epoch, then freezes.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -69,8 +69,8 @@ class MaskedExpert(Selectable):
             return Dense(self.change)
         units = self.support_units()
         if self.tile == (1, 1):
-            return self.sparse_form(units, self.change.view(-1)[units])
-        return self.sparse_form(units, gather_tiles(self.change * self.mask, units, self.tile))
+            return Sparse(units, self.change.view(-1)[units], self.shape)
+        return BlockSparse(units, gather_tiles(self.change * self.mask, units, self.tile), self.shape)
 
     def support_units(self) -> Tensor:
         shown = self.unit_scores(self.mask.to(torch.float32)) > 0
@@ -79,13 +79,9 @@ class MaskedExpert(Selectable):
     def unit_change(self) -> Tensor:
         return self.unit_scores((self.change.detach() * self.mask).abs())[self.support_units().long()]
 
-    def scored_delta(self, weight: Tensor) -> Dense:
-        return Dense(self.change.detach())
+    def scored(self, weight: Tensor) -> tuple[Tensor, Dense]:
+        return weight + self.change.detach(), Dense(self.change.detach())
 
-    def scored_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.change.detach()
-
-    @torch.no_grad()
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
         before = self.support_units()
         self._show(units)

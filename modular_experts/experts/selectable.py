@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.masks import Rule, Score
@@ -42,18 +42,13 @@ class Selectable(Expert):
         super().__init__()
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio={keep_ratio} is outside (0, 1]; 0.05 keeps five of a hundred entries")
-        if granularity == "block" and block_size < 2:
-            raise ValueError(
-                f"block_size={block_size} must be at least 2; for single entries use granularity='element'"
-            )
-        if granularity == "block" and block_size > min(weight.shape):
-            raise ValueError(
-                f"block_size={block_size} is larger than a side of the weight {tuple(weight.shape)}; "
-                f"use at most {min(weight.shape)}, or granularity='element'"
-            )
-        self.keep_ratio, self.granularity = keep_ratio, granularity
-        self.shape = weight.shape
+        self.keep_ratio, self.granularity, self.shape = keep_ratio, granularity, weight.shape
         if granularity == "block":
+            if not 2 <= block_size <= min(weight.shape):
+                raise ValueError(
+                    f"block_size={block_size} is outside 2..{min(weight.shape)} for a weight of shape "
+                    f"{tuple(weight.shape)}; for single entries use granularity='element'"
+                )
             self.block_size = block_size
         tiles = {"block": (block_size, block_size), "row": (1, self.shape[1]), "column": (self.shape[0], 1)}
         self.tile: Tile = tiles.get(granularity, (1, 1))
@@ -70,11 +65,9 @@ class Selectable(Expert):
         return self._kept_units
 
     def unit_scores(self, scores: Tensor, norm: bool = False) -> Tensor:
-        """Return one score per unit `(units,)` from one per entry `(out, in)`.
+        """Return one score per unit `(units,)` from one per entry `(out, in)`: the sum of its entries' scores.
 
-        Args:
-            scores: Scores of the entries.
-            norm: Score a tile by the Euclidean norm of its entries' scores instead of their sum.
+        With `norm`, a tile gets their Euclidean norm instead.
         """
         if self.tile == (1, 1):
             return scores.reshape(-1)
@@ -88,13 +81,9 @@ class Selectable(Expert):
     def unit_change(self) -> Tensor:
         """Return how far each kept unit has moved `(k,)`: the sum of its entries' magnitudes."""
 
-    @abstractmethod
-    def scored_delta(self, weight: Tensor) -> Delta:
-        """Return the delta that a score gets."""
-
-    def scored_weight(self, weight: Tensor) -> Tensor:
-        """Return the weight as the layer uses it, `(out, in)`: the base plus the delta."""
-        return weight
+    def scored(self, weight: Tensor) -> tuple[Tensor, Delta]:
+        """Return what a score gets: the weight as the layer uses it, `(out, in)`, and its delta."""
+        return weight, self.delta(weight, lambda: weight)
 
     @abstractmethod
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
@@ -109,7 +98,7 @@ class Selectable(Expert):
         raise NotImplementedError(f"{type(self).__name__} does not train all entries first, so it cannot rewind")
 
     def probed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output; backward hands the weight's gradient to `probe`."""
+        """Return the layer's output; its backward pass hands the gradient of the weight to `probe`."""
         assert self.probe is not None
         return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
 
@@ -117,10 +106,6 @@ class Selectable(Expert):
     def packed(self) -> nn.Parameter | None:
         """The trained parameter with one slot for each kept unit, or None; its optimizer state moves with the slots."""
         return None
-
-    def sparse_form(self, units: Tensor, values: Tensor) -> Sparse | BlockSparse:
-        """Return values at kept units as a delta: `(k,)` for entries, `(k, height, width)` for tiles."""
-        return (Sparse if self.tile == (1, 1) else BlockSparse)(units, values, self.shape)
 
 
 @dataclass(frozen=True)
@@ -143,8 +128,6 @@ class Probe:
 
 
 class _ProbedLinear(torch.autograd.Function):
-    """A frozen linear layer whose backward also computes the weight's gradient and hands it to the probe at once."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, leaf, probe):
         ctx.save_for_backward(x, weight)

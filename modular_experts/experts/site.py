@@ -15,10 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert
-from modular_experts.text import depth_of, did_you_mean
-
-ALL_LINEAR = "all-linear"
-"""The pattern of every linear layer but the output head and layers whose weight is tied to another."""
+from modular_experts.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -40,20 +37,10 @@ class Site:
     module: nn.Module
     is_head: bool = False
 
-    @classmethod
-    def of(cls, name: str, module: nn.Module, is_head: bool = False) -> Site:
-        """Return the site of a layer of this full name."""
-        return cls(name, name.rpartition(".")[2], depth_of(f"{name}."), module, is_head)
-
     @property
     def weight(self) -> str:
         """Full name of the weight, as deltas and files use it."""
         return f"{self.name}.weight"
-
-    @property
-    def bias(self) -> str:
-        """Full name of the bias, whether the layer has one or not."""
-        return f"{self.name}.bias"
 
 
 Factory = Callable[..., Expert]
@@ -67,7 +54,8 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
 
     A pattern is the end of a name from a dot on (`q_proj`, `self_attn.q_proj`, or several, `(q|v)_proj`), a regular
-    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`.
+    expression for the full name (`.*\\.layers\\.[0-3]\\..*_proj`), or `all-linear`: every layer but the output head
+    and those whose weight is tied to another.
 
     Args:
         experts: Pattern and factory.
@@ -81,11 +69,10 @@ def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised
     def plan(sites: Sequence[Site]) -> dict[Site, Factory]:
         found: dict[Site, Factory] = {}
         for pattern, factory in experts.items():
-            matching = [
-                site
-                for site in sites
-                if _matches(pattern, site.name, where) or (pattern == ALL_LINEAR and not site.is_head)
-            ]
+            if pattern == "all-linear":
+                matching = [site for site in sites if not site.is_head]
+            else:
+                matching = [site for site in sites if _matches(pattern, site.name, where)]
             if not matching:
                 raise ValueError(_no_match(pattern, sites, where, quantised))
             for site in matching:

@@ -82,7 +82,7 @@ class SparseExpert(Selectable):
         return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Sparse | BlockSparse:
-        return self.sparse_form(self.indices, self.values)
+        return (Sparse if self.tile == (1, 1) else BlockSparse)(self.indices, self.values, self.shape)
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
@@ -108,9 +108,6 @@ class SparseExpert(Selectable):
 
     def unit_change(self) -> Tensor:
         return self.values.detach().abs().flatten(1).sum(1) if self.values.ndim > 1 else self.values.detach().abs()
-
-    def scored_delta(self, weight: Tensor) -> Sparse | BlockSparse:
-        return self.sparse_form(self.indices, self.values.detach())
 
     @torch.no_grad()
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, Plan, Site, by_pattern, make_expert
-from modular_experts.text import did_you_mean
+from modular_experts.text import depth_of, did_you_mean
 
 
 class ExpertLayer(nn.Module):
-    """What both kinds of layer share: an `expert` beside the base's own `weight` and `bias`."""
+    """A linear layer that keeps an `expert` beside the base's own `weight` and `bias`."""
 
     expert: Expert
     weight: Any
@@ -108,6 +108,28 @@ def inject(
     return [site.weight for site in planned]
 
 
+def _equip(site: Site, factory: Factory) -> None:
+    layer: Any = site.module
+    transposed = _is_conv1d(layer)
+    if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
+        layer.weight.data = layer.weight.data.T.contiguous().T
+    expert = make_expert(factory, layer.weight.T if transposed else layer.weight, site)
+    if layer.bias is None:
+        still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
+        if expert.bias_delta(still, lambda: still) is not None:
+            raise ValueError(
+                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or make the "
+                "expert without a bias"
+            )
+    layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
+    if expert.trains_weight:
+        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        layer.weight.requires_grad_(True)
+    layer.__class__ = ExpertConv1D if transposed else ExpertLinear
+    layer.expert = expert
+    expert.train(layer.training)
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the places that an expert can take, sorted by name; layers inside of an expert are left out."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -116,7 +138,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     for name, module in _outside_of_experts(model):
         if type(module) is nn.Linear or isinstance(module, ExpertLayer) or _is_conv1d(module):
             is_head = module is head or len(owners[id(module.weight)]) > 1
-            sites.append(Site.of(name, module, is_head))
+            sites.append(Site(name, name.rpartition(".")[2], depth_of(f"{name}."), module, is_head))
     return sorted(sites, key=lambda site: site.name)
 
 
@@ -125,8 +147,7 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 
     Args:
         model: A model after `inject`.
-        anchor: Gives the base weight of a name, in the base's orientation; needed where an expert trains the weight
-            itself.
+        anchor: Gives the base weight of a name, in the base's orientation; only full experts need it.
 
     Raises:
         ValueError: An expert needs the base weight and no `anchor` was given.
@@ -146,34 +167,31 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
-    found = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, ExpertLayer))
-    yield from sorted(found, key=lambda item: item[0])
+    found = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
+    yield from sorted(found.items())
 
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
-    """Yield `(name, delta)` for each weight, and each bias, that an expert moves: sorted by name, in the base's
-    orientation, detached, one at a time. Experts that are not mergeable have none, but a `state`.
+    """Yield `(name, delta)` for each weight and bias that a mergeable expert moves: sorted by name, in the base's
+    orientation, detached, one at a time.
 
     Args:
         model: A model after `inject`.
-        anchor: Gives the weight of a name as it was before training, in the base's orientation; full experts need it.
+        anchor: Gives the base weight of a name, in the base's orientation; only full experts need it.
     """
     for name, layer in expert_layers(model):
         if not layer.expert.mergeable:
             continue
         with torch.no_grad():
-            if (moved := _bias_delta(layer)) is not None:
-                yield f"{name.removesuffix('weight')}bias", _in_float32(moved)
-            delta = layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor))
-            yield name, _in_float32(layer.oriented(delta))
-
-
-def _bias_delta(layer: ExpertLayer) -> Delta | None:
-    return None if layer.bias is None else layer.expert.bias_delta(layer.bias, lambda: layer.bias)
-
-
-def _in_float32(delta: Delta) -> Delta:
-    return delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
+            bias = layer.bias
+            moved = None if bias is None else layer.expert.bias_delta(bias, lambda bias=bias: bias)
+            if moved is not None:
+                yield (
+                    f"{name.removesuffix('weight')}bias",
+                    moved.to(dtype=torch.promote_types(moved.dtype, torch.float32)),
+                )
+            delta = layer.oriented(layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor)))
+            yield name, delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
 
 
 def expert_state(model: nn.Module) -> dict[str, Tensor]:
@@ -186,10 +204,8 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:
-    """Return what a record keeps of a model's experts: `kind`, `hyperparameters` and, for experts with a state,
-    `class_path` and `not_mergeable_because`, as `library.make_record` takes them.
-
-    Of several types the classes are joined by `+`. A setting with several values is a list of them.
+    """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
+    and `not_mergeable_because`. The names of several types are joined by `+`; a setting with several values is a list.
     """
     types: dict[str, Expert] = {}
     values: dict[str, list[Any]] = {}
@@ -279,28 +295,6 @@ def _planned(model: nn.Module, experts: Any, modules: str | Sequence[str] | None
     return {site: factories[site.name] for site in sites if site.name in factories}
 
 
-def _equip(site: Site, factory: Factory) -> None:
-    layer: Any = site.module
-    transposed = _is_conv1d(layer)
-    if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
-        layer.weight.data = layer.weight.data.T.contiguous().T
-    expert = make_expert(factory, layer.weight.T if transposed else layer.weight, site)
-    if layer.bias is None:
-        still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
-        if expert.bias_delta(still, lambda: still) is not None:
-            raise ValueError(
-                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or make the "
-                "expert without a bias"
-            )
-    layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
-    if expert.trains_weight:
-        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
-        layer.weight.requires_grad_(True)
-    layer.__class__ = ExpertConv1D if transposed else ExpertLinear
-    layer.expert = expert
-    expert.train(layer.training)
-
-
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Return all names of each parameter, by its `id`; a tied one has several."""
     owners: dict[int, list[str]] = {}
@@ -311,7 +305,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the named modules of the model itself; an expert's own modules are its business and no sites."""
+    """Yield the named modules of the model itself, without the modules of its experts."""
     inside: str | None = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
@@ -326,5 +320,5 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    unknown = isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, ExpertLayer)
-    return unknown or (isinstance(weight, Tensor) and not weight.is_floating_point())
+    subclass = isinstance(module, nn.Linear) and type(module) is not nn.Linear and not isinstance(module, ExpertLayer)
+    return subclass or (isinstance(weight, Tensor) and not weight.is_floating_point())

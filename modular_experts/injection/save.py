@@ -33,9 +33,7 @@ def save_expert(
     overwrite: bool = False,
     seed: int | None = None,
 ) -> StoredExpert:
-    """Write what the experts of a model have learned into a library, and open it.
-
-    It serves any training loop around a transformers model after `inject`; `ExpertModule` has `ExportExpert` for it.
+    """Write what the experts of a transformers model have learned, in any training loop, into a library; open it.
 
     Args:
         model: A model after `inject`; its weights have the base's names.
@@ -43,8 +41,8 @@ def save_expert(
         tasks: Names of the tasks that it was trained on.
         base: Directory or hub id of the base; where the model was loaded from if not given.
         applied: Library experts that were added to the base before `inject`; the new expert stands on top of them.
-        scores: Numbers to keep in the record, by name.
-        hyperparameters: Settings of the training to keep in the record, beside those of the experts.
+        scores: Numbers for the record, by name.
+        hyperparameters: Settings of the training for the record, beside those of the experts.
         overwrite: Replace an expert of this name.
         seed: Seed of the training.
 

@@ -134,7 +134,8 @@ class Selection:
         """Return the score of each unit `(units,)`, lower where other experts are, and how many units may be kept."""
         expert = layer.expert
         torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{name}".encode()))
-        scores = self._score(expert)(expert.scored_weight(layer.matrix), statistic, expert.scored_delta(layer.matrix))
+        weight, delta = expert.scored(layer.matrix)
+        scores = self._score(expert)(weight, statistic, delta)
         if scores.shape != expert.shape:
             raise ValueError(f"the score gave shape {tuple(scores.shape)} for {name}, of shape {tuple(expert.shape)}")
         scores = expert.unit_scores(scores if scores.is_floating_point() else scores.float(), self.norm)

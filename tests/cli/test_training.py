@@ -266,7 +266,7 @@ MISTAKES = {
     "tile": (
         ["--model.expert.init_args.block_size", "40"],
         1,
-        "block_size=40 is larger than a side of the weight (16, 32); use at most 16, or granularity='element' "
+        "block_size=40 is outside 2..16 for a weight of shape (16, 32); for single entries use granularity='element' "
         "(for the expert of model.layers.0.self_attn.k_proj.weight)",
     ),
     "option": (["--model.optimiser", "SGD"], 2, "did you mean --model.optimizer"),

@@ -151,7 +151,7 @@ def test_masked_expert_hides_and_does_not_erase() -> None:
     assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
     expert.reselect(layer.weight, torch.tensor([1, 7]))
     assert expert.delta(layer.weight, None).values.tolist() == [2.0, 8.0]
-    assert expert.scored_delta(layer.weight).dense()[0, 0] == 1.0  # the hidden entry still counts in the next score
+    assert expert.scored(layer.weight)[1].dense()[0, 0] == 1.0  # the hidden entry still counts in the next score
     expert.reselect(layer.weight, shown)
     assert expert.delta(layer.weight, None).values.tolist() == [1.0, 8.0, 36.0]
 
