@@ -45,10 +45,10 @@ def check_backend(backend: str, shape: Sequence[int], tile: Tile) -> None:
 
 
 def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -> KeptGradient:
-    """Return a kernel planned for these units, by its name or by the rule.
+    """Return a kernel planned for these units, by its name or, for `auto`, by the rule.
 
     Args:
-        backend: Name of a kernel, or `auto` for the rule.
+        backend: Name of a kernel, or `auto`.
         units: The kept units `(k,)`, sorted.
         shape: Shape of the weight, `(out, in)`.
         tile: Height and width of a unit.
@@ -60,13 +60,15 @@ def make_kernel(backend: str, units: Tensor, shape: Sequence[int], tile: Tile, d
     check_backend(backend, shape, tile)
     if backend == "auto":
         backend = _rule(units, shape, tile, dtype)
-    elif backend == "native":
-        _refuse_native(units, dtype)
-    elif backend in ("sampled", "triton") and (units.device.type == "cpu") != (backend == "sampled"):
-        place = "a CPU" if backend == "sampled" else "a GPU"
+    elif backend in ("native", "sampled", "triton") and (units.device.type == "cpu") == (backend == "triton"):
+        place = "a GPU" if backend == "triton" else "a CPU"
         raise ValueError(
             f"backend={backend!r} works on {place} only, and the weight is on {units.device.type}; use auto"
         )
+    elif backend == "native" and not native.computes(dtype):
+        raise ValueError(f"backend='native' computes in float32 and bfloat16, not in {dtype}; use auto")
+    elif backend == "native" and not native.available():
+        raise ValueError("backend='native' needs a C++ compiler (g++ or clang++); without one use auto")
     return _serving(shape, tile)[backend](units, shape, tile)
 
 
@@ -81,15 +83,6 @@ def _rule(units: Tensor, shape: Sequence[int], tile: Tile, dtype: torch.dtype) -
     if tile != (1, 1):
         return "block_rows"
     return "sampled" if units.numel() < SAMPLED_BELOW * prod(shape) else "dense"
-
-
-def _refuse_native(units: Tensor, dtype: torch.dtype) -> None:
-    if units.device.type != "cpu":
-        raise ValueError(f"backend='native' works on a CPU only, and the weight is on {units.device.type}; use auto")
-    if not native.computes(dtype):
-        raise ValueError(f"backend='native' computes in float32 and bfloat16, not in {dtype}; use auto")
-    if not native.available():
-        raise ValueError("backend='native' needs a C++ compiler (g++ or clang++); without one use auto")
 
 
 def _serving(shape: Sequence[int], tile: Tile) -> dict[str, type[KeptGradient]]:

@@ -83,3 +83,8 @@ class _KeptLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             kept = ctx.kernel.gradient(saved, grad.reshape(-1, grad.shape[-1])).to(ctx.dtype)
         return grad_x, None, None, kept, None
+
+
+def contiguous_rows(matrix: Tensor) -> Tensor:
+    """Return the matrix with the values of each row beside each other in memory; copied only where they are not."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

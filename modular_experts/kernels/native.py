@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import Tile, rows_and_columns, tile_grid
-from modular_experts.kernels.kernel import KeptGradient
+from modular_experts.kernels.kernel import KeptGradient, contiguous_rows
 from modular_experts.native.build import load
 
-SOURCE = Path(__file__).with_name("native.cpp")
 BLOCK = 64
 """Columns of the input that `native.cpp` holds at once for entries; the two numbers must agree."""
 
@@ -36,25 +35,20 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = load(SOURCE, "-ffp-contract=fast")
-    return library and _declared(library)
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    inputs: list[Any] = [pointer, number, pointer, number, ctypes.c_int, number, number, number]
-    library.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
-    library.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
-    library.kept_tiles.restype = library.kept_entries.restype = None
+    library = load(Path(__file__).with_name("native.cpp"), "-ffp-contract=fast")
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        inputs: list[Any] = [pointer, number, pointer, number, ctypes.c_int, number, number, number]
+        library.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
+        library.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
+        library.kept_tiles.restype = library.kept_entries.restype = None
     return library
 
 
-class _Native(KeptGradient):
-    name: ClassVar[str] = "native"
-
-
-class NativeTiles(_Native):
+class NativeTiles(KeptGradient):
     """Computes the gradient of square tiles; sides that are multiples of 16 fill the registers best."""
+
+    name: ClassVar[str] = "native"
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
@@ -67,8 +61,10 @@ class NativeTiles(_Native):
         return torch.ops.modular_experts.kept_tiles(x, grad, self.tiles, self.starts, self.tile[0])
 
 
-class NativeEntries(_Native):
+class NativeEntries(KeptGradient):
     """Computes the gradient of single entries; its plan takes eight bytes for each."""
+
+    name: ClassVar[str] = "native"
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile = (1, 1)) -> None:
         super().__init__(units, shape, tile)
@@ -84,7 +80,7 @@ class NativeEntries(_Native):
 
 
 def _starts(groups: Tensor, count: int) -> Tensor:
-    """Return where each group begins in a sorted list of group numbers, and where the last ends, `(count + 1,)`."""
+    """Return where each of `count` groups begins in the sorted numbers of groups, and where the last ends."""
     return torch.searchsorted(groups, torch.arange(count + 1, device=groups.device))
 
 
@@ -127,10 +123,6 @@ def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
     assert library is not None, "call available() first"
     if not computes(x.dtype):
         raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")
-    x, grad = _contiguous_rows(x), _contiguous_rows(grad.to(x.dtype))
+    x, grad = contiguous_rows(x), contiguous_rows(grad.to(x.dtype))
     inputs = (x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), x.dtype == torch.bfloat16)
     getattr(library, function)(*inputs, *x.shape, grad.shape[1], *arguments, torch.get_num_threads())
-
-
-def _contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

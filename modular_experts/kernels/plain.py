@@ -78,8 +78,12 @@ class TileRows(KeptGradient):
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         (height, width), (tall, wide) = self.tile, self.grid
         tokens = x.shape[0]
-        panels = _widened(x, wide * width).reshape(tokens, wide, width)
-        grad = _widened(grad, tall * height)
+        # Tiles may reach over the edge, where zeros stand in for inputs and outputs.
+        if wide * width > x.shape[1]:
+            x = F.pad(x, (0, wide * width - x.shape[1]))
+        if tall * height > grad.shape[1]:
+            grad = F.pad(grad, (0, tall * height - grad.shape[1]))
+        panels = x.reshape(tokens, wide, width)
         out = x.new_empty(self.units.numel(), height, width)
         # The inputs of each row's tiles go to the same memory, so that it stays in the processor's cache.
         room = x.new_empty(tokens * width * self.longest)
@@ -90,11 +94,6 @@ class TileRows(KeptGradient):
             product = grad[:, row * height : (row + 1) * height].T @ inputs.view(tokens, -1)
             out[start:end] = product.view(height, count, width).transpose(0, 1)
         return out
-
-
-def _widened(matrix: Tensor, width: int) -> Tensor:
-    """Append columns of zeros up to a width; a matrix of that width is returned as it is."""
-    return matrix if matrix.shape[1] == width else F.pad(matrix, (0, width - matrix.shape[1]))
 
 
 class KeptRows(KeptGradient):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import Tile, tile_grid
-from modular_experts.kernels.kernel import KeptGradient
+from modular_experts.kernels.kernel import KeptGradient, contiguous_rows
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -67,25 +67,35 @@ class TritonTiles(KeptGradient):
 
     def __init__(self, units: Tensor, shape: Sequence[int], tile: Tile) -> None:
         super().__init__(units, shape, tile)
-        _refuse(tile)
-        program()  # so that what is missing is said now, not in the first backward pass
+        if tile[0] != tile[1] or tile[0] not in SIZES:
+            sizes = f"{', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]}"
+            raise ValueError(
+                f"backend='triton' serves square tiles of {sizes}, not {tile[0]} x {tile[1]}; set block_size, or use "
+                "auto"
+            )
+        program()  # raises now, rather than in the first backward pass, where Triton is missing
         wide = tile_grid(shape, tile)[1]
         rows, counts = torch.unique_consecutive(units.long() // wide, return_counts=True)
-        self.tiles = _segment_tiles(counts, tile[0])
+        # A program has room for a power of two of tiles, at most for what the fullest row needs.
+        fullest = int(counts.max()) if counts.numel() else 1
+        most = SEGMENT_COLUMNS // tile[0] if tile[0] < 64 else 1
+        self.tiles = min(max(1 << (fullest - 1).bit_length(), 64 // tile[0]), most)
         self.segments = _segments(rows, counts, self.tiles)
         self.columns = (units.long() % wide).to(torch.int32)
 
     def splits(self, tokens: int) -> int:
         """Return into how many parts the tokens are split."""
-        return token_splits(
-            len(self.segments), tokens, 4 * self.units.numel() * self.tile[0] ** 2, _processors(self.units.device)
-        )
+        kept_bytes, device = 4 * self.units.numel() * self.tile[0] ** 2, self.units.device
+        # Outside of a GPU, in the interpreter, one processor runs the program.
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return token_splits(len(self.segments), tokens, kept_bytes, processors)
 
     def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"backend='triton' computes in float32, bfloat16 and float16, not in {x.dtype}; use auto")
         kept, chunk = self.units.numel(), 64 // x.element_size()
-        split_tokens = _rounded_up(-(-x.shape[0] // self.splits(x.shape[0])), chunk)
+        # Each split has a whole number of chunks, and at least one.
+        split_tokens = max(1, -(-x.shape[0] // (self.splits(x.shape[0]) * chunk))) * chunk
         splits = max(1, -(-x.shape[0] // split_tokens))
         partials = torch.empty(splits, kept, *self.tile, dtype=torch.float32, device=x.device)
         if kept:
@@ -94,7 +104,7 @@ class TritonTiles(KeptGradient):
 
     def _launch(self, x: Tensor, grad: Tensor, partials: Tensor, split_tokens: int, chunk: int) -> None:
         size = self.tile[0]
-        x, grad = _neighbours(x), _neighbours(grad)
+        x, grad = contiguous_rows(x), contiguous_rows(grad)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whichever holds its arguments
             program()[(len(self.segments), partials.shape[0])](
                 *(x, grad, partials, self.segments, self.columns),
@@ -124,38 +134,8 @@ def token_splits(segments: int, tokens: int, kept_bytes: int, processors: int) -
     return max(1, min(wanted, tokens // TOKENS_PER_SPLIT, BUFFER_BYTES // max(1, kept_bytes)))
 
 
-def _refuse(tile: Tile) -> None:
-    if tile[0] != tile[1] or tile[0] not in SIZES:
-        sizes = f"{', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]}"
-        raise ValueError(
-            f"backend='triton' serves square tiles of {sizes}, not {tile[0]} x {tile[1]}; set block_size, or use auto"
-        )
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; one elsewhere, for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _neighbours(matrix: Tensor) -> Tensor:
-    """Return the matrix with the values of a row beside each other; itself where they are."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _rounded_up(number: int, step: int) -> int:
-    return max(1, -(-number // step)) * step
-
-
-def _segment_tiles(counts: Tensor, size: int) -> int:
-    """Return how many tiles a program has room for: a power of two, no more than the fullest row needs."""
-    fullest = int(counts.max()) if counts.numel() else 1
-    most = SEGMENT_COLUMNS // size if size < 64 else 1
-    return min(max(1 << (fullest - 1).bit_length(), 64 // size), most)
-
-
 def _segments(rows: Tensor, counts: Tensor, tiles: int) -> Tensor:
-    """Return the segments `(n, 3)`: row of tiles, first slot and last slot + 1; a row's have about the same length."""
+    """Return the segments `(n, 3)`: row of tiles, first slot, last slot + 1; those of a row are about as long."""
     pieces = -(-counts // tiles)
     piece = torch.arange(int(pieces.sum()), device=rows.device) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
     first, count = (counts.cumsum(0) - counts).repeat_interleave(pieces), counts.repeat_interleave(pieces)
@@ -173,13 +153,13 @@ def program() -> Any:
         import triton.language as tl
     except ImportError as error:
         raise ValueError("backend='triton' needs the package triton: pip install triton, or use auto") from error
-    # a new number of tokens must not compile anew
+    # A new number of tokens must not compile the program again.
     return triton.jit(_segment_product, do_not_specialize=["tokens", "split_tokens"])
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Say whether the program runs in Triton's interpreter, on the CPU: `TRITON_INTERPRET=1`."""
+    """Return whether the program runs in Triton's interpreter, on the CPU: `TRITON_INTERPRET=1`."""
     import triton
 
     return not isinstance(program(), triton.JITFunction)

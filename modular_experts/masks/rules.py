@@ -38,7 +38,7 @@ class Rule(ABC):
         """Return whether the support is chosen before optimizer step `step` (the first is 0)."""
 
     def starts_anew(self, step: int, kept: int, units: int) -> bool:
-        """Return whether the choice at `step` ignores the old support, which keeps `kept` of `units`."""
+        """Return whether the choice at `step` ignores the old support, which keeps `kept` of `units` units."""
         return True
 
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
@@ -123,14 +123,12 @@ class DenseThenSparse(Rule):
 
 @dataclass(frozen=True)
 class GrowAndDrop(Rule):
-    """Start from the highest scores; then, every few steps, exchange the least changed units for the best scored ones
-    outside.
+    """Start from the highest scores, and then exchange the least changed units for the best scored ones outside.
 
-    The number of kept units is constant. The share exchanged falls linearly to zero at the freeze.
+    The share exchanged falls linearly to zero at the freeze.
 
     Args:
-        every: Optimizer steps between two exchanges; if not given, five exchanges spread evenly, whose cost does not
-            grow with the length of training.
+        every: Optimizer steps between two exchanges; if not given, five exchanges spread evenly.
         until: Share of all steps after which the support is frozen, in (0, 1].
         replace: Share of the kept units exchanged at the first exchange, in (0, 1].
     """

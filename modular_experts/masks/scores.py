@@ -19,8 +19,8 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 
 GradientStatistic = Literal["gradient", "squared_gradient", "curvature", "none"]
-"""The statistic of the loss that a score gets: the mean gradient g over the scoring batches, the mean of the squares of
-the batches' gradients, the Hessian times g, or none, which saves the scoring pass.
+"""What a score gets: the mean gradient g over the scoring batches, the mean of the squares of the batches' gradients,
+the Hessian times g, or zeros, which cost no scoring pass.
 """
 
 
@@ -35,8 +35,7 @@ class Score(ABC):
 
         Args:
             weight: The weight `(out, in)` as the layer uses it: base plus delta.
-            gradient: The statistic of the loss with respect to it, `(out, in)`, float32, over all batches and ranks;
-                zeros for the statistic `none`.
+            gradient: The statistic of the loss with respect to it, `(out, in)`, float32, over all batches and ranks.
             delta: How far the weight has moved; its `dense()` form is `(out, in)`.
         """
 
@@ -78,7 +77,7 @@ class ConnectionSensitivity(Score):
 
 @dataclass(frozen=True)
 class FisherInformation(Score):
-    """Mean `g^2`: the diagonal of the empirical Fisher information over the scoring batches (Sung et al.).
+    """Mean `g^2`, the diagonal of the empirical Fisher information (Sung et al.).
 
     Each batch's gradient is squared before the mean is taken, so more and smaller batches give a better estimate.
     """

@@ -39,7 +39,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def kth_highest(scores: Tensor, k: int) -> Tensor:
     """Return the k-th highest score, k from 1 to their number, exactly and without sorting them.
 
-    Every score must be a number.
+    No score may be NaN.
     """
     flat = scores.reshape(-1)
     if flat.numel() <= _BINS:
@@ -57,12 +57,12 @@ class StreamingTopK:
 
     Args:
         k: How many to keep over all weights.
-        slack: Candidates are thinned out when there are more than this times k.
     """
 
-    def __init__(self, k: int, slack: float = 1.25) -> None:
-        self.k, self.limit = k, int(slack * k) + _BINS
-        self.most = 0
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.limit = int(1.25 * k) + _BINS
+        """Number of candidates above which they are thinned out."""
         self._counts: Tensor | None = None
         self._candidates: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -77,7 +77,16 @@ class StreamingTopK:
         counts = _histogram(flat)
         self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
         self._candidates[name] = _at_least(flat, _lower_bound(self._counts, self.k))
-        self._thin_out()
+        if self.held > self.limit:
+            bound = _lower_bound(self._counts, self.k)
+            for other, (places, held) in self._candidates.items():
+                stay = held.to(torch.float32) >= bound
+                self._candidates[other] = (places[stay], held[stay])
+
+    @property
+    def held(self) -> int:
+        """Number of candidates held."""
+        return sum(places.numel() for places, _ in self._candidates.values())
 
     def finish(self) -> dict[str, Tensor]:
         """Return the kept flat indices of each weight, sorted; ties go to the first name, then to the lowest index."""
@@ -89,16 +98,6 @@ class StreamingTopK:
         parts = kept.long().tensor_split(torch.searchsorted(kept.long().cpu(), ends[:-1]))
         starts = [0, *ends[:-1].tolist()]
         return {n: self._candidates[n][0][part - start] for n, part, start in zip(names, parts, starts, strict=True)}
-
-    def _thin_out(self) -> None:
-        held = sum(places.numel() for places, _ in self._candidates.values())
-        if held > self.limit and self._counts is not None:
-            bound = _lower_bound(self._counts, self.k)
-            for name, (places, scores) in self._candidates.items():
-                stay = scores.to(torch.float32) >= bound
-                self._candidates[name] = (places[stay], scores[stay])
-            held = sum(places.numel() for places, _ in self._candidates.values())
-        self.most = max(self.most, held)
 
 
 def _smallest_of(candidates: Tensor, k: int) -> Tensor:

@@ -79,7 +79,7 @@ def test_bfloat16_is_widened_before_it_is_multiplied(size) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("size", "dtype"), zip([1, 8, 16, 20], [torch.float32, torch.bfloat16] * 2, strict=True))
+@pytest.mark.parametrize(("size", "dtype"), list(zip([1, 8, 16, 20], [torch.float32, torch.bfloat16] * 2, strict=True)))
 def test_inputs_may_lie_in_memory_in_any_way(size, dtype) -> None:
     x, grad = (matrix.to(dtype) for matrix in _inputs((48, 80), 150))
     kernel, wide = _kernel(size, 0.3, (48, 80)), torch.zeros(150, 200, dtype=dtype)

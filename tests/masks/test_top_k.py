@@ -77,5 +77,5 @@ def test_streaming_holds_little_more_than_k() -> None:
     stream = StreamingTopK(k)
     for number in range(40):
         stream.add(f"{number:02}", torch.randn(50_000, generator=draw).abs() * (1 + number % 7))
-    assert stream.most <= 1.3 * k + 2**16
+        assert stream.held <= 1.3 * k + 2**16
     assert sum(places.numel() for places in stream.finish().values()) == k
