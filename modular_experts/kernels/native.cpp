@@ -1,16 +1,17 @@
 // The gradient g^T x of only the kept units of a weight (out, in), for x (tokens, in) and g (tokens, out).
 //
-// Both kernels take CHUNK tokens at a time: they bring x and g of these into the order in which they are read, as
-// float32, and add the chunk's share to the result. So beside it they need one chunk of x and g, not a copy of either.
+// Both kernels work on CHUNK tokens at a time. They copy that part of x and g into the order in which they read it, as
+// float32, and add its products to the result, so that they never hold a copy of all of x or g.
 //
-// * Tiles are made of pieces of L times L. One stays in registers while the tokens pass: at each, L values of x, a
-//   vector, times L single values of g. They are read from panels of L columns, which lie in x and g themselves unless
-//   these are bfloat16, reach over the edge, or are read so often that a copy without gaps pays.
-// * Entries are dot products of a column of x and one of g, so both are transposed. The plan sorts them by blocks of
-//   BLOCK columns of x, which stay in the first-level cache while those of g stream past. As many entries as a vector
-//   has lanes are done at once, and then their lanes summed together.
+// * Tiles are computed in pieces of L times L. The sums of a piece stay in registers while the loop runs over the
+//   tokens; each token adds L values of x, as a vector, times L single values of g. A piece reads panels of L columns.
+//   A panel lies in x or g itself, unless the matrix is bfloat16, the panel reaches over the edge, or the panel is read
+//   so often that a copy without gaps is faster.
+// * Entries are dot products of a column of x and a column of g, so both matrices are transposed. The plan sorts the
+//   entries by blocks of BLOCK columns of x. A block stays in the first-level cache while the columns of g stream past.
+//   The kernel computes as many entries at once as a vector has lanes, and then sums the lanes of all of them together.
 //
-// Threads share the kept units, and the sum of each has one order: the result does not depend on their number.
+// Threads share the kept units. The sum of a unit has one order, so the number of threads does not change the result.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,13 +22,13 @@
 namespace {
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
-constexpr int NATIVE = 16, ACCUMULATORS = 16;  // floats in a register; registers that sum
+constexpr int NATIVE = 16, ACCUMULATORS = 16;  // floats in a register, and registers that hold sums
 #elif defined(__AVX__)
 constexpr int NATIVE = 8, ACCUMULATORS = 8;
 #else
 constexpr int NATIVE = 4, ACCUMULATORS = 16;
 #endif
-constexpr int64_t CHUNK = 64, BLOCK = 64;  // BLOCK as in native.py
+constexpr int64_t CHUNK = 64, BLOCK = 64;  // BLOCK must agree with native.py
 constexpr int64_t READS = 4;               // reads of a panel above which its copy pays; measured on 16-tiles
 
 template <int N> struct Lanes {
@@ -59,7 +60,7 @@ template <int N, class S> inline Vec<N> load(const S* p) {
     else return (Vec<N>)(__builtin_convertvector(*reinterpret_cast<const typename Lanes<N>::halves*>(p), Bits) << 16);
 }
 
-// The first `count` of N values, then zeros.
+// Load the first `count` of N values, and zeros for the others.
 template <int N, class S> inline Vec<N> load_some(const S* p, int64_t count) {
     if (count >= N) return load<N>(p);
     S some[N] = {};
@@ -78,7 +79,8 @@ template <int N> inline void add_some(float* p, Vec<N> v, int64_t count) {
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes<NATIVE>::bits{__VA_ARGS__})
 #endif
-// Lanes of a, but where the lane's number has the bit `step`, lanes of b; one of the two moves over by `step`.
+// Two halves of a transposition: take lanes from a, and from b where the number of the lane has the bit `step`. In
+// `low` the lanes of b move by `step`, in `high` the lanes of a.
 template <int step, int... I> inline V low(V a, V b, std::integer_sequence<int, I...>) {
     return SHUFFLE(a, b, (I & step ? NATIVE + (I ^ step) : I)...);
 }
@@ -97,7 +99,7 @@ template <int step = 1> inline void transpose(V* v) {
     }
 }
 
-// Lane i is the sum over the lanes of v[i].
+// Return the vector whose lane i is the sum of all lanes of v[i].
 template <int step = NATIVE / 2> inline V sums(const V* v) {
     if constexpr (step == 0) return *v;
     else {
@@ -106,7 +108,8 @@ template <int step = NATIVE / 2> inline V sums(const V* v) {
     }
 }
 
-// Write NATIVE columns from `column` on, CHUNK tokens of each from `first` on, as rows; zero beyond the matrix.
+// Write NATIVE columns as rows, starting at `column`, with CHUNK tokens of each, starting at `first`. Beyond the matrix
+// the values are zero.
 template <class S> void transposed(const Matrix& m, int64_t first, int64_t column, float* to) {
     for (int64_t t = 0; t < CHUNK; t += NATIVE) {
         const S* from = static_cast<const S*>(m.data) + (first + t) * m.stride + column;
@@ -121,13 +124,13 @@ void transposed(const Matrix& m, int64_t first, int64_t column, float* to) {
     m.half ? transposed<uint16_t>(m, first, column, to) : transposed<float>(m, first, column, to);
 }
 
-// Write `count` columns of the tokens [first, last), widened to L with zeros.
+// Write `count` columns of the tokens [first, last), followed by zeros up to L columns.
 template <int L, class S>
 void copy(const Matrix& m, int64_t first, int64_t last, int64_t column, int64_t count, float* to) {
     constexpr int N = std::min(L, NATIVE);
     const S* from = static_cast<const S*>(m.data) + first * m.stride + column;
     for (int64_t t = first; t < last; t++, from += m.stride, to += L) {
-        __builtin_prefetch(from + 4 * m.stride);  // the hardware does not foresee so long steps: a quarter of all time
+        __builtin_prefetch(from + 4 * m.stride);  // the hardware misses such long steps: 25 % of the time
         for (int w = 0; w < L; w += N) *reinterpret_cast<Vec<N>*>(to + w) = load_some<N>(from + w, count - w);
     }
 }
@@ -137,7 +140,8 @@ struct Panel {
     int64_t stride;
 };
 
-// The columns of a matrix as panels: `pieces` of L for each of `count` tiles, here or in a copy.
+// Divide the columns of a matrix into panels: each of `count` tiles has `pieces` panels of L columns. With `direct`
+// they are read in place, else from a copy.
 template <int L> struct Panels {
     const Matrix& m;
     int64_t size, pieces, count;
@@ -147,7 +151,7 @@ template <int L> struct Panels {
         : m(m), size(size), pieces((size + L - 1) / L), count((m.columns + size - 1) / size),
           direct(!m.half && size % L == 0 && m.columns % size == 0 && kept * pieces <= READS * count) {}
     int64_t column(int64_t panel) const { return panel / pieces * size + panel % pieces * L; }
-    // How many columns of a panel lie inside of its tile and of the matrix.
+    // Return how many columns of a panel lie inside both its tile and the matrix.
     int64_t inside(int64_t panel) const {
         return std::min({int64_t{L}, size - panel % pieces * L, m.columns - column(panel)});
     }
@@ -161,7 +165,7 @@ template <int L> struct Panels {
     }
 };
 
-// Add the product of two panels to a piece at `out`, of which `rows` and `columns` exist.
+// Add the product of two panels to the piece at `out`, which has `rows` rows and `columns` columns inside the weight.
 template <int L>
 void piece(Panel x, Panel g, int64_t tokens, float* out, int64_t stride, int64_t rows, int64_t columns) {
     constexpr int N = std::min(L, NATIVE), W = L / N, R = std::min(L, ACCUMULATORS / W);
@@ -212,8 +216,9 @@ void tiles(const Matrix& x, const Matrix& g, const uint32_t* units, const int64_
     }
 }
 
-// Add the dot products of a chunk at groups of NATIVE entries. A function of its own: inside of another the compiler
-// runs out of registers, which takes a third of the speed, and a second copy may fuse other products: other bits.
+// Add the dot products of a chunk for groups of NATIVE entries. It must not be inlined: inside another function the
+// compiler runs out of registers, which costs a third of the speed. A second copy might also fuse other products and
+// additions, which would change the last bits.
 __attribute__((noinline)) void dots(const float* x, const float* g, const uint32_t* places, int64_t groups,
                                     float* out) {
     for (const uint32_t* end = places + groups * NATIVE; places < end; places += NATIVE, out += NATIVE) {
@@ -242,7 +247,8 @@ void entries(const float* x, const float* g, const uint32_t* places, int64_t cou
 
 }  // namespace
 
-// Units are tiles; starts `(rows of tiles + 1,)` tells where those of a row begin. The result is zero before.
+// Compute the kept tiles. The tiles of row r of the grid are units[starts[r]] to units[starts[r + 1] - 1]. The caller
+// fills the result with zeros, because each chunk of tokens adds to it.
 extern "C" void kept_tiles(const void* x, int64_t x_stride, const void* g, int64_t g_stride, int half, int64_t tokens,
                            int64_t in, int64_t out, const uint32_t* units, const int64_t* starts, int64_t size,
                            float* result, int threads) {
@@ -251,14 +257,14 @@ extern "C" void kept_tiles(const void* x, int64_t x_stride, const void* g, int64
     else tiles<16>(xs, gs, units, starts, size, result, threads);
 }
 
-// Places are `row * BLOCK + column % BLOCK`, sorted by block of columns, then row; starts `(blocks + 1,)` tells where
-// those of a block begin, and order where in the result each belongs.
+// Compute the kept entries. A place is `row * BLOCK + column % BLOCK`; places are sorted by block of columns, then row.
+// Block b has the places starts[b] to starts[b + 1] - 1, and order[e] is the slot of place e in the result.
 extern "C" void kept_entries(const void* x, int64_t x_stride, const void* g, int64_t g_stride, int half, int64_t tokens,
                              int64_t in, int64_t out, const uint32_t* places, const int64_t* starts,
                              const int32_t* order, float* result, int threads) {
     const Matrix xs{x, x_stride, tokens, in, half != 0}, gs{g, g_stride, tokens, out, half != 0};
     const int64_t blocks = (in + BLOCK - 1) / BLOCK, kept = starts[blocks];
-    const int64_t parts = blocks >= 4 * threads ? 1 : (4 * threads + blocks - 1) / blocks;  // work for every thread
+    const int64_t parts = blocks >= 4 * threads ? 1 : (4 * threads + blocks - 1) / blocks;  // for every thread
     const Buffer rows = buffer((out + NATIVE) * CHUNK), sum = buffer(kept);
     std::fill_n(sum.get(), kept, 0.0f);
 #pragma omp parallel num_threads(threads)

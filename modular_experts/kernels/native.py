@@ -29,20 +29,21 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def available() -> bool:
-    """Return whether the kernels can run here; the first call may compile them, and then logs it."""
-    return _library() is not None
+    """Return whether the kernels can run here."""
+    return library() is not None
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = load(Path(__file__).with_name("native.cpp"), "-ffp-contract=fast")
-    if library is not None:
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None where they cannot be compiled; the first call compiles and logs."""
+    kernels = load(Path(__file__).with_name("native.cpp"), "-ffp-contract=fast")
+    if kernels is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         inputs: list[Any] = [pointer, number, pointer, number, ctypes.c_int, number, number, number]
-        library.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
-        library.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
-        library.kept_tiles.restype = library.kept_entries.restype = None
-    return library
+        kernels.kept_tiles.argtypes = [*inputs, pointer, pointer, number, pointer, ctypes.c_int]
+        kernels.kept_entries.argtypes = [*inputs, pointer, pointer, pointer, pointer, ctypes.c_int]
+        kernels.kept_tiles.restype = kernels.kept_entries.restype = None
+    return kernels
 
 
 class NativeTiles(KeptGradient):
@@ -119,10 +120,10 @@ def _kept_entries(x: Tensor, grad: Tensor, places: Tensor, starts: Tensor, order
 
 def _call(function: str, x: Tensor, grad: Tensor, *arguments: int) -> None:
     """Call a function of the library, which takes the inputs first and the number of threads last."""
-    library = _library()
-    assert library is not None, "call available() first"
+    kernels = library()
+    assert kernels is not None, "call available() first"
     if not computes(x.dtype):
         raise ValueError(f"the native kernels compute in float32 and bfloat16, not in {x.dtype}; use another backend")
     x, grad = contiguous_rows(x), contiguous_rows(grad.to(x.dtype))
     inputs = (x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), x.dtype == torch.bfloat16)
-    getattr(library, function)(*inputs, *x.shape, grad.shape[1], *arguments, torch.get_num_threads())
+    getattr(kernels, function)(*inputs, *x.shape, grad.shape[1], *arguments, torch.get_num_threads())

@@ -1,8 +1,8 @@
-// Passes over the entries of sparse deltas: what torch does in several, with a copy between each two, is done in one.
+// Passes over the entries of sparse deltas. Torch needs several passes with a copy after each; these loops need one.
 //
-// Places are sorted flat entries of a weight; a part of it begins with the entry `start` and has `size`. Places that
-// are not sorted, or not in the part, are never written to: the functions then return 1, else 0. There is one thread,
-// and products are rounded before they are added (-ffp-contract=off), so that the bits are those of torch.
+// Places are sorted flat entries of a weight. A part of a weight begins with the entry `start` and has `size` entries.
+// The functions never write to a place that is not sorted or not in the part: they stop and return 1 (else 0). They use
+// one thread and round products before they add them (-ffp-contract=off), so that the bits are those of torch.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -10,10 +10,11 @@
 
 namespace {
 
-constexpr int64_t TILE = 1 << 13;  // entries that all experts go through before the next: they stay in the cache
+constexpr int64_t TILE = 1 << 13;  // entries that stay in the cache while every expert adds to them
 
-// Set `out`, and `kept` if it is there, to zero, call `each(expert)(number, entry of the part)` for all entries - at
-// each place the experts come in their order - and set those of `kept` to 1. Then `out` is multiplied by a factor.
+// Set `out` and `kept`, unless it is null, to zero. Call `each(expert)(number, entry of the part)` for every entry of
+// every expert, in the order of the experts at each place, and set that entry of `kept` to 1. In the end multiply `out`
+// by the factor.
 template <class Each>
 int over(const int32_t* const* places, const int64_t* counts, int64_t experts, int64_t start, int64_t size, double* out,
          uint8_t* kept, double factor, Each each) {
@@ -58,8 +59,8 @@ uint16_t narrowed(float wide) {
 
 }  // namespace
 
-// Sum the values, times the weight of their expert if there are weights, and multiply the sum by a factor; tell what
-// any expert keeps, by a 1.
+// Sum the values, each times the weight of its expert if there are weights, and multiply the sum by a factor. Set
+// `kept` to 1 where any expert keeps an entry.
 extern "C" int sum_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                            int64_t experts, const double* weights, double factor, int64_t start, int64_t size,
                            double* out, uint8_t* kept) {
@@ -74,7 +75,7 @@ extern "C" int sum_entries(const int32_t* const* places, const float* const* val
     });
 }
 
-// Count the experts that keep each entry; with values, those whose value is not zero.
+// Count the experts that keep each entry. If there are values, count only the experts whose value is not zero.
 extern "C" int count_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                              int64_t experts, int64_t start, int64_t size, double* out) {
     if (!values)
@@ -85,11 +86,12 @@ extern "C" int count_entries(const int32_t* const* places, const float* const* v
     });
 }
 
-// Write the places of what is kept of a part, and its values; return how many. Both have room for the whole part.
+// Write the places and values of the kept entries of a part, and return their number. Both outputs need room for the
+// whole part.
 extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_t size, int64_t start, int32_t* places,
                                 float* values) {
     int64_t count = 0;
-    for (int64_t entry = 0; entry < size; entry++) {  // written always, and kept by going on: there is nothing to guess
+    for (int64_t entry = 0; entry < size; entry++) {  // no branch to predict: an entry is always written
         places[count] = static_cast<int32_t>(start + entry);
         values[count] = static_cast<float>(total[entry]);
         count += kept[entry] != 0;
@@ -97,7 +99,7 @@ extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_
     return count;
 }
 
-// Write the numbers that gaps stand for; return the last (-1 if there is none), or -2 if there are not `count`.
+// Write the numbers that the gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
 extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
     int64_t last = -1, found = 0;
     for (int64_t k = 0; k < bytes; k++) {
@@ -109,7 +111,7 @@ extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count
     return found == count && (!bytes || gaps[bytes - 1]) ? last : -2;
 }
 
-// Write the numbers of the bits that a mask sets, the lowest bit of a byte first; return what decode_gaps does.
+// Write the numbers of the bits that a mask sets, the lowest bit of a byte first. Return what decode_gaps returns.
 extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count, int32_t* numbers) {
     int64_t last = -1, found = 0;
     for (int64_t place = 0; place < bytes; place += 8) {
@@ -124,14 +126,14 @@ extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count
     return found == count ? last : -2;
 }
 
-// Write the flat entries of sorted tiles of a weight `(rows, columns)`, in their order, and their values; return how
-// many: what lies beyond the edge is left out. Both have room for all entries of the tiles.
+// Write the flat entries of sorted tiles of a weight `(rows, columns)`, in ascending order, and their values. Leave out
+// entries beyond the edge, and return how many were written. Both outputs need room for all entries of the tiles.
 extern "C" int64_t spread_tiles(const int32_t* blocks, const float* tiles, int64_t count, int64_t height, int64_t width,
                                 int64_t rows, int64_t columns, int32_t* places, float* values) {
     const int64_t wide = (columns + width - 1) / width;
     int64_t found = 0;
     for (int64_t first = 0, last = 0; first < count; first = last) {
-        const int64_t row = blocks[first] / wide;  // of the grid; its tiles share rows of the weight
+        const int64_t row = blocks[first] / wide;  // the tiles in one row of the grid share rows of the weight
         while (last < count && blocks[last] / wide == row) last++;
         for (int64_t k = 0; k < height && row * height + k < rows; k++)
             for (int64_t tile = first; tile < last; tile++) {
@@ -146,9 +148,9 @@ extern "C" int64_t spread_tiles(const int32_t* blocks, const float* tiles, int64
     return found;
 }
 
-// Add values to a weight in bfloat16: each sum is taken in float32 and rounded once, to the nearest (of two, even).
-// Also counted are the values that are not zero and the entries whose bits change, and summed the squares of what
-// rounding took away and of the values.
+// Add values to a bfloat16 weight: compute each sum in float32 and round it once, to the nearest number, ties to even.
+// Count the values that are not zero and the entries whose bits change. Sum the squared rounding errors and the squares
+// of the values.
 extern "C" int add_rounded(const int32_t* places, const float* values, int64_t count, int64_t size, uint16_t* weight,
                            int64_t* counts, double* squares) {
     int64_t moved = 0, changed = 0;

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from modular_experts.native.build import load
 
-SOURCE = Path(__file__).with_name("sparse_passes.cpp")
-
 LEAST = 2**12
 """Least number of entries for which the code is compiled and called; for fewer it would gain little."""
 
@@ -44,48 +42,45 @@ class Added(NamedTuple):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = load(SOURCE, "-ffp-contract=off")
-    if library is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        share = ctypes.c_double
-        library.sum_entries.argtypes = [*[pointer] * 3, number, pointer, share, number, number, pointer, pointer]
-        library.count_entries.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
-        library.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
-        library.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
-        library.decode_gaps.argtypes = library.decode_mask.argtypes = [pointer, number, number, pointer]
-        library.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
-        library.spread_tiles.restype = number
-        library.pack_entries.restype = library.decode_gaps.restype = library.decode_mask.restype = number
-    return library
+def library() -> ctypes.CDLL | None:
+    """Return the compiled passes, or None where they cannot be compiled; the first call compiles and logs."""
+    passes = load(Path(__file__).with_name("sparse_passes.cpp"), "-ffp-contract=off")
+    if passes is not None:
+        pointer, number, share = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+        passes.sum_entries.argtypes = [*[pointer] * 3, number, pointer, share, number, number, pointer, pointer]
+        passes.count_entries.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
+        passes.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
+        passes.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
+        passes.decode_gaps.argtypes = passes.decode_mask.argtypes = [pointer, number, number, pointer]
+        passes.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
+        passes.spread_tiles.restype = passes.pack_entries.restype = number
+        passes.decode_gaps.restype = passes.decode_mask.restype = number
+    return passes
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None, "the callers ask _serves first"
-    return library
-
-
-def _serves(entries: int, tensors: Sequence[Tensor]) -> bool:
-    """Return whether the code serves these tensors and this number of entries; it may be compiled for the answer."""
-    return entries >= LEAST and all(map(_is_plain, tensors)) and _library() is not None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor's values lie at its address, one after the other, without gradient or lazy sign."""
-    lazy = tensor.is_neg() or tensor.requires_grad
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not lazy
+def _serving(entries: int, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> ctypes.CDLL | None:
+    """Return the compiled passes if they serve these tensors, of these dtypes, and this number of entries."""
+    if entries < LEAST or [tensor.dtype for tensor in tensors] != list(dtypes):
+        return None
+    for tensor in tensors:
+        # The values must lie at the tensor's address, one after the other, without gradient or lazy sign.
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_neg() or tensor.requires_grad:
+            return None
+    return library()
 
 
 class Runs:
     """The entries that several experts keep of one weight.
 
     Its methods return flat tensors for a chunk of the weight: the flat entries from `start` to before `stop`. `here` is
-    the slice of each expert's entries that lies there. They raise an IndexError where indices are not sorted or not in
-    the chunk.
+    the slice of each expert's entries that lies there.
+
+    Raises:
+        IndexError: (by the methods) Indices are not sorted or not in the chunk.
     """
 
-    def __init__(self, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(self, passes: ctypes.CDLL, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._passes = passes
         self._held = places, values  # keeps the memory at the addresses alive
         self._places = [tensor.data_ptr() for tensor in places]
         self._values = [tensor.data_ptr() for tensor in values]
@@ -98,11 +93,11 @@ class Runs:
             places: For each expert its flat entries of the weight, `(n,)`, sorted.
             values: For each expert its values there, `(n,)`.
         """
-        known = all(
-            (own.dtype, its.dtype, own.shape) == (torch.int32, torch.float32, its.shape)
-            for own, its in zip(places, values, strict=True)
-        )
-        return cls(places, values) if known and _serves(sum(map(len, places)), [*places, *values]) else None
+        if [own.shape for own in places] != [its.shape for its in values]:
+            return None
+        dtypes = [torch.int32] * len(places) + [torch.float32] * len(values)
+        passes = _serving(sum(map(len, places)), [*places, *values], dtypes)
+        return cls(passes, places, values) if passes else None
 
     def total(self, start: int, stop: int, here: Sequence[slice], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the weighted sum in float64, in the order of the experts, and which entries any of them keeps.
@@ -114,14 +109,14 @@ class Runs:
         out, kept = _empty(stop - start, torch.float64), _empty(stop - start, torch.bool)
         runs = [_addresses(self._places, here), _addresses(self._values, here), _counts(here), len(here)]
         factor = weights[0] if alike else 1.0
-        _check(_loaded().sum_entries(*runs, factors, factor, start, len(out), out.data_ptr(), kept.data_ptr()))
+        _check(self._passes.sum_entries(*runs, factors, factor, start, len(out), out.data_ptr(), kept.data_ptr()))
         return out, kept
 
     def counts(self, start: int, stop: int, here: Sequence[slice], moved: bool = False) -> Tensor:
         """Return how many experts keep each entry (`moved`: have a value there that is not zero), in float64."""
         out, values = _empty(stop - start, torch.float64), _addresses(self._values, here) if moved else None
         runs = [_addresses(self._places, here), values, _counts(here), len(here)]
-        _check(_loaded().count_entries(*runs, start, len(out), out.data_ptr()))
+        _check(self._passes.count_entries(*runs, start, len(out), out.data_ptr()))
         return out
 
 
@@ -158,14 +153,13 @@ def pack_entries(total: Tensor, kept: Tensor, start: int, places: Tensor, values
         places: Output for the flat entries, int32, with room for n; all of these n may be overwritten.
         values: Output for the values, float32, with room for n.
     """
-    known = [torch.float64, torch.bool, torch.int32, torch.float32]
     tensors = [total, kept, places, values]
-    if [tensor.dtype for tensor in tensors] != known or not _serves(total.numel(), tensors):
+    passes = _serving(total.numel(), tensors, [torch.float64, torch.bool, torch.int32, torch.float32])
+    if passes is None:
         return None
     assert total.numel() == kept.numel() <= min(places.numel(), values.numel())
-    return _loaded().pack_entries(
-        total.data_ptr(), kept.data_ptr(), total.numel(), start, places.data_ptr(), values.data_ptr()
-    )
+    source, room = [total.data_ptr(), kept.data_ptr()], [places.data_ptr(), values.data_ptr()]
+    return passes.pack_entries(*source, total.numel(), start, *room)
 
 
 def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
@@ -176,12 +170,12 @@ def add_rounded(weight: Tensor, places: Tensor, values: Tensor) -> Added | None:
         places: Flat entries of the weight, `(n,)` int32.
         values: The delta's values there, `(n,)` float32.
     """
-    known = [weight.dtype, places.dtype, values.dtype] == [torch.bfloat16, torch.int32, torch.float32]
-    if not known or places.shape != values.shape or not _serves(places.numel(), [weight, places, values]):
+    passes = _serving(places.numel(), [weight, places, values], [torch.bfloat16, torch.int32, torch.float32])
+    if passes is None or places.shape != values.shape:
         return None
     weight, counts, squares = weight.clone(), (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
     inputs = [places.data_ptr(), values.data_ptr(), places.numel(), weight.numel(), weight.data_ptr()]
-    _check(_loaded().add_rounded(*inputs, counts, squares))
+    _check(passes.add_rounded(*inputs, counts, squares))
     return Added(weight, *counts, *squares)
 
 
@@ -193,12 +187,12 @@ def spread_tiles(blocks: Tensor, tiles: Tensor, shape: Sequence[int]) -> tuple[T
         tiles: Their values, `(n, height, width)` float32.
         shape: Shape of the weight.
     """
-    known = [blocks.dtype, tiles.dtype] == [torch.int32, torch.float32] and math.prod(shape) < 2**31
-    if not known or not _serves(tiles.numel(), [blocks, tiles]):
+    passes = _serving(tiles.numel(), [blocks, tiles], [torch.int32, torch.float32])
+    if passes is None or math.prod(shape) >= 2**31:
         return None
     places, values = _empty(tiles.numel(), torch.int32), _empty(tiles.numel(), torch.float32)
     sizes, out = [*tiles.shape, *shape], [places.data_ptr(), values.data_ptr()]
-    found = _loaded().spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out)
+    found = passes.spread_tiles(blocks.data_ptr(), tiles.data_ptr(), *sizes, *out)
     return places[:found], values[:found]
 
 
@@ -214,9 +208,9 @@ def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | 
         The numbers, `(count,)` int32, and the last of them, which is right even where int32 is too narrow for it: -1
         for an empty list, None where there are not `count` numbers.
     """
-    if stored.dtype != torch.uint8 or not _serves(max(count, stored.numel()), [stored]):
+    passes = _serving(max(count, stored.numel()), [stored], [torch.uint8])
+    if passes is None:
         return None
-    numbers, library = _empty(count, torch.int32), _loaded()
-    decode = library.decode_gaps if name == "gaps" else library.decode_mask
+    numbers, decode = _empty(count, torch.int32), passes.decode_gaps if name == "gaps" else passes.decode_mask
     last = decode(stored.data_ptr(), stored.numel(), count, numbers.data_ptr())
     return numbers, (None if last == -2 else last)

@@ -14,7 +14,7 @@ from modular_experts.native import build as compiled
 from modular_experts.native import sparse_passes as entries
 from modular_experts.native.build import load
 
-SOURCES = sorted(Path(compiled.__file__).parent.glob("*.cpp"))
+SOURCES = sorted(Path(compiled.__file__).parents[1].rglob("*.cpp"))
 
 
 @pytest.fixture
@@ -53,6 +53,10 @@ def test_another_source_or_other_flags_make_another_library(source, folder) -> N
     assert len(list(folder.iterdir())) == 3
 
 
+def test_the_package_has_two_sources() -> None:
+    assert [file.name for file in SOURCES] == ["native.cpp", "sparse_passes.cpp"]
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
 def test_our_sources_compile_without_a_warning(file, source) -> None:
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
@@ -81,10 +85,10 @@ def test_a_failed_compilation_is_one_line_with_the_reason(source, tmp_path, monk
 @pytest.mark.parametrize("room", [native, entries])
 def test_a_failure_is_remembered(room, monkeypatch, caplog) -> None:
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    room._library.cache_clear()
+    room.library.cache_clear()
     try:
         with caplog.at_level(logging.INFO, logger=compiled.__name__):
-            assert [room._library(), room._library()] == [None, None]
+            assert [room.library(), room.library()] == [None, None]
     finally:
-        room._library.cache_clear()
+        room.library.cache_clear()
     assert len(caplog.messages) == 1
