@@ -184,7 +184,7 @@ def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None)
             continue
         with torch.no_grad():
             bias = layer.bias
-            moved = None if bias is None else layer.expert.bias_delta(bias, lambda bias=bias: bias)
+            moved = None if bias is None else layer.expert.bias_delta(bias, bias.detach)
             if moved is not None:
                 yield (
                     f"{name.removesuffix('weight')}bias",
