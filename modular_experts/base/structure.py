@@ -125,16 +125,6 @@ class Structure:
                 )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether the module multiplies with a weight kept as `(out, in)`."""
-    return isinstance(module, nn.Linear)
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the module multiplies with a weight kept as `(in, out)`, as GPT-2's `Conv1D` does."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_embedding(module: nn.Module) -> bool:
-    """Return whether the module keeps a row for each token."""
-    return isinstance(module, nn.Embedding)

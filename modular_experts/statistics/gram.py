@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modular_experts.base.structure import is_linear, is_transposed
+from modular_experts.base.structure import is_transposed
 from modular_experts.data.batch import Batch
 from modular_experts.methods.method import DataStatistic
 
@@ -100,4 +100,4 @@ def _inputs(name: str, layer: nn.Module) -> int | None:
     """Return along which dimension of a weight its layer's inputs are; None if it is not a linear layer's matrix."""
     if not name.endswith(".weight"):
         return None
-    return 1 if is_linear(layer) else 0 if is_transposed(layer) else None
+    return 1 if isinstance(layer, nn.Linear) else 0 if is_transposed(layer) else None

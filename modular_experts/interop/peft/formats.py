@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.structure import is_embedding, is_linear, is_transposed
+from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
@@ -96,7 +96,7 @@ class LoraFormat(PeftFormat):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def supports(self, module: nn.Module) -> bool:
-        return is_linear(module) or is_transposed(module) or is_embedding(module)
+        return isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)
 
     def encode(self, name: str, module: nn.Module, delta: Delta) -> EncodedWeight:
         if self.rank is None and not isinstance(delta, LowRank):
@@ -106,9 +106,9 @@ class LoraFormat(PeftFormat):
             )
         largest = delta.rank if isinstance(delta, LowRank) else min(delta.shape)
         product, lost = truncated_svd(delta, self.rank or largest)
-        if is_linear(module):
+        if isinstance(module, nn.Linear):
             tensors = {"lora_A.weight": product.down, "lora_B.weight": product.up}
-        elif is_embedding(module):
+        elif isinstance(module, nn.Embedding):
             tensors = {"lora_embedding_A": product.up.T, "lora_embedding_B": product.down.T}
         else:
             tensors = {"lora_A.weight": product.up.T, "lora_B.weight": product.down.T}
@@ -137,7 +137,7 @@ class _SparseFormat(PeftFormat):
     modules = "Linear"
 
     def supports(self, module: nn.Module) -> bool:
-        return is_linear(module)
+        return isinstance(module, nn.Linear)
 
     @abstractmethod
     def entries(self, shape: torch.Size) -> int: ...

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.structure import is_embedding, is_linear, is_transposed
+from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import index_dtype
 
@@ -161,13 +161,13 @@ def _lora_terms(
     config: Mapping[str, Any], name: str, module: nn.Module, replacement: str | None
 ) -> tuple[Terms, Shapes]:
     """Return what a LoRA does to a module, and the shape that each of its tensors should have."""
-    if not (is_linear(module) or is_transposed(module) or is_embedding(module)):
+    if not (isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)):
         raise ValueError(f"{name} is a {type(module).__name__}; only a Linear, Conv1D or Embedding can have a LoRA")
     rank, scaling = _rank_and_scaling(config, name)
-    transposed = not is_linear(module)
+    transposed = not isinstance(module, nn.Linear)
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     rows, columns = shape[::-1] if transposed else shape
-    prefix, suffix = ("lora_embedding_", "") if is_embedding(module) else ("lora_", ".weight")
+    prefix, suffix = ("lora_embedding_", "") if isinstance(module, nn.Embedding) else ("lora_", ".weight")
     wanted: Shapes = {f"{prefix}A{suffix}": (rank, columns), f"{prefix}B{suffix}": (rows, rank)}
     left, right = (f"{name}.{prefix}{factor}{suffix}" for factor in ("AB" if transposed else "BA"))
     product = Product(left, right, scaling, transposed)
@@ -190,9 +190,9 @@ def _sparse_terms(
     config: Mapping[str, Any], name: str, module: nn.Module, found: Mapping[str, torch.Size]
 ) -> tuple[Terms, Shapes]:
     """Return what SHiRA or Super-Tuning does to a module, and the shape that each of its tensors should have."""
-    if not is_linear(module):
+    if not isinstance(module, nn.Linear):
         raise ValueError(f"{name} is a {type(module).__name__}; a sparse adapter can only move the weight of a Linear")
-    shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+    shape: torch.Size = module.weight.shape
     values, indices = TENSORS[config["peft_type"]][:2]
     entries = found.get(values, torch.Size([0])).numel()
     terms: list[Term] = [SparseTerm(f"{name}.{values}", f"{name}.{indices}", shape)]
