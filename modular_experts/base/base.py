@@ -182,10 +182,7 @@ class Base:
     def weight(self, name: str) -> Tensor:
         """Return one weight, named as in the loaded model, as it is stored, without loading the others.
 
-        For a weight that only transformers can put together, the whole model is loaded.
-
-        Raises:
-            ValueError: The model has no such weight.
+        A weight that only transformers can put together costs loading the model. Raises ValueError for a wrong name.
         """
         key = self._key(name)
         if key is None:

@@ -64,11 +64,7 @@ def read_layouts(directory: Path) -> dict[Path, dict[str, tuple[str, torch.Size]
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; an error names the file.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """Open a safetensors file; raise ValueError, which names the file, if it is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors

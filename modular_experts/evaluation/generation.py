@@ -22,13 +22,8 @@ def generate(
 ) -> list[str]:
     """Return the text that the model generates for each row, up to end-of-sequence, without white space at its ends.
 
-    A prompt that leaves no room for `max_new_tokens` in the model's context loses tokens on its left.
-
-    Args:
-        model: A causal language model with `generate`.
-        tokenizer: Its tokenizer, whose end-of-sequence stops a row.
-        batch: A batch as `data/batch.py` describes it; its labels show where prompts end.
-        max_new_tokens: The most tokens to generate.
+    The labels of the batch show where its prompts end. A prompt that leaves no room for `max_new_tokens` in the model's
+    context loses tokens on its left.
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id

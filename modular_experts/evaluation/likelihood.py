@@ -62,12 +62,9 @@ def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> Tensor:
-    """Return the summed log-likelihood of every choice `(m,)`, its end-of-sequence included.
+    """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, its end-of-sequence included.
 
-    Args:
-        model: A causal language model, as for `answer_logits`.
-        choices: The `choices` of a batch.
-        rows: Choices per forward pass; it bounds the memory, because one row of a batch may have many choices.
+    A forward pass takes `rows` of them, which bounds the memory: one row of a batch may have many choices.
     """
     scores = []
     for first in range(0, len(choices["labels"]), rows):

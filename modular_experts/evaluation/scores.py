@@ -76,10 +76,10 @@ class TaskScores(Metric):
         generations: Sequence[str] | None = None,
         choice_scores: Tensor | None = None,
     ) -> None:
-        """Count one batch, filler rows left out.
+        """Count one batch with texts, filler rows left out.
 
         Args:
-            batch: A batch of `n` rows with texts, as `data/batch.py` describes it.
+            batch: A batch of `n` rows.
             token_loss_sums: `(n,)` from `row_losses`.
             token_counts: `(n,)` from `row_losses`.
             generations: The text that the model generated for each row.

@@ -22,11 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_name(name: str) -> str:
-    """Return a name if an expert may have it; such a name cannot lead out of the library.
-
-    Raises:
-        ValueError: The name is not 1 to 64 letters, digits, '.', '_' or '-' that start with a letter or digit.
-    """
+    """Return a name if an expert may have it, and raise ValueError otherwise; it cannot lead out of the library."""
     if not is_name(name):
         raise ValueError(
             f"{name!r} cannot be the name of an expert: use 1 to 64 letters, digits, '.', '_' or '-', "

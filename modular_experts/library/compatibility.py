@@ -45,11 +45,7 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:
-    """Refuse experts whose deltas are not all that they do.
-
-    Raises:
-        ValueError: An expert is not mergeable.
-    """
+    """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
         if not expert.mergeable:
             raise ValueError(
@@ -59,11 +55,7 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
 
 
 def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
-    """Return the base that the experts' records name, which must be one and the same.
-
-    Raises:
-        ValueError: Two experts have bases of different fingerprint.
-    """
+    """Return the base that the experts' records name; raise ValueError if two have different fingerprints."""
     first = experts[0]
     for other in experts[1:]:
         if other.record["base"]["fingerprint"] != first.record["base"]["fingerprint"]:
@@ -75,11 +67,7 @@ def common_base(experts: Sequence[StoredExpert]) -> dict[str, Any]:
 
 
 def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> None:
-    """Refuse a base of this fingerprint for experts that were trained on another one.
-
-    Raises:
-        ValueError: An expert's record has another fingerprint; the sentence calls the base at hand `base`.
-    """
+    """Raise ValueError for an expert that was trained on a base of another fingerprint than the one at hand."""
     for expert in experts:
         if expert.record["base"]["fingerprint"] != fingerprint:
             raise ValueError(
@@ -89,11 +77,7 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
 
 
 def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:
-    """Return every weight that any of the experts moves, sorted, with its shape.
-
-    Raises:
-        ValueError: Two experts give one weight different shapes.
-    """
+    """Return the shape of every weight that any of the experts moves, sorted; raise ValueError if two disagree."""
     shapes: dict[str, torch.Size] = {}
     owner: dict[str, str] = {}
     for expert in experts:

@@ -26,7 +26,7 @@ from torch import Size, Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
-from modular_experts.library.packing import check_layout, check_numbers, pack, unpack
+from modular_experts.library.packing import check_layout, pack, unpack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -136,11 +136,7 @@ class StoredExpert(TaskVector):
         return sum(self.kept_entries().values()) / total if total else 0.0
 
     def verify(self) -> None:
-        """Read and check everything once.
-
-        Raises:
-            ValueError: Something is not what was written.
-        """
+        """Read and check everything once; raise ValueError if something is not what was written."""
         for name in self:
             self[name]
         self.state()
@@ -153,9 +149,7 @@ class StoredExpert(TaskVector):
             if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
                 raise damaged(self.path / DELTA_FILE, f"the {suffix} of {name} are not what was written")
         try:
-            if unchecked:
-                check_numbers(entry["form"], entry["shape"], tensors)
-            delta = unpack(entry["form"], entry["shape"], tensors)
+            delta = unpack(entry["form"], entry["shape"], tensors, check=unchecked)
         except ValueError as error:
             raise damaged(self.path / DELTA_FILE, f"{error} ({name})") from error
         self._checked.add(name)

@@ -92,36 +92,28 @@ def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, .
     return fits(kept[0], shapes[kept[0]], values[0], _limit(form, shape, values))
 
 
-def check_numbers(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-    """Check the numbers in tensors of checked layout; `unpack` checks encoded ones.
+def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True) -> Delta:
+    """Return the delta of tensors of checked layout; encoded numbers are always checked, the others if `check` is set.
 
     Raises:
-        ValueError: An index is out of bounds, out of order or doubled, or a value is not finite.
+        ValueError: A value is not finite; or the kept numbers are out of bounds, out of order or doubled, or more or
+            fewer than the values.
     """
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if check else ():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"its {name} hold numbers that are not finite")
-    plain = _KEPT.get(form, "")
-    if plain in tensors:
-        indices, limit = tensors[plain], _limit(form, shape, tensors["values"].shape)
-        if indices.numel() and not (int(indices[0]) >= 0 and int(indices[-1]) < limit):
-            raise ValueError(f"its indices run from {int(indices[0])} to {int(indices[-1])}, out of [0, {limit})")
-        if indices.numel() > 1 and int((indices[1:] - indices[:-1]).min()) < 1:
-            raise ValueError("its indices are not sorted and unique")
-
-
-def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Delta:
-    """Return the delta of tensors of checked layout and numbers.
-
-    Raises:
-        ValueError: Encoded numbers are out of bounds, or more or fewer than the values.
-    """
     if form == "LowRank":
         return LowRank(tensors["up"], tensors["down"])
     if form == "Dense":
         return Dense(tensors["dense"])
     (name,), values = _name_of_kept(form, tensors), tensors["values"]
-    kept = decode(name, tensors[name], len(values), _limit(form, shape, values.shape), index_dtype(shape))
+    limit = _limit(form, shape, values.shape)
+    kept = decode(name, tensors[name], len(values), limit, index_dtype(shape))
+    if check and name not in ENCODINGS and kept.numel():
+        if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
+            raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")
+        if kept.numel() > 1 and int((kept[1:] - kept[:-1]).min()) < 1:
+            raise ValueError("its indices are not sorted and unique")
     return (Sparse if form == "Sparse" else BlockSparse)(kept, values, torch.Size(shape))
 
 

@@ -51,11 +51,7 @@ class StoredState:
         self._tensors = MappedTensors(file)
 
     def read(self) -> dict[str, Tensor]:
-        """Return all tensors, each a copy of its own.
-
-        Raises:
-            ValueError: A tensor is not what was written.
-        """
+        """Return all tensors, each a copy of its own; raise ValueError if one is not what was written."""
         found = {}
         for name, entry in self.table.items():
             tensor = self._tensors[name]
@@ -66,11 +62,7 @@ class StoredState:
 
 
 def write_state(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a state file; return its table.
-
-    Raises:
-        ValueError: A value is not finite.
-    """
+    """Write a state file and return its table; raise ValueError if a number is not finite."""
     with TensorFileWriter(file) as writer:
         table = {}
         for name, tensor in sorted(state.items()):

@@ -131,11 +131,7 @@ def kinds_of_statistics(expert: StoredExpert) -> list[str]:
 
 
 def check_statistics_targets(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> None:
-    """Refuse to replace statistics unless asked to; call it before any work.
-
-    Raises:
-        FileExistsError: An expert has statistics of this kind.
-    """
+    """Raise FileExistsError if an expert has statistics that may not be replaced; call it before any work."""
     for file in [_file(expert, kind) for expert in experts]:
         if os.path.lexists(file) and not overwrite:
             raise FileExistsError(f"{file} exists already; replace it with overwrite: true")

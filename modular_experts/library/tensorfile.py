@@ -166,11 +166,7 @@ class MappedTensors:
 
 
 def open_tensors(file: Path) -> Any:
-    """Open a safetensors file, and so check its header; no tensor is read.
-
-    Raises:
-        ValueError: It is not a whole safetensors file.
-    """
+    """Open a safetensors file, and so check its header; raise ValueError if it is not a whole safetensors file."""
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
