@@ -293,7 +293,7 @@ def test_mistakes_are_one_sentence(place, capsys):
     refused("library/upper was trained on upper, and", *upper, "gram", "--data.tasks", json.dumps(TASKS[1:]))
     refused("rows=0 must be at least 1", *upper, "gram", *tasks, "--rows", "0")
     held_out = json.dumps([TASKS[0] | {"role": "held_out"}])
-    refused("no task to validate on", *upper, "gram", "--data.tasks", held_out)
+    refused("there are no validation rows", *upper, "gram", "--data.tasks", held_out)
     assert main(["statistics", *upper, "gram", *tasks]) == 0
     capsys.readouterr()
     refused("gram.safetensors exists already; replace it with overwrite: true", *upper, "gram", *tasks)
