@@ -18,7 +18,7 @@ TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
 
 
 def batch_of(texts: list[str]) -> dict[str, Any]:
-    return Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row(text, "target") for text in texts]).examples)
+    return Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row(text, "target") for text in texts])[0])
 
 
 def greedily(model: torch.nn.Module, text: str, steps: int) -> str:

@@ -39,10 +39,10 @@ def test_greedy_matches_are_the_rows_that_generation_writes(tiny_llama_dir) -> N
     rows = [Row(prompt, "x", None, (), "here") for prompt in prompts]
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # far-apart logits: no ties between two passes of another shape
-    first = batch_of(RowTokenizer(tokenizer)("t", rows).examples)
+    first = batch_of(RowTokenizer(tokenizer)("t", rows)[0])
     written = generate(model, tokenizer, first, max_new_tokens=1)
     rows = [Row(prompt, text or "x", None, (), "here") for prompt, text in zip(prompts, written, strict=True)]
-    batch = batch_of(RowTokenizer(tokenizer)("t", rows).examples)
+    batch = batch_of(RowTokenizer(tokenizer)("t", rows)[0])
     found = greedy_matches(model, batch)
     longer = generate(model, tokenizer, batch, max_new_tokens=2)
     assert found.tolist() == [made == row.target for made, row in zip(longer, rows, strict=True)]

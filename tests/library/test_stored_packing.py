@@ -115,6 +115,12 @@ def byte(*numbers):
         ("Dense", [1], {"gaps": byte(1)}, "which are not the tensors of a Dense delta"),
         ("Sparse", [3, 4], {"gaps": torch.tensor([1]).int()}, "its gaps are torch.int32 and must be torch.uint8"),
         ("Sparse", [3, 4], {"indices": byte(1)}, "its indices are torch.uint8 and must be torch.int32"),
+        (
+            "Sparse",
+            [3, 4],
+            {"gaps": byte(1), "values": torch.tensor([float("nan")])},
+            "its values hold numbers that are not finite",
+        ),
         ("Sparse", [-3, -4], {"gaps": byte(1)}, r"its weight has the shape \[-3, -4\]"),
         (
             "BlockSparse",
