@@ -62,9 +62,7 @@ def estimate(merged: Merged) -> list[WeightEstimate]:
 
 
 def _spread_at_once(expert: StoredExpert) -> dict[str, int]:
-    """Return how many entries of tiles an expert spreads at once, each with its index, where a row of tiles exceeds the
-    size of a chunk, as with whole columns.
-    """
+    """Return how many entries of tiles an expert spreads at once, where a row of tiles exceeds the size of a chunk."""
     shapes, kept, found = expert.shapes(), expert.kept_entries(), {}
     for name, (height, _) in expert.tiles().items():
         entries = shapes[name].numel()
@@ -95,8 +93,8 @@ def check_memory(weights: Sequence[WeightEstimate], limit: int) -> None:
 def seconds(merged: Merged, weights: Sequence[WeightEstimate], budget: float = 2.0) -> float:
     """Return about how many seconds the merge will take, from merging weights for `budget` seconds.
 
-    What happens once is counted once: the first look of some methods at all weights, and compilation on first use. The
-    smallest and the largest weight are merged first, and their time is scaled by the number of entries.
+    The first look of some methods at all weights, and compilation, count once. The smallest and the largest weight are
+    merged first, and their time is scaled by the number of entries.
     """
     order = sorted(weights, key=lambda weight: (weight.read, weight.name))
     order = [order[0], order[-1], *order[1:-1]] if len(order) > 1 else order

@@ -2,9 +2,7 @@
 "Model Breadcrumbs", arXiv 2312.06795).
 
 Both ends are dropped weight by weight, as published. The paper gives `gamma` as the percentile above which entries go
-(0.99); here, as in mergekit, it is the share that goes (0.01). mergekit gives the share that stays, `1 - beta - gamma`;
-with `gamma: 0` or fewer than `1 / gamma` entries it keeps nothing, which no preset repeats. `consensus.py` explains the
-other settings.
+(0.99); here, as in mergekit, it is the share that goes (0.01). `consensus.py` explains the other settings.
 """
 
 from __future__ import annotations

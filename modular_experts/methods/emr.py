@@ -1,9 +1,8 @@
 """EMR makes one unified delta, and for each task a mask and a factor that bring it back to the task's own (Huang et
 al., "EMR-Merging", arXiv 2405.17461).
 
-Elect takes at each entry the sign of the experts' sum, and the largest magnitude among the experts that have it. Mask
-keeps for a task the entries where its own delta has the elected sign. Rescale multiplies a task's expert by one factor,
-so that its mean magnitude is what it was. The merger writes the experts of the tasks beside the merged one.
+The mask of a task keeps the entries where its own delta has the elected sign; the factor restores the mean magnitude.
+The merger writes the experts of the tasks beside the merged one.
 """
 
 from __future__ import annotations

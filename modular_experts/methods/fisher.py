@@ -1,8 +1,7 @@
 """Fisher merging weighs each expert at an entry by how much its loss depends on the entry (Matena and Raffel, "Merging
 Models with Fisher-Weighted Averaging", arXiv 2111.09832).
 
-The peers add a fixed 1e-6 to the Fisher information, so the unit of the loss and the size of the model decide how close
-the merge is to the plain average. Here the floor is a share of the mean information, so only ratios matter.
+The peers add a fixed 1e-6 to the Fisher information; here the floor is a share of its mean, so that only ratios matter.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ class Fisher(MergeMethod):
     """Fisher merging: `scale * sum_i F_i d_i / sum_i F_i` per entry, where `F_i` is the diagonal of the Fisher
     information of expert i on its own data.
 
-    It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`), taken on rows of the
-    expert's tasks with the expert applied. An expert that does not move an entry still counts: if its loss depends on
-    the entry, the entry stays near the base. If the losses of all experts depend on it equally, or not at all, the
-    result is the plain average.
+    It needs `fisher` statistics of each expert (`modular-experts statistics --kind fisher`). An expert that does not
+    move an entry still counts: if its loss depends on the entry, the entry stays near the base.
 
     Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. The order of
     the experts does not matter. Scaled experts merge to the scaled merge, and a common factor of all Fisher

@@ -2,9 +2,8 @@
 "Parameter Competition Balancing for Model Merging", arXiv 2410.02396).
 
 The paper leaves `Norm` open. Here it stretches the values to [0, 1], as the paper's code does; mergekit divides by the
-Euclidean norm, after which the entries of a large weight are all next to zero and the experts' scores nearly equal. The
-code differs from the paper in more than that (it scores by `tanh(d_i * sum_j d_j)`); this is the paper, weight by
-weight.
+Euclidean norm, after which the experts' scores are nearly equal. This is the paper, weight by weight; its code scores
+by `tanh(d_i * sum_j d_j)`.
 """
 
 from __future__ import annotations

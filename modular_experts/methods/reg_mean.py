@@ -30,9 +30,8 @@ class RegMean(MergeMethod):
     on the data of expert i, the mean of `x x^T` over tokens, with its off-diagonal multiplied by `reduce`.
 
     At `reduce` 1 it minimises `sum_i mean_x |d x - d_i x|^2`, where x are the inputs of the layer on the data of expert
-    i. Inputs that are zero on all data leave their column of the weight undetermined; the method then takes the
-    solution closest to the plain average. A weight that is not the matrix of a linear layer (a bias, a norm, an
-    embedding) is averaged.
+    i; where that leaves d open, it is the solution closest to the plain average. A weight that is not the matrix of a
+    linear layer (a bias, a norm, an embedding) is averaged.
 
     It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`). An expert that does not move
     the weight still counts, through its data.

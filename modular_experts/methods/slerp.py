@@ -1,8 +1,7 @@
 """SLERP goes from one delta to the next along the arc between them instead of the chord (Shoemake, 1985).
 
 The average of two orthogonal deltas of length 1 has length 0.71, the middle of their arc has length 1. mergekit turns
-whole models, base and all; here deltas are turned, which is another result, because the angle between two fine-tuned
-models is tiny and that between their deltas is not.
+whole models, whose angles are tiny; here deltas are turned, which gives another result.
 """
 
 from __future__ import annotations
