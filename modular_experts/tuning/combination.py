@@ -7,8 +7,9 @@ sum, and one dense gradient exists at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 import torch
@@ -18,8 +19,6 @@ from transformers import PreTrainedModel
 from modular_experts.base.apply import apply_deltas
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import gather_tiles
-
-__all__ = ["Combination"]
 
 
 class Combination:
@@ -42,14 +41,22 @@ class Combination:
 
     def __init__(self, model: PreTrainedModel, experts: Sequence[Mapping[str, Delta]], merges: int = 0) -> None:
         held = [dict(expert) for expert in experts]
-        shapes = _shapes(held)
+        shapes: dict[str, torch.Size] = {}
+        for name, delta in sorted((item for expert in held for item in expert.items()), key=lambda item: item[0]):
+            if shapes.setdefault(name, delta.shape) != delta.shape:
+                both = f"{tuple(shapes[name])} and {tuple(delta.shape)}"
+                raise ValueError(f"two experts disagree on the shape of {name}: {both}")
         # Adds zeros: refuses names and shapes that do not fit the model.
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])
         assert 0 <= merges <= len(held), (merges, len(held))
         self.names, self.experts, self.merges = list(shapes), len(held), merges
         self._model = model
         self._weights = [model.get_parameter(name) for name in shapes]
-        self._deltas = [_moving(held, name, model.device) for name in shapes]
+        # The deltas of each weight that are not zero, by the expert's number.
+        self._deltas: list[dict[int, Delta]] = []
+        for name in shapes:
+            own = {number: expert[name].to(model.device) for number, expert in enumerate(held) if name in expert}
+            self._deltas.append({number: delta for number, delta in own.items() if not delta.is_empty})
         self._base: list[Tensor] = []
 
     def __enter__(self) -> Self:
@@ -64,12 +71,9 @@ class Combination:
 
     @torch.no_grad()
     def move_to(self, coefficients: Tensor) -> None:
-        """Set every weight to its base plus the experts' deltas times their coefficients.
+        """Set every weight to its base plus the experts' deltas times their coefficients `(weights, experts)`.
 
         The sum is taken in at least float32 and rounded once to the weight's dtype.
-
-        Args:
-            coefficients: `(weights, experts)`, in the order of `names` and of the experts.
         """
         assert self._base, "move_to needs the `with` of its combination"
         factors = coefficients.tolist()
@@ -90,9 +94,17 @@ class Combination:
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         self._model.requires_grad_(False)
         hooks = []
+
+        def gather(weight: Tensor, row: Tensor, deltas: Mapping[int, Delta]) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            for expert, delta in deltas.items():
+                row[expert] += inner(gradient, delta).item()
+
         for row, weight in enumerate(self._weights):
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(self._gatherer(gathered[row], self._deltas[row])))
+            hook = partial(gather, row=gathered[row], deltas=self._deltas[row])
+            hooks.append(weight.register_post_accumulate_grad_hook(hook))
         try:
             yield gathered
         finally:
@@ -100,18 +112,6 @@ class Combination:
                 hook.remove()
             for parameter, before in wanted.items():
                 parameter.requires_grad_(before)
-
-    @staticmethod
-    def _gatherer(row: Tensor, deltas: Mapping[int, Delta]) -> Callable[[Tensor], None]:
-        """Return a hook that adds a weight's gradient to `row` and frees it."""
-
-        def gather(weight: Tensor) -> None:
-            gradient, weight.grad = weight.grad, None
-            assert gradient is not None
-            for expert, delta in deltas.items():
-                row[expert] += inner(gradient, delta).item()
-
-        return gather
 
 
 def inner(tensor: Tensor, delta: Delta) -> Tensor:
@@ -124,21 +124,3 @@ def inner(tensor: Tensor, delta: Delta) -> Tensor:
     if isinstance(delta, LowRank):
         return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
     return (tensor.to(wide) * delta.dense()).sum()
-
-
-def _shapes(experts: Sequence[Mapping[str, Delta]]) -> dict[str, torch.Size]:
-    """Return the shape of every weight that any expert moves, sorted by name."""
-    shapes: dict[str, torch.Size] = {}
-    for expert in experts:
-        for name, delta in expert.items():
-            if shapes.setdefault(name, delta.shape) != delta.shape:
-                raise ValueError(
-                    f"two experts disagree on the shape of {name}: {tuple(shapes[name])} and {tuple(delta.shape)}"
-                )
-    return dict(sorted(shapes.items()))
-
-
-def _moving(experts: Sequence[Mapping[str, Delta]], name: str, device: torch.device) -> dict[int, Delta]:
-    """Return the deltas of one weight that are not zero, by the expert's number."""
-    found = {number: expert[name].to(device) for number, expert in enumerate(experts) if name in expert}
-    return {number: delta for number, delta in found.items() if not delta.is_empty}

@@ -20,15 +20,11 @@ from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
-__all__ = ["ATLAS", "AdaMerging", "batch_entropies", "descend"]
-
-Measured = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-
 
 def descend(
     combination: Combination,
     objective: Objective,
-    measured: Measured,
+    measured: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
     start: Tensor,
     learning_rate: float,
     steps: int,
@@ -37,57 +33,53 @@ def descend(
 ) -> Found:
     """Return the coefficients after some steps of Adam, and leave the model at them.
 
-    Each step takes the next batch of every task, in turn. Nothing is random.
-
     Args:
         combination: The objective's model with the experts, inside its `with`.
-        objective: The rows to measure on.
+        objective: The rows to measure on; each step takes the next batch of every task, in turn.
         measured: Takes a model and a batch; returns a sum and a count for each row, whose ratio is lowered.
         start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` for one of each expert.
-        learning_rate: Adam's rate; a coefficient moves by about this much in a step.
+        learning_rate: Adam's rate.
         steps: Number of steps.
         progress: Iterator wrapper, e.g. `tqdm`.
         bounds: Interval into which every coefficient is clamped after each step.
     """
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
-    trials = []
+    shape, trials = (len(combination.names), combination.experts), []
     with combination.gradients() as gathered:
         for step in map(int, progress([str(number) for number in range(steps)])):
-            combination.move_to(_per_weight(coefficients, combination))
+            combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
-            losses = _backward(objective, measured, step)
+            losses = {}
+            for task, batches in objective.batches.items():
+                sums, counts = measured(objective.model, batches[step % len(batches)])
+                loss = sums.sum() / counts.sum()
+                (loss / len(objective.batches)).backward()
+                losses[task] = loss.item()
             coefficients.grad = gathered.clone() if len(coefficients) > 1 else gathered.sum(0, keepdim=True)
             optimizer.step()
             if bounds:
                 coefficients.data.clamp_(*bounds)
             trials.append(Trial({"step": step}, losses))
-    found = _per_weight(coefficients, combination)
+    found = coefficients.detach().expand(shape).clone()
     combination.move_to(found)
     return Found(found, objective.losses(), trials)
 
 
-def _backward(objective: Objective, measured: Measured, step: int) -> dict[str, float]:
-    """Backpropagate the mean over tasks on the step's batches, task by task; return it by task."""
-    losses = {}
-    for task, batches in objective.batches.items():
-        sums, counts = measured(objective.model, batches[step % len(batches)])
-        loss = sums.sum() / counts.sum()
-        (loss / len(objective.batches)).backward()
-        losses[task] = loss.item()
-    return losses
-
-
-def _per_weight(coefficients: Tensor, combination: Combination) -> Tensor:
-    return coefficients.detach().expand(len(combination.names), -1).clone()
+def _check_descent(search: AdaMerging | ATLAS) -> None:
+    name = type(search).__name__
+    if search.steps < 1:
+        raise ValueError(f"{name}: steps must be at least 1, got {search.steps}")
+    if not 0 < search.learning_rate < math.inf:
+        raise ValueError(f"{name}: learning_rate must be a positive number, got {search.learning_rate}")
 
 
 @dataclass(frozen=True)
 class AdaMerging(CoefficientSearch):
     """AdaMerging: Adam on the coefficients, down the mean over tasks of the entropy of the model's predictions.
 
-    Each step takes the next batch of every task, in turn, and clamps every coefficient into [0, `largest`]. The last
-    coefficients are returned: the lowest entropy on the way would be that of the easiest batches. Nothing is random.
+    Each step takes the next batch of every task, in turn, and clamps every coefficient into [0, `largest`]. It returns
+    the last coefficients: the lowest entropy on the way would be that of the easiest batches.
 
     Args:
         per_weight: A coefficient for each expert and weight (layer-wise, the paper's better one), or one for each
@@ -111,14 +103,9 @@ class AdaMerging(CoefficientSearch):
     def __post_init__(self) -> None:
         if self.objective not in ("entropy", "loss"):
             raise ValueError(f"AdaMerging: objective must be 'entropy' or 'loss', got {self.objective!r}")
-        if self.steps < 1:
-            raise ValueError(f"AdaMerging: steps must be at least 1, got {self.steps}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"AdaMerging: learning_rate must be a positive number, got {self.learning_rate}")
+        _check_descent(self)
         if not 0 <= self.start <= self.largest < math.inf:
-            raise ValueError(
-                f"AdaMerging: start must be from 0 to largest={self.largest}, which is finite; got {self.start}"
-            )
+            raise ValueError(f"AdaMerging: start must be from 0 to a finite largest={self.largest}, got {self.start}")
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         measured = batch_entropies if self.objective == "entropy" else batch_losses
@@ -128,12 +115,7 @@ class AdaMerging(CoefficientSearch):
 
 
 def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed entropy in nats where its target is predicted, and the number of target tokens.
-
-    Args:
-        model: A causal language model.
-        batch: A batch (`data/batch.py`); of the labels only their positions are used.
-    """
+    """Return each row's summed entropy in nats where it predicts its target, and the number of target tokens."""
     logits, labels = answer_logits(model, batch)
     labelled = labels != IGNORED
     chosen = logits[labelled]
@@ -149,8 +131,7 @@ class ATLAS(CoefficientSearch):
 
     With merges among the experts, such as RegMean and SparseAverage, it starts at the mean of the merges and corrects
     it with every expert. In a merge of twenty experts that kept more of their single scores than any other method, for
-    experts of every kind (`benchmarks/merge_quality.py`). Each step takes the next batch of every task, in turn.
-    Nothing is random. The validation rows need labels; many steps overfit them.
+    experts of every kind (`benchmarks/merge_quality.py`). The validation rows need labels; many steps overfit them.
 
     Args:
         steps: Number of steps.
@@ -164,24 +145,15 @@ class ATLAS(CoefficientSearch):
     start: list[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"ATLAS: steps must be at least 1, got {self.steps}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"ATLAS: learning_rate must be a positive number, got {self.learning_rate}")
+        _check_descent(self)
         if not all(map(math.isfinite, self.start or [])):
             raise ValueError(f"ATLAS: start must be finite numbers, got {self.start}")
 
-    def check(self, experts: int) -> None:
-        given = len(self.start or [])
-        if given > experts:
-            raise ValueError(
-                f"ATLAS: start has {given} coefficients for {experts} experts, merges among them; give no more than "
-                "there are"
-            )
-
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        self.check(combination.experts)
         first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
+        if len(first) > combination.experts:
+            there = f"{combination.experts} experts, merges among them"
+            raise ValueError(f"ATLAS: start has {len(first)} coefficients for {there}; give no more")
         start = torch.zeros(len(combination.names), combination.experts, dtype=torch.float64)
         start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
         return descend(combination, objective, batch_losses, start, self.learning_rate, self.steps, progress)

@@ -19,8 +19,6 @@ from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
-__all__ = ["LoRAHub", "evolve"]
-
 
 @dataclass(frozen=True)
 class LoRAHub(CoefficientSearch):
@@ -63,12 +61,6 @@ class LoRAHub(CoefficientSearch):
         return Found(best.repeat(len(combination.names), 1), losses, trials)
 
 
-# The first step, as a share of the bound. A success lengthens the step, a failure shortens it; the length is steady at
-# one success to four failures.
-_FIRST_STEP = 1 / 3
-_LONGER, _SHORTER = math.exp(1 / 3), math.exp(-1 / 12)
-
-
 def evolve(
     function: Callable[[Tensor], float],
     start: Tensor,
@@ -77,23 +69,18 @@ def evolve(
     seed: int,
     progress: Progress = iter,
 ) -> Tensor:
-    """Return the best point found, which may be the start. Equal seeds give equal points.
+    """Return the point `(n,)` in [-bound, bound] with the lowest value found; NaN is worse than every number.
 
-    Args:
-        function: The function to minimise; NaN is worse than every number.
-        start: The first point `(n,)`, float64.
-        bound: Every coordinate is clamped into [-bound, bound].
-        evaluations: Number of calls of the function, the start included.
-        seed: Seed of the random steps.
-        progress: Iterator wrapper, e.g. `tqdm`.
+    The start, float64, is the first of the evaluations. Equal seeds give equal points.
     """
     generator = torch.Generator().manual_seed(seed)
-    best, lowest, length = start, math.inf, _FIRST_STEP * bound
+    best, lowest, length = start, math.inf, 1 / 3 * bound
     for number in map(int, progress([str(number) for number in range(evaluations)])):
         step = length * torch.randn(len(start), dtype=torch.float64, generator=generator) if number else 0.0
         point = (best + step).clamp(-bound, bound)
         value = function(point)
         if value <= lowest:
             best, lowest = point, value
-        length *= _LONGER if best is point else _SHORTER
+        # A success lengthens the step, a failure shortens it; its length is steady at one success to four failures.
+        length *= math.exp(1 / 3) if best is point else math.exp(-1 / 12)
     return best

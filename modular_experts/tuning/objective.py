@@ -1,7 +1,6 @@
 """Measure the loss of validation rows by task, of one loaded model and of deltas added to it.
 
-The rows are tokenised once and stay in memory, so a candidate costs only its forward passes. Deltas are taken off
-again bit for bit (`base.apply.applied`).
+The rows are tokenised once and stay in memory, so a candidate costs only its forward passes.
 """
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from transformers import PreTrainedModel
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
-from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.data.batch import Batch, Collator
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses
 from modular_experts.library import StoredExpert
-
-__all__ = ["Objective", "Trial", "mean_loss", "objective_on_base"]
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,34 @@ class Objective:
     """
 
     def __init__(self, model: PreTrainedModel, data: TaskMixture) -> None:
-        _refuse_held_out(data)
+        if held_out := [name for name, role in data.roles.items() if role == "held_out"]:
+            names = ", ".join(held_out)
+            raise ValueError(f"{names}: the rows of a held-out task are reserved for the test; leave the task out")
         data.setup("validate")
         loader: Any = data.val_dataloader()
-        self.model = model.eval()
-        self.batches = _batches(loader.dataset.examples, loader.collate_fn.pad_id, data.eval_batch_size, model.device)
+        self.model, self.batches = model.eval(), dict[str, list[Batch]]()
+        collate, size = Collator(loader.collate_fn.pad_id, texts=False), data.eval_batch_size
+        for task in dict.fromkeys(example.task for example in loader.dataset.examples):
+            rows = [row for row in loader.dataset.examples if row.task == task]
+            # Shorter rows first, to save padding.
+            rows.sort(key=lambda row: len(row.tokens.ids))
+            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            self.batches[task] = [move_data_to_device(collate(part), model.device) for part in parts]
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Return the loss of each task with the model's present weights."""
-        return {task: self._loss(batches) for task, batches in self.batches.items()}
+        losses = {}
+        for task, batches in self.batches.items():
+            parts = [batch_losses(self.model, batch) for batch in batches]
+            summed = math.fsum(sums.sum().item() for sums, _ in parts)
+            losses[task] = summed / sum(int(counts.sum()) for _, counts in parts)
+        return losses
 
     def losses_with(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> dict[str, float]:
         """Return the loss of each task with `scale` times the deltas added to the model."""
         with applied(self.model, deltas, scale, check=False):
             return self.losses()
-
-    def _loss(self, batches: Sequence[Batch]) -> float:
-        parts = [batch_losses(self.model, batch) for batch in batches]
-        return math.fsum(sums.sum().item() for sums, _ in parts) / sum(int(counts.sum()) for _, counts in parts)
 
 
 def objective_on_base(
@@ -79,19 +85,13 @@ def objective_on_base(
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    Args:
-        experts: Experts of one base.
-        data: The tasks, and how their rows are read; the base's tokenizer is used unless it has one.
-        rows: The most rows of one task.
-        base: The base's directory or hub id; the one in the experts' records by default.
+    The arguments are those of `tune`; the data gets the base's tokenizer unless it has one.
 
     Raises:
-        FileNotFoundError: The base was not found.
         ValueError: The experts were trained on another base, or `Objective` refuses the data.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
-    _refuse_held_out(data)
     opened = Base.open(base, experts)
     data.tokenizer = data.tokenizer or opened.tokenizer()
     data.eval_limit = min(rows, data.eval_limit or rows)
@@ -103,23 +103,3 @@ def mean_loss(losses: Mapping[str, float]) -> float:
     """Return the mean over the tasks; NaN becomes infinite, so that it never wins."""
     mean = fmean(losses.values())
     return math.inf if math.isnan(mean) else mean
-
-
-def _refuse_held_out(data: TaskMixture) -> None:
-    held_out = [name for name, role in data.roles.items() if role == "held_out"]
-    if held_out:
-        raise ValueError(
-            f"settings cannot be searched on {', '.join(held_out)}: the rows of a held-out task are reserved for the "
-            "test; leave the task out, or give it the role held_in and validation rows"
-        )
-
-
-def _batches(examples: Sequence[Example], pad_id: int, size: int, device: torch.device) -> dict[str, list[Batch]]:
-    """Return the batches of each task, shorter rows first to save padding."""
-    collate = Collator(pad_id, texts=False)
-    found: dict[str, list[Batch]] = {}
-    for task in dict.fromkeys(example.task for example in examples):
-        rows = sorted((row for row in examples if row.task == task), key=lambda row: len(row.tokens.ids))
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        found[task] = [move_data_to_device(collate(part), device) for part in parts]
-    return found

@@ -17,25 +17,9 @@ from modular_experts.merger.merged import describe
 from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.tuning.objective import Trial, mean_loss
 
-__all__ = [
-    "as_methods",
-    "check_files_beside",
-    "recipe_file",
-    "record_notes",
-    "trials_file",
-    "write_recipe",
-    "write_trials",
-]
-
 
 def as_methods(names: Sequence[str], coefficients: Tensor) -> tuple[TaskArithmetic | None, dict[str, TaskArithmetic]]:
-    """Return the merge with these coefficients: one method for all weights, or None and one method for each weight.
-
-    Args:
-        names: The weights.
-        coefficients: `(weights, experts)`; equal rows give one method for all weights.
-    """
-    assert coefficients.shape[0] == len(names)
+    """Return the merge with coefficients `(weights, experts)`: a method for all weights, or None and one for each."""
     rows = coefficients.tolist()
     if all(row == rows[0] for row in rows):
         return TaskArithmetic(weights=rows[0]), {}
@@ -43,54 +27,40 @@ def as_methods(names: Sequence[str], coefficients: Tensor) -> tuple[TaskArithmet
 
 
 def recipe_file(out: str | Path) -> Path:
-    """Return the recipe's file, beside the directory of the expert."""
     return Path(out).with_name(f"{Path(out).name}.recipe.yaml")
 
 
 def trials_file(out: str | Path) -> Path:
-    """Return the trials' file, beside the directory of the expert."""
     return Path(out).with_name(f"{Path(out).name}.trials.json")
 
 
 def check_files_beside(files: Sequence[Path], overwrite: bool) -> None:
-    """Refuse to replace a file; call it before any work.
-
-    Raises:
-        FileExistsError: One exists, and `overwrite` is false.
-    """
+    """Refuse to replace a file with a `FileExistsError`; call it before any work."""
     for file in files:
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists already; choose another out, or replace it with --overwrite")
 
 
 def write_recipe(
-    out: str | Path,
-    experts: Sequence[str | Path],
-    method: MergeMethod | None,
-    per_weight: Mapping[str, MergeMethod],
+    out: str | Path, experts: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod]
 ) -> Path:
     """Write the options with which `merge --config` makes the expert `out` again, and return the file."""
-    content: dict[str, Any] = {"experts": [str(expert) for expert in experts], "out": str(out)}
-    if method is not None:
-        content["method"] = describe(method)
-    if per_weight:
-        content["per_weight"] = {pattern: describe(one) for pattern, one in per_weight.items()}
+    content: dict[str, Any] = {"experts": list(experts), "out": str(out)}
+    content |= {"method": describe(method)} if method else {}
+    content |= {"per_weight": {name: describe(one) for name, one in per_weight.items()}} if per_weight else {}
     file = recipe_file(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
     return file
 
 
 def write_trials(out: str | Path, trials: Sequence[Trial]) -> Path:
     """Write the trials as JSON, in order, and return the file; a loss that is not finite becomes null."""
-    rows = [{**asdict(trial), "loss": trial.loss} for trial in trials]
-    file = trials_file(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file, rows = trials_file(out), [{**asdict(trial), "loss": trial.loss} for trial in trials]
     file.write_text(json.dumps(plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return file
 
 
 def record_notes(settings: Mapping[str, Any], losses: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the record of a merge says about a search: its settings, and the losses on its validation rows."""
+    """Return for the record of a merge how it was searched: the settings, and the losses on its validation rows."""
     scores = {"val_loss": mean_loss(losses), **{f"val_loss/{task}": loss for task, loss in losses.items()}}
     return {"hyperparameters": {**settings, "tuned_on": sorted(losses)}, "scores": scores}

@@ -1,8 +1,6 @@
 """Search how much of each expert to merge, on validation rows, and merge.
 
-`CoefficientSearch` is the contract of an algorithm: it sees a model that it can move (`Combination`) and the rows
-(`Objective`), and returns one coefficient for each weight and expert. `search` runs one from experts on disk to the
-merged expert, its recipe and its trials.
+`CoefficientSearch` is the contract of an algorithm, and `search` runs one from experts on disk to the merged expert.
 """
 
 from __future__ import annotations
@@ -31,8 +29,6 @@ from modular_experts.tuning.recipe import (
     write_trials,
 )
 
-__all__ = ["CoefficientSearch", "Found", "Searched", "search"]
-
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -50,20 +46,10 @@ class Found:
 
 
 class CoefficientSearch(ABC):
-    """An algorithm that finds coefficients. Subclass it as a frozen dataclass and write `search`.
+    """An algorithm that finds one coefficient for each weight and expert.
 
-    The fields are its settings, and options of the command line.
+    Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
-
-    def check(self, experts: int) -> None:  # noqa: B027 - most algorithms take any number
-        """Refuse settings that do not fit a number of experts, before anything is loaded. The default accepts any.
-
-        Args:
-            experts: Number of experts, merges among them.
-
-        Raises:
-            ValueError: The settings do not fit.
-        """
 
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
@@ -73,6 +59,9 @@ class CoefficientSearch(ABC):
             combination: The objective's model with the experts, inside its `with`.
             objective: The rows to measure on.
             progress: Iterator wrapper, e.g. `tqdm`.
+
+        Raises:
+            ValueError: The settings do not fit the number of experts.
         """
 
 
@@ -110,8 +99,6 @@ def search(
 ) -> Searched:
     """Find how much of each expert to merge by the loss on validation rows, and write the merge.
 
-    The base is loaded once, and the experts are added to it in place; merges stay in memory until they are written.
-
     Args:
         experts: Directories of the experts.
         algorithm: Finds the coefficients, e.g. `ATLAS()`.
@@ -126,13 +113,20 @@ def search(
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
-        ValueError: The settings do not fit the number of experts, a merge would replace one of the experts, or
-            `objective_on_base` refuses the data.
+        ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
-    algorithm.check(len(merges) + len(experts))
-    places = _places_of_merges(out, merges, experts)
-    for place in [out, *places]:
-        check_target(place, overwrite)
+    places: list[str] = []
+    for one in merges:
+        place, again = f"{Path(out)}-{type(one).__name__}", 2
+        while place in places:
+            # The second merge of one class gets the number 2.
+            place, again = f"{Path(out)}-{type(one).__name__}-{again}", again + 1
+        places.append(place)
+    resolved = [Path(place).resolve() for place in places]
+    if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
+        raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    for target in [out, *places]:
+        check_target(target, overwrite)
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
     lazy = [Merged(opened, method) for method in merges]
@@ -141,8 +135,8 @@ def search(
     held = [{name: one[name] for name in progress(list(one))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
         found = algorithm.search(combination, objective, progress)
-    for place, deltas, one in zip(places, held, lazy, strict=True):
-        write_expert(place, deltas, one.record(), overwrite)
+    for place, deltas, merged in zip(places, held, lazy, strict=True):
+        write_expert(place, deltas, merged.record(), overwrite)
     combined = [*places, *map(str, experts)]
     method, per_weight = as_methods(combination.names, found.coefficients)
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
@@ -150,18 +144,3 @@ def search(
     expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
     recipe, trials = write_recipe(out, combined, method, per_weight), write_trials(out, found.trials)
     return Searched(expert, combined, found, before, recipe, trials)
-
-
-def _places_of_merges(out: str | Path, merges: Sequence[MergeMethod], experts: Sequence[str | Path]) -> list[str]:
-    """Return where each merge is written, beside `out`; the second merge of one class gets the number 2."""
-    names = [type(method).__name__ for method in merges]
-    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    numbered = [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
-    places = [Path(out).with_name(f"{Path(out).name}-{name}") for name in numbered]
-    inputs = {Path(expert).resolve(): expert for expert in experts}
-    if taken := [inputs[place.resolve()] for place in places if place.resolve() in inputs]:
-        raise ValueError(
-            f"one of the merges would be written to {taken[0]}, which is among the experts; give another out, or leave "
-            "that expert out"
-        )
-    return [str(place) for place in places]

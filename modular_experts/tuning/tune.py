@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ from modular_experts.text import did_you_mean
 from modular_experts.tuning.objective import Objective, Trial, objective_on_base
 from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
 
-__all__ = ["MOST_SCALES", "SCALES", "Tuned", "line_search", "tune"]
-
-EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
 """Scales that are searched: 40 to a decade, from 0.1 to 3.981."""
 
@@ -38,7 +35,7 @@ class Tuned:
         best: The trial of the lowest mean loss, the earliest of equals.
         trials: All trials, in order.
         base: The losses of the base alone, by task.
-        notes: What the record of a merge with this method says about the choice.
+        notes: Entries about the choice for the record of a merge.
         expert: The merge, if it was written.
     """
 
@@ -46,7 +43,7 @@ class Tuned:
     best: Trial
     trials: list[Trial]
     base: dict[str, float]
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any]
     expert: StoredExpert | None = None
 
 
@@ -64,8 +61,7 @@ def tune(
     """Choose the settings of a merge method by the lowest mean loss over tasks, and merge if `out` is given.
 
     Every combination of the grid's values is tried. Unless the grid names them, so are exponents from 0 to 1 for a
-    method with an exponent, and scales from 0.1 to 4 for a method with a scale. Values set on the method for tuned
-    fields are ignored. Nothing is random.
+    method with an exponent, and scales from 0.1 to 4 for a method with a scale. Nothing is random.
 
     Args:
         experts: Directories of the experts, or opened ones, in the order that the method gets.
@@ -104,31 +100,30 @@ def tune(
         raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
     chosen = replace(method, **best.settings)  # type: ignore[type-var]
     settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows}
-    tuned = Tuned(chosen, best, trials, objective.losses(), record_notes(settings, best.losses))
-    if out is None:
-        return tuned
-    expert = write_merged(Merged(opened, chosen), out, overwrite, progress, tuned.notes)
-    write_trials(out, trials)
-    return replace(tuned, expert=expert)
+    base_losses, notes, expert = objective.losses(), record_notes(settings, best.losses), None
+    if out is not None:
+        expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)
+        write_trials(out, trials)
+    return Tuned(chosen, best, trials, base_losses, notes, expert)
 
 
 def _choices(
     method: MergeMethod, grid: Mapping[str, Sequence[Any]]
 ) -> tuple[dict[str, Sequence[Any]], Sequence[float] | None]:
-    """Return the values of each field but the scale, and the scales, as `_trials` takes them."""
+    """Return the values of each field but the scale, and the scales: empty to search them, None without a scale."""
     name = type(method).__name__
     if not is_dataclass(method):
         raise ValueError(f"{name} cannot be tuned because it is not a dataclass; make it a frozen one")
     known = [one.name for one in fields(method) if one.init and not one.name.startswith("_")]
     for key, values in grid.items():
         if key not in known:
-            has = f"it has {', '.join(known)}" if known else "it has no settings"
-            raise ValueError(f"{name} has no setting {key!r} to tune; {has}{did_you_mean(key, known)}")
+            near = did_you_mean(key, known) or f"; name one of {known}"
+            raise ValueError(f"{name} has no setting {key!r} to tune{near}")
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"the grid gives {key} as {values!r}; give a list of values to try, such as [0.1, 0.2]")
     choices = {key: values for key, values in grid.items() if key != "scale"}
     if "exponent" in known:
-        choices.setdefault("exponent", EXPONENTS)
+        choices.setdefault("exponent", (0.0, 0.25, 0.5, 0.75, 1.0))
     scales = grid.get("scale", ()) if "scale" in known else None
     for scale in scales or ():
         replace(method, scale=scale)  # refuses a bad value before anything is measured
@@ -144,11 +139,7 @@ def _trials(
     scales: Sequence[float] | None,
     objective: Objective,
 ) -> Iterator[Trial]:
-    """Measure one choice of the other settings at each scale; one task vector is in memory at a time.
-
-    Args:
-        scales: The scales to try; an empty list to search them, and None for a method without a scale.
-    """
+    """Measure one choice of the other settings at each of the scales; search them if the list is empty."""
     at_one = method if scales is None else replace(method, scale=1.0)  # type: ignore[type-var]
     vector = {name: delta.to(objective.model.device) for name, delta in Merged(experts, at_one).items()}
     if scales is None:
@@ -168,11 +159,8 @@ MOST_SCALES = len(_COARSE) + 2 * 3  # the gaps of eight around the best are halv
 def line_search(losses: Mapping[float, float]) -> Iterator[float]:
     """Yield the scales to try: every eighth of `SCALES` from 1 outwards, then halves of the gaps around the best.
 
-    It ends when both neighbours of the best in `SCALES` have been tried, after at most `MOST_SCALES` trials. Of equal
-    losses the one tried first is the best.
-
-    Args:
-        losses: The loss at each scale tried so far, in order; the caller adds each one before it takes the next scale.
+    It ends when both neighbours of the best in `SCALES` have been tried. The caller adds the loss of each scale to
+    `losses` before it takes the next one; of equal losses the first is the best.
     """
     yield from (SCALES[place] for place in _COARSE)
     while True:

@@ -144,8 +144,8 @@ OUT_OF_RANGE = [
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
     ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
-    ({"start": 2.0}, r"start must be from 0 to largest=1.0, which is finite; got 2.0"),
-    ({"largest": float("inf")}, r"start must be from 0 to largest=inf, which is finite"),
+    ({"start": 2.0}, r"start must be from 0 to a finite largest=1.0, got 2.0"),
+    ({"largest": float("inf")}, r"start must be from 0 to a finite largest=inf"),
 ]
 
 

@@ -159,14 +159,14 @@ class Plain(MergeMethod):
 @pytest.mark.parametrize(
     ("method", "grid", "sentence"),
     [
-        (TIES(), {"kep": [0.1]}, r"TIES has no setting 'kep' to tune; it has .*; did you mean keep\?"),
+        (TIES(), {"kep": [0.1]}, r"TIES has no setting 'kep' to tune; did you mean keep\?"),
         (TIES(), {"_cuts": [1]}, r"TIES has no setting '_cuts' to tune"),
         (TIES(), {"keep": []}, r"gives keep as \[\]; give a list of values"),
         (TIES(), {"scope": "weight"}, r"gives scope as 'weight'; give a list of values"),
         (TIES(), {"keep": 0.1}, r"gives keep as 0.1; give a list of values"),
         (TIES(), {"keep": [2.0]}, r"keep is the share of entries kept and must be in \(0, 1\], got 2.0"),
         (TIES(), {"scale": [math.inf]}, r"scale must be a finite number, got inf"),
-        (Bare(), {"_hidden": [1]}, r"Bare has no setting '_hidden' to tune; it has no settings"),
+        (Bare(), {"_hidden": [1]}, r"Bare has no setting '_hidden' to tune; name one of"),
         (Bare(), {}, r"Bare has neither a scale nor an exponent; give values to try in the grid"),
         (Plain(), {}, r"Plain cannot be tuned because it is not a dataclass"),
     ],
