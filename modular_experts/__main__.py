@@ -1,4 +1,4 @@
-"""The command `modular-experts`: find the function of a command in `modular_experts.cli`; help imports no torch."""
+"""Run the command `modular-experts`: print help, which imports no torch, or call the function of a command."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modular_experts import __version__
+from modular_experts.cli.errors import UsageError, guarded
 from modular_experts.old_names import install_old_names
+from modular_experts.text import did_you_mean
 
 
 class Command(NamedTuple):
-    """Where a command is.
-
-    Attributes:
-        file: Its file in `cli/`.
-        function: The function that it calls; empty for those that run a trainer.
-        summary: What it does.
-        positional: How many of its first options may also be given by position.
-    """
+    """A command: its file in `cli/`, its function (empty if it runs a trainer), and what it does."""
 
     file: str
     function: str
     summary: str
+    # How many of its first options may also be given by position.
     positional: int = 0
 
 
@@ -69,8 +65,6 @@ options: --help, --version"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
-    from modular_experts.cli.errors import guarded
-
     argv = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(argv))
 
@@ -83,9 +77,8 @@ def _run(argv: Sequence[str]) -> None:
     elif verb == "--version":
         print(f"modular-experts {__version__}")
     elif verb not in VERBS:
-        from modular_experts.cli.errors import unknown_command
-
-        raise unknown_command(verb, list(VERBS))
+        what = "the command comes first, before" if verb.startswith("-") else "there is no command"
+        raise UsageError(f"{what} {verb}{did_you_mean(verb, VERBS)}; the commands are {', '.join(VERBS)}")
     elif {"-h", "--help"} & set(argv):
         from modular_experts.cli.help import command_help, training_help
 

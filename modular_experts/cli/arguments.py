@@ -16,14 +16,8 @@ from jsonargparse import get_loader
 
 from modular_experts.cli.errors import UsageError
 
-__all__ = ["Options", "as_settings", "as_words", "fold_configs", "read_options"]
-
 Options = list[tuple[str, str | None]]
 """Each option's name, without the dashes in front, and its value."""
-
-_SHORT = {"-h": "--help", "-c": "--config"}
-_BARE = ("help", "help_all", "print_config")
-_TRUTHS = ("true", "false", "yes", "no")
 
 
 def read_options(
@@ -50,17 +44,17 @@ def read_options(
     # The option that takes the next word as its value, if there is one.
     last = ""
     for word in words:
-        if word.startswith("--") or word in _SHORT:
-            name, equals, value = _SHORT.get(word, word)[2:].partition("=")
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
             head, dot, rest = name.partition(".")
             head = head.replace("-", "_")
             name = head + dot + (rest if head in tables else rest.replace("-", "_"))
             options.append((name, value if equals else "true" if name in flags else None))
-            last = "" if equals or name in _BARE else name
+            last = "" if equals or name == "print_config" else name
         elif last in lists and not word.startswith("["):
             before = options.pop()[1] or "[]"
             options.append((last, json.dumps([*json.loads(before), word])))
-        elif last and (last not in flags or word.lower() in _TRUTHS):
+        elif last and (last not in flags or word.lower() in ("true", "false", "yes", "no")):
             options[-1], last = (last, word), ""
         elif places:
             options.append((places.pop(0), word))
@@ -88,10 +82,15 @@ def fold_configs(options: Options, beneath: Mapping[str, Any] | None = None) -> 
         UsageError: A file does not exist, or is not a YAML file of options.
     """
     config: dict[str, Any] = dict(beneath or {})
-    for name, file in options:
-        if name == "config":
-            config = _over(config, read_config(str(file)))
     rest = [(name, value) for name, value in options if name != "config"]
+    for file in [value for name, value in options if name == "config"]:
+        try:
+            found = get_loader("yaml")(Path(str(file)).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(found, dict):
+            raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(found)[:40]}")
+        config = _over(config, found)
     for name, _ in rest:
         *groups, key = name.split(".")
         inner: Any = config
@@ -102,30 +101,11 @@ def fold_configs(options: Options, beneath: Mapping[str, Any] | None = None) -> 
     return rest, config
 
 
-def read_config(file: str) -> dict[str, Any]:
-    """Return the contents of a config file.
-
-    Raises:
-        UsageError: The file does not exist, or is not a YAML file of options.
-    """
-    try:
-        found = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(found)[:40]}")
-    return found
-
-
 def _over(before: Any, after: Any) -> Any:
     """Return settings under later ones. Settings of another class, and lists, replace the earlier ones whole."""
-    if not isinstance(after, dict):
-        return after
-    if isinstance(before, str) and "init_args" in after:
+    if isinstance(before, str) and isinstance(after, dict) and "init_args" in after:
         before = {"class_path": before}
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or not isinstance(after, dict):
         return after
     kinds = [str(one.get("class_path", before.get("class_path"))).rpartition(".")[2] for one in (before, after)]
     if kinds[0] != kinds[1]:
@@ -141,22 +121,16 @@ def as_settings(options: Options, config: Mapping[str, Any], tables: Collection[
         *groups, key = [head, rest] if rest and head in tables else name.removesuffix(".help").split(".")
         inner: Any = settings
         for group in groups:
-            below = inner.get(group)
-            if isinstance(below, list) and below:
-                inner[group] = below = [*below[:-1], _open(below[-1])]
-                inner = below[-1]
-                continue
-            inner[group] = inner = _open(below)
+            place: Any = group
+            if isinstance(inner.get(place), list) and inner[place]:
+                # A field of a list is one of its last item.
+                inner, place = inner[place], -1
+            below = inner[place] if place == -1 else inner.get(place)
+            below = {"class_path": below} if isinstance(below, str) else below
+            inner[place] = inner = below if isinstance(below, dict) else {}
         try:
             value = get_loader("yaml")(text) if isinstance(text, str) else text
         except yaml.YAMLError:
             value = text
         inner[key.removesuffix("+")] = value
     return settings
-
-
-def _open(value: Any) -> dict[str, Any]:
-    """Return a value as a dictionary that can take settings."""
-    if isinstance(value, dict):
-        return value
-    return {"class_path": value} if isinstance(value, str) else {}

@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test`, `predict`: the LightningCLI over `ExpertModule` and `TaskMixture`.
+"""Run `fit`, `validate`, `test` and `predict` by LightningCLI over `ExpertModule` and `TaskMixture`.
 
 The command line beats the config files, and these beat a checkpoint: Lightning alone lets the checkpoint win silently.
 So the settings in a checkpoint are read first, as if they were the first config file.
@@ -32,35 +32,26 @@ import modular_experts.suite  # noqa: F401
 from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert
 from modular_experts.cli.arguments import as_settings, as_words, fold_configs, read_options
-from modular_experts.cli.command import explained
-from modular_experts.cli.parser_errors import hints_of
+from modular_experts.cli.parser_errors import arguments_of, explained
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert
 from modular_experts.training.module import ExpertModule
 
-__all__ = ["ResumeHint", "TrainingBar", "TrainingCLI", "run"]
-
 log = logging.getLogger(__name__)
 
+# The module logs in one line what it trains, instead of Lightning's summary.
 _DEFAULTS = {
     "default_root_dir": "runs",
     "log_every_n_steps": 10,
     "use_distributed_sampler": False,
-    # The module logs in one line what it trains.
     "enable_model_summary": False,
 }
-_MADE_BY_FACTORIES = (Expert, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-# Lightning looks for them in the new run's own directory, and finds none.
-_CHECKPOINT_WORDS = ("last", "best", "hpc")
-# If no length is given, instead of Lightning's thousand.
-_EPOCHS = 3
 _NOISE = [
     ".*args parameter is intended to run from within Python.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
-    # A resumed run writes beside the old one.
     ".*The dirpath has changed from.*",
     ".*`tensorboardX` has been removed as a dependency.*",
 ]
@@ -70,16 +61,14 @@ class _Parser(LightningArgumentParser):
     """A parser whose help leaves out what a factory gets from us, such as an expert's weight."""
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class, without the first one if we give it."""
-        if inspect.isclass(theclass) and issubclass(theclass, _MADE_BY_FACTORIES):
+        made = (Expert, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+        if inspect.isclass(theclass) and issubclass(theclass, made):
             kwargs["skip"] = {*kwargs.get("skip", ()), 1}
         return super().add_class_arguments(theclass, *args, **kwargs)
 
 
 class TrainingCLI(LightningCLI):
-    """The four commands that run a trainer; every option is an argument of `ExpertModule`, `TaskMixture` or
-    `Trainer`.
-    """
+    """Run `ExpertModule` on a `TaskMixture` with a `Trainer`; every option is an argument of one of the three."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -92,17 +81,10 @@ class TrainingCLI(LightningCLI):
         self.trainer.validate(verbose=False, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint named by one of Lightning's words, before anything is made.
-
-        Raises:
-            ValueError: `ckpt_path` is such a word; the sentence names the newest file.
-        """
-        config = self.config[self.subcommand]
-        if config.ckpt_path in _CHECKPOINT_WORDS:
-            root = Path(config.trainer.default_root_dir)
-            files = sorted(root.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-            newest = f"the newest in {root} is {files[-1]}" if files else f"{root} has no checkpoint"
-            raise ValueError(f"ckpt_path={config.ckpt_path!r} is not a checkpoint; give its file ({newest})")
+        """Refuse a checkpoint named by a word: Lightning looks for it in the new run's directory, and trains anew."""
+        word = self.config[self.subcommand].ckpt_path
+        if word in ("last", "best", "hpc"):
+            raise ValueError(f"ckpt_path={word!r} is not a checkpoint; give its file, which ends in .ckpt")
 
     def after_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the model, unless it has another."""
@@ -111,8 +93,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Log that no expert was exported, or export the expert of a resumed run that had nothing left to train."""
-        listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        exports = [callback for callback in listed if isinstance(callback, ExportExpert)]
+        exports = [one for one in self.trainer.callbacks if isinstance(one, ExportExpert)]  # type: ignore[attr-defined]
         if not exports:
             log.info("no expert was exported: list the callback ExportExpert with its library and name to keep one")
         for export in exports:
@@ -127,15 +108,13 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit" and trainer.logger is None:
             # There is nothing to log, and a logger leaves a directory at every call.
             kwargs["logger"] = False
-        watched = sys.stderr.isatty() and sys.stdout.isatty()
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
-            kwargs["max_epochs"] = _EPOCHS
+            # Lightning's default is a thousand.
+            kwargs["max_epochs"] = 3
         bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
         if trainer.enable_progress_bar is None and not bars:
-            if watched:
-                kwargs["callbacks"].append(TrainingBar())
-            else:
-                kwargs["enable_progress_bar"] = False
+            kwargs["enable_progress_bar"] = sys.stderr.isatty() and sys.stdout.isatty()
+            kwargs["callbacks"] += [TrainingBar()] * kwargs["enable_progress_bar"]
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
@@ -143,11 +122,7 @@ class TrainingCLI(LightningCLI):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run `fit`, `validate`, `test` or `predict` with its options.
-
-    Raises:
-        UsageError: The options do not fit; nothing was made.
-    """
+    """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made."""
     verb, *words = argv
     options, config = fold_configs(read_options(words))
     if checkpoint := dict(options).get("ckpt_path") or config.get("ckpt_path"):
@@ -170,10 +145,9 @@ def run(argv: Sequence[str]) -> None:
                 parser_kwargs={"prog": "modular-experts", "exit_on_error": False, verb: {"exit_on_error": False}},
             )
         except ArgumentError as error:
-            own = inspect.signature(getattr(Trainer, verb)).parameters.keys() - TrainingCLI.subcommands()[verb]
-            groups = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
-            hints = {**hints_of(getattr(Trainer, verb)), "seed_everything": bool | int, **groups}
-            hints = {name: hint for name, hint in hints.items() if name in own | groups.keys() | {"seed_everything"}}
+            hints, _ = arguments_of(getattr(Trainer, verb))
+            hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb]}
+            hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
             raise explained(error, as_settings(options, config), hints, ("model", "data")) from None
         if distributed.is_available() and distributed.is_initialized():
             # A rank that leaves while another still sends makes gloo abort.
@@ -182,21 +156,15 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the settings of the model in a checkpoint, as a config holds them; none if the file does not exist.
-
-    Raises:
-        ValueError: The file is damaged, or is not a checkpoint.
-    """
+    """Return the settings of the model in a checkpoint, as a config holds them; empty if the file does not exist."""
     if not path.is_file():
         return {}
     try:
         # Numbers and tensors only; no code from the file is run.
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        settings = found["hyper_parameters"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
-    if not isinstance(found, dict) or "state_dict" not in found:
-        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
-    settings = found.get("hyper_parameters", {})
     return {"model": {name: value for name, value in settings.items() if not name.startswith("_")}}
 
 
@@ -210,7 +178,8 @@ def _quiet() -> Iterator[None]:
     level = ours.level
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
-    theirs.addFilter(_is_not_a_tip)
+    is_no_tip = lambda record: "Tip:" not in record.getMessage()  # noqa: E731
+    theirs.addFilter(is_no_tip)
     with warnings.catch_warnings():
         # A user cannot mend the deprecated calls of LightningCLI.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -219,13 +188,9 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            theirs.removeFilter(_is_not_a_tip)
+            theirs.removeFilter(is_no_tip)
             ours.removeHandler(handler)
             ours.setLevel(level)
-
-
-def _is_not_a_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
 
 
 class ResumeHint(Callback):
@@ -235,8 +200,7 @@ class ResumeHint(Callback):
         if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
             return
         keeper: Any = trainer.checkpoint_callback
-        path = keeper and (keeper.last_model_path or keeper.best_model_path)
-        if path:
+        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
             log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
         else:
             log.info("interrupted before the first checkpoint, which is written at the end of an epoch")
@@ -250,7 +214,6 @@ class TrainingBar(RichProgressBar):
         self._first, self._started = trainer.global_step, time.monotonic()
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        """Return the numbers behind the bar."""
         metrics = super().get_metrics(trainer, pl_module)
         # The number of a log directory.
         metrics.pop("v_num", None)

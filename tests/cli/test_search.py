@@ -217,7 +217,7 @@ MISTAKES = [
     ([*MERGE, "--tune.row", "8"], 2, "there is no option --tune.row; did you mean --tune.rows?"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.rows", "0"], 1, "rows=0 must be at least 1 row of a task"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.grid.exponet", "[1]"], 1, "did you mean exponent?"),
-    ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "cannot be searched on upper, reverse: the rows of a held-out task"),
+    ([*MERGE, "--tune.data.tasks", "HELD_OUT"], 1, "upper, reverse: the rows of a held-out task are reserved"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--tune.base", "nowhere"], 1, "base 'nowhere' was not found"),
     (["merge", *EXPERTS, "--out", "library/ab", "--tune.data.tasks", "TASKS"], 1, "settings of one method for all"),
     ([*MERGE, "--tune.data.tasks", "TASKS", "--per_weight", "{'.*': null}"], 1, "give a method, and no per_weight"),
@@ -233,9 +233,9 @@ MISTAKES = [
     ),
     ([*MERGED, "--experts", "[library/0, library/1]"], 1, "library/q-TIES exists already"),
     (
-        [*MERGED, *EXPERTS, "--algorithm.start", "[0, 0, 0, 1]", "--base", "nowhere", "--overwrite"],
+        [*MERGED, *EXPERTS, "--algorithm.start", "[0, 0, 0, 1]", "--overwrite"],
         1,
-        "start has 4 coefficients for 3 experts",  # before the base is looked for
+        "start has 4 coefficients for 3 experts",
     ),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
     ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "reserved for the test; leave the task out"),

@@ -259,13 +259,17 @@ MISTAKES = [
     (["--config", "x.yaml", "merge"], 2, "the command comes first"),
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
-    ([*MERGE, "ties"], 2, "no class 'ties'; did you mean TIES? (`modular-experts methods` lists them)"),
-    ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option --method.density; MagMax has scale"),
+    ([*MERGE, "ties"], 2, "no class 'ties'; did you mean TIES?"),
+    ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option --method.density; the options are --method.scale"),
     ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option --method.kep; did you mean --method.keep?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
     ([*MERGE, "torch.nn.Linear"], 2, "--method: torch.nn.Linear is not a subclass of MergeMethod"),
-    ([*MERGE, "modular_experts.Averag"], 2, "the module modular_experts has no class 'Averag'; did you mean Average?"),
-    ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: there is no module 'nowhere'"),
+    (
+        [*MERGE, "modular_experts.Averag"],
+        2,
+        "modular_experts.Averag cannot be imported: module 'modular_experts' has no attribute 'Averag'",
+    ),
+    ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: No module named 'nowhere'"),
     (["merge", "--method.help", "Nonsense"], 2, "--method: there is no class 'Nonsense'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
     (
@@ -337,7 +341,6 @@ SPELT = {
     "--per-weight.a-b[0-9]=c-d": "--per_weight.a-b[0-9]=c-d",
     "--per_weight.[p-r]_proj TIES": "--per_weight.[p-r]_proj=TIES",
     "--tune.data.batch-size 3": "--tune.data.batch_size=3",
-    "-c a --config=b": "--config=a --config=b",
     "": "",
 }
 
