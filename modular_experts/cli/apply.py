@@ -1,4 +1,4 @@
-"""`modular-experts apply` and `export`: write experts in the formats of other programs."""
+"""Run `modular-experts apply` and `export`, which write experts in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from typing import Literal
 
 from modular_experts.base.apply import apply as apply_experts
 from modular_experts.cli.format import print_check, progress_bar, share_text
-from modular_experts.interop.peft import WrittenAdapter
 from modular_experts.interop.peft import export as export_expert
-
-__all__ = ["apply", "export"]
 
 
 def apply(
@@ -79,19 +76,13 @@ def export(
         modular-experts export --expert library/ab --form lora --rank 16 --out adapter
     """
     written = export_expert(expert, out, form, rank, base, revision, tolerance, overwrite, progress_bar("exporting"))
-    _print_losses(written)
-    print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")
-
-
-def _print_losses(written: WrittenAdapter) -> None:
-    """Print what the adapter lost, and how it compared when it was loaded again."""
     check = written.check
-    lossy = {name: weight for name, weight in written.weights.items() if weight.lost}
+    lossy = sorted((-weight.relative_error, name) for name, weight in written.weights.items() if weight.lost)
     if lossy:
-        print(f"{len(lossy)} of {len(written.weights)} weights are approximated; those that lose most:")
-        for name in sorted(lossy, key=lambda name: -lossy[name].relative_error)[:5]:
-            kept, error = share_text(lossy[name].kept_energy), lossy[name].relative_error
-            print(f"  {name}: {kept} of its squared norm kept, relative error {error:.3g}")
+        print(f"{len(lossy)} of {len(written.weights)} weights are approximated; these lose most:")
+        for error, name in lossy[:5]:
+            kept = share_text(written.weights[name].kept_energy)
+            print(f"  {name}: {kept} of its squared norm kept, relative error {-error:.3g}")
         print(
             f"in all: {share_text(written.kept_energy)} of the squared norm kept, relative error "
             f"{written.relative_error:.3g}; a logit differs from the expert's by up to "
@@ -105,3 +96,4 @@ def _print_losses(written: WrittenAdapter) -> None:
     )
     if not check.loaded_with.startswith("peft"):
         print("PEFT is not installed; to have PEFT itself check the adapter: pip install 'peft>=0.21'")
+    print(f"{out}: a {form} adapter of {expert}, {len(written.weights)} weights")

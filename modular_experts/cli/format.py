@@ -1,8 +1,9 @@
-"""Write experts, settings and numbers in few characters, and show progress."""
+"""Write experts, settings and numbers in few characters, and draw progress bars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -12,18 +13,6 @@ from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
 from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
-
-__all__ = [
-    "bytes_text",
-    "call_text",
-    "kind_text",
-    "print_check",
-    "progress_bar",
-    "share_text",
-    "statistics_text",
-    "summary",
-    "value_text",
-]
 
 
 def summary(expert: StoredExpert) -> str:
@@ -61,6 +50,11 @@ def value_text(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number of things, such as `1 expert` or `2 experts`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def share_text(share: float) -> str:
     """Return a share in per cent, such as `5 %` or `0.013 %`."""
     return f"{100 * share:.3g} %"
@@ -69,11 +63,7 @@ def share_text(share: float) -> str:
 def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
     """Return an iterator wrapper that draws a bar on a terminal."""
     console = Console(stderr=True)
-
-    def wrap(names: Sequence[str]) -> Iterable[str]:
-        return track(names, description, console=console, transient=True, disable=not console.is_terminal)
-
-    return wrap
+    return partial(track, description=description, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_check(found: Check | None) -> None:
@@ -81,11 +71,8 @@ def print_check(found: Check | None) -> None:
     if found is None:
         print("not loaded again, because check is false")
         return
-    print(
-        f"loaded again with transformers: the largest difference of a logit is {found.largest_difference:.3g} "
-        f"(tolerance {found.tolerance:g})"
-    )
-    lost = found.rounding
+    largest, allowed, lost = found.largest_difference, found.tolerance, found.rounding
+    print(f"loaded again with transformers: the largest difference of a logit is {largest:.3g} (tolerance {allowed:g})")
     if lost.lost > 0:
         unchanged = share_text(lost.unchanged / lost.moved)
         print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")

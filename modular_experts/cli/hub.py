@@ -1,17 +1,14 @@
-"""`modular-experts push` and `pull`: experts to and from the Hugging Face hub."""
+"""Run `modular-experts push` and `pull`, which carry experts to and from the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from modular_experts.cli.format import progress_bar, summary
+from modular_experts.cli.format import counted, progress_bar, summary
 from modular_experts.hub.card import CARD_FILE
 from modular_experts.hub.pull import pull as pull_experts
-from modular_experts.hub.push import Pushed
 from modular_experts.hub.push import push as push_experts
 from modular_experts.text import bytes_text
-
-__all__ = ["pull", "push"]
 
 
 def push(
@@ -49,31 +46,25 @@ def push(
     """
     if (experts is None) == (library is None):
         raise ValueError("give what to push in one way: --experts library/a library/b, or --library library")
-    given = library if library is not None else list(experts or [])
-    bar = progress_bar("checking")
+    given, bar = library or list(experts or []), progress_bar("checking")
     pushed = push_experts(given, repo, private, branch, message, overwrite, statistics, dry_run, bar)
-    if dry_run:
-        print(pushed.card or f"{CARD_FILE} of {repo} has a text of its own and would stay as it is")
-    _print_pushed(pushed, repo, dry_run)
-
-
-def _print_pushed(pushed: Pushed, repo: str, dry_run: bool) -> None:
+    if pushed.card is None:
+        print(f"{CARD_FILE} of {repo} has a text of its own and stays as it is")
+    elif dry_run:
+        print(pushed.card)
     for path, file in pushed.files.items():
         print(f"{path}: {bytes_text(file.stat().st_size)}")
     for path in pushed.removed:
         print(f"{path}: {'would be ' if dry_run else ''}removed, because it belongs to a replaced expert")
     for name in pushed.present:
         print(f"{name}: there already with the same content hash and record, left alone")
-    if pushed.card is None and not dry_run:
-        print(f"{CARD_FILE}: has a text of its own and was left as it is")
-    count = len(pushed.experts)
-    experts = f"{count} {'expert' if count == 1 else 'experts'}"
+    count = counted(len(pushed.experts), "expert")
     if dry_run:
-        print(f"nothing was written; without --dry-run, {experts} would be pushed to {pushed.address}")
+        print(f"nothing was written; without --dry-run, {count} would be pushed to {pushed.address}")
     elif pushed.commit is None:
         print(f"nothing to push: {repo} is up to date")
     else:
-        print(f"pushed {experts} to {repo}: {pushed.address}")
+        print(f"pushed {count} to {repo}: {pushed.address}")
 
 
 def pull(
@@ -107,7 +98,5 @@ def pull(
         print(f"{Path(out, expert.name)}: {summary(expert)}")
     for expert in pulled.present:
         print(f"{Path(out, expert.name)}: there already with the same content hash, left alone")
-    count = len(pulled.experts)
-    print(
-        f"pulled {count} {'expert' if count == 1 else 'experts'} of {repo}; the same again: --revision {pulled.commit}"
-    )
+    count = counted(len(pulled.experts), "expert")
+    print(f"pulled {count} of {repo}; the same again: --revision {pulled.commit}")

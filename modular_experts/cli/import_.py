@@ -1,10 +1,10 @@
-"""`modular-experts import`: bring a fine-tuning from elsewhere into a library."""
+"""Run `modular-experts import`, which brings a fine-tuning from elsewhere into a library."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 from modular_experts.cli.format import progress_bar, share_text, summary
 from modular_experts.interop.compression import Compression, TopK, Truncated
@@ -48,26 +48,22 @@ def import_(
         modular-experts import --source runs/tuned --base runs/base --out library/tuned
         modular-experts import --source runs/tuned --base runs/base --out library/short --keep_ratio 0.05
     """
-    compression, bar = _compression(keep_ratio, rank), progress_bar("importing")
+    if keep_ratio is not None and rank is not None:
+        raise ValueError(f"keep_ratio={keep_ratio} and rank={rank} are two ways to shorten a checkpoint; give one")
+    compression: Compression | None = None if keep_ratio is None else TopK(keep_ratio)
+    compression = compression if rank is None else Truncated(rank)
+    bar = progress_bar("importing")
     expert = import_expert(
         source, out, base, revision, source_revision, compression, vocab, tasks or (), overwrite, bar
     )
-    origin = expert.record["source"]
-    for line in _report(expert, origin, compression) if "account" in origin else ():
+    for line in _report(expert, compression) if "account" in expert.record["source"] else ():
         print(line)
     print(f"{out}: {summary(expert)}")
 
 
-def _compression(keep_ratio: float | None, rank: int | None) -> Compression | None:
-    if keep_ratio is not None and rank is not None:
-        raise ValueError(f"keep_ratio={keep_ratio} and rank={rank} are two ways to shorten a checkpoint; give one")
-    if rank is not None:
-        return Truncated(rank)
-    return None if keep_ratio is None else TopK(keep_ratio)
-
-
-def _report(expert: StoredExpert, origin: Mapping[str, Any], compression: Compression | None) -> Iterator[str]:
+def _report(expert: StoredExpert, compression: Compression | None) -> Iterator[str]:
     """Yield the lines about what the import of a full checkpoint found and kept."""
+    origin = expert.record["source"]
     account = origin["account"]
     yield (
         f"{len(expert)} weights moved, in {account['moved']:,} of their {account['entries']:,} entries; "
@@ -75,21 +71,15 @@ def _report(expert: StoredExpert, origin: Mapping[str, Any], compression: Compre
     )
     if account["rounded"]:
         yield f"{account['rounded']:,} entries are the base's but for rounding to a narrower dtype: not moved"
-    yield from _kept(expert, account) if compression is None else _lost(account)
-    for name, (theirs, ours) in origin["vocabularies"].items():
-        yield f"{name}: {min(theirs, ours)} rows compared; the checkpoint has {theirs} and the base {ours}"
-    for name, twins in origin["tied"].items():
-        yield f"{name}: one tensor with {' and '.join(twin for twin in twins if twin != name)} (tied); both move"
-    if origin["wider_dtypes"]:
-        wider = " and ".join(origin["wider_dtypes"])
-        yield f"the checkpoint is in {wider}, wider than its base: apply it with --dtype to keep that"
-
-
-def _kept(expert: StoredExpert, account: Mapping[str, Any]) -> Iterator[str]:
-    forms = Counter(expert.forms().values())
-    if forms["Sparse"]:
-        yield f"{forms['Sparse']} of them are stored as the entries that moved, which is smaller and loses nothing"
-    if account["missed"]:
+    sparse = Counter(expert.forms().values())["Sparse"]
+    if compression is None and sparse:
+        yield f"{sparse} of them are stored as the entries that moved, which is smaller and loses nothing"
+    if compression is not None:
+        errors = sorted(account["relative_errors"].items(), key=lambda item: -item[1])
+        kept = share_text(account["energy_kept"])
+        yield f"relative error {account['relative_error']:.3g}, {kept} of the energy kept; the largest errors:"
+        yield from (f"  {name}: {error:.3g}" for name, error in errors[:3])
+    elif account["missed"]:
         share = share_text(account["missed"] / account["entries"])
         yield (
             f"base plus delta misses {account['missed']:,} entries of the checkpoint ({share}) by rounding, "
@@ -97,11 +87,10 @@ def _kept(expert: StoredExpert, account: Mapping[str, Any]) -> Iterator[str]:
         )
     else:
         yield "exact: base plus delta is the checkpoint in every entry"
-
-
-def _lost(account: Mapping[str, Any]) -> Iterator[str]:
-    errors = sorted(account["relative_errors"].items(), key=lambda item: -item[1])
-    kept = share_text(account["energy_kept"])
-    yield f"relative error {account['relative_error']:.3g}, {kept} of the energy kept (record: error of each weight)"
-    for name, error in errors[:3]:
-        yield f"  {name}: {error:.3g}"
+    for name, (theirs, ours) in origin["vocabularies"].items():
+        yield f"{name}: {min(theirs, ours)} rows compared; the checkpoint has {theirs} and the base {ours}"
+    for name, twins in origin["tied"].items():
+        yield f"{name}: one tensor with {' and '.join(twin for twin in twins if twin != name)} (tied); both move"
+    if origin["wider_dtypes"]:
+        wider = " and ".join(origin["wider_dtypes"])
+        yield f"the checkpoint is in {wider}, wider than its base: apply it with --dtype to keep that"

@@ -1,16 +1,14 @@
-"""`modular-experts list`, `show` and `verify`: what a library and an expert hold, and whether the files are intact."""
+"""Run `modular-experts list`, `show` and `verify`, which read a library or an expert and print what they find."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -21,14 +19,7 @@ from modular_experts.cli.format import call_text, kind_text, share_text, statist
 from modular_experts.library import Library, StoredExpert, open_expert, open_statistics
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
-from modular_experts.text import bytes_text
-
-__all__ = ["list_library", "show", "verify"]
-
-_BROKEN = ("", "damaged", "", "'verify' says why")
-# Width when stdout is not a terminal, so that grep sees whole names.
-_UNFOLDED = 1000
-_MOST_TASKS = 4
+from modular_experts.text import bytes_text, depth_of
 
 
 def list_library(directory: str) -> None:
@@ -43,7 +34,14 @@ def list_library(directory: str) -> None:
         modular-experts list library
     """
     library = Library(directory)
-    rows = {name: _row(library, name) for name in library} | dict.fromkeys(library.incomplete(), _BROKEN)
+    broken = ("", "damaged", "", "'verify' names the reason")
+    rows: dict[str, tuple[str, ...]] = dict.fromkeys(library.incomplete(), broken)
+    for name in library:
+        try:
+            rows[name] = _row(library[name])
+        except (ValueError, OSError):
+            # One bad file must not hide the others.
+            rows[name] = broken
     if not rows:
         if (Path(directory).expanduser() / RECORD_FILE).is_file():
             raise ValueError(f"{directory} is an expert, not a library; `modular-experts show {directory}` shows it")
@@ -58,19 +56,15 @@ def list_library(directory: str) -> None:
     for name in sorted(rows):
         fingerprint, kind, base, *others = rows[name]
         table.add_row(name, kind, *[f"{base} {fingerprint[:7]}".strip()] * several, *others)
-    watched = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(markup=False, emoji=False, width=None if watched else _UNFOLDED).print(table)
+    # Off a terminal the table is as wide as it needs to be, so that grep sees whole names.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
+    Console(markup=False, emoji=False, width=width).print(table)
 
 
-def _row(library: Library, name: str) -> tuple[str, ...]:
+def _row(expert: StoredExpert) -> tuple[str, ...]:
     """Return the fingerprint of an expert's base, and the cells of the expert."""
-    try:
-        expert = library[name]
-    except (ValueError, OSError):
-        # One bad file must not hide the others.
-        return _BROKEN
     tasks, base = expert.record["tasks"], expert.record["base"]
-    shown = ", ".join(tasks) if len(tasks) <= _MOST_TASKS else f"{len(tasks)} tasks"
+    shown = ", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks"
     place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
     numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
     return base["fingerprint"], kind_text(expert.record), place, shown, *numbers
@@ -98,24 +92,22 @@ def verify(directory: str, base: str | None = None, revision: str | None = None)
         return
     library = Library(directory)
     failed = dict(library.incomplete())
-    if not library and not failed:
-        raise ValueError(f"{directory} holds no expert, so there is nothing to verify")
-    for name, problem in failed.items():
-        print(f"{place / name}: {problem}", file=sys.stderr)
     for name in library:
         try:
             print(f"{place / name}: {_verified(open_expert(place / name), base, revision)}")
         except (ValueError, OSError) as error:
             failed[name] = str(error)
-            print(f"{place / name}: {error}", file=sys.stderr)
+    for name, problem in failed.items():
+        print(f"{place / name}: {problem}", file=sys.stderr)
     if failed:
         count = len({*library, *failed})
         raise ValueError(f"{len(failed)} of {count} experts in {directory} failed: {', '.join(sorted(failed))}")
+    if not library:
+        raise ValueError(f"{directory} holds no expert, so there is nothing to verify")
     print(f"{directory}: all {len(library)} experts are intact")
 
 
 def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
-    """Check one expert, and return the sentence about it."""
     expert.verify()
     intact = f"intact, {len(expert)} weights, content hash {expert.content_hash[:12]}"
     place = base or find_base([expert])
@@ -125,25 +117,21 @@ def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> s
     return f"{intact}; base {place} is the one it was trained on"
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What a set of weights adds up to: entries, kept entries, and the Frobenius norm of their deltas."""
+class Measure(NamedTuple):
+    """What a set of weights adds up to; `squares` is the sum of the squares of their deltas' entries."""
 
     weights: int
     entries: int
     kept: int
-    norm: float
-
-    @classmethod
-    def total(cls, parts: Iterable[Measure]) -> Measure:
-        """Return the measure of several disjoint sets together."""
-        parts = list(parts)
-        norm = math.sqrt(sum(part.norm**2 for part in parts))
-        return cls(sum(p.weights for p in parts), sum(p.entries for p in parts), sum(p.kept for p in parts), norm)
+    squares: float
 
     def cells(self) -> tuple[str, ...]:
-        """Return the cells of a table row."""
-        return str(self.weights), f"{self.kept:,}", share_text(self.kept / max(self.entries, 1)), f"{self.norm:.4g}"
+        share = share_text(self.kept / max(self.entries, 1))
+        return str(self.weights), f"{self.kept:,}", share, f"{math.sqrt(self.squares):.4g}"
+
+
+def _total(measures: Iterable[Measure]) -> Measure:
+    return Measure(*map(sum, zip(Measure(0, 0, 0, 0.0), *measures, strict=True)))
 
 
 def show(directory: str, weights: bool = False) -> None:
@@ -158,19 +146,26 @@ def show(directory: str, weights: bool = False) -> None:
         modular-experts show library/ab --weights
     """
     expert, console = open_expert(directory), Console(markup=False, emoji=False)
-    measures = {}
     kept = expert.kept_entries()
-    for name, delta in expert.items():
-        measures[name] = Measure(1, delta.shape.numel(), kept[name], delta.norm())
+    measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in expert.items()}
     facts = Table.grid(padding=(0, 2))
-    for name, text in _facts(expert, Measure.total(measures.values())):
+    for name, text in _facts(expert, _total(measures.values())):
         facts.add_row(name, text)
     console.print(facts)
-    if weights:
-        console.print(_table("weight", measures))
-        return
-    console.print(_table("layer", _grouped(measures, _layer)))
-    console.print(_table("weights named", _grouped(measures, _role)))
+    groups: list[tuple[str, Callable[[str], Any]]] = [("weight", str)]
+    if not weights:
+        groups = [("layer", depth_of), ("weights named", lambda name: name.removesuffix(".weight").rpartition(".")[2])]
+    for heading, group in groups:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(heading, overflow="fold")
+        for name in ("weights", "kept", "share", "norm"):
+            table.add_column(name, justify="right", no_wrap=True)
+        parts: dict[Any, list[Measure]] = {}
+        for name, measure in measures.items():
+            parts.setdefault(group(name), []).append(measure)
+        for part in sorted(parts, key=lambda part: (part is None, part)):
+            table.add_row("none" if part is None else str(part), *_total(parts[part]).cells())
+        console.print(table)
 
 
 def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
@@ -182,7 +177,7 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     yield "kind", call_text(record["kind"], settings)
     if record.get("method"):
         yield "method", call_text(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
-    yield "tasks", ", ".join(map(str, record["tasks"])) or "none recorded"
+    yield "tasks", ", ".join(map(str, record["tasks"])) or "not recorded"
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
     if source := record.get("source"):
         yield "source", f"{source.get('id')} ({source.get('format')})"
@@ -190,28 +185,21 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
+    # `ExpertModule` logs losses per target token under these names.
+    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
     for name, score in sorted(record["scores"].items()):
-        yield "score", f"{_score_name(name)}: {_score(score)}"
+        metric, _, task = name.partition("/")
+        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {_score(score)}"
     if not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():
         numbers = sum(tensor.numel() for tensor in state.values())
         yield "state", f"{len(state)} tensors with {numbers:,} numbers, of {record.get('class_path')}"
     yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no deltas"
-    yield "kept", f"{total.kept:,} of {total.entries:,} entries ({share_text(total.kept / max(total.entries, 1))})"
+    yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
-    yield from _costs(record.get("costs") or {})
-    yield "norm", f"{total.norm:.4g}"
-    for kind in kinds_of_statistics(expert):
-        yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
-    yield "size", bytes_text(expert.size_on_disk)
-    yield "content", expert.content_hash
-    yield "created", f"{record.get('created')}, seed {record.get('seed')}"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
-
-
-def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    costs = record.get("costs") or {}
     if "optimizer_bytes" in costs:
         yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
     if costs.get("selections"):
@@ -221,43 +209,16 @@ def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "selection", f"{times}, {passes} passes, {seconds:.3g} s, {held}"
     if "overlap" in costs:
         yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
-
-
-def _score_name(name: str) -> str:
-    """Return what a logged metric means: `ExpertModule` logs losses per target token."""
-    metric, _, task = name.partition("/")
-    word = {"val_loss": "validation loss", "loss": "training loss of the last batch"}.get(metric, metric)
-    return f"{word} of {task}" if task else word
+    yield "norm", total.cells()[3]
+    for kind in kinds_of_statistics(expert):
+        yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
+    yield "size", bytes_text(expert.size_on_disk)
+    yield "content", expert.content_hash
+    yield "created", f"{record.get('created')}, seed {record.get('seed')}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
 
 
 def _score(score: Any) -> str:
     if isinstance(score, dict):
         return ", ".join(f"{name} {_score(value)}" for name, value in score.items())
     return f"{score:.4g}" if isinstance(score, float) else str(score)
-
-
-def _grouped(measures: dict[str, Measure], group: Any) -> dict[str, Measure]:
-    groups: dict[str, list[Measure]] = {}
-    for name, measure in measures.items():
-        groups.setdefault(group(name), []).append(measure)
-    ordered = sorted(groups, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    return {name: Measure.total(groups[name]) for name in ordered}
-
-
-def _layer(name: str) -> str:
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else "none"
-
-
-def _role(name: str) -> str:
-    return ".".join(name.removesuffix(".weight").split(".")[-1:])
-
-
-def _table(heading: str, measures: dict[str, Measure]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(heading, overflow="fold")
-    for name in ("weights", "kept", "share", "norm"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, measure in measures.items():
-        table.add_row(name, *measure.cells())
-    return table

@@ -1,9 +1,9 @@
-"""`modular-experts merge` and `remove`: many experts into one, and one out of a merge again."""
+"""Run `modular-experts merge` and `remove`, which merge experts into one, and take one out of a merge again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
 from typing import Any, Literal
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modular_experts.base import Base, DType
 from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import call_text, print_check, progress_bar, summary
+from modular_experts.cli.format import call_text, counted, print_check, progress_bar, summary
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.record import RECORD_FILE
@@ -21,8 +21,6 @@ from modular_experts.merger.merged import Merged, describe, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.text import bytes_of, bytes_text, in_any_block
-
-__all__ = ["merge", "remove"]
 
 
 def merge(
@@ -73,12 +71,8 @@ def merge(
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab \\
             --tune.data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
     """
-    of_checkpoint = {"base": base, "dtype": dtype, "tolerance": None if tolerance == 1e-3 else tolerance}
-    given = [name for name, value in of_checkpoint.items() if value is not None]
-    if output != "checkpoint" and given:
-        raise ValueError(
-            f"{' and '.join(given)} are settings of a checkpoint; add --output checkpoint, or leave them out"
-        )
+    if output != "checkpoint" and (base or dtype or tolerance != 1e-3):
+        raise ValueError("base, dtype and tolerance are settings of a checkpoint; add --output checkpoint")
     if tune and (method is None or per_weight):
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
@@ -111,7 +105,11 @@ def merge(
     if tuned and tune:
         print_tuning(tuned, searched="scale" not in tune.grid)
         print(f"all trials are in {trials_file(out)}")
-    _print_methods(merged)
+    texts = Counter(map(_method_text, merged.rules.values()))
+    for text, number in texts.items():
+        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
+        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
+    _print_kept(merged)
     if output == "checkpoint":
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
@@ -151,67 +149,42 @@ def _print_plan(merged: Merged) -> None:
     table = Table("weight", "shape", "method", "experts", "to read", "memory", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[3:]:
         column.justify = "right"
-    for row in _rows(weights):
-        table.add_row(*row)
+    numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(one.method) for one in weights), 1)}
+    # Weights that differ in the number of their layer alone share a row.
+    groups: dict[tuple[Any, ...], list[WeightEstimate]] = {}
+    for weight in weights:
+        groups.setdefault((in_any_block(weight.name), weight.shape, _method_text(weight.method)), []).append(weight)
+    for (name, shape, method), members in groups.items():
+        few, many = min(one.experts for one in members), max(one.experts for one in members)
+        table.add_row(
+            f"{len(members)} x {name}" if len(members) > 1 else members[0].name,
+            " x ".join(map(str, shape)),
+            f"{numbers[method]}: {method.partition('(')[0]}",
+            str(few) if few == many else f"{few} to {many}",
+            bytes_text(sum(one.read for one in members)),
+            bytes_text(max(one.peak for one in members)),
+        )
     Console(markup=False, emoji=False).print(table)
-    for number, text in enumerate(dict.fromkeys(_method_text(weight.method) for weight in weights), 1):
+    for text, number in numbers.items():
         print(f"method {number}: {text}")
-    for line in _kept(merged):
-        print(line)
+    _print_kept(merged)
     most = largest(weights)
-    print(
-        f"{len(weights)} weights of {len(merged.experts)} experts, {bytes_text(sum(w.read for w in weights))} to read"
-    )
+    read = bytes_text(sum(weight.read for weight in weights))
+    print(f"{len(weights)} weights of {len(merged.experts)} experts, {read} to read")
     print(f"memory beside Python's own: about {bytes_text(most.peak)}, for {most.name}")
     time = seconds(merged, weights)
     shown = f"{time:.2g} s" if time < 90 else f"{time / 60:.0f} min" if time < 5400 else f"{time / 3600:.1f} h"
     print(f"time: about {shown}, judged by merging a few of the weights; nothing was written")
 
 
-def _print_methods(merged: Merged) -> None:
-    """Print which methods merged how many weights, and how many stay at the base."""
-    count = len(merged.experts)
-    experts = f"{count} {'expert' if count == 1 else 'experts'}"
-    texts = [_method_text(method) for method in merged.rules.values()]
-    for text in dict.fromkeys(texts):
-        number = texts.count(text)
-        weights = "" if number == len(texts) else f" in {number} {'weight' if number == 1 else 'weights'}"
-        print(f"merged {experts} with {text}{weights}")
-    for line in _kept(merged):
-        print(line)
-
-
-def _kept(merged: Merged) -> Iterable[str]:
-    kept = sorted({name for expert in merged.experts for name in expert} - set(merged))
-    if kept:
-        others = " and others" if len(kept) > 1 else ""
-        yield f"{len(kept)} {'weights stay' if others else 'weight stays'} at the base: {kept[0]}{others}"
+def _print_kept(merged: Merged) -> None:
+    if kept := sorted({name for expert in merged.experts for name in expert} - set(merged)):
+        print(f"at the base stay {counted(len(kept), 'weight')}: {kept[0]}{' and others' * (len(kept) > 1)}")
 
 
 def _method_text(method: MergeMethod) -> str:
-    """Return a method with its settings in one line."""
     settings = describe(method)["init_args"]
     for name, value in settings.items():
         if isinstance(value, dict) and "class_path" in value:
             settings[name] = value["class_path"].rpartition(".")[2]
     return call_text(type(method).__name__, settings)
-
-
-def _rows(weights: Sequence[WeightEstimate]) -> Iterable[Sequence[str]]:
-    """Return the cells of each row; weights that differ in the number of their layer alone share one."""
-    groups: dict[Any, list[WeightEstimate]] = {}
-    numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(weight.method) for weight in weights), 1)}
-    for weight in weights:
-        key = (in_any_block(weight.name), weight.shape, _method_text(weight.method))
-        groups.setdefault(key, []).append(weight)
-    for (name, shape, method), members in groups.items():
-        few = min(weight.experts for weight in members)
-        many = max(weight.experts for weight in members)
-        yield (
-            f"{len(members)} x {name}" if len(members) > 1 else members[0].name,
-            " x ".join(map(str, shape)),
-            f"{numbers[method]}: {method.partition('(')[0]}",
-            str(few) if few == many else f"{few} to {many}",
-            bytes_text(sum(weight.read for weight in members)),
-            bytes_text(max(weight.peak for weight in members)),
-        )

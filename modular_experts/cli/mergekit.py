@@ -1,4 +1,4 @@
-"""`modular-experts mergekit`: a recipe of mergekit into a checkpoint."""
+"""Run `modular-experts mergekit`, which makes a checkpoint by a recipe of mergekit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`modular-experts quickstart`: train, merge, test and report on a small generated suite, in a few minutes."""
+"""Run `modular-experts quickstart`, which trains, merges, tests and reports on a small generated suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from modular_experts.quickstart import Plan, draw_figure, run_plan, summary_sentences, summary_table, write_report
 from modular_experts.reports.svg import check_drawing
@@ -43,26 +43,22 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     write_report(results, figure, report, out)
     Console(width=_WIDTH).print(summary_table(results))
     for sentence in summary_sentences(results):
-        print(f"\n{_wrapped(sentence)}")
+        # A number stays on the line of its unit.
+        together = sentence.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
+        print(f"\n{textwrap.fill(together, _WIDTH).replace(_NO_BREAK, ' ')}")
     print(f"\nthe experts are in {place / 'library'}")
     print(f"all numbers are in {place / 'results.json'}")
     print(f"the figure is {figure}")
     print(f"the report is {report}")
 
 
-def _wrapped(text: str) -> str:
-    """Break a text into lines, but not between a number and its unit."""
-    kept_together = text.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
-    return textwrap.fill(kept_together, _WIDTH).replace(_NO_BREAK, " ")
-
-
 @contextmanager
 def _bars() -> Iterator[Callable[[str, float, float], None]]:
     """Yield a function that shows the progress of each stage: a bar on a terminal, else a line at every tenth."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    left = (TextColumn("left"), TimeRemainingColumn())
-    bars = Progress(*columns, *left, console=console, disable=not console.is_terminal)
+    bars = Progress(
+        *Progress.get_default_columns(), TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    )
     begun = {stage: bars.add_task(words, start=False, total=1) for stage, words in STAGES.items()}
     shown: dict[str, int] = {}
 

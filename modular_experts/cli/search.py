@@ -1,4 +1,4 @@
-"""`modular-experts search` and `statistics`: what merges learn from the experts' data."""
+"""Run `modular-experts search` and `statistics`, which measure experts on their tasks before a merge."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from modular_experts.tuning import CoefficientSearch
 from modular_experts.tuning import search as search_coefficients
 from modular_experts.tuning.objective import mean_loss
 
-__all__ = ["search", "statistics"]
-
 
 def search(
     experts: list[str],
@@ -30,8 +28,7 @@ def search(
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
-    The base is loaded once, and the experts are added to it in place; merges stay in memory until they are written.
-    The merged expert is written, and beside it its recipe, which `merge --config` takes, and the trials.
+    A recipe, which `merge --config` takes, and the trials are written beside the merged expert.
 
     Args:
         experts: Directories of the experts.
@@ -63,10 +60,7 @@ def search(
         spread = f", from {low:.3f} to {high:.3f} by weight" if low < high else ""
         print(f"  {values.mean().item():.3f} of {expert}{spread}")
     if not found.coefficients.any():
-        print(
-            "the search ended at the base, where it began, so the merge moves nothing; take more steps, or a smaller "
-            "penalty"
-        )
+        print("the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty")
     print(f"validation loss {mean_loss(found.losses):.4f}, and {mean_loss(done.base):.4f} of the base alone")
     print(f"the recipe is {done.recipe}, the trials are in {done.trials}")
     print(f"{out}: {summary(done.expert)}")

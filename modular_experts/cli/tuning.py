@@ -1,4 +1,7 @@
-"""The options `--tune` of `modular-experts merge`, and what a tuning prints."""
+"""Define the options `--tune` of `modular-experts merge`, and print what a tuning found.
+
+This is a file of its own because jsonargparse runs the imports under TYPE_CHECKING in the file of a command.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.cli.format import value_text
+from modular_experts.cli.format import counted, value_text
 
 if TYPE_CHECKING:
-    # jsonargparse imports these when --tune is given, so that a plain merge does without Lightning. The suite makes
-    # its tasks known by their class alone.
+    # jsonargparse imports these when --tune is given, so that a plain merge does without Lightning.
     from modular_experts.data import TaskMixture
     from modular_experts.tuning import Tuned
-
-__all__ = ["Tuning", "print_tuning"]
-
-_TRIALS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,19 @@ class Tuning:
 
 
 def print_tuning(tuned: Tuned, searched: bool) -> None:
-    """Print the best trials and what follows from them.
-
-    Args:
-        tuned: What tuning found.
-        searched: Whether the scale was searched, not given by the grid.
-    """
+    """Print the best trials, and whether a scale that was searched is at the end of its interval."""
     from modular_experts.tuning.objective import mean_loss
     from modular_experts.tuning.tune import SCALES
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in (*tuned.best.settings, "validation loss"):
         table.add_column(name, justify="right", no_wrap=True)
-    for trial in sorted(tuned.trials, key=lambda trial: trial.loss)[:_TRIALS_SHOWN]:
+    for trial in sorted(tuned.trials, key=lambda trial: trial.loss)[:8]:
         loss = "not finite" if trial.loss == math.inf else f"{trial.loss:.4f}"
         table.add_row(*map(value_text, trial.settings.values()), loss)
     Console(markup=False, emoji=False).print(table)
-    base, best, tasks = mean_loss(tuned.base), tuned.best.loss, len(tuned.base)
-    where = f"on validation rows of {tasks} {'task' if tasks == 1 else 'tasks'}"
+    base, best, tasks = mean_loss(tuned.base), tuned.best.loss, counted(len(tuned.base), "task")
+    where = f"on validation rows of {tasks}"
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
     if best >= base:
         print("no setting lowers the loss of the base: these experts do not help on these tasks")

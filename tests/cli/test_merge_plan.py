@@ -57,7 +57,7 @@ def test_dry_run_shows_the_method_of_each_weight_and_writes_nothing(library, cap
 def test_dry_run_says_what_stays_at_the_base(library, capsys):
     rules = '{".*up_proj.*": {"class_path": "TIES"}}'
     assert main(command(library, "--per_weight", rules, "--dry_run", "true")) == 0
-    assert "weights stay at the base: model.layers.0.self_attn.q_proj.weight and others" in capsys.readouterr().out
+    assert " weights: model.layers.0.self_attn.q_proj.weight and others" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_told_before_anything_is_written(library, capsys):
@@ -142,7 +142,7 @@ def test_what_each_method_merged_is_told(library, capsys):
     shown = capsys.readouterr().out
     assert "merged 2 experts with MagMax(scale=1.0) in 1 weight" in shown
     assert "with SparseAverage(scale=1.0, count='values', exponent=1.0) in 1 weight" in shown
-    assert "2 weights stay at the base: model.layers.0.self_attn.q_proj.weight and others" in shown
+    assert "at the base stay 2 weights: model.layers.0.self_attn.q_proj.weight and others" in shown
 
 
 def test_experts_of_the_tasks_are_told(library, capsys):
