@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modular_experts import __version__
-from modular_experts.cli.errors import UsageError, guarded
+from modular_experts.cli.errors import guarded, unknown_command
 from modular_experts.old_names import install_old_names
-from modular_experts.text import did_you_mean
 
 
 class Command(NamedTuple):
@@ -77,8 +76,7 @@ def _run(argv: Sequence[str]) -> None:
     elif verb == "--version":
         print(f"modular-experts {__version__}")
     elif verb not in VERBS:
-        what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-        raise UsageError(f"{what} {verb}{did_you_mean(verb, VERBS)}; the commands are {', '.join(VERBS)}")
+        raise unknown_command(verb, list(VERBS))
     elif {"-h", "--help"} & set(argv):
         from modular_experts.cli.help import command_help, training_help
 

@@ -11,11 +11,19 @@ import os
 import stat
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from modular_experts.text import did_you_mean
 
 
 class UsageError(ValueError):
     """A command line or a config file is wrong; the message is the sentence for the user."""
+
+
+def unknown_command(verb: str, known: Sequence[str]) -> UsageError:
+    """Return the error about a word that is not a command."""
+    what = "the command comes first, before" if verb.startswith("-") else "there is no command"
+    return UsageError(f"{what} {verb}{did_you_mean(verb, known)}; the commands are {', '.join(known)}")
 
 
 def guarded(command: Callable[[], object]) -> int:
