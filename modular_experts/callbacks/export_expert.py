@@ -24,25 +24,17 @@ from modular_experts.library.expert import RECORD_FILE
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import did_you_mean
 
-__all__ = ["ExportExpert"]
-
 log = logging.getLogger(__name__)
 
 
 class ExportedModule(Protocol):
-    """What `ExportExpert` asks of the LightningModule that it runs with; `ExpertModule` has it.
-
-    A module may also have `expert_state()`, the tensors of experts that are no delta (`injection.expert_state`).
-    """
+    """What `ExportExpert` asks of its module; a module may also have `expert_state()` (`injection.expert_state`)."""
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each trained weight, on the CPU."""
 
     def record_facts(self) -> dict[str, Any]:
-        """Return what only the module knows of an expert's record.
-
-        `kind`, `base` (with its fingerprint), `hyperparameters` and `parents`, as `library.make_record` takes them.
-        """
+        """Return `kind`, `base`, `hyperparameters` and `parents` of a record, as `library.make_record` takes them."""
 
 
 class ExportExpert(Callback):
@@ -52,33 +44,24 @@ class ExportExpert(Callback):
         library: Directory of the library; made if missing.
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
-        monitor: Logged metric whose lowest value marks the best state. With null, or without validation, the last state
-            is exported.
+        monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
         check_name(name)
-        self.library, self.name, self.overwrite, self.monitor = library, name, overwrite, monitor
+        self.target = Path(library) / name
+        """Directory of the expert."""
+        self.overwrite, self.monitor = overwrite, monitor
         self.best: float | None = None
         self.best_step = self.validated_step = 0
 
-    @property
-    def target(self) -> Path:
-        """Directory of the expert."""
-        return Path(self.library) / self.name
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check before training that the module can be exported, and that the target can be written.
-
-        Raises:
-            OSError: The target exists and `overwrite` is false, or nothing can be made beside it.
-            TypeError: The module cannot be exported.
-        """
+        """Raise before training if the module cannot be exported or the target cannot be written."""
         missing = [name for name in ("task_vector", "record_facts") if not hasattr(pl_module, name)]
         if missing:
             raise TypeError(
-                f"ExportExpert cannot export {type(pl_module).__name__}, which has no {'() and no '.join(missing)}(); "
-                "train ExpertModule, or give your module the methods of callbacks.export_expert.ExportedModule"
+                f"ExportExpert cannot export {type(pl_module).__name__}, which has no {'() and no '.join(missing)}(): "
+                "the methods of callbacks.export_expert.ExportedModule"
             )
         if stage == "fit":
             check_target(self.target, self.overwrite)
@@ -89,20 +72,14 @@ class ExportExpert(Callback):
             shutil.rmtree(self._best_directory(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this state if it is the best so far.
-
-        Raises:
-            ValueError: The module does not log the monitored metric.
-        """
+        """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             logged = sorted(trainer.callback_metrics)
-            raise ValueError(
-                f"monitor={self.monitor!r} is not a logged metric{did_you_mean(self.monitor, logged)}; choose from "
-                f"{', '.join(logged)}, or null for the last state"
-            )
+            near = did_you_mean(self.monitor, logged)
+            raise ValueError(f"monitor={self.monitor!r} is not a logged metric{near}; choose from {', '.join(logged)}")
         self.validated_step = trainer.global_step
         if self.best is None or float(score) < self.best:
             self.best, self.best_step = float(score), trainer.global_step
@@ -132,14 +109,13 @@ class ExportExpert(Callback):
             log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "validated_step": self.validated_step}
+        return {name: getattr(self, name) for name in ("best", "best_step", "validated_step")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-        self.validated_step = state_dict["validated_step"]
+        vars(self).update(state_dict)
 
     def _best_directory(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / f"best-of-{self.name}"[:64]
+        return Path(trainer.default_root_dir) / f"best-of-{self.target.name}"[:64]
 
     def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)

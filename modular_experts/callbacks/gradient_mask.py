@@ -17,8 +17,6 @@ from torch.optim import Optimizer
 from modular_experts.library import open_expert
 from modular_experts.text import did_you_mean
 
-__all__ = ["GradientMask"]
-
 
 class GradientMask(Callback):
     """Keeps the entries outside the masks exactly as they were when training started.
@@ -29,22 +27,27 @@ class GradientMask(Callback):
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | str) -> None:
-        self.masks = _supports(masks) if isinstance(masks, str) else dict(masks)
+        self.masks: dict[str, Tensor] = {}
+        if isinstance(masks, str):
+            for name, delta in open_expert(masks).items():
+                self.masks[name] = torch.zeros(delta.shape, dtype=torch.bool)
+                self.masks[name].view(-1)[delta.support().long()] = True
+        else:
+            self.masks |= masks
         self._masked: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the masked parameters, and copy their values.
-
-        Raises:
-            ValueError: A mask does not name exactly one trained parameter, or has another shape.
-        """
+        """Copy the masked parameters; raise if a mask does not name exactly one, or has another shape."""
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, mask in self.masks.items():
-            parameter = _find(trained, name)
+            found = [p for full, p in trained.items() if full == name or full.endswith(f".{name}")]
+            if len(found) != 1:
+                near = did_you_mean(name, trained, cutoff=0.4)
+                raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, not one{near}")
+            (parameter,) = found
             if parameter.shape != mask.shape:
-                raise ValueError(
-                    f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
-                )
+                shapes = tuple(mask.shape), tuple(parameter.shape)
+                raise ValueError(f"the mask of {name} has shape {shapes[0]}, the parameter {shapes[1]}")
             mask = mask.to(parameter.device, torch.bool)
             self._masked[name] = (parameter, mask, parameter.detach().clone())
 
@@ -64,20 +67,3 @@ class GradientMask(Callback):
         """Restore the values that weight decay moved outside the masks."""
         for parameter, mask, start in self._masked.values():
             parameter.copy_(torch.where(mask, parameter, start))
-
-
-def _supports(directory: str) -> dict[str, Tensor]:
-    masks = {}
-    for name, delta in open_expert(directory).items():
-        mask = torch.zeros(delta.shape.numel(), dtype=torch.bool)
-        mask[delta.support().long()] = True
-        masks[name] = mask.view(delta.shape)
-    return masks
-
-
-def _find(trained: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
-    found = [parameter for full, parameter in trained.items() if full == name or full.endswith(f".{name}")]
-    if len(found) == 1:
-        return found[0]
-    near = did_you_mean(name, trained, cutoff=0.4)
-    raise ValueError(f"the mask {name!r} matches {len(found)} trained parameters, and must match one{near}")

@@ -13,8 +13,6 @@ from typing import Any, Protocol
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-__all__ = ["Schedule", "TrainedModule", "TrainingLength", "schedules"]
-
 
 @dataclass(frozen=True)
 class TrainingLength:
@@ -25,14 +23,14 @@ class TrainingLength:
 
 
 class TrainedModule(Protocol):
-    """What a schedule may use of the LightningModule that it runs with; `ExpertModule` has all of it."""
+    """What a schedule may use of the LightningModule that it runs with; `ExpertModule` has all of it.
+
+    `base` is a directory or hub id. `length`, that of the fit, is known as soon as the optimizer exists.
+    """
 
     base: str
-    """The base's directory or hub id, for messages."""
     fingerprint: str
-    """The base's fingerprint."""
     length: TrainingLength
-    """How long the fit is; known as soon as the optimizer exists."""
 
     @property
     def model(self) -> nn.Module:
@@ -46,8 +44,7 @@ class Schedule(Callback):
     """A callback that changes what experts train: their entries, their sizes, or which of them take part.
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
-    step) and keeps its progress in `state_dict`. The methods below are what those hooks cannot express; each has a
-    default, so a subclass overrides only what it needs.
+    step) and keeps its progress in `state_dict`. It overrides those methods below that it needs.
 
     | who asks       | when                                                             | what                |
     |----------------|------------------------------------------------------------------|---------------------|

@@ -8,6 +8,7 @@ loses tokens on the left of its input and keeps its target whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,8 @@ class RowTokenizer:
         texts = [row.input for row in rows]
         if self.chat_template:
             chats = [[{"role": "user", "content": text}] for text in texts]
-            texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+            render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+            texts = [str(render(chat)) for chat in chats]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target] for row in rows])
         options = self._ends(texts, [row.choices if choices else () for row in rows])

@@ -16,8 +16,6 @@ from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.expert import RECORD_FILE
 from modular_experts.selection.scoring import SelectableLayer
 
-__all__ = ["count_others", "crowded", "open_neighbours", "refuse_too_few", "shared_units"]
-
 log = logging.getLogger(__name__)
 
 
@@ -36,40 +34,26 @@ def open_neighbours(paths: Sequence[str]) -> list[StoredExpert]:
             continue
         names = list(Library(directory))
         if not names:
-            raise ValueError(f"{path} is neither an expert nor a library with experts in it; there is nothing to avoid")
+            raise ValueError(f"{path} is neither an expert nor a library with experts to avoid")
         found += [directory / name for name in names]
-        libraries.append(directory)
-    experts = open_experts(found) if found else []
-    return [expert for expert in experts if _is_sparse(expert, libraries)]
-
-
-def _is_sparse(expert: StoredExpert, libraries: Sequence[Path]) -> bool:
-    """Return whether an expert can be avoided; raise if one cannot and was named itself, not found in a library."""
-    dense = sorted({form for form in expert.forms().values() if form not in ("Sparse", "BlockSparse")})
-    if not dense:
-        return True
-    if expert.path.parent.resolve() not in [library.resolve() for library in libraries]:
-        raise ValueError(
-            f"{expert.name} moves every entry ({', '.join(dense)}) and cannot be avoided; name sparse experts"
-        )
-    log.warning("%s moves every entry (%s) and is not avoided", expert.name, ", ".join(dense))
-    return False
+        libraries.append(directory.resolve())
+    sparse = []
+    for expert in open_experts(found) if found else []:
+        dense = sorted({form for form in expert.forms().values() if form not in ("Sparse", "BlockSparse")})
+        if not dense:
+            sparse.append(expert)
+        elif expert.path.parent.resolve() in libraries:
+            log.warning("%s moves every entry (%s) and is not avoided", expert.name, ", ".join(dense))
+        else:
+            raise ValueError(f"{expert.name} moves every entry ({', '.join(dense)}) and cannot be avoided")
+    return sparse
 
 
 def count_others(name: str, layer: SelectableLayer, others: Iterable[StoredExpert]) -> Tensor:
-    """Return how many experts keep each unit of a layer's weight `(units,)`; a tile kept in part counts in part.
-
-    Args:
-        name: The weight's name.
-        layer: The layer with a selectable expert.
-        others: The experts.
-    """
+    """Return how many experts keep each unit of a layer's weight `(units,)`; a tile kept in part counts in part."""
     expert = layer.expert
     counts = torch.zeros(expert.units, device=layer.matrix.device)
-    for other in others:
-        if name not in other:
-            continue
-        delta = layer.oriented(other[name])
+    for delta in (layer.oriented(other[name]) for other in others if name in other):
         if isinstance(delta, Sparse) or (isinstance(delta, BlockSparse) and delta.tile != expert.tile):
             entries = torch.zeros(expert.shape.numel(), device=counts.device)
             entries[delta.support().to(counts.device).long()] = 1.0
@@ -87,31 +71,26 @@ def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tens
     Raises:
         ValueError: It keeps no entry of this weight, or units of another kind.
     """
-    expert = layer.expert
+    tile = layer.expert.tile
     delta: Delta | None = layer.oriented(other[name]) if name in other else None
-    if isinstance(delta, Sparse) and expert.tile == (1, 1):
+    if isinstance(delta, Sparse) and tile == (1, 1):
         return delta.indices.to(layer.matrix.device)
-    if isinstance(delta, BlockSparse) and delta.tile == expert.tile:
+    if isinstance(delta, BlockSparse) and delta.tile == tile:
         return delta.blocks.to(layer.matrix.device)
-    if delta is not None and not isinstance(delta, Sparse | BlockSparse):
-        raise ValueError(f"the support of {other.name} cannot be shared: it moves every entry of {name}")
-    what = "nothing" if delta is None else "single entries"
+    kept = {type(None): "nothing", Sparse: "single entries"}.get(type(delta), "every entry")
     if isinstance(delta, BlockSparse):
-        what = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
+        kept = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
     raise ValueError(
-        f"the support of {other.name} cannot be shared: it has {what} at {name}, and units of "
-        f"{expert.tile[0]} x {expert.tile[1]} are wanted; use the granularity, block size and modules of that expert"
+        f"the support of {other.name} cannot be shared: it keeps {kept} at {name}, not units of {tile[0]} x {tile[1]}; "
+        "use the granularity, block size and modules of that expert"
     )
 
 
 def crowded(scores: Tensor, others: Tensor, penalty: float | None) -> Tensor:
-    """Return scores that are lower where other experts keep entries.
+    """Return the scores of units `(units,)`, lower where other experts keep them, as `count_others` found.
 
-    Args:
-        scores: Score of every unit `(units,)`.
-        others: How many other experts keep each unit `(units,)`, from `count_others`.
-        penalty: A positive score is divided by `1 + penalty * others`, a negative one multiplied by it. Without a
-            penalty, a unit that any other expert keeps gets the score minus infinity.
+    A positive score is divided by `1 + penalty * others`, a negative one multiplied by it. Without a penalty, a unit
+    that any other expert keeps gets the score minus infinity.
     """
     if penalty is None:
         return scores.masked_fill(others > 0, -math.inf)
@@ -120,11 +99,7 @@ def crowded(scores: Tensor, others: Tensor, penalty: float | None) -> Tensor:
 
 
 def refuse_too_few(free: int, units: int, k: int) -> None:
-    """Raise if other experts leave too few units.
-
-    Raises:
-        ValueError: They leave fewer than k units.
-    """
+    """Raise a ValueError if other experts leave fewer than k units."""
     if free < k:
         raise ValueError(
             f"the experts to avoid leave {free:,} of {units:,} units free, and {k:,} are to be kept; avoid fewer "

@@ -22,23 +22,16 @@ from modular_experts.selection.avoid import count_others, crowded, refuse_too_fe
 from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, SelectableLayer
 from modular_experts.text import block_of
 
-__all__ = ["Scope", "Selection"]
-
 Scope = Literal["layer", "block", "global"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How supports are chosen, the same for all choices of a training.
+    """How supports are chosen, the same for all choices of a training; the settings are those of `MaskSchedule`.
 
     Args:
-        score: Ranks the entries; each expert type's own if not given.
-        rule: How the support changes; each expert type's own if not given.
-        scope: Within what the units compete: each weight, each transformer block, or all weights.
         norm: Whether a tile's score is the norm of its entries' scores instead of their sum.
-        others: Experts to keep away from.
-        penalty: How far: `avoid.crowded` divides scores by it. Without a penalty, what the others keep is excluded.
-        seed: Seed of random scores.
+        others: The opened experts to avoid.
     """
 
     score: Score | Callable[..., Any] | None = None
@@ -56,7 +49,7 @@ class Selection:
         memory: MemoryWatch,
         position: int,
         last: int,
-        may_resize: bool = False,
+        resize: bool = False,
     ) -> tuple[dict[str, Tensor], int]:
         """Return the units to keep of each layer, by the name of its weight, and how many passes over batches it took.
 
@@ -66,7 +59,7 @@ class Selection:
             memory: Looks at the memory in use whenever a statistic arrives.
             position: The optimizer step about to be taken, or what else the rule counts.
             last: The position after which nothing is chosen.
-            may_resize: Whether packed experts may keep another number of units than before.
+            resize: Whether packed experts may keep another number of units than before.
 
         Raises:
             ValueError: A score has another shape than its weight, or the others leave too few units.
@@ -85,9 +78,9 @@ class Selection:
 
         # Weights that compete divide among them as many units as they would keep alone.
         groups = {
-            name: self._group(name)
+            name: "" if self.scope == "global" else block_of(name) or name
             for name, layer in layers.items()
-            if self.scope != "layer" and anew[name] and (may_resize or layer.expert.packed is None)
+            if self.scope != "layer" and anew[name] and (resize or layer.expert.packed is None)
         }
         budgets, total, free = Counter[str](), Counter[str](), Counter[str]()
         for name, group in groups.items():
@@ -150,9 +143,3 @@ class Selection:
 
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
-
-    def _group(self, name: str) -> str:
-        """Return the name of the transformer block of a weight; an empty one where all weights compete."""
-        if self.scope == "global":
-            return ""
-        return block_of(name) or name

@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from modular_experts.experts.selectable import Selectable
 from modular_experts.selection.scoring import SelectableLayer
-
-__all__ = ["Exchange", "carry_state", "forget_state", "optimizer_bytes"]
 
 
 class Exchange:
@@ -39,30 +37,41 @@ class Exchange:
         trained: bool = True,
         rewind: bool = False,
     ) -> None:
-        """Let an expert keep other units, in place.
+        """Let the expert of the weight `name` keep other units, sorted, in place.
 
         Args:
-            name: The weight's name.
-            layer: Its layer.
-            units: The units to keep, sorted.
+            name, layer, units: The weight's name and layer, and the units to keep.
             optimizers: What may hold state of the expert's parameters.
             trained: Whether the present support was trained; a random one before the first step was not.
             rewind: Whether all values start anew from the base.
         """
         expert = layer.expert
         before = expert.support_units().clone()
-        self.touched[name] = self.ever_trained(name, expert) if trained else before[:0]
+        # A copy, for the expert changes its support in place.
+        self.touched[name] = self.ever_trained(name, expert).clone() if trained else before[:0]
         values = expert.packed.detach().clone() if expert.packed is not None else None
         slots = expert.reselect(layer.matrix, units)
         if rewind:
             expert.rewind(layer.matrix)
-            forget_state(optimizers, expert.parameters())
+            for optimizer in optimizers:
+                for parameter in expert.parameters():
+                    optimizer.state.pop(parameter, None)
         if expert.packed is None or values is None:
             return
         for optimizer in optimizers:
             carry_state(optimizer.state.get(expert.packed, {}), expert.packed, slots)
         if self.leavers == "stash":
-            self._swap_with_stash(name, expert, before, values)
+            # Put the values of the leavers aside, and give newcomers that were here before theirs back.
+            now = expert.support_units()
+            left = ~torch.isin(before, now)
+            aside, kept = self.stash.get(name, (before[:0], values[:0]))
+            # The stash of a resumed run comes from the CPU.
+            aside = torch.cat([aside.to(before.device), before[left]])
+            kept = torch.cat([kept.to(values.device), values[left]])
+            back = torch.isin(aside, now)
+            with torch.no_grad():
+                expert.packed[torch.searchsorted(now, aside[back])] = kept[back]
+            self.stash[name] = (aside[~back], kept[~back])
             expert.write(layer.matrix)
 
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
@@ -70,36 +79,11 @@ class Exchange:
         units, earlier = expert.support_units(), self.touched.get(name)
         return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
 
-    def _swap_with_stash(self, name: str, expert: Selectable, before: Tensor, values: Tensor) -> None:
-        """Put the values of the leavers aside, and give newcomers that were here before theirs back."""
-        now = expert.support_units()
-        left = ~torch.isin(before, now)
-        units, kept = self.stash.get(name, (before[:0], values[:0]))
-        # The stash of a resumed run comes from the CPU.
-        units, kept = units.to(before.device), kept.to(values.device)
-        units, kept = torch.cat([units, before[left]]), torch.cat([kept, values[left]])
-        back = torch.isin(units, now)
-        with torch.no_grad():
-            assert expert.packed is not None
-            expert.packed[torch.searchsorted(now, units[back])] = kept[back]
-        self.stash[name] = (units[~back], kept[~back])
-
-
-def forget_state(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
-    """Drop the optimizers' state of some parameters, so that they start anew."""
-    parameters = list(parameters)
-    for optimizer in optimizers:
-        for parameter in parameters:
-            optimizer.state.pop(parameter, None)
-
 
 def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
-    """Move the optimizer's per-entry state to the new slots, in place; newcomers start from zero.
+    """Move an optimizer's per-entry state of a parameter to new slots, in place.
 
-    Args:
-        state: The optimizer's state of one parameter.
-        parameter: The parameter, with one slot per kept unit.
-        slots: For each new slot the one it had before, or -1 for a newcomer.
+    `slots` has for each new slot the one it had before, or -1 for a newcomer, which starts from zero.
     """
     stays = slots >= 0
     for value in state.values():

@@ -21,15 +21,12 @@ from modular_experts.deltas import Delta
 from modular_experts.experts.selectable import Probe, Selectable
 from modular_experts.injection import expert_layers
 
-__all__ = ["Layers", "MemoryWatch", "ScoringPass", "SelectableLayer", "selectable_layers"]
-
 
 class SelectableLayer(Protocol):
     """A linear layer whose expert trains a chosen support."""
 
     @property
-    def expert(self) -> Selectable:
-        """The expert."""
+    def expert(self) -> Selectable: ...
 
     @property
     def matrix(self) -> Tensor:
@@ -51,13 +48,6 @@ def selectable_layers(model: nn.Module) -> dict[str, SelectableLayer]:
     return cast(dict[str, SelectableLayer], layers)
 
 
-_UNLIMITED = 2**62
-
-
-def _itself(gradient: Tensor) -> Tensor:
-    return gradient
-
-
 @dataclass
 class ScoringPass:
     """Gives statistics of the loss over some batches, weight by weight.
@@ -72,9 +62,8 @@ class ScoringPass:
         budget: Bytes that the accumulators of one group may take; a single larger layer is a group of its own.
         reduce: Averages a gradient over ranks.
         curvature_step: Length of the step of a difference of gradients, relative to a typical weight: the norm of the
-            shift of all weights together is this times their root mean square. A share of the norm of all weights would
-            be too long in a large model: with 0.005 of it, products were off by 100 % for SmolLM2-135M and by 20 % for
-            the quickstart's base; with this, by 0.3 % and 0.01 %.
+            shift of all weights together is this times their root mean square. Products were off by 0.3 % for
+            SmolLM2-135M with it, and by 100 % with a share of 0.005 of the norm, which grows with the model.
         passes: Number of forward and backward passes made so far.
     """
 
@@ -82,7 +71,7 @@ class ScoringPass:
     batches: Sequence[Any]
     shares: Sequence[float] | None = None
     budget: int = 2**30
-    reduce: Callable[[Tensor], Tensor] = _itself
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient
     curvature_step: float = 0.03
     passes: int = 0
 
@@ -109,11 +98,8 @@ class ScoringPass:
     def curvature(self, layers: Layers, receive: Receive) -> None:
         """Give each weight's part of the Hessian's product with the mean gradient g of all weights together.
 
-        It is the central difference of the gradients at `W + h g` and `W - h g`. Two dense copies of all scored weights
-        are held.
-
-        Raises:
-            ValueError: A weight has too low a precision for a small difference.
+        It is the central difference of the gradients at `W + h g` and `W - h g`, which holds two dense copies of all
+        scored weights, and needs a base in float32.
         """
         weights = {name: layer.matrix.detach() for name, layer in layers.items()}
         coarse = {str(weight.dtype) for weight in weights.values() if torch.finfo(weight.dtype).bits < 32}
@@ -122,7 +108,7 @@ class ScoringPass:
         # All passes draw the same dropout, or its difference would be most of the result.
         shifts: dict[str, Tensor] = {}
         with torch.random.fork_rng():
-            self._mean_gradient(layers, shifts.__setitem__, _UNLIMITED)
+            self._mean_gradient(layers, shifts.__setitem__, 2**62)
         typical = _norm(weights) / sum(weight.numel() for weight in weights.values()) ** 0.5
         step = self.curvature_step * typical / max(_norm(shifts), torch.finfo(torch.float32).tiny)
         for gradient in shifts.values():
@@ -130,7 +116,7 @@ class ScoringPass:
         products: dict[str, Tensor] = {}
         for sign in (1, -1):
             with torch.random.fork_rng():
-                self._mean_gradient(layers, partial(_add, products, sign / (2 * step)), _UNLIMITED, shifts)
+                self._mean_gradient(layers, partial(_add, products, sign / (2 * step)), 2**62, shifts)
             for gradient in shifts.values():
                 gradient.neg_()
         for name in sorted(products):
@@ -151,13 +137,9 @@ class ScoringPass:
                 receive(name, self.reduce(sums.pop(name)))
 
     def _probe(self, layers: Layers, batch: Any, receive: Receive, shifts: Mapping[str, Tensor] | None = None) -> None:
-        """Run one batch forward and backward; `receive` gets each layer's gradient while the backward pass runs.
+        """Run one batch forward and backward with `shifts` added to the weights, by name.
 
-        Args:
-            layers: The layers whose gradients are wanted.
-            batch: The batch.
-            receive: Called inside the backward pass, once per layer.
-            shifts: Added to the weights, by name, while the pass lasts.
+        `receive` gets each layer's gradient while the backward pass runs.
         """
         self.passes += 1
         leaves = []
@@ -198,17 +180,11 @@ def _groups(layers: Layers, budget: int) -> Iterator[dict[str, SelectableLayer]]
         yield group
 
 
-_STATM = Path("/proc/self/statm")
-
-
 class MemoryWatch:
     """Measures how far the memory in use rises above that at the start, at the moments when `look` is called.
 
     On a GPU it is the memory that torch has allocated there, otherwise the resident memory of the process, on systems
     that report it.
-
-    Args:
-        device: Where the model is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -223,6 +199,5 @@ class MemoryWatch:
     def _used(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        if not _STATM.exists():
-            return 0
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        statm = Path("/proc/self/statm")
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

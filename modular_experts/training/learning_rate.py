@@ -9,8 +9,6 @@ from lightning.pytorch import Trainer
 
 from modular_experts.callbacks.schedule import TrainingLength
 
-__all__ = ["Constant", "LearningRateShape", "WarmupCosine", "WarmupLinear", "training_length"]
-
 
 class LearningRateShape(ABC):
     """Gives the learning rate of each step as a factor of the peak."""
@@ -36,7 +34,7 @@ class WarmupLinear(LearningRateShape):
 
     def __init__(self, warmup: float = 0.06) -> None:
         if not 0 <= warmup < 1:
-            raise ValueError(f"warmup={warmup} is outside [0, 1); it is the share of all steps before the peak")
+            raise ValueError(f"warmup={warmup}, the share of all steps before the peak, is outside [0, 1)")
         self.warmup = warmup
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -51,11 +49,7 @@ class WarmupLinear(LearningRateShape):
 
 
 class WarmupCosine(WarmupLinear):
-    """Rises linearly to the peak, then falls to zero along half a cosine.
-
-    Args:
-        warmup: Share of all steps that the rise takes, in [0, 1).
-    """
+    """Rises linearly to the peak, as `WarmupLinear`, then falls to zero along half a cosine."""
 
     def fall(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

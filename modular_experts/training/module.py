@@ -7,13 +7,14 @@ It meets the data only in a batch (`data/batch.py`). Schedules (`callbacks/sched
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -38,9 +39,6 @@ from modular_experts.injection import (
 )
 from modular_experts.library import StoredExpert, as_parents, open_experts
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
-from modular_experts.training.resume import collect_random_states, restore_random_states
-
-__all__ = ["ExpertModule"]
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +61,7 @@ class ExpertModule(LightningModule):
             (`.*\\.(q_proj|v_proj)`), or `all-linear`. Each must match at least one linear layer.
         expert: The expert type and its settings: `SparseExpert`, `LoRAExpert`, `FullExpert`, `MaskedExpert`, or the
             dotted path of your own.
-        applied: Library experts whose deltas are added to the base before anything else, to test them or to train on
-            top.
+        applied: Library experts whose deltas are added to the base first, to test them or to train on top.
         dtype: Data type of the base; trained values are float32 with any of them.
         revision: Branch, tag or commit of a hub id.
         gradient_checkpointing: Recompute activations in backward instead of keeping them.
@@ -76,8 +73,7 @@ class ExpertModule(LightningModule):
         generate_in_fit: Whether validation during training also generates answers, beside taking the loss.
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert};
             from Python also a plan, a function from sites to expert types (`experts.site`).
-        check_base: Whether a loaded model is compared with the files of its base, weight by weight; deltas are taken
-            against these files.
+        check_base: Whether a loaded model is compared with the files of its base, weight by weight.
     """
 
     length: TrainingLength
@@ -100,12 +96,12 @@ class ExpertModule(LightningModule):
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1; an answer has a token")
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
         # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
-        # A model in a list is no submodule: its parameters join this module when experts are in it.
+        # The list keeps the model's parameters out of this module until experts are in it.
         self._given: list[nn.Module] = [base] if isinstance(base, nn.Module) else []
         if isinstance(base, nn.Module):
             config: Any = getattr(base, "config", None)
@@ -129,20 +125,12 @@ class ExpertModule(LightningModule):
         self._penalty: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Check before anything is loaded that training has experts, and experts have layers.
-
-        Raises:
-            ValueError: Only one of the two is given, or neither for a fit.
-        """
+        """Raise before anything is loaded if training has no experts, or experts have no layers."""
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
-            raise ValueError(
-                "model.experts maps patterns to expert types: give no model.expert or model.modules beside"
-            )
+            raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")
         if (self.expert is None) != (not self.modules_pattern):
             given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            raise ValueError(
-                f"model.{given} is given but not model.{missing}; give both, or neither to test a plain base"
-            )
+            raise ValueError(f"model.{given} is given but not model.{missing}; give both, or neither to test a base")
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
 
@@ -165,8 +153,8 @@ class ExpertModule(LightningModule):
         self.applied_experts = open_experts(self.applied) if self.applied else []
         if not self.base:
             raise ValueError(
-                "the model does not name the directory that it was loaded from (config._name_or_path), and deltas are "
-                "taken against its files; load it with from_pretrained, or give the directory as base"
+                "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
+                "with from_pretrained, or give the directory as base"
             )
         self.opened_base = Base.open(self.base, self.applied_experts, self.revision)
         self.fingerprint = self.opened_base.fingerprint
@@ -197,7 +185,9 @@ class ExpertModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        defaults = [MaskSchedule.default(), WriteResults(), WritePredictions()]
+        schedule = MaskSchedule()
+        schedule.is_default = True
+        defaults = [schedule, WriteResults(), WritePredictions()]
         return [added for added in defaults if not any(isinstance(callback, type(added)) for callback in listed)]
 
     def configure_optimizers(self) -> Any:
@@ -219,17 +209,32 @@ class ExpertModule(LightningModule):
     def on_fit_start(self) -> None:
         """Log what is trained, and start from the same supports on every rank."""
         self.model.train()
-        log.info(_summary(self))
+        layers = [layer for _, layer in expert_layers(self.model)]
+        kinds = set()
+        for expert in (layer.expert for layer in layers):
+            settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
+            kinds.add(f"{type(expert).__name__}({settings})")
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        share = f"{trained / sum(layer.weight.numel() for layer in layers):.2%}"
+        log.info(
+            "%s in %d weights: %s trained parameters, %s of these weights",
+            *(", ".join(sorted(kinds)), len(layers), f"{trained:,}", share),
+        )
         if self.trainer.world_size > 1:
-            for _, layer in expert_layers(self.model):
-                for buffer in layer.expert.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            for buffer in (buffer for layer in layers for buffer in layer.expert.buffers()):
+                distributed.broadcast(buffer, src=0)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Restore the random state of the checkpoint before the first batch, when all set-up is over."""
-        if self._random_states is not None:
-            restore_random_states(self._random_states)
-            self._random_states = None
+        states, rank = self._random_states or [], self.trainer.global_rank
+        self._random_states = None
+        # A rank that the checkpoint has no state for keeps its own.
+        if rank < len(states):
+            torch.set_rng_state(states[rank]["torch"])
+            version, numbers, gauss = states[rank]["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            if "cuda" in states[rank] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states[rank]["cuda"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss per target token, plus the experts' penalties."""
@@ -252,7 +257,7 @@ class ExpertModule(LightningModule):
         sums, counts = batch_losses(self.model, batch)
         tokens = counts.sum()
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(tokens)
+            distributed.all_reduce(tokens)
             tokens = tokens / self.trainer.world_size
         loss = sums.sum() / tokens.clamp(min=1)
         term = penalty(self.model)
@@ -260,18 +265,22 @@ class ExpertModule(LightningModule):
         return loss if term is None else loss + term
 
     def on_validation_epoch_start(self) -> None:
-        self._start_scores()
+        """Set the scores of all tasks to zero."""
+        roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
+        if roles is None:
+            raise ValueError("scores need a data module with `roles`, a dict from task name to role")
+        self.scores = TaskScores(roles).to(self.device)
 
-    def on_test_epoch_start(self) -> None:
-        self._start_scores()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch; within `fit` by its loss, unless `generate_in_fit`."""
-        self._score(batch, generates=self.generate_in_fit or self.trainer.state.fn != "fit")
+        generates = self.generate_in_fit or self.trainer.state.fn != "fit"
+        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens if generates else None)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch by its loss, greedy generations and choices."""
-        self._score(batch, generates=True)
+        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target and generation of each row."""
@@ -281,13 +290,20 @@ class ExpertModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over tasks as `val_loss`, and each task's."""
-        self._finish_scores()
+        self.on_test_epoch_end()
         self.log_dict({f"val_loss/{name}": task["loss"] for name, task in self.results["tasks"].items()})
         losses = [task["loss"] for task in self.results["tasks"].values()]
         self.log("val_loss", sum(losses) / max(len(losses), 1), prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        self._finish_scores()
+        """Compute the results of all tasks, and name what was scored."""
+        self.results = self.scores.compute()
+        self.results["model"] = {
+            "base": self.base,
+            "fingerprint": self.fingerprint,
+            "applied": [{"name": expert.name, "content_hash": expert.content_hash} for expert in self.applied_experts],
+            "expert": describe_experts(self.model)["kind"] if self.has_experts else None,
+        }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained tensors and the experts' buffers; a resumed run loads the frozen base from its files."""
@@ -299,34 +315,42 @@ class ExpertModule(LightningModule):
         return full
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the base, and the random state of every rank: without it, dropout would differ after a resume."""
+        # Plain numbers and tensors, so that a checkpoint loads with `weights_only=True`.
+        version, numbers, gauss = random.getstate()
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        states: list[Any] = [state] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            distributed.all_gather_object(states, state)
         checkpoint["base_fingerprint"] = self.fingerprint
-        checkpoint["random_states"] = collect_random_states()
+        checkpoint["random_states"] = states
         checkpoint["resized"] = self._resized
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint was written with this base and experts of these types and sizes.
-
-        Raises:
-            ValueError: The fingerprint differs, or the trained tensors have other names or shapes.
-        """
+        """Raise if the checkpoint was written with another base, or with experts of other types or sizes."""
         self.configure_model()
-        theirs = checkpoint.get("base_fingerprint")
-        if theirs != self.fingerprint:
+        base = checkpoint.get("base_fingerprint")
+        if base != self.fingerprint:
             raise ValueError(
-                f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {self.base} has "
+                f"the checkpoint was trained on a base with fingerprint {str(base)[:12]}, and {self.base} has "
                 f"{self.fingerprint[:12]}; give the base that it was trained on"
             )
         # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
         self._resized |= checkpoint.get("resized", True)
         if self._resized:
             self._resize_like(checkpoint["state_dict"])
-        ours, stored = self.state_dict(), checkpoint["state_dict"]
-        unlike = sorted(key for key in ours.keys() | stored.keys() if _shape(ours.get(key)) != _shape(stored.get(key)))
+        ours, theirs = (
+            {key: tuple(tensor.shape) for key, tensor in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        unlike = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if unlike:
             raise ValueError(
                 f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, first {unlike[0]}, "
-                f"with shape {_shape(stored.get(unlike[0]))} there and {_shape(ours.get(unlike[0]))} here; give the "
-                "expert and modules of the checkpoint"
+                f"with shape {theirs.get(unlike[0])} there and {ours.get(unlike[0])} here; give the expert and modules "
+                "of the checkpoint"
             )
         self._random_states = checkpoint.get("random_states")
 
@@ -345,7 +369,7 @@ class ExpertModule(LightningModule):
             yield name, delta.to("cpu")
 
     def expert_state(self) -> dict[str, Tensor]:
-        """Return the tensors of experts that are no delta, on the CPU, by `<weight>/<name>`; most types have none."""
+        """Return the tensors that experts keep beside their deltas, on the CPU, by `<weight>/<name>`."""
         return {name: tensor.to("cpu") for name, tensor in expert_state(self.model).items()}
 
     def record_facts(self) -> dict[str, Any]:
@@ -371,50 +395,9 @@ class ExpertModule(LightningModule):
         moved = [expert[name] for expert in self.applied_experts if name in expert]
         return add(moved).add_to(weight.clone()) if moved else weight
 
-    def _start_scores(self) -> None:
-        roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
-        if roles is None:
-            raise ValueError(
-                "scores need the tasks' roles: give the data module `roles`, a dict from task name to role"
-            )
-        self.scores = TaskScores(roles).to(self.device)
-
-    def _score(self, batch: dict[str, Any], generates: bool) -> None:
-        limit = self.max_new_tokens if generates else None
-        score_batch(self.scores, self.model, self.tokenizer, batch, limit)
-
-    def _finish_scores(self) -> None:
-        self.results = self.scores.compute()
-        self.results["model"] = {
-            "base": self.base,
-            "fingerprint": self.fingerprint,
-            "applied": [{"name": expert.name, "content_hash": expert.content_hash} for expert in self.applied_experts],
-            "expert": describe_experts(self.model)["kind"] if self.has_experts else None,
-        }
-
 
 def _is_plain(value: Any) -> bool:
     """Return whether a checkpoint may hold a setting: it is loaded as numbers, texts and containers of these."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
+    if isinstance(value, dict | list):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str | int | float | None)
-
-
-def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
-
-
-def _summary(module: ExpertModule) -> str:
-    """Return what is trained, as one line of the log."""
-    layers = [layer for _, layer in expert_layers(module.model)]
-    kinds = set()
-    for expert in (layer.expert for layer in layers):
-        settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
-        kinds.add(f"{type(expert).__name__}({settings})")
-    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    theirs = sum(layer.weight.numel() for layer in layers)
-    total = sum(parameter.numel() for name, parameter in module.model.named_parameters() if ".expert." not in name)
-    share = f"{trained / theirs:.2%} of these weights, {trained / total:.2%} of the base's {total:,}"
-    return f"{', '.join(sorted(kinds))} in {len(layers)} weights: {trained:,} trained parameters, {share}"

@@ -115,4 +115,4 @@ def test_a_schedule_may_leave_everything_to_the_defaults() -> None:
     assert not schedule.resizes
     assert (schedule.shares(None), schedule.costs(None, None)) == ({}, {})
     assert MaskSchedule(scope="global").resizes
-    assert not MaskSchedule.default().resizes
+    assert not MaskSchedule().resizes

@@ -160,6 +160,8 @@ def test_counts_stay_when_supports_are_chosen_again_and_moments_have_their_size(
     module, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=6)
     assert watch.selections == 3
     assert watch.supports[1] != watch.supports[2]
+    ever = {(name, unit) for step in watch.supports for name, units in step.items() for unit in units}
+    assert watch.shares(module)["ever_trained"] == len(ever) / 5120
     (sizes,) = watch.sizes()
     assert sum(sizes) == 2 * (102 + 153)
     assert 0 not in sizes
@@ -393,15 +395,15 @@ def test_a_support_is_shared_as_it_is(other: str, kind, neighbours, tiny_llama_d
 @pytest.mark.parametrize(
     ("other", "kind", "sentence"),
     [
-        ("tiles", SPARSE, "it has tiles of 8 x 8 at .*, and units of 1 x 1 are wanted"),
-        ("entries", AVOIDING["tiles beside tiles"][0], "it has single entries at .*, and units of 8 x 8 are wanted"),
-        ("tiles", AVOIDING["tiles beside rows"][0], "it has tiles of 8 x 8 at .*, and units of 4 x 4 are wanted"),
+        ("tiles", SPARSE, "it keeps tiles of 8 x 8 at .*, not units of 1 x 1"),
+        ("entries", AVOIDING["tiles beside tiles"][0], "it keeps single entries at .*, not units of 8 x 8"),
+        ("tiles", AVOIDING["tiles beside rows"][0], "it keeps tiles of 8 x 8 at .*, not units of 4 x 4"),
         (
             "rows",
             partial(SparseExpert, granularity="column"),
-            "it has tiles of 1 x 48 at .*, and units of 32 x 1 are",
+            "it keeps tiles of 1 x 48 at .*, not units of 32 x 1",
         ),
-        ("full", SPARSE, "it moves every entry of .*q_proj.weight|it moves every entry of .*down_proj.weight"),
+        ("full", SPARSE, "it keeps every entry at model.layers"),
     ],
 )
 def test_a_support_of_another_kind_is_refused(
@@ -414,7 +416,7 @@ def test_a_support_of_another_kind_is_refused(
 def test_a_support_that_lacks_a_weight_is_refused(neighbours, tiny_llama_dir, tmp_path, task_files) -> None:
     module = runs.module(tiny_llama_dir, SPARSE, modules=r".*\.(q_proj|v_proj)")
     trainer = runs.trainer(tmp_path, MaskSchedule(support=str(neighbours / "entries")))
-    with pytest.raises(ValueError, match=r"it has nothing at model\.layers\.0\.self_attn\.v_proj\.weight"):
+    with pytest.raises(ValueError, match=r"it keeps nothing at model\.layers\.0\.self_attn\.v_proj\.weight"):
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
 
 
@@ -505,7 +507,7 @@ def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(
         module.trainer = runs.trainer(tmp_path)
         module.trainer.datamodule = data
         schedule = MaskSchedule(score=score, seed=seed, batches=2, scope=scope)
-        found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, 1, may_resize=True)
+        found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, 1, resize=True)
         return {name: kept.tolist() for name, kept in found.items()}
 
     data = runs.mixture(task_files, tiny_llama_dir)
@@ -716,7 +718,7 @@ def test_a_choice_among_all_weights_needs_a_data_module(tiny_llama_dir, task_fil
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"penalty": 1.0}, "no effect without experts to avoid"), ({"support": "x", "scope": "global"}, "give no score")],
+    [({"penalty": 1.0}, "only with experts to avoid"), ({"support": "x", "scope": "global"}, "give no score")],
 )
 def test_settings_without_effect_are_refused(settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

@@ -178,7 +178,7 @@ def test_a_model_that_is_not_its_base_is_refused_unless_that_is_wanted(tiny_llam
     module = ExpertModule(model, "q_proj", FullExpert, check_base=False)
     module.configure_model()
     assert module.dtype_name == "bfloat16"
-    with pytest.raises(ValueError, match="does not name the directory that it was loaded from"):
+    with pytest.raises(ValueError, match="does not name its directory"):
         ExpertModule(conftest.build_model("llama"), "q_proj", FullExpert).configure_model()
 
 
@@ -218,7 +218,7 @@ def test_a_plan_gives_layers_experts_of_several_kinds(tiny_llama_dir, task_files
     settings = record["hyperparameters"]
     assert (settings["modules"], settings["keep_ratio"]) == (["q_proj", "down_proj", "up_proj"], 0.1)
     assert sorted(settings["rank"]) == [2, LoRAExpert(torch.zeros(32, 32)).rank]
-    with pytest.raises(ValueError, match=r"give no model\.expert or model\.modules beside"):
+    with pytest.raises(ValueError, match=r"model\.experts replaces both model\.expert and model\.modules"):
         ExpertModule(str(tiny_llama_dir), "q_proj", experts=experts).setup("fit")
 
 
@@ -285,7 +285,7 @@ def test_learning_rate_shapes_rise_and_fall() -> None:
     ]
     assert cosine.factor(6, 10) == pytest.approx(0.5)
     assert [Constant().factor(step, 10) for step in (0, 5, 10)] == [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"warmup=1.0 is outside \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"warmup=1.0, .* is outside \[0, 1\)"):
         WarmupLinear(1.0)
 
 
