@@ -51,8 +51,7 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
         return _directory_records(path, place, where or {})
     if not place.is_file():
         near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
-        folder = str(place.parent.absolute())
-        raise ValueError(f"{path}: no such file in {folder!r}{near} (a hub dataset goes into `hub`)")
+        raise ValueError(f"{path}: no such file in {str(place.parent.absolute())!r}{near} (hub ids go into `hub`)")
     if place.suffix.lower() not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}, not in {place.suffix!r}")
     return _never_empty(path, READERS[place.suffix.lower()](path, place))

@@ -51,9 +51,8 @@ class RowTokenizer:
         """
         texts = [row.input for row in rows]
         if self.chat_template:
-            chats = [[{"role": "user", "content": text}] for text in texts]
             render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-            texts = [str(render(chat)) for chat in chats]
+            texts = [str(render([{"role": "user", "content": text}])) for text in texts]
         prompts = self._ids(texts)
         targets = self._ends(texts, [[row.target] for row in rows])
         options = self._ends(texts, [row.choices if choices else () for row in rows])

@@ -129,7 +129,7 @@ def test_a_missing_file_is_answered_with_the_near_name(tmp_path: Path) -> None:
 def test_a_missing_directory_and_a_hub_id_as_a_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere/a\.jsonl: no such file in"):
         path_records(str(tmp_path / "nowhere" / "a.jsonl"))
-    with pytest.raises(ValueError, match="goes into `hub`"):
+    with pytest.raises(ValueError, match="go into `hub`"):
         path_records("google/boolq")
 
 
