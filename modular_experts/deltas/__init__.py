@@ -1,4 +1,4 @@
-"""Deltas: how far one weight moved from the base, as a value with exact arithmetic.
+"""A delta states how far one weight moved from the base, as a value with exact arithmetic.
 
 Open `forms.py` first: the four forms and their sum. `tiles.py` numbers, reads and writes the tiles of a matrix,
 `algebra.py` has inner products and the nearest delta of a rank, `task_vector.py` all deltas of one expert by weight

@@ -1,4 +1,4 @@
-"""Compute with deltas in their own forms: inner products, rows times factors, the nearest delta of a rank.
+"""Take inner products, scale rows, and find the nearest delta of a rank, in the deltas' own forms.
 
 Inner products say how far two experts point the same way. They are computed entry by entry in float64: the norms of
 sums would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but lose every digit where two deltas are nearly orthogonal

@@ -1,8 +1,8 @@
 """A delta is how far one weight moved from the base, `W - W0`: an immutable value in one of four exact forms.
 
-The forms are `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns), and there
-are no others. They form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest
-form that is still exact; `add` has the rule.
+The four forms are `Dense`, `LowRank`, `Sparse` (single entries) and `BlockSparse` (tiles: squares, rows, columns). They
+form a vector space: `a + b`, `a - b`, `2 * a`. A sum stays in the cheapest form that is still exact, by the rule of
+`add`.
 """
 
 from __future__ import annotations

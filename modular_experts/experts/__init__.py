@@ -1,4 +1,4 @@
-"""Expert types, one idea per file: what is trained at one linear layer, and the delta it stands for.
+"""An expert trains something at one linear layer, and states the delta it stands for; each type has a file.
 
 Open `expert.py` first, the contract of a type of your own; then `lora.py`, the shortest type. `selectable.py` has what
 types that train a chosen part of a weight share, `site.py` which layer gets which expert. They need torch alone, and

@@ -1,4 +1,4 @@
-"""The contract of an expert: the trained state of one site, and the delta that it stands for.
+"""Define the contract of an expert, which owns the trained state of one site and states its delta.
 
 Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. *Additive* experts (LoRA, most
 user types) own parameters beside a frozen weight. *In-place* experts (sparse, full) train the weight itself.
@@ -69,7 +69,7 @@ class Expert(nn.Module, ABC):
         return out if moved is None else out + moved.dense().to(out.dtype)
 
     def penalty(self) -> Tensor | None:
-        """Return a term that is added to the training loss, or None; it is asked for once after each forward pass."""
+        """Return a term that is added to the training loss, or None; training asks once after each forward pass."""
         return None
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Full fine-tuning of one weight: every entry is trained, in float32, in place."""
+"""Full fine-tuning trains every entry of a weight, in float32, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA: a trained low-rank product beside the frozen weight (Hu et al., arXiv 2106.09685)."""
+"""LoRA trains a low-rank product beside the frozen weight (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 

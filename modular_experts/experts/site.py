@@ -1,4 +1,4 @@
-"""Sites and plans: the places in a model that an expert can take, and which expert each of them gets.
+"""Sites are the places in a model that an expert can take; a plan says which expert each of them gets.
 
 A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert. A mapping
 `{pattern: factory}` is a plan too: `by_pattern` makes the function. `injection` finds the sites and carries a plan out.

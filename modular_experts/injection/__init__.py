@@ -1,4 +1,4 @@
-"""Injection: put experts into the linear layers of a model, take them out again, and save what was trained.
+"""Put experts into the linear layers of a model, take them out again, and save what was trained.
 
 `inject.py` swaps the layers' classes; open it first. `save.py` writes the experts of any training loop into a library.
 Which site gets which expert is a plan (`experts/site.py`).

@@ -1,4 +1,4 @@
-"""Injection: put experts into a model's linear layers, and take them out again.
+"""Put experts into a model's linear layers, and take them out again.
 
 The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m,
 nn.Linear)`, pickle, deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its
@@ -186,10 +186,8 @@ def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None)
             bias = layer.bias
             moved = None if bias is None else layer.expert.bias_delta(bias, bias.detach)
             if moved is not None:
-                yield (
-                    f"{name.removesuffix('weight')}bias",
-                    moved.to(dtype=torch.promote_types(moved.dtype, torch.float32)),
-                )
+                moved = moved.to(dtype=torch.promote_types(moved.dtype, torch.float32))
+                yield f"{name.removesuffix('weight')}bias", moved
             delta = layer.oriented(layer.expert.delta(layer.matrix, _oriented_anchor(layer, name, anchor)))
             yield name, delta.to(dtype=torch.promote_types(delta.dtype, torch.float32))
 

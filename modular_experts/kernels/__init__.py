@@ -1,4 +1,4 @@
-"""Kernels: the gradient of only the kept entries of a weight.
+"""Kernels compute the gradient of only the kept entries of a weight.
 
 Open `kernel.py` first: the contract, and the layer that calls a kernel. `choice.py` chooses one. `plain.py` has kernels
 in torch, `native.py` calls C++ on the CPU, `triton_tiles.py` is a program for CUDA.

@@ -1,10 +1,10 @@
-"""Choose the kernel of a support: by name, or by a rule from the kind of unit, share kept, device and dtype.
+"""Choose the kernel of a support by name, or by a rule from the kind of unit, share kept, device and dtype.
 
 The rule follows the measurements in `benchmarks/README.md`:
 * rows and columns: `slices`, everywhere;
 * on a CPU, in float32 or bfloat16, for weights of `NATIVE_FROM` entries and more, where a compiler was found: `native`;
 * otherwise on a CPU: tiles by `block_rows`; entries by `sampled` below `SAMPLED_BELOW` kept, and `dense` above it;
-* elsewhere: `dense`. The Triton kernel for CUDA must be asked for by name, as nobody has measured it on a GPU yet.
+* elsewhere: `dense`. The Triton kernel for CUDA runs only by name, as nobody has measured it on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract of a kernel, and the linear layer that calls one: the gradient of only the kept units of a weight.
+"""Define the contract of a kernel, and the linear layer that calls one for the gradient of its kept units.
 
 For `y = x W^T` with `x` `(tokens, in)` and output gradient `g` `(tokens, out)` a kernel computes `g^T x` at the kept
 units. An expert makes a kernel once for a support and calls it in every backward pass, so the constructor plans ahead.

@@ -1,4 +1,4 @@
-"""Kernels in C++ for the CPU: no dense gradient, and no copies of the inputs.
+"""These kernels in C++ for the CPU make neither a dense gradient nor copies of the inputs.
 
 `native.cpp` has the loops and their reasons. Where it cannot be compiled, `available` returns False and the rule
 chooses another kernel.

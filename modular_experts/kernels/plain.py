@@ -1,4 +1,4 @@
-"""Kernels in torch alone: the dense gradient and its kept units, dot products, rows of tiles, slices.
+"""These kernels need only torch; they compute dense gradients, dot products, rows of tiles, or slices.
 
 All compute `g^T x` at the kept units, for `x` `(tokens, in)` and output gradient `g` `(tokens, out)`.
 """

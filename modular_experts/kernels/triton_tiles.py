@@ -1,4 +1,4 @@
-"""Square tiles by a Triton program for CUDA: the gradient of only the kept tiles, on the GPU's matrix units.
+"""Compute the gradient of only the kept square tiles by a Triton program, on the matrix units of a GPU.
 
 Reading is what takes the time. A 16-bit tile of side `s` that is made alone reads `2 s` values of 2 bytes for each
 token and does `2 s^2` operations with them: `s / 2` FLOP per byte, 8 at 16, where an H100 could do over a hundred for

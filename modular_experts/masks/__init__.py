@@ -1,4 +1,4 @@
-"""Masks: which entries of a weight are trained. Scores go in, indices come out.
+"""A mask chooses which entries of a weight are trained, from a score of each.
 
 A *score* (`scores.py`) ranks the entries of a weight; a *rule* (`rules.py`) turns scores into the kept units when
 training starts and at later updates. A config names both by class; a score may also be a plain function. `top_k.py`

@@ -1,4 +1,4 @@
-"""Find the k highest scores: exactly k, ties to the lowest index; of one weight, or of many whose scores are seen once.
+"""Find exactly the k highest scores, ties to the lowest index, in one weight or in many that stream by once.
 
 A histogram of the upper 16 bits of the scores as float32, which sort like the numbers, gives a threshold in two passes
 instead of a sort. While scores of many weights stream by, the threshold only rises, so that a choice among all weights
@@ -22,7 +22,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the flat indices `(k,)`, sorted, of the k highest scores; ties go to the lowest index.
 
     Raises:
-        ValueError: A score is not a number, so that there is no order.
+        ValueError: A score is NaN, which has no order.
     """
     flat = scores.reshape(-1)
     _refuse_nan(flat)

@@ -1,5 +1,5 @@
-"""Native: C++ that is compiled on first use, and passes over the entries of sparse deltas written in it.
+"""This room compiles C++ on first use, and has passes over the entries of sparse deltas written in it.
 
-`build.py` compiles and loads a C++ file; `sparse_passes.py` calls the passes. Where there is no compiler, the callers
+`build.py` compiles and loads a C++ file; `sparse_passes.py` calls the passes. Without a compiler, the callers
 compute the same in torch.
 """

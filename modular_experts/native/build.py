@@ -41,7 +41,7 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
     for choice in CHOICES:
         try:
             return ctypes.CDLL(str(_compiled(compiler, source, (*FLAGS, *flags, *choice))))
-        # RuntimeError: there is no home directory for the cache.
+        # RuntimeError: the user has no home directory for the cache.
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             problem = error
     reason = problem.stderr.decode() if isinstance(problem, subprocess.CalledProcessError) else str(problem)
