@@ -110,14 +110,17 @@ def read_json(file: Path, consequence: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The file is missing; the sentence ends with the consequence.
-        ValueError: The file is not valid JSON.
+        ValueError: The file does not hold a JSON object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, {consequence}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it must hold a JSON object, and holds a {type(found).__name__}")
+    return found
 
 
 def copy_companions(source: Path, target: Path) -> None:

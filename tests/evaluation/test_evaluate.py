@@ -38,8 +38,8 @@ def test_it_is_what_the_command_test_measures(tiny_llama_dir, task_files, weight
     model = ["--model.base", str(tiny_llama_dir), "--model.applied", "[library/a]", "--model.max_new_tokens", "4"]
     assert main(["test", *model, "--data.tasks", json.dumps(tasks)]) == 0
     written = json.loads(Path("runs/results.json").read_text())
-    assert len(found) == 6
-    for row in found:
+    assert len(found.rows) == 6
+    for row in found.rows:
         assert row["model"] == "a"
         assert row["experts"] == ["a"]
         assert row["value"] == pytest.approx(written["tasks"][row["task"]][row["metric"]], rel=1e-6)

@@ -233,6 +233,19 @@ def test_a_setting_that_no_delta_can_express_is_refused_by_name(adapter):
         file.write_text(before)
 
 
+def test_a_damaged_configuration_gets_a_sentence(adapter):
+    file = adapter / "adapter_config.json"
+    before = file.read_text()
+    for fields in ({"r": "four"}, {"r": 0}, {"lora_alpha": []}, {"rank_pattern": {"(": 2}}, {"alpha_pattern": [1]}):
+        configure(adapter, **fields)
+        with pytest.raises(ValueError, match=r"has no valid rank and alpha in adapter_config.json"):
+            read_peft(adapter)
+        file.write_text(before)
+    file.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged: it must hold a JSON object"):
+        read_peft(adapter)
+
+
 def test_a_field_that_is_not_set_or_only_trains_is_no_obstacle(adapter):
     before = dict(read_peft(adapter).deltas)
     configure(adapter, brand_new=None, other={}, lora_dropout=0.3, init_lora_weights="gaussian", eva_config={"rho": 2})

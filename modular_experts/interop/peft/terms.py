@@ -213,10 +213,13 @@ def _sparse_terms(
 def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Return rank and scaling of a module's product; the first pattern that matches its full name decides."""
     values = []
-    # The defaults of 8 are PEFT's own.
-    for patterns, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
-        table = config.get(patterns) or {}
-        matching = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        values.append(next(matching, default))
-    rank, alpha = values
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        # The defaults of 8 are PEFT's own.
+        for patterns, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
+            table = config.get(patterns) or {}
+            matching = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            values.append(next(matching, default))
+        rank, alpha = values
+        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise ValueError(f"{module} has no valid rank and alpha in adapter_config.json: {error}") from error
