@@ -164,6 +164,10 @@ def test_stashed_values_come_back() -> None:
     exchange.move("w", layer, torch.tensor([0, 1, 2, 8]), [])
     assert expert.values.tolist() == [1.0, 2.0, 3.0, 0.0]
     assert weight.view(-1)[[0, 1, 2, 3]].tolist() == [1.0, 2.0, 3.0, 0.0]
+    with torch.no_grad():
+        expert.values[0] = 5.0
+    exchange.move("w", layer, torch.tensor([0, 1, 2, 3]), [])
+    assert expert.values.tolist() == [5.0, 2.0, 3.0, 4.0]  # what stays keeps what it learned since it came back
 
 
 def test_without_a_stash_they_start_anew() -> None:
