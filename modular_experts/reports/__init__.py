@@ -1,4 +1,4 @@
-"""Show results: one schema of rows, and tables, charts and pages made from it.
+"""Show results as tables, charts and pages made from one schema of rows.
 
 Start with `results.py`: a result is a row of model, experts, task, role, metric and value. `tables.py` shows rows in a
 terminal and in HTML by one list of columns, `charts.py` draws on the canvas of `svg.py`, and `html.py` builds pages

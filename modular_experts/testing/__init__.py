@@ -1,4 +1,4 @@
-"""Testing: the public batteries that every expert type and every merge method pass, built-in or yours."""
+"""These public batteries check every expert type and every merge method, built-in or yours."""
 
 from modular_experts.testing.experts import check_expert
 from modular_experts.testing.methods import check_merge_method

@@ -1,0 +1,55 @@
+"""Six habits of wording that a stranger stumbles over do not come back (CONTRIBUTING, "Style")."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/paper/README.md")]
+
+TICS = {
+    "a passive without an agent": r"\b(are|is|were|was) (gone through|told by|told in|told|said in|asked for)\b",
+    "'none' or 'no' as a predicate": r"(?<![Tt]here )\b(is|are) (none\b|no (?!longer|more|matter|doubt)[a-z]+)",
+    "the business of": r"\bthe business of\b",
+    "data that have a say": r"\bha(s|ve) (no|a|the) say\b",
+    "a pointing word": r"\b(those of the one before|as many as there are|no more than a key)\b",
+    "a title with a colon instead of a sentence": r'^"""[A-Z][\w-]*( [\w-]+)?: [a-z]',
+}
+
+
+def offences(text: str) -> list[str]:
+    """Return each habit that a text has, with the words."""
+    found = []
+    for habit, pattern in TICS.items():
+        matches = re.finditer(pattern, text, re.MULTILINE if habit != list(TICS)[-1] else 0)
+        found += [f"{habit}: {' '.join(match[0].split())!r}" for match in matches]
+    return found
+
+
+def test_nobody_stumbles_over_the_package() -> None:
+    files = [*sorted((ROOT / "modular_experts").rglob("*.py")), *PAGES]
+    found = {file.relative_to(ROOT): offences(file.read_text(encoding="utf-8")) for file in files}
+    assert not [f"{file}: {one}" for file, several in found.items() for one in several]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The names are gone through twice.",
+        "A number is none, or too large.",
+        "What is kept is the business of the library.",
+        "An expert has a say about it.",
+        '"""Proof: an adapter is loaded again."""',
+    ],
+)
+def test_each_habit_is_caught(text: str) -> None:
+    assert len(offences(text)) == 1
+
+
+def test_plain_sentences_pass() -> None:
+    assert not offences(
+        '"""Load the adapter again and compare it.\n\nThere is no longer a mask. No expert moves it."""'
+    )
