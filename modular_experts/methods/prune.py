@@ -1,22 +1,25 @@
 """Prune experts before they are combined; keep the largest entries or a band of them, or drop entries at random.
 
 Pruning is the first half of TIES, DARE, DELLA and Breadcrumbs, `consensus` the second. Each function here looks at one
-expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk by chunk.
+expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk by chunk. The largest
+entries are those above a `Threshold`: a magnitude and, where entries tie at it, the last one that stays, so that any
+chunk can be pruned by itself and neither a ranking nor a mask of the weight is held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import Delta, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas.tiles import true_places
+from modular_experts.masks import kth_highest
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of
-from modular_experts.methods.largest import exact_threshold, kept_count
 from modular_experts.methods.random_numbers import uniform
 
 Prune = Callable[[Entries], Entries]
@@ -159,3 +162,99 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
         return replace(left, values=left.values.double() * factor)
 
     return delta, rescaled
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keeps the entries above `magnitude`, and those at it up to the flat index `last`: by default all of them."""
+
+    magnitude: float
+    last: float = math.inf
+
+    def mask(self, entries: Entries) -> Tensor:
+        """Return which of the entries stay, as booleans."""
+        size = entries.values.abs()
+        kept = size >= self.magnitude
+        if math.isfinite(self.last):
+            tied = true_places(size == self.magnitude)
+            flat = tied + entries.start if entries.places is None else entries.places[tied].long() + entries.start
+            kept[tied] = flat <= self.last
+        return kept
+
+    def __call__(self, entries: Entries) -> Entries:
+        """Return the entries that stay."""
+        return entries if self.magnitude == 0 else entries.only(self.mask(entries))
+
+
+def kept_count(share: float, size: int) -> int:
+    """Return how many of `size` entries a share in (0, 1] keeps: rounded down, as the peers do, but at least one."""
+    # The factor mends products such as 0.29 * 100, which is a little less than 29.
+    return max(1, math.floor(share * size * (1 + 1e-12)))
+
+
+def exact_threshold(delta: Delta, count: int) -> Threshold:
+    """Return the threshold that keeps the `count` >= 1 largest entries of a delta, ties from the lowest flat index.
+
+    Where fewer than `count` entries differ from zero, it keeps all of these.
+    """
+    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+    size = _stored_values(delta).abs()
+    if count >= size.numel() or not (magnitude := kth_highest(size, count)):
+        return Threshold(0.0)
+    tied = true_places(size == magnitude)
+    room = count - int((size > magnitude).count_nonzero())
+    if room == tied.numel():
+        return Threshold(magnitude.item())
+    flat = delta.indices[tied].long() if isinstance(delta, Sparse) else tied
+    return Threshold(magnitude.item(), last=flat.sort().values[room - 1].item())
+
+
+def _stored_values(delta: Delta) -> Tensor:
+    """Return the values of all entries that may differ from zero, `(n,)`, in the order of their indices."""
+    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+    return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
+
+
+# The magnitude over all weights is a float32, found bit by bit: its upper 15 bits from a first histogram over all
+# entries, its lower 16 bits from a second histogram of the entries in that bin.
+_LOW = 16
+_LOW_BINS = 1 << _LOW
+_HIGH_BINS = 1 << (31 - _LOW)
+
+
+def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequence[float]) -> list[Threshold]:
+    """Return a threshold for each expert that keeps a share of the entries of all its weights together.
+
+    The stream is read twice. Entries that a delta does not keep count as zeros, magnitudes are compared in float32, and
+    entries that tie at the threshold all stay. A threshold of 0 means that fewer entries than the share differ from
+    zero.
+    """
+    size, high = _histograms(stream, lambda bits, _: bits >> _LOW, _HIGH_BINS)
+    shares = [share] * len(high) if isinstance(share, float | int) else share
+    bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
+    _, low = _histograms(stream, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
+    found = [bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
+    return [Threshold(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
+
+
+def _histograms(
+    stream: Iterable[Sequence[Delta]], digit: Callable[[Tensor, int], Tensor], bins: int
+) -> tuple[int, list[Tensor]]:
+    """Return the number of entries of all weights, and for each expert how many entries have each digit."""
+    size = 0
+    totals: list[Tensor] = []
+    for deltas in stream:
+        size += deltas[0].shape.numel()
+        totals = totals or [torch.zeros(bins, dtype=torch.int64, device=delta.device) for delta in deltas]
+        for i, delta in enumerate(deltas):
+            bits = _stored_values(delta).float().abs().view(torch.int32)
+            totals[i] += torch.bincount(digit(bits, i), minlength=bins)
+    return size, totals
+
+
+def _bin_of_rank(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th largest, and its rank within that bin; bin 0 where there are fewer than k."""
+    from_top = counts.flip(0).cumsum(0)
+    place = min(int(torch.searchsorted(from_top, k)), counts.numel() - 1)
+    above = int(from_top[place - 1]) if place else 0
+    return counts.numel() - 1 - place, k - above

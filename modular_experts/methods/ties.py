@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum
-from modular_experts.methods.largest import Threshold, streamed_thresholds
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Shares, keep_largest, prune
+from modular_experts.methods.prune import Pruned, Shares, Threshold, keep_largest, prune, streamed_thresholds
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, with_presets, within
 
 Scope = Literal["weight", "global"]

@@ -11,7 +11,7 @@ from testbed.random_deltas import random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import TIES
-from modular_experts.methods.largest import Threshold, streamed_thresholds
+from modular_experts.methods.prune import Threshold, streamed_thresholds
 
 # Three experts, five entries, keep 3 of 5.
 #             entry:     0     1     2     3     4
