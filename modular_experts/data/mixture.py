@@ -132,7 +132,9 @@ class TaskMixture(LightningDataModule):
                 if not rows:
                     splits = Counter(row.split for row in self._read()[name])
                     has = ", ".join(f"{count} {known}" for known, count in splits.items())
-                    raise ValueError(f"task {name!r} has no {split} rows, only {has}")
+                    raise ValueError(
+                        f"task {name!r} has no {split} rows, only {has}; give some of its rows the split {split!r}"
+                    )
         if "train" in needed:
             self._split("validation")
             total = sum(self.counts.values())

@@ -68,7 +68,7 @@ def test_a_held_out_task_and_one_without_validation_rows_are_refused(tiny_llama_
         Objective(Base.open(tiny_llama_dir).load(), mixture(task_files, tiny_llama_dir))
     file = tmp_path / "tests.jsonl"
     file.write_text('{"input": "a", "target": "b", "split": "test"}\n')
-    with pytest.raises(ValueError, match=r"has no validation rows, so there is nothing to validate on; it has 1 test"):
+    with pytest.raises(ValueError, match=r"task 'tests' has no validation rows, only 1 test"):
         Objective(Base.open(tiny_llama_dir).load(), mixture({"tests": file}, tiny_llama_dir))
 
 
