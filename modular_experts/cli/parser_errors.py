@@ -38,7 +38,7 @@ def explained(
         _check_settings("--", settings, hints, required)
     except UsageError as sentence:
         return sentence
-    except Exception:
+    except (AttributeError, NameError, TypeError, ValueError):
         # A class of the user's may have annotations that Python cannot read; the parser's own words remain.
         pass
     return UsageError(" ".join(str(error).split()))

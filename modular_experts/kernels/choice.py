@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+import modular_experts.kernels.native as native
 from modular_experts.deltas.tiles import Tile
-from modular_experts.kernels import native
 from modular_experts.kernels.kernel import KeptGradient
 from modular_experts.kernels.native import NativeEntries, NativeTiles
 from modular_experts.kernels.plain import DenseGathered, KeptColumns, KeptRows, SampledProduct, TileRows

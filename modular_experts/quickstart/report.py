@@ -15,7 +15,7 @@ from typing import Any
 
 import rich.table
 
-from modular_experts.quickstart import findings
+import modular_experts.quickstart.findings as findings
 from modular_experts.quickstart.plan import MODULES
 from modular_experts.quickstart.rows import KIND_NAMES, LATENT, METHOD_NAMES, as_results
 from modular_experts.reports import Results
