@@ -7,6 +7,7 @@ It meets the data only in a batch (`data/batch.py`). Schedules (`callbacks/sched
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -74,6 +75,8 @@ class ExpertModule(LightningModule):
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert};
             from Python also a plan, a function from sites to expert types (`experts.site`).
         check_base: Whether a loaded model is compared with the files of its base, weight by weight.
+        learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
+            of its own.
     """
 
     length: TrainingLength
@@ -93,8 +96,16 @@ class ExpertModule(LightningModule):
         generate_in_fit: bool = False,
         experts: Experts | None = None,
         check_base: bool = True,
+        learning_rate: float | None = None,
     ) -> None:
         super().__init__()
+        if learning_rate is not None and optimizer is not None:
+            raise ValueError(
+                f"learning_rate={learning_rate:g} is the rate of the default optimizer, and the optimizer that is given "
+                "has its own; set model.optimizer.lr, or leave model.optimizer out"
+            )
+        if learning_rate is not None and not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
@@ -115,6 +126,8 @@ class ExpertModule(LightningModule):
         self.applied = list(applied or [])
         self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
         self.optimizer, self.scheduler = optimizer, scheduler or WarmupLinear()
+        self.learning_rate = learning_rate
+        """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
         self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
         # Checkpoints hold trained tensors only; `on_load_checkpoint` is strict in Lightning's place.
         self.strict_loading = False
@@ -198,6 +211,9 @@ class ExpertModule(LightningModule):
         else:
             rate = min(layer.expert.learning_rate for _, layer in expert_layers(self.model))
             optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
+        if self.learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
         self.length = training_length(self.trainer)
         shape, total = self.scheduler, self.length.total_steps
         if isinstance(shape, LearningRateShape):
@@ -220,6 +236,13 @@ class ExpertModule(LightningModule):
             "%s in %d weights: %s trained parameters, %s of these weights",
             *(", ".join(sorted(kinds)), len(layers), f"{trained:,}", share),
         )
+        length, parts = self.length, self.trainer.accumulate_grad_batches
+        rows = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        batch = [] if rows is None else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]
+        rates = sorted({f"{rate:g}" for rate in self._peak_rates()})
+        epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
+        passes = f"{length.total_steps} steps ({epochs} epoch{'s' * (epochs != '1')})"
+        log.info("%s", ", ".join([f"learning rate {' and '.join(rates)}", *batch, passes]))
         if self.trainer.world_size > 1:
             for buffer in (buffer for layer in layers for buffer in layer.expert.buffers()):
                 distributed.broadcast(buffer, src=0)
@@ -380,14 +403,16 @@ class ExpertModule(LightningModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        peaks = [group.get("initial_lr", group["lr"]) for group in groups]
         return {
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
-            "hyperparameters": settings | facts["hyperparameters"] | {"learning_rate": max(peaks, default=None)},
+            "hyperparameters": settings | facts["hyperparameters"] | {"learning_rate": max(self._peak_rates(), default=None)},
             "parents": as_parents(self.applied_experts),
         }
+
+    def _peak_rates(self) -> list[float]:
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return [group.get("initial_lr", group["lr"]) for group in groups]
 
     def _anchor(self, name: str) -> Tensor:
         """Read a base weight from its file and add the applied experts, as before training."""

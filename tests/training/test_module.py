@@ -301,6 +301,34 @@ def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works
     assert group["lr"] == pytest.approx(FullExpert.learning_rate * 0.01)
 
 
+def test_a_learning_rate_is_the_peak_of_the_default_optimizer_and_is_logged(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    caplog.set_level("INFO", "modular_experts")
+    module = runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0.03)
+    trainer = runs.trainer(tmp_path, max_steps=9, accumulate_grad_batches=2)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert [group["initial_lr"] for group in trainer.optimizers[0].param_groups] == [0.03]
+    assert module.record_facts()["hyperparameters"]["learning_rate"] == 0.03
+    assert "learning rate 0.03, batch size 4 x 2 accumulated, 9 steps (3 epochs)" in caplog.text
+
+
+def test_a_rate_set_before_the_optimizer_is_made_holds_for_any_optimizer(tiny_llama_dir, task_files, tmp_path) -> None:
+    """Lightning's finder of learning rates sets the attribute."""
+    module = runs.module(tiny_llama_dir, KINDS["lora"], optimizer=partial(torch.optim.SGD, lr=1.0))
+    module.learning_rate = 0.5
+    trainer = runs.trainer(tmp_path, max_steps=1)
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
+
+
+def test_a_learning_rate_beside_an_optimizer_or_not_above_zero_is_refused(tiny_llama_dir) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate=0\.1 is the rate of the default optimizer.* model\.optimizer\.lr"):
+        runs.module(tiny_llama_dir, KINDS["lora"], optimizer=torch.optim.SGD, learning_rate=0.1)
+    with pytest.raises(ValueError, match="learning_rate=0 must be above 0"):
+        runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0)
+
+
 def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | None, kill_at: int | None) -> list[float]:
     """Train 10 steps (an epoch is six) with dropout beside a moving mask; return the losses of this process."""
 
