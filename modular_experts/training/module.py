@@ -101,8 +101,8 @@ class ExpertModule(LightningModule):
         super().__init__()
         if learning_rate is not None and optimizer is not None:
             raise ValueError(
-                f"learning_rate={learning_rate:g} is the rate of the default optimizer, and the optimizer that is given "
-                "has its own; set model.optimizer.lr, or leave model.optimizer out"
+                f"learning_rate={learning_rate:g} is the rate of the default optimizer, and the one that is given has "
+                "its own; set model.optimizer.lr, or leave model.optimizer out"
             )
         if learning_rate is not None and not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate={learning_rate} must be above 0, such as 0.002")
@@ -403,10 +403,11 @@ class ExpertModule(LightningModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
+        settings |= facts["hyperparameters"] | {"learning_rate": max(self._peak_rates(), default=None)}
         return {
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
-            "hyperparameters": settings | facts["hyperparameters"] | {"learning_rate": max(self._peak_rates(), default=None)},
+            "hyperparameters": settings,
             "parents": as_parents(self.applied_experts),
         }
 

@@ -323,7 +323,7 @@ def test_a_rate_set_before_the_optimizer_is_made_holds_for_any_optimizer(tiny_ll
 
 
 def test_a_learning_rate_beside_an_optimizer_or_not_above_zero_is_refused(tiny_llama_dir) -> None:
-    with pytest.raises(ValueError, match=r"learning_rate=0\.1 is the rate of the default optimizer.* model\.optimizer\.lr"):
+    with pytest.raises(ValueError, match=r"learning_rate=0\.1 .* its own; set model\.optimizer\.lr"):
         runs.module(tiny_llama_dir, KINDS["lora"], optimizer=torch.optim.SGD, learning_rate=0.1)
     with pytest.raises(ValueError, match="learning_rate=0 must be above 0"):
         runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0)
