@@ -18,7 +18,6 @@ from modular_experts.base.files import (
     copy_companions,
     fingerprint,
     open_tensors,
-    read_json,
     read_layouts,
     write_manifest,
 )
@@ -29,7 +28,7 @@ from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, lo
 from modular_experts.base.weights import StoredWeights
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, check_base, check_target, new_directory
-from modular_experts.library.record import package_versions
+from modular_experts.library.record import package_versions, read_json
 from modular_experts.library.tensorfile import MappedTensors
 from modular_experts.progress import Progress
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modular_experts.library.record import package_versions, plain
+from modular_experts.library.record import package_versions, plain, read_json
 
 MANIFEST = "modular_experts.json"
 """The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
@@ -102,24 +102,6 @@ def fingerprint(directory: str | Path) -> str:
         temporary = note.with_suffix(f".{os.getpid()}")
         temporary.write_text(found)
         temporary.replace(note)
-    return found
-
-
-def read_json(file: Path, consequence: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: The file is missing; the sentence ends with the consequence.
-        ValueError: The file does not hold a JSON object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing, {consequence}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it must hold a JSON object, and holds a {type(found).__name__}")
     return found
 
 

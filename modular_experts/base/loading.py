@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from modular_experts.base.files import read_json, weight_files
+from modular_experts.base.files import weight_files
+from modular_experts.library.record import read_json
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 

@@ -85,18 +85,32 @@ def package_versions() -> dict[str, str]:
     return {"modular-experts": modular_experts.__version__} | {name: metadata.version(name) for name in _PACKAGES}
 
 
+def read_json(file: Path, consequence: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: The file is missing; the sentence ends with the consequence.
+        ValueError: The file does not hold a JSON object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, {consequence}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it must hold a JSON object, and holds a {type(found).__name__}")
+    return found
+
+
 def read_record(file: Path) -> dict[str, Any]:
     """Read and check an `expert.json`.
 
     Raises:
+        FileNotFoundError: The file is missing.
         ValueError: The file is not a record.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: it is not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} is damaged: it does not hold a JSON object")
+    record = read_json(file, f"so {file.parent} is not an expert")
     if record.get("format") not in (FORMAT, FORMAT_WITH_STATE):
         raise ValueError(
             f"{file} has format {record.get('format')!r}, and this version reads {FORMAT!r} and {FORMAT_WITH_STATE!r}"

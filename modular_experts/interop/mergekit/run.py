@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import MANIFEST, copy_companions, read_json, write_manifest
+from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
 from modular_experts.base.shards import Layout, ShardWriter, write_index
 from modular_experts.deltas import Sparse, all_finite
 from modular_experts.interop.mergekit.deviations import Deviation, deviations
 from modular_experts.interop.mergekit.inputs import open_models
 from modular_experts.interop.mergekit.recipe import Recipe, layer_positions
 from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import read_json
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modular_experts.base.files import open_tensors, read_json
+from modular_experts.base.files import open_tensors
 from modular_experts.interop.adapter import read_pickle
+from modular_experts.library.record import read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
