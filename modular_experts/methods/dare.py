@@ -15,7 +15,7 @@ from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum
 from modular_experts.methods.method import Context
 from modular_experts.methods.prune import Pruned, Shares, drop_at_random, prune
-from modular_experts.methods.random_numbers import stream_key
+from modular_experts.methods.random_numbers import stream_keys
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_per_expert, with_presets, within
 
 STAYS = within("(0, 1]", "is the probability with which an entry stays")
@@ -38,8 +38,7 @@ TIES_PRESETS: dict[str | None, dict[str, Any]] = {
 def _dropped(method: DARE | DARETIES, deltas: Sequence[Delta], context: Context | None) -> Pruned:
     """Drop entries of each expert with random numbers of the expert's own."""
     keep = one_per_expert(method, "keep", len(deltas))
-    name = context.name if context else ""
-    keys = [stream_key(method.seed, name, expert) for expert in range(len(deltas))]
+    keys = stream_keys(method.seed, context.name if context else "", len(deltas))
     drops = [drop_at_random(share, key, method.rescale) for share, key in zip(keep, keys, strict=True)]
     return prune(deltas, drops, method.rescale)
 

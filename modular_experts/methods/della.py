@@ -15,7 +15,7 @@ from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum
 from modular_experts.methods.method import Context
 from modular_experts.methods.prune import Pruned, Shares, drop_by_rank, prune
-from modular_experts.methods.random_numbers import stream_key
+from modular_experts.methods.random_numbers import stream_keys
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_per_expert, paired, with_presets, within
 
 STAYS = within("(0, 1]", "is the mean probability with which an entry stays")
@@ -45,8 +45,7 @@ LINEAR_PRESETS: dict[str | None, dict[str, Any]] = {
 def _dropped(method: DELLA | DELLALinear, deltas: Sequence[Delta], context: Context | None) -> Pruned:
     """Drop entries of each expert with random numbers of the expert's own."""
     keep, epsilon = (one_per_expert(method, setting, len(deltas)) for setting in ("keep", "epsilon"))
-    name = context.name if context else ""
-    keys = [stream_key(method.seed, name, expert) for expert in range(len(deltas))]
+    keys = stream_keys(method.seed, context.name if context else "", len(deltas))
     drops = [drop_by_rank(*own, method.rescale) for own in zip(deltas, keep, epsilon, keys, strict=True)]
     return prune(deltas, drops, method.rescale)
 

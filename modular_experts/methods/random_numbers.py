@@ -17,10 +17,11 @@ from torch import Tensor
 _PIECE = 2**14
 
 
-def stream_key(seed: int, name: str, expert: int) -> int:
-    """Return the key, a signed 64-bit number, of one expert's random numbers for one weight."""
-    text = f"{seed}/{expert}/{name}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+def stream_keys(seed: int, name: str, experts: int) -> list[int]:
+    """Return for each expert the key, a signed 64-bit number, of its random numbers for one weight."""
+    texts = [f"{seed}/{expert}/{name}".encode() for expert in range(experts)]
+    digests = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
+    return [int.from_bytes(digest, "little", signed=True) for digest in digests]
 
 
 def uniform(flat: Tensor, key: int) -> Tensor:

@@ -15,7 +15,7 @@ from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, prune
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
-from modular_experts.methods.random_numbers import stream_key, uniform
+from modular_experts.methods.random_numbers import stream_keys, uniform
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
 KINDS = [DARE, DARETIES, DELLA, DELLALinear]
@@ -32,7 +32,7 @@ def test_numbers_are_those_of_splitmix64():
 
 def test_numbers_are_uniform_and_those_of_two_streams_unrelated():
     flat = torch.arange(200_000)
-    one, other = (uniform(flat, stream_key(0, "weight", expert)) for expert in (0, 1))
+    one, other = (uniform(flat, key) for key in stream_keys(0, "weight", 2))
     counts = torch.histc(one, 20, 0, 1)
     assert (counts / 10_000 - 1).abs().max() < 0.05
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.01
