@@ -35,7 +35,7 @@ def read_recipe(file: str | Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe {file} was not found; give the YAML file that mergekit-yaml takes")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     recipe = _mapping(loaded, str(file), _KEYS)
@@ -80,6 +80,16 @@ def read_recipe(file: str | Path) -> Recipe:
         tokenizer=_wants_tokenizer(recipe, base),
         source=loaded,
     )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a repeated key: YAML forbids it, and PyYAML keeps the last one only."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key.value for number, (key, _) in enumerate(node.value) if key.value in keys[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _slices(slices: Any, where: str, method: Method, base: ModelReference | None) -> list[Slice]:

@@ -95,6 +95,7 @@ slices:
         (LINEAR + "slices: [1]", "must have exactly one of models, slices and modules"),
         ("merge_method: linear", "must have exactly one of models, slices and modules"),
         (LINEAR.replace("model: b", "model: a"), "names a twice"),
+        (f"{LINEAR}merge_method: ties\n", "the key 'merge_method' comes twice"),
         (
             LINEAR.replace("weight: 1", "normalize: 1"),
             r"models\[0\].parameters has an unknown or unsupported key 'normalize'",
