@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,14 +25,16 @@ from modular_experts.library.atomic import is_name
 from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.record import plain
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
-from modular_experts.methods.method import DataStatistic
+
+if TYPE_CHECKING:
+    from modular_experts.methods.method import DataStatistic
 
 FOLDER = "statistics"
 FORMAT = "modular-experts/statistics/1"
 _FACTS = {"expert": str, "base": str, "tasks": dict, "data": dict, "among": list, "weights": dict}
 
 
-class StoredStatistics(Mapping[str, DataStatistic | None]):
+class StoredStatistics(Mapping[str, "DataStatistic | None"]):
     """The statistics of one kind on one expert's data, by weight name, each read and checked on access.
 
     A weight for which this kind is not defined gives None.
@@ -87,6 +89,9 @@ class StoredStatistics(Mapping[str, DataStatistic | None]):
         return entry is None or list(entry["shape"]) in (list(shape), square)
 
     def __getitem__(self, name: str) -> DataStatistic | None:
+        # Commands that only list or show experts do without the merge methods.
+        from modular_experts.methods.method import DataStatistic
+
         entry = self._table[name]
         if entry is None:
             return None
