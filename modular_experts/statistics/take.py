@@ -59,12 +59,12 @@ def take_statistics(
     check_statistics_targets(opened, kind, overwrite)
     names = list(union_of_weights(opened))
     opened_base = Base.open(base, opened)
-    model: Any = opened_base.load("float32")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
     data.setup("validate")
     examples = [_own_examples(expert, data, rows) for expert in opened]
+    model: Any = opened_base.load("float32")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
     batches: list[list[Batch]] = []
     for own in examples:

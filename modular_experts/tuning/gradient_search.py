@@ -149,11 +149,14 @@ class ATLAS(CoefficientSearch):
         if not all(map(math.isfinite, self.start or [])):
             raise ValueError(f"ATLAS: start must be finite numbers, got {self.start}")
 
+    def check(self, experts: int) -> None:
+        if len(self.start or []) > experts:
+            there = f"{experts} experts, merges among them"
+            raise ValueError(f"ATLAS: start has {len(self.start or [])} coefficients for {there}; give no more")
+
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
+        self.check(combination.experts)
         first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
-        if len(first) > combination.experts:
-            there = f"{combination.experts} experts, merges among them"
-            raise ValueError(f"ATLAS: start has {len(first)} coefficients for {there}; give no more")
         start = torch.zeros(len(combination.names), combination.experts, dtype=torch.float64)
         start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
         return descend(combination, objective, batch_losses, start, self.learning_rate, self.steps, progress)

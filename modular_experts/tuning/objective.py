@@ -50,10 +50,7 @@ class Objective:
     """
 
     def __init__(self, model: PreTrainedModel, data: TaskMixture) -> None:
-        if held_out := [name for name, role in data.roles.items() if role == "held_out"]:
-            names = ", ".join(held_out)
-            raise ValueError(f"{names}: the rows of a held-out task are reserved for the test; leave the task out")
-        data.setup("validate")
+        read_validation_rows(data)
         loader: Any = data.val_dataloader()
         self.model, self.batches = model.eval(), dict[str, list[Batch]]()
         collate, size = Collator(loader.collate_fn.pad_id, texts=False), data.eval_batch_size
@@ -80,6 +77,14 @@ class Objective:
             return self.losses()
 
 
+def read_validation_rows(data: TaskMixture) -> None:
+    """Read and tokenise the validation rows; raise ValueError if a task is held out or has none."""
+    if held_out := [name for name, role in data.roles.items() if role == "held_out"]:
+        names = ", ".join(held_out)
+        raise ValueError(f"{names}: the rows of a held-out task are reserved for the test; leave the task out")
+    data.setup("validate")
+
+
 def objective_on_base(
     experts: Sequence[StoredExpert], data: TaskMixture, rows: int = 64, base: str | None = None
 ) -> Objective:
@@ -88,13 +93,15 @@ def objective_on_base(
     The arguments are those of `tune`; the data gets the base's tokenizer unless it has one.
 
     Raises:
-        ValueError: The experts were trained on another base, or `Objective` refuses the data.
+        ValueError: The experts were trained on another base, or `Objective` refuses the data; nothing has been loaded.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
     opened = Base.open(base, experts)
     data.tokenizer = data.tokenizer or opened.tokenizer()
     data.eval_limit = min(rows, data.eval_limit or rows)
+    # A task that is refused is refused before the base is loaded.
+    read_validation_rows(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Objective(opened.load().to(device), data)  # type: ignore[arg-type]
 

@@ -51,6 +51,9 @@ class CoefficientSearch(ABC):
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
 
+    def check(self, experts: int) -> None:  # noqa: B027 - most settings fit any number
+        """Raise ValueError if the settings do not fit this number of experts and merges, before the base is loaded."""
+
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         """Return the coefficients; the model may be left at any of them.
@@ -60,8 +63,6 @@ class CoefficientSearch(ABC):
             objective: The rows to measure on.
             progress: Iterator wrapper, e.g. `tqdm`.
 
-        Raises:
-            ValueError: The settings do not fit the number of experts.
         """
 
 
@@ -125,6 +126,7 @@ def search(
     resolved = [Path(place).resolve() for place in places]
     if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
         raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)

@@ -242,7 +242,8 @@ MISTAKES = [
 ]
 
 
-def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place, tasks):
+def test_each_mistake_gets_one_sentence_before_the_base_is_loaded_and_leaves_nothing(run, place, tasks, monkeypatch):
+    monkeypatch.delattr(Base, "load")
     held_out = json.dumps([{**task, "role": "held_out"} for task in json.loads(tasks)])
     shutil.copytree("library/0", "library/q-TIES")
     before = sorted(str(path) for path in place.rglob("*"))
