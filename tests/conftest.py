@@ -7,6 +7,7 @@ import os
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,9 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from testbed.hub_server import Hub
 
 torch.set_num_threads(1)
 
@@ -94,6 +98,26 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[tuple[Hub, str]]:
+    """One hub on this machine, and its address, for all tests, because a client takes a while to connect."""
+    from testbed.hub_server import serving
+
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture
+def hub(hub_server: tuple[Hub, str], monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty hub, which the client of this process asks."""
+    from testbed.hub_server import point_client
+
+    found, address = hub_server
+    found.reset()
+    point_client(monkeypatch, address)
+    return found
 
 
 @pytest.fixture(scope="session")

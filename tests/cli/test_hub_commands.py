@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from testbed.hub_server import TOKEN, point_client, serving
+from testbed.hub_server import TOKEN
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import VERBS, main
@@ -35,20 +35,6 @@ def place(tiny_llama_dir, tmp_path, monkeypatch):
     rows = [{"input": f"{i}:", "target": "x", "split": "test"} for i in range(2)]
     (tmp_path / "its.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as started:
-        yield started
-
-
-@pytest.fixture
-def hub(server, monkeypatch):
-    hub, address = server
-    hub.reset()
-    point_client(monkeypatch, address)
-    return hub
 
 
 @pytest.fixture
@@ -175,9 +161,9 @@ def test_a_mistake_is_one_sentence(run, place, hub, arguments, sentence):
     assert not Path("new").exists()
 
 
-def test_the_real_command_asks_the_hub_that_the_environment_names(run, place, hub, server):
+def test_the_real_command_asks_the_hub_that_the_environment_names(run, place, hub, hub_server):
     run("push", "--library", "library", "--repo", REPO, "--private", "true")
-    names = {"HF_ENDPOINT": server[1], "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(place / "home")}
+    names = {"HF_ENDPOINT": hub_server[1], "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(place / "home")}
     command = [sys.executable, "-m", "modular_experts", "pull", "--out", "new", "--repo", REPO]
     environment = {**os.environ, **names, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

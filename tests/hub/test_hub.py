@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 import torch
 import yaml
-from testbed.hub_server import point_client, serving
+from testbed.hub_server import point_client
 from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Sparse
@@ -40,20 +40,10 @@ def library(tmp_path):
     return tmp_path / "library"
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A server for all tests of this file, because connecting anew takes a while."""
-    with serving() as started:
-        yield started
-
-
 @pytest.fixture
-def hub(server, monkeypatch):
+def hub(hub):
     """A hub that knows one model beside what is pushed."""
-    hub, address = server
-    hub.reset()
     hub.models.add("maker/base")
-    point_client(monkeypatch, address)
     return hub
 
 
