@@ -1,4 +1,8 @@
-"""Check the names of experts, and write directories whole or not at all."""
+"""Check the names of experts, and write directories and files whole or not at all.
+
+What is written has the permissions that the process's umask gives, also where another library made a file for its owner
+alone (safetensors does).
+"""
 
 from __future__ import annotations
 
@@ -103,7 +107,10 @@ def new_directory(
         kept = False
         try:
             yield temporary
+            shared = temporary.stat().st_mode & 0o666  # mkdir has asked the umask
             for entry in [*temporary.rglob("*"), temporary]:
+                if entry.is_file():
+                    entry.chmod(shared)
                 _flush(entry)
             _move(temporary, check_target(target, overwrite, marker))
         except KeyboardInterrupt as interruption:
@@ -114,6 +121,25 @@ def new_directory(
         finally:
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary place beside a file, and move what is written there into place if the block ends without an
+    error; a reader sees the old file or the whole new one.
+    """
+    made = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+    finally:
+        for leftover in target.parent.glob(f"{temporary.name}*"):
+            leftover.unlink()
+        if made and not any(target.parent.iterdir()):
+            target.parent.rmdir()
 
 
 @contextmanager

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modular_experts.deltas import all_finite
-from modular_experts.library.atomic import is_name
+from modular_experts.library.atomic import is_name, new_file
 from modular_experts.library.expert import StoredExpert, content_hash
 from modular_experts.library.record import plain
 from modular_experts.library.tensorfile import MappedTensors, TensorFileWriter, tensor_bytes
@@ -170,7 +168,7 @@ def write_statistics(
     facts: dict[str, Any] = {"format": FORMAT, "kind": kind, "expert": expert.content_hash}
     facts |= {"base": expert.record["base"]["fingerprint"], "tasks": dict(tasks), "data": plain(data)}
     facts |= {"among": [other.content_hash for other in among]}
-    with _new_file(_file(expert, kind)) as temporary, TensorFileWriter(temporary) as writer:
+    with new_file(_file(expert, kind)) as temporary, TensorFileWriter(temporary) as writer:
         table: dict[str, Any] = {}
         written: dict[str, str] = {}
         for name, statistic in statistics:
@@ -192,23 +190,6 @@ def write_statistics(
             }
         writer.finish(json.dumps({**facts, "weights": table}, sort_keys=True))
     return StoredStatistics(expert, kind)
-
-
-@contextmanager
-def _new_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary file beside the target, and move it into place when the block ends without an error."""
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".{uuid.uuid4().hex[:8]}.{file.name}")
-    try:
-        yield temporary
-        with temporary.open("rb") as content:
-            os.fsync(content.fileno())
-        os.replace(temporary, file)
-    finally:
-        for leftover in file.parent.glob(f"{temporary.name}*"):
-            leftover.unlink()
-        if not any(file.parent.iterdir()):
-            file.parent.rmdir()
 
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:

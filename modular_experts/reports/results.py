@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import rich.table
 
+from modular_experts.library.atomic import new_file
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
 ROLES = {"held_in": "held-in", "held_out": "held-out"}
@@ -100,20 +99,9 @@ class Results:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON, whole or not at all; numbers that are not finite become null."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the results from a group
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with new_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _column(metric: str) -> Column:

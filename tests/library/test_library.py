@@ -10,7 +10,7 @@ import shutil
 import struct
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
@@ -19,6 +19,7 @@ from testbed.stored_by_hand import as_it_is, write_by_hand
 from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
 from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
 from modular_experts.library import write_expert as write
+from modular_experts.library.atomic import new_file
 
 BASE = {"id": "base", "revision": None, "fingerprint": "f" * 64}
 RECORD = make_record("SparseExpert", BASE, tasks=["intents"], scores={"intents": {"loss": 1.5}}, seed=3)
@@ -334,6 +335,26 @@ def test_two_writers_of_one_name_leave_one_whole_expert(tmp_path):
     with pytest.raises(FileExistsError):
         slow.__exit__(None, None, None)
     open_expert(tmp_path / "x").verify()
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_what_is_written_has_the_permissions_of_the_umask(tmp_path, umask):
+    write(tmp_path / "a", deltas().items(), RECORD, state={"w/x": torch.ones(2)})
+    with new_directory(tmp_path / "adapter") as directory:
+        # safetensors makes a file for its owner alone.
+        safetensors.torch.save_file({"w": torch.ones(2)}, directory / "model.safetensors")
+        (directory / "expert.json").write_text("{}")
+    with new_file(tmp_path / "results" / "results.json") as temporary:
+        temporary.write_text("{}")
+    found = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(found) == 9
+    assert found == {path: (0o777 if (tmp_path / path).is_dir() else 0o666) & ~umask for path in found}
 
 
 @pytest.mark.parametrize(
