@@ -1,4 +1,4 @@
-"""What it saves to make logits from the first answer on, and to ask for them place by place.
+"""What it saves to make the logits of answers alone, and to ask for them place by place.
 
 A Llama of 135 million parameters with random weights and LoRA on its projections takes training steps, and forward
 passes without gradients, on 16 rows of 32 tokens of which the last 4 to 8 are the answer. The logits come in three
@@ -6,7 +6,7 @@ ways, in turn, in an order drawn anew for each round, on one thread; the numbers
 
 * whole: `model(..., labels=...)`, the loss of transformers, over the whole vocabulary at every place;
 * slice: `logits_to_keep` as a number, so that the head gets a slice of the hidden states;
-* places: `evaluation.answer_logits`, which names the places.
+* places: `evaluation.answer_logits`, which gathers the hidden states of labelled places for the head.
 
 Generation of 8 tokens after 24 is transformers' own (a slice, too) beside `evaluation.generate`.
 
@@ -27,13 +27,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from contenders import language_model
 from step_report import machine
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation import batch_losses, row_losses
+from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.generation import evaluating
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
@@ -52,8 +53,7 @@ def by_slice(model: nn.Module, batch: Batch) -> Tensor:
     kept = LENGTH - int((labels != IGNORED).int().argmax(1).min()) + 1
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
-    sums, counts = row_losses(logits[:, :-1], labels[:, 1 - kept :])
-    return sums.sum() / counts.sum()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1 - kept :].flatten())
 
 
 def by_places(model: nn.Module, batch: Batch) -> Tensor:

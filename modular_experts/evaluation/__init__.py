@@ -12,7 +12,7 @@ from modular_experts.evaluation.likelihood import (
     batch_losses,
     choice_log_likelihoods,
     greedy_matches,
-    row_losses,
+    row_sums,
 )
 from modular_experts.evaluation.measure import evaluate, measure, score_batch
 from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores
@@ -27,6 +27,6 @@ __all__ = [
     "generate",
     "greedy_matches",
     "measure",
-    "row_losses",
+    "row_sums",
     "score_batch",
 ]

@@ -54,7 +54,8 @@ def generate(
 @contextmanager
 def evaluating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Turn off dropout, and replace the model's own configuration, from which `generate` fills in what is not set."""
-    # The head gets hidden states without gaps in memory; `answer_logits` has the reason.
+    # The head gets hidden states without gaps in memory: of a slice, torch multiplies row by row with a head that is
+    # not trained, which takes several times as long in bfloat16 on a CPU (`benchmarks/answer_logits.py`).
     head = model.get_output_embeddings() or nn.Identity()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     training, own = model.training, model.generation_config

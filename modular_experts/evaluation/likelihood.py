@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +12,67 @@ from modular_experts.data.batch import IGNORED, Batch
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits of a batch from the position that predicts its first answer token on, and their labels.
+    """Return the logits that predict the `m` labelled tokens of a batch, and these tokens.
 
-    Logits before that position cost time and memory and are not used: a model whose forward takes `logits_to_keep`
-    does not compute them.
-
-    Args:
-        model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`.
-        batch: `input_ids`, `attention_mask` and `labels`, `(n, length)`.
-
-    Returns:
-        Logits `(n, k, vocabulary)`, and labels `(n, k)`, `IGNORED` where a logit predicts nothing. The last position
-        predicts nothing; it is kept so that results stay the same to the bit.
-    """
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # the position before a token predicts it
-    first = int((labels != IGNORED).any(0).int().argmax())
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(**inputs).logits[:, first:], labels[:, first:]
-    # The positions are named one by one: a slice of the hidden states has gaps in memory, and torch then multiplies
-    # row by row with a head that is not trained. On a CPU in bfloat16 that makes a training step 2.7 times as long
-    # (`benchmarks/answer_logits.py`). An index on the CPU works for a model on any device.
-    places = torch.arange(first, labels.shape[1], device="cpu")
-    return model(**inputs, logits_to_keep=places).logits, labels[:, first:]
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's summed loss in nats and its number of labelled tokens, the only ones converted to float32.
+    The model's head is asked for these logits alone: it gets the hidden states of their places in one piece, so neither
+    prompts nor padding cost time or memory there. What the model does with its logits, such as a soft cap or a scale,
+    it does with these.
 
     Args:
-        logits: `(n, k, vocabulary)`; any float dtype, gradients flow.
-        labels: `(n, k)`, the token that each logit predicts, or `IGNORED`.
+        model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
+            packed batch `position_ids` take the place of the mask.
+        batch: A batch as `data/batch.py` describes it.
 
     Returns:
-        Sums `(n,)` in at least float32, and counts `(n,)` int64.
+        Logits `(m, vocabulary)`, and labels `(m,)`, in the order in which `row_sums` takes values.
     """
-    labelled = labels != IGNORED
-    chosen = logits[labelled]
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    losses = torch.zeros(labels.shape, dtype=chosen.dtype, device=chosen.device)
-    losses[labelled] = F.cross_entropy(chosen, labels[labelled], reduction="none")
-    return losses.sum(1), labelled.sum(1)
+    labels, labelled = _predicted(batch)
+    chosen = labels[labelled]
+
+    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = arguments[0]
+        return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hook = (head or nn.Identity()).register_forward_pre_hook(gather)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
+
+
+def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up, for each row, the values `(m,)` of its labelled tokens.
+
+    Returns:
+        Sums `(n,)`, and the numbers of labelled tokens `(n,)` int64.
+    """
+    _, labelled = _predicted(batch)
+    if "row" not in batch:
+        labelled = labelled[:, int(labelled.any(0).int().argmax()) :]
+        grid = values.new_zeros(labelled.shape)
+        grid[labelled] = values
+        return grid.sum(1), labelled.sum(1)
+    # The rows get the places back that they have without packing: sums in a fixed order, on any device.
+    rows, places = batch["row"][labelled], batch["position_ids"][labelled]
+    grid = values.new_zeros(len(batch["task"]), labelled.shape[1])
+    grid[rows, places] = values
+    return grid.sum(1), torch.bincount(rows, minlength=len(grid))
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the `row_losses` of the answers of a batch."""
-    return row_losses(*answer_logits(model, batch))
+    """Return each row's summed loss in nats, in at least float32 `(n,)`, and its number of labelled tokens `(n,)`."""
+    logits, labels = answer_logits(model, batch)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return row_sums(batch, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the label that each place predicts, which is the next place's, and whether there is one."""
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return labels, labels != IGNORED
 
 
 @torch.no_grad()
@@ -82,4 +97,5 @@ def greedy_matches(model: nn.Module, batch: Batch) -> Tensor:
     the same, unless two logits are equal, in a pass for each token.
     """
     logits, labels = answer_logits(model, batch)
-    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
+    wrong, _ = row_sums(batch, (logits.argmax(-1) != labels).int())
+    return wrong == 0

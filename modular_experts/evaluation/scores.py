@@ -80,8 +80,8 @@ class TaskScores(Metric):
 
         Args:
             batch: A batch of `n` rows.
-            token_loss_sums: `(n,)` from `row_losses`.
-            token_counts: `(n,)` from `row_losses`.
+            token_loss_sums: `(n,)` from `batch_losses`.
+            token_counts: `(n,)` from `batch_losses`.
             generations: The text that the model generated for each row.
             choice_scores: `(m,)` from `choice_log_likelihoods`, one per choice of the batch.
         """

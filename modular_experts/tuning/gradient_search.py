@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.evaluation import answer_logits, batch_losses
+from modular_experts.data.batch import Batch
+from modular_experts.evaluation import answer_logits, batch_losses, row_sums
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Objective, Trial
@@ -116,13 +116,9 @@ class AdaMerging(CoefficientSearch):
 
 def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed entropy in nats where it predicts its target, and the number of target tokens."""
-    logits, labels = answer_logits(model, batch)
-    labelled = labels != IGNORED
-    chosen = logits[labelled]
-    likelihoods = chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
-    entropies = torch.zeros(labelled.shape, dtype=likelihoods.dtype, device=likelihoods.device)
-    entropies[labelled] = -(likelihoods.exp() * likelihoods).sum(-1)
-    return entropies.sum(1), labelled.sum(1)
+    logits, _ = answer_logits(model, batch)
+    likelihoods = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return row_sums(batch, -(likelihoods.exp() * likelihoods).sum(-1))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+import transformers
+from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator
 from modular_experts.data.rows import Row
@@ -18,7 +19,6 @@ from modular_experts.evaluation import (
     batch_losses,
     choice_log_likelihoods,
     greedy_matches,
-    row_losses,
 )
 
 
@@ -46,28 +46,34 @@ def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], li
     return sums, counts
 
 
+def labelled_at(places: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    labels = ids.masked_fill(~places, IGNORED)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sums_and_counts_by_row(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    logits = (3 * torch.randn(4, 7, 11)).to(dtype)
-    labels = torch.randint(0, 11, (4, 7))
-    labels[0, :3] = labels[1, 5:] = IGNORED
-    labels[2] = IGNORED
-    sums, counts = row_losses(logits, labels)
-    wanted, numbers = by_hand(logits, labels)
-    assert counts.tolist() == numbers == [4, 5, 0, 7]
+    logits, places = (3 * torch.randn(4, 8, 11)).to(dtype), torch.ones(4, 8, dtype=torch.bool)
+    places[0, :4] = places[1, 6:] = places[3, 3:5] = places[2] = False
+    places[:, 0] = False
+    batch = labelled_at(places, torch.randint(0, 11, (4, 8)))
+    sums, counts = batch_losses(Whole(lambda ids, mask: logits), batch)
+    wanted, numbers = by_hand(logits[:, :-1], batch["labels"][:, 1:])
+    assert counts.tolist() == numbers == [4, 5, 0, 5]
     assert sums.tolist() == pytest.approx(wanted, rel=1e-12 if dtype == torch.float64 else 1e-6)
     assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_gradients_are_those_of_the_usual_loss() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 9, (2, 5))
-    labels[0, :3] = IGNORED
-    sums, counts = row_losses(logits, labels)
+    logits = torch.randn(2, 6, 9, dtype=torch.float64, requires_grad=True)
+    places = torch.ones(2, 6, dtype=torch.bool)
+    places[0, :4] = places[1, 0] = False
+    batch = labelled_at(places, torch.randint(0, 9, (2, 6)))
+    sums, counts = batch_losses(Whole(lambda ids, mask: logits), batch)
     (mine,) = torch.autograd.grad(sums.sum() / counts.sum(), logits)
-    usual = torch.nn.functional.cross_entropy(logits.reshape(-1, 9), labels.reshape(-1))
+    usual = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 9), batch["labels"][:, 1:].reshape(-1))
     (theirs,) = torch.autograd.grad(usual, logits)
     torch.testing.assert_close(mine, theirs)
 
@@ -91,39 +97,49 @@ def test_a_choice_is_scored_with_its_end() -> None:
     assert scores.tolist() == pytest.approx([-4 * math.log(200), -3 * math.log(200)])  # space, letters, end
 
 
-def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() -> None:
-    model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("pre", "ab"), Row("longer", "c")])[0])
-    got = []
-    model.lm_head.register_forward_pre_hook(lambda head, inputs: got.append(inputs[0]))
+def example_batch() -> dict:
+    return Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("pre", "ab"), Row("longer", "c")])[0])
+
+
+SCALED: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "soft caps": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=0.3, attn_implementation="eager")
+    ),
+    "a scale": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**GROUPED, logit_scale=0.25)),
+    "a divisor": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**GROUPED, logits_scaling=3.0)),
+}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SCALED])
+def test_logits_are_those_of_the_whole_model_at_labelled_places(architecture: str) -> None:
+    torch.manual_seed(0)
+    model = SCALED[architecture]() if architecture in SCALED else build_model(architecture)
+    model, batch = model.eval().double(), example_batch()
     logits, labels = answer_logits(model, batch)
-    first = int((batch["labels"] != IGNORED).nonzero()[:, 1].min()) - 1
-    assert first == 2
-    assert got[0].shape[:2] == labels.shape == (2, batch["labels"].shape[1] - first)
+    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    predicted = batch["labels"][:, 1:]
+    torch.testing.assert_close(logits, whole[predicted != IGNORED])
+    assert torch.equal(labels, predicted[predicted != IGNORED])
+
+
+def test_the_head_is_asked_for_the_answers_alone_and_gets_them_in_one_piece() -> None:
+    model, batch, got = build_model("llama"), example_batch(), []
+    watch = model.lm_head.register_forward_hook(lambda head, inputs, output: got.append(inputs[0]))
+    logits, _ = answer_logits(model, batch)
+    watch.remove()
+    assert got[0].shape == (1, 4 + 3, 32)  # a space, the letters and the end of each row
     assert got[0].is_contiguous()
-    assert torch.equal(labels[:, :-1], batch["labels"][:, first + 1 :])
-    assert (labels[:, -1] == IGNORED).all()
-    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(logits, whole[:, first:])
+    assert logits.shape == (7, model.config.vocab_size)
+    assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the model is as before"
 
 
 def test_a_model_that_makes_all_logits_gives_the_same() -> None:
     model = build_model("llama")
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("p", "ab"), Row("longer", "c")])[0])
-
+    batch = example_batch()
     whole = Whole(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits)
     for found, wanted in zip(batch_losses(whole, batch), batch_losses(model, batch), strict=True):
         torch.testing.assert_close(found, wanted)
     assert torch.equal(greedy_matches(whole, batch), greedy_matches(model, batch))
-
-
-def test_a_row_without_an_answer_does_not_cost_the_others_anything() -> None:
-    batch = Collator(pad_id=0)(RowTokenizer(build_tokenizer())("t", [Row("longer", "ab"), Row("prompt", "c")])[0])
-    one = batch["labels"].clone()
-    one[1] = IGNORED
-    logits, labels = answer_logits(build_model("llama"), batch | {"labels": one})
-    assert logits.shape[:2] == labels.shape == (2, 5)  # space, two letters, the end, and the last place
-    assert (labels[1] == IGNORED).all()
 
 
 def test_without_an_answer_nothing_is_summed() -> None:
