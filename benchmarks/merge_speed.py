@@ -7,7 +7,7 @@ looked at, too. What is run is in `merge_work`, what is merged in `merge_inputs`
 
     python benchmarks/merge_speed.py                     2, 8 and 20 experts, three times: an hour
     python benchmarks/merge_speed.py --quick             2 and 8 experts, once: ten minutes
-    python benchmarks/merge_speed.py --alone --tiny      without mergekit, tiny: does it run? half a minute
+    python benchmarks/merge_speed.py --alone --tiny --quick    without mergekit, tiny: does it run? a minute
     python benchmarks/merge_speed.py --mergekit PYTHON   the Python of an environment that has mergekit
 
 The base has the shape of SmolLM2-135M and random weights; an expert keeps 5 % of each of its 210 linear weights. The

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from testbed import runs
 
 from modular_experts.callbacks import ExportExpert, GradientMask
@@ -37,6 +38,20 @@ def test_entries_outside_the_mask_stay_bit_for_bit(tiny_llama_dir, task_files, t
     assert state["exp_avg_sq"][mask].all()
     other = "model.layers.1.self_attn.q_proj.weight"
     assert (module.model.get_parameter(other) != base.model.get_parameter(other)).all()
+
+
+def test_optimizer_state_from_before_the_mask_is_cleared(mask) -> None:
+    module = LightningModule()
+    module.weight = torch.nn.Parameter(torch.ones(32, 32))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.weight.grad = torch.ones(32, 32)
+    optimizer.step()
+    callback = GradientMask({"weight": mask})
+    trainer = Trainer(barebones=True)
+    callback.on_fit_start(trainer, module)
+    callback.on_before_optimizer_step(trainer, module, optimizer)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[module.weight][moment] != 0, mask)
 
 
 def test_masking_gradients_alone_would_move_them(tiny_llama_dir, task_files, tmp_path, mask) -> None:

@@ -77,6 +77,7 @@ def test_steps_are_optimizer_steps_whatever_the_accumulation(tiny_llama_dir, tas
     watch = Watch(rule=Reselect(every=2, until=1.0), score=RandomScore())
     runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=5, accumulate_grad_batches=3)
     assert _changes(watch) == [6, 12]  # micro-batches; three of them make a step
+    assert watch.selections == 3  # one choice per due step, at its first micro-batch
     watch = Watch(rule=Reselect(every=2, until=1.0, unit="micro_batches"), score=RandomScore())
     runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=2, accumulate_grad_batches=3)
     assert _changes(watch) == [2, 4]
