@@ -103,9 +103,7 @@ def _check(option: str, hint: Any, value: Any) -> None:
             _check(f"{option}.{key}", inner[1], one)
     elif origin in (list, Sequence):
         if not isinstance(value, list):
-            of_tasks = getattr(inner[0], "__name__", "") == "Task"
-            example = '[{"name": "mine", "path": "file.jsonl"}]' if of_tasks else "[a, b]"
-            raise UsageError(f"{option} must be a list, written '{example}', got {value}")
+            raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
         for one in value:
             _check(option, inner[0], one)
     elif origin is Callable and inspect.isclass(inner[-1]):

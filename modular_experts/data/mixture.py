@@ -33,7 +33,7 @@ from modular_experts.data.sampler import (
     epoch_counts,
     epoch_order,
 )
-from modular_experts.data.tasks import Task, as_tasks, fill_splits
+from modular_experts.data.tasks import Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class TaskMixture(LightningDataModule):
     """Batches of one or more tasks.
 
     Args:
-        tasks: The tasks, e.g. {name: intents, path: intents.jsonl}. Rows have `input`, `target` and optionally
-            `split` (train, validation or test) and `choices`.
+        tasks: Paths of task files, or tasks with settings: {path: intents.jsonl, role: held_out}. Rows have `input`,
+            `target` and optionally `split` (train, validation or test) and `choices`.
         tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
         batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
@@ -65,7 +65,7 @@ class TaskMixture(LightningDataModule):
 
     def __init__(
         self,
-        tasks: list[Task],
+        tasks: Tasks,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 16,

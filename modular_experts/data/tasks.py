@@ -1,15 +1,19 @@
 """Define a task: a named set of rows, their source, and their role.
 
-A configuration can spell a task: `{name: intents, path: data/intents.jsonl, role: held_out}`.
+A task is spelt as the path of its file, or with settings: `{name: intents, path: data/intents.jsonl, role: held_out}`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
 
 from modular_experts.data.rows import Row, RowReader, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
@@ -25,7 +29,8 @@ class Task:
     """One task, whose rows come from exactly one of `path`, `hub` and `source`.
 
     Args:
-        name: Name of the task in results: up to 64 letters, digits, dots, dashes and underscores.
+        name: Name of the task in results: up to 64 letters, digits, dots, dashes and underscores. Without one, it is
+            the name of the file without its suffix, or the last part of the hub id.
         path: A .jsonl, .json, .csv, .tsv or .parquet file, or a directory written by `datasets.save_to_disk`.
         hub: The id of a dataset on the Hugging Face hub.
         subset: Configuration of the hub dataset.
@@ -41,7 +46,7 @@ class Task:
         cap: The most rows of this task that one epoch may take; other rows come in later epochs.
     """
 
-    name: str
+    name: str = ""
     path: str | None = None
     hub: str | None = None
     subset: str | None = None
@@ -56,6 +61,17 @@ class Task:
     cap: int | None = None
 
     def __post_init__(self) -> None:
+        place = self.path or self.hub
+        if place and self.name == "":
+            # The only way to set a field of a frozen dataclass.
+            object.__setattr__(self, "name", Path(place).stem if self.path else Path(place).name)
+            if not NAME.fullmatch(self.name):
+                fitting = re.sub("[^A-Za-z0-9._-]+", "-", self.name).strip("._-")[:64] or "mine"
+                raise ValueError(
+                    f"{self.name!r} cannot be the name of a task, which is up to 64 of A-Z a-z 0-9 . _ - and starts "
+                    f"with a letter or digit; name the task: {{name: {fitting}, {'path' if self.path else 'hub'}: "
+                    f"{place}}}"
+                )
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise ValueError(
                 f"a task name is up to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit, not {self.name!r}"
@@ -104,25 +120,42 @@ class Task:
             raise ValueError(f"task {self.name!r}: {error}") from error
 
 
-def as_tasks(tasks: Iterable[Task | Mapping[str, Any]]) -> list[Task]:
-    """Return the tasks; a mapping becomes a `Task`.
+if TYPE_CHECKING:
+    OneTask = Task | Mapping[str, Any] | str | os.PathLike[str]
+    Tasks = OneTask | Iterable[OneTask]
+else:
+    # What the command line may be given.
+    Tasks = list[Task | str] | Task | str
+
+
+def as_tasks(tasks: Tasks) -> list[Task]:
+    """Return the tasks; a path, or a mapping of a task's settings, becomes a `Task`.
 
     Raises:
         ValueError: There are no tasks, a name comes twice, or a mapping has an unknown key.
     """
     made: dict[str, Task] = {}
     known = [entry.name for entry in fields(Task)]
-    for task in tasks:
-        if not isinstance(task, Task):
-            for key in task:
+    for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
+        if isinstance(given, str) and given.startswith(("[", "{")):
+            # The command line reads tasks with an unknown key as one path; reading them again finds the key.
+            return as_tasks(yaml.safe_load(given))
+        if isinstance(given, str | os.PathLike):
+            given = {"path": os.fspath(given)}
+        if isinstance(given, Mapping):
+            for key in given:
                 if key not in known:
                     raise ValueError(f"a task has no {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}")
-            task = Task(**task)
+        task = given if isinstance(given, Task) else Task(**given)
         if task.name in made:
-            raise ValueError(f"two tasks have the name {task.name!r}; results are kept by name, so rename one")
+            places = [one.path or one.hub or type(one.source).__name__ for one in (made[task.name], task)]
+            raise ValueError(
+                f"two tasks have the name {task.name!r} ({' and '.join(places)}); results are kept by name, so name "
+                f"one of them: {{name: {task.name}-2, path: {places[1]}}}"
+            )
         made[task.name] = task
     if not made:
-        raise ValueError("no tasks were given; a task is at least {name: intents, path: intents.jsonl}")
+        raise ValueError("no tasks were given; a task is at least the path of its file, such as intents.jsonl")
     return list(made.values())
 
 

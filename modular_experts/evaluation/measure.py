@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, applied, open_several
-from modular_experts.data import Task, TaskMixture
+from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Batch
+from modular_experts.data.tasks import Tasks
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.generation import generate
@@ -29,7 +30,7 @@ from modular_experts.reports import Results
 def evaluate(
     base: str | Path | Base | None,
     experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]],
-    data: TaskMixture | Sequence[Task | Mapping[str, Any]],
+    data: TaskMixture | Tasks,
     max_new_tokens: int | None = 64,
     dtype: DType = "float32",
     revision: str | None = None,
@@ -64,7 +65,7 @@ def evaluate(
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
     model, tokenizer = found.load(dtype), found.tokenizer()
-    data = data if isinstance(data, TaskMixture) else TaskMixture([*data])  # type: ignore[list-item]
+    data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -224,12 +224,10 @@ MISTAKES = {
         2,
         "torch.nn.Linear is not a subclass of Expert",
     ),
-    "tasks": (["--data.tasks", "a.jsonl"], 2, 'written \'[{"name": "mine", "path": "file.jsonl"}]\', got a.jsonl'),
-    "no list": (["--data.tasks", "a"], 2, 'written \'[{"name": "mine", "path": "file.jsonl"}]\', got a'),
     "task": (
         ["--data.tasks", '[{"nme": "a"}]'],
-        2,
-        "no option --data.tasks.nme; did you mean --data.tasks.name?",
+        1,
+        "a task has no 'nme'; it has name, path, hub",
     ),
     "setting": (
         ["--model.expert.keep_ratoi", "0.1"],
@@ -275,7 +273,8 @@ MISTAKES = {
     "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
     "keep ratio": (["--model.expert.init_args.keep_ratio", "1.5"], 1, "keep_ratio=1.5 is outside (0, 1]"),
     "name": (["--trainer.callbacks", _export("../x")], 1, "'../x' cannot be the name of an expert"),
-    "task file": (["--data.tasks", '[{"name": "a", "path": "aa.jsonl"}]'], 1, "a.jsonl"),
+    "task file": (["--data.tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
+    "task key": (["--data.tasks.pth", "a.jsonl"], 2, "no option --data.tasks.pth; did you mean --data.tasks.path?"),
     "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give model.expert and model.modules"),
 }
 

@@ -37,7 +37,7 @@ def test_a_users_source_gives_rows_and_its_bad_rows_are_named() -> None:
 
 
 def test_a_name_that_is_not_plain_is_refused() -> None:
-    for name in ("../x", "a/b", "", "-a", "a b", "x" * 65, "a\n"):
+    for name in ("../x", "a/b", "-a", "a b", "x" * 65, "a\n"):
         with pytest.raises(ValueError, match="a task name is up to 64"):
             Task(name, path="a.jsonl")
 
@@ -67,6 +67,27 @@ def test_no_tasks_and_a_name_given_twice_are_refused() -> None:
         as_tasks([])
     with pytest.raises(ValueError, match="two tasks have the name 'a'"):
         as_tasks([Task("a", path="a.jsonl"), {"name": "a", "path": "b.jsonl"}])
+
+
+def test_a_path_alone_is_a_task_of_the_files_name() -> None:
+    tasks = as_tasks(["data/a.jsonl", Path("b.v2.csv"), {"path": "c.tsv", "role": "held_out"}, {"hub": "someone/d"}])
+    assert [(task.name, task.path) for task in tasks] == [
+        ("a", "data/a.jsonl"),
+        ("b.v2", "b.v2.csv"),
+        ("c", "c.tsv"),
+        ("d", None),
+    ]
+    for alone in ("a.jsonl", Path("a.jsonl"), {"path": "a.jsonl"}, Task(path="a.jsonl")):
+        assert as_tasks(alone) == [Task("a", path="a.jsonl")]
+
+
+def test_a_file_whose_name_cannot_be_that_of_a_task_gets_a_name_to_type() -> None:
+    for path, name in (("my tasks!.jsonl", "my-tasks"), ("_a.jsonl", "a"), ("ä.jsonl", "mine")):
+        with pytest.raises(ValueError, match=f"cannot be the name of a task.* name the task: {{name: {name}, path: "):
+            as_tasks(path)
+        assert Task(name, path=path).name == name
+    with pytest.raises(ValueError, match=r"two tasks have the name 'a' .a.csv.* {name: a-2, path: b/a.csv}"):
+        as_tasks(["a.csv", "b/a.csv"])
 
 
 def test_a_missing_file_names_the_task(tmp_path: Path) -> None:
@@ -100,3 +121,12 @@ data:
     assert len(mixture.tasks[1].read()[0]) == 2
     options = [f'--data.tasks=[{{"name": "a", "path": "{path}"}}]', "--data.mixing=Equal"]
     assert parser.instantiate(parser.parse_args(options)).data.mixing == Equal()
+    for options, name in [
+        ([f"--data.tasks={path}"], "a"),
+        ([f"--data.tasks=[{path}]"], "a"),
+        ([f"--data.tasks+={path}"], "a"),
+        ([f'--data.tasks={{"path": "{path}"}}'], "a"),
+        ([f"--data.tasks.path={path}"], "a"),
+        (["--data.tasks.name=b", f"--data.tasks.path={path}"], "b"),
+    ]:
+        assert parser.instantiate(parser.parse_args(options)).data.tasks == [Task(name, path=str(path))]
