@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 
 from modular_experts.text import did_you_mean
@@ -55,7 +56,7 @@ def guarded(command: Callable[[], object]) -> int:
         notes = [f"({note})" for cause in causes for note in getattr(cause, "__notes__", ())]
         rank = os.environ.get("LOCAL_RANK", "0")
         where = "error" if rank == "0" else f"error in process {rank}"
-        print(f"{where}: {' '.join([str(ours), *notes])}", file=sys.stderr)
+        print(f"{where}: {' '.join([_sentence(ours), *notes])}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
     if leaving is None:
         return 0
@@ -69,7 +70,24 @@ def _is_on_purpose(error: BaseException) -> bool:
     """Return whether this package or Lightning raised the error, or the operating system did."""
     if isinstance(error, OSError | UsageError):
         return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
-    speaks = isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException"
+    frame = _last_frame(error)
+    raised_in = frame.f_globals.get("__name__", "") if frame else ""
+    speaks = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
+    speaks = speaks or type(error).__name__ == "MisconfigurationException"
     return speaks and raised_in.partition(".")[0] in ("modular_experts", "lightning")
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error tells the user; of a package that is not installed also what needs it."""
+    text, frame = " ".join(str(error).split()), _last_frame(error)
+    if not isinstance(error, ModuleNotFoundError) or frame is None or "self" not in frame.f_locals:
+        return str(error)
+    needs = type(frame.f_locals["self"]).__name__
+    if needs == "TensorBoardLogger":
+        return f"{needs} needs tensorboard, which is not installed: pip install 'modular-experts[logging]'"
+    return f"{needs} needs a package that is not installed. {text}"
+
+
+def _last_frame(error: BaseException) -> types.FrameType | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1] if frames else None

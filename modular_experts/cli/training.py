@@ -127,6 +127,10 @@ def run(argv: Sequence[str]) -> None:
     options, config = fold_configs(read_options(words))
     if checkpoint := dict(options).get("ckpt_path") or config.get("ckpt_path"):
         options, config = fold_configs(read_options(words), _settings_of_checkpoint(Path(checkpoint)))
+    if dict(options).get("trainer.logger") in ("CSVLogger", "TensorBoardLogger"):
+        # Only these loggers must be told where to write; it is where everything else goes.
+        place = as_settings(options, config)["trainer"].get("default_root_dir", _DEFAULTS["default_root_dir"])
+        options.insert([name for name, _ in options].index("trainer.logger") + 1, ("trainer.logger.save_dir", place))
     words = [verb, "--config", json.dumps(config, default=str), *as_words(options)]
     if ("help_all", None) in options:
         words = [verb, "--help"]
