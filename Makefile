@@ -11,7 +11,7 @@ SMOLLM2 := .cache/smollm2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-peer test-slow test-quickstart lint format bench smollm2 triton
+.PHONY: help install quickstart test test-peer test-slow test-quickstart lint format bench docs smollm2 triton
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,11 @@ format: $(INSTALLED) ## put style in order
 
 bench: $(INSTALLED) ## run every script in benchmarks/ (about an hour)
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(INSTALLED) ## build the site into site/, from the pages in docs/ and the docstrings; a broken link fails
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python scripts/generate_docs.py
+	$(BIN)/zensical build --strict --clean
 
 triton: $(INSTALLED) ## install Triton (Linux), so that the tests of the CUDA kernel run in its interpreter
 	$(BIN)/python -m pip install --quiet -e '.[triton]'

@@ -55,7 +55,7 @@ class MaskSchedule(Schedule):
             a weight keeps is then decided once, before the optimizer is made (for masked experts, at each choice).
         block_score: A tile's, row's or column's score is the `sum` of its entries' scores, or their Euclidean `norm`.
         avoid: Experts, or libraries of them, whose entries this expert leaves to them, so that supports overlap less.
-            Where that was measured, it did not make better merges (`benchmarks/README.md`).
+            Where that was measured, it did not make better merges (`docs/results/selection.md`).
         penalty: Divide the scores by `1 + penalty * experts that keep the entry`, instead of excluding such entries.
         support: An expert whose support is used as it is, without a score, e.g. to train several tasks on one support.
     """

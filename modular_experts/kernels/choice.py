@@ -1,6 +1,6 @@
 """Choose the kernel of a support by name, or by a rule from the kind of unit, share kept, device and dtype.
 
-The rule follows the measurements in `benchmarks/README.md`:
+The rule follows the measurements in `docs/benchmarks/step.md`:
 * rows and columns: `slices`, everywhere;
 * on a CPU, in float32 or bfloat16, for weights of `NATIVE_FROM` entries and more, where a compiler was found: `native`;
 * otherwise on a CPU: tiles by `block_rows`; entries by `sampled` below `SAMPLED_BELOW` kept, and `dense` above it;
