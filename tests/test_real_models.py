@@ -69,8 +69,8 @@ def run(smollm2: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             arguments = [verb, "--model.base", str(smollm2), "--data.tasks", rows, *limits, *device, *options]
             patch.setattr("sys.argv", ["modular-experts", *arguments])
             assert main(arguments) == 0
-        results = place / "runs" / "results.json"
-        return json.loads(results.read_text())["tasks"] if results.exists() else {}
+        written = sorted((place / "runs").glob("results*.json"), key=lambda file: file.stat().st_mtime_ns)
+        return json.loads(written[-1].read_text())["tasks"] if written else {}
 
     command.place = place  # type: ignore[attr-defined]
     return command

@@ -15,12 +15,16 @@ from rich.console import Console
 from torch import distributed
 
 from modular_experts.reports import Results, write_json
+from modular_experts.reports.results import unused
 
 log = logging.getLogger(__name__)
 
 
 class WriteResults(Callback):
-    """Writes the scores of `test` to `file` in `trainer.default_root_dir` and prints them; `validate` only prints."""
+    """Writes the scores of `test` to `file` in `trainer.default_root_dir` and prints them; `validate` only prints.
+
+    If `results.json` is there, the next test writes `results-2.json`: no test replaces what another one found.
+    """
 
     def __init__(self, file: str = "results.json") -> None:
         self.file = file
@@ -34,13 +38,16 @@ class WriteResults(Callback):
         """Print the table, write the file, and log where it is; the first rank does it for all."""
         self.on_validation_end(trainer, pl_module)
         if trainer.is_global_zero:
-            target = Path(trainer.default_root_dir) / self.file
+            target = unused(Path(trainer.default_root_dir) / self.file)
             write_json(target, cast(dict[str, Any], pl_module.results))
             log.info("the results are in %s", target)
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes the rows of `predict` to `file` in `trainer.default_root_dir`, in the order of the data."""
+    """Writes the rows of `predict` to `file` in `trainer.default_root_dir`, in the order of the data.
+
+    If `predictions.jsonl` is there, the next ones are in `predictions-2.jsonl`.
+    """
 
     def __init__(self, file: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
@@ -56,7 +63,7 @@ class WritePredictions(BasePredictionWriter):
             distributed.all_gather_object(ranks, rows)
         if trainer.is_global_zero:
             turns = itertools.chain.from_iterable(itertools.zip_longest(*ranks))
-            target = Path(trainer.default_root_dir) / self.file
+            target = unused(Path(trainer.default_root_dir) / self.file)
             target.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in turns if row is not None and row["task"]]
             target.write_text("".join(lines), encoding="utf-8")

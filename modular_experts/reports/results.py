@@ -5,6 +5,7 @@ Every table, chart and page reads results in this form, and so does pandas: `pan
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,12 @@ def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with new_file(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def unused(path: Path) -> Path:
+    """Return the path if nothing is there, else the first of `name-2`, `name-3`, ... at which nothing is."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())
 
 
 def _column(metric: str) -> Column:

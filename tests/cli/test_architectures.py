@@ -31,7 +31,8 @@ def test_experts_are_trained_merged_applied_and_tested(architecture, tiny, task_
     assert main(["merge", "--experts", "[library/a, library/b]", "--method", "Average", "--out", "library/ab"]) == 0
     losses = []
     assert main(["apply", "--base", base, "--experts", "[library/ab]", "--out", "merged"]) == 0
-    for model in ([base, "--model.applied", "[library/ab]"], ["merged"]):
+    models = {"results": [base, "--model.applied", "[library/ab]"], "results-2": ["merged"]}
+    for file, model in models.items():
         assert main(["test", *tasks, "--model.max_new_tokens", "4", "--model.base", *model]) == 0
-        losses.append(json.loads(Path("runs/results.json").read_text())["held_in"]["loss"])
+        losses.append(json.loads(Path(f"runs/{file}.json").read_text())["held_in"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -83,7 +83,7 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
         "null",
     ]
     assert main([*test, *own]) == 0
-    alone = json.loads(Path("runs/results.json").read_text())
+    alone = json.loads(Path("runs/results-2.json").read_text())
     for name, scores in on_base["tasks"].items():
         assert alone["tasks"][name]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
     assert [task["role"] for task in alone["tasks"].values()] == ["held_in", "held_out"]

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from modular_experts.reports import Results, write_json
+from modular_experts.reports.results import unused
 
 SCORES = {"loss": 0.2134, "exact_match": 0.85, "rougeL": 0.8851, "choice_accuracy": 0.5}
 
@@ -107,6 +108,15 @@ def test_numbers_that_are_not_finite_become_null_and_scalars_numbers(tmp_path: P
     value = {"nan": float("nan"), "deep": [{"inf": torch.tensor(float("inf"))}], "three": torch.tensor(3), "ä": 1}
     write_json(path, value)
     assert json.loads(path.read_text("utf-8")) == {"nan": None, "deep": [{"inf": None}], "three": 3, "ä": 1}
+
+
+def test_what_is_there_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for name in ("results.json", "results-2.json", "results-3.json"):
+        assert unused(path).name == name
+        write_json(unused(path), {})
+    (tmp_path / "results-2.json").unlink()
+    assert unused(path).name == "results-2.json"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
