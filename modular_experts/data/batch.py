@@ -4,10 +4,12 @@ A batch is a dict, for `n` rows padded on the right to the longest, `length`:
 
     input_ids       (n, length) int64; the prompt, the target, end-of-sequence, padding
     attention_mask  (n, length) int64; 1 on tokens and 0 on padding, by its place and never by a token's id
-    labels          (n, length) int64; the id at the places of the target and its end-of-sequence, IGNORED elsewhere
+    labels          (n, length) int64; the id at the places of the target and its end-of-sequence, IGNORED elsewhere; a
+                    conversation that is trained on has such places in each of the assistant's turns
     task            list of n names; "" marks a filler row, which no score counts (see `is_filler`)
 
-The prompt of a row is its tokens before the first labelled one. Batches of validation, test and prediction also carry
+The prompt of a row is its tokens before the first labelled one; the target of a conversation that is validated or
+tested is the assistant's last turn, and its prompt is all before. Batches of validation, test and prediction also carry
 
     input, target   lists of n texts as in the data, after the task's template
     choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
@@ -32,10 +34,20 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A prompt and what follows it: `ids` `(length,)`, of which the first `prompt` are the prompt."""
+    """A prompt and what follows it: `ids` `(length,)`, of which the first `prompt` are the prompt.
+
+    `answers` `(length,)` is true on the places to learn, if they are others than all that follow the prompt.
+    """
 
     ids: Tensor
     prompt: int
+    answers: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The ids to learn at their places, and `IGNORED` elsewhere, `(length,)` int64."""
+        learned = torch.arange(len(self.ids)) >= self.prompt if self.answers is None else self.answers
+        return self.ids.to(torch.int64).masked_fill(~learned, IGNORED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,5 +123,5 @@ def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = row.ids
         mask[number, : len(row.ids)] = 1
-        labels[number, row.prompt : len(row.ids)] = row.ids[row.prompt :]
+        labels[number, : len(row.ids)] = row.labels
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
