@@ -4,10 +4,22 @@
 `selection/` makes its choices. Open `schedule.py` first.
 """
 
+from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
 from modular_experts.callbacks.mask_schedule import MaskSchedule
+from modular_experts.callbacks.progress import LogProgress, TrainingBar
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule
 
-__all__ = ["ExportExpert", "GradientMask", "MaskSchedule", "Schedule", "WritePredictions", "WriteResults"]
+__all__ = [
+    "EvenValidation",
+    "ExportExpert",
+    "GradientMask",
+    "LogProgress",
+    "MaskSchedule",
+    "Schedule",
+    "TrainingBar",
+    "WritePredictions",
+    "WriteResults",
+]

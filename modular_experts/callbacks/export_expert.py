@@ -45,6 +45,8 @@ class ExportExpert(Callback):
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
         monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
+
+    A trainer with `fast_dev_run` writes nothing.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
@@ -53,6 +55,8 @@ class ExportExpert(Callback):
         """Directory of the expert."""
         self.overwrite, self.monitor = overwrite, monitor
         self.best: float | None = None
+        """The lowest value of the monitored metric, and that of the newest validation."""
+        self.newest: float | None = None
         self.best_step = self.validated_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,36 +72,45 @@ class ExportExpert(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Delete the best state of an earlier run of this name, unless this run resumes that one."""
-        if self.best is None and trainer.is_global_zero and (self._best_directory(trainer) / RECORD_FILE).is_file():
+        mine = trainer.is_global_zero and not trainer.fast_dev_run
+        if self.best is None and mine and (self._best_directory(trainer) / RECORD_FILE).is_file():
             shutil.rmtree(self._best_directory(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None or trainer.fast_dev_run:
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             logged = sorted(trainer.callback_metrics)
             near = did_you_mean(self.monitor, logged)
             raise ValueError(f"monitor={self.monitor!r} is not a logged metric{near}; choose from {', '.join(logged)}")
-        self.validated_step = trainer.global_step
-        if self.best is None or float(score) < self.best:
+        self.validated_step, self.newest = trainer.global_step, float(score)
+        is_whole = all(schedule.is_exportable(cast(TrainedModule, pl_module)) for schedule in schedules(trainer))
+        if is_whole and (self.best is None or float(score) < self.best):
             self.best, self.best_step = float(score), trainer.global_step
             if trainer.is_global_zero:
                 self._write(trainer, pl_module, self._best_directory(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the expert, and log its directory."""
-        if not trainer.is_global_zero or trainer.interrupted:
+        """Write the expert, and log its step, its loss and that of the last step, and its directory."""
+        if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:
             return
         best = self._best_directory(trainer)
         if self.best is not None and best.exists():
             kept = open_expert(best)
             write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite, state=kept.state())
             shutil.rmtree(best)
-            unseen = trainer.global_step - self.validated_step
-            tail = f"; the last {unseen} steps were not validated (trainer.val_check_interval)" if unseen else ""
-            log.info("exported step %d, the best validated one, to %s%s", self.best_step, self.target, tail)
+            what = "validation loss" if self.monitor == "val_loss" else self.monitor
+            step, last = self.best_step, trainer.global_step
+            name = f"step {step}, the last," if step == last else f"step {step}"
+            sentences = [f"exported {name} with {what} {self.best:.4g} to {self.target}"]
+            if step < self.validated_step:
+                newest = "the last step" if self.validated_step == last else "the last one validated"
+                sentences.append(f"{newest}, {self.validated_step}, had {self.newest:.4g}")
+            if unseen := last - self.validated_step:
+                sentences.append(f"the last {unseen} steps were not validated (trainer.val_check_interval)")
+            log.info("%s", "; ".join(sentences))
         else:
             self._write(trainer, pl_module, self.target)
             log.info("exported the last of %d steps to %s", trainer.global_step, self.target)
@@ -109,7 +122,7 @@ class ExportExpert(Callback):
             log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best", "best_step", "validated_step")}
+        return {name: getattr(self, name) for name in ("best", "newest", "best_step", "validated_step")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
+from modular_experts.callbacks.progress import activity
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.experts.selectable import Selectable
@@ -178,7 +179,9 @@ class MaskSchedule(Schedule):
             self.score, self.rule, self.scope, self.block_score == "norm", self.neighbours, self.penalty, self.seed
         )
         started, memory = time.perf_counter(), MemoryWatch(next(iter(layers.values())).matrix.device)
-        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+        done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
+        shown = activity(trainer, "choosing supports", done)
+        with shown, torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             # Each rank draws dropout of its own.
             torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{trainer.global_rank}".encode()))
             chosen, passes = selection.choose(
@@ -228,6 +231,11 @@ class MaskSchedule(Schedule):
         )
         more = f"; a choice took up to {bytes_text(self.peak_bytes)} more memory" if self.peak_bytes else ""
         log.info("the optimizer state takes %s%s", bytes_text(optimizer_bytes(trainer.optimizers)), more)
+
+    def is_exportable(self, module: TrainedModule) -> bool:
+        """Return whether no expert keeps more than its settings say, as all do while a dense start lasts."""
+        experts = [layer.expert for layer in selectable_layers(module.model).values()]
+        return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return the shares of units kept now, and trained at any time; empty without selectable experts."""

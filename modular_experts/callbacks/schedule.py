@@ -50,6 +50,7 @@ class Schedule(Callback):
     |----------------|------------------------------------------------------------------|---------------------|
     | `ExpertModule` | the model is loaded for `fit`; optimizers do not exist yet       | `before_optimizers` |
     | `ExpertModule` | it writes a checkpoint                                           | `resizes`           |
+    | `ExportExpert` | after a validation                                               | `is_exportable`     |
     | `ExportExpert` | it writes an expert: the best so far after a validation, or last | `shares`, `costs`   |
     """
 
@@ -67,6 +68,13 @@ class Schedule(Callback):
         The module's `length` is not known here, nor whether a checkpoint will be loaded. If one is, it replaces the
         values that are chosen here. A trainer that is given a LightningDataModule already has its rows.
         """
+
+    def is_exportable(self, module: TrainedModule) -> bool:
+        """Return whether what is trained now may be exported as the best state.
+
+        It may not while a schedule trains more than the expert is to keep.
+        """
+        return True
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return shares in [0, 1] of what was trained, by name, for the settings in an expert's record."""

@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
+from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.mask_schedule import MaskSchedule
+from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
@@ -131,6 +133,8 @@ class ExpertModule(LightningModule):
         self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
         # Checkpoints hold trained tensors only; `on_load_checkpoint` is strict in Lightning's place.
         self.strict_loading = False
+        self.config_file: Path | None = None
+        """The file in which the command line keeps the configuration of the run."""
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
@@ -196,12 +200,15 @@ class ExpertModule(LightningModule):
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add a mask schedule and the writers of results and predictions, each unless the user lists one."""
+        """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         schedule = MaskSchedule()
         schedule.is_default = True
-        defaults = [schedule, WriteResults(), WritePredictions()]
-        return [added for added in defaults if not any(isinstance(callback, type(added)) for callback in listed)]
+        defaults = [schedule, EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
+        added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
+        if self.trainer.state.fn == "fit":
+            next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)
+        return added
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained parameters and its schedule."""

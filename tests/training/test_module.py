@@ -382,13 +382,13 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
-    """The checkpoints that Lightning writes by itself are of this kind."""
+    """Validations fall between the ends of epochs."""
 
     def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:
         losses = runs.Losses()
         torch.manual_seed(0)
         module = runs.module(tiny_llama_dir, KINDS["element"], scheduler=Constant())
-        saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}")
+        saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", save_on_train_epoch_end=True)
         schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9))
         trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)

@@ -1,0 +1,289 @@
+"""Show how a fit goes: `LogProgress` in a few lines of the log, `TrainingBar` in one line of a terminal.
+
+`activity` is for work between two steps that a reader would wonder about, such as the choice of supports.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from modular_experts.callbacks.even_validation import share_done
+from modular_experts.callbacks.export_expert import ExportExpert
+from modular_experts.callbacks.schedule import TrainedModule, schedules
+
+log = logging.getLogger(__name__)
+
+
+class _Clock:
+    """Estimates the time left of a fit from the share of it that was done since the clock was made."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, cast(TrainedModule, module)
+        self._first, self.started = share_done(trainer, self._module), time.monotonic()
+        self.total_steps = self._module.length.total_steps
+
+    def tenths(self) -> int:
+        """Return how many tenths of the fit are done."""
+        return int(10 * share_done(self._trainer, self._module) + 1e-9)
+
+    def left(self) -> str:
+        """Return the hours, minutes and seconds left, or an empty string before anything was done."""
+        done = share_done(self._trainer, self._module)
+        if done <= self._first:
+            return ""
+        seconds = (time.monotonic() - self.started) / (done - self._first) * (1 - done)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+class LogProgress(Callback):
+    """Logs where a run keeps its files, how training goes, and what came of it.
+
+    Without a progress bar, a line comes at every tenth of the fit: the mean loss since the line before, a new
+    validation loss, and the time left. `ExpertModule` adds this callback to every trainer; its lines are records of
+    level INFO of the logger `modular_experts`.
+    """
+
+    def __init__(self) -> None:
+        self.first_loss: float | None = None
+        """Validation loss before the first step."""
+        self.last_loss: float | None = None
+        """Newest validation loss."""
+        self.rows = 0
+        """Rows trained on, of all processes together."""
+        self._seconds, self._clock, self._folder = 0.0, cast(_Clock | None, None), cast(str | None, None)
+        # Of the line that comes next: the sum of the losses, their number, and whether the last one is new.
+        self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with its validations and the choices of supports, in all runs of this fit."""
+        return self._seconds + (time.monotonic() - self._clock.started if self._clock else 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the validation loss, and log the line that waited for it."""
+        found = trainer.callback_metrics.get("val_loss")
+        if trainer.state.fn != "fit" or found is None:
+            return
+        if trainer.sanity_checking:
+            self.first_loss = float(found)
+        else:
+            self.last_loss, self._is_new = float(found), True
+            self._log_line(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the folder of the run and the loss before the first step, which the loggers get as that of step 0."""
+        self._clock = _Clock(trainer, pl_module)
+        self._tenths, self._folder = self._clock.tenths(), trainer.log_dir
+        if trainer.loggers and not trainer.fast_dev_run:
+            log.info("metrics and checkpoints go to %s", self._folder)
+        if self.first_loss is not None and trainer.global_step == 0:
+            log.info("the validation loss before training is %.4g", self.first_loss)
+            for logger in trainer.loggers:
+                logger.log_metrics({"val_loss": self.first_loss}, step=0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._log_line(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count rows and losses; at a tenth of the fit a line is due, which waits for a validation of this step."""
+        assert self._clock is not None
+        self.rows += len(batch["task"]) * trainer.world_size
+        # Lightning has divided the loss by the number of accumulated batches.
+        self._sum = self._sum.to(outputs["loss"].device) + outputs["loss"] * trainer.accumulate_grad_batches
+        self._count += 1
+        before, self._tenths = self._tenths, self._clock.tenths()
+        self._is_due |= self._tenths > before and trainer.progress_bar_callback is None
+
+    def _log_line(self, trainer: Trainer) -> None:
+        if not self._is_due or self._clock is None:
+            return
+        validation = f", validation loss {self.last_loss:.4g}" if self._is_new else ""
+        left, mean = self._clock.left(), float(self._sum) / self._count
+        step = f"step {trainer.global_step}/{self._clock.total_steps}"
+        log.info("%s: loss %.4g%s, %s", step, mean, validation, left)
+        self._sum, self._count, self._is_new, self._is_due = torch.zeros(()), 0, False, False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log rows, seconds, the validation losses before and after, and where the files are."""
+        self._log_line(trainer)
+        if trainer.interrupted or not trainer.is_global_zero:
+            return
+        module, callbacks = cast(TrainedModule, pl_module), cast(Iterable[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+        exports = [one for one in callbacks if isinstance(one, ExportExpert)]
+        kept = [one.best for one in exports if one.best is not None and one.monitor == "val_loss"]
+        losses = [f"{loss:.4g}" for loss in (self.first_loss, min(kept, default=self.last_loss)) if loss is not None]
+        choosing = sum(one.costs(trainer, module).get("selection_seconds", 0) for one in schedules(trainer))
+        log.info(
+            "trained on %d rows in %.1f s%s%s",
+            *(self.rows, self.seconds, f", {choosing:.1f} s of which chose supports" if choosing else ""),
+            f"; the validation loss {'went from' if losses[1:] else 'is'} {' to '.join(losses)}" if losses else "",
+        )
+        if trainer.fast_dev_run:
+            log.info("fast_dev_run wrote nothing, neither an expert nor a checkpoint")
+            return
+        files = [Path(logger.log_dir) / "metrics.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        config: Path | None = getattr(pl_module, "config_file", None)
+        files += [] if config is None else [config]
+        places = [f"the expert is in {one.target}" for one in exports]
+        for folder in dict.fromkeys(file.parent for file in files):
+            names = [file.name for file in files if file.parent == folder]
+            places.append(f"{' and '.join(names)} {'are' if names[1:] else 'is'} in {folder}")
+        log.info("%s", ", ".join(places))
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("first_loss", "last_loss", "rows")}
+        return kept | {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds = state_dict["seconds"]
+        self.first_loss, self.last_loss, self.rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
+
+
+class TrainingBar(ProgressBar):
+    """One bar for a whole fit, or for all batches of another command, in one line of 80 columns on standard error.
+
+    It shows what is going on, the steps, the newest training and validation losses, and the time left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._clock: _Clock | None = None
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """Stop the bar, and show none until `enable`."""
+        self._stop()
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    @contextmanager
+    def labelled(self, what: str) -> Iterator[None]:
+        """Show what is going on while a block of code runs."""
+        before = self._bar.tasks[self._task].description if self._bar else ""
+        self._show(description=what)
+        yield
+        self._show(description=before)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, "validating", cast(TrainedModule, pl_module).length.total_steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = _Clock(trainer, pl_module)
+        self._start(trainer, "training", self._clock.total_steps)
+        self._show(description="training", completed=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step, the losses and the time left."""
+        shown = {"loss": "loss", "val_loss": "validation"}
+        found = {word: trainer.callback_metrics.get(name) for name, word in shown.items()}
+        numbers = " ".join(f"{word} {float(value):.3f}" for word, value in found.items() if value is not None)
+        self._show(completed=trainer.global_step, numbers=numbers, left=self._clock.left() if self._clock else "")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_batch_end(trainer, pl_module, None, None, 0)
+        self._show(description="trained", left="")
+        self._stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._start(trainer, "validating", sum(trainer.num_val_batches))
+        self._show(description="validating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._show(description="training")
+        else:
+            self._stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, "testing", sum(trainer.num_test_batches))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, "predicting", sum(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != "fit":
+            self._advance()
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._advance()
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._advance()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _start(self, trainer: Trainer, doing: str, total: float) -> None:
+        if self._bar is None and self._is_enabled and trainer.is_global_zero:
+            columns = [
+                "{task.description:<17}",
+                "{task.completed}/{task.total}",
+                "{task.fields[numbers]}",
+                "{task.fields[left]}",
+            ]
+            first, *rest = (TextColumn(column, markup=False) for column in columns)
+            # The console finds the width of the terminal each time; the bar takes what the numbers leave.
+            console = Console(stderr=True)
+            self._bar = Progress(first, BarColumn(None), *rest, console=console, expand=True)
+            self._task = self._bar.add_task(doing, total=int(total), numbers="", left="")
+            self._bar.start()
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def _show(self, **changes: Any) -> None:
+        if self._bar is not None:
+            # A label may stand for long, and the bar's own clock would show it only with the next line of the log.
+            self._bar.update(self._task, refresh="description" in changes, **changes)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def activity(trainer: Trainer, doing: str, done: str) -> Iterator[None]:
+    """Show on a `TrainingBar` what takes its time between two steps; without one, log afterwards how long it took.
+
+    Args:
+        trainer: The trainer of the fit.
+        doing: Label of the bar, such as `choosing supports`; at most 17 characters.
+        done: A sentence that `in 1.2 s` ends, such as `chose the supports of 4 weights`.
+    """
+    bar, started = trainer.progress_bar_callback, time.monotonic()
+    if isinstance(bar, TrainingBar):
+        with bar.labelled(doing):
+            yield
+    else:
+        yield
+        log.info("%s in %.1f s", done, time.monotonic() - started)

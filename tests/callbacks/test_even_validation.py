@@ -1,0 +1,128 @@
+"""EvenValidation: the same validations whatever the epochs, one at the end, and a trainer's own settings before it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from testbed import runs
+
+from modular_experts.callbacks import EvenValidation
+from modular_experts.experts import LoRAExpert
+
+LORA = partial(LoRAExpert, rank=2)
+
+
+class Validated(Callback):
+    """Keeps the step, the loss and the number of batches of every validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.before: float | None = None
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.sanity_checking:
+            self.before = float(trainer.callback_metrics["val_loss"])
+        else:
+            self.steps.append(trainer.global_step)
+            self.losses.append(float(trainer.callback_metrics["val_loss"]))
+
+
+def _one_task(files: dict[str, Path]) -> dict[str, Path]:
+    """Twelve rows to train on, so an epoch of batches of one row is twelve steps, and six rows for validation."""
+    return {"upper": files["upper"]}
+
+
+def _fit(base: Path, files: dict[str, Path], folder: Path, *callbacks: Callback, **settings: Any) -> Validated:
+    seen = Validated()
+    data = runs.mixture(_one_task(files), base, batch_size=1)
+    runs.trainer(folder, seen, *callbacks, **settings).fit(runs.module(base, LORA), data)
+    return seen
+
+
+CASES = {
+    "many epochs": ({"max_steps": -1, "max_epochs": 10}, [12, 24, 36, 48, 60, 72, 84, 96, 108, 120]),
+    "ends in mid epoch": ({"max_steps": 100}, [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]),
+    "does not divide": ({"max_steps": 64}, [7, 13, 20, 26, 32, 39, 45, 52, 58, 64]),
+    "few rows": ({"max_steps": 30}, [6, 12, 18, 24, 30]),  # five times six rows
+    "short": ({"max_steps": 3}, [3]),
+    "accumulation": (
+        {"max_steps": -1, "max_epochs": 4, "accumulate_grad_batches": 5},  # three steps an epoch
+        [2, 3, 4, 5, 6, 8, 9, 10, 11, 12],
+    ),
+    "a limit": ({"max_steps": 20, "limit_val_batches": 0}, []),
+    "an interval of the user's": ({"max_steps": 12, "val_check_interval": 5}, [5, 10]),
+    "epochs of the user's": ({"max_steps": -1, "max_epochs": 4, "check_val_every_n_epoch": 2}, [24, 48]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_validations_fall_on_even_steps_and_on_the_last(case, tiny_llama_dir, task_files, tmp_path) -> None:
+    settings, wanted = CASES[case]
+    assert _fit(tiny_llama_dir, task_files, tmp_path, **settings).steps == wanted
+
+
+def test_the_user_may_choose_how_often_or_leave_it_to_the_trainer(tiny_llama_dir, task_files, tmp_path) -> None:
+    assert _fit(tiny_llama_dir, task_files, tmp_path, EvenValidation(2), max_steps=30).steps == [15, 30]
+    assert _fit(tiny_llama_dir, task_files, tmp_path, EvenValidation(0), max_steps=30).steps == [12, 24]
+    with pytest.raises(ValueError, match="times=-1 must be at least 1, or 0"):
+        EvenValidation(-1)
+
+
+def test_the_first_loss_is_that_of_the_base_on_the_same_rows(tiny_llama_dir, task_files, tmp_path) -> None:
+    seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=3)
+    module = runs.module(tiny_llama_dir, None)
+    runs.trainer(tmp_path).validate(module, runs.mixture(_one_task(task_files), tiny_llama_dir), verbose=False)
+    assert seen.before == pytest.approx(module.results["held_in"]["loss"], rel=1e-6)
+    assert seen.losses[-1] != seen.before
+
+
+def test_training_is_the_same_with_and_without_validation(tiny_llama_dir, task_files, tmp_path) -> None:
+    dropout = partial(LoRAExpert, rank=2, dropout=0.3)
+    losses = [
+        runs.fit(tiny_llama_dir, task_files, tmp_path, dropout, max_steps=12, limit_val_batches=limit)[2]
+        for limit in (0, 1.0)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_fit_that_time_ends_is_validated_on_the_way_and_at_its_end(tiny_llama_dir, task_files, tmp_path) -> None:
+    seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=10**6, max_time=timedelta(seconds=2))
+    assert 3 <= len(seen.steps) <= 11
+    assert seen.steps == sorted(set(seen.steps))
+
+
+def test_early_stopping_looks_after_each_validation(tiny_llama_dir, task_files, tmp_path) -> None:
+    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    assert _fit(tiny_llama_dir, task_files, tmp_path, stop, max_steps=100).steps == [10, 20]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_resumed_from_any_validation_goes_on_with_the_same_losses_and_validations(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """An epoch is six steps: some checkpoints are of its middle, some of its end."""
+
+    def run(ckpt: Path | None = None) -> tuple[list[float], list[int], Any]:
+        losses, seen = runs.Losses(), Validated()
+        torch.manual_seed(0)
+        module = runs.module(tiny_llama_dir, partial(LoRAExpert, rank=2, dropout=0.3))
+        saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", enable_version_counter=False)
+        trainer = runs.trainer(tmp_path, losses, seen, saving, max_steps=24, enable_checkpointing=True)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
+        return losses.steps, seen.steps, trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    whole, validated, logged = run()
+    assert validated == [3, 6, 9, 12, 15, 18, 21, 24]
+    for step in validated[:-1]:
+        after, rest, counted = run(tmp_path / f"step={step}.ckpt")
+        assert after == whole[step:], step
+        assert rest == [one for one in validated if one > step]
+        assert counted == logged, "metrics would be logged at other steps"

@@ -1,0 +1,149 @@
+"""LogProgress says in lines how a fit goes and what came of it; TrainingBar shows all of it in one line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from testbed import runs
+
+from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainingBar
+from modular_experts.experts import LoRAExpert, SparseExpert
+from modular_experts.masks import Reselect
+
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
+
+
+@pytest.fixture
+def lines(caplog):
+    """What is logged, without the names of loggers."""
+    caplog.set_level("INFO", "modular_experts")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("modular_experts")]
+
+
+def test_a_line_at_every_tenth_has_the_mean_loss_the_new_validation_loss_and_the_time_left(
+    tiny_llama_dir, task_files, tmp_path, lines
+) -> None:
+    """Batches of four of 24 rows and 12 of validation: 40 steps are validated ten times."""
+    _, _, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=40)
+    found = [line for line in lines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in found] == [f"step {step}/40" for step in range(4, 41, 4)]
+    shape = r"step \d+/40: loss ([\d.]+), validation loss [\d.]+, \d+:\d\d:\d\d left"
+    means = [float(re.fullmatch(shape, line)[1]) for line in found]
+    wanted = torch.tensor(losses).view(10, 4).mean(dim=1).tolist()
+    assert means == pytest.approx(wanted, rel=1e-3)
+
+
+def test_accumulated_batches_count_in_full_and_a_line_comes_without_validation_too(
+    tiny_llama_dir, task_files, tmp_path, lines
+) -> None:
+    settings = {"max_steps": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0}
+    runs.fit(tiny_llama_dir, task_files, tmp_path, partial(LoRAExpert, rank=2), **settings)
+    loss = next(re.search(r"loss ([\d.]+), 0:00:0\d left", line) for line in lines() if line.startswith("step 1/2"))
+    assert 3 < float(loss[1]) < 6, "the loss of an untrained model of a hundred characters"
+    assert any(line.startswith("trained on 24 rows in ") and "validation" not in line for line in lines())
+
+
+def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files, tmp_path, lines) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    logger, schedule = CSVLogger(tmp_path / "logs"), MaskSchedule(rule=Reselect(every=2, until=0.5))
+    _, trainer, _ = runs.fit(
+        tiny_llama_dir, task_files, tmp_path, SPARSE, export, schedule, logger=logger, log_every_n_steps=1
+    )
+    said = "\n".join(lines())
+    (progress,) = [one for one in trainer.callbacks if isinstance(one, LogProgress)]
+    first, last = f"{progress.first_loss:.4g}", f"{export.best:.4g}"
+    assert f"the validation loss before training is {first}" in said
+    assert re.search(
+        rf"trained on 24 rows in [\d.]+ s, [\d.]+ s of which chose supports; .* from {first} to {last}", said
+    )
+    assert f"the expert is in {export.target}, metrics.csv is in {logger.log_dir}" in said
+    assert "chose what is trained in 4 weights before step 3 in " in said
+    rows = list(csv.DictReader((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()))
+    before = [float(row["val_loss"]) for row in rows if row["step"] == "0" and row["val_loss"]]
+    assert before == [pytest.approx(progress.first_loss)]
+
+
+def test_a_resumed_fit_counts_all_its_rows_and_remembers_its_first_loss(
+    tiny_llama_dir, task_files, tmp_path, lines
+) -> None:
+    _, first, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=4)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0))
+    second = runs.trainer(tmp_path, max_steps=6)
+    second.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=tmp_path / "a.ckpt")
+    ends = [line for line in lines() if line.startswith("trained on")]
+    assert [line.split(" rows")[0] for line in ends] == ["trained on 16", "trained on 24"]
+    assert ends[0].split("from ")[1].split(" to")[0] == ends[1].split("from ")[1].split(" to")[0]
+
+
+def test_fast_dev_run_writes_nothing(tiny_llama_dir, task_files, tmp_path, lines) -> None:
+    best = tmp_path / "best-of-mine"
+    best.mkdir()
+    (best / "expert.json").write_text("{}")
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    settings = {"fast_dev_run": True, "enable_checkpointing": True, "logger": CSVLogger(tmp_path)}
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, **settings)
+    assert [file.name for file in tmp_path.rglob("*")] == ["best-of-mine", "expert.json"]
+    assert "fast_dev_run wrote nothing, neither an expert nor a checkpoint" in lines()
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _screen(monkeypatch) -> Screen:
+    """Put a terminal in the place of standard error, within the test: pytest sets its own before each phase."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    return sys.stderr
+
+
+def _frames(screen: Screen) -> list[str]:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning says when a bar is asked for in a log
+def test_one_line_shows_the_whole_fit_and_what_is_going_on(
+    tiny_llama_dir, task_files, tmp_path, monkeypatch, lines
+) -> None:
+    screen = _screen(monkeypatch)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, TrainingBar(), max_steps=14, enable_progress_bar=True)
+    frames = _frames(screen)
+    assert all(len(frame) <= 80 for frame in frames)
+    assert {frame.split(" ")[0] for frame in frames} == {"validating", "training", "choosing", "trained"}
+    assert sum("trained " in frame for frame in frames[-2:]) >= 1
+    assert re.search(r"^trained +━+ 14/14 loss \d\.\d{3} validation \d\.\d{3}$", frames[-1])
+    assert any(re.search(r" \d+/14 loss [\d.]+ (validation [\d.]+ )?\d:\d\d:\d\d left$", frame) for frame in frames)
+    assert not any(line.startswith(("step ", "chose what")) for line in lines()), "the bar shows them"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_bar_serves_tests_and_predictions_and_can_be_switched_off(
+    tiny_llama_dir, task_files, tmp_path, monkeypatch
+) -> None:
+    screen = _screen(monkeypatch)
+    bar, module = TrainingBar(), runs.module(tiny_llama_dir, None)
+    data = runs.mixture(task_files, tiny_llama_dir, eval_batch_size=4)
+    trainer = runs.trainer(tmp_path, bar, enable_progress_bar=True)
+    trainer.test(module, data, verbose=False)
+    assert re.search(r"^testing +━+ 5/5$", _frames(screen)[-1])
+    trainer.predict(module, data)
+    assert re.search(r"^predicting +━+ 5/5$", _frames(screen)[-1])
+    trainer.validate(module, data, verbose=False)
+    assert re.search(r"^validating +━+ 3/3$", _frames(screen)[-1])
+    before = screen.getvalue()
+    bar.disable()
+    trainer.validate(module, data, verbose=False)
+    assert screen.getvalue() == before
