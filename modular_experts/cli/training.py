@@ -11,26 +11,25 @@ import json
 import logging
 import pickle
 import sys
-import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.base import Base
-from modular_experts.callbacks import ExportExpert
+from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
 from modular_experts.cli.arguments import as_settings, as_words, fold_configs, read_options
 from modular_experts.cli.parser_errors import arguments_of, explained
 from modular_experts.data import TaskMixture
@@ -97,23 +96,32 @@ class TrainingCLI(LightningCLI):
         if not exports:
             log.info("no expert was exported: list the callback ExportExpert with its library and name to keep one")
         for export in exports:
-            if not export.target.exists():
+            if not export.target.exists() and not self.trainer.fast_dev_run:
                 export.on_train_end(self.trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with a progress bar on a terminal, and a length."""
+        """Make the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
         trainer = self.config_init[self.subcommand].trainer
         listed = trainer.callbacks or []
         kwargs["callbacks"] = [*(listed if isinstance(listed, list) else [listed]), ResumeHint()]
         if self.subcommand != "fit" and trainer.logger is None:
             # There is nothing to log, and a logger leaves a directory at every call.
             kwargs["logger"] = False
+        elif trainer.logger is not False:
+            others = [] if trainer.logger in (None, True) else trainer.logger
+            others = others if isinstance(others, list) else [others]
+            own = [] if any(isinstance(one, CSVLogger) for one in others) else [CSVLogger(trainer.default_root_dir)]
+            # The folder of the first logger holds the configuration and the checkpoints.
+            kwargs["logger"] = [*own, *others]
+        if trainer.val_check_interval is not None:
+            # Its value may be Lightning's default, which `EvenValidation` would replace.
+            kwargs["callbacks"].insert(0, EvenValidation(times=0))
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
             # Lightning's default is a thousand.
             kwargs["max_epochs"] = 3
         bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
         if trainer.enable_progress_bar is None and not bars:
-            kwargs["enable_progress_bar"] = sys.stderr.isatty() and sys.stdout.isatty()
+            kwargs["enable_progress_bar"] = sys.stderr.isatty()
             kwargs["callbacks"] += [TrainingBar()] * kwargs["enable_progress_bar"]
         return super().instantiate_trainer(**kwargs)
 
@@ -142,7 +150,7 @@ def run(argv: Sequence[str]) -> None:
                 args=words,
                 trainer_defaults=_DEFAULTS,
                 seed_everything_default=0,
-                save_config_callback=SaveConfigCallback if verb == "fit" else None,
+                save_config_callback=SavedConfig if verb == "fit" else None,
                 save_config_kwargs={"overwrite": True},
                 parser_class=_Parser,
                 auto_configure_optimizers=False,
@@ -172,18 +180,26 @@ def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
     return {"model": {name: value for name, value in settings.items() if not name.startswith("_")}}
 
 
+class _StandardError(logging.Handler):
+    """Prints each message to what standard error is now: a running progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Log what this package reports, on the first rank only, and hide what Lightning reports about itself."""
-    ours, theirs = logging.getLogger("modular_experts"), logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(lambda record: getattr(rank_zero_only, "rank", 0) == 0)
-    level = ours.level
+    """Log what this package reports, on the first rank only, and of Lightning only its warnings."""
+    ours, theirs = (
+        logging.getLogger("modular_experts"),
+        [*map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))],
+    )
+    handler, levels = _StandardError(), [one.level for one in (ours, *theirs)]
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
-    is_no_tip = lambda record: "Tip:" not in record.getMessage()  # noqa: E731
-    theirs.addFilter(is_no_tip)
+    for one in theirs:
+        one.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # A user cannot mend the deprecated calls of LightningCLI.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -192,9 +208,17 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            theirs.removeFilter(is_no_tip)
             ours.removeHandler(handler)
-            ours.setLevel(level)
+            for one, level in zip((ours, *theirs), levels, strict=True):
+                one.setLevel(level)
+
+
+class SavedConfig(SaveConfigCallback):
+    """Keeps the configuration in the folder of the run, and tells the module where."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        pl_module.config_file = Path(trainer.log_dir or ".") / self.config_filename  # type: ignore[assignment]
 
 
 class ResumeHint(Callback):
@@ -207,27 +231,4 @@ class ResumeHint(Callback):
         if path := keeper and (keeper.last_model_path or keeper.best_model_path):
             log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
         else:
-            log.info("interrupted before the first checkpoint, which is written at the end of an epoch")
-
-
-class TrainingBar(RichProgressBar):
-    """A rich progress bar with the optimizer step and the time left of the whole fit."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._first, self._started = trainer.global_step, time.monotonic()
-
-    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        # The number of a log directory.
-        metrics.pop("v_num", None)
-        if not trainer.training:
-            return metrics
-        step, total = trainer.global_step, pl_module.length.total_steps
-        done = step - self._first
-        seconds = (time.monotonic() - self._started) / done * (total - step) if done else 0
-        left = {"left": str(timedelta(seconds=round(seconds)))} if done else {}
-        return {"step": f"{step}/{total}", **left, **metrics}
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch + 1}"
+            log.info("interrupted before the first checkpoint, which the first validation writes")

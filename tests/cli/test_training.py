@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -353,6 +354,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     said = capsys.readouterr().err
     checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
     assert "the best state so far, of step 3, is an ordinary expert in runs/best-of-a" in said
+    assert checkpoint.endswith("step=3.ckpt")
     assert main(["verify", "runs/best-of-a"]) == 0
     assert not Path("library").exists()
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", "last"]) == 1
@@ -373,12 +375,77 @@ def test_the_summary_tells_the_true_share_where_tiles_are_few(place, capsys) -> 
     assert "512 trained parameters, 50.00% of these weights" in said
 
 
-def test_on_a_terminal_a_bar_is_added_and_the_users_callbacks_stay(place, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_takes_the_place_of_the_lines(place, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
-    assert "step: 6/6" in " ".join(capsys.readouterr().out.split())
+    shown = sys.stderr.getvalue()
+    assert "6/6 loss " in shown
+    assert "step 6/6" not in shown
+    assert "trained on 24 rows" in shown
     assert list(Library("library")) == ["a"]
+
+
+def test_off_a_terminal_lines_tell_of_the_run_and_of_nothing_that_is_not_there(place, capsys) -> None:
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
+    said = capsys.readouterr().err
+    starts = [
+        "a: 12 of 12 rows",
+        "SparseExpert(",
+        "learning rate ",
+        "metrics and checkpoints go to ",
+        "the validation ",
+    ]
+    starts += [
+        "chose what is trained ",
+        "step 1/6: ",
+        "step 6/6: ",
+        "exported step ",
+        "trained on 24 rows ",
+        "the expert is",
+    ]
+    places = [said.index(f"\n{start}" if number else start) for number, start in enumerate(starts)]
+    assert places == sorted(places)
+    assert "metrics.csv and config.yaml are in runs/lightning_logs/version_0" in said.splitlines()[-1]
+    for noise in ("GPU", "TPU", "Seed set", "Tip", "LeafSpec", "Trainer.fit"):
+        assert noise not in said, noise
+
+
+def test_metrics_are_in_a_file_beside_any_other_logger(place) -> None:
+    fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
+    other = {"class_path": "my_logger.Seen", "init_args": {}}
+    Path("my_logger.py").write_text(
+        "from lightning.pytorch.loggers.logger import DummyLogger\n\n\nclass Seen(DummyLogger):\n    pass\n"
+    )
+    sys.path.insert(0, str(place))
+    try:
+        assert main([*fit, "--trainer.logger", json.dumps(other)]) == 0
+        assert main([*fit, "--trainer.logger", "true"]) == 0
+        assert main([*fit, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine"]) == 0
+    finally:
+        sys.path.remove(str(place))
+    found = sorted(str(file) for file in Path().rglob("metrics.csv"))
+    runs = [f"runs/lightning_logs/version_{number}/metrics.csv" for number in (0, 1)]
+    assert found == ["mine/lightning_logs/version_0/metrics.csv", *runs]
+    assert all("val_loss" in Path(file).read_text() for file in found)
+
+
+def test_an_interval_of_validation_beats_ours_even_if_it_is_lightnings_default(place, capsys) -> None:
+    fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
+    assert main([*fit, "--trainer.val_check_interval", "1.0", "--trainer.max_steps", "5"]) == 0
+    said = capsys.readouterr().err
+    assert [line.split(":")[0] for line in said.splitlines() if ", validation loss " in line] == ["step 3/5"]
+
+
+def test_fast_dev_run_leaves_nothing(place, capsys) -> None:
+    before = set(place.rglob("*"))
+    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.fast_dev_run", "true"]) == 0
+    assert set(place.rglob("*")) == before
+    assert "fast_dev_run wrote nothing" in capsys.readouterr().err
 
 
 DAMAGED = {
