@@ -28,6 +28,7 @@ VERBS = {
     "fit": Command("training", "", "train experts on task files"),
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
+    "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
     "predict": Command("training", "", "write a model's answers"),
     "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library"),
     "statistics": Command("search", "statistics", "measure what some merge methods need of the experts' data"),

@@ -35,7 +35,7 @@ def run_command(function: Callable[..., None], argv: Sequence[str], positional: 
     for name, hint in hints.items():
         kinds = (hint, *get_args(hint))
         flags += [name] if bool in kinds else []
-        lists += [name] if list[str] in kinds else []
+        lists += [name] if list in [get_origin(kind) for kind in kinds] else []
         tables += [name] if dict in [get_origin(kind) for kind in kinds] else []
     options, config = fold_configs(read_options(argv[1:], flags, lists, tables, list(hints)[:positional]))
     # Errors are raised, so that they become sentences.

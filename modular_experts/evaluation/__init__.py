@@ -1,11 +1,13 @@
 """Measure models on tasks: losses, generated answers and choices, as scores by task.
 
-Start with `measure.py`: `evaluate` measures a base with experts in one call, `measure` a loaded model. `scores.py` has
-the metrics and takes a user's own; `likelihood.py` and `generation.py` run the model. The room `reports` shows results.
+Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
+`report.py` writes its page, `scores.py` has the metrics and takes a user's own; `likelihood.py` and `generation.py` run
+the model.
 """
 
 from __future__ import annotations
 
+from modular_experts.evaluation.compare import evaluate
 from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import (
     answer_logits,
@@ -14,7 +16,7 @@ from modular_experts.evaluation.likelihood import (
     greedy_matches,
     row_sums,
 )
-from modular_experts.evaluation.measure import evaluate, measure, score_batch
+from modular_experts.evaluation.measure import measure, score_batch
 from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.quickstart.findings import exact
-from modular_experts.quickstart.rows import KIND_NAMES, LATENT, METHOD_NAMES, as_results
+from modular_experts.quickstart.rows import KIND_NAMES, LATENT, as_results
 from modular_experts.reports import Results
 from modular_experts.reports.charts import Chart, Course, Courses, Key, Look, Side, StepGroup, StepRow, Steps, draw
 from modular_experts.reports.svg import COLOURS
@@ -26,7 +26,7 @@ STEP_KEY = [
 ]
 COURSE_KEY = [
     *[
-        Key(x, METHOD_NAMES[method], look.marker, look.colour, look.colour, {"markersize": 6})
+        Key(x, method, look.marker, look.colour, look.colour, {"markersize": 6})
         for x, (method, look) in zip((22, 106, 222), LOOKS.items(), strict=True)
     ],
     Key(284, "solid: at the chosen scale"),
@@ -67,7 +67,7 @@ def _steps(run: Results) -> Steps:
             values = {
                 role: (exact(merge, role=role, at="default"), exact(merge, role=role, at="chosen")) for role in SIDES
             }
-            rows.append(StepRow(f"{kind}-{method}", METHOD_NAMES[method], LOOKS[method], values))
+            rows.append(StepRow(f"{kind}-{method}", method, LOOKS[method], values))
         groups.append(StepGroup(kind, KIND_NAMES[kind], rows, exact(run, kind=kind, count=1)))
     return Steps(f"All {everything} experts merged into one", sides, groups, STEP_KEY)
 

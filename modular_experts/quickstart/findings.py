@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from modular_experts.quickstart.rows import KIND_NAMES, LATENT, METHOD_NAMES
+from modular_experts.quickstart.rows import KIND_NAMES, LATENT
 from modular_experts.reports import Results
 from modular_experts.reports.tables import listed, percent, points
 
@@ -35,34 +35,28 @@ def about_base(run: Results) -> str:
 
 
 def about_singles(run: Results) -> str:
-    """Rank the kinds of single experts."""
+    """State which kinds of single experts answer best."""
     singles = {KIND_NAMES[kind]: exact(run, kind=kind, count=1) for kind in run.values("kind")}
-    return f"Alone, each on its own task: {_ranking(singles, noise(run))}."
+    return f"Alone, each on its own task, {_lead(singles, noise(run))}"
 
 
 def about_merging(run: Results) -> str:
-    """State what merging a few and all experts of the first kind costs."""
-    kind = run.values("kind")[0]
-    method = leading(run, kind)
-    merges = run.where(kind=kind, merge=method, at="chosen", role="held_in")
-    *few, everything = run.facts["levels"]
-    steps = [f"{percent(exact(merges, count=count))} % with {count}" for count in few]
-    steps.append(f"{percent(exact(merges, count=everything))} % with all {everything}")
-    alone = percent(exact(run, kind=kind, count=1))
+    """State what merging all experts of the first kind costs."""
+    kind, everything = run.values("kind")[0], run.facts["levels"][-1]
+    alone, merged = exact(run, kind=kind, count=1), _all(run, kind, leading(run, kind))
     name = EXPERTS[kind][0].upper() + EXPERTS[kind][1:]
-    return f"{name} experts answer {alone} % alone, and merged into one model {listed(steps)} ({METHOD_NAMES[method]})."
+    return f"{name} experts answer {percent(alone)} % alone, and {percent(merged)} % as all {everything} in one model"
 
 
 def about_methods(run: Results) -> str:
-    """Rank the methods on the first kind, untuned and tuned. Task arithmetic is the average at another scale."""
+    """State which methods are best on the first kind, untuned and tuned."""
     kind = run.values("kind")[0]
     ranks = []
     for at in ("default", "chosen"):
+        # Task arithmetic is the average at another scale.
         methods = [method for method in run.where(kind=kind).values("merge") if method != "TaskArithmetic"]
-        values = {METHOD_NAMES[method]: _all(run, kind, method, at=at) for method in methods}
-        ranks.append(_ranking(values, noise(run)))
-    merges = f"All {run.facts['levels'][-1]} {EXPERTS[kind]} experts in one model"
-    return f"{merges}, with nothing tuned: {ranks[0]}. With the scale chosen: {ranks[1]}."
+        ranks.append(_lead({method: _all(run, kind, method, at=at) for method in methods}, noise(run)))
+    return f"With nothing tuned, {ranks[0]}; with the scale chosen, {ranks[1]}"
 
 
 def about_held_out(run: Results) -> str:
@@ -70,23 +64,32 @@ def about_held_out(run: Results) -> str:
     kind = run.values("kind")[0]
     merged = _all(run, kind, leading(run, kind), role="held_out")
     base = exact(run, model="base", role="held_out")
+    numbers = f"{percent(merged)} %, the base {percent(base)} %"
     if merged - base >= noise(run, "held_out"):
-        so = f"{points(merged - base)} above the base: the answers' format, which all experts share, carries over"
-    else:
-        so = f"no better than the base ({percent(base)} %) within the noise"
-    return f"On tasks that no expert was trained on, the same merge answers {percent(merged)} %, {so}."
+        return f"On tasks that no expert saw, the merge answers {numbers}: the experts' shared format carries over"
+    return f"On tasks that no expert saw, the merge answers {numbers}, which is level within the noise"
+
+
+def about_tasks(alone: Mapping[str, float], merged: Mapping[str, float]) -> str:
+    """State on which task merging costs most, or without the merge's scores, which task is hardest."""
+    if not merged:
+        hardest = min(alone, key=lambda task: alone[task])
+        return f"Alone, {hardest} is the hardest task ({percent(alone[hardest])} %)"
+    most, least = (choose(alone, key=lambda task: alone[task] - merged[task]) for choose in (max, min))
+    falls = [f"{task} ({percent(alone[task])} % to {percent(merged[task])} %)" for task in (most, least)]
+    return f"Merging costs most on {falls[0]}, and least on {falls[1]}"
 
 
 def about_certainty(run: Results) -> str:
     """State how small a difference one seed can show."""
     return (
         f"This is one seed ({run.facts['seed']}): differences under {points(noise(run))} held in and "
-        f"{points(noise(run, 'held_out'))} held out are noise."
+        f"{points(noise(run, 'held_out'))} held out are noise"
     )
 
 
 def leading(run: Results, kind: str) -> str:
-    """Return the method to look at first: overlap-aware where it is its own method, else the best at scale 1."""
+    """Return the method to look at first: `SparseAverage` where it was used, else the best at scale 1."""
     methods = run.where(kind=kind).values("merge")
     if "SparseAverage" in methods:
         return "SparseAverage"
@@ -110,11 +113,13 @@ def _all(run: Results, kind: str, method: str, role: str = "held_in", at: str = 
     return exact(run, kind=kind, merge=method, count=run.facts["levels"][-1], role=role, at=at)
 
 
-def _ranking(values: Mapping[str, float], margin: float) -> str:
-    """List values from the best on, and how many of them are level with the best."""
+def _lead(values: Mapping[str, float], margin: float) -> str:
+    """Name the best and its value, and whatever is level with it within a margin."""
     order = sorted(values, key=lambda name: -values[name])
-    level = sum(round(values[order[0]] - value, 9) < margin for value in values.values())
-    text = listed([f"{name} {percent(values[name])} %" for name in order])
-    if level == 1:
-        return text
-    return f"{text}; " + ("all are level" if level == len(order) else f"the first {level} are level")
+    level = [name for name in order if round(values[order[0]] - values[name], 9) < margin]
+    if len(level) == 1:
+        second = f" ({order[1]} {percent(values[order[1]])} %)" if order[1:] else ""
+        return f"{order[0]} is best with {percent(values[order[0]])} %{second}"
+    names = "all" if len(level) == len(order) > 2 else listed(level)
+    low, high = percent(values[level[-1]]), percent(values[level[0]])
+    return f"{names} are level at {low}{f' to {high}' if low != high else ''} %"

@@ -12,12 +12,7 @@ from typing import Any
 from modular_experts.reports import Results
 
 KIND_NAMES = {"sparse": "sparse entries", "block": "sparse tiles", "lora": "LoRA", "full": "full"}
-METHOD_NAMES = {
-    "Average": "average",
-    "TaskArithmetic": "task arithmetic",
-    "SparseAverage": "overlap-aware",
-    "TIES": "TIES",
-}
+METHODS = ("Average", "TaskArithmetic", "SparseAverage", "TIES")
 LATENT = "base, own format"
 SCORES = ("exact_match", "rougeL", "loss")
 COSTS = ("bytes", "ever_trained", "kept", "parameters", "seconds")
@@ -46,13 +41,13 @@ def as_results(found: Mapping[str, Any]) -> Results:
             about = {"experts": [f"{kind}-{task}"], "kind": kind, "count": 1}
             add(f"{kind}-{task}", expert, COSTS, **about)
             add(f"{kind}-{task}", expert, SCORES, **about, task=task, role="held_in", rows=expert["rows"])
-        for method in [method for method in METHOD_NAMES if method in found["merges"][kind]]:
+        for method in [method for method in METHODS if method in found["merges"][kind]]:
             for count in found["levels"]:
                 merge = found["merges"][kind][method][str(count)]
-                model = f"{count} {KIND_NAMES[kind]} experts, {METHOD_NAMES[method]}"
+                model = f"{count} {KIND_NAMES[kind]} experts, {method}"
                 about = {"kind": kind, "merge": method, "count": count}
                 add(model, merge, ("scale", *COSTS), **about)
                 add_roles(f"{model}, scale 1", merge["default"], **about, at="default")
                 add_roles(f"{model}, chosen scale", merge["chosen"], **about, at="chosen")
     facts = ("seed", "python", "machine", "versions", "tasks", "held_out", "levels", "base")
-    return Results(rows, {name: found[name] for name in facts})
+    return Results(rows, {name: found[name] for name in facts} | {"date": found.get("date")})

@@ -12,11 +12,13 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modular_experts.jobs import LocalProcesses, Piece, cores, run
+from modular_experts.jobs import LocalProcesses, Piece, run
+from modular_experts.jobs.processes import machine
 from modular_experts.library.record import package_versions
 from modular_experts.quickstart.base import FACTS, make_base
 from modular_experts.quickstart.plan import Plan
@@ -100,7 +102,8 @@ class Ledger:
             "plan": settings,
             "versions": package_versions(),
             "python": platform.python_version(),
-            "machine": f"{cores()} cores, {platform.machine()}",
+            "machine": machine(),
+            "date": datetime.now(UTC).date().isoformat(),
         }
         write_json(self.file, self.results)
 

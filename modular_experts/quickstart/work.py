@@ -34,19 +34,22 @@ from modular_experts.training.module import ExpertModule
 
 NEW_TOKENS = 10  # more than any answer has
 EVAL_BATCH = 448
+EXAMPLES = 2  # test words of each task whose answers are kept
 MULTITASK_BATCH = 64
 
 
 def measure_base(plan: Plan, out: Path) -> dict[str, Any]:
     """Test the base as it is, and in its own chatty format, which shows the skill that it has."""
     data = partial(_mixture, plan, out, list(plan.held_in), held_out=True)
-    return {"plain": _roles(_scores(out, data())), "latent": _roles(_scores(out, data(chatty=True), tokens=20))}
+    plain, latent = _scores(out, data()), _scores(out, data(chatty=True), tokens=20)
+    return {"plain": _roles(plain), "latent": _roles(latent), **_by_task(plain)}
 
 
 def train_expert(plan: Plan, out: Path, kind: str, task: str) -> dict[str, Any]:
     """Train one expert, put it into the library, and test it on its task."""
     facts, scores = _train(plan, out, _mixture(plan, out, [task]), kind, f"{kind}-{task}", plan.expert_steps)
-    return {name: scores["tasks"][task][name] for name in (*SCORES, "rows")} | facts
+    answers = {"answers": scores["examples"][task]}
+    return {name: scores["tasks"][task][name] for name in (*SCORES, "rows")} | facts | answers
 
 
 def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def train_multitask(plan: Plan, out: Path) -> dict[str, Any]:
     data = _mixture(plan, out, list(plan.held_in), held_out=True, batch_size=MULTITASK_BATCH)
     steps = max(1, plan.tasks * plan.expert_steps * plan.batch_size // MULTITASK_BATCH)
     facts, scores = _train(plan, out, data, "full", "multitask", steps)
-    return {**_roles(scores), **facts, "steps": steps}
+    return {**_roles(scores), **facts, **_by_task(scores), "steps": steps}
 
 
 def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> dict[str, Any]:
@@ -88,8 +91,9 @@ def measure_merge(plan: Plan, out: Path, kind: str, method: str, count: int) -> 
             return found | {"chosen": _roles(*[_scores(out, data, merged, scale) for data, merged in parts])}
         target = out / "library" / f"merge-{kind}-{method}"
         stored = merge(members[0], make(scale=scale), target, overwrite=True)
-        tested = _roles(_scores(out, parts[0][0], stored))
-    return found | {"chosen": tested, "name": stored.name, "bytes": _bytes(stored), "kept": stored.kept_share}
+        tested = _scores(out, parts[0][0], stored)
+    found |= {"chosen": _roles(tested), **_by_task(tested)}
+    return found | {"name": stored.name, "bytes": _bytes(stored), "kept": stored.kept_share}
 
 
 def _train(
@@ -115,7 +119,8 @@ def _train(
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     facts = {"name": name, "seconds": seconds, "bytes": _bytes(stored), "parameters": trained, **shares}
     data.setup("test")
-    return facts, measure(module.model, module.tokenizer, data.test_dataloader(), data.roles, NEW_TOKENS)
+    scores = measure(module.model, module.tokenizer, data.test_dataloader(), data.roles, NEW_TOKENS, examples=EXAMPLES)
+    return facts, scores
 
 
 def _scores(
@@ -130,7 +135,7 @@ def _scores(
     data.setup("test" if tokens else "validate")
     batches = data.test_dataloader() if tokens else data.val_dataloader()
     with applied(model, [expert] if expert else [], scale, check=False):
-        return measure(model, tokenizer, batches, data.roles, tokens)
+        return measure(model, tokenizer, batches, data.roles, tokens, examples=EXAMPLES)
 
 
 def _mixture(
@@ -155,6 +160,14 @@ def _roles(*groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the scores of each role that was tested, as means over groups of equally many tasks."""
     roles = [role for role in ("held_in", "held_out") if groups[0][role]]
     return {role: {name: fmean(group[role][name] for group in groups) for name in SCORES} for role in roles}
+
+
+def _by_task(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return each task's exact match, and the answers to its first test words."""
+    return {
+        "exact_match": {task: found["exact_match"] for task, found in scores["tasks"].items()},
+        "answers": scores["examples"],
+    }
 
 
 def _bytes(expert: StoredExpert) -> int:

@@ -7,13 +7,15 @@ XML, so that any XML parser can check a page.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from modular_experts.reports.svg import COLOURS
 
 HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
+LONGEST = 300  # characters of a text in an example
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -22,14 +24,57 @@ class Html(str):
 
 
 def element(name: str, *children: str, **attributes: object) -> Html:
-    """Return an element: children that are `Html` as they are, others escaped; the attribute `class_` is `class`."""
-    shown = "".join(f' {key.rstrip("_")}="{escape(str(value))}"' for key, value in attributes.items())
+    """Return an element: children that are `Html` as they are, others escaped; `class_` is `class`, and `_` is `-`."""
+    shown = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
     return Html(f"<{name}{shown}>{joined(children)}</{name}>")
 
 
 def joined(parts: Iterable[str]) -> Html:
     """Return parts one after the other."""
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+
+
+class Section(NamedTuple):
+    """A part of a page: its name in the table of contents, one sentence to take away as its heading, the evidence."""
+
+    name: str
+    takeaway: str
+    parts: Sequence[Html]
+
+
+def report(title: str, header: Sequence[Html], sections: Sequence[Section], facts: Mapping[str, str]) -> str:
+    """Return a page of a header, a table of contents, sections, and facts about how it was made."""
+    links = [element("a", part.name, href=f"#{slug(part.name)}") for part in sections]
+    parts = [
+        element(
+            "section",
+            element("p", part.name, class_="eyebrow"),
+            element("h2", kept_together(part.takeaway)),
+            *part.parts,
+            id=slug(part.name),
+        )
+        for part in sections
+    ]
+    known = joined(element("div", element("dt", name), element("dd", text)) for name, text in facts.items())
+    contents = element("nav", *links, aria_label="Contents")
+    return page(title, element("header", *header), contents, *parts, element("footer", element("dl", known)))
+
+
+def example(given: str, wanted: str, answers: Mapping[str, str]) -> Html:
+    """Return one row of a task: its input, the wanted answer, and what each model answers, marked as right or wrong."""
+    rows = [("input", given, ""), ("wanted", wanted, "")]
+    rows += [(name, text, "right" if text.strip() == wanted.strip() else "wrong") for name, text in answers.items()]
+    shown = []
+    for name, text, mark in rows:
+        code = element("code", text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+        said = [code, element("span", f" {mark}")] if mark else [code]
+        shown.append(element("div", element("dt", name), element("dd", *said), **({"class_": mark} if mark else {})))
+    return element("dl", *shown, class_="example")
+
+
+def slug(text: str) -> str:
+    """Return a text as the id of a part of a page."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def page(title: str, *main: Html) -> str:
@@ -39,14 +84,9 @@ def page(title: str, *main: Html) -> str:
     return f"<!DOCTYPE html>\n{element('html', head, element('body', element('main', *main)), lang='en')}\n"
 
 
-def section(title: str, takeaway: str, *rest: Html) -> Html:
-    """Return a section: its title, one sentence to take away, and the evidence."""
-    return element("section", element("h2", title), element("p", _kept_together(takeaway)), *rest)
-
-
 def note(text: str) -> Html:
     """Return a paragraph in small print, such as how a table was measured."""
-    return element("p", _kept_together(text), class_="note")
+    return element("p", kept_together(text), class_="note")
 
 
 def inline_svg(svg: str) -> Html:
@@ -57,6 +97,6 @@ def inline_svg(svg: str) -> Html:
     return Html(svg)
 
 
-def _kept_together(text: str) -> Html:
+def kept_together(text: str) -> Html:
     """Return a text in which no line ends between a number and its unit."""
     return Html(joined([text]).replace(" %", "&#160;%").replace(" points", "&#160;points"))

@@ -17,8 +17,10 @@ from typing import Any
 import rich.table
 
 from modular_experts.library.atomic import new_file
+from modular_experts.reports.html import Html
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
+FORMAT = "modular-experts/results/1"
 ROLES = {"held_in": "held-in", "held_out": "held-out"}
 
 # How the metrics that this package measures are titled and shown; any other metric is shown with three digits.
@@ -56,6 +58,25 @@ class Results:
             ]
         )
 
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found["format"] == FORMAT:
+                return cls(found["rows"], found["facts"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{path} does not hold results of the format {FORMAT}, which `evaluate` writes")
+
+    def write(self, path: str | Path) -> None:
+        """Write the rows and the facts as JSON, whole or not at all."""
+        write_json(path, {"format": FORMAT, "facts": self.facts, "rows": self.rows})
+
     def __add__(self, other: Results) -> Results:
         return Results([*self.rows, *other.rows], {**self.facts, **other.facts})
 
@@ -81,6 +102,10 @@ class Results:
         return self._table().text()
 
     def _repr_html_(self) -> str:
+        return self.html()
+
+    def html(self) -> Html:
+        """Return the same table for a page or a notebook."""
         return self._table().html()
 
     def _table(self) -> Table:
@@ -95,7 +120,7 @@ class Results:
                 tasks = [Line(task, mine.where(task=task)) for task in mine.values("task")]
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
-        return Table([*about, *[_column(metric) for metric in metrics]], groups, named)
+        return Table([*about, *[_column(metric, named == "model") for metric in metrics]], groups, named)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -111,9 +136,10 @@ def unused(path: Path) -> Path:
     return path if not path.exists() else next(other for other in others if not other.exists())
 
 
-def _column(metric: str) -> Column:
-    show = percent if metric in SHARES else _loss
-    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, bar=metric in SHARES)
+def _column(metric: str, compared: bool) -> Column:
+    show, better = (percent, "high") if metric in SHARES else (_loss, "low" if metric == "loss" else "")
+    bar, best = metric in SHARES, better if compared else ""
+    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, bar, best=best)  # type: ignore[arg-type]
 
 
 def _tested(rows: Results) -> int:

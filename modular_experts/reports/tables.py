@@ -6,10 +6,10 @@ To add a column to a report, add a `Column` to its list; the terminal and the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import rich.table
 from rich.markup import escape
@@ -29,6 +29,10 @@ class Column:
     bar: bool = False  # on pages: whether a bar under the cell shows the value, a share between 0 and 1
     over: str = ""  # a heading over this column and its neighbours that have the same
     left: bool = False  # whether the text starts on the left
+    best: Literal["", "high", "low"] = ""  # which value of a group of lines is marked as its best on a page
+
+
+Cell = tuple[Column, Any, str]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Table:
     columns: Sequence[Column]
     groups: Sequence[Sequence[Line]]
     name: str = ""
+    across: bool = False  # whether the best values are those of each line, and not of each column of a group
 
     def text(self, title: str | None = None) -> rich.table.Table:
         """Return the table for a terminal, under a headline."""
@@ -74,20 +79,39 @@ class Table:
             spans = [(over, len(list(columns))) for over, columns in groupby(column.over for column in self.columns)]
             over = [element("th", title, scope="colgroup", colspan=span) for title, span in [("", 1), *spans]]
             head.insert(0, element("tr", *over, class_="over"))
-        bodies = [element("tbody", *[self._row(line) for line in group]) for group in self.groups]
+        bodies = []
+        for group in self.groups:
+            cells = [self._cells(line) for line in group]
+            together = cells if self.across else zip(*cells, strict=True)
+            best = [id(cell) for several in together for cell in _best(several)]
+            rows = [self._row(line, mine, best) for line, mine in zip(group, cells, strict=True)]
+            bodies.append(element("tbody", *rows))
         return element("div", element("table", element("thead", *head), *bodies), class_="scroll", tabindex="0")
 
-    def _cells(self, line: Line) -> list[tuple[Column, Any, str]]:
+    def _cells(self, line: Line) -> list[Cell]:
         """Return the column, the value and the text of each cell of a line."""
         values = [(column, column.of(line.rows)) for column in self.columns]
         return [(column, value, "" if value is None else column.show(value)) for column, value in values]
 
-    def _row(self, line: Line) -> Html:
-        cells = [element("th", element("span", line.name, class_=line.key) if line.key else line.name, scope="row")]
-        for column, value, text in self._cells(line):
-            bar = {"class_": "bar", "style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
-            cells.append(element("td", text, **bar))
-        return element("tr", *cells, **({"class_": "kind"} if line.strong else {}))
+    def _row(self, line: Line, cells: Sequence[Cell], best: Collection[int]) -> Html:
+        shown = [element("th", element("span", line.name, class_=line.key) if line.key else line.name, scope="row")]
+        for cell in cells:
+            column, value, text = cell
+            look = {"style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
+            kinds = ["bar"] * bool(look) + ["best"] * (id(cell) in best)
+            shown.append(element("td", text, **look, **({"class_": " ".join(kinds)} if kinds else {})))
+        # A line's bars have the colour of its mark.
+        kinds = ["kind"] * line.strong + line.key.split()[1:]
+        return element("tr", *shown, **({"class_": " ".join(kinds)} if kinds else {}))
+
+
+def _best(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells with the best value, all that look like it; of cells that all look alike, none."""
+    found = [cell for cell in cells if cell[0].best and cell[2] and math.isfinite(cell[1])]
+    if len({text for *_, text in found}) < 2:
+        return []
+    best = (max if found[0][0].best == "high" else min)(found, key=lambda cell: cell[1])
+    return [cell for cell in found if cell[2] == best[2]]
 
 
 def percent(share: float) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
+from modular_experts.reports import Results
 from modular_experts.statistics import KINDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -72,6 +73,11 @@ def test_merge_config_merges(config: Path) -> None:
 def test_the_rules_by_pattern_leave_the_first_layer_alone() -> None:
     assert main(["merge", "--config", str(CONFIGS / "merge" / "per-weight.yaml"), "--out", "library/again"]) == 0
     assert not [name for name in open_expert("library/again") if ".0." in name]
+
+
+def test_the_comparison_compares() -> None:
+    assert main(["evaluate", "--config", str(CONFIGS / "evaluate.yaml"), "--eval_limit", "4"]) == 0
+    assert Results.read("runs/comparison/results.json").values("model") == ["base", "alone", "merged"]
 
 
 @pytest.mark.parametrize("config", sorted((CONFIGS / "search").glob("*.yaml")), ids=lambda file: file.stem)

@@ -1,10 +1,11 @@
-"""`evaluate` gives what the command `test` writes, in one call, for one mix of experts or for several."""
+"""`evaluate` gives what the command `test` writes, in one call, for one mix of experts or for several, and as files."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS
 from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.reports import Results
 
 
 @pytest.fixture
@@ -71,3 +73,63 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
 def test_an_expert_of_another_base_is_refused(tiny_llama_dir, task_files, weight) -> None:
     with pytest.raises(ValueError, match="trained on another base"):
         evaluate(tiny_llama_dir, ["library/b"], mixture(task_files, tiny_llama_dir))
+
+
+@pytest.fixture
+def compare(tiny_llama_dir, task_files, weight, capsys):
+    """Run the command on two tasks and a held-out one; return the exit code, and what it wrote to stdout and stderr."""
+
+    def command(*more: str) -> tuple[int, str, str]:
+        files = [str(task_files[task]) for task in ("upper", "reverse")]
+        words = ["--base", str(tiny_llama_dir), "--tasks", *files, "--held-out", str(task_files["first"])]
+        code = main(["evaluate", *words, "--max_new_tokens", "4", *more])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_prints_a_table_and_writes_results_and_a_page(compare) -> None:
+    code, out, err = compare("--experts", "library/a", "twice=library/a+library/a", "--out", "cmp")
+    assert code == 0, err
+    results = Results.read("cmp/results.json")
+    assert results.values("model") == ["base", "a", "twice"]
+    assert results.values("role") == ["held_in", "held_out"]
+    lines = [line.split() for line in out.splitlines()]
+    for model in ("base", "a", "twice"):
+        loss = results.mean("loss", model=model, role="held_in")
+        assert [model, "held-in", "12", f"{loss:.3f}"] in [line[:4] for line in lines]
+    assert max(map(len, out.splitlines())) <= 80
+    assert "the page is cmp/report.html" in out
+    assert "measuring base: 0 of 54 rows" in err
+    assert "measuring twice: 54 of 54 rows" in err
+    page = ElementTree.fromstring(Path("cmp/report.html").read_text().partition("\n")[2])
+    examples = [item for item in page.iter("dl") if item.get("class") == "example"]
+    assert len(examples) == 4  # one that tells the most, and one of each task
+    assert ["".join(name.itertext()) for name in examples[0].iter("dt")] == ["input", "wanted", "base", "a", "twice"]
+    answer = results.facts["examples"][0]
+    assert answer["input"].startswith("upper ")
+    assert set(answer["answers"]) == {"base", "a", "twice"}
+
+
+def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare) -> None:
+    assert compare("--experts", "library/a", "--out", "cmp")[0] == 0
+    first = Results.read("cmp/results.json")
+    code, _, err = compare("--experts", "library/a", "--out", "cmp")
+    assert code == 1
+    assert "cmp/results.json exists already; choose another out, or replace it with --overwrite" in err
+    Path("cmp/results.json").unlink()  # as an interruption leaves it
+    code, _, err = compare("--experts", "library/a", "a2=library/a+library/a", "--out", "cmp")
+    assert code == 0
+    assert "measuring a2: 52 of 54 rows" in err
+    assert err.startswith("measuring base: 18 of 54 rows\nmeasuring a: 36 of 54 rows\n")  # stored ones come at once
+    again = Results.read("cmp/results.json")
+    assert again.where(model="a").rows == first.where(model="a").rows
+    assert len(Path("cmp/measured.jsonl").read_text().splitlines()) == 3
+    assert compare("--experts", "library/a", "--out", "cmp", "--overwrite", "--eval_limit", "3")[0] == 0
+    assert Results.read("cmp/results.json").where(model="a").rows[0]["rows"] == 3
+
+
+def test_two_models_of_one_name_are_refused(compare) -> None:
+    code, _, err = compare("--experts", "library/a", "other/a", "--out", "cmp")
+    assert code == 2
+    assert "two models are called a; name one of them: --experts a-2=other/a" in err

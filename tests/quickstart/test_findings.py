@@ -10,7 +10,8 @@ from testbed.quickstart_results import complete_results, scores
 
 from modular_experts.quickstart import findings
 from modular_experts.quickstart.plan import KINDS, METHODS
-from modular_experts.quickstart.rows import KIND_NAMES, METHOD_NAMES, as_results
+from modular_experts.quickstart.rows import KIND_NAMES, as_results
+from modular_experts.quickstart.rows import METHODS as NAMED
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def put(found: dict[str, Any], kind: str, method: str, value: float, role: str =
 
 def test_kinds_and_methods_of_the_plan_have_names() -> None:
     assert list(KIND_NAMES) == list(KINDS)
-    assert list(METHOD_NAMES) == list(METHODS)
+    assert list(NAMED) == list(METHODS)
     assert findings.EXPERTS.keys() == KINDS.keys()
 
 
@@ -37,51 +38,49 @@ def test_fewer_test_words_make_more_noise(tasks, held_in) -> None:
     assert (
         text
         == f"This is one seed (7): differences under {100 * held_in:.1f} points held in and 3.2 points held "
-        + ("out are noise.")
+        + ("out are noise")
     )
 
 
-def test_single_experts_are_ranked_and_what_is_within_the_noise_is_level(found) -> None:
-    text = "Alone, each on its own task: full 85.7 %, LoRA 79.0 %, sparse entries 76.7 % and sparse tiles 69.3 %"
-    assert findings.about_singles(as_results(found)) == f"{text}."
+def test_the_best_kind_is_named_and_what_is_within_the_noise_is_level(found) -> None:
+    text = "Alone, each on its own task, full is best with 85.7 % (LoRA 79.0 %)"
+    assert findings.about_singles(as_results(found)) == text
     for expert in found["experts"]["lora"].values():
         expert["exact_match"] = 0.857 - 0.0199
-    assert findings.about_singles(as_results(found)).endswith("; the first 2 are level.")
+    assert findings.about_singles(as_results(found)).endswith("full and LoRA are level at 83.7 to 85.7 %")
     for expert in found["experts"]["lora"].values():
         expert["exact_match"] = 0.857 - 0.02
     assert "level" not in findings.about_singles(as_results(found))
 
 
-def test_the_cost_of_merging_names_every_level(found) -> None:
-    merges = found["merges"]["sparse"]["SparseAverage"]
-    two, five, ten = (100 * merges[level]["chosen"]["held_in"]["exact_match"] for level in ("2", "5", "10"))
-    assert findings.about_merging(as_results(found)) == (
-        f"Sparse-entry experts answer 76.7 % alone, and merged into one model {two:.1f} % with 2, {five:.1f} % with 5, "
-        f"{ten:.1f} % with 10 and 55.6 % with all 20 (overlap-aware)."
-    )
+def test_the_cost_of_merging_is_that_of_one_kind(found) -> None:
+    text = "Sparse-entry experts answer 76.7 % alone, and 55.6 % as all 20 in one model"
+    assert findings.about_merging(as_results(found)) == text
     lora = as_results(complete_results((2,), ("lora",)))
-    assert findings.about_merging(lora).endswith("merged into one model 55.1 % with all 2 (TIES).")  # best at scale 1
+    assert findings.about_merging(lora).endswith("and 55.1 % as all 2 in one model")  # TIES, best at scale 1
 
 
-def test_methods_are_ranked_untuned_and_tuned(found) -> None:
+def test_methods_are_compared_untuned_and_tuned(found) -> None:
     assert findings.about_methods(as_results(found)) == (
-        "All 20 sparse-entry experts in one model, with nothing tuned: overlap-aware 54.9 %, TIES 46.9 % and average "
-        "28.7 %. With the scale chosen: overlap-aware 55.6 %, average 54.5 % and TIES 54.1 %; all are level."
+        "With nothing tuned, SparseAverage is best with 54.9 % (TIES 46.9 %); with the scale chosen, all are level at "
+        "54.1 to 55.6 %"
     )
     put(found, "sparse", "SparseAverage", 0.2, at="default")
-    assert "nothing tuned: TIES 46.9 %, average 28.7 % and overlap-aware 20.0 %." in (
-        findings.about_methods(as_results(found))
-    )
+    assert "nothing tuned, TIES is best with 46.9 % (Average 28.7 %)" in findings.about_methods(as_results(found))
 
 
 def test_held_out_is_a_gain_over_the_base_only_beyond_the_noise(found) -> None:
-    assert "the same merge answers 48.4 %, 47.1 points above the base: the answers' format" in (
-        findings.about_held_out(as_results(found))
-    )
+    text = "the merge answers 48.4 %, the base 1.3 %: the experts' shared format carries over"
+    assert findings.about_held_out(as_results(found)).endswith(text)
     put(found, "sparse", "SparseAverage", 0.04, "held_out")
-    assert findings.about_held_out(as_results(found)).endswith(
-        "4.0 %, no better than the base (1.3 %) within the noise."
-    )
+    assert findings.about_held_out(as_results(found)).endswith("4.0 %, the base 1.3 %, which is level within the noise")
+
+
+def test_the_task_that_merging_costs_most_is_named() -> None:
+    alone = {"a": 0.9, "b": 0.8, "c": 0.3}
+    text = "Merging costs most on b (80.0 % to 20.0 %), and least on c (30.0 % to 40.0 %)"
+    assert findings.about_tasks(alone, {"a": 0.7, "b": 0.2, "c": 0.4}) == text
+    assert findings.about_tasks(alone, {}) == "Alone, c is the hardest task (30.0 %)"
 
 
 def test_the_best_merge_is_found_among_all_kinds_or_in_one(found) -> None:

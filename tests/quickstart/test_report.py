@@ -24,7 +24,6 @@ from modular_experts.quickstart.report import next_commands
 from modular_experts.quickstart.rows import as_results
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-METHODS = {"Average": "average", "TaskArithmetic": "task arithmetic", "SparseAverage": "overlap-aware", "TIES": "TIES"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_every_level_is_in_a_table(figure, tmp_path, levels) -> None:
         expected.append(percent(sum(expert["exact_match"] for expert in experts) / len(experts)))
         for method, merges in methods.items():
             values = [percent(merges[str(level)]["chosen"]["held_in"]["exact_match"]) for level in levels]
-            expected.append([METHODS[method], "", *values])
+            expected.append([method, "", *values])
     assert [row[1] if row[2] == "" else row for row in rows[1:]] == expected
 
 
@@ -118,7 +117,7 @@ def test_merges_of_all_are_in_a_table_with_scale_and_cost(figure, tmp_path) -> N
             cost = [f"{100 * merge['kept']:.3g} %", f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"]
             quality = [percent(inside["rougeL"]), f"{inside['loss']:.3f}"]
             scale = f"{TIMES}{merge['scale']:g}"
-            expected.append([METHODS[method], *plain, scale, *chosen, *quality, *cost, f"{merge['seconds']:.2f}"])
+            expected.append([method, *plain, scale, *chosen, *quality, *cost, f"{merge['seconds']:.2f}"])
     assert [row for row in rows[2:] if row[1]] == expected
 
 
@@ -128,25 +127,68 @@ def test_held_in_stands_beside_held_out(figure, tmp_path) -> None:
         "": ["held-in", "held-out"],
         "base, as it is": ["1.0", "1.3"],
         "base, own format": ["80.1", "74.5"],
-        "sparse entries, overlap-aware": ["55.6", "48.4"],
-        "sparse tiles, overlap-aware": ["53.8", "46.1"],
-        "LoRA, average": ["55.2", "47.1"],
-        "full, average": ["56.8", "46.6"],
+        "sparse entries, SparseAverage": ["55.6", "48.4"],
+        "sparse tiles, SparseAverage": ["53.8", "46.1"],
+        "LoRA, Average": ["55.2", "47.1"],
+        "full, Average": ["56.8", "46.6"],
         "multitask": ["86.1", "55.2"],
     }
 
 
-def test_seed_and_versions_are_named(figure, tmp_path) -> None:
-    tree = parsed(written(complete_results(), figure, tmp_path))
-    assert "seed 7" in text_of(tree.find("body/main/header"))
-    assert "Made on 2 cores, x86_64, with Python 3.11.7, modular-experts 0.1.0, torch 2.13.0" in text_of(tree)
+def test_date_machine_versions_and_library_are_named(figure, tmp_path) -> None:
+    tree = parsed(written(complete_results() | {"date": "2026-11-26"}, figure, tmp_path))
+    found = {text_of(item.find("dt")): text_of(item.find("dd")) for item in tree.findall("body/main/footer/dl/div")}
+    assert found.pop("versions").startswith("modular-experts 0.1.0, torch 2.13.0")
+    expected = {"library": "runs/quickstart/library", "seed": "7", "machine": "2 cores, x86_64", "date": "2026-11-26"}
+    assert found == expected
 
 
-def test_every_section_begins_with_one_takeaway(figure, tmp_path) -> None:
+def test_every_section_has_one_takeaway_and_a_link_in_the_contents(figure, tmp_path) -> None:
     tree = parsed(written(complete_results(), figure, tmp_path))
-    for section in list(tree.iter("section"))[:-1]:
-        takeaways = [text_of(item) for item in section.findall("p") if item.get("class") is None]
-        assert 20 < len(takeaways[0]) < 260, takeaways
+    sections = list(tree.iter("section"))
+    for section in sections:
+        (takeaway,) = section.findall("h2")
+        assert 20 < len(text_of(takeaway)) < 140
+    links = [link.get("href") for link in tree.findall("body/main/nav/a")]
+    assert links == [f"#{section.get('id')}" for section in sections]
+    assert len(sections) == 8
+
+
+def test_the_headline_compares_experts_of_one_kind_with_their_own_merge(figure, tmp_path) -> None:
+    tree = parsed(written(complete_results(), figure, tmp_path))
+    (figures,) = [item for item in tree.iter("dl") if item.get("class") == "figures"]
+    shown = {text_of(item.find("dt")): item.find("dd").text for item in figures}
+    values = ["1.0 %", "76.7 %", "55.6 %", "86.1 %"]
+    names = ["the base", "sparse entries, alone", "sparse entries, merged", "multitask"]
+    assert shown == dict(zip(names, values, strict=True))
+
+
+def test_an_example_comes_first_if_the_run_kept_answers(figure, tmp_path) -> None:
+    results = complete_results()
+    assert "example" not in [item.get("class") for item in parsed(written(results, figure, tmp_path)).iter("dl")]
+    asked = {"input": "order <reverse> c a b =", "target": "b a c"}
+    said = {"base": "c a b , b a c", "single": "b a c", "merged": "b a c"}
+    answers = {name: [asked | {"answer": "a"}, asked | {"answer": text}] for name, text in said.items()}
+    merge = results["merges"]["sparse"]["SparseAverage"]["20"]
+    results["base"]["answers"] = dict.fromkeys(results["tasks"], answers["base"])
+    merge["answers"] = dict.fromkeys(results["tasks"], answers["merged"])
+    for expert in results["experts"]["sparse"].values():
+        expert["answers"] = answers["single"]
+    merge["exact_match"] = dict.fromkeys([*results["tasks"], *results["held_out"]], 0.25) | {"upper": 0.0}
+    tree = parsed(written(results, figure, tmp_path))
+    (shown,) = [item for item in tree.iter("dl") if item.get("class") == "example"]
+    lines = [" ".join(map(text_of, item)) for item in shown]
+    assert lines == [
+        "input order <reverse> c a b =",
+        "wanted b a c",
+        "the base c a b , b a c wrong",
+        "expert for reverse b a c right",
+        "all 20 merged b a c right",
+    ]
+    by_task = {row[0]: row for row in tables(written(results, figure, tmp_path))[4]}
+    assert by_task[""][-1] == "merged"
+    assert by_task["upper"][-1] == "0.0"
+    assert by_task["sort_down"][-1] == "25.0"
 
 
 def test_the_page_does_not_depend_on_the_order_of_the_results(figure, tmp_path) -> None:
@@ -174,7 +216,8 @@ def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path
     (svg,) = parsed(page).iter("{http://www.w3.org/2000/svg}svg")
     assert "width" not in svg.attrib
     assert svg.get("viewBox")
-    assert "overlap-aware" in text_of(svg)
+    assert "SparseAverage" in text_of(svg)
+    assert text_of(parsed(page)).count("overlap-aware") == 1
     style = page[page.index("<style>") : page.index("</style>")]
     used = set(re.findall(r"var\((--\w+)", page))
     assert {"--paper", "--ink", "--overlap", "--ties", "--average"} <= used
@@ -211,7 +254,7 @@ def test_a_short_run_with_fewer_kinds_has_a_page_too(tmp_path, levels, kinds) ->
     draw_figure(results, tmp_path / "figure.svg")
     page = written(results, tmp_path / "figure.svg", tmp_path)
     assert f"{levels[-1]} experts, one model" in page
-    assert len(tables(page)) == 4
+    assert len(tables(page)) == 5
 
 
 def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
@@ -220,7 +263,7 @@ def test_a_loss_that_is_no_number_is_a_dash(figure, tmp_path) -> None:
     results["experts"]["lora"]["upper"]["loss"] = None
     found = tables(written(results, figure, tmp_path))
     assert found[0][3][3] == "-"
-    assert [row[7] for row in found[2] if row[0] == "task arithmetic"][-1] == "-"
+    assert [row[7] for row in found[2] if row[0] == "TaskArithmetic"][-1] == "-"
 
 
 def terminal(results: dict[str, Any], width: int = 80) -> str:
@@ -255,9 +298,7 @@ def test_the_terminal_table_has_base_multitask_experts_and_merges() -> None:
         for method, merges in methods.items():
             merge = merges["20"]
             numbers = " ".join(percent(merge["chosen"][role]["exact_match"]) for role in ("held_in", "held_out"))
-            assert (
-                sum(line.startswith(f"{METHODS[method]} {TIMES}{merge['scale']:g} {numbers} ") for line in lines) == 1
-            )
+            assert sum(line.startswith(f"{method} {TIMES}{merge['scale']:g} {numbers} ") for line in lines) == 1
 
 
 def test_five_findings_are_the_same_in_any_order_of_the_results() -> None:

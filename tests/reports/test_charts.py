@@ -119,7 +119,7 @@ def test_numbers_are_written_beside_the_marks(tmp_path) -> None:
             for role in ROLES:
                 assert f"{100 * methods[method]['20']['chosen'][role]['exact_match']:.1f}" in written, (kind, method)
     assert {"76.7", "69.3", "79.0", "85.7", "multitask 86.1", "multitask 55.2", "base 1.0"} <= set(written)
-    assert written.count("overlap-aware") == 3  # of both sparse kinds, and in the key
+    assert written.count("SparseAverage") == 3  # of both sparse kinds, and in the key
     assert written.count("TIES") == 5
 
 

@@ -119,6 +119,16 @@ def test_what_is_there_keeps_its_name(tmp_path: Path) -> None:
     assert unused(path).name == "results-2.json"
 
 
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    results = Results.of_scores(scores(["a", "b"]), "merged", ["x"]) + Results([], {"base": "b"})
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+    for text in ("{", "[]", '{"format": "other"}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json does not hold results of the format"):
+            Results.read(tmp_path / "results.json")
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})

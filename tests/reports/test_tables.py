@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+from operator import itemgetter
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from modular_experts.reports.html import Html, element, note, page
+from modular_experts.reports.html import Html, Section, element, example, note, page, report
 from modular_experts.reports.tables import Column, Line, Table, listed, number, percent, points, share, times
 
 COLUMNS = [
@@ -45,11 +46,35 @@ def test_every_column_is_in_the_terminal_and_on_the_page() -> None:
 
 def test_the_page_marks_heads_keys_bars_and_columns_that_belong_together() -> None:
     tree = ElementTree.fromstring(Table(COLUMNS, GROUPS).html())
-    assert [row.get("class") for row in tree.iter("tr")] == ["over", None, "kind", None, None]
+    assert [row.get("class") for row in tree.iter("tr")] == ["over", None, "kind", "ties", None]
     assert [cell.get("colspan") for cell in tree.findall("table/thead/tr[1]/th")] == ["1", "1", "2"]
     assert [span.get("class") for span in tree.iter("span")] == ["key ties"]
     assert [cell.get("style") for cell in tree.iter("td") if cell.get("class") == "bar"][1] == "--share: 25.0%"
     assert len(tree.findall("table/tbody")) == 2
+
+
+def bold(table: Table) -> list[str]:
+    return [cell.text for cell in ElementTree.fromstring(table.html()).iter("td") if "best" in cell.get("class", "")]
+
+
+def test_the_best_of_a_group_or_of_a_line_is_marked_and_what_looks_alike_is_as_good() -> None:
+    columns = [Column(name, itemgetter(name), percent, best=best) for name, best in {"a": "high", "b": "low"}.items()]
+    lines = {"x": (0.50001, 0.3), "y": (0.5, 0.1), "z": (0.1, math.nan)}
+    group = [Line(name, {"a": a, "b": b}) for name, (a, b) in lines.items()]
+    assert bold(Table(columns, [group])) == ["50.0", "50.0", "10.0"]
+    assert bold(Table([columns[0]], [[line] for line in group])) == []
+    line = [Line("x", {"a": 0.5, "b": 0.25, "c": None})]
+    across = [Column(name, itemgetter(name), percent, best="high") for name in "abc"]
+    assert bold(Table(across, [line], across=True)) == ["50.0"]
+
+
+def test_an_example_marks_answers_and_the_contents_link_to_the_sections() -> None:
+    shown = example("1+1=", "2", {"base": "two", "merged": " 2 "})
+    lines = ["".join(row.itertext()).split() for row in ElementTree.fromstring(shown)]
+    assert lines == [["input1+1="], ["wanted2"], ["basetwo", "wrong"], ["merged", "2", "right"]]
+    tree = ElementTree.fromstring(report("t", [], [Section("A & b", "It is 5 %", [])], {}).partition("\n")[2])
+    assert tree.find("body/main/nav/a").get("href") == "#a-b"
+    assert tree.find("body/main/section").get("id") == "a-b"
 
 
 def test_text_never_becomes_markup() -> None:

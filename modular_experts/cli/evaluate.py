@@ -1,0 +1,108 @@
+"""Run `modular-experts evaluate`, which compares a base and experts on the same rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+# So that a config names the generated tasks by their class alone.
+import modular_experts.suite  # noqa: F401
+from modular_experts.cli.errors import UsageError
+from modular_experts.data import TaskMixture
+from modular_experts.data.tasks import Tasks, as_tasks
+from modular_experts.evaluation import evaluate as evaluate_experts
+from modular_experts.evaluation.compare import REPORT, RESULTS
+
+
+def evaluate(
+    tasks: Tasks,
+    out: str,
+    base: str | None = None,
+    experts: list[str] | None = None,
+    held_out: Tasks | None = None,
+    eval_limit: int | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    chat_template: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Measure a base and experts on the test rows of tasks, and compare them in a table and on a page.
+
+    The directory then holds `results.json` and `report.html`. The same command goes on with an interrupted comparison,
+    and with one more expert it measures only that one.
+
+    Args:
+        tasks: Task files, or tasks with settings, as for `fit`.
+        out: Directory of the results.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        experts: Directories of the experts, such as library/a. To name one in the table: ties=library/x; to add several
+            up: sum=library/a+library/b.
+        held_out: Further tasks, which no expert was trained on; their means are apart.
+        eval_limit: The most test rows of one task, spread evenly over its file.
+        max_new_tokens: Length limit of a generated answer.
+        batch_size: Rows that are measured at once; changes the speed only.
+        max_length: The most tokens of a row; longer rows lose tokens on the left of the input.
+        chat_template: Put the input as a user's message through the tokenizer's chat template.
+        dtype: Data type of the base.
+        overwrite: Replace the results in `out`.
+
+    Examples:
+        modular-experts evaluate --base DIR --experts library/a library/both \\
+            --tasks a.jsonl b.jsonl --out runs/comparison
+        modular-experts evaluate --experts ties=library/ab sum=library/a+library/b \\
+            --tasks a.jsonl b.jsonl --held_out c.jsonl --out runs/ways
+    """
+    mixes: dict[str, list[str]] = {"base": []}
+    for word in experts or []:
+        label, equals, places = word.partition("=")
+        if not equals or "/" in label:
+            # A directory may have the sign in its name.
+            label, places = "", word
+        members = [places] if Path(places).is_dir() else places.split("+")
+        name = label or " + ".join(Path(place).name for place in members)
+        if name in mixes:
+            raise UsageError(f"two models are called {name}; name one of them: --experts {name}-2={places}")
+        mixes[name] = members
+    outside = [] if held_out is None else [{**vars(task), "role": "held_out"} for task in as_tasks(held_out)]
+    data = TaskMixture(
+        [*as_tasks(tasks), *outside],
+        eval_batch_size=batch_size,
+        max_length=max_length,
+        eval_limit=eval_limit,
+        chat_template=chat_template,
+    )
+    with _progress() as show:
+        found = evaluate_experts(base, mixes, data, max_new_tokens, dtype, out=out, overwrite=overwrite, progress=show)
+    Console(width=80).print(found.table())
+    print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows a bar on a terminal, and off it a line at every tenth of the rows."""
+    console, shown = Console(stderr=True), -1
+    bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True)
+    bar.disable = not console.is_terminal
+    task = bar.add_task("measuring")
+
+    def show(model: str, done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, description=f"measuring {model}", completed=done, total=total)
+        if not console.is_terminal and done * 10 // total > shown:
+            shown = done * 10 // total
+            print(f"measuring {model}: {done} of {total} rows", file=sys.stderr, flush=True)
+
+    with bar:
+        try:
+            yield show
+        except KeyboardInterrupt as interruption:
+            interruption.add_note("interrupted; the same command goes on from here")
+            raise

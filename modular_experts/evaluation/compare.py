@@ -1,0 +1,174 @@
+"""Compare a base with several mixes of experts on the same rows, in one call that goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modular_experts.base import Base, DType
+from modular_experts.base.apply import AnyExpert, applied, open_several
+from modular_experts.data import Batch, TaskMixture
+from modular_experts.data.batch import Example
+from modular_experts.data.tasks import Tasks
+from modular_experts.deltas import Delta
+from modular_experts.deltas.task_vector import TaskVector
+from modular_experts.evaluation.measure import measure
+from modular_experts.evaluation.report import write_report
+from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
+from modular_experts.jobs import JSONLines
+from modular_experts.jobs.processes import machine
+from modular_experts.library import StoredExpert
+from modular_experts.library.record import package_versions
+from modular_experts.reports import Results
+
+RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
+EXAMPLES = 3  # test rows of each task whose answers are kept
+
+
+def evaluate(
+    base: str | Path | Base | None,
+    experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]],
+    data: TaskMixture | Tasks,
+    max_new_tokens: int | None = 64,
+    dtype: DType = "float32",
+    revision: str | None = None,
+    metrics: Mapping[str, TextMetric] = TEXT_METRICS,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] = lambda model, done, total: None,
+) -> Results:
+    """Measure a base with experts on the test rows of tasks, as the command `test` does, and return rows with a table.
+
+    The base is loaded once, and each mix of experts is added in place for as long as it is measured:
+
+        evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks).table()
+
+    With `out` there are also files: `results.json`, which `Results.read` reads, `report.html`, and `measured.jsonl`.
+    From the last one an interrupted call goes on, and a call with one more expert measures only that one.
+
+    Args:
+        base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
+        experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
+            names to such, to compare several. An expert is a directory, an opened expert or a task vector.
+        data: The tasks, or a mixture with the settings of how to read their rows; the base's tokenizer is used unless
+            the mixture has one.
+        max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
+        dtype: Data type of the base.
+        revision: Branch, tag or commit of a hub id.
+        metrics: Functions of a generated text and its target, by name, whose means are measured.
+        out: Directory of the files.
+        overwrite: Replace the results in `out`.
+        progress: Called with the name of a model, how many rows of all models are measured, and how many there are.
+
+    Raises:
+        FileExistsError: `out` holds results and may not be replaced; nothing was measured.
+        FileNotFoundError: The base was not found.
+        ValueError: An expert was trained on another base, or a task has no test rows.
+    """
+    folder = None if out is None else Path(out)
+    if folder and (folder / RESULTS).exists() and not overwrite:
+        raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
+    one_mix = isinstance(experts, TaskVector) or (
+        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
+    )
+    named: Any = {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
+    mixes = {name: open_several(mix) for name, mix in named.items()}
+    stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
+    found = Base.open(base, stored, revision)
+    tokenizer = found.tokenizer()
+    data = data if isinstance(data, TaskMixture) else TaskMixture(data)
+    data.tokenizer = data.tokenizer or tokenizer
+    data.setup("test")
+    loader: Any = data.test_dataloader()
+    examples: Sequence[Example] = loader.dataset.examples
+    model = found.load(dtype)
+    known = JSONLines(folder / MEASURED) if folder else None
+    same = (
+        found.fingerprint,
+        dtype,
+        max_new_tokens,
+        package_versions()["modular-experts"],
+        _digest(examples),
+        data.roles,
+    )
+    facts: dict[str, Any] = {
+        "base": found.place,
+        "fingerprint": found.fingerprint,
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+        "tasks": {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks},
+        "models": {},
+        "examples": [],
+        "python": platform.python_version(),
+        "machine": machine(),
+        "versions": package_versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    results, device = Results([], facts), "cuda" if torch.cuda.is_available() else "cpu"
+    done, total = 0, len(mixes) * len(examples)
+
+    def counted(title: str) -> Iterator[Batch]:
+        rows = done
+        for batch in loader:
+            progress(title, rows, total)
+            yield batch
+            rows += len(batch["task"])
+
+    for name, mix in mixes.items():
+        names = [one.name if isinstance(one, StoredExpert) else "task vector" for one in mix]
+        title = name or " + ".join(names) or "base"
+        hashes = [one.content_hash for one in mix if isinstance(one, StoredExpert)]
+        key = (hashlib.sha256(json.dumps([same, hashes]).encode()).hexdigest(),)
+        if known and key in known:
+            scores = known[key]
+        else:
+            # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
+            with applied(model, mix):
+                model.to(device)  # type: ignore[arg-type]
+                scores = measure(model, tokenizer, counted(title), data.roles, max_new_tokens, metrics, EXAMPLES)
+                model.to("cpu")  # type: ignore[arg-type]
+            # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
+            if known is not None and len(hashes) == len(mix) and metrics is TEXT_METRICS:
+                known[key] = scores
+        done += len(examples)
+        progress(title, done, total)
+        places = [os.path.relpath(one.path) if isinstance(one, StoredExpert) else "task vector" for one in mix]
+        facts["models"][title] = [{"name": n, "place": place} for n, place in zip(names, places, strict=True)]
+        _add_answers(facts["examples"], scores["examples"], title)
+        results += Results.of_scores(scores, title, names)
+    if folder:
+        results.write(folder / RESULTS)
+        write_report(results, folder / REPORT)
+    return results
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Return a hash of all that a measurement reads of its rows: tokens, choices and targets."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps([example.task, example.target, example.correct]).encode())
+        for tokens in (example.tokens, *example.choices):
+            found.update(json.dumps([tokens.prompt, tokens.ids.tolist()]).encode())
+    return found.hexdigest()
+
+
+def _add_answers(rows: list[dict[str, Any]], answered: Mapping[str, Sequence[Mapping[str, str]]], model: str) -> None:
+    """Add a model's answers to the rows that all models answered."""
+    given = [
+        (task, *(row[column] for column in ("input", "target", "answer")))
+        for task in answered
+        for row in answered[task]
+    ]
+    rows += [{"task": task, "input": text, "target": target, "answers": {}} for task, text, target, _ in given][
+        len(rows) :
+    ]
+    for row, (*_, answer) in zip(rows, given, strict=True):
+        row["answers"][model] = answer

@@ -1,0 +1,104 @@
+"""Write the page of a comparison: an example first, then all models, every task, and the answers to one row of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modular_experts.reports import Results
+from modular_experts.reports.html import Html, Section, element, example, note, report
+from modular_experts.reports.results import METRICS, ROLES, SHARES
+from modular_experts.reports.tables import Column, Line, Table, number, percent
+
+
+def write_report(results: Results, file: Path) -> None:
+    """Write the page of what `evaluate` returned, for one model or several."""
+    facts, models = results.facts, results.values("model")
+    metric = next(name for name in (*SHARES, "loss") if name in results.values("metric"))
+    roles = [role for role in ROLES if role in results.values("role")]
+    header = [
+        element("p", f"modular-experts {facts['versions']['modular-experts']} · {facts['date']}", class_="eyebrow"),
+        element("h1", f"{len(models)} models on {len(results.values('task'))} tasks"),
+    ]
+    rows = facts["examples"]
+    if rows:
+        shown = _telling(rows, models)
+        header += [element("p", f"One test row of {shown['task']}:", class_="note"), _example(shown)]
+    sections = [Section("All models", _leader(results, metric, roles[0]), [results.html(), note(_about(results))])]
+    if len(models) > 1:
+        columns = [_column(model, metric) for model in models]
+        groups = [
+            [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")] for role in roles
+        ]
+        table = Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
+        sections.append(Section("Every task", _spread(results, metric), [table.html()]))
+    if rows:
+        first: dict[str, Any] = {}
+        for row in rows:
+            first.setdefault(row["task"], row)
+        answers = [element("div", element("h3", task), _example(row)) for task, row in first.items()]
+        sections.append(Section("Answers", "The answers to one test row of each task", answers))
+    places = {
+        model: " + ".join(one["place"] for one in mix) or "the base alone" for model, mix in facts["models"].items()
+    }
+    about = {"base": facts["base"], **places, "machine": facts["machine"], "data type": facts["dtype"]}
+    about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    file.write_text(report(f"{len(models)} models compared", header, sections, about), encoding="utf-8")
+
+
+def _example(row: Mapping[str, Any]) -> Html:
+    return example(row["input"], row["target"], row["answers"])
+
+
+def _telling(rows: list[dict[str, Any]], models: list[str]) -> Mapping[str, Any]:
+    """Return the first row that the last model answers right and the first one does not, or the first of all."""
+    right = [{name: text.strip() == row["target"].strip() for name, text in row["answers"].items()} for row in rows]
+    telling = [row for row, marks in zip(rows, right, strict=True) if marks[models[-1]] and not marks[models[0]]]
+    return [*telling, *rows][0]
+
+
+def _leader(results: Results, metric: str, role: str) -> str:
+    """State which model is best on the tasks of a role, and what the first model is beside it."""
+    values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
+    best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
+    first, show = next(iter(values)), _shown(metric)
+    beside = f", {first} {show(values[first])}" if first != best else ""
+    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {show(values[best])}{beside}"
+    return f"{best} is best on {what}" if len(values) > 1 else f"{best} on {what}"
+
+
+def _spread(results: Results, metric: str) -> str:
+    """State on how many tasks each model is best."""
+    wins: dict[str, int] = dict.fromkeys(results.values("model"), 0)
+    for task in results.values("task"):
+        values = {model: results.mean(metric, task=task, model=model) for model in wins}
+        kept = {model: value for model, value in values.items() if value is not None}
+        top = (min if metric == "loss" else max)(kept.values())
+        for model, value in kept.items():
+            wins[model] += value == top
+    best = max(wins, key=lambda model: wins[model])
+    return f"{best} is best, or level with the best, on {wins[best]} of {len(results.values('task'))} tasks"
+
+
+def _about(results: Results) -> str:
+    rows = {task: results.where(task=task).rows[0]["rows"] for task in results.values("task")}
+    tokens = results.facts["max_new_tokens"]
+    answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
+    return (
+        f"Unweighted means over tasks; {sum(rows.values())} test rows in all. Bold marks the best of each group. The "
+        f"loss is in nats per target token.{answers}"
+    )
+
+
+def _column(model: str, metric: str) -> Column:
+    share, best = metric in SHARES, "low" if metric == "loss" else "high"
+    of = partial(lambda rows, name: rows.mean(metric, model=name), name=model)
+    return Column(model, of, _shown(metric, unit=False), bar=share, best=best)  # type: ignore[arg-type]
+
+
+def _shown(metric: str, unit: bool = True) -> Any:
+    if metric in SHARES:
+        return (lambda value: f"{percent(value)} %") if unit else percent
+    return partial(number, digits=3)
