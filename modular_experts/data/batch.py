@@ -9,7 +9,19 @@ A batch is a dict, for `n` rows padded on the right to the longest, `length`:
     task            list of n names; "" marks a filler row, which no score counts (see `is_filler`)
 
 The prompt of a row is its tokens before the first labelled one; the target of a conversation that is validated or
-tested is the assistant's last turn, and its prompt is all before. Batches of validation, test and prediction also carry
+tested is the assistant's last turn, and its prompt is all before.
+
+A packed batch, which only training gets, holds the same `n` rows one behind the other in `p` packs, all padded to the
+longest, `length`; no row goes on in another pack:
+
+    input_ids       (p, length) int64
+    position_ids    (p, length) int64; the place of a token in its row; padding is counted like a row of its own
+    labels          (p, length) int64; as above, so never at the first token of a row
+    row             (p, length) int64; the row that a token belongs to, and -1 on padding
+    task            list of n names
+
+Where positions start anew and no attention mask is given, a model of transformers keeps rows apart. A packed batch has
+no `attention_mask`, so code that knows only the other form fails. Batches of validation, test and prediction also carry
 
     input, target   lists of n texts as in the data, after the task's template
     choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
@@ -18,6 +30,7 @@ tested is the assistant's last turn, and its prompt is all before. Batches of va
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +41,7 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 FILLER = -1
+LITTLE_PADDING = 0.05
 
 Batch = dict[str, Any]
 
@@ -80,13 +94,21 @@ class ExampleSet(Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices."""
+    """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices.
+
+    With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row.
+    """
 
     pad_id: int
     texts: bool = True
+    pack_length: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        batch: Batch = _padded([example.tokens for example in examples], self.pad_id)
+        rows = [example.tokens for example in examples]
+        if self.pack_length is None:
+            batch = _padded(rows, self.pad_id)
+        else:
+            batch = _packed(rows, packs([len(row.ids) for row in rows], self.pack_length), self.pad_id)
         batch["task"] = [example.task for example in examples]
         if self.texts:
             batch["input"] = [example.input for example in examples]
@@ -113,6 +135,48 @@ def prompts(batch: Batch) -> list[Tensor]:
     lengths = batch["attention_mask"].sum(1)
     starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths)
     return [ids[:start] for ids, start in zip(batch["input_ids"], starts.tolist(), strict=True)]
+
+
+def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
+    """Divide rows among packs, and return the rows of each pack.
+
+    Rows go, the longest first, to the pack that is the shortest so far. The number of packs is halved until at most a
+    twentieth of the batch is padding: attention costs the square of a pack's length where it makes scores of all pairs
+    of tokens, so packs are no longer than it takes. If packs of at most `longest` tokens do not reach that, the number
+    with the least padding is taken.
+    """
+    ordered = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    best, least, count = [[row] for row in range(len(lengths))], 1.0, len(lengths)
+    while True:
+        shortest: list[tuple[int, int]] = [(0, pack) for pack in range(count)]
+        found: list[list[int]] = [[] for _ in shortest]
+        for row in ordered:
+            tokens, pack = shortest[0]
+            heapq.heapreplace(shortest, (tokens + lengths[row], pack))
+            found[pack].append(row)
+        width = max(shortest)[0]
+        padding = 1 - sum(lengths) / (count * width)
+        if width > max(longest, *lengths):
+            return best
+        if padding < least:
+            best, least = [sorted(pack) for pack in found], padding
+        if least <= LITTLE_PADDING or count == 1:
+            return best
+        count = -(-count // 2)
+
+
+def _packed(rows: Sequence[Tokens], divided: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    longest = max(sum(len(rows[number].ids) for number in pack) for pack in divided)
+    ids, places, labels, owners = [], [], [], []
+    for pack in divided:
+        padding = longest - sum(len(rows[number].ids) for number in pack)
+        lengths = [len(rows[number].ids) for number in pack] + [padding]
+        ids.append(torch.cat([*(rows[number].ids for number in pack), torch.full((padding,), pad_id)]))
+        labels.append(torch.cat([*(rows[number].labels for number in pack), torch.full((padding,), IGNORED)]))
+        places.append(torch.cat([torch.arange(length) for length in lengths]))
+        owners.append(torch.tensor([*pack, -1]).repeat_interleave(torch.tensor(lengths)))
+    columns = {"input_ids": ids, "position_ids": places, "labels": labels, "row": owners}
+    return {name: torch.stack(packs).long() for name, packs in columns.items()}
 
 
 def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:

@@ -10,8 +10,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
-from modular_experts.data.batch import Collator, Example, ExampleSet
+from modular_experts.data.batch import Collator, Example, ExampleSet, packs
 from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
@@ -32,6 +31,7 @@ from modular_experts.data.sampler import (
     ResumableLoader,
     epoch_counts,
     epoch_order,
+    group_by_length,
 )
 from modular_experts.data.tasks import Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
@@ -57,6 +57,11 @@ class TaskMixture(LightningDataModule):
         split_seed: Seed of this division. It is not `seed`, so that no test meets rows that a run with another seed
             trained on.
         eval_limit: The most validation rows, and the most test rows, of one task, spread evenly over its file.
+        packing: Put the rows of a training batch one behind the other instead of padding each. A batch keeps its
+            `batch_size` rows and its loss, because no row attends to another; its tokens fill as few sequences of at
+            most `max_length` tokens as leave little padding. Models that mix packed rows are refused.
+        group_by_length: Fill each training batch with rows of nearly the same length, so that it needs little padding.
+            Each stretch of 32 batches keeps its rows; a batch may hold fewer of the tasks.
         chat_template: Put the input as a user's message through the tokenizer's chat template.
         num_workers: Worker processes of a loader. Rows are tokenised in advance, so 0 is seldom slower.
     """
@@ -78,6 +83,8 @@ class TaskMixture(LightningDataModule):
         eval_limit: int | None = None,
         chat_template: bool = False,
         num_workers: int = 0,
+        packing: bool = False,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_limit": eval_limit}
@@ -94,6 +101,7 @@ class TaskMixture(LightningDataModule):
         self.split_seed, self.eval_limit = split_seed, eval_limit
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.chat_template, self.num_workers = chat_template, num_workers
+        self.packing, self.group_by_length = packing, group_by_length
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
 
@@ -141,6 +149,8 @@ class TaskMixture(LightningDataModule):
             for name, count in self.counts.items():
                 share, passes = count / total, count / len(self._split("train")[name])
                 self._log(logging.INFO, f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
+            more = "" if self.packing else " (data.packing leaves it out)"
+            self._log(logging.INFO, f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
@@ -148,44 +158,78 @@ class TaskMixture(LightningDataModule):
         Reading the trainer's current epoch starts after the batches that the trainer has finished. Every other epoch
         starts at its beginning, so a callback may read batches of its own without touching those of the training.
         """
-        examples, counts = self._split("train"), self.counts
-        sizes = {name: len(rows) for name, rows in examples.items()}
-        order: Callable[[int], Tensor] = partial(epoch_order, sizes, counts, self.seed)
-        place = self._place()
+        counts, place = self.counts, self._place()
+        examples = list(chain.from_iterable(self._split("train").values()))
         loader = ResumableLoader(
-            dataset=ExampleSet(list(chain.from_iterable(examples.values()))),
+            dataset=ExampleSet(examples),
             batch_size=max(1, self.batch_size // place[1]),
-            sampler=MixtureSampler(order, sum(counts.values()), self.batch_size, *place, self._position),
-            collate_fn=Collator(self._row_tokenizer().pad_id, texts=False),
+            sampler=MixtureSampler(self._order, sum(counts.values()), self.batch_size, *place, self._position),
+            collate_fn=Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packing else None),
             num_workers=self.num_workers,
             # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
         )
         loader.identity = {"rows": counts, "batch_size": self.batch_size, "seed": self.seed}
+        if self.group_by_length:
+            loader.identity["group_by_length"] = True
         return loader
 
+    def _order(self, epoch: int) -> Tensor:
+        """Return the rows of an epoch, as indices into the training rows of all tasks."""
+        examples = self._split("train")
+        rows = epoch_order({name: len(rows) for name, rows in examples.items()}, self.counts, self.seed, epoch)
+        if self.group_by_length:
+            rows = group_by_length(rows, self._lengths(), self.batch_size, self.seed, epoch)
+        return rows
+
+    def _lengths(self) -> Tensor:
+        """Return the number of tokens of each training row."""
+        return torch.tensor([len(row.tokens.ids) for rows in self._split("train").values() for row in rows])
+
+    def padding(self, batches: int = 1000) -> float:
+        """Return the share of padding among the tokens of the first training batches of this process."""
+        rank, processes = self._place()
+        size, lengths = max(1, self.batch_size // processes), self._lengths()[self._order(0)].tolist()[rank::processes]
+        tokens = read = 0
+        for first in range(0, min(len(lengths), size * batches), size):
+            batch = lengths[first : first + size]
+            divided = packs(batch, self.max_length) if self.packing else [[row] for row in range(len(batch))]
+            tokens += sum(batch)
+            read += len(divided) * max(sum(batch[row] for row in pack) for pack in divided)
+        return 1 - tokens / read
+
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Return the validation rows of the held-in tasks, tasks taking turns, or an empty list without such rows."""
+        """Return the validation rows of the held-in tasks, in an order as in the test; an empty list without rows."""
         examples = _taking_turns(list(self._split("validation").values()))
-        return self._evaluation_loader(examples) if examples else []
+        return self._evaluation_loader(examples, self._unlimited("limit_val_batches")) if examples else []
 
     def test_dataloader(self) -> DataLoader:
-        """Return the test rows of all tasks, tasks taking turns, so that `limit_test_batches` reaches each of them."""
-        return self._evaluation_loader(_taking_turns(list(self._split("test").values())))
+        """Return the test rows of all tasks, the longest first, so that batches need little padding.
+
+        Where the trainer limits the number of batches, tasks take turns, so that the first batches reach each of them.
+        """
+        examples = _taking_turns(list(self._split("test").values()))
+        return self._evaluation_loader(examples, self._unlimited("limit_test_batches"))
 
     def predict_dataloader(self) -> DataLoader:
         """Return the test rows of all tasks, task after task, in the order of their files."""
-        return self._evaluation_loader(list(chain.from_iterable(self._split("test").values())))
+        return self._evaluation_loader(list(chain.from_iterable(self._split("test").values())), by_length=False)
 
-    def _evaluation_loader(self, examples: Sequence[Example]) -> DataLoader:
+    def _evaluation_loader(self, examples: Sequence[Example], by_length: bool) -> DataLoader:
+        order = sorted(range(len(examples)), key=lambda row: -len(examples[row].tokens.ids)) if by_length else None
         return DataLoader(
             dataset=ExampleSet(examples),
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(len(examples), *self._place()),
+            sampler=EvaluationSampler(len(examples), *self._place(), order),
             collate_fn=Collator(self._row_tokenizer().pad_id),
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
+
+    def _unlimited(self, limit: str) -> bool:
+        """Return whether the trainer reads all batches of an evaluation; an int limits it, 1 as well."""
+        found = None if self.trainer is None else getattr(self.trainer, limit)
+        return found is None or (isinstance(found, float) and found == 1)
 
     def _place(self) -> tuple[int, int]:
         """Return the number of this process, and how many there are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -23,6 +23,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from modular_experts.data.batch import FILLER
 
 log = logging.getLogger(__name__)
+
+WINDOW = 32
+"""Batches within which `group_by_length` sorts rows."""
 
 
 class MixtureSampler(DistributedSampler):
@@ -64,18 +67,18 @@ class MixtureSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """Gives the rows of one process in evaluation: of `length` rows, every `world_size`-th from `rank` on.
+    """Gives the rows of one process in evaluation: of `length` rows in `order`, every `world_size`-th from `rank` on.
 
     All processes get equally many rows, because a process that runs one batch more than the others would wait for them
     forever. `FILLER`, a row that no score counts, makes up the difference.
     """
 
-    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1, order: Sequence[int] | None = None) -> None:
         super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.length = length
+        self.length, self.order = length, range(length) if order is None else order
 
     def __iter__(self) -> Iterator[int]:
-        rows = list(range(self.rank, self.length, self.num_replicas))
+        rows = list(self.order[self.rank :: self.num_replicas])
         return iter(rows + [FILLER] * (math.ceil(self.length / self.num_replicas) - len(rows)))
 
 
@@ -98,9 +101,10 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Warn where this run differs from the one that wrote the checkpoint."""
-        for key, now in self.identity.items():
-            if state.get(key) != now:
-                log.warning("the resumed run reads other rows: %s was %s and is %s", key, state.get(key), now)
+        for key in {**self.identity, **state}:
+            before, now = state.get(key), self.identity.get(key)
+            if before != now:
+                log.warning("the resumed run reads other rows: %s was %s and is %s", key, before, now)
 
 
 class Mixing(ABC):
@@ -180,6 +184,28 @@ def epoch_order(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int, 
         offset += size
     together = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
     return together[_permutation(len(together), (seed, "epoch", epoch))]
+
+
+def group_by_length(rows: Tensor, lengths: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """Return the rows of an epoch in an order in which the rows of a batch have nearly the same length.
+
+    In each window of `WINDOW` batches rows are sorted by length, ties in their order, and the batches are shuffled. A
+    window holds the rows that it held before, so its mixture of tasks stays. A last batch that is not full stays as it
+    is.
+
+    Args:
+        rows: Indices of the rows in the order of the epoch.
+        lengths: Number of tokens of each row, by index.
+        batch_size: Rows of a global batch.
+        seed, epoch: As for `epoch_order`.
+    """
+    whole = len(rows) // batch_size * batch_size
+    found = [rows[whole:]]
+    for first in reversed(range(0, whole, WINDOW * batch_size)):
+        window = rows[first : min(first + WINDOW * batch_size, whole)]
+        batches = window[lengths[window].argsort(stable=True)].view(-1, batch_size)
+        found.append(batches[_permutation(len(batches), (seed, "batches", epoch, first))].flatten())
+    return torch.cat(found[::-1])
 
 
 def _permutation(size: int, key: tuple[object, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from modular_experts.evaluation.generation import generate
 from modular_experts.evaluation.likelihood import (
     answer_logits,
     batch_losses,
+    check_packing,
     choice_log_likelihoods,
     greedy_matches,
     row_sums,
@@ -24,6 +25,7 @@ __all__ = [
     "TaskScores",
     "answer_logits",
     "batch_losses",
+    "check_packing",
     "choice_log_likelihoods",
     "evaluate",
     "generate",

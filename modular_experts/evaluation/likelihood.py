@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = arguments[0]
         return (hidden[labelled][None], *arguments[1:]) if hidden.shape[:2] == labelled.shape else None
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     hook = (head or nn.Identity()).register_forward_pre_hook(gather)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     try:
@@ -73,6 +74,34 @@ def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the label that each place predicts, which is the next place's, and whether there is one."""
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     return labels, labels != IGNORED
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Compare the logits of two short packed rows with those of each row alone.
+
+    Raises:
+        ValueError: The model mixes packed rows, as one does that finds no places by `position_ids` or that keeps a
+            state from token to token.
+    """
+    device = next(model.parameters()).device
+    rows = [torch.arange(3, 3 + length, device=device)[None] for length in (7, 1, 5)]
+    ids, places = torch.cat(rows, 1), torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
+    training = model.training
+    model.eval()
+    apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], 1)
+    mixed = (model(input_ids=ids, use_cache=False).logits - apart).float().norm()
+    # A model that takes no positions at all reads the rows as one.
+    takes = {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters)
+    if takes:
+        packed = (model(input_ids=ids, position_ids=places, use_cache=False).logits - apart).float().norm()
+    model.train(training)
+    # Rounding differs by the layout of a batch, and by far less than what another row changes.
+    if not takes or packed > torch.finfo(apart.dtype).eps ** 0.5 * mixed:
+        raise ValueError(
+            f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "
+            "with the rows before it); leave data.packing out, or set data.group_by_length for less padding"
+        )
 
 
 @torch.no_grad()

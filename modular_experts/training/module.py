@@ -27,7 +27,7 @@ from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
-from modular_experts.evaluation import TaskScores, batch_losses, generate, score_batch
+from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, score_batch
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Factory, Plan
@@ -232,6 +232,8 @@ class ExpertModule(LightningModule):
     def on_fit_start(self) -> None:
         """Log what is trained, and start from the same supports on every rank."""
         self.model.train()
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            check_packing(self.model)
         layers = [layer for _, layer in expert_layers(self.model)]
         kinds = set()
         for expert in (layer.expert for layer in layers):

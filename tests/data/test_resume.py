@@ -61,10 +61,8 @@ def run(
     module = Recorder(early)
     when = trainer.pop("saved", {"every_n_train_steps": 1})
     save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
-    workers = trainer.pop("workers", 0)
-    Trainer(**QUIET, **trainer, callbacks=[save]).fit(
-        module, datamodule=mixture(files, num_workers=workers), ckpt_path=resume
-    )
+    data = mixture(files, num_workers=trainer.pop("workers", 0), group_by_length=trainer.pop("grouped", False))
+    Trainer(**QUIET, **trainer, callbacks=[save]).fit(module, datamodule=data, ckpt_path=resume)
     return module
 
 
@@ -79,6 +77,7 @@ CASES = {
     },
     "saved after the epoch": {"saved": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
     "with steps asked for early": {"early": True},
+    "by length": {"grouped": True},
 }
 
 

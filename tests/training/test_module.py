@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
@@ -249,6 +249,34 @@ def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files
         losses.append(seen.steps)
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+def test_packed_batches_train_the_same_expert(tiny_llama_dir, task_files, tmp_path) -> None:
+    """In float64, with supports chosen three times; the steps and their rows are the same."""
+    ends, seen = [], []
+    for packing in (False, True):
+        seed_everything(0, verbose=False)
+        losses, schedule = runs.Losses(), MaskSchedule(rule=GrowAndDrop(every=2, until=1.0, replace=0.4), batches=2)
+        optimizer = partial(torch.optim.SGD, lr=0.5)
+        module = runs.module(tiny_llama_dir, KINDS["element"], dtype="float64", optimizer=optimizer)
+        trainer = runs.trainer(tmp_path, losses, schedule, max_steps=6)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir, packing=packing))
+        ends.append({name: layer.expert for name, layer in expert_layers(module.model)})
+        seen.append(losses.steps)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-12)
+    for name, expert in ends[0].items():
+        assert torch.equal(expert.indices, ends[1][name].indices)
+        torch.testing.assert_close(expert.values, ends[1][name].values)
+
+
+def test_a_base_that_mixes_packed_rows_is_refused_before_it_trains(task_files, tmp_path) -> None:
+    base = tmp_path / "bloom"
+    config = BloomConfig(vocab_size=98, hidden_size=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
+    BloomForCausalLM(config).save_pretrained(base)
+    conftest.build_tokenizer().save_pretrained(base)
+    module = ExpertModule(str(base), "query_key_value", KINDS["lora"])
+    with pytest.raises(ValueError, match=r"packing=True: BloomForCausalLM does not keep packed rows apart"):
+        runs.trainer(tmp_path).fit(module, runs.mixture(task_files, base, packing=True))
 
 
 def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None:
