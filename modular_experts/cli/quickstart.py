@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.text import Text
 
-from modular_experts.quickstart import Plan, draw_figure, run_plan, summary_sentences, summary_table, write_report
+from modular_experts.quickstart import (
+    Plan,
+    TimeLeft,
+    draw_figure,
+    run_plan,
+    summary_sentences,
+    summary_table,
+    write_report,
+)
 from modular_experts.reports.svg import check_drawing
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
@@ -36,7 +50,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
     check_drawing()
-    with _bars() as progress:
+    with _bar() as progress:
         results = run_plan(plan, place, progress)
     figure, report = place / "quickstart.svg", place / "report.html"
     draw_figure(results, figure)
@@ -46,33 +60,74 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         # A number stays on the line of its unit.
         together = sentence.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
         print(f"\n{textwrap.fill(together, _WIDTH).replace(_NO_BREAK, ' ')}")
-    print(f"\nthe experts are in {place / 'library'}")
-    print(f"all numbers are in {place / 'results.json'}")
-    print(f"the figure is {figure}")
-    print(f"the report is {report}")
+    print(f"\nall numbers are in {place / 'results.json'}")
+    print(f"the experts and merges are in {place / 'library'}")
+    print(f"the report is {report}; to see it:\n  {how_to_open(report)}")
+    print("to go on:")
+    for command in next_steps(results, place):
+        print(f"  {command}")
+
+
+def how_to_open(report: Path) -> str:
+    """Return the command that shows a page on this machine, or its address where no window can open."""
+    quoted = shlex.quote(str(report))
+    if sys.platform == "darwin":
+        return f"open {quoted}"
+    if any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) and shutil.which("xdg-open"):
+        return f"xdg-open {quoted}"
+    return report.absolute().as_uri()
+
+
+def next_steps(results: dict[str, Any], place: Path) -> list[str]:
+    """Return commands to try next: look into the library, merge two experts of the run, and ask the merge."""
+    library, kind = place / "library", next(iter(results["experts"]))
+    first, second = (shlex.quote(str(library / f"{kind}-{task}")) for task in results["tasks"][:2])
+    merged = shlex.quote(str(library / "two"))
+    return [
+        f"modular-experts list {shlex.quote(str(library))}",
+        f"modular-experts merge --method TIES --out {merged} \\\n    --experts {first} \\\n    {second}",
+        f"modular-experts show {merged}",
+    ]
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[str, float, float], None]]:
-    """Yield a function that shows the progress of each stage: a bar on a terminal, else a line at every tenth."""
-    console = Console(stderr=True)
-    bars = Progress(
-        *Progress.get_default_columns(), TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    )
-    begun = {stage: bars.add_task(words, start=False, total=1) for stage, words in STAGES.items()}
-    shown: dict[str, int] = {}
+def _bar() -> Iterator[Callable[[str, float, float], None]]:
+    """Yield a function that shows the progress of the whole: a bar on a terminal, else a line at every tenth."""
+    console, clock = Console(stderr=True), TimeLeft()
+    columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), _Times(clock))
+    bar = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+    task = bar.add_task(STAGES["base"], total=1)
+    shown = -1
 
     def show(stage: str, done: float, total: float) -> None:
-        bars.start_task(begun[stage])
-        bars.update(begun[stage], completed=done, total=total)
-        if not console.is_terminal and shown.get(stage) != (tenths := int(10 * done / total)):
-            shown[stage] = tenths
-            print(f"{STAGES[stage]}: {10 * tenths} %", flush=True)
+        nonlocal shown
+        new = clock.before is None
+        clock.update(done, total)
+        bar.update(task, completed=done, total=total, description=STAGES[stage])
+        tenths = int(10 * done / total + 1e-9)
+        if not console.is_terminal and tenths > shown and not (new and tenths == 10):
+            shown = tenths
+            print(f"{STAGES[stage]}: {10 * tenths} %, {_times(clock)}", flush=True)
 
-    with bars:
+    with bar:
         try:
             yield show
         except (KeyboardInterrupt, SystemExit):
             # Lightning turns the first into the second.
             console.print("interrupted; the same command goes on from here")
             raise
+
+
+class _Times(ProgressColumn):
+    def __init__(self, clock: TimeLeft) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        return Text(_times(self.clock))
+
+
+def _times(clock: TimeLeft) -> str:
+    """Return the time so far, and the time left, to five seconds, because it is an estimate."""
+    past, left = round(clock.elapsed), 5 * round(clock.left / 5)
+    return f"{past // 60}:{past % 60:02}, about {left // 60}:{left % 60:02} left"

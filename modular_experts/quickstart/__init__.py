@@ -7,6 +7,6 @@ it, and `run.py` all of it. `rows.py` reads the results, and `figure.py`, `findi
 from modular_experts.quickstart.figure import draw_figure
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.report import summary_sentences, summary_table, write_report
-from modular_experts.quickstart.run import run_plan
+from modular_experts.quickstart.run import TimeLeft, run_plan
 
-__all__ = ["Plan", "draw_figure", "run_plan", "summary_sentences", "summary_table", "write_report"]
+__all__ = ["Plan", "TimeLeft", "draw_figure", "run_plan", "summary_sentences", "summary_table", "write_report"]

@@ -31,6 +31,7 @@ BATCH_SIZE, EVAL_BATCH_SIZE = 64, 512
 LEARNING_RATE = 3e-3
 WARMUP = 50
 CHECK_EVERY = 50  # steps between two validations
+USUAL_STEPS = 600  # those that seed 0 needs to meet its target
 TRAINER: dict[str, Any] = {  # of the base and of its experts
     "accelerator": "cpu",
     "gradient_clip_val": 1.0,
@@ -121,10 +122,9 @@ class BaseTraining(LightningModule):
         self.best = max(self.best, share)
         if self.reached is None and (share >= self.plan.base_target or self.global_step >= self.plan.base_limit):
             self.reached = self.global_step
-        if self.reached is None:
-            self.progress(0.8 * self.best / self.plan.base_target)
-        else:
-            self.progress(0.8 + 0.2 * (self.global_step - self.reached) / self.plan.base_decay)
+        # Before the target is met, nobody knows when it will be.
+        turn = self.reached or max(USUAL_STEPS, self.global_step)
+        self.progress(min(1.0, self.global_step / (turn + self.plan.base_decay)))
 
     def _rate(self, step: int) -> float:
         cooling = 0.0 if self.reached is None else (step - self.reached) / self.plan.base_decay

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,13 +28,18 @@ from modular_experts.reports import write_json
 
 FORMAT = "modular-experts/quickstart/1"
 
+# What parts of a run take on one idle core of a small cloud machine.
+BASE_SECONDS = 43.0
+START_SECONDS = 7.0  # of a process, which imports torch and lightning
+
 
 def run_plan(
     plan: Plan, out: Path, progress: Callable[[str, float, float], None] = lambda stage, done, total: None
 ) -> dict[str, Any]:
     """Do what is left to do of a plan in the directory `out`, and return all results.
 
-    `progress` takes a stage (`base`, `experts`, `merges`), how much of it is done, and how much there is.
+    `progress` takes the stage (`base`, `experts`, `merges`), the work of all stages that is done, and all work that
+    there is, in seconds of a small cloud machine; `TimeLeft` makes an estimate of them.
 
     Raises:
         FileExistsError: The directory holds other things than a quickstart.
@@ -43,33 +49,92 @@ def run_plan(
     out = out.absolute()
     store = Ledger(plan, out)
     base = out / "base"
-    if not (base / FACTS).exists():
-        # Lightning's advice is about a trainer this small.
-        logger = logging.getLogger("lightning.pytorch")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                make_base(plan, base, lambda done: progress("base", done, 1))
-        finally:
-            logger.setLevel(level)
-    progress("base", 1, 1)
-    store.results.setdefault("base", {}).update(json.loads((base / FACTS).read_text(encoding="utf-8")))
+    whole = [Piece(("multitask",), train_multitask, (plan, out)), Piece(("base",), measure_base, (plan, out))]
     experts = [
         Piece(("experts", kind, task), train_expert, (plan, out, kind, task))
         for kind in plan.kinds
         for task in plan.held_in
     ]
-    whole = [Piece(("multitask",), train_multitask, (plan, out)), Piece(("base",), measure_base, (plan, out))]
     merges = [
         Piece(("merges", kind, method, str(count)), measure_merge, (plan, out, kind, method, count))
         for kind, method, count in plan.merges()
     ]
     with LocalProcesses() as processes:
+        at_once = getattr(processes, "processes", 1)
+        costs = {piece.key: _cost(piece, plan) / at_once for piece in (*whole, *experts, *merges)}
+        total = BASE_SECONDS + sum(costs.values())
+        done = sum(cost for key, cost in costs.items() if key in store)
+        if not (base / FACTS).exists():
+            _make_base(plan, base, lambda share: progress("base", done + share * BASE_SECONDS, total))
+        done += BASE_SECONDS
+        progress("base", done, total)
+        store.results.setdefault("base", {}).update(json.loads((base / FACTS).read_text(encoding="utf-8")))
+
+        def show(stage: str, finished: int, pieces: int, piece: Piece | None) -> None:
+            nonlocal done
+            done += costs[piece.key] if piece else 0.0
+            progress(stage, done, total)
+
         for stage, pieces in (("experts", whole + experts), ("merges", merges)):
-            show = partial(lambda stage, done, total, _: progress(stage, done, total), stage)
-            run(pieces, store, processes, show).raise_failures()
+            run(pieces, store, processes, partial(show, stage)).raise_failures()
     return store.results
+
+
+def _make_base(plan: Plan, base: Path, progress: Callable[[float], None]) -> None:
+    # Lightning's advice is about a trainer this small.
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            make_base(plan, base, progress)
+    finally:
+        logger.setLevel(level)
+
+
+def _cost(piece: Piece, plan: Plan) -> float:
+    """Return the seconds that a piece takes; the first two pieces include the start of a process each."""
+    match piece.key[0]:
+        case "multitask":
+            return START_SECONDS + 0.6 * plan.tasks
+        case "base":
+            return START_SECONDS + 3.5
+        case "experts":
+            return 1.2
+        case _:
+            return 0.12 * plan.tasks
+
+
+class TimeLeft:
+    """Estimates the time that is left of a run: the work left, at the pace of the work done.
+
+    Before anything is done, the pace is that of the machine on which the work was measured, and that counts for
+    `PRIOR` seconds of work.
+    """
+
+    PRIOR = 15.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.started = clock, clock()
+        self.before: float | None = None  # work that an earlier run had done
+        self.end = self.started
+
+    def update(self, done: float, total: float) -> None:
+        """Take the work that is done, and all that there is."""
+        if self.before is None:
+            self.before = done
+        pace = (self.elapsed + self.PRIOR) / (done - self.before + self.PRIOR)
+        self.end = self.clock() + pace * (total - done)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end by the latest estimate."""
+        return max(0.0, self.end - self.clock())
 
 
 class Ledger:

@@ -16,7 +16,7 @@ import pytest
 from modular_experts.base import Base
 from modular_experts.library import Library
 from modular_experts.quickstart.plan import Plan
-from modular_experts.quickstart.run import Ledger, run_plan
+from modular_experts.quickstart.run import Ledger, TimeLeft, run_plan
 
 SMALL = Plan(
     *(0, 2, 16),  # seed, tasks, width
@@ -103,9 +103,40 @@ def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same
     assert ("experts", "lora", "reverse") in ledger
     assert ("merges", "lora", "Average", "2") in ledger
     made = []
-    again = run_plan(SMALL, copy, lambda stage, done, total: made.append(stage))
-    assert sorted(made) == ["base", *["experts"] * 4, *["merges"] * 2]  # each stage begins with a call of its own
+    again = run_plan(SMALL, copy, lambda *shown: made.append(shown))
+    assert sorted(stage for stage, _, _ in made) == [
+        "base",
+        *["experts"] * 4,
+        *["merges"] * 2,
+    ]  # each stage begins with a call of its own
     assert numbers(again) == numbers(finished[1])
+    done, totals = [entry for _, entry, _ in made], {total for _, _, total in made}
+    assert done == sorted(done)
+    assert 0.5 < done[0] / done[-1] < 0.95  # most was there already
+    assert done[-1] == pytest.approx(*totals)
+
+
+def test_the_time_left_follows_the_pace_of_this_run() -> None:
+    now = 100.0
+    clock = TimeLeft(lambda: now)
+    clock.update(0.0, 180.0)
+    assert clock.left == 180.0  # nothing is known of this machine
+    now += 60.0
+    assert clock.left == 120.0  # it counts down between two updates
+    clock.update(30.0, 180.0)  # half as fast
+    assert clock.left == pytest.approx(150.0 * (60 + clock.PRIOR) / (30 + clock.PRIOR))
+    now += 300.0
+    clock.update(180.0, 180.0)
+    assert (clock.elapsed, clock.left) == (360.0, 0.0)
+
+
+def test_the_time_left_of_a_run_that_goes_on_leaves_out_what_was_done_before() -> None:
+    now = 0.0
+    clock = TimeLeft(lambda: now)
+    clock.update(120.0, 180.0)
+    now += 20.0
+    clock.update(140.0, 180.0)
+    assert clock.left == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize(("name", "text"), [("report.html", "mine"), ("results.json", "{")])

@@ -1,0 +1,53 @@
+"""The quickstart ends with commands that work as typed, and shows one bar that fits a terminal."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from testbed.quickstart_results import complete_results
+
+from modular_experts.__main__ import main
+from modular_experts.cli.quickstart import how_to_open, next_steps
+from modular_experts.library import Library
+
+
+def test_the_commands_at_the_end_work_as_typed(tmp_path, monkeypatch, tiny_llama_dir, task_files, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copytree(tiny_llama_dir, "runs/quick start/base")
+    results, place = complete_results(), Path("runs/quick start")
+    assert max(len(line) for step in next_steps(results, Path("runs/quickstart")) for line in step.splitlines()) <= 78
+    kind = next(iter(results["experts"]))
+    for task in results["tasks"][:2]:
+        fit = f"""fit --model.base '{place}/base' --model.modules '.*q_proj' --model.expert LoRAExpert
+            --data.tasks '[{{"name": "{task}", "path": "{task_files["upper"]}"}}]' --trainer.max_steps 1
+            --trainer.callbacks+ ExportExpert --trainer.callbacks.library '{place}/library'
+            --trainer.callbacks.name {kind}-{task}"""
+        assert main(shlex.split(fit)) == 0
+    for command in next_steps(results, place):
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[0] == "modular-experts"
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert "two" in Library(place / "library")
+
+
+@pytest.mark.parametrize(
+    ("platform", "display", "opener", "shown"),
+    [
+        ("darwin", "", None, "open 'a b/report.html'"),
+        ("linux", ":0", "/usr/bin/xdg-open", "xdg-open 'a b/report.html'"),
+        ("linux", ":0", None, "file:///home/me/a%20b/report.html"),
+        ("linux", "", "/usr/bin/xdg-open", "file:///home/me/a%20b/report.html"),
+    ],
+)
+def test_the_report_opens_as_the_machine_can(monkeypatch, platform, display, opener, shown) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(shutil, "which", lambda name: opener)
+    monkeypatch.setattr(Path, "absolute", lambda path: Path("/home/me", path))
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert how_to_open(Path("a b/report.html")) == shown

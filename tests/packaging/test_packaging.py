@@ -1,0 +1,158 @@
+"""What is built holds what a user needs and nothing else, and the files around it are sound."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+from testbed.documents import ROOT
+
+import modular_experts
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution of a tree that was used: it has runs, caches and a model."""
+    builder = pytest.importorskip("hatchling.build", reason="hatchling builds the package; `make install` brings it")
+    place = tmp_path_factory.mktemp("used")
+    for name in TRACKED:
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes((ROOT / name).read_bytes())
+    for junk in ("runs/quickstart/base/model.safetensors", ".cache/smollm2/model.safetensors", ".venv/bin/python"):
+        (place / junk).parent.mkdir(parents=True)
+        (place / junk).write_text("x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        builder.build_sdist("dist")
+        builder.build_wheel("dist")
+    return place / "dist"
+
+
+def test_the_wheel_holds_the_package_and_all_its_data(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        about = Parser().parsestr(wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode())
+        assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+    assert names == {name for name in TRACKED if name.startswith("modular_experts/")}
+    assert {"modular_experts/py.typed", "modular_experts/native/sparse_passes.cpp"} <= names
+    assert (about["Name"], about["Version"]) == ("modular-experts", modular_experts.__version__)
+    assert about["License-Expression"] == "Apache-2.0"
+    assert about["Requires-Python"] == ">=3.11"
+
+
+def test_the_source_distribution_holds_what_is_tracked_and_no_runs(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert names == {*TRACKED, "PKG-INFO"}
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    """Or it belongs to an extra and is imported inside of a function."""
+    asked = {re.split(r"[\[>=<;~ ]", line)[0].lower() for line in PROJECT["dependencies"]}
+    asked |= {
+        "modular_experts",
+        "yaml",
+        "tokenizers",
+        "numpy",
+    }  # PyYAML; two come with transformers
+    for name in TRACKED:
+        if name.startswith("modular_experts/") and name.endswith(".py"):
+            for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
+                modules = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+                for module in modules:
+                    root = module.split(".")[0]
+                    assert root in asked or root in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_the_citation_names_this_version_and_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == modular_experts.__version__
+    assert cited["license"] == PROJECT["license"]
+    assert cited["preferred-citation"]["url"] == PROJECT["urls"]["Paper"]
+    assert len(cited["preferred-citation"]["authors"]) == 9
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_is_well_formed_and_calls_targets_that_exist(file: Path) -> None:
+    flow = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)  # a safe loader reads the key `on` as true
+    assert {"name", "on", "permissions", "jobs"} <= set(flow)
+    assert flow["permissions"] == {"contents": "read"}
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for name, job in flow["jobs"].items():
+        assert {"runs-on", "steps"} <= set(job), name
+        assert job.get("needs", name) in flow["jobs"]
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+)*", step.get("uses", "a/b@v1")), step
+            for target in re.findall(r"\bmake ([a-z0-9-]+)", step.get("run", "")):
+                assert target in targets
+
+
+def test_only_the_publishing_job_may_ask_for_an_identity() -> None:
+    flow = yaml.load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"), yaml.BaseLoader)
+    build, publish = flow["jobs"]["build"], flow["jobs"]["publish"]
+    assert "permissions" not in build
+    assert publish["permissions"] == {"id-token": "write"}
+    assert publish["environment"]["name"] == "pypi"
+    assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    assert set(flow["on"]) == {"release"}
+
+
+def test_the_help_of_make_fits_a_terminal() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    assert {line.split()[0] for line in shown.splitlines()} == set(phony.split())
+
+
+@pytest.mark.quickstart
+def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> None:
+    """In an environment that has the wheel, and of this one only the packages it depends on."""
+    environment, python = tmp_path / "environment", tmp_path / "environment/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, next(built.glob("*.whl"))], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    sizes = "tasks=2, hidden=16, base_rows=4, base_target=2.0, base_limit=4, base_decay=2, expert_steps=1"
+    (tmp_path / "tiny.py").write_text(
+        f"""
+from pathlib import Path
+from modular_experts.quickstart import Plan, draw_figure, run_plan, write_report
+if __name__ == "__main__":
+    results = run_plan(Plan({sizes}, validation_rows=1, test_rows=1), Path("run"))
+    draw_figure(results, Path("figure.svg"))
+    write_report(results, Path("figure.svg"), Path("report.html"), "run")
+"""
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "tiny.py"], cwd=tmp_path, env=clean, check=True)
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    command = [environment / "bin/modular-experts", "list", "run/library"]
+    listed = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+    assert "merge-sparse-SparseAverage" in listed.stdout
+    where = "import modular_experts, sys; sys.exit(not modular_experts.__file__.startswith(sys.prefix))"
+    subprocess.run([python, "-c", where], cwd=tmp_path, env=clean, check=True)
