@@ -15,7 +15,7 @@ from modular_experts.data.batch import IGNORED, Batch
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits that predict the `m` labelled tokens of a batch, and these tokens.
 
-    The model's head is asked for these logits alone: it gets the hidden states of their places in one piece, so neither
+    The model's head makes these logits alone: it gets the hidden states of their places in one piece, so neither
     prompts nor padding cost time or memory there. What the model does with its logits, such as a soft cap or a scale,
     it does with these.
 
