@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,6 +178,7 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     if record.get("method"):
         yield "method", call_text(record["method"]["class_path"].rpartition(".")[2], record["method"]["init_args"])
     yield "tasks", ", ".join(map(str, record["tasks"])) or "not recorded"
+    yield from _training(record.get("training") or {})
     yield "base", f"{base.get('id')} (fingerprint {base['fingerprint'][:12]})"
     if source := record.get("source"):
         yield "source", f"{source.get('id')} ({source.get('format')})"
@@ -216,6 +217,23 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     yield "content", expert.content_hash
     yield "created", f"{record.get('created')}, seed {record.get('seed')}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+
+
+def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield how an expert was trained, as far as its record tells."""
+    parts = {"batch_size": "batch size {}", "accumulate_grad_batches": "accumulated {} times", "rows": "{} rows"}
+    parts |= {"dtype": "base in {}", "precision": "precision {}", "max_length": "at most {} tokens a row"}
+    told = [text.format(facts[key]) for key, text in parts.items() if facts.get(key) is not None]
+    told = [one for one in told if one != "accumulated 1 times"]
+    if "chat_template" in facts:
+        told.append(f"chat template {facts['chat_template']}" if facts["chat_template"] else "no chat template")
+    if told:
+        yield "training", ", ".join(told)
+    for task, data in (facts.get("data") or {}).items():
+        rows = ", ".join(f"{count} {split}" for split, count in data["rows"].items())
+        yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"
+    if facts.get("config"):
+        yield "configuration", facts["config"]
 
 
 def _score(score: Any) -> str:

@@ -6,11 +6,14 @@ tasks are for training and validation; every task is for test and prediction.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import Collator, Example, ExampleSet, packs
-from modular_experts.data.rows import SPLITS, Row, raise_for_bad_rows, spread_evenly
+from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
     Mixing,
@@ -116,6 +119,23 @@ class TaskMixture(LightningDataModule):
         sizes = {name: len(examples) for name, examples in self._split("train").items()}
         weights = {task.name: task.weight for task in self.tasks}
         return epoch_counts(sizes, self.mixing, weights, {task.name: task.cap for task in self.tasks})
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a row becomes tokens: `max_length`, and a hash of the chat template, or None without one."""
+        if not self.chat_template:
+            return {"max_length": self.max_length, "chat_template": None}
+        template = json.dumps(self._row_tokenizer().tokenizer.chat_template, sort_keys=True)
+        return {"max_length": self.max_length, "chat_template": blake2b(template.encode(), digest_size=8).hexdigest()}
+
+    @cached_property
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """The rows of each held-in task by split, and the hash of what they hold."""
+        rows = {name: found for name, found in self._read().items() if self.roles[name] == "held_in"}
+        return {
+            name: {"rows": dict(Counter(str(row.split) for row in found)), "hash": content_hash(found)}
+            for name, found in rows.items()
+        }
 
     def prepare_data(self) -> None:
         """Download hub datasets; one process of each machine does it, and the others find them in the cache."""

@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from string import Formatter
 from typing import Any
 
@@ -29,6 +30,15 @@ class Row:
     split: str | None = None
     choices: tuple[str, ...] = ()
     where: str = ""
+
+
+def content_hash(rows: Iterable[Row]) -> str:
+    """Return a hash of what rows hold, in their order: neither their places nor their splits count."""
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        held = {name: value for name, value in vars(row).items() if value and name not in ("split", "where")}
+        digest.update(json.dumps(held, ensure_ascii=False, sort_keys=True).encode(errors="surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.jobs import JSONLines
 from modular_experts.jobs.processes import machine
-from modular_experts.library import StoredExpert
+from modular_experts.library import StoredExpert, warn_unlike_training
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 
@@ -87,6 +87,7 @@ def evaluate(
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
+    warn_unlike_training(stored, data.reading, dtype)
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model = found.load(dtype)

@@ -19,7 +19,9 @@ from modular_experts.library.compatibility import (
     common_base,
     open_experts,
     parent_ids,
+    training_in_common,
     union_of_weights,
+    warn_unlike_training,
 )
 from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, open_expert, write_expert
 from modular_experts.library.record import make_record
@@ -41,7 +43,9 @@ __all__ = [
     "open_experts",
     "open_statistics",
     "parent_ids",
+    "training_in_common",
     "union_of_weights",
+    "warn_unlike_training",
     "write_expert",
     "write_statistics",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,38 @@ def check_base(experts: Sequence[StoredExpert], fingerprint: str, base: str) -> 
                 f"{expert.name} was trained on another base than {base} (fingerprint {fingerprint[:12]}): on "
                 f"{_base(expert)}"
             )
+
+
+def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
+    """Return how the experts read rows and held their base in training, as far as all of them did the same."""
+    parts = [expert.record.get("training") or {} for expert in experts]
+    keys = [key for key in ("max_length", "chat_template", "dtype") if all(key in part for part in parts)]
+    return {key: parts[0][key] for key in keys if all(part[key] == parts[0][key] for part in parts)}
+
+
+def warn_unlike_training(experts: Sequence[StoredExpert], reading: Mapping[str, Any], dtype: str) -> None:
+    """Log a sentence for each expert that meets rows or a base in another form than in its training.
+
+    Args:
+        experts: The experts in use.
+        reading: How rows are read now: `max_length` and the hash of the `chat_template`, or None without one.
+        dtype: Data type of the base now.
+    """
+    for expert in experts:
+        trained, unlike = expert.record.get("training") or {}, []
+        then, now = (part.get("chat_template") for part in (trained, reading))
+        if "chat_template" in trained and "chat_template" in reading and then != now:
+            words = ["no chat template" if one is None else "a chat template" for one in (now, then)]
+            same = words[0] == words[1]
+            unlike.append("another chat template" if same else f"{words[0]} instead of one (data.chat_template)")
+            if then is None:
+                unlike[-1] = "a chat template, which it never saw (data.chat_template)"
+        if reading.get("max_length", math.inf) < trained.get("max_length", 0):
+            unlike.append(f"{reading['max_length']} instead of {trained['max_length']} tokens a row (data.max_length)")
+        if dtype != trained.get("dtype", dtype):
+            unlike.append(f"a base in {dtype} instead of {trained['dtype']} (model.dtype)")
+        if unlike:
+            log.warning("%s is used otherwise than it was trained, with %s", expert.name, ", ".join(unlike))
 
 
 def union_of_weights(experts: Sequence[StoredExpert]) -> dict[str, torch.Size]:

@@ -6,6 +6,20 @@ Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors
 `files`, of which `delta.safetensors` may be missing, the `class_path` of the type whose state it is, and, for a type
 that is not mergeable, the sentence why. `write_expert` writes format 2 only where there is a state, so that earlier
 versions of this package go on reading every other expert; both formats are read.
+
+An expert that was trained here has a part `training`, which earlier records lack. A merge has of `max_length`,
+`chat_template` and `dtype` what its parents have in common. Every key may be missing:
+
+| key                                                | what it holds                                               |
+|----------------------------------------------------|-------------------------------------------------------------|
+| `batch_size`, `accumulate_grad_batches`            | rows of a batch of all processes, and batches of a step     |
+| `rows`                                             | rows trained on up to the exported step                     |
+| `dtype`, `precision`                               | of the base, and of the trainer, such as `bf16-mixed`       |
+| `max_length`, `chat_template`                      | the most tokens of a row; hash of the template, or null     |
+| `data`                                             | of each task, `rows` by split and the `hash` of all of them |
+| `config`                                           | the file with the whole configuration of the run            |
+
+The exported step and the learning rate are among the `hyperparameters`.
 """
 
 from __future__ import annotations
@@ -27,7 +41,7 @@ RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
-_OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source")
+_OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source", "training")
 
 
 def make_record(
@@ -41,6 +55,7 @@ def make_record(
     method: Mapping[str, Any] | None = None,
     per_weight: Mapping[str, Any] | None = None,
     costs: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     seed: int | None = None,
     class_path: str | None = None,
     not_mergeable_because: str | None = None,
@@ -57,6 +72,7 @@ def make_record(
         method: The merge method, `class_path` and `init_args`, of a merged expert.
         per_weight: Merge methods of single weights by a pattern of their names; null for weights that stay at the base.
         costs: Memory and time of the training: bytes of optimizer state, selections of the support and their cost.
+        training: How it was trained; the keys are listed above.
         seed: Seed of the run.
         class_path: Dotted path of the experts' class, for a reader of their state. It stays text.
         not_mergeable_because: Why the deltas are not all that the experts do, as the end of a sentence.
@@ -73,6 +89,7 @@ def make_record(
         "method": dict(method) if method else None,
         "per_weight": dict(per_weight or {}),
         "costs": dict(costs or {}),
+        **({"training": dict(training)} if training else {}),
         "versions": package_versions(),
         "seed": seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

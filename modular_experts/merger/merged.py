@@ -29,6 +29,7 @@ from modular_experts.library import (
     open_expert,
     open_experts,
     parent_ids,
+    training_in_common,
     union_of_weights,
     write_expert,
 )
@@ -139,6 +140,7 @@ class Merged(TaskVector):
             hyperparameters={"experts": [_name(expert) for expert in self.experts]} if self._lazy else None,
             tasks=sorted({task for expert in self.stored for task in expert.record["tasks"]}),
             parents=as_parents(self.stored),
+            training=training_in_common(self.stored),
             method=describe(self._method) if self._method else None,
             per_weight={pattern: chosen and describe(chosen) for pattern, chosen in self._per_weight.items()},
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +41,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
-from modular_experts.library import StoredExpert, as_parents, open_experts
+from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ class ExpertModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raise before anything is loaded if training has no experts, or experts have no layers."""
+        # Lightning calls its own loaders by what torch deprecates.
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
             raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")
         if (self.expert is None) != (not self.modules_pattern):
@@ -192,12 +195,30 @@ class ExpertModule(LightningModule):
             inject(model, self.experts)
         elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
+        self._warn_of_slow_bfloat16()
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
+
+    def _warn_of_slow_bfloat16(self) -> None:
+        trainer = self._trainer
+        if trainer is None or trainer.strategy.root_device.type != "cpu":
+            return
+        options = ["model.dtype float32"] if self.dtype_name == "bfloat16" else []
+        options += ["trainer.precision 32-true"] if str(trainer.precision).startswith("bf16") else []
+        can = torch.cpu.get_capabilities()
+        # On x86 and on ARM; a processor of another kind is not known to be slow.
+        instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}
+        known = instructions.get(str(can.get("architecture")), [])
+        if options and known and not any(can.get(name) for name in known):
+            log.warning(
+                "this processor has no instructions for bfloat16, which took seven times as long as float32 on such a "
+                "one; %s avoids that",
+                " and ".join(options),
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
@@ -295,6 +316,14 @@ class ExpertModule(LightningModule):
         term = penalty(self.model)
         self._penalty = None if term is None else term.detach()
         return loss if term is None else loss + term
+
+    def on_test_start(self) -> None:
+        """Warn of applied experts that meet rows or a base in another form than in their training."""
+        if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
+            reading = getattr(getattr(self.trainer, "datamodule", None), "reading", {})
+            warn_unlike_training(self.applied_experts, reading, self.dtype_name)
+
+    on_validation_start = on_predict_start = on_test_start
 
     def on_validation_epoch_start(self) -> None:
         """Set the scores of all tasks to zero."""
@@ -405,7 +434,7 @@ class ExpertModule(LightningModule):
         return {name: tensor.to("cpu") for name, tensor in expert_state(self.model).items()}
 
     def record_facts(self) -> dict[str, Any]:
-        """Return kind, base, settings and parents of the trained experts, in plain values, for their record."""
+        """Return kind, base, settings, training and parents of the experts, in plain values, for their record."""
         facts = describe_experts(self.model)
         if self.experts is None:  # of one factory, the first expert's settings; its kernel may differ by the layer
             facts["hyperparameters"] = next(expert_layers(self.model))[1].expert.settings()
@@ -417,8 +446,23 @@ class ExpertModule(LightningModule):
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
             "hyperparameters": settings,
+            "training": self._training_facts(),
             "parents": as_parents(self.applied_experts),
         }
+
+    def _training_facts(self) -> dict[str, Any]:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        facts = {
+            "batch_size": getattr(data, "batch_size", None),
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "rows": next((one.rows for one in callbacks if isinstance(one, LogProgress)), None),
+            "dtype": self.dtype_name,
+            "precision": str(self.trainer.precision),
+            "config": None if self.config_file is None else str(self.config_file),
+            "data": getattr(data, "contents", {}),
+        }
+        return facts | getattr(data, "reading", {})
 
     def _peak_rates(self) -> list[float]:
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from testbed import runs
 
-from modular_experts.callbacks import ExportExpert
-from modular_experts.experts import SparseExpert
+from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.library import Library, open_expert
+from modular_experts.masks import DenseThenSparse
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 
@@ -60,6 +61,51 @@ def test_the_last_state_is_exported_without_a_monitor_and_recorded(tiny_llama_di
     assert (settings["keep_ratio"], settings["granularity"], settings["learning_rate"]) == (0.1, "element", 1e-2)
     assert settings["steps"] == 6
     assert 0.09 < settings["kept"] < 0.11
+
+
+def test_the_line_tells_the_losses_of_the_kept_and_of_the_last_step(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    caplog.set_level("INFO", "modular_experts")
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, max_steps=6)
+    assert f"exported step 6, the last, with validation loss {export.best:.4g} to {export.target}" in caplog.messages
+    rates = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0 if step > 5 else 1.0)
+    worse = ExportExpert(str(tmp_path / "library"), "worse")
+    module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=rates)
+    runs.trainer(tmp_path, worse, max_steps=12).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert worse.best_step == 6
+    line = f"exported step 6 with validation loss {worse.best:.4g} to {worse.target}; the last step, 12, had"
+    assert f"{line} {worse.newest:.4g}" in caplog.messages
+
+
+def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_llama_dir, task_files, tmp_path) -> None:
+    """All entries are trained up to step 8 of 12, and validations come before."""
+    export, seen = ExportExpert(str(tmp_path / "library"), "mine"), []
+
+    class Remember(runs.Losses):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            seen.append((trainer.global_step, export.best_step))
+
+    schedule = MaskSchedule(rule=DenseThenSparse(dense=0.6))
+    dense = partial(MaskedExpert, keep_ratio=0.1)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, Remember(), schedule, max_steps=12)
+    assert [best for step, best in seen if step < 8] == [0] * sum(step < 8 for step, _ in seen) != []
+    assert open_expert(export.target).kept_share == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_record_tells_how_the_expert_was_trained(tiny_llama_dir, task_files, tmp_path) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    settings = {"max_steps": 3, "accumulate_grad_batches": 2}
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, **settings)
+    training = open_expert(export.target).record["training"]
+    data = runs.mixture(task_files, tiny_llama_dir)
+    rows = {"train": 12, "validation": 6, "test": 6}
+    assert {name: task["rows"] for name, task in training.pop("data").items()} == {"upper": rows, "reverse": rows}
+    assert training == {
+        **{"batch_size": 4, "accumulate_grad_batches": 2, "rows": 24, "dtype": "float32", "precision": "32-true"},
+        **{"max_length": data.max_length, "chat_template": None, "config": None},
+    }
 
 
 def test_an_existing_name_is_refused_before_training(tiny_llama_dir, task_files, tmp_path) -> None:

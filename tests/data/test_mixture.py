@@ -212,3 +212,31 @@ def test_a_plain_trainer_reads_every_stage(three: list[Task]) -> None:
         "predict": 18,
     }
     assert module.seen["predict"] == [text for _, text in served(data.predict_dataloader())]
+
+
+def test_the_hash_of_a_task_is_that_of_its_contents_alone(tmp_path) -> None:
+    """Neither the name of the file, nor how it divides into splits, changes it; one letter does."""
+    rows = [{"input": f"word {number}", "target": "a"} for number in range(20)]
+    files = {"one": rows, "two": rows, "letter": [rows[0] | {"target": "b"}, *rows[1:]], "order": rows[::-1]}
+    hashes = {}
+    for name, found in files.items():
+        file = write_rows(tmp_path / f"{name}.jsonl", found)
+        ratio = 0.3 if name == "two" else 0.1
+        data = TaskMixture([{"name": "task", "path": str(file)}], build_tokenizer(), validation_ratio=ratio)
+        data.setup("fit")
+        hashes[name] = data.contents["task"]["hash"]
+        assert sum(data.contents["task"]["rows"].values()) == 20
+    assert hashes["one"] == hashes["two"]
+    assert len(set(hashes.values())) == 3
+
+
+def test_the_chat_template_is_told_by_its_hash(tmp_path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    file = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b"}] * 4)
+    tasks = [{"name": "a", "path": str(file)}]
+    plain, chat = (TaskMixture(tasks, tokenizer, chat_template=chat).reading for chat in (False, True))
+    assert plain == {"max_length": 1024, "chat_template": None}
+    assert len(chat["chat_template"]) == 16
+    tokenizer.chat_template += " "
+    assert TaskMixture(tasks, tokenizer, chat_template=True).reading != chat

@@ -357,6 +357,48 @@ def test_a_learning_rate_beside_an_optimizer_or_not_above_zero_is_refused(tiny_l
         runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0)
 
 
+SLOW = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}
+
+
+def test_bfloat16_is_warned_of_on_a_processor_without_its_instructions(
+    tiny_llama_dir, task_files, tmp_path, monkeypatch, caplog
+) -> None:
+    def warned(can: dict, dtype: str, precision: str) -> list[str]:
+        caplog.clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+        module = runs.module(tiny_llama_dir, KINDS["lora"], dtype=dtype)
+        runs.trainer(tmp_path, max_steps=1, precision=precision).fit(module, runs.mixture(task_files, tiny_llama_dir))
+        return [message for message in caplog.messages if "no instructions for bfloat16" in message]
+
+    (said,) = warned(SLOW, "bfloat16", "32-true")
+    assert said.endswith("; model.dtype float32 avoids that")
+    (said,) = warned(SLOW, "float32", "bf16-mixed")
+    assert said.endswith("; trainer.precision 32-true avoids that")
+    assert not warned(SLOW, "float32", "32-true")
+    assert not warned(SLOW | {"avx512_bf16": True}, "bfloat16", "32-true")
+    assert not warned({"architecture": "another"}, "bfloat16", "32-true")
+
+
+def test_an_expert_in_another_use_than_its_training_is_warned_of(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "mine")
+    runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["element"], export, max_steps=1)
+
+    def use(**settings) -> list[str]:
+        caplog.clear()
+        dtype = settings.pop("dtype", "float32")
+        module = runs.module(tiny_llama_dir, None, applied=[str(export.target)], dtype=dtype)
+        runs.trainer(tmp_path).predict(module, runs.mixture(task_files, tiny_llama_dir, **settings))
+        return [message for message in caplog.messages if "otherwise than" in message]
+
+    assert not use()
+    assert not use(max_length=2000)
+    (said,) = use(max_length=100, dtype="bfloat16")
+    assert said == (
+        "mine is used otherwise than it was trained, with 100 instead of 1024 tokens a row (data.max_length), a base "
+        "in bfloat16 instead of float32 (model.dtype)"
+    )
+
+
 def resumable(base: Path, files: dict[str, Path], folder: Path, ckpt: Path | None, kill_at: int | None) -> list[float]:
     """Train 10 steps (an epoch is six) with dropout beside a moving mask; return the losses of this process."""
 
