@@ -54,6 +54,8 @@ class ExportExpert(Callback):
         self.target = Path(library) / name
         """Directory of the expert."""
         self.overwrite, self.monitor = overwrite, monitor
+        self.exported = False
+        """Whether the expert was written."""
         self.best: float | None = None
         """The lowest value of the monitored metric, and that of the newest validation."""
         self.newest: float | None = None
@@ -96,6 +98,7 @@ class ExportExpert(Callback):
         """Write the expert, and log its step, its loss and that of the last step, and its directory."""
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:
             return
+        self.exported = True
         best = self._best_directory(trainer)
         if self.best is not None and best.exists():
             kept = open_expert(best)

@@ -1,97 +1,220 @@
 """Read a command line before jsonargparse does: options as people spell them, and several config files as one.
 
-An option may be written `--dry-run` or `--dry_run`, a flag without a value, a list as plain words, and the first
-options of some commands by their position. A config file beats the ones before it, and a list replaces a list.
+An option may be written `--dry-run` or `--dry_run`, a flag without a value, a list as plain words, some options by a
+short name or by their position. A config file beats the ones before it, and a list replaces a list.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from jsonargparse import get_loader
 
 from modular_experts.cli.errors import UsageError
 
-Options = list[tuple[str, str | None]]
-"""Each option's name, without the dashes in front, and its value."""
+NO_SHORT_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+class Option(NamedTuple):
+    """An option of a command line: its full name with underscores, its value, and how it was typed."""
+
+    name: str
+    value: str | None
+    typed: str = ""
+    words: Sequence[str] = ()
+
+
+def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], list[str]]:
+    """Return the types of the arguments of a function or class, and the names of those without a default.
+
+    Args:
+        called: The function or class.
+        given_by_us: How many of the first arguments the package gives, and no option.
+    """
+    # A dataclass has fields from classes of several modules, where its __init__ has only their names.
+    plain = inspect.isclass(called) and not dataclasses.is_dataclass(called)
+    annotated = called.__init__ if plain else called
+    try:
+        hints = typing.get_type_hints(annotated)
+    except NameError:
+        # A class may name TaskMixture without importing it, so that it is fast to import.
+        hints = typing.get_type_hints(annotated, localns=vars(importlib.import_module("modular_experts.data")))
+    parameters = list(inspect.signature(called).parameters.values())[given_by_us:]
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    return {one.name: hints.get(one.name, Any) for one in parameters}, needed
+
+
+def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:
+    """Return the types that an option may have, also one inside a group such as `data.tasks`; empty if unknown."""
+    head, _, rest = name.partition(".")
+    hint = hints.get(head)
+    kinds = [kind for kind in (get_args(hint) if _is_union(hint) else [hint]) if kind not in (None, type(None))]
+    if not rest:
+        return kinds
+    groups = [
+        kind
+        for kind in kinds
+        if inspect.isclass(kind) and not inspect.isabstract(kind) and kind.__module__ != "builtins"
+    ]
+    return kinds_of(rest, arguments_of(groups[0])[0]) if len(groups) == 1 else []
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_list(kinds: Sequence[Any]) -> bool:
+    return any(get_origin(kind) is list for kind in kinds)
 
 
 def read_options(
     words: Iterable[str],
-    flags: Collection[str] = (),
-    lists: Collection[str] = (),
-    tables: Collection[str] = (),
+    hints: Mapping[str, Any],
     positional: Sequence[str] = (),
-) -> Options:
-    """Return the options of a command line, with underscores in their names.
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> list[Option]:
+    """Return the options of a command line under their full names, with underscores.
 
     Args:
         words: The command line after the command.
-        flags: Options that are true without a value.
-        lists: Options that take several words, up to the next option, as well as a list in brackets.
-        tables: Options with keys of the user's, whose dashes stay.
+        hints: Type of each option. A list takes the words up to the next option, and a flag needs no value.
         positional: Names of the options that may be given by position.
+        short: Full name of each option that has a short one.
 
     Raises:
-        UsageError: A word is neither an option nor the value of one.
+        UsageError: A word is neither an option nor the value of one, or an option has no value, or two.
     """
-    options: Options = []
-    places = list(positional)
-    # The option that takes the next word as its value, if there is one.
-    last = ""
+    found: list[tuple[str, str, list[str]]] = []
+    places, room = list(positional), False
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            head, dot, rest = name.partition(".")
-            head = head.replace("-", "_")
-            name = head + dot + (rest if head in tables else rest.replace("-", "_"))
-            options.append((name, value if equals else "true" if name in flags else None))
-            last = "" if equals or name == "print_config" else name
-        elif last in lists and not word.startswith("["):
-            before = options.pop()[1] or "[]"
-            options.append((last, json.dumps([*json.loads(before), word])))
-        elif last and (last not in flags or word.lower() in ("true", "false", "yes", "no")):
-            options[-1], last = (last, word), ""
+            typed, equals, value = word.partition("=")
+            name = _full_name(typed[2:], hints, short)
+            kinds = kinds_of(name.removesuffix("+"), hints)
+            found.append((name, typed, [value] if equals else []))
+            room = not equals and name != "print_config"
+        elif room and (kinds != [bool] or word.lower() in ("true", "false", "yes", "no")):
+            found[-1][2].append(word)
+            room = _is_list(kinds)
         elif places:
-            options.append((places.pop(0), word))
-            last = ""
+            found.append((places[0], "", [word]))
+            places = places if _is_list(kinds_of(places[0], hints)) else places[1:]
+            room = False
         else:
             raise UsageError(f"{word!r} is one argument too many; options start with --")
+    options: list[Option] = []
+    for name, typed, taken in found:
+        kinds = kinds_of(name.removesuffix("+"), hints)
+        if not taken and (name == "config" or (kinds and kinds != [bool])):
+            raise UsageError(f"{typed} needs a value")
+        before = next((one for one in options if one.name == name), None)
+        if before and before.typed.replace("-", "_") != typed.replace("-", "_"):
+            if before.words != taken:
+                spelt = [text or taken[0] for text in (before.typed, typed)]
+                raise UsageError(f"{' and '.join(spelt)} give one option two values; give it once")
+        elif before and _is_list(kinds) and not name.endswith("+"):
+            # A list that is given in parts is one list; of any other option the last value counts.
+            options.remove(before)
+            taken = [*before.words, *taken]
+        options.append(Option(name, _value(taken, kinds), typed, taken))
     return options
 
 
-def as_words(options: Options) -> list[str]:
+def _full_name(typed: str, hints: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """Return an option's full name with underscores, but for keys that are the user's, such as patterns of weights."""
+    head, dot, rest = typed.partition(".")
+    name = head.replace("-", "_").removesuffix("+")
+    plus = "+" * head.endswith("+")
+    return short.get(name, name) + plus + dot + (rest if _is_table(name, hints) else rest.replace("-", "_"))
+
+
+def _is_table(name: str, hints: Mapping[str, Any]) -> bool:
+    return any(get_origin(kind) is dict for kind in kinds_of(name, hints))
+
+
+def _value(words: Sequence[str], kinds: Sequence[Any]) -> str | None:
+    """Return what jsonargparse reads as the value: the word, or several words as a list."""
+    if not words:
+        return "true" if kinds == [bool] else None
+    items = [_item(word) for word in words]
+    listed = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+    # One word stays alone where a text or a class may stand instead of a list; of a task file, the parser reads a path
+    # alone as the rows.
+    items = [one for item in items for one in (item if isinstance(item, list) and len(items) > 1 else [item])]
+    may_stand = isinstance(items[0], list | None) or (len(kinds) > 1 and not any(map(_is_union, listed)))
+    return words[0] if not listed or (len(words) == 1 and may_stand) else json.dumps(items)
+
+
+def _item(word: str) -> Any:
+    """Return a list, a mapping or null, and any other word as it is."""
+    try:
+        return get_loader("yaml")(word) if word[:1] in "[{" or word == "null" else word
+    except yaml.YAMLError:
+        # A pattern such as [qv]_proj.
+        return word
+
+
+def as_words(options: Iterable[Option]) -> list[str]:
     """Return options as the words of a command line."""
-    return [f"--{name}" if value is None else f"--{name}={value}" for name, value in options]
+    return [f"--{one.name}" if one.value is None else f"--{one.name}={one.value}" for one in options]
 
 
-def fold_configs(options: Options, beneath: Mapping[str, Any] | None = None) -> tuple[Options, dict[str, Any]]:
-    """Return the other options, and the contents of all config files as one.
+def as_typed(sentence: str, options: Iterable[Option], short: Mapping[str, str] = NO_SHORT_NAMES) -> str:
+    """Return a sentence with its options as somebody typed them; those that nobody typed get their short names."""
+    spelt = {full: name for name, full in short.items()}
+    for option in options:
+        typed = option.typed[2:]
+        head = typed.partition(".")[0].removesuffix("+")
+        full = short.get(head.replace("-", "_"))
+        spelt = {name: text for name, text in spelt.items() if not f"{typed}.".startswith(f"{name}.")}
+        spelt |= ({full: head} if full else {}) | ({option.name: typed} if typed else {})
+    for name in sorted(spelt, key=len, reverse=True):
+        sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{spelt[name]}", sentence)
+    return sentence
+
+
+def fold_configs(
+    options: Sequence[Option], beneath: Mapping[str, Any] | None = None, short: Mapping[str, str] = NO_SHORT_NAMES
+) -> tuple[list[Option], dict[str, Any]]:
+    """Return the other options, and the contents of all config files as one, under full names.
 
     Lists that an option replaces are left out of the contents.
 
     Args:
         options: The options, `config` among them.
         beneath: Settings that every config file beats.
+        short: Full name of each option that has a short one.
 
     Raises:
         UsageError: A file does not exist, or is not a YAML file of options.
     """
     config: dict[str, Any] = dict(beneath or {})
-    rest = [(name, value) for name, value in options if name != "config"]
-    for file in [value for name, value in options if name == "config"]:
+    rest = [one for one in options if one.name != "config"]
+    for file in [one.value for one in options if one.name == "config"]:
         try:
             found = get_loader("yaml")(Path(str(file)).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(found, dict):
             raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(found)[:40]}")
+        for name in short.keys() & found.keys():
+            group, key = short[name].split(".")
+            if key in found.setdefault(group, {}):
+                raise UsageError(f"--config {file} gives one option twice: {name} and {short[name]}; give it once")
+            found[group][key] = found.pop(name)
         config = _over(config, found)
-    for name, _ in rest:
+    for name in [one.name for one in rest]:
         *groups, key = name.split(".")
         inner: Any = config
         for group in groups:
@@ -113,12 +236,12 @@ def _over(before: Any, after: Any) -> Any:
     return {**before, **{key: _over(before.get(key), value) for key, value in after.items()}}
 
 
-def as_settings(options: Options, config: Mapping[str, Any], tables: Collection[str] = ()) -> dict[str, Any]:
+def as_settings(options: Iterable[Option], config: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config and options set, as nested dictionaries; a class with settings has the key `class_path`."""
     settings = json.loads(json.dumps(config, default=str))
-    for name, text in options:
+    for name, text in [(one.name, one.value) for one in options]:
         head, _, rest = name.partition(".")
-        *groups, key = [head, rest] if rest and head in tables else name.removesuffix(".help").split(".")
+        *groups, key = [head, rest] if rest and _is_table(head, hints) else name.removesuffix(".help").split(".")
         inner: Any = settings
         for group in groups:
             place: Any = group

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from modular_experts.cli.arguments import as_settings, as_words, fold_configs, read_options
-from modular_experts.cli.parser_errors import arguments_of, explained
+from modular_experts.cli.arguments import arguments_of, as_words, fold_configs, read_options
+from modular_experts.cli.parser_errors import explained
 
 
 def run_command(function: Callable[..., None], argv: Sequence[str], positional: int = 0) -> None:
@@ -28,16 +27,8 @@ def run_command(function: Callable[..., None], argv: Sequence[str], positional: 
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
-    flags: list[str] = []
-    lists: list[str] = []
-    tables: list[str] = []
     hints, required = arguments_of(function)
-    for name, hint in hints.items():
-        kinds = (hint, *get_args(hint))
-        flags += [name] if bool in kinds else []
-        lists += [name] if list in [get_origin(kind) for kind in kinds] else []
-        tables += [name] if dict in [get_origin(kind) for kind in kinds] else []
-    options, config = fold_configs(read_options(argv[1:], flags, lists, tables, list(hints)[:positional]))
+    options, config = fold_configs(read_options(argv[1:], hints, list(hints)[:positional]))
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
@@ -46,6 +37,6 @@ def run_command(function: Callable[..., None], argv: Sequence[str], positional: 
     try:
         settings = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise explained(error, as_settings(options, config, tables), hints, required) from None
+        raise explained(error, options, config, hints, required) from None
     settings.pop("config", None)
     function(**settings.as_dict())

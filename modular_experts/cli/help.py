@@ -17,6 +17,24 @@ _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 120, 32
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "CoefficientSearch": " NAME", "TaskMixture": "", "Tuning": ""}
+# Short names of `fit`, `validate`, `test` and `predict`.
+SHORT_NAMES = {
+    "base": "model.base",
+    "tasks": "data.tasks",
+    "expert": "model.expert",
+    "modules": "model.modules",
+    # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
+    "experts": "model.applied",
+    "applied": "model.applied",
+    "steps": "trainer.max_steps",
+    "learning_rate": "model.learning_rate",
+    "batch_size": "data.batch_size",
+}
+# Options of `fit` that are arguments of no class.
+OWN_OPTIONS = {
+    "--out LIBRARY/NAME": "Directory of the trained expert in a library; its last part is the name.",
+    "--overwrite": "Replace an expert.",
+}
 _EVERYWHERE = {
     "--config FILE": "A YAML file with these options; of several, a later one beats an earlier one.",
     "--print_config": "Print all options as such a file, and do nothing.",

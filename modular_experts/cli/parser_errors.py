@@ -6,15 +6,14 @@ the option's full name, the value and near candidates.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import sys
 import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
+from modular_experts.cli.arguments import NO_SHORT_NAMES, Option, arguments_of, as_settings, as_typed
 from modular_experts.cli.errors import UsageError
 from modular_experts.text import did_you_mean
 
@@ -24,44 +23,32 @@ _SCALARS |= {type(None): type(None), Any: object}
 
 
 def explained(
-    error: Exception, settings: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]
+    error: Exception,
+    options: Sequence[Option],
+    config: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    required: Collection[str],
+    short: Mapping[str, str] = NO_SHORT_NAMES,
 ) -> UsageError:
-    """Return a parser's error as a sentence: ours if the walk finds what is wrong.
+    """Return a parser's error as a sentence, ours if the walk finds what is wrong, with options spelt as typed.
 
     Args:
         error: The parser's error.
-        settings: Values by name of the option, as `arguments.as_settings` gives them.
+        options: The options of the command line.
+        config: The settings of the config files.
         hints: Annotation of each option.
         required: Options without a default.
+        short: Full name of each option that has a short one.
     """
+    sentence = " ".join(str(error).split())
     try:
-        _check_settings("--", settings, hints, required)
-    except UsageError as sentence:
-        return sentence
+        _check_settings("--", as_settings(options, config, hints), hints, required)
+    except UsageError as ours:
+        sentence = str(ours)
     except (AttributeError, NameError, TypeError, ValueError):
         # A class of the user's may have annotations that Python cannot read; the parser's own words remain.
         pass
-    return UsageError(" ".join(str(error).split()))
-
-
-def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """Return the types of the arguments of a function or class, and the names of those without a default.
-
-    Args:
-        called: The function or class.
-        given_by_us: How many of the first arguments the package gives, and no option.
-    """
-    # A dataclass has fields from classes of several modules, where its __init__ has only their names.
-    plain = inspect.isclass(called) and not dataclasses.is_dataclass(called)
-    annotated = called.__init__ if plain else called
-    try:
-        hints = typing.get_type_hints(annotated)
-    except NameError:
-        # A class may name TaskMixture without importing it, so that it is fast to import.
-        hints = typing.get_type_hints(annotated, localns=vars(importlib.import_module("modular_experts.data")))
-    parameters = list(inspect.signature(called).parameters.values())[given_by_us:]
-    needed = [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
-    return {one.name: hints.get(one.name, Any) for one in parameters}, needed
+    return UsageError(as_typed(sentence, options, short))
 
 
 def _check_settings(

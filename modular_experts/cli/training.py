@@ -30,10 +30,20 @@ from torch import distributed
 import modular_experts.suite  # noqa: F401
 from modular_experts.base import Base
 from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
-from modular_experts.cli.arguments import as_settings, as_words, fold_configs, read_options
-from modular_experts.cli.parser_errors import arguments_of, explained
+from modular_experts.cli.arguments import (
+    Option,
+    arguments_of,
+    as_settings,
+    as_words,
+    fold_configs,
+    kinds_of,
+    read_options,
+)
+from modular_experts.cli.help import OWN_OPTIONS, SHORT_NAMES
+from modular_experts.cli.parser_errors import explained
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert
+from modular_experts.library import check_name, check_target
 from modular_experts.training.module import ExpertModule
 
 log = logging.getLogger(__name__)
@@ -90,15 +100,6 @@ class TrainingCLI(LightningCLI):
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = Base.open(self.model.base, revision=self.model.revision).tokenizer()
 
-    def after_fit(self) -> None:
-        """Log that no expert was exported, or export the expert of a resumed run that had nothing left to train."""
-        exports = [one for one in self.trainer.callbacks if isinstance(one, ExportExpert)]  # type: ignore[attr-defined]
-        if not exports:
-            log.info("no expert was exported: list the callback ExportExpert with its library and name to keep one")
-        for export in exports:
-            if not export.target.exists() and not self.trainer.fast_dev_run:
-                export.on_train_end(self.trainer, self.model)
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
         trainer = self.config_init[self.subcommand].trainer
@@ -129,22 +130,74 @@ class TrainingCLI(LightningCLI):
         """Do nothing: `run` has read the checkpoint's settings already, below everything else."""
 
 
+class FitCLI(TrainingCLI):
+    """Run `fit` with the options `out` and `overwrite`, which set where the expert is written."""
+
+    exports: list[ExportExpert]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options; their texts are in `help.py`."""
+        parser.add_argument("--out", type=str | None, default=None, help=OWN_OPTIONS["--out LIBRARY/NAME"])
+        parser.add_argument("--overwrite", type=bool, default=False, help=OWN_OPTIONS["--overwrite"])
+
+    def after_instantiate_classes(self) -> None:
+        """Set the target of the listed `ExportExpert`, or add one, and refuse a target that exists."""
+        settings, callbacks = self.config[self.subcommand], self.trainer.callbacks  # type: ignore[attr-defined]
+        self.exports = [one for one in callbacks if isinstance(one, ExportExpert)]
+        if settings.out:
+            place = Path(settings.out)
+            check_name(place.name)
+            if not self.exports:
+                self.exports = [ExportExpert(str(place.parent), place.name)]
+                callbacks[:0] = self.exports
+            self.exports[-1].target = place
+        for export in self.exports:
+            export.overwrite |= settings.overwrite
+            check_target(export.target, export.overwrite)
+        super().after_instantiate_classes()
+
+    def before_fit(self) -> None:
+        """Log that nothing will be kept if no expert is exported."""
+        if not self.exports:
+            log.info("this run keeps no expert; --out library/NAME keeps it")
+
+    def after_fit(self) -> None:
+        """Log how to get the expert of a checkpoint, or export that of a resumed run with nothing left to train."""
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not self.exports and checkpoint:
+            log.info(
+                "no expert was exported; the same command with --ckpt_path '%s' --out library/NAME exports that of "
+                "the checkpoint",
+                checkpoint,
+            )
+        for export in self.exports:
+            if not export.exported:
+                export.on_train_end(self.trainer, self.model)
+
+
 def run(argv: Sequence[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made."""
     verb, *words = argv
-    options, config = fold_configs(read_options(words))
-    if checkpoint := dict(options).get("ckpt_path") or config.get("ckpt_path"):
-        options, config = fold_configs(read_options(words), _settings_of_checkpoint(Path(checkpoint)))
-    if dict(options).get("trainer.logger") in ("CSVLogger", "TensorBoardLogger"):
+    hints, _ = arguments_of(getattr(Trainer, verb))
+    hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb]}
+    hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
+    hints |= {"out": str, "overwrite": bool} if verb == "fit" else {}
+    given = read_options(words, hints, short=SHORT_NAMES)
+    options, config = fold_configs(given, short=SHORT_NAMES)
+    checkpoint = next((one.value for one in options if one.name == "ckpt_path"), config.get("ckpt_path"))
+    if checkpoint:
+        options, config = fold_configs(given, _settings_of_checkpoint(Path(checkpoint)), SHORT_NAMES)
+    if next((one.value for one in options if one.name == "trainer.logger"), "") in ("CSVLogger", "TensorBoardLogger"):
         # Only these loggers must be told where to write; it is where everything else goes.
-        place = as_settings(options, config)["trainer"].get("default_root_dir", _DEFAULTS["default_root_dir"])
-        options.insert([name for name, _ in options].index("trainer.logger") + 1, ("trainer.logger.save_dir", place))
+        place = as_settings(options, config, hints)["trainer"].get("default_root_dir", _DEFAULTS["default_root_dir"])
+        after = [one.name for one in options].index("trainer.logger") + 1
+        options.insert(after, Option("trainer.logger.save_dir", place))
     words = [verb, "--config", json.dumps(config, default=str), *as_words(options)]
-    if ("help_all", None) in options:
+    if any(one.name == "help_all" for one in options):
         words = [verb, "--help"]
     with _quiet():
         try:
-            TrainingCLI(
+            (FitCLI if verb == "fit" else TrainingCLI)(
                 ExpertModule,
                 TaskMixture,
                 args=words,
@@ -157,10 +210,9 @@ def run(argv: Sequence[str]) -> None:
                 parser_kwargs={"prog": "modular-experts", "exit_on_error": False, verb: {"exit_on_error": False}},
             )
         except ArgumentError as error:
-            hints, _ = arguments_of(getattr(Trainer, verb))
-            hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb]}
-            hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
-            raise explained(error, as_settings(options, config), hints, ("model", "data")) from None
+            hints |= {name: kinds_of(full, hints)[0] for name, full in SHORT_NAMES.items()}
+            config = {"model": {}, "data": {}} | config
+            raise explained(error, options, config, hints, (), SHORT_NAMES) from None
         if distributed.is_available() and distributed.is_initialized():
             # A rank that leaves while another still sends makes gloo abort.
             distributed.barrier()

@@ -325,12 +325,17 @@ def test_a_bug_keeps_its_traceback(run, place):
     assert not (place / "library/new").exists()
 
 
+HINTS = {"dry_run": bool, "experts": list[str] | None, "modules": str | list[str], "out": str, "max_memory": str}
+HINTS |= {"per_weight": dict[str, str] | None, "recipe": str}
 SPELT = {
     "--experts a b --out c": '--experts=["a", "b"] --out=c',
     "--experts a": '--experts=["a"]',
     "--experts [a] --out c": "--experts=[a] --out=c",
     "--out a b": "--out=a --recipe=b",
-    "--experts --out c": "--experts --out=c",
+    "--experts a --out c --experts b": '--out=c --experts=["a", "b"]',
+    "--experts null": "--experts=null",
+    "--modules q_proj": "--modules=q_proj",
+    "--modules [qv]_proj k_proj": '--modules=["[qv]_proj", "k_proj"]',
     "--dry-run": "--dry_run=true",
     "--dry_run --out a-b": "--dry_run=true --out=a-b",
     "--dry-run false --max-memory=2-GB": "--dry_run=false --max_memory=2-GB",
@@ -347,10 +352,12 @@ SPELT = {
 
 def test_options_may_have_dashes_lists_spaces_and_flags_no_value():
     for given, spelt in SPELT.items():
-        found = read_options(given.split(), ["dry_run"], ["experts"], ["per_weight"], ["recipe"])
+        found = read_options(given.split(), HINTS, ["recipe"])
         assert " ".join(as_words(found)) == spelt
     with pytest.raises(UsageError, match="'b' is one argument too many"):
-        read_options(["--dry_run", "a", "b"], ["dry_run"], positional=["recipe"])
+        read_options(["--dry_run", "a", "b"], HINTS, ["recipe"])
+    with pytest.raises(UsageError, match="--experts needs a value"):
+        read_options(["--experts", "--out", "c"], HINTS)
 
 
 def test_a_dry_run_needs_no_more_than_its_name(run, place):

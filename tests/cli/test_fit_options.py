@@ -1,0 +1,106 @@
+"""The short options of `fit`: what is trained, where it is kept, and what a run without a place for it tells."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copy(task_files["upper"], "a.jsonl")
+    shutil.copy(task_files["reverse"], "b.jsonl")
+    Path("base").symlink_to(tiny_llama_dir)
+    return tmp_path
+
+
+FIT = "fit --base base --expert SparseExpert --modules q_proj v_proj --tasks a.jsonl b.jsonl --steps 4 --batch-size 4"
+
+
+def printed(words: str, capsys) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_line_of_the_documentation_trains_and_keeps_the_expert(place, capsys) -> None:
+    assert main([*FIT.split(), "--out", "library/a", "--expert.granularity=element"]) == 0
+    assert "keeps no expert" not in capsys.readouterr().err
+    record = Library("library")["a"].record
+    assert record["hyperparameters"]["granularity"] == "element"
+    assert (record["hyperparameters"]["steps"], record["tasks"]) == (4, ["a", "b"])
+    assert main(["test", "--base", "base", "--applied", "library/a", "--tasks", "a.jsonl"]) == 0
+    capsys.readouterr()
+    again = [*FIT.split(), "--out", "library/a"]
+    assert main(again) == 1
+    refusal = capsys.readouterr().err
+    assert "library/a exists already" in refusal
+    assert "--overwrite" in refusal
+    assert main([*again, "--overwrite"]) == 0
+
+
+def test_a_run_that_keeps_nothing_says_so_first_and_how_to_get_it_at_the_end(place, capsys) -> None:
+    assert main(FIT.split()) == 0
+    said = capsys.readouterr().err
+    assert said.index("this run keeps no expert; --out library/NAME keeps it") < said.index("trained parameters")
+    checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
+    assert f"--ckpt_path '{checkpoint}' --out library/NAME" in said
+    assert main([*FIT.split(), "--ckpt_path", checkpoint, "--out", "library/late"]) == 0
+    assert list(Library("library")) == ["late"]
+    assert main([*FIT.split(), "--ckpt_path", checkpoint, "--out", "library/late", "--overwrite"]) == 0
+
+
+def test_the_options_set_the_place_of_a_configured_export(place) -> None:
+    export = {"class_path": "ExportExpert", "init_args": {"library": "x", "name": "y", "monitor": None}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"steps": 2, "out": "library/a", "trainer": {"callbacks": [export]}}))
+    assert main([*FIT.replace("--steps 4 ", "").split(), "--config", "mine.yaml"]) == 0
+    assert Library("library")["a"].record["hyperparameters"]["steps"] == 2
+    assert not Path("x").exists()
+
+
+def test_short_names_are_long_ones(place, capsys) -> None:
+    config = printed(FIT.replace("--steps", "--learning_rate 0.01 --applied library/x library/y --steps"), capsys)
+    assert config["model"]["base"] == "base"
+    assert config["model"]["modules"] == ["q_proj", "v_proj"]
+    assert config["model"]["applied"] == ["library/x", "library/y"]
+    assert config["model"]["learning_rate"] == 0.01
+    assert config["data"]["tasks"] == ["a.jsonl", "b.jsonl"]
+    assert (config["trainer"]["max_steps"], config["data"]["batch_size"]) == (4, 4)
+    assert printed(f"{FIT} --trainer.max_steps 4", capsys)["trainer"]["max_steps"] == 4
+    task = ["--tasks", "a.jsonl", "{path: b.jsonl, role: held_out}"]
+    with pytest.raises(SystemExit):
+        main(["test", "--base", "base", *task, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["tasks"][1]["role"] == "held_out"
+
+
+MISTAKES = {
+    "--trainer.max_steps 5": "--steps and --trainer.max_steps give one option two values; give it once",
+    "--no-such 1": "there is no option --no-such; the options are ",
+    "--batch-siez 4": "there is no option --batch-siez; did you mean --batch_size?",
+    "--expert.keep-ratoi 0.1": "no option --expert.keep-ratoi; did you mean --expert.keep_ratio?",
+    "--expert.keep_ratio much": "--expert.keep_ratio must be of type float, got much",
+    "--steps many": "--steps must be of type int, got many",
+    "--batch-size": "--batch-size needs a value",
+    "--out": "--out needs a value",
+    "--out library/..": "cannot be the name of an expert",
+}
+
+
+def test_a_mistake_is_told_in_the_words_that_were_typed(place, capsys) -> None:
+    for mistake, sentence in MISTAKES.items():
+        assert main([*FIT.split(), *mistake.split()]) in (1, 2)
+        assert sentence in capsys.readouterr().err, mistake
+    assert main(["fit", "--tasks", "a.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: --base must be given, on the command line or in --config\n"
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("error: --base must be given")
