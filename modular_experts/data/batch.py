@@ -23,7 +23,8 @@ longest, `length`; no row goes on in another pack:
 Where positions start anew and no attention mask is given, a model of transformers keeps rows apart. A packed batch has
 no `attention_mask`, so code that knows only the other form fails. Batches of validation, test and prediction also carry
 
-    input, target   lists of n texts as in the data, after the task's template
+    input, target   lists of n texts as in the data, after the task's template; a row to predict may have None as target
+    end             list of n ids: the token that ends an answer
     choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
                     rows, row (m,) int64, the row that a choice belongs to, and correct (m,) bool
 """
@@ -66,14 +67,15 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenised row; `choices` are the row's prompt with each choice in the target's place."""
+    """A tokenised row; `choices` are the row's prompt with each choice in the target's place, `end` ends an answer."""
 
     task: str
     input: str
-    target: str
+    target: str | None
     tokens: Tokens
     choices: tuple[Tokens, ...] = ()
     correct: int = 0
+    end: int | None = None
 
 
 class ExampleSet(Dataset):
@@ -113,6 +115,7 @@ class Collator:
         if self.texts:
             batch["input"] = [example.input for example in examples]
             batch["target"] = [example.target for example in examples]
+            batch["end"] = [example.end for example in examples]
             choices = [choice for example in examples for choice in example.choices]
             if choices:
                 counts = torch.tensor([len(example.choices) for example in examples])

@@ -105,6 +105,7 @@ class TaskMixture(LightningDataModule):
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.chat_template, self.num_workers = chat_template, num_workers
         self.packing, self.group_by_length = packing, group_by_length
+        self._predicts = False
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
 
@@ -151,6 +152,9 @@ class TaskMixture(LightningDataModule):
         """
         # Worker processes would gain nothing: the rows are in memory and tokenised.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        if self._predicts != (stage == "predict"):
+            # Only prediction takes rows without targets.
+            self._predicts, self._rows, self._examples = stage == "predict", None, {}
         needed = {"fit": ["train"], "validate": ["validation"], None: list(SPLITS)}.get(stage, ["test"])
         for split in needed:
             examples = self._split(split)
@@ -268,7 +272,7 @@ class TaskMixture(LightningDataModule):
         if self._rows is None:
             rows, problems = {}, []
             for task in self.tasks:
-                found, bad = task.read()
+                found, bad = task.read(not self._predicts, lambda sentence: self._log(logging.INFO, sentence))
                 problems += bad
                 rows[task.name] = fill_splits(
                     found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
@@ -287,13 +291,13 @@ class TaskMixture(LightningDataModule):
                 rows = [row for row in self._read()[task.name] if row.split == split]
                 if split != "train" and self.eval_limit is not None:
                     rows = spread_evenly(rows, self.eval_limit)
-                examples[task.name], cut, bad = tokenize(task.name, rows, choices=split != "train")
+                examples[task.name], cut, bad = tokenize(task.name, rows, learn=split == "train")
                 problems += bad
                 if cut:
                     self._log(
                         logging.WARNING,
                         f"{task.name}: {cut} of {len(rows)} {split} rows are longer than "
-                        f"max_length={self.max_length} and lost the start of their input",
+                        f"max_length={self.max_length} and lost their start",
                     )
             raise_for_bad_rows(problems)
             self._examples[split] = examples

@@ -1,13 +1,14 @@
-"""Turn records into rows: an input text and a target text, perhaps with a split and choices.
+"""Turn records into rows: an input text and a target text, or a conversation, perhaps with a split and choices.
 
-Every record that is not a good row becomes one sentence, `file:line: what is wrong`. `sources.py` reads the records.
+The columns of a task show once which form its rows have (`recognise`). Every record that is not a good row becomes one
+sentence, `file:line: what is wrong`. `sources.py` reads the records.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,15 +22,81 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One example; `split` is None if the data does not name one, `where` is its place (`file:line`)."""
+    """One example; `split` is None if the data does not name one, `where` is its place (`file:line`).
+
+    Of a conversation, `target` is the assistant's last turn, and `input` the text of all before. Only `predict` takes
+    a row whose target is None.
+    """
 
     input: str
-    target: str
+    target: str | None
     split: str | None = None
     choices: tuple[str, ...] = ()
     where: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form that rows come in: the columns that people give `input` and `target`, or the column `messages`."""
+
+    columns: Mapping[str, str]
+    optional: str | None = None
+
+    @property
+    def asks(self) -> list[str]:
+        """The columns without which there is nothing to answer."""
+        return [column for key, column in self.columns.items() if key != "target"]
+
+    def __str__(self) -> str:
+        if "messages" in self.columns:
+            return "'messages' is the conversation, and the assistant's turns are the target"
+        more = f" and {self.optional!r} are" if self.optional else " is"
+        return f"{self.columns['input']!r}{more} the input, {self.columns['target']!r} is the target"
+
+
+OWN = Form({"input": "input", "target": "target"})
+FORMS = (
+    OWN,
+    Form({"messages": "messages"}),
+    Form({"input": "prompt", "target": "completion"}),
+    Form({"input": "instruction", "target": "output"}, optional="input"),
+    Form({"input": "question", "target": "answer"}),
+)
+
+
+def recognise(columns: Collection[str]) -> Form:
+    """Return the form of rows with these columns; `input` and `target` beat every other form.
+
+    Raises:
+        ValueError: The columns fit no form, or more than one; the sentence gives the setting to type.
+    """
+    whole = [form for form in FORMS if set(form.columns.values()) <= set(columns)]
+    if OWN in whole:
+        return OWN
+    # Rows without targets: of Alpaca's two columns of input, `input` is the optional one.
+    found = whole or [form for form in FORMS[1:] if set(form.asks) <= set(columns)]
+    if not found and "input" in columns:
+        return OWN
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(map(repr, columns))
+    if found:
+        setting = ", ".join(f"{key}: {column}" for key, column in found[0].columns.items())
+        raise ValueError(
+            f"the columns {listed} can be read in more than one way; name those to take, such as columns: {{{setting}}}"
+        )
+    known = ", ".join("/".join(form.columns.values()) for form in FORMS)
+    first, last = [*map(str, columns), "...", "..."][:2]
+    raise ValueError(
+        f"the columns {listed} are not those of a known form ({known}); name your own, such as "
+        f"columns: {{input: {first}, target: {last}}}"
+    )
 
 
 def content_hash(rows: Iterable[Row]) -> str:
@@ -46,14 +113,18 @@ class RowReader:
     """Turns records into rows.
 
     Args:
-        columns: The data's column for `input`, `target`, `split` or `choices`, if it has another name.
+        columns: The data's column for `input`, `target`, `messages`, `split` or `choices`, if it has another name.
         template: The input text, with columns in braces: "Question: {question}\\nAnswer:".
         choices: Possible targets of every row without choices of its own.
+        optional: A column whose text follows the input, after an empty line, where a row has it.
+        targets: Whether every row needs a target.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     choices: Sequence[str] = ()
+    optional: str | None = None
+    targets: bool = True
 
     def read(self, records: Iterable[Record]) -> tuple[list[Row], list[str]]:
         """Return the good rows, and one sentence for each bad one."""
@@ -64,12 +135,29 @@ class RowReader:
                     raise _BadRow(record.problem)
                 if not isinstance(record.values, Mapping):
                     raise _BadRow(f"a row is an object with 'input' and 'target', not {reprlib.repr(record.values)}")
-                text, target = self._input(record.values), self._text(record.values, "target")
-                split, choices = self._split(record.values), self._choices(record.values, target)
-                rows.append(Row(text, target, split, choices, record.where))
+                rows.append(self._row(record.values, record.where))
             except _BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
         return rows, problems
+
+    def _row(self, values: Mapping[str, Any], where: str) -> Row:
+        split = self._split(values)
+        if "messages" not in self.columns:
+            text, target = self._input(values), self._target(values)
+            return Row(text, target, split, self._choices(values, target), where)
+        messages = self._messages(values)
+        target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+        if target is None and self.targets:
+            raise _BadRow(
+                f"the conversation ends with a message of role {messages[-1]['role']!r}; to learn or to score, it must "
+                "end with the assistant's (predict answers such a row)"
+            )
+        before = messages if target is None else messages[:-1]
+        if not any(message["role"] != "assistant" for message in before):
+            raise _BadRow("the conversation starts with the assistant; a message of the user comes before")
+        lines = [f"{message['role']}: {message['content']}" for message in before]
+        text = before[0]["content"] if len(before) == 1 else "\n".join(lines)
+        return Row(text, target, split, (), where, tuple(messages))
 
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
@@ -79,7 +167,11 @@ class RowReader:
 
     def _input(self, values: Mapping[str, Any]) -> str:
         if self.template is None:
-            return self._text(values, "input")
+            text = self._text(values, "input")
+            if self.optional is None:
+                return text
+            more = values.get(self.optional) or ""
+            return f"{text}\n\n{_checked(self.optional, more)}\n" if more else f"{text}\n"
         known = dict(values) | {key: values[column] for key, column in self.columns.items() if column in values}
         for name in template_fields(self.template):
             if name not in known:
@@ -87,6 +179,34 @@ class RowReader:
             if known[name] is None:
                 raise _BadRow(f"the template has {{{name}}}, which is null here")
         return _checked("input", self.template.format_map(known))
+
+    def _target(self, values: Mapping[str, Any]) -> str | None:
+        given = values.get(self.columns.get("target", "target"))
+        return None if not self.targets and given in (None, "") else self._text(values, "target")
+
+    def _messages(self, values: Mapping[str, Any]) -> list[dict[str, str]]:
+        column = self.columns["messages"]
+        if column not in values:
+            raise _BadRow(_no_column(column, values))
+        listed = _listed(values[column])
+        if not isinstance(listed, list | tuple) or not listed:
+            raise _BadRow(f"{column!r} must be a list of messages, not {reprlib.repr(listed)}")
+        messages = []
+        for number, message in enumerate(listed, 1):
+            if not isinstance(message, Mapping):
+                raise _BadRow(f"message {number} must be {{role: ..., content: ...}}, not {reprlib.repr(message)}")
+            for key in ("role", "content"):
+                if key not in message:
+                    raise _BadRow(f"message {number}: {_no_column(key, message).replace('the row', 'it', 1)}")
+            role = message["role"]
+            if role not in ROLES:
+                near = did_you_mean(str(role), ROLES)
+                raise _BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(ROLES)}{near}")
+            try:
+                messages.append({"role": role, "content": _checked("content", message["content"])})
+            except _BadRow as problem:
+                raise _BadRow(f"message {number}: {problem}") from None
+        return messages
 
     def _split(self, values: Mapping[str, Any]) -> str | None:
         split = values.get(self.columns.get("split", "split"))
@@ -96,15 +216,12 @@ class RowReader:
             return name
         raise _BadRow(f"'split' is {reprlib.repr(split)}, not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
 
-    def _choices(self, values: Mapping[str, Any], target: str) -> tuple[str, ...]:
+    def _choices(self, values: Mapping[str, Any], target: str | None) -> tuple[str, ...]:
         column = self.columns.get("choices", "choices")
         choices = values.get(column)
-        if choices is None or choices == "":
-            choices = list(self.choices)
-        if isinstance(choices, str):
-            # A CSV cell holds text only, which may be a JSON list.
-            with suppress(json.JSONDecodeError):
-                choices = json.loads(choices)
+        if target is None:
+            return ()
+        choices = list(self.choices) if choices is None or choices == "" else _listed(choices)
         if not isinstance(choices, list | tuple):
             raise _BadRow(f"{column!r} must be a list of texts, not {reprlib.repr(choices)}")
         texts = [_checked(column, choice) for choice in choices]
@@ -153,6 +270,14 @@ def _checked(column: str, value: Any) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise _BadRow(f"{column!r} holds a lone surrogate, half of a character: {ascii(value)[:60]}") from None
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """Return the value, or the list that a text holds as JSON: a cell of a CSV file holds only text."""
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            return json.loads(value)
     return value
 
 

@@ -7,26 +7,41 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from modular_experts.data.rows import Row, RowReader, template_fields
+from modular_experts.data.rows import OWN, Form, Row, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
 
 ROLES = ("held_in", "held_out")
-COLUMNS = ("input", "target", "split", "choices")
+COLUMNS = ("input", "target", "messages", "split", "choices")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Task:
     """One task, whose rows come from exactly one of `path`, `hub` and `source`.
+
+    Rows are recognised by their columns, once for a task, and a line of the log says what was taken for what:
+
+    | columns | input | target |
+    |---|---|---|
+    | `input`, `target` | the text of `input` | the text of `target` |
+    | `prompt`, `completion` | the text of `prompt` | the text of `completion` |
+    | `question`, `answer` | the text of `question` | the text of `answer` |
+    | `instruction`, `output`, perhaps `input` | instruction, an empty line, input, a line end | the text of `output` |
+    | `messages` | a conversation, a list of {role, content} | each turn of the assistant |
+
+    `input` and `target` beat every other form, and `columns` or `template` beat them all. In a row of two texts, one
+    space goes before the target unless white space is there. A conversation goes through the tokenizer's chat template
+    (`RowTokenizer`); training learns each turn of the assistant, and validation and test measure the last.
 
     Args:
         name: Name of the task in results: up to 64 letters, digits, dots, dashes and underscores. Without one, it is
@@ -37,7 +52,7 @@ class Task:
         revision: Commit, tag or branch of the hub dataset.
         source: A `TaskSource` of your own.
         role: Training uses `held_in` tasks; `held_out` tasks are only for the test.
-        columns: The data's names of columns: {input: question, target: answer, split: ..., choices: ...}.
+        columns: The data's names of columns: {input: text, target: label, messages: ..., split: ..., choices: ...}.
         where: Take only the rows with these values in these columns of the data, from a table of several tasks:
             {task_name: sciq_Multiple_Choice}.
         template: The input text, with columns in braces: "Question: {question} Answer:".
@@ -98,11 +113,18 @@ class Task:
         """Whether training uses the task."""
         return self.role == "held_in"
 
-    def read(self) -> tuple[list[Row], list[str]]:
+    def read(
+        self, targets: bool = True, report: Callable[[str], None] = lambda sentence: None
+    ) -> tuple[list[Row], list[str]]:
         """Return the rows, and one sentence per bad row.
 
+        Args:
+            targets: Whether a row without a target is bad; only `predict` does without.
+            report: Takes a sentence on which columns were taken for what, if they are not `input` and `target`.
+
         Raises:
-            ValueError: The file, directory or dataset is not there, or has no row that `where` asks for.
+            ValueError: The file, directory or dataset is not there, has no row that `where` asks for, or has columns
+                that nothing recognises.
         """
         try:
             if self.path is not None:
@@ -115,7 +137,15 @@ class Task:
                 records = (Record(f"{place}:{number}", values) for number, values in enumerate(rows, 1))
             if self.where:
                 records = _matching(place, records, self.where)
-            return RowReader(self.columns, self.template, self.choices).read(records)
+            form, columns = OWN, self.columns
+            if self.template is None and not {"input", "target", "messages"} & set(columns):
+                form, records = _recognised(records)
+                columns = {**form.columns, **columns}
+                if form != OWN:
+                    report(f"{self.name}: {form}")
+            if "messages" in columns and self.choices:
+                raise ValueError("choices are for rows of input and target, and these rows are conversations")
+            return RowReader(columns, self.template, self.choices, form.optional, targets).read(records)
         except ValueError as error:
             raise ValueError(f"task {self.name!r}: {error}") from error
 
@@ -159,6 +189,14 @@ def as_tasks(tasks: Tasks) -> list[Task]:
     return list(made.values())
 
 
+def _recognised(records: Iterable[Record]) -> tuple[Form, Iterator[Record]]:
+    """Return the form of the records, judged by the columns of the first hundred, and all of them."""
+    records = iter(records)
+    first = list(islice(records, 100))
+    columns = {str(name): None for record in first if isinstance(record.values, Mapping) for name in record.values}
+    return recognise([*columns]) if columns else OWN, chain(first, records)
+
+
 def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[Record]:
     """Yield the records with the wanted values in their columns, and those that could not be read.
 
@@ -192,13 +230,15 @@ def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[
 def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float, seed: int, held_in: bool) -> list[Row]:
     """Give every row without a split one, and keep the order of the rows.
 
-    All such rows of a held-out task are test rows. Of a held-in task, `validation_ratio` of them go to validation and
-    `test_ratio` to the test, rounded, and at least one row for a ratio above zero if there are three rows.
+    All such rows of a held-out task are test rows, and so are rows without a target, which can only be predicted. Of a
+    held-in task, `validation_ratio` of them go to validation and `test_ratio` to the test, rounded, and at least one
+    row for a ratio above zero if there are three rows.
     """
 
     def digest(index: int) -> bytes:
         return blake2b(f"{seed}\0{rows[index].input}".encode(), digest_size=16).digest()
 
+    rows = [replace(row, split="test") if row.target is None and row.split is None else row for row in rows]
     unsplit = [index for index, row in enumerate(rows) if row.split is None]
     shuffled = sorted(unsplit, key=lambda index: (digest(index), index))
     test, validation = (

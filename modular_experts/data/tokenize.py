@@ -2,7 +2,7 @@
 
 The tokenizer takes input and target apart, without special tokens. They are joined by the paper's rule: one space goes
 before the target unless either has white space at the joint. End-of-sequence follows the target. A row that is too long
-loses tokens on the left of its input and keeps its target whole.
+loses tokens on the left of its input and keeps its target whole. `chat.py` tokenises conversations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
+from modular_experts.data.chat import ConversationTokenizer
 from modular_experts.data.rows import Row
 
 
@@ -43,25 +44,34 @@ class RowTokenizer:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def __call__(self, task: str, rows: Sequence[Row], choices: bool = True) -> tuple[list[Example], int, list[str]]:
-        """Tokenise all rows of one task, with their choices if wanted.
+    def __call__(self, task: str, rows: Sequence[Row], learn: bool = False) -> tuple[list[Example], int, list[str]]:
+        """Tokenise all rows of one task.
+
+        Args:
+            task: Its name.
+            rows: Its rows.
+            learn: Whether they are to be trained on: without their choices, and conversations with each turn of the
+                assistant as a target, not only the last.
 
         Returns:
             The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
         """
+        if rows and rows[0].messages:
+            return ConversationTokenizer(self.tokenizer, self.max_length)(task, rows, learn)
         texts = [row.input for row in rows]
         if self.chat_template:
             render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
             texts = [str(render([{"role": "user", "content": text}])) for text in texts]
         prompts = self._ids(texts)
-        targets = self._ends(texts, [[row.target] for row in rows])
-        options = self._ends(texts, [row.choices if choices else () for row in rows])
+        targets = self._ends(texts, [[row.target or ""] for row in rows])
+        options = self._ends(texts, [() if learn else row.choices for row in rows])
         examples: list[Example] = []
         problems: list[str] = []
         cut = 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
+            target = target if row.target is not None else []
             room = self.max_length - max(map(len, [target, *ends]))
-            if not prompt or len(target) < 2:
+            if not prompt or len(target) == 1:
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
             if room < 1:
@@ -70,11 +80,12 @@ class RowTokenizer:
             # Every choice gets the same prompt, so that their scores can be compared.
             kept = prompt[-room:]
             cut += len(kept) < len(prompt)
-            correct = row.choices.index(row.target) if row.choices else 0
+            correct = row.choices.index(str(row.target)) if row.choices else 0
             tokens, *others = (
                 Tokens(torch.tensor([*kept, *end], dtype=torch.int32), len(kept)) for end in [target, *ends]
             )
-            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct))
+            end = self.tokenizer.eos_token_id
+            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct, end))
         return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:

@@ -22,32 +22,36 @@ def generate(
 ) -> list[str]:
     """Return the text that the model generates for each row, up to end-of-sequence, without white space at its ends.
 
-    The labels of the batch show where its prompts end. A prompt that leaves no room for `max_new_tokens` in the model's
-    context loses tokens on its left.
+    The labels of the batch show where its prompts end, and `end` what ends an answer beside end-of-sequence. A prompt
+    that leaves no room for `max_new_tokens` in the model's context loses tokens on its left.
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, context = list(prompts(batch)), getattr(model.config, "max_position_embeddings", None)
     if context is not None:
         rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
-    length = max(len(row) for row in rows)
-    ids = rows[0].new_full((len(rows), length), pad)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, length - len(row) :] = row
-        mask[number, length - len(row) :] = 1
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
-    )
-    with evaluating(model, config):
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=config
-        )[:, length:]
-    texts = []
-    for row in written.tolist():
-        answer = row[: row.index(eos)] if eos in row else row
-        text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        texts.append(str(text).strip())
+    ends, texts = batch.get("end", [eos] * len(rows)), [""] * len(rows)
+    # Rows that end alike are generated together, so that no row stops at the end of another.
+    for end in dict.fromkeys(ends):
+        chosen = [number for number in range(len(rows)) if ends[number] == end]
+        length = max(len(rows[number]) for number in chosen)
+        ids = rows[0].new_full((len(chosen), length), pad)
+        mask = torch.zeros_like(ids)
+        for place, number in enumerate(chosen):
+            ids[place, length - len(rows[number]) :] = rows[number]
+            mask[place, length - len(rows[number]) :] = 1
+        stops = list(dict.fromkeys([eos, end]))
+        config = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
+        )
+        with evaluating(model, config):
+            written = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config
+            )[:, length:]
+        for number, row in zip(chosen, written.tolist(), strict=True):
+            stop = next((place for place, token in enumerate(row) if token in stops), len(row))
+            text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts[number] = str(text).strip()
     return texts
 
 

@@ -344,10 +344,11 @@ class ExpertModule(LightningModule):
         score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return the task, input, target and generation of each row."""
+        """Return the task, input, target and generation of each row; a row of the data without a target has none."""
         texts = generate(self.model, self.tokenizer, batch, self.max_new_tokens)
         columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
-        return [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
+        rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over tasks as `val_loss`, and each task's."""

@@ -127,7 +127,7 @@ def test_cut_rows_and_proportions_are_said(tmp_path: Path, caplog: pytest.LogCap
     data = mixture(one, two, max_length=20, mixing=Equal())
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    assert "one: 3 of 9 train rows are longer than max_length=20 and lost the start of their input" in caplog.text
+    assert "one: 3 of 9 train rows are longer than max_length=20 and lost their start" in caplog.text
     assert "one: 6 of 12 rows an epoch (50.0%), 0.67 passes" in caplog.text
     assert "two: 6 of 12 rows an epoch (50.0%), 2.00 passes" in caplog.text
 

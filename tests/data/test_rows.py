@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from modular_experts.data.rows import RowReader, raise_for_bad_rows, template_fields
@@ -72,6 +74,32 @@ def test_each_bad_row_gets_its_sentence() -> None:
         assert isinstance(problem, str), case
         assert problem.startswith(f"f.jsonl:7: {sentence}"), case
         assert "\n" not in problem, case
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+BAD_TALKS = {
+    "no list": ("a", "'messages' must be a list of messages, not 'a'"),
+    "empty": ([], "'messages' must be a list of messages, not []"),
+    "no message": (["a"], "message 1 must be {role: ..., content: ...}, not 'a'"),
+    "no role": ([{"content": "a"}], "message 1: it has no 'role', only 'content'"),
+    "role": ([*TALK, {"role": "usr", "content": "a"}], "message 3: role 'usr' is not one of system, user, assistant"),
+    "content": ([{"role": "user", "content": ["a"]}], "message 1: 'content' must be text, not ['a']"),
+    "no answer": (TALK[:1], "the conversation ends with a message of role 'user'; to learn or to score, it must end"),
+    "no question": (TALK[1:], "the conversation starts with the assistant; a message of the user comes before"),
+}
+
+
+def test_each_bad_conversation_gets_its_sentence() -> None:
+    for case, (messages, sentence) in BAD_TALKS.items():
+        problem = read({"messages": messages}, columns={"messages": "messages"})
+        assert isinstance(problem, str), case
+        assert problem.startswith(f"f.jsonl:7: {sentence}"), case
+
+
+def test_a_conversation_has_its_last_answer_as_the_target_and_a_cell_may_hold_it() -> None:
+    row = read({"m": json.dumps([*TALK, *TALK]), "split": "test"}, columns={"messages": "m"})
+    assert (row.input, row.target, row.split) == ("user: a\nassistant: b\nuser: a", "b", "test")
+    assert row.messages == (*TALK, *TALK)
 
 
 def test_a_template_that_the_row_does_not_fill() -> None:

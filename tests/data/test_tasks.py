@@ -11,7 +11,7 @@ from conftest import write_rows
 from jsonargparse import ArgumentParser
 
 from modular_experts.data import Equal, Task, TaskMixture, TaskSource, Temperature
-from modular_experts.data.tasks import as_tasks
+from modular_experts.data.tasks import as_tasks, fill_splits
 
 
 class Squares(TaskSource):
@@ -93,6 +93,80 @@ def test_a_file_whose_name_cannot_be_that_of_a_task_gets_a_name_to_type() -> Non
 def test_a_missing_file_names_the_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task 'a': .*no such file"):
         Task("a", path=str(tmp_path / "a.jsonl")).read()
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "t"}]
+FORMS = {
+    "own": ({"input": "q", "target": "t"}, "q", []),
+    "own beats all": ({"input": "q", "target": "t", "question": "x", "answer": "y", "prompt": "z"}, "q", []),
+    "prompt": ({"prompt": "q", "completion": "t"}, "q", ["a: 'prompt' is the input, 'completion' is the target"]),
+    "question": ({"question": "q", "answer": "t"}, "q", ["a: 'question' is the input, 'answer' is the target"]),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "output": "t"},
+        "q\n\ni\n",
+        ["a: 'instruction' and 'input' are the input, 'output' is the target"],
+    ),
+    "alpaca, empty input": (
+        {"instruction": "q", "input": "", "output": "t"},
+        "q\n",
+        ["a: 'instruction' and 'input' are the input, 'output' is the target"],
+    ),
+    "messages": (
+        {"messages": TALK, "prompt": "x"},
+        "q",
+        ["a: 'messages' is the conversation, and the assistant's turns are the target"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_rows_are_recognised_by_their_columns(case: str, tmp_path: Path) -> None:
+    values, text, lines = FORMS[case]
+    said: list[str] = []
+    task = Task(path=str(write_rows(tmp_path / "a.jsonl", [values, values])))
+    rows, problems = task.read(report=said.append)
+    assert [(row.input, row.target) for row in rows] == [(text, "t")] * 2
+    assert (problems, said) == ([], lines)
+
+
+def test_columns_and_template_beat_what_is_recognised(tmp_path: Path) -> None:
+    path = str(write_rows(tmp_path / "a.jsonl", [{"question": "q", "answer": "t", "more": "m"}]))
+    said: list[str] = []
+    for settings, text in [
+        ({"columns": {"input": "more", "target": "answer"}}, "m"),
+        ({"columns": {"target": "answer"}, "template": "{question}!"}, "q!"),
+        ({"columns": {"split": "fold"}}, "q"),
+    ]:
+        rows, problems = Task(path=path, **settings).read(report=said.append)  # type: ignore[arg-type]
+        assert ([(row.input, row.target) for row in rows], problems) == ([(text, "t")], [])
+    assert len(said) == 1
+    talk = str(write_rows(tmp_path / "b.jsonl", [{"talk": TALK}]))
+    assert Task(path=talk, columns={"messages": "talk"}).read()[0][0].messages == tuple(TALK)
+
+
+def test_columns_that_nothing_recognises_get_the_setting_to_type(tmp_path: Path) -> None:
+    for number, (values, sentence) in enumerate(
+        [
+            ({"text": "x", "label": "y"}, "name your own, such as columns: {input: text, target: label}"),
+            (
+                {"prompt": "x", "completion": "y", "question": "x", "answer": "y"},
+                "in more than one way; .* such as columns: {input: prompt, target: completion}",
+            ),
+        ]
+    ):
+        path = str(write_rows(tmp_path / f"a{number}.jsonl", [values]))
+        with pytest.raises(ValueError, match=f"task 'a{number}': the columns .*{sentence}"):
+            Task(path=path).read()
+
+
+def test_only_prediction_reads_rows_without_a_target(tmp_path: Path) -> None:
+    for number, values in enumerate([{"input": "q"}, {"input": "q", "target": None}, {"messages": TALK[:1]}]):
+        task = Task(path=str(write_rows(tmp_path / f"a{number}.jsonl", [values])))
+        rows, problems = task.read(targets=False)
+        assert ([(row.input, row.target) for row in rows], problems) == ([("q", None)], [])
+        rows, problems = task.read()
+        assert (rows, len(problems)) == ([], 1)
+    assert fill_splits(task.read(targets=False)[0], 0.1, 0.1, 0, True)[0].split == "test"
 
 
 def test_an_unreachable_hub_names_the_dataset_and_a_way_out() -> None:

@@ -1,0 +1,155 @@
+"""Tokenise conversations with the tokenizer's chat template, and find the assistant's turns in them.
+
+A template that marks the turns by `{% generation %}` is believed. In any other, a turn is what it adds to the messages
+before it, which is exact only where the template of the first messages is the beginning of the template of them all;
+each row is checked, and a template that fails is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modular_experts.data.batch import Example, Tokens
+from modular_experts.data.rows import Row
+
+Messages = Sequence[dict[str, str]]
+
+
+class ConversationTokenizer:
+    """Tokenises rows of messages.
+
+    A conversation of more than `max_length` tokens loses its oldest turns, whole ones, up to the next message of the
+    user; a system message at its start stays. If the last turn of the assistant with the messages that it answers is
+    still too long, tokens are lost on the left.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        max_length: The most tokens of a row.
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "rows of messages need a chat template, and the tokenizer has none; take a tokenizer that has "
+                "(data.tokenizer, for example of the base's instruction-tuned sibling), or rows of input and target"
+            )
+        self.tokenizer, self.max_length = tokenizer, max_length
+        template = str(tokenizer.get_chat_template())
+        self._marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    @property
+    def end(self) -> int:
+        """The token that ends a turn of the assistant: the template's own, or end-of-sequence if it has none."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        last = self._ids(self._render(probe).rstrip())[-1]
+        return last if last in self.tokenizer.added_tokens_decoder else self.tokenizer.eos_token_id
+
+    def __call__(self, task: str, rows: Sequence[Row], learn: bool) -> tuple[list[Example], int, list[str]]:
+        """Tokenise conversations.
+
+        Args:
+            task: Name of their task.
+            rows: Rows with messages.
+            learn: Whether all turns of the assistant are labelled, as for training, or only the last.
+
+        Returns:
+            The examples in the order of their rows, how many of them lost turns or tokens, and a sentence for each bad
+            row.
+        """
+        examples: list[Example] = []
+        problems: list[str] = []
+        cut, end = 0, self.end
+        for row in rows:
+            try:
+                messages = list(row.messages)
+                ids, answers = self._tokens(messages, row.target is not None)
+                while len(ids) > self.max_length and (shorter := _without_oldest(messages)):
+                    messages = shorter
+                    ids, answers = self._tokens(messages, row.target is not None)
+            except (_BadConversation, jinja2.TemplateError) as error:
+                refused = "the chat template refuses the conversation: " * isinstance(error, jinja2.TemplateError)
+                problems.append(f"{row.where}: {refused}{' '.join(str(error).split())}")
+                continue
+            cut += len(ids) > self.max_length or len(messages) < len(row.messages)
+            # What the template writes behind the last answer is neither read nor learned.
+            last = next((place for place in reversed(range(len(ids))) if answers[place]), None)
+            stop = len(ids) if last is None else last + 1
+            start = stop
+            while start and answers[start - 1]:
+                start -= 1
+            first = max(0, stop - self.max_length)
+            if start <= first:
+                problems.append(f"{row.where}: the assistant's last turn fills max_length={self.max_length}; raise it")
+                continue
+            labelled = torch.tensor([learn and answer for answer in answers[first:stop]])
+            # Nothing predicts the first token.
+            labelled[0] = False
+            tokens = Tokens(
+                torch.tensor(ids[first:stop], dtype=torch.int32), start - first, labelled if learn else None
+            )
+            examples.append(Example(task, row.input, row.target, tokens, end=end))
+        return examples, cut, problems
+
+    def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
+        """Return the ids of a conversation, and which of them the assistant writes."""
+        if not answered:
+            ids = self._ids(self._render(messages, add_generation_prompt=True))
+            return ids, [False] * len(ids)
+        if self._marks_turns:
+            found: Any = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, answers = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
+            if not any(answers):
+                raise _BadConversation("the chat template marks no turn of the assistant ({% generation %})")
+            return ids, answers
+        text = self._render(messages)
+        turns: list[tuple[int, int]] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], add_generation_prompt=True)
+            after = self._render(messages[: number + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise _BadConversation(
+                    f"the chat template writes message {number + 1} differently once others follow or precede it, so "
+                    "the assistant's turns cannot be told from the rest; put {% generation %} and {% endgeneration %} "
+                    "around them in tokenizer.chat_template, or give rows of input and target"
+                )
+            # White space behind the token that ends a turn belongs to the next turn.
+            spoken = after.rstrip()
+            spoken = after if spoken.endswith(message["content"].rstrip()) else spoken
+            turns.append((len(before), len(spoken)))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), [any(first <= start < stop for first, stop in turns) for start in starts]
+
+    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class _BadConversation(ValueError):
+    """A sentence on one conversation, for the report of all bad rows."""
+
+
+def _without_oldest(messages: Messages) -> list[dict[str, str]]:
+    """Return a conversation from its second message of the user on, after its system message, if it has one."""
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    return [*system, *messages[users[1] :]] if len(users) > 1 else []

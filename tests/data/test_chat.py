@@ -1,0 +1,180 @@
+"""Conversations become the ids and labels that a hand would write, or are refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import CHARACTERS, build_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from modular_experts.data.batch import IGNORED, Collator, prompts
+from modular_experts.data.rows import Row
+from modular_experts.data.tokenize import RowTokenizer
+
+# As SmolLM2 and Qwen2.5 have it, with a system message of their own if there is none.
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Llama 3 has it.
+LLAMA3 = (
+    "{% for m in messages %}{% if loop.first %}<|begin|>{% endif %}"
+    "<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"]
+
+
+def chatty(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(text: str) -> list[int]:
+    """Token ids by hand: three special tokens, the characters, then the marks of the templates."""
+    found, first = [], 3 + len(CHARACTERS)
+    while text:
+        mark = next((mark for mark in SPECIAL if text.startswith(mark)), None)
+        found.append(first + SPECIAL.index(mark) if mark else 3 + CHARACTERS.index(text[0]))
+        text = text[len(mark or "x") :]
+    return found
+
+
+def row(*turns: str, where: str = "") -> Row:
+    """A conversation of `role: content` turns."""
+    messages = [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+    answered = messages[-1]["role"] == "assistant"
+    return Row("in", messages[-1]["content"] if answered else None, where=where, messages=tuple(messages))
+
+
+def learned(*pieces: str) -> tuple[list[int], list[int]]:
+    """Ids and labels of pieces of text, of which every second one is learned."""
+    found = [(ids(piece), number % 2 == 1) for number, piece in enumerate(pieces)]
+    labels = [token if learns else IGNORED for tokens, learns in found for token in tokens]
+    return [token for tokens, _ in found for token in tokens], labels
+
+
+TALK = ["user: hi", "assistant: yo", "user: and", "assistant: so"]
+CASES = {
+    "chatml": (
+        CHATML,
+        TALK,
+        [
+            "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            "yo<|im_end|>",
+            "\n<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n",
+            "so<|im_end|>",
+        ],
+    ),
+    "chatml with a system message": (
+        CHATML,
+        ["system: You.", *TALK[:2]],
+        [
+            "<|im_start|>system\nYou.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            "yo<|im_end|>",
+        ],
+    ),
+    "llama 3": (
+        LLAMA3,
+        TALK,
+        [
+            "<|begin|><|head|>user<|/head|>\n\nhi<|eot|><|head|>assistant<|/head|>\n\n",
+            "yo<|eot|>",
+            "<|head|>user<|/head|>\n\nand<|eot|><|head|>assistant<|/head|>\n\n",
+            "so<|eot|>",
+        ],
+    ),
+    "llama 3 with a system message": (
+        LLAMA3,
+        ["system: You.", *TALK[:2]],
+        [
+            "<|begin|><|head|>system<|/head|>\n\nYou.<|eot|><|head|>user<|/head|>\n\nhi<|eot|>"
+            "<|head|>assistant<|/head|>\n\n",
+            "yo<|eot|>",
+        ],
+    ),
+    "marked": (MARKED, TALK, ["[user]hi\n[assistant]", "yo<|im_end|>", "\n[user]and\n[assistant]", "so<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_learns_each_turn_of_the_assistant_with_its_end(case: str) -> None:
+    template, turns, pieces = CASES[case]
+    examples, cut, problems = RowTokenizer(chatty(template))("t", [row(*turns)], learn=True)
+    assert (cut, problems) == (0, [])
+    batch = Collator(pad_id=0, texts=False)(examples)
+    expected, labels = learned(*pieces)
+    assert batch["input_ids"].tolist() == [expected]
+    assert batch["labels"].tolist() == [labels]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_measurement_takes_the_last_turn_as_the_target(case: str) -> None:
+    template, turns, pieces = CASES[case]
+    tokenizer = chatty(template)
+    examples, _, _ = RowTokenizer(tokenizer)("t", [row(*turns), row(*turns[:-1])])
+    batch = Collator(pad_id=0)(examples)
+    prompt = ids("".join(pieces[:-1]))
+    assert [found.tolist() for found in prompts(batch)] == [prompt, prompt]
+    assert batch["labels"][0].tolist() == [IGNORED] * len(prompt) + ids(pieces[-1])
+    assert (batch["labels"][1] == IGNORED).all()
+    assert batch["target"] == [turns[-1].partition(": ")[2], None]
+    assert batch["end"] == [ids(pieces[-1])[-1]] * 2
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message() -> None:
+    turns = ["system: S", *TALK, "user: x", "assistant: z"]
+    head = "<|begin|><|head|>system<|/head|>\n\nS<|eot|>"
+    tail = "<|head|>user<|/head|>\n\nx<|eot|><|head|>assistant<|/head|>\n\n"
+    kept = [*ids(head + tail + "z"), ids("<|eot|>")[0]]
+    examples, cut, _ = RowTokenizer(chatty(LLAMA3), max_length=len(kept) + 1)("t", [row(*turns)], learn=True)
+    assert examples[0].tokens.ids.tolist() == kept
+    assert cut == 1
+    # With less room than the last turns take, tokens are lost on the left.
+    examples, cut, _ = RowTokenizer(chatty(LLAMA3), max_length=9)("t", [row(*turns)], learn=True)
+    assert examples[0].tokens.ids.tolist() == kept[-9:]
+    assert examples[0].tokens.labels.tolist() == [IGNORED] * 7 + kept[-2:]
+    _, _, problems = RowTokenizer(chatty(LLAMA3), max_length=3)("t", [row("user: a", "assistant: abc", where="f:1")])
+    assert problems == ["f:1: the assistant's last turn fills max_length=3; raise it"]
+
+
+REFUSED = {
+    "merged turns": (
+        "{% for m in messages %}{% if loop.first or m.role != loop.previtem.role %}[{{ m.role }}]{% endif %}"
+        "{{ m.content }}{% if loop.last %}.{% endif %}{% endfor %}",
+        ["user: hi", "assistant: a", "user: b", "assistant: c"],
+        "f:3: the chat template writes message 2 differently once others follow",
+    ),
+    "its own error": (
+        "{% if messages | length > 2 %}{{ raise_exception('two at most') }}{% endif %}{{ messages[0].content }}"
+        "{% if messages | length > 1 %}{{ messages[1].content }}{% endif %}",
+        TALK,
+        "f:3: the chat template refuses the conversation: two at most",
+    ),
+    "no mark": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}",
+        TALK,
+        "f:3: the chat template marks no turn of the assistant",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_template_that_does_not_show_the_turns_is_refused(case: str) -> None:
+    template, turns, sentence = REFUSED[case]
+    examples, _, problems = RowTokenizer(chatty(template))("t", [row(*turns, where="f:3")], learn=True)
+    assert examples == []
+    assert problems[0].startswith(sentence)
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows of messages need a chat template, and the tokenizer has none"):
+        RowTokenizer(build_tokenizer())("t", [row(*TALK)])
