@@ -65,7 +65,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     print(f"the report is {report}; to see it:\n  {how_to_open(report)}")
     print("to go on:")
     for command in next_steps(results, place):
-        print(f"  {command}")
+        print(textwrap.indent(command, "  "))
 
 
 def how_to_open(report: Path) -> str:
@@ -79,14 +79,17 @@ def how_to_open(report: Path) -> str:
 
 
 def next_steps(results: dict[str, Any], place: Path) -> list[str]:
-    """Return commands to try next: look into the library, merge two experts of the run, and ask the merge."""
+    """Return commands to try next: look into the library, merge two experts of the run, and compare the three."""
     library, kind = place / "library", next(iter(results["experts"]))
-    first, second = (shlex.quote(str(library / f"{kind}-{task}")) for task in results["tasks"][:2])
-    merged = shlex.quote(str(library / "two"))
+    tasks = {name: task for name, task in Plan().held_in.items() if name in results["tasks"][:2]}
+    first, second = (shlex.quote(str(library / f"{kind}-{name}")) for name in tasks)
+    merged, compared = shlex.quote(str(library / "two")), shlex.quote(str(place / "two"))
+    words = [f"{{name: {name}, source: {task.__name__}}}" for name, task in tasks.items()]
     return [
         f"modular-experts list {shlex.quote(str(library))}",
-        f"modular-experts merge --method TIES --out {merged} \\\n    --experts {first} \\\n    {second}",
-        f"modular-experts show {merged}",
+        f"modular-experts merge --method TIES --out {merged} \\\n  --experts {first} \\\n  {second}",
+        f"modular-experts evaluate --out {compared} \\\n  --tasks '[{', '.join(words)}]' \\\n"
+        f"  --experts {first} \\\n  {second} {merged}",
     ]
 
 
