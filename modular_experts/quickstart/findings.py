@@ -50,13 +50,21 @@ def about_merging(run: Results) -> str:
 
 def about_methods(run: Results) -> str:
     """State which methods are best on the first kind, untuned and tuned."""
+    untuned, tuned = (_best_methods(run, at) for at in ("default", "chosen"))
+    return f"With nothing tuned, {untuned}; with the scale chosen, {tuned}"
+
+
+def about_untuned(run: Results) -> str:
+    """State which methods are best on the first kind with nothing tuned, in a sentence that stands alone."""
+    experts = f"{run.facts['levels'][-1]} {EXPERTS[run.values('kind')[0]]} experts in one model"
+    return f"{experts}, nothing tuned: {_best_methods(run, 'default')}"
+
+
+def _best_methods(run: Results, at: str) -> str:
     kind = run.values("kind")[0]
-    ranks = []
-    for at in ("default", "chosen"):
-        # Task arithmetic is the average at another scale.
-        methods = [method for method in run.where(kind=kind).values("merge") if method != "TaskArithmetic"]
-        ranks.append(_lead({method: _all(run, kind, method, at=at) for method in methods}, noise(run)))
-    return f"With nothing tuned, {ranks[0]}; with the scale chosen, {ranks[1]}"
+    # Task arithmetic is the average at another scale.
+    methods = [method for method in run.where(kind=kind).values("merge") if method != "TaskArithmetic"]
+    return _lead({method: _all(run, kind, method, at=at) for method in methods}, noise(run))
 
 
 def about_held_out(run: Results) -> str:

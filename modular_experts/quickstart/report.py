@@ -17,6 +17,7 @@ from typing import Any
 import rich.table
 
 import modular_experts.quickstart.findings as findings
+from modular_experts.quickstart.figure import figure as narrow_figure
 from modular_experts.quickstart.plan import MODULES
 from modular_experts.quickstart.rows import KIND_NAMES, LATENT, as_results
 from modular_experts.reports import Results
@@ -139,9 +140,12 @@ def write_report(found: Mapping[str, Any], figure: Path, file: Path, out: str | 
         element("dl", *shown, class_="figures"),
         note("Exact match on test words. The best of a column is bold in every table below."),
     ]
-    drawn = Html(inline_svg(figure.read_text(encoding="utf-8")))
+    drawn = [
+        element("div", inline_svg(figure.read_text(encoding="utf-8")), class_="wide"),
+        element("div", inline_svg(narrow_figure(found, narrow=True), "narrow-"), class_="narrow"),
+    ]
     sections = [
-        Section("Overview", findings.about_merging(run), [element("figure", drawn), note(findings.about_base(run))]),
+        Section("Overview", findings.about_merging(run), [element("figure", *drawn), note(findings.about_base(run))]),
         Section(
             "Single experts",
             findings.about_singles(run),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modular_experts.reports.svg import COLOURS, PIXEL, WIDTH, Canvas, style
@@ -17,7 +16,7 @@ from modular_experts.reports.tables import percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARGIN = 32  # pixels above and between the charts
+MARGIN, LINE = 32, 21  # pixels above and between the charts, and between lines of text
 SHARES, SHARE_NAMES = [0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"]
 DOTTED: dict[str, Any] = {"color": COLOURS["reference"], "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
 
@@ -32,9 +31,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend, `x` pixels from the left edge: a mark (if it has a marker), and a text after it."""
+    """An entry of a legend: a mark (if it has a marker), and a text after it."""
 
-    x: float
     text: str
     marker: str = ""
     colour: str = "quiet"
@@ -54,12 +52,12 @@ class StepRow:
 
 @dataclass(frozen=True)
 class StepGroup:
-    """Rows under one title, and beside them on the first side the value that all of them start from."""
+    """Rows under one title, and beside them on the first side the value that all of them start from, if it has one."""
 
     id: str
     name: str
     rows: Sequence[StepRow]
-    start: float
+    start: float | None
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,26 @@ class Side:
 class Steps:
     """Rows of values between 0 and 1 before and after a step, in groups, on one or more sides."""
 
-    title: str
+    title: str  # of one or several lines, or of none
+    measure: str
     sides: Sequence[Side]
     groups: Sequence[StepGroup]
     key: Sequence[Key]
 
-    ROW, GAP, HEAD = 18, 12, 122
+    ROW, GAP, HEAD = 18, 12, 64  # the head is under the title and the legend
 
     @property
     def body(self) -> float:
         """Height of the rows in pixels."""
         return sum(self.ROW * (1 + len(group.rows)) + self.GAP for group in self.groups) + self.ROW / 2 - self.GAP - 2
 
-    @property
-    def height(self) -> float:
-        """Height in pixels."""
-        return self.HEAD + self.body + 22
+    def height(self, width: float) -> float:
+        """Return the height in pixels on a canvas of a width."""
+        return title_height(self.title, self.measure, self.key, width) + self.HEAD + self.body + 22
 
     def draw(self, canvas: Canvas, top: float) -> None:
         """Draw the chart from `top` pixels downwards."""
-        canvas.text(16, top, self.title, 15, weight="bold")
-        draw_key(canvas, self.key, top + 24)
+        top = draw_title(canvas, top, self.title, self.measure, self.key)
         body = top + self.HEAD
         places: dict[str, float] = {}  # of groups and rows by id, in pixels under the head
         y = self.ROW / 2
@@ -110,7 +107,7 @@ class Steps:
         for row in rows:
             canvas.text(16, body + places[row.id] + 4, row.name, 12, row.look.colour)
         for side in self.sides:
-            canvas.text(side.left, top + 58, side.title, weight="bold")
+            canvas.text(side.left, top + 16, side.title, weight="bold")
             axes = canvas.axes(side.left, body, side.width, self.body)
             axes.set(xlim=(0, 1), ylim=(self.body, 0), yticks=[])
             axes.set_xticks(SHARES, SHARE_NAMES, fontsize=11 * PIXEL)
@@ -130,6 +127,8 @@ class Steps:
                 axes.plot([after], [y], **mark, markersize=6.5, gid=f"{name}-chosen")
                 beside(axes, percent(after), 1, y + 4, 8, color=colour)
             for group in self.groups if side is self.sides[0] else []:
+                if group.start is None:
+                    continue
                 first, ink = places[group.id], COLOURS["ink"]
                 place = [first + self.ROW / 2, first + self.ROW * (len(group.rows) + 0.5)]
                 axes.plot([group.start] * 2, place, color=ink, linewidth=2.25, zorder=4, gid=f"single-{group.id}")
@@ -164,20 +163,23 @@ class Courses:
     `references` are lines across every chart by id, with name and value; the first chart names them.
     """
 
-    title: str
+    title: str  # of one or several lines, or of none
+    measure: str
     charts: Sequence[Chart]
     references: Mapping[str, tuple[str, float]]
     axis: str
     key: Sequence[Key]
 
-    LEFT, SPACE, HEAD, TALL = 52, 24, 72, 180
-    height = HEAD + TALL + 50
+    LEFT, SPACE, HEAD, TALL = 52, 24, 30, 180
+
+    def height(self, width: float) -> float:
+        """Return the height in pixels on a canvas of a width."""
+        return title_height(self.title, self.measure, self.key, width) + self.HEAD + self.TALL + 50
 
     def draw(self, canvas: Canvas, top: float) -> None:
         """Draw the charts from `top` pixels downwards."""
-        canvas.text(16, top, self.title, 15, weight="bold")
-        draw_key(canvas, self.key, top + 24)
-        width = (WIDTH - self.LEFT - 24 - self.SPACE * (len(self.charts) - 1)) / len(self.charts)
+        top = draw_title(canvas, top, self.title, self.measure, self.key)
+        width = (canvas.width - self.LEFT - 24 - self.SPACE * (len(self.charts) - 1)) / len(self.charts)
         for place, chart in enumerate(self.charts):
             left, counts = self.LEFT + place * (width + self.SPACE), [1, *chart.courses[0].values]
             canvas.text(left, top + self.HEAD - 14, chart.title, weight="bold")
@@ -210,28 +212,53 @@ class Courses:
         canvas.text(self.LEFT, top + self.HEAD + self.TALL + 38, self.axis, 11, "quiet")
 
 
-def draw(charts: Sequence[Steps | Courses], file: str | Path, title: str, text: str) -> None:
-    """Draw charts under each other as one SVG file, with a title and a text for readers who cannot see it.
+def draw(charts: Sequence[Steps | Courses], title: str, text: str, width: float = WIDTH, dark: bool = False) -> str:
+    """Draw charts under each other as SVG, with a title and a text for readers who cannot see it.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     with style():
-        canvas = Canvas(sum(chart.height + MARGIN for chart in charts))
+        canvas = Canvas(sum(chart.height(width) + MARGIN for chart in charts), width)
         top: float = MARGIN
         for chart in charts:
             chart.draw(canvas, top)
-            top += chart.height + MARGIN
-        Path(file).write_text(canvas.svg(title, text), encoding="utf-8")
+            top += chart.height(width) + MARGIN
+        return canvas.svg(title, text, dark)
 
 
-def draw_key(canvas: Canvas, key: Sequence[Key], y: float) -> None:
-    """Draw a legend on one line."""
-    for entry in key:
+def draw_title(canvas: Canvas, top: float, title: str, measure: str, key: Sequence[Key]) -> float:
+    """Draw title, measure and legend, and return where the chart begins under them."""
+    lines = title.splitlines()
+    for number, line in enumerate(lines):
+        canvas.text(16, top + LINE * number, line, 15, weight="bold")
+    if measure:
+        canvas.text(16, top + LINE * len(lines), measure, 12, "quiet")
+    first = top + LINE * (len(lines) + bool(measure))
+    for entry, (x, line) in zip(key, key_places(key, canvas.width), strict=True):
+        y = first + LINE * line
         if entry.marker:
-            canvas.mark(entry.x, y - 4, entry.marker, entry.colour, **entry.style)
-        room = (8 if entry.marker == "|" else 10) if entry.marker else 0
-        canvas.text(entry.x + room, y, entry.text, 12, entry.ink)
+            canvas.mark(x + 6, y - 4, entry.marker, entry.colour, **entry.style)
+        canvas.text(x + (16 if entry.marker else 0), y, entry.text, 12, entry.ink)
+    return top + title_height(title, measure, key, canvas.width)
+
+
+def title_height(title: str, measure: str, key: Sequence[Key], width: float) -> float:
+    """Return the height in pixels of what `draw_title` draws."""
+    lines = 1 + max((line for _, line in key_places(key, width)), default=-1)
+    return LINE * (len(title.splitlines()) + bool(measure) + lines)
+
+
+def key_places(key: Sequence[Key], width: float) -> list[tuple[float, int]]:
+    """Return the left edge and the line of each entry of a legend; the widths of its texts are estimates."""
+    places, x, line = [], 16.0, 0
+    for entry in key:
+        room = 6.6 * len(entry.text) + (34 if entry.marker else 18)
+        if x + room > width and x > 16:
+            x, line = 16.0, line + 1
+        places.append((x, line))
+        x += room
+    return places
 
 
 def beside(axes: Axes, text: str, x: float, y: float, shift: float, **more: Any) -> None:

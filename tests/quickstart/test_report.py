@@ -213,10 +213,17 @@ def test_text_never_becomes_markup(figure, tmp_path) -> None:
 
 def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path) -> None:
     page = written(complete_results(), figure, tmp_path)
-    (svg,) = parsed(page).iter("{http://www.w3.org/2000/svg}svg")
-    assert "width" not in svg.attrib
-    assert svg.get("viewBox")
-    assert "SparseAverage" in text_of(svg)
+    wide, narrow = parsed(page).iter("{http://www.w3.org/2000/svg}svg")
+    ids = [item.get("id") for item in parsed(page).iter() if item.get("id")]
+    assert len(ids) == len(set(ids))
+    links = [value.removeprefix("#") for item in narrow.iter() for name, value in item.items() if "href" in name]
+    links += narrow.get("aria-labelledby").split()
+    assert links
+    assert all(link.startswith("narrow-") and link in ids for link in links)
+    for svg in (wide, narrow):
+        assert "width" not in svg.attrib
+        assert svg.get("viewBox")
+        assert "SparseAverage" in text_of(svg)
     assert text_of(parsed(page)).count("overlap-aware") == 1
     style = page[page.index("<style>") : page.index("</style>")]
     used = set(re.findall(r"var\((--\w+)", page))

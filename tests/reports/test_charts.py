@@ -12,6 +12,8 @@ import pytest
 from testbed.quickstart_results import complete_results, in_another_order
 
 from modular_experts.quickstart import draw_figure as draw
+from modular_experts.quickstart.figure import figure
+from modular_experts.reports.svg import COLOURS, DARK
 
 ROLES = ("held_in", "held_out")
 DRAWN = {"sparse": 3, "block": 3, "lora": 2, "full": 2}  # methods: without task arithmetic
@@ -119,14 +121,45 @@ def test_numbers_are_written_beside_the_marks(tmp_path) -> None:
             for role in ROLES:
                 assert f"{100 * methods[method]['20']['chosen'][role]['exact_match']:.1f}" in written, (kind, method)
     assert {"76.7", "69.3", "79.0", "85.7", "multitask 86.1", "multitask 55.2", "base 1.0"} <= set(written)
-    assert written.count("SparseAverage") == 3  # of both sparse kinds, and in the key
-    assert written.count("TIES") == 5
+    assert written.count("SparseAverage") == 4  # of both sparse kinds, and in both keys
+    assert written.count("TIES") == 6
+
+
+def test_the_figure_states_its_finding_and_its_measure(tmp_path) -> None:
+    written = texts(drawn(complete_results(), tmp_path))
+    assert (
+        "20 sparse-entry experts in one model, nothing tuned: SparseAverage is best with 54.9 % (TIES 46.9 %)"
+        in written
+    )
+    assert written.count("Exact match, in % of test words") == 2
+
+
+def test_the_dark_figure_differs_in_its_colours_alone(tmp_path) -> None:
+    draw(complete_results(), tmp_path / "light.svg")
+    draw(complete_results(), tmp_path / "dark.svg", dark=True)
+    light, dark = ((tmp_path / f"{name}.svg").read_text() for name in ("light", "dark"))
+    for role, colour in COLOURS.items():
+        assert colour not in dark
+        light = light.replace(colour, DARK[role])
+    assert light == dark
+
+
+def test_the_narrow_figure_has_the_same_marks_below_each_other() -> None:
+    wide, narrow = (ElementTree.fromstring(figure(complete_results(), narrow=narrow)) for narrow in (False, True))
+    marks = [
+        {name for name in (item.get("id") or "" for item in svg.iter()) if re.match("held_|way-|single-", name)}
+        for svg in (wide, narrow)
+    ]
+    assert marks[0] == marks[1]
+    assert float(narrow.get("viewBox").split()[2]) == 0.75 * 390
+    first, second = (course(narrow, f"{role}-sparse-TIES-chosen")[0] for role in ROLES)
+    assert first[1] < second[1]
 
 
 def test_a_method_that_was_not_used_has_no_mark(tmp_path) -> None:
     svg = drawn(complete_results(kinds=("lora", "sparse")), tmp_path)
     names = {element.get("id") or "" for element in svg.iter()}
-    assert sum(name.startswith("held_in-") for name in names) == 3 + 2 * (DRAWN["sparse"] + DRAWN["lora"])
+    assert sum(name.startswith("held_in-") for name in names) == 2 + 2 * (DRAWN["sparse"] + DRAWN["lora"])
     assert not [name for name in names if "full" in name or "lora-SparseAverage" in name]
 
 
