@@ -21,6 +21,7 @@ _HOMES = {
     "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("evaluate", "measure"),
+    "modular_experts.evaluation.streaming": ("generate",),
     "modular_experts.callbacks": ("ExportExpert", "GradientMask", "MaskSchedule"),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
     "modular_experts.base": ("Base",),

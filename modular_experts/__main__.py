@@ -30,6 +30,7 @@ VERBS = {
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
     "predict": Command("training", "", "write a model's answers"),
+    "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", 1),
     "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library"),
     "statistics": Command("search", "statistics", "measure what some merge methods need of the experts' data"),
     "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", 1),

@@ -7,8 +7,10 @@ each row is checked, and a template that fails is refused.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import jinja2
@@ -142,6 +144,12 @@ class ConversationTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of a tokenizer's chat template, by which records name it."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return blake2b(template.encode(), digest_size=8).hexdigest()
 
 
 class _BadConversation(ValueError):

@@ -6,14 +6,12 @@ tasks are for training and validation; every task is for test and prediction.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from hashlib import blake2b
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -25,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import Collator, Example, ExampleSet, packs
+from modular_experts.data.chat import template_hash
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
@@ -124,10 +123,9 @@ class TaskMixture(LightningDataModule):
     @property
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens: `max_length`, and a hash of the chat template, or None without one."""
-        if not self.chat_template:
-            return {"max_length": self.max_length, "chat_template": None}
-        template = json.dumps(self._row_tokenizer().tokenizer.chat_template, sort_keys=True)
-        return {"max_length": self.max_length, "chat_template": blake2b(template.encode(), digest_size=8).hexdigest()}
+        chat = self.chat_template or any(row.messages for found in self._read().values() for row in found[:1])
+        template = template_hash(self._row_tokenizer().tokenizer) if chat else None
+        return {"max_length": self.max_length, "chat_template": template}
 
     @cached_property
     def contents(self) -> dict[str, dict[str, Any]]:

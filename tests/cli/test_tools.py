@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from testbed.random_deltas import random_delta
 
+from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
@@ -391,3 +393,26 @@ def test_experts_may_be_named_one_after_the_other(run, place):
     command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/spaced"]
     code, out, _ = run(*command)
     assert (code, "merged 2 experts" in out) == (0, True)
+
+
+def test_generate_finds_its_prompt_where_people_put_it(place, run, monkeypatch, tiny_llama_dir) -> None:
+    library = ["library/a", "library/b"]
+    answers = {
+        "moved": generate(None, "the word", library, max_new_tokens=7) + "\n",
+        "base": generate(tiny_llama_dir, "the word", max_new_tokens=7) + "\n",
+    }
+    assert answers["moved"] != answers["base"]
+    length = ("--max_new_tokens", "7")
+    base = ("--base", tiny_llama_dir)
+    for words, answer in [
+        (("the word", "--experts", *library, *length), "moved"),
+        ((*length, *base, "--experts", *library, "the word"), "moved"),
+        ((*base, *length, "the word"), "base"),
+    ]:
+        assert run("generate", *words) == (0, answers[answer], ""), words
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the word\n"))
+    assert run("generate", *base, *length) == (0, answers["base"], "")
+    assert run("generate", "the word")[::2] == (
+        2,
+        "error: --base or --experts must be given, on the command line or in --config\n",
+    )

@@ -1,0 +1,64 @@
+"""Run `modular-experts generate`, which answers one prompt."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Literal
+
+from modular_experts.cli.errors import UsageError
+from modular_experts.evaluation.streaming import generate as generate_answer
+
+
+def generate(
+    prompt: str | None = None,
+    base: str | None = None,
+    experts: list[str] | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    revision: str | None = None,
+) -> None:
+    """Answer a prompt with a base and experts, and print the answer while it comes.
+
+    The answer alone goes to the standard output. The likeliest token is taken each time, so the same command gives the
+    same answer; a temperature above 0 samples.
+
+    Args:
+        prompt: The text to answer, in quotes; without one, the whole standard input is the prompt.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        experts: Directories of the experts, whose deltas are added up.
+        max_new_tokens: The most tokens of the answer.
+        temperature: Above 0, tokens are sampled, more freely the higher it is.
+        seed: Seed of the samples.
+        chat: Put the prompt as a user's message through the tokenizer's chat template; by default as the experts were
+            trained.
+        dtype: Data type of the base.
+        revision: Branch, tag or commit of a hub id.
+
+    Examples:
+        modular-experts generate --base DIR "The capital of France is"
+        modular-experts generate --experts library/a library/b "Which card did I use?"
+        modular-experts generate --base DIR --temperature 0.7 --seed 1 < prompt.txt
+    """
+    experts = list(experts or [])
+    if prompt is None and experts and " " in experts[-1] and not Path(experts[-1]).is_dir():
+        # The last word behind --experts is the prompt, which no directory could be.
+        prompt = experts.pop()
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError('give the text to answer, as in modular-experts generate --base DIR "Once upon a time"')
+        prompt = sys.stdin.read().removesuffix("\n")
+    if base is None and not experts:
+        raise UsageError("--base or --experts must be given, on the command line or in --config")
+    # Warnings go to the standard error, as sentences.
+    logging.getLogger("modular_experts").addHandler(logging.StreamHandler())
+    generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, revision, write=_print_piece)
+    print()
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,105 @@
+"""Answer one prompt with a base and experts, and hand over the text while it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from modular_experts.base import Base, DType
+from modular_experts.base.apply import AnyExpert, applied, open_several
+from modular_experts.data.chat import ConversationTokenizer, template_hash
+from modular_experts.evaluation.generation import evaluating
+from modular_experts.library import StoredExpert
+from modular_experts.library.compatibility import training_in_common, warn_unlike_training
+
+
+def generate(
+    base: str | Path | Base | None,
+    prompt: str,
+    experts: AnyExpert | Sequence[AnyExpert] = (),
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    dtype: DType = "float32",
+    revision: str | None = None,
+    write: Callable[[str], object] | None = None,
+) -> str:
+    """Return the answer of a base with experts to one prompt, without white space at its ends.
+
+    Args:
+        base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
+        prompt: The text to answer. It stays as it is, but for the chat template.
+        experts: One or several, whose deltas are added up: directories of a library, opened experts or task vectors.
+        max_new_tokens: The most tokens of the answer.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled, more freely the higher it is.
+        seed: Seed of the samples; the random numbers of the caller stay as they are.
+        chat: Whether the prompt goes through the chat template, as a message of the user; None is as the experts were
+            trained, by their records.
+        dtype: Data type of the base.
+        revision: Branch, tag or commit of a hub id.
+        write: Takes each piece of the answer as it comes.
+
+    Raises:
+        FileNotFoundError: The base was not found.
+        ValueError: An expert was trained on another base, the prompt is empty or too long, or a chat template is
+            missing.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give the text to answer")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"{max_new_tokens=} must be at least 1, and {temperature=} at least 0")
+    opened = open_several(experts)
+    stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
+    found = Base.open(base, stored, revision)
+    tokenizer = found.tokenizer()
+    if chat is None:
+        chat = bool(stored) and bool(training_in_common(stored).get("chat_template"))
+    warn_unlike_training(stored, {"chat_template": template_hash(tokenizer) if chat else None}, dtype)
+    stops = [tokenizer.eos_token_id]
+    if chat:
+        conversations = ConversationTokenizer(tokenizer, max_length=0)
+        stops = list(dict.fromkeys([*stops, conversations.end]))
+        message = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    model: Any = found.load(dtype)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and ids.shape[1] + max_new_tokens > context:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, and the base's context of {context} must also hold "
+            f"max_new_tokens={max_new_tokens}; shorten one of them"
+        )
+    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        do_sample=temperature > 0, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling
+    )
+    with applied(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
+        model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
+        ids = ids.to(device)
+        torch.manual_seed(seed)
+        streamer = _Streamer(tokenizer, write) if write else None
+        written = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+        )[0, ids.shape[1] :]
+        model.to("cpu")
+    return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+class _Streamer(TextStreamer):
+    """Hands over the text of an answer as it comes, without white space at its beginning."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.write, self.begun = write, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        if text:
+            self.write(text)

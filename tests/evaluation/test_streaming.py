@@ -1,0 +1,68 @@
+"""One prompt gets the answer that greedy decoding by hand gives, piece by piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tokenizer
+
+from modular_experts import Base, Dense, generate
+
+PROMPT = "the word"
+
+
+def by_hand(base: Path, moved: dict[str, torch.Tensor], prompt: str, count: int) -> str:
+    """Take the likeliest token, one forward pass over the whole text each, without a cache."""
+    model, tokenizer = Base.open(base).load(), build_tokenizer()
+    for name, parameter in model.named_parameters():
+        if name in moved:
+            parameter.data += moved[name]
+    ids = tokenizer(prompt)["input_ids"]
+    first = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[first:], skip_special_tokens=True).strip()
+
+
+def test_an_answer_is_what_the_likeliest_tokens_spell_with_the_expert_added(tiny_llama_dir: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    delta = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    for moved in ({}, {name: delta}):
+        pieces: list[str] = []
+        experts = [{key: Dense(value) for key, value in moved.items()}]
+        answer = generate(tiny_llama_dir, PROMPT, experts, max_new_tokens=9, write=pieces.append)
+        assert answer == by_hand(tiny_llama_dir, moved, PROMPT, 9) == "".join(pieces).strip()
+    assert by_hand(tiny_llama_dir, {}, PROMPT, 9) != by_hand(tiny_llama_dir, {name: delta}, PROMPT, 9)
+
+
+def test_samples_depend_on_the_seed_alone(tiny_llama_dir: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, two, other = (
+        generate(tiny_llama_dir, PROMPT, max_new_tokens=9, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert one == two != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_chat_prompt_goes_through_the_template_and_what_is_no_prompt_is_refused(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="rows of messages need a chat template"):
+        generate(tiny_llama_dir, PROMPT, chat=True)
+    for words, sentence in ((" ", "the prompt is empty"), ("a" * 250, "has 250 tokens, and the base's context of 256")):
+        with pytest.raises(ValueError, match=sentence):
+            generate(tiny_llama_dir, words, max_new_tokens=9)
+    place = tmp_path / "chat"
+    Base.open(tiny_llama_dir).load().save_pretrained(place)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    tokenizer.save_pretrained(place)
+    found = generate(place, PROMPT, max_new_tokens=9, chat=True)
+    assert found == by_hand(tiny_llama_dir, {}, f"[user]{PROMPT}[assistant]", 9)
