@@ -19,8 +19,8 @@ class Command(NamedTuple):
     file: str
     function: str
     summary: str
-    # How many of its first options may also be given by position.
-    positional: int = 0
+    # Options that may also be given by position.
+    positional: tuple[str, ...] = ()
 
 
 VERBS = {
@@ -30,21 +30,27 @@ VERBS = {
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
     "predict": Command("training", "", "write a model's answers"),
-    "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", 1),
-    "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library"),
-    "statistics": Command("search", "statistics", "measure what some merge methods need of the experts' data"),
-    "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", 1),
-    "merge": Command("merge", "merge", "merge experts into one expert"),
-    "search": Command("search", "search", "find on validation rows how much of each expert to merge, and merge"),
-    "mergekit": Command("mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", 2),
-    "remove": Command("merge", "remove", "take one expert out of an average again"),
-    "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint"),
-    "export": Command("apply", "export", "write an expert as an adapter that PEFT loads"),
-    "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub"),
-    "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library"),
-    "list": Command("library", "list_library", "list the experts of a library", 1),
-    "show": Command("library", "show", "show everything about one expert", 1),
-    "verify": Command("library", "verify", "check an expert's files and its base", 1),
+    "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
+    "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
+    "statistics": Command(
+        "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
+    ),
+    "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", ("name",)),
+    "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
+    "search": Command(
+        "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
+    ),
+    "mergekit": Command(
+        "mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
+    ),
+    "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
+    "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
+    "export": Command("apply", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
+    "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
+    "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
+    "list": Command("library", "list_library", "list the experts of a library", ("library",)),
+    "show": Command("library", "show", "show everything about one expert", ("expert",)),
+    "verify": Command("library", "verify", "check an expert's files and its base", ("expert",)),
 }
 
 HELP = """\
@@ -56,8 +62,8 @@ Train experts for a causal language model, keep them in a library, merge them, a
 
 Each command has --help, --config FILE.yaml and --print_config. A first tour:
 
-  modular-experts fit --config configs/fit/sparse.yaml --model.base DIR \\
-      --data.tasks '[{{"name": "intents", "path": "intents.jsonl"}}]'
+  modular-experts fit --base DIR --expert SparseExpert --modules q_proj v_proj \\
+      --tasks a.jsonl --out library/a
   modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab
   modular-experts apply --experts library/ab --out merged-checkpoint
 
@@ -79,11 +85,12 @@ def _run(argv: Sequence[str]) -> None:
         print(f"modular-experts {__version__}")
     elif verb not in VERBS:
         raise unknown_command(verb, list(VERBS))
-    elif {"-h", "--help"} & set(argv):
+    elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
         from modular_experts.cli.help import command_help, training_help
 
-        command = VERBS[verb]
-        print(command_help(verb, *command) if command.function else training_help(verb, command.summary))
+        file, function, summary, positional = VERBS[verb]
+        whole = not {"-h", "--help"} & set(argv)
+        print(command_help(verb, file, function, positional, whole) if function else training_help(verb, summary))
     else:
         # A user's class lies beside the config, where a console script does not look.
         if os.getcwd() not in sys.path:

@@ -16,19 +16,19 @@ from modular_experts.cli.arguments import arguments_of, as_words, fold_configs, 
 from modular_experts.cli.parser_errors import explained
 
 
-def run_command(function: Callable[..., None], argv: Sequence[str], positional: int = 0) -> None:
+def run_command(function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = ()) -> None:
     """Parse a command's arguments and call its function.
 
     Args:
         function: A function with annotations and a Google-style docstring.
         argv: The command and its arguments.
-        positional: How many of the first arguments may also be given by position.
+        positional: Names of the options that may also be given by position.
 
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
     hints, required = arguments_of(function)
-    options, config = fold_configs(read_options(argv[1:], hints, list(hints)[:positional]))
+    options, config = fold_configs(read_options(argv[1:], hints, positional))
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")

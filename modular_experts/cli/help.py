@@ -1,7 +1,8 @@
 """Write the help of a command from its source, so that help needs neither torch nor Lightning.
 
 The signature of a command's function gives the options and their defaults, its docstring their texts, so that help
-follows every change of the function. Required options come first; the section `Examples:` ends the screen.
+follows every change of the function. A screen of 80 columns and 40 lines holds the required options first, the first
+sentence about each of the others, and examples at the end; `--help-all` prints whole texts.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _ROOT = Path(__file__).parents[1]
-_WIDTH, _COLUMN = 120, 32
+_WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "CoefficientSearch": " NAME", "TaskMixture": "", "Tuning": ""}
+_METAVARS = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 # Short names of `fit`, `validate`, `test` and `predict`.
 SHORT_NAMES = {
     "base": "model.base",
@@ -32,13 +34,13 @@ SHORT_NAMES = {
 }
 # Options of `fit` that are arguments of no class.
 OWN_OPTIONS = {
-    "--out LIBRARY/NAME": "Directory of the trained expert in a library; its last part is the name.",
+    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
 }
 _EVERYWHERE = {
-    "--config FILE": "A YAML file with these options; of several, a later one beats an earlier one.",
+    "--config FILE": "YAML file with options; of several, the last wins.",
     "--print_config": "Print all options as such a file, and do nothing.",
-    "--help": "Print this.",
+    "--help-all": "Print all options, and their whole texts.",
 }
 
 
@@ -58,7 +60,7 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
         file: Its file in the package, such as `cli/merge.py`.
         name: Its name.
         group: What stands before an argument's name in its option, such as `model.`.
-        brief: Take only the first sentence about each argument, or a line of it.
+        brief: Take only the first sentence about each argument.
     """
     tree = ast.parse((_ROOT / file).read_text(encoding="utf-8"))
     found: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
@@ -74,14 +76,11 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     for place, one in enumerate(wanted, start=len(called.args.defaults) - len(wanted)):
         option, text = f"--{group}{one.arg}", texts[one.arg]
         kind = ast.unparse(one.annotation).removesuffix(" | None")
-        shown = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]"}.get(kind)
+        shown = _METAVARS.get(kind, f" {one.arg.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
-        elif shown is None:
-            shown = f" {one.arg.rpartition('_')[2].upper()}"
         if brief:
-            first = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
-            text = textwrap.shorten(first, _WIDTH - _COLUMN, placeholder=" ...")
+            text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
         if kind in _CLASSES:
             text += f" Its settings: {option}.help{_CLASSES[kind]}"
         if place < 0:
@@ -92,44 +91,88 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     return source
 
 
-def command_help(verb: str, file: str, function: str, summary: str, positional: int) -> str:
+def command_help(verb: str, file: str, function: str, positional: Sequence[str], whole: bool) -> str:
     """Return the help of a command that is one function."""
-    source = read_source(f"cli/{file}.py", function)
-    words = [*source.required, *source.options]
-    first = words[:positional]
-    usage = [option.split()[0][2:].upper() for option in first] + [one for one in source.required if one not in first]
-    sections = {"required": source.required, "options": source.options | _EVERYWHERE}
-    return _screen(" ".join([verb, *usage]), source.description, sections, source.examples)
+    source = read_source(f"cli/{file}.py", function, brief=not whole)
+    usage = []
+    for option in source.required:
+        name = option.partition(" ")[0][2:]
+        usage.append(name.upper() + " ..." * ("..." in option) if name in positional else option)
+    sections = {"required": source.required, "options": source.options, "": _EVERYWHERE}
+    paragraphs, examples = source.description.split("\n\n"), re.split(r"\n(?=modular-experts)", source.examples)
+    if not whole:
+        # Of two paragraphs and more, only one that answers a question is needed at first.
+        paragraphs = [one for place, one in enumerate(paragraphs) if not place or "?" in one]
+    return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
 
 
 def training_help(verb: str, summary: str) -> str:
-    """Return the help of a command that runs a trainer: its own options, and where the trainer's are."""
-    model = read_source("training/module.py", "ExpertModule", "model.", brief=True)
-    data = read_source("data/mixture.py", "TaskMixture", "data.", brief=True)
-    run = {
-        "--trainer.OPTION X": "Settings of the Trainer, such as --trainer.max_steps 100; see --help-all.",
-        "--ckpt_path FILE": "Checkpoint to go on from, whose settings count unless they are given.",
-        "--seed_everything N": "Seed of all random numbers. (default: 0)",
-        **_EVERYWHERE,
-        "--help-all": "Print every option with its whole text, the trainer's among them.",
+    """Return the help of a command that runs a trainer: the options with short names, and where the others are."""
+    data = read_source("data/mixture.py", "TaskMixture", brief=True)
+    rows = next(text for option, text in data.options.items() if option.startswith("--batch_size"))
+    files = [("Sparse", "sparse"), ("Masked", "masked"), ("LoRA", "lora"), ("Full", "full")]
+    rates = [f"{name}Expert {_learning_rate(file):g}" for name, file in files]
+    required = {
+        "--base PLACE": "Directory or hub id of the model.",
+        "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
     }
-    tasks = """--data.tasks '[{"name": "intents", "path": "intents.jsonl"}]'"""
-    kind = "--model.expert SparseExpert --model.modules '.*_proj'" if verb == "fit" else "--model.applied library/a"
-    config = "configs/fit/sparse.yaml" if verb == "fit" else "configs/test.yaml"
-    examples = [
-        f"modular-experts {verb} --model.base DIR {kind} \\\n    {tasks}",
-        f"modular-experts {verb} --config {config} --model.base DIR",
-        f"modular-experts {verb} --model.expert.help SparseExpert",
-    ]
-    sections = {"required": model.required | data.required, "model": model.options, "data": data.options, "run": run}
-    return _screen(verb, f"{summary[0].upper()}{summary[1:]}.", sections, "\n".join(examples))
+    kind = {
+        "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, or module.Class of yours; "
+        "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
+        "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
+    }
+    options = {"--applied A [B ...]": "Experts of a library to add to the base first; --experts is the same option."}
+    if verb == "fit":
+        required |= kind
+        training = {
+            "--steps N": "Optimizer steps; without a length, 3 epochs.",
+            "--learning_rate X": f"Peak rate (default: {', '.join(rates)}).",
+            "--batch_size N": rows,
+        }
+        options = OWN_OPTIONS | training | options
+    run = {
+        "--ckpt_path FILE": "Checkpoint to go on from; settings that are given beat its own.",
+        "--seed_everything N": "Seed of all random numbers. (default: 0)",
+        "--trainer.NAME X": "Settings of the Trainer; --help-all lists them and all others.",
+    }
+    line = f"modular-experts {verb} --base DIR --tasks a.jsonl"
+    examples = [f"{line} --experts library/a", f"modular-experts {verb} --config configs/test.yaml"]
+    if verb == "fit":
+        more = "--expert SparseExpert --modules q_proj v_proj"
+        examples = [
+            f"{line} {more} --steps 100 --out library/a",
+            "modular-experts fit --config configs/fit/sparse.yaml --steps 20",
+            "modular-experts fit --expert.help SparseExpert",
+        ]
+    sections = {"required": required, "options": options, "": run | _EVERYWHERE}
+    return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
 
 
-def _screen(usage: str, description: str, sections: Mapping[str, Mapping[str, str]], examples: str) -> str:
-    lines = [f"usage: modular-experts {usage} [options]", "", description]
+def _learning_rate(file: str) -> float:
+    source = (_ROOT / "experts" / f"{file}.py").read_text(encoding="utf-8")
+    return float(re.search(r"learning_rate: ClassVar\[float\] = (\S+)", source)[1])  # type: ignore[index]
+
+
+def _screen(
+    usage: str, description: Sequence[str], sections: Mapping[str, Mapping[str, str]], examples: Sequence[str]
+) -> str:
+    screen = textwrap.wrap(f"usage: modular-experts {usage} [options]", _WIDTH, subsequent_indent=" " * 4)
+    for paragraph in description:
+        screen += ["", *textwrap.wrap(" ".join(paragraph.split()), _WIDTH)]
     for title, rows in sections.items():
-        lines += ["", f"{title}:"] if rows else []
+        screen += (["", f"{title}:"] if title else []) if rows else []
         for option, text in rows.items():
             first, others = f"  {option}  ".ljust(_COLUMN), " " * _COLUMN
-            lines += textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=others)
-    return "\n".join([*lines, "", "examples:", textwrap.indent(examples, "  ")])
+            screen += textwrap.wrap(
+                text, _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+            )
+    screen += ["", "examples:"]
+    for example in examples:
+        line = " "
+        for part in re.split(r"(?: \\\n)? +(?=--)", example):
+            if len(f"{line} {part}") > _WIDTH - 2:
+                screen.append(f"{line} \\")
+                line = "     "
+            line = f"{line} {part}"
+        screen.append(line)
+    return "\n".join(screen)

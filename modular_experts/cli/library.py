@@ -22,30 +22,30 @@ from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.text import bytes_text, depth_of
 
 
-def list_library(directory: str) -> None:
+def list_library(library: str) -> None:
     """List the experts in a library, one a line, damaged and incomplete ones too.
 
     The base is shown if the experts have different ones.
 
     Args:
-        directory: Directory of the library.
+        library: Directory of the library.
 
     Examples:
         modular-experts list library
     """
-    library = Library(directory)
+    found = Library(library)
     broken = ("", "damaged", "", "'verify' names the reason")
-    rows: dict[str, tuple[str, ...]] = dict.fromkeys(library.incomplete(), broken)
-    for name in library:
+    rows: dict[str, tuple[str, ...]] = dict.fromkeys(found.incomplete(), broken)
+    for name in found:
         try:
-            rows[name] = _row(library[name])
+            rows[name] = _row(found[name])
         except (ValueError, OSError):
             # One bad file must not hide the others.
             rows[name] = broken
     if not rows:
-        if (Path(directory).expanduser() / RECORD_FILE).is_file():
-            raise ValueError(f"{directory} is an expert, not a library; `modular-experts show {directory}` shows it")
-        print(f"{directory} has no experts yet; 'fit' with ExportExpert and 'merge' write into a library")
+        if (Path(library).expanduser() / RECORD_FILE).is_file():
+            raise ValueError(f"{library} is an expert, not a library; `modular-experts show {library}` shows it")
+        print(f"{library} has no experts yet; `fit` and `merge` write into it: --out {library}/NAME")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     several = len({row[0] for row in rows.values() if row[0]}) > 1
@@ -70,14 +70,14 @@ def _row(expert: StoredExpert) -> tuple[str, ...]:
     return base["fingerprint"], kind_text(expert.record), place, shown, *numbers
 
 
-def verify(directory: str, base: str | None = None, revision: str | None = None) -> None:
+def verify(expert: str, base: str | None = None, revision: str | None = None) -> None:
     """Read an expert, or all experts of a library, and check every byte against its hash.
 
     Shapes, data types, bounds and order of the indices are checked too, and that all values are finite. The base is
     compared by its fingerprint if it is given, or if the record leads to a directory that exists.
 
     Args:
-        directory: Directory of an expert, or of a library.
+        expert: Directory of an expert, or of a library.
         base: The base's directory or hub id.
         revision: Branch, tag or commit of a hub id.
 
@@ -86,11 +86,11 @@ def verify(directory: str, base: str | None = None, revision: str | None = None)
         modular-experts verify library
         modular-experts verify library/ab --base runs/base
     """
-    place = Path(directory)
+    place = Path(expert)
     if not place.is_dir() or any((place / file).exists() for file in (RECORD_FILE, DELTA_FILE, STATE_FILE)):
-        print(f"{directory}: {_verified(open_expert(directory), base, revision)}")
+        print(f"{expert}: {_verified(open_expert(expert), base, revision)}")
         return
-    library = Library(directory)
+    library = Library(expert)
     failed = dict(library.incomplete())
     for name in library:
         try:
@@ -101,10 +101,10 @@ def verify(directory: str, base: str | None = None, revision: str | None = None)
         print(f"{place / name}: {problem}", file=sys.stderr)
     if failed:
         count = len({*library, *failed})
-        raise ValueError(f"{len(failed)} of {count} experts in {directory} failed: {', '.join(sorted(failed))}")
+        raise ValueError(f"{len(failed)} of {count} experts in {expert} failed: {', '.join(sorted(failed))}")
     if not library:
-        raise ValueError(f"{directory} holds no expert, so there is nothing to verify")
-    print(f"{directory}: all {len(library)} experts are intact")
+        raise ValueError(f"{expert} holds no expert, so there is nothing to verify")
+    print(f"{expert}: all {len(library)} experts are intact")
 
 
 def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
@@ -134,22 +134,22 @@ def _total(measures: Iterable[Measure]) -> Measure:
     return Measure(*map(sum, zip(Measure(0, 0, 0, 0.0), *measures, strict=True)))
 
 
-def show(directory: str, weights: bool = False) -> None:
+def show(expert: str, weights: bool = False) -> None:
     """Show one expert: what kind, from where, how much of each layer it keeps, how far it moves.
 
     Args:
-        directory: Directory of the expert.
+        expert: Directory of the expert.
         weights: List every weight instead of every layer.
 
     Examples:
         modular-experts show library/ab
         modular-experts show library/ab --weights
     """
-    expert, console = open_expert(directory), Console(markup=False, emoji=False)
-    kept = expert.kept_entries()
-    measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in expert.items()}
+    stored, console = open_expert(expert), Console(markup=False, emoji=False)
+    kept = stored.kept_entries()
+    measures = {name: Measure(1, delta.shape.numel(), kept[name], delta.norm() ** 2) for name, delta in stored.items()}
     facts = Table.grid(padding=(0, 2))
-    for name, text in _facts(expert, _total(measures.values())):
+    for name, text in _facts(stored, _total(measures.values())):
         facts.add_row(name, text)
     console.print(facts)
     groups: list[tuple[str, Callable[[str], Any]]] = [("weight", str)]

@@ -39,25 +39,26 @@ def merge(
 ) -> None:
     """Merge experts of one base into a new expert, weight by weight, or straight into a checkpoint.
 
-    The experts may be of any kinds. The result is an expert like any other: test it with `test --model.applied`,
+    Which method? With a few labelled rows of each task, `search`, or --tune of one method; without rows, IsoC for
+    LoRAs and SelfRegMean for other experts. `modular-experts methods` lists all of them.
+
+    The experts may be of any kinds. The result is an expert like any other: test it with `test --experts`,
     make it a checkpoint with `apply`, or merge it again. The same command resumes a merge that was interrupted.
 
     Args:
         experts: Directories of the experts.
         out: Directory of the merged expert, whose last part is its name; or of the checkpoint.
-        method: How the deltas of one weight become one: SparseAverage (the paper's), TIES, or another method that
-            `modular-experts methods` lists; or the dotted path of a class of your own, such as my_methods.Median in the
-            current directory.
+        method: A merge method, which makes the deltas of one weight one; or the dotted path of a class of your own,
+            such as my_methods.Median in the current directory.
         per_weight: Methods of single weights, by a regular expression for the whole name; null keeps them at the base.
             The first match counts; without `method`, weights without a match stay at the base.
         overwrite: Replace an expert.
-        tune: Choose the method's scale, its exponent if it has one, and the settings in `tune.grid`, by the loss on
-            validation rows of the tasks in `tune.data`.
-        dry_run: Only show which method each weight gets, what will be read, and about what memory and time it takes;
-            nothing is tuned.
-        max_memory: Refuse to begin if more memory is needed, such as 2GB, beside what Python takes and, for a
+        tune: Choose the method's settings by the loss on validation rows. These are the scale, the exponent if there
+            is one, and those in `tune.grid`; the rows are those of the tasks in `tune.data`.
+        dry_run: Only show the method, memory and time of each weight; nothing is tuned.
+        max_memory: Refuse to begin if more memory is needed, such as 2GB. It counts beside what Python takes and, for a
             checkpoint, the base that it is checked with.
-        output: `checkpoint` writes the base plus the merge as a Hugging Face checkpoint, checked by loading it.
+        output: `checkpoint` writes base plus merge for transformers; the checkpoint is checked by loading it.
         base: The base of a checkpoint, a directory or hub id; the one in the experts' records by default.
         dtype: Data type of a checkpoint; the base's by default.
         tolerance: Largest accepted difference of a logit between a checkpoint and the model in memory.
@@ -69,7 +70,7 @@ def merge(
         modular-experts merge --experts library/a library/b --method TIES --output checkpoint --out merged-checkpoint
         modular-experts merge --method.help TIES
         modular-experts merge --experts library/a library/b --method SparseAverage --out library/ab \\
-            --tune.data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+            --tune.data.tasks a.jsonl b.jsonl
     """
     if output != "checkpoint" and (base or dtype or tolerance != 1e-3):
         raise ValueError("base, dtype and tolerance are settings of a checkpoint; add --output checkpoint")

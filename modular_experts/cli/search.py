@@ -40,14 +40,14 @@ def search(
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace an expert, a recipe and trials.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
-            '[RegMean, SparseAverage]'. Each merge is also written as an expert, named after `out` and the method.
+            RegMean SparseAverage. Each merge is also written as an expert, named after `out` and the method.
 
     Examples:
         modular-experts search --experts library/a library/b --algorithm LoRAHub --out library/ab \\
-            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
-        modular-experts search --experts library/a library/b --merges '[SparseAverage]' \\
+            --data.tasks a.jsonl b.jsonl
+        modular-experts search --experts library/a library/b --merges RegMean SparseAverage \\
             --algorithm ATLAS --out library/ab \\
-            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+            --data.tasks a.jsonl b.jsonl
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
@@ -90,7 +90,7 @@ def statistics(
 
     Examples:
         modular-experts statistics --experts library/a library/b --kind gram \\
-            --data.tasks '[{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]'
+            --data.tasks a.jsonl b.jsonl
         modular-experts merge --experts library/a library/b --method RegMean --out library/ab
     """
     found = take_statistics(experts, kind, data, rows, base, overwrite, progress_bar("measuring"))

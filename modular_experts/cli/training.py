@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import pickle
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -74,6 +75,10 @@ class _Parser(LightningArgumentParser):
         if inspect.isclass(theclass) and issubclass(theclass, made):
             kwargs["skip"] = {*kwargs.get("skip", ()), 1}
         return super().add_class_arguments(theclass, *args, **kwargs)
+
+    def format_help(self) -> str:
+        """Return the help with our length of a run in place of Lightning's."""
+        return re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", super().format_help())
 
 
 class TrainingCLI(LightningCLI):

@@ -294,7 +294,7 @@ MISTAKES = [
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
     (["apply", "--experts", "[others/x]", "--out", "new"], 1, "base 'elsewhere' was not found"),
     (["verify", "."], 1, ". holds no expert"),
-    (["list"], 2, "--directory must be given"),
+    (["list"], 2, "--library must be given"),
     (["list", "library", "more"], 2, "'more' is one argument too many"),
     (["list", "nowhere"], 1, "nowhere is not a library"),
     (["show", "library/nowhere"], 1, "is not an expert"),
