@@ -25,6 +25,7 @@ no `attention_mask`, so code that knows only the other form fails. Batches of va
 
     input, target   lists of n texts as in the data, after the task's template; a row to predict may have None as target
     end             list of n ids: the token that ends an answer
+    number          list of n numbers, a row's place among the rows of its task and split
     choices         only if a row has choices: a dict of input_ids, attention_mask and labels for all m choices of all
                     rows, row (m,) int64, the row that a choice belongs to, and correct (m,) bool
 """
@@ -76,6 +77,7 @@ class Example:
     choices: tuple[Tokens, ...] = ()
     correct: int = 0
     end: int | None = None
+    number: int = 0
 
 
 class ExampleSet(Dataset):
@@ -116,6 +118,7 @@ class Collator:
             batch["input"] = [example.input for example in examples]
             batch["target"] = [example.target for example in examples]
             batch["end"] = [example.end for example in examples]
+            batch["number"] = [example.number for example in examples]
             choices = [choice for example in examples for choice in example.choices]
             if choices:
                 counts = torch.tensor([len(example.choices) for example in examples])
@@ -179,7 +182,10 @@ def _packed(rows: Sequence[Tokens], divided: Sequence[Sequence[int]], pad_id: in
         places.append(torch.cat([torch.arange(length) for length in lengths]))
         owners.append(torch.tensor([*pack, -1]).repeat_interleave(torch.tensor(lengths)))
     columns = {"input_ids": ids, "position_ids": places, "labels": labels, "row": owners}
-    return {name: torch.stack(packs).long() for name, packs in columns.items()}
+    batch = {name: torch.stack(column).long() for name, column in columns.items()}
+    # Nothing predicts the first token of a row, least of all the row before it.
+    batch["labels"][batch["position_ids"] == 0] = IGNORED
+    return batch
 
 
 def _padded(rows: Sequence[Tokens], pad_id: int) -> Batch:

@@ -98,7 +98,7 @@ class ConversationTokenizer:
             tokens = Tokens(
                 torch.tensor(ids[first:stop], dtype=torch.int32), start - first, labelled if learn else None
             )
-            examples.append(Example(task, row.input, row.target, tokens, end=end))
+            examples.append(Example(task, row.input, row.target, tokens, end=end, number=len(examples)))
         return examples, cut, problems
 
     def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:

@@ -85,7 +85,7 @@ class RowTokenizer:
                 Tokens(torch.tensor([*kept, *end], dtype=torch.int32), len(kept)) for end in [target, *ends]
             )
             end = self.tokenizer.eos_token_id
-            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct, end))
+            examples.append(Example(task, row.input, row.target, tokens, tuple(others), correct, end, len(examples)))
         return examples, cut, problems
 
     def _ends(self, prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> list[list[list[int]]]:

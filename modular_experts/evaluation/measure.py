@@ -36,19 +36,24 @@ def measure(
         roles: Each task's role by name, such as `TaskMixture.roles`.
         max_new_tokens: As for `evaluate`.
         metrics: As for `evaluate`.
-        examples: How many rows of each task are kept with the model's answers, under "examples".
+        examples: How many rows of each task, the first of its split, are kept with the model's answers, under
+            "examples".
     """
     scores, training = TaskScores(roles, metrics).to(model.device), model.training
-    kept: dict[str, list[dict[str, str]]] = {}
+    kept: dict[str, list[tuple[int, dict[str, str]]]] = {name: [] for name in roles}
     model.eval()
     for batch in batches:
         texts = score_batch(scores, model, tokenizer, move_data_to_device(batch, model.device), max_new_tokens)
         for row, text in enumerate(texts or ()):
-            mine = kept.setdefault(batch["task"][row], [])
-            if len(mine) < examples and batch["task"][row]:
-                mine.append({"input": batch["input"][row], "target": batch["target"][row], "answer": text})
+            if examples and batch["task"][row]:
+                answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
+                kept[batch["task"][row]].append((batch["number"][row], answered))
     model.train(training)
-    return scores.compute() | ({"examples": kept} if examples else {})
+    if not examples:
+        return scores.compute()
+    # Batches come in any order.
+    first = {name: sorted(rows, key=lambda row: row[0])[:examples] for name, rows in kept.items() if rows}
+    return scores.compute() | {"examples": {name: [row for _, row in rows] for name, rows in first.items()}}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from conftest import write_rows
 from testbed.runs import mixture, module, trainer
 
 from modular_experts.base import Base
@@ -46,3 +47,13 @@ def test_greedy_matches_are_the_rows_that_generation_writes(tiny_llama_dir) -> N
     found = greedy_matches(model, batch)
     longer = generate(model, tokenizer, batch, max_new_tokens=2)
     assert found.tolist() == [made == row.target for made, row in zip(longer, rows, strict=True)]
+
+
+def test_kept_examples_are_the_first_rows_of_a_task_in_whatever_order_batches_come(tiny_llama_dir, tmp_path) -> None:
+    lengths = [2, 9, 4, 1]
+    rows = [{"input": "x" * length, "target": "y", "split": "test"} for length in lengths]
+    data = mixture({"a": write_rows(tmp_path / "a.jsonl", rows)}, tiny_llama_dir, eval_batch_size=1)
+    data.setup("test")
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
+    found = measure(model, tokenizer, data.test_dataloader(), data.roles, max_new_tokens=1, examples=2)
+    assert [len(row["input"]) for row in found["examples"]["a"]] == lengths[:2]
