@@ -1,0 +1,129 @@
+"""What padding costs in training, and what batches by length and packed batches save of it.
+
+SmolLM2-135M takes training steps with LoRA on its projections, on one
+thread: real rows, read by `TaskMixture`, of all files in one mixture and of the last file alone. Batches hold the same
+number of rows in three ways, which take turns step by step: padded in the order that is drawn (`plain`), grouped by
+length (`by length`), and packed (`packed`).
+
+A row of the table gives the share of padding in an epoch, and the tokens of data per second of CPU time over those of
+`plain`. `packed` reads the rows of `plain`, so the mean loss of its steps is the same to rounding.
+
+    MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      5 minutes; --quick: in small
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import language_model
+from step_report import machine
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modular_experts.data import TaskMixture
+from modular_experts.evaluation import batch_losses, check_packing
+from modular_experts.experts import LoRAExpert
+from modular_experts.injection import inject
+
+WAYS: dict[str, dict[str, bool]] = {"plain": {}, "by length": {"group_by_length": True}, "packed": {"packing": True}}
+
+
+def compare(model: nn.Module, tokenizer: Any, files: list[Path], batch_size: int, steps: int) -> dict[str, Any]:
+    """Return the row of one mixture and batch size; the experts start anew, and so does each way."""
+    mixtures = {
+        way: TaskMixture([str(file) for file in files], tokenizer, batch_size, seed=0, **options)
+        for way, options in WAYS.items()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    values = {way: [value.clone() for value in start] for way in WAYS}
+    optimizers = {way: torch.optim.AdamW(values[way], lr=2e-3, weight_decay=0.0) for way in WAYS}
+    batches = {way: list(islice(mixture.train_dataloader(), steps)) for way, mixture in mixtures.items()}
+    seconds, tokens, losses = (dict.fromkeys(WAYS, 0.0) for _ in range(3))
+
+    def step(way: str, number: int) -> None:
+        batch = batches[way][number]
+        for parameter, value in zip(trained, values[way], strict=True):
+            parameter.data, parameter.grad = value, None
+        began = time.process_time()
+        sums, counts = batch_losses(model, batch)
+        loss = sums.sum() / counts.sum()
+        loss.backward()
+        seconds[way] += time.process_time() - began
+        tokens[way] += int((batch["row"] >= 0).sum() if "row" in batch else batch["attention_mask"].sum())
+        losses[way] += loss.item()
+        for parameter, value in zip(trained, values[way], strict=True):
+            value.grad = parameter.grad
+        optimizers[way].step()
+
+    order = list(WAYS)
+    for number in range(steps):
+        random.shuffle(order)
+        for way in order:
+            step(way, number)
+    for parameter, value in zip(trained, start, strict=True):
+        parameter.data, parameter.grad = value, None
+    speeds = {way: tokens[way] / seconds[way] for way in WAYS}
+    return {
+        "padding": {way: mixture.padding() for way, mixture in mixtures.items()},
+        "speed": {way: speed / speeds["plain"] for way, speed in speeds.items()},
+        "tokens_per_second": speeds["plain"],
+        "loss": {way: loss / steps for way, loss in losses.items()},
+    }
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Give a row for each mixture and batch size."""
+    files = sorted(Path(options.data).glob("*.jsonl"))
+    if not files:
+        raise SystemExit(f"{options.data} has no .jsonl files; name their folder in MODULAR_EXPERTS_DATA")
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    if options.quick:
+        model: Any = language_model(True).base
+        model.resize_token_embeddings(len(tokenizer))
+        model.requires_grad_(False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model).requires_grad_(False)
+    inject(model, lambda weight: LoRAExpert(weight, rank=16), r".*_proj")
+    check_packing(model)
+    mixtures = {f"all {len(files)} files": files, files[-1].stem: files[-1:]}
+    for name, chosen in mixtures.items():
+        for batch_size in (8, 32):
+            steps = 2 if options.quick else options.rows // batch_size
+            yield {"rows": name, "batch_size": batch_size} | compare(model, tokenizer, chosen, batch_size, steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two steps: the speeds mean nothing")
+    parser.add_argument("--rows", type=int, default=128, help="rows that each way trains on, in each line")
+    parser.add_argument("--model", default=str(Path(__file__).parents[1] / ".cache" / "smollm2"))
+    parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    rows = list(measure(options))
+    if options.json:
+        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows}))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print("\n| rows | a batch | padding: plain | by length | packed | speed: by length | packed |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        shares = " | ".join(f"{share:.1%}" for share in row["padding"].values())
+        speeds = " | ".join(f"{row['speed'][way]:.2f}" for way in ("by length", "packed"))
+        print(f"| {row['rows']} | {row['batch_size']} | {shares} | {speeds} |")
+
+
+if __name__ == "__main__":
+    main()
