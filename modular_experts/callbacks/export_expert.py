@@ -74,13 +74,13 @@ class ExportExpert(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Delete the best state of an earlier run of this name, unless this run resumes that one."""
-        mine = trainer.is_global_zero and not trainer.fast_dev_run
+        mine = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.best is None and mine and (self._best_directory(trainer) / RECORD_FILE).is_file():
             shutil.rmtree(self._best_directory(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None or trainer.fast_dev_run:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
@@ -96,7 +96,7 @@ class ExportExpert(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the expert, and log its step, its loss and that of the last step, and its directory."""
-        if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.exported = True
         best = self._best_directory(trainer)

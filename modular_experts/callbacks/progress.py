@@ -87,7 +87,7 @@ class LogProgress(Callback):
         """Log the folder of the run and the loss before the first step, which the loggers get as that of step 0."""
         self._clock = _Clock(trainer, pl_module)
         self._tenths, self._folder = self._clock.tenths(), trainer.log_dir
-        if trainer.loggers and not trainer.fast_dev_run:
+        if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("metrics and checkpoints go to %s", self._folder)
         if self.first_loss is not None and trainer.global_step == 0:
             log.info("the validation loss before training is %.4g", self.first_loss)
@@ -133,7 +133,7 @@ class LogProgress(Callback):
             *(self.rows, self.seconds, f", {choosing:.1f} s of which chose supports" if choosing else ""),
             f"; the validation loss {'went from' if losses[1:] else 'is'} {' to '.join(losses)}" if losses else "",
         )
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run wrote nothing, neither an expert nor a checkpoint")
             return
         files = [Path(logger.log_dir) / "metrics.csv" for logger in trainer.loggers if isinstance(logger, CSVLogger)]

@@ -42,7 +42,7 @@ def _one_task(files: dict[str, Path]) -> dict[str, Path]:
 
 def _fit(base: Path, files: dict[str, Path], folder: Path, *callbacks: Callback, **settings: Any) -> Validated:
     seen = Validated()
-    data = runs.mixture(_one_task(files), base, batch_size=1)
+    data = runs.mixture(_one_task(files), base, batch_size=1, eval_batch_size=2)
     runs.trainer(folder, seen, *callbacks, **settings).fit(runs.module(base, LORA), data)
     return seen
 
