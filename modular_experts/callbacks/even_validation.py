@@ -71,10 +71,14 @@ class EvenValidation(Callback):
         validated = min(
             batches * (getattr(loader, "batch_size", None) or 1), len(getattr(loader, "dataset", [])) or math.inf
         )
-        self._times = max(1, min(self.times, int(trained / validated)))
+        self._times = self.worthwhile(trained, validated)
         self._parts = self._parts_done(trainer, module)
         # A checkpoint that was written in a validation goes on after it, which Lightning asks at the first batch.
         self._validate(trainer, now=0 < trainer.global_step == self.validated_step)
+
+    def worthwhile(self, trained: int, validated: float) -> int:
+        """Return how often to validate in a fit that reads these rows, if a validation reads those."""
+        return max(1, min(self.times, int(trained / validated)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
 from modular_experts.callbacks.progress import activity
-from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
@@ -236,6 +236,17 @@ class MaskSchedule(Schedule):
         """Return whether no expert keeps more than its settings say, as all do while a dense start lasts."""
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
         return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
+
+    def choices(self, trainer: Trainer, module: TrainedModule, length: TrainingLength) -> int:
+        layers = selectable_layers(module.model)
+        if not layers or self.support is not None:
+            return 0
+        expert = next(iter(layers.values())).expert
+        rule = self._rule(expert)
+        scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
+        last = rule.last_update(scale * length.total_steps, scale * length.steps_per_epoch)
+        positions = range(1, scale * length.total_steps)
+        return expert.selects_at_start + sum(rule.is_due(position, last) for position in positions)
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return the shares of units kept now, and trained at any time; empty without selectable experts."""

@@ -76,6 +76,10 @@ class Schedule(Callback):
         """
         return True
 
+    def choices(self, trainer: Trainer, module: TrainedModule, length: TrainingLength) -> int:
+        """Return how often a fit of this length chooses anew what is trained."""
+        return 0
+
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return shares in [0, 1] of what was trained, by name, for the settings in an expert's record."""
         return {}

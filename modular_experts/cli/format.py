@@ -29,6 +29,17 @@ def statistics_text(stored: StoredStatistics) -> str:
     return f"{len(stored)} weights on {rows}, {bytes_text(stored.size_on_disk)}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a time such as `12 s`, `3 min` or `1.5 h`."""
+    return (
+        f"{seconds:.2g} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 def kind_text(record: Mapping[str, Any]) -> str:
     """Return the kind of an expert, and of a merge also its method."""
     if record["kind"] != "merge":

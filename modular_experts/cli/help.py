@@ -36,6 +36,7 @@ SHORT_NAMES = {
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
+    "--dry-run": "Only print what would be read, trained and written, and about what memory and time it takes.",
 }
 _EVERYWHERE = {
     "--config FILE": "YAML file with options; of several, the last wins.",

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modular_experts.base import Base, DType
 from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import call_text, counted, print_check, progress_bar, summary
+from modular_experts.cli.format import call_text, counted, duration_text, print_check, progress_bar, summary
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.record import RECORD_FILE
@@ -173,9 +173,8 @@ def _print_plan(merged: Merged) -> None:
     read = bytes_text(sum(weight.read for weight in weights))
     print(f"{len(weights)} weights of {len(merged.experts)} experts, {read} to read")
     print(f"memory beside Python's own: about {bytes_text(most.peak)}, for {most.name}")
-    time = seconds(merged, weights)
-    shown = f"{time:.2g} s" if time < 90 else f"{time / 60:.0f} min" if time < 5400 else f"{time / 3600:.1f} h"
-    print(f"time: about {shown}, judged by merging a few of the weights; nothing was written")
+    time = duration_text(seconds(merged, weights))
+    print(f"time: about {time}, judged by merging a few of the weights; nothing was written")
 
 
 def _print_kept(merged: Merged) -> None:

@@ -40,11 +40,13 @@ from modular_experts.cli.arguments import (
     kinds_of,
     read_options,
 )
+from modular_experts.cli.dry_run import print_estimate
 from modular_experts.cli.help import OWN_OPTIONS, SHORT_NAMES
 from modular_experts.cli.parser_errors import explained
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert
 from modular_experts.library import check_name, check_target
+from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class TrainingCLI(LightningCLI):
 
 
 class FitCLI(TrainingCLI):
-    """Run `fit` with the options `out` and `overwrite`, which set where the expert is written."""
+    """Run `fit` with the options `out` and `overwrite`, which set where the expert is written, and `dry_run`."""
 
     exports: list[ExportExpert]
 
@@ -144,6 +146,7 @@ class FitCLI(TrainingCLI):
         """Add the options; their texts are in `help.py`."""
         parser.add_argument("--out", type=str | None, default=None, help=OWN_OPTIONS["--out LIBRARY/NAME"])
         parser.add_argument("--overwrite", type=bool, default=False, help=OWN_OPTIONS["--overwrite"])
+        parser.add_argument("--dry_run", type=bool, default=False, help=OWN_OPTIONS["--dry-run"])
 
     def after_instantiate_classes(self) -> None:
         """Set the target of the listed `ExportExpert`, or add one, and refuse a target that exists."""
@@ -161,13 +164,22 @@ class FitCLI(TrainingCLI):
             check_target(export.target, export.overwrite)
         super().after_instantiate_classes()
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train, or print with `dry_run` what that would read, train, take and write."""
+        if self.config[self.subcommand].dry_run:
+            print_estimate(estimate(self.model, self.datamodule, self.trainer))
+        else:
+            self.trainer.fit(**kwargs)
+
     def before_fit(self) -> None:
         """Log that nothing will be kept if no expert is exported."""
-        if not self.exports:
+        if not self.exports and not self.config[self.subcommand].dry_run:
             log.info("this run keeps no expert; --out library/NAME keeps it")
 
     def after_fit(self) -> None:
         """Log how to get the expert of a checkpoint, or export that of a resumed run with nothing left to train."""
+        if self.config[self.subcommand].dry_run:
+            return
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not self.exports and checkpoint:
             log.info(
@@ -186,7 +198,7 @@ def run(argv: Sequence[str]) -> None:
     hints, _ = arguments_of(getattr(Trainer, verb))
     hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb]}
     hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
-    hints |= {"out": str, "overwrite": bool} if verb == "fit" else {}
+    hints |= {"out": str, "overwrite": bool, "dry_run": bool} if verb == "fit" else {}
     given = read_options(words, hints, short=SHORT_NAMES)
     options, config = fold_configs(given, short=SHORT_NAMES)
     checkpoint = next((one.value for one in options if one.name == "ckpt_path"), config.get("ckpt_path"))

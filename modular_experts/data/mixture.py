@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -39,6 +39,17 @@ from modular_experts.data.tasks import Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
 
 log = logging.getLogger(__name__)
+
+
+class SplitSize(NamedTuple):
+    """The rows of one task and split, their tokens, and how many rows were cut to `max_length`."""
+
+    task: str
+    role: str
+    split: str
+    rows: int
+    tokens: int
+    truncated: int
 
 
 class TaskMixture(LightningDataModule):
@@ -107,6 +118,7 @@ class TaskMixture(LightningDataModule):
         self._predicts = False
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
+        self._truncated: Counter[tuple[str, str]] = Counter()
 
     @property
     def roles(self) -> dict[str, str]:
@@ -135,6 +147,16 @@ class TaskMixture(LightningDataModule):
             name: {"rows": dict(Counter(str(row.split) for row in found)), "hash": content_hash(found)}
             for name, found in rows.items()
         }
+
+    def sizes(self) -> list[SplitSize]:
+        """Return the rows and tokens of each task and split that has rows; held-out tasks have only test rows."""
+        found = []
+        for name, role in self.roles.items():
+            for split in SPLITS:
+                rows = self._split(split).get(name, [])
+                tokens = sum(len(row.tokens.ids) for row in rows)
+                found.append(SplitSize(name, role, split, len(rows), tokens, self._truncated[name, split]))
+        return [size for size in found if size.rows]
 
     def prepare_data(self) -> None:
         """Download hub datasets; one process of each machine does it, and the others find them in the cache."""
@@ -291,6 +313,7 @@ class TaskMixture(LightningDataModule):
                     rows = spread_evenly(rows, self.eval_limit)
                 examples[task.name], cut, bad = tokenize(task.name, rows, learn=split == "train")
                 problems += bad
+                self._truncated[task.name, split] = cut
                 if cut:
                     self._log(
                         logging.WARNING,

@@ -55,8 +55,12 @@ class WarmupCosine(WarmupLinear):
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def training_length(trainer: Trainer) -> TrainingLength:
+def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLength:
     """Return the length of the fit that the trainer is about to start.
+
+    Args:
+        trainer: The trainer; without `batches`, it has its data.
+        batches: Training batches of one rank and epoch.
 
     Raises:
         ValueError: Neither max_steps nor max_epochs bounds it.
@@ -64,11 +68,12 @@ def training_length(trainer: Trainer) -> TrainingLength:
     # The batches of one rank and epoch. A data module can be asked; plain loaders have no position that is lost when
     # the trainer sets them up.
     datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:
+    if datamodule is None and batches is None:
         trainer.fit_loop.setup_data()
         batches = int(trainer.num_training_batches)
     else:
-        batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = len(datamodule.train_dataloader()) if batches is None else batches  # type: ignore[union-attr]
+        limit = trainer.limit_train_batches
         if isinstance(limit, int):
             batches = min(batches, limit)
         elif limit is not None:

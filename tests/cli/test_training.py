@@ -57,6 +57,20 @@ def test_the_issues_first_command_trains(place, tiny_llama_dir) -> None:
     assert main([*command, "--data.tasks", '[{"name": "intents", "path": "a.jsonl"}]']) == 0
 
 
+@pytest.mark.parametrize(
+    "config", [["--config", SPARSE], ["--model.expert", "LoRAExpert", "--model.modules", "q_proj"]]
+)
+def test_a_dry_run_writes_nothing_and_fits_80_columns(place, config, capsys) -> None:
+    before = sorted(place.rglob("*"))
+    assert main(["fit", *config, "--config", "mine.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "6 steps (2 epochs) at learning rate" in out
+    assert f"  {Path('library/a').resolve()}: the expert\n" in out or "  library/a: the expert\n" in out
+    assert "nothing was written" in out
+    assert sorted(place.rglob("*")) == before
+
+
 def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
     assert "library/a" in capsys.readouterr().err

@@ -1,0 +1,307 @@
+"""Estimate what a fit will read, train, hold in memory and take, before it begins.
+
+Four real steps give the time and the memory: three on a batch of typical length, of which the first warms up, and one
+on the longest. They run with a learning rate of zero and without loggers, so nothing is trained and nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from modular_experts.callbacks import EvenValidation, ExportExpert
+from modular_experts.callbacks.schedule import TrainingLength, schedules
+from modular_experts.data import Batch, TaskMixture
+from modular_experts.data.mixture import SplitSize
+from modular_experts.injection import expert_layers
+from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.text import in_any_block
+from modular_experts.training.learning_rate import training_length
+from modular_experts.training.module import ExpertModule
+
+_STEPS = 4
+_MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """The weights of one name in all transformer blocks: how many, their entries, and how many numbers are trained."""
+
+    name: str
+    weights: int
+    entries: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class FitEstimate:
+    """What a fit will do.
+
+    Attributes:
+        splits: Rows and tokens of each task and split.
+        padding: Share of padding among the tokens of training batches.
+        weights: What is trained.
+        rates: The peak learning rates of the optimizer.
+        length: Optimizer steps of an epoch, and of the fit.
+        choices: How often supports are chosen.
+        validations: How often the validation rows are measured.
+        seconds: The time of steps, choices and validations, by these names.
+        bytes: Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest.
+        peak: The most memory that the process, or the GPU, held in these steps.
+        places: What is written, and where.
+    """
+
+    splits: list[SplitSize]
+    padding: float
+    weights: list[TrainedWeights]
+    rates: list[float]
+    length: TrainingLength
+    choices: int
+    validations: int
+    seconds: dict[str, float]
+    bytes: dict[str, int]
+    peak: int
+    places: list[tuple[str, Path]]
+
+
+def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEstimate:
+    """Estimate the fit of these three, for one process; the module can be trained afterwards as if nothing had been.
+
+    Raises:
+        ValueError: What a fit would refuse: no experts to train, bad rows, training without an end.
+    """
+    if data.tokenizer is None:
+        data.tokenizer = module.base
+    with _silent():
+        data.setup("fit")
+        batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
+        validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
+        length = training_length(trainer, len(data.train_dataloader()))
+        probe = _Probe(length)
+        source = _Batches(data.roles, _typical(batches), max(batches, key=_size), validation)
+        before, module.learning_rate = module.learning_rate, 0.0
+        mine = [copy.deepcopy(schedule) for schedule in schedules(trainer)]
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        loaded = hasattr(module, "model")
+        python = 0 if loaded else _peak(device)
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            short = Trainer(
+                max_steps=_STEPS,
+                max_epochs=-1,
+                accelerator=device.type,
+                devices=1,
+                precision=trainer.precision,
+                gradient_clip_val=trainer.gradient_clip_val,
+                callbacks=[*mine, EvenValidation(times=0), probe],
+                limit_val_batches=2,
+                num_sanity_val_steps=2,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                default_root_dir=folder,
+            )
+            try:
+                short.fit(module, source)
+            finally:
+                module.learning_rate = before
+        optimizer = module.configure_optimizers()["optimizer"]
+    choices, each = 0, 0.0
+    for schedule in schedules(short):
+        choices += schedule.choices(trainer, module, length)
+        costs = schedule.costs(short, module)
+        # A dense start makes its first choice later than these steps.
+        passes = getattr(schedule, "batches", 1) * probe.forward_backward
+        each = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
+    parts = trainer.accumulate_grad_batches
+    validations, rows = _validations(trainer, data, length, len(validation)), len(validation)
+    seconds = {
+        "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
+        "choices": choices * each,
+        "validations": validations * rows * probe.validation,
+    }
+    return FitEstimate(
+        splits=data.sizes(),
+        padding=data.padding(),
+        weights=_weights(module),
+        rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
+        length=length,
+        choices=choices,
+        validations=validations,
+        seconds=seconds,
+        bytes=_bytes(module, probe, python),
+        peak=probe.peak,
+        places=_places(trainer),
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide what a fit says about itself."""
+    loggers = [logging.getLogger(name) for name in ("modular_experts", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _size(batch: Batch) -> int:
+    return batch["input_ids"].numel()
+
+
+def _typical(batches: Sequence[Batch]) -> Batch:
+    """Return the batch whose size is nearest to the mean."""
+    mean = sum(map(_size, batches)) / len(batches)
+    return min(batches, key=lambda batch: abs(_size(batch) - mean))
+
+
+class _Batches(LightningDataModule):
+    """Gives the typical batch three times, then the longest, and after these the typical one without an end."""
+
+    def __init__(self, roles: dict[str, str], typical: Batch, longest: Batch, validation: Sequence[Batch]) -> None:
+        super().__init__()
+        self.roles = roles
+        self._batches, self._validation = [typical, typical, typical, longest], validation
+
+    def train_dataloader(self) -> Any:
+        return _Loader(self._batches, self._batches[0])
+
+    def val_dataloader(self) -> Any:
+        return _Loader([], _typical(self._validation)) if self._validation else []
+
+
+class _Loader:
+    def __init__(self, first: Sequence[Batch], later: Batch) -> None:
+        self._first, self._later = first, later
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.chain(self._first, itertools.repeat(self._later))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+
+class _Probe(Callback):
+    """Measures the second and the third step, the memory up to the longest, and a validation batch."""
+
+    def __init__(self, length: TrainingLength) -> None:
+        self.length = length
+        self.forward_backward = self.optimizer_step = self.validation = 0.0
+        self.peak = self.optimizer = 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.length = self.length  # type: ignore[assignment]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        _wait(pl_module.device)
+        now = time.perf_counter()
+        if trainer.global_step in (1, 2):
+            self.forward_backward += (now - self._started) / 2
+        self._started = now
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        _wait(pl_module.device)
+        if trainer.global_step in (2, 3):
+            self.optimizer_step += (time.perf_counter() - self._started) / 2
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.optimizer = optimizer_bytes(trainer.optimizers)
+        self.peak = _peak(pl_module.device)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        _wait(pl_module.device)
+        self.validation = time.perf_counter() - self._started  # of the last batch; the first one warms up
+
+
+def _peak(device: torch.device) -> int:
+    """Return the most bytes that torch held on a GPU, or on a CPU this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _weights(module: ExpertModule) -> list[TrainedWeights]:
+    groups: dict[str, list[Any]] = {}
+    for name, layer in expert_layers(module.model):
+        groups.setdefault(in_any_block(name), []).append(layer)
+    return [
+        TrainedWeights(
+            name,
+            len(layers),
+            sum(layer.weight.numel() for layer in layers),
+            sum(one.numel() for layer in layers for one in layer.parameters() if one.requires_grad),
+        )
+        for name, layers in groups.items()
+    ]
+
+
+def _bytes(module: ExpertModule, probe: _Probe, python: int) -> dict[str, int]:
+    trained = frozen = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            trained += parameter.nbytes
+        else:
+            frozen += parameter.nbytes
+    parts = {"base": frozen, "trained numbers and gradients": 2 * trained, "optimizer state": probe.optimizer}
+    parts |= {"Python and its libraries": python} if python else {}
+    return parts | {"activations and the rest": max(probe.peak - sum(parts.values()), 0)}
+
+
+def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, batches: int) -> int:
+    """Return how often the fit will validate, before its first step too."""
+    if not batches or not trainer.limit_val_batches:
+        return 0
+    every: Any = trainer.val_check_interval
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    even = next((one for one in callbacks if isinstance(one, EvenValidation)), EvenValidation())
+    if even.times and every == 1.0 and trainer.check_val_every_n_epoch == 1:
+        trained = length.total_steps * trainer.accumulate_grad_batches * data.batch_size
+        validated = sum(one.rows for one in data.sizes() if one.split == "validation")
+        return even.worthwhile(trained, validated) + bool(trainer.num_sanity_val_steps)
+    per_epoch = len(data.train_dataloader())
+    every = max(int(per_epoch * every), 1) if isinstance(every, float) else every or per_epoch
+    every *= trainer.check_val_every_n_epoch or 1
+    return length.total_steps * trainer.accumulate_grad_batches // every
+
+
+def _places(trainer: Trainer) -> list[tuple[str, Path]]:
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    places = [("the expert", one.target) for one in callbacks if isinstance(one, ExportExpert)]
+    if trainer.log_dir and trainer.loggers:
+        checkpoints = any(isinstance(one, ModelCheckpoint) for one in callbacks)
+        places.append(("metrics, configuration" + ", checkpoints" * checkpoints, Path(trainer.log_dir)))
+    return places

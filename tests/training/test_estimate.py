@@ -1,0 +1,91 @@
+"""The estimate of a fit equals what the fit then does, and neither changes nor writes anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from testbed.runs import mixture, module, trainer
+
+from modular_experts.callbacks import LogProgress, MaskSchedule
+from modular_experts.data import TaskMixture
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.masks import Reselect
+from modular_experts.training.estimate import estimate
+
+
+class Validations(LogProgress):
+    """Counts how often the validation rows are measured."""
+
+    count = 0
+
+    def on_validation_end(self, trainer, pl_module):
+        self.count += 1
+
+
+@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert, FullExpert])
+def test_a_fit_after_the_estimate_is_the_fit_without_it(expert, tiny_llama_dir, task_files, tmp_path):
+    found = []
+    for first in (False, True):
+        seed_everything(0, verbose=False)
+        trained, run, data = module(tiny_llama_dir, expert), trainer(tmp_path), mixture(task_files, tiny_llama_dir)
+        if first:
+            estimate(trained, data, run)
+        run.fit(trained, data)
+        found.append(trained.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("expert", "schedule", "parts"),
+    [(LoRAExpert, None, 1), (SparseExpert, None, 1), (SparseExpert, Reselect(every=2, until=1.0), 2)],
+)
+def test_choices_and_validations_are_counted_as_the_fit_makes_them(
+    expert, schedule, parts, tiny_llama_dir, task_files, tmp_path
+):
+    trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
+    mask, validations = MaskSchedule(rule=schedule), Validations()
+    run = trainer(tmp_path, mask, validations, max_steps=14, accumulate_grad_batches=parts)
+    found = estimate(trained, data, run)
+    assert (mask.selections, validations.count) == (0, 0)
+    run.fit(trained, data)
+    assert (found.choices, found.validations) == (mask.selections, validations.count)
+    assert found.length == trained.length
+    assert found.length.total_steps == 14
+    assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "choices" or found.choices)
+    assert found.rates == [expert.learning_rate]
+
+
+def test_rows_tokens_and_trained_numbers_are_counted(tiny_llama_dir, task_files, tmp_path):
+    data = mixture(task_files, tiny_llama_dir, max_length=13)
+    found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
+    # Each character is a token: "upper ban:" and " BAN" and the end are 15, "reverse ban:" 17, "first ban:" " b" 13.
+    assert [(one.task, one.role, one.split, one.rows, one.tokens, one.truncated) for one in found.splits] == [
+        *[("upper", "held_in", split, rows, 13 * rows, rows) for split, rows in SPLITS.items()],
+        *[("reverse", "held_in", split, rows, 13 * rows, rows) for split, rows in SPLITS.items()],
+        ("first", "held_out", "test", 6, 13 * 6, 0),
+    ]
+    assert found.padding == 0
+    # Rank 8 from 32 to 32 inputs, and from 48 to 32, in two blocks each.
+    assert {one.name.split(".")[-2]: (one.weights, one.entries, one.trained) for one in found.weights} == {
+        "q_proj": (2, 2 * 32 * 32, 2 * 8 * (32 + 32)),
+        "down_proj": (2, 2 * 32 * 48, 2 * 8 * (32 + 48)),
+    }
+    trained = 4 * sum(one.trained for one in found.weights)
+    assert found.bytes["trained numbers and gradients"] == 2 * trained
+    assert found.bytes["optimizer state"] == 2 * trained
+    assert sum(found.bytes.values()) == found.peak
+
+
+SPLITS = {"train": 12, "validation": 6, "test": 6}
+
+
+def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
+    file = tmp_path / "two.jsonl"
+    rows = ['{"input": "a", "target": "b", "split": "train"}', '{"input": "aaaa", "target": "b", "split": "train"}']
+    file.write_text("\n".join([*rows, '{"input": "c", "target": "d", "split": "validation"}']))
+    data = TaskMixture([{"name": "two", "path": str(file)}], tokenizer=str(tiny_llama_dir))
+    # Rows of 4 and 7 tokens make a batch of 2 x 7.
+    assert estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path)).padding == pytest.approx(3 / 14)
