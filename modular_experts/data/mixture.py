@@ -57,7 +57,8 @@ class TaskMixture(LightningDataModule):
 
     Args:
         tasks: Paths of task files, or tasks with settings: {path: intents.jsonl, role: held_out}. Rows have `input`,
-            `target` and optionally `split` (train, validation or test) and `choices`.
+            `target` and optionally `split` (train, validation or test) and `choices`, or another form of `Task`,
+            such as `messages`.
         tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
         batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
@@ -75,7 +76,8 @@ class TaskMixture(LightningDataModule):
             most `max_length` tokens as leave little padding. Models that mix packed rows are refused.
         group_by_length: Fill each training batch with rows of nearly the same length, so that it needs little padding.
             Each stretch of 32 batches keeps its rows; a batch may hold fewer of the tasks.
-        chat_template: Put the input as a user's message through the tokenizer's chat template.
+        chat_template: Put the input as a user's message through the tokenizer's chat template; `messages` always go
+            through it.
         num_workers: Worker processes of a loader. Rows are tokenised in advance, so 0 is seldom slower.
     """
 
