@@ -54,14 +54,14 @@ def figure(found: Mapping[str, Any], narrow: bool = False, dark: bool = False) -
     run = as_results(found)
     finding, kinds = about_untuned(run), run.values("kind")
     if narrow:
-        sides = [_steps(run, textwrap.fill(finding, 42), {"held_in": (124, 212)}, STEP_KEY)]
-        sides += [_steps(run, "", {"held_out": (124, 212)}, [])]
+        charts: list[Steps | Courses] = [_steps(run, textwrap.fill(finding, 42), {"held_in": (124, 212)}, STEP_KEY)]
+        charts += [_steps(run, "", {"held_out": (124, 212)}, [])]
         titles = ["From one expert to all, held in"] + [""] * len(kinds)
-        courses = [
+        charts += [
             _courses(run, kinds[place : place + 2], titles[place], COURSE_KEY if place == 0 else [])
             for place in range(0, len(kinds), 2)
         ]
-        return draw([*sides, *courses], finding, ABOUT, NARROW, dark)
+        return draw(charts, finding, ABOUT, NARROW, dark)
     charts = [
         _steps(run, finding, PLACES, STEP_KEY),
         _courses(run, kinds, "From one expert to all, held in", COURSE_KEY),

@@ -21,7 +21,7 @@ from modular_experts.quickstart.figure import figure as narrow_figure
 from modular_experts.quickstart.plan import MODULES
 from modular_experts.quickstart.rows import KIND_NAMES, LATENT, as_results
 from modular_experts.reports import Results
-from modular_experts.reports.html import Html, Section, element, example, inline_svg, note, report
+from modular_experts.reports.html import Html, Section, element, example, inline_svg, joined, note, report
 from modular_experts.reports.tables import Column, Line, Table, number, percent, points, share, times
 from modular_experts.text import bytes_text
 
@@ -118,7 +118,7 @@ def write_report(found: Mapping[str, Any], figure: Path, file: Path, out: str | 
         f"{KIND_NAMES[kind]}, alone": (findings.exact(run, kind=kind, count=1), "each on its own task"),
         f"{KIND_NAMES[kind]}, merged": (
             findings.exact(_merge(run, kind, method), at="chosen", role="held_in"),
-            f"all {tasks} in one model, by {method}",
+            joined([f"all {tasks} in one model, by ", element("a", method, href="#merge-methods")]),
         ),
         "multitask": (findings.exact(run, model="multitask", role="held_in"), "one model trained on all tasks"),
     }
@@ -183,7 +183,6 @@ def write_report(found: Mapping[str, Any], figure: Path, file: Path, out: str | 
                     "TIES averages the largest entries whose sign wins a vote. Rouge-L and loss are held-in. More: ",
                     element("code", "modular-experts methods SparseAverage"),
                     class_="note",
-                    id="sparse-average",
                 ),
             ],
         ),

@@ -235,8 +235,8 @@ def draw_title(canvas: Canvas, top: float, title: str, measure: str, key: Sequen
     if measure:
         canvas.text(16, top + LINE * len(lines), measure, 12, "quiet")
     first = top + LINE * (len(lines) + bool(measure))
-    for entry, (x, line) in zip(key, key_places(key, canvas.width), strict=True):
-        y = first + LINE * line
+    for entry, (x, below) in zip(key, key_places(key, canvas.width), strict=True):
+        y = first + LINE * below
         if entry.marker:
             canvas.mark(x + 6, y - 4, entry.marker, entry.colour, **entry.style)
         canvas.text(x + (16 if entry.marker else 0), y, entry.text, 12, entry.ink)
