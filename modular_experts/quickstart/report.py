@@ -243,7 +243,7 @@ def _example(found: Mapping[str, Any], kind: str, method: str) -> list[Html]:
         rows += [(task, *row) for row in zip(*models, strict=True)]
     for task, base, single, merge in rows:
         answers = [row["answer"].strip() == row["target"].strip() for row in (base, single, merge)]
-        if answers == [False, True, True]:
+        if answers == [False, True, True] and base["input"] == single["input"] == merge["input"]:
             names = ("the base", f"expert for {task}", f"all {len(found['tasks'])} merged")
             texts = [row["answer"] for row in (base, single, merge)]
             return [example(base["input"], base["target"], dict(zip(names, texts, strict=True)))]

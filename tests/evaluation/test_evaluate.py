@@ -107,7 +107,7 @@ def test_the_command_prints_a_table_and_writes_results_and_a_page(compare) -> No
     assert len(examples) == 4  # one that tells the most, and one of each task
     assert ["".join(name.itertext()) for name in examples[0].iter("dt")] == ["input", "wanted", "base", "a", "twice"]
     answer = results.facts["examples"][0]
-    assert answer["input"].startswith("upper ")
+    assert answer["input"].startswith(f"{answer['task']} ")
     assert set(answer["answers"]) == {"base", "a", "twice"}
 
 
