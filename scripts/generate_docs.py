@@ -1,4 +1,4 @@
-"""Write the pages of the site that come from the code: merge methods, commands, configurations, and `llms.txt`.
+"""Write the pages of the site that come from the code: merge methods, commands, configurations, notebooks.
 
     python scripts/generate_docs.py
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,13 +31,7 @@ DOCS = ROOT / "docs"
 
 def pages() -> dict[str, str]:
     """Return the text of each generated page by its path below `docs/`."""
-    return {
-        "reference/methods.md": methods_page(),
-        "reference/commands.md": commands_page(),
-        "reference/configs.md": configs_page(),
-        "guides/paper.md": paper_page(),
-        "llms.txt": llms_txt(),
-    }
+    return {name: make() for name, make in MAKERS.items()}
 
 
 def methods_page() -> str:
@@ -113,6 +110,20 @@ def paper_page() -> str:
     return (ROOT / "configs/paper/README.md").read_text(encoding="utf-8")
 
 
+def notebook_page(name: str) -> str:
+    """Return a notebook with its outputs, as it was run."""
+    parts = []
+    for cell in json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else _block(text, "python"))
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(_block("".join(output["text"])))
+            elif "image/png" in output.get("data", {}):
+                parts.append(f"![What the cell draws](data:image/png;base64,{output['data']['image/png'].strip()})")
+    return "\n\n".join(parts) + "\n"
+
+
 def _block(text: str, language: str = "text") -> str:
     return f"```{language}\n{text.rstrip()}\n```"
 
@@ -141,6 +152,16 @@ def llms_txt() -> str:
     about = "Train experts for a frozen language model, keep them in a library, merge them, and measure the merge."
     return "# modular-experts\n\n> " + about + "\n\n" + "\n".join(lines) + "\n"
 
+
+MAKERS: dict[str, Callable[[], str]] = {
+    "tutorial/notebook-1.md": partial(notebook_page, "01-train-merge-look.ipynb"),
+    "tutorial/notebook-2.md": partial(notebook_page, "02-your-own-expert-and-merge-method.ipynb"),
+    "guides/paper.md": paper_page,
+    "reference/methods.md": methods_page,
+    "reference/commands.md": commands_page,
+    "reference/configs.md": configs_page,
+    "llms.txt": llms_txt,
+}
 
 if __name__ == "__main__":
     for name, text in pages().items():

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/paper/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 TICS = {
     "a passive without an agent": r"\b(are|is|were|was) (gone through|told by|told in|told|said in|asked for)\b",
