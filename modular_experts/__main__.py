@@ -6,52 +6,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from modular_experts import __version__
+from modular_experts.cli.commands import VERBS
 from modular_experts.cli.errors import guarded, unknown_command
 from modular_experts.old_names import install_old_names
-
-
-class Command(NamedTuple):
-    """A command: its file in `cli/`, its function (empty if it runs a trainer), and what it does."""
-
-    file: str
-    function: str
-    summary: str
-    # Options that may also be given by position.
-    positional: tuple[str, ...] = ()
-
-
-VERBS = {
-    "quickstart": Command("quickstart", "quickstart", "see it all on generated tasks: train, merge, test, report"),
-    "fit": Command("training", "", "train experts on task files"),
-    "validate": Command("training", "", "measure a model on the validation rows"),
-    "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
-    "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
-    "predict": Command("training", "", "write a model's answers"),
-    "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
-    "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),
-    "statistics": Command(
-        "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
-    ),
-    "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", ("name",)),
-    "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
-    "search": Command(
-        "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
-    ),
-    "mergekit": Command(
-        "mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
-    ),
-    "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
-    "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
-    "export": Command("apply", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
-    "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
-    "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
-    "list": Command("library", "list_library", "list the experts of a library", ("library",)),
-    "show": Command("library", "show", "show everything about one expert", ("expert",)),
-    "verify": Command("library", "verify", "check an expert's files and its base", ("expert",)),
-}
 
 HELP = """\
 usage: modular-experts COMMAND [options]

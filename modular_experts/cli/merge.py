@@ -148,6 +148,7 @@ def _print_plan(merged: Merged) -> None:
     """Print which method each weight gets, what will be read and held, and about how long it will take."""
     weights = estimate(merged)
     table = Table("weight", "shape", "method", "experts", "to read", "memory", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].overflow = "fold"
     for column in table.columns[3:]:
         column.justify = "right"
     numbers = {text: n for n, text in enumerate(dict.fromkeys(_method_text(one.method) for one in weights), 1)}
@@ -155,10 +156,14 @@ def _print_plan(merged: Merged) -> None:
     groups: dict[tuple[Any, ...], list[WeightEstimate]] = {}
     for weight in weights:
         groups.setdefault((in_any_block(weight.name), weight.shape, _method_text(weight.method)), []).append(weight)
+    # What all names begin and end with would leave no room for what tells them apart; whole parts of names are cut.
+    names = [name for name, _, _ in groups]
+    shared = "".join(os.path.commonprefix(names).rpartition(".")[:2]) if len(names) > 1 else ""  # noqa: RUF071
     for (name, shape, method), members in groups.items():
+        name = (members[0].name if len(members) == 1 else name).removeprefix(shared).removesuffix(".weight")
         few, many = min(one.experts for one in members), max(one.experts for one in members)
         table.add_row(
-            f"{len(members)} x {name}" if len(members) > 1 else members[0].name,
+            f"{len(members)} x {name}" if len(members) > 1 else name,
             " x ".join(map(str, shape)),
             f"{numbers[method]}: {method.partition('(')[0]}",
             str(few) if few == many else f"{few} to {many}",
@@ -166,6 +171,8 @@ def _print_plan(merged: Merged) -> None:
             bytes_text(max(one.peak for one in members)),
         )
     Console(markup=False, emoji=False).print(table)
+    if shared:
+        print(f"the names of the weights begin with {shared}")
     for text, number in numbers.items():
         print(f"method {number}: {text}")
     _print_kept(merged)
