@@ -253,6 +253,9 @@ class ExpertModule(LightningModule):
     def on_fit_start(self) -> None:
         """Log what is trained, and start from the same supports on every rank."""
         self.model.train()
+        if self.learning_rate is not None and set(self._peak_rates()) != {self.learning_rate}:
+            # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
+            self.trainer.strategy.setup_optimizers(self.trainer)
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             check_packing(self.model)
         layers = [layer for _, layer in expert_layers(self.model)]
