@@ -68,12 +68,16 @@ def commands_page() -> str:
     """Return the page of the command line, which is what `--help` prints, in 80 columns."""
     parts = [
         "# Command line",
-        "Each command prints this page's text with `--help`. A command that is one function of the library has the "
+        "Each command prints this page's text with `--help-all`, and a screen of it with `--help`. A command that is "
+        "one function of the library has the "
         "name of that function ([Python functions](python.md)).",
         _block(_printed(["--help"])),
     ]
     for verb in VERBS:
-        parts += [f"## {verb}", _block(_printed([verb, "--help-all" if verb == "fit" else "--help"]))]
+        parts += [
+            f"## {verb}",
+            _block(_printed([verb, "--help" if verb in ("validate", "test", "predict") else "--help-all"])),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

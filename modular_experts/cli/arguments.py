@@ -128,7 +128,9 @@ def read_options(
             options.remove(before)
             taken = [*before.words, *taken]
         options.append(Option(name, _value(taken, kinds), typed, taken))
-    return options
+    # `--method TIES --method.help` asks for the settings of TIES.
+    given = {f"{one.name}.help": one.value for one in options}
+    return [one if one.value else one._replace(value=given.get(one.name)) for one in options]
 
 
 def _full_name(typed: str, hints: Mapping[str, Any], short: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ def hints_of(verb: str) -> dict[str, object]:
         ]
     found = dict(GROUPS) | {"ckpt_path": str, "seed_everything": int}
     found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
-    own = {option.split()[0][2:] for option in OWN_OPTIONS} if verb == "fit" else set()
+    own = {option.split()[0][2:].replace("-", "_") for option in OWN_OPTIONS} if verb == "fit" else set()
     return found | dict.fromkeys(own, str)
 
 
