@@ -78,9 +78,9 @@ class _Parser(LightningArgumentParser):
             kwargs["skip"] = {*kwargs.get("skip", ()), 1}
         return super().add_class_arguments(theclass, *args, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help with our length of a run in place of Lightning's."""
-        return re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", super().format_help())
+        return re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", super().format_help(*args, **kwargs))
 
 
 class TrainingCLI(LightningCLI):
