@@ -5,6 +5,7 @@ Every table, chart and page reads results in this form, and so does pandas: `pan
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import rich.table
+from rich.console import Console
 
 from modular_experts.library.atomic import new_file
 from modular_experts.reports.html import Html
@@ -100,6 +102,12 @@ class Results:
         For each role, one model has a line for each task and their mean; several models have a line each, with means.
         """
         return self._table().text()
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        console = Console(width=80, file=io.StringIO(), color_system=None)
+        console.print(self.table())
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _repr_html_(self) -> str:
         return self.html()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,18 +18,14 @@ PAGE = "README.md"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
-    """The reader's directory: a base, three task files, the configs, and the page's classes in a file."""
+def place(tmp_path, monkeypatch, tiny_llama_dir) -> Path:
+    """The reader's directory: a base in the place of SmolLM2, the examples, and the page's classes in a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    names = {"intents": "upper", "banking": "reverse", "banking77": "first"}
-    for name, task in names.items():
-        shutil.copy(task_files[task], f"{name}.jsonl")
     Path(".cache").mkdir()
     Path(".cache/smollm2").symlink_to(tiny_llama_dir)
-    Path("configs").symlink_to(ROOT / "configs")
-    Path("tasks.yaml").write_text(blocks(PAGE, "yaml")[0])
+    Path("examples").symlink_to(ROOT / "examples")
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     return tmp_path
 
@@ -42,9 +37,10 @@ def _commands() -> list[list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about a trainer that a reader makes
-def test_the_python_blocks_run_in_order(place, monkeypatch) -> None:
+def test_the_python_blocks_run_in_order(place, monkeypatch, capsys) -> None:
     run_as_file("\n\n".join(blocks(PAGE, "python")), place, monkeypatch)
-    assert {"intents", "banking", "both"} <= set(Library("library"))
+    assert {"dates", "mood", "both"} == set(Library("experts"))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["base", "dates", "both"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -58,14 +54,18 @@ def test_the_readers_expert_keeps_the_contract(place, monkeypatch) -> None:
 def test_the_tour_runs(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
     verbs = [command[0] for command in _commands()]
-    assert verbs == ["fit", "fit", "merge", "list", "verify", "test", "apply"]
+    assert verbs == ["fit", "fit", "merge", "evaluate", "generate", "apply"]
     for command in _commands():
         assert main(command) == 0, capsys.readouterr().err
-    assert sorted(Library("library")) == ["banking", "both", "intents"]
+    assert sorted(Library("library")) == ["both", "dates", "mood"]
     shown = capsys.readouterr()
-    for line in ("the results are in runs/results.json", "loaded again with transformers", "library/both: intact"):
-        assert line in shown.out + shown.err
-    assert "the results are in runs/results.json" in (ROOT / PAGE).read_text()
+    heading = next(line for line in shown.out.splitlines() if line.startswith("model "))
+    assert heading in (ROOT / PAGE).read_text(encoding="utf-8")
+    assert "loaded again with transformers" in shown.out + shown.err
+
+
+def test_the_page_is_short() -> None:
+    assert len((ROOT / PAGE).read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_no_placeholder_is_left() -> None:

@@ -45,6 +45,13 @@ def test_scores_become_a_row_for_each_task_and_metric() -> None:
     assert results.values("nothing") == []
 
 
+def test_results_print_as_their_table() -> None:
+    results = Results.of_scores(scores(["a", "b"]), "merged")
+    assert [line.rstrip() for line in str(results).splitlines()] == [
+        line.rstrip() for line in shown(results.table(), 80).rstrip().splitlines()
+    ]
+
+
 def test_rows_are_chosen_by_column_and_averaged_by_metric() -> None:
     results = Results(
         [
