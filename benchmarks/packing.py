@@ -8,7 +8,7 @@ length (`by length`), and packed (`packed`).
 A row of the table gives the share of padding in an epoch, and the tokens of data per second of CPU time over those of
 `plain`. `packed` reads the rows of `plain`, so the mean loss of its steps is the same to rounding.
 
-    MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      5 minutes; --quick: in small
+    MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      8 minutes; --quick: in small
 """
 
 from __future__ import annotations

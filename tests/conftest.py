@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -45,6 +46,10 @@ TARGETS = {
     "neox": r".*\.(query_key_value|dense_4h_to_h)",
 }
 ARCHITECTURES = sorted(CONFIGS)
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def build_model(architecture: str, seed: int = 0, **changes: object) -> transformers.PreTrainedModel:

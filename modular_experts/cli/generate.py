@@ -31,7 +31,7 @@ def generate(
         prompt: The text to answer, in quotes; without one, the whole standard input is the prompt.
         base: The base's directory or hub id; the one in the experts' records by default.
         experts: Directories of the experts, whose deltas are added up.
-        max_new_tokens: The most tokens of the answer.
+        max_new_tokens: The most tokens of the answer, which also ends where the base's context does.
         temperature: Above 0, tokens are sampled, more freely the higher it is.
         seed: Seed of the samples.
         chat: Put the prompt as a user's message through the tokenizer's chat template; by default as the experts were

@@ -35,7 +35,7 @@ def generate(
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
         prompt: The text to answer. It stays as it is, but for the chat template.
         experts: One or several, whose deltas are added up: directories of a library, opened experts or task vectors.
-        max_new_tokens: The most tokens of the answer.
+        max_new_tokens: The most tokens of the answer, which also ends where the base's context does.
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled, more freely the higher it is.
         seed: Seed of the samples; the random numbers of the caller stay as they are.
         chat: Whether the prompt goes through the chat template, as a message of the user; None is as the experts were
@@ -69,15 +69,15 @@ def generate(
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     model: Any = found.load(dtype)
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and ids.shape[1] + max_new_tokens > context:
+    if context is not None and ids.shape[1] >= context:
         raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens, and the base's context of {context} must also hold "
-            f"max_new_tokens={max_new_tokens}; shorten one of them"
+            f"the prompt has {ids.shape[1]} tokens, and the base's context is {context}; shorten the prompt"
         )
+    room = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
     config = GenerationConfig(
-        do_sample=temperature > 0, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling
+        do_sample=temperature > 0, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad, **sampling
     )
     with applied(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
         model.to(device := "cuda" if torch.cuda.is_available() else "cpu")

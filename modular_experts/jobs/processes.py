@@ -79,7 +79,7 @@ def start_process() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # a level of Lightning's logger would last until Lightning is imported
     warnings.filterwarnings("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -61,7 +61,7 @@ class FitEstimate:
         validations: How often the validation rows are measured.
         seconds: The time of steps, choices and validations, by these names.
         bytes: Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest.
-        peak: The most memory that the process, or the GPU, held in these steps.
+        peak: The most memory that the process, or the GPU, needs; the sum of `bytes`.
         places: What is written, and where.
     """
 
@@ -137,6 +137,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         "choices": choices * each,
         "validations": validations * rows * probe.validation,
     }
+    # Where the process was larger before than now, its parts add up to more than its peak in the steps.
+    parts_of_memory = _bytes(module, probe, python)
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
@@ -146,8 +148,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         choices=choices,
         validations=validations,
         seconds=seconds,
-        bytes=_bytes(module, probe, python),
-        peak=probe.peak,
+        bytes=parts_of_memory,
+        peak=sum(parts_of_memory.values()),
         places=_places(trainer),
     )
 

@@ -217,7 +217,11 @@ def _table() -> list[dict[str, object]]:
 
 
 def _run(command: list[str], *more: str) -> None:
-    assert main([part.replace(TABLE, "path: flan.jsonl") for part in command] + list(more)) == 0
+    command = [part.replace(TABLE, "path: flan.jsonl") for part in command]
+    if more and more[0] in command:
+        place = command.index(more[0])  # the list of experts is replaced, as lists that are given twice join
+        del command[place : place + 2]
+    assert main([*command, *more]) == 0
 
 
 def test_the_commands_train_merge_and_test_on_a_tiny_phi_3(place, commands, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ PAGE = "README.md"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_llama_dir) -> Path:
+def place(tmp_path, monkeypatch, tiny_llama_dir) -> Iterator[Path]:
     """The reader's directory: a base in the place of SmolLM2, the examples, and the page's classes in a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -27,7 +28,8 @@ def place(tmp_path, monkeypatch, tiny_llama_dir) -> Path:
     Path(".cache/smollm2").symlink_to(tiny_llama_dir)
     Path("examples").symlink_to(ROOT / "examples")
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("mine", None)
 
 
 def _commands() -> list[list[str]]:

@@ -98,6 +98,7 @@ def test_a_page_runs_from_top_to_bottom(page: str, place: Path, capsys: pytest.C
             if title:
                 Path(title).write_text(_short(content), encoding="utf-8")
                 titles.append(Path(title).stem)
+                sys.modules.pop(titles[-1], None)  # another page's file of that name
             elif language == "python":
                 exec(compile(_short(content), page, "exec"), vars(names))
             elif language == "console":
