@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Literal
@@ -54,8 +53,6 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     if base is None and not experts:
         raise UsageError("--base or --experts must be given, on the command line or in --config")
-    # Warnings go to the standard error, as sentences.
-    logging.getLogger("modular_experts").addHandler(logging.StreamHandler())
     generate_answer(base, prompt, experts, max_new_tokens, temperature, seed, chat, dtype, revision, write=_print_piece)
     print()
 

@@ -123,7 +123,9 @@ def test_only_the_publishing_job_may_ask_for_an_identity() -> None:
 
 
 def test_the_help_of_make_fits_a_terminal() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert max(map(len, shown.splitlines())) <= 80
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
     assert {line.split()[0] for line in shown.splitlines()} == set(phony.split())
