@@ -20,6 +20,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 install: $(DEVELOPS) ## make .venv with the package and its development tools
+	@echo "to use it in this shell: source $(VENV)/bin/activate"
 
 quickstart: $(RUNS) ## install, then train, merge, test and report (4 minutes)
 	@$(BIN)/modular-experts quickstart $(ARGS)

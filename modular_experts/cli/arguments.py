@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args, get_origin
@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import get_loader
 
 from modular_experts.cli.errors import UsageError
+from modular_experts.text import did_you_mean
 
 NO_SHORT_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -78,6 +79,34 @@ def _is_list(kinds: Sequence[Any]) -> bool:
     return any(get_origin(kind) is list for kind in kinds)
 
 
+# What users of other tools type, and our option.
+_ELSEWHERE = {
+    **dict.fromkeys(("target_modules", "lora_target_modules"), "--modules"),
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "--base"),
+    **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
+    **dict.fromkeys(("lr", "learning-rate"), "--learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_epochs"), "--trainer.max_epochs"),
+    **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "--expert.rank"),
+    **dict.fromkeys(("density", "densities"), "--method.keep"),
+    **dict.fromkeys(("weight", "weights", "lambda"), "--method.scale"),
+    **{"max_steps": "--steps", "per_device_train_batch_size": "--batch_size", "output_dir": "--out", "output": "--out"},
+}
+
+
+def no_option(option: str, known: Collection[str]) -> UsageError:
+    """Return the sentence for an option that a command does not have.
+
+    Args:
+        option: The option, with its dashes.
+        known: The options that there are.
+    """
+    ours = _ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
+    if ours.partition(".")[0] in known:
+        return UsageError(f"there is no option {option}; did you mean {ours}?")
+    others = f"; the options are {', '.join(known)}" if known else ""
+    return UsageError(f"there is no option {option}{did_you_mean(option, known, 0.8) or others}")
+
+
 def read_options(
     words: Iterable[str],
     hints: Mapping[str, Any],
@@ -112,6 +141,9 @@ def read_options(
             places = places if _is_list(kinds_of(places[0], hints)) else places[1:]
             room = False
         else:
+            last = found[-1][0].partition(".")[0].removesuffix("+") if found else ""
+            if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
+                raise no_option(found[-1][1], [f"--{name}" for name in (*short, *hints)])
             raise UsageError(f"{word!r} is one argument too many; options start with --")
     options: list[Option] = []
     for name, typed, taken in found:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from modular_experts.cli.arguments import NO_SHORT_NAMES, Option, arguments_of, as_settings, as_typed
+from modular_experts.cli.arguments import NO_SHORT_NAMES, Option, arguments_of, as_settings, as_typed, no_option
 from modular_experts.cli.errors import UsageError
 from modular_experts.text import did_you_mean
 
@@ -54,12 +54,11 @@ def explained(
 def _check_settings(
     prefix: str, settings: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]
 ) -> None:
-    for name, value in settings.items():
-        option, known = f"{prefix}{name}", [f"{prefix}{one}" for one in hints]
+    for name in settings:
         if name not in hints:
-            others = f"; the options are {', '.join(known)}" if known else ""
-            raise UsageError(f"there is no option {option}{did_you_mean(option, known, 0.8) or others}")
-        _check(option, hints[name], value)
+            raise no_option(f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
+    for name, value in settings.items():
+        _check(f"{prefix}{name}", hints[name], value)
     for name in required:
         if name not in settings:
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")

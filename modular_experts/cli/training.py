@@ -196,7 +196,7 @@ def run(argv: Sequence[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made."""
     verb, *words = argv
     hints, _ = arguments_of(getattr(Trainer, verb))
-    hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb]}
+    hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb] | {"self"}}
     hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
     hints |= {"out": str, "overwrite": bool, "dry_run": bool} if verb == "fit" else {}
     given = read_options(words, hints, short=SHORT_NAMES)

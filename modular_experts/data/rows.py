@@ -89,13 +89,14 @@ def recognise(columns: Collection[str]) -> Form:
     if found:
         setting = ", ".join(f"{key}: {column}" for key, column in found[0].columns.items())
         raise ValueError(
-            f"the columns {listed} can be read in more than one way; name those to take, such as columns: {{{setting}}}"
+            f"the columns {listed} can be read in more than one way; name those to take in the task, such as "
+            f"--tasks '{{path: FILE, columns: {{{setting}}}}}'"
         )
     known = ", ".join("/".join(form.columns.values()) for form in FORMS)
     first, last = [*map(str, columns), "...", "..."][:2]
     raise ValueError(
-        f"the columns {listed} are not those of a known form ({known}); name your own, such as "
-        f"columns: {{input: {first}, target: {last}}}"
+        f"the columns {listed} are not those of a known form ({known}); name your own in the task, such as "
+        f"--tasks '{{path: FILE, columns: {{input: {first}, target: {last}}}}}'"
     )
 
 

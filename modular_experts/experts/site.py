@@ -120,5 +120,7 @@ def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequen
     kinds = sorted({site.layer for site in sites})
     words = [word for word in re.findall(r"\w+", pattern) if word not in kinds]
     hint = next(filter(None, (did_you_mean(word, kinds, 0.5) for word in words)), "")
+    if not words and "," in pattern:
+        hint = "; separate patterns by spaces"
     there = f"its linear layers end in {', '.join(kinds)}, as in {sites[0].name}" if sites else "it has none"
     return f"{where}={pattern!r} matches no linear layer of the model{hint}; {there}"

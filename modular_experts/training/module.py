@@ -150,7 +150,10 @@ class ExpertModule(LightningModule):
             raise ValueError("model.experts replaces both model.expert and model.modules; give no other beside it")
         if (self.expert is None) != (not self.modules_pattern):
             given, missing = ("expert", "modules") if self.expert else ("modules", "expert")
-            raise ValueError(f"model.{given} is given but not model.{missing}; give both, or neither to test a base")
+            raise ValueError(
+                f"{given} is given but not {missing}; give both (--expert LoRAExpert --modules q_proj v_proj), or "
+                "neither to test a base"
+            )
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
 

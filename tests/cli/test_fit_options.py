@@ -104,3 +104,18 @@ def test_a_mistake_is_told_in_the_words_that_were_typed(place, capsys) -> None:
     assert capsys.readouterr().err == "error: --base must be given, on the command line or in --config\n"
     assert main(["fit"]) == 2
     assert capsys.readouterr().err.startswith("error: --base must be given")
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("--target_modules q_proj v_proj", "--modules"),
+        ("--max_steps 4", "--steps"),
+        ("--lr 0.1", "--learning_rate"),
+        ("--lora_r 8", "--expert.rank"),
+        ("--num_train_epochs 3", "--trainer.max_epochs"),
+    ],
+)
+def test_names_of_other_tools_lead_to_ours(typed, ours, place, capsys) -> None:
+    assert main(["fit", "--base", "base", *typed.split()]) == 2
+    assert f"error: there is no option {typed.split()[0]}; did you mean {ours}?" in capsys.readouterr().err

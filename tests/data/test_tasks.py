@@ -147,10 +147,13 @@ def test_columns_and_template_beat_what_is_recognised(tmp_path: Path) -> None:
 def test_columns_that_nothing_recognises_get_the_setting_to_type(tmp_path: Path) -> None:
     for number, (values, sentence) in enumerate(
         [
-            ({"text": "x", "label": "y"}, "name your own, such as columns: {input: text, target: label}"),
+            (
+                {"text": "x", "label": "y"},
+                "name your own in the task, such as --tasks '{path: FILE, columns: {input: text, target: label}}'",
+            ),
             (
                 {"prompt": "x", "completion": "y", "question": "x", "answer": "y"},
-                "in more than one way; .* such as columns: {input: prompt, target: completion}",
+                "in more than one way; .* columns: {input: prompt, target: completion}",
             ),
         ]
     ):
