@@ -63,7 +63,7 @@ def figure(found: Mapping[str, Any], narrow: bool = False, dark: bool = False) -
         ]
         return draw(charts, finding, ABOUT, NARROW, dark)
     charts = [
-        _steps(run, finding, PLACES, STEP_KEY),
+        _steps(run, textwrap.fill(finding, 86), PLACES, STEP_KEY),
         _courses(run, kinds, "From one expert to all, held in", COURSE_KEY),
     ]
     return draw(charts, finding, ABOUT, dark=dark)

@@ -57,7 +57,7 @@ def about_methods(run: Results) -> str:
 def about_untuned(run: Results) -> str:
     """State which methods are best on the first kind with nothing tuned, in a sentence that stands alone."""
     experts = f"{run.facts['levels'][-1]} {EXPERTS[run.values('kind')[0]]} experts in one model"
-    return f"{experts}, nothing tuned: {_best_methods(run, 'default')}"
+    return f"{experts}, untuned: {_best_methods(run, 'default')}"
 
 
 def _best_methods(run: Results, at: str) -> str:
