@@ -80,7 +80,7 @@ def _is_list(kinds: Sequence[Any]) -> bool:
 
 
 # What users of other tools type, and our option.
-_ELSEWHERE = {
+ELSEWHERE = {
     **dict.fromkeys(("target_modules", "lora_target_modules"), "--modules"),
     **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "--base"),
     **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
@@ -100,7 +100,7 @@ def no_option(option: str, known: Collection[str]) -> UsageError:
         option: The option, with its dashes.
         known: The options that there are.
     """
-    ours = _ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
+    ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
     if ours.partition(".")[0] in known:
         return UsageError(f"there is no option {option}; did you mean {ours}?")
     others = f"; the options are {', '.join(known)}" if known else ""

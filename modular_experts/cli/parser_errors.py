@@ -13,7 +13,15 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from modular_experts.cli.arguments import NO_SHORT_NAMES, Option, arguments_of, as_settings, as_typed, no_option
+from modular_experts.cli.arguments import (
+    ELSEWHERE,
+    NO_SHORT_NAMES,
+    Option,
+    arguments_of,
+    as_settings,
+    as_typed,
+    no_option,
+)
 from modular_experts.cli.errors import UsageError
 from modular_experts.text import did_you_mean
 
@@ -129,6 +137,8 @@ def _named(option: str, base: type, name: str) -> Any:
     module, _, last = name.rpartition(".")
     if not module:
         others = f"; there are {', '.join(sorted(known))}, and a class of your own is named module.Class"
+        # `--model DIR` is what others call our `--base DIR`.
+        others = f"; did you mean {ELSEWHERE[option[2:]]}?" if option[2:] in ELSEWHERE else others
         raise UsageError(f"{option}: there is no class {name!r}{did_you_mean(name, known) or others}")
     try:
         found = getattr(importlib.import_module(module), last)

@@ -119,3 +119,8 @@ def test_a_mistake_is_told_in_the_words_that_were_typed(place, capsys) -> None:
 def test_names_of_other_tools_lead_to_ours(typed, ours, place, capsys) -> None:
     assert main(["fit", "--base", "base", *typed.split()]) == 2
     assert f"error: there is no option {typed.split()[0]}; did you mean {ours}?" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:
+    assert main(["fit", "--model", "base", "--tasks", "a.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: --model: there is no class 'base'; did you mean --base?\n"
