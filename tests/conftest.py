@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import string
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,3 +144,13 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for name, answer in answers.items()
     }
+
+
+@pytest.fixture
+def two_task_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_files: dict[str, Path]) -> Path:
+    """The directory in which a user types commands: the current one, with the tasks `a.jsonl` and `b.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    shutil.copy(task_files["upper"], "a.jsonl")
+    shutil.copy(task_files["reverse"], "b.jsonl")
+    return tmp_path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,9 @@ from modular_experts.library import Library
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    shutil.copy(task_files["upper"], "a.jsonl")
-    shutil.copy(task_files["reverse"], "b.jsonl")
+def place(two_task_files, tiny_llama_dir) -> Path:
     Path("base").symlink_to(tiny_llama_dir)
-    return tmp_path
+    return two_task_files
 
 
 FIT = "fit --base base --expert SparseExpert --modules q_proj v_proj --tasks a.jsonl b.jsonl --steps 4 --batch-size 4"

@@ -22,12 +22,8 @@ SPARSE = str(ROOT / "configs" / "fit" / "sparse.yaml")
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
+def place(two_task_files, tiny_llama_dir) -> Path:
     """A user's directory: two task files, a config of two tasks, a config to train with."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    shutil.copy(task_files["upper"], "a.jsonl")
-    shutil.copy(task_files["reverse"], "b.jsonl")
     tasks = [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl", "role": "held_out"}]
     Path("tasks.yaml").write_text(yaml.safe_dump({"data": {"tasks": tasks}}))
     export = {"class_path": "ExportExpert", "init_args": {"library": "library", "name": "a"}}
@@ -37,7 +33,7 @@ def place(tmp_path, monkeypatch, tiny_llama_dir, task_files) -> Path:
         "trainer": {"max_steps": 6, "callbacks": [export]},
     }
     Path("mine.yaml").write_text(yaml.safe_dump(mine))
-    return tmp_path
+    return two_task_files
 
 
 def _saved_config() -> dict:
