@@ -20,9 +20,7 @@ from modular_experts.text import did_you_mean
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
-
-
-ROLES = ("system", "user", "assistant", "tool")
+CHAT_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,11 @@ class RowReader:
                 if key not in message:
                     raise _BadRow(f"message {number}: {_no_column(key, message).replace('the row', 'it', 1)}")
             role = message["role"]
-            if role not in ROLES:
-                near = did_you_mean(str(role), ROLES)
-                raise _BadRow(f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(ROLES)}{near}")
+            if role not in CHAT_ROLES:
+                near = did_you_mean(str(role), CHAT_ROLES)
+                raise _BadRow(
+                    f"message {number}: role {reprlib.repr(role)} is not one of {', '.join(CHAT_ROLES)}{near}"
+                )
             try:
                 messages.append({"role": role, "content": _checked("content", message["content"])})
             except _BadRow as problem:

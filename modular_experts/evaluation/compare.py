@@ -45,11 +45,11 @@ def evaluate(
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] = lambda model, done, total: None,
 ) -> Results:
-    """Measure a base with experts on the test rows of tasks, as the command `test` does, and return rows with a table.
+    """Measure a base with experts on the test rows of tasks, and return rows that print as a table.
 
     The base is loaded once, and each mix of experts is added in place for as long as it is measured:
 
-        evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks).table()
+        evaluate("runs/base", {"base": [], "TIES": "library/ties", "sum": ["library/a", "library/b"]}, tasks)
 
     With `out` there are also files: `results.json`, which `Results.read` reads, `report.html`, and `measured.jsonl`.
     From the last one an interrupted call goes on, and a call with one more expert measures only that one.
