@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +11,7 @@ from rich.progress import Progress, TimeElapsedColumn
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.errors import UsageError
+from modular_experts.cli.format import progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
@@ -79,30 +77,16 @@ def evaluate(
         eval_limit=eval_limit,
         chat_template=chat_template,
     )
-    with _progress() as show:
+    with progress_by_tenths(
+        *Progress.get_default_columns(),
+        TimeElapsedColumn(),
+        line=lambda model, done, total: f"{model}: {done} of {total} rows",
+        transient=True,
+    ) as bar:
+
+        def show(model: str, done: int, total: int) -> None:
+            bar(f"measuring {model}", done, total)
+
         found = evaluate_experts(base, mixes, data, max_new_tokens, dtype, out=out, overwrite=overwrite, progress=show)
     Console(width=80).print(found.table())
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that shows a bar on a terminal, and off it a line at every tenth of the rows."""
-    console, shown = Console(stderr=True), -1
-    bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True)
-    bar.disable = not console.is_terminal
-    task = bar.add_task("measuring")
-
-    def show(model: str, done: int, total: int) -> None:
-        nonlocal shown
-        bar.update(task, description=f"measuring {model}", completed=done, total=total)
-        if not console.is_terminal and done * 10 // total > shown:
-            shown = done * 10 // total
-            print(f"measuring {model}: {done} of {total} rows", file=sys.stderr, flush=True)
-
-    with bar:
-        try:
-            yield show
-        except KeyboardInterrupt as interruption:
-            interruption.add_note("interrupted; the same command goes on from here")
-            raise

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, ProgressColumn, track
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
 from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
+
+INTERRUPTED = "interrupted; the same command goes on from here"
 
 
 def summary(expert: StoredExpert) -> str:
@@ -75,6 +79,44 @@ def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
     """Return an iterator wrapper that draws a bar on a terminal."""
     console = Console(stderr=True)
     return partial(track, description=description, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress_by_tenths(
+    *columns: str | ProgressColumn, line: Callable[[str, float, float], str], transient: bool = False
+) -> Iterator[Callable[[str, float, float], None]]:
+    """Yield a function of what is going on, the work done and all work, which shows a bar on a terminal.
+
+    Off a terminal it prints a line to the standard error at every tenth, unless all work was done at the first call. An
+    interruption is answered by how to go on.
+
+    Args:
+        columns: Columns of the bar.
+        line: Makes the line of the same arguments.
+        transient: Whether the bar disappears at the end.
+    """
+    console, shown = Console(stderr=True), -1
+    bar = Progress(*columns, console=console, expand=True, transient=transient, disable=not console.is_terminal)
+    task = bar.add_task("", total=1)
+
+    def show(what: str, done: float, total: float) -> None:
+        nonlocal shown
+        bar.update(task, description=what, completed=done, total=total)
+        tenths = int(10 * done / total + 1e-9)
+        if not console.is_terminal and shown < tenths and (shown >= 0 or tenths < 10):
+            shown = tenths
+            print(line(what, done, total), file=sys.stderr, flush=True)
+
+    with bar:
+        try:
+            yield show
+        except KeyboardInterrupt as interruption:
+            interruption.add_note(INTERRUPTED)
+            raise
+        except SystemExit:
+            # Lightning has made it of an interruption.
+            console.print(INTERRUPTED)
+            raise
 
 
 def print_check(found: Check | None) -> None:

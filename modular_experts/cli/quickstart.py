@@ -7,15 +7,14 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn
 from rich.text import Text
 
+from modular_experts.cli.format import progress_by_tenths
 from modular_experts.quickstart import (
     Plan,
     TimeLeft,
@@ -50,7 +49,16 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
     check_drawing()
-    with _bar() as progress:
+    clock = TimeLeft()
+    columns = ("{task.description}", BarColumn(None), TaskProgressColumn(), _Times(clock))
+    with progress_by_tenths(
+        *columns, line=lambda what, done, total: f"{what}: {10 * int(10 * done / total + 1e-9)} %, {_times(clock)}"
+    ) as show:
+
+        def progress(stage: str, done: float, total: float) -> None:
+            clock.update(done, total)
+            show(STAGES[stage], done, total)
+
         results = run_plan(plan, place, progress)
     figure, report = place / "quickstart.svg", place / "report.html"
     draw_figure(results, figure)
@@ -91,34 +99,6 @@ def next_steps(results: dict[str, Any], place: Path) -> list[str]:
         f"modular-experts evaluate --out {compared} \\\n  --tasks '[{', '.join(words)}]' \\\n"
         f"  --experts {first} \\\n  {second} {merged}",
     ]
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, float, float], None]]:
-    """Yield a function that shows the progress of the whole: a bar on a terminal, else a line at every tenth."""
-    console, clock = Console(stderr=True), TimeLeft()
-    columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), _Times(clock))
-    bar = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
-    task = bar.add_task(STAGES["base"], total=1)
-    shown = -1
-
-    def show(stage: str, done: float, total: float) -> None:
-        nonlocal shown
-        new = clock.before is None
-        clock.update(done, total)
-        bar.update(task, completed=done, total=total, description=STAGES[stage])
-        tenths = int(10 * done / total + 1e-9)
-        if not console.is_terminal and tenths > shown and not (new and tenths == 10):
-            shown = tenths
-            print(f"{STAGES[stage]}: {10 * tenths} %, {_times(clock)}", flush=True)
-
-    with bar:
-        try:
-            yield show
-        except (KeyboardInterrupt, SystemExit):
-            # Lightning turns the first into the second.
-            console.print("interrupted; the same command goes on from here")
-            raise
 
 
 class _Times(ProgressColumn):
