@@ -131,11 +131,13 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         passes = getattr(schedule, "batches", 1) * probe.forward_backward
         each = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
     parts = trainer.accumulate_grad_batches
-    validations, rows = _validations(trainer, data, length, len(validation)), len(validation)
+    validations = _validations(trainer, data, length, len(validation))
+    # The last batch of a validation is seldom full.
+    whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
     seconds = {
         "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
         "choices": choices * each,
-        "validations": validations * rows * probe.validation,
+        "validations": validations * whole * probe.validation,
     }
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
     parts_of_memory = _bytes(module, probe, python)
@@ -211,19 +213,21 @@ class _Probe(Callback):
         self.length = length
         self.forward_backward = self.optimizer_step = self.validation = 0.0
         self.peak = self.optimizer = 0
-        self._started = 0.0
+        self._started = self._chosen = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.length = self.length  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
+        self._started, self._chosen = time.perf_counter(), _choosing(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         _wait(pl_module.device)
         now = time.perf_counter()
         if trainer.global_step in (1, 2):
-            self.forward_backward += (now - self._started) / 2
+            # Schedules that come after this callback choose supports within that time.
+            chosen = _choosing(trainer, pl_module) - self._chosen
+            self.forward_backward += (now - self._started - chosen) / 2
         self._started = now
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
@@ -241,6 +245,11 @@ class _Probe(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         _wait(pl_module.device)
         self.validation = time.perf_counter() - self._started  # of the last batch; the first one warms up
+
+
+def _choosing(trainer: Trainer, module: Any) -> float:
+    """Return how many seconds the choices of supports have taken."""
+    return sum(one.costs(trainer, module).get("selection_seconds", 0.0) for one in schedules(trainer))
 
 
 def _peak(device: torch.device) -> int:
