@@ -59,7 +59,9 @@ def call_text(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Return a setting: numbers to four digits, strings in quotes."""
+    """Return a setting: numbers to four digits, strings in quotes, a described method as a call."""
+    if isinstance(value, dict) and "class_path" in value:
+        return call_text(value["class_path"].rpartition(".")[2], value["init_args"])
     if isinstance(value, float):
         return str(float(f"{value:.4g}"))
     return f"'{value}'" if isinstance(value, str) else str(value)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modular_experts.base import Base, DType
 from modular_experts.base.files import MANIFEST
-from modular_experts.cli.format import call_text, counted, duration_text, print_check, progress_bar, summary
+from modular_experts.cli.format import counted, duration_text, print_check, progress_bar, summary, value_text
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert, open_experts
 from modular_experts.library.record import RECORD_FILE
@@ -190,8 +190,4 @@ def _print_kept(merged: Merged) -> None:
 
 
 def _method_text(method: MergeMethod) -> str:
-    settings = describe(method)["init_args"]
-    for name, value in settings.items():
-        if isinstance(value, dict) and "class_path" in value:
-            settings[name] = value["class_path"].rpartition(".")[2]
-    return call_text(type(method).__name__, settings)
+    return value_text(describe(method))

@@ -154,7 +154,7 @@ class Merged(TaskVector):
         content = [parent_ids(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # their order counts
         content += [[group.statistics.content_hashes for group in self._groups]]
-        content += [_source_hash(type(group.method)) for group in self._groups]
+        content += [_source_hash(type(one)) for group in self._groups for one in _with_inner(group.method)]
         if self._lazy:
             content += [record["hyperparameters"], [key for expert in self.experts for key in _keys(expert)]]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
@@ -352,6 +352,12 @@ def _is_written(path: Path, record: Mapping[str, Any]) -> bool:
     found = open_expert(path).record
     same = json.loads(json.dumps({name: record[name] for name in ("method", "per_weight")}, default=str))
     return parent_ids(found["parents"]) == parent_ids(record["parents"]) and same == {n: found.get(n) for n in same}
+
+
+def _with_inner(method: MergeMethod) -> list[MergeMethod]:
+    """Return a method and the methods in its settings, as those of a wrapper."""
+    inner = [value for value in vars(method).values() if isinstance(value, MergeMethod)]
+    return [method, *(one for value in inner for one in _with_inner(value))]
 
 
 def _source_hash(kind: type[MergeMethod]) -> str:

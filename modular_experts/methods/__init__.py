@@ -28,6 +28,7 @@ from modular_experts.methods.reg_mean import RegMean, RegMeanPlusPlus, SelfRegMe
 from modular_experts.methods.sce import SCE
 from modular_experts.methods.set_operations import Difference, Intersection
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP
+from modular_experts.methods.svc import SVC
 from modular_experts.methods.svd_average import SVDAverage
 from modular_experts.methods.tall_mask import ConsensusTA, TALLMask
 from modular_experts.methods.ties import TIES, MagnitudePrune

@@ -8,25 +8,25 @@ their coordinates in that basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense, Sparse
-from modular_experts.methods.method import Context, MergeMethod, Needs
+from modular_experts.methods.method import MergeMethod, Needs
 from modular_experts.methods.spectrum import as_delta, left_factor, spectrum
 from modular_experts.methods.ties import TIES
+from modular_experts.methods.wrapper import Back, Wrapper
 
 
 @dataclass(frozen=True)
-class KnOTS(MergeMethod):
-    """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method.
+class KnOTS(Wrapper):
+    """KnOTS: `scale * U m(S V_1^T, .., S V_N^T)`, where m is another merge method, `inner`.
 
     `U S [V_1^T .. V_N^T]` is the singular value decomposition of `[d_1 .. d_N]`, the experts side by side. Directions
-    of singular value zero are left out. `method` merges a weight that is not a matrix, or that no expert moves, as it
+    of singular value zero are left out. `inner` merges a weight that is not a matrix, or that no expert moves, as it
     is. With a linear method (`Average`, `TaskArithmetic`) the result is that of the method alone; the order and the
     scale of the experts matter as they do to the method.
 
@@ -35,54 +35,23 @@ class KnOTS(MergeMethod):
     weights first, such as `TIES` with `scope: global` (the paper's), repeats the decomposition at each reading.
 
     Args:
-        method: Merges in the common basis; TIES, as in the paper, by default. A method that needs statistics of the
+        inner: Merges in the common basis; TIES, as in the paper, by default. A method that needs statistics of the
             experts' data is refused. A share of entries counts the entries of `S V_i^T` `(r, in)`, where r is the rank
             of all experts together.
-        scale: Factor of the result, in addition to that of the method.
+        scale: Factor of the result, in addition to that of the inner method.
     """
 
-    needs = Needs(matrices=10.0, matrices_per_expert=3.4)
+    own = Needs(matrices=10.0, matrices_per_expert=3.4)
+    other_coordinates = "in the common basis"
 
-    method: MergeMethod = field(default_factory=TIES)
+    inner: MergeMethod = field(default_factory=TIES)
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (kind := self.method.needs.statistics) is not None:
-            raise ValueError(
-                f"KnOTS: {type(self.method).__name__} needs {kind} statistics of the weights, which do not exist "
-                "in the common basis; choose a method that needs deltas only, such as TIES"
-            )
-
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
-        return self.method.prepare(_TiedStream(stream))
-
-    @property
-    def has_tasks(self) -> bool:
-        return self.method.has_tasks
-
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return self._in_common_basis(deltas, lambda tied: self.method.merge(tied, context))
-
-    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
-        return self._in_common_basis(deltas, lambda tied: self.method.per_task(tied, expert, context))
-
-    def _in_common_basis(self, deltas: Sequence[Delta], merge: Callable[[Sequence[Delta]], Delta]) -> Delta:
+    def around(self, deltas: Sequence[Delta]) -> tuple[Sequence[Delta], Back]:
         basis, tied = _tied(deltas)
-        merged = merge(tied)
         if basis is None:
-            return merged * self.scale
-        return as_delta(self.scale * basis, merged.to(dtype=torch.float64).dense(), deltas)
-
-
-class _TiedStream(Iterable[Sequence[Delta]]):
-    """A stream of deltas, each weight's in their common basis."""
-
-    def __init__(self, stream: Iterable[Sequence[Delta]]) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Sequence[Delta]]:
-        return (_tied(deltas)[1] for deltas in self._stream)
+            return tied, lambda merged: merged * self.scale
+        return tied, lambda merged: as_delta(self.scale * basis, merged.to(dtype=torch.float64).dense(), deltas)
 
 
 def _tied(deltas: Sequence[Delta]) -> tuple[Tensor | None, Sequence[Delta]]:

@@ -70,6 +70,17 @@ class Needs:
     squares: float = 0.0
     copies: float = 0.0
 
+    def __add__(self, other: Needs) -> Needs:
+        """Return the needs of two methods that hold their memory at the same time, one around the other."""
+        assert not (self.statistics and other.statistics), (self, other)
+        return Needs(
+            self.statistics or other.statistics,
+            self.matrices + other.matrices,
+            self.matrices_per_expert + other.matrices_per_expert,
+            self.squares + other.squares,
+            self.copies + other.copies,
+        )
+
 
 class MergeMethod(ABC):
     """A way to merge experts. Subclass it as a frozen dataclass whose fields are the settings, and write `merge`.

@@ -22,6 +22,7 @@ from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
 from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
 from modular_experts.methods.settings import Checks, above, at_least, one_of, within
+from modular_experts.methods.spectrum import spectrum
 
 
 @dataclass(frozen=True)
@@ -152,26 +153,48 @@ class SelfRegMean(MergeMethod):
     to the scaled merge. The method is meant for experts that were trained on the whole input of a layer
     (sparse, tiles, full); the rows of a LoRA's delta lie where its random start put them.
 
+    With `flatten` q above 0, `d = U S V^T` becomes `U S^(1-q) V^T` of d's norm: weak directions of a matrix gain on
+    strong ones, and one expert merges to its flattened self.
+
+    ACE-Merging (arXiv 2603.02945) also takes the experts' own `d_i^T d_i` for the Gram matrices of their inputs. As
+    released, it draws d to the plain average by an absolute ridge, centres the columns of each expert first, adds the
+    mean row of the Gram matrices to all their rows, and divides by `|d_i|^2` and adds equally strong directions only
+    where the norms of the experts differ much.
+
     Args:
         ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.
         scale: Factor of the result.
         inputs: Dimension of the weight along which the layer's inputs are: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
+        flatten: How much the singular values are evened out, in [0, 1]: 0 leaves them, 1 makes all of them equal.
     """
 
-    checks = Checks(ridge=above(0), inputs=one_of(Literal[0, 1]))
-    needs = Needs(matrices=4.0, squares=5.0)
+    checks = Checks(ridge=above(0), inputs=one_of(Literal[0, 1]), flatten=within("[0, 1]"))
 
     ridge: float = 0.1
     scale: float = 1.0
     inputs: int = 1
+    flatten: float = 0.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(matrices=8.0 if self.flatten else 4.0, squares=5.0)
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         dtype = widest_dtype(deltas)
         if len(deltas[0].shape) != 2:
             return (overlap_average(deltas) * self.scale).to(dtype=dtype)
         upright = [delta.T for delta in deltas] if self.inputs == 0 else list(deltas)
-        merged = ridge_solution(upright, [partial(_own_gram, delta) for delta in upright], self.ridge) * self.scale
+        merged = ridge_solution(upright, [partial(_own_gram, delta) for delta in upright], self.ridge)
+        merged = (flattened(merged, self.flatten) if self.flatten else merged) * self.scale
         return (merged.T if self.inputs == 0 else merged).to(dtype=dtype)
+
+
+def flattened(delta: Delta, share: float) -> Delta:
+    """Return `U S^(1 - share) V^T` of the norm of a delta `U S V^T`, dense and in float64; noise is left out."""
+    found = spectrum(delta)
+    values = found.values ** (1 - share)
+    values *= found.values.norm() / values.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return Dense(found.left * values @ found.right)
 
 
 def _own_gram(delta: Delta) -> Tensor:

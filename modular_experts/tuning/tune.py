@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.library import StoredExpert, check_target, open_experts
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
 from modular_experts.tuning.objective import Objective, Trial, objective_on_base
@@ -68,7 +69,8 @@ def tune(
         method: The method, with the settings that are not tuned.
         data: Tasks whose validation rows are measured, or an objective on the experts' base.
         out: Directory of the merged expert. The trials are written beside it.
-        grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}.
+        grid: Values to try, by field of the method: {keep: [0.1, 0.2]}. One value fixes a field: {scale: [1]}. A field
+            of the method inside a wrapper is `inner.keep`.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
@@ -81,7 +83,7 @@ def tune(
     """
     choices, scales = _choices(method, grid or {})
     combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    methods = [replace(method, **settings) for settings in combinations]  # type: ignore[type-var]
+    methods = [with_settings(method, settings) for settings in combinations]
     if out is not None:
         check_target(out, overwrite)
         check_files_beside([trials_file(out)], overwrite)
@@ -98,7 +100,7 @@ def tune(
     best = min(trials, key=lambda trial: trial.loss)
     if best.loss == math.inf:
         raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
-    chosen = replace(method, **best.settings)  # type: ignore[type-var]
+    chosen = with_settings(method, best.settings)
     settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows}
     base_losses, notes, expert = objective.losses(), record_notes(settings, best.losses), None
     if out is not None:
@@ -114,7 +116,7 @@ def _choices(
     name = type(method).__name__
     if not is_dataclass(method):
         raise ValueError(f"{name} cannot be tuned because it is not a dataclass; make it a frozen one")
-    known = [one.name for one in fields(method) if one.init and not one.name.startswith("_")]
+    known = list(settings_of(method))
     for key, values in grid.items():
         if key not in known:
             near = did_you_mean(key, known) or f"; name one of {known}"
@@ -122,8 +124,9 @@ def _choices(
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"the grid gives {key} as {values!r}; give a list of values to try, such as [0.1, 0.2]")
     choices = {key: values for key, values in grid.items() if key != "scale"}
-    if "exponent" in known:
-        choices.setdefault("exponent", (0.0, 0.25, 0.5, 0.75, 1.0))
+    for exponent in known:
+        if exponent.rpartition(".")[2] == "exponent":
+            choices.setdefault(exponent, (0.0, 0.25, 0.5, 0.75, 1.0))
     scales = grid.get("scale", ()) if "scale" in known else None
     for scale in scales or ():
         replace(method, scale=scale)  # refuses a bad value before anything is measured

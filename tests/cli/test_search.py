@@ -104,6 +104,20 @@ def test_a_tuning_in_a_config_and_a_scale_at_the_end(run, place, tasks):
     assert "the best scale, 0.1, is at the end of the search" in out
 
 
+def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
+    how = ["--method", "SVC", "--method.inner", "TIES", "--tune.data.tasks", tasks]
+    grid = '{"inner.keep": [0.1, 0.9], "scale": [1]}'
+    code, _, err = run("merge", *EXPERTS, *how, "--tune.grid", grid, "--out", "library/ab")
+    assert (code, err) == (0, "")
+    trials = json.loads((place / "library/ab.trials.json").read_text())
+    assert [trial["settings"] for trial in trials] == [{"inner.keep": keep, "scale": 1} for keep in (0.1, 0.9)]
+    best = min(trials, key=lambda trial: trial["loss"])
+    inner = open_expert("library/ab").record["method"]["init_args"]["inner"]
+    assert inner["init_args"]["keep"] == best["settings"]["inner.keep"]
+    code, _, err = run("merge", *EXPERTS, *how, "--tune.grid", '{"inner.kep": [0.1]}', "--out", "library/b")
+    assert (code, "did you mean inner.keep?" in err) == (1, True)
+
+
 def _base(place):
     return open_expert(place / "library/0").record["base"]
 

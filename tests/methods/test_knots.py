@@ -15,7 +15,7 @@ from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.methods import TIES, Average, KnOTS, MagMax, MergeMethod, SparseAverage, TaskArithmetic
-from modular_experts.methods.method import Context, Needs
+from modular_experts.methods.method import Context
 
 
 def side_by_side(deltas):
@@ -38,14 +38,6 @@ def test_knots_equals_the_formula(method, numbers, shape):
     deltas = [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
     merged = KnOTS(method, scale=0.6).merge(deltas).dense()
     np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
-
-
-def test_method_that_needs_statistics_is_refused():
-    class Counting(Named):
-        needs = Needs(statistics="gram")
-
-    with pytest.raises(ValueError, match="Counting needs gram statistics of the weights"):
-        KnOTS(Counting())
 
 
 def test_default_is_ties():

@@ -56,10 +56,14 @@ PROMISES = [
     (m.TSVMerge(), {"order": True, "zero": True, "alone": True}),
     (m.IsoC(), {"order": True, "zero": True}),
     (m.IsoCTS(), {"order": True, "zero": True}),
-    (m.KnOTS(method=m.TIES(keep=1.0)), {"alone": True}),
+    (m.KnOTS(inner=m.TIES(keep=1.0)), {"alone": True}),
     (m.SVDAverage(), {"order": True}),
     (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
     (m.SelfRegMean(), FULL),
+    (m.SelfRegMean(flatten=0.5), {"order": True, "zero": True}),
+    (m.SVC(), FULL),
+    (m.SVC(inner=m.TIES(keep=1.0)), FULL),
+    (m.SVC(inner=m.Fisher()), SAME),
     (m.Fisher(), SAME),
     (m.RegMean(), {"alone": True}),
     (m.RegMean(ridge=0.1), {"alone": True}),
@@ -68,7 +72,7 @@ PROMISES = [
 
 # Methods of directions instead of entries: they merge sparse experts to a dense or low-rank one.
 MADE_DENSE = {
-    *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "SVDAverage", "WUDI"),
+    *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "SVDAverage", "WUDI", "SVC"),
     *("SelfRegMean", "RegMean", "RegMeanPlusPlus"),
 }
 

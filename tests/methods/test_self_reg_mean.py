@@ -76,6 +76,33 @@ def test_inputs_along_the_other_dimension_are_those_of_the_transposed_weight(del
     torch.testing.assert_close(SelfRegMean(inputs=0).merge(deltas).dense(), turned, **CLOSE)
 
 
+def flat(matrix, share):
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.where(values > 1e-7 * values[0], values, 0.0)
+    powers = torch.where(values > 0, values ** (1 - share), 0.0)
+    return left * (powers * values.norm() / powers.norm().clamp(min=1e-300)) @ right
+
+
+@given(deltas_of_one_weight(), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0, 1]))
+def test_flatten_evens_out_the_singular_values_and_keeps_the_norm(deltas, share, inputs):
+    plain = SelfRegMean(scale=2.0, inputs=inputs).merge(deltas).dense().double()
+    found = SelfRegMean(scale=2.0, inputs=inputs, flatten=share).merge(deltas).dense().double()
+    torch.testing.assert_close(found, flat(plain, share), rtol=1e-6, atol=1e-8)
+
+
+def test_flattened_at_1_all_directions_are_equally_strong():
+    deltas = [random_delta("Dense", (5, 7), seed) for seed in range(3)]
+    values = torch.linalg.svdvals(SelfRegMean(flatten=1.0).merge(deltas).dense())
+    torch.testing.assert_close(values, values.mean().expand(5))
+
+
+def test_copies_merge_to_the_flattened_expert():
+    delta = random_delta("Dense", (5, 7), 3)
+    merged = SelfRegMean(flatten=0.5).merge([delta] * 3).dense()
+    torch.testing.assert_close(merged, flat(delta.dense(), 0.5))
+    assert not torch.allclose(merged, delta.dense(), rtol=1e-2)
+
+
 def test_an_endless_ridge_gives_the_overlap_aware_average():
     deltas = [random_delta("Sparse", (6, 9), seed) for seed in range(3)]
     average = SparseAverage().merge(deltas).dense()
@@ -99,6 +126,7 @@ def test_vectors_are_averaged_over_the_experts_that_move_them():
     ("kind", "settings", "sentence"),
     [
         (SelfRegMean, {"ridge": 0.0}, "SelfRegMean: ridge must be above 0, got 0.0"),
+        (SelfRegMean, {"flatten": 1.5}, r"flatten must be in \[0, 1\], got 1.5"),
         (SelfRegMean, {"inputs": 2}, "inputs must be 0 or 1, got 2"),
         (SelfRegMean, {"scale": float("inf")}, "scale must be a finite number, got inf"),
         (RegMean, {"ridge": -1.0}, "RegMean: ridge must be at least 0, got -1.0"),

@@ -1,0 +1,107 @@
+"""Put a merge method around another one: `KnOTS`, `CoreSpace` and `SVC` are such wrappers.
+
+A wrapper changes what its `inner` method gets of a weight, or what it gives back. Statistics, a first look at all
+weights and experts for single tasks are the inner method's, and pass through.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from modular_experts.deltas import Delta
+from modular_experts.methods.method import Context, MergeMethod, Needs
+
+Back = Callable[[Delta], Delta]
+
+
+@dataclass(frozen=True)
+class Wrapper(MergeMethod):
+    """A merge method around another one. Subclass it as a frozen dataclass, and write `around`.
+
+    The command line takes `--method KnOTS --method.inner TIES --method.inner.keep 0.1`; `merge --tune` calls that
+    setting `inner.keep`.
+
+    Attributes:
+        own: The memory that the wrapper needs beside the inner method.
+        other_coordinates: Why the inner method may not need statistics of the experts' data: a place where they do not
+            exist, such as "in the common basis"; empty if the inner method gets the experts as they are.
+    """
+
+    own = Needs()
+    other_coordinates = ""
+
+    inner: MergeMethod
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.other_coordinates and (kind := self.inner.needs.statistics) is not None:
+            raise ValueError(
+                f"{type(self).__name__}: {type(self.inner).__name__} needs {kind} statistics of the weights, which do "
+                f"not exist {self.other_coordinates}; choose a method that needs deltas only, such as TIES"
+            )
+
+    @abstractmethod
+    def around(self, deltas: Sequence[Delta]) -> tuple[Sequence[Delta], Back]:
+        """Return the deltas that the inner method gets, and a function that makes the result of what it returns.
+
+        The function applies `scale`, and rounds to the deltas' widest dtype.
+        """
+
+    @property
+    def needs(self) -> Needs:
+        return self.own + self.inner.needs
+
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> Any:
+        return self.inner.prepare(_Given(self, stream))
+
+    @property
+    def has_tasks(self) -> bool:
+        return self.inner.has_tasks
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        given, back = self.around(deltas)
+        return back(self.inner.merge(given, context))
+
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        given, back = self.around(deltas)
+        return back(self.inner.per_task(given, expert, context))
+
+
+class _Given(Iterable[Sequence[Delta]]):
+    """A stream of deltas as the inner method of a wrapper gets them."""
+
+    def __init__(self, wrapper: Wrapper, stream: Iterable[Sequence[Delta]]) -> None:
+        self._wrapper, self._stream = wrapper, stream
+
+    def __iter__(self) -> Iterator[Sequence[Delta]]:
+        return (self._wrapper.around(deltas)[0] for deltas in self._stream)
+
+
+def settings_of(method: MergeMethod) -> dict[str, Any]:
+    """Return the settings of a method by their names; those of a method inside have names such as `inner.keep`."""
+    if not is_dataclass(method):
+        return {}
+    found: dict[str, Any] = {}
+    for one in fields(method):
+        if one.init and not one.name.startswith("_"):
+            found[one.name] = value = getattr(method, one.name)
+            if isinstance(value, MergeMethod):
+                found |= {f"{one.name}.{name}": inside for name, inside in settings_of(value).items()}
+    return found
+
+
+def with_settings(method: MergeMethod, settings: dict[str, Any]) -> MergeMethod:
+    """Return a method with some settings changed; `inner.keep` is the `keep` of the method `inner`."""
+    own = {name: value for name, value in settings.items() if "." not in name}
+    inside: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if "." in name:
+            first, _, rest = name.partition(".")
+            inside.setdefault(first, {})[rest] = value
+    for name, changes in inside.items():
+        own[name] = with_settings(own.get(name, getattr(method, name)), changes)
+    return replace(method, **own) if own else method  # type: ignore[type-var]
