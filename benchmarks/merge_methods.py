@@ -66,6 +66,7 @@ METHODS: dict[str, Way] = {
     "IsoC": Way(m.IsoC()),
     "IsoCTS": Way(m.IsoCTS(), {"common": [0.5, 0.8, 0.95]}),
     "KnOTS": Way(m.KnOTS()),
+    "Core Space, TIES": Way(m.CoreSpace()),
     "SVDAverage": Way(m.SVDAverage(), {"rank": [1, 2, 4, 8, 16]}),
     "WUDI": Way(m.WUDI()),
     "WUDI, exact": Way(m.WUDI(solver="exact")),

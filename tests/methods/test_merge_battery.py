@@ -57,6 +57,8 @@ PROMISES = [
     (m.IsoC(), {"order": True, "zero": True}),
     (m.IsoCTS(), {"order": True, "zero": True}),
     (m.KnOTS(inner=m.TIES(keep=1.0)), {"alone": True}),
+    (m.CoreSpace(), {"order": True, "zero": True}),
+    (m.CoreSpace(inner=m.SparseAverage()), FULL),
     (m.SVDAverage(), {"order": True}),
     (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
     (m.SelfRegMean(), FULL),
