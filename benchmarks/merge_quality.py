@@ -4,15 +4,16 @@ Twenty experts of each kind (single entries, tiles, LoRA, full) are trained as i
 seed, and tested alone. All twenty are merged by each method: with its default settings, and with its scale (and
 exponent, and what `merge_methods.py` lists) chosen by the loss on validation words. Both are tested on the words of the
 twenty tasks and of the held-out ones. What is shown is exact match in %, how much of the single experts' score it is,
-and the difference to the reference with a 95 % interval: a bootstrap over the pairs of seed and task, which all methods
-share.
+the difference to the reference with a 95 % interval (a bootstrap over the pairs of seed and task, which all methods
+share), and on held-out tasks exact match and loss, with a mark where the base's loss is lower.
 
     python benchmarks/merge_quality.py [--kinds sparse ...] [--methods TIES ...] [--seeds 0 1 2] [--work DIR] [--json]
-    python benchmarks/merge_quality.py --real .cache/smollm2 DATA
+    python benchmarks/merge_quality.py --real .cache/smollm2 DATA [--tasks 4]
 
-The second form trains three experts of each kind on a pretrained base, measures them and their merges in bfloat16 (a
-CPU without instructions for it is faster with `--dtype float32`), and held-out tasks by their loss. What is done stays
-in `--work`, so a run that was stopped goes on where it was, and a table can be shown again.
+The second form trains fifteen experts of each kind on real tasks and a pretrained base, in bfloat16 with trained values
+in float32, and chooses only scales; a CPU without instructions for bfloat16 is faster with `--dtype float32`. `--tasks`
+takes the first few of them. What is done stays in `--work`, so a run that was stopped goes on where it was, and a table
+can be shown again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -34,11 +36,11 @@ from merge_worlds import Experts, RealExperts, SuiteExperts
 
 from modular_experts.base import DType
 from modular_experts.base.apply import applied
-from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
+from modular_experts.methods import MergeMethod
 from modular_experts.statistics import take_statistics
 from modular_experts.tuning import Combination, Objective, tune
 
@@ -50,6 +52,7 @@ def main() -> None:
     options = _options()
     work = Path(options.work)
     worlds = {seed: _world(options, seed) for seed in options.seeds}
+    of_base = _run(work / f"base{options.some}.jsonl", worlds, [(seed, "", "") for seed in worlds], _base, 1)
     singles = [(seed, kind, task) for seed, w in worlds.items() for kind in options.kinds for task in w.tasks]
     alone = _run(work / "singles.jsonl", worlds, singles, _single, options.processes)
     names = [name for name in METHODS if not options.methods or name in options.methods or name == REFERENCE]
@@ -57,13 +60,12 @@ def main() -> None:
     wanted = {statistics for name in names for statistics in METHODS[name].statistics}
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
         _statistics(worlds[seed], kind, wanted)
-    merged = _run(work / "merges.jsonl", worlds, merges, _merge, options.processes)
-    rows = _rows(alone, merged, options, names)
-    held_out = next(iter(worlds.values())).held_out
+    merged = _run(work / f"merges{options.some}.jsonl", worlds, merges, _merge, options.processes)
+    rows = _rows(of_base, alone, merged, options.kinds, names)
     if options.json:
-        json.dump({"seeds": options.seeds, "held_out": held_out, "rows": rows}, sys.stdout, indent=2)
+        json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
     else:
-        _print(rows, options.seeds, held_out)
+        _print(rows, options.seeds)
 
 
 def _options() -> argparse.Namespace:
@@ -76,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
     )
+    parser.add_argument("--tasks", type=int, help="take the first few tasks of the second form, for a quick turn")
     parser.add_argument(
         "--dtype", choices=get_args(DType), help="what is measured in: that of the base, or bfloat16 in the second form"
     )
@@ -84,26 +87,32 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
     options.dtype = options.dtype or ("bfloat16" if options.real else None)
+    options.some = f"-{options.tasks}" if options.tasks else ""
     options.work = options.work or ("runs/merge-quality-real" if options.real else "runs/merge-quality")
     return options
 
 
 def _world(options: argparse.Namespace, seed: int) -> Experts:
     if options.real:
-        return RealExperts(seed, Path(options.work), options.dtype, *map(Path, options.real))
+        return RealExperts(seed, Path(options.work), options.dtype, *map(Path, options.real), count=options.tasks)
     return SuiteExperts(seed, Path(options.work), options.dtype)
 
 
 def _run(
     file: Path, worlds: dict[int, Experts], keys: Sequence[tuple[int, str, str]], work: Callable, processes: int
 ) -> list[dict[str, Any]]:
-    """Do in processes what is not in the file yet, and return all that is there."""
+    """Do in processes what is not in the file yet, and return the results of all keys."""
     store = JSONLines(file)
     left = [key for key in keys if key not in store]
     assert all(worlds[seed].base.exists() for seed, _, _ in left)
     with LocalProcesses(processes) as pool:
         run([Piece(key, work, (worlds[key[0]], *key)) for key in keys], store, pool, print_progress()).raise_failures()
-    return list(store.values())
+    return [store[key] for key in keys]
+
+
+def _base(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:
+    """Test the base on all tasks."""
+    return {"piece": [seed, kind, task], "tested": _tested(world, world.tasks, {})}
 
 
 def _single(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:
@@ -112,8 +121,7 @@ def _single(world: Experts, seed: int, kind: str, task: str) -> dict[str, Any]:
     path = world.expert(kind, task)
     if not path.exists():
         world.train(kind, task)
-    scores = _tested(world, [task], open_expert(path), held_out=False)
-    return {"piece": [seed, kind, task], "exact": scores[task]}
+    return {"piece": [seed, kind, task], "tested": _tested(world, [task], open_expert(path), held_out=False)}
 
 
 def _statistics(world: Experts, kind: str, wanted: set[str]) -> None:
@@ -140,62 +148,80 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
             chosen = way.search.search(combination, objective)
             combination.move_to(chosen.coefficients)
             found |= {"loss": chosen.losses, "settings": {}, "tuned": _tested(world, world.tasks, {})}
+    elif world.scales:
+        found |= _scaled(world, experts, way.method, objective)
     else:
         found["plain"] = _tested(world, world.tasks, dict(Merged(experts, way.method)))
-        tuned = tune(experts, way.method, objective, grid={**world.grid, **way.grid})
+        tuned = tune(experts, way.method, objective, grid=way.grid)
         found |= {"loss": tuned.best.losses, "settings": tuned.best.settings}
         found["tuned"] = _tested(world, world.tasks, dict(Merged(experts, tuned.method)))
     return found | {"seconds": time.process_time() - started}
 
 
-def _tested(world: Experts, tasks: Sequence[str], vector: Any, held_out: bool = True) -> dict[str, float]:
-    """Return the exact match of each task on its test rows, and what is measured on the held-out ones."""
-    with applied(world.model, vector, check=False):
-        found = _measured(world, world.mixture(tasks), "exact_match")
-        if held_out:
-            found |= _measured(world, world.mixture([], held_out=True), world.held_out)
-    return found
+def _scaled(world: Experts, experts: Sequence[Any], method: MergeMethod, objective: Objective) -> dict[str, Any]:
+    """Merge once, and test the merge at the method's own scale and at that of the lowest loss."""
+    has_scale = "scale" in {field.name for field in fields(method)}  # type: ignore[arg-type]
+    vector = dict(Merged(experts, replace(method, scale=1.0) if has_scale else method))  # type: ignore[type-var]
+    own = method.scale if has_scale else 1.0  # type: ignore[attr-defined]
+    losses = {scale: objective.losses_with(vector, scale) for scale in sorted({own, *world.scales})}
+    best = min(losses, key=lambda scale: fmean(losses[scale].values()))
+    tested = {scale: _tested(world, world.tasks, vector, scale) for scale in sorted({own, best})}
+    return {"loss": losses[best], "settings": {"scale": best}, "plain": tested[own], "tuned": tested[best]}
 
 
-def _measured(world: Experts, data: TaskMixture, score: str) -> dict[str, float]:
+def _tested(
+    world: Experts, tasks: Sequence[str], vector: Any, scale: float = 1.0, held_out: bool = True
+) -> dict[str, dict[str, float]]:
+    """Return the exact match and the loss of each task, and of the held-out ones, on its test rows."""
+    data = world.mixture(tasks, held_out)
     data.setup("test")
-    new_tokens = None if score == "loss" else world.new_tokens
-    scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, new_tokens)
-    return {task: facts[score] for task, facts in scores["tasks"].items()}
+    with applied(world.model, vector, scale, check=False):
+        scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)["tasks"]
+    return {key: {task: facts[key] for task, facts in scores.items()} for key in ("exact_match", "loss")}
 
 
 def _rows(
-    singles: Sequence[dict[str, Any]], merges: Sequence[dict[str, Any]], options: argparse.Namespace, names: list[str]
+    of_base: Sequence[dict[str, Any]],
+    singles: Sequence[dict[str, Any]],
+    merges: Sequence[dict[str, Any]],
+    kinds: Sequence[str],
+    names: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return a row for each kind and method: scores, shares of the singles', differences to the reference."""
-    alone = {tuple(result["piece"]): result["exact"] for result in singles}
     rows = []
-    for kind in options.kinds:
-        mine = {
-            name: [r for r in merges if r["piece"][1:] == [kind, name] and r["piece"][0] in options.seeds]
-            for name in names
-        }
-        tasks = {task for seed, k, task in alone if k == kind and seed in options.seeds}
-        single = fmean(alone[seed, kind, task] for seed in options.seeds for task in tasks)
-        reference = _pairs(mine[REFERENCE], "tuned", tasks)[0]
-        for name in names:
-            row: dict[str, Any] = {"kind": kind, "method": name, "single": single}
-            for column in ("plain", "tuned"):
-                if all(column in r for r in mine[name]):
-                    held_in, held_out = _pairs(mine[name], column, tasks)
-                    row |= {column: fmean(held_in.values()), f"{column} held out": fmean(held_out.values())}
-            row["kept"] = row["tuned"] / single
-            row["difference"] = _interval(held_in, reference)
-            row["loss"] = fmean(fmean(r["loss"].values()) for r in mine[name])
-            row["settings"] = [r["settings"] for r in mine[name]]
+    for kind in kinds:
+        alone = [r for r in singles if r["piece"][1] == kind]
+        tasks = {r["piece"][2] for r in alone}
+        of_kind = {name: [r for r in merges if r["piece"][1:] == [kind, name]] for name in names}
+        reference = _pairs(of_kind[REFERENCE], "tuned", "exact_match", tasks)
+        for name, results in of_kind.items():
+            row: dict[str, Any] = {"kind": kind, "method": name}
+            row |= {"base": _means(of_base, "tested", tasks), "single": _means(alone, "tested", tasks)}
+            row |= {column: _means(results, column, tasks) for column in ("plain", "tuned") if column in results[0]}
+            row["kept"] = row["tuned"]["exact_match"] / row["single"]["exact_match"]
+            row["difference"] = _interval(_pairs(results, "tuned", "exact_match", tasks), reference)
+            row["validation loss"] = fmean(fmean(r["loss"].values()) for r in results)
+            row["settings"] = [r["settings"] for r in results]
             rows.append(row)
     return rows
 
 
-def _pairs(results: Sequence[dict[str, Any]], column: str, held_in: set[str]) -> list[dict[tuple[int, str], float]]:
-    """Return the score of each pair of seed and task: of the held-in tasks, and of the others."""
-    scores = {(r["piece"][0], task): score for r in results for task, score in r[column].items()}
-    return [{pair: scores[pair] for pair in scores if (pair[1] in held_in) == wanted} for wanted in (True, False)]
+def _means(results: Sequence[dict[str, Any]], column: str, tasks: set[str]) -> dict[str, float]:
+    """Return the means over held-in tasks and seeds of what is measured, and those over the other tasks."""
+    found = {}
+    for score in ("exact_match", "loss"):
+        found[score] = fmean(_pairs(results, column, score, tasks).values())
+        if others := _pairs(results, column, score, tasks, held_in=False):
+            found[f"held out {score}"] = fmean(others.values())
+    return found
+
+
+def _pairs(
+    results: Sequence[dict[str, Any]], column: str, score: str, tasks: set[str], held_in: bool = True
+) -> dict[tuple[int, str], float]:
+    """Return a score by pair of seed and task: of the held-in tasks, or of the others."""
+    scores = {(r["piece"][0], task): value for r in results for task, value in r[column][score].items()}
+    return {pair: value for pair, value in scores.items() if (pair[1] in tasks) == held_in}
 
 
 def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], float]) -> list[float]:
@@ -206,31 +232,37 @@ def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], 
     return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
-def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int], held_out: str) -> None:
-    print(f"exact match in %, mean over tasks and seeds {', '.join(map(str, seeds))}; kept: tuned over the single")
-    print(f"experts; in brackets the 95 % interval of the difference to tuned {REFERENCE}; best first")
-    if held_out == "loss":
-        print("held out: loss in nats per token of the answer")
+def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
+    print(f"exact match in % / loss in nats per token, means over tasks and seeds {', '.join(map(str, seeds))}; kept:")
+    print(f"tuned over the single experts; in brackets the 95 % interval of the difference to tuned {REFERENCE};")
+    print("+ where the base's loss on held-out tasks is lower; best first")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]
-        print(f"\n{kind}: the experts alone {100 * mine[0]['single']:.1f}\n")
-        print("| method | plain | tuned | | kept | plain, held out | tuned, held out | settings |\n" + "|---" * 8 + "|")
-        for row in sorted(mine, key=lambda row: -row["tuned"]):
-            print("| " + " | ".join(_cells(row, held_out)) + " |")
+        heading = "method | plain | tuned | | kept | plain, held out | tuned, held out | settings"
+        print(f"\n{kind}\n\n| {heading} |\n" + "|---" * 8 + "|")
+        base, single = mine[0]["base"], mine[0]["single"]
+        print(f"| the base | {_both(base)} | | | | {_both(base, 'held out ')} | | |")
+        print(f"| the experts alone | {_both(single)} | | | | | | |")
+        for row in sorted(mine, key=lambda row: -row["tuned"]["exact_match"]):
+            print("| " + " | ".join(_cells(row)) + " |")
 
 
-def _cells(row: dict[str, Any], held_out: str = "exact_match") -> Iterator[str]:
-    factor, digits = (1, 2) if held_out == "loss" else (100, 1)
+def _cells(row: dict[str, Any]) -> Iterator[str]:
     low, high = row["difference"]
     yield row["method"]
-    yield f"{100 * row['plain']:.1f}" if "plain" in row else ""
-    yield f"{100 * row['tuned']:.1f}"
+    yield _both(row["plain"]) if "plain" in row else ""
+    yield _both(row["tuned"])
     yield f"[{100 * low:+.1f}, {100 * high:+.1f}]" if row["method"] != REFERENCE else ""
     yield f"{100 * row['kept']:.0f}"
-    yield f"{factor * row['plain held out']:.{digits}f}" if "plain" in row else ""
-    yield f"{factor * row['tuned held out']:.{digits}f}"
+    for column in ("plain", "tuned"):
+        worse = column in row and row[column]["held out loss"] > row["base"]["held out loss"]
+        yield _both(row[column], "held out ") + (" +" if worse else "") if column in row else ""
     keys = sorted({key for settings in row["settings"] for key in settings})
     yield "; ".join(f"{key} {', '.join(f'{s[key]:.3g}' for s in row['settings'])}" for key in keys)
+
+
+def _both(scores: dict[str, float], of: str = "") -> str:
+    return f"{100 * scores[f'{of}exact_match']:.1f} / {scores[f'{of}loss']:.2f}"
 
 
 if __name__ == "__main__":

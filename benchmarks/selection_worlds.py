@@ -75,6 +75,7 @@ class Real:
     steps = 20
     batch_size = 8
     new_tokens = 12
+    others = ("clinc_small_talk", "banking77")
 
     @property
     def base(self) -> Path:
@@ -89,8 +90,7 @@ class Real:
         """Return some tasks' rows, and those of the held-out tasks if wanted."""
         tasks = [Task(name, path=str(self.data / f"{name}.jsonl")) for name in names]
         if held_out:
-            others = ("clinc_small_talk", "banking77")
-            tasks += [Task(name, path=str(self.data / f"{name}.jsonl"), role="held_out") for name in others]
+            tasks += [Task(name, path=str(self.data / f"{name}.jsonl"), role="held_out") for name in self.others]
         tokenizer = tokenizer_of(self.base)
         return TaskMixture(tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32)
 

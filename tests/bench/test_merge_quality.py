@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +17,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("merge_quality")
 
 
+def _scores(right: float) -> dict[str, dict[str, float]]:
+    exact = {"a": right, "b": right / 2, "new": right / 4}
+    return {"exact_match": exact, "loss": {task: 1 - score for task, score in exact.items()}}
+
+
 def _merge(seed: int, name: str, right: float, settings: dict[str, float], plain: bool = True) -> dict:
-    scores = {"a": right, "b": right / 2, "new": right / 4}
-    found = {"piece": [seed, "sparse", name], "loss": {"a": 1 - right, "b": 1.0}, "settings": settings, "tuned": scores}
-    return found | ({"plain": {task: score / 2 for task, score in scores.items()}} if plain else {})
+    found = {"piece": [seed, "sparse", name], "loss": {"a": 1 - right, "b": 1.0}, "settings": settings}
+    return found | {"tuned": _scores(right)} | ({"plain": _scores(right / 2)} if plain else {})
 
 
 def test_every_method_of_the_package_is_compared(script) -> None:
@@ -35,16 +38,19 @@ def test_every_method_of_the_package_is_compared(script) -> None:
             assert hasattr(way.method, field)
 
 
-def test_rows_compare_each_method_with_the_singles_and_the_reference(script) -> None:
-    singles = [{"piece": [s, "sparse", t], "exact": v} for s in (0, 1) for t, v in (("a", 0.9), ("b", 0.7))]
+def test_rows_compare_each_method_with_base_singles_and_reference(script) -> None:
+    scores = ((s, t, {"exact_match": {t: v}, "loss": {t: 1 - v}}) for s in (0, 1) for t, v in (("a", 0.9), ("b", 0.7)))
+    singles = [{"piece": [s, "sparse", t], "tested": tested} for s, t, tested in scores]
+    of_base = [{"piece": [s, "", ""], "tested": _scores(0.6)} for s in (0, 1)]
     merges = [_merge(seed, script.REFERENCE, 0.8, {"scale": 0.5}) for seed in (0, 1)]
     merges += [_merge(seed, "TIES", 0.4, {"scale": 0.25, "keep": 0.1}, plain=False) for seed in (0, 1)]
-    options = argparse.Namespace(kinds=["sparse"], seeds=[0, 1])
-    reference, ties = script._rows(singles, merges, options, [script.REFERENCE, "TIES"])
-    assert reference["single"] == ties["single"] == pytest.approx(0.8)
-    assert reference["tuned"] == pytest.approx(0.6)
-    assert reference["plain"] == pytest.approx(0.3)
-    assert reference["tuned held out"] == pytest.approx(0.2)
+    reference, ties = script._rows(of_base, singles, merges, ["sparse"], [script.REFERENCE, "TIES"])
+    assert reference["single"] == ties["single"] == pytest.approx({"exact_match": 0.8, "loss": 0.2})
+    assert reference["base"]["held out loss"] == pytest.approx(0.85)
+    assert reference["tuned"]["exact_match"] == pytest.approx(0.6)
+    assert reference["tuned"]["loss"] == pytest.approx(0.4)
+    assert reference["plain"]["exact_match"] == pytest.approx(0.3)
+    assert reference["tuned"]["held out exact_match"] == pytest.approx(0.2)
     assert reference["kept"] == pytest.approx(0.75)
     assert reference["difference"] == [0, 0]
     assert "plain" not in ties
@@ -52,7 +58,9 @@ def test_rows_compare_each_method_with_the_singles_and_the_reference(script) -> 
     low, high = ties["difference"]  # the pairs differ by -0.4 and -0.2
     assert -0.4 - 1e-6 <= low < -0.3
     assert -0.3 < high <= -0.2 + 1e-6
-    assert ties["loss"] == pytest.approx(0.8)
+    assert ties["validation loss"] == pytest.approx(0.8)
     cells = list(script._cells(ties))
     assert cells[0] == "TIES"
     assert cells[-1] == "keep 0.1, 0.1; scale 0.25, 0.25"
+    assert cells[-2] == "10.0 / 0.90 +", "the base's loss is lower"
+    assert list(script._cells(reference))[-2] == "20.0 / 0.80"
