@@ -63,6 +63,8 @@ METHODS: dict[str, Way] = {
     "RAM+": Way(m.RAMPlus(), {"epsilon": [0.0, 1e-4, 1e-3]}),
     "PCB": Way(m.PCB(), {"keep": [0.05, 0.1, 0.3]}),
     "TSVMerge": Way(m.TSVMerge()),
+    "TSVMerge, rescaled": Way(m.Rescaled()),
+    "SelfRegMean, rescaled": Way(m.Rescaled(m.SelfRegMean())),
     "IsoC": Way(m.IsoC()),
     "IsoCTS": Way(m.IsoCTS(), {"common": [0.5, 0.8, 0.95]}),
     "KnOTS": Way(m.KnOTS()),

@@ -26,6 +26,7 @@ from modular_experts.methods.model_stock import ModelStock
 from modular_experts.methods.pcb import PCB
 from modular_experts.methods.ram import RAM, RAMPlus
 from modular_experts.methods.reg_mean import RegMean, RegMeanPlusPlus, SelfRegMean
+from modular_experts.methods.rescaled import Rescaled
 from modular_experts.methods.sce import SCE
 from modular_experts.methods.set_operations import Difference, Intersection
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP

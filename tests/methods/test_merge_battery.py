@@ -59,6 +59,8 @@ PROMISES = [
     (m.KnOTS(inner=m.TIES(keep=1.0)), {"alone": True}),
     (m.CoreSpace(), {"order": True, "zero": True}),
     (m.CoreSpace(inner=m.SparseAverage()), FULL),
+    (m.Rescaled(), {"alone": True, "order": True, "zero": True}),
+    (m.Rescaled(inner=m.SparseAverage()), {"alone": True, "order": True, "zero": True}),
     (m.SVDAverage(), {"order": True}),
     (m.WUDI(solver="exact"), {"alone": True, "order": True, "zero": True}),
     (m.SelfRegMean(), FULL),
@@ -81,7 +83,9 @@ MADE_DENSE = {
 
 @pytest.mark.parametrize(("method", "promises"), PROMISES, ids=str)
 def test_method_keeps_its_promises(method, promises):
-    check_merge_method(method, sparse=type(method).__name__ not in MADE_DENSE, **promises)
+    inner = getattr(method, "inner", method)
+    kinds = {type(method).__name__, type(inner).__name__}
+    check_merge_method(method, sparse=not kinds & MADE_DENSE, **promises)
 
 
 def test_every_method_is_in_the_battery():
