@@ -56,12 +56,13 @@ def main() -> None:
     parts = options.parts or ([] if options.real else sorted({variant.part for variant in VARIANTS.values()}))
     names = [name for name, variant in VARIANTS.items() if variant.part in parts or name == REFERENCE]
     names = list(dict.fromkeys(names + (REAL if options.real and not options.parts else [])))
+    names = [name for name in names if any(word in name for word in options.only)] if options.only else names
     pieces = [(seed, name, rate) for seed in options.seeds for name in names for rate in _rates(name, options)]
     worlds = {seed: _world(options, seed) for seed in options.seeds}
     assert all(world.base.exists() for world in worlds.values())
     store = JSONLines(work / "results.jsonl")
     measured = [Piece(piece, _measure, (worlds[piece[0]], *piece)) for piece in pieces]
-    with LocalProcesses(os.cpu_count()) as pool:
+    with LocalProcesses(options.processes or os.cpu_count()) as pool:
         run(measured, store, pool, print_progress()).raise_failures()
     rows = _rows([store[piece] for piece in pieces])
     if options.json:
@@ -74,7 +75,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = sorted({variant.part for variant in VARIANTS.values()})
     parser.add_argument("--parts", nargs="+", choices=parts)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only ways with such a word in the name")
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--processes", type=int, help="how many at once; one for each core if not given")
     parser.add_argument("--work", help="directory for bases and results")
     parser.add_argument(
         "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
@@ -186,7 +189,7 @@ def _merged(world: Any, library: Path, variant: Variant) -> dict[str, Any]:
 
 def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row a way, at its better learning rate for singles and for merges, beside the reference."""
-    reference = _best(results, REFERENCE)
+    reference = _best(results, REFERENCE if any(r["variant"] == REFERENCE for r in results) else results[0]["variant"])
     rows = []
     for name in dict.fromkeys(variant for variant in VARIANTS if any(r["variant"] == variant for r in results)):
         best = _best(results, name)

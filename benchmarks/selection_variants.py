@@ -84,6 +84,13 @@ VARIANTS: dict[str, Variant] = {
         "schedules", _sparse(), {"rule": GROW, "score": FisherInformation(), "batches": 4}
     ),
     "entries 5 %: grow and drop, |g|, 4 batches": Variant("schedules", _sparse(), {"rule": GROW, "batches": 4}),
+    "entries 5 %: grow and drop, |g|, from the steps": Variant("steps", _sparse(), {"rule": GROW, "batches": "step"}),
+    "entries 5 %: grow and drop every 3, |g|, from the steps": Variant(
+        "steps", _sparse(), {"rule": GrowAndDrop(every=3), "batches": "step"}
+    ),
+    "entries 5 %: grow and drop half, |g|, from the steps": Variant(
+        "steps", _sparse(), {"rule": GrowAndDrop(replace=0.5), "batches": "step"}
+    ),
     "entries 5 %: grow and drop to the end": Variant("schedules", _sparse(), {"rule": GrowAndDrop(until=1.0)}),
     "entries 5 %: grow and drop, stash": Variant("schedules", _sparse(), {"rule": GROW, "leavers": "stash"}),
     "entries 5 %: |g| anew every 5 steps": Variant("schedules", _sparse(), {"rule": Reselect(every=5, until=0.5)}),

@@ -27,8 +27,9 @@ from modular_experts.injection import expert_layers
 from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.masks import Rule, Score
 from modular_experts.selection.avoid import count_others, open_neighbours, shared_units
-from modular_experts.selection.choice import Scope, Selection
+from modular_experts.selection.choice import Choice, Scope, Selection
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
+from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, selectable_layers
 from modular_experts.text import bytes_text
 
@@ -44,13 +45,18 @@ class MaskSchedule(Schedule):
         rule: When and how the support changes: `SelectOnce`, `Reselect`, `GrowAndDrop` or `DenseThenSparse`. The
             default is the expert type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
             `MaskedExpert`.
-        batches: Training batches over which a gradient is averaged before it is scored, each by its target tokens.
-            With one batch, one layer's gradient is held at a time; with more, as many as `accumulator_mib` allows.
+        batches: Where the gradient comes from that is scored. A number of training batches, of extra forward and
+            backward passes: it is averaged over them, each by its target tokens. Or `step`: it is the gradient of the
+            training step at which the choice is made, over all its micro-batches and ranks. What no step can give (a
+            curvature, a choice before the optimizer is made, a masked expert's score) takes four batches then.
+            With one batch or `step`, one layer's gradient is held at a time; with more batches, or micro-batches, as
+            many as `accumulator_mib` allows.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it, and the entry resumes from it if it comes back. (A masked expert always keeps hidden values.)
         seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
-        accumulator_mib: Memory for gradient accumulators when `batches` is above 1, in MiB. Layers beyond it go in
-            further passes, each of which costs a forward and a backward pass over all batches.
+        accumulator_mib: Memory for gradient accumulators when there are several batches or micro-batches, in MiB.
+            Layers beyond it go in further passes, each of which costs a forward and a backward pass over all batches;
+            in a training step they choose at its first micro-batch.
         scope: Within what entries compete: each weight keeps its own share (`layer`), or each transformer block
             (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
             a weight keeps is then decided once, before the optimizer is made (for masked experts, at each choice).
@@ -65,7 +71,7 @@ class MaskSchedule(Schedule):
         self,
         score: Score | Callable[..., Any] | None = None,
         rule: Rule | None = None,
-        batches: int = 4,
+        batches: int | Literal["step"] = 4,
         leavers: Literal["revert", "stash"] = "revert",
         seed: int | None = None,
         accumulator_mib: int = 1024,
@@ -75,8 +81,8 @@ class MaskSchedule(Schedule):
         penalty: float | None = None,
         support: str | None = None,
     ) -> None:
-        if batches < 1:
-            raise ValueError(f"batches={batches} must be at least 1")
+        if batches != "step" and batches < 1:
+            raise ValueError(f"batches={batches} must be at least 1, or 'step'")
         if penalty is not None and (penalty <= 0 or not avoid):
             raise ValueError(f"penalty={penalty} must be above 0, and takes effect only with experts to avoid")
         if support is not None and (score or rule or avoid or scope != "layer"):
@@ -91,6 +97,9 @@ class MaskSchedule(Schedule):
         self.seconds = 0.0
         self._exchange = Exchange(leavers)
         self._last_position = -1
+        self._step: StepChoice | None = None
+        # Layers that got no gradient when they were due, and the position and the last one of that choice.
+        self._waiting: tuple[list[str], int, int] = ([], 0, 0)
         self.is_default = False
         """Whether a module added it by itself; such a schedule is silent where it has nothing to choose."""
 
@@ -98,6 +107,11 @@ class MaskSchedule(Schedule):
     def resizes(self) -> bool:
         """Whether weights compete for what is kept, or another expert gives the support."""
         return self.scope != "layer" or self.support is not None
+
+    @property
+    def scoring_batches(self) -> int:
+        """Number of batches of a choice that takes extra passes."""
+        return 4 if self.batches == "step" else self.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the experts to avoid, before anything is loaded."""
@@ -153,6 +167,7 @@ class MaskSchedule(Schedule):
             scale, position = trainer.accumulate_grad_batches, trainer.fit_loop.epoch_loop.total_batch_idx
         if position == self._last_position:
             # This is a later micro-batch of the same optimizer step.
+            self._begin_part(trainer, batch_idx)
             return
         self._last_position = position
         last = rule.last_update(scale * module.length.total_steps, scale * module.length.steps_per_epoch)
@@ -163,10 +178,68 @@ class MaskSchedule(Schedule):
             later = overdue or self._rule(layer.expert).is_due(position, last)
             if layer.expert.selects_at_start if position == 0 else later:
                 due[name] = layer
-        if due:
-            for name, units in self.choose(trainer, module, due, position, last).items():
+        within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
+        before = {name: layer for name, layer in due.items() if name not in within}
+        if before:
+            for name, units in self.choose(trainer, module, before, position, last).items():
                 rewind = self._rule(due[name].expert).rewind
                 self._exchange.move(name, due[name], units, trainer.optimizers, position > 0, rewind)
+        self.selections += bool(within) and not before
+        if not within and self._waiting[0]:
+            names, position, last = self._waiting
+            within = {name: layers[name] for name in names}
+        if within:
+            self._choose_in_step(trainer, within, position, last)
+            self._begin_part(trainer, batch_idx)
+
+    def _in_step(self, expert: Selectable) -> bool:
+        """Return whether the next training step can give what an expert's choice needs."""
+        return (
+            self.batches == "step"
+            and expert.chooses_in_step
+            and self._rule(expert).unit == "optimizer_steps"
+            and self._selection().statistic(expert) in ("gradient", "squared_gradient")
+        )
+
+    def _choose_in_step(self, trainer: Trainer, layers: Layers, position: int, last: int) -> None:
+        memory = MemoryWatch(next(iter(layers.values())).matrix.device)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._step = StepChoice(
+            Choice(self._selection(), layers, memory, position, last),
+            trainer.accumulate_grad_batches,
+            self.accumulator_mib * 2**20,
+            partial(trainer.strategy.reduce, reduce_op="mean"),
+            partial(_agree, trainer.world_size),
+            scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
+        )
+
+    def _begin_part(self, trainer: Trainer, batch_idx: int) -> None:
+        if self._step is not None:
+            ends_epoch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+            self._step.next_part(ends_epoch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Move experts to the supports that were chosen in this step's backward pass; their gradients are there."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        chosen, waiting = step.finish()
+        started, choice = time.perf_counter(), step.choice
+        for name, units in chosen.items():
+            self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0)
+        self._waiting = (waiting, choice.position, choice.last)
+        self.seconds += step.seconds + time.perf_counter() - started
+        self.peak_bytes = max(self.peak_bytes, choice.memory.most)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the layers their kernels back if training ended within a step."""
+        if self._step is not None:
+            self._step.finish()
+            self._step = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the layers their kernels back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def choose(
         self, trainer: Trainer, module: TrainedModule, layers: Layers, position: int, last: int, resize: bool = False
@@ -175,9 +248,7 @@ class MaskSchedule(Schedule):
 
         `position`, `last` and `resize` are as for `Selection.choose`.
         """
-        selection = Selection(
-            self.score, self.rule, self.scope, self.block_score == "norm", self.neighbours, self.penalty, self.seed
-        )
+        selection = self._selection()
         started, memory = time.perf_counter(), MemoryWatch(next(iter(layers.values())).matrix.device)
         done = f"chose what is trained in {len(layers)} weights before step {trainer.global_step + 1}"
         shown = activity(trainer, "choosing supports", done)
@@ -191,14 +262,12 @@ class MaskSchedule(Schedule):
         self.passes += passes
         self.seconds += time.perf_counter() - started
         self.peak_bytes = max(self.peak_bytes, memory.most)
-        if trainer.world_size > 1:
-            # Equal scores may differ by rounding between ranks.
-            for name, units in sorted(chosen.items()):
-                count = torch.tensor(units.numel(), device=units.device)
-                distributed.broadcast(count, src=0)
-                chosen[name] = units if units.numel() == int(count) else units.new_empty(int(count))
-                distributed.broadcast(chosen[name], src=0)
-        return chosen
+        return {name: _agree(trainer.world_size, units) for name, units in sorted(chosen.items())}
+
+    def _selection(self) -> Selection:
+        return Selection(
+            self.score, self.rule, self.scope, self.block_score == "norm", self.neighbours, self.penalty, self.seed
+        )
 
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""
@@ -210,7 +279,7 @@ class MaskSchedule(Schedule):
         if hasattr(sampler, "set_epoch"):
             # No training comes to an epoch of this number, so the order is used by no epoch.
             sampler.set_epoch(1_000_003 * (self.seed + 1) + position)
-        drawn = itertools.islice(iter(loader), self.batches)
+        drawn = itertools.islice(iter(loader), self.scoring_batches)
         batches: list[Batch] = [trainer.strategy.batch_to_device(batch) for batch in drawn]
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).double()
         tokens = trainer.strategy.reduce(tokens, reduce_op="mean")
@@ -274,13 +343,25 @@ class MaskSchedule(Schedule):
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes", "peak_bytes")}
         moved = {"touched": dict(self._exchange.touched), "stash": dict(self._exchange.stash)}
-        return counts | {"last_position": self._last_position} | moved
+        return counts | {"last_position": self._last_position, "waiting": self._waiting} | moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("selections", "seconds", "passes", "peak_bytes"):
             setattr(self, name, state_dict[name])
         self._last_position = state_dict["last_position"]
+        # Version 1 had no layers that waited.
+        self._waiting = state_dict.get("waiting", self._waiting)
         self._exchange.touched, self._exchange.stash = dict(state_dict["touched"]), dict(state_dict["stash"])
 
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
+
+
+def _agree(ranks: int, units: Tensor) -> Tensor:
+    """Return the units that the first rank chose; equal scores may differ by rounding between ranks."""
+    if ranks > 1:
+        count = torch.tensor(units.numel(), device=units.device)
+        distributed.broadcast(count, src=0)
+        units = units if units.numel() == int(count) else units.new_empty(int(count))
+        distributed.broadcast(units, src=0)
+    return units

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
+from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
 
 Granularity = Literal["element", "block", "row", "column"]
@@ -37,6 +38,10 @@ class Selectable(Expert):
     selects_at_start: ClassVar[bool] = True
 
     probe: Probe | None = None
+    chooses_in_step: ClassVar[bool] = False
+    """Whether the layer can choose its support inside a training step: its forward pass asks `chooser`."""
+    chooser: KeptGradient | None = None
+    """Makes the gradient of the kept units in the kernel's place, in the step at which the support is chosen."""
 
     def __init__(self, weight: Tensor, keep_ratio: float, granularity: Granularity, block_size: int) -> None:
         super().__init__()
@@ -101,6 +106,10 @@ class Selectable(Expert):
         """Return the layer's output; its backward pass hands the gradient of the weight to `probe`."""
         assert self.probe is not None
         return _ProbedLinear.apply(x, weight, bias, self.probe.leaf, self.probe)
+
+    def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
+        """Return a kernel for units that the expert may keep later, for a layer that computes in `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__} does not choose its support inside a training step")
 
     @property
     def packed(self) -> nn.Parameter | None:

@@ -42,6 +42,7 @@ class SparseExpert(Selectable):
     learning_rate: ClassVar[float] = 2e-3
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
+    chooses_in_step: ClassVar[bool] = True
 
     _written: int | None = None  # version of `values` that the weight holds
     _kernel: tuple[tuple[Any, ...], KeptGradient] | None = None  # the support and dtype of the plan, and the kernel
@@ -76,7 +77,7 @@ class SparseExpert(Selectable):
             self.write(weight)
         if self.probe is not None:
             return self.probed(x, weight, bias)
-        return kept_linear(x, weight, bias, self.values, self.kernel(computed_in(weight)))
+        return kept_linear(x, weight, bias, self.values, self.chooser or self.kernel(computed_in(weight)))
 
     def settings(self) -> dict[str, bool | int | float | str]:
         return super().settings() | {"backend": self.kernel(self.anchor.dtype).name}
@@ -126,8 +127,11 @@ class SparseExpert(Selectable):
         """Return the kernel for a layer that computes in `dtype`; it is planned once for each support."""
         wanted = (self.indices._version, self.indices.device, dtype)
         if self._kernel is None or self._kernel[0] != wanted or self._kernel[1].units is not self.indices:
-            self._kernel = (wanted, make_kernel(self.backend, self.indices, self.shape, self.tile, dtype))
+            self._kernel = (wanted, self.planned(self.indices, dtype))
         return self._kernel[1]
+
+    def planned(self, units: Tensor, dtype: torch.dtype) -> KeptGradient:
+        return make_kernel(self.backend, units, self.shape, self.tile, dtype)
 
     @torch.no_grad()
     def resize(self, weight: Tensor, units: Tensor) -> None:

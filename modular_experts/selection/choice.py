@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modular_experts.experts.selectable import Selectable
 from modular_experts.library import StoredExpert
-from modular_experts.masks import Rule, Score, StreamingTopK
+from modular_experts.masks import GradientStatistic, Rule, Score, StreamingTopK
 from modular_experts.selection.avoid import count_others, crowded, refuse_too_few
 from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, SelectableLayer
 from modular_experts.text import block_of
@@ -64,8 +64,29 @@ class Selection:
         Raises:
             ValueError: A score has another shape than its weight, or the others leave too few units.
         """
-        # Whether old supports count is decided for all layers of a kind together: after a choice among all weights, one
-        # of them may keep everything although training is past its dense start.
+        choice = Choice(self, layers, memory, position, last, resize)
+        by_statistic: dict[str, dict[str, SelectableLayer]] = {}
+        for name, layer in layers.items():
+            by_statistic.setdefault(self.statistic(layer.expert), {})[name] = layer
+        passes = 0
+        for statistic, part in by_statistic.items():
+            if statistic == "none":
+                for name, layer in part.items():
+                    choice.receive(name, torch.zeros((), device=layer.matrix.device).expand(layer.matrix.shape))
+            else:
+                drawn = scoring()
+                getattr(drawn, statistic)(part, choice.receive)
+                passes += drawn.passes
+        return choice.finish(), passes
+
+    def statistic(self, expert: Selectable) -> GradientStatistic:
+        """Return what the score of an expert asks for."""
+        return getattr(self._score(expert), "statistic", "gradient")
+
+    def starts_anew(self, layers: Layers, position: int) -> dict[str, bool]:
+        """Return for each layer whether a choice at `position` ignores its old support."""
+        # It is decided for all layers of a kind together: after a choice among all weights, one of them may keep
+        # everything although training is past its dense start.
         kept, units = Counter[bool](), Counter[bool]()
         for layer in layers.values():
             packed = layer.expert.packed is not None
@@ -74,56 +95,10 @@ class Selection:
         anew = {}
         for name, layer in layers.items():
             packed = layer.expert.packed is not None
-            anew[name] = self._rule(layer.expert).starts_anew(position, kept[packed], units[packed])
+            anew[name] = self.rule_of(layer.expert).starts_anew(position, kept[packed], units[packed])
+        return anew
 
-        # Weights that compete divide among them as many units as they would keep alone.
-        groups = {
-            name: "" if self.scope == "global" else block_of(name) or name
-            for name, layer in layers.items()
-            if self.scope != "layer" and anew[name] and (resize or layer.expert.packed is None)
-        }
-        budgets, total, free = Counter[str](), Counter[str](), Counter[str]()
-        for name, group in groups.items():
-            budgets[group] += layers[name].expert.kept_units
-            total[group] += layers[name].expert.units
-        best = {group: StreamingTopK(budget) for group, budget in budgets.items()}
-        chosen: dict[str, Tensor] = {}
-
-        @torch.no_grad()
-        def receive(name: str, statistic: Tensor) -> None:
-            memory.look()
-            expert = layers[name].expert
-            scores, available = self._unit_scores(name, layers[name], statistic, position)
-            if name in groups:
-                best[groups[name]].add(name, scores)
-                free[groups[name]] += available
-                return
-            if anew[name]:
-                refuse_too_few(available, expert.units, expert.kept_units)
-            before = expert.support_units()
-            k = expert.kept_units if anew[name] else before.numel()
-            rule, change = self._rule(expert), expert.unit_change()
-            chosen[name] = rule.choose(scores, k, before, change, position, last).to(before.dtype)
-
-        by_statistic: dict[str, dict[str, SelectableLayer]] = {}
-        for name, layer in layers.items():
-            statistic = getattr(self._score(layer.expert), "statistic", "gradient")
-            by_statistic.setdefault(statistic, {})[name] = layer
-        passes = 0
-        for statistic, part in by_statistic.items():
-            if statistic == "none":
-                for name, layer in part.items():
-                    receive(name, torch.zeros((), device=layer.matrix.device).expand(layer.matrix.shape))
-            else:
-                drawn = scoring()
-                getattr(drawn, statistic)(part, receive)
-                passes += drawn.passes
-        for group, stream in best.items():
-            refuse_too_few(free[group], total[group], stream.k)
-            chosen |= stream.finish()
-        return chosen, passes
-
-    def _unit_scores(self, name: str, layer: SelectableLayer, statistic: Tensor, position: int) -> tuple[Tensor, int]:
+    def unit_scores(self, name: str, layer: SelectableLayer, statistic: Tensor, position: int) -> tuple[Tensor, int]:
         """Return the score of each unit `(units,)`, lower where other experts are, and how many units may be kept."""
         expert = layer.expert
         torch.manual_seed(zlib.crc32(f"{self.seed}/{position}/{name}".encode()))
@@ -141,5 +116,65 @@ class Selection:
     def _score(self, expert: Selectable) -> Score | Callable[..., Any]:
         return self.score or expert.score
 
-    def _rule(self, expert: Selectable) -> Rule:
+    def rule_of(self, expert: Selectable) -> Rule:
+        """Return the rule of an expert: the one that is set, or its type's."""
         return self.rule or expert.rule
+
+
+class Choice:
+    """One choice, which takes the statistic of one weight after the other, in any order.
+
+    Args:
+        selection: How supports are chosen.
+        layers, memory, position, last, resize: As for `Selection.choose`.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        layers: Layers,
+        memory: MemoryWatch,
+        position: int,
+        last: int,
+        resize: bool = False,
+    ) -> None:
+        self.selection, self.layers, self.memory = selection, layers, memory
+        self.position, self.last = position, last
+        self.chosen: dict[str, Tensor] = {}
+        """The units to keep of each weight for which that is known."""
+        self._anew = selection.starts_anew(layers, position)
+        # Weights that compete divide among them as many units as they would keep alone.
+        self._groups = {
+            name: "" if selection.scope == "global" else block_of(name) or name
+            for name, layer in layers.items()
+            if selection.scope != "layer" and self._anew[name] and (resize or layer.expert.packed is None)
+        }
+        budgets, self._total, self._free = Counter[str](), Counter[str](), Counter[str]()
+        for name, group in self._groups.items():
+            budgets[group] += layers[name].expert.kept_units
+            self._total[group] += layers[name].expert.units
+        self._best = {group: StreamingTopK(budget) for group, budget in budgets.items()}
+
+    @torch.no_grad()
+    def receive(self, name: str, statistic: Tensor) -> None:
+        """Rank the units of one weight, and choose unless it competes with others."""
+        self.memory.look()
+        expert, selection = self.layers[name].expert, self.selection
+        scores, available = selection.unit_scores(name, self.layers[name], statistic, self.position)
+        if name in self._groups:
+            self._best[self._groups[name]].add(name, scores)
+            self._free[self._groups[name]] += available
+            return
+        if self._anew[name]:
+            refuse_too_few(available, expert.units, expert.kept_units)
+        before = expert.support_units()
+        k = expert.kept_units if self._anew[name] else before.numel()
+        rule, change = selection.rule_of(expert), expert.unit_change()
+        self.chosen[name] = rule.choose(scores, k, before, change, self.position, self.last).to(before.dtype)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the units to keep of each weight whose statistic arrived."""
+        for group, stream in self._best.items():
+            refuse_too_few(self._free[group], self._total[group], stream.k)
+            self.chosen |= stream.finish()
+        return self.chosen

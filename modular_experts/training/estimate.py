@@ -128,7 +128,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         choices += schedule.choices(trainer, module, length)
         costs = schedule.costs(short, module)
         # A dense start makes its first choice later than these steps.
-        passes = getattr(schedule, "batches", 1) * probe.forward_backward
+        passes = getattr(schedule, "scoring_batches", 1) * probe.forward_backward
         each = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
     parts = trainer.accumulate_grad_batches
     validations = _validations(trainer, data, length, len(validation))

@@ -23,6 +23,9 @@ from modular_experts.injection import expert_layers
 from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
 from modular_experts.training.module import ExpertModule
 
+STEPS = [(1, 1024), (2, 1024), (2, 0)]
+"""Micro-batches of steps that choose supports, and the memory for their sums."""
+
 
 class Watch(Callback):
     """Keeps supports after each step, and what DDP reduces and sends."""
@@ -49,6 +52,19 @@ def choose_among_all(folder: Path, base: Path, files: dict[str, Path], ranks: in
     trainer = runs.trainer(folder, watch, schedule, max_steps=3, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
     trainer.fit(module, runs.mixture(files, base, seed=0))
     return {"supports": watch.supports, "values": values(module), "passes": schedule.passes}
+
+
+def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int, parts: int, mib: int) -> dict:
+    """Train a few steps that choose supports within; return supports after each, and values."""
+    seed_everything(ranks, verbose=False)
+    rule = GrowAndDrop(every=1, until=1.0, replace=0.4)
+    watch, schedule = Watch(), MaskSchedule(rule=rule, batches="step", seed=0, accumulator_mib=mib)
+    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "accumulate_grad_batches": parts}
+    trainer = runs.trainer(folder, watch, schedule, max_steps=4, **place)
+    trainer.fit(module, runs.mixture(files, base, seed=0))
+    return {"supports": watch.supports, "values": values(module)}
 
 
 def values(module: ExpertModule) -> dict[str, torch.Tensor]:
@@ -87,6 +103,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         found["resumed"] = values(rest)
     for score in (FisherInformation(), GraSP()):
         found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
+    for parts, mib in STEPS:
+        found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

@@ -84,6 +84,20 @@ def test_two_processes_choose_among_all_weights_what_one_chooses(found, score: s
             torch.testing.assert_close(rank[score]["values"][name], values, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("parts", "mib"), ddp_run.STEPS)
+def test_two_processes_choose_within_a_step_what_one_chooses(found, parts: int, mib: int) -> None:
+    """From the gradient that is averaged over ranks; and the chosen entries train by that average."""
+    one, two, _ = found
+    wanted = one[f"step {parts} {mib}"]
+    assert wanted["supports"][parts - 1] != wanted["supports"][-1]
+    for rank in (found[f"step {parts} {mib}"] for found in two):
+        # Before the first step the supports are random.
+        assert rank["supports"][parts - 1 :] == wanted["supports"][parts - 1 :]
+        for name, values in wanted["values"].items():
+            assert values.abs().max() > 1e-3
+            torch.testing.assert_close(rank["values"][name], values, rtol=1e-6, atol=1e-9)
+
+
 def test_only_kept_entries_are_communicated(found) -> None:
     _, (first, _), _ = found
     kept = sum(values.numel() for values in first["values"].values())

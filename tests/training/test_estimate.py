@@ -39,14 +39,20 @@ def test_a_fit_after_the_estimate_is_the_fit_without_it(expert, tiny_llama_dir, 
 
 
 @pytest.mark.parametrize(
-    ("expert", "schedule", "parts"),
-    [(LoRAExpert, None, 1), (SparseExpert, None, 1), (SparseExpert, Reselect(every=2, until=1.0), 2)],
+    ("expert", "schedule", "parts", "batches"),
+    [
+        (LoRAExpert, None, 1, 4),
+        (SparseExpert, None, 1, 4),
+        (SparseExpert, Reselect(every=2, until=1.0), 2, 4),
+        (SparseExpert, None, 1, "step"),
+        (SparseExpert, Reselect(every=2, until=1.0), 2, "step"),
+    ],
 )
 def test_choices_and_validations_are_counted_as_the_fit_makes_them(
-    expert, schedule, parts, tiny_llama_dir, task_files, tmp_path
+    expert, schedule, parts, batches, tiny_llama_dir, task_files, tmp_path
 ):
     trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
-    mask, validations = MaskSchedule(rule=schedule), Validations()
+    mask, validations = MaskSchedule(rule=schedule, batches=batches), Validations()
     run = trainer(tmp_path, mask, validations, max_steps=14, accumulate_grad_batches=parts)
     found = estimate(trained, data, run)
     assert (mask.selections, validations.count) == (0, 0)

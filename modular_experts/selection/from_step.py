@@ -1,0 +1,134 @@
+"""Choose supports from the gradient of a training step that is made anyway, inside of its backward pass.
+
+For this one step a `_Chooser` takes the place of each layer's kernel: it makes the layer's dense gradient, lets the
+score and the rule choose from it, returns the gradient of the units that were chosen, and frees the rest. So a choice
+costs no forward pass and no second backward pass, and one layer's gradient is held at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas.tiles import gather_tiles
+from modular_experts.kernels import KeptGradient
+from modular_experts.selection.choice import Choice
+from modular_experts.selection.scoring import SelectableLayer
+
+
+class StepChoice:
+    """Chooses the supports of packed experts within one optimizer step; the caller then moves the experts to them.
+
+    All layers' output and input gradients are those of the old supports, for nothing moves before the step's last
+    backward pass is over. The packed parameters' `.grad` is then that of the new supports, slot by slot.
+
+    With several micro-batches, gradients are summed over them in the memory of `budget`, and the last micro-batch
+    chooses. A layer beyond the budget chooses at the first micro-batch, and for the others its own kernel makes the
+    gradient of what it chose. Either way the gradient is exactly the sum over all micro-batches.
+
+    Args:
+        choice: Ranks and chooses; its layers all have packed experts.
+        parts: Micro-batches of the step; each one's gradient is divided by this number already.
+        budget: Bytes that accumulators may take, if there are several micro-batches.
+        reduce: Averages a gradient over ranks.
+        agree: Returns the first rank's units on every rank.
+        loss_scale: The factor by which a GradScaler multiplied the loss, or None without one. With one, a layer whose
+            gradient is not finite chooses nothing: its gradient becomes infinite, so that the scaler skips the step.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        parts: int = 1,
+        budget: int = 2**30,
+        reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+        agree: Callable[[Tensor], Tensor] = lambda units: units,
+        loss_scale: float | None = None,
+    ) -> None:
+        self.choice, self.parts, self.loss_scale = choice, parts, loss_scale
+        self.reduce, self.agree = reduce, agree
+        self.seconds = 0.0
+        """What the dense gradients and the choices took."""
+        self.part = 0
+        """The number of the micro-batch at hand, from 1."""
+        self.is_last = False
+        """Whether the micro-batch at hand is the step's last."""
+        for name, layer in choice.layers.items():
+            needed = 4 * layer.expert.shape.numel()
+            sums = parts > 1 and needed <= budget
+            budget -= needed if sums else 0
+            layer.expert.chooser = _Chooser(self, name, layer, sums)
+
+    def next_part(self, is_last: bool) -> None:
+        """Say that another micro-batch begins, and whether the optimizer steps after it."""
+        self.part, self.is_last = self.part + 1, is_last
+
+    def finish(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Give the layers their kernels back; return the units to keep of each, and the names of those without any.
+
+        A layer that no token reached, or whose gradient overflowed, has none.
+        """
+        for layer in self.choice.layers.values():
+            layer.expert.chooser = None
+        chosen = self.choice.finish()
+        return chosen, [name for name in self.choice.layers if name not in chosen]
+
+
+class _Chooser(KeptGradient):
+    """Takes the place of one layer's kernel until its support is chosen."""
+
+    name = "chooser"
+
+    def __init__(self, step: StepChoice, name: str, layer: SelectableLayer, sums: bool) -> None:
+        expert = layer.expert
+        super().__init__(expert.support_units(), expert.shape, expert.tile)
+        self.step, self.weight, self.layer, self.sums = step, name, layer, sums
+        self.total: Tensor | None = None
+        self.kernel: KeptGradient | None = None
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel.gradient(self.kernel.saved(x), grad)
+        started, step = time.perf_counter(), self.step
+        gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
+        if self.sums:
+            self.total = gradient if self.total is None else self.total.add_(gradient)
+            gradient = self.total
+        if self.sums and not step.is_last:
+            packed = self.layer.expert.packed
+            assert packed is not None
+            kept = torch.zeros_like(packed)
+        else:
+            kept = self._choose(step.reduce(gradient), x.dtype)
+            self.total = None
+        step.seconds += time.perf_counter() - started
+        return kept
+
+    def _choose(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """Choose from the dense gradient, and return that of the chosen units."""
+        step, choice = self.step, self.step.choice
+        if step.loss_scale is not None and not bool(gradient.isfinite().all()):
+            return torch.full_like(self._kept(gradient, self.units), torch.inf)
+        # Scores get the mean gradient of the micro-batches, as if the loss had no factor.
+        factor = step.parts / (step.part if self.sums else 1) / (step.loss_scale or 1.0)
+        statistic, version = gradient if factor == 1 else gradient * factor, gradient._version
+        if choice.selection.statistic(self.layer.expert) == "squared_gradient":
+            statistic = statistic.square()
+        device = self.layer.matrix.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            choice.receive(self.weight, statistic)
+        if gradient._version != version:
+            raise ValueError(
+                "the score changed the gradient that it was given, and training needs it; let it return a new tensor"
+            )
+        units = choice.chosen[self.weight] = step.agree(choice.chosen[self.weight])
+        if step.parts > 1 and not self.sums:
+            self.kernel = self.layer.expert.planned(units, dtype)
+        return self._kept(gradient, units)
+
+    def _kept(self, gradient: Tensor, units: Tensor) -> Tensor:
+        return gradient.view(-1)[units] if self.tile == (1, 1) else gather_tiles(gradient, units, self.tile)

@@ -1,0 +1,382 @@
+"""A choice within a training step: the step's own dense gradient chooses, and the chosen units' gradient trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import conftest
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from testbed import runs
+
+from modular_experts.callbacks import MaskSchedule
+from modular_experts.experts import MaskedExpert, SparseExpert
+from modular_experts.injection import expert_layers, inject
+from modular_experts.masks import (
+    SNIP,
+    FisherInformation,
+    GraSP,
+    GrowAndDrop,
+    RandomScore,
+    Reselect,
+    SelectOnce,
+    top_k,
+)
+from modular_experts.selection.choice import Choice, Selection
+from modular_experts.selection.from_step import StepChoice
+from modular_experts.selection.scoring import MemoryWatch, ScoringPass, selectable_layers
+
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
+KINDS = {
+    "element": SPARSE,
+    "block": partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=5),  # it divides no side
+    "column": partial(SparseExpert, keep_ratio=0.2, granularity="column"),
+}
+
+
+class Look(Callback):
+    """Keeps, for each optimizer step, its batches, the weights before it, and supports and gradients at its end."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.after: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if len(self.batches) == trainer.global_step:
+            self.batches.append([])
+            self.before.append({name: layer.matrix.clone() for name, layer in expert_layers(pl_module.model)})
+        self.batches[-1].append(batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        layers = {name: layer.expert for name, layer in expert_layers(pl_module.model)}
+        self.after.append({n: (e.support_units().clone(), e.values.grad.clone()) for n, e in layers.items()})
+
+
+def _fit(base, files, folder, kind, schedule, *callbacks, module=None, **settings) -> tuple[Any, Look]:
+    seed_everything(0, verbose=False)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    trained = runs.module(base, kind, **({"dtype": "float64", "optimizer": optimizer} | (module or {})))
+    look = Look()
+    look.trainer = runs.trainer(folder, schedule, look, *callbacks, **settings)
+    look.trainer.fit(trained, runs.mixture(files, base))
+    return trained, look
+
+
+def _dense(base, look: Look, step: int) -> list[dict[str, torch.Tensor]]:
+    """Return each micro-batch's gradient of the mean loss of a token, of a dense model with the weights of a step."""
+    model = runs.module(base, None, dtype="float64")
+    model.configure_model()
+    weights = {name: model.model.get_parameter(name).requires_grad_(True) for name in look.before[step]}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(look.before[step][name])
+    found = []
+    for batch in look.batches[step]:
+        logits = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        found.append(dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)))
+    return found
+
+
+def _kept(expert: SparseExpert, gradient: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of some units, read from a dense one by a mask of each unit's number."""
+    (height, width), (out, inner) = expert.tile, expert.shape
+    wide = -(-inner // width)
+    rows, columns = torch.arange(out)[:, None], torch.arange(inner)[None]
+    numbers = rows // height * wide + columns // width
+    if expert.tile == (1, 1):
+        return torch.stack([gradient[numbers == unit] for unit in units.tolist()]).view(-1)
+    kept = torch.zeros(len(units), height, width, dtype=gradient.dtype)
+    for place, unit in enumerate(units.tolist()):
+        for row, column in (numbers == unit).nonzero().tolist():
+            kept[place, row % height, column % width] = gradient[row, column]
+    return kept
+
+
+def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """Bit for bit, in float32, and so is the gradient that the kept entries get."""
+    schedule = MaskSchedule(rule=SelectOnce(), batches="step")
+    _, look = _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, module={"dtype": "float32"}, max_steps=2)
+    fresh = runs.module(tiny_llama_dir, SPARSE)
+    fresh.configure_model()
+    fresh.model.train()
+    fresh.trainer = runs.trainer(tmp_path)
+    found: dict[str, torch.Tensor] = {}
+    ScoringPass(fresh.loss, look.batches[0]).gradient(selectable_layers(fresh.model), found.__setitem__)
+    assert len(found) == len(look.after[0]) == 4
+    for name, (units, gradient) in look.after[0].items():
+        assert torch.equal(units, top_k(found[name].abs(), units.numel()))
+        assert torch.equal(gradient, found[name].view(-1)[units])
+        assert torch.equal(look.after[1][name][0], units)
+    assert (schedule.selections, schedule.passes) == (1, 0)
+    assert schedule.seconds > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("parts", "mib"), [(1, 1024), (3, 1024), (3, 0)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_chosen_units_train_by_the_sum_over_micro_batches_of_the_dense_gradient(
+    kind, parts, mib, checkpointing, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """Of the weights as they were before the choice; the last micro-batch chooses, or the first without memory."""
+    rule = GrowAndDrop(every=1, until=1.0, replace=0.5)
+    schedule = MaskSchedule(rule=rule, batches="step", accumulator_mib=mib)
+    module, look = _fit(
+        *(tiny_llama_dir, task_files, tmp_path, KINDS[kind], schedule),
+        module={"gradient_checkpointing": checkpointing},
+        max_steps=3,
+        accumulate_grad_batches=parts,
+    )
+    layers = dict(expert_layers(module.model))
+    moved = 0
+    for step in range(3):
+        gradients = _dense(tiny_llama_dir, look, step)
+        assert len(gradients) == parts
+        for name, (units, gradient) in look.after[step].items():
+            expert = layers[name].expert
+            total = sum(one[name] for one in gradients) / parts
+            # The loss is float32, and so is a third of its gradient.
+            torch.testing.assert_close(gradient, _kept(expert, total, units), rtol=1e-6, atol=1e-9)
+            ranked = expert.unit_scores((total if mib else gradients[0][name]).abs())
+            if step == 0:
+                assert torch.equal(units.long(), ranked.topk(units.numel()).indices.sort().values)
+                continue
+            before = look.after[step - 1][name][0]
+            new = units[~torch.isin(units, before)]
+            outside = ranked.clone()
+            outside[before.long()] = -1
+            assert torch.equal(new.long(), outside.topk(new.numel()).indices.sort().values)
+            moved += new.numel()
+    assert moved >= 12
+    assert schedule.selections == 3
+
+
+def test_the_gradient_that_is_clipped_is_that_of_the_new_support(tiny_llama_dir, task_files, tmp_path) -> None:
+    norms = []
+
+    class Norm(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()
+            found = [p.grad.square().sum() for group in self.param_groups for p in group["params"]]
+            norms.append(float(sum(found).sqrt()))
+            return loss
+
+    schedule = MaskSchedule(rule=SelectOnce(), batches="step")
+    _fit(
+        *(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule),
+        module={"optimizer": partial(Norm, lr=1e-3)},
+        max_steps=1,
+        gradient_clip_val=1e-3,
+    )
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_newcomers_start_without_moments_and_move_in_the_step_that_chose_them(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """Adam's first step of an entry whose moments are zero is known from its gradient alone."""
+    rule = GrowAndDrop(every=2, until=1.0, replace=0.5)
+    schedule = MaskSchedule(rule=rule, batches="step")
+    module, look = _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, max_steps=3)
+    rate = 1e-2 * module.scheduler.factor(2, 3)
+    for name, layer in expert_layers(module.model):
+        units, gradient = look.after[2][name]
+        new = ~torch.isin(units, look.after[1][name][0])
+        mean, square = 0.1 * gradient[new] / (1 - 0.9**3), 0.001 * gradient[new].square() / (1 - 0.999**3)
+        torch.testing.assert_close(layer.expert.values[new].detach(), -rate * mean / (square.sqrt() + 1e-8))
+        assert new.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "passes"),
+    [
+        (SPARSE, {"score": FisherInformation()}, 0),
+        (SPARSE, {"score": RandomScore()}, 0),
+        (SPARSE, {"score": GraSP()}, 3 * 3 * 4),  # three choices of three passes over four batches
+        (SPARSE, {"scope": "global"}, 4),  # only the first choice, before the optimizer is made
+        (partial(MaskedExpert, keep_ratio=0.1), {"rule": Reselect(every=2, until=1.0)}, 4 * 2),
+    ],
+)
+def test_what_a_step_cannot_give_takes_extra_passes(
+    kind, settings, passes, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    settings = {"rule": GrowAndDrop(every=2, until=1.0, replace=0.4), "batches": "step"} | settings
+    schedule = MaskSchedule(**settings)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, kind, schedule, max_steps=5)
+    assert schedule.passes == passes
+    assert schedule.selections == (2 if kind is not SPARSE else 3)
+
+
+def test_fisher_ranks_by_the_square_of_the_steps_gradient(tiny_llama_dir, task_files, tmp_path) -> None:
+    schedule = MaskSchedule(score=FisherInformation(), rule=SelectOnce(), batches="step")
+    _, look = _fit(
+        *(tiny_llama_dir, task_files, tmp_path, KINDS["block"], schedule), max_steps=1, accumulate_grad_batches=2
+    )
+    gradients = _dense(tiny_llama_dir, look, 0)
+    layers = dict(expert_layers(look.trainer.lightning_module.model))
+    for name, (units, _) in look.after[0].items():
+        square = (sum(one[name] for one in gradients) / 2).square()
+        wanted = layers[name].expert.unit_scores(square).topk(units.numel()).indices
+        assert torch.equal(units.long(), wanted.sort().values)
+
+
+class Seen(SNIP):
+    """Ranks by the gradient, and keeps its norm."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "norms", [])
+
+    def __call__(self, weight, gradient, delta):
+        self.norms.append(float(gradient.norm()))
+        return gradient.abs()
+
+
+@pytest.mark.parametrize("mib", [0, 1024])
+def test_a_score_gets_the_mean_gradient_whatever_the_factors_of_the_loss(
+    mib, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    score = Seen()
+    schedule = MaskSchedule(score=score, rule=SelectOnce(), batches="step", accumulator_mib=mib)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    _, look = _fit(
+        *(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule),
+        module={"dtype": "float32"},
+        max_steps=1,
+        accumulate_grad_batches=2,
+        plugins=[_scaled(scaler)],
+    )
+    gradients = _dense(tiny_llama_dir, look, 0)
+    for name in look.after[0]:
+        wanted = (gradients[0][name] + gradients[1][name]) / 2 if mib else gradients[0][name]
+        assert any(norm == pytest.approx(float(wanted.norm()), rel=0.01) for norm in score.norms)
+
+
+def _scaled(scaler: torch.amp.GradScaler) -> MixedPrecision:
+    """Return half precision with a scaler, which Lightning leaves to GPUs."""
+    return MixedPrecision("16-mixed", "cpu", scaler)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_a_choice_waits_while_the_scaled_gradient_overflows(tiny_llama_dir, task_files, tmp_path) -> None:
+    schedule = MaskSchedule(rule=SelectOnce(), batches="step")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-9, growth_interval=1000)
+    module, look = _fit(
+        *(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule),
+        module={"dtype": "float32"},
+        max_steps=4,
+        plugins=[_scaled(scaler)],
+    )
+    assert scaler.get_scale() < 2.0**30
+    names = list(look.after[0])
+    supports = [torch.cat([step[name][0] for name in names]) for step in look.after]
+    first = next(step for step, support in enumerate(supports) if torch.equal(support, supports[-1]))
+    assert first > 0
+    assert schedule.selections == 1
+    assert all(layer.expert.chooser is None for _, layer in expert_layers(module.model))
+    gradients = _dense(tiny_llama_dir, look, first)[0]
+    for name, (units, gradient) in look.after[-1].items():
+        assert gradient.isfinite().all()
+        best = gradients[name].abs().flatten().topk(units.numel()).indices
+        assert torch.isin(units.long(), best).float().mean() > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_between_choices_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+    def run(folder, steps, ckpt=None) -> list[float]:
+        torch.manual_seed(0)
+        losses = runs.Losses()
+        module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+        saving = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+        rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
+        schedule = MaskSchedule(rule=rule, batches="step", leavers="stash")
+        trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
+        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
+        return losses.steps
+
+    whole = run(tmp_path / "whole", 7)
+    for step in (2, 3):
+        assert run(tmp_path / f"from{step}", 7, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]
+
+
+def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    inject(model, SPARSE, ".*")
+    layers = selectable_layers(model)
+    choice = Choice(Selection(**settings), layers, MemoryWatch(torch.device("cpu")), 0, 10)
+    step = StepChoice(choice)
+    step.next_part(True)
+    return model, step
+
+
+def test_a_layer_that_no_token_reached_waits() -> None:
+    model, step = _small_choice()
+    model[1](torch.randn(3, 8)).square().sum().backward()
+    chosen, waiting = step.finish()
+    assert list(chosen) == ["1.weight"]
+    assert waiting == ["0.weight"]
+    assert model[0].expert.chooser is model[1].expert.chooser is None
+
+
+def test_a_score_that_changes_the_gradient_is_refused() -> None:
+    model, _ = _small_choice(score=lambda weight, gradient, delta: gradient.abs_())
+    with pytest.raises(ValueError, match="the score changed the gradient"):
+        model(torch.randn(3, 8)).square().sum().backward()
+
+
+def test_a_random_score_leaves_the_training_s_random_numbers_alone() -> None:
+    model, step = _small_choice(score=lambda weight, gradient, delta: torch.rand(weight.shape) + 0 * gradient)
+    output = model(torch.randn(3, 8)).square().sum()
+    state = torch.get_rng_state()
+    output.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(step.finish()[0]) == 2
+
+
+def test_a_training_that_fails_within_a_step_gives_the_kernels_back(tiny_llama_dir, task_files, tmp_path) -> None:
+    def fails(weight, gradient, delta):
+        raise RuntimeError("no score today")
+
+    model = []
+
+    class Keep(Callback):
+        def on_fit_start(self, trainer, pl_module) -> None:
+            model.append(pl_module.model)
+
+    with pytest.raises(RuntimeError, match="no score today"):
+        _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, MaskSchedule(score=fails, batches="step"), Keep())
+    assert all(layer.expert.chooser is None for _, layer in expert_layers(model[0]))
+
+
+class NoDropout(Callback):
+    def on_fit_start(self, trainer, pl_module) -> None:
+        for part in pl_module.model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+
+
+def test_a_weight_that_is_stored_transposed_chooses_the_same_entries(tiny, task_files, tmp_path) -> None:
+    """GPT-2 stores its weights as (in, out); the choice sees them as (out, in)."""
+    base, pattern = tiny("gpt2"), conftest.TARGETS["gpt2"]
+    schedule = MaskSchedule(rule=SelectOnce(), batches="step")
+    _, look = _fit(
+        *(base, task_files, tmp_path, SPARSE, schedule, NoDropout()), module={"modules": pattern}, max_steps=1
+    )
+    model = runs.module(base, None, dtype="float64")
+    model.configure_model()
+    weights = {name: model.model.get_parameter(name).requires_grad_(True) for name in look.after[0]}
+    (batch,) = look.batches[0]
+    logits = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    for (units, gradient), wanted in zip(
+        look.after[0].values(), torch.autograd.grad(loss, list(weights.values())), strict=True
+    ):
+        flat = wanted.T.reshape(-1)
+        assert torch.equal(units.long(), flat.abs().topk(units.numel()).indices.sort().values)
+        torch.testing.assert_close(gradient, flat[units.long()], rtol=1e-8, atol=1e-12)
