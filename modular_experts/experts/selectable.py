@@ -21,6 +21,7 @@ from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
+from modular_experts.native.sparse_passes import find_sorted
 
 Granularity = Literal["element", "block", "row", "column"]
 
@@ -153,5 +154,14 @@ class _ProbedLinear(torch.autograd.Function):
 
 def carried_slots(before: Tensor, after: Tensor) -> Tensor:
     """Return for each unit of the sorted `after` its slot in the sorted `before`, or -1 for a new unit."""
+    found = find_sorted(before, after)
+    if found is not None:
+        return found
     slots = torch.searchsorted(before, after).clamp(max=before.numel() - 1)
     return torch.where(before[slots] == after, slots, -1)
+
+
+def carried(values: Tensor, slots: Tensor) -> Tensor:
+    """Return what each new slot holds: the value of the slot it had before, or zero for a newcomer."""
+    gone = (slots < 0).view(-1, *[1] * (values.ndim - 1))
+    return values.detach()[slots.clamp(min=0)].masked_fill_(gone, 0)

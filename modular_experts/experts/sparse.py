@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
-from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
+from modular_experts.experts.selectable import Granularity, Selectable, carried, carried_slots
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 
@@ -114,10 +114,7 @@ class SparseExpert(Selectable):
     def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
         self.restore(weight)
         slots = carried_slots(self.indices, units)
-        stays = slots >= 0
-        values = torch.zeros_like(self.values)
-        values[stays] = self.values[slots[stays]]
-        self.values.copy_(values)
+        self.values.copy_(carried(self.values, slots))
         self.indices.copy_(units)
         self.anchor.copy_(self._read(weight))
         self.write(weight)

@@ -71,7 +71,11 @@ class NativeEntries(KeptGradient):
         super().__init__(units, shape, tile)
         assert tile == (1, 1), tile
         rows, columns = rows_and_columns(units, shape)
-        blocks, order = torch.sort(columns // BLOCK, stable=True)
+        # numpy counts instead of comparing where numbers take 16 bits, which is ten times as fast as torch's sort.
+        blocks = columns // BLOCK
+        narrow = blocks.to(torch.int16 if shape[1] < 2**15 * BLOCK else torch.int32)
+        order = torch.from_numpy(narrow.numpy().argsort(kind="stable"))
+        blocks = blocks[order]
         self.starts = _starts(blocks, -(-shape[1] // BLOCK))
         self.places = (rows * BLOCK + columns % BLOCK)[order].to(torch.int32)
         self.order = order.to(torch.int32)

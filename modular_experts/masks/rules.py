@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modular_experts.masks.top_k import top_k
+from modular_experts.masks.top_k import ascending, top_k
 
 Unit = Literal["optimizer_steps", "micro_batches"]
 
@@ -157,11 +157,13 @@ class GrowAndDrop(Rule):
             return top_k(scores, k)
         candidates = scores.clone()
         candidates[kept.long()] = -math.inf
-        exchanged = min(round(self.replace * (1 - step / last) * k), int((candidates > -math.inf).sum()))
-        if exchanged == 0:
+        new = top_k(candidates, round(self.replace * (1 - step / last) * k))
+        # There may be fewer that are not kept already, or left to other experts.
+        new = new[candidates[new.long()] > -math.inf]
+        if new.numel() == 0:
             return kept
-        stay = kept[top_k(change, k - exchanged).long()]
-        return torch.cat([stay, top_k(candidates, exchanged).to(stay.dtype)]).sort().values
+        stay = kept[top_k(change, k - new.numel()).long()]
+        return ascending(torch.cat([stay, new.to(stay.dtype)]))
 
 
 def _check_period(every: int, until: float | str) -> None:

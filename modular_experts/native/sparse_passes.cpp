@@ -169,3 +169,37 @@ extern "C" int add_rounded(const int32_t* places, const float* values, int64_t c
     squares[0] = lost, squares[1] = norm;
     return 0;
 }
+
+// Return how many scores are at or above the bound, or -1 if one is not a number.
+extern "C" int64_t count_at_least(const float* scores, int64_t size, float bound) {
+    int64_t count = 0;
+    int unordered = 0;
+    for (int64_t first = 0; first < size; first += TILE) {
+        const int64_t last = std::min(first + TILE, size);
+        int32_t here = 0;  // narrow, so that the compiler uses vectors
+        for (int64_t i = first; i < last; i++) {
+            here += scores[i] >= bound;
+            unordered |= scores[i] != scores[i];
+        }
+        count += here;
+    }
+    return unordered ? -1 : count;
+}
+
+// Write the places of the scores at or above the bound, in order; `places` has room for one more than there are.
+extern "C" void find_at_least(const float* scores, int64_t size, float bound, int32_t* places) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i++) {
+        places[count] = static_cast<int32_t>(i);  // without a branch, which would be mispredicted at one of ten
+        count += scores[i] >= bound;
+    }
+}
+
+// Write for each of the sorted numbers `after` its place among the sorted numbers `before`, or -1.
+extern "C" void find_sorted(const int32_t* before, int64_t held, const int32_t* after, int64_t count, int64_t* slots) {
+    int64_t slot = 0;
+    for (int64_t i = 0; i < count; i++) {
+        while (slot < held && before[slot] < after[i]) slot++;
+        slots[i] = slot < held && before[slot] == after[i] ? slot : -1;
+    }
+}

@@ -53,6 +53,10 @@ def library() -> ctypes.CDLL | None:
         passes.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
         passes.decode_gaps.argtypes = passes.decode_mask.argtypes = [pointer, number, number, pointer]
         passes.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
+        passes.count_at_least.argtypes = [pointer, number, ctypes.c_float]
+        passes.find_at_least.argtypes = [pointer, number, ctypes.c_float, pointer]
+        passes.find_sorted.argtypes = [pointer, number, pointer, number, pointer]
+        passes.count_at_least.restype, passes.find_at_least.restype, passes.find_sorted.restype = number, None, None
         passes.spread_tiles.restype = passes.pack_entries.restype = number
         passes.decode_gaps.restype = passes.decode_mask.restype = number
     return passes
@@ -214,3 +218,32 @@ def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | 
     numbers, decode = _empty(count, torch.int32), passes.decode_gaps if name == "gaps" else passes.decode_mask
     last = decode(stored.data_ptr(), stored.numel(), count, numbers.data_ptr())
     return numbers, (None if last == -2 else last)
+
+
+def count_at_least(scores: Tensor, bound: float) -> int | None:
+    """Return how many scores `(n,)`, float32, are at or above a bound: -1 if one is NaN; None where not served."""
+    passes = _serving(scores.numel(), [scores], [torch.float32])
+    return passes.count_at_least(scores.data_ptr(), scores.numel(), bound) if passes else None
+
+
+def find_at_least(scores: Tensor, bound: float, count: int) -> Tensor:
+    """Return the places, int32, of the scores at or above a bound, of which `count_at_least` found `count`."""
+    passes, places = library(), _empty(count + 1, torch.int32)
+    assert passes is not None
+    passes.find_at_least(scores.data_ptr(), scores.numel(), bound, places.data_ptr())
+    return places[:count]
+
+
+def find_sorted(before: Tensor, after: Tensor) -> Tensor | None:
+    """Return for each of the sorted numbers `after` its place among the sorted `before`, or -1; None where not served.
+
+    Args:
+        before: Numbers `(n,)` int32, each once.
+        after: Numbers `(m,)` int32, each once.
+    """
+    passes = _serving(after.numel(), [before, after], [torch.int32, torch.int32])
+    if passes is None:
+        return None
+    slots = _empty(after.numel(), torch.int64)
+    passes.find_sorted(before.data_ptr(), before.numel(), after.data_ptr(), after.numel(), slots.data_ptr())
+    return slots

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from modular_experts.experts.selectable import Selectable
+from modular_experts.experts.selectable import Selectable, carried
+from modular_experts.masks.top_k import ascending
 from modular_experts.selection.scoring import SelectableLayer
 
 
@@ -77,7 +78,11 @@ class Exchange:
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
         """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""
         units, earlier = expert.support_units(), self.touched.get(name)
-        return units if earlier is None else torch.unique(torch.cat([earlier.to(units.device), units]))
+        if earlier is None:
+            return units
+        both = ascending(torch.cat([earlier.to(units.device), units]))
+        is_new = both[1:] != both[:-1]
+        return torch.cat([both[:1], both[1:][is_new]])
 
 
 def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None:
@@ -85,12 +90,9 @@ def carry_state(state: dict[str, Any], parameter: Tensor, slots: Tensor) -> None
 
     `slots` has for each new slot the one it had before, or -1 for a newcomer, which starts from zero.
     """
-    stays = slots >= 0
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            moved = torch.zeros_like(value)
-            moved[stays] = value[slots[stays]]
-            value.copy_(moved)
+            value.copy_(carried(value, slots))
 
 
 def optimizer_bytes(optimizers: Iterable[Optimizer]) -> int:

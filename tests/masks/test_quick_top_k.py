@@ -1,0 +1,68 @@
+"""Large weights take compiled passes over the scores; the choice is the same to the last tie."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modular_experts.experts.selectable import carried, carried_slots
+from modular_experts.masks import GrowAndDrop, top_k
+from modular_experts.native.sparse_passes import LEAST
+
+SIZE = 8 * LEAST + 5
+
+
+def _scores(kind: str) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(SIZE, generator=draw)
+    return {
+        "spread": (8 * scores).exp(),
+        "ties": (3 * scores).round(),
+        "zeros": torch.where(scores > 2, scores, torch.tensor(-0.0)),
+        "alike": torch.ones(SIZE),
+        "excluded": torch.where(scores > 1.5, scores, torch.tensor(-math.inf)),
+        "infinite": torch.where(scores > 1.5, torch.tensor(math.inf), scores),
+        # One of 61 scores is sampled, and these are the highest of all: the bound from them is too high.
+        "sampled are high": scores.index_add(0, torch.arange(0, SIZE, 61), torch.full((-(-SIZE // 61),), 50.0)),
+        "falling": -torch.arange(SIZE, dtype=torch.float32),
+    }[kind]
+
+
+@pytest.mark.parametrize("k", [1, 70, SIZE // 20, SIZE // 3, SIZE - 1])
+@pytest.mark.parametrize(
+    "kind", ["spread", "ties", "zeros", "alike", "excluded", "infinite", "sampled are high", "falling"]
+)
+def test_it_is_a_stable_sort_by_falling_score(kind: str, k: int) -> None:
+    scores = _scores(kind)
+    wanted = scores.sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(top_k(scores, k).long(), wanted)
+
+
+@pytest.mark.parametrize("place", [0, 1, SIZE - 1])
+def test_a_score_without_an_order_is_found(place: int) -> None:
+    scores = _scores("spread")
+    scores[place] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        top_k(scores, 9)
+
+
+def test_slots_and_values_follow_their_units() -> None:
+    draw = torch.Generator().manual_seed(1)
+    before, after = (torch.randperm(SIZE, generator=draw)[: 2 * LEAST].sort().values.int() for _ in range(2))
+    slots = carried_slots(before, after)
+    place = {unit: slot for slot, unit in enumerate(before.tolist())}
+    assert slots.tolist() == [place.get(unit, -1) for unit in after.tolist()]
+    values = torch.randn(2 * LEAST, 2, 3)
+    zero = torch.zeros(2, 3)
+    for value, slot in zip(carried(values, slots), slots.tolist(), strict=True):
+        assert torch.equal(value, values[slot] if slot >= 0 else zero)
+
+
+def test_fewer_units_are_exchanged_where_fewer_are_free() -> None:
+    scores = torch.full((20,), -math.inf)
+    scores[[3, 9]] = torch.tensor([2.0, 1.0])
+    kept, change = torch.arange(10, 16), torch.arange(6.0)
+    new = GrowAndDrop(replace=1.0).choose(scores, 6, kept, change, 1, 10)
+    assert new.tolist() == [3, 9, 12, 13, 14, 15]
