@@ -28,8 +28,10 @@ def import_(
 
     The format is found from the files: a PEFT adapter (adapter_config.json), a sparse fine-tuning of composable-sft
     (pytorch_diff.bin), or a full checkpoint (config.json and safetensors), which is compared with its base weight by
-    weight without loading either. A full checkpoint is stored exactly unless keep_ratio or rank is given: as single
-    entries if few moved, else whole. Causal language models only; no code from a file is run.
+    weight without loading either. LoRA, SHiRA and Super-Tuning need nothing else; for any other type that moves
+    weights PEFT must be installed, which loads the adapter onto its base. A full checkpoint is stored exactly unless
+    keep_ratio or rank is given: as single entries if few moved, else whole. Causal language models only; no code from
+    a file is run.
 
     Args:
         source: Directory or hub id of the fine-tuning.
@@ -56,8 +58,14 @@ def import_(
     expert = import_expert(
         source, out, base, revision, source_revision, compression, vocab, tasks or (), overwrite, bar
     )
-    for line in _report(expert, compression) if "account" in expert.record["source"] else ():
+    origin = expert.record["source"]
+    for line in _report(expert, compression) if "account" in origin else ():
         print(line)
+    if "read_with" in origin:
+        print(
+            f"{origin['read_with']} states {origin['stated_weights']} of the deltas; {origin['measured_weights']} are "
+            f"merged weight minus base; logits differ from PEFT's by at most {origin['largest_difference']:.1e}"
+        )
     print(f"{out}: {summary(expert)}")
 
 

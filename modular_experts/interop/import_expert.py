@@ -17,7 +17,7 @@ from modular_experts.deltas import Delta
 from modular_experts.interop.composable_sft import DIFF_FILE, read_composable_sft
 from modular_experts.interop.compression import Compression
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
-from modular_experts.interop.peft import read_peft
+from modular_experts.interop.peft import AskedDeltas, ask_peft, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.interop.spiel import PEFT_TYPE, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
@@ -82,7 +82,8 @@ def import_expert(
     elif adapter is None:
         imported, files = read_composable_sft(directory, opened), [directory / DIFF_FILE]
     else:
-        reader = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else read_peft
+        by_kind = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else ask_peft
+        reader = read_peft if adapter.obstacle() is None else by_kind
         imported, files = reader(adapter, opened), [directory / CONFIG_FILE, adapter.file]
     hashes = {}
     for file in files:
@@ -102,7 +103,7 @@ def import_expert(
                 )
             yield name, delta
         # `write_expert` writes the record, which holds `origin`, after the last delta.
-        if isinstance(imported.deltas, CheckpointDeltas):
+        if isinstance(imported.deltas, CheckpointDeltas | AskedDeltas):
             origin.update(imported.deltas.record())
 
     trained_on = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}

@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 from conftest import build_model
+from peft import LoHaConfig
 from safetensors.torch import load_file, save_file
+from testbed.peft_adapters import save_adapter
 
 from modular_experts.__main__ import main
 from modular_experts.base.files import fingerprint
@@ -158,6 +160,17 @@ def test_a_lora_is_imported_against_the_base_that_it_names(run, place):
     assert expert.record["source"]["format"] == "PEFT adapter"
     assert sorted(expert.record["source"]["sha256"]) == ["adapter_config.json", "adapter_model.safetensors"]
     assert out.startswith("library/lora: LORA, 1 weights")
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT warns of while the adapter is made
+def test_a_type_that_only_peft_reads_is_imported_and_its_check_is_printed(run, place, capsys):
+    save_adapter(place / "base", place / "loha", LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    capsys.readouterr()
+    code, out, err = run("import", "--source", "loha", "--out", "library/loha")
+    assert (code, err) == (0, "")
+    assert "states 2 of the deltas; 0 are merged weight minus base; logits differ from PEFT's by at most " in out
+    assert run("import", "--source", "lora", "--out", "library/lora")[0] == 0
+    assert run("merge", "--experts", "library/loha", "library/lora", "--method", "TIES", "--out", "library/m")[0] == 0
 
 
 def test_a_sparse_file_is_imported_and_merges_with_the_others(run, place):

@@ -1,9 +1,11 @@
-"""Read and write adapters of the library `peft` by their file format; that library need not be installed.
+"""Read and write adapters of the library `peft`, the most common types without that library.
 
-`read.py` (open it first) reads with `files.py` and `terms.py`, what a module's tensors do to its weight.
+`read.py` (open it first) reads three types with `files.py` and `terms.py`, what a module's tensors do to its weight;
+`asked.py` asks PEFT for the deltas of any other type.
 `write.py` writes with `formats.py`, the kinds of adapter, and `verify.py`, which loads the result again.
 """
 
+from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
 from modular_experts.interop.peft.formats import (
     EncodedWeight,
     LoraFormat,
@@ -17,12 +19,14 @@ from modular_experts.interop.peft.write import WrittenAdapter, export, write_pef
 
 __all__ = [
     "AdapterCheck",
+    "AskedDeltas",
     "EncodedWeight",
     "LoraFormat",
     "PeftFormat",
     "ShiraFormat",
     "SupertuningFormat",
     "WrittenAdapter",
+    "ask_peft",
     "export",
     "read_peft",
     "write_peft",

@@ -83,20 +83,21 @@ class AdapterFiles:
         left_out = _ABOUT - {"target_modules", "peft_version"}
         return {name: value for name, value in self.config.items() if name not in left_out and value not in _NOT_SET}
 
-    def check_config(self) -> None:
-        """Raise a ValueError for a kind of adapter, or a field of its configuration, that `read_peft` does not know."""
+    def obstacle(self) -> str | None:
+        """Return why `read_peft` cannot read this: a type, or a field of its configuration, that it does not know."""
         file, kind = self.directory / CONFIG_FILE, self.config.get("peft_type")
-        if kind not in _FIELDS:
-            raise ValueError(f"{file} has peft_type {kind!r}, and only {', '.join(_FIELDS)} can be imported")
+        if not isinstance(kind, str) or kind not in _FIELDS:
+            return f"{file} has peft_type {kind!r}, and only {', '.join(_FIELDS)} can be imported"
         for field, value in self.config.items():
             if value not in _NOT_SET and field not in _ABOUT | _FIELDS[kind]:
-                raise ValueError(f"{file} sets {field} to {value!r}, which may move weights and is not supported")
+                return f"{file} sets {field} to {value!r}, which may move weights and is not supported"
         start = self.config.get("init_lora_weights")
         if start not in _HARMLESS_STARTS:
-            raise ValueError(
+            return (
                 f"{file} sets init_lora_weights to {start!r}, which may have changed the base before training; save "
                 "the adapter with PEFT's path_initial_model_for_weight_conversion"
             )
+        return None
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:

@@ -41,7 +41,8 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
             wrong number, and for a weight that the base ties to another one.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
-    files.check_config()
+    if obstacle := files.obstacle():
+        raise ValueError(obstacle)
     opened = Base.open(base or files.base, revision=None if base else files.revision)
     return ImportedAdapter(
         deltas=_AdapterDeltas(files, opened),

@@ -1,0 +1,256 @@
+"""Adapters of every PEFT type: base plus deltas computes what PEFT computes, or one sentence says why none can."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from safetensors.torch import load_file, save_file
+from testbed.peft_adapters import PEFT_WARNINGS, logits, peft_logits, save_adapter
+from testbed.peft_types import CASES, committed, compare, make_adapter
+from transformers import AutoModelForCausalLM
+
+from modular_experts import merge
+from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.interop.import_expert import import_expert
+from modular_experts.interop.peft import ask_peft
+from modular_experts.interop.peft.asked import exact_form
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_type_is_imported_as_peft_computes_it_or_refused_as_the_table_says(case, tiny, tmp_path):
+    if case == "ADAMSS":
+        pytest.importorskip("sklearn", reason="AdaMSS needs scikit-learn")
+    row, _ = compare(case, tiny, tmp_path)
+    assert row.difference is None or row.difference < 1e-5
+    line = committed().get(case, "")
+    assert line.rsplit("|", 2)[0].rstrip() == row.words(), "write the table anew (testbed/peft_types.py)"
+
+
+def test_the_table_has_a_line_for_every_type_and_no_other():
+    assert list(committed()) == CASES
+
+
+def two_types(base, place):
+    common = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    configs = {"loha": LoHaConfig(r=2, **common), "oft": OFTConfig(r=0, oft_block_size=8, **common)}
+    return {name: save_adapter(base, place / name, config) for name, config in configs.items()}
+
+
+def test_a_loha_and_an_oft_merge_into_the_mean_of_what_peft_merges(tiny_llama_dir, tmp_path):
+    adapters = two_types(tiny_llama_dir, tmp_path)
+    experts = [import_expert(place, tmp_path / "library" / name).path for name, place in adapters.items()]
+    both = merge(experts, "Average", out=tmp_path / "library/both")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in base.named_parameters()}
+    for adapter in adapters.values():
+        tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), adapter)
+        for name, weight in tuned.merge_and_unload().named_parameters():
+            total[name] += (weight.detach().double() - base.get_parameter(name).detach().double()) / 2
+    moved = {name for name, delta in total.items() if delta.any()}
+    assert set(both) == moved
+    assert len(moved) == 4
+    for name in moved:
+        torch.testing.assert_close(both[name].dense().double(), total[name], rtol=0, atol=1e-7)
+
+
+def test_what_is_trained_beside_the_adapters_comes_along(tiny, tmp_path):
+    config = VeraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["norm"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tiny("qwen2"), tmp_path / "vera", config)
+    expert = import_expert(adapter, tmp_path / "library/vera")
+    biases = {f"model.layers.{layer}.self_attn.{name}_proj.bias" for layer in (0, 1) for name in "qkv"}
+    assert biases | {"model.norm.weight", Q} <= set(expert)
+    model = Base.open(tiny("qwen2")).load()
+    with applied(model, [expert]):
+        torch.testing.assert_close(logits(model), peft_logits(tiny("qwen2"), adapter), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def loha(tiny_llama_dir, tmp_path):
+    return make_adapter("LOHA", tiny_llama_dir, tmp_path / "loha")
+
+
+def configure(adapter, **fields):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def refused(adapter, place):
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        import_expert(adapter, place / "library/x")
+    assert not (place / "library/x").exists()
+    return str(caught.value)
+
+
+def test_peft_gets_no_file_model_or_module_that_a_configuration_names(tiny_llama_dir, tmp_path, monkeypatch):
+    adapter = make_adapter("LORA, use_qalora", tiny_llama_dir, tmp_path / "lora")
+    before = (adapter / "adapter_config.json").read_text()
+    for fields, named in (
+        ({"megatron_config": {"a": "b"}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"velora_config": None, "target_modules_file": "x.pt"}, "target_modules_file"),
+        ({"kasa_config": {"beta": {"cache": "x.pt"}}}, "kasa_config"),
+    ):
+        configure(adapter, **fields)
+        assert f"sets {named} to" in refused(adapter, tmp_path)
+        (adapter / "adapter_config.json").write_text(before)
+    shadow = {"peft_type": "SHADOW", "shadow_model": "owner/model", "base_model_name_or_path": str(tiny_llama_dir)}
+    (adapter / "adapter_config.json").write_text(json.dumps(shadow))
+    assert "sets shadow_model to 'owner/model'; PEFT might open or run" in refused(adapter, tmp_path)
+    (adapter / "adapter_config.json").write_text(before)
+    configure(adapter, auto_mapping={"parent_library": "antigravity", "base_model_class": "x"}, revision="other")
+    forbidden, real = [], builtins.__import__
+
+    def watch(name, *rest, **more):
+        forbidden.extend([name] if name == "antigravity" else [])
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", watch)
+    import_expert(adapter, tmp_path / "library/x", base=tiny_llama_dir)
+    assert not forbidden
+
+
+def test_only_peft_files_known_to_fetch_or_import_do_so():
+    """A newer PEFT whose tuners open other things than these must be looked at before its types are imported."""
+    tuners = Path(peft.__file__).parent / "tuners"
+    opens = r"import_module\(|torch_load\(|torch\.load\(|hf_hub_download\(|\.from_pretrained\(|exec\(|pickle\.load"
+    found = {
+        file.relative_to(tuners).as_posix()
+        for file in tuners.rglob("*.py")
+        if any(
+            re.search(opens, line) for line in file.read_text().splitlines() if not re.match(r"\s*(>>>|#|\.\.\.)", line)
+        )
+    }
+    called_by_the_user = {"lora/corda.py", "lora/loraga.py", "lora/arrow.py", "cartridge/utils.py"}
+    refused = {"lora/tp_layer.py", "shadow/model.py", "shadow/diffusion_models.py"}
+    moves_no_weight = {"xlora/model.py", "multitask_prompt_tuning/model.py", "prompt_tuning/model.py"}
+    in_a_text = {"lora/torchao.py", "tuners_utils.py"}
+    assert found - called_by_the_user - refused - moves_no_weight - in_a_text == set()
+
+
+def test_a_pickled_file_is_never_given_to_peft(loha, tmp_path):
+    torch.save(load_file(loha / "adapter_model.safetensors"), loha / "adapter_model.bin")
+    (loha / "adapter_model.safetensors").unlink()
+    assert "adapter_model.bin is pickled, and PEFT gets only safetensors" in refused(loha, tmp_path)
+
+
+def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(loha, tmp_path):
+    file = loha / "adapter_model.safetensors"
+    stored = load_file(file)
+    first = min(stored)
+    for tensors, sentence in (
+        ({key: tensor for key, tensor in stored.items() if key != first}, f"has no {first}"),
+        (stored | {"base_model.model.strange": torch.ones(2)}, "holds the unknown base_model.model.strange"),
+        (stored | {first: torch.ones(3, 5)}, "size mismatch"),
+    ):
+        save_file(tensors, file, metadata={"format": "pt"})
+        assert sentence in refused(loha, tmp_path)
+    file.write_bytes(b"nonsense")
+    assert "is damaged" in refused(loha, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
+        import_expert(loha, tmp_path / "library/x")
+
+
+def test_settings_that_peft_does_not_know_or_refuses_are_told(loha, tmp_path):
+    before = (loha / "adapter_config.json").read_text()
+    for fields, sentence in (
+        ({"peft_type": "LOHAA"}, r"peft_type 'LOHAA', which peft \S+ does not know; did you mean LOHA\?"),
+        ({"peft_type": ["LOHA"]}, r"peft_type \['LOHA'\], which peft"),
+        ({"brand_new": 3}, r"sets brand_new to 3, which peft \S+ does not know"),
+        ({"r": 0}, r"PEFT cannot load .* \(LOHA\): .*`r` should be a positive"),
+        ({"target_modules": ["qq_proj"]}, r"PEFT cannot load .*Target modules .*not found"),
+    ):
+        configure(loha, **fields)
+        assert re.search(sentence, refused(loha, tmp_path))
+        (loha / "adapter_config.json").write_text(before)
+
+
+def test_without_peft_the_sentence_names_the_package(loha, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_peft(name, *rest, **more):
+        if name.split(".")[0] == "peft":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    assert re.search(
+        r"peft_type 'LOHA', and only LORA, SHIRA, SUPERTUNING can be imported without PEFT.*"
+        r"pip install 'modular-experts\[peft\]'",
+        refused(loha, tmp_path),
+    )
+
+
+def test_logits_that_no_delta_explains_are_refused(loha, tiny_llama_dir):
+    asked = ask_peft(loha, tiny_llama_dir, tolerance=0.0)
+    with pytest.raises(ValueError, match=r"was not imported: its logits by PEFT differ by .*, and the tolerance is 0"):
+        list(asked.deltas)
+
+
+def test_deltas_can_be_read_twice_and_say_how_they_were_read(loha, tiny_llama_dir):
+    deltas = ask_peft(loha, tiny_llama_dir).deltas
+    first, second = dict(deltas), dict(deltas)
+    assert all(torch.equal(first[name].dense(), second[name].dense()) for name in first)
+    record = deltas.record()
+    assert (record["read_with"], record["stated_weights"], record["measured_weights"]) == (
+        f"peft {peft.__version__}",
+        4,
+        0,
+    )
+    assert 0 <= record["largest_difference"] < 1e-6
+
+
+def test_an_import_leaves_the_callers_random_numbers_alone(loha, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    import_expert(loha, tmp_path / "library/x")
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 17, 30])
+def test_a_product_of_factors_gets_its_rank_back(rank):
+    draw = torch.Generator().manual_seed(rank)
+    up, down = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((96, rank), (rank, 80)))
+    product = up @ down
+    found = exact_form(product.float())
+    assert isinstance(found, LowRank)
+    assert found.rank == rank
+    assert (found.dense().double() - product).norm() < 2e-6 * product.norm()
+
+
+def test_other_differences_keep_their_entries():
+    full, few = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)), torch.zeros(96, 80)
+    few[3, 5], few[90, 7] = 1.0, -2.0
+    assert isinstance(exact_form(full), Dense)
+    assert torch.equal(exact_form(full).dense(), full)
+    assert isinstance(exact_form(few), Sparse)
+    assert torch.equal(exact_form(few).dense(), few)
+    assert isinstance(exact_form(full[0]), Dense)
+
+
+def test_rounding_of_a_merge_does_not_hide_a_rank():
+    draw = torch.Generator().manual_seed(0)
+    base, up, down = (torch.randn(*shape, generator=draw) for shape in ((96, 80), (96, 3), (3, 80)))
+    moved = (base + 1e-4 * up @ down) - base
+    assert isinstance(exact_form(moved), Dense)
+    found = exact_form(moved, rounding=torch.finfo(torch.float32).eps * base.norm().item())
+    assert isinstance(found, LowRank)
+    assert found.rank == 3
+
+
+def test_dora_and_lora_need_no_peft(tiny_llama_dir, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    expert = import_expert(save_adapter(tiny_llama_dir, tmp_path / "dora", config), tmp_path / "library/dora")
+    assert "read_with" not in expert.record["source"]
