@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from modular_experts.cli.arguments import (
@@ -56,6 +57,11 @@ def explained(
     except (AttributeError, NameError, TypeError, ValueError):
         # A class of the user's may have annotations that Python cannot read; the parser's own words remain.
         pass
+    if "Union subtypes" in sentence:
+        # The parser lists every type that the value is not; its keys, from the outside in, are the option.
+        place = ".".join(re.findall(r'Parser key "([^"]+)"', sentence))
+        given = re.search(r"Given value: (.*?)(?: - |$)", sentence)
+        sentence = f"--{place} cannot be {given[1] if given else 'that'}; --help-all lists what it may be"
     return UsageError(as_typed(sentence, options, short))
 
 
@@ -95,7 +101,7 @@ def _check(option: str, hint: Any, value: Any) -> None:
     if origin in (dict, Mapping) and isinstance(value, dict):
         for key, one in value.items():
             _check(f"{option}.{key}", inner[1], one)
-    elif origin in (list, Sequence):
+    elif origin in (list, Sequence, Iterable):
         if not isinstance(value, list):
             raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
         for one in value:

@@ -19,7 +19,8 @@ from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_pe
 
 Scope = Literal["weight", "global"]
 Rescale = Literal["l1", "none"]
-Zero = Literal["none", "positive", "weight_majority", "majority"]
+# Not `Zero`: jsonargparse would take that name for the one in `consensus.py`, which lacks "majority".
+ZeroOfTIES = Literal["none", "positive", "weight_majority", "majority"]
 KEPT = within("(0, 1]", "is the share of entries kept")
 
 PRESETS: dict[str | None, dict[str, Any]] = {
@@ -76,10 +77,12 @@ class TIES(PrunedElection):
             keep 0.8, scope global, zero weight_majority).
     """
 
-    checks = Checks(PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(Zero), rescale=one_of(Rescale))
+    checks = Checks(
+        PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(ZeroOfTIES), rescale=one_of(Rescale)
+    )
 
     rescale: Rescale = FROM_PRESET
-    zero: Zero = FROM_PRESET  # type: ignore[assignment]
+    zero: ZeroOfTIES = FROM_PRESET  # type: ignore[assignment]
     keep: Shares = FROM_PRESET
     scope: Scope = FROM_PRESET
     preset: Literal["paper", "mergekit", "peft", "fusion_bench", "mttl", "paper-code"] | None = None

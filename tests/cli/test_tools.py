@@ -265,6 +265,11 @@ MISTAKES = [
     ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option --method.density; the options are --method.scale"),
     ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option --method.kep; did you mean --method.keep?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
+    (
+        [*MERGE, "TIES", "--method.zero", "majorty"],
+        2,
+        "--method.zero must be one of none, positive, weight_majority, majority, got majorty; did you mean majority?",
+    ),
     ([*MERGE, "torch.nn.Linear"], 2, "--method: torch.nn.Linear is not a subclass of MergeMethod"),
     (
         [*MERGE, "modular_experts.Averag"],
@@ -314,6 +319,11 @@ def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
         assert err.startswith("error: ")
         assert err.count("\n") == 1, "one line, unwrapped"
         assert sorted(str(path) for path in place.rglob("*")) == before, argv
+
+
+def test_a_setting_may_have_a_value_that_only_the_subclass_knows(run, place):
+    assert run(*MERGE, "TIES", "--method.zero", "majority")[0] == 0
+    assert '"majority"' in json.dumps(open_expert("library/new").record["method"])
 
 
 def test_a_bug_keeps_its_traceback(run, place):
