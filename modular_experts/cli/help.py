@@ -38,6 +38,8 @@ OWN_OPTIONS = {
     "--overwrite": "Replace an expert.",
     "--dry-run": "Only print what would be read, trained and written, and about what memory and time it takes.",
 }
+# Both spellings work; the help shows the usual one.
+_HYPHENS = {"dry_run": "dry-run"}
 _EVERYWHERE = {
     "--config FILE": "YAML file with options; of several, the last wins.",
     "--print_config": "Print all options as such a file, and do nothing.",
@@ -75,7 +77,7 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     wanted = [one for one in called.args.args if one.arg != "self"]
     source = Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
     for place, one in enumerate(wanted, start=len(called.args.defaults) - len(wanted)):
-        option, text = f"--{group}{one.arg}", texts[one.arg]
+        option, text = f"--{group}{_HYPHENS.get(one.arg, one.arg)}", texts[one.arg]
         kind = ast.unparse(one.annotation).removesuffix(" | None")
         shown = _METAVARS.get(kind, f" {one.arg.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
