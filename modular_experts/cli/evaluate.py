@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress, TimeElapsedColumn
 
 # So that a config names the generated tasks by their class alone.
@@ -16,6 +17,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS
+from modular_experts.evaluation.report import every_task
 
 
 def evaluate(
@@ -88,5 +90,10 @@ def evaluate(
             bar(f"measuring {model}", done, total)
 
         found = evaluate_experts(base, mixes, data, max_new_tokens, dtype, out=out, overwrite=overwrite, progress=show)
-    Console(width=80).print(found.table())
+    console = Console(width=80)
+    console.print(found.table())
+    if len(mixes) > 1 and len(found.values("task")) > 1:
+        table = every_task(found).text()
+        if Measurement.get(Console(width=1000), console.options.update(width=1000), table).maximum <= console.width:
+            console.print("", table)
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")

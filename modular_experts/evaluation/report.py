@@ -16,7 +16,7 @@ from modular_experts.reports.tables import Column, Line, Table, number, percent
 def write_report(results: Results, file: Path) -> None:
     """Write the page of what `evaluate` returned, for one model or several."""
     facts, models = results.facts, results.values("model")
-    metric = next(name for name in (*SHARES, "loss") if name in results.values("metric"))
+    metric = _main_metric(results)
     roles = [role for role in ROLES if role in results.values("role")]
     header = [
         element("p", f"modular-experts {facts['versions']['modular-experts']} · {facts['date']}", class_="eyebrow"),
@@ -28,12 +28,7 @@ def write_report(results: Results, file: Path) -> None:
         header += [element("p", f"One test row of {shown['task']}:", class_="note"), _example(shown)]
     sections = [Section("All models", _leader(results, metric, roles[0]), [results.html(), note(_about(results))])]
     if len(models) > 1:
-        columns = [_column(model, metric) for model in models]
-        groups = [
-            [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")] for role in roles
-        ]
-        table = Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
-        sections.append(Section("Every task", _spread(results, metric), [table.html()]))
+        sections.append(Section("Every task", _spread(results, metric), [every_task(results).html()]))
     if rows:
         first: dict[str, Any] = {}
         for row in rows:
@@ -46,6 +41,22 @@ def write_report(results: Results, file: Path) -> None:
     about = {"base": facts["base"], **places, "machine": facts["machine"], "data type": facts["dtype"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     file.write_text(report(f"{len(models)} models compared", header, sections, about), encoding="utf-8")
+
+
+def every_task(results: Results) -> Table:
+    """Return a table with a line for each task, grouped by roles, and a column for each model: its main metric."""
+    metric = _main_metric(results)
+    columns = [_column(model, metric) for model in results.values("model")]
+    groups = [
+        [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")]
+        for role in ROLES
+        if role in results.values("role")
+    ]
+    return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
+
+
+def _main_metric(results: Results) -> str:
+    return next(name for name in (*SHARES, "loss") if name in results.values("metric"))
 
 
 def _example(row: Mapping[str, Any]) -> Html:
