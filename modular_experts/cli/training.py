@@ -11,11 +11,12 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,14 @@ class FitCLI(TrainingCLI):
         """Train, or print with `dry_run` what that would read, train, take and write."""
         if self.config[self.subcommand].dry_run:
             print_estimate(estimate(self.model, self.datamodule, self.trainer))
-        else:
+            return
+        try:
             self.trainer.fit(**kwargs)
+        except BaseException:
+            logger = self.trainer.logger
+            if self.trainer.is_global_zero and not self.trainer.global_step and isinstance(logger, CSVLogger):
+                _remove_empty_log(Path(logger.log_dir))
+            raise
 
     def before_fit(self) -> None:
         """Log that nothing will be kept if no expert is exported."""
@@ -234,6 +241,14 @@ def run(argv: Sequence[str]) -> None:
             # A rank that leaves while another still sends makes gloo abort.
             distributed.barrier()
             distributed.destroy_process_group()
+
+
+def _remove_empty_log(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first step, if it holds only the run's settings."""
+    if folder.is_dir() and {file.name for file in folder.iterdir()} <= {"config.yaml", "hparams.yaml"}:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # it holds the folders of other runs
+            folder.parent.rmdir()
 
 
 def _settings_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -260,6 +260,11 @@ MISTAKES = {
         2,
         "no option --trainer.callbacks.librry; did you mean",
     ),
+    "logger": (
+        ["--trainer.logger", "wandb"],
+        2,
+        "--trainer.logger: there is no class 'wandb'; did you mean WandbLogger?",
+    ),
     "help": (["--model.expert.help", "Nonsense"], 2, "error: --model.expert: there is no class 'Nonsense'"),
     "last": (
         ["--ckpt_path", "last"],
@@ -330,6 +335,7 @@ def test_bad_rows_are_counted_and_nothing_is_trained(place, capsys) -> None:
     assert "a.jsonl:5: " in error
     assert "2 " in error
     assert not Path("library").exists()
+    assert not list(Path().rglob("version_*")), "a run that failed before its first step leaves no log"
 
 
 def test_an_expert_of_another_base_is_refused(place, tmp_path, capsys) -> None:
