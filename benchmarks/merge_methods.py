@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from modular_experts import methods as m
 from modular_experts.tuning import ATLAS, AdaMerging, CoefficientSearch, LoRAHub
@@ -23,12 +23,14 @@ class Way:
         grid: Values to try of settings other than scale and exponent.
         search: The search, if there is no method.
         merges: Merges of the experts that the search has before the experts.
+        labels: Whether it learns from the targets of the `rows`, or from the answers of the `experts` to their inputs.
     """
 
     method: m.MergeMethod = field(default_factory=m.TaskArithmetic)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     search: CoefficientSearch | None = None
     merges: Sequence[m.MergeMethod] = ()
+    labels: Literal["rows", "experts"] = "rows"
 
     @property
     def statistics(self) -> set[str]:
@@ -37,6 +39,9 @@ class Way:
 
 
 KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
+
+REG_MEAN = [m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
+DATA_FREE = [m.SelfRegMean(), m.SparseAverage()]
 
 METHODS: dict[str, Way] = {
     "Average": Way(m.Average()),
@@ -83,6 +88,11 @@ METHODS: dict[str, Way] = {
     "AdaMerging, loss": Way(search=AdaMerging(steps=150, learning_rate=1e-2, start=0.1, objective="loss")),
     "aTLAS": Way(search=ATLAS()),
     "aTLAS, from SparseAverage": Way(search=ATLAS(), merges=[m.SparseAverage()]),
-    "aTLAS, from RegMean": Way(search=ATLAS(), merges=[m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]),
+    "aTLAS, from RegMean": Way(search=ATLAS(), merges=REG_MEAN),
+    "aTLAS, from SelfRegMean": Way(search=ATLAS(), merges=DATA_FREE),
+    "aTLAS, from SelfRegMean, experts' answers": Way(search=ATLAS(), merges=DATA_FREE, labels="experts"),
+    "aTLAS, from SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=DATA_FREE, labels="experts"),
+    "aTLAS, from RegMean, experts' answers": Way(search=ATLAS(), merges=REG_MEAN, labels="experts"),
+    "aTLAS, from RegMean, distilled": Way(search=ATLAS(objective="distill"), merges=REG_MEAN, labels="experts"),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

@@ -129,7 +129,10 @@ def _statistics(world: Experts, kind: str, wanted: set[str]) -> None:
     for statistics in sorted(wanted):
         if not all((path / "statistics" / f"{statistics}.safetensors").exists() for path in experts):
             print(f"taking {statistics} statistics of {kind}", file=sys.stderr, flush=True)
-            take_statistics(experts, statistics, world.mixture(world.tasks), base=str(world.base), overwrite=True)  # type: ignore[arg-type]
+            # Gram matrices need inputs alone; what follows them is what the expert itself writes.
+            labels = "rows" if statistics == "fisher" else "experts"
+            how = {"base": str(world.base), "labels": labels, "max_new_tokens": world.new_tokens, "overwrite": True}
+            take_statistics(experts, statistics, world.mixture(world.tasks), **how)  # type: ignore[arg-type]
 
 
 def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
@@ -141,8 +144,12 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"piece": [seed, kind, name]}
     data = world.mixture(world.tasks)
     data.eval_limit = TUNING_ROWS
-    objective = Objective(world.model, data)
+    own = dict(zip(world.tasks, experts, strict=True))
+    objective = Objective(world.model, data, own if way.labels == "experts" else None, world.new_tokens)
+    found |= {"agreement": objective.agreement} if objective.agreement else {}
     if way.search:
+        if way.search.distills:
+            objective.remember(own)
         merges = [dict(Merged(experts, method)) for method in way.merges]
         with Combination(objective.model, [*merges, *experts], len(merges)) as combination:
             chosen = way.search.search(combination, objective)

@@ -91,7 +91,8 @@ def merge(
 
         check_files_beside([trials_file(out)], overwrite)
         target, bar = out if output == "expert" else None, progress_bar("tuning")
-        tuned = tune_settings(merged.stored, method, tune.data, target, tune.grid, tune.rows, tune.base, overwrite, bar)
+        how = (tune.grid, tune.rows, tune.base, overwrite, bar, tune.labels, tune.expert_of, tune.max_new_tokens)
+        tuned = tune_settings(merged.stored, method, tune.data, target, *how)
         merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
     if output == "checkpoint":

@@ -8,6 +8,7 @@ from typing import Literal
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, progress_bar, statistics_text, summary
+from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture
 from modular_experts.methods import MergeMethod
 from modular_experts.statistics import take_statistics
@@ -25,6 +26,9 @@ def search(
     base: str | None = None,
     overwrite: bool = False,
     merges: list[MergeMethod] | None = None,
+    labels: Literal["rows", "experts"] = "rows",
+    expert_of: dict[str, str] | None = None,
+    max_new_tokens: int = 64,
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
@@ -41,6 +45,9 @@ def search(
         overwrite: Replace an expert, a recipe and trials.
         merges: Methods whose merges of the experts are combined with the experts, as the first ones, such as
             RegMean SparseAverage. Each merge is also written as an expert, named after `out` and the method.
+        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
+        max_new_tokens: The most tokens of an expert's answer.
 
     Examples:
         modular-experts search --experts library/a library/b --algorithm LoRAHub --out library/ab \\
@@ -48,13 +55,17 @@ def search(
         modular-experts search --experts library/a library/b --merges RegMean SparseAverage \\
             --algorithm ATLAS --out library/ab \\
             --data.tasks a.jsonl b.jsonl
+        modular-experts search --experts library/a library/b --labels experts \\
+            --algorithm ATLAS --out library/ab --data.tasks a-inputs.jsonl b-inputs.jsonl
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
     bar = progress_bar("searching")
-    done = search_coefficients(experts, algorithm, data, out, merges or (), rows, base, overwrite, bar)
+    how = (merges or (), rows, base, overwrite, bar, labels, expert_of, max_new_tokens)
+    done = search_coefficients(experts, algorithm, data, out, *how)
     found = done.found
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
+    print_agreement(done.expert.record, done.agreement)
     for expert, values in zip(done.experts, found.coefficients.T, strict=True):
         low, high = values.min().item(), values.max().item()
         spread = f", from {low:.3f} to {high:.3f} by weight" if low < high else ""
@@ -73,6 +84,8 @@ def statistics(
     rows: int = 256,
     base: str | None = None,
     overwrite: bool = False,
+    labels: Literal["rows", "experts"] = "rows",
+    max_new_tokens: int = 64,
 ) -> None:
     """Measure statistics of experts that are to be merged, and store them beside each expert.
 
@@ -87,13 +100,16 @@ def statistics(
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace statistics of this kind.
+        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        max_new_tokens: The most tokens of an expert's answer.
 
     Examples:
         modular-experts statistics --experts library/a library/b --kind gram \\
             --data.tasks a.jsonl b.jsonl
         modular-experts merge --experts library/a library/b --method RegMean --out library/ab
     """
-    found = take_statistics(experts, kind, data, rows, base, overwrite, progress_bar("measuring"))
+    bar = progress_bar("measuring")
+    found = take_statistics(experts, kind, data, rows, base, overwrite, bar, labels, max_new_tokens)
     for directory, stored in zip(experts, found, strict=True):
         place = stored.file.relative_to(stored.file.parents[1])
         print(f"{Path(directory, place)}: {kind} statistics of {statistics_text(stored)}")

@@ -6,8 +6,10 @@ This is a file of its own because jsonargparse runs the imports under TYPE_CHECK
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -30,12 +32,18 @@ class Tuning:
         rows: The most rows of one task, spread evenly over its validation rows.
         grid: Values to try, by setting of the method: {keep: [0.1, 0.2]}; one value fixes it: {scale: [1]}.
         base: The base's directory or hub id; the one in the experts' records by default.
+        labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.
+        expert_of: Directory of the expert of each task, such as {dates: library/dates}; by default the record tells it.
+        max_new_tokens: The most tokens of an expert's answer.
     """
 
     data: TaskMixture
     rows: int = 64
     grid: dict[str, list[Any]] = field(default_factory=dict)
     base: str | None = None
+    labels: Literal["rows", "experts"] = "rows"
+    expert_of: dict[str, str] = field(default_factory=dict)
+    max_new_tokens: int = 64
 
 
 def print_tuning(tuned: Tuned, searched: bool) -> None:
@@ -52,9 +60,23 @@ def print_tuning(tuned: Tuned, searched: bool) -> None:
     Console(markup=False, emoji=False).print(table)
     base, best, tasks = mean_loss(tuned.base), tuned.best.loss, counted(len(tuned.base), "task")
     where = f"on validation rows of {tasks}"
+    print_agreement(tuned.notes, tuned.agreement)
     print(f"chose the best of {len(tuned.trials)} settings {where}: loss {best:.4f}, and {base:.4f} of the base alone")
     if best >= base:
         print("no setting lowers the loss of the base: these experts do not help on these tasks")
     scale = tuned.best.settings.get("scale")
     if searched and scale in (SCALES[0], SCALES[-1]):
         print(f"the best scale, {scale:g}, is at the end of the search; name scales beyond it in --tune.grid.scale")
+
+
+def print_agreement(notes: Mapping[str, Any], agreement: Mapping[str, float]) -> None:
+    """Print how many of the experts' answers match the rows' targets, if experts gave the labels."""
+    if notes["hyperparameters"].get("labels") != "experts":
+        return
+    if not agreement:
+        print("the labels are the answers of the experts; no row has a target to compare them with")
+        return
+    worst = min(agreement, key=agreement.__getitem__)
+    shares = [f"{share:.1%}".replace("%", " %") for share in (fmean(agreement.values()), agreement[worst])]
+    least = f", in {worst} {shares[1]}" if len(agreement) > 1 else ""
+    print(f"the labels are the answers of the experts, of which {shares[0]} match the rows' targets{least}")

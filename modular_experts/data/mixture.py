@@ -11,6 +11,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
@@ -199,6 +200,45 @@ class TaskMixture(LightningDataModule):
             more = "" if self.packing else " (data.packing leaves it out)"
             self._log(logging.INFO, f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
+    def validation_examples(self, targets: bool = True) -> dict[str, list[Example]]:
+        """Return the validation rows of each held-in task.
+
+        Without targets they are inputs for a model to answer, without choices, and rows need no target; one with
+        neither target nor split counts as a validation row. The text of a target that is there stays in the example,
+        so that it can be compared with the answer.
+
+        Raises:
+            ValueError: A row is bad, or a task has no validation rows.
+        """
+        if targets:
+            self.setup("validate")
+            return self._split("validation")
+        if "inputs" in self._examples:
+            return self._examples["inputs"]
+        tokenize, examples, problems = self._row_tokenizer(), {}, list[str]()
+        for task in self.tasks:
+            if not task.held_in:
+                continue
+            rows, bad = task.read(targets=False)
+            rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
+            rows = fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
+            rows = spread_evenly([row for row in rows if row.split == "validation"], self.eval_limit or len(rows))
+            if not (rows or bad):
+                raise ValueError(f"task {task.name!r} has no validation rows; give some rows the split 'validation'")
+            asked = [
+                replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
+                for row in rows
+            ]
+            found, cut, worse = tokenize(task.name, asked)
+            problems += bad + worse
+            self._log_cut(task.name, cut, len(rows), "validation")
+            if not worse:
+                pairs = zip(found, rows, strict=True)
+                examples[task.name] = [replace(example, target=row.target) for example, row in pairs]
+        raise_for_bad_rows(problems)
+        self._examples["inputs"] = examples
+        return examples
+
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
 
@@ -317,12 +357,7 @@ class TaskMixture(LightningDataModule):
                 examples[task.name], cut, bad = tokenize(task.name, rows, learn=split == "train")
                 problems += bad
                 self._truncated[task.name, split] = cut
-                if cut:
-                    self._log(
-                        logging.WARNING,
-                        f"{task.name}: {cut} of {len(rows)} {split} rows are longer than "
-                        f"max_length={self.max_length} and lost their start",
-                    )
+                self._log_cut(task.name, cut, len(rows), split)
             raise_for_bad_rows(problems)
             self._examples[split] = examples
         return self._examples[split]
@@ -334,6 +369,11 @@ class TaskMixture(LightningDataModule):
         if isinstance(tokenizer, str):
             tokenizer = self.tokenizer = Base.open(tokenizer).tokenizer()
         return RowTokenizer(tokenizer, self.max_length, self.chat_template)
+
+    def _log_cut(self, task: str, cut: int, rows: int, split: str) -> None:
+        if cut:
+            longer = f"{cut} of {rows} {split} rows are longer than max_length={self.max_length}"
+            self._log(logging.WARNING, f"{task}: {longer} and lost their start")
 
     def _log(self, level: int, sentence: str) -> None:
         if self.trainer is None or self.trainer.is_global_zero:

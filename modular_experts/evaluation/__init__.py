@@ -2,13 +2,14 @@
 
 Start with `compare.py`: `evaluate` measures a base with several experts in one call, by `measure` of `measure.py`.
 `report.py` writes its page, `scores.py` has the metrics and takes a user's own; `likelihood.py` and `generation.py` run
-the model.
+the model, and `answers.py` takes what it writes as labels.
 """
 
 from __future__ import annotations
 
+from modular_experts.evaluation.answers import agreement, answered
 from modular_experts.evaluation.compare import evaluate
-from modular_experts.evaluation.generation import generate
+from modular_experts.evaluation.generation import answer_text, generate, generate_tokens
 from modular_experts.evaluation.likelihood import (
     answer_logits,
     batch_losses,
@@ -23,12 +24,16 @@ from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores
 __all__ = [
     "TEXT_METRICS",
     "TaskScores",
+    "agreement",
     "answer_logits",
+    "answer_text",
+    "answered",
     "batch_losses",
     "check_packing",
     "choice_log_likelihoods",
     "evaluate",
     "generate",
+    "generate_tokens",
     "greedy_matches",
     "measure",
     "row_sums",

@@ -6,7 +6,7 @@ repetition settings do not change a measurement. Model and tokenizer are left as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,12 +25,35 @@ def generate(
     The labels of the batch show where its prompts end, and `end` what ends an answer beside end-of-sequence. A prompt
     that leaves no room for `max_new_tokens` in the model's context loses tokens on its left.
     """
+    return [
+        answer_text(tokenizer, row, end)
+        for row, end in zip(
+            generate_tokens(model, tokenizer, batch, max_new_tokens), _ends(tokenizer, batch), strict=True
+        )
+    ]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: int | None = None) -> str:
+    """Return the text of generated tokens without the one that ends them, and without white space at its ends."""
+    ended = bool(tokens) and tokens[-1] in (tokenizer.eos_token_id, end)
+    kept = list(tokens[: len(tokens) - ended])
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
+) -> list[list[int]]:
+    """Return the tokens that the model generates for each row, the one that ends the answer included.
+
+    An answer of `max_new_tokens` may have no such token. The arguments are those of `generate`.
+    """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows, context = list(prompts(batch)), getattr(model.config, "max_position_embeddings", None)
     if context is not None:
         rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
-    ends, texts = batch.get("end", [eos] * len(rows)), [""] * len(rows)
+    ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]
     # Rows that end alike are generated together, so that no row stops at the end of another.
     for end in dict.fromkeys(ends):
         chosen = [number for number in range(len(rows)) if ends[number] == end]
@@ -50,9 +73,13 @@ def generate(
             )[:, length:]
         for number, row in zip(chosen, written.tolist(), strict=True):
             stop = next((place for place, token in enumerate(row) if token in stops), len(row))
-            text = tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            texts[number] = str(text).strip()
-    return texts
+            answers[number] = row[: stop + 1]
+    return answers
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, batch: Batch) -> list[int]:
+    """Return the token that ends the answer of each row beside end-of-sequence."""
+    return batch.get("end", [tokenizer.eos_token_id] * len(batch["input_ids"]))
 
 
 @contextmanager

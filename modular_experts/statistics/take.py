@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import Batch, TaskMixture
-from modular_experts.data.batch import Example, ExampleSet
+from modular_experts.data.batch import Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import answered
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.progress import Progress
@@ -35,6 +37,8 @@ def take_statistics(
     base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    labels: Literal["rows", "experts"] = "rows",
+    max_new_tokens: int = 64,
 ) -> list[StoredStatistics]:
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
@@ -46,6 +50,8 @@ def take_statistics(
         base: The base's directory or hub id; what the experts' records name if not given.
         overwrite: Replace statistics of this kind that are there.
         progress: Iterator wrapper, e.g. `tqdm`.
+        labels: `rows` takes the targets of the rows; `experts` needs inputs only, which the expert itself answers.
+        max_new_tokens: The most tokens of such an answer.
 
     Raises:
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
@@ -55,17 +61,25 @@ def take_statistics(
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    if labels not in ("rows", "experts"):
+        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
     names = list(union_of_weights(opened))
     opened_base = Base.open(base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
-    data.setup("validate")
-    examples = [_own_examples(expert, data, rows) for expert in opened]
+    examples = [_own_examples(expert, data, rows, labels) for expert in opened]
     model: Any = opened_base.load("float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    collate: Any = data.val_dataloader().collate_fn  # type: ignore[union-attr]
+    tokenizer: Any = data.tokenizer
+    collate = Collator(RowTokenizer(tokenizer).pad_id)
+    if labels == "experts":
+        for place, (expert, own) in enumerate(zip(opened, examples, strict=True)):
+            with applied(model, expert, check=False):
+                examples[place] = answered(
+                    model, tokenizer, own, collate, data.eval_batch_size, data.max_length, max_new_tokens
+                )
     batches: list[list[Batch]] = []
     for own in examples:
         # Rows of about one length in a batch need little padding. Without a generator of its own, a loader would draw
@@ -77,6 +91,7 @@ def take_statistics(
     def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
         tokens = sum(len(example.tokens.ids) for example in own)
         facts = {"split": "validation", "tokens": tokens, "max_length": data.max_length}
+        facts |= {"labels": labels} if labels == "experts" else {}
         tasks, among = Counter(example.task for example in own), opened if kind == "merged_gram" else ()
         return write_statistics(expert, kind, found.items(), tasks, facts, among, overwrite)
 
@@ -91,14 +106,11 @@ def take_statistics(
     return stored
 
 
-def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int) -> list[Example]:
+def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int, labels: str) -> list[Example]:
     """Return validation rows of the tasks that an expert was trained on, task after task."""
     trained_on = list(map(str, expert.record["tasks"]))
-    loader: Any = data.val_dataloader()
-    by_task: dict[str, list[Example]] = {}
-    for example in loader.dataset.examples:
-        if example.task in trained_on:
-            by_task.setdefault(example.task, []).append(example)
+    found = data.validation_examples(targets=labels == "rows")
+    by_task = {task: examples for task, examples in found.items() if task in trained_on}
     if not by_task:
         raise ValueError(
             f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "

@@ -1,7 +1,8 @@
 """Choose on validation rows how experts are merged: the settings of a method (`tune`), or coefficients (`search`).
 
 The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
-`objective.py` is what both measure, `combination.py` the model that the algorithms of `search` move.
+`objective.py` is what both measure, with labels or with the experts' answers, `measures.py` what a search lowers, and
+`combination.py` the model that the algorithms of `search` move.
 """
 
 from __future__ import annotations

@@ -6,17 +6,14 @@ Both lower a mean over tasks; they differ in what they lower, where they start a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from modular_experts.data.batch import Batch
-from modular_experts.evaluation import answer_logits, batch_losses, row_sums
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
+from modular_experts.tuning.measures import MEASURES, Aim, Measure, check_aim
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
@@ -24,7 +21,7 @@ from modular_experts.tuning.search import CoefficientSearch, Found
 def descend(
     combination: Combination,
     objective: Objective,
-    measured: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    measured: Measure,
     start: Tensor,
     learning_rate: float,
     steps: int,
@@ -36,7 +33,7 @@ def descend(
     Args:
         combination: The objective's model with the experts, inside its `with`.
         objective: The rows to measure on; each step takes the next batch of every task, in turn.
-        measured: Takes a model and a batch; returns a sum and a count for each row, whose ratio is lowered.
+        measured: What is lowered.
         start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` for one of each expert.
         learning_rate: Adam's rate.
         steps: Number of steps.
@@ -68,6 +65,7 @@ def descend(
 
 def _check_descent(search: AdaMerging | ATLAS) -> None:
     name = type(search).__name__
+    check_aim(name, search.objective)
     if search.steps < 1:
         raise ValueError(f"{name}: steps must be at least 1, got {search.steps}")
     if not 0 < search.learning_rate < math.inf:
@@ -85,8 +83,9 @@ class AdaMerging(CoefficientSearch):
         per_weight: A coefficient for each expert and weight (layer-wise, the paper's better one), or one for each
             expert (task-wise).
         objective: `entropy` needs no labels, but a confident wrong answer lowers it too. `loss` is the loss of the
-            targets. (Four sparse experts of the generated suite, one seed, 100 steps at rate 0.02, loss on test words:
-            0.54 with `entropy`, 0.24 with `loss`, 0.31 with a tuned SparseAverage.)
+            targets, `distill` the divergence from what the expert of a row's task predicts. (Four sparse experts of the
+            generated suite, one seed, 100 steps at rate 0.02, loss on test words: 0.54 with `entropy`, 0.24 with
+            `loss`, 0.31 with a tuned SparseAverage.)
         steps: Number of steps.
         learning_rate: Adam's rate; a coefficient moves by about this much in a step.
         start: Every coefficient at the start.
@@ -94,31 +93,22 @@ class AdaMerging(CoefficientSearch):
     """
 
     per_weight: bool = True
-    objective: Literal["entropy", "loss"] = "entropy"
+    objective: Aim = "entropy"
     steps: int = 500
     learning_rate: float = 1e-3
     start: float = 0.3
     largest: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.objective not in ("entropy", "loss"):
-            raise ValueError(f"AdaMerging: objective must be 'entropy' or 'loss', got {self.objective!r}")
         _check_descent(self)
         if not 0 <= self.start <= self.largest < math.inf:
             raise ValueError(f"AdaMerging: start must be from 0 to a finite largest={self.largest}, got {self.start}")
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
-        measured = batch_entropies if self.objective == "entropy" else batch_losses
+        measured = MEASURES[self.objective]
         shape = (len(combination.names) if self.per_weight else 1, combination.experts)
         start, bounds = torch.full(shape, self.start, dtype=torch.float64), (0.0, self.largest)
         return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress, bounds)
-
-
-def batch_entropies(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed entropy in nats where it predicts its target, and the number of target tokens."""
-    logits, _ = answer_logits(model, batch)
-    likelihoods = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return row_sums(batch, -(likelihoods.exp() * likelihoods).sum(-1))
 
 
 @dataclass(frozen=True)
@@ -134,11 +124,14 @@ class ATLAS(CoefficientSearch):
         learning_rate: Adam's rate; a coefficient moves by about this much in a step.
         start: Coefficients of the first merges and experts at the start, in order; the others start at 0. Default: the
             mean of the merges, or without merges all 0, as in the paper.
+        objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
+            their place, or `entropy`.
     """
 
     steps: int = 60
     learning_rate: float = 1e-2
     start: list[float] | None = None
+    objective: Aim = "loss"
 
     def __post_init__(self) -> None:
         _check_descent(self)
@@ -155,4 +148,5 @@ class ATLAS(CoefficientSearch):
         first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
         start = torch.zeros(len(combination.names), combination.experts, dtype=torch.float64)
         start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
-        return descend(combination, objective, batch_losses, start, self.learning_rate, self.steps, progress)
+        measured = MEASURES[self.objective]
+        return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress)

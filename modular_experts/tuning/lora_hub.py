@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
+from modular_experts.tuning.measures import MEASURES, Aim, check_aim
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
@@ -32,14 +33,18 @@ class LoRAHub(CoefficientSearch):
         bound: Largest absolute value of a coefficient.
         penalty: Factor of the mean absolute coefficient, against overfitting few rows.
         seed: Seed of the random steps.
+        objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
+            their place, or `entropy`.
     """
 
     steps: int = 100
     bound: float = 1.5
     penalty: float = 0.05
     seed: int = 0
+    objective: Aim = "loss"
 
     def __post_init__(self) -> None:
+        check_aim("LoRAHub", self.objective)
         if self.steps < 1:
             raise ValueError(f"LoRAHub: steps must be at least 1, got {self.steps}")
         if not 0 < self.bound < math.inf:
@@ -52,12 +57,15 @@ class LoRAHub(CoefficientSearch):
 
         def measured(weights: Tensor) -> float:
             combination.move_to(weights.expand(len(combination.names), -1))
-            trials.append(Trial({"weights": weights.tolist()}, objective.losses()))
+            trials.append(Trial({"weights": weights.tolist()}, objective.losses(MEASURES[self.objective])))
             return trials[-1].loss + self.penalty * weights.abs().mean().item()
 
         start = torch.zeros(combination.experts, dtype=torch.float64)
         best = evolve(measured, start, self.bound, self.steps, self.seed, progress)
         losses = next(trial.losses for trial in trials if trial.settings["weights"] == best.tolist())
+        if self.objective != "loss":
+            combination.move_to(best.expand(len(combination.names), -1))
+            losses = objective.losses()
         return Found(best.repeat(len(combination.names), 1), losses, trials)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -18,10 +19,13 @@ from transformers import PreTrainedModel
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
-from modular_experts.data.batch import Batch, Collator
+from modular_experts.data.batch import Batch, Collator, Example
+from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
-from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation import agreement, answer_logits, answered, batch_losses
 from modular_experts.library import StoredExpert
+from modular_experts.progress import Progress
+from modular_experts.tuning.measures import Measure, prediction
 
 
 @dataclass(frozen=True)
@@ -44,29 +48,64 @@ class Objective:
         model: A causal language model without injected experts; it is switched to evaluation mode.
         data: Held-in tasks, with the model's tokenizer. At most `data.eval_limit` rows of each are measured, spread
             evenly over its file, in batches of `data.eval_batch_size`.
+        answered_by: The expert of each task, whose answers take the place of the targets; the rows need inputs only.
+        max_new_tokens: The most tokens of such an answer.
+        progress: Iterator wrapper of the tasks that are answered, e.g. `tqdm`.
+
+    Attributes:
+        batches: Of each task.
+        agreement: The share of answers that match their row's target, of each task with targets; empty unless experts
+            answer. Nothing else reads these targets.
+        origin: Entries for a record about experts that answered; empty if the labels are the rows' own.
 
     Raises:
         ValueError: A task is held out, which reserves its rows for the test, or it has no validation rows.
     """
 
-    def __init__(self, model: PreTrainedModel, data: TaskMixture) -> None:
-        read_validation_rows(data)
-        loader: Any = data.val_dataloader()
-        self.model, self.batches = model.eval(), dict[str, list[Batch]]()
-        collate, size = Collator(loader.collate_fn.pad_id, texts=False), data.eval_batch_size
-        for task in dict.fromkeys(example.task for example in loader.dataset.examples):
-            rows = [row for row in loader.dataset.examples if row.task == task]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: TaskMixture,
+        answered_by: Mapping[str, Mapping[str, Delta]] | None = None,
+        max_new_tokens: int = 64,
+        progress: Progress = iter,
+    ) -> None:
+        self.model, self.batches, self.agreement = model.eval(), dict[str, list[Batch]](), dict[str, float]()
+        self.origin: dict[str, Any] = {}
+        size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
+        tokenizer: Any = data.tokenizer
+        collate = Collator(RowTokenizer(tokenizer).pad_id, texts=False)
+        for task in examples if answered_by is None else progress(list(examples)):
+            rows = examples[task]
+            if answered_by is not None:
+                with applied(model, answered_by[task], check=False):
+                    asked = replace(collate, texts=True)
+                    rows = answered(model, tokenizer, rows, asked, size, data.max_length, max_new_tokens)
+                if (share := agreement(tokenizer, rows)) is not None:
+                    self.agreement[task] = share
             # Shorter rows first, to save padding.
-            rows.sort(key=lambda row: len(row.tokens.ids))
+            rows = sorted(rows, key=lambda row: len(row.tokens.ids))
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
             self.batches[task] = [move_data_to_device(collate(part), model.device) for part in parts]
 
     @torch.no_grad()
-    def losses(self) -> dict[str, float]:
-        """Return the loss of each task with the model's present weights."""
+    def remember(self, experts: Mapping[str, Mapping[str, Delta]], progress: Progress = iter) -> None:
+        """Keep in each batch what the expert of its task predicts there; `batch_divergences` compares with it.
+
+        The model stands at the base. A token of an answer takes 8 bytes for each of the tokens that are kept of its
+        prediction, at most `KEPT_TOKENS`.
+        """
+        for task in progress(list(self.batches)):
+            with applied(self.model, experts[task], check=False):
+                for batch in self.batches[task]:
+                    batch["prediction"] = prediction(answer_logits(self.model, batch)[0])
+
+    @torch.no_grad()
+    def losses(self, measure: Measure = batch_losses) -> dict[str, float]:
+        """Return the loss of each task with the model's present weights, or what another measure gives."""
         losses = {}
         for task, batches in self.batches.items():
-            parts = [batch_losses(self.model, batch) for batch in batches]
+            parts = [measure(self.model, batch) for batch in batches]
             summed = math.fsum(sums.sum().item() for sums, _ in parts)
             losses[task] = summed / sum(int(counts.sum()) for _, counts in parts)
         return losses
@@ -77,33 +116,106 @@ class Objective:
             return self.losses()
 
 
-def read_validation_rows(data: TaskMixture) -> None:
-    """Read and tokenise the validation rows; raise ValueError if a task is held out or has none."""
+def read_validation_rows(data: TaskMixture, targets: bool = True) -> dict[str, list[Example]]:
+    """Read and tokenise the validation rows of each task, with their targets or as inputs alone.
+
+    Raises:
+        ValueError: A task is held out or has no validation rows.
+    """
     if held_out := [name for name, role in data.roles.items() if role == "held_out"]:
         names = ", ".join(held_out)
         raise ValueError(f"{names}: the rows of a held-out task are reserved for the test; leave the task out")
-    data.setup("validate")
+    return data.validation_examples(targets)
+
+
+Labels = Literal["rows", "experts"]
 
 
 def objective_on_base(
-    experts: Sequence[StoredExpert], data: TaskMixture, rows: int = 64, base: str | None = None
+    experts: Sequence[StoredExpert],
+    data: TaskMixture,
+    rows: int = 64,
+    base: str | None = None,
+    labels: Labels = "rows",
+    expert_of: Mapping[str, str | Path] | None = None,
+    max_new_tokens: int = 64,
+    progress: Progress = iter,
+    distills: bool = False,
 ) -> Objective:
     """Return the objective on the base of stored experts, loaded on the GPU if there is one.
 
-    The arguments are those of `tune`; the data gets the base's tokenizer unless it has one.
+    The arguments are those of `search`; the data gets the base's tokenizer unless it has one. With `distills` the
+    objective also keeps the predictions of each task's own expert.
 
     Raises:
-        ValueError: The experts were trained on another base, or `Objective` refuses the data; nothing has been loaded.
+        ValueError: The experts were trained on another base, a task's expert cannot be told, or `Objective` refuses
+            the data; nothing has been loaded.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    if labels not in get_args(Labels):
+        raise ValueError(
+            f"labels={labels!r} must be 'rows', for the targets of the rows, or 'experts', for their answers"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
+    by_experts = labels == "experts"
+    if expert_of and not (by_experts or distills):
+        raise ValueError("expert_of says whose expert answers a task; add labels=experts, or leave it out")
+    own = own_experts(experts, list(data.roles), expert_of) if by_experts or distills else {}
     opened = Base.open(base, experts)
     data.tokenizer = data.tokenizer or opened.tokenizer()
     data.eval_limit = min(rows, data.eval_limit or rows)
     # A task that is refused is refused before the base is loaded.
-    read_validation_rows(data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Objective(opened.load().to(device), data)  # type: ignore[arg-type]
+    read_validation_rows(data, targets=not by_experts)
+    model: Any = opened.load()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    objective = Objective(model, data, own if by_experts else None, max_new_tokens, progress)
+    if own:
+        objective.origin = {"labels": labels, "expert_of": {task: expert.name for task, expert in own.items()}}
+        objective.origin |= {"max_new_tokens": max_new_tokens, "agreement": objective.agreement} if by_experts else {}
+    if distills:
+        objective.remember(own, progress)
+    return objective
+
+
+def own_experts(
+    experts: Sequence[StoredExpert], tasks: Sequence[str], expert_of: Mapping[str, str | Path] | None = None
+) -> dict[str, StoredExpert]:
+    """Return the expert of each task: the one that `expert_of` gives, or the one whose record names the task.
+
+    Of several records that name the task, that of the fewest tasks counts, so that a merge does not answer for its
+    parents.
+
+    Args:
+        experts: The experts that are merged.
+        tasks: The tasks.
+        expert_of: Directories of experts, all among `experts`, by task.
+
+    Raises:
+        ValueError: No record or several records name a task, or `expert_of` gives it an expert that is not there.
+    """
+    given, found = dict(expert_of or {}), {}
+    for task in given:
+        if task not in tasks:
+            raise ValueError(f"expert_of names {task!r}, which is not a task of the data; they are {', '.join(tasks)}")
+    for task in tasks:
+        if task in given:
+            places = [expert for expert in experts if expert.path.resolve() == Path(given[task]).resolve()]
+            if not places:
+                listed = ", ".join(str(expert.path) for expert in experts)
+                raise ValueError(f"expert_of gives {task} the expert {given[task]}, which is not among {listed}")
+            found[task] = places[0]
+            continue
+        named = [expert for expert in experts if task in expert.record["tasks"]]
+        fewest = min((len(expert.record["tasks"]) for expert in named), default=0)
+        named = [expert for expert in named if len(expert.record["tasks"]) == fewest]
+        if len(named) != 1:
+            why = f"the records of {' and '.join(str(one.path) for one in named)} name" if named else "no record names"
+            example = f"expert_of={{{task}: {(named or list(experts))[0].path}}}"
+            raise ValueError(f"{why} the task {task}; name the expert that answers it, such as {example}")
+        found[task] = named[0]
+    return found
 
 
 def mean_loss(losses: Mapping[str, float]) -> float:

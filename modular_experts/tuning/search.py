@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import Objective, Trial, objective_on_base
+from modular_experts.tuning.objective import Labels, Objective, Trial, objective_on_base
 from modular_experts.tuning.recipe import (
     as_methods,
     check_files_beside,
@@ -54,6 +54,11 @@ class CoefficientSearch(ABC):
     def check(self, experts: int) -> None:  # noqa: B027 - most settings fit any number
         """Raise ValueError if the settings do not fit this number of experts and merges, before the base is loaded."""
 
+    @property
+    def distills(self) -> bool:
+        """Whether it compares with the predictions of each task's own expert, which the objective then keeps."""
+        return getattr(self, "objective", None) == "distill"
+
     @abstractmethod
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         """Return the coefficients; the model may be left at any of them.
@@ -77,6 +82,8 @@ class Searched:
         base: The losses of the base alone, by task.
         recipe: The YAML file that `merge --config` takes to make the expert again.
         trials: The JSON file of the trials.
+        agreement: The share of the experts' answers that match the target of their row, by task with targets; empty
+            unless experts gave the labels.
     """
 
     expert: StoredExpert
@@ -85,6 +92,7 @@ class Searched:
     base: dict[str, float]
     recipe: Path
     trials: Path
+    agreement: dict[str, float]
 
 
 def search(
@@ -97,6 +105,9 @@ def search(
     base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    labels: Labels = "rows",
+    expert_of: Mapping[str, str | Path] | None = None,
+    max_new_tokens: int = 64,
 ) -> Searched:
     """Find how much of each expert to merge by the loss on validation rows, and write the merge.
 
@@ -111,6 +122,11 @@ def search(
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
         progress: Iterator wrapper, e.g. `tqdm`.
+        labels: `rows` takes the targets of the rows. `experts` needs no targets: the expert of each task generates an
+            answer to every row, which takes the target's place.
+        expert_of: Directories of experts, all among `experts`, by the task that they answer; by default the expert
+            whose record names the task.
+        max_new_tokens: The most tokens of such an answer.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
@@ -132,7 +148,8 @@ def search(
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
     lazy = [Merged(opened, method) for method in merges]
-    objective = objective_on_base(opened, data, rows, base)
+    told = (labels, expert_of, max_new_tokens, progress, algorithm.distills)
+    objective = objective_on_base(opened, data, rows, base, *told)
     before = objective.losses()
     held = [{name: one[name] for name in progress(list(one))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:
@@ -141,8 +158,8 @@ def search(
         write_expert(place, deltas, merged.record(), overwrite)
     combined = [*places, *map(str, experts)]
     method, per_weight = as_methods(combination.names, found.coefficients)
-    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows}
+    settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows, **objective.origin}
     notes = record_notes(settings, found.losses)
     expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
     recipe, trials = write_recipe(out, combined, method, per_weight), write_trials(out, found.trials)
-    return Searched(expert, combined, found, before, recipe, trials)
+    return Searched(expert, combined, found, before, recipe, trials, objective.agreement)

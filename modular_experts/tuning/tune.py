@@ -20,7 +20,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import settings_of, with_settings
 from modular_experts.progress import Progress
 from modular_experts.text import did_you_mean
-from modular_experts.tuning.objective import Objective, Trial, objective_on_base
+from modular_experts.tuning.objective import Labels, Objective, Trial, objective_on_base
 from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
 
 SCALES = [float(f"{10 ** (step / 40):.4g}") for step in range(-40, 25)]
@@ -36,6 +36,7 @@ class Tuned:
         best: The trial of the lowest mean loss, the earliest of equals.
         trials: All trials, in order.
         base: The losses of the base alone, by task.
+        agreement: As `Searched.agreement`.
         notes: Entries about the choice for the record of a merge.
         expert: The merge, if it was written.
     """
@@ -44,6 +45,7 @@ class Tuned:
     best: Trial
     trials: list[Trial]
     base: dict[str, float]
+    agreement: dict[str, float]
     notes: dict[str, Any]
     expert: StoredExpert | None = None
 
@@ -58,6 +60,9 @@ def tune(
     base: str | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    labels: Labels = "rows",
+    expert_of: Mapping[str, str | Path] | None = None,
+    max_new_tokens: int = 64,
 ) -> Tuned:
     """Choose the settings of a merge method by the lowest mean loss over tasks, and merge if `out` is given.
 
@@ -75,6 +80,7 @@ def tune(
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
         progress: Iterator wrapper, e.g. `tqdm`.
+        labels, expert_of, max_new_tokens: Whether the tasks' own experts answer the rows, as for `search`.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
@@ -90,7 +96,8 @@ def tune(
     opened = [expert for expert in experts if isinstance(expert, StoredExpert)]
     if len(opened) < max(len(experts), 1):
         opened = open_experts([expert.path if isinstance(expert, StoredExpert) else expert for expert in experts])
-    objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base)
+    told = (labels, expert_of, max_new_tokens, progress)
+    objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base, *told)
     most = len(combinations) * (1 if scales is None else len(scales) or MOST_SCALES)
     candidates = itertools.chain.from_iterable(
         _trials(opened, one, settings, scales, objective) for one, settings in zip(methods, combinations, strict=True)
@@ -101,12 +108,12 @@ def tune(
     if best.loss == math.inf:
         raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
     chosen = with_settings(method, best.settings)
-    settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows}
+    settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows, **objective.origin}
     base_losses, notes, expert = objective.losses(), record_notes(settings, best.losses), None
     if out is not None:
         expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)
         write_trials(out, trials)
-    return Tuned(chosen, best, trials, base_losses, notes, expert)
+    return Tuned(chosen, best, trials, base_losses, objective.agreement, notes, expert)
 
 
 def _choices(

@@ -154,6 +154,57 @@ def test_search_lowers_the_loss_and_its_recipe_merges_to_the_same(
     assert ("per_weight" in recipe) == (algorithm != "LoRAHub")
 
 
+EXPERT_OF = "{upper: library/0, reverse: library/1}"
+
+
+@pytest.mark.parametrize("objective", ["loss", "distill"])
+def test_experts_answer_inputs_in_the_place_of_labels(run, place, tasks, task_files, objective):
+    inputs = []
+    for task in json.loads(tasks):
+        rows = [json.loads(line) for line in task_files[task["name"]].read_text().splitlines()]
+        file = place / f"{task['name']}.jsonl"
+        file.write_text("".join(json.dumps({key: row[key] for key in ("input", "split")}) + "\n" for row in rows))
+        inputs.append({**task, "path": str(file)})
+    answered = ["--labels", "experts", "--expert_of", EXPERT_OF, "--max_new_tokens", "4"]
+    how = [*answered, "--algorithm", "ATLAS", "--algorithm.steps", "3", "--algorithm.objective", objective]
+    for out, data in (("ab", tasks), ("inputs", json.dumps(inputs))):
+        code, shown, err = run("search", *EXPERTS, *how, "--data.tasks", data, "--out", f"library/{out}")
+        assert (code, err) == (0, "")
+        record = open_expert(f"library/{out}").record["hyperparameters"]
+        assert record["labels"] == "experts"
+        assert record["expert_of"] == {"upper": "0", "reverse": "1"}
+        assert record["max_new_tokens"] == 4
+        assert record["agreement"] == ({"upper": 0.0, "reverse": 0.0} if out == "ab" else {})
+        wanted = {"ab": "of which 0.0 % match the rows' targets, in upper 0.0 %", "inputs": "no row has a target"}
+        assert wanted[out] in shown
+    assert open_expert("library/ab").content_hash == open_expert("library/inputs").content_hash
+
+
+def test_a_merge_is_tuned_on_the_answers_of_the_experts(run, place, tasks):
+    how = ["--method", "SparseAverage", "--tune.data.tasks", tasks, "--tune.grid.exponent", "[0]"]
+    assert run("merge", *EXPERTS, *how, "--out", "library/rows")[0] == 0
+    answered = ["--tune.labels", "experts", "--tune.expert_of", EXPERT_OF, "--tune.max_new_tokens", "4"]
+    code, out, err = run("merge", *EXPERTS, *how, *answered, "--out", "library/answers")
+    assert (code, err) == (0, "")
+    assert "the labels are the answers of the experts" in out
+    rows, answers = (open_expert(f"library/{name}").record for name in ("rows", "answers"))
+    assert answers["hyperparameters"]["labels"] == "experts"
+    assert "labels" not in rows["hyperparameters"]
+    assert answers["scores"]["val_loss"] != rows["scores"]["val_loss"]
+
+
+def test_distilling_needs_the_experts_of_labelled_rows_too(run, place, tasks):
+    how = ["--algorithm", "AdaMerging", "--algorithm.steps", "2", "--algorithm.objective", "distill"]
+    how += ["--data.tasks", tasks, "--out", "library/ab"]
+    code, _, err = run("search", *EXPERTS, *how)
+    assert code == 1
+    assert "no record names the task upper; name the expert that answers it, such as expert_of={upper: " in err
+    assert run("search", *EXPERTS, *how, "--expert_of", EXPERT_OF)[0] == 0
+    record = open_expert("library/ab").record["hyperparameters"]
+    assert record["labels"] == "rows"
+    assert record["expert_of"] == {"upper": "0", "reverse": "1"}
+
+
 def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tasks):
     merges = ["--merges", "[SparseAverage, {class_path: TIES, init_args: {keep: 0.5}}]"]
     still = ["--algorithm", "ATLAS", "--algorithm.steps", "1", "--algorithm.learning_rate", "1e-12"]
@@ -253,6 +304,19 @@ MISTAKES = [
     ),
     ([*SEARCH, "--data.tasks", "TASKS", "--merges", "[Ties]"], 2, "did you mean TIES?"),
     ([*SEARCH, "--data.tasks", "HELD_OUT"], 1, "reserved for the test; leave the task out"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--labels", "experts"], 1, "no record names the task upper"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--labels", "expert"], 2, "did you mean experts?"),
+    ([*SEARCH, "--data.tasks", "TASKS", "--expert_of", EXPERT_OF], 1, "add labels=experts, or leave it out"),
+    (
+        [*SEARCH, "--data.tasks", "TASKS", "--labels", "experts", "--max_new_tokens", "0"],
+        1,
+        "max_new_tokens=0 must be at least 1 token",
+    ),
+    (
+        [*SEARCH, "--data.tasks", "HELD_OUT", "--labels", "experts", "--expert_of", EXPERT_OF],
+        1,
+        "reserved for the test; leave the task out",
+    ),
 ]
 
 

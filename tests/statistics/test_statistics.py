@@ -279,6 +279,31 @@ def test_only_validation_rows_of_the_experts_own_tasks_are_looked_at(place):
     assert after[1] == before[1]
 
 
+def test_statistics_of_the_answers_of_each_expert_read_no_targets(place):
+    answers = ["--labels", "experts", "--max_new_tokens", "3"]
+    rows = [json.loads(line) for line in Path("upper.jsonl").read_text().splitlines()]
+    assert take("gram", *answers) == 0
+    before = Path("library/upper/statistics/gram.safetensors").read_bytes()
+    write_rows(Path("upper.jsonl"), [{key: row[key] for key in ("input", "split")} for row in rows])
+    assert take("gram", *answers, "--overwrite", "true") == 0
+    assert Path("library/upper/statistics/gram.safetensors").read_bytes() == before
+    expert = open_expert("library/upper")
+    model, tokenizer = (getattr(Base.open(expert.record["base"]["id"]), what)() for what in ("load", "tokenizer"))
+    with applied(model, [expert]), torch.no_grad():
+        answered = []
+        for row in rows:
+            ids = tokenizer(row["input"], return_tensors="pt")["input_ids"]
+            start = ids.shape[1]
+            while ids.shape[1] < start + 3 and (ids.shape[1] == start or ids[0, -1] != tokenizer.eos_token_id):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            answered += [(ids, start)] if row["split"] == "validation" else []
+        x = hooked_inputs(model, answered, LINEAR[:1])[LINEAR[0]]
+    found = open_statistics(expert, "gram")
+    torch.testing.assert_close(found[f"{LINEAR[0]}.weight"].values, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert found.facts["tasks"] == {"upper": len(answered)}
+    assert found.facts["data"]["labels"] == "experts"
+
+
 def test_mistakes_are_one_sentence(place, capsys):
     def refused(sentence, *arguments, code=1):
         assert main(["statistics", *arguments]) == code

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from modular_experts.data.batch import IGNORED
 from modular_experts.tuning import AdaMerging, Combination
-from modular_experts.tuning.gradient_search import batch_entropies
+from modular_experts.tuning.measures import batch_entropies
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_steps_take_the_batches_in_turn(tiny_llama_dir, task_files) -> None:
 
 
 OUT_OF_RANGE = [
-    ({"objective": "entropie"}, "objective must be 'entropy' or 'loss', got 'entropie'"),
+    ({"objective": "entropie"}, "objective must be 'loss', 'entropy' or 'distill', got 'entropie'"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
     ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
