@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from modular_experts import __version__
 from modular_experts.cli.commands import VERBS
@@ -55,13 +58,36 @@ def _run(argv: Sequence[str]) -> None:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         install_old_names()
-        module = importlib.import_module(f"modular_experts.cli.{VERBS[verb].file}")
+        if not VERBS[verb].function:
+            from modular_experts.cli.option_names import check_option_names
+
+            check_option_names(verb, argv[1:])
+        module = _imported(f"modular_experts.cli.{VERBS[verb].file}")
         if VERBS[verb].function:
             from modular_experts.cli.command import run_command
 
             run_command(getattr(module, VERBS[verb].function), argv, VERBS[verb].positional)
         else:
             module.run(argv)
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module without searching for garbage meanwhile, and never search what it brought.
+
+    torch, Lightning and transformers make a million objects that stay. Python looks through all of them again and again
+    while their number grows, which took a sixth of the time of their import.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        module = importlib.import_module(name)
+        gc.freeze()
+        # At the end the bindings of libraries are taken apart as ever; nanobind complains of what is left over.
+        atexit.register(gc.unfreeze)
+    finally:
+        gc.enable()
+    return module
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -87,11 +87,18 @@ class _Parser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Run `ExpertModule` on a `TaskMixture` with a `Trainer`; every option is an argument of one of the three."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands, and the arguments of the trainer's methods that are not options."""
-        commands = LightningCLI.subcommands()
-        return {**commands, "validate": {*commands["validate"], "verbose"}}
+    verb: ClassVar[str]
+
+    @classmethod
+    def of(cls, verb: str) -> type[TrainingCLI]:
+        """Return the class for one command: Lightning makes a parser of each one that there is, and one is needed."""
+        return type(cls.__name__, (cls,), {"verb": verb})
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Return the command, and the arguments of the trainer's method that are not options."""
+        more = {"verbose"} if cls.verb == "validate" else set()
+        return {cls.verb: LightningCLI.subcommands()[cls.verb] | more}
 
     def validate(self, **kwargs: Any) -> None:
         """Validate without Lightning's own table of metrics: `WriteResults` prints one."""
@@ -106,7 +113,8 @@ class TrainingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the model, unless it has another."""
         if self.datamodule.tokenizer is None:
-            self.datamodule.tokenizer = Base.open(self.model.base, revision=self.model.revision).tokenizer()
+            tokenizer = Base.open(self.model.base, revision=self.model.revision).tokenizer()
+            self.datamodule.tokenizer = self.model.tokenizer = tokenizer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
@@ -202,8 +210,9 @@ class FitCLI(TrainingCLI):
 def run(argv: Sequence[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made."""
     verb, *words = argv
+    cli = (FitCLI if verb == "fit" else TrainingCLI).of(verb)
     hints, _ = arguments_of(getattr(Trainer, verb))
-    hints = {name: hint for name, hint in hints.items() if name not in TrainingCLI.subcommands()[verb] | {"self"}}
+    hints = {name: hint for name, hint in hints.items() if name not in cli.subcommands()[verb] | {"self"}}
     hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
     hints |= {"out": str, "overwrite": bool, "dry_run": bool} if verb == "fit" else {}
     given = read_options(words, hints, short=SHORT_NAMES)
@@ -221,7 +230,7 @@ def run(argv: Sequence[str]) -> None:
         words = [verb, "--help"]
     with _quiet():
         try:
-            (FitCLI if verb == "fit" else TrainingCLI)(
+            cli(
                 ExpertModule,
                 TaskMixture,
                 args=words,

@@ -136,6 +136,8 @@ class ExpertModule(LightningModule):
         self.strict_loading = False
         self.config_file: Path | None = None
         """The file in which the command line keeps the configuration of the run."""
+        self.tokenizer: Any = None
+        """The base's tokenizer; read with the base, unless it was given before."""
         self.applied_experts: list[StoredExpert] = []
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
@@ -181,7 +183,8 @@ class ExpertModule(LightningModule):
             )
         self.opened_base = Base.open(self.base, self.applied_experts, self.revision)
         self.fingerprint = self.opened_base.fingerprint
-        self.tokenizer = self.opened_base.tokenizer()
+        if self.tokenizer is None:
+            self.tokenizer = self.opened_base.tokenizer()
         model: Any
         if self._given:
             model = self._given[0]
