@@ -12,7 +12,7 @@ from modular_experts.interop.mergekit.recipe import ModelReference, Recipe
 
 
 class Deviation(NamedTuple):
-    """What is done in another way than by mergekit 0.1.4, what `mergekit` does, and what is done `here`."""
+    """What is done in another way than by mergekit 0.1.5, what `mergekit` does, and what is done `here`."""
 
     what: str
     mergekit: str
@@ -31,8 +31,7 @@ _EQUAL = Deviation(
 )
 _OF_PRUNING = {
     **dict.fromkeys(["dare_linear", "dare_ties", "della", "della_linear"], (_DRAWS,)),
-    **dict.fromkeys(["breadcrumbs", "breadcrumbs_ties", "sce"], (_EQUAL,)),
-    "ties": (_EQUAL, Deviation("density of less than one entry", "stops", "keeps one entry")),
+    **dict.fromkeys(["breadcrumbs", "breadcrumbs_ties", "sce", "ties"], (_EQUAL,)),
 }
 _OF_METHOD = {
     "slerp": Deviation("weight that is zero in one of the two models", "turns by a right angle", "goes straight"),
@@ -77,7 +76,7 @@ def deviations(
             yield Deviation("tokenizer_source", f"cuts {spare} embeddings without a token", "keeps them")
     for name in list(silent)[:1]:
         yield Deviation(
-            "gamma of less than one entry",
+            "density of less than one entry",
             f"keeps nothing of such a model, in {name} for one",
             "keeps nothing either, so that the numbers agree",
         )

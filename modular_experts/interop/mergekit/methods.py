@@ -1,9 +1,8 @@
 """Map mergekit's merge methods to ours: the parameters that each takes, their defaults, and the method of this package
 that gives the same numbers.
 
-Names and defaults are those of mergekit 0.1.4; `ram` and `ramplus_tl` are in its repository, but not in that release.
-mergekit keeps a whole number of entries, rounded down. Our methods get the share `count / entries`, so that they keep
-exactly that number.
+Names and defaults are those of mergekit 0.1.5, which keeps a whole number of entries, rounded down. Our methods get the
+share `count / entries`, so that they keep exactly that number.
 """
 
 from __future__ import annotations
@@ -124,16 +123,13 @@ def _largest(given: Parameters) -> dict[str, Any]:
 
 def _bands(given: Parameters) -> list[tuple[int, int] | None]:
     """Return how many of the smallest and of the largest entries `breadcrumbs` drops of each model; None where it keeps
-    nothing, because it drops no outlier and then all that is left.
+    nothing, because the density is less than one entry.
     """
     bands: list[tuple[int, int] | None] = []
     for density, gamma in zip(_densities(given), given.each["gamma"], strict=True):
-        outliers = int(gamma * given.entries)
-        smallest = given.entries - int(density * given.entries) - outliers
-        largest = outliers + min(smallest, 0)
-        smallest = max(smallest, 0)
-        silent = largest <= 0 or smallest + largest >= given.entries
-        bands.append((0, 0) if density == 1 else None if silent else (smallest, largest))
+        dropped = given.entries - int(density * given.entries)
+        smallest = max(dropped - int(gamma * given.entries), 0)
+        bands.append((smallest, dropped - smallest) if dropped < given.entries else None)
     return bands
 
 

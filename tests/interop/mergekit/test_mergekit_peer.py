@@ -1,11 +1,13 @@
-"""The same recipes run by mergekit, in a process and an environment of its own, and here: every tensor agrees.
+"""The same recipes run by mergekit, in a process of its own, and here: every tensor agrees.
 
-MODULAR_EXPERTS_MERGEKIT names a Python that has mergekit 0.1.4 (it needs transformers below 5). Nothing of mergekit is
-imported here.
+mergekit 0.1.5 is installed beside this package, or MODULAR_EXPERTS_MERGEKIT names a Python that has it. Nothing of it
+is imported here.
 """
 
 import os
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from modular_experts.interop.mergekit.parse import read_recipe
 from modular_experts.interop.mergekit.run import merge_recipe
 
-PYTHON = os.environ.get("MODULAR_EXPERTS_MERGEKIT", "")
+PYTHON = os.environ.get("MODULAR_EXPERTS_MERGEKIT") or (sys.executable if find_spec("mergekit") else "")
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.skipif(not PYTHON, reason="MODULAR_EXPERTS_MERGEKIT names no Python with mergekit"),
+    pytest.mark.skipif(not PYTHON, reason="mergekit is not installed here"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # in peft 0.21
 ]
 
@@ -67,6 +69,8 @@ RECIPES = {
     "della-whole": WHOLE + BASE + "merge_method: della",
     "della-linear-whole": WHOLE + BASE + "merge_method: della_linear",
     "sce": models("", "", "") + BASE + "merge_method: sce\nparameters: {select_topk: [0.3, 1.0]}",
+    "ram": models("", "", "") + BASE + "merge_method: ram",
+    "ram-plus": models("", "", "") + BASE + "merge_method: ramplus_tl\nparameters: {r: 0.3, alpha: 0.4}",
     "model-stock": models("", "", "") + BASE + "merge_method: model_stock",
     "model-stock-rows": models("", "", "") + BASE + "merge_method: model_stock\nparameters: {filter_wise: true}",
     "slerp": models("")
