@@ -36,7 +36,8 @@ test: $(DEVELOPS) ## run the tests, without those that take many minutes
 test-slow: $(DEVELOPS) $(SMOLLM2)/config.json ## test on SmolLM2; MODULAR_EXPERTS_DATA names task files
 	$(BIN)/python -m pytest -m slow -rs -n auto --dist loadgroup $(ARGS)
 
-test-peer: $(DEVELOPS) ## compare with mergekit of the Python MODULAR_EXPERTS_MERGEKIT
+test-peer: $(DEVELOPS) ## install mergekit beside this package and compare with it
+	$(PIP) --quiet mergekit==0.1.5
 	$(BIN)/python -m pytest -m peer -rs $(ARGS)
 
 test-quickstart: $(DEVELOPS) ## run the whole quickstart and check what it shows
