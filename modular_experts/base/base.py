@@ -21,7 +21,7 @@ from modular_experts.base.files import (
     read_layouts,
     write_manifest,
 )
-from modular_experts.base.loading import fetch, quiet
+from modular_experts.base.loading import Unfilled, fetch, quiet
 from modular_experts.base.streaming import Rounding, StreamedSum
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
@@ -91,7 +91,7 @@ class Base:
         """Its weights and layers without their numbers, from its configuration."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with quiet(), torch.device("meta"):
+        with quiet(), Unfilled(), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return Structure(model, str(self.directory))

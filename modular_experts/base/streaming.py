@@ -22,7 +22,7 @@ from modular_experts.base.files import open_tensors, read_layouts
 from modular_experts.base.shards import ShardWriter, write_index
 from modular_experts.base.structure import Structure
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
-from modular_experts.library.tensorfile import DTYPES
+from modular_experts.library.tensorfile import DTYPES, MappedTensors
 from modular_experts.native.sparse_passes import add_rounded, spread_tiles
 from modular_experts.progress import Progress
 
@@ -114,16 +114,19 @@ class StreamedSum:
     def _write(self, source: Path, losses: np.ndarray, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:
         """Write one file; it gets its name when it is whole."""
         layout, part = self._layouts[source], self._out / f".{source.name}"
-        with open_tensors(source) as tensors, ShardWriter(part, layout) as writer:
+        tensors = MappedTensors(source)
+        with ShardWriter(part, layout) as writer:
             for key, (dtype, _) in layout.items():
                 next(steps)
-                stored, name = tensors.get_tensor(key), self._moved(key)
+                stored, name = tensors[key], self._moved(key)
                 if name is None:
                     writer.write(key, stored.to(dtype))
-                    continue
-                delta = self._deltas[name]
-                writer.write(key, _rounded_sum(name, stored, delta, dtype, losses))
-                yield name, delta
+                else:
+                    delta = self._deltas[name]
+                    writer.write(key, _rounded_sum(name, stored, delta, dtype, losses))
+                tensors.release(key)  # the pages of the base would else stay until its file is through
+                if name is not None:
+                    yield name, delta
         part.rename(self._out / source.name)
 
     def _difference(self, source: Path, steps: Iterator[str]) -> Iterator[tuple[str, Delta]]:

@@ -1,8 +1,8 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
 `expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
-tensors, `tensorfile.py` and `atomic.py` its files, `statistics.py` what is measured beside it, `compatibility.py` what
-several experts must have in common. No model is loaded here, and nothing is merged.
+tensors, `reading.py` checks them, `tensorfile.py` and `atomic.py` are its files, `statistics.py` is what is measured
+beside it, `compatibility.py` what several experts must have in common. No model is loaded here, and nothing is merged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from modular_experts.library.compatibility import (
     union_of_weights,
     warn_unlike_training,
 )
-from modular_experts.library.expert import DELTA_FILE, RECORD_FILE, STATE_FILE, StoredExpert, open_expert, write_expert
+from modular_experts.library.expert import (
+    DELTA_FILE,
+    RECORD_FILE,
+    STATE_FILE,
+    StoredExpert,
+    open_expert,
+    read_weight,
+    write_expert,
+)
 from modular_experts.library.record import make_record
 from modular_experts.library.statistics import gather_statistics, open_statistics, write_statistics
 from modular_experts.text import bytes_text, did_you_mean
@@ -43,6 +51,7 @@ __all__ = [
     "open_experts",
     "open_statistics",
     "parent_ids",
+    "read_weight",
     "training_in_common",
     "union_of_weights",
     "warn_unlike_training",

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch import Size, Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
-from modular_experts.library.packing import check_layout, pack, unpack
+from modular_experts.library.packing import check_layout, pack
+from modular_experts.library.reading import StoredWeight, deltas_of
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -43,9 +44,7 @@ from modular_experts.library.tensorfile import (
     MappedTensors,
     TensorFileWriter,
     damaged,
-    layout_of,
     open_tensors,
-    tensor_bytes,
 )
 from modular_experts.progress import Progress
 from modular_experts.text import bytes_text, did_you_mean
@@ -66,8 +65,7 @@ class StoredExpert(TaskVector):
         self.path, self.name, self.record, files = path, path.name, record, files_of(record)
         self._table: dict[str, Any] = {}
         if DELTA_FILE in files:
-            self._table = _read_table(path / DELTA_FILE)
-            self._tensors = MappedTensors(path / DELTA_FILE)
+            self._table, self._tensors = _read_table(path / DELTA_FILE)
         self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked: set[str] = set()
@@ -142,18 +140,12 @@ class StoredExpert(TaskVector):
         self.state()
 
     def __getitem__(self, name: str) -> Delta:
+        return read_weight([self], name)[0]
+
+    def _stored(self, name: str) -> StoredWeight:
         entry = self._table[name]
         tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
-        unchecked = name not in self._checked
-        for suffix, stored in entry["tensors"].items() if unchecked else ():
-            if hashlib.sha256(tensor_bytes(tensors[suffix])).hexdigest() != stored["sha256"]:
-                raise damaged(self.path / DELTA_FILE, f"the {suffix} of {name} are not what was written")
-        try:
-            delta = unpack(entry["form"], entry["shape"], tensors, check=unchecked)
-        except ValueError as error:
-            raise damaged(self.path / DELTA_FILE, f"{error} ({name})") from error
-        self._checked.add(name)
-        return delta
+        return StoredWeight(self._tensors.file, name, entry, tensors, name in self._checked)
 
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""
@@ -186,6 +178,14 @@ class StoredExpert(TaskVector):
         }
         cells = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
         return f"<table><caption>{escape(self.name)}</caption>{cells}</table>"
+
+
+def read_weight(experts: Sequence[StoredExpert], name: str) -> list[Delta]:
+    """Return the deltas of one weight in several experts that move it; in fewer and longer steps than one by one."""
+    deltas = deltas_of([expert._stored(name) for expert in experts])
+    for expert in experts:
+        expert._checked.add(name)
+    return deltas
 
 
 def open_expert(path: str | Path) -> StoredExpert:
@@ -304,19 +304,20 @@ def _write_deltas(
     return table
 
 
-def _read_table(file: Path) -> dict[str, Any]:
-    """Return the table of weights, once it is known that the file holds just the tensors that it names."""
-    tensors = open_tensors(file)
+def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
+    """Return the table of weights and the tensors, once it is known that the file holds just those that it names."""
+    open_tensors(file)  # which checks its header
+    tensors = MappedTensors(file)
     try:
-        content = json.loads((tensors.metadata() or {})["modular_experts"])
+        content = json.loads(tensors.metadata["modular_experts"])
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, and this version reads {FORMAT!r}")
         table = content["weights"]
         stored = {f"{name}/{suffix}" for name, entry in table.items() for suffix in entry["tensors"]}
-        if stored != set(tensors.keys()):
+        if stored != tensors.layouts.keys():
             raise ValueError("its tensors are not those that its metadata names")
         for name, entry in table.items():
-            layout = {suffix: layout_of(tensors, f"{name}/{suffix}") for suffix in entry["tensors"]}
+            layout = {suffix: tensors.layouts[f"{name}/{suffix}"] for suffix in entry["tensors"]}
             check_layout(entry["form"], entry["shape"], layout)
             if not isinstance(entry.get("kept", 0), int):
                 raise ValueError(f"its number of kept entries of {name} is not a whole number")
@@ -324,4 +325,4 @@ def _read_table(file: Path) -> dict[str, Any]:
         raise damaged(file, f"its metadata does not describe an expert ({error!r})") from error
     except ValueError as error:
         raise damaged(file, str(error)) from error
-    return table
+    return table, tensors

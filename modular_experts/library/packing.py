@@ -35,6 +35,10 @@ _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cp
 _BITS = _BITS.view(torch.int64).view(-1)
 
 
+Read = tuple[Tensor, int | None, bool]
+"""Decoded numbers, the last of them (None where there are more or fewer), and whether all values are finite."""
+
+
 def pack(delta: Delta) -> dict[str, Tensor]:
     """Return the tensors to store, by their name in the file, contiguous and on the CPU.
 
@@ -92,15 +96,24 @@ def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, .
     return fits(kept[0], shapes[kept[0]], values[0], _limit(form, shape, values))
 
 
-def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True) -> Delta:
+def unpack(
+    form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True, read: Read | None = None
+) -> Delta:
     """Return the delta of tensors of checked layout; encoded numbers are always checked, the others if `check` is set.
+
+    Args:
+        form: Name of the class of the delta.
+        shape: Of the weight.
+        tensors: The stored tensors, by their names in the file.
+        check: Whether to look at values, and at numbers that are stored as they are.
+        read: What `read_entries` found in encoded numbers and in the values, if it was asked.
 
     Raises:
         ValueError: A value is not finite; or the kept numbers are out of bounds, out of order or doubled, or more or
             fewer than the values.
     """
     for name, tensor in tensors.items() if check else ():
-        if tensor.is_floating_point() and not all_finite(tensor):
+        if tensor.is_floating_point() and not (read[2] if read else all_finite(tensor)):
             raise ValueError(f"its {name} hold numbers that are not finite")
     if form == "LowRank":
         return LowRank(tensors["up"], tensors["down"])
@@ -108,7 +121,7 @@ def unpack(form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check
         return Dense(tensors["dense"])
     (name,), values = _name_of_kept(form, tensors), tensors["values"]
     limit = _limit(form, shape, values.shape)
-    kept = decode(name, tensors[name], len(values), limit, index_dtype(shape))
+    kept = decode(name, tensors[name], len(values), limit, index_dtype(shape), read[:2] if read else None)
     if check and name not in ENCODINGS and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
             raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")
@@ -121,7 +134,12 @@ def _name_of_kept(form: str, names: Collection[str]) -> list[str]:
     """Return the name of the tensor of kept numbers: one for a sparse form, no name for the others."""
     if form not in _KEPT:
         return []
-    return [next((name for name in ENCODINGS if name in names), _KEPT[form])]
+    return [encoding_of(names) or _KEPT[form]]
+
+
+def encoding_of(names: Collection[str]) -> str | None:
+    """Return the encoding of kept numbers from the names of the stored tensors, or None."""
+    return next((name for name in ENCODINGS if name in names), None)
 
 
 def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
@@ -174,7 +192,14 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
     return shape[0] == (-(-limit // 8) if name == "mask" else count)
 
 
-def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
+def decode(
+    name: str,
+    stored: Tensor,
+    count: int,
+    limit: int,
+    dtype: torch.dtype,
+    known: tuple[Tensor, int | None] | None = None,
+) -> Tensor:
     """Return the numbers `(count,)` of a stored tensor that `fits`.
 
     Args:
@@ -183,13 +208,14 @@ def decode(name: str, stored: Tensor, count: int, limit: int, dtype: torch.dtype
         count: Expected number of numbers.
         limit: Exclusive upper bound of the numbers.
         dtype: int32 or int64, wide enough for the limit.
+        known: The numbers and the last of them as `decode_places` returns them, if they are decoded already.
 
     Raises:
         ValueError: There are more or fewer numbers, or one reaches the limit.
     """
     if name not in ENCODINGS:
         return stored
-    compiled = decode_places(name, stored, count) if dtype == torch.int32 else None
+    compiled = known or (decode_places(name, stored, count) if dtype == torch.int32 else None)
     numbers, last = compiled or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"

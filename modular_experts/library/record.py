@@ -28,6 +28,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,12 @@ def make_record(
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this package and of those that training and storing depend on."""
-    return {"modular-experts": modular_experts.__version__} | {name: metadata.version(name) for name in _PACKAGES}
+    return {"modular-experts": modular_experts.__version__} | {name: _version(name) for name in _PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    return metadata.version(package)  # which parses a text of many lines each time
 
 
 def read_json(file: Path, consequence: str) -> dict[str, Any]:

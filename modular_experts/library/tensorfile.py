@@ -133,36 +133,46 @@ class TensorFileWriter:
         Path(self._notes.name).unlink()
 
 
+_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)  # which Windows lacks
+
+
 class MappedTensors:
     """The tensors of a file that `safetensors` has opened, and so checked, before.
 
     A tensor is a view of the mapped file, in pages that the system may drop, and that `release` drops at once. The
     mapping is copy-on-write, because torch warns of read-only memory.
+
+    Attributes:
+        file: The file.
+        metadata: What the header says beside the tensors.
+        layouts: Dtype and shape of each tensor.
     """
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         with file.open("rb") as opened:
             self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         (length,) = struct.unpack("<Q", self._mapped[:8])
-        self._start = 8 + length
-        self._header = json.loads(self._mapped[8 : self._start])
+        start = 8 + length
+        header = json.loads(self._mapped[8:start])
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.layouts = {n: (DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for n, e in header.items()}
+        self._spans = {n: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for n, e in header.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._header[name]
-        first, last = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        (first, last), (dtype, shape) = self._spans[name], self.layouts[name]
         if first == last:
             return torch.empty(shape, dtype=dtype)
-        count = (last - first) // dtype.itemsize
-        return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=self._start + first).view(shape)
+        tensor = torch.frombuffer(self._mapped, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
+        return tensor if len(shape) == 1 else tensor.view(shape)
 
     def release(self, name: str) -> None:
         """Drop the memory pages of a tensor; a view that is still held reads them again from the file."""
-        first, last = (self._start + offset for offset in self._header[name]["data_offsets"])
+        first, last = self._spans[name]
         first += -first % mmap.PAGESIZE  # pages that hold nothing else
         last -= last % mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if last > first and _DROP is not None:
+            self._mapped.madvise(_DROP, first, last - first)
 
 
 def open_tensors(file: Path) -> Any:

@@ -219,9 +219,9 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
             values[count : count + len(inside)] = total.index_select(0, inside)
             count += len(inside)
     places, values = places[:count], values[:count]
-    if 2 * count < room:  # a view of few entries would keep the memory of all
-        places, values = places.clone(), values.clone()
-    return BlockSparse(places, values, shape) if tile else Sparse(places, values, shape)
+    return (
+        BlockSparse(*_trimmed(places, values, room), shape) if tile else Sparse(*_trimmed(places, values, room), shape)
+    )
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
@@ -234,6 +234,9 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
     if all(isinstance(delta, LowRank) for delta, _ in terms):
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
+    shape, runs = deltas[0].shape, _runs(deltas) if dtype == torch.float32 else None
+    if runs is not None:  # the same sums as below, without room for those of a chunk
+        return Sparse(*_trimmed(*runs.packed_total(shape.numel(), weights), shape.numel()), shape)
     return merge_by_chunks(deltas, lambda chunk: chunk.weighted_total(weights), dtype)
 
 
@@ -296,6 +299,11 @@ def joined(entries: Iterable[Entries], weights: Sequence[float], most: int = JOI
             group.append(one)
     if group:
         yield _as_one(group), weights[0]
+
+
+def _trimmed(places: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Return entries or tiles that were written into room for more; a view of few would keep the memory of all."""
+    return (places.clone(), values.clone()) if 2 * len(places) < room else (places, values)
 
 
 def _as_one(group: Sequence[Entries]) -> Entries:

@@ -8,39 +8,105 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
-constexpr int64_t TILE = 1 << 13;  // entries that stay in the cache while every expert adds to them
+constexpr int64_t TILE = 1 << 12;  // entries that stay in the fastest cache while every expert adds to them
 
-// Set `out` and `kept`, unless it is null, to zero. Call `each(expert)(number, entry of the part)` for every entry of
-// every expert, in the order of the experts at each place, and set that entry of `kept` to 1. In the end multiply `out`
-// by the factor.
-template <class Each>
-int over(const int32_t* const* places, const int64_t* counts, int64_t experts, int64_t start, int64_t size, double* out,
-         uint8_t* kept, double factor, Each each) {
+// Call `begin(tile, end)` for each tile of a part, then `each(expert)(number, entry of the part)` for the entries that
+// each expert keeps there, in the order of the experts at each place, and then `finish(tile, end)`.
+template <class Begin, class Each, class Finish>
+int over(const int32_t* const* places, const float* const* values, const int64_t* counts, int64_t experts, int64_t start, int64_t size, Begin begin,
+         Each each, Finish finish) {
     std::vector<int64_t> done(experts);
     for (int64_t tile = 0; tile < size; tile += TILE) {
         const int64_t end = std::min(tile + TILE, size);
-        std::fill(out + tile, out + end, 0.0);
-        if (kept) std::fill(kept + tile, kept + end, uint8_t{0});
+        begin(tile, end);
         for (int64_t expert = 0; expert < experts; expert++) {
             const int32_t* own = places[expert];
-            const int64_t count = counts[expert];
-            const auto here = each(expert);
-            int64_t k = done[expert];
-            for (; k < count && own[k] < start + end; k++) {
-                const int64_t entry = own[k] - start;
-                if (entry < tile) return 1;
-                here(k, entry);
-                if (kept) kept[entry] = 1;
+            const int64_t first = done[expert], most = std::min(counts[expert], first + end - tile);
+            const int64_t last = std::lower_bound(own + first, own + most, start + end) - own;
+            int32_t lowest = INT32_MAX, highest = INT32_MIN;  // all are looked at before any is written to
+            for (int64_t k = first; k < last; k++) {
+                lowest = std::min(lowest, own[k]);
+                highest = std::max(highest, own[k]);
             }
-            done[expert] = k;
+            if (first < last && (lowest < start + tile || highest >= start + end)) return 1;
+            if (expert + 1 < experts)  // runs are too short for the processor to foresee what it will read
+                for (int64_t k = done[expert + 1]; k < done[expert + 1] + 256; k += 16) {
+                    __builtin_prefetch(places[expert + 1] + k);
+                    if (values) __builtin_prefetch(values[expert + 1] + k);
+                }
+            const auto here = each(expert);
+            for (int64_t k = first; k < last; k++) here(k, own[k] - start);
+            done[expert] = last;
         }
-        for (int64_t entry = tile; factor != 1 && entry < end; entry++) out[entry] *= factor;
+        finish(tile, end);
     }
     for (int64_t expert = 0; expert < experts; expert++)
         if (done[expert] < counts[expert]) return 1;
     return 0;
+}
+
+// Call `over` with sums of the values, each times the weight of its expert if there are weights. Sums and marks of an
+// entry lie `offset(tile)` beyond its place in the part.
+template <class Offset, class Finish>
+int sums(const int32_t* const* places, const float* const* values, const int64_t* counts, int64_t experts,
+         const double* weights, double factor, int64_t start, int64_t size, double* out, uint8_t* kept, Offset offset,
+         Finish finish) {
+    int64_t away = 0;
+    const auto begin = [&](int64_t tile, int64_t end) {
+        away = offset(tile);
+        std::fill(out + tile + away, out + end + away, 0.0);
+        std::fill(kept + tile + away, kept + end + away, uint8_t{0});
+    };
+    const auto scaled = [&](int64_t tile, int64_t end) {
+        for (int64_t entry = tile + away; factor != 1 && entry < end + away; entry++) out[entry] *= factor;
+        finish(tile, end);
+    };
+    if (!weights)
+        return over(places, values, counts, experts, start, size, begin, [&](int64_t expert) {
+            return [own = values[expert], to = out + away, mark = kept + away](int64_t k, int64_t entry) {
+                to[entry] += own[k];
+                mark[entry] = 1;
+            };
+        }, scaled);
+    return over(places, values, counts, experts, start, size, begin, [&](int64_t expert) {
+        return [own = values[expert], weight = weights[expert], to = out + away, mark = kept + away](
+                   int64_t k, int64_t entry) {
+            to[entry] += weight * own[k];
+            mark[entry] = 1;
+        };
+    }, scaled);
+}
+
+// Write the places and values of the kept ones of `size` entries, the first of which has the place `start`, and return
+// their number. Both outputs need room for all entries.
+int64_t pack(const double* total, const uint8_t* kept, int64_t size, int64_t start, int32_t* places, float* values) {
+    int64_t count = 0, entry = 0;
+#ifdef __AVX512F__
+    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (; entry + 16 <= size; entry += 16) {
+        const __m512i marks = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kept + entry)));
+        const __mmask16 mask = _mm512_test_epi32_mask(marks, marks);
+        const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(total + entry));
+        const __m256 high = _mm512_cvtpd_ps(_mm512_loadu_pd(total + entry + 8));
+        const __m512d both = _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(low)), _mm256_castps_pd(high), 1);
+        const __m512i place = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(start + entry)));
+        _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(mask, _mm512_castpd_ps(both)));
+        _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(mask, place));
+        count += __builtin_popcount(mask);
+    }
+#endif
+    for (; entry < size; entry++) {  // no branch to predict: an entry is always written
+        places[count] = static_cast<int32_t>(start + entry);
+        values[count] = static_cast<float>(total[entry]);
+        count += kept[entry] != 0;
+    }
+    return count;
 }
 
 float widened(uint16_t half) {
@@ -64,45 +130,67 @@ uint16_t narrowed(float wide) {
 extern "C" int sum_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                            int64_t experts, const double* weights, double factor, int64_t start, int64_t size,
                            double* out, uint8_t* kept) {
-    if (!weights)
-        return over(places, counts, experts, start, size, out, kept, factor, [=](int64_t expert) {
-            return [=, own = values[expert]](int64_t k, int64_t entry) { out[entry] += own[k]; };
-        });
-    return over(places, counts, experts, start, size, out, kept, factor, [=](int64_t expert) {
-        return [=, own = values[expert], weight = weights[expert]](int64_t k, int64_t entry) {
-            out[entry] += weight * own[k];
-        };
-    });
+    const auto in_place = [](int64_t) { return int64_t{0}; };
+    const auto nothing = [](int64_t, int64_t) {};
+    return sums(places, values, counts, experts, weights, factor, start, size, out, kept, in_place, nothing);
+}
+
+// Do what sum_entries and then pack_entries do for a whole weight, without room for the sums of more than a tile.
+// Return the number of the kept entries, or -1 where sum_entries returns 1.
+extern "C" int64_t sum_and_pack(const int32_t* const* places, const float* const* values, const int64_t* counts,
+                                int64_t experts, const double* weights, double factor, int64_t size,
+                                int32_t* packed_places, float* packed_values) {
+    std::vector<double> out(TILE);
+    std::vector<uint8_t> kept(TILE);
+    int64_t count = 0;
+    const auto first = [](int64_t tile) { return -tile; };
+    const auto packing = [&](int64_t tile, int64_t end) {
+        count += pack(out.data(), kept.data(), end - tile, tile, packed_places + count, packed_values + count);
+    };
+    const int outside = sums(places, values, counts, experts, weights, factor, 0, size, out.data(), kept.data(), first,
+                             packing);
+    return outside ? -1 : count;
 }
 
 // Count the experts that keep each entry. If there are values, count only the experts whose value is not zero.
 extern "C" int count_entries(const int32_t* const* places, const float* const* values, const int64_t* counts,
                              int64_t experts, int64_t start, int64_t size, double* out) {
+    const auto begin = [=](int64_t tile, int64_t end) { std::fill(out + tile, out + end, 0.0); };
+    const auto nothing = [](int64_t, int64_t) {};
     if (!values)
-        return over(places, counts, experts, start, size, out, nullptr, 1,
-                    [=](int64_t) { return [=](int64_t, int64_t entry) { out[entry]++; }; });
-    return over(places, counts, experts, start, size, out, nullptr, 1, [=](int64_t expert) {
+        return over(places, values, counts, experts, start, size, begin,
+                    [=](int64_t) { return [=](int64_t, int64_t entry) { out[entry]++; }; }, nothing);
+    return over(places, values, counts, experts, start, size, begin, [=](int64_t expert) {
         return [=, own = values[expert]](int64_t k, int64_t entry) { out[entry] += own[k] != 0; };
-    });
+    }, nothing);
 }
 
 // Write the places and values of the kept entries of a part, and return their number. Both outputs need room for the
 // whole part.
 extern "C" int64_t pack_entries(const double* total, const uint8_t* kept, int64_t size, int64_t start, int32_t* places,
                                 float* values) {
-    int64_t count = 0;
-    for (int64_t entry = 0; entry < size; entry++) {  // no branch to predict: an entry is always written
-        places[count] = static_cast<int32_t>(start + entry);
-        values[count] = static_cast<float>(total[entry]);
-        count += kept[entry] != 0;
-    }
-    return count;
+    return pack(total, kept, size, start, places, values);
 }
 
 // Write the numbers that the gaps encode. Return the last one (-1 for an empty list), or -2 if there are not `count`.
 extern "C" int64_t decode_gaps(const uint8_t* gaps, int64_t bytes, int64_t count, int32_t* numbers) {
     int64_t last = -1, found = 0;
     for (int64_t k = 0; k < bytes; k++) {
+#ifdef __AVX512F__
+        while (k + 16 <= bytes && found + 16 <= count) {  // sixteen gaps, if no byte of them is zero
+            const __m512i own = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(gaps + k)));
+            if (_mm512_testn_epi32_mask(own, own)) break;
+            const __m512i none = _mm512_setzero_si512();
+            __m512i sums = _mm512_add_epi32(own, _mm512_alignr_epi32(own, none, 15));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 14));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 12));
+            sums = _mm512_add_epi32(sums, _mm512_alignr_epi32(sums, none, 8));
+            _mm512_storeu_si512(numbers + found, _mm512_add_epi32(sums, _mm512_set1_epi32(static_cast<int32_t>(last))));
+            last += _mm_extract_epi32(_mm512_extracti32x4_epi32(sums, 3), 3);
+            found += 16, k += 16;
+        }
+        if (k == bytes) break;
+#endif
         last += gaps[k] ? gaps[k] : 255;
         if (!gaps[k]) continue;
         if (found == count) return -2;
@@ -124,6 +212,23 @@ extern "C" int64_t decode_mask(const uint8_t* mask, int64_t bytes, int64_t count
         }
     }
     return found == count ? last : -2;
+}
+
+// Decode several lists of numbers (a list is a mask where `masks` is set, else gaps), one list after the other, and look
+// at the values of each. Write what the decoders return to `lasts`, and whether all values are finite to `finite`.
+extern "C" void read_entries(const uint8_t* const* stored, const int64_t* bytes, const uint8_t* masks,
+                             const float* const* values, const int64_t* counts, int64_t lists, int32_t* numbers,
+                             int64_t* lasts, uint8_t* finite) {
+    for (int64_t list = 0; list < lists; numbers += counts[list++]) {
+        lasts[list] = (masks[list] ? decode_mask : decode_gaps)(stored[list], bytes[list], counts[list], numbers);
+        uint32_t largest = 0;  // the exponent of a number that is not finite has all bits set
+        for (int64_t k = 0; k < counts[list]; k++) {
+            uint32_t bits;
+            std::memcpy(&bits, values[list] + k, 4);
+            largest = std::max(largest, bits & 0x7fffffff);
+        }
+        finite[list] = largest < 0x7f800000;
+    }
 }
 
 // Write the flat entries of sorted tiles of a weight `(rows, columns)`, in ascending order, and their values. Leave out
@@ -149,24 +254,41 @@ extern "C" int64_t spread_tiles(const int32_t* blocks, const float* tiles, int64
 }
 
 // Add values to a bfloat16 weight: compute each sum in float32 and round it once, to the nearest number, ties to even.
-// Count the values that are not zero and the entries whose bits change. Sum the squared rounding errors and the squares
-// of the values.
+// The places must be unique. Count the values that are not zero and the entries whose bits change. Sum the squared
+// rounding errors and the squares of the values.
 extern "C" int add_rounded(const int32_t* places, const float* values, int64_t count, int64_t size, uint16_t* weight,
                            int64_t* counts, double* squares) {
+    constexpr int64_t BLOCK = 256, LANES = 8;  // sums of several lanes do not wait for each other
     int64_t moved = 0, changed = 0;
-    double lost = 0, norm = 0;
-    for (int64_t k = 0; k < count; k++) {
-        const uint64_t entry = static_cast<uint64_t>(static_cast<int64_t>(places[k]));
-        if (entry >= static_cast<uint64_t>(size)) return 1;
-        const float exact = widened(weight[entry]) + values[k];
-        const uint16_t rounded = narrowed(exact);
-        const double error = double{widened(rounded)} - exact;
-        moved += values[k] != 0, changed += rounded != weight[entry];
-        lost += error * error, norm += double{values[k]} * values[k];
-        weight[entry] = rounded;
+    double lost[LANES] = {}, norm[LANES] = {};
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        const int64_t here = std::min(BLOCK, count - first);
+        const int32_t* own = places + first;
+        uint32_t outside = 0;
+        for (int64_t k = 0; k < here; k++) outside |= static_cast<uint32_t>(own[k]) >= static_cast<uint64_t>(size);
+        if (outside) return 1;
+        uint16_t before[BLOCK] = {}, after[BLOCK];
+        float added[BLOCK] = {}, exact[BLOCK];
+        for (int64_t k = 0; k < here; k++) before[k] = weight[own[k]];
+        std::memcpy(added, values + first, 4 * here);
+        int32_t zeros = 0, same = 0;
+        for (int64_t k = 0; k < BLOCK; k++) {
+            exact[k] = widened(before[k]) + added[k];
+            after[k] = narrowed(exact[k]);
+            zeros += added[k] == 0;
+        }
+        for (int64_t k = 0; k < BLOCK; k++) same += after[k] == before[k];
+        for (int64_t k = 0; k < BLOCK; k += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                const double error = double{widened(after[k + lane])} - exact[k + lane];
+                lost[lane] += error * error, norm[lane] += double{added[k + lane]} * added[k + lane];
+            }
+        moved += BLOCK - zeros, changed += BLOCK - same;
+        for (int64_t k = 0; k < here; k++) weight[own[k]] = after[k];
     }
     counts[0] = moved, counts[1] = changed;
-    squares[0] = lost, squares[1] = norm;
+    squares[0] = squares[1] = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) squares[0] += lost[lane], squares[1] += norm[lane];
     return 0;
 }
 

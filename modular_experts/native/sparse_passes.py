@@ -48,16 +48,19 @@ def library() -> ctypes.CDLL | None:
     if passes is not None:
         pointer, number, share = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
         passes.sum_entries.argtypes = [*[pointer] * 3, number, pointer, share, number, number, pointer, pointer]
+        passes.sum_and_pack.argtypes = [*[pointer] * 3, number, pointer, share, number, pointer, pointer]
         passes.count_entries.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
         passes.pack_entries.argtypes = [pointer, pointer, number, number, pointer, pointer]
         passes.add_rounded.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer]
         passes.decode_gaps.argtypes = passes.decode_mask.argtypes = [pointer, number, number, pointer]
+        passes.read_entries.argtypes = [*[pointer] * 5, number, *[pointer] * 3]
+        passes.read_entries.restype = None
         passes.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
         passes.count_at_least.argtypes = [pointer, number, ctypes.c_float]
         passes.find_at_least.argtypes = [pointer, number, ctypes.c_float, pointer]
         passes.find_sorted.argtypes = [pointer, number, pointer, number, pointer]
         passes.count_at_least.restype, passes.find_at_least.restype, passes.find_sorted.restype = number, None, None
-        passes.spread_tiles.restype = passes.pack_entries.restype = number
+        passes.spread_tiles.restype = passes.pack_entries.restype = passes.sum_and_pack.restype = number
         passes.decode_gaps.restype = passes.decode_mask.restype = number
     return passes
 
@@ -100,7 +103,7 @@ class Runs:
         if [own.shape for own in places] != [its.shape for its in values]:
             return None
         dtypes = [torch.int32] * len(places) + [torch.float32] * len(values)
-        passes = _serving(sum(map(len, places)), [*places, *values], dtypes)
+        passes = _serving(sum(own.shape[0] for own in places), [*places, *values], dtypes)
         return cls(passes, places, values) if passes else None
 
     def total(self, start: int, stop: int, here: Sequence[slice], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -108,13 +111,26 @@ class Runs:
 
         A weight that all experts have in common is multiplied last.
         """
-        alike = len(set(weights)) == 1
-        factors = None if alike else (ctypes.c_double * len(here))(*weights)
         out, kept = _empty(stop - start, torch.float64), _empty(stop - start, torch.bool)
         runs = [_addresses(self._places, here), _addresses(self._values, here), _counts(here), len(here)]
-        factor = weights[0] if alike else 1.0
-        _check(self._passes.sum_entries(*runs, factors, factor, start, len(out), out.data_ptr(), kept.data_ptr()))
+        room = [out.data_ptr(), kept.data_ptr()]
+        _check(self._passes.sum_entries(*runs, *_factors(weights), start, len(out), *room))
         return out, kept
+
+    def packed_total(self, size: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the kept entries of the `total` of the whole weight, int32, and their sums, rounded to float32.
+
+        Args:
+            size: Number of entries of the weight.
+            weights: One per expert.
+        """
+        places, values = _empty(size, torch.int32), _empty(size, torch.float32)
+        here = [slice(0, own.shape[0]) for own in self._held[0]]
+        runs = [_addresses(self._places, here), _addresses(self._values, here), _counts(here), len(here)]
+        room = [places.data_ptr(), values.data_ptr()]
+        found = self._passes.sum_and_pack(*runs, *_factors(weights), size, *room)
+        _check(found < 0)
+        return places[:found], values[:found]
 
     def counts(self, start: int, stop: int, here: Sequence[slice], moved: bool = False) -> Tensor:
         """Return how many experts keep each entry (`moved`: have a value there that is not zero), in float64."""
@@ -132,6 +148,12 @@ def _addresses(tensors: Sequence[int], here: Sequence[slice]) -> ctypes.Array[ct
     """Return the addresses at which each expert's slice begins; places and values both take four bytes."""
     first = (address + 4 * one.start for address, one in zip(tensors, here, strict=True))
     return (ctypes.c_void_p * len(here))(*first)
+
+
+def _factors(weights: Sequence[float]) -> tuple[ctypes.Array[ctypes.c_double] | None, float]:
+    """Return the weights of the experts, if they differ, and the factor that all have in common."""
+    alike = len(set(weights)) == 1
+    return (None, weights[0]) if alike else ((ctypes.c_double * len(weights))(*weights), 1.0)
 
 
 def _counts(here: Sequence[slice]) -> ctypes.Array[ctypes.c_int64]:
@@ -247,3 +269,36 @@ def find_sorted(before: Tensor, after: Tensor) -> Tensor | None:
     slots = _empty(after.numel(), torch.int64)
     passes.find_sorted(before.data_ptr(), before.numel(), after.data_ptr(), after.numel(), slots.data_ptr())
     return slots
+
+
+def read_entries(
+    names: Sequence[str], stored: Sequence[Tensor], values: Sequence[Tensor]
+) -> list[tuple[Tensor, int | None, bool]] | None:
+    """Decode the numbers of several sparse deltas, and look at their values; None where the code does not serve.
+
+    Args:
+        names: The encoding of each delta, `gaps` or `mask`.
+        stored: Its encoded numbers, `(bytes,)` uint8.
+        values: Its values, float32, one per number or tile.
+
+    Returns:
+        For each delta what `decode_places` returns, and whether all of its values are finite.
+    """
+    counts = [own.shape[0] for own in values]  # len() of a tensor takes ten times as long
+    dtypes = [torch.uint8] * len(stored) + [torch.float32] * len(values)
+    total = sum(counts)
+    passes = _serving(total, [*stored, *values], dtypes)
+    if passes is None:
+        return None
+    size = len(names)
+    numbers, lasts, finite = _empty(total, torch.int32), (ctypes.c_int64 * size)(), (ctypes.c_uint8 * size)()
+    passes.read_entries(
+        (ctypes.c_void_p * size)(*(own.data_ptr() for own in stored)),
+        (ctypes.c_int64 * size)(*(own.shape[0] for own in stored)),
+        (ctypes.c_uint8 * size)(*(name == "mask" for name in names)),
+        (ctypes.c_void_p * size)(*(own.data_ptr() for own in values)),
+        (ctypes.c_int64 * size)(*counts),
+        *(size, numbers.data_ptr(), lasts, finite),
+    )
+    found = zip(numbers.split(counts), lasts, finite, strict=True)
+    return [(own, None if last == -2 else last, bool(sound)) for own, last, sound in found]

@@ -28,7 +28,14 @@ from modular_experts.methods import (
 )
 from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
-from modular_experts.native.sparse_passes import Runs, add_rounded, decode_places, pack_entries, spread_tiles
+from modular_experts.native.sparse_passes import (
+    Runs,
+    add_rounded,
+    decode_places,
+    pack_entries,
+    read_entries,
+    spread_tiles,
+)
 
 SHAPE = torch.Size((150, 200))
 SHARES = [0.3, 0.0, 1.0, 0.02, 0.5]
@@ -93,6 +100,33 @@ def test_sums_are_those_of_torch_to_the_last_bit(weights, parts) -> None:
         row[delta.indices.long()] = 1.0
     assert torch.equal(torch.cat(counts), supports.sum(0).double())
     assert torch.equal(torch.cat(kept), supports.any(0))
+
+
+@pytest.mark.parametrize("weights", [[0.3] * 5, [0.7, -2.0, 1e-3, 0.0, 1 / 3]], ids=["alike", "different"])
+def test_a_packed_total_is_the_total_packed(weights) -> None:
+    deltas = [_sparse(share, seed) for seed, share in enumerate([0.3, 0.0, 0.1, 0.02, 0.5])]
+    runs, size, here = _runs(deltas), SHAPE.numel(), [slice(0, len(delta.indices)) for delta in deltas]
+    total, kept = runs.total(0, size, here, weights)
+    places, values = runs.packed_total(size, weights)
+    assert torch.equal(places, kept.nonzero()[:, 0].int())
+    assert torch.equal(values.view(torch.int32), total[kept].float().view(torch.int32))
+
+
+def test_entries_that_are_read_together_are_those_that_are_read_alone() -> None:
+    deltas = [_sparse(share, seed) for seed, share in enumerate([0.3, 0.02, 0.6, 0.004])]
+    encoded = [encode(delta.indices, SHAPE.numel(), "indices") for delta in deltas]
+    names = [next(iter(one)) for one in encoded]
+    assert set(names) == {"gaps", "mask"}
+    deltas[1].values[-1] = math.inf
+    deltas[3].values[0] = math.nan
+    found = read_entries(
+        names, [one[name] for one, name in zip(encoded, names, strict=True)], [d.values for d in deltas]
+    )
+    assert found is not None
+    for (numbers, last, _), delta in zip(found, deltas, strict=True):
+        assert torch.equal(numbers, delta.indices)
+        assert last == int(delta.indices[-1])
+    assert [finite for *_, finite in found] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("wrong", [[-1], [29_999, 5], [30_000], [-(2**31)]], ids=str)
