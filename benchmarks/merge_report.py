@@ -15,8 +15,8 @@ from rich.table import Table
 
 __all__ = ["goals", "machine", "print_table", "show"]
 
-CPU_GOALS = {"linear": 5.0, "task_arithmetic": 10.0, "ties": 12.0, "dare_ties": 12.0, "breadcrumbs": 10.0}
-PEAK_GOALS = dict.fromkeys(CPU_GOALS, 8.0) | {"ties": 10.0}
+CPU_GOALS = {"linear": 6.0, "task_arithmetic": 10.0, "ties": 15.0, "dare_ties": 12.0, "breadcrumbs": 10.0}
+PEAK_GOALS = dict.fromkeys(CPU_GOALS, 6.0)
 GROWTH_GOAL, FLOOR_GOAL, CHECKPOINTS_GOAL = 1.1, 2.0, 3.0
 COLUMNS = {"cpu": "CPU", "wall": "wall", "peak": "peak", "anonymous": "anonymous"}
 AGREEMENT = {"unequal": "unequal", "unequal_of_moved": "of moved"}

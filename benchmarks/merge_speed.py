@@ -8,11 +8,11 @@ looked at, too. What is run is in `merge_work`, what is merged in `merge_inputs`
     python benchmarks/merge_speed.py                     2, 8 and 20 experts, three times: an hour
     python benchmarks/merge_speed.py --quick             2 and 8 experts, once: ten minutes
     python benchmarks/merge_speed.py --alone --tiny --quick    without mergekit, tiny: does it run? a minute
-    python benchmarks/merge_speed.py --mergekit PYTHON   the Python of an environment that has mergekit
+    python benchmarks/merge_speed.py --mergekit PYTHON   the Python of another environment that has mergekit
 
 The base has the shape of SmolLM2-135M and random weights; an expert keeps 5 % of each of its 210 linear weights. The
-inputs take 6 GB in `runs/merge-speed` and stay there. mergekit needs up to 16 GB of memory, and is installed from PyPI
-into `.cache/mergekit-env`.
+inputs take 6 GB in `runs/merge-speed` and stay there. mergekit needs up to 12 GB of memory; install it beside this
+package: pip install mergekit==0.1.5.
 
 The methods are those of the presets, so both compute the same but for this: DARE draws other random numbers, and where
 equal magnitudes meet a threshold, ours keeps the first, mergekit any.
@@ -40,7 +40,7 @@ from merge_work import watch
 from modular_experts.library import DELTA_FILE
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT, MERGEKIT = ROOT / ".cache" / "mergekit-env", "mergekit==0.1.4"
+MERGEKIT = "mergekit==0.1.5"
 SMOLLM2, TINY = Shape(576, 30, 1536), Shape(64, 2, 128, 512)
 MEASURED = ["cpu", "wall", "peak", "anonymous", "anonymous_beyond"]
 
@@ -281,18 +281,17 @@ def check_machine(parser: Parser, options: argparse.Namespace, needed: int) -> N
 
 
 def python_of_mergekit(parser: Parser, options: argparse.Namespace) -> Path | None:
-    """Return the Python that has mergekit; its environment is made if none is named and none is there."""
+    """Return the Python that has mergekit; refuse one that lacks it."""
     if options.alone:
         return None
     if options.mergekit and not shutil.which(str(options.mergekit)):
         parser.error(f"--mergekit {options.mergekit} is no Python; name that of an environment with {MERGEKIT}")
-    python = options.mergekit or ENVIRONMENT / "bin" / "python"
-    if not options.mergekit and not _has_mergekit(python):
-        print(f"installing {MERGEKIT} into {ENVIRONMENT}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", MERGEKIT], check=True)
+    python = options.mergekit or Path(sys.executable)
     if not _has_mergekit(python):
-        parser.error(f"{python} cannot import mergekit; install {MERGEKIT} there, or name another with --mergekit")
+        parser.error(
+            f"{python} cannot import mergekit; install {MERGEKIT} there, name another with --mergekit, or measure ours "
+            "with --alone"
+        )
     return python
 
 

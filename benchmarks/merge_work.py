@@ -44,7 +44,11 @@ def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: The process failed; the message ends with the last lines that it wrote.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [python, "-W", "ignore", "-c", "import merge_work; merge_work.main()", json.dumps({"kind": kind, **task})]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
