@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -151,5 +152,8 @@ class ExportExpert(Callback):
             costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
-        state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
-        write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
+        with ExitStack() as stack:
+            for schedule in schedules(trainer):
+                stack.enter_context(schedule.exported(trained))
+            state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
+            write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)

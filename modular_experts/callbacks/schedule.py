@@ -7,6 +7,7 @@ order of the list, and know none of them by its class.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class TrainedModule(Protocol):
 
 
 class Schedule(Callback):
-    """A callback that changes what experts train: their entries, their sizes, or which of them take part.
+    """A callback that changes what experts train (their entries, their sizes, which of them take part), or export.
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
     step) and keeps its progress in `state_dict`. It overrides those methods below that it needs.
@@ -51,7 +52,8 @@ class Schedule(Callback):
     | `ExpertModule` | the model is loaded for `fit`; optimizers do not exist yet       | `before_optimizers` |
     | `ExpertModule` | it writes a checkpoint                                           | `resizes`           |
     | `ExportExpert` | after a validation                                               | `is_exportable`     |
-    | `ExportExpert` | it writes an expert: the best so far after a validation, or last | `shares`, `costs`   |
+    | `ExportExpert` | it writes an expert: the best so far after a validation, or last | `exported`, `shares`, |
+    |                |                                                                  | `costs`             |
     """
 
     @property
@@ -75,6 +77,10 @@ class Schedule(Callback):
         It may not while a schedule trains more than the expert is to keep.
         """
         return True
+
+    def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
+        """Return a context in which the module holds what is to be exported instead of what it trains."""
+        return nullcontext()
 
     def choices(self, trainer: Trainer, module: TrainedModule, length: TrainingLength) -> int:
         """Return how often a fit of this length chooses anew what is trained."""

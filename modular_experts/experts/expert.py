@@ -99,6 +99,9 @@ class Expert(nn.Module, ABC):
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor]) -> None:
         """Give the layer's weight back as it was before training, bit for bit; additive experts never changed it."""
 
+    def reanchor(self, weight: Tensor) -> None:
+        """Take the weight as it is now, which holds no trained state, for the base; additive experts do so anyway."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Expert:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -100,6 +100,11 @@ class SparseExpert(Selectable):
         self._write(weight, self.anchor.to(weight.dtype))
         self._written = None
 
+    @torch.no_grad()
+    def reanchor(self, weight: Tensor) -> None:
+        self.anchor.copy_(self._read(weight))
+        self.write(weight)
+
     @property
     def packed(self) -> nn.Parameter:
         return self.values
@@ -116,8 +121,7 @@ class SparseExpert(Selectable):
         slots = carried_slots(self.indices, units)
         self.values.copy_(carried(self.values, slots))
         self.indices.copy_(units)
-        self.anchor.copy_(self._read(weight))
-        self.write(weight)
+        self.reanchor(weight)
         return slots
 
     def kernel(self, dtype: torch.dtype) -> KeptGradient:

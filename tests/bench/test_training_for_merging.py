@@ -53,7 +53,7 @@ def test_a_sharpness_aware_step_takes_the_gradient_at_the_second_point(ways) -> 
         return loss
 
     gradient = matrix @ start
-    assert float(optimizer.step(closure)) == pytest.approx(float(start @ gradient / 2))
+    assert optimizer.step(closure).item() == pytest.approx(float(start @ gradient / 2))
     assert torch.allclose(weight.grad, matrix @ (start + rho * gradient / gradient.norm()))
     plain.grad = weight.grad.clone()
     AdamW([plain], lr=0.1, weight_decay=0.0).step()

@@ -1,0 +1,144 @@
+"""TrainUnderOthers trains an expert while other experts of a library are in the base, so that it merges better.
+
+In a merge an expert meets what other experts moved. Here it meets a few of them in each step already, and learns what
+is still needed beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.deltas import Delta, Dense, LowRank, add
+from modular_experts.injection import expert_layers
+from modular_experts.library import Library, StoredExpert, check_base, open_experts
+from modular_experts.library.expert import RECORD_FILE
+
+
+class TrainUnderOthers(Schedule):
+    """Computes each step's loss at `W + d + scale * (d_1 + ... + d_count)`, with others drawn anew for each step.
+
+    `W` is the base, `d` the expert that is trained. After the step the others are taken out again, bit for bit, so that
+    validations, checkpoints and exports hold the expert alone. The draw depends on the seed and the step only: a
+    resumed run repeats it, and all ranks share it. It is for experts beside a frozen weight and for sparse ones; the
+    base must be that of the others.
+
+    Ten experts that were trained so kept more in each of the merges that `docs/results/training-for-merging.md`
+    compares, and were a few points worse alone.
+
+    Args:
+        others: Experts, or libraries of them. Those of a task that is trained are left out, merges of it too. Their
+            deltas are held in memory.
+        count: How many are drawn for a step.
+        scale: Factor of their deltas.
+        seed: Seed of the draws; the run's own (`seed_everything`) if not given.
+    """
+
+    def __init__(self, others: list[str] | str, count: int = 3, scale: float = 0.3, seed: int | None = None) -> None:
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1")
+        self.paths = [others] if isinstance(others, str) else list(others)
+        self.count, self.scale = count, scale
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.others: list[StoredExpert] = []
+        """The experts that draws are made from."""
+        self._deltas: list[Mapping[str, Delta]] = []
+        self._before: dict[str, tuple[Tensor | None, Tensor]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the experts, before anything is loaded; raise if fewer are left than a step draws."""
+        if stage != "fit":
+            return
+        found: list[str | Path] = []
+        for path in self.paths:
+            directory = Path(path).expanduser()
+            library = directory.is_dir() and not (directory / RECORD_FILE).is_file()
+            found += [directory / name for name in Library(directory)] if library else [path]
+        roles = getattr(getattr(trainer, "datamodule", None), "roles", {})
+        trained = {name for name, role in roles.items() if role == "held_in"}
+        opened = [open_experts([path])[0] for path in dict.fromkeys(found)]
+        self.others = [expert for expert in opened if not trained & set(expert.record["tasks"])]
+        if len(self.others) < self.count:
+            raise ValueError(
+                f"count={self.count} others cannot be drawn from {len(self.others)} experts ({', '.join(self.paths)}, "
+                f"without those of {', '.join(sorted(trained))}); give more experts, or a smaller count"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the others; raise if they are of another base, or an expert trains its weight as a whole."""
+        module = cast(TrainedModule, pl_module)
+        check_base(self.others, module.fingerprint, module.base)
+        for name, layer in expert_layers(module.model):
+            if layer.expert.trains_weight:
+                raise ValueError(
+                    f"TrainUnderOthers adds other experts to frozen weights, and {type(layer.expert).__name__} trains "
+                    f"{name} itself; train a SparseExpert or a LoRAExpert under others"
+                )
+        self._deltas = [dict(expert) for expert in self.others]
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Add the others of this step to the base."""
+        model = cast(TrainedModule, pl_module).model
+        drawn = random.Random(f"{self.seed}/{trainer.global_step}").sample(self._deltas, self.count)
+        layers = dict(expert_layers(model))
+        for name in sorted({name for deltas in drawn for name in deltas}):
+            delta = add([deltas[name] * self.scale for deltas in drawn if name in deltas])
+            weight, delta = _target(model, layers, name), _oriented(layers, name, delta)
+            delta = delta.to(weight.device)
+            if name in layers:
+                layers[name].expert.restore(weight, weight.detach)
+            kept = None if isinstance(delta, Dense | LowRank) else delta.support().long()
+            self._before[name] = kept, weight.clone() if kept is None else weight.reshape(-1)[kept]
+            delta.add_to(weight)
+            if name in layers:
+                layers[name].expert.reanchor(weight)
+
+    @torch.no_grad()
+    def remove(self, module: TrainedModule) -> None:
+        """Make the base what it was; without others in it, nothing happens."""
+        layers = dict(expert_layers(module.model))
+        for name, (kept, values) in self._before.items():
+            weight = _target(module.model, layers, name)
+            if name in layers:
+                # Whatever entries the expert trains by now, the weight then holds the base and the others alone.
+                layers[name].expert.restore(weight, weight.detach)
+            if kept is None:
+                weight.copy_(values)
+            else:
+                weight.view(-1)[kept] = values
+            if name in layers:
+                layers[name].expert.reanchor(weight)
+        self._before = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the others out again."""
+        self.remove(cast(TrainedModule, pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the others out of a step that did not end."""
+        if self._before:
+            self.remove(cast(TrainedModule, pl_module))
+
+    def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
+        """Return how many others were in the base in each step, and their scale."""
+        return {"others": self.count, "others_scale": self.scale}
+
+
+def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
+    """Return a weight as its expert sees it, or the parameter of a layer without one."""
+    return layers[name].matrix if name in layers else model.get_parameter(name)
+
+
+def _oriented(layers: Mapping[str, Any], name: str, delta: Delta) -> Delta:
+    return layers[name].oriented(delta) if name in layers else delta

@@ -1,0 +1,160 @@
+"""TrainUnderOthers: what each step is computed with, that nothing of it stays, and what is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+
+from modular_experts.base import Base
+from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.injection import eject, expert_layers
+from modular_experts.library import open_expert
+from modular_experts.masks import GrowAndDrop, SelectOnce
+
+SPARSE = partial(SparseExpert, keep_ratio=0.1)
+BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
+LORA = partial(LoRAExpert, rank=2)
+ONCE = partial(MaskSchedule, rule=SelectOnce(), batches=1)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, tiny_llama_dir, task_files):
+    """Two sparse experts and a LoRA of one task."""
+    folder = tmp_path_factory.mktemp("others")
+    for name, expert in {"a": SPARSE, "b": BLOCK, "c": LORA}.items():
+        export = ExportExpert(str(folder / "library"), name, monitor=None)
+        optimizer = partial(torch.optim.AdamW, lr=5e-2)
+        module = runs.module(tiny_llama_dir, expert, optimizer=optimizer)
+        files = {"upper": task_files["upper"]}
+        runs.trainer(folder, export, ONCE(), max_steps=2).fit(module, runs.mixture(files, tiny_llama_dir))
+    return folder / "library"
+
+
+class Weights(Callback):
+    """Keeps, of each step, the weights that the loss is computed with, and the expert's deltas then."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[dict, dict]] = []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+        # Called after the forward pass, before backward and the optimizer's step.
+        layers = dict(expert_layers(pl_module.model))
+        weights = {name: layer.weight.detach().double().clone() for name, layer in layers.items()}
+        deltas = {name: delta.dense().double().clone() for name, delta in pl_module.task_vector()}
+        self.steps.append((weights, deltas))
+
+
+def _fit(base, files, folder, expert, *callbacks, ckpt=None, module=None, **settings) -> tuple:
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    module = runs.module(base, expert, optimizer=optimizer, **(module or {}))
+    trainer = runs.trainer(folder, *callbacks, **settings)
+    trainer.fit(module, runs.mixture({"reverse": files["reverse"]}, base, seed=0), ckpt_path=ckpt)
+    return module, trainer
+
+
+@pytest.mark.parametrize("expert", [SPARSE, BLOCK, LORA], ids=["entries", "tiles", "lora"])
+def test_each_step_is_computed_with_the_base_the_expert_and_the_scaled_others(
+    expert, library, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    watch, others = Weights(), TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
+    schedules = [] if expert is LORA else [ONCE()]
+    _fit(tiny_llama_dir, task_files, tmp_path, expert, others, *schedules, watch)
+    base, deltas = Base.open(tiny_llama_dir), {name: open_expert(library / name) for name in "abc"}
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    drawn = set()
+    for weights, mine in watch.steps:
+        fitting = []
+        for pair in pairs:
+            expected = {
+                name: base.weight(name).double()
+                + (0 if expert is LORA else mine[name])
+                + 0.5 * sum(deltas[other][name].dense().double() for other in pair)
+                for name in weights
+            }
+            if all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in weights):
+                fitting.append(pair)
+        assert len(fitting) == 1
+        drawn |= set(fitting)
+    assert len(watch.steps) == 6
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("expert", [SPARSE, BLOCK, LORA], ids=["entries", "tiles", "lora"])
+def test_nothing_of_the_others_stays_in_the_base_or_in_the_export(
+    expert, first, library, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """Choices of other entries while the others are in the base change nothing of it."""
+    others = TrainUnderOthers(str(library), count=2, scale=0.5, seed=0)
+    schedule = MaskSchedule(rule=GrowAndDrop(every=2, until=0.9, replace=0.5), batches=1)
+    schedules = [] if expert is LORA else [schedule]
+    listed = [others, *schedules] if first else [*schedules, others]
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
+    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, expert, *listed, export)
+    base, stored = Base.open(tiny_llama_dir), open_expert(export.target)
+    for name, layer in expert_layers(module.model):
+        expected = base.weight(name)
+        if expert is not LORA:
+            expected = (expected.double() + stored[name].dense().double()).float()
+        assert torch.equal(layer.weight, expected)
+    eject(module.model)
+    assert all(torch.equal(weight, base.weight(name)) for name, weight in module.model.named_parameters())
+    assert stored.record["costs"]["others"] == 2
+
+
+def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(
+    library, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    seen = []
+
+    class Seen(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            seen.append(pl_module.model.get_parameter(name).clone())
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    others = TrainUnderOthers([str(library / "a")], count=1, scale=0.5)
+    settings = {"dtype": "bfloat16", "modules": "q_proj"}
+    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, others, ONCE(), Seen(), max_steps=2, module=settings)
+    start = Base.open(tiny_llama_dir).weight(name).bfloat16()
+    moved = (start.double() + 0.5 * open_expert(library / "a")[name].dense().double()).bfloat16()
+    assert torch.equal(seen[0], moved)
+    assert not torch.equal(moved, start)
+    assert torch.equal(module.model.get_parameter(name), start)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_run_draws_the_same_others(library, tiny_llama_dir, task_files, tmp_path) -> None:
+    def run(**settings):
+        others = TrainUnderOthers(str(library), count=1, scale=1.0, seed=3)
+        saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        schedule, more = ONCE(seed=0), {"max_steps": 6, "enable_checkpointing": True} | settings
+        return _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, others, saving, **more)[0]
+
+    whole = run()
+    rest = run(ckpt=tmp_path / "saved" / "step=3.ckpt")
+    expected = dict(whole.task_vector())
+    assert all(torch.equal(delta.dense(), expected[name].dense()) for name, delta in rest.task_vector())
+
+
+def test_experts_of_the_trained_task_are_left_out(library, tiny_llama_dir, task_files, tmp_path) -> None:
+    others = TrainUnderOthers(str(library), count=1)
+    with pytest.raises(ValueError, match=r"count=1 others cannot be drawn from 0 experts .* without those of upper"):
+        runs.trainer(tmp_path, others).fit(
+            runs.module(tiny_llama_dir, SPARSE), runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir)
+        )
+
+
+def test_full_experts_and_other_bases_are_refused(library, tiny_llama_dir, tiny, task_files, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"FullExpert trains .* itself"):
+        _fit(tiny_llama_dir, task_files, tmp_path, FullExpert, TrainUnderOthers(str(library)))
+    with pytest.raises(ValueError, match="was trained on another base"):
+        _fit(tiny("qwen2"), task_files, tmp_path, SPARSE, TrainUnderOthers(str(library)))
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        TrainUnderOthers(str(library), count=0)
