@@ -94,6 +94,9 @@ class _Chooser(KeptGradient):
         if self.kernel is not None:
             return self.kernel.gradient(self.kernel.saved(x), grad)
         started, step = time.perf_counter(), self.step
+        if not step.seconds:
+            # The activations of the forward pass are the training's memory, not the choice's.
+            step.choice.memory.restart()
         gradient = (grad.T @ x).to(torch.promote_types(grad.dtype, torch.float32))
         if self.sums:
             self.total = gradient if self.total is None else self.total.add_(gradient)

@@ -192,6 +192,10 @@ class MemoryWatch:
         self.start = self._used()
         self.most = 0
 
+    def restart(self) -> None:
+        """Compare with the memory in use now."""
+        self.start = self._used()
+
     def look(self) -> None:
         """Take the memory in use now into account."""
         self.most = max(self.most, self._used() - self.start)
