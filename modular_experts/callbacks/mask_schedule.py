@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from modular_experts.callbacks.progress import activity
+from modular_experts.callbacks.progress import activity, say_done
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.experts.selectable import Selectable
@@ -45,12 +45,12 @@ class MaskSchedule(Schedule):
         rule: When and how the support changes: `SelectOnce`, `Reselect`, `GrowAndDrop` or `DenseThenSparse`. The
             default is the expert type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
             `MaskedExpert`.
-        batches: Where the gradient comes from that is scored. A number of training batches, of extra forward and
-            backward passes: it is averaged over them, each by its target tokens. Or `step`: it is the gradient of the
-            training step at which the choice is made, over all its micro-batches and ranks. What no step can give (a
-            curvature, a choice before the optimizer is made, a masked expert's score) takes four batches then.
-            With one batch or `step`, one layer's gradient is held at a time; with more batches, or micro-batches, as
-            many as `accumulator_mib` allows.
+        batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
+            made, over all its micro-batches and ranks, so that a choice costs no extra pass. A number: from extra
+            forward and backward passes over so many training batches, each counted by its target tokens. What no step
+            can give (a curvature, a choice before the optimizer is made, a masked expert's score) takes passes over
+            four batches. With one batch or `step`, one layer's gradient is held at a time; with more batches, or
+            micro-batches, as many as `accumulator_mib` allows.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it, and the entry resumes from it if it comes back. (A masked expert always keeps hidden values.)
         seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
@@ -71,7 +71,7 @@ class MaskSchedule(Schedule):
         self,
         score: Score | Callable[..., Any] | None = None,
         rule: Rule | None = None,
-        batches: int | Literal["step"] = 4,
+        batches: int | Literal["step"] = "step",
         leavers: Literal["revert", "stash"] = "revert",
         seed: int | None = None,
         accumulator_mib: int = 1024,
@@ -228,7 +228,9 @@ class MaskSchedule(Schedule):
         for name, units in chosen.items():
             self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0)
         self._waiting = (waiting, choice.position, choice.last)
-        self.seconds += step.seconds + time.perf_counter() - started
+        seconds = step.seconds + time.perf_counter() - started
+        say_done(trainer, f"chose what is trained in {len(chosen)} weights at step {trainer.global_step + 1}", seconds)
+        self.seconds += seconds
         self.peak_bytes = max(self.peak_bytes, choice.memory.most)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

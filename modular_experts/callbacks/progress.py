@@ -286,4 +286,10 @@ def activity(trainer: Trainer, doing: str, done: str) -> Iterator[None]:
             yield
     else:
         yield
-        log.info("%s in %.1f s", done, time.monotonic() - started)
+        say_done(trainer, done, time.monotonic() - started)
+
+
+def say_done(trainer: Trainer, done: str, seconds: float) -> None:
+    """Log what was done and how long it took, unless a `TrainingBar` shows the run."""
+    if not isinstance(trainer.progress_bar_callback, TrainingBar):
+        log.info("%s in %.1f s", done, seconds)

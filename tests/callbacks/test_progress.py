@@ -64,7 +64,7 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
         rf"trained on 24 rows in [\d.]+ s, [\d.]+ s of which chose supports; .* from {first} to {last}", said
     )
     assert f"the expert is in {export.target}, metrics.csv is in {logger.log_dir}" in said
-    assert "chose what is trained in 4 weights before step 3 in " in said
+    assert "chose what is trained in 4 weights at step 3 in " in said
     rows = list(csv.DictReader((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()))
     before = [float(row["val_loss"]) for row in rows if row["step"] == "0" and row["val_loss"]]
     assert before == [pytest.approx(progress.first_loss)]
@@ -119,7 +119,9 @@ def test_one_line_shows_the_whole_fit_and_what_is_going_on(
     tiny_llama_dir, task_files, tmp_path, monkeypatch, lines
 ) -> None:
     screen = _screen(monkeypatch)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, TrainingBar(), max_steps=14, enable_progress_bar=True)
+    # Passes over batches of their own are shown; a choice from the training step is part of it.
+    bar, schedule = TrainingBar(), MaskSchedule(batches=4)
+    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, bar, schedule, max_steps=14, enable_progress_bar=True)
     frames = _frames(screen)
     assert all(len(frame) <= 80 for frame in frames)
     assert {frame.split(" ")[0] for frame in frames} == {"validating", "training", "choosing", "trained"}
