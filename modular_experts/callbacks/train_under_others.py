@@ -31,8 +31,8 @@ class TrainUnderOthers(Schedule):
     resumed run repeats it, and all ranks share it. It is for experts beside a frozen weight and for sparse ones; the
     base must be that of the others.
 
-    Ten experts that were trained so kept more in each of the merges that `docs/results/training-for-merging.md`
-    compares, and were a few points worse alone.
+    Ten sparse experts that were trained so kept more in both merges that `docs/results/training-for-merging.md`
+    compares, LoRAs in an average; alone both were a few points worse.
 
     Args:
         others: Experts, or libraries of them. Those of a task that is trained are left out, merges of it too. Their
