@@ -34,7 +34,11 @@ from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
 
-WAYS: dict[str, dict[str, bool]] = {"plain": {}, "by length": {"group_by_length": True}, "packed": {"packing": True}}
+WAYS: dict[str, dict[str, bool]] = {
+    "plain": {"packing": False},
+    "by length": {"group_by_length": True, "packing": False},
+    "packed": {"packing": True},
+}
 
 
 def compare(model: nn.Module, tokenizer: Any, files: list[Path], batch_size: int, steps: int) -> dict[str, Any]:

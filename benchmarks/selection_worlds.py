@@ -56,7 +56,7 @@ class Generated:
         chosen += [(name, task, "held_out") for name, task in plan.held_out.items()] if held_out else []
         rows = (self.steps * self.batch_size, plan.validation_rows, plan.test_rows)
         tasks = [Task(name, source=task(self.seed, *rows, False), role=role) for name, task, role in chosen]  # type: ignore[arg-type]
-        return TaskMixture(tasks, tokenizer_of(self.base), self.batch_size, 448, seed=self.seed)
+        return TaskMixture(tasks, tokenizer_of(self.base), self.batch_size, 448, seed=self.seed, packing=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class Real:
         if held_out:
             tasks += [Task(name, path=str(self.data / f"{name}.jsonl"), role="held_out") for name in self.others]
         tokenizer = tokenizer_of(self.base)
-        return TaskMixture(tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32)
+        return TaskMixture(
+            tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32, packing=False
+        )
 
 
 @cache

@@ -96,11 +96,12 @@ class ExampleSet(Dataset):
         return replace(first, task="", tokens=Tokens(first.tokens.ids, len(first.tokens.ids)), choices=())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collator:
     """Makes a batch of examples, padded with `pad_id`; without `texts`, as in training, also without choices.
 
-    With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row.
+    With `pack_length` the batch is packed, in packs of at most that many tokens, or of the longest row; it may be set
+    after a loader was made.
     """
 
     pad_id: int

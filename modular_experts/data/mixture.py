@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, zip_longest
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
-from modular_experts.data.batch import Collator, Example, ExampleSet, packs
+from modular_experts.data.batch import LITTLE_PADDING, Collator, Example, ExampleSet, packs
 from modular_experts.data.chat import template_hash
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
@@ -72,9 +72,11 @@ class TaskMixture(LightningDataModule):
         split_seed: Seed of this division. It is not `seed`, so that no test meets rows that a run with another seed
             trained on.
         eval_limit: The most validation rows, and the most test rows, of one task, spread evenly over its file.
-        packing: Put the rows of a training batch one behind the other instead of padding each. A batch keeps its
-            `batch_size` rows and its loss, because no row attends to another; its tokens fill as few sequences of at
-            most `max_length` tokens as leave little padding. Models that mix packed rows are refused.
+        packing: Whether the rows of a training batch stand one behind the other instead of each being padded. A batch
+            keeps its `batch_size` rows and its loss, because no row attends to another; its tokens fill as few
+            sequences of at most `max_length` tokens as leave little padding. If not given, rows are packed where more
+            than a twentieth of the batches would be padding, the model keeps packed rows apart, and its experts are
+            deltas; with true, a model that mixes rows is refused.
         group_by_length: Fill each training batch with rows of nearly the same length, so that it needs little padding.
             Each stretch of 32 batches keeps its rows, but batches differ more from each other, and experts of 50 or 100
             steps ended with higher losses; prefer `packing`, which changes no loss.
@@ -100,7 +102,7 @@ class TaskMixture(LightningDataModule):
         eval_limit: int | None = None,
         chat_template: bool = False,
         num_workers: int = 0,
-        packing: bool = False,
+        packing: bool | None = None,
         group_by_length: bool = False,
     ) -> None:
         super().__init__()
@@ -119,6 +121,8 @@ class TaskMixture(LightningDataModule):
         self.validation_ratio, self.test_ratio = validation_ratio, test_ratio
         self.chat_template, self.num_workers = chat_template, num_workers
         self.packing, self.group_by_length = packing, group_by_length
+        self.packed = bool(packing)
+        """Whether training batches are packed; without a setting, a fit decides it (`choose_packing`)."""
         self._predicts = False
         self._rows: dict[str, list[Row]] | None = None
         self._examples: dict[str, dict[str, list[Example]]] = {}
@@ -197,7 +201,7 @@ class TaskMixture(LightningDataModule):
             for name, count in self.counts.items():
                 share, passes = count / total, count / len(self._split("train")[name])
                 self._log(logging.INFO, f"{name}: {count} of {total} rows an epoch ({share:.1%}), {passes:.2f} passes")
-            more = "" if self.packing else " (data.packing leaves it out)"
+            more = " (data.packing leaves it out)" if self.packing is False else ""
             self._log(logging.INFO, f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
     def validation_examples(self, targets: bool = True) -> dict[str, list[Example]]:
@@ -251,7 +255,7 @@ class TaskMixture(LightningDataModule):
             dataset=ExampleSet(examples),
             batch_size=max(1, self.batch_size // place[1]),
             sampler=MixtureSampler(self._order, sum(counts.values()), self.batch_size, *place, self._position),
-            collate_fn=Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packing else None),
+            collate_fn=self._training_collator,
             num_workers=self.num_workers,
             # Without a generator of its own, a loader takes numbers from the global one.
             generator=torch.Generator(),
@@ -260,6 +264,28 @@ class TaskMixture(LightningDataModule):
         if self.group_by_length:
             loader.identity["group_by_length"] = True
         return loader
+
+    def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
+        """Pack training batches if `packing` is not given, much of them is padding, and the model keeps rows apart.
+
+        Loaders that were made before follow the choice.
+
+        Args:
+            keeps_rows_apart: Tells of the model that is trained whether it keeps packed rows apart.
+        """
+        if self.packing is not None:
+            return
+        self.packed = False
+        self.packed = self.padding() > LITTLE_PADDING and keeps_rows_apart()
+        self._training_collator.pack_length = self.max_length if self.packed else None
+        if self.packed:
+            self._log(
+                logging.INFO, f"rows are packed, which leaves {self.padding():.1%} (data.packing false pads them)"
+            )
+
+    @cached_property
+    def _training_collator(self) -> Collator:
+        return Collator(self._row_tokenizer().pad_id, False, self.max_length if self.packed else None)
 
     def _order(self, epoch: int) -> Tensor:
         """Return the rows of an epoch, as indices into the training rows of all tasks."""
@@ -280,7 +306,7 @@ class TaskMixture(LightningDataModule):
         tokens = read = 0
         for first in range(0, min(len(lengths), size * batches), size):
             batch = lengths[first : first + size]
-            divided = packs(batch, self.max_length) if self.packing else [[row] for row in range(len(batch))]
+            divided = packs(batch, self.max_length) if self.packed else [[row] for row in range(len(batch))]
             tokens += sum(batch)
             read += len(divided) * max(sum(batch[row] for row in pack) for pack in divided)
         return 1 - tokens / read

@@ -76,32 +76,44 @@ def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
     return labels, labels != IGNORED
 
 
-@torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Compare the logits of two short packed rows with those of each row alone.
+    """Check that a model keeps packed rows apart (`keeps_rows_apart`).
 
     Raises:
-        ValueError: The model mixes packed rows, as one does that finds no places by `position_ids` or that keeps a
-            state from token to token.
+        ValueError: It mixes them.
     """
-    device = next(model.parameters()).device
-    rows = [torch.arange(3, 3 + length, device=device)[None] for length in (7, 1, 5)]
-    ids, places = torch.cat(rows, 1), torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
-    training = model.training
-    model.eval()
-    apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], 1)
-    mixed = (model(input_ids=ids, use_cache=False).logits - apart).float().norm()
-    # A model that takes no positions at all reads the rows as one.
-    takes = {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters)
-    if takes:
-        packed = (model(input_ids=ids, position_ids=places, use_cache=False).logits - apart).float().norm()
-    model.train(training)
-    # Rounding differs by the layout of a batch, and by far less than what another row changes.
-    if not takes or packed > torch.finfo(apart.dtype).eps ** 0.5 * mixed:
+    if not keeps_rows_apart(model):
         raise ValueError(
             f"data.packing=True: {type(model).__name__} does not keep packed rows apart (its logits of a row change "
             "with the rows before it); leave data.packing out, or set data.group_by_length for less padding"
         )
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: nn.Module) -> bool:
+    """Return whether the logits of three short packed rows are those of each row alone.
+
+    They are not if a model finds no places by `position_ids`, or keeps a state from token to token.
+    """
+    # A model that takes no positions at all reads the rows as one.
+    if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
+        return False
+    device, lengths = next(model.parameters()).device, (7, 1, 5)
+    places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    together = places + 3
+    # The rows as one, and each alone, in one batch: no token sees what comes after it, so padding needs no mask.
+    ids = together.repeat(1 + len(lengths), 1)
+    for number, row in enumerate(together[0].split(lengths)):
+        ids[1 + number, : len(row)] = row
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits
+    packed = model(input_ids=together, position_ids=places, use_cache=False).logits[0]
+    model.train(training)
+    apart = torch.cat([logits[1 + number, :length] for number, length in enumerate(lengths)])
+    change, mixed = (packed - apart).float().norm(), (logits[0] - apart).float().norm()
+    # Rounding differs by the layout of a batch, and by far less than what another row changes.
+    return bool(change <= torch.finfo(apart.dtype).eps ** 0.5 * mixed)
 
 
 @torch.no_grad()

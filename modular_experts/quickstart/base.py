@@ -163,4 +163,4 @@ def _mixture(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> TaskMixture:
                 chatty=chatty,
             )
             tasks.append(Task(f"{name}-chatty" if chatty else name, source=words, weight=share))
-    return TaskMixture(tasks, tokenizer, BATCH_SIZE, EVAL_BATCH_SIZE, mixing=Equal(), seed=plan.seed)
+    return TaskMixture(tasks, tokenizer, BATCH_SIZE, EVAL_BATCH_SIZE, mixing=Equal(), seed=plan.seed, packing=False)

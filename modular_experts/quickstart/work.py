@@ -147,7 +147,9 @@ def _mixture(
         chosen += [(name, task, "held_out") for name, task in plan.held_out.items()]
     rows = plan.expert_steps * plan.batch_size, plan.validation_rows, plan.test_rows
     tasks = [Task(name, source=task(plan.seed, *rows, chatty), role=role) for name, task, role in chosen]
-    return TaskMixture(tasks, _base(out)[1], batch_size or plan.batch_size, EVAL_BATCH, seed=plan.seed)
+    # Packed rows have the same losses but for rounding; padded ones keep the published numbers to the last digit.
+    size = batch_size or plan.batch_size
+    return TaskMixture(tasks, _base(out)[1], size, EVAL_BATCH, seed=plan.seed, packing=False)
 
 
 @cache

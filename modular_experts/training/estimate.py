@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
-        source = _Batches(data.roles, _typical(batches), max(batches, key=_size), validation)
+        source = _Batches(data, batches, validation)
         before, module.learning_rate = module.learning_rate, 0.0
         mine = [copy.deepcopy(schedule) for schedule in schedules(trainer)]
         device = trainer.strategy.root_device
@@ -183,24 +183,41 @@ def _typical(batches: Sequence[Batch]) -> Batch:
 class _Batches(LightningDataModule):
     """Gives the typical batch three times, then the longest, and after these the typical one without an end."""
 
-    def __init__(self, roles: dict[str, str], typical: Batch, longest: Batch, validation: Sequence[Batch]) -> None:
+    def __init__(self, data: TaskMixture, batches: Sequence[Batch], validation: Sequence[Batch]) -> None:
         super().__init__()
-        self.roles = roles
-        self._batches, self._validation = [typical, typical, typical, longest], validation
+        self.roles, self._data, self._batches = data.roles, data, list(batches)
+        self._given: list[Batch] = []
+        self._validation = [_typical(validation)] if validation else []
+        self._choose()
+
+    def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
+        """Let the data choose, and give the batches that it makes then."""
+        self._data.choose_packing(keeps_rows_apart)
+        self._batches = list(itertools.islice(self._data.train_dataloader(), _MOST_BATCHES))
+        self._choose()
+
+    def _choose(self) -> None:
+        # In place, for loaders that were made before.
+        typical = _typical(self._batches)
+        self._given[:] = [typical, typical, typical, max(self._batches, key=_size)]
 
     def train_dataloader(self) -> Any:
-        return _Loader(self._batches, self._batches[0])
+        return _Loader(self._given)
 
     def val_dataloader(self) -> Any:
-        return _Loader([], _typical(self._validation)) if self._validation else []
+        return _Loader(self._validation) if self._validation else []
 
 
 class _Loader:
-    def __init__(self, first: Sequence[Batch], later: Batch) -> None:
-        self._first, self._later = first, later
+    """Gives some batches, and after them the first of them without an end."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.chain(self._first, itertools.repeat(self._later))
+        yield from self._batches
+        while True:
+            yield self._batches[0]
 
     def __len__(self) -> int:
         return sys.maxsize

@@ -29,6 +29,7 @@ from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, score_batch
+from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Factory, Plan
@@ -262,8 +263,13 @@ class ExpertModule(LightningModule):
         if self.learning_rate is not None and set(self._peak_rates()) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
-        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "packing", False):
             check_packing(self.model)
+        elif hasattr(data, "choose_packing"):
+            # What is a delta moves each token alone; an expert that chooses by its input may look at a whole row.
+            alone = all(layer.expert.mergeable for _, layer in expert_layers(self.model))
+            data.choose_packing(lambda: alone and keeps_rows_apart(self.model))
         layers = [layer for _, layer in expert_layers(self.model)]
         kinds = set()
         for expert in (layer.expert for layer in layers):
@@ -276,7 +282,7 @@ class ExpertModule(LightningModule):
             *(", ".join(sorted(kinds)), len(layers), f"{trained:,}", share),
         )
         length, parts = self.length, self.trainer.accumulate_grad_batches
-        rows = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        rows = getattr(data, "batch_size", None)
         batch = [] if rows is None else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]
         rates = sorted({f"{rate:g}" for rate in self._peak_rates()})
         epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
