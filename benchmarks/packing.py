@@ -9,6 +9,10 @@ A row of the table gives the share of padding in an epoch, and the tokens of dat
 `plain`. `packed` reads the rows of `plain`, so the mean loss of its steps is the same to rounding.
 
     MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      8 minutes; --quick: in small
+    MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py --shares                half a minute
+
+`--shares` loads no model, and prints the share of padding in training batches of 8, as drawn and packed, in validation
+and test batches of 16, and among the prompts that answers are generated for, of all files in one mixture and of each.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.data import TaskMixture
+from modular_experts.data.batch import prompts
 from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
@@ -85,6 +90,27 @@ def compare(model: nn.Module, tokenizer: Any, files: list[Path], batch_size: int
     }
 
 
+def shares_of_padding(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Give a line of shares of padding for the mixture of all files, and for each file."""
+    files, tokenizer = sorted(Path(options.data).glob("*.jsonl")), AutoTokenizer.from_pretrained(options.model)
+    for chosen in [files, *([file] for file in files)]:
+        data = TaskMixture([str(file) for file in chosen], tokenizer, 8, seed=0)
+        data.setup()
+        drawn = data.padding()
+        data.choose_packing(lambda: True)
+        found = [drawn, data.padding()]
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            found.append(_padding([batch["attention_mask"].sum(1).tolist() for batch in loader]))
+        found.append(_padding([[len(row) for row in prompts(batch)] for batch in data.test_dataloader()]))
+        name = f"all {len(files)} files" if len(chosen) > 1 else chosen[0].stem
+        yield [name, *(f"{share:.1%}" for share in found)]
+
+
+def _padding(batches: list[list[int]]) -> float:
+    """Return the share of padding in batches of rows of these lengths."""
+    return 1 - sum(map(sum, batches)) / sum(len(rows) * max(rows) for rows in batches)
+
+
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Give a row for each mixture and batch size."""
     files = sorted(Path(options.data).glob("*.jsonl"))
@@ -110,12 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two steps: the speeds mean nothing")
+    parser.add_argument("--shares", action="store_true", help="print only how much is padding, task by task")
     parser.add_argument("--rows", type=int, default=128, help="rows that each way trains on, in each line")
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / ".cache" / "smollm2"))
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
     options = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
+    if options.shares:
+        print("| rows | training: as drawn | as fitted | validation | test | prompts |\n|---|---|---|---|---|---|")
+        for line in shares_of_padding(options):
+            print(f"| {' | '.join(line)} |")
+        return
     rows = list(measure(options))
     if options.json:
         print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows}))

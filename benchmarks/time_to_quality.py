@@ -59,6 +59,7 @@ class Race:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.file, self.began = options, Path(options.out), time.time()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.data = str(Path(options.data).resolve() / f"{options.task}.jsonl")
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.runs: list[Run] = [json.loads(line) for line in lines]
@@ -175,7 +176,7 @@ def _median(runs: list[Run]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="file of JSON lines that keeps the runs")
+    parser.add_argument("--out", default="time_to_quality.jsonl", help="file of JSON lines that keeps the runs")
     parser.add_argument("--task", default="clinc_banking", help="name of a file in --data, without .jsonl")
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))

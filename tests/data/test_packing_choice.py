@@ -20,6 +20,7 @@ from modular_experts.experts import LoRAExpert
 def mixture(place: Path, longest: int, tokenizer: Any = None, **options: Any) -> TaskMixture:
     """Return a task of 24 rows whose inputs have 1 to `longest` tokens."""
     rows = [{"input": "x" * (1 + number % longest), "target": "ab", "split": "train"} for number in range(24)]
+    rows.append({"input": "x", "target": "ab", "split": "validation"})
     file = write_rows(place / "uneven.jsonl", rows)
     return TaskMixture([Task("uneven", path=str(file))], tokenizer or build_tokenizer(), batch_size=6, **options)
 
