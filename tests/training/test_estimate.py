@@ -92,6 +92,8 @@ def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
     file = tmp_path / "two.jsonl"
     rows = ['{"input": "a", "target": "b", "split": "train"}', '{"input": "aaaa", "target": "b", "split": "train"}']
     file.write_text("\n".join([*rows, '{"input": "c", "target": "d", "split": "validation"}']))
-    data = TaskMixture([{"name": "two", "path": str(file)}], tokenizer=str(tiny_llama_dir))
-    # Rows of 4 and 7 tokens make a batch of 2 x 7.
-    assert estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path)).padding == pytest.approx(3 / 14)
+    # Rows of 4 and 7 tokens make a batch of 2 x 7, or one pack.
+    for packing, share in ((False, 3 / 14), (None, 0)):
+        data = TaskMixture([{"name": "two", "path": str(file)}], tokenizer=str(tiny_llama_dir), packing=packing)
+        found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
+        assert found.padding == pytest.approx(share)
