@@ -50,7 +50,7 @@ def fit(base: Path, file: Path, way: str, steps: int) -> dict[str, Any]:
     schedule = MaskSchedule(batches="step" if way == "step" else int(way))
     clock = Clock(schedule)
     module = ExpertModule(str(base), "all-linear", SparseExpert)
-    data = TaskMixture([Task("task", path=str(file))], tokenizer=str(base), batch_size=8)
+    data = TaskMixture([Task("task", path=str(file))], tokenizer=str(base), batch_size=8, packing=False)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=[clock, schedule], **quiet)
     trainer.fit(module, data)
