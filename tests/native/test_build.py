@@ -58,9 +58,10 @@ def test_the_package_has_three_sources() -> None:
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
-def test_our_sources_compile_without_a_warning(file, source) -> None:
+def test_our_sources_compile_without_a_warning(file, source, caplog) -> None:
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
-    assert load(file, *strict) is not None
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        assert load(file, *strict) is not None, caplog.messages
 
 
 def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:

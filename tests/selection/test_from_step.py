@@ -63,7 +63,7 @@ def _fit(base, files, folder, kind, schedule, *callbacks, module=None, **setting
     trained = runs.module(base, kind, **({"dtype": "float64", "optimizer": optimizer} | (module or {})))
     look = Look()
     look.trainer = runs.trainer(folder, schedule, look, *callbacks, **settings)
-    look.trainer.fit(trained, runs.mixture(files, base))
+    look.trainer.fit(trained, runs.mixture(files, base, packing=False))
     return trained, look
 
 
