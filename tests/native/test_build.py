@@ -30,6 +30,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    # torch.compile may leave a C compiler in it, which does not link what C++ needs.
+    monkeypatch.delenv("CXX", raising=False)
     return tmp_path / "kept" / "modular_experts"
 
 
