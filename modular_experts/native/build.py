@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -33,27 +34,30 @@ def load(source: Path, *flags: str) -> ctypes.CDLL | None:
         source: The C++ file.
         flags: Flags of the compiler beside `FLAGS`.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
-    if compiler is None:
+    compilers = list(dict.fromkeys(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS)))))
+    if not compilers:
         _log.info("%s is not used: there is no C++ compiler here (%s).", source.name, ", ".join(COMPILERS))
         return None
     problem: Exception
-    for choice in CHOICES:
+    # CXX may name a C compiler, whose libraries lack what C++ needs.
+    for compiler, choice in itertools.product(compilers, CHOICES):
         try:
             return ctypes.CDLL(str(_compiled(compiler, source, (*FLAGS, *flags, *choice))))
         # RuntimeError: the user has no home directory for the cache.
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             problem = error
     reason = problem.stderr.decode() if isinstance(problem, subprocess.CalledProcessError) else str(problem)
-    _log.info("%s is not used, as %s could not compile it: %s", source.name, compiler, reason.strip())
+    _log.info("%s is not used, as %s could not compile it: %s", source.name, ", ".join(compilers), reason.strip())
     return None
 
 
 def _compiled(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """Return the file of the library for this compiler and this processor; compile it if it is not there."""
-    # The macros that a compiler defines give its version and every feature of the processor, but not every flag.
+    # The macros that a compiler defines give its version and every feature of the processor, but neither every flag nor
+    # what it links.
     defined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
-    key = hashlib.sha256(b" ".join([*map(str.encode, flags), defined, source.read_bytes()])).hexdigest()[:16]
+    given = [*map(str.encode, (compiler, *flags)), defined, source.read_bytes()]
+    key = hashlib.sha256(b" ".join(given)).hexdigest()[:16]
     library = _folder() / f"{source.stem}-{key}.so"
     if not library.exists():
         started = time.perf_counter()

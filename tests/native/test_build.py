@@ -30,8 +30,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
-    # torch.compile may leave a C compiler in it, which does not link what C++ needs.
-    monkeypatch.delenv("CXX", raising=False)
     return tmp_path / "kept" / "modular_experts"
 
 
@@ -64,6 +62,13 @@ def test_our_sources_compile_without_a_warning(file, source, caplog) -> None:
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-parameter"]
     with caplog.at_level(logging.INFO, logger=compiled.__name__):
         assert load(file, *strict) is not None, caplog.messages
+
+
+def test_the_next_compiler_takes_over_from_one_whose_library_cannot_be_loaded(source, monkeypatch) -> None:
+    """A C compiler compiles C++, and leaves out the library that exceptions need."""
+    monkeypatch.setenv("CXX", "gcc" if shutil.which("gcc") else "cc")
+    source.write_text('extern "C" int seven() { try { throw 7; } catch (int number) { return number; } }\n')
+    assert load(source).seven() == 7
 
 
 def test_without_a_compiler_one_line_says_why(monkeypatch, caplog) -> None:
