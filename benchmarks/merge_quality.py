@@ -31,6 +31,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 import torch
+from intervals import interval
 from merge_methods import METHODS, REFERENCE
 from merge_worlds import Experts, RealExperts, SuiteExperts
 
@@ -206,7 +207,7 @@ def _rows(
             row |= {"base": _means(of_base, "tested", tasks), "single": _means(alone, "tested", tasks)}
             row |= {column: _means(results, column, tasks) for column in ("plain", "tuned") if column in results[0]}
             row["kept"] = row["tuned"]["exact_match"] / row["single"]["exact_match"]
-            row["difference"] = _interval(_pairs(results, "tuned", "exact_match", tasks), reference)
+            row["difference"] = interval(_pairs(results, "tuned", "exact_match", tasks), reference)
             row["validation loss"] = fmean(fmean(r["loss"].values()) for r in results)
             row["settings"] = [r["settings"] for r in results]
             rows.append(row)
@@ -229,14 +230,6 @@ def _pairs(
     """Return a score by pair of seed and task: of the held-in tasks, or of the others."""
     scores = {(r["piece"][0], task): value for r in results for task, value in r[column][score].items()}
     return {pair: value for pair, value in scores.items() if (pair[1] in tasks) == held_in}
-
-
-def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], float]) -> list[float]:
-    """Return the 95 % interval of the mean difference over pairs of seed and task, by 2,000 bootstrap draws."""
-    differences = torch.tensor([mine[pair] - theirs[pair] for pair in sorted(mine)])
-    draws = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
-    means = differences[draws].mean(1)
-    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
 def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:

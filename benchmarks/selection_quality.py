@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
+from intervals import interval
 from lightning.pytorch import Trainer, seed_everything
 from selection_variants import REAL, REFERENCE, VARIANTS, Variant
 from selection_worlds import Generated, Real, model_of, tokenizer_of
@@ -195,7 +195,7 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         best = _best(results, name)
         row: dict[str, Any] = {"part": VARIANTS[name].part, "variant": name}
         for column, (rate, pairs) in best.items():
-            low, high = _interval(pairs, reference[column][1])
+            low, high = interval(pairs, reference[column][1])
             row[column] = {"rate": rate, "mean": fmean(pairs.values()), "difference": [low, high]}
         mine = [r for r in results if r["variant"] == name and r["rate"] == best["merged"][0]]
         row |= {key: fmean(r["single"][key] for r in mine) for key in ("kept", "touched", "overlap")}
@@ -224,14 +224,6 @@ def _best(results: Sequence[dict[str, Any]], name: str) -> dict[str, tuple[float
         column: (rate, {(r["seed"], t): v for r in mine if r["rate"] == rate for t, v in pick(r).items()})
         for column, (rate, pick) in columns.items()
     }
-
-
-def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference over pairs of seed and task, by 2,000 bootstrap draws."""
-    differences = torch.tensor([mine[pair] - theirs[pair] for pair in sorted(mine) if pair in theirs])
-    draws = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
-    means = differences[draws].mean(1)
-    return means.quantile(0.025).item(), means.quantile(0.975).item()
 
 
 def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
+from intervals import interval
 from selection_worlds import Generated, model_of, tokenizer_of
 from training_ways import AVERAGES, EXPERTS, SHAPES, WAYS, Setting, folder, train
 
@@ -189,7 +189,7 @@ def _rows(found: dict[tuple[int, Setting], dict[str, Any]]) -> Iterator[dict[str
                     for group, which in ((mine, name), (reference, "last state"))
                 )
                 row[column] = fmean(scores.values())
-                row[f"{column} difference"] = _interval(scores, others) if others else None
+                row[f"{column} difference"] = interval(scores, others) if others else None
             for method in _methods(setting.kind):
                 row[f"{method} scale"] = fmean(mine[s][name][method]["scale"] for s in seeds)
                 row[f"{method} loss"] = fmean(mine[s][name][method]["loss"] for s in seeds)
@@ -209,14 +209,6 @@ def _columns(kind: str) -> Iterator[tuple[str, Any]]:
                     return {task: value for task, value in scores.items() if (task in held_in) == (role == "in")}
 
                 yield f"{method} {column} {role}", pick
-
-
-def _interval(mine: dict[tuple[int, str], float], theirs: dict[tuple[int, str], float]) -> list[float]:
-    """Return the 95 % interval of the mean difference over pairs of seed and task, by 2,000 bootstrap draws."""
-    differences = torch.tensor([mine[pair] - theirs[pair] for pair in sorted(mine)])
-    draws = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
-    means = differences[draws].mean(1)
-    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
 
 
 def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:

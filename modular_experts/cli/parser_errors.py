@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -57,11 +56,6 @@ def explained(
     except (AttributeError, NameError, TypeError, ValueError):
         # A class of the user's may have annotations that Python cannot read; the parser's own words remain.
         pass
-    if "Union subtypes" in sentence:
-        # The parser lists every type that the value is not; its keys, from the outside in, are the option.
-        place = ".".join(re.findall(r'Parser key "([^"]+)"', sentence))
-        given = re.search(r"Given value: (.*?)(?: - |$)", sentence)
-        sentence = f"--{place} cannot be {given[1] if given else 'that'}; --help-all lists what it may be"
     return UsageError(as_typed(sentence, options, short))
 
 

@@ -54,7 +54,7 @@ def test_an_interval_covers_the_mean_difference_of_pairs(script) -> None:
     theirs = {(0, str(task)): float(value) for task, value in enumerate(torch.rand(200, generator=draw))}
     noise = torch.randn(200, generator=draw) * 0.1
     mine = {pair: value + 0.05 + float(noise[int(pair[1])]) for pair, value in theirs.items()}
-    low, high = script._interval(mine, theirs)
+    low, high = script.interval(mine, theirs)
     mean = 0.05 + noise.mean().item()
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * noise.std().item() / 200**0.5, rel=0.15)
