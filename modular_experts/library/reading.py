@@ -6,6 +6,7 @@ call, which also looks for values that are not finite; for the others `packing.u
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.library.packing import encoding_of, unpack
-from modular_experts.library.tensorfile import damaged
-from modular_experts.native.sha256 import sha256
+from modular_experts.library.tensorfile import damaged, tensor_bytes
 from modular_experts.native.sparse_passes import read_entries
 
 
@@ -45,11 +45,10 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
     Raises:
         ValueError: The bytes of a file are not what was written, or cannot be a delta.
     """
-    unchecked = [(weight, suffix) for weight in weights if not weight.checked for suffix in weight.tensors]
-    digests = sha256([weight.tensors[suffix] for weight, suffix in unchecked])
-    for (weight, suffix), digest in zip(unchecked, digests, strict=True):
-        if digest != weight.entry["tensors"][suffix]["sha256"]:
-            raise damaged(weight.file, f"the {suffix} of {weight.name} are not what was written")
+    for weight in weights:
+        for suffix, tensor in weight.tensors.items() if not weight.checked else ():
+            if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != weight.entry["tensors"][suffix]["sha256"]:
+                raise damaged(weight.file, f"the {suffix} of {weight.name} are not what was written")
     encodings = [encoding_of(weight.tensors) for weight in weights]
     together = [
         place
