@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
 from modular_experts.deltas import Delta, Dense, LowRank, add
@@ -28,8 +29,8 @@ class TrainUnderOthers(Schedule):
 
     `W` is the base, `d` the expert that is trained. After the step the others are taken out again, bit for bit, so that
     validations, checkpoints and exports hold the expert alone. The draw depends on the seed and the step only: a
-    resumed run repeats it, and all ranks share it. It is for experts beside a frozen weight and for sparse ones; the
-    base must be that of the others.
+    resumed run repeats it, and all ranks share it. The base must be that of the others. Full experts lose the others
+    before the optimizer moves their weights, so that no rounding of a sum stays in them.
 
     Ten sparse experts that were trained so kept more in both merges that `docs/results/training-for-merging.md`
     compares, LoRAs in an average; alone both were a few points worse.
@@ -73,15 +74,9 @@ class TrainUnderOthers(Schedule):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the others; raise if they are of another base, or an expert trains its weight as a whole."""
+        """Read the others; raise if they are of another base."""
         module = cast(TrainedModule, pl_module)
         check_base(self.others, module.fingerprint, module.base)
-        for name, layer in expert_layers(module.model):
-            if layer.expert.trains_weight:
-                raise ValueError(
-                    f"TrainUnderOthers adds other experts to frozen weights, and {type(layer.expert).__name__} trains "
-                    f"{name} itself; train a SparseExpert or a LoRAExpert under others"
-                )
         self._deltas = [dict(expert) for expert in self.others]
 
     @torch.no_grad()
@@ -102,11 +97,22 @@ class TrainUnderOthers(Schedule):
             if name in layers:
                 layers[name].expert.reanchor(weight)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the others out of weights that the optimizer itself is about to move."""
+        layers = expert_layers(cast(TrainedModule, pl_module).model)
+        self.remove(cast(TrainedModule, pl_module), {name for name, layer in layers if layer.expert.trains_weight})
+
     @torch.no_grad()
-    def remove(self, module: TrainedModule) -> None:
-        """Make the base what it was; without others in it, nothing happens."""
+    def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
+        """Make the base what it was; without others in it, nothing happens.
+
+        Args:
+            module: What is trained.
+            only: Weights of which the others are taken out; all if not given.
+        """
         layers = dict(expert_layers(module.model))
-        for name, (kept, values) in self._before.items():
+        for name in [name for name in self._before if only is None or name in only]:
+            kept, values = self._before.pop(name)
             weight = _target(module.model, layers, name)
             if name in layers:
                 # Whatever entries the expert trains by now, the weight then holds the base and the others alone.
@@ -117,7 +123,6 @@ class TrainUnderOthers(Schedule):
                 weight.view(-1)[kept] = values
             if name in layers:
                 layers[name].expert.reanchor(weight)
-        self._before = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

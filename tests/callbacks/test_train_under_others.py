@@ -16,6 +16,7 @@ from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop, SelectOnce
+from modular_experts.training.learning_rate import Constant
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 BLOCK = partial(SparseExpert, keep_ratio=0.3, granularity="block", block_size=8)
@@ -53,7 +54,7 @@ class Weights(Callback):
 def _fit(base, files, folder, expert, *callbacks, ckpt=None, module=None, **settings) -> tuple:
     torch.manual_seed(0)
     optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-    module = runs.module(base, expert, optimizer=optimizer, **(module or {}))
+    module = runs.module(base, expert, **({"optimizer": optimizer} | (module or {})))
     trainer = runs.trainer(folder, *callbacks, **settings)
     trainer.fit(module, runs.mixture({"reverse": files["reverse"]}, base, seed=0), ckpt_path=ckpt)
     return module, trainer
@@ -151,9 +152,40 @@ def test_experts_of_the_trained_task_are_left_out(library, tiny_llama_dir, task_
         )
 
 
-def test_full_experts_and_other_bases_are_refused(library, tiny_llama_dir, tiny, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"FullExpert trains .* itself"):
-        _fit(tiny_llama_dir, task_files, tmp_path, FullExpert, TrainUnderOthers(str(library)))
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_others(
+    rate, library, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """Against a plain model in float64; at a rate of zero, not one bit of the weight moves."""
+
+    class Batches(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.batch = {key: batch[key] for key in (*keys, "position_ids") if key in batch}
+
+    keys, watch, others = (
+        ("input_ids", "attention_mask", "labels"),
+        Batches(),
+        TrainUnderOthers(str(library), scale=0.5),
+    )
+    settings = {"optimizer": partial(torch.optim.SGD, lr=rate), "scheduler": Constant()}
+    module, _ = _fit(tiny_llama_dir, task_files, tmp_path, FullExpert, others, watch, max_steps=1, module=settings)
+    base = Base.open(tiny_llama_dir)
+    plain = base.load("float64")
+    with torch.no_grad():
+        for other in (open_expert(library / name) for name in "abc"):
+            for name, delta in other.items():
+                plain.get_parameter(name).add_(0.5 * delta.dense().double())
+    plain(**watch.batch).loss.backward()
+    for name, layer in expert_layers(module.model):
+        weight, gradient = base.weight(name), plain.get_parameter(name).grad
+        if rate == 0:
+            assert torch.equal(layer.weight, weight)
+        else:
+            assert torch.allclose(layer.weight.double(), weight.double() - rate * gradient, rtol=0, atol=1e-6)
+            assert gradient.abs().max() > 1e-4
+
+
+def test_other_bases_and_no_others_are_refused(library, tiny_llama_dir, tiny, task_files, tmp_path) -> None:
     with pytest.raises(ValueError, match="was trained on another base"):
         _fit(tiny("qwen2"), task_files, tmp_path, SPARSE, TrainUnderOthers(str(library)))
     with pytest.raises(ValueError, match="count=0 must be at least 1"):

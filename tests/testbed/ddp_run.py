@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule
+from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import expert_layers
+from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
 from modular_experts.training.module import ExpertModule
 
@@ -67,6 +68,20 @@ def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int
     return {"supports": watch.supports, "values": values(module)}
 
 
+def train_under_others(folder: Path, base: Path, files: dict[str, Path], ranks: int, rank: int) -> dict:
+    """Train a few steps under one of two others: the expert that was just exported, and minus half of it."""
+    mine, others = open_expert(folder / "library" / "mine"), folder / f"others{rank}"
+    for name, scale in {"whole": 1.0, "half": -0.5}.items():
+        write_expert(others / name, {weight: mine[weight] * scale for weight in mine}, mine.record)
+    seed_everything(0, verbose=False)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    module = runs.module(base, partial(SparseExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    under = TrainUnderOthers(str(others), count=1, scale=1.0)
+    runs.trainer(folder, under, max_steps=4, **place).fit(module, runs.mixture({"new": files["upper"]}, base, seed=0))
+    return values(module)
+
+
 def values(module: ExpertModule) -> dict[str, torch.Tensor]:
     return {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
 
@@ -105,6 +120,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
     for parts, mib in STEPS:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
+    found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

@@ -98,6 +98,14 @@ def test_two_processes_choose_within_a_step_what_one_chooses(found, parts: int, 
             torch.testing.assert_close(rank["values"][name], values, rtol=1e-6, atol=1e-9)
 
 
+def test_two_processes_train_under_the_same_others(found) -> None:
+    one, two, _ = found
+    for rank in two:
+        for name, values in one["under others"].items():
+            assert values.abs().max() > 1e-4
+            torch.testing.assert_close(rank["under others"][name], values, rtol=1e-6, atol=1e-9)
+
+
 def test_only_kept_entries_are_communicated(found) -> None:
     _, (first, _), _ = found
     kept = sum(values.numel() for values in first["values"].values())
