@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
+from training_worlds import SPARSE, World
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import SparseExpert
 from modular_experts.injection import write_experts
 from modular_experts.library import open_expert, write_expert
-from modular_experts.quickstart.plan import KINDS, MODULES
+from modular_experts.quickstart.plan import MODULES
 from modular_experts.training.learning_rate import Constant, LearningRateShape, WarmupCosine, WarmupLinear
 from modular_experts.training.module import ExpertModule
 
-__all__ = ["AVERAGES", "EXPERTS", "SHAPES", "WAYS", "Setting", "folder", "train"]
+__all__ = ["AVERAGES", "SHAPES", "WAYS", "Setting", "folder", "train"]
 
 SHAPES: Mapping[str, LearningRateShape] = {
     "linear": WarmupLinear(),
@@ -40,7 +41,7 @@ class Setting:
     """How the experts of one row are trained.
 
     Attributes:
-        kind: Of `EXPERTS`.
+        kind: Of the experts of its world.
         rate: Peak of the learning rate.
         shape: Of `SHAPES`.
         batch: Rows of a step; the rows of the whole training are the same for all.
@@ -163,17 +164,14 @@ def _averages(steps: int) -> dict[str, list[float]]:
 AVERAGES = tuple(_averages(50))
 """Averages of the last states; supports are frozen in the second half of the training."""
 
-EXPERTS: dict[str, Any] = {name: kind.expert for name, kind in KINDS.items()}
-EXPERTS |= {"row": partial(SparseExpert, keep_ratio=0.1, granularity="row")}
-
 
 def train(
-    world: Any, setting: Setting, task: str, library: Path, others: Sequence[Path] = (), averages: Sequence[str] = ()
+    world: World, setting: Setting, task: str, library: Path, others: Sequence[Path] = (), averages: Sequence[str] = ()
 ) -> float:
     """Train the expert of a task into a library, and its averages into libraries in it; return its CPU seconds.
 
     Args:
-        world: Base and tasks (`selection_worlds`).
+        world: Base, tasks and experts.
         setting: How it is trained.
         task: Its task, which names the expert.
         library: Directory of the library; averages go to `library/<average>`.
@@ -185,13 +183,14 @@ def train(
     module = ExpertModule(
         str(world.base),
         modules=MODULES,
-        expert=EXPERTS[setting.kind],
+        expert=world.experts[setting.kind],
         optimizer=partial(way.optimizer, lr=setting.rate, weight_decay=0.0),
         scheduler=SHAPES[setting.shape],
+        dtype=world.dtype or "float32",
     )
-    states = States(steps // 2)
+    states = States(steps // 2 if averages else 0)
     callbacks: list[Callback] = [ExportExpert(str(library), task, overwrite=True, monitor=None), states]
-    callbacks += [] if setting.kind in ("lora", "full") else [MaskSchedule(batches=1)]
+    callbacks += [MaskSchedule(batches=1)] if setting.kind in SPARSE else []
     # Entries are chosen on the base alone, before others come into it.
     callbacks += [way.others(list(map(str, others)), seed=world.seed)] if way.others else []
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
@@ -208,7 +207,9 @@ def train(
     data = world.mixture([task])
     data.batch_size = setting.batch
     started = time.process_time()
-    trainer.fit(module, data)
+    # In bfloat16 on a CPU the fused attention's backward takes as long as all matrix products together.
+    with sdpa_kernel(SDPBackend.MATH) if world.dtype == "bfloat16" else nullcontext():
+        trainer.fit(module, data)
     seconds = time.process_time() - started
     if averages:
         record = open_expert(library / task).record

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +27,19 @@ def ways(script) -> ModuleType:
     return importlib.import_module("training_ways")
 
 
-def test_every_setting_has_a_label_a_shape_and_a_way(script, ways) -> None:
+@pytest.fixture(params=["suite", "real"])
+def world(request, script, tmp_path) -> Any:
+    return script.Suite(0, tmp_path) if request.param == "suite" else script.RealTasks(0, tmp_path, tmp_path, tmp_path)
+
+
+def test_every_setting_has_a_label_a_shape_and_a_way(script, ways, world) -> None:
     parts = ("rates", "shapes", "ways")
-    settings = {s for kind in ways.EXPERTS for part in parts for s in script._settings(part, kind)}
+    settings = {s for kind in world.experts for part in parts for s in script._settings(world, part, kind)}
     assert len({setting.label for setting in settings}) == len(settings)
     assert all(setting.shape in ways.SHAPES and setting.way in ways.WAYS for setting in settings)
-    for make in ways.EXPERTS.values():
+    for kind, make in world.experts.items():
         assert isinstance(make(torch.randn(96, 96)), Expert)
+        assert all(1.0 in script.SCALES[method, kind in script.SPARSE] for method in world.methods(kind))
     others = [way.others(["a"], seed=0) for way in ways.WAYS.values() if way.others]
     assert all(isinstance(one, TrainUnderOthers) for one in others)
 
@@ -71,19 +79,24 @@ def test_a_mean_of_states_is_put_in_for_a_while(ways) -> None:
     assert torch.equal(module.weight, before)
 
 
-def test_a_row_holds_means_and_differences_to_the_reference(script, ways) -> None:
+def test_a_row_holds_means_and_differences_to_the_reference(script, ways, world) -> None:
     def result(right: float) -> dict:
         merge = {"scale": 1.0, "loss": 0.5, "loss plain": 0.5}
         merge |= {column: {"a": right, "b": right, "new": right / 2} for column in ("plain", "tuned")}
-        scores = {"alone": {"a": right, "b": right}, "loss": 0.1, "SparseAverage": merge, "SelfRegMean": merge}
-        return {"seconds": 10 * right, "last state": scores}
+        merge |= {f"{column} losses": {"a": 1.0, "b": 2.0, "new": 4.0} for column in ("plain", "tuned")}
+        scores = {"alone": {"a": right, "b": right}, "alone losses": {"a": 0.1, "b": 0.1}, "loss": 0.1}
+        return {"seconds": 10 * right, "last state": scores | {"SparseAverage": merge, "SelfRegMean": merge}}
 
-    reference = script.REFERENCE["sparse"]
-    way = ways.Setting("sparse", reference.rate, way="SAM, rho 0.1")
+    reference = script._reference(world, "sparse")
+    way = replace(reference, way="SAM, rho 0.1")
     found = {(seed, reference): result(0.5) for seed in (0, 1)} | {(seed, way): result(0.6) for seed in (0, 1)}
-    first, second = script._rows(found)
+    first, second = script._rows(found, world)
     assert first["alone difference"] == [0.0, 0.0]
     assert second["cost"] == pytest.approx(1.2)
     assert second["SelfRegMean plain out"] == pytest.approx(0.3)
+    assert second["SelfRegMean plain losses in"] == pytest.approx(1.5)
     assert second["SparseAverage tuned in difference"] == pytest.approx([0.1, 0.1])
-    assert "SAM, rho 0.1" in next(script._cells(second))
+    outside = "30.0" if isinstance(world, script.Suite) else "4.00"
+    cells = list(script._cells(second, world))
+    assert "SAM, rho 0.1" in cells[0]
+    assert cells[5] == f"60.0 / {outside} (60.0 / {outside})"
