@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import apply_deltas
-from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.tiles import gather_tiles
 
 
@@ -98,6 +98,8 @@ class Combination:
         def gather(weight: Tensor, row: Tensor, deltas: Mapping[int, Delta]) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
+            # Widened once for all experts, which takes less than widening what each of them keeps.
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             for expert, delta in deltas.items():
                 row[expert] += inner(gradient, delta).item()
 
@@ -118,9 +120,11 @@ def inner(tensor: Tensor, delta: Delta) -> Tensor:
     """Return the inner product of a tensor `(out, in)` and a delta in its own form, in at least float32."""
     wide = torch.promote_types(tensor.dtype, delta.dtype)
     if isinstance(delta, Sparse):
-        return tensor.reshape(-1)[delta.indices].to(wide).dot(delta.values.to(wide))
+        # Reads int32 indices as they are; `tensor[indices]` would widen them first.
+        return tensor.reshape(-1).index_select(0, delta.indices).to(wide).dot(delta.values.to(wide))
     if isinstance(delta, BlockSparse):
         return (gather_tiles(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
     if isinstance(delta, LowRank):
         return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
-    return (tensor.to(wide) * delta.dense()).sum()
+    values = delta.values if isinstance(delta, Dense) else delta.dense()
+    return tensor.to(wide).reshape(-1).dot(values.to(wide).reshape(-1))

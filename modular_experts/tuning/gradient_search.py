@@ -6,16 +6,25 @@ Both lower a mean over tasks; they differ in what they lower, where they start a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
+from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.measures import MEASURES, Aim, Measure, check_aim
+from modular_experts.tuning.measures import MEASURES, Aim, Measure, Prediction, check_aim
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
+
+PASS_TOKENS = 2048
+"""The most tokens, padding among them, of the tasks that share a forward and a backward pass."""
 
 
 def descend(
@@ -32,7 +41,8 @@ def descend(
 
     Args:
         combination: The objective's model with the experts, inside its `with`.
-        objective: The rows to measure on; each step takes the next batch of every task, in turn.
+        objective: The rows to measure on; each step takes the next batch of every task, in turn. Tasks share passes
+            (`joint`), because the inner product with every expert costs the same for one task and for many.
         measured: What is lowered.
         start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` for one of each expert.
         learning_rate: Adam's rate.
@@ -43,16 +53,19 @@ def descend(
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
     shape, trials = (len(combination.names), combination.experts), []
-    with combination.gradients() as gathered:
+    with combination.gradients() as gathered, _attention(objective.model):
         for step in map(int, progress([str(number) for number in range(steps)])):
             combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
-            losses = {}
-            for task, batches in objective.batches.items():
-                sums, counts = measured(objective.model, batches[step % len(batches)])
-                loss = sums.sum() / counts.sum()
-                (loss / len(objective.batches)).backward()
-                losses[task] = loss.item()
+            losses = dict.fromkeys(objective.batches, 0.0)
+            for batch in joint([batches[step % len(batches)] for batches in objective.batches.values()]):
+                sums, counts = measured(objective.model, batch)
+                means = {}
+                for task in dict.fromkeys(batch["task"]):
+                    own = torch.tensor([name == task for name in batch["task"]], device=sums.device)
+                    means[task] = sums[own].sum() / counts[own].sum()
+                (sum(means.values(), start=sums.new_zeros(())) / len(objective.batches)).backward()
+                losses |= {task: loss.item() for task, loss in means.items()}
             coefficients.grad = gathered.clone() if len(coefficients) > 1 else gathered.sum(0, keepdim=True)
             optimizer.step()
             if bounds:
@@ -61,6 +74,40 @@ def descend(
     found = coefficients.detach().expand(shape).clone()
     combination.move_to(found)
     return Found(found, objective.losses(), trials)
+
+
+def joint(batches: Sequence[Batch], tokens: int = PASS_TOKENS) -> list[Batch]:
+    """Join padded batches, those of the shortest rows first, while a joint one has at most so many tokens.
+
+    A batch that alone has more stays alone. Beside the columns of `data/batch.py`, `prediction` is joined.
+    """
+    groups: list[list[Batch]] = []
+    rows = 0
+    for batch in sorted(batches, key=lambda batch: batch["input_ids"].shape[1]):
+        rows += len(batch["task"])
+        if not groups or rows * batch["input_ids"].shape[1] > tokens:
+            groups.append([])
+            rows = len(batch["task"])
+        groups[-1].append(batch)
+    return [_joined(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    joined: Batch = {"task": [task for batch in batches for task in batch["task"]]}
+    for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
+        parts = [F.pad(batch[name], (0, length - batch[name].shape[1]), value=padding) for batch in batches]
+        joined[name] = torch.cat(parts)
+    if "prediction" in batches[0]:
+        columns = zip(*(batch["prediction"] for batch in batches), strict=True)
+        joined["prediction"] = Prediction(*map(torch.cat, columns))
+    return joined
+
+
+def _attention(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Return a context in which attention's backward is quick: on a CPU the fused one is slow in bfloat16."""
+    slow = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def _check_descent(search: AdaMerging | ATLAS) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
+from torch.func import functional_call
 
+from modular_experts.evaluation import batch_losses
 from modular_experts.methods import Average
 from modular_experts.tuning import ATLAS, AdaMerging, Combination
+from modular_experts.tuning.gradient_search import joint
+from modular_experts.tuning.measures import batch_divergences
 
 
 @pytest.fixture
@@ -62,6 +66,63 @@ def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(objecti
         bounded = AdaMerging(objective="loss", steps=4, learning_rate=0.01, start=0.5)
         one, other = (search.search(combination, objective) for search in (free, bounded))
     assert torch.equal(one.coefficients, other.coefficients)
+
+
+def test_the_steps_are_adams_on_the_mean_of_each_tasks_own_loss(objective) -> None:
+    """The reference has a graph through the explicit sum, and measures each task alone."""
+    experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)[:3]]
+    model = objective.model.double()
+    before = state(model)
+    with Combination(model, experts) as combination:
+        found = ATLAS(steps=3, learning_rate=0.05, start=[0.5, 0.5, 0.5]).search(combination, objective)
+        names = combination.names
+    mine = torch.full((len(names), 3), 0.5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([mine], lr=0.05)
+    for step in range(3):
+        moved = dict(before)
+        for row, name in enumerate(names):
+            moved[name] = before[name] + sum(mine[row, number] * e[name].dense() for number, e in enumerate(experts))
+        losses = []
+        for batches in objective.batches.values():
+            batch = batches[step % len(batches)]
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            logits = functional_call(model, moved, kwargs=inputs).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
+        optimizer.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+        exact = {task: loss.item() for task, loss in zip(objective.batches, losses, strict=True)}
+        assert found.trials[step].losses == pytest.approx(exact, rel=1e-9)
+    torch.testing.assert_close(found.coefficients, mine.detach(), rtol=1e-7, atol=1e-9)
+
+
+def rows_of(model, batches, measure):
+    """Return task, number of tokens and sum of each row, sorted."""
+    parts = [(batch["task"], *measure(model, batch)[::-1]) for batch in batches]
+    return sorted(row for task, *both in parts for row in zip(task, *(one.tolist() for one in both), strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(10**6, 1), (1, 4)])
+def test_joint_batches_measure_each_row_as_its_own_batch_does(objective, tokens, passes) -> None:
+    own = dict(zip(objective.batches, random_experts(objective, 0.5), strict=False))
+    objective.remember(own)
+    model, apart = objective.model.double(), [batch for batches in objective.batches.values() for batch in batches][:4]
+    together = joint(apart, tokens)
+    assert len({batch["input_ids"].shape[1] for batch in apart}) > 1, "some are padded"
+    assert len(together) == passes
+    for measure in (batch_losses, batch_divergences):
+        single, joined = (rows_of(model, batches, measure) for batches in (apart, together))
+        assert [row[:2] for row in joined] == [row[:2] for row in single]
+        assert [row[2] for row in joined] == pytest.approx([row[2] for row in single], rel=1e-9)
+
+
+def test_a_joint_batch_has_at_most_so_many_tokens_with_its_padding(objective) -> None:
+    apart = [batch for batches in objective.batches.values() for batch in batches]
+    most = 2 * max(batch["input_ids"].numel() for batch in apart)
+    together = joint(apart, most)
+    assert 1 < len(together) < len(apart)
+    assert max(batch["input_ids"].numel() for batch in together) <= most
+    assert sum(len(batch["task"]) for batch in together) == sum(len(batch["task"]) for batch in apart)
 
 
 def test_more_first_coefficients_than_experts_are_refused(objective) -> None:
