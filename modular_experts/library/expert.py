@@ -143,9 +143,7 @@ class StoredExpert(TaskVector):
         return read_weight([self], name)[0]
 
     def _stored(self, name: str) -> StoredWeight:
-        entry = self._table[name]
-        tensors = {suffix: self._tensors[f"{name}/{suffix}"] for suffix in entry["tensors"]}
-        return StoredWeight(self._tensors.file, name, entry, tensors, name in self._checked)
+        return StoredWeight(self._tensors, name, self._table[name], name in self._checked)
 
     def release(self, name: str) -> None:
         """Free the memory that a weight's delta was read into; a delta that is still held stays as it is."""

@@ -121,7 +121,8 @@ def unpack(
         return Dense(tensors["dense"])
     (name,), values = _name_of_kept(form, tensors), tensors["values"]
     limit = _limit(form, shape, values.shape)
-    kept = decode(name, tensors[name], len(values), limit, index_dtype(shape), read[:2] if read else None)
+    count = values.shape[0]  # len() of a tensor takes four times as long
+    kept = decode(name, tensors[name], count, limit, index_dtype(shape), read[:2] if read else None)
     if check and name not in ENCODINGS and kept.numel():
         if not (int(kept[0]) >= 0 and int(kept[-1]) < limit):
             raise ValueError(f"its indices run from {int(kept[0])} to {int(kept[-1])}, out of [0, {limit})")

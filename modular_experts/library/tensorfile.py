@@ -166,6 +166,11 @@ class MappedTensors:
         tensor = torch.frombuffer(self._mapped, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
         return tensor if len(shape) == 1 else tensor.view(shape)
 
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of the bytes of a tensor."""
+        first, last = self._spans[name]
+        return hashlib.sha256(memoryview(self._mapped)[first:last]).hexdigest()
+
     def release(self, name: str) -> None:
         """Drop the memory pages of a tensor; a view that is still held reads them again from the file."""
         first, last = self._spans[name]
