@@ -47,7 +47,8 @@ class LoRAExpert(Expert):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
         inner = F.dropout(x, self.dropout, self.training).to(self.down.dtype)
-        return base + (self.scale * F.linear(F.linear(inner, self.down), self.up)).to(base.dtype)
+        # The scale takes its turn where the product is narrow.
+        return base + F.linear(self.scale * F.linear(inner, self.down), self.up).to(base.dtype)
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> LowRank:
         return LowRank(self.scale * self.up, self.down)
