@@ -245,7 +245,11 @@ class ExpertModule(LightningModule):
             optimizer = self.optimizer(trained)
         else:
             rate = min(layer.expert.learning_rate for _, layer in expert_layers(self.model))
-            optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
+            # One pass over each tensor instead of a dozen. A fused step undoes the scale of a GradScaler itself, so
+            # Lightning could not clip; and on a GPU torch chooses a quick way alone.
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            fused = self.trainer.strategy.root_device.type == "cpu" and not scaled
+            optimizer = AdamW(trained, lr=rate, weight_decay=0.0, fused=fused or None)
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate

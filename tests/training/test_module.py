@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -327,6 +328,35 @@ def test_the_default_optimizer_uses_the_kinds_rate_and_any_torch_scheduler_works
     assert group["initial_lr"] == FullExpert.learning_rate
     assert group["weight_decay"] == 0.0
     assert group["lr"] == pytest.approx(FullExpert.learning_rate * 0.01)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_fused_step_of_the_default_optimizer_is_that_of_plain_adamw(
+    architecture, tiny, task_files, tmp_path
+) -> None:
+    """GPT-2 lays its weights out transposed, and a fused step passes over bare memory."""
+    base, found = tiny(architecture), []
+    for optimizer in (None, partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)):
+        seed_everything(0, verbose=False)
+        losses = runs.Losses()
+        module = runs.module(base, FullExpert, modules="all-linear", optimizer=optimizer)
+        module.learning_rate = 1e-3
+        trainer = runs.trainer(tmp_path, losses, max_steps=5, gradient_clip_val=0.5, accumulate_grad_batches=2)
+        trainer.fit(module, runs.mixture(task_files, base))
+        assert (trainer.optimizers[0].param_groups[0]["fused"] is True) == (optimizer is None)
+        found.append(losses.steps)
+    assert found[0][-1] < found[0][0]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_default_optimizer_clips_beside_a_scaler_of_gradients(tiny_llama_dir, task_files, tmp_path) -> None:
+    """Lightning refuses to clip where an optimizer undoes the scale itself, as a fused one does."""
+    module = runs.module(tiny_llama_dir, KINDS["lora"])
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    trainer = runs.trainer(tmp_path, max_steps=2, gradient_clip_val=0.5, plugins=[half])
+    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert trainer.global_step == 2
+    assert not trainer.optimizers[0].param_groups[0]["fused"]
 
 
 def test_a_learning_rate_is_the_peak_of_the_default_optimizer_and_is_logged(
