@@ -42,6 +42,7 @@ KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
 
 REG_MEAN = [m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
 DATA_FREE = [m.SelfRegMean(), m.SparseAverage()]
+FLAT = [m.SelfRegMean(flatten=0.5)]
 
 METHODS: dict[str, Way] = {
     "Average": Way(m.Average()),
@@ -94,5 +95,8 @@ METHODS: dict[str, Way] = {
     "aTLAS, from SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=DATA_FREE, labels="experts"),
     "aTLAS, from RegMean, experts' answers": Way(search=ATLAS(), merges=REG_MEAN, labels="experts"),
     "aTLAS, from RegMean, distilled": Way(search=ATLAS(objective="distill"), merges=REG_MEAN, labels="experts"),
+    "aTLAS, from flat SelfRegMean": Way(search=ATLAS(), merges=FLAT),
+    "aTLAS, from flat SelfRegMean, experts' answers": Way(search=ATLAS(), merges=FLAT, labels="experts"),
+    "aTLAS, from flat SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=FLAT, labels="experts"),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

@@ -19,6 +19,7 @@ can be shown again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from typing import Any, get_args
 
 import torch
 from intervals import interval
-from merge_methods import METHODS, REFERENCE
+from merge_methods import METHODS, REFERENCE, Way
 from merge_worlds import Experts, RealExperts, SuiteExperts
 
 from modular_experts.base import DType
@@ -40,7 +41,7 @@ from modular_experts.base.apply import applied
 from modular_experts.evaluation import measure
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert
-from modular_experts.merger.merged import Merged
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.statistics import take_statistics
 from modular_experts.tuning import Combination, Objective, tune
@@ -61,7 +62,12 @@ def main() -> None:
     wanted = {statistics for name in names for statistics in METHODS[name].statistics}
     for seed, kind in dict.fromkeys((seed, kind) for seed, kind, _ in merges):
         _statistics(worlds[seed], kind, wanted)
-    merged = _run(work / f"merges{options.some}.jsonl", worlds, merges, _merge, options.processes)
+    results = work / f"merges{options.some}.jsonl"
+    done = JSONLines(results)
+    for seed, kind, name in merges:
+        if (seed, kind, name) not in done:
+            _write_starts(worlds[seed], kind, METHODS[name])
+    merged = _run(results, worlds, merges, _merge, options.processes)
     rows = _rows(of_base, alone, merged, options.kinds, names)
     if options.json:
         json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
@@ -145,13 +151,15 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"piece": [seed, kind, name]}
     data = world.mixture(world.tasks)
     data.eval_limit = TUNING_ROWS
+    if way.search:
+        data.eval_limit, data.eval_batch_size = world.searched
     own = dict(zip(world.tasks, experts, strict=True))
     objective = Objective(world.model, data, own if way.labels == "experts" else None, world.new_tokens)
     found |= {"agreement": objective.agreement} if objective.agreement else {}
     if way.search:
         if way.search.distills:
             objective.remember(own)
-        merges = [dict(Merged(experts, method)) for method in way.merges]
+        merges = [open_expert(_start(world, kind, method)) for method in way.merges]
         with Combination(objective.model, [*merges, *experts], len(merges)) as combination:
             chosen = way.search.search(combination, objective)
             combination.move_to(chosen.coefficients)
@@ -164,6 +172,19 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
         found |= {"loss": tuned.best.losses, "settings": tuned.best.settings}
         found["tuned"] = _tested(world, world.tasks, dict(Merged(experts, tuned.method)))
     return found | {"seconds": time.process_time() - started}
+
+
+def _start(world: Experts, kind: str, method: MergeMethod) -> Path:
+    """Return where a merge is, or will be, that searches start from."""
+    settings = hashlib.sha256(repr(method).encode()).hexdigest()[:8]
+    return world.expert("merged", f"{kind}-{type(method).__name__}-{settings}-of-{len(world.tasks)}")
+
+
+def _write_starts(world: Experts, kind: str, way: Way) -> None:
+    """Write the merges that a search starts from; several searches share one, so no process of a piece does it."""
+    for method in way.merges:
+        if not (place := _start(world, kind, method)).exists():
+            write_merged(Merged([open_expert(world.expert(kind, task)) for task in world.tasks], method), place)
 
 
 def _scaled(world: Experts, experts: Sequence[Any], method: MergeMethod, objective: Objective) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Experts:
         dtype: What experts and merges are measured in; None is the base's own.
         trained_in: What the base is loaded in while an expert trains; trained values are float32.
         scales: Scales to try of each merge, which is made once; if empty, each method is tuned (`tuning.tune`).
+        searched: Validation rows of a task that a search of coefficients learns from, and how many a step takes.
     """
 
     seed: int
@@ -69,6 +70,7 @@ class Experts:
     dtype: DType | None = None
     trained_in: ClassVar[DType] = "float32"
     scales: ClassVar[Sequence[float]] = ()
+    searched: ClassVar[tuple[int, int]] = (16, 16)
 
     @property
     def world(self) -> Any:
@@ -161,6 +163,7 @@ class RealExperts(Experts):
     count: int | None = None
     trained_in = "bfloat16"
     scales = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+    searched = (32, 2)
     kinds = REAL_KINDS
 
     @property

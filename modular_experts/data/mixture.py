@@ -63,7 +63,8 @@ class TaskMixture(LightningDataModule):
         tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
         batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
-        eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only.
+        eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only, but for
+            a search of merging coefficients, each step of which takes one batch of every task.
         max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target.
         mixing: How much of each task an epoch takes: `Proportional` (the default), `Equal` or `Temperature`.
         seed: Seed of the order of training, together with the epoch; the run's own (`seed_everything`) if not given.

@@ -27,6 +27,9 @@ from modular_experts.library import StoredExpert
 from modular_experts.progress import Progress
 from modular_experts.tuning.measures import Measure, prediction
 
+ANSWERED_ROWS = 16
+"""How many rows are answered together, if batches have fewer; a generated token costs about the same for few rows."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -80,7 +83,8 @@ class Objective:
             if answered_by is not None:
                 with applied(model, answered_by[task], check=False):
                     asked = replace(collate, texts=True)
-                    rows = answered(model, tokenizer, rows, asked, size, data.max_length, max_new_tokens)
+                    together = max(size, ANSWERED_ROWS)
+                    rows = answered(model, tokenizer, rows, asked, together, data.max_length, max_new_tokens)
                 if (share := agreement(tokenizer, rows)) is not None:
                     self.agreement[task] = share
             # Shorter rows first, to save padding.
