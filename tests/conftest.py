@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import shutil
@@ -10,6 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Python would look for garbage among a million objects of imported modules while the tests are collected, and again and
+# again while they run (`pytest_collection_finish`).
+if "pytest" in sys.modules:
+    gc.disable()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +55,13 @@ TARGETS = {
     "neox": r".*\.(query_key_value|dense_4h_to_h)",
 }
 ARCHITECTURES = sorted(CONFIGS)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)
+
 
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("untimed", deadline=None)

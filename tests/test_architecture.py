@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,29 +210,3 @@ def test_contributing_shows_every_room_in_its_layer() -> None:
     rows = re.findall(r"^\| (\d) \| ([^|]*) \|", text, re.MULTILINE)
     shown = {room: int(layer) for layer, rooms in rows for room in re.findall(r"`([\w]+)/?`", rooms)}
     assert LAYERS.items() <= shown.items()
-
-
-def loaded_after(code: str) -> set[str]:
-    """Return the top-level names of the modules that a fresh interpreter has after running the code."""
-    report = "import sys; print('\\nLOADED', *{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.rpartition("LOADED")[2].split())
-
-
-def test_experts_and_methods_load_neither_lightning_nor_transformers() -> None:
-    loaded = loaded_after("import modular_experts.experts, modular_experts.methods")
-    assert "torch" in loaded
-    assert not loaded & {"lightning", "transformers", "datasets", "safetensors", "jsonargparse"}
-
-
-@pytest.mark.parametrize("argument", ["--help", "--version"])
-def test_help_and_version_do_not_load_torch(argument: str) -> None:
-    loaded = loaded_after(f"from modular_experts.__main__ import main\nassert main([{argument!r}]) == 0")
-    assert "modular_experts" in loaded
-    assert not loaded & {"torch", "lightning", "transformers", "jsonargparse", "rich"}
-
-
-def test_importing_the_package_costs_nothing_until_a_name_is_used() -> None:
-    assert "torch" not in loaded_after("import modular_experts; dir(modular_experts)")
-    assert "torch" in loaded_after("import modular_experts; modular_experts.Dense")

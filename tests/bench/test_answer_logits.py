@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "answer_logits.py"
+from testbed.scripts import run_script
 
 
 def test_the_three_ways_are_timed_and_agree() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--json"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(run_script("answer_logits.py", "--quick", "--json"))
     works = [(dtype, work) for dtype in ("float32", "bfloat16") for work in ("training step", "forward", "generation")]
     assert [(row["dtype"], row["work"]) for row in report["rows"]] == works
     for row in report["rows"]:

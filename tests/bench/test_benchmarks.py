@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from testbed.scripts import run_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sparse_step.py"
 SPARSE = ["entries, sampled", "entries, dense", "entries, native", "tiles of 16, block_rows", "tiles of 16, native"]
 SPARSE += ["tiles of 64, block_rows", "tiles of 64, native", "rows, slices", "columns, slices"]
 PEERS = ["PEFT SHiRA", "PEFT Super-Tuning", "dense, masked"]
@@ -21,16 +17,10 @@ LAYER_ENTRIES = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
 LINEAR_ENTRIES = LAYER_ENTRIES + 1024 * 256
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """What a quick run prints: nothing but JSON."""
-    done = run("--quick", "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_script("sparse_step.py", "--quick", "--json"))
 
 
 @pytest.fixture
@@ -85,11 +75,9 @@ def test_a_goal_is_met_when_what_was_measured_is_within_its_limit(report) -> Non
         assert goal["met"] == (None if goal["measured"] is None else goal["measured"] <= goal["limit"])
 
 
-def test_a_bad_option_gets_one_sentence(monkeypatch, capsys) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--keep", "5"])
+def test_a_bad_option_gets_one_sentence(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_script("sparse_step.py", "--keep", "5")
     assert stopped.value.code == 2
     sentence = "--keep 5.0 must lie between 0 and 0.5; 0.05 is five of a hundred; see --help\n"
     assert capsys.readouterr() == ("", sentence)

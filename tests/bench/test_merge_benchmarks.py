@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def run(script: str, *options: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from testbed.scripts import BENCHMARKS, run_script
 
 
 @pytest.fixture
@@ -105,8 +98,7 @@ def test_a_line_is_found_again_and_so_is_a_power(module) -> None:
 
 def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(tmp_path) -> None:
     options = ["--alone", "--tiny", "--methods", "linear", "--experts", "2", "--repeats", "1"]
-    done = run("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
-    assert done.returncode == 0, done.stderr
+    run_script("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
     assert not (tmp_path / "inputs" / "results").exists()
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     assert report["complete"] is True

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from testbed.scripts import run_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "storage.py"
 PLACES = {"entries": 96 * 64, "tiles of 16": 6 * 4}
 
 
@@ -19,10 +16,7 @@ PLACES = {"entries": 96 * 64, "tiles of 16": 6 * 4}
 def report(tmp_path_factory) -> dict[str, Any]:
     """What a quick run writes."""
     file = tmp_path_factory.mktemp("storage") / "report.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "file/floor" in done.stdout
+    assert "file/floor" in run_script("storage.py", "--quick", "--json", file)
     return json.loads(file.read_text())
 
 

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from conftest import write_rows
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "time_to_quality.py"
+from testbed.scripts import run_script
 
 
 def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path) -> None:
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(16)]
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)
-    words = ["--quick", "--json", "--task", "task", "--model", str(tiny_llama_dir), "--kinds", "full"]
-    words += ["--out", str(tmp_path / "runs.jsonl")]
+    words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", tiny_llama_dir]
+    words += ["--kinds", "full", "--out", tmp_path / "runs.jsonl"]
     found = []
     for more in ([], ["--limit", "0"]):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *words, *more],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"MODULAR_EXPERTS_DATA": str(tmp_path)},
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
+        found.append(json.loads(run_script("time_to_quality.py", *words, *more)))
     assert found[0] == found[1]
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4, "a start-up and a run of two contenders"
     peer, full = found[0]["rows"]

@@ -35,7 +35,7 @@ def test_no_help_imports_torch() -> None:
         "import sys",
         "from modular_experts.__main__ import main",
         f"assert all(main(words) == 0 for words in {words})",
-        "assert not {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)",
+        "assert not {'torch', 'lightning', 'transformers', 'jsonargparse', 'rich'} & set(sys.modules)",
     ]
     python("\n".join(lines))
 
@@ -70,7 +70,13 @@ def test_common_commands_import_neither_lightning_nor_transformers(tmp_path) -> 
 def test_import_is_lazy_and_every_public_name_has_a_home() -> None:
     lines = [
         "import sys, modular_experts",
+        "dir(modular_experts)",
         "assert 'torch' not in sys.modules",
+        "import modular_experts.kernels.triton_tiles",
+        "assert 'triton' not in sys.modules",  # what follows uses parts of torch that import it, too
+        "import modular_experts.experts, modular_experts.methods",
+        "others = {'lightning', 'transformers', 'datasets', 'safetensors', 'jsonargparse'}",
+        "assert not others & set(sys.modules)",
         "modular_experts.Sparse, modular_experts.TIES, modular_experts.SparseExpert, modular_experts.merge",
         "assert not {'lightning', 'transformers'} & set(sys.modules)",
     ]

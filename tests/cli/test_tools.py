@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,13 +56,6 @@ def run(capsys):
     return command
 
 
-def python(*argv, cwd=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
-    )
-
-
 def test_merge_by_options(run, place):
     code, out, err = run(
         "merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"
@@ -96,7 +87,7 @@ def test_short_method_name_in_a_config(run, place):
     assert "library/a" in out
 
 
-def test_a_users_own_method_by_its_dotted_path(place):
+def test_a_users_own_method_by_its_dotted_path(run, place):
     (place / "my_methods.py").write_text(
         "from dataclasses import dataclass\n"
         "from modular_experts import MergeMethod\n\n\n"
@@ -108,8 +99,7 @@ def test_a_users_own_method_by_its_dotted_path(place):
     )
     method = ["--method", "my_methods.First", "--method.scale", "2"]
     arguments = ["merge", "--experts", "[library/a, library/b]", *method, "--out", "library/f"]
-    done = python("-m", "modular_experts", *arguments, cwd=place)
-    assert done.returncode == 0, done.stderr
+    assert run(*arguments)[0] == 0
     name = next(iter(open_expert("library/a")))
     assert torch.equal(open_expert("library/f")[name].dense(), open_expert("library/a")[name].dense() * 2)
     assert open_expert("library/f").record["method"] == {"class_path": "my_methods.First", "init_args": {"scale": 2.0}}

@@ -250,12 +250,6 @@ def test_without_triton_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyP
         TritonTiles(torch.tensor([0]), (16, 16), (16, 16))
 
 
-def test_importing_the_kernels_does_not_import_triton() -> None:
-    check = "import sys, modular_experts.kernels.triton_tiles; assert 'triton' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "interpret":
