@@ -11,8 +11,8 @@ A row of the table gives the share of padding in an epoch, and the tokens of dat
     MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py [--json] [--quick]      8 minutes; --quick: in small
     MODULAR_EXPERTS_DATA=DIR python benchmarks/packing.py --shares                half a minute
 
-`--shares` loads no model, and prints the share of padding in training batches of 8, as drawn and packed, in validation
-and test batches of 16, and among the prompts that answers are generated for, of all files in one mixture and of each.
+`--shares` loads no model, and prints the share of padding in training batches of 8, as drawn and as fitted, and in
+validation and test batches of 16, padded and packed, of all files in one mixture and of each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modular_experts.data import TaskMixture
-from modular_experts.data.batch import prompts
+from modular_experts.data.batch import repacked
 from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
@@ -100,15 +100,12 @@ def shares_of_padding(options: argparse.Namespace) -> Iterator[list[str]]:
         data.choose_packing(lambda: True)
         found = [drawn, data.padding()]
         for loader in (data.val_dataloader(), data.test_dataloader()):
-            found.append(_padding([batch["attention_mask"].sum(1).tolist() for batch in loader]))
-        found.append(_padding([[len(row) for row in prompts(batch)] for batch in data.test_dataloader()]))
+            batches = list(loader)
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            for form in (batches, map(repacked, batches)):
+                found.append(1 - tokens / sum(batch["input_ids"].numel() for batch in form))
         name = f"all {len(files)} files" if len(chosen) > 1 else chosen[0].stem
         yield [name, *(f"{share:.1%}" for share in found)]
-
-
-def _padding(batches: list[list[int]]) -> float:
-    """Return the share of padding in batches of rows of these lengths."""
-    return 1 - sum(map(sum, batches)) / sum(len(rows) * max(rows) for rows in batches)
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -144,7 +141,8 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     if options.shares:
-        print("| rows | training: as drawn | as fitted | validation | test | prompts |\n|---|---|---|---|---|---|")
+        print("| rows | training: as drawn | as fitted | validation: padded | packed | test: padded | packed |")
+        print("|---|---|---|---|---|---|---|")
         for line in shares_of_padding(options):
             print(f"| {' | '.join(line)} |")
         return

@@ -11,8 +11,8 @@ A batch is a dict, for `n` rows padded on the right to the longest, `length`:
 The prompt of a row is its tokens before the first labelled one; the target of a conversation that is validated or
 tested is the assistant's last turn, and its prompt is all before.
 
-A packed batch, which only training gets, holds the same `n` rows one behind the other in `p` packs, all padded to the
-longest, `length`; no row goes on in another pack:
+A packed batch, which training gets, and evaluation makes of a padded one (`repacked`), holds the same `n` rows one
+behind the other in `p` packs, all padded to the longest, `length`; no row goes on in another pack:
 
     input_ids       (p, length) int64
     position_ids    (p, length) int64; the place of a token in its row; padding is counted like a row of its own
@@ -44,6 +44,7 @@ from torch.utils.data import Dataset
 IGNORED = -100
 FILLER = -1
 LITTLE_PADDING = 0.05
+PACK_LENGTH = 1024
 
 Batch = dict[str, Any]
 
@@ -142,6 +143,19 @@ def prompts(batch: Batch) -> list[Tensor]:
     lengths = batch["attention_mask"].sum(1)
     starts = torch.where(labelled.any(1), labelled.int().argmax(1), lengths)
     return [ids[:start] for ids, start in zip(batch["input_ids"], starts.tolist(), strict=True)]
+
+
+def repacked(batch: Batch) -> Batch:
+    """Return the tokens of a padded batch as a packed batch, in packs of at most `PACK_LENGTH` tokens or a row."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = [
+        Tokens(ids[:length], 0, labels[:length] != IGNORED)
+        for ids, labels, length in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), lengths, strict=True)
+    ]
+    # Some models warn of a token for padding where they get no mask.
+    found = _packed(rows, packs(lengths, PACK_LENGTH), pad_id=int(rows[0].ids[0]))
+    moved = {name: column.to(batch["input_ids"].device) for name, column in found.items()}
+    return moved | {"task": batch.get("task", [""] * len(rows))}
 
 
 def packs(lengths: Sequence[int], longest: int) -> list[list[int]]:

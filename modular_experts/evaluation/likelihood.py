@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
-from modular_experts.data.batch import IGNORED, Batch
+from modular_experts.data.batch import IGNORED, Batch, repacked
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -22,7 +24,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Args:
         model: A causal language model, called as `model(input_ids=..., attention_mask=..., use_cache=False)`; for a
             packed batch `position_ids` take the place of the mask.
-        batch: A batch as `data/batch.py` describes it.
+        batch: A batch as `data/batch.py` describes it; with a `cache`, the model leaves its state there.
 
     Returns:
         Logits `(m, vocabulary)`, and labels `(m,)`, in the order in which `row_sums` takes values.
@@ -36,9 +38,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     hook = (head or nn.Identity()).register_forward_pre_hook(gather)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache="cache" in batch).logits
     finally:
         hook.remove()
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
@@ -90,10 +92,14 @@ def check_packing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: nn.Module) -> bool:
+def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
     """Return whether the logits of three short packed rows are those of each row alone.
 
     They are not if a model finds no places by `position_ids`, or keeps a state from token to token.
+
+    Args:
+        model: A causal language model.
+        cached: Also ask this of a pass that keeps keys and values (`with_cache`), which the model must be able to take.
     """
     # A model that takes no positions at all reads the rows as one.
     if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
@@ -102,18 +108,41 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     ids, training = places + 3, model.training
     model.eval()
-    packed = model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
     whole = model(input_ids=ids, use_cache=False).logits[0]
-    model.train(training)
     # The rows begin alike, and no token sees what comes after it: the start of all rows read as one is each row alone.
     apart = torch.cat([whole[:length] for length in lengths])
-    change, mixed = (packed - apart).float().norm(), (whole - apart).float().norm()
     # Rounding differs by the layout of a batch, and by far less than what another row changes.
-    return bool(change <= torch.finfo(apart.dtype).eps ** 0.5 * mixed)
+    allowed = torch.finfo(apart.dtype).eps ** 0.5 * (whole - apart).float().norm()
+
+    def same(**inputs: Any) -> bool:
+        return bool((model(**inputs).logits[0] - apart).float().norm() <= allowed)
+
+    packed: Batch = {"input_ids": ids, "position_ids": places}
+    kept = same(**packed, use_cache=False)
+    if kept and cached:
+        kept = same(**with_cache(model, packed), use_cache=True)  # type: ignore[arg-type]
+    model.train(training)
+    return kept
+
+
+def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
+    """Return a packed batch for a pass that keeps keys and values.
+
+    With a cache, a model of transformers does not look for packed rows in the positions, so it gets their mask.
+    """
+    places = packed["position_ids"]
+    mask = create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=torch.empty((*places.shape, 0), dtype=model.dtype, device=places.device),
+        attention_mask=None,
+        cache=None,
+        position_ids=places,
+    )
+    return packed | {"attention_mask": mask, "cache": DynamicCache()}
 
 
 @torch.no_grad()
-def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> Tensor:
+def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, packed: bool = False) -> Tensor:
     """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, its end-of-sequence included.
 
     A forward pass takes `rows` of them, which bounds the memory: one row of a batch may have many choices.
@@ -122,7 +151,8 @@ def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16) -> 
     for first in range(0, len(choices["labels"]), rows):
         part = {key: choices[key][first : first + rows] for key in ("input_ids", "attention_mask", "labels")}
         length = int(part["attention_mask"].sum(1).max())
-        scores.append(-batch_losses(model, {key: tensor[:, :length] for key, tensor in part.items()})[0])
+        part = {key: tensor[:, :length] for key, tensor in part.items()}
+        scores.append(-batch_losses(model, repacked(part) if packed else part)[0])
     return torch.cat(scores)
 
 

@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modular_experts.data.batch import Batch
-from modular_experts.evaluation.generation import generate
+from modular_experts.data.batch import Batch, repacked
+from modular_experts.evaluation.drafts import has_room, losses_and_answers, packs_evaluation
+from modular_experts.evaluation.generation import answer_text, generate
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, TextMetric
 
@@ -42,8 +43,10 @@ def measure(
     scores, training = TaskScores(roles, metrics).to(model.device), model.training
     kept: dict[str, list[tuple[int, dict[str, str]]]] = {name: [] for name in roles}
     model.eval()
+    packed = packs_evaluation(model)
     for batch in batches:
-        texts = score_batch(scores, model, tokenizer, move_data_to_device(batch, model.device), max_new_tokens)
+        moved = move_data_to_device(batch, model.device)
+        texts = score_batch(scores, model, tokenizer, moved, max_new_tokens, packed)
         for row, text in enumerate(texts or ()):
             if examples and batch["task"][row]:
                 answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
@@ -63,9 +66,21 @@ def score_batch(
     tokenizer: PreTrainedTokenizerBase,
     batch: Batch,
     max_new_tokens: int | None = 64,
+    packed: bool = False,
 ) -> list[str] | None:
-    """Count one batch with texts: the loss of its targets, its choices, and the generated texts, which are returned."""
-    texts = generate(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
-    choices = choice_log_likelihoods(model, batch["choices"]) if "choices" in batch else None
-    scores.update(batch, *batch_losses(model, batch), texts, choices)
+    """Count one batch with texts: the loss of its targets, its choices, and the generated texts, which are returned.
+
+    With `packed`, of which `packs_evaluation` tells whether a model allows it, no padding is read, and targets are the
+    drafts of the answers.
+    """
+    choices = choice_log_likelihoods(model, batch["choices"], packed=packed) if "choices" in batch else None
+    if packed and max_new_tokens and has_room(model, batch, max_new_tokens):
+        losses, tokens = losses_and_answers(model, tokenizer, batch, max_new_tokens)
+        texts: list[str] | None = [
+            answer_text(tokenizer, row, end) for row, end in zip(tokens, batch["end"], strict=True)
+        ]
+    else:
+        texts = generate(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
+        losses = batch_losses(model, repacked(batch) if packed else batch)
+    scores.update(batch, *losses, texts, choices)
     return texts

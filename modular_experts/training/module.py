@@ -29,6 +29,7 @@ from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, score_batch
+from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
@@ -350,17 +351,19 @@ class ExpertModule(LightningModule):
         if roles is None:
             raise ValueError("scores need a data module with `roles`, a dict from task name to role")
         self.scores = TaskScores(roles).to(self.device)
+        self._packs_evaluation = packs_evaluation(self.model)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch; within `fit` by its loss, unless `generate_in_fit`."""
         generates = self.generate_in_fit or self.trainer.state.fn != "fit"
-        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens if generates else None)
+        tokens = self.max_new_tokens if generates else None
+        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch by its loss, greedy generations and choices."""
-        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens)
+        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target and generation of each row; a row of the data without a target has none."""

@@ -1,17 +1,13 @@
-"""benchmarks/packing.py runs as it stands: packed batches have less padding and the losses of plain ones."""
+"""benchmarks/packing.py and evaluation_cost.py run as they stand: packed rows mean less padding, and change nothing."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer, write_rows
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "packing.py"
+from testbed.scripts import run_script
 
 
 def test_three_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) -> None:
@@ -20,16 +16,8 @@ def test_three_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     for name in ("one", "two"):
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
-    arguments = ["--quick", "--json", "--model", str(tmp_path / "base")]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"MODULAR_EXPERTS_DATA": str(tmp_path / "data")},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+    places = ["--model", tmp_path / "base", "--data", tmp_path / "data"]
+    found = json.loads(run_script("packing.py", "--quick", "--json", *places))["rows"]
     assert [(row["rows"], row["batch_size"]) for row in found] == [
         *(("all 2 files", 8), ("all 2 files", 32)),
         *(("two", 8), ("two", 32)),
@@ -38,3 +26,15 @@ def test_three_ways_are_timed_and_packed_batches_lose_nothing(tmp_path: Path) ->
         assert row["padding"]["packed"] < row["padding"]["plain"]
         assert row["loss"]["packed"] == pytest.approx(row["loss"]["plain"], rel=1e-5)
         assert 0.05 < row["speed"]["packed"] < 100
+
+
+def test_an_evaluation_without_padding_finds_the_same(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "test"} for number in range(20)]
+    write_rows(tmp_path / "one.jsonl", rows)
+    places = ["--model", tmp_path / "base", "--data", tmp_path, "--tasks", "one"]
+    (row,) = json.loads(run_script("evaluation_cost.py", "--quick", "--json", *places))["rows"]
+    assert (row["rows"], row["different"]) == (20, 0)
+    assert row["losses_apart"] < 1e-5
+    assert row["padding"]["packed"] < 0.05 < row["padding"]["padded"]
+    assert row["head"] == {"packed": 1, "padded": pytest.approx(1, abs=0.5)}

@@ -1,0 +1,126 @@
+"""Score targets and decode answers without padding, with each target as the draft of its answer.
+
+The pass over packed rows that gives the losses also tells which tokens greedy decoding would write: those of the target
+up to the first that is not the likeliest, and the likeliest there (so does speculative decoding verify a draft:
+Leviathan et al., 2023). A row whose target is right needs no decoding. The others go on from there, with the keys and
+values of the pass, and a row leaves the batch where it ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
+from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
+from modular_experts.injection import expert_layers
+
+
+def packs_evaluation(model: nn.Module) -> bool:
+    """Return whether packed rows have the logits that each has alone, with keys and values kept and without."""
+    # What is a delta moves each token alone; an expert that chooses by its input may look at a whole row.
+    alone = all(layer.expert.mergeable for _, layer in expert_layers(model))
+    known = isinstance(model, PreTrainedModel) and "cache" in inspect.signature(model.forward).parameters
+    return alone and known and keeps_rows_apart(model, cached=True)
+
+
+def has_room(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> bool:
+    """Return whether an answer of `max_new_tokens` fits behind each prompt, so that no prompt needs to be cut."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    return context is None or max(map(len, prompts(batch))) + max_new_tokens <= context
+
+
+@torch.no_grad()
+def losses_and_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int = 64
+) -> tuple[tuple[Tensor, Tensor], list[list[int]]]:
+    """Return what `batch_losses` and `generate_tokens` give for a padded batch with texts.
+
+    A row without labels, such as a filler, gets no answer.
+
+    Args:
+        model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch: A batch that `has_room`.
+        max_new_tokens: The most tokens of an answer.
+    """
+    packed = with_cache(model, repacked(batch))
+    logits, labels = answer_logits(model, packed)
+    likeliest, wanted = logits.argmax(-1).tolist(), labels.tolist()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = row_sums(packed, F.cross_entropy(logits, labels, reduction="none"))
+    answers: list[list[int]] = [[] for _ in batch["task"]]
+    right = [True] * len(answers)
+    labelled = F.pad(packed["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED
+    for row, token, target in zip(packed["row"][labelled].tolist(), likeliest, wanted, strict=True):
+        if right[row]:
+            answers[row].append(token)
+            right[row] = token == target
+    stops = [{tokenizer.eos_token_id, end} for end in batch["end"]]
+    for row, answer in enumerate(answers):
+        ends = [place + 1 for place, token in enumerate(answer) if token in stops[row]]
+        del answer[min([*ends, max_new_tokens]) :]
+    going = [row for row, answer in enumerate(answers) if _goes_on(answer, stops[row], max_new_tokens)]
+    # The last token of each answer is not read yet.
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts(batch), answers, strict=True)]
+    if going:
+        state = _state(packed["cache"], packed["row"], going, [lengths[row] for row in going])
+        del packed, logits
+        _decode(model, state, lengths, answers, going, stops, max_new_tokens)
+    return losses, answers
+
+
+def _goes_on(answer: list[int], stops: set[int], most: int) -> bool:
+    return 0 < len(answer) < most and answer[-1] not in stops
+
+
+def _state(cache: DynamicCache, row: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> DynamicCache:
+    """Return keys and values of the first `lengths` tokens of some packed rows, padded on the left to the longest."""
+    longest, flat = max(lengths), row.flatten().tolist()
+    taken = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for line, (number, length) in enumerate(zip(rows, lengths, strict=True)):
+        first = flat.index(number)
+        taken[line, longest - length :] = torch.arange(first, first + length)
+    pack, place = (part.to(row.device) for part in (taken // row.shape[1], taken % row.shape[1]))
+    found = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        # `(packs, heads, length, size)` to `(rows, heads, longest, size)`.
+        keys, values = (kept[pack, :, place].transpose(1, 2) for kept in (layer.keys, layer.values))
+        found.update(keys, values, number)
+    return found
+
+
+def _decode(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    lengths: Sequence[int],
+    answers: list[list[int]],
+    rows: list[int],
+    stops: Sequence[set[int]],
+    most: int,
+) -> None:
+    """Append the likeliest token to the answers of `rows` until each of them has ended; all but `rows` are by row."""
+    device = model.device
+    places = torch.tensor([[lengths[row]] for row in rows], device=device)
+    mask = (torch.arange(int(places.max()), device=device) >= places.max() - places).long()
+    while rows:
+        mask = F.pad(mask, (0, 1), value=1)
+        last = torch.tensor([answers[row][-1:] for row in rows], device=device)
+        output = model(input_ids=last, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        places = places + 1
+        for row, token in zip(rows, output.logits[:, -1].argmax(-1).tolist(), strict=True):
+            answers[row].append(token)
+        kept = [place for place, row in enumerate(rows) if _goes_on(answers[row], stops[row], most)]
+        if len(kept) < len(rows):
+            chosen = torch.tensor(kept, dtype=torch.int64, device=device)
+            cache.batch_select_indices(chosen)
+            mask, places, rows = mask[chosen], places[chosen], [rows[place] for place in kept]

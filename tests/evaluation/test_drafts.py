@@ -1,0 +1,146 @@
+"""One pass with targets as drafts gives the losses and answers of padded rows, and reads no padding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import GROUPED, build_model, build_tokenizer
+
+from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, Tokens
+from modular_experts.data.rows import Row
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import (
+    TaskScores,
+    batch_losses,
+    choice_log_likelihoods,
+    generate,
+    generate_tokens,
+    score_batch,
+)
+from modular_experts.evaluation.drafts import has_room, losses_and_answers, packs_evaluation
+from modular_experts.experts import LoRAExpert
+from modular_experts.injection import inject
+
+STEPS = 8
+PROMPTS = ["a", "reverse bat:", "a longer prompt than the others, by far:", "upper dog:", "x y z", "first: q"]
+SLIDING = {"sliding_window": 6, "max_window_layers": 1, "use_sliding_window": True}
+MODELS = {
+    "llama": lambda: build_model("llama", seed=3),
+    "gpt2": lambda: build_model("gpt2", seed=3),
+    "neox": lambda: build_model("neox", seed=3),
+    "sliding windows": lambda: build_model("qwen2", seed=3, **SLIDING),
+    "soft caps": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6, attn_implementation="eager")
+    ),
+}
+
+
+def decided(name: str) -> Any:
+    """Return a model whose logits lie far apart: a random model of the usual size repeats one token."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    return model
+
+
+def drafts_of(model: Any, tokenizer: Any) -> list[Example]:
+    """Rows whose targets are the model's own answer, its beginning, one with a slip in its middle, and other text."""
+    blank, _, _ = RowTokenizer(tokenizer)("t", [Row(prompt, "target") for prompt in PROMPTS])
+    written = generate_tokens(model, tokenizer, Collator(pad_id=0)(blank), STEPS)
+    slip = [written[2][0], (written[2][1] + 1) % 90 + 3, *written[2][2:]]
+    targets = [written[0], written[1][:3], slip, [5, 6, 7, 1], written[4] + [9, 9, 9], [*written[5][:2], 1]]
+
+    def with_target(one: Example, target: list[int]) -> Example:
+        prompt = one.tokens.ids[: one.tokens.prompt]
+        return replace(one, tokens=Tokens(torch.cat([prompt, prompt.new_tensor(target)]), len(prompt)))
+
+    return [with_target(one, target) for one, target in zip(blank, targets, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_answers_are_those_of_padded_rows(name: str) -> None:
+    model, tokenizer = decided(name), build_tokenizer()
+    assert packs_evaluation(model)
+    rows = drafts_of(model, tokenizer)
+    # One row ends at a token of its own, which it writes in the middle of its answer.
+    middle = generate_tokens(model, tokenizer, Collator(pad_id=0)(rows), STEPS)[3][2]
+    rows[3] = replace(rows[3], end=middle)
+    batch = Collator(pad_id=0)(rows)
+    (sums, counts), answers = losses_and_answers(model, tokenizer, batch, STEPS)
+    wanted, numbers = batch_losses(model, batch)
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-4)
+    assert counts.tolist() == numbers.tolist()
+    assert answers == generate_tokens(model, tokenizer, batch, STEPS)
+    assert len({tuple(answer) for answer in answers}) > 3
+    for most in (1, 3):
+        _, short = losses_and_answers(model, tokenizer, batch, most)
+        assert short == generate_tokens(model, tokenizer, batch, most)
+
+
+def test_only_tokens_are_read_and_the_head_is_asked_for_labels_and_written_tokens() -> None:
+    model, tokenizer = decided("llama"), build_tokenizer()
+    rows = drafts_of(model, tokenizer)
+    batch, read, asked = Collator(pad_id=0)(rows), [], []
+    tokens, labelled = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED).sum())
+    model.register_forward_pre_hook(lambda _, __, known: read.append(known["input_ids"].numel()), with_kwargs=True)
+    model.lm_head.register_forward_hook(lambda _, __, logits: asked.append(logits.shape[:-1].numel()))
+    _, answers = losses_and_answers(model, tokenizer, batch, STEPS)
+    # The first three, two, one and three tokens of these answers come from the draft, and all of the other two answers.
+    beyond = sum(len(answers[row]) - known for row, known in ((1, 3), (2, 2), (3, 1), (5, 3)))
+    assert sum(asked) == labelled + beyond
+    assert sum(read[1:]) == beyond
+    assert read[0] * 0.95 <= tokens <= read[0]
+    assert len(read) == 1 + max(len(answer) - 1 for answer in answers)
+    right = Collator(pad_id=0)([rows[0]])
+    read.clear()
+    losses_and_answers(model, tokenizer, right, STEPS)
+    assert len(read) == 1, "a right target needs no step"
+
+
+def test_a_filler_among_the_rows_gets_no_answer_and_changes_none() -> None:
+    model, tokenizer = decided("llama"), build_tokenizer()
+    examples = ExampleSet(drafts_of(model, tokenizer))
+    alone = losses_and_answers(model, tokenizer, Collator(pad_id=0)([examples[1], examples[2]]), STEPS)[1]
+    mixed = Collator(pad_id=0)([examples[1], examples[-1], examples[2]])
+    assert losses_and_answers(model, tokenizer, mixed, STEPS)[1] == [alone[0], [], alone[1]]
+
+
+def test_an_expert_that_looks_at_whole_rows_and_a_model_without_positions_are_not_packed() -> None:
+    class Router(LoRAExpert):
+        mergeable = False
+
+    assert not packs_evaluation(transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=32, n_head=4)))
+    for kind, wanted in ((LoRAExpert, True), (Router, False)):
+        model = build_model("llama")
+        inject(model, lambda weight, kind=kind: kind(weight, rank=2), "q_proj")
+        assert packs_evaluation(model) is wanted
+
+
+def test_scores_are_the_same_with_choices_and_with_prompts_that_must_be_cut() -> None:
+    model, tokenizer = decided("gpt2"), build_tokenizer()
+    rows = [
+        Row("pick", "a", choices=("a", "bcd", "e")),
+        Row("p" * 250, "z", choices=("y", "z")),
+        Row("reverse", "c" * 4, choices=("c" * 4, "z")),
+    ]
+    batch = Collator(pad_id=0)(RowTokenizer(tokenizer, max_length=256)("t", rows)[0])
+    assert [has_room(model, batch, most) for most in (4, 16)] == [True, False]
+    torch.testing.assert_close(
+        choice_log_likelihoods(model, batch["choices"], rows=3, packed=True),
+        choice_log_likelihoods(model, batch["choices"]),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+    for most in (None, 4, 16):
+        found = []
+        for packed in (False, True):
+            scores = TaskScores({"t": "held_in"})
+            texts = score_batch(scores, model, tokenizer, batch, most, packed)
+            assert texts == (generate(model, tokenizer, batch, most) if most else None)
+            found.append(scores.compute()["held_in"])
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
