@@ -39,7 +39,7 @@ class SparseExpert(Selectable):
             `dense` for all.
     """
 
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-3
     score: ClassVar[Score] = GradientMagnitude()
     rule: ClassVar[Rule] = GrowAndDrop()
     chooses_in_step: ClassVar[bool] = True
