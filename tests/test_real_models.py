@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 import torch
 from smollm2 import convert, find_gguf
+from testbed.peft_adapters import logits, peft_logits
+from testbed.peft_types import make_adapter
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import Library, open_expert
 
 pytestmark = pytest.mark.slow
@@ -130,3 +134,18 @@ def test_a_merge_of_two_sparse_experts_keeps_both_tasks(
     scores = run("test", [INTENTS, BANKING], "--model.applied", "[library/both]")
     for task in (INTENTS, BANKING):
         assert scores[task]["loss"] < 0.7 * base_scores[task]["loss"]
+
+
+@pytest.mark.parametrize("case", ["LORA, use_dora", "LOHA", "OFT", "VERA"])
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_of_peft_moves_a_real_model_as_peft_does(case: str, smollm2: Path, tmp_path: Path) -> None:
+    """In the first and the last block; `docs/reference/peft-types.md` has the differences."""
+    where = r".*\.(0|29)\.(self_attn\.q_proj|mlp\.down_proj)"
+    adapter = make_adapter(case, smollm2, tmp_path / "adapter", target_modules=where)
+    expert = import_expert(adapter, tmp_path / "library/expert")
+    model = Base.open(smollm2).load()
+    before, expected = logits(model), peft_logits(smollm2, adapter)
+    with applied(model, [expert]):
+        apart = float((expected - logits(model)).abs().max() / (expected - before).abs().max())
+    print(f"{case}: {apart:.0e} of the largest change of a logit")
+    assert apart < 1e-3

@@ -86,11 +86,11 @@ class Row:
         return self.line().rsplit("|", 2)[0].rstrip()
 
 
-def make_adapter(case: str, base: Path, out: Path) -> Path:
+def make_adapter(case: str, base: Path, out: Path, **more: object) -> Path:
     """Save an adapter of a type with random numbers in all that it trains; only its files, if it trains no layer."""
     kind, _, variant = case.partition(", ")
     fields = CONFIGS[kind].__dataclass_fields__
-    settings = {"target_modules": ["q_proj", "down_proj"], "r": 2} | SETTINGS.get(kind, {})
+    settings = {"target_modules": ["q_proj", "down_proj"], "r": 2} | SETTINGS.get(kind, {}) | more
     if variant:
         field, value = variant.partition(":")[0], VARIANTS[variant]
         configs = {"kasa_config": "KasaConfig", "monteclora_config": "MontecloraConfig", "use_bdlora": "BdLoraConfig"}
