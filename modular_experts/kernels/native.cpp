@@ -257,6 +257,26 @@ extern "C" void kept_tiles(const void* x, int64_t x_stride, const void* g, int64
     else tiles<16>(xs, gs, units, starts, size, result, threads);
 }
 
+// Plan `kept_entries`: sort the places of `count` entries, which ascend, by block of columns, and keep their order within
+// it. `starts` has room for one number more than there are blocks.
+extern "C" void plan_entries(const int64_t* units, int64_t count, int64_t in, uint32_t* places, int64_t* starts,
+                             int32_t* order) {
+    const int64_t blocks = (in + BLOCK - 1) / BLOCK;
+    const std::unique_ptr<int64_t[]> next(new int64_t[blocks + 1]());
+    for (int64_t e = 0, row = 0; e < count; e++) {
+        while (units[e] >= (row + 1) * in) row++;
+        next[(units[e] - row * in) / BLOCK + 1]++;
+    }
+    for (int64_t b = 0; b < blocks; b++) next[b + 1] += next[b];
+    std::copy_n(next.get(), blocks + 1, starts);
+    for (int64_t e = 0, row = 0; e < count; e++) {
+        while (units[e] >= (row + 1) * in) row++;
+        const int64_t column = units[e] - row * in, place = next[column / BLOCK]++;
+        places[place] = static_cast<uint32_t>(row * BLOCK + column % BLOCK);
+        order[place] = static_cast<int32_t>(e);
+    }
+}
+
 // Compute the kept entries. A place is `row * BLOCK + column % BLOCK`; places are sorted by block of columns, then row.
 // Block b has the places starts[b] to starts[b + 1] - 1, and order[e] is the slot of place e in the result.
 extern "C" void kept_entries(const void* x, int64_t x_stride, const void* g, int64_t g_stride, int half, int64_t tokens,
