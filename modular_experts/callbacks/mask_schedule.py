@@ -64,7 +64,8 @@ class MaskSchedule(Schedule):
         avoid: Experts, or libraries of them, whose entries this expert leaves to them, so that supports overlap less.
             Where that was measured, it did not make better merges (`docs/results/selection.md`).
         penalty: Divide the scores by `1 + penalty * experts that keep the entry`, instead of excluding such entries.
-        support: An expert whose support is used as it is, without a score, e.g. to train several tasks on one support.
+        support: An expert whose support is used as it is, without a score: an earlier expert of the same task, which
+            saves all choices (`docs/results/selection.md`), or one support for several tasks.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class MaskSchedule(Schedule):
         chosen, waiting = step.finish()
         started, choice = time.perf_counter(), step.choice
         for name, units in chosen.items():
-            self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0)
+            self._exchange.move(name, choice.layers[name], units, trainer.optimizers, choice.position > 0, graded=True)
         self._waiting = (waiting, choice.position, choice.last)
         seconds = step.seconds + time.perf_counter() - started
         say_done(trainer, f"chose what is trained in {len(chosen)} weights at step {trainer.global_step + 1}", seconds)
@@ -318,6 +319,10 @@ class MaskSchedule(Schedule):
         last = rule.last_update(scale * length.total_steps, scale * length.steps_per_epoch)
         positions = range(1, scale * length.total_steps)
         return expert.selects_at_start + sum(rule.is_due(position, last) for position in positions)
+
+    def chooses_in_steps(self, module: TrainedModule) -> bool:
+        layers = selectable_layers(module.model).values()
+        return self.support is None and any(self._in_step(layer.expert) for layer in layers)
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return the shares of units kept now, and trained at any time; empty without selectable experts."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
-from modular_experts.experts.selectable import Granularity, Selectable, carried_slots
+from modular_experts.experts.selectable import Granularity, Selectable, exchanged_slots
 from modular_experts.masks import ConnectionSensitivity, Reselect, Rule, Score
 
 
@@ -82,10 +82,10 @@ class MaskedExpert(Selectable):
     def scored(self, weight: Tensor) -> tuple[Tensor, Dense]:
         return weight + self.change.detach(), Dense(self.change.detach())
 
-    def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
+    def reselect(self, weight: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         before = self.support_units()
         self._show(units)
-        return carried_slots(before, units)
+        return exchanged_slots(before, units)
 
     @torch.no_grad()
     def resize(self, weight: Tensor, units: Tensor) -> None:

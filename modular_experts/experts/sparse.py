@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Sparse
-from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_
-from modular_experts.experts.selectable import Granularity, Selectable, carried, carried_slots
+from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
+from modular_experts.experts.selectable import Granularity, Selectable, carried, exchanged_slots
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 
@@ -65,7 +65,7 @@ class SparseExpert(Selectable):
         self.indices: Tensor
         self.register_buffer("indices", indices)
         self.anchor: Tensor
-        self.register_buffer("anchor", self._read(weight.detach()))
+        self.register_buffer("anchor", self._read(weight.detach(), indices))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._forward(x, weight, bias)
@@ -92,17 +92,17 @@ class SparseExpert(Selectable):
         Every forward pass does this when the values have changed; call it after an optimizer that writes through
         `.data`, which torch does not count as a change.
         """
-        self._write(weight, (self.anchor.to(self.values.dtype) + self.values).to(weight.dtype))
+        self._write(weight, (self.anchor.to(self.values.dtype) + self.values).to(weight.dtype), self.indices)
         self._written = self.values._version
 
     @torch.no_grad()
     def restore(self, weight: Tensor, anchor: Callable[[], Tensor] | None = None) -> None:
-        self._write(weight, self.anchor.to(weight.dtype))
+        self._write(weight, self.anchor.to(weight.dtype), self.indices)
         self._written = None
 
     @torch.no_grad()
     def reanchor(self, weight: Tensor) -> None:
-        self.anchor.copy_(self._read(weight))
+        self.anchor.copy_(self._read(weight, self.indices))
         self.write(weight)
 
     @property
@@ -116,13 +116,21 @@ class SparseExpert(Selectable):
         return self.values.detach().abs().flatten(1).sum(1) if self.values.ndim > 1 else self.values.detach().abs()
 
     @torch.no_grad()
-    def reselect(self, weight: Tensor, units: Tensor) -> Tensor:
-        self.restore(weight)
-        slots = carried_slots(self.indices, units)
+    def reselect(self, weight: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        # Only what is exchanged is read and written: most units stay, and the weight holds their values already.
+        is_written = self._written == self.values._version
+        slots, left = exchanged_slots(self.indices, units)
+        self._write(weight, self.anchor[left].to(weight.dtype), self.indices[left])
+        anchor, new = carried(self.anchor, slots), true_places(slots < 0)
+        anchor[new] = self._read(weight, units[new])
+        self.anchor.copy_(anchor)
         self.values.copy_(carried(self.values, slots))
         self.indices.copy_(units)
-        self.reanchor(weight)
-        return slots
+        if is_written:
+            self._written = self.values._version
+        else:
+            self.write(weight)
+        return slots, left
 
     def kernel(self, dtype: torch.dtype) -> KeptGradient:
         """Return the kernel for a layer that computes in `dtype`; it is planned once for each support."""
@@ -140,18 +148,16 @@ class SparseExpert(Selectable):
         self._kept_units, self._kernel = units.numel(), None
         self.values = nn.Parameter(self.values.new_zeros(units.numel(), *self.values.shape[1:]))
         self.indices = units.to(self.indices)
-        self.anchor = self._read(weight)
+        self.anchor = self._read(weight, self.indices)
 
-    def _read(self, weight: Tensor) -> Tensor:
-        if self.tile == (1, 1):
-            return weight.reshape(-1)[self.indices]
-        return gather_tiles(weight, self.indices, self.tile)
+    def _read(self, weight: Tensor, units: Tensor) -> Tensor:
+        return weight.reshape(-1)[units] if self.tile == (1, 1) else gather_tiles(weight, units, self.tile)
 
-    def _write(self, weight: Tensor, kept: Tensor) -> None:
+    def _write(self, weight: Tensor, kept: Tensor, units: Tensor) -> None:
         if self.tile == (1, 1):
-            weight.view(-1)[self.indices] = kept
+            weight.view(-1)[units] = kept
         else:
-            scatter_tiles_(weight, self.indices, kept)
+            scatter_tiles_(weight, units, kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

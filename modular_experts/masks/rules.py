@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modular_experts.masks.top_k import ascending, top_k
+from modular_experts.masks.top_k import ascending, top_k, top_k_outside
 
 Unit = Literal["optimizer_steps", "micro_batches"]
 
@@ -155,14 +155,11 @@ class GrowAndDrop(Rule):
     def choose(self, scores: Tensor, k: int, kept: Tensor, change: Tensor, step: int, last: int) -> Tensor:
         if self.starts_anew(step, kept.numel(), scores.numel()):
             return top_k(scores, k)
-        candidates = scores.clone()
-        candidates[kept.long()] = -math.inf
-        new = top_k(candidates, round(self.replace * (1 - step / last) * k))
         # There may be fewer that are not kept already, or left to other experts.
-        new = new[candidates[new.long()] > -math.inf]
+        new = top_k_outside(scores, round(self.replace * (1 - step / last) * k), kept)
         if new.numel() == 0:
             return kept
-        stay = kept[top_k(change, k - new.numel()).long()]
+        stay = kept.index_select(0, top_k(change, k - new.numel()))
         return ascending(torch.cat([stay, new.to(stay.dtype)]))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import index_dtype, true_places
-from modular_experts.native.sparse_passes import count_at_least, find_at_least
+from modular_experts.native.sparse_passes import find_at_least, find_sorted
 
 _BINS = 2**16
 _SAMPLED = 61  # one of so many scores is in the sample; a prime, so that the columns of a weight take turns
@@ -40,6 +40,32 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return _better_and_ties(places, candidates, threshold, k)
 
 
+def top_k_outside(scores: Tensor, k: int, kept: Tensor) -> Tensor:
+    """Return the flat indices, sorted, of the k highest scores outside `kept`; ties go to the lowest index.
+
+    Scores of minus infinity do not count, so there may be fewer than k.
+
+    Args:
+        scores: Of any shape.
+        k: How many to return.
+        kept: Flat indices, sorted, that are left out.
+
+    Raises:
+        ValueError: A score is NaN, which has no order.
+    """
+    flat = scores.detach().reshape(-1)
+    quick = _quick_top_k(flat, k, kept) if 0 < k < flat.numel() - kept.numel() else None
+    if quick is not None:
+        chosen = quick
+    else:
+        flat = flat.clone()
+        flat[kept.long()] = -math.inf
+        chosen = top_k(flat, k)
+    # index_select reads by int32 as well, and is quicker than an index in brackets.
+    counts = flat.index_select(0, chosen) > -math.inf
+    return chosen if counts.all() else chosen[counts]
+
+
 def ascending(units: Tensor) -> Tensor:
     """Return units in ascending order."""
     if units.device.type != "cpu":
@@ -50,24 +76,33 @@ def ascending(units: Tensor) -> Tensor:
     return copy
 
 
-def _quick_top_k(flat: Tensor, k: int) -> Tensor | None:
-    """Return the same in two passes of compiled code, where it serves: a sample gives a bound that most lie below."""
-    if flat.numel() >= 2**31:
+def _quick_top_k(flat: Tensor, k: int, kept: Tensor | None = None) -> Tensor | None:
+    """Return the same in one pass of compiled code, where it serves: a sample gives a bound that most lie below."""
+    if flat.device.type != "cpu" or flat.dtype != torch.float32:
         return None
-    sample = flat[::_SAMPLED]
-    expected = k / _SAMPLED
-    # Six standard deviations above what is expected: fewer than k scores at or above this bound are very rare.
-    rank = min(int(expected + 6 * math.sqrt(expected)) + 6, sample.numel())
-    bound = float(_smallest_of(sample, rank))
-    found = count_at_least(flat, -math.inf if math.isnan(bound) else bound)
-    if found is None or found < k:
+    if kept is None and k > flat.numel() // 8:
+        # Most of the scores would lie above the bound, so a sample saves nothing.
+        bound = _smallest_of(flat, k)
+    else:
+        sample, expected = flat[::_SAMPLED], k / _SAMPLED
+        if kept is not None:
+            among = find_sorted(kept, torch.arange(0, flat.numel(), _SAMPLED, dtype=torch.int32))
+            if among is None:
+                return None
+            sample = sample.masked_fill(among[0] >= 0, -math.inf)
+        # Six standard deviations above what is expected: fewer than k scores at or above this bound are very rare.
+        rank = min(int(expected + 6 * math.sqrt(expected)) + 6, sample.numel())
+        bound = _smallest_of(sample, rank)
+    places = find_at_least(flat, -math.inf if bound.isnan() else float(bound), kept)
+    if places is None or places.numel() < k:
         return None
-    places = find_at_least(flat, bound, found)
-    candidates = flat[places]
+    if places.numel() == k:
+        return places.clone()
+    candidates = flat.index_select(0, places)
     threshold = _smallest_of(candidates, k)
-    kept = count_at_least(candidates, float(threshold))
-    if kept == k:
-        return places[find_at_least(candidates, float(threshold), k)]
+    best = find_at_least(candidates, float(threshold))
+    if best is not None and best.numel() == k:
+        return places.index_select(0, best)
     return _better_and_ties(places, candidates, threshold, k)
 
 

@@ -292,36 +292,64 @@ extern "C" int add_rounded(const int32_t* places, const float* values, int64_t c
     return 0;
 }
 
-// Return how many scores are at or above the bound, or -1 if one is not a number.
-extern "C" int64_t count_at_least(const float* scores, int64_t size, float bound) {
-    int64_t count = 0;
+// Write the places of the scores at or above the bound, in order, without those of the sorted list `kept`. Return their
+// number, or -1 if any score is not a number. `places` has room for 16 more than there are scores.
+extern "C" int64_t find_at_least(const float* scores, int64_t size, float bound, const int32_t* kept, int64_t held,
+                                 int32_t* places) {
+    int64_t count = 0, next = 0;
     int unordered = 0;
     for (int64_t first = 0; first < size; first += TILE) {
         const int64_t last = std::min(first + TILE, size);
-        int32_t here = 0;  // narrow, so that the compiler uses vectors
-        for (int64_t i = first; i < last; i++) {
-            here += scores[i] >= bound;
-            unordered |= scores[i] != scores[i];
+        for (int64_t i = first; i < last; i++) unordered |= scores[i] != scores[i];
+        int64_t found = count, i = first;
+#ifdef __AVX512F__
+        const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        for (; i + 16 <= last; i += 16) {
+            const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), _mm512_set1_ps(bound), _CMP_GE_OQ);
+            const __m512i place = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(i)));
+            _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(mask, place));
+            found += __builtin_popcount(mask);
         }
-        count += here;
+#endif
+        for (; i < last; i++) {
+            places[found] = static_cast<int32_t>(i);  // without a branch, which would be mispredicted at one of ten
+            found += scores[i] >= bound;
+        }
+        if (held == 0) {
+            count = found;
+            continue;
+        }
+        for (int64_t k = count; k < found; k++) {
+            const int32_t place = places[k];
+            while (next < held && kept[next] < place) next++;
+            places[count] = place;
+            count += next == held || kept[next] != place;
+        }
     }
     return unordered ? -1 : count;
 }
 
-// Write the places of the scores at or above the bound, in order; `places` has room for one more than there are.
-extern "C" void find_at_least(const float* scores, int64_t size, float bound, int32_t* places) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < size; i++) {
-        places[count] = static_cast<int32_t>(i);  // without a branch, which would be mispredicted at one of ten
-        count += scores[i] >= bound;
+// Write for each of the sorted numbers `after` its place among the sorted numbers `before`, or -1, and the places of those
+// of `before` that are not among `after`, whose number is returned. `left` has room for one more than there are.
+extern "C" int64_t find_sorted(const int32_t* before, int64_t held, const int32_t* after, int64_t count, int64_t* slots,
+                               int64_t* left) {
+    int64_t slot = 0, i = 0, gone = 0;
+    while (i < count && slot < held) {  // without a branch on what is found, which would be mispredicted
+        const int32_t old = before[slot], own = after[i];
+        slots[i] = old == own ? slot : -1;
+        left[gone] = slot;
+        gone += old < own, slot += old <= own, i += own <= old;
     }
+    std::fill(slots + i, slots + count, -1);
+    while (slot < held) left[gone++] = slot++;
+    return gone;
 }
 
-// Write for each of the sorted numbers `after` its place among the sorted numbers `before`, or -1.
-extern "C" void find_sorted(const int32_t* before, int64_t held, const int32_t* after, int64_t count, int64_t* slots) {
-    int64_t slot = 0;
+// Copy rows of `width` values to the slots that they take: to each new slot the row of its former slot, or zeros for -1.
+extern "C" void carry(const float* values, int64_t width, const int64_t* slots, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i++) {
-        while (slot < held && before[slot] < after[i]) slot++;
-        slots[i] = slot < held && before[slot] == after[i] ? slot : -1;
+        if (width == 1) out[i] = slots[i] < 0 ? 0.0f : values[slots[i]];
+        else if (slots[i] < 0) std::fill_n(out + i * width, width, 0.0f);
+        else std::memcpy(out + i * width, values + slots[i] * width, 4 * width);
     }
 }

@@ -56,10 +56,10 @@ def library() -> ctypes.CDLL | None:
         passes.read_entries.argtypes = [*[pointer] * 5, number, *[pointer] * 3]
         passes.read_entries.restype = None
         passes.spread_tiles.argtypes = [pointer, pointer, *[number] * 5, pointer, pointer]
-        passes.count_at_least.argtypes = [pointer, number, ctypes.c_float]
-        passes.find_at_least.argtypes = [pointer, number, ctypes.c_float, pointer]
-        passes.find_sorted.argtypes = [pointer, number, pointer, number, pointer]
-        passes.count_at_least.restype, passes.find_at_least.restype, passes.find_sorted.restype = number, None, None
+        passes.find_at_least.argtypes = [pointer, number, ctypes.c_float, pointer, number, pointer]
+        passes.find_sorted.argtypes = [pointer, number, pointer, number, pointer, pointer]
+        passes.carry.argtypes = [pointer, number, pointer, number, pointer]
+        passes.find_at_least.restype, passes.find_sorted.restype, passes.carry.restype = number, number, None
         passes.spread_tiles.restype = passes.pack_entries.restype = passes.sum_and_pack.restype = number
         passes.decode_gaps.restype = passes.decode_mask.restype = number
     return passes
@@ -242,33 +242,54 @@ def decode_places(name: str, stored: Tensor, count: int) -> tuple[Tensor, int | 
     return numbers, (None if last == -2 else last)
 
 
-def count_at_least(scores: Tensor, bound: float) -> int | None:
-    """Return how many scores `(n,)`, float32, are at or above a bound: -1 if one is NaN; None where not served."""
-    passes = _serving(scores.numel(), [scores], [torch.float32])
-    return passes.count_at_least(scores.data_ptr(), scores.numel(), bound) if passes else None
+def find_at_least(scores: Tensor, bound: float, kept: Tensor | None = None) -> Tensor | None:
+    """Return the places, int32, of the scores at or above a bound; None where not served, or where a score is NaN.
+
+    Args:
+        scores: `(n,)` float32, fewer than 2^31.
+        bound: A number or infinity.
+        kept: Places `(m,)` int32, sorted, that are left out.
+    """
+    left_out = [kept] if kept is not None else []
+    passes = _serving(scores.numel(), [scores, *left_out], [torch.float32] + [torch.int32] * len(left_out))
+    if passes is None or scores.numel() >= 2**31:
+        return None
+    # Of this room only the pages that the places found fill are ever touched.
+    places = _empty(scores.numel() + 16, torch.int32)
+    held = (0, 0) if kept is None else (kept.data_ptr(), kept.numel())
+    found = passes.find_at_least(scores.data_ptr(), scores.numel(), bound, *held, places.data_ptr())
+    return None if found < 0 else places[:found]
 
 
-def find_at_least(scores: Tensor, bound: float, count: int) -> Tensor:
-    """Return the places, int32, of the scores at or above a bound, of which `count_at_least` found `count`."""
-    passes, places = library(), _empty(count + 1, torch.int32)
-    assert passes is not None
-    passes.find_at_least(scores.data_ptr(), scores.numel(), bound, places.data_ptr())
-    return places[:count]
-
-
-def find_sorted(before: Tensor, after: Tensor) -> Tensor | None:
-    """Return for each of the sorted numbers `after` its place among the sorted `before`, or -1; None where not served.
+def find_sorted(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what `experts.selectable.exchanged_slots` returns, or None where the code does not serve.
 
     Args:
         before: Numbers `(n,)` int32, each once.
         after: Numbers `(m,)` int32, each once.
     """
-    passes = _serving(after.numel(), [before, after], [torch.int32, torch.int32])
+    passes = _serving(max(before.numel(), after.numel()), [before, after], [torch.int32, torch.int32])
     if passes is None:
         return None
-    slots = _empty(after.numel(), torch.int64)
-    passes.find_sorted(before.data_ptr(), before.numel(), after.data_ptr(), after.numel(), slots.data_ptr())
-    return slots
+    slots, left = _empty(after.numel(), torch.int64), _empty(before.numel() + 1, torch.int64)
+    given = [before.data_ptr(), before.numel(), after.data_ptr(), after.numel()]
+    return slots, left[: passes.find_sorted(*given, slots.data_ptr(), left.data_ptr())]
+
+
+def carry(values: Tensor, slots: Tensor) -> Tensor | None:
+    """Return what `experts.selectable.carried` returns, or None where the code does not serve.
+
+    Args:
+        values: `(n, ...)` float32.
+        slots: Former slots `(m,)` int64, each below n, or -1.
+    """
+    passes = _serving(slots.numel(), [values, slots], [torch.float32, torch.int64])
+    if passes is None:
+        return None
+    out = values.new_empty(slots.numel(), *values.shape[1:])
+    width = math.prod(values.shape[1:])
+    passes.carry(values.data_ptr(), width, slots.data_ptr(), slots.numel(), out.data_ptr())
+    return out
 
 
 def read_entries(

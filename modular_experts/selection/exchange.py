@@ -25,7 +25,7 @@ class Exchange:
     def __init__(self, leavers: Literal["revert", "stash"] = "revert") -> None:
         self.leavers = leavers
         self.touched: dict[str, Tensor] = {}
-        """The units of each weight that were trained before the present support, sorted."""
+        """The units of each weight that were trained and left, in the order of leaving; some may be back."""
         self.stash: dict[str, tuple[Tensor, Tensor]] = {}
         """The units of each weight that left, and their values."""
 
@@ -37,6 +37,7 @@ class Exchange:
         optimizers: Iterable[Optimizer],
         trained: bool = True,
         rewind: bool = False,
+        graded: bool = False,
     ) -> None:
         """Let the expert of the weight `name` keep other units, sorted, in place.
 
@@ -45,42 +46,48 @@ class Exchange:
             optimizers: What may hold state of the expert's parameters.
             trained: Whether the present support was trained; a random one before the first step was not.
             rewind: Whether all values start anew from the base.
+            graded: Whether the packed parameter's gradient is that of the new support already. If not, what was
+                accumulated so far moves along, and a newcomer's gradient starts from zero.
         """
         expert = layer.expert
+        packed = expert.packed
+        # Copies, for the expert changes its support and values in place.
         before = expert.support_units().clone()
-        # A copy, for the expert changes its support in place.
-        self.touched[name] = self.ever_trained(name, expert).clone() if trained else before[:0]
-        values = expert.packed.detach().clone() if expert.packed is not None else None
-        slots = expert.reselect(layer.matrix, units)
+        values = packed.detach().clone() if packed is not None and self.leavers == "stash" else None
+        slots, gone = expert.reselect(layer.matrix, units)
+        left = before[gone]
+        earlier = self.touched.get(name, left[:0])
+        # What is there before the first step was not trained.
+        self.touched[name] = torch.cat([earlier.to(left), left]) if trained else left[:0].clone()
         if rewind:
             expert.rewind(layer.matrix)
             for optimizer in optimizers:
                 for parameter in expert.parameters():
                     optimizer.state.pop(parameter, None)
-        if expert.packed is None or values is None:
+        if packed is None:
             return
         for optimizer in optimizers:
-            carry_state(optimizer.state.get(expert.packed, {}), expert.packed, slots)
-        if self.leavers == "stash":
+            carry_state(optimizer.state.get(packed, {}), packed, slots)
+        if packed.grad is not None and not graded:
+            packed.grad.copy_(carried(packed.grad, slots))
+        if values is not None:
             # Put the values of the leavers aside, and give newcomers that were here before theirs back.
             now = expert.support_units()
-            left = ~torch.isin(before, now)
-            aside, kept = self.stash.get(name, (before[:0], values[:0]))
+            aside, kept = self.stash.get(name, (left[:0], values[:0]))
             # The stash of a resumed run comes from the CPU.
-            aside = torch.cat([aside.to(before.device), before[left]])
-            kept = torch.cat([kept.to(values.device), values[left]])
+            aside, kept = torch.cat([aside.to(left), left]), torch.cat([kept.to(values), values[gone]])
             back = torch.isin(aside, now)
             with torch.no_grad():
-                expert.packed[torch.searchsorted(now, aside[back])] = kept[back]
+                packed[torch.searchsorted(now, aside[back])] = kept[back]
             self.stash[name] = (aside[~back], kept[~back])
             expert.write(layer.matrix)
 
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
         """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""
         units, earlier = expert.support_units(), self.touched.get(name)
-        if earlier is None:
+        if earlier is None or not earlier.numel():
             return units
-        both = ascending(torch.cat([earlier.to(units.device), units]))
+        both = ascending(torch.cat([earlier.to(units), units]))
         is_new = both[1:] != both[:-1]
         return torch.cat([both[:1], both[1:][is_new]])
 

@@ -134,4 +134,6 @@ class _Chooser(KeptGradient):
         return self._kept(gradient, units)
 
     def _kept(self, gradient: Tensor, units: Tensor) -> Tensor:
-        return gradient.view(-1)[units] if self.tile == (1, 1) else gather_tiles(gradient, units, self.tile)
+        if self.tile == (1, 1):
+            return gradient.view(-1).index_select(0, units)
+        return gather_tiles(gradient, units, self.tile)

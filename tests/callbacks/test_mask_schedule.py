@@ -12,7 +12,7 @@ from testbed import runs
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.experts.selectable import carried_slots
+from modular_experts.experts.selectable import exchanged_slots
 from modular_experts.injection import expert_layers
 from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
 from modular_experts.selection.exchange import Exchange, carry_state
@@ -183,8 +183,9 @@ def test_without_a_stash_they_start_anew() -> None:
 
 
 def test_slots_and_moments_follow_their_entries() -> None:
-    slots = carried_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
+    slots, left = exchanged_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
     assert slots.tolist() == [-1, 1, 2, -1]
+    assert left.tolist() == [0]
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([1.0, 2.0, 3.0])}
     carry_state(state, torch.zeros(3), torch.tensor([2, -1, 0]))
     assert state["exp_avg"].tolist() == [3.0, 0.0, 1.0]

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from modular_experts.experts.selectable import carried, carried_slots
+from modular_experts.experts.selectable import carried, exchanged_slots
 from modular_experts.masks import GrowAndDrop, top_k
+from modular_experts.masks.top_k import top_k_outside
 from modular_experts.native.sparse_passes import LEAST
 
 SIZE = 8 * LEAST + 5
@@ -40,6 +41,23 @@ def test_it_is_a_stable_sort_by_falling_score(kind: str, k: int) -> None:
     assert torch.equal(top_k(scores, k).long(), wanted)
 
 
+@pytest.mark.parametrize("k", [1, 70, SIZE // 20, SIZE // 3, SIZE])
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "alike", "excluded", "infinite", "sampled are high"])
+def test_the_highest_scores_outside_a_support_are_those_of_the_sorted_rest(kind: str, k: int) -> None:
+    scores = _scores(kind)
+    # The highest scores are among those left out, as those of trained entries may be.
+    odds = 0.01 + 0.3 * (scores > scores.median())
+    kept = (torch.rand(SIZE, generator=torch.Generator().manual_seed(2)) < odds).nonzero()[:, 0].int()
+    rest = torch.ones(SIZE, dtype=torch.bool)
+    rest[kept.long()] = False
+    outside = rest.nonzero()[:, 0]
+    order = scores[outside].sort(descending=True, stable=True).indices[:k]
+    wanted = outside[order[scores[outside[order]] > -math.inf]].sort().values
+    before = scores.clone()
+    assert torch.equal(top_k_outside(scores, k, kept).long(), wanted)
+    assert torch.equal(scores, before)
+
+
 @pytest.mark.parametrize("place", [0, 1, SIZE - 1])
 def test_a_score_without_an_order_is_found(place: int) -> None:
     scores = _scores("spread")
@@ -51,7 +69,8 @@ def test_a_score_without_an_order_is_found(place: int) -> None:
 def test_slots_and_values_follow_their_units() -> None:
     draw = torch.Generator().manual_seed(1)
     before, after = (torch.randperm(SIZE, generator=draw)[: 2 * LEAST].sort().values.int() for _ in range(2))
-    slots = carried_slots(before, after)
+    slots, left = exchanged_slots(before, after)
+    assert torch.equal(before[left], before[~torch.isin(before, after)])
     place = {unit: slot for slot, unit in enumerate(before.tolist())}
     assert slots.tolist() == [place.get(unit, -1) for unit in after.tolist()]
     values = torch.randn(2 * LEAST, 2, 3)
