@@ -86,6 +86,10 @@ class Schedule(Callback):
         """Return how often a fit of this length chooses anew what is trained."""
         return 0
 
+    def chooses_in_steps(self, module: TrainedModule) -> bool:
+        """Return whether all choices but the first are parts of training steps, without passes of their own."""
+        return False
+
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return shares in [0, 1] of what was trained, by name, for the settings in an expert's record."""
         return {}

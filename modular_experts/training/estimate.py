@@ -123,20 +123,25 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             finally:
                 module.learning_rate = before
         optimizer = module.configure_optimizers()["optimizer"]
-    choices, each = 0, 0.0
+    choices, choosing = 0, 0.0
     for schedule in schedules(short):
-        choices += schedule.choices(trainer, module, length)
+        number = schedule.choices(trainer, module, length)
         costs = schedule.costs(short, module)
         # A dense start makes its first choice later than these steps.
         passes = getattr(schedule, "scoring_batches", 1) * probe.forward_backward
-        each = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
+        first = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
+        # Where weights compete, only the first choice takes passes; one in a step takes less than a pass over a batch.
+        cheaper = costs.get("selection_passes") and schedule.chooses_in_steps(module)
+        later = min(first, probe.forward_backward) if cheaper else first
+        choices += number
+        choosing += min(number, 1) * first + max(number - 1, 0) * later
     parts = trainer.accumulate_grad_batches
     validations = _validations(trainer, data, length, len(validation))
     # The last batch of a validation is seldom full.
     whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
     seconds = {
         "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
-        "choices": choices * each,
+        "choices": choosing,
         "validations": validations * whole * probe.validation,
     }
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
