@@ -129,8 +129,9 @@ class Step:
         assert all(parameter.dtype == torch.float32 for parameter in self.trained)
         assert not any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-    def __call__(self) -> None:
+    def __call__(self, before_update: Callable[[], None] = lambda: None) -> None:
         self.work.forward(self.model).backward(self.work.gradient)
+        before_update()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()

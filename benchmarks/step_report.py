@@ -112,7 +112,7 @@ def _layer(layer: dict[str, Any]) -> list[str]:
 
 def _selection(selection: dict[str, Any]) -> list[str]:
     columns = {"share_of_time": "share of time", "over_step": "/step", "extra_over_allowed": "memory/allowed"}
-    head = "A re-selection every 100 steps, scored on one batch; allowed is one layer and 1.3 x 8 bytes per kept entry"
+    head = "A re-selection in every 100th step; allowed is one layer and 1.3 x 8 bytes per kept entry"
     return ["", head, *_table(selection["rows"], columns)]
 
 
