@@ -13,8 +13,9 @@ turn, and the medians count.
 
     MODULAR_EXPERTS_DATA=DIR python benchmarks/time_to_quality.py --out FILE.jsonl [--task NAME] [--quick] [--json]
 
-About 75 minutes for a task, of which the rounds take half. It goes on where it was interrupted; `--limit` ends it before a run that would start later than
-so many seconds, so that the work can be divided. `--quick` is in small: the numbers mean nothing.
+About 75 minutes for a task, of which the rounds take half. It goes on where it was interrupted; `--limit` ends it
+before a run that would start later than so many seconds, so that the work can be divided. `--quick` is in small: the
+numbers mean nothing.
 """
 
 from __future__ import annotations
