@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer, seed_everything
-from selection_worlds import Generated, Real, model_of, tokenizer_of
+from selection_worlds import Generated, OnBase, Real
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 
@@ -51,7 +51,7 @@ REAL_KINDS = {
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(OnBase):
     """Experts of every kind for every task, trained when they are asked for.
 
     Attributes:
@@ -88,14 +88,6 @@ class Experts:
     @property
     def new_tokens(self) -> int:
         return self.world.new_tokens
-
-    @property
-    def model(self) -> Any:
-        return model_of(self.base, self.dtype)
-
-    @property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self.base)
 
     def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
         return self.world.mixture(names, held_out)

@@ -15,7 +15,7 @@ from modular_experts.jobs import LocalProcesses
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 
-__all__ = ["Generated", "Real", "model_of", "tokenizer_of"]
+__all__ = ["Generated", "OnBase", "Real", "model_of", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,23 @@ def model_of(base: Path, dtype: DType | None = None) -> Any:
 def tokenizer_of(base: Path) -> Any:
     """Return the base's tokenizer, loaded once in a process."""
     return Base.open(base).tokenizer()
+
+
+class OnBase:
+    """What trains and tests on one base, which it opens once in a process.
+
+    Attributes:
+        base: Directory of the base.
+        dtype: What the model is loaded in; None is its own.
+    """
+
+    base: Path
+    dtype: DType | None = None
+
+    @property
+    def model(self) -> Any:
+        return model_of(self.base, self.dtype)
+
+    @property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.base)

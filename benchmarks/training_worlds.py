@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from merge_worlds import HELD_IN, REAL_KINDS
-from selection_worlds import Generated, Real, model_of, tokenizer_of
+from selection_worlds import Generated, OnBase, Real
 
-from modular_experts.base import DType
 from modular_experts.data import TaskMixture
 from modular_experts.experts import SparseExpert
 from modular_experts.methods import IsoC, MergeMethod, SelfRegMean, SparseAverage
@@ -38,38 +37,27 @@ SCALES: Mapping[tuple[str, bool], Sequence[float]] = {
 """Scales to try, by method and whether experts are sparse; each row holds 1, the method as it comes."""
 
 
-class World:
+class World(OnBase):
     """What is the same, or has a default, in both worlds.
 
     Attributes:
         experts: What makes the expert of a weight, by kind.
         rates: Learning rates to compare, by kind.
         references: Learning rate, by kind, at which shapes, batches and ways are compared.
-        dtype: What the base is loaded in; trained values are float32. None is its own.
         held_out: What is shown of held-out tasks, "exact_match" or "loss".
     """
 
     experts: ClassVar[Mapping[str, Callable[..., Any]]]
     rates: ClassVar[Mapping[str, Sequence[float]]]
     references: ClassVar[Mapping[str, float]]
-    dtype: ClassVar[DType | None]
     held_out: ClassVar[str]
 
-    base: Path
     seed: int
     work: Path
     steps: int
     batch_size: int
     new_tokens: int
     tasks: list[str]
-
-    @property
-    def model(self) -> Any:
-        return model_of(self.base, self.dtype)
-
-    @property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self.base)
 
     def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
         raise NotImplementedError
@@ -94,7 +82,6 @@ class Suite(Generated, World):
         "full": (3e-4, 5e-4, 1e-3),
     }
     references: ClassVar[Mapping[str, float]] = {"sparse": 1e-3, "block": 1e-3, "row": 1e-3, "lora": 3e-3, "full": 1e-3}
-    dtype = None
     held_out = "exact_match"
 
 
