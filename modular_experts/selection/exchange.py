@@ -25,7 +25,7 @@ class Exchange:
     def __init__(self, leavers: Literal["revert", "stash"] = "revert") -> None:
         self.leavers = leavers
         self.touched: dict[str, Tensor] = {}
-        """The units of each weight that were trained and left, in the order of leaving; some may be back."""
+        """The units of each weight that were trained and left; some may be back, or in it more than once."""
         self.stash: dict[str, tuple[Tensor, Tensor]] = {}
         """The units of each weight that left, and their values."""
 
@@ -58,7 +58,9 @@ class Exchange:
         left = before[gone]
         earlier = self.touched.get(name, left[:0])
         # What is there before the first step was not trained.
-        self.touched[name] = torch.cat([earlier.to(left), left]) if trained else left[:0].clone()
+        touched = torch.cat([earlier.to(left), left]) if trained else left[:0].clone()
+        # A unit may leave many times, and sorting at each choice would take as long as the choice.
+        self.touched[name] = touched if touched.numel() <= 4 * before.numel() else touched.unique()
         if rewind:
             expert.rewind(layer.matrix)
             for optimizer in optimizers:

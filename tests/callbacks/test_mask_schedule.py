@@ -172,6 +172,16 @@ def test_stashed_values_come_back() -> None:
     assert expert.values.tolist() == [5.0, 2.0, 3.0, 4.0]  # what stays keeps what it learned since it came back
 
 
+def test_units_that_leave_again_and_again_are_kept_in_mind_once() -> None:
+    expert, exchange = SparseExpert(torch.zeros(4, 4), keep_ratio=0.125), Exchange()
+    layer = SimpleNamespace(matrix=torch.zeros(4, 4), expert=expert)
+    expert.reselect(layer.matrix, torch.tensor([0, 1]))
+    for units in [[2, 3], [0, 1]] * 20:
+        exchange.move("w", layer, torch.tensor(units), [])
+    assert exchange.touched["w"].numel() <= 4 * 2
+    assert exchange.ever_trained("w", expert).tolist() == [0, 1, 2, 3]
+
+
 def test_without_a_stash_they_start_anew() -> None:
     expert, weight = SparseExpert(torch.zeros(4, 4), keep_ratio=0.125), torch.zeros(4, 4)
     expert.reselect(weight, torch.tensor([0, 1]))
