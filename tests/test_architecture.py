@@ -18,7 +18,7 @@ PACKAGE = ROOT / "modular_experts"
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
     **dict.fromkeys(["deltas", "native", "masks", "old_names", "progress", "text"], 0),
-    **dict.fromkeys(["kernels", "experts", "methods"], 1),
+    **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
     **dict.fromkeys(["suite", "interop", "hub", "jobs", "quickstart", "reports", "testing"], 3),

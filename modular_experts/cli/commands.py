@@ -32,6 +32,7 @@ VERBS = {
     "search": Command(
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)
     ),
+    "route": Command("route", "route", "put experts behind a router, which chooses by the input", ("experts",)),
     "mergekit": Command(
         "mergekit", "mergekit", "run a recipe of mergekit: checkpoints into a checkpoint", ("recipe", "out")
     ),

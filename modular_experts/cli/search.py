@@ -79,7 +79,7 @@ def search(
 
 def statistics(
     experts: list[str],
-    kind: Literal["fisher", "gram", "merged_gram"],
+    kind: Literal["fisher", "gram", "merged_gram", "prompts"],
     data: TaskMixture,
     rows: int = 256,
     base: str | None = None,
@@ -87,17 +87,19 @@ def statistics(
     labels: Literal["rows", "experts"] = "rows",
     max_new_tokens: int = 64,
 ) -> None:
-    """Measure statistics of experts that are to be merged, and store them beside each expert.
+    """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
-    The merge methods Fisher, RegMean and RegMeanPlusPlus need them. Each expert is measured on the validation rows of
-    the tasks that it was trained on, never on test rows, at every weight that any of the experts moves.
+    The merge methods Fisher, RegMean and RegMeanPlusPlus and the router Centroid need them. Each expert is measured on
+    the validation rows of the tasks that it was trained on (`prompts` also on training inputs), never on test rows, at
+    every weight that any of the experts moves.
 
     Args:
         experts: Directories of the experts.
         kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean) one per pair of a layer's inputs;
-            `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts.
+            `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts; `prompts`
+            (for the router Centroid) what the base makes of each input.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
-        rows: The most rows of one task, spread evenly over its validation rows.
+        rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Replace statistics of this kind.
         labels: Take the targets of the `rows`, or what the `experts` answer to the inputs of their own tasks.

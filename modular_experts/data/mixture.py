@@ -206,20 +206,31 @@ class TaskMixture(LightningDataModule):
             self._log(logging.INFO, f"padding is {self.padding():.1%} of the tokens of training batches{more}")
 
     def validation_examples(self, targets: bool = True) -> dict[str, list[Example]]:
-        """Return the validation rows of each held-in task.
-
-        Without targets they are inputs for a model to answer, without choices, and rows need no target; one with
-        neither target nor split counts as a validation row. The text of a target that is there stays in the example,
-        so that it can be compared with the answer.
+        """Return the validation rows of each held-in task; without targets, as `input_examples` gives them.
 
         Raises:
             ValueError: A row is bad, or a task has no validation rows.
         """
-        if targets:
-            self.setup("validate")
-            return self._split("validation")
-        if "inputs" in self._examples:
-            return self._examples["inputs"]
+        if not targets:
+            return self.input_examples(["validation"])
+        self.setup("validate")
+        return self._split("validation")
+
+    def input_examples(self, splits: Sequence[str]) -> dict[str, list[Example]]:
+        """Return rows of each held-in task as inputs without targets or choices; rows need no target.
+
+        One with neither target nor split counts as a validation row. The text of a target that is there stays in the
+        example, so that it can be compared with an answer.
+
+        Args:
+            splits: Names of the splits that are read.
+
+        Raises:
+            ValueError: A row is bad, or a task has no such rows.
+        """
+        which = " or ".join(splits)
+        if (key := f"inputs of {which}") in self._examples:
+            return self._examples[key]
         tokenize, examples, problems = self._row_tokenizer(), {}, list[str]()
         for task in self.tasks:
             if not task.held_in:
@@ -227,21 +238,21 @@ class TaskMixture(LightningDataModule):
             rows, bad = task.read(targets=False)
             rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
             rows = fill_splits(rows, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in)
-            rows = spread_evenly([row for row in rows if row.split == "validation"], self.eval_limit or len(rows))
+            rows = spread_evenly([row for row in rows if row.split in splits], self.eval_limit or len(rows))
             if not (rows or bad):
-                raise ValueError(f"task {task.name!r} has no validation rows; give some rows the split 'validation'")
+                raise ValueError(f"task {task.name!r} has no {which} rows; give some rows the split {splits[-1]!r}")
             asked = [
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
                 for row in rows
             ]
             found, cut, worse = tokenize(task.name, asked)
             problems += bad + worse
-            self._log_cut(task.name, cut, len(rows), "validation")
+            self._log_cut(task.name, cut, len(rows), which)
             if not worse:
                 pairs = zip(found, rows, strict=True)
                 examples[task.name] = [replace(example, target=row.target) for example, row in pairs]
         raise_for_bad_rows(problems)
-        self._examples["inputs"] = examples
+        self._examples[key] = examples
         return examples
 
     def train_dataloader(self) -> DataLoader:

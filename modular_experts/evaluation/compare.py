@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from modular_experts.base import Base, DType
-from modular_experts.base.apply import AnyExpert, applied, open_several
+from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.tasks import Tasks
@@ -23,6 +23,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
+from modular_experts.injection.route import attached
 from modular_experts.jobs import JSONLines
 from modular_experts.jobs.processes import machine
 from modular_experts.library import StoredExpert, warn_unlike_training
@@ -132,7 +133,7 @@ def evaluate(
             scores = known[key]
         else:
             # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
-            with applied(model, mix):
+            with attached(model, mix):
                 model.to(device)  # type: ignore[arg-type]
                 scores = measure(model, tokenizer, counted(title), data.roles, max_new_tokens, metrics, EXAMPLES)
                 model.to("cpu")  # type: ignore[arg-type]

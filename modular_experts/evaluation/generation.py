@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, prompts
+from modular_experts.routing.gates import reading
 
 
 @torch.no_grad()
@@ -54,6 +55,7 @@ def generate_tokens(
     if context is not None:
         rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
     ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]
+    tasks = batch.get("task")
     # Rows that end alike are generated together, so that no row stops at the end of another.
     for end in dict.fromkeys(ends):
         chosen = [number for number in range(len(rows)) if ends[number] == end]
@@ -67,7 +69,7 @@ def generate_tokens(
         config = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
         )
-        with evaluating(model, config):
+        with evaluating(model, config), reading(tasks=tasks and [tasks[number] for number in chosen]):
             written = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, generation_config=config
             )[:, length:]

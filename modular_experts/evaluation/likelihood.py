@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from modular_experts.data.batch import IGNORED, Batch, repacked
+from modular_experts.routing.gates import reading
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -39,10 +40,12 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     hook = (head or nn.Identity()).register_forward_pre_hook(gather)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
-    try:
-        logits = model(**inputs, use_cache="cache" in batch).logits
-    finally:
-        hook.remove()
+    # A router chooses by the prompt: what comes before the first labelled token.
+    with reading((batch["labels"] != IGNORED).cumsum(1) == 0, batch.get("task")):
+        try:
+            logits = model(**inputs, use_cache="cache" in batch).logits
+        finally:
+            hook.remove()
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
 
 

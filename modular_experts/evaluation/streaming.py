@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from modular_experts.base import Base, DType
-from modular_experts.base.apply import AnyExpert, applied, open_several
+from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data.chat import ConversationTokenizer, template_hash
 from modular_experts.evaluation.generation import evaluating
+from modular_experts.injection.route import attached
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_unlike_training
 
@@ -79,7 +80,7 @@ def generate(
     config = GenerationConfig(
         do_sample=temperature > 0, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad, **sampling
     )
-    with applied(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
+    with attached(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
         model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
         ids = ids.to(device)
         torch.manual_seed(seed)

@@ -23,10 +23,11 @@ from modular_experts.progress import Progress
 from modular_experts.statistics.fisher import fisher
 from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
+from modular_experts.statistics.prompts import prompts
 
-Kind = Literal["fisher", "gram", "merged_gram"]
+Kind = Literal["fisher", "gram", "merged_gram", "prompts"]
 KINDS = get_args(Kind)
-_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram}
+_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram, "prompts": prompts}
 
 
 def take_statistics(
@@ -44,9 +45,10 @@ def take_statistics(
 
     Args:
         experts: Directories of the experts.
-        kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts.
+        kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or `prompts`,
+            from which routers learn.
         data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
-        rows: The most rows of one task, spread evenly over its validation rows.
+        rows: The most rows of one task, spread evenly over its validation rows, for prompts also its training rows.
         base: The base's directory or hub id; what the experts' records name if not given.
         overwrite: Replace statistics of this kind that are there.
         progress: Iterator wrapper, e.g. `tqdm`.
@@ -61,6 +63,8 @@ def take_statistics(
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    if kind == "prompts" and labels == "experts":
+        raise ValueError("prompts are read without answers; leave labels out")
     if labels not in ("rows", "experts"):
         raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
     opened = open_experts(experts)
@@ -69,7 +73,9 @@ def take_statistics(
     opened_base = Base.open(base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
-    examples = [_own_examples(expert, data, rows, labels) for expert in opened]
+    # Routers choose by inputs alone, of which a test row has none in common with them.
+    splits, targets = (["train", "validation"], False) if kind == "prompts" else (["validation"], labels == "rows")
+    examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model: Any = opened_base.load("float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = data.tokenizer
@@ -90,7 +96,7 @@ def take_statistics(
 
     def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
         tokens = sum(len(example.tokens.ids) for example in own)
-        facts = {"split": "validation", "tokens": tokens, "max_length": data.max_length}
+        facts = {"split": " and ".join(splits), "tokens": tokens, "max_length": data.max_length}
         facts |= {"labels": labels} if labels == "experts" else {}
         tasks, among = Counter(example.task for example in own), opened if kind == "merged_gram" else ()
         return write_statistics(expert, kind, found.items(), tasks, facts, among, overwrite)
@@ -100,21 +106,24 @@ def take_statistics(
         return [write(*one) for one in zip(opened, examples, grams, strict=True)]
     stored = []
     for expert, own, part in zip(opened, examples, batches, strict=True):
-        with applied(model, expert, check=False):
+        # What a router reads are the base's own hidden states.
+        with applied(model, [] if kind == "prompts" else expert, check=False):
             found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored
 
 
-def _own_examples(expert: StoredExpert, data: TaskMixture, rows: int, labels: str) -> list[Example]:
-    """Return validation rows of the tasks that an expert was trained on, task after task."""
+def _own_examples(
+    expert: StoredExpert, data: TaskMixture, rows: int, splits: list[str], targets: bool
+) -> list[Example]:
+    """Return rows of the tasks that an expert was trained on, task after task."""
     trained_on = list(map(str, expert.record["tasks"]))
-    found = data.validation_examples(targets=labels == "rows")
+    found = data.validation_examples() if targets else data.input_examples(splits)
     by_task = {task: examples for task, examples in found.items() if task in trained_on}
     if not by_task:
         raise ValueError(
             f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "
-            f"has validation rows of {', '.join(data.roles)} only; give its tasks the names that they had in training, "
+            f"has {' or '.join(splits)} rows of {', '.join(data.roles)} only; give its tasks the names that they had in training, "
             "or import it again with --tasks"
         )
     return [row for task in by_task.values() for row in spread_evenly(task, rows)]

@@ -43,6 +43,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
+from modular_experts.injection.route import attached, is_routed
 from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 
@@ -177,7 +178,8 @@ class ExpertModule(LightningModule):
                 self._resized |= schedule.resizes
 
     def _load(self) -> None:
-        self.applied_experts = open_experts(self.applied) if self.applied else []
+        # Only a routed expert may go without deltas, and nothing is trained on top of one.
+        self.applied_experts = open_experts(self.applied, mergeable=self.has_experts) if self.applied else []
         if not self.base:
             raise ValueError(
                 "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
@@ -195,7 +197,10 @@ class ExpertModule(LightningModule):
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
         else:
             model = self.opened_base.load(self.dtype_name)
-        apply_deltas(model, self.applied_experts)
+        if any(map(is_routed, self.applied_experts)):
+            attached(model, self.applied_experts, check=False)
+        else:
+            apply_deltas(model, self.applied_experts)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})

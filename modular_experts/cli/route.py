@@ -1,0 +1,58 @@
+"""Run `modular-experts route`, which puts experts of a library behind a router."""
+
+from __future__ import annotations
+
+# So that a config names the generated tasks by their class alone.
+import modular_experts.suite  # noqa: F401
+from modular_experts.cli.format import call_text, counted, progress_bar
+from modular_experts.data import TaskMixture
+from modular_experts.injection.route import describe, members_of
+from modular_experts.injection.route import route as route_experts
+from modular_experts.library import check_target
+from modular_experts.library.statistics import kinds_of_statistics
+from modular_experts.routing import Centroid, Router
+from modular_experts.statistics import take_statistics
+
+
+def route(
+    experts: list[str],
+    out: str,
+    router: Router | None = None,
+    fallback: str | None = None,
+    data: TaskMixture | None = None,
+    rows: int = 256,
+    overwrite: bool = False,
+) -> None:
+    """Put experts behind a router, which chooses one for each prompt, and write both as one routed expert.
+
+    A merge keeps part of what its experts can do; a router keeps each whole, and costs the memory of all of them. The
+    result is an expert for test, predict, generate, evaluate, show, verify and push. It needs the experts, which lie
+    beside it in the library.
+
+    Args:
+        experts: Directories of the experts.
+        out: Directory of the routed expert, in the library of the experts.
+        router: Centroid (the expert whose prompts are most alike), Oracle (the expert of the row's task), or the dotted
+            path of a class of your own. Default: Centroid.
+        fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Default:
+            the base alone.
+        data: The experts' tasks, whose validation inputs a Centroid learns from; not needed if `statistics` took them.
+        rows: The most rows of one task.
+        overwrite: Replace an expert of this name.
+
+    Examples:
+        modular-experts route --experts library/a library/b --data.tasks a.jsonl b.jsonl --out library/routed
+        modular-experts route --experts library/a library/b --fallback library/ab --out library/routed
+        modular-experts test --experts library/routed --tasks a.jsonl b.jsonl
+    """
+    check_target(out, overwrite)
+    chosen = router or Centroid()
+    members = members_of(experts, out, fallback)
+    lacking = [one for one in members if "prompts" not in kinds_of_statistics(one)]
+    if chosen.needs_prompts and lacking and data is not None:
+        take_statistics([one.path for one in lacking], "prompts", data, rows, progress=progress_bar("reading prompts"))
+    made = route_experts(members, out, chosen, fallback, overwrite)
+    settings = {name: value for name, value in describe(chosen).items() if name not in ("router", "select", "tasks")}
+    behind = f", and {fallback} for what it rejects" if fallback else ""
+    print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(len(members), 'expert')}{behind}")
+    print(f"{out}: routed, {made.size_on_disk:,} bytes beside its experts")

@@ -1,0 +1,215 @@
+"""Make a routed expert of experts in a library, and put it into a model.
+
+It is a router's state and the names and content hashes of the experts behind it, which lie in the same library. A sum
+of deltas (`base/apply.py`) and a routed expert go into a model through one door, `attached`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modular_experts.base.apply import AnyExpert, Applied, applied, open_several
+from modular_experts.injection.routed import Routed, routed
+from modular_experts.library import (
+    StoredExpert,
+    as_parents,
+    check_target,
+    common_base,
+    make_record,
+    open_expert,
+    open_experts,
+    open_statistics,
+    union_of_weights,
+    write_expert,
+)
+from modular_experts.routing import Centroid, Oracle, Router, Softmax, Threshold, TopK
+from modular_experts.text import did_you_mean
+
+KIND = "routed"
+BECAUSE = "its router chooses experts by the input"
+ROUTERS: dict[str, type[Router]] = {"Centroid": Centroid, "Oracle": Oracle}
+MODEL, COUNT = "router", "experts"
+SELECTIONS: dict[str, Any] = {"TopK": TopK, "Softmax": Softmax, "Threshold": Threshold}
+
+
+def route(
+    experts: Sequence[str | Path | StoredExpert],
+    out: str | Path,
+    router: Router | None = None,
+    fallback: str | Path | StoredExpert | None = None,
+    overwrite: bool = False,
+) -> StoredExpert:
+    """Let a router learn some experts, and write both as one routed expert.
+
+    Args:
+        experts: Directories of the experts; the fallback among them counts as the fallback alone.
+        out: Directory of the routed expert, in the library of the experts.
+        router: The router; `Centroid` with its defaults if not given.
+        fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
+        overwrite: Replace an expert of this name.
+
+    Raises:
+        FileExistsError: An expert of this name is there and may not be replaced; nothing has been read yet.
+        FileNotFoundError: The router needs the prompts of an expert, which were not taken yet.
+        ValueError: An expert has another base, lies in another library or is not mergeable, or there are too few.
+    """
+    target = check_target(out, overwrite)
+    opened = members_of(experts, out, fallback)
+    members = [*opened, *([] if fallback is None else open_experts([fallback]))]
+    base = common_base(members)
+    for expert in members:
+        if expert.path.parent != target.parent:
+            raise ValueError(
+                f"{expert.path} is in another library than {out}; a routed expert lies beside its experts, such as "
+                f"{expert.path.parent / target.name}"
+            )
+    router = router or Centroid()
+    router.select.check(len(opened))
+    state = _state(_learned(router, opened), len(opened))
+    record = make_record(
+        KIND,
+        base,
+        hyperparameters=describe(router),
+        tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
+        parents=as_parents(members),
+        class_path=f"{type(router).__module__}.{type(router).__qualname__}",
+        not_mergeable_because=BECAUSE,
+    )
+    write_expert(target, {}, record, overwrite, state=state)
+    return open_expert(target)
+
+
+def members_of(
+    experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None = None
+) -> list[StoredExpert]:
+    """Open the experts that are chosen from: without the fallback and `out`, which `library/*` names as well."""
+    places = [
+        Path(os.path.abspath(Path(one.path if isinstance(one, StoredExpert) else one)))
+        for one in (*experts, out, *([] if fallback is None else [fallback]))
+    ]
+    left_out = places[len(experts) :]
+    return open_experts([one for one, place in zip(experts, places, strict=False) if place not in left_out])
+
+
+def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
+    """Return the router after it has learned the experts, one for each weight if its scope is a linear layer."""
+    if isinstance(router, Oracle):
+        router.tasks = {task: n for n, expert in enumerate(experts) for task in map(str, expert.record["tasks"])}
+    if router.scope == "sample":
+        prompts = [_prompts(expert, router.depths) for expert in experts] if router.needs_prompts else []
+        router.learn([None] * len(experts), prompts)
+        return router
+    by_weight = {}
+    for name in union_of_weights(experts):
+        by_weight[name] = copy.deepcopy(router)
+        by_weight[name].learn([expert.get(name) for expert in experts], [])
+    return by_weight
+
+
+def _prompts(expert: StoredExpert, depths: Sequence[float]) -> Tensor:
+    stored, parts = open_statistics(expert, "prompts"), []
+    for depth in depths:
+        found = stored.get(f"depth {depth:g}")
+        if found is None:
+            there = ", ".join(name.removeprefix("depth ") for name in stored)
+            raise ValueError(f"depths={list(depths)}: prompts were read at the depths {there} only")
+        parts.append(found.values)
+    return torch.cat(parts, 1)
+
+
+def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None = None, check: bool = True) -> Routed:
+    """Put a routed expert into a model, its base, until `remove` or the end of a `with`.
+
+    Args:
+        model: The base, before anything is injected.
+        expert: The routed expert; the experts behind it lie beside it in the library.
+        router: The router's class, if it is not a built-in one; a record never leads to code.
+        check: Whether the model must be the base of the experts.
+
+    Raises:
+        FileNotFoundError: An expert behind it is missing.
+        ValueError: An expert behind it has other contents than it had then, or the router's class is not known.
+    """
+    settings = dict(expert.record["hyperparameters"])
+    name = settings.pop("router", None)
+    kind = router or ROUTERS.get(str(name))
+    if kind is None:
+        near = did_you_mean(name, ROUTERS)
+        raise ValueError(
+            f"{expert.path} has a router {name}, which is not a built-in one{near}; pass its class: router="
+        )
+    members = [_member(expert, parent) for parent in expert.record["parents"]]
+    parts: dict[str, dict[str, Tensor]] = {MODEL: {}}
+    for key, tensor in expert.state().items():
+        weight, _, part = key.rpartition("/")
+        parts.setdefault(weight, {})[part] = tensor
+    count = int(parts[MODEL].pop(COUNT))
+    routers = {}
+    for weight in parts if kind.scope == "sample" else parts.keys() - {MODEL}:
+        routers[weight] = make_router(kind, settings)
+        routers[weight].load_state(parts[weight], count)
+    fallback = members[count] if len(members) > count else None
+    chosen = routers[MODEL] if kind.scope == "sample" else routers
+    return routed(model, members[:count], chosen, fallback=fallback, check=check)
+
+
+def _member(expert: StoredExpert, parent: Mapping[str, Any]) -> StoredExpert:
+    found = open_expert(expert.path.parent / str(parent["name"]))
+    if found.content_hash != parent["content_hash"]:
+        raise ValueError(
+            f"{found.path} is not the expert that {expert.name} was made with (its contents are "
+            f"{found.content_hash[:12]}, not {str(parent['content_hash'])[:12]}); route the experts again"
+        )
+    return found
+
+
+def is_routed(expert: StoredExpert) -> bool:
+    """Return whether an expert is experts behind a router."""
+    return expert.record["kind"] == KIND
+
+
+def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True) -> Applied | Routed:
+    """Add experts to a model, or put one routed expert into it, until `remove` or the end of a `with`.
+
+    Raises:
+        ValueError: A routed expert is not alone, or anything that `applied` or `put_in` refuses.
+    """
+    opened = open_several(experts)
+    for one in opened:
+        if isinstance(one, StoredExpert) and is_routed(one):
+            if len(opened) > 1:
+                raise ValueError(f"{one.name} is a routed expert, which nothing can be added to; name it alone")
+            return put_in(model, one, check=check)
+    return applied(model, opened, check=check)
+
+
+def describe(router: Router) -> dict[str, Any]:
+    """Return the name of a router's class and its settings in plain values, as `make_router` takes them."""
+    settings = {name: getattr(router, name) for name in inspect.signature(type(router)).parameters}
+    if "select" in settings:
+        settings["select"] = {"class": type(router.select).__name__, **asdict(router.select)}  # type: ignore[call-overload]
+    return {"router": type(router).__name__, **settings}
+
+
+def make_router(kind: type[Router], settings: Mapping[str, Any]) -> Router:
+    """Return a router made with the settings of a record."""
+    chosen = dict(settings)
+    if select := chosen.pop("select", None):
+        chosen["select"] = SELECTIONS[select["class"]](**{name: select[name] for name in select if name != "class"})
+    return kind(**chosen)
+
+
+def _state(router: Router | Mapping[str, Router], count: int) -> dict[str, Tensor]:
+    """Return the tensors of a router, or of one for each weight, and how many of the parents it chooses among."""
+    by_weight = {MODEL: router} if isinstance(router, Router) else router
+    found = {f"{weight}/{name}": tensor for weight, one in by_weight.items() for name, tensor in one.state().items()}
+    return found | {f"{MODEL}/{COUNT}": torch.tensor(count)}

@@ -1,0 +1,220 @@
+"""Put several experts into a model behind a router: `with routed(model, experts, router): ...`.
+
+Each linear layer that an expert moves gets a `Mixture`. A router of scope `sample` reads each prompt in a pass over the
+first blocks of the base, before the model's own pass; while an answer is decoded, its row keeps the gates of its
+prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.base.apply import AnyExpert, check_loaded, open_several
+from modular_experts.base.structure import is_transposed
+from modular_experts.deltas import Delta
+from modular_experts.experts.site import Factory, Site
+from modular_experts.injection.inject import eject, expert_layers, inject
+from modular_experts.library import StoredExpert
+from modular_experts.library.compatibility import check_mergeable
+from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
+from modular_experts.routing.mixture import Mixture
+from modular_experts.routing.router import Router
+from modular_experts.text import block_of
+
+
+class Routed:
+    """Experts behind a router in a model, until `remove`, or until the end of a `with` block.
+
+    Attributes:
+        router: The router of scope `sample`, or None.
+        current: The gates of the last pass, for scope `sample`.
+    """
+
+    def __init__(self, model: nn.Module, router: Router | None, current: CurrentGates, fixed: Gates | None) -> None:
+        self.router, self.current, self._model, self._inside = router, current, model, False
+        current.gates = fixed
+        self._hook = model.register_forward_pre_hook(self._route, with_kwargs=True) if router is not None else None
+
+    def _route(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Make the gates of a pass; one that goes on with kept keys and values has those of its prompts."""
+        if self._inside or any(_length(named.get(name)) for name in ("past_key_values", "cache")):
+            return
+        assert self.router is not None
+        ids = named["input_ids"] if "input_ids" in named else arguments[0]
+        mask = named.get("attention_mask")
+        # Without gates, a mixture is the base alone.
+        self.current.gates, self._inside = None, True
+        try:
+            hidden = torch.cat(prompt_vectors(model, ids, mask, self.router.depths, rows_at_hand().prompt), 1)
+        finally:
+            self._inside = False
+        self.current.gates = self.router.to(hidden.device)(hidden)
+
+    def remove(self) -> None:
+        """Take the mixtures out again; a second call does nothing."""
+        if self._hook is not None:
+            self._hook.remove()
+        if any(expert_layers(self._model)):
+            eject(self._model)
+
+    def __enter__(self) -> Routed:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.remove()
+
+
+def routed(
+    model: nn.Module,
+    experts: Sequence[AnyExpert],
+    router: Router | Mapping[str, Router] | None = None,
+    rows: Sequence[int] | None = None,
+    fallback: AnyExpert | None = None,
+    check: bool = True,
+) -> Routed:
+    """Put experts into a model, of which each input takes those that a router chooses.
+
+        with routed(model, ["library/banking", "library/intents"], rows=[0, 1, 1]):
+            model.generate(**batch_of_three)
+
+    The base's weights stay as they are. The deltas are held in their own forms, once.
+
+    Args:
+        model: The experts' base, before anything is injected.
+        experts: Directories of a library, opened experts, or mappings from weight names to deltas.
+        router: A router that has learned these experts: one of scope `sample`, or one of scope `linear` for each weight
+            by name.
+        rows: Instead of a router, the number of the expert of each row of the batches that follow; -1 is the fallback.
+        fallback: What takes inputs that the router rejects; the base alone if not given.
+        check: Whether the model must be the base of the stored experts.
+
+    Raises:
+        ValueError: The model is not the experts' base or has experts, an expert is not mergeable, moves what is not a
+            linear layer, or the router has learned another number of experts.
+    """
+    if any(expert_layers(model)):
+        raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
+    if (router is None) == (rows is None):
+        raise ValueError("give either a router, or rows with the number of each row's expert")
+    several = [*open_several(experts), *(open_several(fallback) if fallback is not None else ())]
+    check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
+    if check:
+        check_loaded(model, several)
+    count, held = len(experts), [*several, *([{}] if fallback is None else [])]
+    for one in router.values() if isinstance(router, Mapping) else filter(None, [router]):
+        if one.experts != count:
+            raise ValueError(
+                f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
+            )
+    current, fixed = CurrentGates(), None
+    if rows is not None:
+        numbers = torch.tensor(list(rows))[:, None]
+        if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
+        fixed = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
+    by_weight = router if isinstance(router, Mapping) else {}
+    inject(model, lambda sites: _plan(held, current, by_weight, sites))
+    model.eval()
+    return Routed(model, router if isinstance(router, Router) else None, current, fixed)
+
+
+def _plan(
+    experts: Sequence[Mapping[str, Delta]],
+    current: CurrentGates,
+    routers: Mapping[str, Router],
+    sites: Sequence[Site],
+) -> dict[Site, Factory]:
+    """Return the mixture of each site that an expert moves; refuse experts that move anything else."""
+    known = {site.weight: site for site in sites}
+    moved = dict.fromkeys(name for expert in experts for name in expert)
+    biases = {f"{site.name}.bias": site for site in sites}
+    for name in moved:
+        if name not in known and name not in biases:
+            raise ValueError(
+                f"an expert moves {name}, which is no weight of a linear layer, so it cannot be routed; merge it, or "
+                "train experts of linear layers"
+            )
+    chosen = {known.get(name) or biases[name] for name in moved}
+
+    def make(site: Site, weight: Tensor) -> Mixture:
+        turned = is_transposed(site.module)
+        found = [expert.get(site.weight) for expert in experts]
+        deltas = [None if delta is None else (delta.T if turned else delta).to(weight.device) for delta in found]
+        bias = f"{site.name}.bias"
+        own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
+        return Mixture(weight, deltas, current, routers.get(site.weight), own if any(own) else ())
+
+    return {site: partial(make, site) for site in sites if site in chosen}
+
+
+@torch.no_grad()
+def prompt_vectors(
+    model: nn.Module, ids: Tensor, mask: Tensor | None, depths: Sequence[float], prompt: Tensor | None = None
+) -> list[Tensor]:
+    """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
+
+    It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer blocks. The pass ends
+    at the deepest one, so it costs that share of a forward pass.
+
+    Args:
+        model: A causal language model.
+        ids: Token ids `(rows, length)`, padded on either side.
+        mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding.
+        depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
+        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
+    """
+    body: Any = getattr(model, "base_model", model)
+    blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
+    numbers = [round(depth * len(blocks)) for depth in depths]
+    found: dict[int, Tensor] = {}
+
+    def before(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found[number] = arguments[0] if arguments else named["hidden_states"]
+        if number == max(numbers):
+            raise _Reached
+
+    def after(number: int, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        found[number] = output if isinstance(output, Tensor) else output[0]
+        raise _Reached
+
+    tokens = torch.ones_like(ids) if mask is None else mask
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        # Padding on the left must not move the places.
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    hooks = []
+    for number in dict.fromkeys(numbers):
+        if number < len(blocks):
+            block = body.get_submodule(blocks[number])
+            hooks.append(block.register_forward_pre_hook(partial(before, number), with_kwargs=True))
+        else:
+            hooks.append(body.get_submodule(blocks[-1]).register_forward_hook(partial(after, number)))
+    with suppress(_Reached):
+        try:
+            body(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    counted = tokens.bool() if prompt is None else tokens.bool() & prompt
+    # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
+    counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
+    none = torch.zeros((), device=ids.device)
+    return [F.normalize(found[number].float().where(counted, none).sum(1), dim=1) for number in numbers]
+
+
+class _Reached(Exception):
+    """Ends a pass at the block whose inputs are wanted."""
+
+
+def _length(cache: Any) -> int:
+    """Return how many tokens a cache of keys and values holds."""
+    ask: Callable[[], int] | None = getattr(cache, "get_seq_length", None)
+    return ask() if ask else 0

@@ -1,0 +1,109 @@
+"""Send a prompt to the expert whose own prompts it is most like: the nearest mean under one shared covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.routing.gates import Gates, Selection
+from modular_experts.routing.router import Router, Scope
+
+FOLDS = 4
+
+
+class Centroid(Router):
+    """The expert with the smallest Mahalanobis distance from its prompts' mean (linear discriminant analysis).
+
+    All experts share one covariance, that of the prompts around the means of their experts, shrunk towards a multiple
+    of the identity: `(1 - shrink) S + shrink tr(S) / size I`. The score of an expert is minus half of the squared
+    distance, so the softmax of scores is the posterior under equal priors. It reads inputs only, and no answers.
+
+    With `reject`, a prompt that is farther from every mean than this share of the experts' own prompts goes to the
+    fallback, or to the base without one. The own distances are taken with means and covariance of other prompts
+    (4-fold), as those of new prompts are.
+
+    Args:
+        shrink: Weight of the identity, in (0, 1].
+        reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
+        depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings. What
+            is read is read in an extra pass up to the last one.
+        select: Turns scores into gates; the nearest expert alone by default.
+    """
+
+    scope: ClassVar[Scope] = "sample"
+    needs_prompts: ClassVar[bool] = True
+    means: Tensor
+    precision: Tensor
+    farthest: Tensor
+
+    def __init__(
+        self,
+        shrink: float = 0.1,
+        reject: float | None = 0.01,
+        depths: Sequence[float] = (0.0, 0.25),
+        select: Selection | None = None,
+    ) -> None:
+        super().__init__(select)
+        if not 0 < shrink <= 1:
+            raise ValueError(f"Centroid: shrink={shrink} is outside (0, 1]")
+        if reject is not None and not 0 <= reject < 1:
+            raise ValueError(f"Centroid: reject={reject} is outside [0, 1)")
+        if not depths or not 0 <= min(depths) <= max(depths) <= 1:
+            raise ValueError(f"Centroid: depths={list(depths)} must be numbers from 0 to 1, at least one")
+        self.shrink, self.reject, self.depths = shrink, reject, list(depths)
+        for name in ("means", "precision", "farthest"):
+            self.register_buffer(name, torch.empty(0))
+
+    @torch.no_grad()
+    def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
+        self.experts = len(prompts)
+        means, precision = _fit([rows.double() for rows in prompts], self.shrink)
+        self.means, self.precision = means.float(), precision.float()
+        if self.reject is not None:
+            own = torch.cat(self._own_distances([rows.double() for rows in prompts]))
+            self.farthest = own.quantile(1 - self.reject).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return -0.5 * _distances(hidden.float(), self.means, self.precision)
+
+    def forward(self, hidden: Tensor) -> Gates:
+        scores = self.scores(hidden)
+        gates = self.select(scores)
+        if self.reject is None:
+            return gates
+        far = (-2 * scores.amax(1) > self.farthest)[:, None]
+        first = torch.arange(gates.ids.shape[1], device=far.device) == 0
+        return Gates(
+            gates.ids.masked_fill(far & first, self.experts),
+            gates.weights.masked_fill(far, 0.0).masked_fill(far & first, 1.0),
+        )
+
+    def _own_distances(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the smallest distance of each prompt from means of other prompts, by fold."""
+        found = []
+        for fold in range(FOLDS):
+            left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in prompts]
+            out = [rows[torch.arange(len(rows)) % FOLDS == fold] for rows in prompts]
+            found.append(_distances(torch.cat(out), *_fit(left, self.shrink)).amin(1))
+        return found
+
+
+def _fit(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
+    """Return the means `(experts, size)` and the inverse of the shrunk covariance `(size, size)`."""
+    means = torch.stack([rows.mean(0) for rows in prompts])
+    around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
+    covariance = around.T @ around / max(len(around) - len(prompts), 1)
+    size = len(covariance)
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    shrunk = (1 - shrink) * covariance + shrink * covariance.trace() / size * identity
+    return means, torch.linalg.inv(shrunk)
+
+
+def _distances(hidden: Tensor, means: Tensor, precision: Tensor) -> Tensor:
+    """Return the squared Mahalanobis distances `(n, experts)`."""
+    gaps = hidden[:, None] - means
+    return ((gaps @ precision) * gaps).sum(2)

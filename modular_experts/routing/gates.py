@@ -1,0 +1,196 @@
+"""Gates say which experts an input takes, and how much of each.
+
+A router makes gates of scores by a selection; mixtures read them, sorted by expert, so that each expert sees its inputs
+in one piece.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """What a forward pass knows of its rows beyond their tokens.
+
+    Attributes:
+        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all tokens are. A gate must not see the
+            answer.
+        tasks: The task of each row, where the data tell.
+    """
+
+    prompt: Tensor | None = None
+    tasks: Sequence[str] | None = None
+
+
+_ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
+
+
+def rows_at_hand() -> Rows:
+    """Return what is known of the rows of the forward pass at hand, which `reading` tells."""
+    return _ROWS.get() or Rows()
+
+
+@contextmanager
+def reading(prompt: Tensor | None = None, tasks: Sequence[str] | None = None) -> Iterator[None]:
+    """Tell the routers of forward passes inside what the rows are."""
+    token = _ROWS.set(Rows(prompt, tasks))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+class Segment(NamedTuple):
+    """The inputs that one expert gets.
+
+    Attributes:
+        expert: Its number.
+        places: Numbers of the inputs, rising, `(m,)` int64; None for all of them.
+        weights: How much of the expert each of them takes, `(m,)`; None for 1.
+    """
+
+    expert: int
+    places: Tensor | None
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The experts of `n` inputs, which are rows of a batch or single tokens.
+
+    Args:
+        ids: Numbers of experts, `(n, k)` int64; an input has an expert at most once. The number of experts itself
+            stands for what takes rejected inputs: a fallback, or nothing but the base.
+        weights: How much of each, `(n, k)`; what has weight 0 is not computed.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+    @classmethod
+    def all_to(cls, expert: int, inputs: int) -> Gates:
+        """Return gates that send all inputs to one expert."""
+        return cls(torch.full((inputs, 1), expert), torch.ones(inputs, 1))
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The inputs of each expert that any input takes, by the expert's number."""
+        taken = self.weights != 0
+        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None].expand_as(self.ids)[taken]
+        ids, weights = self.ids[taken], self.weights[taken]
+        ids, order = ids.sort(stable=True)
+        rows, weights = rows[order], weights[order]
+        numbers, counts = ids.unique_consecutive(return_counts=True)
+        found = []
+        parts = zip(rows.split(counts.tolist()), weights.split(counts.tolist()), strict=True)
+        for expert, (places, factors) in zip(numbers.tolist(), parts, strict=True):
+            one = not factors.requires_grad and bool((factors == 1).all())
+            found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
+        return found
+
+
+class Selection(ABC):
+    """Makes gates of scores `(n, experts)`, of which a larger one is a better fit."""
+
+    @abstractmethod
+    def __call__(self, scores: Tensor) -> Gates:
+        """Return the gates of `n` inputs."""
+
+    def check(self, experts: int) -> None:
+        """Raise ValueError if there are too few experts; any number will do unless a subclass refuses."""
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """The `k` experts with the largest scores, weighted by the softmax of these scores.
+
+    Args:
+        k: Number of experts of an input; with 1 its weight is 1. Of equal scores the expert with the lower number wins.
+        temperature: Divides the scores before the softmax.
+    """
+
+    k: int = 1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TopK: k={self.k} must be at least 1 expert")
+        _check_temperature("TopK", self.temperature)
+
+    def check(self, experts: int) -> None:
+        if self.k > experts:
+            raise ValueError(f"TopK: k={self.k} is more than the {experts} experts; give at most {experts}")
+
+    def __call__(self, scores: Tensor) -> Gates:
+        # A stable sort, because `topk` chooses among equal scores by chance.
+        found, ids = scores.sort(dim=1, descending=True, stable=True)
+        return Gates(ids[:, : self.k], (found[:, : self.k] / self.temperature).softmax(1))
+
+
+@dataclass(frozen=True)
+class Softmax(Selection):
+    """All experts, weighted by the softmax of their scores.
+
+    Args:
+        temperature: Divides the scores before the softmax.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_temperature("Softmax", self.temperature)
+
+    def __call__(self, scores: Tensor) -> Gates:
+        return Gates(_all_ids(scores), (scores / self.temperature).softmax(1))
+
+
+@dataclass(frozen=True)
+class Threshold(Selection):
+    """The experts whose share of the softmax is at least a part of the largest one, weighted by their shares of 1.
+
+    Args:
+        least: The part, in (0, 1].
+        temperature: Divides the scores before the softmax.
+    """
+
+    least: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= 1:
+            raise ValueError(f"Threshold: least={self.least} is outside (0, 1]")
+        _check_temperature("Threshold", self.temperature)
+
+    def __call__(self, scores: Tensor) -> Gates:
+        shares = (scores / self.temperature).softmax(1)
+        kept = shares.where(shares >= self.least * shares.amax(1, keepdim=True), shares.new_zeros(()))
+        return Gates(_all_ids(scores), kept / kept.sum(1, keepdim=True))
+
+
+@dataclass
+class CurrentGates:
+    """The gates of the forward pass at hand: a router writes them, and the mixtures of its scope read them.
+
+    They stay until the next pass, because gradient checkpointing computes layers again after it.
+    """
+
+    gates: Gates | None = field(default=None)
+
+
+def _all_ids(scores: Tensor) -> Tensor:
+    return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+
+
+def _check_temperature(name: str, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: temperature={temperature} must be a positive number")

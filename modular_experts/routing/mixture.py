@@ -1,0 +1,83 @@
+"""A mixture holds the deltas of several experts at one linear layer, and gives each input those that its gates name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modular_experts.deltas import Delta
+from modular_experts.experts.expert import Expert
+from modular_experts.routing.gates import CurrentGates, Gates
+from modular_experts.routing.router import Router
+
+
+class Mixture(Expert):
+    """Adds to the base's output those of the experts that an input's gates name.
+
+    One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only. A gate
+    is made for a whole row of a batch (scope `sample`), or for each token by a router of this layer (scope `linear`).
+
+    Args:
+        weight: The base weight `(out, in)`.
+        deltas: Each expert's delta of the weight, None where it has none; the last one is the fallback's, which takes
+            the number of experts as its own.
+        gates: Where the gates of the pass at hand are, for scope `sample`.
+        router: The layer's own router, for scope `linear`.
+        biases: Each expert's delta of the layer's bias, if any has one.
+    """
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str] = "its router chooses experts by the input"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        deltas: Sequence[Delta | None],
+        gates: CurrentGates,
+        router: Router | None = None,
+        biases: Sequence[Delta | None] = (),
+    ) -> None:
+        super().__init__()
+        self.deltas = [None if delta is None or delta.is_empty else delta for delta in deltas]
+        self.biases = [None if bias is None else bias.dense() for bias in biases]
+        self.gates, self.router = gates, router
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.linear(x, weight, bias)
+        gates = self._gates(x)
+        if gates is None:
+            return out
+        inputs, added = x.reshape(len(gates.ids), -1, x.shape[-1]), out.view(len(gates.ids), -1, out.shape[-1])
+        for expert, places, weights in gates.segments:
+            delta = self.deltas[expert]
+            moved = self.biases[expert] if self.biases else None
+            if delta is None and moved is None:
+                continue
+            own = inputs if places is None else inputs.index_select(0, places)
+            change = own.new_zeros(()) if delta is None else delta.linear(own)
+            if moved is not None:
+                change = change + moved.to(change.dtype)
+            if weights is not None:
+                change = change * weights.to(change.dtype)[:, None, None]
+            change = change.expand(len(own), inputs.shape[1], added.shape[2])
+            added = added + change if places is None else added.index_add(0, places, change)
+        return added.view_as(out)
+
+    def _gates(self, x: Tensor) -> Gates | None:
+        if self.router is None:
+            return self.gates.gates
+        return self.router(x.reshape(-1, x.shape[-1]))
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
+        raise NotImplementedError(f"a mixture has no delta: {self.not_mergeable_because}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        self.deltas = [None if delta is None else delta.to(device) for delta in self.deltas]
+        self.biases = [None if bias is None else bias.to(device) for bias in self.biases]
+        return self

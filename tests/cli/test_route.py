@@ -1,0 +1,201 @@
+"""`route`: a routed expert in a library, from its experts' inputs to the commands that use it, and every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from testbed.runs import mixture
+
+from modular_experts.__main__ import main
+from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.base.files import fingerprint
+from modular_experts.deltas import Sparse
+from modular_experts.evaluation import evaluate, measure
+from modular_experts.injection.route import attached, put_in, route
+from modular_experts.library import make_record, open_expert, open_statistics, write_expert
+from modular_experts.routing import Centroid, Oracle, Softmax, TopK
+
+TASKS = ["upper", "reverse", "first"]
+WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.1.mlp.down_proj.weight": (32, 48)}
+
+
+@pytest.fixture
+def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
+    """A directory to stand in, with an expert for each of three tasks, and a fourth one to fall back on."""
+    monkeypatch.chdir(tmp_path)
+    base = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": fingerprint(tiny_llama_dir)}
+    for seed, name in enumerate([*TASKS, "merged"]):
+        made = torch.Generator().manual_seed(seed)
+        deltas = {}
+        for weight, shape in WEIGHTS.items():
+            size = shape[0] * shape[1]
+            indices = torch.randperm(size, generator=made)[: size // 4].sort().values.int()
+            deltas[weight] = Sparse(indices, 0.5 * torch.randn(size // 4, generator=made), torch.Size(shape))
+        tasks = [name] if name in TASKS else TASKS
+        write_expert(tmp_path / "library" / name, deltas, make_record("SparseExpert", base, tasks=tasks))
+    return tmp_path
+
+
+@pytest.fixture
+def tasks(task_files) -> str:
+    return json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    def command(*argv):
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+ALWAYS = ["--router", "Centroid", "--router.reject", "null"]
+EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
+
+
+def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, tasks, tiny_llama_dir, task_files):
+    everything = ["--experts", *[f"library/{name}" for name in [*TASKS, "merged"]]]
+    code, out, err = run(
+        "route",
+        *everything,
+        "--fallback",
+        "library/merged",
+        "--data.tasks",
+        tasks,
+        "--router",
+        "Centroid",
+        "--router.reject",
+        "null",
+        "--out",
+        "library/r",
+    )
+    assert (code, err) == (0, "")
+    assert "Centroid(shrink=0.1, depths=[0.0, 0.25]) chooses among 3 experts, and library/merged for" in out
+    made = open_expert("library/r")
+    assert [parent["name"] for parent in made.record["parents"]] == [*TASKS, "merged"]
+    assert made.record["tasks"] == TASKS
+    data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
+    found = evaluate(None, {"routed": ["library/r"], **{name: [f"library/{name}"] for name in TASKS}}, data)
+    losses = {(row["model"], row["task"]): row["value"] for row in found.rows if row["metric"] == "loss"}
+    for name in TASKS:
+        # Test rows are other words than those that the router saw.
+        assert losses["routed", name] == pytest.approx(losses[name, name], rel=1e-5)
+        other = TASKS[TASKS.index(name) - 1]
+        assert abs(losses["routed", name] - losses[other, name]) > 1e-3
+
+
+def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny_llama_dir, task_files):
+    assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
+    stored = open_statistics(open_expert("library/upper"), "prompts")
+    assert list(stored) == ["depth 0", "depth 0.25", "depth 0.5", "depth 0.75", "depth 1"]
+    rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
+    texts = [row["input"] for row in rows if row["split"] != "test"]
+    model, tokenizer = Base.open(tiny_llama_dir).load(), Base.open(tiny_llama_dir).tokenizer()
+    wanted = []
+    for text in texts:
+        with torch.no_grad():
+            states = model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states
+        wanted.append(torch.nn.functional.normalize(states[1][0, 1:].mean(0), dim=0))
+    found, wanted = stored["depth 0.5"].values, torch.stack(wanted)
+    assert found.shape == (18, 32)
+    # The rows come in the order of their lengths.
+    torch.testing.assert_close(
+        found[found[:, 0].sort().indices], wanted[wanted[:, 0].sort().indices], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2))])
+def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
+    assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
+    made = route(EXPERTS[1:], "library/r", router, fallback="library/merged")
+    model = Base.open(tiny_llama_dir).load()
+    with put_in(model, made) as running:
+        again = running.router
+        assert type(again) is type(router)
+        assert again.select == router.select
+        assert again.experts == 3
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        if isinstance(router, Centroid):
+            assert torch.equal(again(x).ids, router(x).ids)
+            assert torch.equal(again(x).weights, router(x).weights)
+        else:
+            assert again.tasks == {"upper": 0, "reverse": 1, "first": 2}
+
+
+def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, task_files):
+    assert run("route", *EXPERTS, *ALWAYS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    how = ["--base", tiny_llama_dir, "--experts", "library/r", "--tasks", task_files["upper"]]
+    assert run("test", *how, "--trainer.logger", "false")[0] == 0
+    (results,) = place.rglob("results.json")
+    loss = json.loads(results.read_text())["tasks"]["upper"]["loss"]
+    data = mixture({"upper": task_files["upper"]}, tiny_llama_dir)
+    data.setup("test")
+    model = Base.open(tiny_llama_dir).load()
+    with applied(model, "library/upper"):
+        alone = measure(model, Base.open(tiny_llama_dir).tokenizer(), data.test_dataloader(), data.roles)
+    assert loss == pytest.approx(alone["tasks"]["upper"]["loss"], rel=1e-5)
+    assert run("generate", "--experts", "library/r", "upper bat:")[0] == 0
+    code, out, _ = run("show", "library/r")
+    assert code == 0
+    assert "upper, reverse, first" in out
+    assert run("verify", "library")[0] == 0
+    assert "routed" in run("list", "library")[1]
+
+
+def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
+    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    code, _, err = run("merge", "--experts", "library/r", "library/upper", "--method", "Average", "--out", "library/x")
+    assert code == 1
+    assert "r cannot be merged or added to its base, because its router chooses experts by the input" in err
+    code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
+    assert code == 1
+    assert "r is a routed expert, which nothing can be added to; name it alone" in err
+
+
+def test_mistakes_get_one_sentence(run, place, tasks):
+    code, _, err = run("route", *EXPERTS, "--out", "library/r")
+    assert code == 1
+    assert "library/upper has no prompts statistics; take them: modular-experts statistics" in err
+    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    code, _, err = run("route", *EXPERTS, "--out", "library/r")
+    assert code == 1
+    assert "exists already" in err
+    code, _, err = run("route", *EXPERTS, "--out", "elsewhere/r")
+    assert code == 1
+    assert "is in another library than elsewhere/r; a routed expert lies beside its experts, such as" in err
+    code, _, err = run(
+        "route",
+        *EXPERTS,
+        "--router",
+        "Centroid",
+        "--router.select",
+        "TopK",
+        "--router.select.k",
+        "4",
+        "--out",
+        "library/s",
+    )
+    assert code == 1
+    assert "TopK: k=4 is more than the 3 experts" in err
+
+
+def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, tasks, tiny_llama_dir):
+    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    model = Base.open(tiny_llama_dir).load()
+    shutil.move("library/first", "library/old")
+    with pytest.raises(FileNotFoundError, match="first is not an expert"):
+        attached(model, "library/r")
+    shutil.copytree("library/upper", "library/first")
+    with pytest.raises(ValueError, match="first is not the expert that r was made with"):
+        attached(model, "library/r")

@@ -1,0 +1,227 @@
+"""Experts behind a router: every row gets its own expert, whatever the batch, the padding and the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model
+
+from modular_experts.base.apply import applied
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.injection import find_sites
+from modular_experts.injection.routed import prompt_vectors, routed
+from modular_experts.routing import Centroid, TopK
+from modular_experts.routing.gates import Gates, Softmax, Threshold, reading
+
+
+def delta(form: str, shape: torch.Size, seed: int) -> Delta:
+    made = torch.Generator().manual_seed(seed)
+    dense = 0.3 * torch.randn(shape, generator=made, dtype=torch.float64)
+    if form == "dense":
+        return Dense(dense)
+    if form == "low rank":
+        return LowRank(dense[:, :2].contiguous(), dense[:2].contiguous())
+    if form == "entries":
+        indices = torch.randperm(dense.numel(), generator=made)[: dense.numel() // 5].sort().values.int()
+        return Sparse(indices, dense.flatten()[indices], shape)
+    return BlockSparse(torch.tensor([0, 2], dtype=torch.int32), dense[:8, :4].reshape(2, 4, 4).contiguous(), shape)
+
+
+FORMS = ["dense", "low rank", "entries", "tiles"]
+
+
+def experts_of(model: torch.nn.Module, count: int = 3, forms: list[str] = FORMS) -> list[dict[str, Delta]]:
+    sites = [site for site in find_sites(model) if not site.is_head]
+    return [
+        {s.weight: delta(forms[(n + i) % len(forms)], s.module.weight.shape, 97 * n + i) for i, s in enumerate(sites)}
+        for n in range(count)
+    ]
+
+
+def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    length = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        own = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[number, own], mask[number, own] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+ROWS = [[7, 8, 9, 10, 11], [20, 21, 22], [33, 34, 35, 36], [40, 41]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_row_has_the_logits_of_its_own_expert(architecture: str) -> None:
+    model = build_model(architecture).double()
+    experts, numbers = experts_of(model), [2, 0, -1, 2]
+    batch = padded(ROWS, "right")
+    with routed(model, experts, rows=numbers), torch.no_grad():
+        found = model(**batch).logits
+    for row, number in enumerate(numbers):
+        with applied(model, [experts[number]] if number >= 0 else []), torch.no_grad():
+            alone = model(input_ids=torch.tensor([ROWS[row]])).logits[0]
+        torch.testing.assert_close(found[row, : len(ROWS[row])], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_the_model_is_the_base_again_afterwards() -> None:
+    model = build_model("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with routed(model, experts_of(model), rows=[0]):
+        assert sorted(model.state_dict()) == sorted(before), "a mixture must add nothing to the base's own tensors"
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert not model._forward_pre_hooks
+
+
+def test_constant_gates_are_the_weighted_sum_of_the_experts() -> None:
+    model = build_model("llama").double()
+    experts = experts_of(model)
+    with routed(model, experts, rows=[0, 0, 0, 0]) as running, torch.no_grad():
+        running.current.gates = Gates(torch.tensor([[0, 2]] * 4), torch.tensor([[0.25, -0.5]] * 4).double())
+        found = model(**padded(ROWS, "right")).logits
+    merged = {name: experts[0][name] * 0.25 + experts[2][name] * -0.5 for name in experts[0]}
+    with applied(model, [merged]), torch.no_grad():
+        wanted = model(**padded(ROWS, "right")).logits
+    mask = padded(ROWS, "right")["attention_mask"].bool()
+    torch.testing.assert_close(found[mask], wanted[mask], rtol=1e-9, atol=1e-9)
+
+
+def centroid(model: torch.nn.Module, **settings: object) -> Centroid:
+    """Return a router of three experts, whose prompts have tokens of their own."""
+    made = torch.Generator().manual_seed(5)
+    router = Centroid(**{"reject": None} | settings)  # type: ignore[arg-type]
+    prompts = []
+    for number in range(3):
+        ids = 5 + 20 * number + torch.randint(0, 12, (24, 6), generator=made)
+        prompts.append(torch.cat(prompt_vectors(model, ids, None, router.depths), 1))
+    router.learn([], prompts)
+    return router
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("depths", [[0.0], [0.0, 0.5], [1.0]])
+def test_neither_padding_nor_other_rows_change_a_gate(side: str, depths: list[float]) -> None:
+    model = build_model("llama").double()
+    router = centroid(model, depths=depths, select=Softmax())
+    with routed(model, experts_of(model), router) as running, torch.no_grad():
+        model(**padded(ROWS, side))
+        together = running.current.gates
+        for number, row in enumerate(ROWS):
+            model(input_ids=torch.tensor([row]))
+            alone = running.current.gates
+            torch.testing.assert_close(together.weights[number], alone.weights[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_sees_the_prompt_and_not_the_answer() -> None:
+    model = build_model("llama").double()
+    router = centroid(model, select=Softmax())
+    prompt = torch.tensor([[1, 1, 1, 0, 0]]).bool()
+    with routed(model, experts_of(model), router) as running, torch.no_grad():
+        with reading(prompt):
+            model(input_ids=torch.tensor([[7, 8, 9, 50, 51]]))
+        given = running.current.gates.weights
+        model(input_ids=torch.tensor([[7, 8, 9]]))
+        torch.testing.assert_close(given, running.current.gates.weights, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_answer_keeps_the_gates_of_its_prompt(architecture: str) -> None:
+    model = build_model(architecture).double()
+    router = centroid(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with routed(model, experts_of(model), router) as running, torch.no_grad():
+        with_cache = model.generate(**padded(ROWS, "left"), **settings)
+        gates = running.current.gates.ids.flatten().tolist()
+        for number, row in enumerate(ROWS):
+            # Without a cache each step reads all tokens again; their gate is that of the prompt alone.
+            ids = torch.tensor([row])
+            for _ in range(6):
+                with reading(torch.arange(ids.shape[1])[None] < len(row)):
+                    ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            assert running.current.gates.ids.item() == gates[number]
+            assert with_cache[number, -6:].tolist() == ids[0, -6:].tolist()
+    assert len(set(gates)) > 1, "the test must route rows to different experts"
+
+
+def test_a_centroid_is_linear_discriminant_analysis() -> None:
+    made = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(9, 4, generator=made, dtype=torch.float64) + 2 * number for number in range(3)]
+    router = Centroid(shrink=0.2, reject=None)
+    router.learn([], [rows.float() for rows in prompts])
+    around = torch.cat([rows - rows.mean(0) for rows in prompts])
+    covariance = around.T @ around / (27 - 3)
+    shrunk = 0.8 * covariance + 0.2 * covariance.diagonal().mean() * torch.eye(4).double()
+    x = torch.randn(5, 4, generator=made, dtype=torch.float64)
+    wanted = torch.stack(
+        [
+            torch.distributions.MultivariateNormal(rows.mean(0), shrunk).log_prob(x)
+            - torch.distributions.MultivariateNormal(torch.zeros(4).double(), shrunk).log_prob(torch.zeros(4).double())
+            for rows in prompts
+        ],
+        1,
+    )
+    torch.testing.assert_close(router.scores(x.float()).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_far_from_all_means_go_to_the_fallback() -> None:
+    made = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(200, 4, generator=made) + 6 * number for number in range(3)]
+    router = Centroid(reject=0.05, select=TopK(2))
+    router.learn([], prompts)
+    fresh = [torch.randn(400, 4, generator=made) + 6 * number for number in range(3)]
+    gates = router(torch.cat(fresh))
+    rejected = (gates.ids == 3).any(1)
+    assert 0.01 < rejected.float().mean() < 0.12, "about as many new prompts as own ones are rejected"
+    assert gates.weights[rejected].tolist() == [[1.0, 0.0]] * int(rejected.sum())
+    assert (router(torch.full((1, 4), 100.0)).ids[0, 0], router(fresh[1][:1]).ids[0, 0]) == (3, 1)
+
+
+def test_permuting_experts_permutes_their_numbers() -> None:
+    made = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(20, 4, generator=made) + 3 * number for number in range(3)]
+    x, order = 3 * torch.randn(30, 4, generator=made), [2, 0, 1]
+    first, second = Centroid(), Centroid()
+    first.learn([], prompts)
+    second.learn([], [prompts[number] for number in order])
+    there = torch.tensor([*order, 3])
+    assert torch.equal(first(x).ids, there[second(x).ids])
+
+
+def test_selections() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, -5.0]])
+    two = TopK(2)(scores)
+    assert two.ids.tolist() == [[1, 2], [0, 1]], "of equal scores, the expert with the lower number comes first"
+    torch.testing.assert_close(two.weights[0], torch.tensor([3.0, 2.0]).softmax(0))
+    torch.testing.assert_close(Softmax(2.0)(scores).weights, (scores / 2).softmax(1))
+    kept = Threshold(0.3)(scores).weights
+    assert (kept > 0).tolist() == [[False, True, True], [True, True, False]]
+    torch.testing.assert_close(kept.sum(1), torch.ones(2))
+    with pytest.raises(ValueError, match="k=4 is more than the 3 experts"):
+        TopK(4).check(3)
+
+
+def test_segments_hold_each_input_of_an_expert_once_and_in_order() -> None:
+    gates = Gates(torch.tensor([[2, 0], [0, 1], [2, 1]]), torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 2.0]]))
+    found = [
+        (s.expert, None if s.places is None else s.places.tolist(), None if s.weights is None else s.weights.tolist())
+        for s in gates.segments
+    ]
+    assert found == [(0, [1], [0.5]), (1, [1, 2], [0.5, 2.0]), (2, [0, 2], None)]
+
+
+def test_what_cannot_be_routed_is_refused() -> None:
+    model = build_model("llama")
+    experts = experts_of(model)
+    with pytest.raises(ValueError, match="either a router, or rows"):
+        routed(model, experts)
+    with pytest.raises(ValueError, match="must be numbers of the 3 experts"):
+        routed(model, experts, rows=[3])
+    norm = {"model.norm.weight": Dense(torch.ones(32))}
+    with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is no weight of a linear layer"):
+        routed(model, [*experts, norm], rows=[0])
+    with pytest.raises(ValueError, match="has learned 3 experts, and 2 are given"):
+        routed(model, experts[:2], centroid(model))
+    with (
+        routed(model, experts, rows=[0]),
+        pytest.raises(ValueError, match="the model has experts already"),
+    ):
+        routed(model, experts, rows=[0])
