@@ -161,8 +161,8 @@ def prompt_vectors(
 ) -> list[Tensor]:
     """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
 
-    It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer blocks. The pass ends
-    at the deepest one, so it costs that share of a forward pass.
+    It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer
+    blocks. The pass ends at the deepest one, so it costs that share of a forward pass.
 
     Args:
         model: A causal language model.

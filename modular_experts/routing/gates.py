@@ -106,8 +106,8 @@ class Selection(ABC):
     def __call__(self, scores: Tensor) -> Gates:
         """Return the gates of `n` inputs."""
 
-    def check(self, experts: int) -> None:
-        """Raise ValueError if there are too few experts; any number will do unless a subclass refuses."""
+    def check(self, experts: int) -> None:  # noqa: B027 - most need nothing
+        """Raise ValueError if there are too few experts."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _own_examples(
     if not by_task:
         raise ValueError(
             f"{expert.path} was trained on {', '.join(trained_on) or 'no task that its record names'}, and data.tasks "
-            f"has {' or '.join(splits)} rows of {', '.join(data.roles)} only; give its tasks the names that they had in training, "
-            "or import it again with --tasks"
+            f"has {' or '.join(splits)} rows of {', '.join(data.roles)} only; give its tasks the names that they had "
+            "in training, or import it again with --tasks"
         )
     return [row for task in by_task.values() for row in spread_evenly(task, rows)]
