@@ -51,7 +51,7 @@ def pull(
     Args:
         repo_id: `owner/name`.
         out: Directory of the library; made if it does not exist.
-        experts: Names of the experts; all if not given.
+        experts: Names of the experts; all if not given. The experts behind a router come with it.
         revision: Branch, tag or commit; the main branch if not given.
         overwrite: Replace experts of the same name and other contents.
         statistics: Fetch the statistics of the written experts too.
@@ -65,8 +65,6 @@ def pull(
     library = Path(os.path.abspath(Path(out).expanduser()))
     repository = look(repo_id, revision)
     names = repository.choose(experts)
-    for name in names:
-        check_target(library / name, overwrite=True)
     # On the library's own disk, where moving a file costs nothing.
     beside = next(place for place in (library, *library.parents) if place.is_dir())
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=beside) as temporary:
@@ -78,12 +76,21 @@ def pull(
             return ValueError(f"{which} was not written, nor any other: {reason}; pull again, or ask its owner to push")
 
         repository.fetch([f"{name}/{RECORD_FILE}" for name in names], place)
-        files: dict[str, list[str]] = {}
+        records: dict[str, Mapping[str, Any]] = {}
         for name in names:
+            check_target(library / name, overwrite=True)
             try:
-                record = read_record(place / name / RECORD_FILE)
+                records[name] = read_record(place / name / RECORD_FILE)
             except ValueError as error:
                 raise damaged(name, error) from error
+            if records[name]["kind"] == "routed":
+                # The experts behind a router come with it.
+                more = repository.choose([parent["name"] for parent in records[name]["parents"]])
+                more = [one for one in more if one not in names]
+                repository.fetch([f"{one}/{RECORD_FILE}" for one in more], place)
+                names += more
+        files: dict[str, list[str]] = {}
+        for name, record in records.items():
             if missing := repository.missing(name, record):
                 raise ValueError(f"{name} in {repo_id} is not a complete expert: {missing[0]} is missing")
             if _is_present(library / name, record):

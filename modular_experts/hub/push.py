@@ -19,6 +19,7 @@ from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.hub.repository import HubRepository, check_contents, hub_errors, is_hub_model, look
 from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
+from modular_experts.library.compatibility import experts_behind
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -66,7 +67,8 @@ def push(
     """Write experts and a card into a repository of the hub.
 
     Args:
-        experts: Directories of experts, or the directory of a library, for all its experts.
+        experts: Directories of experts, or the directory of a library, for all its experts. The experts behind a router
+            go with it.
         repo_id: `owner/name`; made if it does not exist.
         private: Make the repository private; one that exists must be.
         branch: Branch to write to, made if it does not exist; the main branch if not given.
@@ -140,9 +142,11 @@ def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]
         for name, problem in library.incomplete().items():
             raise ValueError(f"{library.directory / name} cannot be pushed: {problem}; remove it, or name the experts")
         experts = [library.directory / name for name in library]
-    opened: dict[str, StoredExpert] = {}
-    for expert in open_experts(experts, mergeable=False):
-        if expert.name in opened:
+    named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
+    # A router is of no use without the experts behind it.
+    behind = [one for expert in named if expert.routed for one in experts_behind(expert)]
+    for expert in [*named, *(one for one in behind if all(one.path != expert.path for expert in named))]:
+        if expert.name in opened and expert.path != opened[expert.name].path:
             raise ValueError(f"two of the experts are called {expert.name}, and names must differ; push one of them")
         opened[expert.name] = expert
     return opened

@@ -31,10 +31,10 @@ from modular_experts.library import (
     union_of_weights,
     write_expert,
 )
+from modular_experts.library.compatibility import experts_behind
 from modular_experts.routing import Centroid, Oracle, Router, Softmax, Threshold, TopK
 from modular_experts.text import did_you_mean
 
-KIND = "routed"
 BECAUSE = "its router chooses experts by the input"
 ROUTERS: dict[str, type[Router]] = {"Centroid": Centroid, "Oracle": Oracle}
 MODEL, COUNT = "router", "experts"
@@ -76,7 +76,7 @@ def route(
     router.select.check(len(opened))
     state = _state(_learned(router, opened), len(opened))
     record = make_record(
-        KIND,
+        "routed",
         base,
         hyperparameters=describe(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
@@ -147,7 +147,7 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
         raise ValueError(
             f"{expert.path} has a router {name}, which is not a built-in one{near}; pass its class: router="
         )
-    members = [_member(expert, parent) for parent in expert.record["parents"]]
+    members = experts_behind(expert)
     parts: dict[str, dict[str, Tensor]] = {MODEL: {}}
     for key, tensor in expert.state().items():
         weight, _, part = key.rpartition("/")
@@ -162,21 +162,6 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
     return routed(model, members[:count], chosen, fallback=fallback, check=check)
 
 
-def _member(expert: StoredExpert, parent: Mapping[str, Any]) -> StoredExpert:
-    found = open_expert(expert.path.parent / str(parent["name"]))
-    if found.content_hash != parent["content_hash"]:
-        raise ValueError(
-            f"{found.path} is not the expert that {expert.name} was made with (its contents are "
-            f"{found.content_hash[:12]}, not {str(parent['content_hash'])[:12]}); route the experts again"
-        )
-    return found
-
-
-def is_routed(expert: StoredExpert) -> bool:
-    """Return whether an expert is experts behind a router."""
-    return expert.record["kind"] == KIND
-
-
 def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True) -> Applied | Routed:
     """Add experts to a model, or put one routed expert into it, until `remove` or the end of a `with`.
 
@@ -185,7 +170,7 @@ def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: 
     """
     opened = open_several(experts)
     for one in opened:
-        if isinstance(one, StoredExpert) and is_routed(one):
+        if isinstance(one, StoredExpert) and one.routed:
             if len(opened) > 1:
                 raise ValueError(f"{one.name} is a routed expert, which nothing can be added to; name it alone")
             return put_in(model, one, check=check)

@@ -139,7 +139,7 @@ def _plan(
     for name in moved:
         if name not in known and name not in biases:
             raise ValueError(
-                f"an expert moves {name}, which is no weight of a linear layer, so it cannot be routed; merge it, or "
+                f"an expert moves {name}, which is not a linear layer's weight, so it cannot be routed; merge it, or "
                 "train experts of linear layers"
             )
     chosen = {known.get(name) or biases[name] for name in moved}

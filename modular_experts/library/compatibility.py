@@ -35,14 +35,32 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
         seen.add(expert.path.resolve())
     if mergeable:
         check_mergeable(experts)
-    # The delta of an expert that was trained on top of others is against their sum. A merge contains its parents.
+    # The delta of an expert that was trained on top of others is against their sum. A merge contains its parents, and a
+    # router finds those behind it.
     present = {expert.content_hash for expert in experts}
     for expert in experts:
-        parents = expert.record["parents"] if expert.record["kind"] != "merge" else []
+        parents = [] if expert.routed or expert.record["kind"] == "merge" else expert.record["parents"]
         missing = ", ".join(str(parent["name"]) for parent in parents if parent["content_hash"] not in present)
         if missing:
             log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, missing)
     return experts
+
+
+def experts_behind(routed: StoredExpert) -> list[StoredExpert]:
+    """Open the experts behind a router, which lie beside it in the library.
+
+    Raises:
+        FileNotFoundError: One of them is missing.
+        ValueError: One of them has other contents than it had when they were routed.
+    """
+    found = [open_expert(routed.path.parent / str(parent["name"])) for parent in routed.record["parents"]]
+    for expert, parent in zip(found, routed.record["parents"], strict=True):
+        if expert.content_hash != parent["content_hash"]:
+            raise ValueError(
+                f"{expert.path} is not the expert that {routed.name} was made with (its contents are "
+                f"{expert.content_hash[:12]}, not {str(parent['content_hash'])[:12]}); route the experts again"
+            )
+    return found
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:

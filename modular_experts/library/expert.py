@@ -88,6 +88,11 @@ class StoredExpert(TaskVector):
         reason = self.record.get("not_mergeable_because")
         return reason or (None if self._table else "it holds a state and no deltas")
 
+    @property
+    def routed(self) -> bool:
+        """Whether it is a router with other experts behind it, which lie beside it in the library."""
+        return bool(self.record["kind"] == "routed")
+
     def state(self) -> dict[str, Tensor]:
         """Read the trained tensors of the type's own form, by `<weight>/<name>`; empty for an expert of deltas alone.
 

@@ -42,7 +42,7 @@ class Centroid(Router):
 
     def __init__(
         self,
-        shrink: float = 0.1,
+        shrink: float = 0.05,
         reject: float | None = 0.01,
         depths: Sequence[float] = (0.0, 0.25),
         select: Selection | None = None,

@@ -43,7 +43,7 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
-from modular_experts.injection.route import attached, is_routed
+from modular_experts.injection.route import attached
 from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 
@@ -197,7 +197,7 @@ class ExpertModule(LightningModule):
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
         else:
             model = self.opened_base.load(self.dtype_name)
-        if any(map(is_routed, self.applied_experts)):
+        if any(expert.routed for expert in self.applied_experts):
             attached(model, self.applied_experts, check=False)
         else:
             apply_deltas(model, self.applied_experts)

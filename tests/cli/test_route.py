@@ -81,7 +81,7 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, t
         "library/r",
     )
     assert (code, err) == (0, "")
-    assert "Centroid(shrink=0.1, depths=[0.0, 0.25]) chooses among 3 experts, and library/merged for" in out
+    assert "Centroid(shrink=0.05, depths=[0.0, 0.25]) chooses among 3 experts, and library/merged for" in out
     made = open_expert("library/r")
     assert [parent["name"] for parent in made.record["parents"]] == [*TASKS, "merged"]
     assert made.record["tasks"] == TASKS

@@ -17,8 +17,10 @@ from modular_experts.deltas import Sparse
 from modular_experts.hub.card import CardEntry, model_card
 from modular_experts.hub.pull import pull
 from modular_experts.hub.push import push
+from modular_experts.injection.route import route
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
 from modular_experts.methods.method import DataStatistic
+from modular_experts.routing import Oracle
 
 REPO = "someone/experts"
 BASE = {"id": "maker/base", "revision": "main", "fingerprint": "f" * 64}
@@ -96,6 +98,16 @@ def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, 
     write(library / "routed")
     assert push(library, REPO, overwrite=True).removed == ["routed/state.safetensors"]
     assert "routed/state.safetensors" not in hub.repositories[REPO].files()
+
+
+def test_the_experts_behind_a_router_go_and_come_with_it(hub, library, tmp_path):
+    write(library / "c", seed=30)
+    route([library / "a", library / "b"], library / "routed", Oracle())
+    assert push([library / "routed"], REPO).experts == ["a", "b", "routed"]
+    push([library / "c"], REPO)
+    assert [expert.name for expert in pull(REPO, tmp_path / "other", ["routed"]).experts] == ["routed", "a", "b"]
+    for name in ("a", "b", "routed"):
+        assert contents(tmp_path / "other" / name) == contents(library / name)
 
 
 def test_only_an_experts_own_files_go(hub, library):

@@ -216,7 +216,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
     with pytest.raises(ValueError, match="must be numbers of the 3 experts"):
         routed(model, experts, rows=[3])
     norm = {"model.norm.weight": Dense(torch.ones(32))}
-    with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is no weight of a linear layer"):
+    with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is not a linear layer"):
         routed(model, [*experts, norm], rows=[0])
     with pytest.raises(ValueError, match="has learned 3 experts, and 2 are given"):
         routed(model, experts[:2], centroid(model))

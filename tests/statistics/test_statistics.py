@@ -313,7 +313,11 @@ def test_mistakes_are_one_sentence(place, capsys):
 
     upper, tasks = ["--experts", "[library/upper]", "--kind"], ["--data.tasks", json.dumps(TASKS)]
     refused(
-        "kind must be one of fisher, gram, merged_gram, got grams; did you mean gram?", *upper, "grams", *tasks, code=2
+        "kind must be one of fisher, gram, merged_gram, prompts, got grams; did you mean gram?",
+        *upper,
+        "grams",
+        *tasks,
+        code=2,
     )
     refused("library/upper was trained on upper, and", *upper, "gram", "--data.tasks", json.dumps(TASKS[1:]))
     refused("rows=0 must be at least 1", *upper, "gram", *tasks, "--rows", "0")

@@ -1,0 +1,253 @@
+"""What choosing an expert for each row keeps, beside the best merge: every router, with and without a fallback.
+
+The experts are those of `merge_quality` and lie in the same place (`--work`); what is not there is trained. A router
+learns from training and validation inputs of the experts' tasks, without answers. Shown are exact match and loss on
+test rows, held in and held out, how much of the single experts' score that is, the share of held-in rows that went to
+their own expert, and the shares of rows that were rejected. Rows of one expert are tested together, with the expert
+added to the base, which gives what a mixture gives (`tests/routing`) in less time.
+
+    python benchmarks/routing_quality.py [--kinds sparse ...] [--routers "Centroid, fallback" ...] [--seeds 0 1 2]
+    python benchmarks/routing_quality.py --real .cache/smollm2 DATA [--stripped] [--tasks 4]
+
+The second form takes fifteen experts on real tasks, eleven of which ask with the same words. With `--stripped` the test
+prompts lose their instruction ("Name the intent of the request."), and routers still learn from whole prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from intervals import interval
+from merge_worlds import Experts, RealExperts, SuiteExperts
+from torch import Tensor
+
+from modular_experts.base.apply import applied
+from modular_experts.data.batch import Collator, Example
+from modular_experts.data.rows import spread_evenly
+from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.evaluation import measure
+from modular_experts.injection.routed import prompt_vectors
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
+from modular_experts.library import open_expert
+from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.methods import IsoC, SelfRegMean
+from modular_experts.routing import Centroid, Oracle, Router
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Way:
+    """A router, and whether a merge takes what it rejects; without a router the merge takes all rows."""
+
+    router: Callable[[], Router] | None
+    fallback: bool = False
+    inputs: int = 400
+
+
+WAYS = {
+    "the experts alone": Way(Oracle),
+    "the best merge": Way(None, fallback=True),
+    "Centroid": Way(lambda: Centroid(reject=None)),
+    "Centroid, base as fallback": Way(Centroid),
+    "Centroid, merge as fallback": Way(Centroid, fallback=True),
+    "Centroid, merge as fallback, 64 inputs": Way(Centroid, fallback=True, inputs=64),
+    "Centroid, merge as fallback, 16 inputs": Way(Centroid, fallback=True, inputs=16),
+}
+
+
+def main() -> None:
+    options = _options()
+    work = Path(options.work)
+    worlds = {seed: _world(options, seed) for seed in options.seeds}
+    for seed, world in worlds.items():
+        for kind in options.kinds:
+            for task in world.tasks:
+                if not world.expert(kind, task).exists():
+                    print(f"training {kind} on {task}, seed {seed}", file=sys.stderr, flush=True)
+                    world.train(kind, task)
+            _fallback(world, kind)
+    keys = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in options.routers]
+    store = JSONLines(work / f"routing{options.some}.jsonl")
+    with LocalProcesses(options.processes) as pool:
+        pieces = [Piece(key, _tested, (worlds[key[0]], *key, options.stripped)) for key in keys]
+        run(pieces, store, pool, print_progress()).raise_failures()
+    rows = [_row(kind, name, store, options) for kind in options.kinds for name in options.routers]
+    if options.json:
+        json.dump({"seeds": options.seeds, "rows": rows}, sys.stdout, indent=2)
+    else:
+        _print(rows, options.seeds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = list(Experts.kinds)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="kinds of experts: all")
+    parser.add_argument("--routers", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help=", ".join(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2, with real tasks 0")
+    parser.add_argument("--work", help="where experts and results are kept: that of merge_quality")
+    parser.add_argument(
+        "--real", nargs=2, metavar=("BASE", "DATA"), help="a pretrained base and a folder of task files"
+    )
+    parser.add_argument("--stripped", action="store_true", help="with --real: test prompts without their instruction")
+    parser.add_argument("--tasks", type=int, help="with --real: the first few tasks")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, each on one thread: all cores")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    options = parser.parse_args()
+    options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
+    options.some = (f"-{options.tasks}" if options.tasks else "") + ("-stripped" if options.stripped else "")
+    options.work = options.work or ("runs/merge-quality-real" if options.real else "runs/merge-quality")
+    if options.stripped and not options.real:
+        parser.error("--stripped is for --real")
+    return options
+
+
+def _world(options: argparse.Namespace, seed: int) -> Experts:
+    if options.real:
+        return RealExperts(seed, Path(options.work), "bfloat16", *map(Path, options.real), count=options.tasks)
+    return SuiteExperts(seed, Path(options.work))
+
+
+def _fallback(world: Experts, kind: str) -> Path:
+    """Return where the best merge without data lies, which is made if it is not there."""
+    place = world.expert("routed", f"{kind}-fallback-of-{len(world.tasks)}")
+    if not place.exists():
+        method = IsoC(scale=2.0 if isinstance(world, RealExperts) else 1.0) if kind == "lora" else SelfRegMean()
+        write_merged(Merged([open_expert(world.expert(kind, task)) for task in world.tasks], method), place)
+    return place
+
+
+def _tested(world: Experts, seed: int, kind: str, name: str, stripped: bool) -> dict[str, Any]:
+    """Send each test row to an expert, and test the rows of each expert together."""
+    logging.getLogger("modular_experts").setLevel(logging.ERROR)
+    way, tasks = WAYS[name], world.tasks
+    data = (_stripped(world) if stripped else world).mixture(tasks, held_out=True)
+    data.setup("test")
+    loader: Any = data.test_dataloader()
+    examples: list[Example] = list(loader.dataset.examples)
+    numbers = [len(tasks)] * len(examples)
+    if isinstance(way.router, type) and issubclass(way.router, Oracle):
+        numbers = [tasks.index(one.task) if one.task in tasks else len(tasks) for one in examples]
+    elif way.router is not None:
+        router = way.router()
+        inputs = world.mixture(tasks).input_examples(["train", "validation"])
+        learned = [_vectors(world, spread_evenly(inputs[task], way.inputs), router.depths) for task in tasks]
+        router.learn([None] * len(tasks), learned)
+        numbers = router(_vectors(world, examples, router.depths)).ids[:, 0].tolist()
+    found: dict[str, Any] = {"piece": [seed, kind, name], "right": {}, "rejected": {}}
+    for task in data.roles:
+        mine = [number for number, one in zip(numbers, examples, strict=True) if one.task == task]
+        found["rejected"][task] = fmean(number == len(tasks) for number in mine)
+        if task in tasks:
+            found["right"][task] = fmean(number == tasks.index(task) for number in mine)
+    totals: dict[tuple[str, str], list[float]] = {}
+    for number in sorted(set(numbers)):
+        own = [one for chosen, one in zip(numbers, examples, strict=True) if chosen == number]
+        place = world.expert(kind, tasks[number]) if number < len(tasks) else _fallback(world, kind)
+        with applied(world.model, open_expert(place) if number < len(tasks) or way.fallback else [], check=False):
+            scores = measure(world.model, world.tokenizer, _batches(world, own), data.roles, world.new_tokens)
+        for task, facts in scores["tasks"].items():
+            for score in ("exact_match", "loss"):
+                totals.setdefault((score, task), []).append(facts[score] * facts["rows"])
+    rows = {task: sum(one.task == task for one in examples) for task in data.roles}
+    for score in ("exact_match", "loss"):
+        found[score] = {task: sum(totals[score, task]) / rows[task] for task in data.roles}
+    return found
+
+
+def _batches(world: Experts, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    collate = Collator(RowTokenizer(world.tokenizer).pad_id)
+    ordered = sorted(examples, key=lambda one: len(one.tokens.ids))
+    return [collate(ordered[start : start + BATCH]) for start in range(0, len(ordered), BATCH)]
+
+
+def _vectors(world: Experts, examples: Sequence[Example], depths: Sequence[float]) -> Tensor:
+    """Return the prompts of rows as a router sees them, in the order of the rows."""
+    order = sorted(range(len(examples)), key=lambda row: examples[row].tokens.prompt)
+    vectors: dict[int, Tensor] = {}
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        prompts = [examples[row].tokens.ids[: examples[row].tokens.prompt] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
+        vectors |= dict(zip(rows, torch.cat(prompt_vectors(world.model, ids, mask, depths), 1), strict=True))
+    return torch.stack([vectors[row] for row in range(len(examples))])
+
+
+def _stripped(world: Experts) -> Experts:
+    """Return the same world with task files whose prompts have no instruction."""
+    assert isinstance(world, RealExperts)
+    folder = world.work / "stripped"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(world.data.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            first, line_end, rest = row["input"].partition("\n")
+            row["input"] = rest if line_end and len(first) < 60 else row["input"].partition(": ")[2] or row["input"]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not (folder / file.name).exists():
+            (folder / file.name).write_text(text, encoding="utf-8")
+    return replace(world, data=folder)
+
+
+def _row(kind: str, name: str, store: JSONLines, options: argparse.Namespace) -> dict[str, Any]:
+    found = [store[seed, kind, name] for seed in options.seeds]
+    alone = [store[seed, kind, "the experts alone"] for seed in options.seeds] if _has_alone(options) else None
+    row: dict[str, Any] = {"kind": kind, "router": name}
+    for score in ("exact_match", "loss"):
+        held_in = _pairs(found, score, held_in=True)
+        row[score] = fmean(held_in.values())
+        row[f"held out {score}"] = fmean(_pairs(found, score, held_in=False).values())
+        if alone and score == "exact_match":
+            reference = _pairs(alone, score, held_in=True)
+            row["kept"] = row[score] / fmean(reference.values())
+            row["difference"] = interval(held_in, reference)
+    row["right"] = fmean(_pairs(found, "right", held_in=True).values())
+    row["rejected"] = fmean(_pairs(found, "rejected", held_in=True).values())
+    row["held out rejected"] = fmean(_pairs(found, "rejected", held_in=False).values())
+    return row
+
+
+def _has_alone(options: argparse.Namespace) -> bool:
+    return "the experts alone" in options.routers
+
+
+def _pairs(results: Sequence[dict[str, Any]], column: str, held_in: bool) -> dict[tuple[int, str], float]:
+    """Return a score by pair of seed and task: of the tasks that experts were trained on, or of the others."""
+    return {
+        (r["piece"][0], task): value
+        for r in results
+        for task, value in r[column].items()
+        if (task in r["right"]) == held_in
+    }
+
+
+def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
+    print(
+        f"exact match in % / loss in nats per token, means over tasks and seeds {', '.join(map(str, seeds))}; kept: of"
+    )
+    print("kept: of the experts alone, with the 95 % interval of the difference; right: rows at their own expert")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        heading = "router | held in | kept, % | | right, % | rejected, % | held out | rejected, held out, %"
+        print(f"\n{kind}\n\n| {heading} |\n" + "|---" * 8 + "|")
+        for row in (row for row in rows if row["kind"] == kind):
+            low, high = row.get("difference", (0.0, 0.0))
+            cells = [row["router"], f"{100 * row['exact_match']:.1f} / {row['loss']:.2f}"]
+            cells += [f"{100 * row['kept']:.0f}" if "kept" in row else "", f"[{100 * low:+.1f}, {100 * high:+.1f}]"]
+            cells += [f"{100 * row['right']:.1f}", f"{100 * row['rejected']:.1f}"]
+            cells += [f"{100 * row['held out exact_match']:.1f} / {row['held out loss']:.2f}"]
+            print("| " + " | ".join([*cells, f"{100 * row['held out rejected']:.1f}"]) + " |")
+
+
+if __name__ == "__main__":
+    main()
