@@ -40,8 +40,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     hook = (head or nn.Identity()).register_forward_pre_hook(gather)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
-    # A router chooses by the prompt: what comes before the first labelled token.
-    with reading((batch["labels"] != IGNORED).cumsum(1) == 0, batch.get("task")):
+    # A router chooses by the prompt, what comes before the first labelled token, and counts no padding.
+    tokens = batch["row"] >= 0 if "row" in batch else batch["attention_mask"].bool()
+    with reading((batch["labels"] != IGNORED).cumsum(1) == 0, batch.get("task"), tokens):
         try:
             logits = model(**inputs, use_cache="cache" in batch).logits
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,14 @@ Factory = Callable[..., Expert]
 
 Plan = Callable[[Sequence[Site]], Mapping[Any, Factory]]
 """Returns the factory of each site that gets an expert; the keys are sites or their names."""
+
+
+class LayerPlan(ABC):
+    """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: HiLo, ...}`."""
+
+    @abstractmethod
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+        """Return the factory of each site that gets an expert."""
 
 
 def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:

@@ -7,8 +7,23 @@ into a model by `injection/routed.py`.
 
 from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK
+from modular_experts.routing.goat import GOATExpert
+from modular_experts.routing.hilo import HiLo
 from modular_experts.routing.mixture import Mixture
+from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
 from modular_experts.routing.router import Router
 
-__all__ = ["Centroid", "Gates", "Mixture", "Oracle", "Router", "Softmax", "Threshold", "TopK"]
+__all__ = [
+    "Centroid",
+    "GOATExpert",
+    "Gates",
+    "HiLo",
+    "Mixture",
+    "MoLoRAExpert",
+    "Oracle",
+    "Router",
+    "Softmax",
+    "Threshold",
+    "TopK",
+]

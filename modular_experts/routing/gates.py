@@ -26,10 +26,12 @@ class Rows(NamedTuple):
         prompt: Which tokens are the prompts, `(rows, length)` bool; None where all tokens are. A gate must not see the
             answer.
         tasks: The task of each row, where the data tell.
+        tokens: Which places hold tokens and no padding, `(rows, length)` bool; None where all do.
     """
 
     prompt: Tensor | None = None
     tasks: Sequence[str] | None = None
+    tokens: Tensor | None = None
 
 
 _ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
@@ -41,9 +43,11 @@ def rows_at_hand() -> Rows:
 
 
 @contextmanager
-def reading(prompt: Tensor | None = None, tasks: Sequence[str] | None = None) -> Iterator[None]:
+def reading(
+    prompt: Tensor | None = None, tasks: Sequence[str] | None = None, tokens: Tensor | None = None
+) -> Iterator[None]:
     """Tell the routers of forward passes inside what the rows are."""
-    token = _ROWS.set(Rows(prompt, tasks))
+    token = _ROWS.set(Rows(prompt, tasks, tokens))
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
-from modular_experts.experts.site import Factory, Plan
+from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
     describe_experts,
     expert_layers,
@@ -51,11 +51,11 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
-    Experts = Mapping[str, Factory] | Plan
+    Experts = Mapping[str, Factory] | LayerPlan | Plan
 else:
     # What the command line may be given.
     BaseModel = str
-    Experts = dict[str, Callable[[Tensor], Expert]]
+    Experts = dict[str, Callable[[Tensor], Expert]] | LayerPlan
 
 
 class ExpertModule(LightningModule):
@@ -78,8 +78,8 @@ class ExpertModule(LightningModule):
             step. The default is `WarmupLinear`.
         max_new_tokens: Length limit of generated answers.
         generate_in_fit: Whether validation during training also generates answers, beside taking the loss.
-        experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert};
-            from Python also a plan, a function from sites to expert types (`experts.site`).
+        experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert}; or
+            a plan such as `HiLo`, a function from sites to expert types (`experts.site`).
         check_base: Whether a loaded model is compared with the files of its base, weight by weight.
         learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
             of its own.

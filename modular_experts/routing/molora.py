@@ -1,0 +1,95 @@
+"""A trained mixture of LoRAs: each token takes the best few of a layer's experts (MoLoRA, Zadouri et al., arXiv
+2309.05444).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.deltas import Delta
+from modular_experts.experts.expert import Expert
+from modular_experts.routing.gates import rows_at_hand
+
+
+class MoLoRAExpert(Expert):
+    """Adds `scale * sum_e g_e(x) up_e @ down_e` at each token, with gates for the `k` best of the layer's experts.
+
+    The gates are the softmax of a linear router's logits, without bias, taken over the `k` largest of them. All experts
+    together are one low-rank product of rank `experts * rank`, whose inner values the gates multiply, so the cost is
+    that of such a LoRA, and no tensor (tokens, experts, out) is made.
+
+    The penalty keeps the experts in use: `balance` times `experts * sum_e f_e p_e`, where `f_e` is how often a token
+    takes expert `e` and `p_e` the mean probability of it, both over tokens that are no padding. At even use it is
+    `balance * k`.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        experts: Number of experts.
+        rank: Rank of each, from 1 to min(out, in) / experts.
+        k: How many of them a token takes.
+        alpha: The scale is alpha / rank.
+        balance: Weight of the penalty; 0 leaves it out.
+    """
+
+    learning_rate: ClassVar[float] = 3e-3
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str] = "its router chooses by the input"
+
+    def __init__(
+        self, weight: Tensor, experts: int = 8, rank: int = 2, k: int = 2, alpha: float = 16.0, balance: float = 1e-3
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        if experts < 1 or not 1 <= rank <= min(rows, columns) // experts:
+            raise ValueError(
+                f"experts={experts} of rank={rank} do not fit into a weight of shape {(rows, columns)}: experts * rank "
+                f"must be from 1 to {min(rows, columns)}"
+            )
+        if not 1 <= k <= experts:
+            raise ValueError(f"k={k} is outside 1..{experts}, the number of experts")
+        if not 0 <= balance < math.inf:
+            raise ValueError(f"balance={balance} must be 0 or a positive number")
+        self.experts, self.rank, self.k, self.balance = experts, rank, k, balance
+        self.scale = alpha / rank
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
+        self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
+        self.router = nn.Parameter(torch.empty(experts, columns, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
+        self._balance: Tensor | None = None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, weight, bias)
+        wide = x.to(self.down.dtype)
+        gates = self.gates(wide).repeat_interleave(self.rank, -1)
+        return base + F.linear(self.scale * gates * F.linear(wide, self.down), self.up).to(base.dtype)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return how much of each expert every token takes, `(..., experts)`; all but `k` are 0."""
+        logits = F.linear(x, self.router)
+        taken = logits.topk(self.k, -1).indices
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, taken, True)
+        if self.balance and self.training:
+            self._balance = self._balance_loss(logits.softmax(-1), kept)
+        return logits.masked_fill(~kept, -math.inf).softmax(-1)
+
+    def _balance_loss(self, probabilities: Tensor, kept: Tensor) -> Tensor:
+        probabilities, kept = probabilities.flatten(0, -2), kept.flatten(0, -2)
+        tokens = rows_at_hand().tokens
+        if tokens is not None and tokens.numel() == len(kept):
+            probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]
+        return self.experts * (kept.to(probabilities).mean(0) * probabilities.mean(0)).sum()
+
+    def penalty(self) -> Tensor | None:
+        term, self._balance = self._balance, None
+        return None if term is None else self.balance * term
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
+        raise NotImplementedError(f"a mixture has no delta: {self.not_mergeable_because}")
