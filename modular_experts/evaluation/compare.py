@@ -23,7 +23,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
-from modular_experts.injection.route import attached
+from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
 from modular_experts.jobs.processes import machine
 from modular_experts.library import StoredExpert, warn_unlike_training

@@ -13,7 +13,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data.chat import ConversationTokenizer, template_hash
 from modular_experts.evaluation.generation import evaluating
-from modular_experts.injection.route import attached
+from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_unlike_training
 

@@ -1,7 +1,6 @@
 """Make a routed expert of experts in a library, and put it into a model.
 
-It is a router's state and the names and content hashes of the experts behind it, which lie in the same library. A sum
-of deltas (`base/apply.py`) and a routed expert go into a model through one door, `attached`.
+It is a router's state and the names and content hashes of the experts behind it, which lie in the same library.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.apply import AnyExpert, Applied, applied, open_several
 from modular_experts.injection.routed import Routed, routed
 from modular_experts.library import (
     StoredExpert,
@@ -160,21 +158,6 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
     fallback = members[count] if len(members) > count else None
     chosen = routers[MODEL] if kind.scope == "sample" else routers
     return routed(model, members[:count], chosen, fallback=fallback, check=check)
-
-
-def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True) -> Applied | Routed:
-    """Add experts to a model, or put one routed expert into it, until `remove` or the end of a `with`.
-
-    Raises:
-        ValueError: A routed expert is not alone, or anything that `applied` or `put_in` refuses.
-    """
-    opened = open_several(experts)
-    for one in opened:
-        if isinstance(one, StoredExpert) and one.routed:
-            if len(opened) > 1:
-                raise ValueError(f"{one.name} is a routed expert, which nothing can be added to; name it alone")
-            return put_in(model, one, check=check)
-    return applied(model, opened, check=check)
 
 
 def describe(router: Router) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -64,6 +64,23 @@ class MoLoRAExpert(Expert):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         self._balance: Tensor | None = None
+
+    @classmethod
+    def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> MoLoRAExpert:
+        """Return an expert of the sizes that a state has, ready for `load_state`."""
+        count = len(state["router"])
+        # What the settings alone decide is read from the state, and the rest is replaced by it.
+        with torch.device("meta"):
+            made = cls(torch.empty(weight.shape, dtype=weight.dtype), count, state["down"].shape[0] // count, k=1)
+        return made.to_empty(device=weight.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers, and `k` and the scale, which the library does not keep by layer."""
+        return {**self.state_dict(), "k": torch.tensor(self.k), "scale": torch.tensor(self.scale, dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.k, self.scale = int(state["k"]), float(state["scale"])
+        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in ("k", "scale")})
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)

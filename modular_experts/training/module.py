@@ -43,8 +43,9 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
-from modular_experts.injection.route import attached
+from modular_experts.injection.attach import attached, needs_injection
 from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
+from modular_experts.library.compatibility import check_mergeable
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 
 log = logging.getLogger(__name__)
@@ -178,8 +179,10 @@ class ExpertModule(LightningModule):
                 self._resized |= schedule.resizes
 
     def _load(self) -> None:
-        # Only a routed expert may go without deltas, and nothing is trained on top of one.
-        self.applied_experts = open_experts(self.applied, mergeable=self.has_experts) if self.applied else []
+        self.applied_experts = open_experts(self.applied, mergeable=False) if self.applied else []
+        # What chooses by the input is put into the layers, and nothing is trained on top of it.
+        others = [expert for expert in self.applied_experts if self.has_experts or not needs_injection(expert)]
+        check_mergeable(others)
         if not self.base:
             raise ValueError(
                 "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
@@ -197,7 +200,7 @@ class ExpertModule(LightningModule):
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
         else:
             model = self.opened_base.load(self.dtype_name)
-        if any(expert.routed for expert in self.applied_experts):
+        if any(map(needs_injection, self.applied_experts)):
             attached(model, self.applied_experts, check=False)
         else:
             apply_deltas(model, self.applied_experts)

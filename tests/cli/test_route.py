@@ -15,7 +15,8 @@ from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.evaluation import evaluate, measure
-from modular_experts.injection.route import attached, put_in, route
+from modular_experts.injection.attach import attached
+from modular_experts.injection.route import put_in, route
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.routing import Centroid, Oracle, Softmax, TopK
 
@@ -160,7 +161,7 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
     assert "r cannot be merged or added to its base, because its router chooses experts by the input" in err
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
-    assert "r is a routed expert, which nothing can be added to; name it alone" in err
+    assert "r chooses by the input, so nothing can be added to it; name it alone, without" in err
 
 
 def test_mistakes_get_one_sentence(run, place, tasks):

@@ -97,10 +97,11 @@ def centroid(model: torch.nn.Module, **settings: object) -> Centroid:
     return router
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("depths", [[0.0], [0.0, 0.5], [1.0]])
-def test_neither_padding_nor_other_rows_change_a_gate(side: str, depths: list[float]) -> None:
-    model = build_model("llama").double()
+def test_neither_padding_nor_other_rows_change_a_gate(architecture: str, side: str, depths: list[float]) -> None:
+    model = build_model(architecture).double()
     router = centroid(model, depths=depths, select=Softmax())
     with routed(model, experts_of(model), router) as running, torch.no_grad():
         model(**padded(ROWS, side))
@@ -225,3 +226,12 @@ def test_what_cannot_be_routed_is_refused() -> None:
         pytest.raises(ValueError, match="the model has experts already"),
     ):
         routed(model, experts, rows=[0])
+
+
+def test_few_prompts_do_not_make_a_router_reject_new_ones() -> None:
+    made = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(12, 40, generator=made) + 3 * number for number in range(3)]
+    router = Centroid(reject=0.0, shrink=0.05)
+    router.learn([], prompts)
+    fresh = torch.cat([torch.randn(100, 40, generator=made) + 3 * number for number in range(3)])
+    assert (router(fresh).ids == 3).float().mean() < 0.1
