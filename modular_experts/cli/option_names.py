@@ -52,7 +52,8 @@ def check_option_names(verb: str, words: Sequence[str]) -> None:
             raise UsageError(as_typed(sentence, [Option(f"{head}.{field}", None, typed)], SHORT_NAMES))
         elif head == "expert" and not rest:
             name = value if equals else " ".join(words[place + 1 : place + 2])
-            kinds = re.findall(r'"(\w+Expert)"', (_PACKAGE / "experts/__init__.py").read_text(encoding="utf-8"))
+            rooms = [_PACKAGE / room / "__init__.py" for room in ("experts", "routing")]
+            kinds = re.findall(r'"(\w+Expert)"', "".join(room.read_text(encoding="utf-8") for room in rooms))
             if name.isidentifier() and name not in kinds and (near := did_you_mean(name, kinds)):
                 raise UsageError(f"{typed}: there is no class {name!r}{near}")
 

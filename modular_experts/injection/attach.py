@@ -40,7 +40,7 @@ class Injected:
 def attached(
     model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True
 ) -> Applied | Routed | Injected:
-    """Add experts to a model, or put one that is no sum of deltas into it, until `remove` or the end of a `with`.
+    """Add experts to a model, or put one that chooses by the input into it, until `remove` or the end of a `with`.
 
     Args:
         model: The experts' base, before anything is injected.

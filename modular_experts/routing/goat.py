@@ -1,4 +1,4 @@
-"""GOAT: a mixture of LoRAs that starts from segments of the base weight's spectrum (Fan et al., arXiv 2502.16894)."""
+"""Start a mixture of LoRAs from segments of the base weight's spectrum (GOAT, Fan et al., arXiv 2502.16894)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HiLo: how many experts a mixture has, and of which rank, depends on the depth (arXiv 2502.03884)."""
+"""Plan mixtures whose numbers of experts and ranks depend on the depth (HiLo, arXiv 2502.03884)."""
 
 from __future__ import annotations
 

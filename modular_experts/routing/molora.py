@@ -25,7 +25,7 @@ class MoLoRAExpert(Expert):
     that of such a LoRA, and no tensor (tokens, experts, out) is made.
 
     The penalty keeps the experts in use: `balance` times `experts * sum_e f_e p_e`, where `f_e` is how often a token
-    takes expert `e` and `p_e` the mean probability of it, both over tokens that are no padding. At even use it is
+    takes expert `e` and `p_e` the mean probability of it, both over tokens without padding. At even use it is
     `balance * k`.
 
     Args:
