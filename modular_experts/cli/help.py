@@ -120,7 +120,7 @@ def training_help(verb: str, summary: str) -> str:
         "--tasks FILE [FILE ...]": "Task files, such as a.jsonl b.csv; a task is named after its file.",
     }
     kind = {
-        "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, MoLoRAExpert, GOATExpert, or module.Class of yours; "
+        "--expert TYPE": "SparseExpert, LoRAExpert, FullExpert, MaskedExpert, ..., or module.Class of yours; "
         "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
         "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
     }
