@@ -16,7 +16,7 @@ from selection_worlds import Generated, OnBase, Real
 
 from modular_experts.data import TaskMixture
 from modular_experts.experts import SparseExpert
-from modular_experts.methods import IsoC, MergeMethod, SelfRegMean, SparseAverage
+from modular_experts.methods import IsoC, MergeMethod, Rescaled, SelfRegMean, SparseAverage
 from modular_experts.quickstart.plan import KINDS
 
 __all__ = ["METHODS", "SPARSE", "RealTasks", "Suite", "World"]
@@ -24,7 +24,12 @@ __all__ = ["METHODS", "SPARSE", "RealTasks", "Suite", "World"]
 SPARSE = ("sparse", "block", "row")
 """Kinds of which a schedule chooses the entries."""
 
-METHODS: Mapping[str, MergeMethod] = {"SparseAverage": SparseAverage(), "SelfRegMean": SelfRegMean(), "IsoC": IsoC()}
+METHODS: Mapping[str, MergeMethod] = {
+    "SparseAverage": SparseAverage(),
+    "SelfRegMean": SelfRegMean(),
+    "IsoC": IsoC(),
+    "TSVMerge, rescaled": Rescaled(),
+}
 
 SCALES: Mapping[tuple[str, bool], Sequence[float]] = {
     ("SparseAverage", True): (0.35, 0.5, 0.75, 1.0, 1.4, 2.0),
@@ -32,7 +37,8 @@ SCALES: Mapping[tuple[str, bool], Sequence[float]] = {
     ("SelfRegMean", True): (0.35, 0.5, 0.75, 1.0, 1.4),
     ("SelfRegMean", False): (0.2, 0.35, 0.5, 0.75, 1.0, 1.4),
     ("IsoC", True): (0.5, 0.75, 1.0, 1.4, 2.0, 3.0),
-    ("IsoC", False): (0.5, 0.75, 1.0, 1.4, 2.0),
+    ("IsoC", False): (0.5, 0.75, 1.0, 1.4, 2.0, 2.8, 4.0),
+    ("TSVMerge, rescaled", False): (0.5, 0.75, 1.0, 1.4, 2.0),
 }
 """Scales to try, by method and whether experts are sparse; each row holds 1, the method as it comes."""
 
@@ -64,7 +70,7 @@ class World(OnBase):
 
     def methods(self, kind: str) -> list[str]:
         """Return the merges of a kind: IsoC, for want of time, is only for LoRAs, its best kind."""
-        return [name for name in METHODS if name != "IsoC" or kind == "lora"]
+        return ["SparseAverage", "SelfRegMean", *(["IsoC"] if kind == "lora" else [])]
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,10 @@ class RealTasks(Real, World):
     }
     rates: ClassVar[Mapping[str, Sequence[float]]] = {
         "sparse": (3e-4, 1e-3, 2e-3),
-        "block": (3e-4, 1e-3, 2e-3),
-        "row": (3e-4, 1e-3, 2e-3),
-        "lora": (1e-3, 3e-3, 1e-2),
-        "full": (3e-5, 1e-4, 3e-4),
+        "block": (1e-3, 2e-3),
+        "row": (5e-4, 1e-3, 2e-3),
+        "lora": (1e-3, 3e-3, 5e-3),
+        "full": (1e-4, 3e-4),
     }
     references: ClassVar[Mapping[str, float]] = {"sparse": 1e-3, "block": 1e-3, "row": 1e-3, "lora": 3e-3, "full": 3e-4}
     dtype = "bfloat16"
@@ -113,4 +119,4 @@ class RealTasks(Real, World):
 
     def methods(self, kind: str) -> list[str]:
         """Return the merges of a kind: without SelfRegMean for LoRAs, which it fits badly as it comes."""
-        return ["SparseAverage", "IsoC" if kind == "lora" else "SelfRegMean"]
+        return ["SparseAverage", *(["IsoC", "TSVMerge, rescaled"] if kind == "lora" else ["SelfRegMean"])]
