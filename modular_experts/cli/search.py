@@ -32,12 +32,13 @@ def search(
 ) -> None:
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
-    A recipe, which `merge --config` takes, and the trials are written beside the merged expert.
+    A recipe, which `merge --config` takes, and the trials are written beside the merged expert. With `--algorithm.per
+    row` there is no recipe: the same command makes the expert again.
 
     Args:
         experts: Directories of the experts.
-        algorithm: ATLAS or AdaMerging (with gradients; for each expert and weight), LoRAHub (without; for each
-            expert), or the dotted path of a class of your own.
+        algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), LoRAHub (without;
+            for each expert), or the dotted path of a class of your own.
         data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
@@ -57,6 +58,9 @@ def search(
             --data.tasks a.jsonl b.jsonl
         modular-experts search --experts library/a library/b --labels experts \\
             --algorithm ATLAS --out library/ab --data.tasks a-inputs.jsonl b-inputs.jsonl
+        modular-experts search --experts library/a library/b --merges SelfRegMean \\
+            --algorithm ATLAS --algorithm.per row --out library/ab \\
+            --data.eval_batch_size 4 --rows 256 --data.tasks a.jsonl b.jsonl
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
@@ -68,12 +72,17 @@ def search(
     print_agreement(done.expert.record, done.agreement)
     for expert, values in zip(done.experts, found.coefficients.T, strict=True):
         low, high = values.min().item(), values.max().item()
-        spread = f", from {low:.3f} to {high:.3f} by weight" if low < high else ""
+        by = "weight" if done.recipe else "row"
+        spread = f", from {low:.3f} to {high:.3f} by {by}" if low < high else ""
         print(f"  {values.mean().item():.3f} of {expert}{spread}")
     if not found.coefficients.any():
         print("the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty")
     print(f"validation loss {mean_loss(found.losses):.4f}, and {mean_loss(done.base):.4f} of the base alone")
-    print(f"the recipe is {done.recipe}, the trials are in {done.trials}")
+    if done.recipe:
+        print(f"the recipe is {done.recipe}, the trials are in {done.trials}")
+    else:
+        count = f"{found.coefficients.numel():,} coefficients"
+        print(f"no recipe holds {count}; this command makes the expert again. The trials are in {done.trials}")
     print(f"{out}: {summary(done.expert)}")
 
 

@@ -1,15 +1,15 @@
-"""Move a loaded model to `base + sum_i c_i d_i`, with one coefficient for each weight and expert.
+"""Move a loaded model to `base + sum_i c_i d_i`, with a coefficient for each expert and weight, or row of a weight.
 
 One model is in memory, one copy of the weights that move, and the deltas in the experts' own forms. The sum is linear
-in a coefficient, so its gradient is an inner product, `dL/dc_i = <dL/dW, d_i>`: autograd needs no graph through the
-sum, and one dense gradient exists at a time.
+in a coefficient, so its gradient is an inner product, `dL/dc_i = <dL/dW, d_i>`, or that of one row: autograd needs no
+graph through the sum, and one dense gradient exists at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import apply_deltas
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, add
 from modular_experts.deltas.tiles import gather_tiles
+from modular_experts.tuning.by_row import ByRow, row_count
 
 
 class Combination:
@@ -31,6 +32,7 @@ class Combination:
 
     Attributes:
         names: The weights that move, sorted.
+        rows: Number of rows of each of these weights.
         experts: Number of experts, merges among them.
         merges: Number of merges.
 
@@ -50,6 +52,7 @@ class Combination:
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])
         assert 0 <= merges <= len(held), (merges, len(held))
         self.names, self.experts, self.merges = list(shapes), len(held), merges
+        self.rows = [row_count(shape) for shape in shapes.values()]
         self._model = model
         self._weights = [model.get_parameter(name) for name in shapes]
         # The deltas of each weight that are not zero, by the expert's number.
@@ -71,42 +74,68 @@ class Combination:
 
     @torch.no_grad()
     def move_to(self, coefficients: Tensor) -> None:
-        """Set every weight to its base plus the experts' deltas times their coefficients `(weights, experts)`.
+        """Set every weight to its base plus the experts' deltas times their coefficients.
 
         The sum is taken in at least float32 and rounded once to the weight's dtype.
+
+        Args:
+            coefficients: `(weights, experts)`, or one for each row of every weight, weight after weight:
+                `(sum(rows), experts)`.
         """
         assert self._base, "move_to needs the `with` of its combination"
-        factors = coefficients.tolist()
-        for row, (weight, base) in enumerate(zip(self._weights, self._base, strict=True)):
+        for weight, base, scaled in zip(self._weights, self._base, self._scaled(coefficients), strict=True):
             total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-            for expert, delta in self._deltas[row].items():
-                if factors[row][expert]:
-                    (delta * factors[row][expert]).add_to(total)
+            for delta in scaled:
+                delta.add_to(total)
             weight.copy_(total)
 
-    @contextmanager
-    def gradients(self) -> Iterator[Tensor]:
-        """Yield the coefficients' gradient, `(weights, experts)` float64, summed over the backward passes inside.
+    def deltas(self, coefficients: Tensor) -> Iterator[tuple[str, Delta]]:
+        """Yield each weight's name and what `move_to` adds to it, on the CPU, in the cheapest form that holds it."""
+        for name, weight, scaled in zip(self.names, self._weights, self._scaled(coefficients), strict=True):
+            yield name, add([Sparse.zero(weight.shape, weight.device), *scaled]).to("cpu")
 
-        With bfloat16 weights it is the gradient at the sum before rounding.
+    def _scaled(self, coefficients: Tensor) -> Iterator[Iterator[Delta]]:
+        """Yield for each weight the deltas times their coefficients, without those whose coefficients are all zero."""
+        if len(coefficients) == len(self.names):
+            for factors, deltas in zip(coefficients.tolist(), self._deltas, strict=True):
+                yield (delta * factors[expert] for expert, delta in deltas.items() if factors[expert])
+            return
+        for own, by_row in zip(coefficients.split(self.rows), self._by_row, strict=True):
+            yield (delta.scaled(own[:, expert]) for expert, delta in by_row.items() if own[:, expert].any())
+
+    @cached_property
+    def _by_row(self) -> list[dict[int, ByRow]]:
+        return [{expert: ByRow(delta) for expert, delta in deltas.items()} for deltas in self._deltas]
+
+    @contextmanager
+    def gradients(self, by_row: bool = False) -> Iterator[Tensor]:
+        """Yield the coefficients' gradient, float64, summed over the backward passes inside.
+
+        It is `(weights, experts)`, or by row `(sum(rows), experts)`. With bfloat16 weights it is the gradient at the
+        sum before rounding.
         """
-        gathered = torch.zeros(len(self.names), self.experts, dtype=torch.float64)
+        count = sum(self.rows) if by_row else len(self.names)
+        gathered = torch.zeros(count, self.experts, dtype=torch.float64)
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         self._model.requires_grad_(False)
         hooks = []
 
-        def gather(weight: Tensor, row: Tensor, deltas: Mapping[int, Delta]) -> None:
+        def gather(weight: Tensor, own: Tensor, place: int) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
             # Widened once for all experts, which takes less than widening what each of them keeps.
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            for expert, delta in deltas.items():
-                row[expert] += inner(gradient, delta).item()
+            if by_row:
+                for expert, delta in self._by_row[place].items():
+                    own[:, expert] += delta.inner(gradient).to(own.device)
+            else:
+                for expert, whole in self._deltas[place].items():
+                    own[0, expert] += inner(gradient, whole).item()
 
-        for row, weight in enumerate(self._weights):
+        for place, own in enumerate(gathered.split(self.rows if by_row else 1)):
+            weight = self._weights[place]
             weight.requires_grad_(True)
-            hook = partial(gather, row=gathered[row], deltas=self._deltas[row])
-            hooks.append(weight.register_post_accumulate_grad_hook(hook))
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(gather, own=own, place=place)))
         try:
             yield gathered
         finally:

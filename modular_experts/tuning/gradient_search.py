@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from modular_experts.tuning.measures import MEASURES, Aim, Measure, Prediction, 
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
 
+Per = Literal["expert", "weight", "row"]
+"""What has a coefficient of its own: each expert, each weight of it, or each row of each weight of it."""
+
 PASS_TOKENS = 2048
 """The most tokens, padding among them, of the tasks that share a forward and a backward pass."""
 
@@ -36,6 +40,7 @@ def descend(
     steps: int,
     progress: Progress = iter,
     bounds: tuple[float, float] | None = None,
+    decay: bool = False,
 ) -> Found:
     """Return the coefficients after some steps of Adam, and leave the model at them.
 
@@ -44,16 +49,17 @@ def descend(
         objective: The rows to measure on; each step takes the next batch of every task, in turn. Tasks share passes
             (`joint`), because the inner product with every expert costs the same for one task and for many.
         measured: What is lowered.
-        start: The first coefficients, float64: `(weights, experts)`, or `(1, experts)` for one of each expert.
+        start: The first coefficients, as `first_coefficients` gives them.
         learning_rate: Adam's rate.
         steps: Number of steps.
         progress: Iterator wrapper, e.g. `tqdm`.
         bounds: Interval into which every coefficient is clamped after each step.
+        decay: Whether the rate falls linearly to 0.
     """
     coefficients = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
-    shape, trials = (len(combination.names), combination.experts), []
-    with combination.gradients() as gathered, _attention(objective.model):
+    shape, trials = (max(len(start), len(combination.names)), combination.experts), []
+    with combination.gradients(len(start) > len(combination.names)) as gathered, _attention(objective.model):
         for step in map(int, progress([str(number) for number in range(steps)])):
             combination.move_to(coefficients.detach().expand(shape))
             gathered.zero_()
@@ -67,6 +73,7 @@ def descend(
                 (sum(means.values(), start=sums.new_zeros(())) / len(objective.batches)).backward()
                 losses |= {task: loss.item() for task, loss in means.items()}
             coefficients.grad = gathered.clone() if len(coefficients) > 1 else gathered.sum(0, keepdim=True)
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps if decay else 1)
             optimizer.step()
             if bounds:
                 coefficients.data.clamp_(*bounds)
@@ -74,6 +81,23 @@ def descend(
     found = coefficients.detach().expand(shape).clone()
     combination.move_to(found)
     return Found(found, objective.losses(), trials)
+
+
+def first_coefficients(combination: Combination, per: Per, first: Sequence[float]) -> Tensor:
+    """Return the coefficients where a search starts, float64, alike in every weight and row.
+
+    Args:
+        combination: The model with the experts.
+        per: What has a coefficient of its own.
+        first: Those of the first experts; the others start at 0.
+
+    Returns:
+        `(1, experts)`, `(weights, experts)` or `(rows of all weights, experts)`.
+    """
+    count = {"expert": 1, "weight": len(combination.names), "row": sum(combination.rows)}[per]
+    start = torch.zeros(count, combination.experts, dtype=torch.float64)
+    start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
+    return start
 
 
 def joint(batches: Sequence[Batch], tokens: int = PASS_TOKENS) -> list[Batch]:
@@ -113,6 +137,8 @@ def _attention(model: PreTrainedModel) -> AbstractContextManager[object]:
 def _check_descent(search: AdaMerging | ATLAS) -> None:
     name = type(search).__name__
     check_aim(name, search.objective)
+    if search.per not in get_args(Per):
+        raise ValueError(f"{name}: per must be 'expert', 'weight' or 'row', got {search.per!r}")
     if search.steps < 1:
         raise ValueError(f"{name}: steps must be at least 1, got {search.steps}")
     if not 0 < search.learning_rate < math.inf:
@@ -127,8 +153,8 @@ class AdaMerging(CoefficientSearch):
     the last coefficients: the lowest entropy on the way would be that of the easiest batches.
 
     Args:
-        per_weight: A coefficient for each expert and weight (layer-wise, the paper's better one), or one for each
-            expert (task-wise).
+        per: A coefficient for each `expert` (task-wise), for each of its weights (layer-wise, the paper's better one),
+            or for each row of these.
         objective: `entropy` needs no labels, but a confident wrong answer lowers it too. `loss` is the loss of the
             targets, `distill` the divergence from what the expert of a row's task predicts. (Four sparse experts of the
             generated suite, one seed, 100 steps at rate 0.02, loss on test words: 0.54 with `entropy`, 0.24 with
@@ -139,7 +165,7 @@ class AdaMerging(CoefficientSearch):
         largest: The largest coefficient.
     """
 
-    per_weight: bool = True
+    per: Per = "weight"
     objective: Aim = "entropy"
     steps: int = 500
     learning_rate: float = 1e-3
@@ -153,8 +179,10 @@ class AdaMerging(CoefficientSearch):
 
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         measured = MEASURES[self.objective]
-        shape = (len(combination.names) if self.per_weight else 1, combination.experts)
-        start, bounds = torch.full(shape, self.start, dtype=torch.float64), (0.0, self.largest)
+        start, bounds = (
+            first_coefficients(combination, self.per, [self.start] * combination.experts),
+            (0.0, self.largest),
+        )
         return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress, bounds)
 
 
@@ -173,12 +201,17 @@ class ATLAS(CoefficientSearch):
             mean of the merges, or without merges all 0, as in the paper.
         objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
             their place, or `entropy`.
+        per: A coefficient for each `expert`, for each of its weights, or for each row of these: thousands of times as
+            many, which keep more of many experts and learn a few rows by heart (docs/results/smollm2.md).
+        decay: Whether the rate falls linearly to 0.
     """
 
     steps: int = 60
     learning_rate: float = 1e-2
     start: list[float] | None = None
     objective: Aim = "loss"
+    per: Per = "weight"
+    decay: bool = False
 
     def __post_init__(self) -> None:
         _check_descent(self)
@@ -193,7 +226,6 @@ class ATLAS(CoefficientSearch):
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         self.check(combination.experts)
         first = [1 / max(combination.merges, 1)] * combination.merges if self.start is None else self.start
-        start = torch.zeros(len(combination.names), combination.experts, dtype=torch.float64)
-        start[:, : len(first)] = torch.tensor(first, dtype=torch.float64)
-        measured = MEASURES[self.objective]
-        return descend(combination, objective, measured, start, self.learning_rate, self.steps, progress)
+        start, measured = first_coefficients(combination, self.per, first), MEASURES[self.objective]
+        rate, decay = self.learning_rate, self.decay
+        return descend(combination, objective, measured, start, rate, self.steps, progress, decay=decay)

@@ -6,6 +6,7 @@ The rows are tokenised once and stay in memory, so a candidate costs only its fo
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ class Objective:
         progress: Iterator wrapper of the tasks that are answered, e.g. `tqdm`.
 
     Attributes:
-        batches: Of each task.
+        batches: Of each task, in an order at random that is always the same.
         agreement: The share of answers that match their row's target, of each task with targets; empty unless experts
             answer. Nothing else reads these targets.
         origin: Entries for a record about experts that answered; empty if the labels are the rows' own.
@@ -90,6 +91,8 @@ class Objective:
             # Shorter rows first, to save padding.
             rows = sorted(rows, key=lambda row: len(row.tokens.ids))
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            # A search of fewer steps than batches is to meet short rows and long ones alike.
+            random.Random(0).shuffle(parts)
             self.batches[task] = [move_data_to_device(collate(part), model.device) for part in parts]
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from modular_experts.data import TaskMixture
-from modular_experts.library import StoredExpert, check_target, open_experts, write_expert
+from modular_experts.library import StoredExpert, check_target, open_expert, open_experts, write_expert
 from modular_experts.merger.merged import Merged, merge
-from modular_experts.methods import MergeMethod
+from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.objective import Labels, Objective, Trial, objective_on_base
@@ -35,7 +35,8 @@ class Found:
     """What an algorithm found.
 
     Attributes:
-        coefficients: `(weights, experts)` float64; all rows are equal if each expert has a single coefficient.
+        coefficients: `(weights, experts)` float64, all alike if each expert has a single coefficient; or one for each
+            row of every weight, as `Combination.move_to` takes them.
         losses: The loss of the validation rows at these coefficients, by task.
         trials: All trials, in order.
     """
@@ -46,7 +47,7 @@ class Found:
 
 
 class CoefficientSearch(ABC):
-    """An algorithm that finds one coefficient for each weight and expert.
+    """An algorithm that finds coefficients for each expert, its weights, or their rows.
 
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
@@ -80,7 +81,8 @@ class Searched:
         experts: Directories of all experts that it combines, in the order of the coefficients: merges first.
         found: Coefficients, losses and trials.
         base: The losses of the base alone, by task.
-        recipe: The YAML file that `merge --config` takes to make the expert again.
+        recipe: The YAML file that `merge --config` takes to make the expert again; None where rows have coefficients,
+            which are too many for it. The same search makes it again.
         trials: The JSON file of the trials.
         agreement: The share of the experts' answers that match the target of their row, by task with targets; empty
             unless experts gave the labels.
@@ -90,7 +92,7 @@ class Searched:
     experts: list[str]
     found: Found
     base: dict[str, float]
-    recipe: Path
+    recipe: Path | None
     trials: Path
     agreement: dict[str, float]
 
@@ -157,9 +159,13 @@ def search(
     for place, deltas, merged in zip(places, held, lazy, strict=True):
         write_expert(place, deltas, merged.record(), overwrite)
     combined = [*places, *map(str, experts)]
-    method, per_weight = as_methods(combination.names, found.coefficients)
     settings = {"search": type(algorithm).__name__, **vars(algorithm), "rows": rows, **objective.origin}
-    notes = record_notes(settings, found.losses)
+    notes, trials = record_notes(settings, found.losses), write_trials(out, found.trials)
+    if len(found.coefficients) > len(combination.names):
+        record = Merged(combined, TaskArithmetic()).record() | {"method": None} | notes
+        write_expert(out, combination.deltas(found.coefficients), record, overwrite)
+        return Searched(open_expert(out), combined, found, before, None, trials, objective.agreement)
+    method, per_weight = as_methods(combination.names, found.coefficients)
     expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
-    recipe, trials = write_recipe(out, combined, method, per_weight), write_trials(out, found.trials)
+    recipe = write_recipe(out, combined, method, per_weight)
     return Searched(expert, combined, found, before, recipe, trials, objective.agreement)

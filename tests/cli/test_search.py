@@ -154,6 +154,29 @@ def test_search_lowers_the_loss_and_its_recipe_merges_to_the_same(
     assert ("per_weight" in recipe) == (algorithm != "LoRAHub")
 
 
+def test_a_search_by_row_writes_the_merge_which_only_the_same_search_makes_again(
+    run, place, tasks, tiny_llama_dir, task_files
+):
+    how = ["--merges", "[SparseAverage]", "--algorithm", "ATLAS", "--algorithm.per", "row", "--algorithm.steps", "3"]
+    code, out, err = run("search", *EXPERTS, *how, "--data.tasks", tasks, "--out", "library/ab")
+    assert (code, err) == (0, "")
+    merged = open_expert("library/ab")
+    count = 3 * sum(shape[0] for shape in merged.shapes().values())
+    assert f"no recipe holds {count:,} coefficients; this command makes the expert again" in out
+    assert "by row" in out
+    assert not (place / "library/ab.recipe.yaml").exists()
+    assert len(json.loads((place / "library/ab.trials.json").read_text())) == 3
+    record = merged.record
+    assert record["method"] is None
+    assert (record["hyperparameters"]["search"], record["hyperparameters"]["per"]) == ("ATLAS", "row")
+    assert [parent["name"] for parent in record["parents"]] == ["ab-SparseAverage", "0", "1"]
+    losses = validation_losses(tiny_llama_dir, task_files, merged)
+    assert losses == pytest.approx({name: record["scores"][f"val_loss/{name}"] for name in losses}, rel=1e-5)
+    assert run("show", "library/ab")[0] == 0
+    assert run("search", *EXPERTS, *how, "--data.tasks", tasks, "--out", "library/again")[0] == 0
+    assert open_expert("library/again").content_hash == merged.content_hash
+
+
 EXPERT_OF = "{upper: library/0, reverse: library/1}"
 
 

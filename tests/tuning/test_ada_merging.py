@@ -40,19 +40,19 @@ def test_entropies_by_row_are_those_of_the_softmax_at_the_target_places(objectiv
             assert counts[row] == len(places)
 
 
-@pytest.mark.parametrize("per_weight", [True, False])
-def test_entropies_fall(objective, per_weight) -> None:
+@pytest.mark.parametrize("per", ["weight", "expert"])
+def test_entropies_fall(objective, per) -> None:
     experts, before = [descent(objective, "upper", 2.0), descent(objective, "reverse", 2.0)], state(objective.model)
     with Combination(objective.model, experts) as combination:
         combination.move_to(torch.full((len(NAMES), 2), 0.3))
         first = entropy_of(objective)
-        search = AdaMerging(per_weight=per_weight, steps=12, learning_rate=0.05)
+        search = AdaMerging(per=per, steps=12, learning_rate=0.05)
         found = search.search(combination, objective)
         last = entropy_of(objective)
     assert same_bits(objective.model, before)
     assert last < 0.98 * first
     assert found.coefficients.shape == (len(NAMES), 2)
-    assert (found.coefficients.unique(dim=0).shape[0] == 1) is not per_weight
+    assert (found.coefficients.unique(dim=0).shape[0] == 1) is (per == "expert")
     assert found.coefficients.min() >= 0
     assert found.coefficients.max() <= 1
     assert len(found.trials) == 12
@@ -82,7 +82,7 @@ def test_a_first_step_goes_by_the_learning_rate_against_the_sign_of_the_gradient
         return sum((sums.sum() / counts.sum()).item() for sums, counts in parts) / len(parts)
 
     with Combination(objective.model, experts) as combination:
-        found = AdaMerging(per_weight=False, steps=1, learning_rate=0.01, start=0.4).search(combination, objective)
+        found = AdaMerging(per="expert", steps=1, learning_rate=0.01, start=0.4).search(combination, objective)
     for expert in range(2):
         step = torch.zeros(2, dtype=torch.float64)
         step[expert] = 0.02
@@ -92,13 +92,13 @@ def test_a_first_step_goes_by_the_learning_rate_against_the_sign_of_the_gradient
         )
 
 
-@pytest.mark.parametrize("per_weight", [True, False])
-def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per_weight) -> None:
+@pytest.mark.parametrize("per", ["weight", "expert"])
+def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per) -> None:
     """In float64, with autograd through base + sum of coefficients times deltas, and Adam written out."""
     experts = [{name: delta.to(dtype=torch.float64) for name, delta in e.items()} for e in random_experts(objective)]
     model, names = objective.model.double(), sorted(NAMES)
     base = state(model)
-    values = torch.full((len(names) if per_weight else 1, len(experts)), 0.3, dtype=torch.float64)
+    values = torch.full((len(names) if per == "weight" else 1, len(experts)), 0.3, dtype=torch.float64)
     mean, square = torch.zeros_like(values), torch.zeros_like(values)
     for step in range(4):
         factors = values.clone().requires_grad_(True)
@@ -118,7 +118,7 @@ def test_four_steps_are_those_of_adam_through_the_explicit_sum(objective, per_we
         unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
         values = (values - 0.02 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).clamp(0, 1)
     with Combination(model, experts) as combination:
-        search = AdaMerging(per_weight=per_weight, steps=4, learning_rate=0.02)
+        search = AdaMerging(per=per, steps=4, learning_rate=0.02)
         found = search.search(combination, objective)
     torch.testing.assert_close(found.coefficients, values.expand(len(names), -1), rtol=1e-7, atol=1e-9)
 

@@ -68,20 +68,24 @@ def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(objecti
     assert torch.equal(one.coefficients, other.coefficients)
 
 
-def test_the_steps_are_adams_on_the_mean_of_each_tasks_own_loss(objective) -> None:
+@pytest.mark.parametrize(("per", "decay"), [("weight", False), ("row", True)])
+def test_the_steps_are_adams_on_the_mean_of_each_tasks_own_loss(objective, per, decay) -> None:
     """The reference has a graph through the explicit sum, and measures each task alone."""
     experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)[:3]]
     model = objective.model.double()
     before = state(model)
     with Combination(model, experts) as combination:
-        found = ATLAS(steps=3, learning_rate=0.05, start=[0.5, 0.5, 0.5]).search(combination, objective)
-        names = combination.names
-    mine = torch.full((len(names), 3), 0.5, dtype=torch.float64, requires_grad=True)
+        search = ATLAS(steps=3, learning_rate=0.05, start=[0.5, 0.5, 0.5], per=per, decay=decay)
+        found = search.search(combination, objective)
+        names, rows = combination.names, combination.rows if per == "row" else [1] * len(combination.names)
+    mine = torch.full((sum(rows), 3), 0.5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([mine], lr=0.05)
     for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 3) if decay else 0.05
         moved = dict(before)
-        for row, name in enumerate(names):
-            moved[name] = before[name] + sum(mine[row, number] * e[name].dense() for number, e in enumerate(experts))
+        for own, name in zip(mine.split(rows), names, strict=True):
+            terms = [own[:, number, None] * e[name].dense() for number, e in enumerate(experts)]
+            moved[name] = before[name] + sum(terms)
         losses = []
         for batches in objective.batches.values():
             batch = batches[step % len(batches)]
@@ -136,6 +140,7 @@ def test_more_first_coefficients_than_experts_are_refused(objective) -> None:
 OUT_OF_RANGE = [
     ({"steps": 0}, "ATLAS: steps must be at least 1, got 0"),
     ({"learning_rate": float("inf")}, "ATLAS: learning_rate must be a positive number, got inf"),
+    ({"per": "layer"}, "ATLAS: per must be 'expert', 'weight' or 'row', got 'layer'"),
     ({"start": [0.5, float("nan")]}, r"ATLAS: start must be finite numbers, got \[0.5, nan\]"),
 ]
 

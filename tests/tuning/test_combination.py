@@ -78,6 +78,31 @@ def test_the_gradient_is_that_of_autograd_through_the_explicit_sum(objective, me
     assert (gathered != 0).sum() == gathered.numel() - 1
 
 
+def test_rows_have_coefficients_and_gradients_of_their_own(objective) -> None:
+    """The reference has a graph through the explicit sum, whose rows are scaled in the dense form."""
+    experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)]
+    model, batch = objective.model.double(), objective.batches["upper"][0]
+    before = state(model)
+    with Combination(model, experts) as combination, combination.gradients(by_row=True) as gathered:
+        assert combination.rows == [before[name].shape[0] for name in combination.names]
+        factors = torch.randn(sum(combination.rows), len(experts), dtype=torch.float64, requires_grad=True)
+        combination.move_to(factors.detach())
+        moved = dict(before)
+        for name, own in zip(combination.names, factors.split(combination.rows), strict=True):
+            terms = [own[:, place, None] * e[name].dense() for place, e in enumerate(experts) if name in e]
+            moved[name] = before[name] + sum(terms)
+            torch.testing.assert_close(model.get_parameter(name), moved[name], rtol=1e-12, atol=1e-12)
+        for name, delta in combination.deltas(factors.detach()):
+            torch.testing.assert_close(before[name] + delta.dense(), moved[name], rtol=1e-12, atol=1e-12)
+        sums, counts = batch_losses(model, batch)
+        (sums.sum() / counts.sum()).backward()
+    assert same_bits(model, before)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    loss_by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"]).backward()
+    torch.testing.assert_close(gathered, factors.grad, rtol=1e-9, atol=1e-12)
+    assert gathered.any()
+
+
 def test_the_model_stands_at_the_base_plus_the_weighted_deltas(objective) -> None:
     experts, before = random_experts(objective), state(objective.model)
     with Combination(objective.model, experts) as combination:

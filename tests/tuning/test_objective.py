@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -61,6 +62,22 @@ def test_only_validation_rows_are_taken_and_as_many_as_asked(tiny_llama_dir, tas
         ]
         assert len(prompts) == 3
         assert {prompt.strip() for prompt in prompts} < rows[name]["validation"]
+
+
+def test_rows_of_a_length_share_a_batch_and_batches_of_all_lengths_alternate(tiny_llama_dir, tmp_path) -> None:
+    file = tmp_path / "lengths.jsonl"
+    rows = [{"input": "a " * (40 - length), "target": "b", "split": "validation"} for length in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Base.open(tiny_llama_dir).load()
+    batches, again = (
+        Objective(model, mixture({"lengths": file}, tiny_llama_dir, eval_batch_size=2)).batches["lengths"] for _ in "ab"
+    )
+    longest = [batch["input_ids"].shape[1] for batch in batches]
+    assert sum(batch["attention_mask"].numel() - int(batch["attention_mask"].sum()) for batch in batches) <= 12 * 2
+    assert len(longest) == 12
+    assert max(longest[:6]) > min(longest[6:])
+    assert min(longest[:6]) < max(longest[6:])
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(batches, again, strict=True))
 
 
 def test_a_held_out_task_and_one_without_validation_rows_are_refused(tiny_llama_dir, task_files, tmp_path) -> None:
