@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from modular_experts import methods as m
@@ -24,6 +24,8 @@ class Way:
         search: The search, if there is no method.
         merges: Merges of the experts that the search has before the experts.
         labels: Whether it learns from the targets of the `rows`, or from the answers of the `experts` to their inputs.
+        training_rows: Rows of a task that it learns from, of those that the experts were trained on, and how many a
+            step takes; by default it learns from as many validation rows as the world says.
     """
 
     method: m.MergeMethod = field(default_factory=m.TaskArithmetic)
@@ -31,6 +33,7 @@ class Way:
     search: CoefficientSearch | None = None
     merges: Sequence[m.MergeMethod] = ()
     labels: Literal["rows", "experts"] = "rows"
+    training_rows: tuple[int, int] | None = None
 
     @property
     def statistics(self) -> set[str]:
@@ -43,6 +46,7 @@ KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
 REG_MEAN = [m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
 DATA_FREE = [m.SelfRegMean(), m.SparseAverage()]
 FLAT = [m.SelfRegMean(flatten=0.5)]
+ROWS = ATLAS(per="row", steps=80, learning_rate=0.02, decay=True)
 
 METHODS: dict[str, Way] = {
     "Average": Way(m.Average()),
@@ -98,5 +102,9 @@ METHODS: dict[str, Way] = {
     "aTLAS, from flat SelfRegMean": Way(search=ATLAS(), merges=FLAT),
     "aTLAS, from flat SelfRegMean, experts' answers": Way(search=ATLAS(), merges=FLAT, labels="experts"),
     "aTLAS, from flat SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=FLAT, labels="experts"),
+    "aTLAS by row": Way(search=ROWS, merges=FLAT, training_rows=(256, 4)),
+    "aTLAS by row, distilled": Way(
+        search=replace(ROWS, objective="distill"), merges=FLAT, labels="experts", training_rows=(256, 4)
+    ),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

@@ -149,10 +149,10 @@ def _merge(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
     experts = [open_expert(world.expert(kind, task)) for task in world.tasks]
     way, started = METHODS[name], time.process_time()
     found: dict[str, Any] = {"piece": [seed, kind, name]}
-    data = world.mixture(world.tasks)
+    data = world.training_rows(world.tasks) if way.training_rows else world.mixture(world.tasks)
     data.eval_limit = TUNING_ROWS
     if way.search:
-        data.eval_limit, data.eval_batch_size = world.searched
+        data.eval_limit, data.eval_batch_size = way.training_rows or world.searched
     own = dict(zip(world.tasks, experts, strict=True))
     objective = Objective(world.model, data, own if way.labels == "experts" else None, world.new_tokens)
     found |= {"agreement": objective.agreement} if objective.agreement else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from modular_experts.base import DType
 from modular_experts.callbacks import ExportExpert, MaskSchedule
-from modular_experts.data import TaskMixture
+from modular_experts.data import Task, TaskMixture, TaskSource
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.quickstart.plan import KINDS, MODULES, Kind, Plan
 from modular_experts.training.module import ExpertModule
@@ -92,6 +92,12 @@ class Experts(OnBase):
     def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
         return self.world.mixture(names, held_out)
 
+    def training_rows(self, names: Sequence[str]) -> TaskMixture:
+        """Return some tasks with their training rows in the place of their validation rows."""
+        data = self.mixture(names)
+        data.tasks = [Task(task.name, source=_TrainingRows(task)) for task in data.tasks]
+        return data
+
     def expert(self, kind: str, task: str) -> Path:
         """Return where an expert is, or will be."""
         return self.work / f"experts-{self.seed}" / f"{kind}-{task}"
@@ -123,6 +129,18 @@ class Experts(OnBase):
         # In bfloat16 on a CPU the fused attention's backward takes as long as all matrix products together.
         with sdpa_kernel(SDPBackend.MATH) if self.trained_in == "bfloat16" else nullcontext():
             trainer.fit(module, self.mixture([task]))
+
+
+@dataclass(frozen=True)
+class _TrainingRows(TaskSource):
+    """A source of the training rows of a task, as validation rows."""
+
+    task: Task
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for row in self.task.read()[0]:
+            if row.split == "train":
+                yield {"input": row.input, "target": row.target, "split": "validation"}
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from modular_experts import methods
+from modular_experts.data import Task
+
+SPLITS = ("train", "validation", "test", "train")
 
 
 @pytest.fixture
@@ -64,3 +68,12 @@ def test_rows_compare_each_method_with_base_singles_and_reference(script) -> Non
     assert cells[-1] == "keep 0.1, 0.1; scale 0.25, 0.25"
     assert cells[-2] == "10.0 / 0.90 +", "the base's loss is lower"
     assert list(script._cells(reference))[-2] == "20.0 / 0.80"
+
+
+def test_a_search_may_learn_from_training_rows(script, tmp_path) -> None:
+    worlds = importlib.import_module("merge_worlds")
+    file = tmp_path / "words.jsonl"
+    rows = [{"input": str(number), "target": "t", "split": split} for number, split in enumerate(SPLITS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(worlds._TrainingRows(Task("words", path=str(file))).rows())
+    assert [(row["input"], row["split"]) for row in found] == [("0", "validation"), ("3", "validation")]
