@@ -102,9 +102,9 @@ METHODS: dict[str, Way] = {
     "aTLAS, from flat SelfRegMean": Way(search=ATLAS(), merges=FLAT),
     "aTLAS, from flat SelfRegMean, experts' answers": Way(search=ATLAS(), merges=FLAT, labels="experts"),
     "aTLAS, from flat SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=FLAT, labels="experts"),
-    "aTLAS by row": Way(search=ROWS, merges=FLAT, training_rows=(256, 4)),
+    "aTLAS by row": Way(search=ROWS, merges=FLAT, training_rows=(320, 4)),
     "aTLAS by row, distilled": Way(
-        search=replace(ROWS, objective="distill"), merges=FLAT, labels="experts", training_rows=(256, 4)
+        search=replace(ROWS, objective="distill"), merges=FLAT, labels="experts", training_rows=(320, 4)
     ),
     "LoRAHub": Way(search=LoRAHub(steps=100)),
 }

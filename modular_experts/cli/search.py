@@ -60,7 +60,7 @@ def search(
             --algorithm ATLAS --out library/ab --data.tasks a-inputs.jsonl b-inputs.jsonl
         modular-experts search --experts library/a library/b --merges SelfRegMean \\
             --algorithm ATLAS --algorithm.per row --out library/ab \\
-            --data.eval_batch_size 4 --rows 256 --data.tasks a.jsonl b.jsonl
+            --data.eval_batch_size 4 --rows 320 --data.tasks a.jsonl b.jsonl
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """

@@ -81,8 +81,8 @@ def test_the_gradient_is_that_of_autograd_through_the_explicit_sum(objective, me
 def test_rows_have_coefficients_and_gradients_of_their_own(objective) -> None:
     """The reference has a graph through the explicit sum, whose rows are scaled in the dense form."""
     experts = [{name: d.to(dtype=torch.float64) for name, d in e.items()} for e in random_experts(objective)]
-    model, batch = objective.model.double(), objective.batches["upper"][0]
-    before = state(model)
+    model, batches = objective.model.double(), [batches[0] for batches in objective.batches.values()]
+    before, total = state(model), torch.zeros((), dtype=torch.float64)
     with Combination(model, experts) as combination, combination.gradients(by_row=True) as gathered:
         assert combination.rows == [before[name].shape[0] for name in combination.names]
         factors = torch.randn(sum(combination.rows), len(experts), dtype=torch.float64, requires_grad=True)
@@ -94,11 +94,14 @@ def test_rows_have_coefficients_and_gradients_of_their_own(objective) -> None:
             torch.testing.assert_close(model.get_parameter(name), moved[name], rtol=1e-12, atol=1e-12)
         for name, delta in combination.deltas(factors.detach()):
             torch.testing.assert_close(before[name] + delta.dense(), moved[name], rtol=1e-12, atol=1e-12)
-        sums, counts = batch_losses(model, batch)
-        (sums.sum() / counts.sum()).backward()
+        for batch in batches:
+            sums, counts = batch_losses(model, batch)
+            (sums.sum() / counts.sum()).backward()
     assert same_bits(model, before)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    loss_by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"]).backward()
+    for batch in batches:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        total = total + loss_by_hand(functional_call(model, moved, kwargs=inputs).logits, batch["labels"])
+    total.backward()
     torch.testing.assert_close(gathered, factors.grad, rtol=1e-9, atol=1e-12)
     assert gathered.any()
 
