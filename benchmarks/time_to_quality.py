@@ -5,17 +5,15 @@ Every run is a command in a process of its own, on one thread: `modular-experts 
 file, 8 in a step, with the same warm-up and linear decay, and neither validates nor writes checkpoints. A stored expert
 is measured afterwards, outside of the clock: the loss per target token over the same validation rows by the same code.
 
-The target is PEFT's loss after 100 steps at the best rate of `PEFT_RATES`. Each of our kinds, at the rate in
-`CONTENDERS`, looks for the fewest steps of `LADDER` after which it is reached, each try a run with a schedule of that
-length. The table has the CPU seconds of that run over PEFT's, also with the choosing of supports left out, and those of
-a run of one step that stores nothing, the start-up. With `--rounds`, PEFT's run, ours and the start-ups are repeated in
-turn, and the medians count.
+A round has a seed: PEFT's run of 100 steps, whose loss is the target of the round, and then a run of each of `--tries`,
+KIND:RATE:STEPS, with a schedule of that length. The table has, over the rounds, the mean loss, how far the losses lie
+above the targets, in how many rounds the target is reached, and the median and range of the CPU seconds over PEFT's of
+the same round. A try of one step stores nothing: it is the start-up, over PEFT's of one step.
 
     MODULAR_EXPERTS_DATA=DIR python benchmarks/time_to_quality.py --out FILE.jsonl [--task NAME] [--quick] [--json]
 
-About 75 minutes for a task, of which the rounds take half. It goes on where it was interrupted; `--limit` ends it
-before a run that would start later than so many seconds, so that the work can be divided. `--quick` is in small: the
-numbers mean nothing.
+About 40 minutes for a round. It goes on where it was interrupted; `--limit` ends it before a run that would start later
+than so many seconds, so that the work can be divided. `--quick` is in small: the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -40,17 +38,18 @@ from modular_experts.evaluation import batch_losses
 
 HERE = Path(__file__).parent
 PEFT, STEPS = "LoRA, PEFT", 100
-PEFT_RATES = [1e-3, 3e-3, 5e-3]
-LADDER = [60, 80, 100, 125]
 SPARSE = "--expert SparseExpert --expert.keep_ratio 0.05 --expert.granularity"
-CONTENDERS: dict[str, tuple[str, float]] = {
-    "LoRA, ours": ("--expert LoRAExpert --expert.rank 16 --expert.alpha 32", 3e-3),
-    "entries": (f"{SPARSE} element", 2e-3),
-    "tiles": (f"{SPARSE} block", 2e-3),
-    "rows": (f"{SPARSE} row", 2e-3),
-    "full": ("--expert FullExpert", 1e-4),
+KINDS = {
+    PEFT: "",
+    "LoRA": "--expert LoRAExpert --expert.rank 16 --expert.alpha 32",
+    "entries": f"{SPARSE} element",
+    "tiles": f"{SPARSE} block",
+    "rows": f"{SPARSE} row",
+    "full": "--expert FullExpert",
 }
-"""Our kinds: options of `fit`, and the rate."""
+"""The kinds, with the options of `fit` that make ours."""
+
+TRIES = ["rows:2e-3:100", "rows:2e-3:110", "rows:2e-3:125", "LoRA:3e-3:100", "LoRA:3e-3:1"]
 
 Run = dict[str, Any]
 
@@ -68,10 +67,10 @@ class Race:
         self.base = Base.open(Path(options.model).resolve())
         self._rows: list[Any] | None = None
 
-    def run(self, kind: str, rate: float, steps: int, number: int = 0, keep: bool = True) -> Run:
-        """Return the `number`-th run of its kind, rate and steps; without `keep` it stores and measures nothing."""
-        key = {"task": self.options.task, "kind": kind, "rate": rate, "steps": steps, "number": number, "kept": keep}
-        key["settings"] = "" if kind == PEFT else f"{CONTENDERS[kind][0]} {self.options.more}".strip()
+    def run(self, kind: str, rate: float, steps: int, seed: int) -> Run:
+        """Return what a run took, and how good its expert is; one of a single step stores nothing."""
+        key = {"task": self.options.task, "kind": kind, "rate": rate, "steps": steps, "seed": seed}
+        key["settings"] = "" if kind == PEFT else f"{KINDS[kind]} {self.options.more}".strip()
         known = [run for run in self.runs if all(run.get(name) == value for name, value in key.items())]
         if known:
             return known[0]
@@ -79,8 +78,9 @@ class Race:
             raise SystemExit(f"stopped after {self.options.limit} s; the same command goes on")
         with tempfile.TemporaryDirectory() as place:
             out = Path(place, "expert")
-            taken = _taken(self._words(kind, rate, steps, out if keep else None, place), place)
-            found = key | taken | (self._measured(out) if keep else {})
+            words = self._words(kind, rate, steps, seed, place) + (["--out", str(out)] if steps > 1 else [])
+            taken = _taken(words, place)
+            found = key | taken | (self._measured(out) if steps > 1 else {})
         self.ran += 1
         self.runs.append(found)
         with self.file.open("a") as lines:
@@ -88,15 +88,16 @@ class Race:
         print(found, file=sys.stderr, flush=True)
         return found
 
-    def _words(self, kind: str, rate: float, steps: int, out: Path | None, place: str) -> list[str]:
-        kept = [] if out is None else ["--out", str(out)]
+    def _words(self, kind: str, rate: float, steps: int, seed: int, place: str) -> list[str]:
+        base = str(self.base.directory)
         if kind == PEFT:
-            words = [str(HERE / "peft_trainer.py"), "--base", str(self.base.directory), "--data", self.data]
-            return [sys.executable, *words, "--rate", str(rate), "--steps", str(steps), *kept]
-        words = ["-m", "modular_experts", "fit", "--base", str(self.base.directory), "--tasks", self.data]
-        words += ["--modules", "all-linear", *CONTENDERS[kind][0].split(), "--learning-rate", str(rate)]
-        words += ["--steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
-        return [sys.executable, *words, "--trainer.default_root_dir", place, *self.options.more.split(), *kept]
+            words = [str(HERE / "peft_trainer.py"), "--base", base, "--data", self.data, "--rate", str(rate)]
+            return [sys.executable, *words, "--steps", str(steps), "--seed", str(seed)]
+        words = ["-m", "modular_experts", "fit", "--base", base, "--tasks", self.data, "--modules", "all-linear"]
+        words += [*KINDS[kind].split(), "--learning-rate", str(rate), "--steps", str(steps)]
+        words += ["--seed_everything", str(seed), "--trainer.default_root_dir", place]
+        words += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
+        return [sys.executable, *words, *self.options.more.split()]
 
     def _measured(self, out: Path) -> Run:
         """Return the validation loss of a stored expert, and what its choices of supports took."""
@@ -115,19 +116,6 @@ class Race:
         costs = stored.record.get("costs", {})
         return {"loss": total / tokens, "choosing": costs.get("selection_seconds", 0.0)}
 
-    def fewest(self, kind: str, rate: float, target: float) -> Run | None:
-        """Return the run of the fewest steps of the ladder that reaches the loss, or None; found by halving."""
-        low, high, best = 0, len(self.options.ladder), None
-        while low < high:
-            # The lower of two: a shorter run costs less to try.
-            middle = (low + high - 1) // 2
-            tried = self.run(kind, rate, self.options.ladder[middle])
-            if tried["loss"] <= target:
-                high, best = middle, tried
-            else:
-                low = middle + 1
-        return best
-
 
 def _taken(words: list[str], place: str) -> Run:
     """Return the CPU seconds and the seconds of a command."""
@@ -142,38 +130,27 @@ def _taken(words: list[str], place: str) -> Run:
 
 
 def race(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the target, and a row for PEFT and for each kind."""
+    """Return the targets, one for each seed, and a row for each try."""
     ours = Race(options)
-    kinds = {PEFT: options.rates[0]} | {kind: CONTENDERS[kind][1] for kind in options.kinds}
-    for number in range(options.rounds):  # interleaved: a round has each start-up once
-        for kind, rate in kinds.items():
-            ours.run(kind, rate, 1, number, keep=False)
-    tried = [ours.run(PEFT, rate, options.steps) for rate in options.rates]
-    best = min(tried, key=lambda run: run["loss"])
-    found: dict[str, Run | None] = {PEFT: best}
-    for kind in options.kinds:
-        found[kind] = ours.fewest(kind, CONTENDERS[kind][1], best["loss"])
+    tries = [(kind, float(rate), int(steps)) for kind, rate, steps in (words.split(":") for words in options.tries)]
+    found: dict[tuple[str, float, int], list[tuple[Run, Run]]] = {one: [] for one in tries}
+    targets = []
+    for seed in options.seeds:  # interleaved: a round has each run once
+        targets.append(ours.run(PEFT, options.rate, options.steps, seed))
+        for kind, rate, steps in tries:
+            peer = targets[-1] if steps > 1 else ours.run(PEFT, options.rate, 1, seed)
+            found[kind, rate, steps].append((ours.run(kind, rate, steps, seed), peer))
     rows = []
-    for number in range(options.rounds):  # and each whole run once
-        for kind, run in found.items():
-            if run is not None:
-                ours.run(kind, run["rate"], run["steps"], number)
-    for kind, run in found.items():
-        starts = [ours.run(kind, kinds[kind], 1, number, keep=False) for number in range(options.rounds)]
-        rate = kinds[kind] if run is None else run["rate"]
-        whole = [] if run is None else [ours.run(kind, rate, run["steps"], number) for number in range(options.rounds)]
-        row = {"kind": kind, "rate": rate, "start": _median(starts)}
-        if run is not None:
-            # The clock of choosing is the wall's; its share of the run's own is taken from the CPU time.
-            share = statistics.median(one["choosing"] / one["seconds"] for one in whole)
-            row |= {"steps": run["steps"], "loss": run["loss"], "cpu": _median(whole)}
-            row |= {"seconds": statistics.median(one["seconds"] for one in whole), "choosing": share}
+    for (kind, rate, steps), runs in found.items():
+        row: dict[str, Any] = {"kind": kind, "rate": rate, "steps": steps}
+        row["cpu"] = [run["cpu"] / peer["cpu"] for run, peer in runs]
+        if steps > 1:
+            row |= {"loss": [run["loss"] for run, _ in runs], "gap": [run["loss"] - peer["loss"] for run, peer in runs]}
+            # The clock of choosing is the wall's, so its share is taken of the wall's time.
+            row["choosing"] = statistics.median(run["choosing"] / run["seconds"] for run, _ in runs)
         rows.append(row)
-    return {"machine": machine(), "task": options.task, "rounds": options.rounds, "target": best["loss"], "rows": rows}
-
-
-def _median(runs: list[Run]) -> float:
-    return statistics.median(run["cpu"] for run in runs)
+    peer = {"loss": [run["loss"] for run in targets], "cpu": [run["cpu"] for run in targets]}
+    return {"machine": machine(), "task": options.task, "seeds": options.seeds, "peer": peer, "rows": rows}
 
 
 def main() -> None:
@@ -182,36 +159,36 @@ def main() -> None:
     parser.add_argument("--task", default="clinc_banking", help="name of a file in --data, without .jsonl")
     parser.add_argument("--data", default=os.environ.get("MODULAR_EXPERTS_DATA", "."))
     parser.add_argument("--model", default=str(HERE.parent / ".cache" / "smollm2"))
-    parser.add_argument("--kinds", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--rates", nargs="+", type=float, default=PEFT_RATES, help="of PEFT's LoRA")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tries", nargs="+", default=TRIES, metavar="KIND:RATE:STEPS", help=f"of {list(KINDS)}")
+    parser.add_argument("--rate", type=float, default=3e-3, help="of PEFT's LoRA, whose loss is the target")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a round for each")
     parser.add_argument("--rows", type=int, help="the most validation rows; all of them if not given")
     parser.add_argument("--more", default="", help="more options of our fit")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no run starts")
-    parser.add_argument("--quick", action="store_true", help="two steps at one rate: the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="PEFT takes two steps: the numbers mean nothing")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
-    options.steps, options.ladder = STEPS, LADDER
-    if options.quick:
-        options.steps, options.ladder, options.rounds, options.rates = 2, [2], 1, PEFT_RATES[:1]
+    options.steps = 2 if options.quick else STEPS
     torch.set_num_threads(1)
     report = race(options)
     if options.json:
         print(json.dumps(report))
         return
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"{report['task']}: PEFT's LoRA reaches a loss of {report['target']:.4f}; CPU seconds over its own\n")
-    print("| kind | rate | steps | loss | to the loss | without choosing | start-up |\n|---|---|---|---|---|---|---|")
-    first = report["rows"][0]
+    peer, seeds = report["peer"], report["seeds"]
+    losses, cpu = ", ".join(f"{loss:.4f}" for loss in peer["loss"]), statistics.median(peer["cpu"])
+    print(f"{report['task']}, seeds {seeds}: PEFT's LoRA reaches losses of {losses} in {cpu:.0f} CPU seconds\n")
+    print("| kind | rate | steps | loss | above the target | reached | CPU over PEFT's | choosing |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in report["rows"]:
-        start = f"{row['start'] / first['start']:.2f}"
-        if "cpu" not in row:
-            print(f"| {row['kind']} | {row['rate']:g} | | not reached | | | {start} |")
-            continue
-        ratio = row["cpu"] / first["cpu"]
-        cells = f"{row['steps']} | {row['loss']:.4f} | {ratio:.2f} | {ratio * (1 - row['choosing']):.2f} | {start}"
-        print(f"| {row['kind']} | {row['rate']:g} | {cells} |")
-    print(f"\nPEFT: {first['cpu']:.0f} CPU seconds to the adapter, {first['start']:.1f} to start")
+        ratios = f"{statistics.median(row['cpu']):.2f} ({min(row['cpu']):.2f} to {max(row['cpu']):.2f})"
+        cells = [row["kind"], f"{row['rate']:g}", row["steps"], "", "", "", ratios, ""]
+        if row["steps"] > 1:
+            gaps = row["gap"]
+            reached = f"{sum(gap <= 0 for gap in gaps)} of {len(gaps)}"
+            cells[3:6] = [f"{statistics.mean(row['loss']):.4f}", f"{min(gaps):+.4f} to {max(gaps):+.4f}", reached]
+            cells[7] = f"{row['choosing']:.1%}"
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

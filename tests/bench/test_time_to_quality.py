@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import write_rows
 from testbed.scripts import run_script
 
@@ -14,13 +15,18 @@ def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path) -> No
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)
     words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", tiny_llama_dir]
-    words += ["--kinds", "full", "--out", tmp_path / "runs.jsonl"]
+    words += ["--seeds", "3", "--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:2", "full:1e-4:1"]
     found = []
     for more in ([], ["--limit", "0"]):
         found.append(json.loads(run_script("time_to_quality.py", *words, *more)))
     assert found[0] == found[1]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4, "a start-up and a run of two contenders"
-    peer, full = found[0]["rows"]
-    assert (peer["kind"], peer["steps"], full["kind"]) == ("LoRA, PEFT", 2, "full")
-    assert peer["loss"] == found[0]["target"] > 0
-    assert min(peer["cpu"], peer["start"], full["start"]) > 0
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    peer, full, first, start = runs
+    kinds = [(run["kind"], run["steps"], run["seed"]) for run in runs]
+    assert kinds == [("LoRA, PEFT", 2, 3), ("full", 2, 3), ("LoRA, PEFT", 1, 3), ("full", 1, 3)]
+    whole, begun = found[0]["rows"]
+    assert whole["gap"] == [pytest.approx(full["loss"] - peer["loss"])]
+    assert whole["cpu"] == [pytest.approx(full["cpu"] / peer["cpu"])]
+    assert begun["cpu"] == [pytest.approx(start["cpu"] / first["cpu"])]
+    assert min(peer["loss"], peer["cpu"], start["cpu"]) > 0
+    assert "loss" not in start
