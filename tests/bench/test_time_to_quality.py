@@ -15,7 +15,7 @@ def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path) -> No
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)
     words = ["--quick", "--json", "--data", tmp_path, "--task", "task", "--model", tiny_llama_dir]
-    words += ["--seeds", "3", "--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:2", "full:1e-4:1"]
+    words += ["--seeds", "3", "--out", tmp_path / "runs.jsonl", "--tries", "full:1e-4:9", "full:1e-4:1"]
     found = []
     for more in ([], ["--limit", "0"]):
         found.append(json.loads(run_script("time_to_quality.py", *words, *more)))
