@@ -12,6 +12,7 @@ from types import ModuleType
 
 from modular_experts import __version__
 from modular_experts.cli.commands import VERBS
+from modular_experts.cli.ending import run_and_end
 from modular_experts.cli.errors import guarded, unknown_command
 from modular_experts.old_names import install_old_names
 
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error of the command, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _run(argv))
+
+
+def program() -> int:
+    """Run the command of this process, and let the process end quickly."""
+    return run_and_end(main)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -91,4 +97,4 @@ def _imported(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
