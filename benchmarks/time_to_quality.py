@@ -4,6 +4,7 @@ Every run is a command in a process of its own, on one thread: `modular-experts 
 `peft_trainer.py` (LoRA of rank 16 on all linear layers, the adapter saved) for PEFT. Both read the same rows of a task
 file, 8 in a step, with the same warm-up and linear decay, and neither validates nor writes checkpoints. A stored expert
 is measured afterwards, outside of the clock: the loss per target token over the same validation rows by the same code.
+The `Trainer` clips gradients, as it does by default, and `--more "--trainer.gradient_clip_val 1.0"` lets ours do so.
 
 A round has a seed: PEFT's run of 100 steps, whose loss is the target of the round, and then a run of each of `--tries`,
 KIND:RATE:STEPS, with a schedule of that length. The table has, over the rounds, the mean loss, how far the losses lie
