@@ -140,7 +140,9 @@ def _tested(world: Experts, seed: int, kind: str, name: str, stripped: bool) -> 
         numbers = [tasks.index(one.task) if one.task in tasks else len(tasks) for one in examples]
     elif way.router is not None:
         router = way.router()
-        inputs = world.mixture(tasks).input_examples(["train", "validation"])
+        learning = world.mixture(tasks)
+        learning.eval_limit = None  # which holds for test rows
+        inputs = learning.input_examples(["train", "validation"])
         learned = [_vectors(world, spread_evenly(inputs[task], way.inputs), router.depths) for task in tasks]
         router.learn([None] * len(tasks), learned)
         numbers = router(_vectors(world, examples, router.depths)).ids[:, 0].tolist()
