@@ -48,9 +48,9 @@ def route(
     check_target(out, overwrite)
     chosen = router or Centroid()
     members = members_of(experts, out, fallback)
-    lacking = [one for one in members if "prompts" not in kinds_of_statistics(one)]
-    if chosen.needs_prompts and lacking and data is not None:
-        take_statistics([one.path for one in lacking], "prompts", data, rows, progress=progress_bar("reading prompts"))
+    lacking = [one for one in members if chosen.needs and chosen.needs not in kinds_of_statistics(one)]
+    if lacking and data is not None:
+        take_statistics([one.path for one in lacking], chosen.needs, data, rows, progress=progress_bar(f"taking {chosen.needs}"))
     made = route_experts(members, out, chosen, fallback, overwrite)
     settings = {name: value for name, value in describe(chosen).items() if name not in ("router", "select", "tasks")}
     behind = f", and {fallback} for what it rejects" if fallback else ""

@@ -1,4 +1,4 @@
-"""Take inner products, scale rows, and find the nearest delta of a rank, in the deltas' own forms.
+"""Take inner products, scale rows, and find the first singular vector or the nearest delta of a rank.
 
 Inner products say how far two experts point the same way. They are computed entry by entry in float64: the norms of
 sums would give them too, `(|a + b|^2 - |a|^2 - |b|^2) / 2`, but lose every digit where two deltas are nearly orthogonal
@@ -7,6 +7,7 @@ or of very different length.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -119,3 +120,43 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
         left = basis @ left
     up, down = (right.T, left.T) if turned else (left, right)
     return LowRank(up.float().contiguous(), down.float().contiguous()), lost
+
+
+# Vectors of the block: with 8, the first is found to the tolerance in 3 to 7 steps on experts of SmolLM2-135M (the second
+# singular value is 0.14 to 0.80 of the first), in a quarter (entries) and the double (rank 16) of the time of `eigh`.
+_BLOCK, _STEPS = 8, 100
+
+
+def top_direction(delta: Delta, tolerance: float = 1e-8) -> tuple[Tensor, float]:
+    """Return the right singular vector v `(in,)` of the largest singular value s, float64, and s; its sign is arbitrary.
+
+    It is power iteration on `d^T d` with a block of vectors, of which each step takes the best combination
+    (Rayleigh-Ritz), from a fixed start; a low-rank delta is multiplied by its factors. A delta whose first singular
+    values are too close for this is decomposed. One that moves nothing gives zeros.
+
+    Args:
+        delta: A delta of a matrix, `(out, in)`.
+        tolerance: The iteration ends when `|d^T d v - s^2 v|` is at most this share of `s^2`.
+    """
+    size = delta.shape[1]
+    if isinstance(delta, LowRank):
+        left, right = delta.up.double().T @ delta.up.double(), delta.down.double()
+    else:
+        right = delta.to(dtype=torch.float64).dense()
+        left = None
+    start = torch.randn(size, min(_BLOCK, size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = start.to(delta.device)
+    for step in itertools.count():
+        block = torch.linalg.qr(block).Q
+        inner = right @ block
+        image = right.T @ (inner if left is None else left @ inner)
+        squares, turn = torch.linalg.eigh(block.T @ image)
+        vector, square = block @ turn[:, -1], squares[-1].clamp(min=0)
+        if square == 0:
+            return torch.zeros_like(vector), 0.0
+        if (image @ turn[:, -1] - square * vector).norm() <= tolerance * square:
+            return vector, square.sqrt().item()
+        if step == _STEPS:
+            _, values, rows = torch.linalg.svd(delta.to(dtype=torch.float64).dense(), full_matrices=False)
+            return rows[0], values[0].item()
+        block = image

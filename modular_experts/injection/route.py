@@ -5,7 +5,6 @@ It is a router's state and the names and content hashes of the experts behind it
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modular_experts.injection.routed import Routed, routed
+from modular_experts.base import Base
+from modular_experts.injection.routed import Routed, by_weight, moved_sites, routed
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -26,15 +26,28 @@ from modular_experts.library import (
     open_expert,
     open_experts,
     open_statistics,
-    union_of_weights,
     write_expert,
 )
 from modular_experts.library.compatibility import experts_behind
-from modular_experts.routing import Centroid, Oracle, Router, Softmax, Threshold, TopK
+from modular_experts.routing import (
+    Arrow,
+    Centroid,
+    Classifier,
+    Energy,
+    GenKnowSub,
+    Oracle,
+    Phatgoose,
+    Router,
+    Softmax,
+    Threshold,
+    TopK,
+)
 from modular_experts.text import did_you_mean
 
 BECAUSE = "its router chooses experts by the input"
-ROUTERS: dict[str, type[Router]] = {"Centroid": Centroid, "Oracle": Oracle}
+ROUTERS: dict[str, type[Router]] = {
+    kind.__name__: kind for kind in (Arrow, Centroid, Classifier, Energy, GenKnowSub, Oracle, Phatgoose)
+}
 MODEL, COUNT = "router", "experts"
 SELECTIONS: dict[str, Any] = {"TopK": TopK, "Softmax": Softmax, "Threshold": Threshold}
 
@@ -103,14 +116,12 @@ def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[s
     if isinstance(router, Oracle):
         router.tasks = {task: n for n, expert in enumerate(experts) for task in map(str, expert.record["tasks"])}
     if router.scope == "sample":
-        prompts = [_prompts(expert, router.depths) for expert in experts] if router.needs_prompts else []
+        prompts = [_prompts(expert, router.depths) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
         return router
-    by_weight = {}
-    for name in union_of_weights(experts):
-        by_weight[name] = copy.deepcopy(router)
-        by_weight[name].learn([expert.get(name) for expert in experts], [])
-    return by_weight
+    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
+    # Only the base tells how its layers keep their weights.
+    return by_weight(router, Base.open(None, experts).structure.model, experts, taken)
 
 
 def _prompts(expert: StoredExpert, depths: Sequence[float]) -> Tensor:
@@ -152,9 +163,10 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
         parts.setdefault(weight, {})[part] = tensor
     count = int(parts[MODEL].pop(COUNT))
     routers = {}
-    for weight in parts if kind.scope == "sample" else parts.keys() - {MODEL}:
+    layers = [] if kind.scope == "sample" else moved_sites(model, members[:count])
+    for weight in [site.weight for site in layers] or [MODEL]:
         routers[weight] = make_router(kind, settings)
-        routers[weight].load_state(parts[weight], count)
+        routers[weight].load_state(parts.get(weight, {}), count)
     fallback = members[count] if len(members) > count else None
     chosen = routers[MODEL] if kind.scope == "sample" else routers
     return routed(model, members[:count], chosen, fallback=fallback, check=check)
@@ -178,6 +190,6 @@ def make_router(kind: type[Router], settings: Mapping[str, Any]) -> Router:
 
 def _state(router: Router | Mapping[str, Router], count: int) -> dict[str, Tensor]:
     """Return the tensors of a router, or of one for each weight, and how many of the parents it chooses among."""
-    by_weight = {MODEL: router} if isinstance(router, Router) else router
-    found = {f"{weight}/{name}": tensor for weight, one in by_weight.items() for name, tensor in one.state().items()}
+    routers = {MODEL: router} if isinstance(router, Router) else router
+    found = {f"{weight}/{name}": tensor for weight, one in routers.items() for name, tensor in one.state().items()}
     return found | {f"{MODEL}/{COUNT}": torch.tensor(count)}

@@ -7,6 +7,7 @@ prompt.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,9 +22,10 @@ from modular_experts.base.apply import AnyExpert, check_loaded, open_several
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Site
-from modular_experts.injection.inject import eject, expert_layers, inject
+from modular_experts.injection.inject import eject, expert_layers, find_sites, inject
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
+from modular_experts.methods.method import DataStatistic
 from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.router import Router
@@ -91,7 +93,7 @@ def routed(
         model: The experts' base, before anything is injected.
         experts: Directories of a library, opened experts, or mappings from weight names to deltas.
         router: A router that has learned these experts: one of scope `sample`, or one of scope `linear` for each weight
-            by name.
+            by name. A single one of scope `linear` learns their deltas now, at each weight (`by_weight`).
         rows: Instead of a router, the number of the expert of each row of the batches that follow; -1 is the fallback.
         fallback: What takes inputs that the router rejects; the base alone if not given.
         check: Whether the model must be the base of the stored experts.
@@ -109,6 +111,8 @@ def routed(
     if check:
         check_loaded(model, several)
     count, held = len(experts), [*several, *([{}] if fallback is None else [])]
+    if isinstance(router, Router) and router.scope == "linear":
+        router = by_weight(router, model, several[:count])
     for one in router.values() if isinstance(router, Mapping) else filter(None, [router]):
         if one.experts != count:
             raise ValueError(
@@ -120,16 +124,52 @@ def routed(
         if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
         fixed = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
-    by_weight = router if isinstance(router, Mapping) else {}
-    inject(model, lambda sites: _plan(held, current, by_weight, sites))
+    inject(model, lambda sites: _plan(held, current, router if isinstance(router, Mapping) else None, sites))
     model.eval()
     return Routed(model, router if isinstance(router, Router) else None, current, fixed)
+
+
+def by_weight(
+    router: Router,
+    model: nn.Module,
+    experts: Sequence[Mapping[str, Delta]],
+    statistics: Sequence[Mapping[str, DataStatistic | None]] = (),
+) -> dict[str, Router]:
+    """Return a copy of a router of scope `linear` for each weight that an expert moves, after it has learned there.
+
+    Args:
+        router: The router, with its settings.
+        model: The experts' base; its numbers are not read, so it may be on the meta device.
+        experts: The experts.
+        statistics: What the router `needs`, of each expert by weight.
+    """
+    found = {}
+    for site in moved_sites(model, experts):
+        own = [each.get(site.weight) for each in statistics]
+        found[site.weight] = copy.deepcopy(router)
+        found[site.weight].learn(
+            [_oriented(site, expert) for expert in experts],
+            [torch.empty(0) if one is None else one.values for one in own],
+        )
+    return found
+
+
+def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[Site]:
+    """Return the linear layers whose weight an expert moves."""
+    moved = {name for expert in experts for name in expert}
+    return [site for site in find_sites(model) if site.weight in moved]
+
+
+def _oriented(site: Site, expert: Mapping[str, Delta]) -> Delta | None:
+    """Return an expert's delta of a layer's weight as `(out, in)`, if it has one."""
+    delta = expert.get(site.weight)
+    return delta.T if delta is not None and is_transposed(site.module) else delta
 
 
 def _plan(
     experts: Sequence[Mapping[str, Delta]],
     current: CurrentGates,
-    routers: Mapping[str, Router],
+    routers: Mapping[str, Router] | None,
     sites: Sequence[Site],
 ) -> dict[Site, Factory]:
     """Return the mixture of each site that an expert moves; refuse experts that move anything else."""
@@ -142,15 +182,23 @@ def _plan(
                 f"an expert moves {name}, which is not a linear layer's weight, so it cannot be routed; merge it, or "
                 "train experts of linear layers"
             )
+        if routers is not None and (known.get(name) or biases[name]).weight not in routers:
+            raise ValueError(
+                f"an expert moves {name}, and there is no router of that layer's weight; take a router of scope "
+                "sample, which chooses for all layers"
+            )
     chosen = {known.get(name) or biases[name] for name in moved}
 
     def make(site: Site, weight: Tensor) -> Mixture:
-        turned = is_transposed(site.module)
-        found = [expert.get(site.weight) for expert in experts]
-        deltas = [None if delta is None else (delta.T if turned else delta).to(weight.device) for delta in found]
+        found = [_oriented(site, expert) for expert in experts]
+        router, common = (routers or {}).get(site.weight), None
+        if router is not None:
+            weighed, common = router.held(found[: router.experts])
+            found[: router.experts] = weighed
+        deltas = [None if delta is None else delta.to(weight.device) for delta in found]
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
-        return Mixture(weight, deltas, current, routers.get(site.weight), own if any(own) else ())
+        return Mixture(weight, deltas, current, router, own if any(own) else (), common)
 
     return {site: partial(make, site) for site in sites if site in chosen}
 

@@ -5,23 +5,33 @@ become gates, `mixture.py` the expert that obeys them; each router has a file. T
 into a model by `injection/routed.py`.
 """
 
+from modular_experts.routing.arrow import Arrow
 from modular_experts.routing.centroid import Centroid
+from modular_experts.routing.classifier import Classifier
+from modular_experts.routing.energy import Energy
 from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK
+from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.goat import GOATExpert
 from modular_experts.routing.hilo import HiLo
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
+from modular_experts.routing.phatgoose import Phatgoose
 from modular_experts.routing.router import Router
 
 __all__ = [
+    "Arrow",
     "Centroid",
+    "Classifier",
+    "Energy",
     "GOATExpert",
     "Gates",
+    "GenKnowSub",
     "HiLo",
     "Mixture",
     "MoLoRAExpert",
     "Oracle",
+    "Phatgoose",
     "Router",
     "Softmax",
     "Threshold",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope
+from modular_experts.routing.router import Router, Scope, check_depths
 
 FOLDS = 4
 
@@ -35,7 +35,7 @@ class Centroid(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
-    needs_prompts: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "prompts"
     means: Tensor
     precision: Tensor
     farthest: Tensor
@@ -52,8 +52,7 @@ class Centroid(Router):
             raise ValueError(f"Centroid: shrink={shrink} is outside (0, 1]")
         if reject is not None and not 0 <= reject < 1:
             raise ValueError(f"Centroid: reject={reject} is outside [0, 1)")
-        if not depths or not 0 <= min(depths) <= max(depths) <= 1:
-            raise ValueError(f"Centroid: depths={list(depths)} must be numbers from 0 to 1, at least one")
+        check_depths("Centroid", depths)
         self.shrink, self.reject, self.depths = shrink, reject, list(depths)
         for name in ("means", "precision", "farthest"):
             self.register_buffer(name, torch.empty(0))

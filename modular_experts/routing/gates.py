@@ -136,6 +136,7 @@ class TopK(Selection):
             raise ValueError(f"TopK: k={self.k} is more than the {experts} experts; give at most {experts}")
 
     def __call__(self, scores: Tensor) -> Gates:
+        self.check(scores.shape[1])
         # A stable sort, because `topk` chooses among equal scores by chance.
         found, ids = scores.sort(dim=1, descending=True, stable=True)
         return Gates(ids[:, : self.k], (found[:, : self.k] / self.temperature).softmax(1))

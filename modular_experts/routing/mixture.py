@@ -28,6 +28,7 @@ class Mixture(Expert):
         gates: Where the gates of the pass at hand are, for scope `sample`.
         router: The layer's own router, for scope `linear`.
         biases: Each expert's delta of the layer's bias, if any has one.
+        common: A delta of the weight that every input gets, whatever its gates.
     """
 
     mergeable: ClassVar[bool] = False
@@ -40,14 +41,17 @@ class Mixture(Expert):
         gates: CurrentGates,
         router: Router | None = None,
         biases: Sequence[Delta | None] = (),
+        common: Delta | None = None,
     ) -> None:
         super().__init__()
         self.deltas = [None if delta is None or delta.is_empty else delta for delta in deltas]
         self.biases = [None if bias is None else bias.dense() for bias in biases]
-        self.gates, self.router = gates, router
+        self.gates, self.router, self.common = gates, router, common
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.linear(x, weight, bias)
+        if self.common is not None:
+            out = out + self.common.linear(x)
         gates = self._gates(x)
         if gates is None:
             return out
@@ -80,4 +84,5 @@ class Mixture(Expert):
         device = fn(torch.empty(0)).device
         self.deltas = [None if delta is None else delta.to(device) for delta in self.deltas]
         self.biases = [None if bias is None else bias.to(device) for bias in self.biases]
+        self.common = None if self.common is None else self.common.to(device)
         return self

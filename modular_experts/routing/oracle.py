@@ -31,12 +31,12 @@ class Oracle(Router):
         super().__init__()
         self.tasks = dict(tasks or {})
 
-    def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
-        """Nothing is to be learned."""
+    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        self.experts = len(deltas)
 
     def scores(self, hidden: Tensor) -> Tensor:
         rows = rows_at_hand().tasks
         if rows is None:
             raise ValueError("the router Oracle needs the tasks of the rows, which generation from one prompt lacks")
         numbers = [self.tasks.get(task, self.experts) for task in rows]
-        return F.one_hot(torch.tensor(numbers), self.experts + 1).to(hidden)
+        return F.one_hot(torch.tensor(numbers, device=hidden.device), self.experts + 1).to(hidden)

@@ -30,8 +30,10 @@ class Router(nn.Module, ABC):
     """
 
     scope: ClassVar[Scope]
-    needs_prompts: ClassVar[bool] = False
-    """Whether `learn` needs the vectors of prompts, which `statistics --kind prompts` takes."""
+
+    needs: ClassVar[str | None] = None
+    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them; of scope `sample`
+    that can be `prompts`, of scope `linear` any other, of which a router gets those of its weight."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
@@ -43,18 +45,31 @@ class Router(nn.Module, ABC):
         """Number of experts, known after `learn` or `load_state`."""
 
     @abstractmethod
-    def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
-        """Set the router up for some experts; what it finds out is kept in buffers or parameters.
+    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        """Set the router up for some experts: set `experts`, and keep the rest in buffers or parameters.
 
         Args:
-            deltas: Of scope `linear`, each expert's delta of the weight, `(out, in)`, or None where it has none. Of
-                scope `sample`, empty.
-            prompts: If `needs_prompts`, the prompts of each expert's tasks, `(rows, size)` float32. Empty otherwise.
+            deltas: One for each expert. Of scope `linear` its delta of the weight, `(out, in)`, or None where it has
+                none, which at least one expert has. Of scope `sample` None.
+            statistics: What the router `needs`, one for each expert, float32: `prompts` are vectors of prompts of the
+                expert's tasks, `(rows, size)`. Without entries where the expert has none of the weight. No tensor at
+                all if the router needs nothing.
         """
 
     @abstractmethod
     def scores(self, hidden: Tensor) -> Tensor:
         """Return how well each expert fits each input, `(n, experts)`, for hidden states `(n, size)`."""
+
+    def held(self, deltas: Sequence[Delta | None]) -> tuple[Sequence[Delta | None], Delta | None]:
+        """Return the deltas that gates weigh, and one that each input gets besides, or None.
+
+        A router of scope `linear` is asked once, when its layer gets the experts. Here the deltas stay as they are, and
+        nothing comes besides.
+
+        Args:
+            deltas: As `learn` gets them.
+        """
+        return deltas, None
 
     def forward(self, hidden: Tensor) -> Gates:
         """Return the gates of `n` inputs `(n, size)`."""
@@ -75,3 +90,9 @@ class Router(nn.Module, ABC):
             if name in self._buffers:
                 self._buffers[name] = tensor
         self.load_state_dict(dict(state))
+
+
+def check_depths(name: str, depths: Sequence[float]) -> None:
+    """Raise ValueError unless prompts can be read at these shares of the transformer blocks."""
+    if not depths or not 0 <= min(depths) <= max(depths) <= 1:
+        raise ValueError(f"{name}: depths={list(depths)} must be numbers from 0 to 1, at least one")

@@ -1,0 +1,157 @@
+"""Arrow, GenKnowSub and Energy: exact directions of any delta, and PEFT's own results where it is given PEFT's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import ArrowConfig, create_arrow_model
+from test_routed import FORMS, delta, experts_of
+from testbed.peft_adapters import PEFT_WARNINGS, logits, save_adapter
+from transformers import AutoModelForCausalLM
+
+from conftest import build_model
+from modular_experts.base.apply import applied
+from modular_experts.deltas import Delta, Dense, LowRank, Sparse
+from modular_experts.deltas.algebra import top_direction
+from modular_experts.injection.routed import by_weight, routed
+from modular_experts.interop.peft import read_peft
+from modular_experts.routing import Arrow, Energy, GenKnowSub, Softmax, TopK
+
+COUNT = 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_top_direction_is_the_first_right_singular_vector(form: str) -> None:
+    for seed in range(3):
+        one = delta(form, torch.Size((24, 40)), seed)
+        found, value = top_direction(one)
+        _, values, right = torch.linalg.svd(one.dense())
+        assert value == pytest.approx(values[0].item(), rel=1e-10)
+        assert 1 - abs(found @ right[0]).item() < 1e-9
+
+
+def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
+    made = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(40, 40, generator=made, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.ones(40, dtype=torch.float64) - 1e-5 * torch.arange(40)
+    found, value = top_direction(Dense(left * values @ right))
+    assert abs(found @ right[0]).item() == pytest.approx(1, abs=1e-9)
+    assert value == pytest.approx(1, abs=1e-12)
+    still, nothing = top_direction(Sparse.zero((3, 5)))
+    assert (still.tolist(), nothing) == ([0.0] * 5, 0.0)
+
+
+@pytest.mark.parametrize("unit_inputs", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scores_are_products_with_the_first_singular_vectors(unit_inputs: bool, scaled: bool) -> None:
+    deltas = [delta(form, torch.Size((12, 16)), seed) for seed, form in enumerate(FORMS)]
+    router = Arrow(unit_inputs, scaled)
+    router.learn([*deltas[:2], None, *deltas[2:]], [])
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = []
+    for one in deltas:
+        _, values, right = torch.linalg.svd(one.dense())
+        score = (x @ right[0]).abs() * (values[0] if scaled else 1)
+        wanted.append(score / x.norm(dim=1) if unit_inputs else score)
+    wanted.insert(2, torch.zeros(7).double())
+    torch.testing.assert_close(router.scores(x), torch.stack(wanted, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_energy_is_the_length_of_what_an_expert_adds_for_its_size() -> None:
+    deltas = [delta(form, torch.Size((12, 16)), seed) for seed, form in enumerate(FORMS)]
+    router = Energy()
+    router.learn([*deltas, None], [])
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = [(x @ one.dense().T).norm(dim=1) / one.dense().norm() for one in deltas]
+    torch.testing.assert_close(router.scores(x), torch.stack([*wanted, torch.zeros(7).double()], 1), rtol=1e-6, atol=0)
+
+
+def outputs(model: torch.nn.Module, experts: list[dict[str, Delta]], router: object) -> torch.Tensor:
+    tokens = 3 + torch.arange(40).view(2, 20)
+    with routed(model, experts, router), torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("select", [TopK(2), Softmax(0.5)])
+def test_a_mixture_behind_arrow_is_the_sum_by_hand(architecture: str, select: object) -> None:
+    model = build_model(architecture).double()
+    experts = experts_of(model)
+    name = next(iter(experts[0]))
+    experts = [{name: expert[name]} for expert in experts]
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    handle = layer.register_forward_hook(lambda _, x, out: seen.extend([x[0].flatten(0, 1), out.flatten(0, 1)]))
+    outputs(model, experts, Arrow(select=select))
+    outputs(model, experts, GenKnowSub(select=select))
+    with torch.no_grad():
+        model(input_ids=3 + torch.arange(40).view(2, 20))
+    handle.remove()
+    dense = [expert[name].dense() for expert in experts]
+    dense = [one.T for one in dense] if architecture == "gpt2" else dense
+    base = seen[5]
+    for taken, (x, out) in ((torch.zeros_like(dense[0]), seen[:2]), (sum(dense) / 3, seen[2:4])):
+        left = [one - taken for one in dense]
+        scores = torch.stack([(x @ torch.linalg.svd(one)[2][0]).abs() for one in left], 1)
+        gates = select(scores)
+        weights = torch.zeros_like(scores).scatter(1, gates.ids, gates.weights)
+        added = torch.einsum("te,eoi,ti->to", weights, torch.stack(left), x)
+        torch.testing.assert_close(out, base + added, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_is_subtracted_without_changing_the_form_of_an_expert() -> None:
+    deltas = [delta("entries", torch.Size((12, 16)), seed) for seed in range(3)]
+    router = GenKnowSub()
+    router.learn(deltas, [])
+    weighed, common = router.held(deltas)
+    assert all(one is other for one, other in zip(weighed, deltas, strict=True))
+    torch.testing.assert_close(common.dense(), -sum(one.dense() for one in deltas) / 3)
+
+
+def by_peft(base: Path, adapters: list[Path], general: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the logits of PEFT's Arrow among adapters, and the prototypes that it found, by weight."""
+    places = [str(place) for place in adapters]
+    settings = ArrowConfig(top_k=2, router_temperature=0.7, use_gks=general, rng_seed=3)
+    model = create_arrow_model(AutoModelForCausalLM.from_pretrained(base), places, settings, places)
+    found, prototypes = logits(model), {}
+    for name, layer in model.named_modules():
+        if name.endswith("lora_arrow.arrow_router"):
+            weight = name.removeprefix("base_model.model.").replace("lora_arrow.arrow_router", "weight")
+            prototypes[weight] = layer.prototypes
+    return found, prototypes
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+@pytest.mark.parametrize(("rank", "general"), [(1, False), (3, False), (3, True)])
+def test_with_the_prototypes_of_peft_it_is_the_arrow_of_peft(tiny_llama_dir, tmp_path, rank, general) -> None:
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "down_proj"])
+    adapters = [save_adapter(tiny_llama_dir, tmp_path / f"{n}", config, n, spread=0.2) for n in range(COUNT)]
+    wanted, prototypes = by_peft(tiny_llama_dir, adapters, general)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    experts = [dict(read_peft(place, tiny_llama_dir).deltas) for place in adapters]
+    select = TopK(2, temperature=0.7)
+    router = GenKnowSub(factors=True, select=select) if general else Arrow(select=select)
+    assert (wanted - logits(model)).abs().max() > 0.02, "the adapters must move the logits"
+    routers = by_weight(router, model, experts)
+    assert routers.keys() == prototypes.keys()
+    for name, one in routers.items():
+        # Of a matrix of rank 1, PEFT's iteration finds the direction in one step; of others it stops before.
+        if rank > 1:
+            one.load_state({"prototypes": prototypes[name]}, COUNT)
+    with routed(model, experts, routers):
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
+
+
+def test_mistakes_get_one_sentence() -> None:
+    dense = delta("dense", torch.Size((4, 6)), 0)
+    with pytest.raises(ValueError, match="factors=True needs low-rank experts of one rank"):
+        GenKnowSub(factors=True).learn([dense, dense], [])
+    low = LowRank(torch.ones(4, 1), torch.ones(1, 6))
+    with pytest.raises(ValueError, match="factors=True needs low-rank experts of one rank"):
+        GenKnowSub(factors=True).learn([low, None], [])
+    model = build_model("gpt2")
+    with pytest.raises(ValueError, match=r"moves .*c_attn\.bias, and there is no router of that layer's weight"):
+        outputs(model, [{"transformer.h.0.attn.c_attn.bias": Dense(torch.ones(96))}], Arrow())
