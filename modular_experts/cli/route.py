@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, counted, progress_bar
@@ -23,7 +25,7 @@ def route(
     rows: int = 256,
     overwrite: bool = False,
 ) -> None:
-    """Put experts behind a router, which chooses one for each prompt, and write both as one routed expert.
+    """Put experts behind a router, which chooses by the prompt or the token, and write both as one routed expert.
 
     A merge keeps part of what its experts can do; a router keeps each whole, and costs the memory of all of them. The
     result is an expert for test, predict, generate, evaluate, show, verify and push. It needs the experts, which lie
@@ -32,11 +34,14 @@ def route(
     Args:
         experts: Directories of the experts.
         out: Directory of the routed expert, in the library of the experts.
-        router: Centroid (the expert whose prompts are most alike), Oracle (the expert of the row's task), or the dotted
-            path of a class of your own. Default: Centroid.
+        router: For each prompt, Centroid (the expert whose prompts are most alike), Classifier (trained on whose a
+            prompt is) or Oracle (the expert of the row's task); for each token at each layer, Arrow, GenKnowSub and
+            Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); or the dotted path of a
+            class of your own. Default: Centroid.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Default:
             the base alone.
-        data: The experts' tasks, whose validation inputs a Centroid learns from; not needed if `statistics` took them.
+        data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
+            took what they need.
         rows: The most rows of one task.
         overwrite: Replace an expert of this name.
 
@@ -48,9 +53,10 @@ def route(
     check_target(out, overwrite)
     chosen = router or Centroid()
     members = members_of(experts, out, fallback)
-    lacking = [one for one in members if chosen.needs and chosen.needs not in kinds_of_statistics(one)]
+    kind: Any = chosen.needs
+    lacking = [one.path for one in members if kind and kind not in kinds_of_statistics(one)]
     if lacking and data is not None:
-        take_statistics([one.path for one in lacking], chosen.needs, data, rows, progress=progress_bar(f"taking {chosen.needs}"))
+        take_statistics(lacking, kind, data, rows, progress=progress_bar(f"taking {kind}"))
     made = route_experts(members, out, chosen, fallback, overwrite)
     settings = {name: value for name, value in describe(chosen).items() if name not in ("router", "select", "tasks")}
     behind = f", and {fallback} for what it rejects" if fallback else ""

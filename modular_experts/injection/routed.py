@@ -118,6 +118,7 @@ def routed(
             raise ValueError(
                 f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
             )
+        one.select.check(count)
     current, fixed = CurrentGates(), None
     if rows is not None:
         numbers = torch.tensor(list(rows))[:, None]

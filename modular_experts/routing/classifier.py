@@ -19,14 +19,15 @@ DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Classifier(Router):
-    """The expert with the largest `w_i . x + b_i`, a softmax regression of the expert's number on the prompt's vector x.
+    """The expert with the largest `w_i . x + b_i` for the prompt's vector x: softmax regression of the expert's number.
 
     It is the minimum of the cross entropy, of which each expert's prompts make an equal share, plus
     `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation. That is a convex
     problem, solved by L-BFGS from zero, so nothing is drawn at random. It reads inputs only, and no answers.
 
     Args:
-        decay: Weight decay; if not given, that of `DECAYS` with the smallest cross entropy on left-out prompts (4-fold).
+        decay: Weight decay; if not given, that of `DECAYS` with the smallest cross entropy on left-out prompts, by
+            4-fold cross-validation.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
         select: Turns scores into gates; the likeliest expert alone by default.
     """
@@ -92,6 +93,6 @@ def _fit(prompts: Sequence[Tensor], decay: float) -> tuple[Tensor, Tensor]:
         return total
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     weight, bias = weight.detach() / spread, bias.detach()
     return weight, bias - weight @ middle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,24 +17,30 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.experts.site import Factory, Site
 from modular_experts.injection.inject import eject, expert_layers, inject
 from modular_experts.methods.method import DataStatistic
+from modular_experts.progress import Progress
 from modular_experts.routing.phatgoose import Gated
+
+STEPS = 100
 
 
 def train_gates(
     model: PreTrainedModel,
     expert: Mapping[str, Delta],
     batches: Iterable[Batch],
-    steps: int = 100,
+    steps: int | None = None,
     learning_rate: float = 1e-3,
+    progress: Progress = iter,
 ) -> tuple[dict[str, DataStatistic], list[float]]:
     """Train one gate for each weight of an expert, with everything else frozen; return them, and the loss of each step.
 
     Args:
         model: The base, without experts; it is the same again afterwards.
         expert: The expert, which moves weights of linear layers.
-        batches: Batches with targets, as `data/batch.py` describes them, again from the first when all were taken.
-        steps: Number of steps of AdamW, each on one batch.
+        batches: Batches with targets, as `data/batch.py` describes them; each pass over them has another order, which
+            is always the same.
+        steps: Number of steps of AdamW, each on one batch; `STEPS` if not given.
         learning_rate: Its constant rate.
+        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: There is no batch, or the expert moves what is not the weight of a linear layer.
@@ -47,17 +52,25 @@ def train_gates(
     def plan(sites: Sequence[Site]) -> dict[Any, Factory]:
         known = {site.weight: site for site in sites}
         if strange := next((name for name in expert if name not in known), None):
-            raise ValueError(f"the expert moves {strange}, which is no weight of a linear layer, so it can have no gate")
+            raise ValueError(
+                f"the expert moves {strange}, which is no weight of a linear layer, so it can have no gate"
+            )
         return {known[name]: partial(_gated, delta) for name, delta in expert.items()}
 
     requires = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, losses = model.training, []
     inject(model.eval(), plan)
     try:
-        gates: dict[str, Any] = {f"{name}.weight": layer.expert for name, layer in expert_layers(model)}
+        gates: dict[str, Any] = {name: layer.expert for name, layer in expert_layers(model)}
         optimizer = torch.optim.AdamW([one.gate for one in gates.values()], learning_rate, weight_decay=0.0)
-        for batch in itertools.islice(itertools.cycle(given), steps):
-            moved = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        draw = torch.Generator().manual_seed(0)
+        order: list[int] = []
+        for _ in progress(range(STEPS if steps is None else steps)):
+            order = order or torch.randperm(len(given), generator=draw).tolist()
+            batch = given[order.pop()]
+            moved = {
+                key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
+            }
             rows, tokens = batch_losses(model, moved)
             loss = rows.sum() / tokens.sum().clamp(min=1)
             optimizer.zero_grad()

@@ -21,11 +21,12 @@ from modular_experts.library import StoredExpert, open_experts, union_of_weights
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.progress import Progress
 from modular_experts.statistics.fisher import fisher
+from modular_experts.statistics.gates import train_gates
 from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
 from modular_experts.statistics.prompts import prompts
 
-Kind = Literal["fisher", "gram", "merged_gram", "prompts"]
+Kind = Literal["fisher", "gates", "gram", "merged_gram", "prompts"]
 KINDS = get_args(Kind)
 _MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram, "prompts": prompts}
 
@@ -45,8 +46,8 @@ def take_statistics(
 
     Args:
         experts: Directories of the experts.
-        kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or `prompts`,
-            from which routers learn.
+        kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or
+            `prompts` and `gates`, from which routers learn.
         data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
         rows: The most rows of one task, spread evenly over its validation rows, for prompts also its training rows.
         base: The base's directory or hub id; what the experts' records name if not given.
@@ -106,9 +107,13 @@ def take_statistics(
         return [write(*one) for one in zip(opened, examples, grams, strict=True)]
     stored = []
     for expert, own, part in zip(opened, examples, batches, strict=True):
-        # What a router reads are the base's own hidden states.
-        with applied(model, [] if kind == "prompts" else expert, check=False):
-            found = _MEASURES[kind](model, progress(part), names)
+        found: Mapping[str, Any]
+        if kind == "gates":
+            found, _ = train_gates(model, expert, part, progress=progress)
+        else:
+            # What a router reads are the base's own hidden states.
+            with applied(model, [] if kind == "prompts" else expert, check=False):
+                found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored
 

@@ -55,9 +55,9 @@ def check_merge_method(
     """
     for shape in _SHAPES:
         for forms in [*itertools.combinations_with_replacement(_FORMS, 2), _FORMS]:
-            _check_mix(method, [_delta(form, shape, seed) for seed, form in enumerate(forms)])
+            _check_mix(method, [made_delta(form, shape, seed) for seed, form in enumerate(forms)])
         if zero:
-            deltas = [_delta(form, shape, seed) for seed, form in enumerate(_FORMS)]
+            deltas = [made_delta(form, shape, seed) for seed, form in enumerate(_FORMS)]
             more = _merged(method, [*deltas, Sparse.zero(shape)])
             _close(more, _merged(method, deltas), "an expert that moves nothing must change nothing")
     _check_mix(method, [Dense(torch.randn(5)), Sparse(torch.tensor([3]), torch.tensor([2.0]), torch.Size([5]))])
@@ -65,18 +65,18 @@ def check_merge_method(
     for zeros in ([Sparse.zero((4, 6))] * 3, [still] * 3, [Sparse.zero((4, 6)), still]):
         assert not _merged(method, zeros).any(), "experts that move nothing must merge to nothing"
     for form in _FORMS if alone else ():
-        delta = _delta(form, (6, 8), 3)
+        delta = made_delta(form, (6, 8), 3)
         _close(_merged(method, [delta]), delta.dense(), "one expert must merge to itself")
         if copies:
             _close(_merged(method, [delta] * 3), delta.dense(), "copies of an expert must merge to it")
     if order:
         for forms in (_FORMS, ("Sparse",) * 3):
-            deltas = [_delta(form, (6, 8), seed) for seed, form in enumerate(forms)]
+            deltas = [made_delta(form, (6, 8), seed) for seed, form in enumerate(forms)]
             expected = _merged(method, deltas)
             for turned in (deltas[::-1], [*deltas[1:], deltas[0]]):
                 _close(_merged(method, turned), expected, "the order of the experts must not matter")
     for form, shape in itertools.product(("Sparse", "BlockSparse") if sparse else (), _SHAPES[:2]):
-        deltas = [_delta(form, shape, seed) for seed in range(3)]
+        deltas = [made_delta(form, shape, seed) for seed in range(3)]
         merged = method.merge(deltas, _context(method, deltas))
         assert type(merged).__name__ == form, f"{form} experts must merge to a {form} one, got {merged!r}"
         kept = set().union(*(delta.support().tolist() for delta in deltas))
@@ -113,7 +113,7 @@ def _check_stored(method: MergeMethod) -> None:
     with tempfile.TemporaryDirectory() as folder:
         experts = []
         for seed, form in enumerate(("Sparse", "BlockSparse", "LowRank")):
-            deltas = [(name, _delta(form, shape, seed)) for name, shape in weights.items()]
+            deltas = [(name, made_delta(form, shape, seed)) for name, shape in weights.items()]
             write_expert(Path(folder, f"e{seed}"), deltas, record)
             experts.append(open_expert(Path(folder, f"e{seed}")))
         stored = write_merged(Merged(experts, method), Path(folder, "merged"))
@@ -127,7 +127,7 @@ def _check_stored(method: MergeMethod) -> None:
 def _context(method: MergeMethod, deltas: Sequence[Delta]) -> Context:
     """Return what the merger would give to the method for a single weight."""
     kind = method.needs.statistics
-    statistics = [_statistic(kind, deltas[0].shape, seed) for seed in range(len(deltas))] if kind else None
+    statistics = [made_statistic(kind, deltas[0].shape, seed) for seed in range(len(deltas))] if kind else None
     return Context("weight", statistics, method.prepare([deltas]))
 
 
@@ -135,7 +135,7 @@ def _merged(method: MergeMethod, deltas: Sequence[Delta]) -> Tensor:
     return method.merge(deltas, _context(method, deltas)).dense()
 
 
-def _statistic(kind: str | None, shape: torch.Size, seed: int) -> DataStatistic | None:
+def made_statistic(kind: str | None, shape: torch.Size, seed: int) -> DataStatistic | None:
     draw = torch.Generator().manual_seed(100 + seed)
     if kind == "fisher":
         return DataStatistic(torch.rand(shape, generator=draw) + 0.1)
@@ -149,7 +149,7 @@ def _close(found: Tensor, expected: Tensor, promise: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{promise}: {text}")
 
 
-def _delta(form: str, shape: tuple[int, int], seed: int) -> Delta:
+def made_delta(form: str, shape: tuple[int, int], seed: int) -> Delta:
     """Return a float32 delta of a form; a sparse one keeps about two fifths."""
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=draw)

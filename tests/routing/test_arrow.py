@@ -7,13 +7,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import build_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from test_routed import FORMS, delta, experts_of
 from testbed.peft_adapters import PEFT_WARNINGS, logits, save_adapter
 from transformers import AutoModelForCausalLM
 
-from conftest import build_model
-from modular_experts.base.apply import applied
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import top_direction
 from modular_experts.injection.routed import by_weight, routed

@@ -1,0 +1,57 @@
+"""The classifier is the softmax regression that its docstring states, found the same way each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modular_experts.routing import Classifier
+from modular_experts.routing import classifier as module
+
+
+def prompts(apart: float, counts: tuple[int, ...] = (12, 8, 16)) -> list[Tensor]:
+    made = torch.Generator().manual_seed(0)
+    return [apart * torch.randn(3, generator=made) + torch.randn(count, 3, generator=made) for count in counts]
+
+
+def test_it_is_the_minimum_of_cross_entropy_and_decay() -> None:
+    given, decay = prompts(0.7), 0.02
+    router = Classifier(decay=decay)
+    router.learn([], given)
+    x = torch.cat(given).double()
+    spread = (x - x.mean(0)).square().mean().sqrt()
+    weight = (router.weight.double() * spread).requires_grad_()
+    bias = (router.bias.double() + router.weight.double() @ x.mean(0)).requires_grad_()
+    loss = 0.5 * decay * weight.square().sum()
+    for number, rows in enumerate(given):
+        scores = (rows.double() - x.mean(0)) / spread @ weight.T + bias
+        loss = loss - scores.log_softmax(1)[:, number].mean() / 3
+    loss.backward()
+    assert weight.grad.abs().max() < 1e-5
+    assert bias.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("apart", "strong"), [(0.2, True), (4.0, False)])
+def test_the_decay_is_the_best_on_prompts_that_were_left_out(apart: float, strong: bool) -> None:
+    given = prompts(apart)
+    chosen = Classifier()
+    chosen.learn([], given)
+    losses = {}
+    for decay in module.DECAYS:
+        losses[decay], router = 0.0, Classifier(decay=decay)
+        for fold in range(4):
+            router.learn([], [rows[[n for n in range(len(rows)) if n % 4 != fold]] for rows in given])
+            for number, rows in enumerate(given):
+                losses[decay] -= router.scores(rows[fold::4]).log_softmax(1)[:, number].sum().item() / len(rows)
+    best = Classifier(decay=min(losses, key=losses.__getitem__))
+    best.learn([], given)
+    assert torch.equal(chosen.weight, best.weight)
+    assert (best.decay > 1e-3) == strong, "prompts that are hard to tell apart need a stronger decay"
+
+
+def test_bad_settings_get_one_sentence() -> None:
+    with pytest.raises(ValueError, match="Classifier: decay=0 must be positive, or left out"):
+        Classifier(decay=0)
+    with pytest.raises(ValueError, match=r"Classifier: depths=\[2\] must be numbers from 0 to 1"):
+        Classifier(depths=[2])

@@ -1,0 +1,150 @@
+"""Every built-in router and a user's keep the contract, and the battery notices when one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, LowRank
+from modular_experts.routing import (
+    Arrow,
+    Centroid,
+    Classifier,
+    Energy,
+    Gates,
+    GenKnowSub,
+    Oracle,
+    Phatgoose,
+    Router,
+    Softmax,
+    Threshold,
+    TopK,
+)
+from modular_experts.testing import check_router
+
+LOW_RANK = [
+    LowRank(torch.randn(10, 2, generator=torch.Generator().manual_seed(n)), torch.eye(12)[n : n + 2]) for n in range(4)
+]
+ROUTERS = [
+    Arrow(),
+    Arrow(unit_inputs=True, scaled=True, select=Softmax(0.1)),
+    Centroid(),
+    Centroid(reject=0.1, select=TopK(2)),
+    Centroid(reject=None, depths=[0.0, 0.5, 1.0], select=Threshold(0.1)),
+    Classifier(decay=0.01),
+    Classifier(decay=0.1, depths=[1.0], select=Softmax(2.0)),
+    Energy(),
+    Energy(select=Threshold(0.9)),
+    GenKnowSub(),
+    Phatgoose(),
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: type(router).__name__)
+def test_routers_keep_the_contract(router: Router) -> None:
+    check_router(router)
+
+
+def test_routers_of_tasks_or_of_one_form_keep_the_contract() -> None:
+    check_router(Oracle({"task 0": 0, "task 1": 1, "task 2": 2, "task 3": 3}), order=False)
+    check_router(GenKnowSub(factors=True), deltas=LOW_RANK)
+
+
+class Norms(Router):
+    """Scores each expert by the column of its delta that the input's largest entry meets: a user's router."""
+
+    scope = "linear"
+    columns: Tensor
+
+    def __init__(self, select: TopK | None = None) -> None:
+        super().__init__(select)
+        self.register_buffer("columns", torch.empty(0))
+
+    def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        self.experts = len(deltas)
+        size = next(delta.shape[1] for delta in deltas if delta is not None)
+        self.columns = torch.stack(
+            [torch.zeros(size) if delta is None else delta.dense().norm(dim=0) for delta in deltas]
+        )
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.columns[:, hidden.abs().argmax(1)].T
+
+
+class Draws(Norms):
+    def learn(self, deltas, statistics):
+        super().learn(deltas, statistics)
+        self.columns = self.columns + 1e-3 * torch.randn(self.columns.shape)
+
+
+class Forgets(Norms):
+    def learn(self, deltas, statistics):
+        super().learn(deltas, statistics)
+        self.columns, self._buffers["columns"] = None, None
+        self.kept = [torch.zeros(12) if delta is None else delta.dense().norm(dim=0) for delta in deltas]
+
+    def scores(self, hidden):
+        return torch.stack(self.kept)[:, hidden.abs().argmax(1)].T
+
+    def load_state(self, state, experts):
+        self.experts = experts
+        self.kept = [torch.zeros(12)] * experts
+
+
+class Centred(Norms):
+    def scores(self, hidden):
+        return super().scores(hidden - hidden.mean(0))
+
+
+class Numbered(Norms):
+    def scores(self, hidden):
+        return super().scores(hidden) + torch.arange(self.experts)
+
+
+class Clipped(Norms):
+    def forward(self, hidden):
+        found = self.scores(hidden).sort(dim=1, descending=True)
+        return Gates(found.indices[:, : self.select.k], found.values[:, : self.select.k].softmax(1))
+
+
+class Twice(Norms):
+    def forward(self, hidden):
+        gates = super().forward(hidden)
+        return Gates(gates.ids.repeat(1, 2), gates.weights.repeat(1, 2) / 2)
+
+
+class Uncounted(Norms):
+    def learn(self, deltas, statistics):
+        super().learn(deltas, statistics)
+        self.experts = 0
+
+
+class Half(Norms):
+    def scores(self, hidden):
+        return super().scores(hidden) * (torch.inf if hidden.dtype == torch.bfloat16 else 1)
+
+
+def test_a_router_of_ones_own_keeps_the_contract() -> None:
+    check_router(Norms())
+    check_router(Norms(TopK(2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Draws, "learning must draw no random numbers"),
+        (Forgets, "a stored router must give the same"),
+        (Centred, "the gates of an input must not depend on the other inputs"),
+        (Numbered, "permuting the experts must permute their numbers only"),
+        (Clipped, "more experts than there are must be refused"),
+        (Twice, "an input must not have an expert twice"),
+        (Uncounted, "learn must set experts to 4, not 0"),
+        (Half, "the weights must be finite for torch.bfloat16 inputs"),
+    ],
+)
+def test_the_battery_notices_what_breaks_the_contract(kind: type[Router], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_router(kind(TopK(2)))
