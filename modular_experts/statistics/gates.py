@@ -53,7 +53,7 @@ def train_gates(
         known = {site.weight: site for site in sites}
         if strange := next((name for name in expert if name not in known), None):
             raise ValueError(
-                f"the expert moves {strange}, which is no weight of a linear layer, so it can have no gate"
+                f"the expert moves {strange}, which is not the weight of a linear layer, so it cannot have a gate"
             )
         return {known[name]: partial(_gated, delta) for name, delta in expert.items()}
 

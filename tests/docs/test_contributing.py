@@ -36,12 +36,13 @@ def test_the_commands_work(
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
-    assert [shlex.split(line)[1] for line in commands] == ["fit", "fit", "merge"]
+    assert [shlex.split(line)[1] for line in commands] == ["fit", "fit", "merge", "route"]
     for line in commands:
         arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]
         monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
         assert main(arguments) == 0, capsys.readouterr().err
     assert open_expert("library/unsteady").kept_share < 0.06
+    assert open_expert("library/routed").record["hyperparameters"]["router"] == "Columns"
     trained, merged = open_expert("library/sums"), open_expert("library/median")
     assert trained.record["kind"] == "GainExpert"
     assert json.dumps(merged.record["method"]).count("0.5") == 1

@@ -43,6 +43,16 @@ def test_close_singular_values_and_none_at_all_have_a_top_direction() -> None:
     assert (still.tolist(), nothing) == ([0.0] * 5, 0.0)
 
 
+def test_a_clear_top_direction_needs_no_decomposition(monkeypatch) -> None:
+    made = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(60, 60, generator=made, dtype=torch.float64)).Q for _ in range(2))
+    one = Dense(left * 0.8 ** torch.arange(60) @ right)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    found, value = top_direction(one)
+    assert abs(found @ right[0]).item() == pytest.approx(1, abs=1e-12)
+    assert value == pytest.approx(1, abs=1e-12)
+
+
 @pytest.mark.parametrize("unit_inputs", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scores_are_products_with_the_first_singular_vectors(unit_inputs: bool, scaled: bool) -> None:

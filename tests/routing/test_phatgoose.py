@@ -69,5 +69,5 @@ def test_mistakes_get_one_sentence() -> None:
     model = build_model("llama")
     with pytest.raises(ValueError, match="gates need at least one row with a target"):
         train_gates(model, {}, [])
-    with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is no weight of a linear layer"):
+    with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is not the weight of a linear layer"):
         train_gates(model, {"model.norm.weight": Dense(torch.ones(32))}, batches())
