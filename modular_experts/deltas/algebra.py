@@ -121,8 +121,8 @@ def truncated_svd(delta: Delta, rank: int) -> tuple[LowRank, float]:
     return LowRank(up.float().contiguous(), down.float().contiguous()), lost
 
 
-# On experts of SmolLM2-135M (the second singular value is 0.14 to 0.98 of the first), a block of 8 takes 9 ms for a delta
-# of single entries and 0.9 ms for one of rank 16, where a decomposition of the dense form takes 55 ms.
+# On experts of SmolLM2-135M (the second singular value is 0.14 to 0.98 of the first), a block of 8 takes 9 ms a delta
+# of single entries and 0.9 ms one of rank 16, where a decomposition of the dense form takes 55 ms.
 _BLOCK, _STEPS = 8, 100
 
 
