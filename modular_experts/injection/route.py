@@ -116,7 +116,7 @@ def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[s
     if isinstance(router, Oracle):
         router.tasks = {task: n for n, expert in enumerate(experts) for task in map(str, expert.record["tasks"])}
     if router.scope == "sample":
-        prompts = [_prompts(expert, router.depths) for expert in experts] if router.needs else []
+        prompts = [_prompts(expert, router.needs, router.depths) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
         return router
     taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
@@ -124,8 +124,8 @@ def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[s
     return by_weight(router, Base.open(None, experts).structure.model, experts, taken)
 
 
-def _prompts(expert: StoredExpert, depths: Sequence[float]) -> Tensor:
-    stored, parts = open_statistics(expert, "prompts"), []
+def _prompts(expert: StoredExpert, kind: str, depths: Sequence[float]) -> Tensor:
+    stored, parts = open_statistics(expert, kind), []
     for depth in depths:
         found = stored.get(f"depth {depth:g}")
         if found is None:

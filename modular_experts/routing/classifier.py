@@ -14,7 +14,7 @@ from modular_experts.routing.gates import Selection
 from modular_experts.routing.router import Router, Scope, check_depths
 
 FOLDS = 4
-DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 """What weight decay is chosen among."""
 
 
@@ -25,6 +25,9 @@ class Classifier(Router):
     `decay / 2 |w|^2` on vectors that are centred and divided by their pooled standard deviation. That is a convex
     problem, solved by L-BFGS from zero, so nothing is drawn at random. It reads inputs only, and no answers.
 
+    It learns from whole prompts and from prompts without a part of their front, so that it also finds the expert of a
+    prompt that lacks its instruction.
+
     Args:
         decay: Weight decay; if not given, that of `DECAYS` with the smallest cross entropy on left-out prompts, by
             4-fold cross-validation.
@@ -33,7 +36,7 @@ class Classifier(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
-    needs: ClassVar[str | None] = "prompts"
+    needs: ClassVar[str | None] = "prompt_parts"
     weight: Tensor
     bias: Tensor
 
@@ -65,12 +68,17 @@ def _left_out_loss(prompts: Sequence[Tensor], decay: float) -> float:
     """Return the cross entropy on prompts that the fit did not see, by fold; each expert's make an equal share."""
     total = 0.0
     for fold in range(FOLDS):
-        left = [rows[torch.arange(len(rows)) % FOLDS != fold] for rows in prompts]
+        left = [rows[_fold(rows) != fold] for rows in prompts]
         weight, bias = _fit(left, decay)
         for number, rows in enumerate(prompts):
-            out = rows[torch.arange(len(rows)) % FOLDS == fold].double()
+            out = rows[_fold(rows) == fold].double()
             total -= F.linear(out, weight, bias).log_softmax(1)[:, number].sum().item() / len(rows)
     return total
+
+
+def _fold(rows: Tensor) -> Tensor:
+    """Return the fold of each vector; a prompt and its part, which are neighbours, are in one."""
+    return torch.arange(len(rows), device=rows.device) // 2 % FOLDS
 
 
 def _fit(prompts: Sequence[Tensor], decay: float) -> tuple[Tensor, Tensor]:

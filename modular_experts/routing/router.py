@@ -32,8 +32,9 @@ class Router(nn.Module, ABC):
     scope: ClassVar[Scope]
 
     needs: ClassVar[str | None] = None
-    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them; of scope `sample`
-    that can be `prompts`, of scope `linear` any other, of which a router gets those of its weight."""
+    """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them: of scope `sample`
+    `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
+    which a router gets those of its weight."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
@@ -51,9 +52,9 @@ class Router(nn.Module, ABC):
         Args:
             deltas: One for each expert. Of scope `linear` its delta of the weight, `(out, in)`, or None where it has
                 none, which at least one expert has. Of scope `sample` None.
-            statistics: What the router `needs`, one for each expert, float32: `prompts` are vectors of prompts of the
-                expert's tasks, `(rows, size)`. Without entries where the expert has none of the weight. No tensor at
-                all if the router needs nothing.
+            statistics: What the router `needs`, one for each expert, float32: `prompts` and `prompt_parts` are vectors
+                of prompts of the expert's tasks, `(rows, size)`. Without entries where the expert has none of the
+                weight. No tensor at all if the router needs nothing.
         """
 
     @abstractmethod

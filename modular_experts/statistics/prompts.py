@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
@@ -12,26 +13,41 @@ from modular_experts.injection.routed import prompt_vectors
 from modular_experts.methods.method import DataStatistic
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MOST_CUT = 0.75
 
 
-def prompts(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, DataStatistic]:
+def prompts(
+    model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str], parts: bool = False
+) -> dict[str, DataStatistic]:
     """Return the vectors of all prompts, `(rows, size)`, for each of `DEPTHS`, under `depth 0.25` and so on.
+
+    With `parts`, each prompt is followed by a part of itself, `(2 rows, size)`: without a share of its tokens at the
+    front, between 0 and `MOST_CUT`, which is where an instruction stands. The shares are spread evenly.
 
     Args:
         model: The base, without experts.
         batches: Batches as `data/batch.py` describes them.
         names: The experts' weights, which do not matter here.
+        parts: Whether each prompt is read a second time, cut.
 
     Raises:
         ValueError: There is no row.
     """
-    training, found = model.training, []
+    training = model.training
+    found: list[list[Tensor]] = []
+    rows = 0
     try:
         model.eval()
         for batch in batches:
             ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
             prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
-            found.append(prompt_vectors(model, ids, mask, DEPTHS, prompt))
+            vectors = prompt_vectors(model, ids, mask, DEPTHS, prompt)
+            if parts:
+                cut = mask * ~_front(prompt & mask.bool(), rows)
+                shorter = prompt_vectors(model, ids, cut, DEPTHS, prompt)
+                vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
+            found.append(vectors)
+            rows += len(ids)
     finally:
         model.train(training)
     if not found:
@@ -40,6 +56,15 @@ def prompts(model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[st
         name_of(depth): DataStatistic(torch.cat(rows))
         for depth, rows in zip(DEPTHS, zip(*found, strict=True), strict=True)
     }
+
+
+def _front(prompt: Tensor, before: int) -> Tensor:
+    """Return which tokens are cut from the front of each prompt, of which `before` came in earlier batches."""
+    lengths = prompt.sum(1)
+    # Multiples of the golden ratio, without their whole parts, are spread evenly whatever the number of rows.
+    shares = (torch.arange(before + 1, before + 1 + len(prompt), device=prompt.device) * 0.6180339887498949) % 1
+    cut = (MOST_CUT * shares * lengths).long().clamp(max=(lengths - 1).clamp(min=0))
+    return prompt & (prompt.cumsum(1) <= cut[:, None])
 
 
 def name_of(depth: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,9 +27,16 @@ from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
 from modular_experts.statistics.prompts import prompts
 
-Kind = Literal["fisher", "gates", "gram", "merged_gram", "prompts"]
+Kind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]
 KINDS = get_args(Kind)
-_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {"fisher": fisher, "gram": gram, "prompts": prompts}
+# Routers choose by inputs alone, of which a test row has none in common with training rows.
+_OF_INPUTS = ("prompts", "prompt_parts")
+_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {
+    "fisher": fisher,
+    "gram": gram,
+    "prompt_parts": partial(prompts, parts=True),
+    "prompts": prompts,
+}
 
 
 def take_statistics(
@@ -47,7 +55,7 @@ def take_statistics(
     Args:
         experts: Directories of the experts.
         kind: `fisher`, `gram`, or `merged_gram`, which holds only for the merge of exactly these experts; or
-            `prompts` and `gates`, from which routers learn.
+            `prompts`, `prompt_parts` and `gates`, from which routers learn.
         data: Their tasks. An expert is measured on the validation rows of the tasks that its record names.
         rows: The most rows of one task, spread evenly over its validation rows, for prompts also its training rows.
         base: The base's directory or hub id; what the experts' records name if not given.
@@ -64,8 +72,8 @@ def take_statistics(
         raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1 row of a task")
-    if kind == "prompts" and labels == "experts":
-        raise ValueError("prompts are read without answers; leave labels out")
+    if kind in _OF_INPUTS and labels == "experts":
+        raise ValueError(f"{kind} are read without answers; leave labels out")
     if labels not in ("rows", "experts"):
         raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
     opened = open_experts(experts)
@@ -74,8 +82,8 @@ def take_statistics(
     opened_base = Base.open(base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
-    # Routers choose by inputs alone, of which a test row has none in common with them.
-    splits, targets = (["train", "validation"], False) if kind == "prompts" else (["validation"], labels == "rows")
+    of_inputs = kind in _OF_INPUTS
+    splits, targets = (["train", "validation"], False) if of_inputs else (["validation"], labels == "rows")
     examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model: Any = opened_base.load("float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +120,7 @@ def take_statistics(
             found, _ = train_gates(model, expert, part, progress=progress)
         else:
             # What a router reads are the base's own hidden states.
-            with applied(model, [] if kind == "prompts" else expert, check=False):
+            with applied(model, [] if kind in _OF_INPUTS else expert, check=False):
                 found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored

@@ -65,7 +65,7 @@ class _Case:
         size = 8 * len(router.depths) if sample else next(one.shape[1] for one in given if one is not None)
         middles = torch.randn(count, size, generator=draw)
         self.statistics: list[Tensor] = []
-        if router.needs == "prompts":
+        if router.needs in ("prompts", "prompt_parts"):
             self.statistics = [_near(middle, 24, draw) for middle in middles]
         elif router.needs == "gates":
             self.statistics = list(torch.randn(count, size, generator=draw))
