@@ -12,6 +12,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
 from modular_experts.routing.gates import CurrentGates, Gates
+from modular_experts.routing.products import add_change, add_products, held
 from modular_experts.routing.router import Router
 
 
@@ -44,7 +45,8 @@ class Mixture(Expert):
         common: Delta | None = None,
     ) -> None:
         super().__init__()
-        self.deltas = [None if delta is None or delta.is_empty else delta for delta in deltas]
+        self.dtype = weight.dtype
+        self.deltas = [None if delta is None or delta.is_empty else held(delta, self.dtype) for delta in deltas]
         self.biases = [None if bias is None else bias.dense() for bias in biases]
         self.gates, self.router, self.common = gates, router, common
 
@@ -55,20 +57,14 @@ class Mixture(Expert):
         gates = self._gates(x)
         if gates is None:
             return out
-        inputs, added = x.reshape(len(gates.ids), -1, x.shape[-1]), out.view(len(gates.ids), -1, out.shape[-1])
-        for expert, places, weights in gates.segments:
-            delta = self.deltas[expert]
-            moved = self.biases[expert] if self.biases else None
-            if delta is None and moved is None:
-                continue
-            own = inputs if places is None else inputs.index_select(0, places)
-            change = own.new_zeros(()) if delta is None else delta.linear(own)
+        inputs = x.to(out.dtype).reshape(len(gates.ids), -1, x.shape[-1]).contiguous()
+        added = out.view(len(gates.ids), -1, out.shape[-1])
+        add_products(added, inputs, self.deltas, gates.segments)
+        for expert, places, weights in gates.segments if self.biases else ():
+            moved = self.biases[expert]
             if moved is not None:
-                change = change + moved.to(change.dtype)
-            if weights is not None:
-                change = change * weights.to(change.dtype)[:, None, None]
-            change = change.expand(len(own), inputs.shape[1], added.shape[2])
-            added = added + change if places is None else added.index_add(0, places, change)
+                change = moved.to(out.dtype).expand(len(inputs) if places is None else len(places), *added.shape[1:])
+                add_change(added, change, places, weights)
         return added.view_as(out)
 
     def _gates(self, x: Tensor) -> Gates | None:
@@ -81,8 +77,9 @@ class Mixture(Expert):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
         super()._apply(fn, recurse)
-        device = fn(torch.empty(0)).device
-        self.deltas = [None if delta is None else delta.to(device) for delta in self.deltas]
-        self.biases = [None if bias is None else bias.to(device) for bias in self.biases]
-        self.common = None if self.common is None else self.common.to(device)
+        like = fn(torch.empty(0, dtype=self.dtype))
+        self.dtype = like.dtype
+        self.deltas = [None if delta is None else delta.to(like.device, like.dtype) for delta in self.deltas]
+        self.biases = [None if bias is None else bias.to(like.device) for bias in self.biases]
+        self.common = None if self.common is None else self.common.to(like.device)
         return self

@@ -53,8 +53,8 @@ def test_another_source_or_other_flags_make_another_library(source, folder) -> N
     assert len(list(folder.iterdir())) == 3
 
 
-def test_the_package_has_two_sources() -> None:
-    assert [file.name for file in SOURCES] == ["native.cpp", "sparse_passes.cpp"]
+def test_the_package_has_three_sources() -> None:
+    assert [file.name for file in SOURCES] == ["native.cpp", "products.cpp", "sparse_passes.cpp"]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)

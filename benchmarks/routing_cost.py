@@ -1,0 +1,214 @@
+"""What rows of a batch with experts of their own cost beside the base alone: time of prefill and decoding, and memory.
+
+A Llama of 135 million parameters with random weights passes 8 rows forward, each with another expert at every
+projection: entries and tiles of 16 at 5 %, LoRA of rank 16 (4.6 %), and PEFT's mixed batch of the same LoRA
+(`adapter_names`). Prefill takes 64 or 128 tokens a row, decoding one token after 64. All run in turn on one thread, in
+an order drawn anew for each round; the numbers are ratios of medians of CPU time. The floor counts operations in
+prefill, and in decoding the bytes of the experts over those of the base.
+
+Memory is the growth of a process of its own from 20 experts of a kind, over their values and places as packed (two
+bytes a place of an entry, four a tile): what the mixtures hold, and the peak of a forward pass over that of the base.
+
+    python benchmarks/routing_cost.py [--dtype float32 bfloat16] [--json] [--quick]      6 minutes; --quick: in small
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import inspect
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import peft
+import torch
+from contenders import PROJECTIONS, language_model
+from sparse_step import high_water
+from step_report import machine
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM
+
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.tiles import tile_grid
+from modular_experts.injection.routed import routed
+
+KINDS = ["entries", "tiles", "LoRA"]
+ROWS, KEPT, TILE, RANK, PROMPT, MANY = 8, 0.05, 16, 16, 64, 20
+WORKS = {"prefill 64": 64, "prefill 128": 128, "decode": 1}
+GOALS = {"entries": 1.5, "tiles": 1.5, "LoRA": 1.3}
+
+
+class RandomExpert(Mapping[str, Delta]):
+    """An expert of every projection of a model, made weight by weight when asked for."""
+
+    def __init__(self, model: nn.Module, kind: str, number: int) -> None:
+        self.kind, self.number = kind, number
+        weights = {name: parameter for name, parameter in model.named_parameters() if name.endswith("proj.weight")}
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+
+    def __getitem__(self, name: str) -> Delta:
+        shape, draw = self.shapes[name], torch.Generator().manual_seed(1000 * self.number + len(name))
+        if self.kind == "LoRA":
+            up, down = (torch.randn(size, generator=draw) for size in ((shape[0], RANK), (RANK, shape[1])))
+            return LowRank(0.01 * up, 0.01 * down)
+        tile = (TILE, TILE) if self.kind == "tiles" else (1, 1)
+        units = math.prod(tile_grid(shape, tile))
+        kept = torch.randperm(units, generator=draw)[: round(KEPT * units)].sort().values.int()
+        if self.kind == "entries":
+            return Sparse(kept, 0.01 * torch.randn(len(kept), generator=draw), shape)
+        return BlockSparse(kept, 0.01 * torch.randn(len(kept), *tile, generator=draw), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def facts(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Return its number of values, and its bytes when packed with values of a dtype."""
+        values = places = 0
+        for name in self:
+            delta = self[name]
+            values += delta.up.numel() + delta.down.numel() if isinstance(delta, LowRank) else delta.values.numel()
+            if isinstance(delta, Sparse):
+                places += 2 * len(delta.indices)
+            elif isinstance(delta, BlockSparse):
+                places += 4 * len(delta.blocks)
+        return values, values * dtype.itemsize + places
+
+
+def contenders(base: nn.Module, kinds: list[str]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Return models that share the base's weights, and what their forward pass needs to know of the experts."""
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    found: dict[str, tuple[nn.Module, dict[str, Any]]] = {"base": (base, {})}
+    for kind in kinds:
+        model = copy.deepcopy(base, dict(shared))
+        routed(model, [RandomExpert(base, kind, number) for number in range(ROWS)], rows=range(ROWS), check=False)
+        found[kind] = (model, {})
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=PROJECTIONS)
+    model = peft.get_peft_model(copy.deepcopy(base, dict(shared)), config, "expert0", autocast_adapter_dtype=False)
+    for number in range(1, ROWS):
+        model.add_adapter(f"expert{number}", config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.01 * torch.randn(parameter.shape, dtype=next(base.parameters()).dtype)
+    return found | {"PEFT LoRA": (model.eval(), {"adapter_names": [f"expert{number}" for number in range(ROWS)]})}
+
+
+def passes(model: nn.Module, named: dict[str, Any], work: str, vocabulary: int) -> Callable[[], Tensor]:
+    """Return a forward pass; decoding goes on from the same prompt each time."""
+    ids = torch.randint(vocabulary, (ROWS, WORKS[work]), generator=torch.Generator().manual_seed(0))
+    if work != "decode":
+        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1, **named).logits
+    prompt = torch.randint(vocabulary, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache()
+    # The name of this argument changes with transformers 5.24.
+    known = inspect.signature(LlamaForCausalLM.forward).parameters
+    named = named | {"cache" if "cache" in known else "past_key_values": cache}
+    model(input_ids=prompt, logits_to_keep=1, **named)
+
+    def decode() -> Tensor:
+        logits = model(input_ids=ids, **named).logits
+        cache.crop(-1)
+        return logits
+
+    return decode
+
+
+@torch.no_grad()
+def compare(dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return for each work the ratios to the base alone, beside the floors and the goals."""
+    base: Any = language_model(options.quick).base.to(dtype).eval()
+    models = contenders(base, options.kinds)
+    linear = sum(layer.weight.numel() for layer in base.modules() if isinstance(layer, nn.Linear))
+    rows = []
+    for work in WORKS:
+        calls = {name: passes(*model, work, base.config.vocab_size) for name, model in models.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        order = list(calls)
+        for _ in range(options.repeats + 1):
+            random.shuffle(order)
+            gc.collect()
+            for name in order:
+                start = time.process_time()
+                for _ in range(4 if work == "decode" else 1):
+                    calls[name]()
+                seconds[name].append(time.process_time() - start)
+        median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+        row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "work": work}
+        row |= {name: median[name] / median["base"] for name in calls}
+        for kind in options.kinds:
+            values, size = RandomExpert(base, kind, 0).facts(dtype)
+            share = ROWS * size / (linear * dtype.itemsize) if work == "decode" else values / linear
+            row[f"{kind}, floor"] = 1 + share
+            row[f"{kind}, goal"] = 1 + 1.2 * share if work == "decode" else GOALS[kind]
+        rows.append(row)
+    return rows
+
+
+def memory(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what 20 experts of a kind take in a process of its own, over their packed bytes."""
+    if options.quick:
+        return own_memory(kind, getattr(torch, dtype), options)
+    command = [sys.executable, __file__, "--memory", kind, "--dtype", dtype]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+@torch.no_grad()
+def own_memory(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what 20 experts of a kind add to this process."""
+    base: Any = language_model(options.quick).base.to(dtype).eval()
+    passes(base, {}, "prefill 128", base.config.vocab_size)()
+    before = high_water()
+    experts = [RandomExpert(base, kind, number) for number in range(MANY)]
+    packed = sum(expert.facts(dtype)[1] for expert in experts)
+    routed(base, experts, rows=range(ROWS), check=False)
+    mixtures = [layer.expert for layer in base.modules() if hasattr(layer, "expert")]
+    held = sum(delta.nbytes for mixture in mixtures for delta in mixture.deltas if delta is not None)
+    passes(base, {}, "prefill 128", base.config.vocab_size)()
+    row = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": MANY}
+    return row | {"held_over_packed": held / packed, "peak_over_packed": (high_water() - before) / packed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="all if not given")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after a warm-up: 5")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: the numbers mean nothing")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    if options.memory:
+        print(json.dumps(own_memory(options.memory, getattr(torch, options.dtype[0]), options)))
+        return
+    options.repeats = 1 if options.quick else options.repeats
+    pairs = [(kind, dtype) for dtype in options.dtype for kind in options.kinds]
+    space = [memory(kind, dtype, options) for kind, dtype in pairs]
+    rows = [row for dtype in options.dtype for row in compare(getattr(torch, dtype), options)]
+    if options.json:
+        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows, "memory": space}))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    names = [*options.kinds, "PEFT LoRA"]
+    print(f"CPU time over the base alone (floor; goal)\n\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for row in rows:
+        cells = [f"{row[kind]:.2f} ({row[f'{kind}, floor']:.2f}; {row[f'{kind}, goal']:.2f})" for kind in options.kinds]
+        print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {row['PEFT LoRA']:.2f} |")
+    print(f"\nBytes of {MANY} experts over their packed bytes\n\n| | held | peak |\n|---|---|---|")
+    for row in space:
+        print(f"| {row['dtype']}, {row['kind']} | {row['held_over_packed']:.2f} | {row['peak_over_packed']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Call the compiled products of inputs with the deltas of their own experts, on the CPU.
+
+`products.cpp` has the loops. `library` returns None where they cannot be compiled, and `serves` tells which tensors
+they take; the caller computes everything else in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modular_experts.native.build import load
+
+
+class Form(IntEnum):
+    """What a delta's tensors are, by the numbers of `products.cpp`."""
+
+    SHORT_ENTRIES = 0
+    LONG_ENTRIES = 1
+    TILES = 2
+    LOW_RANK = 3
+
+
+class Factor(NamedTuple):
+    """A delta as the loops read it; all tensors are contiguous, and the values have the dtype of the input.
+
+    Attributes:
+        form: What the tensors are.
+        where: Row pointers of entries `(out + 1,)` int32; numbers of tiles `(n,)` int32; `down` of a low rank.
+        columns: Columns of entries `(n,)`, int32, or the lower half of it, int16.
+        values: Values of entries `(n,)`, of tiles `(n, height, width)`; the transpose of `up` of a low rank.
+        sizes: Number of tiles, or the rank; height and width of a tile.
+    """
+
+    form: Form
+    where: Tensor
+    columns: Tensor | None
+    values: Tensor
+    sizes: tuple[int, int, int] = (0, 0, 0)
+
+
+class Part(NamedTuple):
+    """The inputs that one delta gets.
+
+    Attributes:
+        factor: The delta.
+        places: Numbers of the inputs, `(m,)` int64, each once; None for all.
+        weights: One per input, `(m,)` float32; None for 1.
+    """
+
+    factor: Factor
+    places: Tensor | None
+    weights: Tensor | None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled products, or None where they cannot be compiled; the first call compiles and logs."""
+    products = load(Path(__file__).with_name("products.cpp"), "-ffp-contract=fast")
+    if products is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        products.add_products.argtypes = [pointer, pointer, ctypes.c_int, *[number] * 3, pointer, number, ctypes.c_int]
+        products.add_products.restype = None
+    return products
+
+
+def serves(out: Tensor, x: Tensor) -> bool:
+    """Return whether the loops take an output and an input: on the CPU, without gradient, float32 or bfloat16."""
+    if x.dtype != out.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        return False
+    # The values must lie at the tensor's address, one after the other.
+    in_place = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (out, x))
+    return in_place and library() is not None
+
+
+def add_products(out: Tensor, x: Tensor, parts: Sequence[Part]) -> None:
+    """Add to `out` the products of the inputs of each part with its delta, times their weights.
+
+    Args:
+        out: `(n, tokens, out)`, changed in place.
+        x: `(n, tokens, in)`, of the same dtype; both must pass `serves`.
+        parts: An input may be in several.
+    """
+    products = library()
+    assert products is not None, "call serves() first"
+    fields: list[int] = []
+    for (form, where, columns, values, sizes), places, weights in parts:
+        assert values.dtype == x.dtype, (values.dtype, x.dtype)
+        fields += (form, x.shape[0] if places is None else places.numel(), _address(places), _address(weights))
+        fields += (where.data_ptr(), _address(columns), values.data_ptr(), *sizes)
+    described = (ctypes.c_int64 * len(fields))(*fields)
+    inputs = (x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[2], out.shape[2], x.shape[1])
+    products.add_products(*inputs, ctypes.addressof(described), len(parts), torch.get_num_threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,141 @@
+"""Multiply inputs with the deltas of their own experts, each delta held once, in the form that is quickest to multiply.
+
+Entries are held row by row, with columns of two bytes where they fit; the other forms stay as they are, with values in
+the model's dtype. On the CPU compiled loops (`native/products.py`) serve all experts of a layer in one call; elsewhere,
+and where a gradient is needed, torch multiplies expert by expert.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.tiles import rows_and_columns
+from modular_experts.native import products
+from modular_experts.native.products import Factor, Form, Part
+from modular_experts.routing.gates import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The entries of a `Sparse` delta, row by row.
+
+    Args:
+        starts: Where each row begins and the last one ends, `(out + 1,)` int32.
+        columns: Columns `(n,)`: int32, or where the weight has at most 65536 of them the lower half of it, int16.
+        values: `(n,)`.
+        shape: That of the weight, `(out, in)`.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, delta: Sparse, dtype: torch.dtype) -> Entries:
+        """Return a sparse delta row by row, with values of this dtype."""
+        rows, columns = rows_and_columns(delta.indices, delta.shape)
+        starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32, device=delta.device)
+        starts[1:] = rows.bincount(minlength=delta.shape[0]).cumsum(0)
+        # Torch cannot unpickle uint16.
+        short = delta.shape[1] <= 2**16
+        columns = (columns - (columns >= 2**15).long() * 2**16).to(torch.int16) if short else columns.to(torch.int32)
+        return cls(starts, columns, delta.values.to(dtype), delta.shape)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`."""
+        _know_csr()
+        # Not every device has half-precision kernels for sparse products.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        columns = self.columns.to(torch.int32)
+        columns = columns & 0xFFFF if self.columns.dtype == torch.int16 else columns
+        rows = (self.starts, columns, self.values.to(wide))
+        matrix = torch.sparse_csr_tensor(*rows, self.shape, check_invariants=False)
+        flat = x.reshape(-1, self.shape[1]).to(wide)
+        return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Entries:
+        """Move to a device, and cast the values."""
+        return Entries(self.starts.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self.starts.nbytes + self.columns.nbytes + self.values.nbytes
+
+
+Held = Entries | Delta
+"""A delta in the form in which it is multiplied."""
+
+
+def held(delta: Delta, dtype: torch.dtype) -> Held:
+    """Return a delta in the form in which it is multiplied, with values of this dtype, the model's."""
+    if isinstance(delta, Sparse):
+        return Entries.of(delta, dtype)
+    if isinstance(delta, LowRank):
+        # `up` lies in memory as its transpose, so that one token reads both factors in order.
+        return LowRank(delta.up.to(dtype).T.contiguous().T, delta.down.to(dtype).contiguous())
+    if isinstance(delta, BlockSparse):
+        return BlockSparse(delta.blocks, delta.values.to(dtype).contiguous(), delta.shape)
+    return delta.to(dtype=dtype)
+
+
+def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
+    """Add to `out` the product of each input with the deltas of its segments, times its weights there.
+
+    Args:
+        out: `(n, tokens, out)`, changed in place.
+        x: `(n, tokens, in)`, of the same dtype.
+        deltas: By the number of the expert; None for no change.
+        segments: The inputs of each expert.
+    """
+    compiled = products.serves(out, x)
+    parts = []
+    for expert, places, weights in segments:
+        delta = deltas[expert]
+        if delta is None:
+            continue
+        factor = _factor(delta, x.dtype) if compiled else None
+        if factor is not None and not (torch.is_grad_enabled() and weights is not None and weights.requires_grad):
+            parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
+            continue
+        add_change(out, delta.linear(x if places is None else x.index_select(0, places)), places, weights)
+    if parts:
+        products.add_products(out, x, parts)
+
+
+def add_change(out: Tensor, change: Tensor, places: Tensor | None, weights: Tensor | None) -> None:
+    """Add to the outputs of some inputs `(n, tokens, out)` their change `(m, tokens, out)`, times their weights."""
+    if weights is not None:
+        change = change * weights.to(change.dtype)[:, None, None]
+    if places is None:
+        out.add_(change)
+    else:
+        out.index_add_(0, places, change)
+
+
+def _factor(delta: Held, dtype: torch.dtype) -> Factor | None:
+    """Return a delta as the compiled loops read it, or None for a form that they do not know."""
+    if isinstance(delta, Entries) and delta.values.dtype == dtype:
+        form = Form.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else Form.LONG_ENTRIES
+        return Factor(form, delta.starts, delta.columns, delta.values)
+    if isinstance(delta, BlockSparse) and delta.dtype == dtype and delta.blocks.dtype == torch.int32:
+        return Factor(Form.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
+    if isinstance(delta, LowRank) and delta.dtype == dtype:
+        return Factor(Form.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
+    return None
+
+
+@functools.cache
+def _know_csr() -> None:
+    """Make a first CSR tensor; torch warns once in a process that this layout is new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()

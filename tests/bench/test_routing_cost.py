@@ -1,0 +1,29 @@
+"""benchmarks/routing_cost.py runs as it stands, and its report holds floors, goals and memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from testbed.scripts import run_script
+
+KINDS = ["entries", "tiles", "LoRA"]
+LINEAR = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256) + 1024 * 256
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_every_kind_is_timed_beside_its_floor_and_its_goal() -> None:
+    report = json.loads(run_script("routing_cost.py", "--quick", "--json", "--dtype", "bfloat16"))
+    assert [row["work"] for row in report["rows"]] == ["prefill 64", "prefill 128", "decode"]
+    for row in report["rows"]:
+        assert row["base"] == 1
+        assert all(0.1 < row[kind] < 100 for kind in [*KINDS, "PEFT LoRA"])
+    prefill, _, decode = report["rows"]
+    kept = round(0.05 * 256 * 256) * 4 + round(0.05 * 128 * 256) * 4 + round(0.05 * 512 * 256) * 6
+    assert prefill["entries, floor"] == pytest.approx(1 + kept / LINEAR)
+    assert decode["entries, floor"] == pytest.approx(1 + 8 * 2 * kept / LINEAR)
+    assert decode["entries, goal"] == pytest.approx(1 + 1.2 * (decode["entries, floor"] - 1))
+    assert [row["kind"] for row in report["memory"]] == KINDS
+    held = {row["kind"]: row["held_over_packed"] for row in report["memory"]}
+    assert held["tiles"] == held["LoRA"] == 1
+    assert 1 < held["entries"] < 1.1, "the row pointers are all that is added"
