@@ -1,8 +1,8 @@
 """Choose experts by the input: routers, their gates, and the mixtures that read them.
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
-become gates, `mixture.py` the expert that obeys them; each router has a file. They need torch alone. Routers are put
-into a model by `injection/routed.py`.
+become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file. They
+need torch alone. Routers are put into a model by `injection/routed.py`.
 """
 
 from modular_experts.routing.arrow import Arrow

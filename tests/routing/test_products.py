@@ -83,10 +83,15 @@ def test_a_gradient_reaches_the_inputs_and_the_weights(form: str) -> None:
     x.requires_grad_()
     weights = torch.tensor([0.5, 2.0], requires_grad=True)
     gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    add_products(out, x, [held(delta, torch.float32)], [Segment(0, torch.tensor([1, 4]), weights)])
-    out.backward(gradient)
+    segments = [Segment(0, torch.tensor([1, 4]), weights), Segment(0, torch.tensor([2]), None)]
+    for segment in segments:
+        # Each alone: an output that has a gradient already needs no further test.
+        total = out.clone()
+        add_products(total, x, [held(delta, torch.float32)], [segment])
+        total.backward(gradient)
     wanted = torch.zeros(x.shape, dtype=torch.float64)
-    wanted[[1, 4]] = torch.tensor([0.5, 2.0])[:, None, None] * (gradient[[1, 4]].double() @ delta.dense().double())
+    factors = torch.tensor([0.5, 1.0, 2.0])[:, None, None]
+    wanted[[1, 2, 4]] = factors * (gradient[[1, 2, 4]].double() @ delta.dense().double())
     torch.testing.assert_close(x.grad.double(), wanted, rtol=1e-5, atol=1e-4)
     through = (x.detach()[[1, 4]].double() @ delta.dense().double().T * gradient[[1, 4]]).sum((1, 2))
     torch.testing.assert_close(weights.grad.double(), through, rtol=1e-5, atol=1e-4)
