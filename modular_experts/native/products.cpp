@@ -35,12 +35,13 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_a
 // The inputs of one expert, and where its delta lies in memory. `products.py` writes these fields.
 enum Form : int64_t { SHORT_ENTRIES, LONG_ENTRIES, TILES, LOW_RANK };
 struct Part {
-    int64_t form, count;                   // number of inputs
-    const int64_t* places;                 // their numbers, or null for all
-    const float* weights;                  // one per input, or null for 1
+    int64_t form;
     const void *where, *columns, *values;  // entries: row pointers, columns, values; tiles: their numbers, null,
                                            // values; low rank: down, null, the transpose of up
     int64_t kept, height, width;           // number of tiles, or the rank; sides of a tile
+    int64_t count;                         // number of inputs
+    const int64_t* places;                 // their numbers, or null for all
+    const float* weights;                  // one per input, or null for 1
 };
 
 struct Work {

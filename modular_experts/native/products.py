@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -28,22 +29,28 @@ class Form(IntEnum):
     LOW_RANK = 3
 
 
-class Factor(NamedTuple):
+class Factor:
     """A delta as the loops read it; all tensors are contiguous, and the values have the dtype of the input.
 
-    Attributes:
+    Args:
         form: What the tensors are.
         where: Row pointers of entries `(out + 1,)` int32; numbers of tiles `(n,)` int32; `down` of a low rank.
         columns: Columns of entries `(n,)`, int32, or the lower half of it, int16.
-        values: Values of entries `(n,)`, of tiles `(n, height, width)`; the transpose of `up` of a low rank.
+        values: Values of entries `(n,)`, of tiles `(n, height, width)`; `up` of a low rank, whose transpose is
+            contiguous.
         sizes: Number of tiles, or the rank; height and width of a tile.
     """
 
-    form: Form
-    where: Tensor
-    columns: Tensor | None
-    values: Tensor
-    sizes: tuple[int, int, int] = (0, 0, 0)
+    def __init__(
+        self, form: Form, where: Tensor, columns: Tensor | None, values: Tensor, sizes: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        self._made_of, self.dtype = (form, where, columns, values, sizes), values.dtype
+        # A model has hundreds of layers, so a call must not ask for the addresses again.
+        self.fields = (int(form), where.data_ptr(), _address(columns), values.data_ptr(), *sizes)
+
+    def __reduce__(self) -> tuple[type[Factor], tuple[object, ...]]:
+        """Let copies have addresses of their own."""
+        return Factor, self._made_of
 
 
 class Part(NamedTuple):
@@ -92,14 +99,13 @@ def add_products(out: Tensor, x: Tensor, parts: Sequence[Part]) -> None:
     """
     products = library()
     assert products is not None, "call serves() first"
-    fields: list[int] = []
-    for (form, where, columns, values, sizes), places, weights in parts:
-        assert values.dtype == x.dtype, (values.dtype, x.dtype)
-        fields += (form, x.shape[0] if places is None else places.numel(), _address(places), _address(weights))
-        fields += (where.data_ptr(), _address(columns), values.data_ptr(), *sizes)
-    described = (ctypes.c_int64 * len(fields))(*fields)
+    described = array("q")
+    for factor, places, weights in parts:
+        assert factor.dtype == x.dtype, (factor.dtype, x.dtype)
+        count = x.shape[0] if places is None else places.numel()
+        described.extend((*factor.fields, count, _address(places), _address(weights)))
     inputs = (x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[2], out.shape[2], x.shape[1])
-    products.add_products(*inputs, ctypes.addressof(described), len(parts), torch.get_num_threads())
+    products.add_products(*inputs, described.buffer_info()[0], len(parts), torch.get_num_threads())
 
 
 def _address(tensor: Tensor | None) -> int:

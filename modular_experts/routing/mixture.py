@@ -12,7 +12,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
 from modular_experts.routing.gates import CurrentGates, Gates
-from modular_experts.routing.products import add_change, add_products, held
+from modular_experts.routing.products import Held, add_change, add_products
 from modular_experts.routing.router import Router
 
 
@@ -46,7 +46,7 @@ class Mixture(Expert):
     ) -> None:
         super().__init__()
         self.dtype = weight.dtype
-        self.deltas = [None if delta is None or delta.is_empty else held(delta, self.dtype) for delta in deltas]
+        self.deltas = [None if delta is None or delta.is_empty else Held(delta, self.dtype) for delta in deltas]
         self.biases = [None if bias is None else bias.dense() for bias in biases]
         self.gates, self.router, self.common = gates, router, common
 

@@ -71,20 +71,49 @@ class Entries:
         return self.starts.nbytes + self.columns.nbytes + self.values.nbytes
 
 
-Held = Entries | Delta
-"""A delta in the form in which it is multiplied."""
+class Held:
+    """A delta in the form in which it is multiplied, with values of a dtype, the model's.
+
+    Args:
+        delta: The delta; entries may be packed already.
+        dtype: The dtype of the values.
+    """
+
+    def __init__(self, delta: Delta | Entries, dtype: torch.dtype) -> None:
+        self.delta = _prepared(delta, dtype)
+        self.factor = _factor(self.delta)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Held:
+        """Move to a device, and cast the values."""
+        return Held(self.delta.to(device, dtype), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self.delta.nbytes
 
 
-def held(delta: Delta, dtype: torch.dtype) -> Held:
-    """Return a delta in the form in which it is multiplied, with values of this dtype, the model's."""
+def _prepared(delta: Delta | Entries, dtype: torch.dtype) -> Delta | Entries:
     if isinstance(delta, Sparse):
         return Entries.of(delta, dtype)
     if isinstance(delta, LowRank):
         # `up` lies in memory as its transpose, so that one token reads both factors in order.
         return LowRank(delta.up.to(dtype).T.contiguous().T, delta.down.to(dtype).contiguous())
     if isinstance(delta, BlockSparse):
-        return BlockSparse(delta.blocks, delta.values.to(dtype).contiguous(), delta.shape)
-    return delta.to(dtype=dtype)
+        return BlockSparse(delta.blocks.contiguous(), delta.values.to(dtype).contiguous(), delta.shape)
+    return delta if isinstance(delta, Entries) else delta.to(dtype=dtype)
+
+
+def _factor(delta: Delta | Entries) -> Factor | None:
+    """Return a delta as the compiled loops read it, or None for a form that they do not know."""
+    if isinstance(delta, Entries):
+        form = Form.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else Form.LONG_ENTRIES
+        return Factor(form, delta.starts, delta.columns, delta.values)
+    if isinstance(delta, BlockSparse) and delta.blocks.dtype == torch.int32:
+        return Factor(Form.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
+    if isinstance(delta, LowRank):
+        return Factor(Form.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
+    return None
 
 
 def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
@@ -96,17 +125,18 @@ def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments
         deltas: By the number of the expert; None for no change.
         segments: The inputs of each expert.
     """
-    compiled = products.serves(out, x)
+    compiled, graded = products.serves(out, x), torch.is_grad_enabled()
     parts = []
     for expert, places, weights in segments:
-        delta = deltas[expert]
-        if delta is None:
+        held = deltas[expert]
+        if held is None:
             continue
-        factor = _factor(delta, x.dtype) if compiled else None
-        if factor is not None and not (torch.is_grad_enabled() and weights is not None and weights.requires_grad):
+        factor = held.factor if compiled and not (graded and weights is not None and weights.requires_grad) else None
+        if factor is not None and factor.dtype == x.dtype:
             parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
-            continue
-        add_change(out, delta.linear(x if places is None else x.index_select(0, places)), places, weights)
+        else:
+            change = held.delta.linear(x if places is None else x.index_select(0, places))
+            add_change(out, change, places, weights)
     if parts:
         products.add_products(out, x, parts)
 
@@ -119,18 +149,6 @@ def add_change(out: Tensor, change: Tensor, places: Tensor | None, weights: Tens
         out.add_(change)
     else:
         out.index_add_(0, places, change)
-
-
-def _factor(delta: Held, dtype: torch.dtype) -> Factor | None:
-    """Return a delta as the compiled loops read it, or None for a form that they do not know."""
-    if isinstance(delta, Entries) and delta.values.dtype == dtype:
-        form = Form.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else Form.LONG_ENTRIES
-        return Factor(form, delta.starts, delta.columns, delta.values)
-    if isinstance(delta, BlockSparse) and delta.dtype == dtype and delta.blocks.dtype == torch.int32:
-        return Factor(Form.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
-    if isinstance(delta, LowRank) and delta.dtype == dtype:
-        return Factor(Form.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
-    return None
 
 
 @functools.cache
