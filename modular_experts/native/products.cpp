@@ -156,26 +156,19 @@ template <int step = LANES / 2> inline V sums_of(const V* v) {
 // ---- Few tokens: each function gives the product of one token with the rows [low, high) of a delta, padded to LANES.
 
 template <class S, class I>
-void multiply_entries(const Part& part, const Work& work, const float* x, int64_t low, int64_t high, V* out) {
+void multiply_entries(const Part& part, const float* x, int64_t low, int64_t high, V* out) {
     const auto* starts = static_cast<const int32_t*>(part.where);
     const auto* columns = static_cast<const I*>(part.columns);
     const auto* values = static_cast<const S*>(part.values);
-    const auto products = buffer<float>(LANES * work.inputs + LANES);
     for (int64_t row = low; row < high; row += LANES) {
         const int rows = std::min<int64_t>(LANES, high - row);
-        const int32_t begin = starts[row], count = starts[row + rows] - begin;
-        // First all products of LANES rows in one stream, then their sums. A loop over each row would end with a branch
-        // that the processor often guesses wrong, and with lanes that do nothing.
-        for (int32_t k = 0; k < count; k += LANES) {
-            const V own = gathered(x, columns + begin + k, count - k);
-            store(own * load(values + begin + k, count - k), products.get() + k);
-        }
-        int32_t most = 0;
-        for (int i = 0; i < rows; i++) most = std::max(most, starts[row + i + 1] - starts[row + i]);
         V sums[LANES] = {};
         for (int i = 0; i < rows; i++) {
-            const int32_t first = starts[row + i] - begin, end = starts[row + i + 1] - begin;
-            for (int32_t k = first; k < first + most; k += LANES) sums[i] += load(products.get() + k, end - k);
+            V sum = {};
+            const int32_t end = starts[row + i + 1];
+            for (int32_t k = starts[row + i]; k < end; k += LANES)
+                sum += gathered(x, columns + k, end - k) * load(values + k, end - k);
+            sums[i] = sum;
         }
         out[(row - low) / LANES] = sums_of(sums);
     }
@@ -279,8 +272,8 @@ template <class S> void few_tokens(const Part& part, const Work& work, const S* 
         for (int64_t t = 0; t < work.tokens(part); t++) {
             const float* own = widened(x + work.row(part, t) * work.inputs, work.inputs, room.get());
             V* const to = sums.get();
-            if (part.form == SHORT_ENTRIES) multiply_entries<S, uint16_t>(part, work, own, low, high, to);
-            else if (part.form == LONG_ENTRIES) multiply_entries<S, int32_t>(part, work, own, low, high, to);
+            if (part.form == SHORT_ENTRIES) multiply_entries<S, uint16_t>(part, own, low, high, to);
+            else if (part.form == LONG_ENTRIES) multiply_entries<S, int32_t>(part, own, low, high, to);
             else if (part.form == LOW_RANK) multiply_low_rank<S>(part, work, own, low, high, to);
             else if (part.width == 1 && part.height == work.outputs) multiply_columns<S>(part, own, low, high, to);
             else multiply_tiles<S>(part, work, own, low, high, to);
