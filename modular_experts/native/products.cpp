@@ -26,7 +26,7 @@ namespace {
 
 constexpr int LANES = 16;
 constexpr int64_t CHUNK = 1024;  // rows of the weight that a thread takes at once; a multiple of LANES
-constexpr int64_t FEW = 3;       // tokens up to which the first way is quicker; measured
+constexpr int64_t FEW = 3;       // tokens up to which the first way is taken; a guess, not measured
 
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
