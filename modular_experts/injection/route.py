@@ -85,6 +85,11 @@ def route(
             )
     router = router or Centroid()
     router.select.check(len(opened))
+    if type(router.select) not in SELECTIONS.values():
+        raise ValueError(
+            f"a stored router selects by {', '.join(SELECTIONS)}, and {type(router.select).__name__} is another; "
+            "give one of these, or select in the `forward` of a router class of your own"
+        )
     state = _state(_learned(router, opened), len(opened))
     record = make_record(
         "routed",

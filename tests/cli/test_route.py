@@ -200,3 +200,11 @@ def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, task
     shutil.copytree("library/upper", "library/first")
     with pytest.raises(ValueError, match="first is not the expert that r was made with"):
         attached(model, "library/r")
+
+
+def test_a_selection_that_could_not_be_read_again_is_refused(place):
+    class Mine(TopK):
+        pass
+
+    with pytest.raises(ValueError, match="a stored router selects by TopK, Softmax, Threshold, and Mine is another"):
+        route(EXPERTS[1:], "library/r", Centroid(select=Mine()))
