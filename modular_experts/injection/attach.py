@@ -11,35 +11,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
-from modular_experts.injection.inject import eject, inject, load_expert_state
+from modular_experts.injection.inject import load_expert_state
 from modular_experts.injection.route import put_in
-from modular_experts.injection.routed import Routed
+from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
 from modular_experts.routing import GOATExpert, MoLoRAExpert
 
 MIXTURES: dict[str, type[MoLoRAExpert]] = {"MoLoRAExpert": MoLoRAExpert, "GOATExpert": GOATExpert}
 
 
-class Injected:
-    """A trained mixture in a model, until `remove`, or until the end of a `with` block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def remove(self) -> None:
-        """Take the mixture out again; a second call does nothing."""
-        eject(self._model)
-
-    def __enter__(self) -> Injected:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.remove()
-
-
-def attached(
-    model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True
-) -> Applied | Routed | Injected:
+def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True) -> Applied | Injected:
     """Add experts to a model, or put one that chooses by the input into it, until `remove` or the end of a `with`.
 
     Args:
@@ -56,10 +37,7 @@ def attached(
     if not inputs:
         return applied(model, opened, check=check)
     if len(opened) > 1:
-        raise ValueError(
-            f"{inputs[0].name} chooses by the input, so nothing can be added to it; name it alone, without "
-            f"{next(one for one in opened if one is not inputs[0])!r}"
-        )
+        raise ValueError(f"{inputs[0].name} chooses by the input, so nothing can be added to it; name it alone")
     return put_in(model, inputs[0], check=check) if inputs[0].routed else _put_mixture_in(model, inputs[0], check)
 
 
@@ -76,7 +54,7 @@ def _put_mixture_in(model: nn.Module, expert: StoredExpert, check: bool) -> Inje
     for name, tensor in state.items():
         weight, _, part = name.rpartition("/")
         by_weight.setdefault(weight, {})[part] = tensor
-    inject(
+    injected = Injected(
         model,
         lambda sites: {
             site: lambda weight, own=by_weight[site.weight]: kind.of_state(weight, own)
@@ -85,5 +63,4 @@ def _put_mixture_in(model: nn.Module, expert: StoredExpert, check: bool) -> Inje
         },
     )
     load_expert_state(model, state)
-    model.eval()
-    return Injected(model)
+    return injected

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modular_experts.base.apply import AnyExpert, check_loaded, open_several
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
-from modular_experts.experts.site import Factory, Site
+from modular_experts.experts.site import Factory, Plan, Site
 from modular_experts.injection.inject import eject, expert_layers, find_sites, inject
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
@@ -32,25 +32,57 @@ from modular_experts.routing.router import Router
 from modular_experts.text import block_of
 
 
-class Routed:
-    """Experts behind a router in a model, until `remove`, or until the end of a `with` block.
+class Injected:
+    """Experts in the layers of a model, until `remove`, or until the end of a `with` block.
+
+    Args:
+        model: The model, which is in evaluation mode meanwhile.
+        plan: Which site gets which expert.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._training = model, model.training
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A `partial` would be taken for an expert type that lacks its layers.
+        inject(model, lambda sites: plan(sites))
+        model.eval()
+
+    def remove(self) -> None:
+        """Make the model what it was; a second call does nothing."""
+        if any(expert_layers(self._model)):
+            eject(self._model)
+            self._model.train(self._training)
+            for parameter in self._trained:
+                parameter.requires_grad_(True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.remove()
+
+
+class Routed(Injected):
+    """Experts behind a router in a model.
 
     Attributes:
         router: The router of scope `sample`, or None.
         current: The gates of the last pass, for scope `sample`.
     """
 
-    def __init__(self, model: nn.Module, router: Router | None, current: CurrentGates, fixed: Gates | None) -> None:
-        self.router, self.current, self._model, self._inside = router, current, model, False
-        current.gates = fixed
-        self._hook = model.register_forward_pre_hook(self._route, with_kwargs=True) if router is not None else None
+    def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
+        super().__init__(model, plan)
+        self.router, self.current, self._inside = router, current, False
+        self._hook = None if router is None else model.register_forward_pre_hook(self._route, with_kwargs=True)
 
     def _route(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Make the gates of a pass; one that goes on with kept keys and values has those of its prompts."""
         if self._inside or any(_length(named.get(name)) for name in ("past_key_values", "cache")):
             return
         assert self.router is not None
-        ids = named["input_ids"] if "input_ids" in named else arguments[0]
+        ids = named["input_ids"] if "input_ids" in named else next(iter(arguments), None)
+        if ids is None:
+            raise ValueError("a router reads prompts as `input_ids`, and the model was called without them")
         mask = named.get("attention_mask")
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
@@ -61,17 +93,9 @@ class Routed:
         self.current.gates = self.router.to(hidden.device)(hidden)
 
     def remove(self) -> None:
-        """Take the mixtures out again; a second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
-        if any(expert_layers(self._model)):
-            eject(self._model)
-
-    def __enter__(self) -> Routed:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.remove()
+        super().remove()
 
 
 def routed(
@@ -119,15 +143,15 @@ def routed(
                 f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
             )
         one.select.check(count)
-    current, fixed = CurrentGates(), None
+    current = CurrentGates()
     if rows is not None:
         numbers = torch.tensor(list(rows))[:, None]
         if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
-        fixed = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
-    inject(model, lambda sites: _plan(held, current, router if isinstance(router, Mapping) else None, sites))
-    model.eval()
-    return Routed(model, router if isinstance(router, Router) else None, current, fixed)
+        current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
+    routers = router if isinstance(router, Mapping) else None
+    plan = partial(_plan, held, current, routers)
+    return Routed(model, plan, router if isinstance(router, Router) else None, current)
 
 
 def by_weight(

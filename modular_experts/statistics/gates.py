@@ -15,7 +15,8 @@ from modular_experts.data.batch import Batch
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts.site import Factory, Site
-from modular_experts.injection.inject import eject, expert_layers, inject
+from modular_experts.injection.inject import expert_layers
+from modular_experts.injection.routed import Injected
 from modular_experts.methods.method import DataStatistic
 from modular_experts.progress import Progress
 from modular_experts.routing.phatgoose import Gated
@@ -57,10 +58,8 @@ def train_gates(
             )
         return {known[name]: partial(_gated, delta) for name, delta in expert.items()}
 
-    requires = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training, losses = model.training, []
-    inject(model.eval(), plan)
-    try:
+    losses = []
+    with Injected(model, plan):
         gates: dict[str, Any] = {name: layer.expert for name, layer in expert_layers(model)}
         optimizer = torch.optim.AdamW([one.gate for one in gates.values()], learning_rate, weight_decay=0.0)
         draw = torch.Generator().manual_seed(0)
@@ -78,11 +77,6 @@ def train_gates(
             optimizer.step()
             losses.append(loss.item())
         return {name: DataStatistic(one.gate.detach()) for name, one in gates.items()}, losses
-    finally:
-        eject(model)
-        model.train(training)
-        for parameter, required in requires.items():
-            parameter.requires_grad_(required)
 
 
 def _gated(delta: Delta, weight: Tensor, site: Site) -> Gated:

@@ -235,3 +235,22 @@ def test_few_prompts_do_not_make_a_router_reject_new_ones() -> None:
     router.learn([], prompts)
     fresh = torch.cat([torch.randn(100, 40, generator=made) + 3 * number for number in range(3)])
     assert (router(fresh).ids == 3).float().mean() < 0.1
+
+
+def test_what_was_trained_is_trained_again_afterwards() -> None:
+    model = build_model("llama").train()
+    model.get_parameter("model.norm.weight").requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with routed(model, experts_of(model), rows=[0]):
+        assert not model.training
+    assert model.training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_pass_without_tokens_is_refused() -> None:
+    model = build_model("llama")
+    with (
+        routed(model, experts_of(model), centroid(model)),
+        pytest.raises(ValueError, match="a router reads prompts as `input_ids`"),
+    ):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
