@@ -48,7 +48,7 @@ def route(
     Examples:
         modular-experts route --experts library/a library/b --data.tasks a.jsonl b.jsonl --out library/routed
         modular-experts route --experts library/a library/b --fallback library/ab --out library/routed
-        modular-experts test --experts library/routed --tasks a.jsonl b.jsonl
+        modular-experts evaluate --experts library/routed --tasks a.jsonl b.jsonl --out runs/routed
     """
     check_target(out, overwrite)
     chosen = router or Centroid()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_depths
+from modular_experts.routing.router import Router, Scope, check_depths, check_prompts
 
 FOLDS = 4
 
@@ -59,6 +59,7 @@ class Centroid(Router):
 
     @torch.no_grad()
     def learn(self, deltas: Sequence[Delta | None], prompts: Sequence[Tensor]) -> None:
+        check_prompts("Centroid", prompts, 1 if self.reject is None else 2)
         self.experts = len(prompts)
         means, precision = _fit([rows.double() for rows in prompts], self.shrink)
         self.means, self.precision = means.float(), precision.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Selection
-from modular_experts.routing.router import Router, Scope, check_depths
+from modular_experts.routing.router import Router, Scope, check_depths, check_prompts
 
 FOLDS = 4
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -55,6 +55,8 @@ class Classifier(Router):
             self.register_buffer(name, torch.empty(0))
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        # Of two prompts with their parts, cross-validation has one pair left.
+        check_prompts("Classifier", statistics, 1 if self.decay else 4)
         self.experts = len(statistics)
         decay = self.decay or min(DECAYS, key=lambda decay: _left_out_loss(statistics, decay))
         weight, bias = _fit(statistics, decay)

@@ -81,11 +81,6 @@ class Gates:
     ids: Tensor
     weights: Tensor
 
-    @classmethod
-    def all_to(cls, expert: int, inputs: int) -> Gates:
-        """Return gates that send all inputs to one expert."""
-        return cls(torch.full((inputs, 1), expert), torch.ones(inputs, 1))
-
     @cached_property
     def segments(self) -> list[Segment]:
         """The inputs of each expert that any input takes, by the expert's number."""

@@ -97,3 +97,13 @@ def check_depths(name: str, depths: Sequence[float]) -> None:
     """Raise ValueError unless prompts can be read at these shares of the transformer blocks."""
     if not depths or not 0 <= min(depths) <= max(depths) <= 1:
         raise ValueError(f"{name}: depths={list(depths)} must be numbers from 0 to 1, at least one")
+
+
+def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:
+    """Raise ValueError if an expert has too few vectors of prompts to learn from."""
+    for number, rows in enumerate(prompts):
+        if len(rows) < least:
+            raise ValueError(
+                f"{name}: expert {number} has {len(rows)} prompts, and at least {least} are needed; give its task more "
+                "rows"
+            )

@@ -201,7 +201,7 @@ class ATLAS(CoefficientSearch):
             mean of the merges, or without merges all 0, as in the paper.
         objective: `loss` of the targets, or `distill`, the divergence from what the expert of a row's task predicts in
             their place, or `entropy`.
-        per: A coefficient for each `expert`, for each of its weights, or for each row of these: thousands of times as
+        per: A coefficient for each `expert`, for each of its weights, or for each row of these: hundreds of times as
             many, which keep more of many experts and learn a few rows by heart (docs/results/smollm2.md).
         decay: Whether the rate falls linearly to 0.
     """
