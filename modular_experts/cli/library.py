@@ -155,7 +155,7 @@ def show(expert: str, weights: bool = False) -> None:
     groups: list[tuple[str, Callable[[str], Any]]] = [("weight", str)]
     if not weights:
         groups = [("layer", depth_of), ("weights named", lambda name: name.removesuffix(".weight").rpartition(".")[2])]
-    for heading, group in groups:
+    for heading, group in groups if measures else ():
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column(heading, overflow="fold")
         for name in ("weights", "kept", "share", "norm"):
@@ -197,7 +197,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         numbers = sum(tensor.numel() for tensor in state.values())
         yield "state", f"{len(state)} tensors with {numbers:,} numbers, of {record.get('class_path')}"
     yield "forms", ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no deltas"
-    yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
+    if forms:
+        yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
     costs = record.get("costs") or {}
@@ -210,7 +211,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "selection", f"{times}, {passes} passes, {seconds:.3g} s, {held}"
     if "overlap" in costs:
         yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
-    yield "norm", total.cells()[3]
+    if forms:
+        yield "norm", total.cells()[3]
     for kind in kinds_of_statistics(expert):
         yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
     yield "size", bytes_text(expert.size_on_disk)

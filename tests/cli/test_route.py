@@ -46,21 +46,6 @@ def tasks(task_files) -> str:
     return json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
-
-    def command(*argv):
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
-
-
 ALWAYS = ["--router", "Centroid", "--router.reject", "null"]
 EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
 
@@ -150,6 +135,7 @@ def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, ta
     code, out, _ = run("show", "library/r")
     assert code == 0
     assert "upper, reverse, first" in out
+    assert "norm" not in out, "a routed expert has no deltas to measure"
     assert run("verify", "library")[0] == 0
     assert "routed" in run("list", "library")[1]
 
