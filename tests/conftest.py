@@ -168,3 +168,20 @@ def two_task_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task_files: 
     shutil.copy(task_files["upper"], "a.jsonl")
     shutil.copy(task_files["reverse"], "b.jsonl")
     return tmp_path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
+
+    from modular_experts.__main__ import main
+
+    def command(*argv: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command

@@ -14,7 +14,7 @@ import torch
 from testbed.hub_server import TOKEN
 from testbed.random_deltas import random_delta
 
-from modular_experts.__main__ import VERBS, main
+from modular_experts.__main__ import VERBS
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.library import Library, make_record, open_expert, write_expert
@@ -35,21 +35,6 @@ def place(tiny_llama_dir, tmp_path, monkeypatch):
     rows = [{"input": f"{i}:", "target": "x", "split": "test"} for i in range(2)]
     (tmp_path / "its.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
-
-    def command(*argv):
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 def test_push_and_pull(run, place, hub):

@@ -12,7 +12,6 @@ from peft import LoHaConfig
 from safetensors.torch import load_file, save_file
 from testbed.peft_adapters import save_adapter
 
-from modular_experts.__main__ import main
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.interop import import_expert as import_room
@@ -20,21 +19,6 @@ from modular_experts.interop.adapter import ImportedAdapter
 from modular_experts.library import open_expert
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
-
-    def command(*argv):
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 @pytest.fixture

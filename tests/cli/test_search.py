@@ -11,7 +11,6 @@ import yaml
 from testbed.runs import mixture
 from testbed.searching import descent, objective_on, stored
 
-from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
@@ -35,21 +34,6 @@ def place(tiny_llama_dir, task_files, tmp_path, monkeypatch):
 def tasks(task_files) -> str:
     """The tasks as an option."""
     return json.dumps([{"name": name, "path": str(task_files[name])} for name in ("upper", "reverse")])
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, and what it wrote to stdout and to stderr."""
-
-    def command(*argv):
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 def validation_losses(base, task_files, expert) -> dict[str, float]:
