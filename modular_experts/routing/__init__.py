@@ -1,8 +1,9 @@
 """Choose experts by the input: routers, their gates, and the mixtures that read them.
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
-become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file. They
-need torch alone. Routers are put into a model by `injection/routed.py`.
+become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
+`molora.py`, `goat.py` and `hilo.py` train experts and their router together. They need torch alone.
+`injection/routed.py` puts routers into a model.
 """
 
 from modular_experts.routing.arrow import Arrow
