@@ -64,6 +64,7 @@ class MoLoRAExpert(Expert):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         self._balance: Tensor | None = None
+        self._tokens: Tensor | None = None
 
     @classmethod
     def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> MoLoRAExpert:
@@ -99,7 +100,8 @@ class MoLoRAExpert(Expert):
 
     def _balance_loss(self, probabilities: Tensor, kept: Tensor) -> Tensor:
         probabilities, kept = probabilities.flatten(0, -2), kept.flatten(0, -2)
-        tokens = rows_at_hand().tokens
+        # Gradient checkpointing computes a pass again when nobody tells its rows any more.
+        self._tokens = tokens = self._tokens if (told := rows_at_hand().tokens) is None else told
         if tokens is not None and tokens.numel() == len(kept):
             probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]
         return self.experts * (kept.to(probabilities).mean(0) * probabilities.mean(0)).sum()
