@@ -37,6 +37,9 @@ class Expert(nn.Module, ABC):
     not_mergeable_because: ClassVar[str] = ""
     """The reason, as the end of a sentence: "its router chooses by the input"."""
 
+    penalty_name: ClassVar[str] = ""
+    """The name by which training logs the penalty, as `penalty/<name>`; the name of the type if empty."""
+
     @abstractmethod
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
         """Return how far the weight has moved from the base.

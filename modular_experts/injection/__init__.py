@@ -16,7 +16,7 @@ from modular_experts.injection.inject import (
     find_sites,
     inject,
     load_expert_state,
-    penalty,
+    penalties,
     task_vector,
     write_experts,
 )
@@ -32,7 +32,7 @@ __all__ = [
     "find_sites",
     "inject",
     "load_expert_state",
-    "penalty",
+    "penalties",
     "task_vector",
     "write_experts",
 ]

@@ -243,10 +243,15 @@ def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer.expert.load_state(by_weight[weight])
 
 
-def penalty(model: nn.Module) -> Tensor | None:
-    """Return the sum of the penalties of all experts, which training adds to the loss, or None if no expert has one."""
-    terms = [term for _, layer in expert_layers(model) if (term := layer.expert.penalty()) is not None]
-    return torch.stack(terms).sum() if terms else None
+def penalties(model: nn.Module) -> dict[str, Tensor]:
+    """Return the experts' penalties, which training adds to the loss, by name (`Expert.penalty_name`): the sum of all
+    of a name, and no entry where no expert has one.
+    """
+    terms: dict[str, list[Tensor]] = {}
+    for _, layer in expert_layers(model):
+        if (term := layer.expert.penalty()) is not None:
+            terms.setdefault(layer.expert.penalty_name or type(layer.expert).__name__, []).append(term)
+    return {name: torch.stack(found).sum() for name, found in terms.items()}
 
 
 def write_experts(model: nn.Module) -> None:

@@ -40,6 +40,7 @@ class MoLoRAExpert(Expert):
     learning_rate: ClassVar[float] = 3e-3
     mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its router chooses by the input"
+    penalty_name: ClassVar[str] = "balance"
 
     def __init__(
         self, weight: Tensor, experts: int = 8, rank: int = 2, k: int = 2, alpha: float = 16.0, balance: float = 1e-3

@@ -39,7 +39,7 @@ from modular_experts.injection import (
     expert_layers,
     expert_state,
     inject,
-    penalty,
+    penalties,
     task_vector,
     write_experts,
 )
@@ -146,7 +146,7 @@ class ExpertModule(LightningModule):
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
         self._resized = False
-        self._penalty: Tensor | None = None
+        self._penalties: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Raise before anything is loaded if training has no experts, or experts have no layers."""
@@ -318,11 +318,11 @@ class ExpertModule(LightningModule):
                 torch.cuda.set_rng_state(states[rank]["cuda"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss per target token, plus the experts' penalties."""
+        """Return the loss per target token, plus the experts' penalties, which are logged by name."""
         loss = self.loss(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["task"]))
-        if self._penalty is not None:
-            self.log("penalty", self._penalty, batch_size=len(batch["task"]))
+        for name, term in self._penalties.items():
+            self.log(f"penalty/{name}", term, batch_size=len(batch["task"]))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -341,9 +341,9 @@ class ExpertModule(LightningModule):
             distributed.all_reduce(tokens)
             tokens = tokens / self.trainer.world_size
         loss = sums.sum() / tokens.clamp(min=1)
-        term = penalty(self.model)
-        self._penalty = None if term is None else term.detach()
-        return loss if term is None else loss + term
+        terms = penalties(self.model)
+        self._penalties = {name: term.detach() for name, term in terms.items()}
+        return sum(terms.values(), start=loss)
 
     def on_test_start(self) -> None:
         """Warn of applied experts that meet rows or a base in another form than in their training."""

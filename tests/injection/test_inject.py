@@ -25,7 +25,7 @@ from modular_experts.injection import (
     find_sites,
     inject,
     load_expert_state,
-    penalty,
+    penalties,
     task_vector,
     write_experts,
 )
@@ -257,16 +257,18 @@ def test_a_moved_bias_is_part_of_the_task_vector_and_the_base_keeps_its_own() ->
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
-def test_penalties_add_up() -> None:
+def test_penalties_of_a_name_add_up() -> None:
     model = conftest.build_model("qwen2")
     inject(model, {"q_proj": BiasExpert, "v_proj": LoRAExpert})
     shifts = [layer.expert.shift for name, layer in expert_layers(model) if "q_proj" in name]
     for number, shift in enumerate(shifts, start=1):
         torch.nn.init.constant_(shift, number)
-    assert penalty(model).item() == pytest.approx(0.1 * (1 + 4) * shifts[0].numel())
+    (name,), (found,) = zip(*penalties(model).items(), strict=True)
+    assert name == "BiasExpert"
+    assert found.item() == pytest.approx(0.1 * (1 + 4) * shifts[0].numel())
     none = conftest.build_model("qwen2")
     inject(none, LoRAExpert, "q_proj")
-    assert penalty(none) is None
+    assert penalties(none) == {}
 
 
 def test_a_state_goes_only_into_the_experts_that_it_came_from() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import eject, expert_layers, find_sites, inject, penalty
+from modular_experts.injection import eject, expert_layers, find_sites, inject, penalties
 from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
 from modular_experts.routing.gates import reading
 from modular_experts.testing import check_expert
@@ -81,11 +81,11 @@ def test_padding_counts_for_no_expert() -> None:
     tokens = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]).bool()
     with reading(tokens=tokens):
         network(x)
-    found = penalty(network)
+    found = penalties(network)["balance"]
     changed = x.where(tokens[..., None], 100 * torch.randn_like(x))
     with reading(tokens=tokens):
         network(changed)
-    assert torch.equal(penalty(network), found)
+    assert torch.equal(penalties(network)["balance"], found)
     expert = next(layer.expert for _, layer in expert_layers(network))
     logits = F.linear(x[tokens], expert.router)
     used = torch.zeros(4, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_padding_counts_for_no_expert() -> None:
         used[row.topk(2).indices] += 1 / len(logits)
     wanted = 0.5 * 4 * (used * logits.softmax(1).mean(0)).sum()
     torch.testing.assert_close(found, wanted)
-    assert penalty(network) is None, "a penalty is asked once after each forward pass"
+    assert penalties(network) == {}, "a penalty is asked once after each forward pass"
 
 
 def test_goat_leaves_the_base_at_even_gates_and_in_the_mean_over_all_choices() -> None:
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_a_padded_batch() -> 
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        loss = batch_losses(model, batch)[0].sum() + penalty(model)
+        loss = batch_losses(model, batch)[0].sum() + penalties(model)["balance"]
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys()

@@ -186,13 +186,15 @@ def test_a_model_that_is_not_its_base_is_refused_unless_that_is_wanted(tiny_llam
 class Penalised(LoRAExpert):
     """Pulls its factors to zero."""
 
+    penalty_name = "size"
+
     def penalty(self) -> torch.Tensor:
         return 0.5 * self.up.square().sum()
 
 
-def test_penalties_join_the_loss_and_are_logged(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_files, tmp_path) -> None:
     module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, partial(Penalised, rank=2), max_steps=4)
-    assert trainer.logged_metrics["penalty"] > 0
+    assert trainer.logged_metrics["penalty/size"] > 0
     batch = _batch(tiny_llama_dir, task_files)
     experts = [layer.expert for _, layer in expert_layers(module.model)]
     both = module.loss(batch).item()
@@ -201,7 +203,7 @@ def test_penalties_join_the_loss_and_are_logged(tiny_llama_dir, task_files, tmp_
     wanted = sum(0.5 * expert.up.square().sum().item() for expert in experts)
     assert both - module.loss(batch).item() == pytest.approx(wanted, rel=1e-3)
     _, plain, others = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS["lora"], max_steps=4)
-    assert "penalty" not in plain.logged_metrics
+    assert not [name for name in plain.logged_metrics if name.startswith("penalty")]
     assert losses[0] == others[0], "the factors start at zero"
     assert losses[-1] != others[-1]
 
