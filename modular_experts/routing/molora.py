@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
@@ -25,8 +25,8 @@ class MoLoRAExpert(Expert):
     that of such a LoRA, and no tensor (tokens, experts, out) is made.
 
     The penalty keeps the experts in use: `balance` times `experts * sum_e f_e p_e`, where `f_e` is how often a token
-    takes expert `e` and `p_e` the mean probability of it, both over tokens without padding. At even use it is
-    `balance * k`.
+    takes expert `e` and `p_e` the mean probability of it, both over the tokens of all processes without padding. At
+    even use it is `balance * k`.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -64,7 +64,7 @@ class MoLoRAExpert(Expert):
         self.router = nn.Parameter(torch.empty(experts, columns, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
-        self._balance: Tensor | None = None
+        self._use: tuple[Tensor, Tensor] | None = None
         self._tokens: Tensor | None = None
 
     @classmethod
@@ -96,20 +96,29 @@ class MoLoRAExpert(Expert):
         taken = logits.topk(self.k, -1).indices
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, taken, True)
         if self.balance and self.training:
-            self._balance = self._balance_loss(logits.softmax(-1), kept)
+            self._use = self._count(logits.softmax(-1), kept)
         return logits.masked_fill(~kept, -math.inf).softmax(-1)
 
-    def _balance_loss(self, probabilities: Tensor, kept: Tensor) -> Tensor:
+    def _count(self, probabilities: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many tokens take each expert, with the number of tokens behind, and the sums of probabilities."""
         probabilities, kept = probabilities.flatten(0, -2), kept.flatten(0, -2)
         # Gradient checkpointing computes a pass again when nobody tells its rows any more.
         self._tokens = tokens = self._tokens if (told := rows_at_hand().tokens) is None else told
         if tokens is not None and tokens.numel() == len(kept):
             probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]
-        return self.experts * (kept.to(probabilities).mean(0) * probabilities.mean(0)).sum()
+        return torch.cat([kept.sum(0), kept.new_tensor([len(kept)], dtype=torch.int64)]), probabilities.sum(0)
 
     def penalty(self) -> Tensor | None:
-        term, self._balance = self._balance, None
-        return None if term is None else self.balance * term
+        use, self._use = self._use, None
+        if use is None:
+            return None
+        counts, probabilities = use[0].to(use[1].dtype), use[1]
+        if distributed.is_available() and distributed.is_initialized():
+            # The mean of the ranks' losses, which training takes, is then the loss of one process with all tokens.
+            distributed.all_reduce(counts)
+            counts /= distributed.get_world_size()
+        taken, tokens = counts[:-1], counts[-1].clamp(min=1)
+        return self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
         raise NotImplementedError(f"a mixture has no delta: {self.not_mergeable_because}")

@@ -63,13 +63,17 @@ def test_one_expert_is_a_lora() -> None:
 
 
 def test_the_balance_loss_is_k_at_even_use_and_larger_where_one_expert_takes_all() -> None:
-    expert = MoLoRAExpert(random_weight(), experts=5, rank=1, k=2, balance=1.0)
-    even = torch.full((5, 5), 0.2, dtype=torch.float64)
-    kept = (torch.arange(5)[:, None] - torch.arange(5)[None]) % 5 < 2  # each expert twice
-    assert expert._balance_loss(even, kept).item() == pytest.approx(2.0)
-    probabilities = F.one_hot(torch.zeros(5, dtype=torch.int64), 5).double()
-    one = F.one_hot(torch.zeros(5, dtype=torch.int64), 5).bool() | F.one_hot(torch.ones(5, dtype=torch.int64), 5).bool()
-    assert expert._balance_loss(probabilities, one).item() == pytest.approx(5.0)
+    def balance_loss(router: torch.Tensor) -> float:
+        expert = MoLoRAExpert(torch.zeros(6, 5, dtype=torch.float64), experts=5, rank=1, k=2, balance=1.0)
+        with torch.no_grad():
+            expert.router.copy_(router)
+        expert(torch.eye(5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64), None)
+        return expert.penalty().item()
+
+    logits = torch.tensor([3.0, 1.0, 0.5, 0.2, 0.0])
+    # Of five tokens, each takes another two experts.
+    assert balance_loss(torch.stack([logits.roll(token) for token in range(5)], 1)) == pytest.approx(2.0)
+    assert balance_loss(torch.tensor([90.0, 50.0, 0.0, 0.0, 0.0])[:, None].expand(5, 5)) == pytest.approx(5.0)
 
 
 def test_padding_counts_for_no_expert() -> None:
