@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from testbed import ddp_run
+from testbed.ranks import run_on_two_ranks
 
 pytestmark = pytest.mark.ddp
 
@@ -27,22 +23,7 @@ def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict
     with warnings.catch_warnings():
         ddp_run.main(folder / "one", tiny_llama_dir, task_files, 1)
     arguments = [str(folder / "two"), str(tiny_llama_dir), json.dumps({k: str(v) for k, v in task_files.items()}), "2"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "RANK", "LOCAL_RANK"))} | own
-    command = [sys.executable, ddp_run.__file__, *arguments]
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output[-3000:]
+    run_on_two_ranks(ddp_run.__file__, *arguments)
     ranks = [torch.load(folder / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     return torch.load(folder / "one" / "rank0.pt", weights_only=True), ranks, folder
 

@@ -1,0 +1,112 @@
+"""What every trained mixture of configs/fit keeps: resume, ranks, generation, the library, GPT-2's layout, its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tokenizer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import trained_mixtures
+from testbed.ranks import run_on_two_ranks
+from testbed.trained_mixtures import MIXTURES, train
+
+from modular_experts.base import Base
+from modular_experts.callbacks import ExportExpert
+from modular_experts.injection import expert_state
+from modular_experts.injection.attach import attached
+
+each_mixture = pytest.mark.parametrize("name", MIXTURES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny, task_files) -> Callable[..., tuple[Any, Any, Path]]:
+    """Return a function that trains a mixture once; it has a checkpoint of the fourth of six steps, and is exported."""
+
+    @cache
+    def run(name: str, architecture: str = "llama") -> tuple[Any, Any, Path]:
+        folder = tmp_path_factory.mktemp(f"{name}-{architecture}")
+        saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        callbacks = (saving, ExportExpert(str(folder / "library"), "mine", monitor=None))
+        everywhere = architecture == "gpt2"
+        how = {"enable_checkpointing": True, "everywhere": everywhere}
+        return (*train(name, tiny(architecture), task_files, folder, *callbacks, **how), folder)
+
+    return run
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    """Return two prompts of different lengths, padded on the left."""
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = "left"
+    return dict(tokenizer(["upper bat:", "reverse the word dent:"], return_tensors="pt", padding=True))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@each_mixture
+def test_a_run_resumed_in_mid_epoch_ends_with_the_same_numbers(name, trained, tiny, task_files, tmp_path) -> None:
+    module, _, folder = trained(name)
+    saved = folder / "step=4.ckpt"
+    rest, _ = train(name, tiny("llama"), task_files, tmp_path, resume=saved)
+    whole, found = expert_state(module.model), expert_state(rest.model)
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.items())
+    early, _ = train(name, tiny("llama"), task_files, tmp_path, max_steps=4)
+    assert not all(torch.equal(tensor, whole[key]) for key, tensor in expert_state(early.model).items())
+
+
+@each_mixture
+def test_generation_with_a_cache_is_generation_without(name, trained) -> None:
+    model = trained(name)[0].model.eval()
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
+    cached, whole = (
+        model.generate(**prompts(), **how, use_cache=use_cache, return_dict_in_generate=True)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@each_mixture
+def test_a_stored_mixture_reopens_as_it_was_trained(name, architecture, trained, tiny) -> None:
+    module, _, folder = trained(name, architecture)
+    model = Base.open(tiny(architecture)).load("float64")
+    with torch.no_grad():
+        before, wanted = model(**prompts()).logits, module.model.eval()(**prompts()).logits
+        with attached(model, folder / "library" / "mine"):
+            torch.testing.assert_close(model(**prompts()).logits, wanted, rtol=1e-9, atol=1e-9)
+        assert torch.equal(model(**prompts()).logits, before)
+    assert (wanted - before).abs().max() > 1e-3
+
+
+@each_mixture
+def test_penalties_are_logged_by_name(name, trained) -> None:
+    logged = trained(name)[1].logged_metrics
+    found = {key.removeprefix("penalty/"): value for key, value in logged.items() if key.startswith("penalty")}
+    assert found.keys() == MIXTURES[name]
+    assert all(value > 0 for value in found.values())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny_llama_dir, task_files) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each of two processes ends with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    files = json.dumps({name: str(file) for name, file in task_files.items()})
+    run_on_two_ranks(trained_mixtures.__file__, str(folder), str(tiny_llama_dir), files, "2")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.ddp
+@each_mixture
+def test_two_processes_train_what_one_trains(name, trained, ranks) -> None:
+    one = expert_state(trained(name)[0].model)
+    for rank in ranks:
+        assert rank[name].keys() == one.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(rank[name][key], tensor, rtol=1e-8, atol=1e-10)

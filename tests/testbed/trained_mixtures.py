@@ -1,0 +1,79 @@
+"""Short runs of the trained mixtures of configs/fit, in one process or as a rank of several.
+
+`python trained_mixtures.py FOLDER BASE FILES_JSON RANKS` trains each of them for a few steps, and each rank writes what
+it ends with to `FOLDER/rank{R}.pt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer, seed_everything
+from testbed import runs
+
+from modular_experts import routing
+from modular_experts.injection import expert_state
+from modular_experts.training.module import ExpertModule
+
+__all__ = ["MIXTURES", "of_config", "train"]
+
+MIXTURES = {"molora": {"balance"}, "goat": {"balance"}, "hilo": {"balance"}}
+"""Each trained mixture by the name of its file in configs/fit, with the names of its penalties."""
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "fit"
+
+
+def of_config(name: str, everywhere: bool = False) -> dict[str, Any]:
+    """Return the `expert` and `modules`, or the `experts`, of a configuration; in all linear layers if `everywhere`."""
+    model = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+    key = "experts" if "experts" in model else "expert"
+    type_, settings = getattr(routing, model[key]["class_path"]), model[key].get("init_args", {})
+    if key == "experts":
+        return {"experts": type_(**settings)}
+    return {"expert": partial(type_, **settings), "modules": "all-linear" if everywhere else model["modules"]}
+
+
+def train(
+    name: str,
+    base: Path,
+    files: dict[str, Path],
+    folder: Path,
+    *callbacks: Callback,
+    ranks: int = 1,
+    resume: Path | None = None,
+    everywhere: bool = False,
+    **settings: Any,
+) -> tuple[ExpertModule, Trainer]:
+    """Train a mixture for six steps in float64, and return the module and its trainer."""
+    seed_everything(0, verbose=False)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    module = ExpertModule(str(base), **of_config(name, everywhere), optimizer=optimizer, dtype="float64")
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    trainer = runs.trainer(folder, *callbacks, **(place | settings))
+    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=resume)
+    return module, trainer
+
+
+def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
+    """Train each mixture, and write its state."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for name in MIXTURES:
+        module, trainer = train(name, base, files, folder, ranks=ranks)
+        found[name] = expert_state(module.model)
+    torch.save(found, folder / f"rank{trainer.global_rank}.pt")
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    names = {name: Path(file) for name, file in json.loads(sys.argv[3]).items()}
+    main(Path(sys.argv[1]), Path(sys.argv[2]), names, int(sys.argv[4]))
