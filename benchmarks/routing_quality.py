@@ -36,12 +36,12 @@ from modular_experts.data.batch import Collator, Example
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import measure
-from modular_experts.injection.routed import prompt_vectors
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import IsoC, SelfRegMean
 from modular_experts.routing import Centroid, Oracle, Router
+from modular_experts.routing.prompts import prompt_vectors
 
 BATCH = 16
 

@@ -69,7 +69,7 @@ def generate_tokens(
         config = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
         )
-        with evaluating(model, config), reading(tasks=tasks and [tasks[number] for number in chosen]):
+        with evaluating(model, config), reading(mask.bool(), tasks and [tasks[number] for number in chosen]):
             written = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, generation_config=config
             )[:, length:]

@@ -8,14 +8,11 @@ prompt.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, check_loaded, open_several
@@ -26,10 +23,10 @@ from modular_experts.injection.inject import eject, expert_layers, find_sites, i
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
-from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
+from modular_experts.routing.gates import CurrentGates, Gates
 from modular_experts.routing.mixture import Mixture
+from modular_experts.routing.prompts import PromptGates
 from modular_experts.routing.router import Router
-from modular_experts.text import block_of
 
 
 class Injected:
@@ -72,25 +69,9 @@ class Routed(Injected):
 
     def __init__(self, model: nn.Module, plan: Plan, router: Router | None, current: CurrentGates) -> None:
         super().__init__(model, plan)
-        self.router, self.current, self._inside = router, current, False
-        self._hook = None if router is None else model.register_forward_pre_hook(self._route, with_kwargs=True)
-
-    def _route(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Make the gates of a pass; one that goes on with kept keys and values has those of its prompts."""
-        if self._inside or any(_length(named.get(name)) for name in ("past_key_values", "cache")):
-            return
-        assert self.router is not None
-        ids = named["input_ids"] if "input_ids" in named else next(iter(arguments), None)
-        if ids is None:
-            raise ValueError("a router reads prompts as `input_ids`, and the model was called without them")
-        mask = named.get("attention_mask")
-        # Without gates, a mixture is the base alone.
-        self.current.gates, self._inside = None, True
-        try:
-            hidden = torch.cat(prompt_vectors(model, ids, mask, self.router.depths, rows_at_hand().prompt), 1)
-        finally:
-            self._inside = False
-        self.current.gates = self.router.to(hidden.device)(hidden)
+        self.router, self.current = router, current
+        gates = None if router is None else PromptGates(router, current)
+        self._hook = None if gates is None else model.register_forward_pre_hook(gates, with_kwargs=True)
 
     def remove(self) -> None:
         if self._hook is not None:
@@ -226,68 +207,3 @@ def _plan(
         return Mixture(weight, deltas, current, router, own if any(own) else (), common)
 
     return {site: partial(make, site) for site in sites if site in chosen}
-
-
-@torch.no_grad()
-def prompt_vectors(
-    model: nn.Module, ids: Tensor, mask: Tensor | None, depths: Sequence[float], prompt: Tensor | None = None
-) -> list[Tensor]:
-    """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
-
-    It is the mean over the prompt's tokens, without the first, of the hidden states after a share of the transformer
-    blocks. The pass ends at the deepest one, so it costs that share of a forward pass.
-
-    Args:
-        model: A causal language model.
-        ids: Token ids `(rows, length)`, padded on either side.
-        mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding.
-        depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
-        prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
-    """
-    body: Any = getattr(model, "base_model", model)
-    blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
-    numbers = [round(depth * len(blocks)) for depth in depths]
-    found: dict[int, Tensor] = {}
-
-    def before(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found[number] = arguments[0] if arguments else named["hidden_states"]
-        if number == max(numbers):
-            raise _Reached
-
-    def after(number: int, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        found[number] = output if isinstance(output, Tensor) else output[0]
-        raise _Reached
-
-    tokens = torch.ones_like(ids) if mask is None else mask
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
-        # Padding on the left must not move the places.
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    hooks = []
-    for number in dict.fromkeys(numbers):
-        if number < len(blocks):
-            block = body.get_submodule(blocks[number])
-            hooks.append(block.register_forward_pre_hook(partial(before, number), with_kwargs=True))
-        else:
-            hooks.append(body.get_submodule(blocks[-1]).register_forward_hook(partial(after, number)))
-    with suppress(_Reached):
-        try:
-            body(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    counted = tokens.bool() if prompt is None else tokens.bool() & prompt
-    # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
-    counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
-    none = torch.zeros((), device=ids.device)
-    return [F.normalize(found[number].float().where(counted, none).sum(1), dim=1) for number in numbers]
-
-
-class _Reached(Exception):
-    """Ends a pass at the block whose inputs are wanted."""
-
-
-def _length(cache: Any) -> int:
-    """Return how many tokens a cache of keys and values holds."""
-    ask: Callable[[], int] | None = getattr(cache, "get_seq_length", None)
-    return ask() if ask else 0

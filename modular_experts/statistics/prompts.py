@@ -9,17 +9,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.data.batch import IGNORED, Batch
-from modular_experts.injection.routed import prompt_vectors
 from modular_experts.methods.method import DataStatistic
+from modular_experts.routing.prompts import prompt_vectors
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_CUT = 0.75
 
 
 def prompts(
-    model: PreTrainedModel, batches: Iterable[Batch], names: Sequence[str], parts: bool = False
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    parts: bool = False,
+    depths: Sequence[float] = DEPTHS,
 ) -> dict[str, DataStatistic]:
-    """Return the vectors of all prompts, `(rows, size)`, for each of `DEPTHS`, under `depth 0.25` and so on.
+    """Return the vectors of all prompts, `(rows, size)`, for each depth, under `depth 0.25` and so on.
 
     With `parts`, each prompt is followed by a part of itself, `(2 rows, size)`: without a share of its tokens at the
     front, between 0 and `MOST_CUT`, which is where an instruction stands. The shares are spread evenly.
@@ -29,32 +33,28 @@ def prompts(
         batches: Batches as `data/batch.py` describes them.
         names: The experts' weights, which do not matter here.
         parts: Whether each prompt is read a second time, cut.
+        depths: Where prompts are read, rising: after these shares of the transformer blocks.
 
     Raises:
         ValueError: There is no row.
     """
-    training = model.training
     found: list[list[Tensor]] = []
     rows = 0
-    try:
-        model.eval()
-        for batch in batches:
-            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
-            vectors = prompt_vectors(model, ids, mask, DEPTHS, prompt)
-            if parts:
-                cut = mask * ~_front(prompt & mask.bool(), rows)
-                shorter = prompt_vectors(model, ids, cut, DEPTHS, prompt)
-                vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
-            found.append(vectors)
-            rows += len(ids)
-    finally:
-        model.train(training)
+    for batch in batches:
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        prompt = (batch["labels"].to(model.device) != IGNORED).cumsum(1) == 0
+        vectors = prompt_vectors(model, ids, mask, depths, prompt)
+        if parts:
+            cut = mask * ~_front(prompt & mask.bool(), rows)
+            shorter = prompt_vectors(model, ids, cut, depths, prompt)
+            vectors = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(vectors, shorter, strict=True)]
+        found.append(vectors)
+        rows += len(ids)
     if not found:
         raise ValueError("prompts need at least one row, and there was none")
     return {
         name_of(depth): DataStatistic(torch.cat(rows))
-        for depth, rows in zip(DEPTHS, zip(*found, strict=True), strict=True)
+        for depth, rows in zip(depths, zip(*found, strict=True), strict=True)
     }
 
 

@@ -7,7 +7,7 @@ from conftest import build_model
 from test_routed import ROWS, padded
 
 from modular_experts.data.batch import IGNORED
-from modular_experts.injection.routed import prompt_vectors
+from modular_experts.routing.prompts import prompt_vectors
 from modular_experts.statistics.prompts import DEPTHS, name_of, prompts
 
 

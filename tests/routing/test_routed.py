@@ -9,9 +9,10 @@ from conftest import ARCHITECTURES, build_model
 from modular_experts.base.apply import applied
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.injection import find_sites
-from modular_experts.injection.routed import prompt_vectors, routed
+from modular_experts.injection.routed import routed
 from modular_experts.routing import Centroid, Classifier, TopK
 from modular_experts.routing.gates import Gates, Softmax, Threshold, reading
+from modular_experts.routing.prompts import prompt_vectors
 
 
 def delta(form: str, shape: torch.Size, seed: int) -> Delta:
@@ -266,3 +267,36 @@ def test_an_expert_with_too_few_prompts_is_named() -> None:
     least = Classifier()
     least.learn([], [torch.randn(4, 4), torch.randn(5, 4)])
     assert least.weight.isfinite().all()
+
+
+def test_prompts_are_read_without_dropout_while_the_model_trains() -> None:
+    model, ids = build_model("gpt2"), torch.arange(5, 15)[None]
+    wanted = prompt_vectors(model, ids, None, [0.0, 1.0])
+    model.train().get_submodule("transformer.drop").eval()
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
+    found = prompt_vectors(model, ids, None, [0.0, 1.0])
+    assert all(map(torch.equal, found, wanted))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_packed_rows_are_refused_by_a_router_of_whole_rows() -> None:
+    model = build_model("llama")
+    with (
+        routed(model, experts_of(model), centroid(model)),
+        pytest.raises(
+            ValueError, match=r"reads whole prompts, which it cannot in packed rows; leave data\.packing out"
+        ),
+    ):
+        model(input_ids=torch.arange(5, 11)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+
+
+def test_without_a_cache_an_answer_is_no_prompt() -> None:
+    model = build_model("llama").double()
+    with routed(model, experts_of(model), centroid(model, select=Softmax())) as running, torch.no_grad():
+        batch = padded(ROWS, "left")
+        model(**batch)
+        wanted = running.current.gates.weights
+        with reading(batch["attention_mask"].bool()):
+            model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
+        torch.testing.assert_close(running.current.gates.weights, wanted, rtol=1e-9, atol=1e-9)
