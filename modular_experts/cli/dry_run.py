@@ -23,12 +23,13 @@ def print_estimate(found: FitEstimate) -> None:
     console.print(rows)
     weights = _table("weight", "weights", "entries", "trained", "share", left=1)
     for group in found.weights:
-        share = share_text(group.trained / group.entries)
+        share = share_text(group.trained / group.entries) if group.entries else ""
         weights.add_row(group.name, str(group.weights), f"{group.entries:,}", f"{group.trained:,}", share)
     console.print(weights)
     length, seconds = found.length, found.seconds
     trained, entries = (sum(getattr(one, name) for one in found.weights) for name in ("trained", "entries"))
-    print(f"{trained:,} trained parameters, {share_text(trained / entries)} of these weights")
+    share = f", {share_text(trained / entries)} of these weights" if entries else ""
+    print(f"{trained:,} trained parameters{share}")
     epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
     passes = f"{length.total_steps:,} steps ({epochs} epoch{'s' * (epochs != '1')})"
     rates = " and ".join(f"{rate:g}" for rate in found.rates)

@@ -2,14 +2,15 @@
 
 Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. *Additive* experts (LoRA, most
 user types) own parameters beside a frozen weight. *In-place* experts (sparse, full) train the weight itself.
-`injection` puts experts into the layers of a model.
+`injection` puts experts into the layers of a model. What is trained at another module than a linear layer is a
+`ModuleExpert` (`module_expert.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 
 
-class Expert(nn.Module, ABC):
-    """Owns the trained state of one linear layer; a subclass must give `__init__(weight, ...)` and `delta`.
+class Trained(nn.Module):
+    """Owns what is trained at one place of a model; `Expert` and `ModuleExpert` are the two kinds.
 
     Parameters and buffers move between devices with the model but never lose precision: a float32 parameter stays
     float32 beside a bfloat16 base, so that small updates are not rounded away.
@@ -28,17 +29,64 @@ class Expert(nn.Module, ABC):
     learning_rate: ClassVar[float] = 1e-3
     """Peak learning rate used with the default optimizer, AdamW."""
 
-    trains_weight: ClassVar[bool] = False
-    """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
-
     mergeable: ClassVar[bool] = True
-    """Whether `delta` gives all that the expert does. A type whose output depends on the input sets it to False."""
+    """Whether deltas give all that the expert does. A type whose output depends on the input sets it to False."""
 
     not_mergeable_because: ClassVar[str] = ""
     """The reason, as the end of a sentence: "its router chooses by the input"."""
 
     penalty_name: ClassVar[str] = ""
     """The name by which training logs the penalty, as `penalty/<name>`; the name of the type if empty."""
+
+    made_by: dict[str, Any] | None = None
+    """The class and the settings of the `LayerPlan` that the expert was made by, which `inject` notes here."""
+
+    def penalty(self) -> Tensor | None:
+        """Return a term that is added to the training loss, or None; training asks once after each forward pass."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the library keeps beside, or instead of, the delta.
+
+        Here every parameter and buffer of a type that is not mergeable, and nothing for others, whose delta holds all.
+        Override it where the trained form is smaller than the delta, and `load_state` with it.
+        """
+        return {} if self.mergeable else dict(self.state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned, in an expert made with the same settings.
+
+        Raises:
+            RuntimeError: A tensor is missing, has nowhere to go, or has another shape.
+        """
+        self.load_state_dict(dict(state))
+
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Return the plain values that the expert was made with, for its record and for the summary of a run."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
+        return {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
+
+    def refer(self, **others: nn.Module) -> None:
+        """Keep modules that another expert owns as attributes of these names, so that their tensors exist once."""
+        # `nn.Module.__setattr__` would register them.
+        for name, module in others.items():
+            object.__setattr__(self, name, module)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point() or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device, torch.promote_types(tensor.dtype, moved.dtype))
+
+        return super()._apply(keep_precision, recurse)
+
+
+class Expert(Trained, ABC):
+    """Owns the trained state of one linear layer; a subclass must give `__init__(weight, ...)` and `delta`."""
+
+    trains_weight: ClassVar[bool] = False
+    """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
 
     @abstractmethod
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
@@ -71,31 +119,6 @@ class Expert(nn.Module, ABC):
         moved = None if bias is None else self.bias_delta(bias, lambda: bias)
         return out if moved is None else out + moved.dense().to(out.dtype)
 
-    def penalty(self) -> Tensor | None:
-        """Return a term that is added to the training loss, or None; training asks once after each forward pass."""
-        return None
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors that the library keeps beside, or instead of, the delta.
-
-        Here every parameter and buffer of a type that is not mergeable, and nothing for others, whose delta holds all.
-        Override it where the trained form is smaller than the delta, and `load_state` with it.
-        """
-        return {} if self.mergeable else dict(self.state_dict())
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` returned, in an expert made with the same settings.
-
-        Raises:
-            RuntimeError: A tensor is missing, has nowhere to go, or has another shape.
-        """
-        self.load_state_dict(dict(state))
-
-    def settings(self) -> dict[str, bool | int | float | str]:
-        """Return the plain values that the expert was made with, for its record and for the summary of a run."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
-        return {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
-
     def write(self, weight: Tensor) -> None:
         """Bring the layer's weight up to date with the trained state; additive experts have nothing to do."""
 
@@ -104,12 +127,3 @@ class Expert(nn.Module, ABC):
 
     def reanchor(self, weight: Tensor) -> None:
         """Take the weight as it is now, which holds no trained state, for the base; additive experts do so anyway."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Expert:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not tensor.is_floating_point() or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device, torch.promote_types(tensor.dtype, moved.dtype))
-
-        return super()._apply(keep_precision, recurse)

@@ -1,7 +1,8 @@
 """Sites are the places in a model that an expert can take; a plan says which expert each of them gets.
 
 A *plan* is a function from the sites of a model to an expert factory for each site that gets an expert. A mapping
-`{pattern: factory}` is a plan too: `by_pattern` makes the function. `injection` finds the sites and carries a plan out.
+`{pattern: factory}` is a plan too: `by_pattern` makes the function. A plan may also name modules that are not linear
+layers, such as a transformer block. `injection` finds the sites and carries a plan out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, Trained
+from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.text import did_you_mean
 
 
@@ -44,19 +46,31 @@ class Site:
         return f"{self.name}.weight"
 
 
-Factory = Callable[..., Expert]
-"""Makes the expert of one site: `factory(weight)`, or `factory(weight, site)` where it has a parameter for the site."""
+Factory = Callable[..., Trained]
+"""Makes the expert of one site: `factory(weight)`, or `factory(weight, site)` where it has a parameter for the site.
+For another module it makes a `ModuleExpert`: `factory(module)`."""
 
 Plan = Callable[[Sequence[Site]], Mapping[Any, Factory]]
-"""Returns the factory of each site that gets an expert; the keys are sites or their names."""
+"""Returns the factory of each site that gets an expert; the keys are sites, their names, or names of other modules.
+
+The name of the model itself is empty. Module experts are made first, in the order of their names, so what they own is
+there when the experts of linear layers are made."""
 
 
 class LayerPlan(ABC):
-    """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: HiLo, ...}`."""
+    """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: HiLo, ...}`.
+
+    A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values. The library
+    keeps them with an expert that cannot be merged, and makes the plan again to put the expert into a model.
+    """
 
     @abstractmethod
     def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
-        """Return the factory of each site that gets an expert."""
+        """Return the factory of each site, and of each other module by its name, that gets an expert."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that make an equal plan."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
 
 def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:
@@ -110,6 +124,21 @@ def make_expert(factory: Factory, weight: Tensor, site: Site) -> Expert:
         expert = factory(weight)
     if not isinstance(expert, Expert):
         raise TypeError(f"{factory} made a {type(expert).__name__}; it must make a modular_experts.Expert")
+    return expert
+
+
+def make_module_expert(factory: Factory, module: nn.Module) -> ModuleExpert:
+    """Call a factory with a module that is not a linear layer.
+
+    Raises:
+        TypeError: It made something that is not a module expert.
+    """
+    expert = factory(module)
+    if not isinstance(expert, ModuleExpert):
+        raise TypeError(
+            f"{factory} made a {type(expert).__name__} for a module that is not a linear layer; it must make a "
+            "modular_experts.experts.ModuleExpert"
+        )
     return expert
 
 

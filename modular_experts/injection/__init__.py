@@ -1,4 +1,4 @@
-"""Put experts into the linear layers of a model, take them out again, and save what was trained.
+"""Put experts into the linear layers and other modules of a model, take them out again, and save what was trained.
 
 `inject.py` swaps the layers' classes; open it first. `save.py` writes the experts of any training loop into a library.
 Which site gets which expert is a plan (`experts/site.py`). `routed.py` puts experts behind a router, `route.py` makes
@@ -16,6 +16,7 @@ from modular_experts.injection.inject import (
     find_sites,
     inject,
     load_expert_state,
+    named_experts,
     penalties,
     task_vector,
     write_experts,
@@ -32,6 +33,7 @@ __all__ = [
     "find_sites",
     "inject",
     "load_expert_state",
+    "named_experts",
     "penalties",
     "task_vector",
     "write_experts",

@@ -1,66 +1,89 @@
 """Use stored experts of any kind in a model for a while: `with attached(model, "library/x"): ...`.
 
-Deltas are added to the weights, a routed expert and a trained mixture are put into the layers; all of them leave the
-base as they found it.
+Deltas are added to the weights; a routed expert, a trained mixture and what a plan made of several parts are put into
+the layers. All of them leave the base as they found it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
+from modular_experts.experts.site import LayerPlan, Plan
 from modular_experts.injection.inject import load_expert_state
 from modular_experts.injection.route import put_in
 from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
-from modular_experts.routing import GOATExpert, MoLoRAExpert
+from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
 
 MIXTURES: dict[str, type[MoLoRAExpert]] = {"MoLoRAExpert": MoLoRAExpert, "GOATExpert": GOATExpert}
+PLANS: dict[str, type[LayerPlan]] = {"HiLo": HiLo}
 
 
-def attached(model: nn.Module, experts: AnyExpert | Sequence[AnyExpert], check: bool = True) -> Applied | Injected:
+def attached(
+    model: nn.Module,
+    experts: AnyExpert | Sequence[AnyExpert],
+    check: bool = True,
+    plan: Callable[..., LayerPlan] | None = None,
+) -> Applied | Injected:
     """Add experts to a model, or put one that chooses by the input into it, until `remove` or the end of a `with`.
 
     Args:
         model: The experts' base, before anything is injected.
-        experts: One or several, as for `applied`; a routed expert or a trained mixture only alone.
+        experts: One or several, as for `applied`; one that chooses by the input only alone.
         check: Whether the model must be the base of the stored experts.
+        plan: The class of the plan that an expert was trained by, if it is not a built-in one; a record never leads to
+            code.
 
     Raises:
         ValueError: An expert cannot be added to others, or its class is not built in, or anything that `applied`
             refuses.
     """
     opened = open_several(experts)
-    inputs = [one for one in opened if isinstance(one, StoredExpert) and needs_injection(one)]
+    inputs = [one for one in opened if isinstance(one, StoredExpert) and (needs_injection(one) or plan)]
     if not inputs:
         return applied(model, opened, check=check)
     if len(opened) > 1:
         raise ValueError(f"{inputs[0].name} chooses by the input, so nothing can be added to it; name it alone")
-    return put_in(model, inputs[0], check=check) if inputs[0].routed else _put_mixture_in(model, inputs[0], check)
+    if inputs[0].routed:
+        return put_in(model, inputs[0], check=check)
+    if check:
+        check_loaded(model, inputs)
+    state = inputs[0].state()
+    injected = Injected(model, _plan_of(inputs[0], plan) or _by_state(MIXTURES[inputs[0].record["kind"]], state))
+    load_expert_state(model, state)
+    return injected
 
 
 def needs_injection(expert: StoredExpert) -> bool:
     """Return whether an expert goes into layers, because what it does depends on the input."""
-    return expert.routed or expert.record["kind"] in MIXTURES
+    if expert.routed or expert.mergeable:
+        return expert.routed
+    return expert.record["kind"] in MIXTURES or _plan_of(expert) is not None
 
 
-def _put_mixture_in(model: nn.Module, expert: StoredExpert, check: bool) -> Injected:
-    if check:
-        check_loaded(model, [expert])
-    state, kind = expert.state(), MIXTURES[expert.record["kind"]]
+def _plan_of(expert: StoredExpert, given: Callable[..., LayerPlan] | None = None) -> LayerPlan | None:
+    """Make the plan again that an expert was trained by, or return None if its record names no known one."""
+    recorded: dict[str, Any] = expert.record.get("plan") or {"class": None, "settings": {}}
+    kind = given or PLANS.get(recorded["class"])
+    if kind is None:
+        return None
+    try:
+        return kind(**recorded["settings"])
+    except TypeError as error:
+        raise ValueError(f"{expert.path}: its record has settings that its plan does not take ({error})") from error
+
+
+def _by_state(kind: type[MoLoRAExpert], state: dict[str, Tensor]) -> Plan:
+    """Return the plan of a mixture whose layers have the sizes that its state has."""
     by_weight: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         weight, _, part = name.rpartition("/")
         by_weight.setdefault(weight, {})[part] = tensor
-    injected = Injected(
-        model,
-        lambda sites: {
-            site: lambda weight, own=by_weight[site.weight]: kind.of_state(weight, own)
-            for site in sites
-            if site.weight in by_weight
-        },
-    )
-    load_expert_state(model, state)
-    return injected
+    return lambda sites: {
+        site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight
+    }

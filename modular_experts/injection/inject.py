@@ -1,9 +1,9 @@
-"""Put experts into a model's linear layers, and take them out again.
+"""Put experts into a model's linear layers and other modules, and take them out again.
 
 The class of the same layer object is swapped, so module names, the base's `state_dict` keys, `isinstance(m,
 nn.Linear)`, pickle, deepcopy, gradient checkpointing, DDP and tied weights keep working. GPT-2's `Conv1D` stores its
 weight as (in, out): this is the one place that transposes, so experts always see `(out, in)` and files always hold the
-base's own orientation.
+base's own orientation. A module that is not a linear layer keeps its class; its expert sees its calls through hooks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert
-from modular_experts.experts.site import Factory, Plan, Site, by_pattern, make_expert
+from modular_experts.experts.expert import Expert, Trained
+from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.experts.site import (
+    Factory,
+    LayerPlan,
+    Plan,
+    Site,
+    by_pattern,
+    make_expert,
+    make_module_expert,
+)
 from modular_experts.text import depth_of, did_you_mean
 
 
@@ -68,7 +77,7 @@ class ExpertConv1D(ExpertLayer):
 def inject(
     model: nn.Module, experts: Factory | Mapping[str, Factory] | Plan, modules: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Freeze a model and give linear layers experts; return the names of these layers' weights, sorted.
+    """Freeze a model and give linear layers, and other modules that a plan names, experts.
 
     Layers that have an expert already keep it, so a second call changes nothing.
 
@@ -83,11 +92,14 @@ def inject(
             plan: a function that gets the sites of the model and returns a factory for each that gets an expert.
         modules: Patterns: ends of layers' names (`q_proj`), regular expressions for full names, or `all-linear`.
 
+    Returns:
+        The names of the layers' weights, sorted, and behind them those of the other modules.
+
     Raises:
         ValueError: A pattern matches no linear layer, or a layer whose weight is shared or quantised; a plan names a
-            layer that does not exist; an expert moves the bias of a layer that has none.
+            module that does not exist; an expert moves the bias of a layer that has none.
     """
-    planned = _planned(model, experts, modules)
+    planned, others = _planned(model, experts, modules)
     fresh = {site: factory for site, factory in planned.items() if not isinstance(site.module, ExpertLayer)}
     owners = _owners(model)
     for site in fresh:
@@ -97,18 +109,34 @@ def inject(
                 f"{site.weight} is the same tensor as {other} (tied); an expert would move both: leave {site.name} "
                 f"out, with all-linear or, for example, (?!{re.escape(site.name)}$).*"
             )
-    if not any(expert_layers(model)):
+    if not any(named_experts(model)):
         model.requires_grad_(False)
-    for site, factory in fresh.items():
+    there = [name for name, _, _ in _equipped_modules(model)]
+    steps: list[tuple[str, Callable[[], Trained]]] = [
+        (name, partial(_attach, model.get_submodule(name), factory))
+        for name, factory in others.items()
+        if name not in there
+    ]
+    steps += [(site.weight, partial(_equip, site, factory)) for site, factory in fresh.items()]
+    plan = None
+    if isinstance(experts, LayerPlan):
+        plan = {"class": type(experts).__name__, "settings": experts.settings()}
+    for name, step in steps:
         try:
-            _equip(site, factory)
+            step().made_by = plan
         except Exception as error:  # passed on, with the name that is known only here
-            error.add_note(f"for the expert of {site.weight}")
+            error.add_note(f"for the expert of {name or 'the model'}")
             raise
-    return [site.weight for site in planned]
+    return [*(site.weight for site in planned), *others]
 
 
-def _equip(site: Site, factory: Factory) -> None:
+def _attach(module: nn.Module, factory: Factory) -> ModuleExpert:
+    expert = make_module_expert(factory, module)
+    expert.attach(module)
+    return expert.train(module.training)
+
+
+def _equip(site: Site, factory: Factory) -> Expert:
     layer: Any = site.module
     transposed = _is_conv1d(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
@@ -127,7 +155,7 @@ def _equip(site: Site, factory: Factory) -> None:
         layer.weight.requires_grad_(True)
     layer.__class__ = ExpertConv1D if transposed else ExpertLinear
     layer.expert = expert
-    expert.train(layer.training)
+    return expert.train(layer.training)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -163,12 +191,27 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         layer.weight.data = layer.weight.data.contiguous()
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
+    for _, module, expert in _equipped_modules(model):
+        expert.detach(module)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLayer]]:
     """Yield `(weight name, layer)` for each layer with an expert, sorted by name."""
     found = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
     yield from sorted(found.items())
+
+
+def named_experts(model: nn.Module) -> list[tuple[str, Trained]]:
+    """Return each expert with its name, sorted: the name of its weight, or of a module that is not a linear layer."""
+    found: dict[str, Any] = {name: layer.expert for name, layer in expert_layers(model)}
+    found |= {name: expert for name, _, expert in _equipped_modules(model)}
+    return sorted(found.items())
+
+
+def _equipped_modules(model: nn.Module) -> list[tuple[str, nn.Module, ModuleExpert]]:
+    """Return each module that has a module expert: its name, the module, and the expert."""
+    pairs = [(name, module, getattr(module, "expert", None)) for name, module in model.named_modules()]
+    return [(name, module, expert) for name, module, expert in pairs if isinstance(expert, ModuleExpert)]
 
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
@@ -193,29 +236,34 @@ def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None)
 
 
 def expert_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of all experts (`Expert.state`), detached, by `<weight name>/<name of the tensor>`."""
+    """Return the state of all experts, detached, by `<name of the weight or module>/<name of the tensor>`."""
     return {
-        f"{weight}/{name}": tensor.detach()
-        for weight, layer in expert_layers(model)
-        for name, tensor in layer.expert.state().items()
+        f"{place}/{name}": tensor.detach()
+        for place, expert in named_experts(model)
+        for name, tensor in expert.state().items()
     }
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:
     """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
     and `not_mergeable_because`. The names of several types are joined by `+`; a setting with several values is a list.
+    Of experts that one `LayerPlan` made, `kind` and `hyperparameters` are those of the plan, and `plan` is there too.
     """
-    types: dict[str, Expert] = {}
+    types: dict[str, Trained] = {}
     values: dict[str, list[Any]] = {}
-    for _, layer in expert_layers(model):
-        types.setdefault(type(layer.expert).__name__, layer.expert)
-        for name, value in layer.expert.settings().items():
+    plans: list[dict[str, Any] | None] = []
+    for _, expert in named_experts(model):
+        types.setdefault(type(expert).__name__, expert)
+        plans += [] if expert.made_by in plans else [expert.made_by]
+        for name, value in expert.settings().items():
             if value not in values.setdefault(name, []):
                 values[name].append(value)
     facts: dict[str, Any] = {
         "kind": "+".join(sorted(types)),
         "hyperparameters": {name: found[0] if len(found) == 1 else found for name, found in values.items()},
     }
+    if len(plans) == 1 and plans[0] is not None:
+        facts |= {"kind": plans[0]["class"], "hyperparameters": plans[0]["settings"], "plan": plans[0]}
     if with_state := [types[name] for name in sorted(types) if types[name].state()]:
         reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
         facts["class_path"] = "+".join(f"{type(e).__module__}.{type(e).__qualname__}" for e in with_state)
@@ -229,18 +277,18 @@ def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: The model has no expert where the state has one, or the other way round.
     """
-    by_weight: dict[str, dict[str, Tensor]] = {}
+    by_name: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        weight, _, part = name.partition("/")
-        by_weight.setdefault(weight, {})[part] = tensor
-    layers = {weight: layer for weight, layer in expert_layers(model) if layer.expert.state()}
-    if unlike := sorted(by_weight.keys() ^ layers.keys()):
-        where = "the state but not the model" if unlike[0] in by_weight else "the model but not the state"
+        place, _, part = name.partition("/")
+        by_name.setdefault(place, {})[part] = tensor
+    experts = {name: expert for name, expert in named_experts(model) if expert.state()}
+    if unlike := sorted(by_name.keys() ^ experts.keys()):
+        where = "the state but not the model" if unlike[0] in by_name else "the model but not the state"
         raise ValueError(
             f"{where} has an expert with a state for {unlike[0]}; inject the experts that the state was written from"
         )
-    for weight, layer in layers.items():
-        layer.expert.load_state(by_weight[weight])
+    for name, expert in experts.items():
+        expert.load_state(by_name[name])
 
 
 def penalties(model: nn.Module) -> dict[str, Tensor]:
@@ -248,9 +296,9 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     of a name, and no entry where no expert has one.
     """
     terms: dict[str, list[Tensor]] = {}
-    for _, layer in expert_layers(model):
-        if (term := layer.expert.penalty()) is not None:
-            terms.setdefault(layer.expert.penalty_name or type(layer.expert).__name__, []).append(term)
+    for _, expert in named_experts(model):
+        if (term := expert.penalty()) is not None:
+            terms.setdefault(expert.penalty_name or type(expert).__name__, []).append(term)
     return {name: torch.stack(found).sum() for name, found in terms.items()}
 
 
@@ -273,8 +321,10 @@ def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tens
     return read
 
 
-def _planned(model: nn.Module, experts: Any, modules: str | Sequence[str] | None) -> dict[Site, Factory]:
-    """Return the factory of each site that gets an expert, sorted by the sites' names."""
+def _planned(
+    model: nn.Module, experts: Any, modules: str | Sequence[str] | None
+) -> tuple[dict[Site, Factory], dict[str, Factory]]:
+    """Return the factory of each site, and of each other module, that gets an expert, sorted by name."""
     sites = find_sites(model)
     quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
     if modules is not None:
@@ -289,13 +339,16 @@ def _planned(model: nn.Module, experts: Any, modules: str | Sequence[str] | None
     chosen = plan(sites)
     if not isinstance(chosen, Mapping):
         raise TypeError(f"the plan {plan} returned a {type(chosen).__name__}; it must return {{site: factory}}")
-    by_name = {site.name: site for site in sites}
+    by_name, there = {site.name for site in sites}, dict(_outside_of_experts(model))
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
     for name in factories:
-        if name not in by_name:
-            near = did_you_mean(name, by_name)
-            raise ValueError(f"the plan gives an expert to {name}, which is not a linear layer of the model{near}")
-    return {site: factories[site.name] for site in sites if site.name in factories}
+        if name not in there:
+            near = did_you_mean(name, by_name) or did_you_mean(name, there)
+            raise ValueError(
+                f"the plan gives an expert to {name}, which is not a linear layer or another module of the model{near}"
+            )
+    others = {name: factories[name] for name in sorted(factories) if name not in by_name}
+    return {site: factories[site.name] for site in sites if site.name in factories}, others
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -313,8 +366,9 @@ def _outside_of_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        yield name, module
-        inside = f"{name}." if isinstance(module, ExpertLayer) else None
+        inside = f"{name}." if isinstance(module, Trained) else None
+        if inside is None:
+            yield name, module
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from modular_experts.base.apply import AnyExpert, check_loaded, open_several
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
-from modular_experts.injection.inject import eject, expert_layers, find_sites, inject
+from modular_experts.injection.inject import eject, find_sites, inject, named_experts
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
@@ -46,7 +46,7 @@ class Injected:
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
-        if any(expert_layers(self._model)):
+        if named_experts(self._model):
             eject(self._model)
             self._model.train(self._training)
             for parameter in self._trained:
@@ -107,7 +107,7 @@ def routed(
         ValueError: The model is not the experts' base or has experts, an expert is not mergeable, moves what is not a
             linear layer, or the router has learned another number of experts.
     """
-    if any(expert_layers(model)):
+    if named_experts(model):
         raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")

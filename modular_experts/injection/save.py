@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modular_experts.base import Base
 from modular_experts.deltas import add
-from modular_experts.injection.inject import describe_experts, expert_layers, expert_state, task_vector
+from modular_experts.injection.inject import describe_experts, expert_layers, expert_state, named_experts, task_vector
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -51,7 +51,7 @@ def save_expert(
         ValueError: The model has no experts, or the base is not known or not the model's.
     """
     layers = dict(expert_layers(model))
-    if not layers:
+    if not named_experts(model):
         raise ValueError("the model has no experts to save; put them in before training, by inject(model, ...)")
     check_target(path, overwrite)
     place = base or getattr(getattr(model, "config", None), "_name_or_path", None)

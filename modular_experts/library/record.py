@@ -60,6 +60,7 @@ def make_record(
     seed: int | None = None,
     class_path: str | None = None,
     not_mergeable_because: str | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the record of a new expert; `write_expert` adds the content hash.
 
@@ -77,6 +78,7 @@ def make_record(
         seed: Seed of the run.
         class_path: Dotted path of the experts' class, for a reader of their state. It stays text.
         not_mergeable_because: Why the deltas are not all that the experts do, as the end of a sentence.
+        plan: `class` and `settings` of the `LayerPlan` that made the experts, by which a model gets them again.
     """
     optional = {"class_path": class_path, "not_mergeable_because": not_mergeable_because}
     return {
@@ -95,6 +97,7 @@ def make_record(
         "seed": seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{name: text for name, text in optional.items() if text},
+        **({"plan": dict(plan)} if plan else {}),
     }
 
 
@@ -169,6 +172,8 @@ def what_is_wrong(record: Mapping[str, Any]) -> str:
         "the list of its files": record["format"] == FORMAT
         or record.get("files") in ([STATE_FILE], [DELTA_FILE, STATE_FILE]),
         "the class path or the reason not to merge": all(isinstance(text, str | None) for text in texts[2:]),
+        "the plan": (plan := record.get("plan")) is None
+        or (_has_texts(plan, "class") and isinstance(plan.get("settings"), dict)),
         "a merge method": all(
             method is None or (_has_texts(method, "class_path") and isinstance(method.get("init_args"), dict))
             for method in methods

@@ -27,7 +27,7 @@ from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.mixture import SplitSize
-from modular_experts.injection import expert_layers
+from modular_experts.injection import ExpertLayer, expert_layers, named_experts
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
 from modular_experts.training.learning_rate import training_length
@@ -39,7 +39,10 @@ _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the lo
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """The weights of one name in all transformer blocks: how many, their entries, and how many numbers are trained."""
+    """The weights of one name in all transformer blocks: how many, their entries, and how many numbers are trained.
+
+    A module that is not a linear layer has no entries here.
+    """
 
     name: str
     weights: int
@@ -289,16 +292,17 @@ def _wait(device: torch.device) -> None:
 
 def _weights(module: ExpertModule) -> list[TrainedWeights]:
     groups: dict[str, list[Any]] = {}
-    for name, layer in expert_layers(module.model):
-        groups.setdefault(in_any_block(name), []).append(layer)
+    layers = dict(expert_layers(module.model))
+    for name, expert in named_experts(module.model):
+        groups.setdefault(in_any_block(f"{name}.").removesuffix("."), []).append(layers.get(name, expert))
     return [
         TrainedWeights(
             name,
-            len(layers),
-            sum(layer.weight.numel() for layer in layers),
-            sum(one.numel() for layer in layers for one in layer.parameters() if one.requires_grad),
+            len(several),
+            sum(one.weight.numel() for one in several if isinstance(one, ExpertLayer)),
+            sum(one.numel() for part in several for one in part.parameters() if one.requires_grad),
         )
-        for name, layers in groups.items()
+        for name, several in groups.items()
     ]
 
 

@@ -39,6 +39,7 @@ from modular_experts.injection import (
     expert_layers,
     expert_state,
     inject,
+    named_experts,
     penalties,
     task_vector,
     write_experts,
@@ -60,7 +61,7 @@ else:
 
 
 class ExpertModule(LightningModule):
-    """A causal language model whose linear layers carry experts.
+    """A causal language model whose layers carry experts.
 
     Args:
         base: A model directory (config.json, safetensors weights, tokenizer) or a Hugging Face hub id; from Python also
@@ -253,7 +254,7 @@ class ExpertModule(LightningModule):
         if self.optimizer is not None:
             optimizer = self.optimizer(trained)
         else:
-            rate = min(layer.expert.learning_rate for _, layer in expert_layers(self.model))
+            rate = min(expert.learning_rate for _, expert in named_experts(self.model))
             # One pass over each tensor instead of a dozen. A fused step undoes the scale of a GradScaler itself, so
             # Lightning could not clip; and on a GPU torch chooses a quick way alone.
             scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -281,19 +282,20 @@ class ExpertModule(LightningModule):
             check_packing(self.model)
         elif hasattr(data, "choose_packing"):
             # What is a delta moves each token alone; an expert that chooses by its input may look at a whole row.
-            alone = all(layer.expert.mergeable for _, layer in expert_layers(self.model))
+            alone = all(expert.mergeable for _, expert in named_experts(self.model))
             data.choose_packing(lambda: alone and keeps_rows_apart(self.model))
         layers = [layer for _, layer in expert_layers(self.model)]
+        experts = [expert for _, expert in named_experts(self.model)]
         kinds = set()
-        for expert in (layer.expert for layer in layers):
+        for expert in experts:
             settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
             kinds.add(f"{type(expert).__name__}({settings})")
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        share = f"{trained / sum(layer.weight.numel() for layer in layers):.2%}"
-        log.info(
-            "%s in %d weights: %s trained parameters, %s of these weights",
-            *(", ".join(sorted(kinds)), len(layers), f"{trained:,}", share),
-        )
+        places = f"{len(layers)} weights"
+        if others := len(experts) - len(layers):
+            places += f" and {others} other modules"
+        share = f", {trained / size:.2%} of these weights" if (size := sum(la.weight.numel() for la in layers)) else ""
+        log.info("%s in %s: %s trained parameters%s", ", ".join(sorted(kinds)), places, f"{trained:,}", share)
         length, parts = self.length, self.trainer.accumulate_grad_batches
         rows = getattr(data, "batch_size", None)
         batch = [] if rows is None else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]
@@ -302,7 +304,7 @@ class ExpertModule(LightningModule):
         passes = f"{length.total_steps} steps ({epochs} epoch{'s' * (epochs != '1')})"
         log.info("%s", ", ".join([f"learning rate {' and '.join(rates)}", *batch, passes]))
         if self.trainer.world_size > 1:
-            for buffer in (buffer for layer in layers for buffer in layer.expert.buffers()):
+            for buffer in (buffer for expert in experts for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:

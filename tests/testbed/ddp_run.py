@@ -15,14 +15,18 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.shared_gate import SharedGate
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
 from modular_experts.experts import SparseExpert
+from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
 from modular_experts.training.module import ExpertModule
+
+PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
 
 STEPS = [(1, 1024), (2, 1024), (2, 0)]
 """Micro-batches of steps that choose supports, and the memory for their sums."""
@@ -82,6 +86,15 @@ def train_under_others(folder: Path, base: Path, files: dict[str, Path], ranks: 
     return values(module)
 
 
+def train_plan(folder: Path, base: Path, files: dict[str, Path], ranks: int, plan: LayerPlan) -> dict:
+    """Train experts of a plan for a few steps; return their state."""
+    seed_everything(0, verbose=False)
+    module = ExpertModule(str(base), experts=plan, dtype="float64", optimizer=partial(torch.optim.SGD, lr=0.5))
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    runs.trainer(folder, max_steps=4, **place).fit(module, runs.mixture(files, base, seed=0))
+    return module.expert_state()
+
+
 def values(module: ExpertModule) -> dict[str, torch.Tensor]:
     return {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
 
@@ -120,6 +133,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         found[type(score).__name__] = choose_among_all(folder, base, files, ranks, score)
     for parts, mib in STEPS:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
+    for name, plan in PLANS.items():
+        found[name] = train_plan(folder, base, files, ranks, plan)
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:

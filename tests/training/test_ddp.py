@@ -79,6 +79,16 @@ def test_two_processes_choose_within_a_step_what_one_chooses(found, parts: int, 
             torch.testing.assert_close(rank["values"][name], values, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("plan", ddp_run.PLANS)
+def test_two_processes_train_what_shares_parts_as_one_does(found, plan: str) -> None:
+    one, two, _ = found
+    moved = [name for name, tensor in one[plan].items() if tensor.abs().max() > 1e-4]
+    assert len(moved) > len(one[plan]) / 2
+    for rank in two:
+        for name, tensor in one[plan].items():
+            torch.testing.assert_close(rank[plan][name], tensor, rtol=1e-6, atol=1e-9)
+
+
 def test_two_processes_train_under_the_same_others(found) -> None:
     one, two, _ = found
     for rank in two:

@@ -1,0 +1,58 @@
+"""A module expert owns what is trained at a module that is not a linear layer, such as a transformer block.
+
+It sees the module's calls through forward hooks: what goes in, and what comes out. A plan names the module
+(`experts/site.py`), and `injection` attaches the expert. A system of several parts, such as a router that the layers of
+a block share, registers what is shared in one of them, and the others `refer` to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from modular_experts.experts.expert import Trained
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a call."""
+
+
+class ModuleExpert(Trained):
+    """Owns trained state at a module, and may change its inputs and outputs; a subclass gives `before` or `after`.
+
+    With gradient checkpointing, the hooks of a transformer block run outside of the part that is computed again, and
+    those of modules inside of it run again. So what `before` of a block keeps for the layers inside must stay until the
+    next pass.
+    """
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str] = "it changes what a whole module computes"
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Return the arguments that the module gets in place of these, or None to leave them as they are."""
+        return None
+
+    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return what stands in place of the module's output; `args` and `kwargs` are what the module got."""
+        return output
+
+    def attach(self, module: nn.Module) -> None:
+        """Become the submodule `expert` of a module, and see its calls from now on."""
+        module.add_module("expert", self)
+        # Bound methods, which a copied or pickled model takes along.
+        self._hooks = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def detach(self, module: nn.Module) -> None:
+        """Leave the module as it was before `attach`."""
+        for hook in self._hooks:
+            hook.remove()
+        del module.expert
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        return self.before(args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self.after(args, kwargs, output)

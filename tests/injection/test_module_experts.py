@@ -1,0 +1,228 @@
+"""Experts of blocks, MLPs and whole models, of a plan whose parts share a gate: in, out, trained, stored, resumed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+from testbed.shared_gate import SharedGate, Shift
+from torch import nn
+
+from modular_experts.base import Base
+from modular_experts.callbacks import ExportExpert
+from modular_experts.evaluation import batch_losses
+from modular_experts.experts import LoRAExpert
+from modular_experts.experts.site import LayerPlan
+from modular_experts.injection import (
+    describe_experts,
+    eject,
+    expert_state,
+    inject,
+    named_experts,
+    penalties,
+    task_vector,
+)
+from modular_experts.injection.attach import attached
+from modular_experts.injection.save import save_expert
+from modular_experts.library import open_expert
+from modular_experts.routing import HiLo
+from modular_experts.training.estimate import estimate
+from modular_experts.training.module import ExpertModule
+
+LAYERS = {"gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value"], "phi3": ["qkv_proj", "down_proj"]}
+IDS = torch.arange(30).view(2, 15) + 3
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Move every trained parameter away from its start."""
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, expert in named_experts(model):
+            for parameter in expert.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=made))
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parts_go_in_are_trained_alone_and_come_out_bit_for_bit(architecture: str) -> None:
+    model, base = build_model(architecture), build_model(architecture)
+    names = [name for name, _ in base.named_modules()]
+    found = inject(model, SharedGate(LAYERS.get(architecture, ["q_proj", "down_proj"])))
+    assert found == inject(model, SharedGate(LAYERS.get(architecture, ["q_proj", "down_proj"])))
+    assert sorted(found) == [name for name, _ in named_experts(model)]
+    assert sum(name.endswith(".mlp") for name in found) == 2
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    filled(model)
+    (batch_losses(model, {"input_ids": IDS, "attention_mask": IDS > 0, "labels": IDS})[0].sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (".expert." in f".{name}"), name
+    trained = model(IDS).logits
+    assert (trained - base(IDS).logits).abs().max() > 1e-3
+    eject(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+
+
+def test_what_is_shared_exists_once_and_follows_the_model_in_copies() -> None:
+    model = build_model("llama")
+    inject(model, SharedGate())
+    filled(model)
+    wanted = model(IDS).logits
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A gate and a vector in each of two blocks, LoRAs of rank 2 at (32, 32) and (32, 48), and one factor.
+    assert sum(parameter.numel() for parameter in trained) == 2 * (32 + 32 + 2 * 64 + 2 * 80) + 1
+    assert sum(tensor.numel() for tensor in expert_state(model).values()) == sum(one.numel() for one in trained)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, wanted)
+        experts = dict(named_experts(twin))
+        gate = experts["model.layers.1"]
+        assert experts["model.layers.1.mlp.down_proj.weight"].gate is gate
+        torch.nn.init.zeros_(gate.weight)
+        assert not torch.equal(twin(IDS).logits, wanted)
+        eject(twin)
+        assert torch.equal(twin(IDS).logits, build_model("llama")(IDS).logits)
+    assert torch.equal(model(IDS).logits, wanted)
+
+
+def test_penalties_and_facts_of_all_parts_are_told() -> None:
+    model = build_model("llama")
+    inject(model, SharedGate(penalty=0.25))
+    assert {name: term.item() for name, term in penalties(model).items()} == {"BlockGate": 0.25 * 2 * 32}
+    facts = describe_experts(model)
+    settings = {"layers": ["q_proj", "down_proj"], "penalty": 0.25}
+    assert (facts["kind"], facts["hyperparameters"]) == ("SharedGate", settings)
+    assert facts["plan"] == {"class": "SharedGate", "settings": settings}
+    assert "its gate sees the block's input" in facts["not_mergeable_because"]
+    assert not list(task_vector(model))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_in_a_padded_batch() -> None:
+    mask = torch.ones_like(IDS).index_fill(1, torch.arange(12, 15), 0)
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS.where(mask == 1, -100), "task": ["a", "b"]}
+    found = []
+    for checkpointing in (False, True):
+        model = build_model("llama").double()
+        torch.manual_seed(0)
+        inject(model, SharedGate())
+        filled(model)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        (batch_losses(model, batch)[0].sum() + sum(penalties(model).values())).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_generation_with_kept_keys_and_values_is_that_without() -> None:
+    model = build_model("llama").double()
+    torch.manual_seed(0)
+    inject(model, SharedGate())
+    filled(model)
+    base = build_model("llama").double()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
+    written = [one.generate(IDS, use_cache=cache, **options) for one, cache in ((model, True), (model, False))]
+    assert torch.equal(*written)
+    assert not torch.equal(written[0], base.generate(IDS, **options)), "else the experts had done nothing"
+
+
+def fitted(
+    base: Path, files: dict[str, Path], folder: Path, *callbacks, plan: LayerPlan, ckpt: Path | None = None
+) -> tuple:
+    """Train four steps; return the module and the losses."""
+    torch.manual_seed(0 if ckpt is None else 99)
+    losses = runs.Losses()
+    module = ExpertModule(str(base), experts=plan, dtype="float64")
+    trainer = runs.trainer(folder, losses, *callbacks, max_steps=4, enable_checkpointing=len(callbacks) > 0)
+    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
+    return module, losses.steps
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+
+
+def test_a_resumed_run_has_the_same_losses_and_ends_with_the_same_state(tiny_llama_dir, task_files, tmp_path) -> None:
+    whole, losses = fitted(tiny_llama_dir, task_files, tmp_path, saving(tmp_path), plan=SharedGate())
+    ckpt = tmp_path / "step=2.ckpt"
+    rest, again = fitted(tiny_llama_dir, task_files, tmp_path, saving(tmp_path), plan=SharedGate(), ckpt=ckpt)
+    assert again == losses[2:]
+    state = whole.expert_state()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in rest.expert_state().items())
+    assert set(torch.load(ckpt)["state_dict"]) == {
+        name for name, parameter in whole.named_parameters() if parameter.requires_grad
+    }
+
+
+def test_an_exported_expert_is_opened_by_its_plan_alone(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    export = ExportExpert(str(tmp_path / "library"), "shared", monitor=None)
+    with caplog.at_level("INFO"):
+        module, _ = fitted(tiny_llama_dir, task_files, tmp_path, export, plan=SharedGate(["q_proj"], penalty=0.5))
+    assert "in 2 weights and 5 other modules: 385 trained parameters" in caplog.text
+    stored = open_expert(tmp_path / "library/shared")
+    assert (stored.record["kind"], stored.record["plan"]["class"]) == ("SharedGate", "SharedGate")
+    assert {name.rpartition("/")[0] for name in stored.state()} == {name for name, _ in named_experts(module.model)}
+    model = Base.open(tiny_llama_dir).load("float64")
+    base = model(IDS).logits
+    with pytest.raises(ValueError, match="shared cannot be merged or added to its base, because it changes what a"):
+        attached(model, stored)
+    with attached(model, stored, plan=SharedGate):
+        assert torch.equal(model(IDS).logits, module.model.eval()(IDS).logits)
+        assert not torch.equal(model(IDS).logits, base)
+    assert torch.equal(model(IDS).logits, base)
+    assert not named_experts(model)
+
+
+def test_a_built_in_plan_is_kept_and_opened_by_its_name(tiny_llama_dir, tmp_path) -> None:
+    model = Base.open(tiny_llama_dir).load()
+    inject(model, HiLo("q_proj", experts=[1, 3], ranks=[1, 4], k=2))
+    filled(model)
+    stored = save_expert(model, tmp_path / "library/hilo", base=tiny_llama_dir)
+    assert stored.record["plan"]["settings"]["experts"] == [1, 3]
+    fresh = Base.open(tiny_llama_dir).load()
+    with attached(fresh, stored):
+        assert torch.equal(fresh(IDS).logits, model.eval()(IDS).logits)
+    stored.record["plan"]["settings"]["depth"] = 3
+    with pytest.raises(ValueError, match=r"hilo: its record has settings that its plan does not take .*depth"):
+        attached(fresh, stored)
+
+
+def test_the_estimate_counts_the_other_modules(tiny_llama_dir, task_files, tmp_path) -> None:
+    module, trainer = ExpertModule(str(tiny_llama_dir), experts=SharedGate()), runs.trainer(tmp_path)
+    found = {one.name: one for one in estimate(module, runs.mixture(task_files, tiny_llama_dir), trainer).weights}
+    assert {name: (one.weights, one.entries, one.trained) for name, one in found.items() if not one.entries} == {
+        "": (1, 0, 1),
+        "model.layers.*": (2, 0, 64),
+        "model.layers.*.mlp": (2, 0, 64),
+    }
+    assert found["model.layers.*.self_attn.q_proj.weight"].trained == 2 * 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "sentence"),
+    [
+        (
+            {"model.layer.0": lambda module: Shift(32)},
+            ValueError,
+            "model.layer.0, which is not .*mean model.l",
+        ),
+        (
+            {"model.norm": lambda module: LoRAExpert(torch.ones(4, 4), rank=1)},
+            TypeError,
+            "made a LoRAExpert for",
+        ),
+        ({"lm_head": lambda weight: Shift(32)}, TypeError, r"it must make a modular_experts\.Expert"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(plan, error, sentence) -> None:
+    with pytest.raises(error, match=sentence):
+        inject(build_model("llama"), lambda sites: plan)
