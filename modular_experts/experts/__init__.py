@@ -12,5 +12,16 @@ from modular_experts.experts.masked import MaskedExpert
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
+from modular_experts.experts.tt_lora import TTLoRAExpert
 
-__all__ = ["Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "ModuleExpert", "Plan", "Site", "SparseExpert"]
+__all__ = [
+    "Expert",
+    "FullExpert",
+    "LoRAExpert",
+    "MaskedExpert",
+    "ModuleExpert",
+    "Plan",
+    "Site",
+    "SparseExpert",
+    "TTLoRAExpert",
+]

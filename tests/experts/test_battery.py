@@ -10,7 +10,7 @@ from testbed.ia3 import IA3Expert
 from testbed.other_experts import BiasExpert, GatedExpert
 
 from modular_experts.deltas import Dense
-from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert, TTLoRAExpert
 from modular_experts.kernels import native
 from modular_experts.testing import check_expert
 
@@ -34,6 +34,7 @@ FACTORIES = {
     "masked-column": partial(MaskedExpert, keep_ratio=0.3, granularity="column"),
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
+    "tt-lora": partial(TTLoRAExpert, rank=4),
     "full": FullExpert,
     "user-ia3": IA3Expert,
     "user-bias": BiasExpert,
