@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
-    "modular_experts.experts": ("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert", "TTLoRAExpert"),
+    "modular_experts.experts": (
+        *("AdaMixExpert", "Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
+        "TTLoRAExpert",
+    ),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.injection.route": ("route",),
     "modular_experts.injection.routed": ("routed",),

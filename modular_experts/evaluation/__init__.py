@@ -16,6 +16,7 @@ from modular_experts.evaluation.likelihood import (
     check_packing,
     choice_log_likelihoods,
     greedy_matches,
+    paired_losses,
     row_sums,
 )
 from modular_experts.evaluation.measure import measure, score_batch
@@ -36,6 +37,7 @@ __all__ = [
     "generate_tokens",
     "greedy_matches",
     "measure",
+    "paired_losses",
     "row_sums",
     "score_batch",
 ]

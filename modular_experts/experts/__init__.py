@@ -5,6 +5,7 @@ types that train a chosen part of a weight share, `site.py` which layer gets whi
 is trained at other modules. They need torch alone, and train in any loop, with or without Lightning.
 """
 
+from modular_experts.experts.ada_mix import AdaMixExpert
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
 from modular_experts.experts.lora import LoRAExpert
@@ -15,6 +16,7 @@ from modular_experts.experts.sparse import SparseExpert
 from modular_experts.experts.tt_lora import TTLoRAExpert
 
 __all__ = [
+    "AdaMixExpert",
     "Expert",
     "FullExpert",
     "LoRAExpert",

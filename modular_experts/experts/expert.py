@@ -41,6 +41,22 @@ class Trained(nn.Module):
     made_by: dict[str, Any] | None = None
     """The class and the settings of the `LayerPlan` that the expert was made by, which `inject` notes here."""
 
+    consistency: float = 0.0
+    """Weight of the divergence between two predictions of each training token, for types that draw at random.
+
+    If it is not 0, a batch of training holds each row twice, all first copies before all second ones.
+    """
+
+    def draw(self, key: str) -> None:
+        """Draw what is random in the next training step; most types draw nothing.
+
+        Gradient checkpointing repeats a forward pass, which must not draw anew; nor must the micro-batches of a step.
+
+        Args:
+            key: Names seed, step and place: `random.Random(key)` gives the same numbers on all ranks, and again in a
+                resumed run.
+        """
+
     def penalty(self) -> Tensor | None:
         """Return a term that is added to the training loss, or None; training asks once after each forward pass."""
         return None

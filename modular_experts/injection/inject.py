@@ -302,6 +302,22 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.stack(found).sum() for name, found in terms.items()}
 
 
+def draw(model: nn.Module, key: str) -> None:
+    """Let all experts draw what is random in the next training step (`Trained.draw`), each by its own name.
+
+    Args:
+        model: A model after `inject`.
+        key: Names the seed and the step.
+    """
+    for name, expert in named_experts(model):
+        expert.draw(f"{key}/{name}")
+
+
+def consistency(model: nn.Module) -> float:
+    """Return the largest weight of `Trained.consistency` in a model."""
+    return max((expert.consistency for _, expert in named_experts(model)), default=0.0)
+
+
 def write_experts(model: nn.Module) -> None:
     """Bring all weights up to date with their experts; for optimizers that write through `.data`."""
     for _, layer in expert_layers(model):

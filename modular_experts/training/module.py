@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,14 +29,16 @@ from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.deltas import Delta, add
-from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, score_batch
+from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, paired_losses, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
+    consistency,
     describe_experts,
+    draw,
     expert_layers,
     expert_state,
     inject,
@@ -308,7 +311,10 @@ class ExpertModule(LightningModule):
                 distributed.broadcast(buffer, src=0)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Restore the random state of the checkpoint before the first batch, when all set-up is over."""
+        """Let experts draw what is random in this step; restore the random state of a checkpoint before the first one,
+        when all set-up is over.
+        """
+        draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
         states, rank = self._random_states or [], self.trainer.global_rank
         self._random_states = None
         # A rank that the checkpoint has no state for keeps its own.
@@ -335,15 +341,23 @@ class ExpertModule(LightningModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss per target token of the global batch, plus the sum of the experts' penalties.
 
-        Its average over ranks is the loss of one process with all rows.
+        Experts that ask for consistency predict each token twice, and pay for the divergence. The average of the loss
+        over ranks is the loss of one process with all rows.
         """
-        sums, counts = batch_losses(self.model, batch)
+        weight = consistency(self.model) if self.model.training else 0.0
+        divergence: Tensor | None = None
+        if weight:
+            sums, counts, divergence = paired_losses(self.model, batch)
+        else:
+            sums, counts = batch_losses(self.model, batch)
         tokens = counts.sum()
         if self.trainer.world_size > 1:
             distributed.all_reduce(tokens)
             tokens = tokens / self.trainer.world_size
         loss = sums.sum() / tokens.clamp(min=1)
         terms = penalties(self.model)
+        if divergence is not None:
+            terms["consistency"] = weight * divergence / tokens.clamp(min=1)
         self._penalties = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), start=loss)
 

@@ -10,7 +10,15 @@ from testbed.ia3 import IA3Expert
 from testbed.other_experts import BiasExpert, GatedExpert
 
 from modular_experts.deltas import Dense
-from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert, TTLoRAExpert
+from modular_experts.experts import (
+    AdaMixExpert,
+    Expert,
+    FullExpert,
+    LoRAExpert,
+    MaskedExpert,
+    SparseExpert,
+    TTLoRAExpert,
+)
 from modular_experts.kernels import native
 from modular_experts.testing import check_expert
 
@@ -35,6 +43,7 @@ FACTORIES = {
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
     "tt-lora": partial(TTLoRAExpert, rank=4),
+    "adamix": partial(AdaMixExpert, copies=3),
     "full": FullExpert,
     "user-ia3": IA3Expert,
     "user-bias": BiasExpert,

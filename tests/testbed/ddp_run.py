@@ -19,7 +19,7 @@ from testbed.shared_gate import SharedGate
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import SparseExpert
+from modular_experts.experts import AdaMixExpert, SparseExpert, TTLoRAExpert
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert, write_expert
@@ -30,6 +30,13 @@ PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
 
 STEPS = [(1, 1024), (2, 1024), (2, 0)]
 """Micro-batches of steps that choose supports, and the memory for their sums."""
+
+
+SYSTEMS = {
+    "tt-lora": (partial(TTLoRAExpert, rank=3), []),
+    "adamix": (partial(AdaMixExpert, copies=3), []),
+}
+"""Types and the callbacks that they need."""
 
 
 class Watch(Callback):
@@ -95,6 +102,18 @@ def train_plan(folder: Path, base: Path, files: dict[str, Path], ranks: int, pla
     return module.expert_state()
 
 
+def train_system(folder: Path, base: Path, files: dict[str, Path], ranks: int, name: str) -> dict:
+    """Train a few steps of a type that draws at random, or starts anew; return what it trained."""
+    expert, callbacks = SYSTEMS[name]
+    seed_everything(0, verbose=False)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    made = [make() for make in callbacks]
+    runs.trainer(folder, *made, max_steps=5, **place).fit(module, runs.mixture(files, base, seed=0))
+    return {key: tensor for key, tensor in module.state_dict().items() if ".expert." in key}
+
+
 def values(module: ExpertModule) -> dict[str, torch.Tensor]:
     return {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
 
@@ -136,6 +155,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     for name, plan in PLANS.items():
         found[name] = train_plan(folder, base, files, ranks, plan)
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
+    for name in SYSTEMS:
+        found[name] = train_system(folder, base, files, ranks, name)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

@@ -97,6 +97,18 @@ def test_two_processes_train_under_the_same_others(found) -> None:
             torch.testing.assert_close(rank["under others"][name], values, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("system", ddp_run.SYSTEMS)
+def test_two_processes_train_a_system_as_one_does(found, system: str) -> None:
+    """With the same draws, the same blocks in each round, and the same fresh products."""
+    one, two, _ = found
+    for rank in two:
+        assert rank[system].keys() == one[system].keys()
+        for name, tensor in one[system].items():
+            torch.testing.assert_close(rank[system][name], tensor, rtol=1e-6, atol=1e-9)
+    moved = [tensor.norm() for name, tensor in one[system].items() if "up" in name or "cores.5" in name]
+    assert max(moved) > 1e-4
+
+
 def test_only_kept_entries_are_communicated(found) -> None:
     _, (first, _), _ = found
     kept = sum(values.numel() for values in first["values"].values())

@@ -1,0 +1,94 @@
+"""AdaMix trains several copies of a LoRA's halves, paired at random in each step, and ends as their mean (Wang et al.,
+arXiv 2205.12410).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.deltas import LowRank
+from modular_experts.experts.expert import Expert
+
+
+class AdaMixExpert(Expert):
+    """Adds `scale * up_i @ down_j`, with `i` and `j` drawn for each training step; else the means of all copies.
+
+    The two draws are independent, so that the mean over all of them is the product of the means: what is validated,
+    exported and merged is one LoRA of this rank. All copies start equal, as a LoRA does. They are stacked in one
+    parameter for each half: a copy that a step leaves out has a gradient of zero, and the momentum of an optimizer
+    still moves it.
+
+    With `consistency`, each training batch takes part twice, with a pair of draws for each time, and the loss has a
+    term that pulls the two predictions together. The released code weighs it by 100 for text generation and by 1 for
+    classification.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        rank: Inner dimension of the product, from 1 to min(out, in).
+        alpha: The scale is alpha / rank.
+        copies: Number of copies of each half; with one, and `consistency: 0`, this is a LoRA.
+        share_up: Train one `up` for all copies of `down`, as the released settings do.
+        consistency: Weight of the symmetric KL divergence between the two predictions of a token, in nats; 0 takes one
+            pass.
+        dropout: Probability, in [0, 1), of dropping an input of the product in training.
+    """
+
+    learning_rate: ClassVar[float] = 3e-3
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rank: int = 4,
+        alpha: float = 8.0,
+        copies: int = 4,
+        share_up: bool = False,
+        consistency: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        if not 1 <= rank <= min(rows, columns):
+            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        if copies < 1:
+            raise ValueError(f"copies={copies} must be at least 1")
+        if not 0 <= consistency < math.inf:
+            raise ValueError(f"consistency={consistency} must be 0 or a positive number")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        self.rank, self.copies, self.share_up, self.consistency = rank, copies, share_up, consistency
+        self.scale, self.dropout = alpha / rank, dropout
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(torch.zeros(1 if share_up else copies, rows, rank, dtype=dtype, device=weight.device))
+        down = torch.empty(rank, columns, dtype=dtype, device=weight.device)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.down = nn.Parameter(down.repeat(copies, 1, 1))
+        self.drawn: list[tuple[int, int]] = []
+        """The copies of `up` and `down` in this step, for each of the equal parts of a batch; empty before a draw."""
+
+    def draw(self, key: str) -> None:
+        numbers = random.Random(key)
+        times = 2 if self.consistency else 1
+        self.drawn = [(numbers.randrange(len(self.up)), numbers.randrange(len(self.down))) for _ in range(times)]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, weight, bias)
+        inner = F.dropout(x, self.dropout, self.training).to(self.down.dtype)
+        if self.training and self.drawn:
+            parts = inner.chunk(len(self.drawn))
+            drawn = [(self.up[i], self.down[j]) for i, j in self.drawn]
+        else:
+            parts, drawn = (inner,), [(self.up.mean(0), self.down.mean(0))]
+        added = [
+            F.linear(self.scale * F.linear(part, down), up) for part, (up, down) in zip(parts, drawn, strict=False)
+        ]
+        return base + (torch.cat(added) if len(added) > 1 else added[0]).to(base.dtype)
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> LowRank:
+        return LowRank(self.scale * self.up.mean(0), self.down.mean(0))

@@ -1,0 +1,188 @@
+"""AdaMix against the mean over all draws, and against LoRA, which one copy is."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from conftest import build_model
+from torch import nn
+
+from modular_experts.evaluation import batch_losses, paired_losses
+from modular_experts.experts import AdaMixExpert, LoRAExpert
+from modular_experts.injection import draw, expert_layers, inject
+
+
+def random_weight(rows: int = 12, columns: int = 10) -> torch.Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def filled(expert: AdaMixExpert) -> AdaMixExpert:
+    """Give every copy random values."""
+    made = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=made, dtype=torch.float64))
+    return expert
+
+
+@pytest.mark.parametrize("share_up", [False, True])
+def test_the_mean_over_all_independent_draws_is_the_averaged_expert(share_up: bool) -> None:
+    weight, x = random_weight(), torch.randn(7, 10, dtype=torch.float64)
+    expert = filled(AdaMixExpert(weight, rank=3, alpha=6.0, copies=4, share_up=share_up, consistency=0.0)).train()
+
+    def mean(pairs) -> torch.Tensor:
+        outputs = []
+        for pair in pairs:
+            expert.drawn = [pair]
+            outputs.append(expert(x, weight, None))
+        return torch.stack(outputs).mean(0)
+
+    found = mean(itertools.product(range(1 if share_up else 4), range(4)))
+    expert.eval()
+    wanted = x @ (weight + 2.0 * expert.up.mean(0) @ expert.down.mean(0)).T
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(expert(x, weight, None), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x @ (weight + expert.delta(weight, weight.detach).dense()).T, wanted)
+    if not share_up:
+        expert.train()
+        tied = mean((number, number) for number in range(4))
+        assert (tied - wanted).abs().max() > 0.1, "with one draw for both halves the mean is another function"
+
+
+def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again() -> None:
+    expert = AdaMixExpert(random_weight(), copies=3)
+    pairs, layers, times = Counter(), Counter(), Counter()
+    for step in range(3000):
+        expert.draw(f"0/{step}/a")
+        first, second = expert.drawn
+        expert.draw(f"0/{step}/b")
+        pairs[first] += 1
+        times[first[0], second[0]] += 1
+        layers[first[1], expert.drawn[0][1]] += 1
+    for counted in (pairs, layers, times):
+        assert len(counted) == 9
+        # Chi-square with 8 degrees of freedom; 26 is its 99.9 % quantile.
+        assert sum((number - 3000 / 9) ** 2 / (3000 / 9) for number in counted.values()) < 26
+    expert.draw("0/5/a")
+    drawn = expert.drawn
+    expert.draw("0/6/a")
+    expert.draw("0/5/a")
+    assert expert.drawn == drawn
+
+
+def test_a_draw_trains_its_copies_alone_and_evaluation_takes_the_mean_of_all() -> None:
+    weight, x = random_weight(), torch.randn(4, 10, dtype=torch.float64)
+    expert = filled(AdaMixExpert(weight, copies=3, consistency=0.0)).train()
+    expert.drawn = [(2, 0)]
+    expert(x, weight, None).square().sum().backward()
+    assert [bool(part.any()) for part in expert.up.grad] == [False, False, True]
+    assert [bool(part.any()) for part in expert.down.grad] == [True, False, False]
+    averaged = weight + expert.delta(weight, weight.detach).dense()
+    torch.testing.assert_close(expert.eval()(x, weight, None), x @ averaged.T)
+
+
+def test_copies_start_equal_as_a_lora_and_one_copy_is_one_bit_for_bit() -> None:
+    weight = random_weight()
+    torch.manual_seed(1)
+    several = AdaMixExpert(weight, rank=3, copies=4)
+    torch.manual_seed(1)
+    one = AdaMixExpert(weight, rank=3, alpha=6.0, copies=1, consistency=0.0)
+    torch.manual_seed(1)
+    lora = LoRAExpert(weight, rank=3, alpha=6.0)
+    assert all(torch.equal(copy, lora.down) for copy in several.down)
+    for expert in (one, lora):
+        optimizer = torch.optim.AdamW(expert.parameters(), lr=0.02)
+        made = torch.Generator().manual_seed(1)
+        for step in range(5):
+            expert.draw(str(step))
+            x = torch.randn(6, 10, dtype=torch.float64, generator=made)
+            expert(x, weight, None).sub(1.0).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = (expert.delta(weight, weight.detach) for expert in (one, lora))
+    assert torch.equal(ours.up, theirs.up)
+    assert torch.equal(ours.down, theirs.down)
+
+
+def batch() -> dict:
+    ids, mask = torch.arange(5, 29).view(4, 6), torch.ones(4, 6, dtype=torch.int64)
+    mask[0, 4:] = mask[2, 5:] = 0
+    labels = ids.where((mask == 1) & (torch.arange(6) > 1), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "task": list("abcd")}
+
+
+def equipped(**settings) -> nn.Module:
+    model = build_model("gpt2" if settings.pop("gpt2", False) else "llama", attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    model = model.double()
+    inject(model, lambda weight: filled(AdaMixExpert(weight, **({"copies": 3, "rank": 2} | settings))), "all-linear")
+    return model.train()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed: bool) -> None:
+    model, rows = equipped(), batch()
+    if packed:
+        places = torch.arange(6).repeat(2, 2)
+        tokens = rows["attention_mask"].view(2, 12) == 1
+        rows["row"] = torch.arange(4).repeat_interleave(6).view(2, 12).where(tokens, -1)
+        rows |= {
+            "position_ids": places,
+            "input_ids": rows["input_ids"].view(2, 12),
+            "labels": rows["labels"].view(2, 12),
+        }
+        del rows["attention_mask"]
+    draw(model, "0/1")
+    sums, counts, divergence = paired_losses(model, rows)
+    predictions = []
+    experts = [layer.expert for _, layer in expert_layers(model)]
+    both = [expert.drawn for expert in experts]
+    for time in range(2):
+        for expert, drawn in zip(experts, both, strict=True):
+            expert.drawn = [drawn[time]]
+        alone, numbers = batch_losses(model, batch())
+        if not time:
+            torch.testing.assert_close(sums, alone)
+            assert torch.equal(counts, numbers)
+        logits = model(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]).logits[:, :-1]
+        predictions.append(logits[batch()["labels"][:, 1:] != -100].softmax(-1))
+    p, q = predictions
+    assert (p - q).abs().max() > 1e-3
+    wanted = 0.5 * ((p * (p / q).log()).sum() + (q * (q / p).log()).sum())
+    torch.testing.assert_close(divergence, wanted)
+    draws = [[pair, pair] for pair in (drawn[0] for drawn in both)]
+    for expert, drawn in zip(experts, draws, strict=True):
+        expert.drawn = drawn
+    assert paired_losses(model, batch())[2].abs() < 1e-10, "equal predictions are not apart"
+
+
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_gradient_checkpointing_repeats_both_draws(gpt2: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = equipped(gpt2=gpt2)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        draw(model, "0/1")
+        sums, _, divergence = paired_losses(model, batch())
+        (sums.sum() + divergence).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rank": 11}, r"rank=11 is outside 1\.\.10"),
+        ({"copies": 0}, "copies=0 must be at least 1"),
+        ({"consistency": -1.0}, "consistency=-1.0 must be 0 or a positive number"),
+        ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        AdaMixExpert(random_weight(), **settings)
