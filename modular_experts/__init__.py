@@ -14,7 +14,7 @@ _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": (
-        *("AdaMixExpert", "Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
+        *("AdaMixExpert", "BoostedLoRAExpert", "Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
         "TTLoRAExpert",
     ),
     "modular_experts.injection": ("eject", "inject"),
@@ -28,7 +28,9 @@ _HOMES = {
     "modular_experts.data": ("Task", "TaskMixture"),
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.evaluation.streaming": ("generate",),
-    "modular_experts.callbacks": ("AverageStates", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
+    "modular_experts.callbacks": (
+        *("AverageStates", "Boosting", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
+    ),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
     "modular_experts.base": ("Base",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),

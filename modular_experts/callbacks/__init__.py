@@ -5,6 +5,7 @@
 """
 
 from modular_experts.callbacks.average_states import AverageStates
+from modular_experts.callbacks.boosting import Boosting
 from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
@@ -16,6 +17,7 @@ from modular_experts.callbacks.train_under_others import TrainUnderOthers
 
 __all__ = [
     "AverageStates",
+    "Boosting",
     "EvenValidation",
     "ExportExpert",
     "GradientMask",

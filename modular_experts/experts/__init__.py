@@ -6,6 +6,7 @@ is trained at other modules. They need torch alone, and train in any loop, with 
 """
 
 from modular_experts.experts.ada_mix import AdaMixExpert
+from modular_experts.experts.boosted_lora import BoostedLoRAExpert
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
 from modular_experts.experts.lora import LoRAExpert
@@ -17,6 +18,7 @@ from modular_experts.experts.tt_lora import TTLoRAExpert
 
 __all__ = [
     "AdaMixExpert",
+    "BoostedLoRAExpert",
     "Expert",
     "FullExpert",
     "LoRAExpert",

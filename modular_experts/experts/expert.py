@@ -129,6 +129,14 @@ class Expert(Trained, ABC):
         """
         return None
 
+    def size_like(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Take the sizes of the tensors of a checkpoint, which is loaded next; most types have fixed sizes.
+
+        Args:
+            weight: The layer's weight `(out, in)`.
+            state: This expert's part of the checkpoint, by the names of its parameters and buffers.
+        """
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
         out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)

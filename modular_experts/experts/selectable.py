@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,6 +98,12 @@ class Selectable(Expert):
     @abstractmethod
     def resize(self, weight: Tensor, units: Tensor) -> None:
         """Keep these units, whatever their number, with values that start anew; only before an optimizer is made."""
+
+    def size_like(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        if self.packed is not None and "indices" in state:
+            units = torch.arange(min(state["indices"].numel(), self.units), device=weight.device)
+            if units.numel() != self.kept_units:
+                self.resize(weight, units)
 
     def rewind(self, weight: Tensor) -> None:
         """Set the kept values back to the base."""

@@ -33,7 +33,6 @@ from modular_experts.evaluation import TaskScores, batch_losses, check_packing, 
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
-from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
     consistency,
@@ -463,13 +462,12 @@ class ExpertModule(LightningModule):
         self._random_states = checkpoint.get("random_states")
 
     def _resize_like(self, state: dict[str, Any]) -> None:
-        """Resize each packed expert to the number of units that it keeps in a checkpoint."""
+        """Give each expert the sizes that its tensors have in a checkpoint."""
         for name, layer in expert_layers(self.model):
-            theirs = state.get(f"model.{name.removesuffix('weight')}expert.indices")
-            if isinstance(layer.expert, Selectable) and layer.expert.packed is not None and theirs is not None:
-                units = torch.arange(min(theirs.numel(), layer.expert.units), device=layer.matrix.device)
-                if units.numel() != layer.expert.kept_units:
-                    layer.expert.resize(layer.matrix, units)
+            prefix = f"model.{name.removesuffix('weight')}expert."
+            theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if theirs:
+                layer.expert.size_like(layer.matrix, theirs)
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each expert, on the CPU, one at a time."""

@@ -12,6 +12,7 @@ from testbed.other_experts import BiasExpert, GatedExpert
 from modular_experts.deltas import Dense
 from modular_experts.experts import (
     AdaMixExpert,
+    BoostedLoRAExpert,
     Expert,
     FullExpert,
     LoRAExpert,
@@ -44,6 +45,7 @@ FACTORIES = {
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
     "tt-lora": partial(TTLoRAExpert, rank=4),
     "adamix": partial(AdaMixExpert, copies=3),
+    "boosted": BoostedLoRAExpert,
     "full": FullExpert,
     "user-ia3": IA3Expert,
     "user-bias": BiasExpert,

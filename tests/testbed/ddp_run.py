@@ -18,8 +18,8 @@ from testbed import runs
 from testbed.shared_gate import SharedGate
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import AdaMixExpert, SparseExpert, TTLoRAExpert
+from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, TrainUnderOthers
+from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, SparseExpert, TTLoRAExpert
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert, write_expert
@@ -35,6 +35,7 @@ STEPS = [(1, 1024), (2, 1024), (2, 0)]
 SYSTEMS = {
     "tt-lora": (partial(TTLoRAExpert, rank=3), []),
     "adamix": (partial(AdaMixExpert, copies=3), []),
+    "boosting": (BoostedLoRAExpert, [partial(Boosting, every=2, share=0.5)]),
 }
 """Types and the callbacks that they need."""
 

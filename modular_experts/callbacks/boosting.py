@@ -1,0 +1,119 @@
+"""Boosting trains low-rank products one after the other: each is added to a sum, and a fresh one starts.
+
+XGBLoRA (arXiv 2410.19694) does so with products of rank one in a random part of the blocks, ReLoRA (arXiv 2307.05695)
+with larger ones in all of them, for longer, and with a learning rate that rises anew (`WarmupRestarts`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from modular_experts.callbacks.average_states import AverageStates
+from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.experts.boosted_lora import BoostedLoRAExpert
+from modular_experts.injection import expert_layers
+from modular_experts.text import block_of
+
+log = logging.getLogger(__name__)
+
+
+class Boosting(Schedule):
+    """Divides training into rounds; at the end of each, what was trained joins the boosters, and training starts anew.
+
+    In a round only some transformer blocks are trained, drawn from the seed and the number of the round: all ranks and
+    a resumed run draw the same. The others get no step and hold no optimizer state. A new round starts from a fresh
+    product without optimizer state. The experts must be `BoostedLoRAExpert`. The learning rate goes on as `scheduler`
+    says; the paper does not state whether it starts anew, for which there is `WarmupRestarts`.
+
+    ReLoRA keeps 1 % of the optimizer state at a restart in its released code; here a round starts without any.
+
+    Args:
+        every: Optimizer steps of a round.
+        share: Share of the transformer blocks that a round trains, in (0, 1], at least one; layers outside of the
+            blocks count as one each. The paper found about a third to be best; ReLoRA trains all.
+        seed: Seed of the draws and of the fresh products; the run's own (`seed_everything`) if not given.
+    """
+
+    def __init__(self, every: int = 8, share: float = 1 / 3, seed: int | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}, the optimizer steps of a round, must be at least 1")
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}, the share of the blocks that a round trains, is outside (0, 1]")
+        self.every, self.share = every, share
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+    @property
+    def resizes(self) -> bool:
+        """Boosters become more with each round."""
+        return True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise if something else averages values over rounds."""
+        if any(isinstance(one, AverageStates) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "AverageStates would average products of several rounds of Boosting; leave one of them out"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise if an expert cannot be boosted; log the rounds."""
+        module = cast(TrainedModule, pl_module)
+        for name, layer in expert_layers(module.model):
+            if not isinstance(layer.expert, BoostedLoRAExpert):
+                raise ValueError(
+                    f"Boosting adds up products of BoostedLoRAExpert, and {name} has a {type(layer.expert).__name__}; "
+                    "give model.expert BoostedLoRAExpert, or leave Boosting out"
+                )
+        blocks, total = _blocks(module), module.length.total_steps
+        log.info(
+            "%d rounds of %d steps, each in %d of %d blocks",
+            *(-(-total // self.every), self.every, len(self.trained(module, 0)), len(blocks)),
+        )
+
+    def trained(self, module: TrainedModule, number: int) -> set[str]:
+        """Return the blocks that a round trains, by name; the number of the round counts from 0."""
+        blocks = _blocks(module)
+        count = max(round(self.share * len(blocks)), 1)
+        return set(random.Random(f"{self.seed}/{number}").sample(blocks, count))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin the next round before its first step, so that none begins after the last."""
+        number, later = divmod(trainer.global_step, self.every)
+        if later:
+            return
+        for name, layer in expert_layers(cast(TrainedModule, pl_module).model):
+            expert = cast(BoostedLoRAExpert, layer.expert)
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{number}/{name}").getrandbits(63))
+            # At a later micro-batch of the same step the product is fresh, and so it is before the first step.
+            if expert.boost(generator):
+                for optimizer in trainer.optimizers:
+                    for parameter in expert.parameters():
+                        optimizer.state.pop(parameter, None)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the gradients of the other blocks away, so that the optimizer passes over them."""
+        # With requires_grad=False, DDP would wait for gradients that never come.
+        module = cast(TrainedModule, pl_module)
+        trained = self.trained(module, trainer.global_step // self.every)
+        for name, layer in expert_layers(module.model):
+            if _block(name) not in trained:
+                for parameter in layer.expert.parameters():
+                    parameter.grad = None
+
+    def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
+        """Return how many rounds have begun."""
+        return {"rounds": -(-trainer.global_step // self.every)}
+
+
+def _block(weight: str) -> str:
+    return block_of(weight) or weight
+
+
+def _blocks(module: TrainedModule) -> list[str]:
+    return sorted({_block(name) for name, _ in expert_layers(module.model)})

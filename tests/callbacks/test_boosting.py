@@ -1,0 +1,231 @@
+"""Boosting: rounds whose products add up, chosen blocks, fresh optimizer state, exact resume; one round is a LoRA."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+
+from modular_experts.callbacks import AverageStates, Boosting
+from modular_experts.experts import BoostedLoRAExpert, LoRAExpert
+from modular_experts.injection import expert_layers
+from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupRestarts
+
+RATE = 0.01
+
+
+def layers(module) -> dict:
+    return {name: layer.expert for name, layer in expert_layers(module.model)}
+
+
+class Watch(Callback):
+    """Keeps, around each step, the dense deltas, the trained products, the logits and what has optimizer state."""
+
+    def __init__(self) -> None:
+        self.before: list[dict] = []
+        self.after: list[dict] = []
+        self.deltas: list[dict] = []
+        self.begun: list[dict] = []
+        self.logits: list[torch.Tensor] = []
+        self.states: list[set[str]] = []
+        self.bytes = 0
+
+    def _see(self, module) -> torch.Tensor:
+        return module.model(input_ids=torch.arange(5, 15)[None]).logits.detach()
+
+    def _dense(self, module) -> dict:
+        moved = module.model.get_parameter
+        return {n: one.delta(moved(n), moved(n).detach).dense().detach() for n, one in layers(module).items()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        # It stands after Boosting in the list, so a round has begun by now.
+        self.begun.append(self._dense(pl_module))
+        self.before.append({name: one.up.detach().clone() for name, one in layers(pl_module).items()})
+        self.logits.append(self._see(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.after.append({name: one.up.detach().clone() for name, one in layers(pl_module).items()})
+        self.deltas.append(self._dense(pl_module))
+        self.logits.append(self._see(pl_module))
+        (optimizer,) = trainer.optimizers
+        self.states.append({n for n, one in layers(pl_module).items() if one.up in optimizer.state})
+        self.bytes = max(self.bytes, optimizer_bytes([optimizer]))
+
+
+def fit(base: Path, files: dict, folder: Path, expert, *callbacks: Callback, ckpt: Path | None = None, **settings):
+    """Train in float64 at a constant rate; return the module and the losses."""
+    seed_everything(0, verbose=False)
+    losses = runs.Losses()
+    optimizer = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, eps=1e-12)
+    own = {"dtype": "float64", "scheduler": Constant(), "optimizer": optimizer}
+    module = runs.module(base, expert, **own | settings.pop("own", {}))
+    run = runs.trainer(folder, *callbacks, losses, **({"max_steps": 10} | settings))
+    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
+    return module, losses.steps
+
+
+@pytest.fixture(scope="module")
+def rounds(tiny_llama_dir, task_files, tmp_path_factory) -> tuple:
+    """Three rounds of four steps, the last one cut off, in one of the two blocks each."""
+    schedule, watch = Boosting(every=4, share=0.5, seed=2), Watch()
+    place = tmp_path_factory.mktemp("rounds")
+    module, _ = fit(tiny_llama_dir, task_files, place, BoostedLoRAExpert, schedule, watch)
+    return module, schedule, watch
+
+
+def blocks(names: set[str]) -> set[str]:
+    return {name.split(".self_attn")[0].split(".mlp")[0] for name in names}
+
+
+def test_a_boost_leaves_the_outputs_and_the_deltas_as_they_are(rounds) -> None:
+    _, _, watch = rounds
+    for step in (4, 8):
+        before, after = watch.logits[2 * step - 1], watch.logits[2 * step]
+        torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)
+        for name, delta in watch.deltas[step - 1].items():
+            torch.testing.assert_close(watch.begun[step][name], delta, rtol=1e-10, atol=1e-14)
+    assert (watch.logits[-1] - watch.logits[0]).abs().max() > 1e-4
+
+
+def test_the_change_of_a_weight_is_the_sum_of_its_boosters(rounds) -> None:
+    module, schedule, watch = rounds
+    for name, expert in layers(module).items():
+        ends = [watch.deltas[3], watch.deltas[7], watch.deltas[9]]
+        boosters = [ends[0][name], ends[1][name] - ends[0][name], ends[2][name] - ends[1][name]]
+        turns = [any(name.startswith(block) for block in schedule.trained(module, number)) for number in range(3)]
+        assert [bool(booster.any()) for booster in boosters] == turns, "a round leaves the other block as it is"
+        weight = module.model.get_parameter(name)
+        delta = expert.delta(weight, weight.detach)
+        assert delta.rank == max(sum(turns), 1)
+        torch.testing.assert_close(delta.dense(), sum(boosters), rtol=1e-10, atol=1e-14)
+        assert all(torch.linalg.matrix_rank(one) == turn for one, turn in zip(boosters, turns, strict=True))
+
+
+def test_the_draws_are_of_the_seed_and_the_round_and_each_block_has_its_turns(rounds) -> None:
+    module, schedule, _ = rounds
+    drawn = [schedule.trained(module, number) for number in range(40)]
+    assert all(len(names) == 1 for names in drawn)
+    assert len({name for names in drawn for name in names}) == 2
+    assert drawn == [Boosting(share=0.5, seed=2).trained(module, number) for number in range(40)]
+    assert drawn != [Boosting(share=0.5, seed=4).trained(module, number) for number in range(40)]
+    assert len({frozenset(names) for names in drawn[:3]}) == 2, "the rounds of this test train both blocks"
+
+
+def test_only_the_blocks_of_a_round_hold_optimizer_state(rounds) -> None:
+    module, schedule, watch = rounds
+    for step, names in enumerate(watch.states):
+        assert blocks(names) == schedule.trained(module, step // 4)
+
+
+def test_the_first_step_of_a_round_moves_each_number_by_the_learning_rate(rounds) -> None:
+    module, schedule, watch = rounds
+    for step in (0, 4, 8):
+        for name in layers(module):
+            moved = (watch.after[step][name] - watch.before[step][name]).abs()
+            trained = any(name.startswith(block) for block in schedule.trained(module, step // 4))
+            # An AdamW without a past divides each gradient by its own size.
+            torch.testing.assert_close(moved, torch.full_like(moved, RATE * trained), rtol=1e-5, atol=0)
+
+
+def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(tiny_llama_dir, task_files, tmp_path) -> None:
+    lora, wanted = fit(tiny_llama_dir, task_files, tmp_path / "a", partial(LoRAExpert, rank=1, alpha=2.0))
+    ours, found = fit(tiny_llama_dir, task_files, tmp_path / "b", BoostedLoRAExpert, Boosting(every=10, share=1.0))
+    assert found == wanted
+    for name, expert in layers(ours).items():
+        assert torch.equal(expert.up, layers(lora)[name].up)
+        assert torch.equal(expert.down, layers(lora)[name].down)
+
+
+def test_the_optimizer_state_is_less_than_a_quarter_of_a_lora_of_rank_eight(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    found = {}
+    for name, expert, callbacks in [
+        ("lora", partial(LoRAExpert, rank=8), []),
+        ("all", BoostedLoRAExpert, [Boosting(every=2, share=1.0)]),
+        ("half", BoostedLoRAExpert, [Boosting(every=2, share=0.5)]),
+    ]:
+        watch = Watch()
+        fit(tiny_llama_dir, task_files, tmp_path / name, expert, *callbacks, watch, max_steps=4)
+        found[name] = watch.bytes
+    assert found["all"] / found["lora"] == pytest.approx(1 / 8)
+    assert found["half"] / found["lora"] == pytest.approx(1 / 16)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_resumes_exactly_between_rounds_and_within_one(step, tiny_llama_dir, task_files, tmp_path) -> None:
+    def run(folder: Path, ckpt: Path | None = None):
+        saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        expert = partial(BoostedLoRAExpert, dropout=0.2)
+        schedule = Boosting(every=4, share=0.5, seed=2)
+        more = {"enable_checkpointing": True, "ckpt": ckpt}
+        return fit(tiny_llama_dir, task_files, folder, expert, schedule, saving, **more)
+
+    whole, losses = run(tmp_path / "whole")
+    again, rest = run(tmp_path / "again", tmp_path / "whole" / f"step={step}.ckpt")
+    assert rest == losses[step:]
+    state = again.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(state[name], tensor)
+
+
+def test_micro_batches_belong_to_one_step(tiny_llama_dir, task_files, tmp_path) -> None:
+    schedule = Boosting(every=1, share=1.0)
+    module, _ = fit(
+        *(tiny_llama_dir, task_files, tmp_path, BoostedLoRAExpert, schedule), max_steps=3, accumulate_grad_batches=2
+    )
+    assert {expert.ups.shape[1] for expert in layers(module).values()} == {2}
+
+
+def test_boosters_of_more_than_full_rank_become_one_product() -> None:
+    for shape in ((6, 4), (4, 6)):
+        torch.manual_seed(0)
+        weight = torch.zeros(shape, dtype=torch.float64)
+        expert, total = BoostedLoRAExpert(weight), torch.zeros(shape, dtype=torch.float64)
+        for number in range(7):
+            with torch.no_grad():
+                expert.up.normal_()
+            total += 2.0 * (expert.up @ expert.down).detach()
+            assert expert.boost(torch.Generator().manual_seed(number))
+            torch.testing.assert_close(expert.delta(weight, weight.detach).dense(), total)
+            assert expert.ups.shape[1] <= 4
+        assert not expert.boost(torch.Generator().manual_seed(0)), "a product that learned nothing is no booster"
+
+
+def test_gpt2_is_boosted_and_takes_its_own_orientation(tiny, task_files, tmp_path) -> None:
+    own = {"own": {"modules": "c_attn"}}
+    module, _ = fit(tiny("gpt2"), task_files, tmp_path, BoostedLoRAExpert, Boosting(every=2, share=1.0), **own)
+    for name, delta in module.task_vector():
+        assert delta.shape == module.model.get_parameter(name).shape == (32, 96)
+        assert delta.rank == 5
+
+
+def test_the_rate_rises_again_after_each_restart() -> None:
+    shape, smooth = WarmupRestarts(every=10, rise=4, warmup=0.0), WarmupCosine(warmup=0.0)
+    shares = [shape.factor(step, 30) / smooth.factor(step, 30) for step in range(25)]
+    assert shares[:10] == [1.0] * 10
+    assert shares[10:20] == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6])
+    assert shares[20:] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_settings_and_companions_that_cannot_be(tiny_llama_dir, task_files, tmp_path) -> None:
+    for settings, sentence in [
+        ({"every": 0}, "every=0, the optimizer steps of a round, must be at least 1"),
+        ({"share": 0.0}, r"share=0.0, .* is outside \(0, 1\]"),
+        ({"share": 1.5}, r"share=1.5, .* is outside \(0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            Boosting(**settings)
+    with pytest.raises(ValueError, match="rise=8, the steps of a rise, must be from 1 to every - 1 = 7"):
+        WarmupRestarts(every=8, rise=8)
+    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert BoostedLoRAExpert"):
+        fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, Boosting())
+    with pytest.raises(ValueError, match="AverageStates would average products of several rounds"):
+        fit(tiny_llama_dir, task_files, tmp_path, BoostedLoRAExpert, Boosting(), AverageStates())
