@@ -32,7 +32,8 @@ class Boosting(Schedule):
     product without optimizer state. The experts must be `BoostedLoRAExpert`. The learning rate goes on as `scheduler`
     says; the paper does not state whether it starts anew, for which there is `WarmupRestarts`.
 
-    ReLoRA keeps 1 % of the optimizer state at a restart in its released code; here a round starts without any.
+    ReLoRA's paper resets a part of the optimizer state at a restart; here, and by an option of its released code, a
+    round starts without any.
 
     Args:
         every: Optimizer steps of a round.

@@ -29,8 +29,8 @@ class TTLoRAExpert(Expert):
     whose rank is the bond between outputs and inputs, and it is exported as such.
 
     The last core starts at zero, so that training starts at the base. The others start with orthonormal columns, so
-    that at first the norm of the delta is alpha times that of the last core. (The released code starts all cores at
-    random, which moves the base.)
+    that at first the norm of the delta is alpha times that of the last core. (The follow-up's code starts all cores
+    at random, which moves the base.)
 
     The library keeps the cores, to train on from them, beside the two low-rank factors, which merges read.
 
