@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection
-from modular_experts.routing.router import Router, Scope, check_depths, check_prompts
+from modular_experts.routing.router import Router, Scope, check_depths, check_prompts, check_reject
 
 FOLDS = 4
 
@@ -50,8 +50,7 @@ class Centroid(Router):
         super().__init__(select)
         if not 0 < shrink <= 1:
             raise ValueError(f"Centroid: shrink={shrink} is outside (0, 1]")
-        if reject is not None and not 0 <= reject < 1:
-            raise ValueError(f"Centroid: reject={reject} is outside [0, 1)")
+        check_reject("Centroid", reject)
         check_depths("Centroid", depths)
         self.shrink, self.reject, self.depths = shrink, reject, list(depths)
         for name in ("means", "precision", "farthest"):
@@ -73,14 +72,7 @@ class Centroid(Router):
     def forward(self, hidden: Tensor) -> Gates:
         scores = self.scores(hidden)
         gates = self.select(scores)
-        if self.reject is None:
-            return gates
-        far = (-2 * scores.amax(1) > self.farthest)[:, None]
-        first = torch.arange(gates.ids.shape[1], device=far.device) == 0
-        return Gates(
-            gates.ids.masked_fill(far & first, self.experts),
-            gates.weights.masked_fill(far, 0.0).masked_fill(far & first, 1.0),
-        )
+        return gates if self.reject is None else gates.without(-2 * scores.amax(1) > self.farthest, self.experts)
 
     def _own_distances(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Return the smallest distance of each prompt from means of other prompts, by fold."""

@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.routing.gates import Selection
-from modular_experts.routing.router import Router, Scope, check_depths, check_prompts
+from modular_experts.routing.gates import Gates, Selection
+from modular_experts.routing.router import Router, Scope, check_depths, check_prompts, check_reject
 
 FOLDS = 4
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
-"""What weight decay is chosen among."""
+DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
+"""What weight decay is chosen among, the strongest first."""
+
+
+CURVATURE = 0.1
+"""How much of the curvature at zero is left at the minimum, where most prompts are sure of their expert; a guess."""
+
+
+ROUGHLY, EXACTLY = 1e-3, 5e-6
+"""Largest gradient of a fit that ranks decays and prompts, or starts another one, and of the fit that is kept."""
 
 
 class Classifier(Router):
@@ -28,9 +36,14 @@ class Classifier(Router):
     It learns from whole prompts and from prompts without a part of their front, so that it also finds the expert of a
     prompt that lacks its instruction.
 
+    With `reject`, a prompt whose largest score is lower than that of this share of the experts' own prompts goes to the
+    fallback, or to the base without one (Hendrycks et al., arXiv 1911.11132). The own scores are those of classifiers
+    that learned from other prompts (4-fold), as new prompts have them.
+
     Args:
         decay: Weight decay; if not given, that of `DECAYS` with the smallest cross entropy on left-out prompts, by
             4-fold cross-validation.
+        reject: Share of the experts' own prompts that may be rejected, in [0, 1); None rejects nothing.
         depths: Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings.
         select: Turns scores into gates; the likeliest expert alone by default.
     """
@@ -39,70 +52,114 @@ class Classifier(Router):
     needs: ClassVar[str | None] = "prompt_parts"
     weight: Tensor
     bias: Tensor
+    lowest: Tensor
 
     def __init__(
         self,
         decay: float | None = None,
+        reject: float | None = 0.01,
         depths: Sequence[float] = (0.0, 0.25),
         select: Selection | None = None,
     ) -> None:
         super().__init__(select)
         if decay is not None and not decay > 0:
             raise ValueError(f"Classifier: decay={decay} must be positive, or left out")
+        check_reject("Classifier", reject)
         check_depths("Classifier", depths)
-        self.decay, self.depths = decay, list(depths)
-        for name in ("weight", "bias"):
+        self.decay, self.reject, self.depths = decay, reject, list(depths)
+        for name in ("weight", "bias", "lowest"):
             self.register_buffer(name, torch.empty(0))
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
+        folded = self.decay is None or self.reject is not None
         # Of two prompts with their parts, cross-validation has one pair left.
-        check_prompts("Classifier", statistics, 1 if self.decay else 4)
+        check_prompts("Classifier", statistics, 4 if folded else 1)
         self.experts = len(statistics)
-        decay = self.decay or min(DECAYS, key=lambda decay: _left_out_loss(statistics, decay))
-        weight, bias = _fit(statistics, decay)
+        regression, last = _Regression(statistics), self.decay or min(DECAYS)
+        decays = [decay for decay in DECAYS if decay > last] + [last]
+        if folded:
+            left_out = regression.left_out(decays)
+            if self.decay is None:
+                losses = [regression.loss(scores, regression.owner) for scores in left_out]
+                decays = decays[: losses.index(min(losses)) + 1]
+            if self.reject is not None:
+                self.lowest = left_out[len(decays) - 1].amax(1).quantile(self.reject).float()
+        weight, bias = regression.whole(decays)
         self.weight, self.bias = weight.float(), bias.float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight, self.bias)
 
-
-def _left_out_loss(prompts: Sequence[Tensor], decay: float) -> float:
-    """Return the cross entropy on prompts that the fit did not see, by fold; each expert's make an equal share."""
-    total = 0.0
-    for fold in range(FOLDS):
-        left = [rows[_fold(rows) != fold] for rows in prompts]
-        weight, bias = _fit(left, decay)
-        for number, rows in enumerate(prompts):
-            out = rows[_fold(rows) == fold].double()
-            total -= F.linear(out, weight, bias).log_softmax(1)[:, number].sum().item() / len(rows)
-    return total
+    def forward(self, hidden: Tensor) -> Gates:
+        scores = self.scores(hidden)
+        gates = self.select(scores)
+        return gates if self.reject is None else gates.without(scores.amax(1) < self.lowest, self.experts)
 
 
-def _fold(rows: Tensor) -> Tensor:
-    """Return the fold of each vector; a prompt and its part, which are neighbours, are in one."""
-    return torch.arange(len(rows), device=rows.device) // 2 % FOLDS
+class _Regression:
+    """The regression on given prompts, in coordinates in which these have no covariance.
 
+    There a fit can divide its steps in each direction by the curvature, and it starts at the minimum for the next
+    stronger decay, which saves passes over the prompts.
+    """
 
-def _fit(prompts: Sequence[Tensor], decay: float) -> tuple[Tensor, Tensor]:
-    """Return the weight `(experts, size)` and bias `(experts,)` of the softmax regression, float64."""
-    x = torch.cat([rows.double() for rows in prompts])
-    owner = torch.repeat_interleave(torch.tensor([len(rows) for rows in prompts], device=x.device))
-    share = torch.cat([x.new_full((len(rows),), 1 / (len(rows) * len(prompts))) for rows in prompts])
-    middle = x.mean(0)
-    spread = (x - middle).square().mean().sqrt()
-    x = (x - middle) / spread
-    weight = x.new_zeros(len(prompts), x.shape[1], requires_grad=True)
-    bias = x.new_zeros(len(prompts), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    def __init__(self, prompts: Sequence[Tensor]) -> None:
+        x = torch.cat([rows.double() for rows in prompts])
+        self.experts = len(prompts)
+        self.owner = torch.repeat_interleave(torch.tensor([len(rows) for rows in prompts], device=x.device))
+        # A prompt and its part, which are neighbours, are in one fold.
+        self.fold = torch.cat([torch.arange(len(rows), device=x.device) // 2 % FOLDS for rows in prompts])
+        self.middle = x.mean(0)
+        self.spread = (x - self.middle).square().mean().sqrt()
+        x = (x - self.middle) / self.spread
+        self.variance, self.turn = torch.linalg.eigh(x.T @ x / len(x))
+        self.x = x @ self.turn
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        fit = F.cross_entropy(F.linear(x, weight, bias), owner, reduction="none") @ share
-        total = fit + 0.5 * decay * weight.square().sum()
-        total.backward()
-        return total
+    def loss(self, scores: Tensor, owner: Tensor) -> Tensor:
+        """Return the cross entropy of scores `(n, experts)`, of which each expert's prompts make an equal share."""
+        shares = 1 / (owner.bincount(minlength=self.experts)[owner] * self.experts)
+        return F.cross_entropy(scores, owner, reduction="none") @ shares.to(scores)
 
-    with torch.enable_grad():
-        optimizer.step(loss)
-    weight, bias = weight.detach() / spread, bias.detach()
-    return weight, bias - weight @ middle
+    def fits(self, decays: Sequence[float], x: Tensor, owner: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return weight `(experts, size)` and bias for each decay, the strongest first, on some of the prompts."""
+        found, start = [], (x.new_zeros(self.experts, x.shape[1]), x.new_zeros(self.experts))
+        for decay in decays:
+            start = self._fit(decay, x, owner, *start, ROUGHLY)
+            found.append(start)
+        return found
+
+    def _fit(
+        self, decay: float, x: Tensor, owner: Tensor, weight: Tensor, bias: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        steps = (CURVATURE * self.variance.clamp(min=0) / self.experts + decay).rsqrt()
+        free = (weight / steps).requires_grad_(), bias.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            free, max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            moved = free[0] * steps
+            total = self.loss(F.linear(x, moved, free[1]), owner) + 0.5 * decay * moved.square().sum()
+            total.backward()
+            return total
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        return free[0].detach() * steps, free[1].detach()
+
+    def left_out(self, decays: Sequence[float]) -> list[Tensor]:
+        """Return for each decay the scores `(n, experts)` of all prompts by fits that did not see them."""
+        scores = [self.x.new_zeros(len(self.x), self.experts) for _ in decays]
+        for fold in range(FOLDS):
+            out = self.fold == fold
+            for found, fit in zip(scores, self.fits(decays, self.x[~out], self.owner[~out]), strict=True):
+                found[out] = F.linear(self.x[out], *fit)
+        return scores
+
+    def whole(self, decays: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return weight and bias for the last of the decays, on all prompts as they were given."""
+        start = self.fits(decays, self.x, self.owner)[-1]
+        weight, bias = self._fit(decays[-1], self.x, self.owner, *start, EXACTLY)
+        weight = weight @ self.turn.T / self.spread
+        return weight, bias - weight @ self.middle

@@ -97,6 +97,15 @@ class Gates:
             found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
         return found
 
+    def without(self, rejected: Tensor, experts: int) -> Gates:
+        """Return the gates with the inputs that a mask `(n,)` marks sent to the fallback alone, number `experts`."""
+        marked = rejected[:, None]
+        first = torch.arange(self.ids.shape[1], device=marked.device) == 0
+        return Gates(
+            self.ids.masked_fill(marked & first, experts),
+            self.weights.masked_fill(marked, 0.0).masked_fill(marked & first, 1.0),
+        )
+
 
 class Selection(ABC):
     """Makes gates of scores `(n, experts)`, of which a larger one is a better fit."""

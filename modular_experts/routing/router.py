@@ -99,6 +99,12 @@ def check_depths(name: str, depths: Sequence[float]) -> None:
         raise ValueError(f"{name}: depths={list(depths)} must be numbers from 0 to 1, at least one")
 
 
+def check_reject(name: str, reject: float | None) -> None:
+    """Raise ValueError unless this is a share of prompts that a router may reject."""
+    if reject is not None and not 0 <= reject < 1:
+        raise ValueError(f"{name}: reject={reject} is outside [0, 1)")
+
+
 def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:
     """Raise ValueError if an expert has too few vectors of prompts to learn from."""
     for number, rows in enumerate(prompts):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modular_experts.routing import Classifier
+from modular_experts.routing import Classifier, TopK
 from modular_experts.routing import classifier as module
 
 
@@ -52,8 +52,32 @@ def test_the_decay_is_the_best_on_prompts_that_were_left_out(apart: float, stron
     assert (best.decay > 1e-3) == strong, "prompts that are hard to tell apart need a stronger decay"
 
 
+def test_prompts_that_no_expert_claims_go_to_the_fallback() -> None:
+    given = [rows.repeat_interleave(2, 0) for rows in prompts(4.0, (60, 60, 60))]
+    router = Classifier(decay=0.01, reject=0.1, select=TopK(2))
+    router.learn([], given)
+    # The own scores are those of fits that did not see the prompt or its part.
+    own = []
+    for fold in range(4):
+        out = torch.arange(120) // 2 % 4 == fold
+        left = Classifier(decay=0.01, reject=None)
+        left.learn([], [rows[~out] for rows in given])
+        own.append(left.scores(torch.cat([rows[out] for rows in given])).amax(1))
+    torch.testing.assert_close(router.lowest, torch.cat(own).quantile(0.1), rtol=0.1, atol=0.1)
+    between = torch.stack([rows.mean(0) for rows in given]).mean(0)[None]
+    gates = router(torch.cat([between, given[1].mean(0)[None]]))
+    assert gates.ids.tolist()[0][0] == 3
+    assert gates.weights.tolist()[0] == [1.0, 0.0]
+    assert gates.ids.tolist()[1][0] == 1
+    always = Classifier(decay=0.01, reject=None)
+    always.learn([], given)
+    assert 3 not in always(between).ids
+
+
 def test_bad_settings_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="Classifier: decay=0 must be positive, or left out"):
         Classifier(decay=0)
     with pytest.raises(ValueError, match=r"Classifier: depths=\[2\] must be numbers from 0 to 1"):
         Classifier(depths=[2])
+    with pytest.raises(ValueError, match=r"Classifier: reject=1 is outside \[0, 1\)"):
+        Classifier(reject=1)
