@@ -78,7 +78,7 @@ def merge(
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
-    merged = Merged(open_experts(experts), method, per_weight)
+    merged = Merged(experts, method, per_weight)
     if max_memory:
         check_memory(estimate(merged), bytes_of(max_memory))
     if dry_run:
@@ -92,7 +92,7 @@ def merge(
         check_files_beside([trials_file(out)], overwrite)
         target, bar = out if output == "expert" else None, progress_bar("tuning")
         how = (tune.grid, tune.rows, tune.base, overwrite, bar, tune.labels, tune.expert_of, tune.max_new_tokens)
-        tuned = tune_settings(merged.stored, method, tune.data, target, *how)
+        tuned = tune_settings(open_experts(experts), method, tune.data, target, *how)
         merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
     if output == "checkpoint":

@@ -33,6 +33,7 @@ from modular_experts.routing import (
     Arrow,
     Centroid,
     Classifier,
+    Constant,
     Energy,
     GenKnowSub,
     Oracle,
@@ -45,8 +46,9 @@ from modular_experts.routing import (
 from modular_experts.text import did_you_mean
 
 BECAUSE = "its router chooses experts by the input"
+BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
 ROUTERS: dict[str, type[Router]] = {
-    kind.__name__: kind for kind in (Arrow, Centroid, Classifier, Energy, GenKnowSub, Oracle, Phatgoose)
+    kind.__name__: kind for kind in (Arrow, Centroid, Classifier, Constant, Energy, GenKnowSub, Oracle, Phatgoose)
 }
 MODEL, COUNT = "router", "experts"
 SELECTIONS: dict[str, Any] = {"TopK": TopK, "Softmax": Softmax, "Threshold": Threshold}
@@ -98,7 +100,7 @@ def route(
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
         class_path=f"{type(router).__module__}.{type(router).__qualname__}",
-        not_mergeable_because=BECAUSE,
+        not_mergeable_because=BECAUSE_CONSTANT if isinstance(router, Constant) else BECAUSE,
     )
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)

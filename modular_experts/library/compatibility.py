@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.library.expert import StoredExpert, open_expert
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,20 @@ def experts_behind(routed: StoredExpert) -> list[StoredExpert]:
                 f"{expert.content_hash[:12]}, not {str(parent['content_hash'])[:12]}); route the experts again"
             )
     return found
+
+
+def weighted_sum(routed: StoredExpert) -> TaskVector | None:
+    """Return what a routed expert with constant gates adds to every input, which is a sum; None for any other expert.
+
+    Raises:
+        FileNotFoundError: An expert behind it is missing.
+        ValueError: One of them has other contents than it had when they were routed.
+    """
+    if not routed.routed or routed.record["hyperparameters"].get("router") != "Constant":
+        return None
+    shares = routed.state()["router/shares"].tolist()
+    # The fallback, which may come last, takes no input.
+    return Sum([weight * one for weight, one in zip(shares, experts_behind(routed), strict=False)])
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:

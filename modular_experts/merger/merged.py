@@ -34,6 +34,7 @@ from modular_experts.library import (
     union_of_weights,
     write_expert,
 )
+from modular_experts.library.compatibility import check_mergeable, weighted_sum
 from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
@@ -61,7 +62,10 @@ class Merged(TaskVector):
     def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
         _keep_freed_memory()
         named = [one for one in experts if not isinstance(one, TaskVector) or isinstance(one, StoredExpert)]
-        opened = iter(open_experts(named) if named or not experts else [])  # which refuses an empty list
+        found = open_experts(named, mergeable=False) if named or not experts else []  # which refuses an empty list
+        sums = {place: total for place, one in enumerate(found) if (total := weighted_sum(one)) is not None}
+        check_mergeable([one for place, one in enumerate(found) if place not in sums])
+        opened = iter(sums.get(place, one) for place, one in enumerate(found))
         self.experts: list[TaskVector] = [
             next(opened) if not isinstance(one, TaskVector) or isinstance(one, StoredExpert) else one for one in experts
         ]
@@ -203,7 +207,8 @@ def merge(
     expert for the task of each expert, `<out>-<name>`.
 
     Args:
-        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`.
+        experts: Directories of experts, opened experts, or task vectors such as `0.5 * a + b`. A routed expert with
+            constant gates counts as the weighted sum that it is.
         method: What merges the deltas of one weight, or its name for its default settings.
         out: Directory of the merged expert; without it, the merge is returned and each weight merged when it is asked
             for.

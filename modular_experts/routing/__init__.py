@@ -9,6 +9,7 @@ become gates, `mixture.py` the expert that obeys them, and `products.py` its ari
 from modular_experts.routing.arrow import Arrow
 from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.classifier import Classifier
+from modular_experts.routing.constant import Constant
 from modular_experts.routing.energy import Energy
 from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK
 from modular_experts.routing.gen_know_sub import GenKnowSub
@@ -24,6 +25,7 @@ __all__ = [
     "Arrow",
     "Centroid",
     "Classifier",
+    "Constant",
     "Energy",
     "GOATExpert",
     "Gates",

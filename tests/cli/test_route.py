@@ -18,6 +18,7 @@ from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached
 from modular_experts.injection.route import put_in, route
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
+from modular_experts.merger import merge
 from modular_experts.routing import Centroid, Oracle, Softmax, TopK
 
 TASKS = ["upper", "reverse", "first"]
@@ -148,6 +149,43 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
     assert "r chooses by the input, so nothing can be added to it; name it alone" in err
+
+
+def test_constant_gates_merge_to_the_weighted_sum(run, place, tasks, tiny_llama_dir, task_files):
+    weights = ["--router", "Constant", "--router.weights", "[0.25, -0.5, 2]"]
+    code, out, err = run("route", *EXPERTS, "--fallback", "library/merged", *weights, "--out", "library/r")
+    assert (code, err) == (0, "")
+    assert "Constant(weights=[0.25, -0.5, 2.0]) chooses among 3 experts" in out
+    assert run("merge", "--experts", "library/r", "--method", "Average", "--out", "library/sum")[0] == 0
+    wanted = (
+        0.25 * open_expert("library/upper") + -0.5 * open_expert("library/reverse") + 2 * open_expert("library/first")
+    )
+    found = open_expert("library/sum")
+    assert list(found) == list(wanted) == sorted(WEIGHTS)
+    for name in WEIGHTS:
+        torch.testing.assert_close(found[name].dense(), wanted[name].dense(), rtol=1e-5, atol=1e-6)
+    assert [parent["name"] for parent in found.record["parents"]] == TASKS
+    data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
+    scores = evaluate(None, {"routed": "library/r", "sum": "library/sum"}, data, max_new_tokens=None)
+    losses = {(row["model"], row["task"]): row["value"] for row in scores.rows if row["metric"] == "loss"}
+    for name in TASKS:
+        assert losses["routed", name] == pytest.approx(losses["sum", name], rel=1e-4)
+    two = merge(["library/r", "library/merged"], "Average")
+    half = 0.5 * wanted["model.layers.1.mlp.down_proj.weight"].dense()
+    half += 0.5 * open_expert("library/merged")["model.layers.1.mlp.down_proj.weight"].dense()
+    torch.testing.assert_close(two["model.layers.1.mlp.down_proj.weight"].dense(), half, rtol=1e-5, atol=1e-6)
+
+
+def test_constant_gates_fit_their_experts(run, place):
+    weights = ["--router", "Constant", "--router.weights", "[1, 2]"]
+    code, _, err = run("route", *EXPERTS, *weights, "--out", "library/r")
+    assert code == 1
+    assert "Constant: weights=[1.0, 2.0] are 2 numbers, and there are 3 experts" in err
+    assert run("route", *EXPERTS, "--router", "Constant", "--out", "library/r")[0] == 0
+    assert open_expert("library/r").state()["router/shares"].tolist() == pytest.approx([1 / 3] * 3)
+    code, _, err = run("apply", "--experts", "library/r", "--out", "checkpoint")
+    assert code == 1
+    assert "because it needs the experts behind it, of which `merge` makes one expert if it gets this one" in err
 
 
 def test_mistakes_get_one_sentence(run, place, tasks):

@@ -13,6 +13,7 @@ from modular_experts.routing import (
     Arrow,
     Centroid,
     Classifier,
+    Constant,
     Energy,
     Gates,
     GenKnowSub,
@@ -35,7 +36,8 @@ ROUTERS = [
     Centroid(reject=0.1, select=TopK(2)),
     Centroid(reject=None, depths=[0.0, 0.5, 1.0], select=Threshold(0.1)),
     Classifier(decay=0.01),
-    Classifier(decay=0.1, depths=[1.0], select=Softmax(2.0)),
+    Classifier(decay=0.1, reject=None, depths=[1.0], select=Softmax(2.0)),
+    Constant(),
     Energy(),
     Energy(select=Threshold(0.9)),
     GenKnowSub(),
@@ -50,6 +52,7 @@ def test_routers_keep_the_contract(router: Router) -> None:
 
 def test_routers_of_tasks_or_of_one_form_keep_the_contract() -> None:
     check_router(Oracle({"task 0": 0, "task 1": 1, "task 2": 2, "task 3": 3}), order=False)
+    check_router(Constant([0.5, 0.0, -1.0, 2.0]), order=False)
     check_router(GenKnowSub(factors=True), deltas=LOW_RANK)
 
 
