@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jsonargparse import ArgumentParser
 
-from modular_experts.cli.arguments import arguments_of, as_words, fold_configs, read_options
+from modular_experts.cli.arguments import NO_SHORT_NAMES, arguments_of, as_words, fold_configs, read_options
 from modular_experts.cli.parser_errors import explained
 
 
-def run_command(function: Callable[..., None], argv: Sequence[str], positional: Sequence[str] = ()) -> None:
+def run_command(
+    function: Callable[..., None],
+    argv: Sequence[str],
+    positional: Sequence[str] = (),
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> None:
     """Parse a command's arguments and call its function.
 
     Args:
         function: A function with annotations and a Google-style docstring.
         argv: The command and its arguments.
         positional: Names of the options that may also be given by position.
+        short: Full name of each option that has a short one.
 
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
     hints, required = arguments_of(function)
-    options, config = fold_configs(read_options(argv[1:], hints, positional))
+    options, config = fold_configs(read_options(argv[1:], hints, positional, short), short=short)
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
@@ -37,6 +43,6 @@ def run_command(function: Callable[..., None], argv: Sequence[str], positional: 
     try:
         settings = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise explained(error, options, config, hints, required) from None
+        raise explained(error, options, config, hints, required, short) from None
     settings.pop("config", None)
     function(**settings.as_dict())

@@ -36,7 +36,8 @@ SHORT_NAMES = {
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",
-    "--dry-run": "Only print what would be read, trained and written, and about what memory and time it takes.",
+    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
+    "--dry-run": "Only print what it would do, and the time and memory.",
 }
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}

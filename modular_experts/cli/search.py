@@ -1,4 +1,4 @@
-"""Run `modular-experts search` and `statistics`, which measure experts on their tasks before a merge."""
+"""Run `modular-experts search`, `statistics` and `fit --gate-of`, which measure experts on their tasks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture
 from modular_experts.methods import MergeMethod
 from modular_experts.statistics import take_statistics
+from modular_experts.statistics.gates import STEPS
 from modular_experts.tuning import CoefficientSearch
 from modular_experts.tuning import search as search_coefficients
 from modular_experts.tuning.objective import mean_loss
@@ -88,7 +89,7 @@ def search(
 
 def statistics(
     experts: list[str],
-    kind: Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"],
+    kind: Literal["fisher", "gram", "merged_gram", "prompt_parts", "prompts"],
     data: TaskMixture,
     rows: int = 256,
     base: str | None = None,
@@ -107,8 +108,7 @@ def statistics(
         kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean) one per pair of a layer's inputs;
             `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts; `prompts`
             (for the router Centroid) what the base makes of each input; `prompt_parts` (for the router Classifier) the
-            same, and of each input without a part of its front; `gates` (for the router Phatgoose) a gate for each
-            weight, trained in 100 steps with the expert frozen.
+            same, and of each input without a part of its front. `fit --gate-of` trains what Phatgoose needs.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
         rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.
@@ -126,3 +126,30 @@ def statistics(
     for directory, stored in zip(experts, found, strict=True):
         place = stored.file.relative_to(stored.file.parents[1])
         print(f"{Path(directory, place)}: {kind} statistics of {statistics_text(stored)}")
+
+
+def gates(
+    gate_of: list[str],
+    data: TaskMixture,
+    steps: int = STEPS,
+    rows: int = 256,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Train a gate for each weight of stored experts, each expert frozen, and store the gates beside it.
+
+    The router Phatgoose compares tokens with them. Gates are trained on validation rows, which the expert has not seen.
+
+    Args:
+        gate_of: Directories of the experts.
+        data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
+        steps: Steps of AdamW, each on `data.eval_batch_size` rows.
+        rows: The most rows of one task, spread evenly over them.
+        base: The base's directory or hub id; the one in the experts' records by default.
+        overwrite: Replace the gates of these experts.
+    """
+    bar = progress_bar("training gates")
+    found = take_statistics(gate_of, "gates", data, rows, base, overwrite, bar, steps=steps)
+    for directory, stored in zip(gate_of, found, strict=True):
+        place = stored.file.relative_to(stored.file.parents[1])
+        print(f"{Path(directory, place)}: gates of {statistics_text(stored)}")

@@ -210,6 +210,12 @@ class FitCLI(TrainingCLI):
 def run(argv: Sequence[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made."""
     verb, *words = argv
+    if verb == "fit" and "--gate-of" in [word.partition("=")[0].replace("_", "-") for word in words]:
+        from modular_experts.cli.command import run_command
+        from modular_experts.cli.search import gates
+
+        run_command(gates, argv, short={"tasks": SHORT_NAMES["tasks"]})
+        return
     cli = (FitCLI if verb == "fit" else TrainingCLI).of(verb)
     hints, _ = arguments_of(getattr(Trainer, verb))
     hints = {name: hint for name, hint in hints.items() if name not in cli.subcommands()[verb] | {"self"}}

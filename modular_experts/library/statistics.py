@@ -194,6 +194,9 @@ def write_statistics(
 
 def command_for(experts: Sequence[StoredExpert], kind: str, overwrite: bool = False) -> str:
     """Return the command that takes statistics of experts; the user fills in their tasks."""
+    if kind == "gates":
+        places = " ".join(os.path.relpath(expert.path) for expert in experts)
+        return f"modular-experts fit --gate-of {places} --tasks ..." + " --overwrite" * overwrite
     places = ", ".join(os.path.relpath(expert.path) for expert in experts)
     more = " --overwrite true" if overwrite else ""
     return f"modular-experts statistics --experts '[{places}]' --kind {kind} --data.tasks '[...]'{more}"

@@ -49,6 +49,7 @@ def take_statistics(
     progress: Progress = iter,
     labels: Literal["rows", "experts"] = "rows",
     max_new_tokens: int = 64,
+    steps: int | None = None,
 ) -> list[StoredStatistics]:
     """Measure experts that are to be merged, each at every weight that any of them moves, and store the statistics.
 
@@ -63,6 +64,7 @@ def take_statistics(
         progress: Iterator wrapper, e.g. `tqdm`.
         labels: `rows` takes the targets of the rows; `experts` needs inputs only, which the expert itself answers.
         max_new_tokens: The most tokens of such an answer.
+        steps: For `gates`, how many steps they are trained for; 100 if not given.
 
     Raises:
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
@@ -76,6 +78,8 @@ def take_statistics(
         raise ValueError(f"{kind} are read without answers; leave labels out")
     if labels not in ("rows", "experts"):
         raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
+    if steps is not None and (kind != "gates" or steps < 1):
+        raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
     names = list(union_of_weights(opened))
@@ -117,7 +121,7 @@ def take_statistics(
     for expert, own, part in zip(opened, examples, batches, strict=True):
         found: Mapping[str, Any]
         if kind == "gates":
-            found, _ = train_gates(model, expert, part, progress=progress)
+            found, _ = train_gates(model, expert, part, steps, progress=progress)
         else:
             # What a router reads are the base's own hidden states.
             with applied(model, [] if kind in _OF_INPUTS else expert, check=False):

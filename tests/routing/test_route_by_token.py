@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_routed import delta
+from testbed.runs import mixture
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
@@ -17,7 +18,8 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.route import put_in, route
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
-from modular_experts.routing import Arrow, Energy, GenKnowSub, Router, Softmax, TopK
+from modular_experts.routing import Arrow, Energy, GenKnowSub, Phatgoose, Router, Softmax, TopK
+from modular_experts.statistics import take_statistics
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {
@@ -76,6 +78,37 @@ def test_the_command_trains_the_gates_that_phatgoose_needs(tiny_llama_dir, tmp_p
         alone = model(input_ids=TOKENS).logits
         with attached(model, "library/routed"):
             assert (model(input_ids=TOKENS).logits - alone).abs().max() > 1e-2
+
+
+def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkeypatch, task_files, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
+    tasks = json.dumps([{"name": name, "path": str(task_files[name])} for name in TASKS])
+    before = [open_expert(place).content_hash for place in experts]
+    assert main(["fit", "--gate-of", *experts, "--tasks", tasks, "--steps", "2"]) == 0
+    assert "gates.safetensors: gates of" in capsys.readouterr().out
+    assert [open_expert(place).content_hash for place in experts] == before
+    (wanted,) = take_statistics(experts[:1], "gates", mixture(task_files, tiny_llama_dir), overwrite=True, steps=2)
+    found = {name: wanted[name].values for name in wanted}
+    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks, "--steps", "2", "--overwrite"]) == 0
+    again = open_statistics(open_expert(experts[0]), "gates")
+    assert all(torch.equal(again[name].values, found[name]) for name in found)
+    assert main(["route", "--experts", *experts, "--router", "Phatgoose", "--out", "library/routed"]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks]) == 1
+    assert "overwrite" in capsys.readouterr().err
+    assert main(["fit", "--gate-of", experts[0], "--tasks", tasks, "--expert", "LoRAExpert"]) == 2
+    assert "--expert" in capsys.readouterr().err
+    assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--data.tasks", tasks]) == 2
+    capsys.readouterr()
+
+
+def test_gates_that_are_missing_name_the_command(tiny_llama_dir, tmp_path, task_files) -> None:
+    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
+    with pytest.raises(FileNotFoundError, match=r"has no gates statistics; take them: modular-experts fit --gate-of "):
+        route(experts, tmp_path / "library" / "routed", Phatgoose())
+    with pytest.raises(ValueError, match="steps=3 must be at least 1, and is for gates alone"):
+        take_statistics(experts, "gram", mixture(task_files, tiny_llama_dir), steps=3)
 
 
 def test_mistakes_get_one_sentence(tiny_llama_dir, tmp_path) -> None:

@@ -313,7 +313,7 @@ def test_mistakes_are_one_sentence(place, capsys):
 
     upper, tasks = ["--experts", "[library/upper]", "--kind"], ["--data.tasks", json.dumps(TASKS)]
     refused(
-        "kind must be one of fisher, gates, gram, merged_gram, prompt_parts, prompts, got grams; did you mean gram?",
+        "kind must be one of fisher, gram, merged_gram, prompt_parts, prompts, got grams; did you mean gram?",
         *upper,
         "grams",
         *tasks,
