@@ -3,13 +3,18 @@
 The experts are those of `merge_quality` and lie in the same place (`--work`); what is not there is trained. A router
 learns from training and validation inputs of the experts' tasks, without answers. Shown are exact match and loss on
 test rows, held in and held out, how much of the single experts' score that is, the share of held-in rows that went to
-their own expert, and the shares of rows that were rejected. Rows of one expert are tested together, with the expert
-added to the base, which gives what a mixture gives (`tests/routing`) in less time.
+their own expert (of soft gates the largest), and the shares of rows that were rejected. Where each row has one expert,
+rows of one expert are tested together, with the expert added to the base, which gives what a mixture gives
+(`tests/routing`) in less time; soft gates and routers of tokens are tested as mixtures, row by row.
 
-    python benchmarks/routing_quality.py [--kinds sparse ...] [--routers "Centroid, fallback" ...] [--seeds 0 1 2]
+    python benchmarks/routing_quality.py [--kinds sparse ...] [--routers Classifier Arrow ...] [--seeds 0 1 2]
+    python benchmarks/routing_quality.py --routers "the experts alone" Phatgoose
     python benchmarks/routing_quality.py --real .cache/smollm2 DATA [--stripped] [--tasks 4]
 
-The second form takes fifteen experts on real tasks, eleven of which ask with the same words. With `--stripped` the test
+`--routers` is every way but `Phatgoose`, for which it must be named: gates of all experts are trained first, once. Each
+result is stored when it is there, so that an interrupted call goes on and a later one adds rows.
+
+The last form takes fifteen experts on real tasks, eleven of which ask with the same words. With `--stripped` the test
 prompts lose their instruction ("Name the intent of the request."), and routers still learn from whole prompts.
 """
 
@@ -36,23 +41,47 @@ from modular_experts.data.batch import Collator, Example
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import measure
+from modular_experts.injection.routed import by_weight, routed
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
-from modular_experts.library import open_expert
+from modular_experts.library import open_expert, open_experts, open_statistics
+from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import IsoC, SelfRegMean
-from modular_experts.routing import Centroid, Oracle, Router
+from modular_experts.routing import (
+    Arrow,
+    Centroid,
+    Classifier,
+    Energy,
+    GenKnowSub,
+    Oracle,
+    Phatgoose,
+    Router,
+    Softmax,
+    TopK,
+)
 from modular_experts.routing.prompts import prompt_vectors
+from modular_experts.statistics import take_statistics
+from modular_experts.statistics.prompts import name_of, prompts
 
 BATCH = 16
+SCORES = ("exact_match", "loss")
+TEMPERATURE = 10.0
+"""Of soft gates by `Centroid`, whose own softmax is nearly always sure of one expert; a guess."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A router, and whether a merge takes what it rejects; without a router the merge takes all rows."""
+    """A router, and whether a merge takes what it rejects; without a router the merge takes all rows.
+
+    Attributes:
+        inputs: The most inputs of a task that a router of prompts learns from.
+        mixed: Whether a row may have several experts, so that it is tested with all of them in the model.
+    """
 
     router: Callable[[], Router] | None
     fallback: bool = False
     inputs: int = 400
+    mixed: bool = False
 
 
 WAYS = {
@@ -63,6 +92,17 @@ WAYS = {
     "Centroid, merge as fallback": Way(Centroid, fallback=True),
     "Centroid, merge as fallback, 64 inputs": Way(Centroid, fallback=True, inputs=64),
     "Centroid, merge as fallback, 16 inputs": Way(Centroid, fallback=True, inputs=16),
+    "Centroid, two experts": Way(lambda: Centroid(reject=None, select=TopK(2, TEMPERATURE)), mixed=True),
+    "Centroid, all experts": Way(lambda: Centroid(reject=None, select=Softmax(TEMPERATURE)), mixed=True),
+    "Classifier": Way(lambda: Classifier(reject=None)),
+    "Classifier, base as fallback": Way(Classifier),
+    "Classifier, merge as fallback": Way(Classifier, fallback=True),
+    "Classifier, two experts": Way(lambda: Classifier(reject=None, select=TopK(2)), mixed=True),
+    "Classifier, all experts": Way(lambda: Classifier(reject=None, select=Softmax()), mixed=True),
+    "Arrow": Way(Arrow, mixed=True),
+    "GenKnowSub": Way(GenKnowSub, mixed=True),
+    "Energy": Way(Energy, mixed=True),
+    "Phatgoose": Way(Phatgoose, mixed=True),
 }
 
 
@@ -77,6 +117,8 @@ def main() -> None:
                     print(f"training {kind} on {task}, seed {seed}", file=sys.stderr, flush=True)
                     world.train(kind, task)
             _fallback(world, kind)
+            if "Phatgoose" in options.routers:
+                _train_gates(world, kind)
     keys = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in options.routers]
     store = JSONLines(work / f"routing{options.some}.jsonl")
     with LocalProcesses(options.processes) as pool:
@@ -91,9 +133,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = list(Experts.kinds)
+    kinds, routers = list(Experts.kinds), [name for name in WAYS if name != "Phatgoose"]
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="kinds of experts: all")
-    parser.add_argument("--routers", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help=", ".join(WAYS))
+    parser.add_argument("--routers", nargs="+", choices=WAYS, metavar="NAME", default=routers, help=", ".join(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2, with real tasks 0")
     parser.add_argument("--work", help="where experts and results are kept: that of merge_quality")
     parser.add_argument(
@@ -127,44 +169,82 @@ def _fallback(world: Experts, kind: str) -> Path:
     return place
 
 
+def _train_gates(world: Experts, kind: str) -> None:
+    """Train the gates of all experts that have none yet, each on its task's validation rows."""
+    for task in world.tasks:
+        place = world.expert(kind, task)
+        if "gates" not in kinds_of_statistics(open_expert(place)):
+            print(f"training gates of {kind} on {task}, seed {world.seed}", file=sys.stderr, flush=True)
+            take_statistics([place], "gates", world.mixture([task]))
+
+
 def _tested(world: Experts, seed: int, kind: str, name: str, stripped: bool) -> dict[str, Any]:
-    """Send each test row to an expert, and test the rows of each expert together."""
+    """Test all rows behind a router, and count where it sends them."""
     logging.getLogger("modular_experts").setLevel(logging.ERROR)
     way, tasks = WAYS[name], world.tasks
     data = (_stripped(world) if stripped else world).mixture(tasks, held_out=True)
     data.setup("test")
     loader: Any = data.test_dataloader()
     examples: list[Example] = list(loader.dataset.examples)
-    numbers = [len(tasks)] * len(examples)
-    if isinstance(way.router, type) and issubclass(way.router, Oracle):
-        numbers = [tasks.index(one.task) if one.task in tasks else len(tasks) for one in examples]
-    elif way.router is not None:
-        router = way.router()
-        learning = world.mixture(tasks)
-        learning.eval_limit = None  # which holds for test rows
-        inputs = learning.input_examples(["train", "validation"])
-        learned = [_vectors(world, spread_evenly(inputs[task], way.inputs), router.depths) for task in tasks]
-        router.learn([None] * len(tasks), learned)
-        numbers = router(_vectors(world, examples, router.depths)).ids[:, 0].tolist()
+    router = None if way.router is None else _learned(world, kind, way)
+    numbers = None if isinstance(router, dict) else _numbers(world, router, examples)
     found: dict[str, Any] = {"piece": [seed, kind, name], "right": {}, "rejected": {}}
     for task in data.roles:
-        mine = [number for number, one in zip(numbers, examples, strict=True) if one.task == task]
-        found["rejected"][task] = fmean(number == len(tasks) for number in mine)
+        # A router of tokens sends no row anywhere.
+        mine = numbers and [number for number, one in zip(numbers, examples, strict=True) if one.task == task]
+        found["rejected"][task] = mine and fmean(number == len(tasks) for number in mine)
         if task in tasks:
-            found["right"][task] = fmean(number == tasks.index(task) for number in mine)
+            found["right"][task] = mine and fmean(number == tasks.index(task) for number in mine)
+    if way.mixed:
+        experts = [open_expert(world.expert(kind, task)) for task in tasks]
+        fallback = open_expert(_fallback(world, kind)) if way.fallback else None
+        with routed(world.model, experts, router, fallback=fallback, check=False):
+            scores = measure(world.model, world.tokenizer, _batches(world, examples), data.roles, world.new_tokens)
+        return found | {score: {task: scores["tasks"][task][score] for task in data.roles} for score in SCORES}
     totals: dict[tuple[str, str], list[float]] = {}
+    assert numbers is not None
     for number in sorted(set(numbers)):
         own = [one for chosen, one in zip(numbers, examples, strict=True) if chosen == number]
         place = world.expert(kind, tasks[number]) if number < len(tasks) else _fallback(world, kind)
         with applied(world.model, open_expert(place) if number < len(tasks) or way.fallback else [], check=False):
             scores = measure(world.model, world.tokenizer, _batches(world, own), data.roles, world.new_tokens)
         for task, facts in scores["tasks"].items():
-            for score in ("exact_match", "loss"):
+            for score in SCORES:
                 totals.setdefault((score, task), []).append(facts[score] * facts["rows"])
     rows = {task: sum(one.task == task for one in examples) for task in data.roles}
-    for score in ("exact_match", "loss"):
-        found[score] = {task: sum(totals[score, task]) / rows[task] for task in data.roles}
-    return found
+    return found | {score: {task: sum(totals[score, task]) / rows[task] for task in data.roles} for score in SCORES}
+
+
+def _learned(world: Experts, kind: str, way: Way) -> Router | dict[str, Router]:
+    """Return a router that has learned the experts, or one for each weight if its scope is a layer."""
+    assert way.router is not None
+    router, tasks = way.router(), world.tasks
+    if router.scope == "linear":
+        experts = open_experts([world.expert(kind, task) for task in tasks])
+        taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
+        return by_weight(router, world.model, experts, taken)
+    if isinstance(router, Oracle):
+        router.tasks = {task: number for number, task in enumerate(tasks)}
+        router.learn([None] * len(tasks), [])
+        return router
+    learning = world.mixture(tasks)
+    learning.eval_limit = None  # which holds for test rows
+    inputs = learning.input_examples(["train", "validation"])
+    parts = router.needs == "prompt_parts"
+    vectors = [_vectors(world, spread_evenly(inputs[task], way.inputs), router.depths, parts) for task in tasks]
+    router.learn([None] * len(tasks), vectors)
+    return router
+
+
+def _numbers(world: Experts, router: Router | None, examples: Sequence[Example]) -> list[int]:
+    """Return the expert that each row takes most of; the number of experts stands for the fallback."""
+    tasks = world.tasks
+    if router is None:
+        return [len(tasks)] * len(examples)
+    if isinstance(router, Oracle):
+        return [router.tasks.get(one.task, len(tasks)) for one in examples]
+    gates = router(_vectors(world, examples, router.depths))
+    return gates.ids.gather(1, gates.weights.argmax(1, keepdim=True))[:, 0].tolist()
 
 
 def _batches(world: Experts, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -173,15 +253,20 @@ def _batches(world: Experts, examples: Sequence[Example]) -> list[dict[str, Any]
     return [collate(ordered[start : start + BATCH]) for start in range(0, len(ordered), BATCH)]
 
 
-def _vectors(world: Experts, examples: Sequence[Example], depths: Sequence[float]) -> Tensor:
-    """Return the prompts of rows as a router sees them, in the order of the rows."""
+def _vectors(world: Experts, examples: Sequence[Example], depths: Sequence[float], parts: bool = False) -> Tensor:
+    """Return the prompts of rows as a router sees them, in the order of the rows, or with parts, in any order."""
     order = sorted(range(len(examples)), key=lambda row: examples[row].tokens.prompt)
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    if parts:
+        collate = Collator(RowTokenizer(world.tokenizer).pad_id)
+        given = [collate([examples[row] for row in rows]) for rows in batches]
+        found = prompts(world.model, given, [], parts=True)
+        return torch.cat([found[name_of(depth)].values for depth in depths], 1)
     vectors: dict[int, Tensor] = {}
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        prompts = [examples[row].tokens.ids[: examples[row].tokens.prompt] for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
+    for rows in batches:
+        texts = [examples[row].tokens.ids[: examples[row].tokens.prompt] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         vectors |= dict(zip(rows, torch.cat(prompt_vectors(world.model, ids, mask, depths), 1), strict=True))
     return torch.stack([vectors[row] for row in range(len(examples))])
 
@@ -206,7 +291,7 @@ def _row(kind: str, name: str, store: JSONLines, options: argparse.Namespace) ->
     found = [store[seed, kind, name] for seed in options.seeds]
     alone = [store[seed, kind, "the experts alone"] for seed in options.seeds] if _has_alone(options) else None
     row: dict[str, Any] = {"kind": kind, "router": name}
-    for score in ("exact_match", "loss"):
+    for score in SCORES:
         held_in = _pairs(found, score, held_in=True)
         row[score] = fmean(held_in.values())
         row[f"held out {score}"] = fmean(_pairs(found, score, held_in=False).values())
@@ -214,9 +299,10 @@ def _row(kind: str, name: str, store: JSONLines, options: argparse.Namespace) ->
             reference = _pairs(alone, score, held_in=True)
             row["kept"] = row[score] / fmean(reference.values())
             row["difference"] = interval(held_in, reference)
-    row["right"] = fmean(_pairs(found, "right", held_in=True).values())
-    row["rejected"] = fmean(_pairs(found, "rejected", held_in=True).values())
-    row["held out rejected"] = fmean(_pairs(found, "rejected", held_in=False).values())
+    columns = {"right": ("right", True), "rejected": ("rejected", True), "held out rejected": ("rejected", False)}
+    for title, (column, held_in) in columns.items():
+        shares = _pairs(found, column, held_in=held_in).values()
+        row[title] = None if None in shares else fmean(shares)
     return row
 
 
@@ -246,9 +332,12 @@ def _print(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> None:
             low, high = row.get("difference", (0.0, 0.0))
             cells = [row["router"], f"{100 * row['exact_match']:.1f} / {row['loss']:.2f}"]
             cells += [f"{100 * row['kept']:.0f}" if "kept" in row else "", f"[{100 * low:+.1f}, {100 * high:+.1f}]"]
-            cells += [f"{100 * row['right']:.1f}", f"{100 * row['rejected']:.1f}"]
-            cells += [f"{100 * row['held out exact_match']:.1f} / {row['held out loss']:.2f}"]
-            print("| " + " | ".join([*cells, f"{100 * row['held out rejected']:.1f}"]) + " |")
+            right, *rejected = (
+                "" if row[title] is None else f"{100 * row[title]:.1f}"
+                for title in ("right", "rejected", "held out rejected")
+            )
+            cells += [right, rejected[0], f"{100 * row['held out exact_match']:.1f} / {row['held out loss']:.2f}"]
+            print("| " + " | ".join([*cells, rejected[1]]) + " |")
 
 
 if __name__ == "__main__":
