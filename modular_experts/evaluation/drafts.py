@@ -19,15 +19,13 @@ from transformers.cache_utils import DynamicLayer
 
 from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
 from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
-from modular_experts.injection import named_experts
+from modular_experts.injection import moves_tokens_alone
 
 
 def packs_evaluation(model: nn.Module) -> bool:
     """Return whether packed rows have the logits that each has alone, with keys and values kept and without."""
-    # What is a delta moves each token alone; an expert that chooses by its input may look at a whole row.
-    alone = all(expert.mergeable for _, expert in named_experts(model))
     known = isinstance(model, PreTrainedModel) and "cache" in inspect.signature(model.forward).parameters
-    return alone and known and keeps_rows_apart(model, cached=True)
+    return moves_tokens_alone(model) and known and keeps_rows_apart(model, cached=True)
 
 
 def has_room(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> bool:

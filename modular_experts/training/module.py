@@ -41,6 +41,7 @@ from modular_experts.injection import (
     expert_layers,
     expert_state,
     inject,
+    moves_tokens_alone,
     named_experts,
     penalties,
     task_vector,
@@ -283,9 +284,7 @@ class ExpertModule(LightningModule):
         if getattr(data, "packing", False):
             check_packing(self.model)
         elif hasattr(data, "choose_packing"):
-            # What is a delta moves each token alone; an expert that chooses by its input may look at a whole row.
-            alone = all(expert.mergeable for _, expert in named_experts(self.model))
-            data.choose_packing(lambda: alone and keeps_rows_apart(self.model))
+            data.choose_packing(lambda: moves_tokens_alone(self.model) and keeps_rows_apart(self.model))
         layers = [layer for _, layer in expert_layers(self.model)]
         experts = [expert for _, expert in named_experts(self.model)]
         kinds = set()

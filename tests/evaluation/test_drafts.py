@@ -13,6 +13,7 @@ from conftest import GROUPED, build_model, build_tokenizer
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, Tokens
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
+from modular_experts.deltas import Dense
 from modular_experts.evaluation import (
     TaskScores,
     batch_losses,
@@ -23,7 +24,9 @@ from modular_experts.evaluation import (
 )
 from modular_experts.evaluation.drafts import has_room, losses_and_answers, packs_evaluation
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import inject
+from modular_experts.injection import find_sites, inject
+from modular_experts.injection.routed import routed
+from modular_experts.routing import Energy
 
 STEPS = 8
 PROMPTS = ["a", "reverse bat:", "a longer prompt than the others, by far:", "upper dog:", "x y z", "first: q"]
@@ -108,6 +111,23 @@ def test_a_filler_among_the_rows_gets_no_answer_and_changes_none() -> None:
     alone = losses_and_answers(model, tokenizer, Collator(pad_id=0)([examples[1], examples[2]]), STEPS)[1]
     mixed = Collator(pad_id=0)([examples[1], examples[-1], examples[2]])
     assert losses_and_answers(model, tokenizer, mixed, STEPS)[1] == [alone[0], [], alone[1]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_are_packed_behind_routers_of_tokens_and_not_behind_those_of_prompts(name: str) -> None:
+    model, tokenizer = decided(name), build_tokenizer()
+    weights = [site.weight for site in find_sites(model) if not site.is_head][:4]
+    made = torch.Generator().manual_seed(0)
+    shapes = {weight: model.get_parameter(weight).shape for weight in weights}
+    experts = [{w: Dense(0.3 * torch.randn(shape, generator=made)) for w, shape in shapes.items()} for _ in range(3)]
+    with routed(model, experts, Energy()):
+        assert packs_evaluation(model)
+        batch = Collator(pad_id=0)(drafts_of(model, tokenizer))
+        (sums, _), answers = losses_and_answers(model, tokenizer, batch, STEPS)
+        torch.testing.assert_close(sums, batch_losses(model, batch)[0], rtol=1e-4, atol=1e-3)
+        assert answers == generate_tokens(model, tokenizer, batch, STEPS)
+    with routed(model, experts, rows=[0, 1, 2]):
+        assert not packs_evaluation(model)
 
 
 def test_an_expert_that_looks_at_whole_rows_and_a_model_without_positions_are_not_packed() -> None:
