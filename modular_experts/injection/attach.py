@@ -29,12 +29,13 @@ def attached(
     experts: AnyExpert | Sequence[AnyExpert],
     check: bool = True,
     plan: Callable[..., LayerPlan] | None = None,
-) -> Applied | Injected:
+) -> Applied | Injected | _Both:
     """Add experts to a model, or put one that chooses by the input into it, until `remove` or the end of a `with`.
 
     Args:
         model: The experts' base, before anything is injected.
-        experts: One or several, as for `applied`; one that chooses by the input only alone.
+        experts: One or several, as for `applied`; one that chooses by the input only alone, but for what was trained on
+            top of a routed expert, which stands beside it.
         check: Whether the model must be the base of the stored experts.
         plan: The class of the plan that an expert was trained by, if it is not a built-in one; a record never leads to
             code.
@@ -47,16 +48,45 @@ def attached(
     inputs = [one for one in opened if isinstance(one, StoredExpert) and (needs_injection(one) or plan)]
     if not inputs:
         return applied(model, opened, check=check)
-    if len(opened) > 1:
-        raise ValueError(f"{inputs[0].name} chooses by the input, so nothing can be added to it; name it alone")
-    if inputs[0].routed:
-        return put_in(model, inputs[0], check=check)
+    first, others = inputs[0], [one for one in opened if one is not inputs[0]]
+    on_top = [one for one in others if isinstance(one, StoredExpert) and first.content_hash in _parents(one)]
+    if len(on_top) < len(others) or len(inputs) > 1 or (others and not first.routed):
+        raise ValueError(
+            f"{first.name} chooses by the input, so nothing can be added to it but what was trained on top of it; name "
+            "it alone"
+        )
+    if first.routed and others:
+        return _Both(applied(model, others, check=check), put_in(model, first, check=False))
+    if first.routed:
+        return put_in(model, first, check=check)
     if check:
         check_loaded(model, inputs)
-    state = inputs[0].state()
-    injected = Injected(model, _plan_of(inputs[0], plan) or _by_state(MIXTURES[inputs[0].record["kind"]], state))
+    state = first.state()
+    injected = Injected(model, _plan_of(first, plan) or _by_state(MIXTURES[first.record["kind"]], state))
     load_expert_state(model, state)
     return injected
+
+
+def _parents(expert: StoredExpert) -> list[str]:
+    return [str(parent["content_hash"]) for parent in expert.record["parents"]]
+
+
+class _Both:
+    """A routed expert, and the deltas of what was trained on top of it in the weights beneath it."""
+
+    def __init__(self, deltas: Applied, routed: Injected) -> None:
+        self._deltas, self._routed = deltas, routed
+
+    def remove(self) -> None:
+        """Make the model what it was; a second call does nothing."""
+        self._routed.remove()
+        self._deltas.remove()
+
+    def __enter__(self) -> _Both:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.remove()
 
 
 def needs_injection(expert: StoredExpert) -> bool:

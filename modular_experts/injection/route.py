@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
-from modular_experts.injection.routed import Routed, by_weight, moved_sites, routed
+from modular_experts.injection.routed import Routed, by_weight, moved_sites, route_beneath, routed
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -155,6 +155,21 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
         FileNotFoundError: An expert behind it is missing.
         ValueError: An expert behind it has other contents than it had then, or the router's class is not known.
     """
+    return routed(model, **_parts(model, expert, router), check=check)
+
+
+def put_beneath(model: nn.Module, expert: StoredExpert) -> None:
+    """Put a routed expert of a built-in router under experts that are then trained on top of it (`route_beneath`).
+
+    Raises:
+        FileNotFoundError: As for `put_in`.
+        ValueError: As for `put_in`.
+    """
+    route_beneath(model, **_parts(model, expert, None))
+
+
+def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) -> dict[str, Any]:
+    """Return experts, router and fallback of a routed expert, as `routed` takes them."""
     settings = dict(expert.record["hyperparameters"])
     name = settings.pop("router", None)
     kind = router or ROUTERS.get(str(name))
@@ -174,9 +189,11 @@ def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None =
     for weight in [site.weight for site in layers] or [MODEL]:
         routers[weight] = make_router(kind, settings)
         routers[weight].load_state(parts.get(weight, {}), count)
-    fallback = members[count] if len(members) > count else None
-    chosen = routers[MODEL] if kind.scope == "sample" else routers
-    return routed(model, members[:count], chosen, fallback=fallback, check=check)
+    return {
+        "experts": members[:count],
+        "router": routers[MODEL] if kind.scope == "sample" else routers,
+        "fallback": members[count] if len(members) > count else None,
+    }
 
 
 def describe(router: Router) -> dict[str, Any]:

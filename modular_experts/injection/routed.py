@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +111,62 @@ def routed(
         raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
     if (router is None) == (rows is None):
         raise ValueError("give either a router, or rows with the number of each row's expert")
+    several, router = _fitting(model, experts, router, fallback, check)
+    count, current = len(experts), CurrentGates()
+    if rows is not None:
+        numbers = torch.tensor(list(rows))[:, None]
+        if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
+        current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
+    plan = partial(_plan, several, current, router if isinstance(router, Mapping) else None)
+    return Routed(model, plan, router if isinstance(router, Router) else None, current)
+
+
+def route_beneath(
+    model: nn.Module,
+    experts: Sequence[AnyExpert],
+    router: Router | Mapping[str, Router],
+    fallback: AnyExpert | None = None,
+) -> None:
+    """Add routed experts to what the layers of a model give, for good, and leave the layers free for other experts.
+
+    So a new expert is trained on top of them. A router of scope `sample` reads prompts with what the new expert changes
+    in the first blocks.
+
+    Args:
+        model: The experts' base, before anything is injected.
+        experts: As for `routed`.
+        router: As for `routed`.
+        fallback: As for `routed`.
+
+    Raises:
+        ValueError: As for `routed`.
+    """
+    several, fitting = _fitting(model, experts, router, fallback, check=False)
+    current = CurrentGates()
+    plan = partial(_plan, several, current, fitting if isinstance(fitting, Mapping) else None)
+    for site, make in plan(find_sites(model)).items():
+        mixture: Any = make(site.module.weight)
+        # As a part of its layer, it follows the model to another device.
+        site.module.add_module("beneath", mixture)
+        site.module.register_forward_hook(mixture.beneath)
+    if isinstance(fitting, Router):
+        model.register_forward_pre_hook(PromptGates(fitting, current), with_kwargs=True)
+
+
+def _fitting(
+    model: nn.Module,
+    experts: Sequence[AnyExpert],
+    router: Router | Mapping[str, Router] | None,
+    fallback: AnyExpert | None,
+    check: bool,
+) -> tuple[list[Mapping[str, Delta]], Router | Mapping[str, Router] | None]:
+    """Return the opened experts with the fallback, and the router, after it is known that all fit together."""
     several = [*open_several(experts), *(open_several(fallback) if fallback is not None else ())]
     check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
     if check:
         check_loaded(model, several)
-    count, held = len(experts), [*several, *([{}] if fallback is None else [])]
+    count = len(experts)
     if isinstance(router, Router) and router.scope == "linear":
         router = by_weight(router, model, several[:count])
     for one in router.values() if isinstance(router, Mapping) else filter(None, [router]):
@@ -124,15 +175,7 @@ def routed(
                 f"the router {type(one).__name__} has learned {one.experts} experts, and {count} are given"
             )
         one.select.check(count)
-    current = CurrentGates()
-    if rows is not None:
-        numbers = torch.tensor(list(rows))[:, None]
-        if not -1 <= int(numbers.min()) <= int(numbers.max()) < count:
-            raise ValueError(f"rows={list(rows)} must be numbers of the {count} experts, 0 to {count - 1}, or -1")
-        current.gates = Gates(numbers.where(numbers >= 0, torch.tensor(count)), torch.ones(numbers.shape))
-    routers = router if isinstance(router, Mapping) else None
-    plan = partial(_plan, held, current, routers)
-    return Routed(model, plan, router if isinstance(router, Router) else None, current)
+    return [*several, *([{}] if fallback is None else [])], router
 
 
 def by_weight(

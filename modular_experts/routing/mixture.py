@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
@@ -51,7 +51,13 @@ class Mixture(Expert):
         self.gates, self.router, self.common = gates, router, common
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.linear(x, weight, bias)
+        return self._added(F.linear(x, weight, bias), x)
+
+    def beneath(self, layer: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Add to what a layer gives with another expert in it, as the layer's forward hook."""
+        return self._added(out.clone(memory_format=torch.contiguous_format), arguments[0])
+
+    def _added(self, out: Tensor, x: Tensor) -> Tensor:
         if self.common is not None:
             out = out + self.common.linear(x)
         gates = self._gates(x)

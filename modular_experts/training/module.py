@@ -48,6 +48,7 @@ from modular_experts.injection import (
     write_experts,
 )
 from modular_experts.injection.attach import attached, needs_injection
+from modular_experts.injection.route import put_beneath
 from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
@@ -73,7 +74,8 @@ class ExpertModule(LightningModule):
             (`.*\\.(q_proj|v_proj)`), or `all-linear`. Each must match at least one linear layer.
         expert: The expert type and its settings: `SparseExpert`, `LoRAExpert`, `FullExpert`, `MaskedExpert`, or the
             dotted path of your own.
-        applied: Library experts whose deltas are added to the base first, to test them or to train on top.
+        applied: Library experts that are added to the base first, to test them or to train on top: deltas, and one
+            routed expert.
         dtype: Data type of the base; trained values are float32 with any of them.
         revision: Branch, tag or commit of a hub id.
         gradient_checkpointing: Recompute activations in backward instead of keeping them.
@@ -184,9 +186,12 @@ class ExpertModule(LightningModule):
 
     def _load(self) -> None:
         self.applied_experts = open_experts(self.applied, mergeable=False) if self.applied else []
-        # What chooses by the input is put into the layers, and nothing is trained on top of it.
-        others = [expert for expert in self.applied_experts if self.has_experts or not needs_injection(expert)]
-        check_mergeable(others)
+        routed = [expert for expert in self.applied_experts if expert.routed]
+        others = [expert for expert in self.applied_experts if not needs_injection(expert)]
+        # Of what chooses by the input, training goes on from a routed expert alone.
+        check_mergeable([one for one in self.applied_experts if not one.routed] if self.has_experts else others)
+        if self.has_experts and len(routed) > 1:
+            raise ValueError(f"{routed[0].name} and {routed[1].name} are both routed; train on top of one of them")
         if not self.base:
             raise ValueError(
                 "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
@@ -204,10 +209,12 @@ class ExpertModule(LightningModule):
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
         else:
             model = self.opened_base.load(self.dtype_name)
-        if any(map(needs_injection, self.applied_experts)):
+        if len(others) < len(self.applied_experts) and not self.has_experts:
             attached(model, self.applied_experts, check=False)
         else:
-            apply_deltas(model, self.applied_experts)
+            apply_deltas(model, others)
+            for expert in routed:
+                put_beneath(model, expert)
         model.requires_grad_(False)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -215,6 +222,12 @@ class ExpertModule(LightningModule):
             inject(model, self.experts)
         elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
+        chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
+        if self.has_experts and routed and chooses:
+            raise ValueError(
+                f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
+                "train an expert that is a delta, such as LoRAExpert"
+            )
         self._warn_of_slow_bfloat16()
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
