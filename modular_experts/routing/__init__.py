@@ -2,7 +2,7 @@
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
 become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
-`molora.py`, `goat.py` and `hilo.py` train experts and their router together. They need torch alone.
+`molora.py`, `goat.py`, `hilo.py` and `moa.py` train experts and their router together. They need torch alone.
 `injection/routed.py` puts routers into a model.
 """
 
@@ -16,6 +16,7 @@ from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.goat import GOATExpert
 from modular_experts.routing.hilo import HiLo
 from modular_experts.routing.mixture import Mixture
+from modular_experts.routing.moa import MoA
 from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
 from modular_experts.routing.phatgoose import Phatgoose
@@ -32,6 +33,7 @@ __all__ = [
     "GenKnowSub",
     "HiLo",
     "Mixture",
+    "MoA",
     "MoLoRAExpert",
     "Oracle",
     "Phatgoose",
