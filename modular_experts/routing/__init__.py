@@ -2,8 +2,8 @@
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
 become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
-`molora.py`, `goat.py`, `hilo.py` and `moa.py` train experts and their router together. They need torch alone.
-`injection/routed.py` puts routers into a model.
+`prompts.py` makes gates of whole prompts. `molora.py`, `goat.py`, `hilo.py`, `moa.py` and `lora_ir.py` train experts
+behind a router. They need torch alone. `injection/routed.py` puts routers into a model.
 """
 
 from modular_experts.routing.arrow import Arrow
@@ -15,6 +15,7 @@ from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK
 from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.goat import GOATExpert
 from modular_experts.routing.hilo import HiLo
+from modular_experts.routing.lora_ir import LoRAIR
 from modular_experts.routing.mixture import Mixture
 from modular_experts.routing.moa import MoA
 from modular_experts.routing.molora import MoLoRAExpert
@@ -32,6 +33,7 @@ __all__ = [
     "Gates",
     "GenKnowSub",
     "HiLo",
+    "LoRAIR",
     "Mixture",
     "MoA",
     "MoLoRAExpert",

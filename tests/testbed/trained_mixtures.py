@@ -24,7 +24,13 @@ from modular_experts.training.module import ExpertModule
 
 __all__ = ["MIXTURES", "of_config", "train"]
 
-MIXTURES = {"molora": {"balance"}, "goat": {"balance"}, "hilo": {"balance"}, "moa": set()}
+MIXTURES = {
+    "molora": {"balance"},
+    "goat": {"balance"},
+    "hilo": {"balance"},
+    "moa": set(),
+    "lora-ir": set(),
+}
 """Each trained mixture by the name of its file in configs/fit, with the names of its penalties."""
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "fit"
