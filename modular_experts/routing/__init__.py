@@ -3,7 +3,8 @@
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
 become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
 `prompts.py` makes gates of whole prompts. `molora.py`, `goat.py`, `hilo.py`, `moa.py` and `lora_ir.py` train experts
-behind a router. They need torch alone. `injection/routed.py` puts routers into a model.
+behind a router; `point_lora.py` selects tokens of the prompt. They need torch alone. `injection/routed.py` puts routers
+into a model.
 """
 
 from modular_experts.routing.arrow import Arrow
@@ -21,6 +22,7 @@ from modular_experts.routing.moa import MoA
 from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
 from modular_experts.routing.phatgoose import Phatgoose
+from modular_experts.routing.point_lora import PointLoRA
 from modular_experts.routing.router import Router
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "MoLoRAExpert",
     "Oracle",
     "Phatgoose",
+    "PointLoRA",
     "Router",
     "Softmax",
     "Threshold",

@@ -30,6 +30,7 @@ MIXTURES = {
     "hilo": {"balance"},
     "moa": set(),
     "lora-ir": set(),
+    "point-lora": {"entropy"},
 }
 """Each trained mixture by the name of its file in configs/fit, with the names of its penalties."""
 
