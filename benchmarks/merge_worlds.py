@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from selection_worlds import Generated, OnBase, Real
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
@@ -108,27 +108,31 @@ class Experts(OnBase):
 
     def train(self, kind: str, task: str) -> None:
         """Train an expert as the quickstart does."""
-        path = self.expert(kind, task)
-        seed_everything(self.seed, verbose=False)
-        optimizer = partial(AdamW, lr=self.rate(kind), weight_decay=0.0)
-        module = ExpertModule(
-            str(self.base), modules=MODULES, expert=self.kinds[kind].expert, optimizer=optimizer, dtype=self.trained_in
-        )
-        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         selection = [MaskSchedule(batches=1)] if self.kinds[kind].sparse else []
+        experts = {MODULES: self.kinds[kind].expert}
+        self.fit(self.expert(kind, task), experts, [task], self.rate(kind), self.world.steps, *selection)
+
+    def fit(
+        self, path: Path, experts: Any, tasks: Sequence[str], rate: float, steps: int, *callbacks: Callback
+    ) -> None:
+        """Train experts, which a plan or a mapping from patterns states, on some tasks together."""
+        seed_everything(self.seed, verbose=False)
+        optimizer = partial(AdamW, lr=rate, weight_decay=0.0)
+        module = ExpertModule(str(self.base), experts=experts, optimizer=optimizer, dtype=self.trained_in)
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         trainer = Trainer(
             accelerator="cpu",
-            max_steps=self.world.steps,
+            max_steps=steps,
             gradient_clip_val=1.0,
             limit_val_batches=0,
             use_distributed_sampler=False,
-            callbacks=[ExportExpert(str(path.parent), path.name, monitor=None), *selection],
+            callbacks=[ExportExpert(str(path.parent), path.name, monitor=None), *callbacks],
             default_root_dir=path.parent,
             **quiet,
         )
         # In bfloat16 on a CPU the fused attention's backward takes as long as all matrix products together.
         with sdpa_kernel(SDPBackend.MATH) if self.trained_in == "bfloat16" else nullcontext():
-            trainer.fit(module, self.mixture([task]))
+            trainer.fit(module, self.mixture(tasks))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,389 @@
+"""Trained mixtures beside a LoRA: what one model learns of ten tasks, at equal parameters, and what it costs.
+
+Each system is trained once on ten tasks of the generated suite together, at all linear layers, on a base of each seed.
+Two sizes of each stand beside one LoRA: as many *trained* numbers as it has, and as many *active* ones, which one token
+meets (a mixture of which a token takes half has more in all). Both within 2 %. The learning rate is the one of three
+with the lowest loss on validation words of the first seed. Shown are exact match in % and loss on test words of the ten
+tasks and of the held-out ones, with 95 % intervals of the difference to the LoRA and to MoLoRA of the same size (a
+bootstrap over the pairs of seed and task), and what one LoRA for each task gives.
+
+The cost is measured on a Llama of 135 million parameters with random weights: training steps of 2 x 128 tokens in turn,
+in an order drawn anew for each round, as ratios of medians of CPU time; and the peak memory of a process of its own,
+over that of the LoRA of equal trained parameters.
+
+    python benchmarks/related_systems.py [--systems GOAT ...] [--seeds 0 1 2] [--parts quality cost] [--work DIR]
+
+What is done stays in `--work`, so a run that was stopped goes on where it was, and a table can be shown again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from contenders import language_model
+from intervals import interval
+from merge_worlds import Experts
+from selection_worlds import Generated
+from sparse_step import high_water
+from step_report import machine
+from torch import nn
+
+from modular_experts.base.loading import quiet
+from modular_experts.data import TaskMixture
+from modular_experts.evaluation import batch_losses, measure
+from modular_experts.experts import LoRAExpert
+from modular_experts.injection import inject, named_experts, penalties
+from modular_experts.injection.attach import attached
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
+from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
+
+RATES = (1e-3, 3e-3, 1e-2)
+STEPS = 200
+
+
+def everywhere(type_: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    """Return the plan that gives all linear layers the same expert."""
+    return {"all-linear": partial(type_, **settings)}
+
+
+@dataclass(frozen=True)
+class System:
+    """Makes the plans of a system.
+
+    Attributes:
+        trained: On the suite's base, with as many trained numbers as the LoRA.
+        active: The same, with as many active ones; None where it would be `trained`.
+        large: On the model of 135 million parameters, with as many trained numbers as its LoRA.
+    """
+
+    trained: Callable[[], Any]
+    active: Callable[[], Any] | None
+    large: Callable[[], Any]
+
+
+SYSTEMS = {
+    "LoRA": System(lambda: everywhere(LoRAExpert, rank=10), None, lambda: everywhere(LoRAExpert, rank=18)),
+    "MoLoRA": System(
+        lambda: everywhere(MoLoRAExpert, experts=4, rank=2),
+        lambda: everywhere(MoLoRAExpert, experts=4, rank=4),
+        lambda: everywhere(MoLoRAExpert, experts=4, rank=4),
+    ),
+    "GOAT": System(
+        lambda: everywhere(GOATExpert, experts=4, rank=2),
+        lambda: everywhere(GOATExpert, experts=4, rank=4),
+        lambda: everywhere(GOATExpert, experts=4, rank=4),
+    ),
+    "HiLo": System(
+        lambda: HiLo(experts=[2, 5], ranks=[1, 3]),
+        lambda: HiLo(experts=[3, 6], ranks=[3, 5]),
+        lambda: HiLo(experts=[2, 4], ranks=[2, 8]),
+    ),
+    "HiLo, fewer": System(lambda: HiLo(experts=[2, 5], ranks=[1, 2]), None, lambda: HiLo(experts=[2, 4], ranks=[1, 6])),
+}
+"""A LoRA as the reference, and each system; "fewer" has at least 20 % fewer trained numbers than MoLoRA."""
+
+SIZES = ("trained", "active")
+
+
+def main() -> None:
+    options = _options()
+    work = Path(options.work)
+    report: dict[str, Any] = {"machine": machine(), "quick": options.quick}
+    if options.own_cost:
+        print(json.dumps(_own_memory(options.own_cost, options.quick)))
+        return
+    if "quality" in options.parts:
+        report["quality"] = _quality(work, options)
+    if "cost" in options.parts:
+        report["cost"] = _cost(work, options)
+    if options.json:
+        json.dump(report, sys.stdout, indent=2)
+        return
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    if "quality" in report:
+        _print_quality(report["quality"])
+    if "cost" in report:
+        _print_cost(report["cost"])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME", default=list(SYSTEMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", choices=["quality", "cost"], default=["quality", "cost"])
+    parser.add_argument("--work", default="runs/related-systems", help="directory for bases, experts and results")
+    parser.add_argument("--processes", type=int, default=1, help="at once, each on one thread: 1")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps, small models, to see that it works")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--own-cost", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.systems = list(dict.fromkeys(["LoRA", *options.systems]))
+    if options.quick:
+        options.seeds, options.repeats = options.seeds[:1], 1
+    return options
+
+
+@dataclass(frozen=True)
+class TenTasks(Experts):
+    """Ten tasks of the suite in one mixture.
+
+    Attributes:
+        steps: Optimizer steps of each system.
+        rates: Learning rates to choose from.
+        rows: Test and validation rows of a task; all if None.
+    """
+
+    steps: int = STEPS
+    rates: Sequence[float] = RATES
+    rows: int | None = None
+
+    @property
+    def world(self) -> Any:
+        return Generated(self.seed, self.work)
+
+
+def _worlds(work: Path, options: argparse.Namespace) -> dict[int, TenTasks]:
+    small = {"steps": 4, "rates": RATES[:1], "rows": 2} if options.quick else {}
+    return {seed: TenTasks(seed, work, **small) for seed in options.seeds}  # type: ignore[arg-type]
+
+
+def _quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    worlds = _worlds(work, options)
+    first = worlds[options.seeds[0]]
+    assert all(world.base.exists() for world in worlds.values())
+    store = JSONLines(work / ("quick.jsonl" if options.quick else "systems.jsonl"))
+    rows = [(name, size) for name in options.systems for size in SIZES if getattr(SYSTEMS[name], size)]
+    tried = {(first.seed, name, size, rate): first for name, size in rows for rate in first.rates}
+    _run(store, _validated, tried, options.processes)
+    rates = {row: min(first.rates, key=lambda rate: store[first.seed, *row, rate]["loss"]) for row in rows}
+    chosen = {(seed, *row, rates[row]): world for seed, world in worlds.items() for row in rows}
+    _run(store, _validated, chosen, options.processes)
+    tested = {("test", *key): world for key, world in chosen.items()}
+    singles = {("alone", seed, task): world for seed, world in worlds.items() for task in world.tasks}
+    _run(store, _tested, tested, options.processes)
+    _run(store, _alone, {} if options.quick else singles, options.processes)
+    found: dict[str, Any] = {"seeds": options.seeds, "rows": []}
+    if not options.quick:
+        found["alone"] = fmean(store[key]["exact_match"] for key in singles)
+    results = {row: [store["test", seed, *row, rates[row]] for seed in worlds] for row in rows}
+    for name, size in rows:
+        mine = results[name, size]
+        row: dict[str, Any] = {"system": name, "size": size, "rate": rates[name, size]}
+        row |= {key: mine[0][key] / results["LoRA", "trained"][0][key] for key in ("trained", "active")}
+        for role in ("held_in", "held_out"):
+            row[role] = {score: fmean(_pairs(mine, role, score).values()) for score in ("exact_match", "loss")}
+            for other in [other for other in ("LoRA", "MoLoRA") if other in options.systems]:
+                theirs = results[other, size if other != "LoRA" and (other, size) in results else "trained"]
+                difference = interval(*(_pairs(one, role, "exact_match") for one in (mine, theirs)))
+                row[role][f"over {other}"] = difference
+        found["rows"].append(row)
+    return found
+
+
+def _run(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
+    with LocalProcesses(processes) as pool:
+        pieces = [Piece(key, work, (world, *key)) for key, world in keys.items()]
+        run(pieces, store, pool, print_progress()).raise_failures()
+
+
+def _pairs(results: Sequence[dict[str, Any]], role: str, score: str) -> dict[tuple[int, str], float]:
+    """Return a score by pair of seed and task."""
+    return {
+        (result["seed"], task): facts[score]
+        for result in results
+        for task, facts in result["tasks"].items()
+        if facts["role"] == role
+    }
+
+
+def _expert(world: TenTasks, name: str, size: str, rate: float) -> Path:
+    """Return where a trained system is, or will be."""
+    return world.expert(f"{name.replace(', ', '-')}-{size}", f"{rate:g}-{world.steps}")
+
+
+def _data(world: TenTasks, stage: str) -> TaskMixture:
+    data = world.mixture(world.tasks, held_out=stage == "test")
+    data.eval_limit = world.rows
+    data.setup(stage)
+    return data
+
+
+def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) -> dict[str, float]:
+    """Train a system, and return its loss on validation words."""
+    _quiet()
+    path = _expert(world, name, size, rate)
+    started = time.process_time()
+    if not path.exists():
+        world.fit(path, getattr(SYSTEMS[name], size)(), world.tasks, rate, world.steps)
+    seconds = time.process_time() - started
+    with attached(world.model, path, check=False):
+        batches = _data(world, "validate").val_dataloader()
+        scores = measure(world.model, world.tokenizer, batches, dict.fromkeys(world.tasks, "held_in"), None)
+    return {"loss": scores["held_in"]["loss"], "seconds": seconds}
+
+
+def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: float) -> dict[str, Any]:
+    """Return what a trained system scores on the test words of each task, and its numbers of parameters."""
+    _quiet()
+    model, data = world.model, _data(world, "test")
+    with attached(model, _expert(world, name, size, rate), check=False):
+        scores = measure(model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
+    planned = copy.deepcopy(model)
+    inject(planned, getattr(SYSTEMS[name], size)())
+    return {"seed": seed, "tasks": scores["tasks"], **parameters(planned)}
+
+
+def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
+    """Return what a LoRA of the quickstart that knows one task scores on it."""
+    _quiet()
+    path = world.expert("lora", task)
+    if not path.exists():
+        world.train("lora", task)
+    data = world.mixture([task])
+    data.setup("test")
+    with attached(world.model, path, check=False):
+        scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
+    return {"exact_match": scores["tasks"][task]["exact_match"]}
+
+
+def _quiet() -> None:
+    for name in ("modular_experts", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Return how many numbers are trained, and how many of them one token meets: of k of n experts, k / n."""
+    trained = active = 0
+    for _, expert in named_experts(model):
+        for name, parameter in expert.named_parameters():
+            trained += parameter.numel()
+            share = expert.k / expert.experts if isinstance(expert, MoLoRAExpert) and name != "router" else 1
+            active += round(share * parameter.numel())
+    return {"trained": trained, "active": active}
+
+
+def _cost(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return for each system the time of a step and the memory of a process, over those of the LoRA."""
+    names = options.systems
+    store = JSONLines(work / ("quick-costs.jsonl" if options.quick else "costs.jsonl"))
+    with LocalProcesses(1) as pool:
+        pieces = [Piece(("memory", name), _memory, (name, options.quick)) for name in names]
+        pieces.append(Piece(("time", *names), _times, (names, options.repeats, options.quick)))
+        run(pieces, store, pool, print_progress()).raise_failures()
+    peaks, times = {name: store["memory", name] for name in names}, store["time", *names]
+    return [
+        {"system": name, "time": times[name]["seconds"] / times["LoRA"]["seconds"]}
+        | {"memory": peaks[name] / peaks["LoRA"], "seconds": times[name]["seconds"], "bytes": peaks[name]}
+        | {key: times[name][key] / times["LoRA"][key] for key in ("trained", "active")}
+        for name in names
+    ]
+
+
+def _times(names: Sequence[str], repeats: int, small: bool) -> dict[str, dict[str, float]]:
+    """Return the median CPU seconds of a step of each system, and its numbers of parameters."""
+    torch.set_num_threads(1)
+    random.seed(0)
+    steps = {name: _step(name, small) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = list(names)
+    for _ in range(repeats + 1):
+        random.shuffle(order)
+        for name in order:
+            started = time.process_time()
+            steps[name][0]()
+            seconds[name].append(time.process_time() - started)
+    return {
+        name: {"seconds": statistics.median(seconds[name][1:]), **parameters(model)}
+        for name, (_, model) in steps.items()
+    }
+
+
+def _step(name: str, small: bool) -> tuple[Callable[[], None], nn.Module]:
+    """Return a training step of a system, and the model."""
+    base: Any = language_model(small).base
+    size = (2, 32) if small else (2, 128)
+    ids = torch.randint(base.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : ids.shape[1] // 2] = -100
+    batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    torch.manual_seed(0)
+    inject(base, SYSTEMS[name].large())
+    base.train()
+    optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-3, fused=True)
+
+    def step() -> None:
+        sums, counts = batch_losses(base, batch)
+        sum(penalties(base).values(), start=sums.sum() / counts.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, base
+
+
+def _memory(name: str, small: bool) -> int:
+    """Return the peak memory, in bytes, of a process that makes two training steps."""
+    if small:
+        return _own_memory(name, small)
+    command = [sys.executable, __file__, "--own-cost", name]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _own_memory(name: str, small: bool) -> int:
+    torch.set_num_threads(1)
+    step, _ = _step(name, small)
+    for _ in range(2):
+        step()
+    return high_water()
+
+
+def _print_quality(found: dict[str, Any]) -> None:
+    print(f"\nexact match in % / loss in nats per token, means over tasks and seeds {found['seeds']}; in brackets the")
+    print("95 % interval of the difference to the LoRA, and to MoLoRA of the same size; parameters over the LoRA's")
+    if "alone" in found:
+        print(f"one LoRA for each task: {100 * found['alone']:.1f} held in")
+    heading = ["system", "equal", "trained", "active", "rate"]
+    heading += [title for role in ("held in", "held out") for title in (role, "to LoRA", "to MoLoRA")]
+    print(f"\n| {' | '.join(heading)} |\n" + "|---" * len(heading) + "|")
+    for row in found["rows"]:
+        print("| " + " | ".join(_cells(row)) + " |")
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    yield row["system"]
+    yield row["size"]
+    yield f"{row['trained']:.2f}"
+    yield f"{row['active']:.2f}"
+    yield f"{row['rate']:g}"
+    for role in ("held_in", "held_out"):
+        yield f"{100 * row[role]['exact_match']:.1f} / {row[role]['loss']:.3f}"
+        for other in ("LoRA", "MoLoRA"):
+            low, high = row[role].get(f"over {other}", (0.0, 0.0))
+            yield "" if low == high == 0.0 else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _print_cost(rows: Sequence[dict[str, Any]]) -> None:
+    print("\n| 135 million parameters | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
+    for row in rows:
+        cells = [row["system"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    with quiet():
+        main()

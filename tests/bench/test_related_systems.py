@@ -1,0 +1,87 @@
+"""benchmarks/related_systems.py: equal parameters as it claims them, and its tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import build_model, build_tokenizer
+from testbed.scripts import run_script
+from transformers import LlamaForCausalLM
+
+from modular_experts.injection import inject
+from modular_experts.routing import HiLo
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        return importlib.import_module("related_systems")
+
+
+def suite_model() -> LlamaForCausalLM:
+    """Return a random model of the shapes of the suite's base."""
+    return build_model("llama", hidden_size=96, intermediate_size=288, num_key_value_heads=4, head_dim=24)
+
+
+def smollm2_model() -> LlamaForCausalLM:
+    """Return a random model of SmolLM2's linear layers, without their memory."""
+    import torch
+
+    with torch.device("meta"):
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        return build_model("llama", **sizes, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+
+
+@pytest.mark.parametrize("size", ["trained", "active"])
+def test_sizes_are_equal_within_two_percent(script, size) -> None:
+    counts = {}
+    for name, system in script.SYSTEMS.items():
+        if plan := getattr(system, size) or (system.trained if name == "LoRA" else None):
+            inject(model := suite_model(), plan())
+            counts[name] = script.parameters(model)[size]
+    reference = counts.pop("LoRA")
+    assert reference == 10 * 2 * (4 * (96 + 96) + 3 * (96 + 288))
+    fewer = counts.pop("HiLo, fewer", 0)
+    assert fewer < 0.8 * counts["MoLoRA"]
+    for name, count in counts.items():
+        assert round(abs(count / reference - 1), 6) <= 0.02, name
+
+
+def test_hilo_on_the_shapes_of_smollm2_trains_as_many_numbers_as_its_formula(script) -> None:
+    inject(model := smollm2_model(), HiLo(experts=[2, 4, 6, 8], ranks=[2, 8]))
+    shapes = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
+    wanted = 0
+    for depth in range(30):
+        experts, rank = [2, 4, 6, 8][depth * 4 // 30], round(2 + 6 * depth / 29)
+        wanted += sum(experts * rank * (out + inputs) + experts * inputs for out, inputs in shapes)
+    assert script.parameters(model)["trained"] == wanted == 9_490_176
+
+
+def test_it_trains_tests_and_goes_on_where_it_was(script, tmp_path) -> None:
+    suite_model().save_pretrained(tmp_path / "base-0")
+    build_tokenizer().save_pretrained(tmp_path / "base-0")
+    options = ["--quick", "--json", "--parts", "quality", "--systems", "MoLoRA", "GOAT", "--work", tmp_path]
+    first = json.loads(run_script("related_systems.py", *options))
+    stored = (tmp_path / "quick.jsonl").read_text()
+    assert json.loads(run_script("related_systems.py", *options)) == first
+    assert (tmp_path / "quick.jsonl").read_text() == stored
+    rows = first["quality"]["rows"]
+    assert [(row["system"], row["size"]) for row in rows] == [
+        ("LoRA", "trained"),
+        *((name, size) for name in ("MoLoRA", "GOAT") for size in ("trained", "active")),
+    ]
+    for row in rows:
+        assert round(abs(row[row["size"]] - 1), 6) <= 0.02
+        assert 0 <= row["held_in"]["exact_match"] <= 1 < row["held_out"]["loss"]
+
+
+def test_it_shows_the_cost(tmp_path) -> None:
+    shown = run_script("related_systems.py", "--quick", "--parts", "cost", "--systems", "GOAT", "--work", tmp_path)
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| LoRA", "| GOAT"))]
+    assert [row[0] for row in rows] == ["| LoRA", "| GOAT"]
+    assert rows[0][3:] == ["1.00", "1.00 |"]
