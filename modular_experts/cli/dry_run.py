@@ -39,6 +39,7 @@ def print_estimate(found: FitEstimate) -> None:
         print(f"  {bytes_text(size):>8}  {name}")
     print("time: about " + duration_text(sum(seconds.values())))
     counts = {
+        "router": "the router's tasks",
         "steps": f"{length.total_steps:,} steps",
         "choices": f"{counted(found.choices, 'choice')} of supports",
         "validations": counted(found.validations, "validation"),

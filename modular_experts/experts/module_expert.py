@@ -36,9 +36,9 @@ class ModuleExpert(Trained):
         """Return what stands in place of the module's output; `args` and `kwargs` are what the module got."""
         return output
 
-    def attach(self, module: nn.Module) -> None:
-        """Become the submodule `expert` of a module, and see its calls from now on."""
-        module.add_module("expert", self)
+    def attach(self, module: nn.Module, name: str = "expert") -> None:
+        """Become a submodule of a module, `expert` if it is to be ejected, and see its calls from now on."""
+        module.add_module(name, self)
         # Bound methods, which a copied or pickled model takes along.
         self._hooks = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),

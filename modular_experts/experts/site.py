@@ -132,7 +132,13 @@ def make_module_expert(factory: Factory, module: nn.Module) -> ModuleExpert:
 
     Raises:
         TypeError: It made something that is not a module expert.
+        ValueError: The module is a container, which would run the expert as one of its layers.
     """
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"a {type(module).__name__} cannot have a module expert, because it would take it for one of its layers; "
+            "name the module around it, or one inside"
+        )
     expert = factory(module)
     if not isinstance(expert, ModuleExpert):
         raise TypeError(

@@ -18,10 +18,10 @@ from modular_experts.injection.inject import load_expert_state
 from modular_experts.injection.route import put_in
 from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
-from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
+from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
 
 MIXTURES: dict[str, type[MoLoRAExpert]] = {"MoLoRAExpert": MoLoRAExpert, "GOATExpert": GOATExpert}
-PLANS: dict[str, type[LayerPlan]] = {"HiLo": HiLo}
+PLANS: dict[str, type[LayerPlan]] = {kind.__name__: kind for kind in (HiLo, LoRAIR, MoA, PointLoRA)}
 
 
 def attached(

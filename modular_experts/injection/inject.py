@@ -371,7 +371,7 @@ def _planned(
     factories = {key.name if isinstance(key, Site) else key: factory for key, factory in chosen.items()}
     for name in factories:
         if name not in there:
-            near = did_you_mean(name, by_name) or did_you_mean(name, there)
+            near = did_you_mean(name, there)
             raise ValueError(
                 f"the plan gives an expert to {name}, which is not a linear layer or another module of the model{near}"
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
-from modular_experts.injection.routed import Routed, by_weight, moved_sites, route_beneath, routed
+from modular_experts.injection.routed import Routed, by_block, by_weight, places, route_beneath, routed
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -119,16 +119,19 @@ def members_of(
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
-    """Return the router after it has learned the experts, one for each weight if its scope is a linear layer."""
+    """Return the router after it has learned the experts, or one for each place if its scope is not `sample`."""
     if isinstance(router, Oracle):
         router.tasks = {task: n for n, expert in enumerate(experts) for task in map(str, expert.record["tasks"])}
     if router.scope == "sample":
         prompts = [_prompts(expert, router.needs, router.depths) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
         return router
-    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
     # Only the base tells how its layers keep their weights.
-    return by_weight(router, Base.open(None, experts).structure.model, experts, taken)
+    model = Base.open(None, experts).structure.model
+    if router.scope == "block":
+        return by_block(router, model, experts)
+    taken = [open_statistics(expert, router.needs) for expert in experts] if router.needs else []
+    return by_weight(router, model, experts, taken)
 
 
 def _prompts(expert: StoredExpert, kind: str, depths: Sequence[float]) -> Tensor:
@@ -185,10 +188,9 @@ def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) 
         parts.setdefault(weight, {})[part] = tensor
     count = int(parts[MODEL].pop(COUNT))
     routers = {}
-    layers = [] if kind.scope == "sample" else moved_sites(model, members[:count])
-    for weight in [site.weight for site in layers] or [MODEL]:
-        routers[weight] = make_router(kind, settings)
-        routers[weight].load_state(parts.get(weight, {}), count)
+    for place in [MODEL] if kind.scope == "sample" else places(kind.scope, model, members[:count]):
+        routers[place] = make_router(kind, settings)
+        routers[place].load_state(parts.get(place, {}), count)
     return {
         "experts": members[:count],
         "router": routers[MODEL] if kind.scope == "sample" else routers,

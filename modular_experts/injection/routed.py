@@ -24,9 +24,10 @@ from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing.gates import CurrentGates, Gates
-from modular_experts.routing.mixture import Mixture
+from modular_experts.routing.mixture import BlockRouter, Mixture
 from modular_experts.routing.prompts import PromptGates
-from modular_experts.routing.router import Router
+from modular_experts.routing.router import Router, Scope
+from modular_experts.text import block_of
 
 
 class Injected:
@@ -97,8 +98,9 @@ def routed(
     Args:
         model: The experts' base, before anything is injected.
         experts: Directories of a library, opened experts, or mappings from weight names to deltas.
-        router: A router that has learned these experts: one of scope `sample`, or one of scope `linear` for each weight
-            by name. A single one of scope `linear` learns their deltas now, at each weight (`by_weight`).
+        router: A router that has learned these experts: one of scope `sample`; or by name one of scope `linear` for
+            each weight, or of scope `block` for each transformer block (`model.layers.0`). A single one of these two
+            scopes learns now, at each place (`by_weight`, `by_block`).
         rows: Instead of a router, the number of the expert of each row of the batches that follow; -1 is the fallback.
         fallback: What takes inputs that the router rejects; the base alone if not given.
         check: Whether the model must be the base of the stored experts.
@@ -146,6 +148,11 @@ def route_beneath(
     current = CurrentGates()
     plan = partial(_plan, several, current, fitting if isinstance(fitting, Mapping) else None)
     for site, make in plan(find_sites(model)).items():
+        if isinstance(site, str):
+            block = model.get_submodule(site)
+            blocks: Any = make(block)
+            blocks.attach(block, "beneath")
+            continue
         mixture: Any = make(site.module.weight)
         # As a part of its layer, it follows the model to another device.
         site.module.add_module("beneath", mixture)
@@ -167,8 +174,9 @@ def _fitting(
     if check:
         check_loaded(model, several)
     count = len(experts)
-    if isinstance(router, Router) and router.scope == "linear":
-        router = by_weight(router, model, several[:count])
+    if isinstance(router, Router) and router.scope != "sample":
+        learned = by_block if router.scope == "block" else by_weight
+        router = learned(router, model, several[:count])
     for one in router.values() if isinstance(router, Mapping) else filter(None, [router]):
         if one.experts != count:
             raise ValueError(
@@ -203,6 +211,41 @@ def by_weight(
     return found
 
 
+def by_block(router: Router, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> dict[str, Router]:
+    """Return a copy of a router of scope `block` for each transformer block in which an expert moves a weight.
+
+    Raises:
+        ValueError: The router needs statistics, or an expert moves a weight outside of the blocks.
+    """
+    if router.needs:
+        raise ValueError(f"{type(router).__name__} needs {router.needs}, and no statistics are taken of a block")
+    found = {block: copy.deepcopy(router) for block in places("block", model, experts)}
+    for one in found.values():
+        one.learn([None] * len(experts), [])
+    return found
+
+
+def places(scope: Scope, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[str]:
+    """Return the names of the weights, or for scope `block` of the transformer blocks, at which a router chooses.
+
+    Raises:
+        ValueError: An expert moves a weight outside of the blocks.
+    """
+    return list(dict.fromkeys(_place(scope, site) for site in moved_sites(model, experts)))
+
+
+def _place(scope: Scope, site: Site) -> str:
+    if scope != "block":
+        return site.weight
+    block = block_of(site.weight)
+    if block is None:
+        raise ValueError(
+            f"an expert moves {site.weight}, which is in no transformer block, so a router of scope block cannot "
+            "choose there; take a router of scope sample or linear"
+        )
+    return block
+
+
 def moved_sites(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[Site]:
     """Return the linear layers whose weight an expert moves."""
     moved = {name for expert in experts for name in expert}
@@ -220,26 +263,30 @@ def _plan(
     current: CurrentGates,
     routers: Mapping[str, Router] | None,
     sites: Sequence[Site],
-) -> dict[Site, Factory]:
-    """Return the mixture of each site that an expert moves; refuse experts that move anything else."""
+) -> dict[Any, Factory]:
+    """Return the mixture of each site that an expert moves, and routers of blocks; refuse experts that move others."""
     known = {site.weight: site for site in sites}
     moved = dict.fromkeys(name for expert in experts for name in expert)
     biases = {f"{site.name}.bias": site for site in sites}
+    scope: Scope = "sample" if routers is None else next(iter(routers.values())).scope
     for name in moved:
         if name not in known and name not in biases:
             raise ValueError(
                 f"an expert moves {name}, which is not a linear layer's weight, so it cannot be routed; merge it, or "
                 "train experts of linear layers"
             )
-        if routers is not None and (known.get(name) or biases[name]).weight not in routers:
+        if routers is not None and _place(scope, known.get(name) or biases[name]) not in routers:
             raise ValueError(
-                f"an expert moves {name}, and there is no router of that layer's weight; take a router of scope "
-                "sample, which chooses for all layers"
+                f"an expert moves {name}, and there is no router of that layer's weight or block; take a router of "
+                "scope sample, which chooses for all layers"
             )
     chosen = {known.get(name) or biases[name] for name in moved}
 
+    blocks = {block: CurrentGates() for block in (routers or ()) if scope == "block"}
+
     def make(site: Site, weight: Tensor) -> Mixture:
         found = [_oriented(site, expert) for expert in experts]
+        gates = blocks[_place(scope, site)] if blocks else current
         router, common = (routers or {}).get(site.weight), None
         if router is not None:
             weighed, common = router.held(found[: router.experts])
@@ -247,6 +294,13 @@ def _plan(
         deltas = [None if delta is None else delta.to(weight.device) for delta in found]
         bias = f"{site.name}.bias"
         own = [expert[bias].to(weight.device) if bias in expert else None for expert in experts]
-        return Mixture(weight, deltas, current, router, own if any(own) else (), common)
+        return Mixture(weight, deltas, gates, router, own if any(own) else (), common)
 
-    return {site: partial(make, site) for site in sites if site in chosen}
+    planned: dict[Any, Factory] = {site: partial(make, site) for site in sites if site in chosen}
+    for block, gates in blocks.items():
+        planned[block] = partial(_block_router, (routers or {})[block], gates)
+    return planned
+
+
+def _block_router(router: Router, gates: CurrentGates, block: nn.Module) -> BlockRouter:
+    return BlockRouter(router.to(next(block.parameters()).device), gates)

@@ -81,6 +81,10 @@ class Gates:
     ids: Tensor
     weights: Tensor
 
+    def dense(self, experts: int) -> Tensor:
+        """Return how much of each expert every input takes, `(n, experts)`, if no input is rejected."""
+        return self.weights.new_zeros(len(self.ids), experts).scatter(1, self.ids, self.weights)
+
     @cached_property
     def segments(self) -> list[Segment]:
         """The inputs of each expert that any input takes, by the expert's number."""

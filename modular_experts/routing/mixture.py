@@ -1,9 +1,12 @@
-"""A mixture holds the deltas of several experts at one linear layer, and gives each input those that its gates name."""
+"""A mixture holds the deltas of several experts at one linear layer, and gives each input those that its gates name.
+
+`BlockRouter` makes the gates that all mixtures of a transformer block read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
+from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.routing.gates import CurrentGates, Gates
 from modular_experts.routing.products import Held, add_change, add_products
 from modular_experts.routing.router import Router
@@ -20,13 +24,14 @@ class Mixture(Expert):
     """Adds to the base's output those of the experts that an input's gates name.
 
     One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only. A gate
-    is made for a whole row of a batch (scope `sample`), or for each token by a router of this layer (scope `linear`).
+    is made for a whole row of a batch (scope `sample`), or for each token by a router of the transformer block (scope
+    `block`) or of this layer (scope `linear`).
 
     Args:
         weight: The base weight `(out, in)`.
         deltas: Each expert's delta of the weight, None where it has none; the last one is the fallback's, which takes
             the number of experts as its own.
-        gates: Where the gates of the pass at hand are, for scope `sample`.
+        gates: Where the gates of the pass at hand are, for the scopes `sample` and `block`.
         router: The layer's own router, for scope `linear`.
         biases: Each expert's delta of the layer's bias, if any has one.
         common: A delta of the weight that every input gets, whatever its gates.
@@ -89,3 +94,22 @@ class Mixture(Expert):
         self.biases = [None if bias is None else bias.to(like.device) for bias in self.biases]
         self.common = None if self.common is None else self.common.to(like.device)
         return self
+
+
+class BlockRouter(ModuleExpert):
+    """Shows each token that enters a transformer block to a router, and its gates to the mixtures inside.
+
+    Args:
+        router: The block's router.
+        gates: Where the mixtures of the block read them.
+    """
+
+    not_mergeable_because: ClassVar[str] = Mixture.not_mergeable_because
+
+    def __init__(self, router: Router, gates: CurrentGates) -> None:
+        super().__init__()
+        self.router, self.gates = router, gates
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.gates.gates = self.router(hidden.reshape(-1, hidden.shape[-1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ class PromptGates:
         Raises:
             ValueError: The model was called without `input_ids`, or with packed rows.
         """
-        if self._inside or goes_on(named):
+        if self._inside or kept_tokens(named):
             return
         ids = named["input_ids"] if "input_ids" in named else next(iter(arguments), None)
         if ids is None:
@@ -47,15 +47,16 @@ class PromptGates:
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
         try:
-            hidden = torch.cat(prompt_vectors(model, ids, mask, self.router.depths, prompts_at_hand(ids)), 1)
+            hidden = torch.cat(prompt_vectors(model, ids, mask, self.router.depths, prompts_at_hand(ids.shape[1])), 1)
         finally:
             self._inside = False
         self.current.gates = self.router.to(hidden.device)(hidden)
 
 
-def goes_on(named: Mapping[str, Any]) -> bool:
-    """Return whether a pass with these keyword arguments goes on with kept keys and values."""
-    return any(_length(named.get(name)) for name in ("past_key_values", "cache"))
+def kept_tokens(named: Mapping[str, Any]) -> int:
+    """Return of how many tokens a pass with these keyword arguments gets the keys and values, 0 for a new prompt."""
+    caches = [named[name] for name in ("past_key_values", "cache") if hasattr(named.get(name), "get_seq_length")]
+    return max((int(cache.get_seq_length()) for cache in caches), default=0)
 
 
 def check_rows(named: Mapping[str, Any]) -> None:
@@ -65,13 +66,13 @@ def check_rows(named: Mapping[str, Any]) -> None:
         raise ValueError("this expert reads whole prompts, which it cannot in packed rows; leave data.packing out")
 
 
-def prompts_at_hand(ids: Tensor) -> Tensor | None:
+def prompts_at_hand(length: int) -> Tensor | None:
     """Return which places of the pass at hand hold prompts, `(rows, length)` bool; None where `reading` tells nothing.
 
     Places behind those that `reading` tells of hold an answer, which a model without kept keys and values reads again.
     """
     prompt = rows_at_hand().prompt
-    return None if prompt is None else F.pad(prompt, (0, ids.shape[1] - prompt.shape[1]))
+    return None if prompt is None else F.pad(prompt, (0, length - prompt.shape[1]))
 
 
 @torch.no_grad()
@@ -136,9 +137,3 @@ def prompt_vectors(
 
 class _Reached(Exception):
     """Ends a pass at the block whose inputs are wanted."""
-
-
-def _length(cache: Any) -> int:
-    """Return how many tokens a cache of keys and values holds."""
-    ask: Callable[[], int] | None = getattr(cache, "get_seq_length", None)
-    return ask() if ask else 0

@@ -1,7 +1,8 @@
 """Define the contract of a router, which scores the experts for each input and turns the scores into gates.
 
 Read this file to write a router of your own: a class with `learn` and `scores`. A router of scope `sample` scores whole
-prompts, one of scope `linear` the inputs of one linear layer. `injection/routed.py` puts routers into a model.
+prompts, one of scope `block` what enters a transformer block, one of scope `linear` the inputs of one linear layer.
+`injection/routed.py` puts routers into a model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from modular_experts.deltas import Delta
 from modular_experts.routing.gates import Gates, Selection, TopK
 
-Scope = Literal["sample", "linear"]
+Scope = Literal["sample", "block", "linear"]
 
 
 class Router(nn.Module, ABC):
@@ -23,7 +24,8 @@ class Router(nn.Module, ABC):
 
     Of scope `sample` there is one router for the model, which chooses for whole rows. It sees each prompt as the means
     over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. Of scope `linear`
-    there is one for each weight, which sees the layer's inputs and chooses for each token.
+    there is one for each weight, which sees the layer's inputs and chooses for each token. Of scope `block` there is
+    one for each transformer block, which sees what enters the block and chooses for each token, for all its layers.
 
     Args:
         select: Turns scores into gates; the best expert alone by default.
@@ -34,7 +36,7 @@ class Router(nn.Module, ABC):
     needs: ClassVar[str | None] = None
     """The kind of statistics that `learn` needs of each expert, as `statistics --kind` takes them: of scope `sample`
     `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
-    which a router gets those of its weight."""
+    which a router gets those of its weight. None of scope `block`."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
@@ -51,7 +53,7 @@ class Router(nn.Module, ABC):
 
         Args:
             deltas: One for each expert. Of scope `linear` its delta of the weight, `(out, in)`, or None where it has
-                none, which at least one expert has. Of scope `sample` None.
+                none, which at least one expert has. Of the other scopes None.
             statistics: What the router `needs`, one for each expert, float32: `prompts` and `prompt_parts` are vectors
                 of prompts of the expert's tasks, `(rows, size)`. Without entries where the expert has none of the
                 weight. No tensor at all if the router needs nothing.

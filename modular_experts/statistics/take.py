@@ -92,20 +92,14 @@ def take_statistics(
     model: Any = opened_base.load("float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = data.tokenizer
-    collate = Collator(RowTokenizer(tokenizer).pad_id)
     if labels == "experts":
+        collate = Collator(RowTokenizer(tokenizer).pad_id)
         for place, (expert, own) in enumerate(zip(opened, examples, strict=True)):
             with applied(model, expert, check=False):
                 examples[place] = answered(
                     model, tokenizer, own, collate, data.eval_batch_size, data.max_length, max_new_tokens
                 )
-    batches: list[list[Batch]] = []
-    for own in examples:
-        # Rows of about one length in a batch need little padding. Without a generator of its own, a loader would draw
-        # from the global one.
-        ordered = ExampleSet(sorted(own, key=lambda example: len(example.tokens.ids)))
-        loader = DataLoader(ordered, data.eval_batch_size, collate_fn=collate, generator=torch.Generator())
-        batches.append(list(loader))
+    batches = [batches_by_length(own, data) for own in examples]
 
     def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
         tokens = sum(len(example.tokens.ids) for example in own)
@@ -128,6 +122,14 @@ def take_statistics(
                 found = _MEASURES[kind](model, progress(part), names)
         stored.append(write(expert, own, dict(found)))
     return stored
+
+
+def batches_by_length(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:
+    """Return padded batches of some rows of a mixture, the shortest first, so that they need little padding."""
+    collate = Collator(RowTokenizer(data.tokenizer).pad_id)  # type: ignore[arg-type]
+    ordered = ExampleSet(sorted(examples, key=lambda example: len(example.tokens.ids)))
+    # Without a generator of its own, a loader would draw from the global one.
+    return list(DataLoader(ordered, data.eval_batch_size, collate_fn=collate, generator=torch.Generator()))
 
 
 def _own_examples(

@@ -1,17 +1,19 @@
-"""Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`.
+"""Check expert types, built-in or your own: `check_expert(lambda weight: MyExpert(weight))`, `check_plan(MyPlan())`.
 
-Each check builds a small model with two linear layers, so that a whole battery takes seconds. A check that fails
-raises an `AssertionError` that names the broken promise.
+Each check builds a small model, of two linear layers or of two transformer blocks, so that a whole battery takes
+seconds. A check that fails raises an `AssertionError` that names the broken promise.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modular_experts.experts.expert import Expert
-from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state, task_vector
+from modular_experts.experts.site import LayerPlan
+from modular_experts.injection import (
+    eject,
+    expert_layers,
+    expert_state,
+    inject,
+    load_expert_state,
+    named_experts,
+    task_vector,
+)
 
 Factory = Callable[[Tensor], Expert]
 
@@ -39,7 +50,32 @@ def check_expert(factory: Factory, compile: bool = True) -> None:
         AssertionError: The type breaks a promise; the message names it.
     """
     moves_bias = _check_bias(factory)
-    case = _Case(factory, moves_bias)
+    _check(_Case(partial(_two_layers, moves_bias), partial(inject, experts=factory, modules=".*")), compile)
+
+
+def check_plan(plan: LayerPlan, compile: bool = True) -> None:
+    """Check that the experts of a plan keep the contract of their types, all together.
+
+    The promises are those of `check_expert`. The model has two transformer blocks with the names of a Llama: `layers.0`
+    with `input_layernorm`, `self_attn.q_proj`, `k_proj`, `v_proj`, `o_proj`, `mlp.up_proj` and `mlp.down_proj`.
+
+    Args:
+        plan: The plan; a plan made with its `settings` must give the same experts.
+        compile: Also check under `torch.compile`, which needs a C++ compiler and some seconds.
+
+    Raises:
+        AssertionError: A promise is broken; the message names it.
+    """
+    settings = plan.settings()
+    try:
+        again = type(plan)(**json.loads(json.dumps(settings)))
+    except TypeError as error:
+        raise AssertionError(f"the settings of a plan must be plain values that make an equal one: {error}") from error
+    assert again.settings() == settings, "the settings of a plan must be plain values that make an equal one"
+    _check(_Case(_TwoBlocks, partial(inject, experts=plan)), compile)
+
+
+def _check(case: _Case, compile: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         _check_identity_at_start(case, dtype)
         _check_gradients(case, dtype)
@@ -54,21 +90,74 @@ def check_expert(factory: Factory, compile: bool = True) -> None:
         _check_compile(case)
 
 
+def _two_layers(moves_bias: bool) -> nn.Module:
+    """Return a network with a width that no tile divides; its second layer has a bias where experts move biases."""
+    return nn.Sequential(nn.Linear(24, 36), nn.Tanh(), nn.Linear(36, 20, bias=moves_bias))
+
+
+class _TwoBlocks(nn.Module):
+    """Two transformer blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(_Block(), _Block()), nn.Linear(24, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+class _Block(nn.Module):
+    """A transformer block with the names of a Llama's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm, self.self_attn = nn.LayerNorm(24), _Attention()
+        self.mlp = _MLP()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        return hidden_states + self.mlp(hidden_states)
+
+
+class _MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(24, 36), nn.Linear(36, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+class _Attention(nn.Module):
+    """Attention of two heads without a mask."""
+
+    head_dim = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        heads = [layer(hidden_states).unflatten(-1, (2, 12)).transpose(-3, -2) for layer in layers]
+        return self.o_proj(F.scaled_dot_product_attention(*heads).transpose(-3, -2).flatten(-2))
+
+
 @dataclass(frozen=True)
 class _Case:
-    """The type under test, and whether it moves biases, so that every layer must have one."""
+    """What makes the network, and what puts the experts under test into it."""
 
-    factory: Factory
-    moves_bias: bool
+    build: Callable[[], nn.Module]
+    equip: Callable[[nn.Module], object]
 
-    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-        """Return the network without experts, always the same: a width that no tile divides, and a bias at first."""
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the network without experts, always the same."""
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(24, 36), nn.Tanh(), nn.Linear(36, 20, bias=self.moves_bias)).to(dtype)
+        return self.build().to(dtype)
 
-    def equipped(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    def equipped(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         network = self.plain(dtype)
-        inject(network, self.factory, ".*")
+        self.equip(network)
         return network.eval()
 
     def base(self, dtype: torch.dtype) -> Callable[[str], Tensor]:
@@ -83,7 +172,8 @@ def _inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 def _train(network: nn.Module, steps: int = 3, forward: Callable[[Tensor], Tensor] | None = None) -> list[float]:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
-    x = _inputs(network.get_parameter("0.bias").dtype)
+    # Of a bias, because a full expert trains the weight in float32.
+    x = _inputs(next(tensor.dtype for name, tensor in network.named_parameters() if name in ("0.bias", "head.bias")))
     losses = []
     for _ in range(steps):
         outputs = network(x) if forward is None else forward(x)
@@ -141,7 +231,7 @@ def _check_export_reproduces(case: _Case, dtype: torch.dtype) -> None:
     network, plain, x = case.equipped(dtype), case.plain(dtype), _inputs(dtype)
     losses = _train(network, steps=5)
     assert losses[-1] < losses[0], f"five steps must lower the loss, but it went from {losses[0]} to {losses[-1]}"
-    if not _expert(network).mergeable:
+    if not all(expert.mergeable for _, expert in named_experts(network)):
         return
     with torch.no_grad():
         for name, delta in task_vector(network, case.base(dtype)):
@@ -162,16 +252,19 @@ def _check_state(case: _Case) -> None:
     network, twin, x = case.equipped(), case.equipped(), _inputs()
     _train(network)
     state = {name: tensor.clone() for name, tensor in expert_state(network).items()}
-    if not _expert(network).mergeable:
-        assert _expert(network).not_mergeable_because, "a type that is not mergeable must say why"
-        assert not list(task_vector(network)), "a type that is not mergeable must not export deltas"
+    exported = {name for name, _ in task_vector(network, case.base(torch.float32))}
+    for name, expert in named_experts(network):
+        if expert.mergeable:
+            continue
+        assert expert.not_mergeable_because, "a type that is not mergeable must say why"
+        assert name not in exported, "a type that is not mergeable must not export deltas"
         assert state, "a type that is not mergeable must have a state"
-        weight = network.get_parameter("0.weight")
-        try:
-            _expert(network).delta(weight, lambda: weight)
-        except NotImplementedError:
-            pass
-        else:
+        if isinstance(expert, Expert):
+            weight = network.get_parameter(name)
+            try:
+                expert.delta(weight, weight.detach)
+            except NotImplementedError:
+                continue
             raise AssertionError("the delta of a type that is not mergeable must raise NotImplementedError")
     if state:
         _train(twin, steps=1)  # what loading must replace
@@ -182,8 +275,10 @@ def _check_state(case: _Case) -> None:
 def _check_penalty(case: _Case) -> None:
     network = case.equipped()
     _train(network)
-    added = _expert(network).penalty()
-    if added is not None:
+    for _, expert in named_experts(network):
+        added = expert.penalty()
+        if added is None:
+            continue
         assert added.shape == (), f"a penalty must be one number, not of shape {tuple(added.shape)}"
         assert added.isfinite(), "a penalty must be finite"
         assert added.requires_grad, "a penalty must have a gradient"
@@ -241,4 +336,4 @@ def _check_compile(case: _Case) -> None:
         losses = _train(plain), _train(compiled, forward=torch.compile(compiled))
     gap = max(abs(a - b) for a, b in zip(*losses, strict=True))
     assert gap < 1e-4, f"torch.compile must not change the losses: {losses[0]} and {losses[1]}"
-    assert len(list(expert_layers(compiled))) == 2, "torch.compile must keep the experts in place"
+    assert len(named_experts(compiled)) == len(named_experts(plain)), "torch.compile must keep the experts in place"

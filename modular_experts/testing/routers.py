@@ -60,7 +60,7 @@ class _Case:
         self.router, sample = router, router.scope == "sample"
         made = [*(made_delta(form, _SHAPE, seed) for seed, form in enumerate(_FORMS[:-1])), None]
         given = made if deltas is None else deltas
-        self.deltas: list[Delta | None] = [None] * _COUNT if sample else list(given)
+        self.deltas: list[Delta | None] = list(given) if router.scope == "linear" else [None] * _COUNT
         count = len(self.deltas)
         size = 8 * len(router.depths) if sample else next(one.shape[1] for one in given if one is not None)
         middles = torch.randn(count, size, generator=draw)
@@ -70,6 +70,7 @@ class _Case:
         elif router.needs == "gates":
             self.statistics = list(torch.randn(count, size, generator=draw))
         elif router.needs is not None:
+            assert router.scope != "block", f"no statistics are taken of a block, and the router needs {router.needs}"
             found = [made_statistic(router.needs, torch.Size(_SHAPE), seed) for seed in range(count)]
             self.statistics = [one.values for one in found if one is not None]
         self.inputs = torch.cat([*(_near(middle, 3, draw) for middle in middles), torch.linspace(-50, 50, size)[None]])

@@ -32,6 +32,7 @@ from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
+from modular_experts.training.task_gate import teach_tasks
 
 _STEPS = 4
 _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
@@ -122,6 +123,9 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                 default_root_dir=folder,
             )
             try:
+                module.setup("fit")
+                module.configure_model()
+                taught = teach_tasks(module.model.to(device), data)
                 short.fit(module, source)
             finally:
                 module.learning_rate = before
@@ -143,6 +147,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     # The last batch of a validation is seldom full.
     whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
     seconds = {
+        **({"router": taught} if taught else {}),
         "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
         "choices": choosing,
         "validations": validations * whole * probe.validation,

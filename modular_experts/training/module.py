@@ -52,6 +52,7 @@ from modular_experts.injection.route import put_beneath
 from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
+from modular_experts.training.task_gate import teach_tasks
 
 log = logging.getLogger(__name__)
 
@@ -288,12 +289,13 @@ class ExpertModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Log what is trained, and start from the same supports on every rank."""
+        """Teach a router that learns first, log what is trained, and start from the same supports on every rank."""
         self.model.train()
         if self.learning_rate is not None and set(self._peak_rates()) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
+        teach_tasks(self.model, data)
         if getattr(data, "packing", False):
             check_packing(self.model)
         elif hasattr(data, "choose_packing"):

@@ -32,6 +32,7 @@ from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.routing import HiLo
+from modular_experts.testing import check_plan
 from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
 
@@ -69,6 +70,36 @@ def test_the_parts_go_in_are_trained_alone_and_come_out_bit_for_bit(architecture
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(IDS).logits, base(IDS).logits)
+
+
+class Crooked(SharedGate):
+    """Its MLPs do not start at the base."""
+
+    def __call__(self, sites):
+        return {**super().__call__(sites), "layers.0.mlp": lambda module: Shifted(24)}
+
+
+class Shifted(Shift):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        nn.init.ones_(self.shift)
+
+
+class Odd(SharedGate):
+    """Its settings are no plain values."""
+
+    def __init__(self, layers=frozenset({"q_proj", "down_proj"}), penalty: float = 0.1) -> None:
+        super().__init__(layers, penalty)
+        self.layers = frozenset(layers)
+
+
+def test_the_battery_of_plans_passes_what_keeps_the_contract_and_notices_what_does_not() -> None:
+    check_plan(SharedGate(), compile=False)
+    check_plan(HiLo("all-linear", experts=[3], ranks=[2, 2], k=2, balance=0.0), compile=False)
+    with pytest.raises(AssertionError, match=r"before training, an expert must leave the .* model"):
+        check_plan(Crooked(), compile=False)
+    with pytest.raises(AssertionError, match="the settings of a plan must be plain values"):
+        check_plan(Odd(), compile=False)
 
 
 def test_what_is_shared_exists_once_and_follows_the_model_in_copies() -> None:
@@ -147,14 +178,12 @@ def fitted(
     return module, losses.steps
 
 
-def saving(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-
-
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_has_the_same_losses_and_ends_with_the_same_state(tiny_llama_dir, task_files, tmp_path) -> None:
-    whole, losses = fitted(tiny_llama_dir, task_files, tmp_path, saving(tmp_path), plan=SharedGate())
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    whole, losses = fitted(tiny_llama_dir, task_files, tmp_path, saving, plan=SharedGate())
     ckpt = tmp_path / "step=2.ckpt"
-    rest, again = fitted(tiny_llama_dir, task_files, tmp_path, saving(tmp_path), plan=SharedGate(), ckpt=ckpt)
+    rest, again = fitted(tiny_llama_dir, task_files, tmp_path, plan=SharedGate(), ckpt=ckpt)
     assert again == losses[2:]
     state = whole.expert_state()
     assert all(torch.equal(tensor, state[name]) for name, tensor in rest.expert_state().items())
@@ -215,6 +244,7 @@ def test_the_estimate_counts_the_other_modules(tiny_llama_dir, task_files, tmp_p
             ValueError,
             "model.layer.0, which is not .*mean model.l",
         ),
+        ({"model.layers": lambda module: Shift(32)}, ValueError, "a ModuleList cannot have a module expert"),
         (
             {"model.norm": lambda module: LoRAExpert(torch.ones(4, 4), rank=1)},
             TypeError,

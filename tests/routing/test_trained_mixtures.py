@@ -20,6 +20,7 @@ from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert
 from modular_experts.injection import expert_state
 from modular_experts.injection.attach import attached
+from modular_experts.routing.gates import reading
 
 each_mixture = pytest.mark.parametrize("name", MIXTURES)
 
@@ -64,10 +65,12 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_numbers(name, trained, ti
 def test_generation_with_a_cache_is_generation_without(name, trained) -> None:
     model = trained(name)[0].model.eval()
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
-    cached, whole = (
-        model.generate(**prompts(), **how, use_cache=use_cache, return_dict_in_generate=True)
-        for use_cache in (True, False)
-    )
+    # Without a cache an answer is read again, and is told from its prompt.
+    with reading(prompts()["attention_mask"].bool()):
+        cached, whole = (
+            model.generate(**prompts(), **how, use_cache=use_cache, return_dict_in_generate=True)
+            for use_cache in (True, False)
+        )
     assert torch.equal(cached.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
 

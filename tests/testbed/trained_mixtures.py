@@ -24,7 +24,14 @@ from modular_experts.training.module import ExpertModule
 
 __all__ = ["MIXTURES", "of_config", "train"]
 
-MIXTURES = {"molora": {"balance"}, "goat": {"balance"}, "hilo": {"balance"}}
+MIXTURES = {
+    "molora": {"balance"},
+    "goat": {"balance"},
+    "hilo": {"balance"},
+    "moa": set(),
+    "lora-ir": set(),
+    "point-lora": {"entropy"},
+}
 """Each trained mixture by the name of its file in configs/fit, with the names of its penalties."""
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "fit"
@@ -36,7 +43,8 @@ def of_config(name: str, everywhere: bool = False) -> dict[str, Any]:
     key = "experts" if "experts" in model else "expert"
     type_, settings = getattr(routing, model[key]["class_path"]), model[key].get("init_args", {})
     if key == "experts":
-        return {"experts": type_(**settings)}
+        # GPT-2 makes queries, keys and values by one layer, where prompts cannot be.
+        return {"experts": type_(**settings | ({"prompts": 0} if everywhere and "prompts" in settings else {}))}
     return {"expert": partial(type_, **settings), "modules": "all-linear" if everywhere else model["modules"]}
 
 

@@ -1,0 +1,186 @@
+"""Plan LoRAs behind one gate of the prompt, after LoRA-IR (Ai et al., arXiv 2410.15385), a method for images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.deltas import Delta
+from modular_experts.experts.expert import Expert
+from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.routing.classifier import Classifier
+from modular_experts.routing.gates import CurrentGates, TopK
+from modular_experts.routing.prompts import PromptGates, kept_tokens
+from modular_experts.routing.router import check_depths
+
+
+class LoRAIR(LayerPlan):
+    """LoRAs at each linear layer, of which a prompt takes those of its task, by one gate for all layers.
+
+    LoRA-IR restores images: it recognises what degraded an image, and takes the LoRAs for that. This plan is its
+    analogue for text, and repeats no result on images; the task of a prompt stands in the place of the degradation.
+
+    Training has two stages. First `fit` teaches a router the tasks of the data and freezes it: a softmax regression of
+    the task of training prompts (`Classifier`), which reads the base's own hidden states. Then it trains the LoRAs,
+    with the `k` likeliest of each prompt, weighted by the softmax of their logits. With `k` of 1 this weight is 1
+    whatever the logits, so the second stage could not teach a router. Only the first stage reads names of tasks.
+
+    The data have as many held-in tasks as there are experts. Expert `n` is that of the `n`-th task in the order of
+    their names, in which the record lists them.
+
+    Args:
+        experts: Number of LoRAs at each layer, and of held-in tasks; at least 2.
+        modules: Patterns of the layers that get LoRAs: ends of names, regular expressions, or `all-linear`.
+        rank: Rank of a LoRA, from 1 to min(out, in).
+        k: How many of them a prompt takes.
+        alpha: The scale is alpha / rank.
+        depths: Where the router reads prompts, rising: after these shares of the transformer blocks.
+        prompts: The most training rows of a task that the router learns from, spread evenly over the task.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        modules: str | Sequence[str] = "all-linear",
+        rank: int = 8,
+        k: int = 1,
+        alpha: float = 16.0,
+        depths: Sequence[float] = (0.0, 0.25),
+        prompts: int = 256,
+    ) -> None:
+        if experts < 2:
+            raise ValueError(f"LoRAIR: experts={experts} must be at least 2, one for each task of the data")
+        if not 1 <= k <= experts:
+            raise ValueError(f"LoRAIR: k={k} is outside 1..{experts}, the number of experts")
+        if prompts < 4:
+            raise ValueError(f"LoRAIR: prompts={prompts} must be at least 4 rows of a task")
+        check_depths("LoRAIR", depths)
+        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.experts, self.rank, self.k, self.alpha = experts, rank, k, alpha
+        self.depths, self.prompts = list(depths), prompts
+
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+        gates = CurrentGates()
+        loras = partial(LoRAIRExpert, gates=gates, experts=self.experts, rank=self.rank, alpha=self.alpha)
+        chosen = by_pattern(dict.fromkeys(self.modules, loras), "modules")(sites)
+        gate = partial(TaskGate, gates=gates, experts=self.experts, k=self.k, depths=self.depths, prompts=self.prompts)
+        return {"": gate, **chosen}
+
+
+class TaskGate(ModuleExpert):
+    """Owns the router of the whole model, and makes the gates of each pass from its prompts.
+
+    Args:
+        model: A causal language model.
+        gates: Where the LoRAs find the gates.
+        experts: Number of experts.
+        k: How many of them a prompt takes.
+        depths: Where prompts are read.
+        prompts: The most training rows of a task that the router learns from.
+    """
+
+    not_mergeable_because: ClassVar[str] = "its router chooses by the prompt"
+    # The LoRAs' rate: a router that an optimizer never sees must not lower it.
+    learning_rate: ClassVar[float] = 3e-3
+    model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, gates: CurrentGates, experts: int, k: int, depths: Sequence[float], prompts: int
+    ) -> None:
+        super().__init__()
+        self.experts, self.k, self.prompts = experts, k, prompts
+        self.refer(model=model)
+        self.router = Classifier(reject=None, depths=depths, select=TopK(k))
+        self.router.experts = experts
+        config: Any = model.config
+        size, device = config.get_text_config().hidden_size * len(self.router.depths), next(model.parameters()).device
+        # A checkpoint is loaded into tensors of its sizes.
+        self.router.weight = torch.zeros(experts, size, device=device)
+        self.router.bias = torch.zeros(experts, device=device)
+        self._gates = PromptGates(self.router, gates)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the router has learned its tasks."""
+        return bool(self.router.weight.any())
+
+    def learn(self, prompts: Sequence[Tensor]) -> None:
+        """Teach the router its tasks.
+
+        Args:
+            prompts: Vectors of the prompts of each task, `(rows, size)`, as the statistic `prompt_parts` has them.
+
+        Raises:
+            ValueError: There is another number of tasks than of experts, or a task has too few prompts.
+        """
+        self.check(len(prompts))
+        self.router.learn([], prompts)
+
+    def check(self, tasks: int) -> None:
+        """Raise ValueError unless there are as many tasks as experts."""
+        if tasks < 2:
+            raise ValueError("LoRAIR chooses between tasks, and the data have one; name two or more in data.tasks")
+        if tasks != self.experts:
+            raise ValueError(
+                f"LoRAIR has experts={self.experts}, and the data have {tasks} held-in tasks; give as many experts as "
+                f"tasks: experts: {tasks}"
+            )
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kept_tokens(kwargs) and not self.has_learned:
+            raise ValueError(
+                "the router of LoRAIR has not learned its tasks yet; `fit` teaches it, and in a training loop of your "
+                "own `training.task_gate.teach_tasks` does"
+            )
+        self._gates(self.model, args, kwargs)
+
+
+class LoRAIRExpert(Expert):
+    """Adds `scale * sum_e g_e up_e @ down_e`, with the gates `g` of the row's prompt; `up` starts at zero.
+
+    All LoRAs of a layer are one product of rank `experts * rank`, whose inner values the gates multiply.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        gates: Where the gates of the pass at hand are; without gates, the base is alone.
+        experts: Number of LoRAs.
+        rank: Rank of each, from 1 to min(out, in).
+        alpha: The scale is alpha / rank.
+    """
+
+    learning_rate: ClassVar[float] = 3e-3
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str] = TaskGate.not_mergeable_because
+
+    def __init__(
+        self, weight: Tensor, gates: CurrentGates, experts: int = 2, rank: int = 8, alpha: float = 16.0
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        if not 1 <= rank <= min(rows, columns):
+            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        self.experts, self.rank, self.scale, self.gates = experts, rank, alpha / rank, gates
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
+        self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, weight, bias)
+        if self.gates.gates is None:
+            return base
+        shares = self.gates.gates.dense(self.experts).to(self.down.dtype)
+        inner = F.linear(x.to(self.down.dtype), self.down)
+        # Some models give a layer all tokens of all rows in one dimension.
+        by_row = inner.reshape(len(shares), -1, self.experts, self.rank) * shares[:, None, :, None]
+        return base + F.linear(self.scale * by_row.view_as(inner), self.up).to(base.dtype)
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
+        raise NotImplementedError(f"LoRAs behind a gate have no delta: {self.not_mergeable_because}")

@@ -1,0 +1,221 @@
+"""Plan LoRAs beside selected tokens of the prompt, after PointLoRA (arXiv 2504.16023), a method for point clouds."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modular_experts.experts.lora import LoRAExpert
+from modular_experts.experts.module_expert import Arguments, ModuleExpert
+from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.routing.prompts import check_rows, kept_tokens, prompts_at_hand
+from modular_experts.text import block_of
+
+
+class PointLoRA(LayerPlan):
+    """A LoRA at each linear layer, a shared MLP beside it, and tokens of the prompt once more in front of the sequence.
+
+    PointLoRA trains transformers on point clouds. This plan is its analogue for text, and repeats no result on point
+    clouds. A scorer looks at the embeddings of the prompt's tokens. Those of the `tokens` largest scores, in their
+    order, are multiplied by their scores and stand in front of the sequence, where every token attends to them. They
+    come from the prompt alone, so no logit of an answer depends on what comes after it. Logits of these positions are
+    dropped; they take places of the model's context.
+
+    A linear layer with input x adds `scale * up @ down @ x + mlp(x)`. All layers of one name and shape share the MLP
+    (in -> hidden -> out, GELU), which starts at zero, unlike the released one. The product with the score is ours: with
+    it, the loss teaches the scorer, which the released code leaves to the entropy alone.
+
+    Args:
+        modules: Patterns of the layers that get a LoRA: ends of names, regular expressions, or `all-linear`.
+        rank: Rank of a LoRA, from 1 to min(out, in).
+        tokens: How many tokens of each prompt are selected; with 0 there is no scorer.
+        hidden: Hidden size of the shared MLPs.
+        alpha: The LoRA's scale is alpha / rank; the released code has none.
+        entropy: Weight of the mean entropy of the scores, in nats, in the loss. A positive one drives scores to 0 and
+            1, the purpose that a note on the paper gives; a negative one drives them to 0.5, as the released code
+            does, by -0.004.
+    """
+
+    def __init__(
+        self,
+        modules: str | Sequence[str] = "all-linear",
+        rank: int = 8,
+        tokens: int = 8,
+        hidden: int = 32,
+        alpha: float = 16.0,
+        entropy: float = 0.004,
+    ) -> None:
+        if tokens < 0 or hidden < 1:
+            raise ValueError(f"PointLoRA: tokens={tokens} must be at least 0, and hidden={hidden} at least 1")
+        if not math.isfinite(entropy):
+            raise ValueError(f"PointLoRA: entropy={entropy} must be a number")
+        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.rank, self.tokens, self.hidden, self.alpha, self.entropy = rank, tokens, hidden, alpha, entropy
+
+    def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+        owner: list[TokenSelection] = []
+
+        def own(module: nn.Module) -> TokenSelection:
+            owner.append(TokenSelection(module, self.tokens, self.hidden, self.entropy))
+            return owner[0]
+
+        def lora(weight: Tensor, site: Site) -> PointLoRAExpert:
+            return PointLoRAExpert(weight, owner[0].shared(site.layer, weight), self.rank, self.alpha)
+
+        chosen = by_pattern(dict.fromkeys(self.modules, lora), "modules")(sites)
+        blocks = [block for site in sites if (block := block_of(f"{site.name}."))]
+        if not blocks:
+            raise ValueError("PointLoRA: the model has no transformer blocks, in front of which tokens could stand")
+        # What holds the list of blocks turns tokens into hidden states; the model around it has the head.
+        body = blocks[0].rpartition(".")[0].rpartition(".")[0]
+        return {body: own, **chosen}
+
+
+class TokenSelection(ModuleExpert):
+    """Owns the scorer and the shared MLPs, and puts the selected tokens in front of the sequence.
+
+    Args:
+        module: The model without its head, which turns token ids into hidden states.
+        tokens: How many tokens of each prompt are selected.
+        hidden: Hidden size of the shared MLPs.
+        entropy: Weight of the scores' entropy in the loss.
+    """
+
+    learning_rate: ClassVar[float] = LoRAExpert.learning_rate
+    not_mergeable_because: ClassVar[str] = "it selects tokens of the prompt"
+    penalty_name: ClassVar[str] = "entropy"
+    embedding: nn.Module
+    scorer: nn.Module | None
+
+    def __init__(self, module: nn.Module, tokens: int, hidden: int, entropy: float) -> None:
+        super().__init__()
+        self.tokens, self.hidden, self.entropy = tokens, hidden, entropy
+        embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+        self.refer(embedding=embedding)
+        self._names = list(inspect.signature(module.forward).parameters)
+        like = embedding.weight
+        size, made = like.shape[1], partial(nn.Linear, dtype=_wide(like), device=like.device)
+        # A scorer without tokens would get no gradient, which several processes wait for.
+        self.scorer = nn.Sequential(made(size, size // 2), nn.GELU(), made(size // 2, 1)) if tokens else None
+        self.mlps = nn.ModuleDict()
+        self._shown = torch.ones(1, 0, dtype=torch.bool)
+        self._dropped = 0
+        self._mean_entropy: Tensor | None = None
+
+    def shared(self, layer: str, weight: Tensor) -> nn.Module:
+        """Return the MLP of all layers of a name and a shape `(out, in)`; the first of them makes it."""
+        out, size = weight.shape
+        name = f"{layer}_{out}x{size}"
+        if name not in self.mlps:
+            made = partial(nn.Linear, dtype=_wide(weight), device=weight.device)
+            first, last = made(size, self.hidden), made(self.hidden, out)
+            nn.init.trunc_normal_(first.weight, std=0.02)
+            for zero in (first.bias, last.weight, last.bias):
+                nn.init.zeros_(zero)
+            self.mlps[name] = nn.Sequential(first, nn.GELU(), last)
+        return self.mlps[name]
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        self._dropped = 0
+        if self.scorer is None:
+            return None
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        check_rows(named)
+        ids, mask, places = named.get("input_ids"), named.get("attention_mask"), named.get("position_ids")
+        if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
+            raise ValueError("PointLoRA lengthens a mask of shape (rows, length); generate with a dynamic cache")
+        embedded: Tensor = self.embedding(ids) if ids is not None else named["inputs_embeds"]
+        rows, length, _ = embedded.shape
+        if kept_tokens(named):
+            # The selected tokens are among the kept keys and values.
+            past = kept_tokens(named) - self._shown.shape[1]
+        else:
+            past, tokens = 0, torch.ones(rows, length, dtype=torch.bool, device=embedded.device)
+            prompt = prompts_at_hand(length)
+            chosen, self._shown = self._select(embedded, tokens if mask is None else mask.bool(), prompt)
+            named |= {"input_ids": None, "inputs_embeds": torch.cat([chosen, embedded], 1)}
+            self._dropped = chosen.shape[1]
+        if mask is None:
+            mask = torch.ones(rows, past + length, dtype=torch.int64, device=embedded.device)
+        named["attention_mask"] = mask = torch.cat([self._shown.to(mask.dtype), mask], 1)
+        if "position_ids" in self._names:
+            # Tokens move by as many places as stand in front of them.
+            counted = (mask.cumsum(1) - 1).clamp(min=0)
+            if places is None:
+                named["position_ids"] = counted[:, -(self._dropped + length) :]
+            else:
+                moved = places + self._shown.sum(1, keepdim=True)
+                named["position_ids"] = torch.cat([counted[:, : self._dropped], moved], 1)
+        return (), named
+
+    def _select(self, embedded: Tensor, tokens: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the selected tokens times their scores, `(rows, count, size)`, and which of them are there.
+
+        A prompt with fewer tokens than `count` leaves the first of its places empty.
+        """
+        assert self.scorer is not None
+        prompt = tokens if prompt is None else tokens & prompt
+        logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)  # type: ignore[index]
+        scores = logits.sigmoid()
+        if self.training and self.entropy:
+            # The mean over a row's prompt, and over rows: then equal processes have the mean of one.
+            each = (scores * F.softplus(-logits) + (1 - scores) * F.softplus(logits)).where(prompt, 0.0)
+            self._mean_entropy = (each.sum(1) / prompt.sum(1).clamp(min=1)).mean()
+        # A stable sort, because `topk` chooses among equal scores by chance.
+        ranked = scores.detach().masked_fill(~prompt, -1.0).sort(dim=1, descending=True, stable=True).indices
+        chosen = ranked[:, : self.tokens]
+        chosen = chosen.masked_fill(~prompt.gather(1, chosen), -1).sort(1).values
+        there, chosen = chosen >= 0, chosen.clamp(min=0)
+        taken = embedded.gather(1, chosen[..., None].expand(-1, -1, embedded.shape[-1]))
+        return taken * scores.gather(1, chosen)[..., None].to(taken.dtype), there
+
+    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._dropped:
+            return output
+        if isinstance(output, tuple):
+            return output[0][:, self._dropped :], *output[1:]
+        output.last_hidden_state = output.last_hidden_state[:, self._dropped :]
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(states[:, self._dropped :] for states in output.hidden_states)
+        return output
+
+    def penalty(self) -> Tensor | None:
+        found, self._mean_entropy = self._mean_entropy, None
+        return None if found is None else self.entropy * found
+
+
+class PointLoRAExpert(LoRAExpert):
+    """Adds `scale * up @ down @ x + mlp(x)`, with an MLP that other layers share.
+
+    Args:
+        weight: The base weight `(out, in)`.
+        mlp: The MLP, which a `TokenSelection` owns.
+        rank: Inner dimension of the product, from 1 to min(out, in).
+        alpha: The scale is alpha / rank.
+    """
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str] = "its MLP is not linear, and it selects tokens of the prompt"
+    mlp: nn.Module
+
+    def __init__(self, weight: Tensor, mlp: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
+        super().__init__(weight, rank, alpha)
+        self.refer(mlp=mlp)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = super().forward(x, weight, bias)
+        return out + self.mlp(x.to(self.down.dtype)).to(out.dtype)
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Any:
+        raise NotImplementedError(f"an MLP has no delta: {self.not_mergeable_because}")
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,249 @@
+"""LoRA-IR against merged weights and one LoRA at a time; its router learns first, sees prompts only, and then rests."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_model, write_rows
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_routed import ROWS, padded
+from testbed import runs
+
+from modular_experts.data.batch import Batch, Collator
+from modular_experts.evaluation import batch_losses
+from modular_experts.injection import eject, expert_layers, inject, named_experts
+from modular_experts.routing import LoRAIR, TopK
+from modular_experts.routing.gates import CurrentGates, Gates, reading
+from modular_experts.routing.lora_ir import LoRAIRExpert, TaskGate
+from modular_experts.testing import check_expert
+from modular_experts.training.estimate import estimate
+from modular_experts.training.module import ExpertModule
+from modular_experts.training.task_gate import teach_tasks
+
+OTHERS = [[50, 51, 52], [61, 60, 59, 58], [70], [55, 66, 77, 60, 61]]
+
+
+def gate_of(model: torch.nn.Module) -> TaskGate:
+    return next(expert for _, expert in named_experts(model) if isinstance(expert, TaskGate))
+
+
+def gates_of(model: torch.nn.Module) -> Gates:
+    """Return the gates that the layers read in the last pass, which are the same objects for all of them."""
+    (found,) = {id(layer.expert.gates): layer.expert.gates.gates for _, layer in expert_layers(model)}.values()
+    return found
+
+
+def taught(architecture: str = "llama", **settings: object) -> torch.nn.Module:
+    """Return a model with random LoRAs, whose router tells tokens of `ROWS` from those of `OTHERS`."""
+    model = build_model(architecture).double()
+    inject(model, LoRAIR(**{"experts": 2, "rank": 3, "alpha": 6.0, "prompts": 24} | settings))
+    made = torch.Generator().manual_seed(4)
+    gate = gate_of(model)
+    read = []
+    for rows in (ROWS, OTHERS):
+        own = torch.tensor([token for row in rows for token in row])
+        ids = own[torch.randint(0, len(own), (24, 6), generator=made)]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+        read.append(vectors(model, batch))
+    gate.learn(read[: gate.experts])
+    with torch.no_grad():
+        for _, layer in expert_layers(model):
+            for parameter in layer.expert.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=made, dtype=torch.float64))
+    return model
+
+
+def vectors(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    from modular_experts.statistics.prompts import name_of, prompts
+
+    found = prompts(model, [batch], [], True, gate_of(model).router.depths)
+    return torch.cat([found[name_of(depth)].values for depth in gate_of(model).router.depths], 1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_batch_is_each_row_with_its_own_merged_weights(architecture: str, k: int) -> None:
+    model, rows = taught(architecture, k=k), [*ROWS, *OTHERS]
+    with torch.no_grad():
+        found, gates = model(**padded(rows, "right")).logits, gates_of(model).dense(2)
+    assert set(gates.argmax(1).tolist()) == {0, 1}, "the test must send rows to different experts"
+    for number, row in enumerate(rows):
+        merged = build_model(architecture).double()
+        for name, layer in expert_layers(model):
+            up, down = layer.expert.up.detach(), layer.expert.down.detach()
+            delta = sum(gates[number, e] * 2.0 * up[:, 3 * e : 3 * e + 3] @ down[3 * e : 3 * e + 3] for e in range(2))
+            merged.get_parameter(name).data += delta.T if architecture == "gpt2" else delta
+        with torch.no_grad():
+            alone = merged(input_ids=torch.tensor([row])).logits[0]
+        torch.testing.assert_close(found[number, : len(row)], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_a_gate_of_one_expert_is_that_expert_alone() -> None:
+    made, weight = torch.Generator().manual_seed(0), torch.randn(7, 5, dtype=torch.float64)
+    current, one = CurrentGates(), CurrentGates(Gates(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)))
+    several = LoRAIRExpert(weight, current, experts=3, rank=2)
+    for parameter in several.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=made, dtype=torch.float64)
+    x = torch.randn(3, 4, 5, generator=made, dtype=torch.float64)
+    for number in range(3):
+        alone = LoRAIRExpert(weight, one, experts=1, rank=2)
+        alone.up.data = several.up.data[:, 2 * number : 2 * number + 2]
+        alone.down.data = several.down.data[2 * number : 2 * number + 2]
+        current.gates = Gates(torch.full((3, 1), number), torch.ones(3, 1))
+        torch.testing.assert_close(several(x, weight, None), alone(x, weight, None), rtol=1e-12, atol=1e-12)
+        # A model may give the tokens of all rows in one dimension.
+        torch.testing.assert_close(several(x.flatten(0, 1), weight, None).view(3, 4, 7), several(x, weight, None))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_loss_teaches_a_router_only_where_several_experts_share_a_prompt(k: int) -> None:
+    model = taught(k=k)
+    router = gate_of(model).router
+    router.weight.requires_grad_()
+    current = next(layer.expert.gates for _, layer in expert_layers(model))
+    hidden = F.normalize(torch.randn(4, router.weight.shape[1]), dim=1)
+    expert = next(layer.expert for _, layer in expert_layers(model))
+    current.gates = router(hidden)
+    columns = expert.down.shape[1]
+    out = expert(torch.randn(4, 3, columns, dtype=torch.float64), torch.zeros(len(expert.up), columns).double(), None)
+    out.square().sum().backward()
+    assert bool(router.weight.grad.any()) == (k == 2), "with one expert its gate is 1, whatever the logits"
+
+
+def test_the_router_is_not_trained_and_its_rate_lowers_no_other() -> None:
+    model = taught()
+    assert not list(gate_of(model).parameters())
+    assert gate_of(model).learning_rate == LoRAIRExpert.learning_rate
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"up", "down"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_neither_padding_nor_other_rows_change_a_gate(side: str) -> None:
+    model, rows = taught(k=2), [*ROWS, *OTHERS]
+    with torch.no_grad():
+        model(**padded(rows, side))
+        together = gates_of(model).dense(2)
+        model(**padded(rows[::-1], side))
+        torch.testing.assert_close(gates_of(model).dense(2).flip(0), together, rtol=1e-6, atol=1e-7)
+        for number, row in enumerate(rows):
+            model(input_ids=torch.tensor([row]))
+            torch.testing.assert_close(gates_of(model).dense(2)[0], together[number], rtol=1e-5, atol=1e-6)
+
+
+def test_training_shows_the_gate_the_prompt_and_never_the_answer() -> None:
+    model = taught(k=2, depths=[0.0, 1.0])
+    seen = []
+    for answer in ([50, 51], [70, 77]):
+        ids = torch.tensor([[7, 8, 9, *answer]])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "task": ["a"]}
+        batch["labels"][:, :3] = -100
+        model.train()
+        batch_losses(model, batch)
+        seen.append(gates_of(model).weights)
+    model(input_ids=torch.tensor([[7, 8, 9]]))
+    assert torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], gates_of(model).weights, rtol=1e-6, atol=1e-7)
+
+
+def test_a_fit_teaches_its_tasks_and_uses_no_name_of_a_task(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    with caplog.at_level(logging.INFO, "modular_experts"):
+        module, data = fit(tiny_llama_dir, task_files, tmp_path)
+    assert "the router has read the prompts of 2 of 2 tasks" in caplog.text
+    assert (
+        "the router learned 2 tasks, and sends 12 of 12 validation prompts to the expert of their task" in caplog.text
+    )
+    rows = data.input_examples(["validation"])
+    for number, task in enumerate(sorted(rows)):
+        batch = Collator(pad_id=0)(rows[task])
+        with reading(tasks=["another"] * len(rows[task])), torch.no_grad():
+            module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        assert gates_of(module.model).ids.flatten().tolist() == [number] * len(rows[task])
+
+
+def fit(base: Path, files: dict[str, Path], folder: Path, *callbacks, resume: Path | None = None, **settings):
+    torch.manual_seed(0)
+    module = ExpertModule(str(base), experts=LoRAIR(experts=2, rank=2))
+    data = runs.mixture(files, base, seed=0)
+    runs.trainer(folder, *callbacks, **settings).fit(module, data, ckpt_path=resume)
+    return module, data
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_keeps_its_router_and_reads_no_prompt_again(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    first, _ = fit(tiny_llama_dir, task_files, tmp_path, saving, max_steps=2, enable_checkpointing=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "modular_experts"):
+        again, _ = fit(tiny_llama_dir, task_files, tmp_path, max_steps=4, resume=tmp_path / "step=2.ckpt")
+    assert "the router" not in caplog.text
+    assert torch.equal(gate_of(again.model).router.weight, gate_of(first.model).router.weight)
+
+
+def test_a_fit_after_the_estimate_is_the_fit_without_it(tiny_llama_dir, task_files, tmp_path) -> None:
+    found = []
+    for first in (False, True):
+        torch.manual_seed(0)
+        module = ExpertModule(str(tiny_llama_dir), experts=LoRAIR(experts=2, rank=2))
+        data, trainer = runs.mixture(task_files, tiny_llama_dir, seed=0), runs.trainer(tmp_path, max_steps=2)
+        if first:
+            assert estimate(module, data, trainer).seconds["router"] > 0
+        trainer.fit(module, data)
+        found.append(module.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
+    model = build_model("llama")
+    inject(model, LoRAIR(experts=3, modules="q_proj"))
+    with pytest.raises(ValueError, match="the router of LoRAIR has not learned its tasks yet; `fit` teaches it"):
+        model(torch.arange(5, 9)[None])
+    with pytest.raises(ValueError, match=r"experts=3, and the data have 2 held-in tasks; give as many .*: experts: 2"):
+        teach_tasks(model, runs.mixture(task_files, tiny_llama_dir))
+    with pytest.raises(ValueError, match="LoRAIR chooses between tasks, and the data have one"):
+        teach_tasks(model, runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir))
+    with pytest.raises(ValueError, match="learns the tasks of a TaskMixture, and the data are of type list"):
+        teach_tasks(model, [])
+    rows = [{"input": "a", "target": "b", "split": "train"}]
+    few = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("x", "y", "z")}
+    few = runs.TaskMixture([{"name": n, "path": str(f)} for n, f in few.items()], tokenizer=str(tiny_llama_dir))
+    with pytest.raises(ValueError, match="expert 0 has 2 prompts, and at least 4 are needed"):
+        teach_tasks(model, few)
+    packed = runs.mixture(task_files, tiny_llama_dir, packing=True)
+    with pytest.raises(ValueError, match=r"reads whole prompts, which it cannot in packed rows; leave data\.packing"):
+        runs.trainer(tmp_path).fit(ExpertModule(str(tiny_llama_dir), experts=LoRAIR(experts=2)), packed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"experts": 1}, "experts=1 must be at least 2, one for each task"),
+        ({"experts": 2, "k": 3}, "k=3 is outside 1..2"),
+        ({"experts": 2, "prompts": 3}, "prompts=3 must be at least 4 rows of a task"),
+        ({"experts": 2, "depths": [2.0]}, r"depths=\[2.0\] must be numbers from 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"LoRAIR: {sentence}"):
+        LoRAIR(**settings)
+
+
+def test_a_rank_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rank=9 is outside 1\.\.8"):
+        LoRAIRExpert(torch.zeros(8, 12), CurrentGates(), rank=9)
+
+
+def test_the_loras_keep_the_contract_of_an_expert() -> None:
+    gates = CurrentGates(TopK(2)(torch.tensor([[0.3, 1.0], [0.2, -0.5]])))
+    check_expert(lambda weight: LoRAIRExpert(weight, gates, experts=2, rank=2), compile=False)
+
+
+def test_the_base_comes_back() -> None:
+    model, ids = taught(), torch.tensor([ROWS[0]])
+    eject(model)
+    assert torch.equal(model(ids).logits, build_model("llama").double()(ids).logits)
+    assert not model._forward_pre_hooks
