@@ -50,7 +50,8 @@ from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject, named_experts, penalties
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
-from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
+from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
+from modular_experts.routing.lora_ir import TaskGate
 
 RATES = (1e-3, 3e-3, 1e-2)
 STEPS = 200
@@ -94,6 +95,17 @@ SYSTEMS = {
         lambda: HiLo(experts=[2, 4], ranks=[2, 8]),
     ),
     "HiLo, fewer": System(lambda: HiLo(experts=[2, 5], ranks=[1, 2]), None, lambda: HiLo(experts=[2, 4], ranks=[1, 6])),
+    "MoA": System(
+        lambda: MoA(rank=10, alpha=16.0, adapter_size=37), None, lambda: MoA(rank=18, alpha=16.0, adapter_size=63)
+    ),
+    "LoRA-IR": System(
+        lambda: LoRAIR(experts=10, rank=1),
+        lambda: LoRAIR(experts=10, rank=10),
+        lambda: LoRAIR(experts=2, rank=9),
+    ),
+    "PointLoRA": System(
+        lambda: PointLoRA(rank=6, tokens=4, hidden=5), None, lambda: PointLoRA(rank=16, tokens=8, hidden=43)
+    ),
 }
 """A LoRA as the reference, and each system; "fewer" has at least 20 % fewer trained numbers than MoLoRA."""
 
@@ -270,10 +282,13 @@ def _quiet() -> None:
 def parameters(model: nn.Module) -> dict[str, int]:
     """Return how many numbers are trained, and how many of them one token meets: of k of n experts, k / n."""
     trained = active = 0
-    for _, expert in named_experts(model):
+    experts = [expert for _, expert in named_experts(model)]
+    of_prompt = next((expert.k for expert in experts if isinstance(expert, TaskGate)), None)
+    for expert in experts:
+        taken = expert.k if isinstance(expert, MoLoRAExpert) else of_prompt
         for name, parameter in expert.named_parameters():
             trained += parameter.numel()
-            share = expert.k / expert.experts if isinstance(expert, MoLoRAExpert) and name != "router" else 1
+            share = 1 if taken is None or name == "router" else taken / expert.experts  # type: ignore[operator]
             active += round(share * parameter.numel())
     return {"trained": trained, "active": active}
 
@@ -324,6 +339,8 @@ def _step(name: str, small: bool) -> tuple[Callable[[], None], nn.Module]:
     batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     torch.manual_seed(0)
     inject(base, SYSTEMS[name].large())
+    for gate in [expert for _, expert in named_experts(base) if isinstance(expert, TaskGate)]:
+        gate.learn([torch.randn(16, gate.router.weight.shape[1]) for _ in range(gate.experts)])
     base.train()
     optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
