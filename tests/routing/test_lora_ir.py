@@ -19,6 +19,7 @@ from modular_experts.injection import eject, expert_layers, inject, named_expert
 from modular_experts.routing import LoRAIR, TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.routing.lora_ir import LoRAIRExpert, TaskGate
+from modular_experts.statistics.prompts import name_of, prompts
 from modular_experts.testing import check_expert
 from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
@@ -42,14 +43,13 @@ def taught(architecture: str = "llama", **settings: object) -> torch.nn.Module:
     model = build_model(architecture).double()
     inject(model, LoRAIR(**{"experts": 2, "rank": 3, "alpha": 6.0, "prompts": 24} | settings))
     made = torch.Generator().manual_seed(4)
-    gate = gate_of(model)
     read = []
     for rows in (ROWS, OTHERS):
         own = torch.tensor([token for row in rows for token in row])
         ids = own[torch.randint(0, len(own), (24, 6), generator=made)]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
         read.append(vectors(model, batch))
-    gate.learn(read[: gate.experts])
+    gate_of(model).learn(read)
     with torch.no_grad():
         for _, layer in expert_layers(model):
             for parameter in layer.expert.parameters():
@@ -58,10 +58,9 @@ def taught(architecture: str = "llama", **settings: object) -> torch.nn.Module:
 
 
 def vectors(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    from modular_experts.statistics.prompts import name_of, prompts
-
-    found = prompts(model, [batch], [], True, gate_of(model).router.depths)
-    return torch.cat([found[name_of(depth)].values for depth in gate_of(model).router.depths], 1)
+    depths = gate_of(model).router.depths
+    found = prompts(model, [batch], [], True, depths)
+    return torch.cat([found[name_of(depth)].values for depth in depths], 1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])

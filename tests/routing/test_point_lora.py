@@ -102,6 +102,16 @@ def test_generation_with_a_cache_is_generation_without(architecture: str) -> Non
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_places_that_the_caller_gives_move_with_the_tokens(architecture: str) -> None:
+    model, batch = planned(architecture), padded(ROWS, "left")
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        found = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
 def test_a_cache_without_a_mask_is_read_on() -> None:
     model, ids = planned(), torch.tensor([[7, 8, 9, 10, 11]])
     with torch.no_grad(), reading(torch.tensor([[1, 1, 1, 0, 0]]).bool()):
