@@ -2,14 +2,15 @@
 
 A Llama of 135 million parameters with random weights passes 8 rows forward, each with another expert at every
 projection: entries and tiles of 16 at 5 %, LoRA of rank 16 (4.6 %), and PEFT's mixed batch of the same LoRA
-(`adapter_names`). Prefill takes 64 or 128 tokens a row, decoding one token after 64. All run in turn on one thread, in
-an order drawn anew for each round; the numbers are ratios of medians of CPU time. The floor counts operations in
-prefill, and in decoding the bytes of the experts over those of the base.
+(`adapter_names`). `Arrow` chooses three of the eight LoRAs for each token at each projection, here and in PEFT. Prefill
+takes 64 or 128 tokens a row, decoding one token after 64. All run in turn on one thread, in an order drawn anew for
+each round; the numbers are ratios of medians of CPU time. The floor counts operations in prefill, and in decoding the
+bytes of the experts over those of the base.
 
 Memory is the growth of a process of its own from 20 experts of a kind, over their values and places as packed (two
 bytes a place of an entry, four a tile): what the mixtures hold, and the peak of a forward pass over that of the base.
 
-    python benchmarks/routing_cost.py [--dtype float32 bfloat16] [--json] [--quick]      6 minutes; --quick: in small
+    python benchmarks/routing_cost.py [--dtype float32 bfloat16] [--json] [--quick]     10 minutes; --quick: in small
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
 from modular_experts.deltas.tiles import tile_grid
 from modular_experts.injection.routed import routed
+from modular_experts.routing import Arrow
 
 KINDS = ["entries", "tiles", "LoRA"]
+ARROWS = ["Arrow", "PEFT Arrow"]
 ROWS, KEPT, TILE, RANK, PROMPT, MANY = 8, 0.05, 16, 16, 64, 20
 WORKS = {"prefill 64": 64, "prefill 128": 128, "decode": 1}
 GOALS = {"entries": 1.5, "tiles": 1.5, "LoRA": 1.3}
@@ -93,14 +96,33 @@ def contenders(base: nn.Module, kinds: list[str]) -> dict[str, tuple[nn.Module, 
         model = copy.deepcopy(base, dict(shared))
         routed(model, [RandomExpert(base, kind, number) for number in range(ROWS)], rows=range(ROWS), check=False)
         found[kind] = (model, {})
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=PROJECTIONS)
-    model = peft.get_peft_model(copy.deepcopy(base, dict(shared)), config, "expert0", autocast_adapter_dtype=False)
-    for number in range(1, ROWS):
-        model.add_adapter(f"expert{number}", config)
+    model = copy.deepcopy(base, dict(shared))
+    routed(model, [RandomExpert(base, "LoRA", number) for number in range(ROWS)], Arrow(), check=False)
+    found["Arrow"] = (model, {})
+    mixed = peft_model(copy.deepcopy(base, dict(shared)), ROWS)
+    found["PEFT LoRA"] = (mixed, {"adapter_names": [f"expert{number}" for number in range(ROWS)]})
+    found["PEFT Arrow"] = (peft_model(copy.deepcopy(base, dict(shared)), ROWS, arrow=True), {})
+    return found
+
+
+def peft_model(base: Any, count: int, arrow: bool = False) -> nn.Module:
+    """Return PEFT's model of random LoRAs, which are mixed by row, or by token as its Arrow says."""
+    common: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": PROJECTIONS}
+    config = peft.LoraConfig(**common)
+    model = peft.get_peft_model(base, config, "expert0", autocast_adapter_dtype=False)
+    names = [f"expert{number}" for number in range(count)]
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.01 * torch.randn(parameter.shape, dtype=next(base.parameters()).dtype)
-    return found | {"PEFT LoRA": (model.eval(), {"adapter_names": [f"expert{number}" for number in range(ROWS)]})}
+            parameter.data = (0.01 * torch.randn(parameter.shape, generator=draw)).to(next(base.parameters()).dtype)
+    if arrow:
+        chosen = peft.ArrowConfig(top_k=3)
+        chosen.task_adapter_names, chosen.gks_adapter_names = names, []
+        model.add_adapter("arrow_router", peft.LoraConfig(**common, arrow_config=chosen))
+        model.set_adapter("arrow_router")
+    return model.eval()
 
 
 def passes(model: nn.Module, named: dict[str, Any], work: str, vocabulary: int) -> Callable[[], Tensor]:
@@ -168,14 +190,19 @@ def own_memory(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> di
     base: Any = language_model(options.quick).base.to(dtype).eval()
     passes(base, {}, "prefill 128", base.config.vocab_size)()
     before = high_water()
-    experts = [RandomExpert(base, kind, number) for number in range(MANY)]
+    experts = [RandomExpert(base, "LoRA" if kind in ARROWS else kind, number) for number in range(MANY)]
     packed = sum(expert.facts(dtype)[1] for expert in experts)
-    routed(base, experts, rows=range(ROWS), check=False)
-    mixtures = [layer.expert for layer in base.modules() if hasattr(layer, "expert")]
-    held = sum(delta.nbytes for mixture in mixtures for delta in mixture.deltas if delta is not None)
-    passes(base, {}, "prefill 128", base.config.vocab_size)()
-    row = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": MANY}
-    return row | {"held_over_packed": held / packed, "peak_over_packed": (high_water() - before) / packed}
+    row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "kind": kind, "experts": MANY}
+    model = base
+    if kind == "PEFT Arrow":
+        model = peft_model(base, MANY, arrow=True)
+    else:
+        routed(base, experts, **({"router": Arrow()} if kind == "Arrow" else {"rows": range(ROWS)}), check=False)
+        mixtures = [layer.expert for layer in base.modules() if hasattr(layer, "expert")]
+        held = sum(delta.nbytes for mixture in mixtures for delta in mixture.deltas if delta is not None)
+        row["held_over_packed"] = held / packed
+    passes(model, {}, "prefill 128", base.config.vocab_size)()
+    return row | {"peak_over_packed": (high_water() - before) / packed}
 
 
 def main() -> None:
@@ -193,21 +220,24 @@ def main() -> None:
         print(json.dumps(own_memory(options.memory, getattr(torch, options.dtype[0]), options)))
         return
     options.repeats = 1 if options.quick else options.repeats
-    pairs = [(kind, dtype) for dtype in options.dtype for kind in options.kinds]
+    pairs = [(kind, dtype) for dtype in options.dtype for kind in [*options.kinds, *ARROWS]]
     space = [memory(kind, dtype, options) for kind, dtype in pairs]
     rows = [row for dtype in options.dtype for row in compare(getattr(torch, dtype), options)]
     if options.json:
         print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows, "memory": space}))
         return
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    names = [*options.kinds, "PEFT LoRA"]
+    others = ["PEFT LoRA", *ARROWS]
+    names = [*options.kinds, *others]
     print(f"CPU time over the base alone (floor; goal)\n\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for row in rows:
         cells = [f"{row[kind]:.2f} ({row[f'{kind}, floor']:.2f}; {row[f'{kind}, goal']:.2f})" for kind in options.kinds]
-        print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {row['PEFT LoRA']:.2f} |")
+        cells += [f"{row[name]:.2f}" for name in others]
+        print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} |")
     print(f"\nBytes of {MANY} experts over their packed bytes\n\n| | held | peak |\n|---|---|---|")
     for row in space:
-        print(f"| {row['dtype']}, {row['kind']} | {row['held_over_packed']:.2f} | {row['peak_over_packed']:.2f} |")
+        held = f"{row['held_over_packed']:.2f}" if "held_over_packed" in row else ""
+        print(f"| {row['dtype']}, {row['kind']} | {held} | {row['peak_over_packed']:.2f} |")
 
 
 if __name__ == "__main__":
