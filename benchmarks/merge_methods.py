@@ -103,6 +103,10 @@ METHODS: dict[str, Way] = {
     "aTLAS, from flat SelfRegMean, experts' answers": Way(search=ATLAS(), merges=FLAT, labels="experts"),
     "aTLAS, from flat SelfRegMean, distilled": Way(search=ATLAS(objective="distill"), merges=FLAT, labels="experts"),
     "aTLAS by row": Way(search=ROWS, merges=FLAT, training_rows=(320, 4)),
+    "aTLAS by row, from RegMean": Way(search=ROWS, merges=REG_MEAN, training_rows=(320, 4)),
+    "aTLAS by row, from RegMean, distilled": Way(
+        search=replace(ROWS, objective="distill"), merges=REG_MEAN, labels="experts", training_rows=(320, 4)
+    ),
     "aTLAS by row, from IsoC": Way(search=ROWS, merges=[m.IsoC(scale=2.0)], training_rows=(320, 4)),
     "aTLAS by row, distilled": Way(
         search=replace(ROWS, objective="distill"), merges=FLAT, labels="experts", training_rows=(320, 4)
