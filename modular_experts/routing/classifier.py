@@ -16,13 +16,7 @@ from modular_experts.routing.router import Router, Scope, check_depths, check_pr
 FOLDS = 4
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 """What weight decay is chosen among, the strongest first."""
-
-
-CURVATURE = 0.1
-"""How much of the curvature at zero is left at the minimum, where most prompts are sure of their expert; a guess."""
-
-
-ROUGHLY, EXACTLY = 1e-3, 5e-6
+ROUGHLY, EXACTLY = 1e-3, 3e-6
 """Largest gradient of a fit that ranks decays and prompts, or starts another one, and of the fit that is kept."""
 
 
@@ -99,8 +93,8 @@ class Classifier(Router):
 class _Regression:
     """The regression on given prompts, in coordinates in which these have no covariance.
 
-    There a fit can divide its steps in each direction by the curvature, and it starts at the minimum for the next
-    stronger decay, which saves passes over the prompts.
+    There the curvature is nearly that of each direction alone, by which a fit divides its steps. It starts at the
+    minimum for the next stronger decay.
     """
 
     def __init__(self, prompts: Sequence[Tensor]) -> None:
@@ -112,16 +106,20 @@ class _Regression:
         self.middle = x.mean(0)
         self.spread = (x - self.middle).square().mean().sqrt()
         x = (x - self.middle) / self.spread
-        self.variance, self.turn = torch.linalg.eigh(x.T @ x / len(x))
+        self.turn = torch.linalg.eigh(x.T @ x).eigenvectors
         self.x = x @ self.turn
 
+    def shares(self, owner: Tensor) -> Tensor:
+        """Return the weight of each prompt in the loss, of which each expert's prompts make an equal share."""
+        return 1 / (owner.bincount(minlength=self.experts)[owner] * self.experts)
+
     def loss(self, scores: Tensor, owner: Tensor) -> Tensor:
-        """Return the cross entropy of scores `(n, experts)`, of which each expert's prompts make an equal share."""
-        shares = 1 / (owner.bincount(minlength=self.experts)[owner] * self.experts)
-        return F.cross_entropy(scores, owner, reduction="none") @ shares.to(scores)
+        """Return the cross entropy of scores `(n, experts)`."""
+        return F.cross_entropy(scores, owner, reduction="none") @ self.shares(owner).to(scores)
 
     def fits(self, decays: Sequence[float], x: Tensor, owner: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return weight `(experts, size)` and bias for each decay, the strongest first, on some of the prompts."""
+        x = x.float()
         found, start = [], (x.new_zeros(self.experts, x.shape[1]), x.new_zeros(self.experts))
         for decay in decays:
             start = self._fit(decay, x, owner, *start, ROUGHLY)
@@ -131,35 +129,37 @@ class _Regression:
     def _fit(
         self, decay: float, x: Tensor, owner: Tensor, weight: Tensor, bias: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor]:
-        steps = (CURVATURE * self.variance.clamp(min=0) / self.experts + decay).rsqrt()
-        free = (weight / steps).requires_grad_(), bias.clone().requires_grad_()
+        sure = F.linear(x, weight, bias).softmax(1)
+        curved = sure * (1 - sure) * self.shares(owner).to(x)[:, None]
+        steps, step = (curved.T @ x.square() + decay).rsqrt(), (curved.sum(0) + 1e-3).rsqrt()
+        free = (weight / steps).requires_grad_(), (bias / step).requires_grad_()
         optimizer = torch.optim.LBFGS(
-            free, max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+            free, max_iter=100, tolerance_grad=tolerance, tolerance_change=0.0, line_search_fn="strong_wolfe"
         )
 
         def loss() -> Tensor:
             optimizer.zero_grad()
             moved = free[0] * steps
-            total = self.loss(F.linear(x, moved, free[1]), owner) + 0.5 * decay * moved.square().sum()
+            total = self.loss(F.linear(x, moved, free[1] * step), owner) + 0.5 * decay * moved.square().sum()
             total.backward()
             return total
 
         with torch.enable_grad():
             optimizer.step(loss)
-        return free[0].detach() * steps, free[1].detach()
+        return free[0].detach() * steps, free[1].detach() * step
 
     def left_out(self, decays: Sequence[float]) -> list[Tensor]:
         """Return for each decay the scores `(n, experts)` of all prompts by fits that did not see them."""
         scores = [self.x.new_zeros(len(self.x), self.experts) for _ in decays]
         for fold in range(FOLDS):
             out = self.fold == fold
-            for found, fit in zip(scores, self.fits(decays, self.x[~out], self.owner[~out]), strict=True):
-                found[out] = F.linear(self.x[out], *fit)
+            for found, (weight, bias) in zip(scores, self.fits(decays, self.x[~out], self.owner[~out]), strict=True):
+                found[out] = F.linear(self.x[out], weight.double(), bias.double())
         return scores
 
     def whole(self, decays: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return weight and bias for the last of the decays, on all prompts as they were given."""
-        start = self.fits(decays, self.x, self.owner)[-1]
-        weight, bias = self._fit(decays[-1], self.x, self.owner, *start, EXACTLY)
+        weight, bias = self.fits(decays, self.x, self.owner)[-1]
+        weight, bias = self._fit(decays[-1], self.x, self.owner, weight.double(), bias.double(), EXACTLY)
         weight = weight @ self.turn.T / self.spread
         return weight, bias - weight @ self.middle
