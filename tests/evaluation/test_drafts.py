@@ -24,7 +24,7 @@ from modular_experts.evaluation import (
 )
 from modular_experts.evaluation.drafts import has_room, losses_and_answers, packs_evaluation
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import find_sites, inject
+from modular_experts.injection import find_sites, inject, moves_tokens_alone
 from modular_experts.injection.routed import routed
 from modular_experts.routing import Energy
 
@@ -127,6 +127,7 @@ def test_rows_are_packed_behind_routers_of_tokens_and_not_behind_those_of_prompt
         torch.testing.assert_close(sums, batch_losses(model, batch)[0], rtol=1e-4, atol=1e-3)
         assert answers == generate_tokens(model, tokenizer, batch, STEPS)
     with routed(model, experts, rows=[0, 1, 2]):
+        assert not moves_tokens_alone(model)
         assert not packs_evaluation(model)
 
 
