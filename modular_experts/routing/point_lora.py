@@ -100,6 +100,7 @@ class TokenSelection(ModuleExpert):
         embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
         self.refer(embedding=embedding)
         self._names = list(inspect.signature(module.forward).parameters)
+        self._context: int | None = getattr(module.config, "max_position_embeddings", None)
         like = embedding.weight
         size, made = like.shape[1], partial(nn.Linear, dtype=_wide(like), device=like.device)
         # A scorer without tokens would get no gradient, which several processes wait for.
@@ -145,6 +146,12 @@ class TokenSelection(ModuleExpert):
         if mask is None:
             mask = torch.ones(rows, past + length, dtype=torch.int64, device=embedded.device)
         named["attention_mask"] = mask = torch.cat([self._shown.to(mask.dtype), mask], 1)
+        if self._context is not None and mask.shape[1] > self._context:
+            raise ValueError(
+                f"PointLoRA puts {self._shown.shape[1]} tokens in front of {past + length}, and the model's context is "
+                f"{self._context}; let data.max_length, in generation with max_new_tokens added, be at most "
+                f"{max(self._context - self.tokens, 0)}, or select fewer tokens"
+            )
         if "position_ids" in self._names:
             # Tokens move by as many places as stand in front of them.
             counted = (mask.cumsum(1) - 1).clamp(min=0)

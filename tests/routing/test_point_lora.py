@@ -199,6 +199,18 @@ def test_what_cannot_be_is_refused() -> None:
         model.generate(**padded(ROWS, "left"), max_new_tokens=2, cache_implementation="static")
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_tokens_that_leave_the_context_are_refused(architecture: str) -> None:
+    model = planned(architecture)
+    context = model.config.max_position_embeddings
+    with torch.no_grad():
+        kept = model(torch.full((1, context - 3), 9), use_cache=True).cache
+        with pytest.raises(ValueError, match=rf"puts 3 tokens in front of {context - 2}, .* be at most {context - 3}"):
+            model(torch.full((1, context - 2), 9))
+        with pytest.raises(ValueError, match=rf"puts 3 tokens in front of {context - 2}, "):
+            model(torch.tensor([[9]]), cache=kept)
+
+
 def test_the_lora_keeps_the_contract_of_an_expert() -> None:
     def with_mlp(weight: torch.Tensor) -> PointLoRAExpert:
         mlp = nn.Sequential(nn.Linear(weight.shape[1], 3), nn.GELU(), nn.Linear(3, weight.shape[0]))
