@@ -33,7 +33,7 @@ class Constant(Router):
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
-        weights = self.weights or [1 / self.experts] * self.experts
+        weights = [1 / self.experts] * self.experts if self.weights is None else self.weights
         if len(weights) != self.experts:
             raise ValueError(
                 f"Constant: weights={weights} are {len(weights)} numbers, and there are {self.experts} experts; give "

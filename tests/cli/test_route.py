@@ -181,6 +181,9 @@ def test_constant_gates_fit_their_experts(run, place):
     code, _, err = run("route", *EXPERTS, *weights, "--out", "library/r")
     assert code == 1
     assert "Constant: weights=[1.0, 2.0] are 2 numbers, and there are 3 experts" in err
+    code, _, err = run("route", *EXPERTS, "--router", "Constant", "--router.weights", "[]", "--out", "library/r")
+    assert code == 1
+    assert "Constant: weights=[] are 0 numbers, and there are 3 experts" in err
     assert run("route", *EXPERTS, "--router", "Constant", "--out", "library/r")[0] == 0
     assert open_expert("library/r").state()["router/shares"].tolist() == pytest.approx([1 / 3] * 3)
     code, _, err = run("apply", "--experts", "library/r", "--out", "checkpoint")
