@@ -179,7 +179,8 @@ def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) 
     if kind is None:
         near = did_you_mean(name, ROUTERS)
         raise ValueError(
-            f"{expert.path} has a router {name}, which is not a built-in one{near}; pass its class: router="
+            f"{expert.path} has a router {name}, which is not a built-in one{near}; Python puts it into a model if it "
+            f"gets the class: modular_experts.injection.route.put_in(model, expert, router={name})"
         )
     members = experts_behind(expert)
     parts: dict[str, dict[str, Tensor]] = {MODEL: {}}

@@ -229,6 +229,18 @@ def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, task
         attached(model, "library/r")
 
 
+def test_a_router_of_a_user_is_put_into_a_model_by_its_class(run, place, tiny_llama_dir):
+    class Mine(Oracle):
+        pass
+
+    route(EXPERTS[1:], "library/r", Mine())
+    code, _, err = run("generate", "--experts", "library/r", "upper bat:")
+    assert code == 1
+    assert "library/r has a router Mine, which is not a built-in one; Python puts it into a model if it gets" in err
+    with put_in(Base.open(tiny_llama_dir).load(), open_expert("library/r"), router=Mine) as running:
+        assert type(running.router) is Mine
+
+
 def test_a_selection_that_could_not_be_read_again_is_refused(place):
     class Mine(TopK):
         pass
