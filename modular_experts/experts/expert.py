@@ -47,6 +47,11 @@ class Trained(nn.Module):
     If it is not 0, a batch of training holds each row twice, all first copies before all second ones.
     """
 
+    @property
+    def moves_tokens_alone(self) -> bool:
+        """Whether it looks at no other token than the one that it moves: what is a delta does not, others may."""
+        return self.mergeable
+
     def draw(self, key: str) -> None:
         """Draw what is random in the next training step; most types draw nothing.
 

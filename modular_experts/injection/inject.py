@@ -28,7 +28,6 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
-from modular_experts.routing.mixture import Mixture
 from modular_experts.text import depth_of, did_you_mean
 
 
@@ -216,14 +215,8 @@ def _equipped_modules(model: nn.Module) -> list[tuple[str, nn.Module, ModuleExpe
 
 
 def moves_tokens_alone(model: nn.Module) -> bool:
-    """Return whether no expert looks at another token than the one that it moves, so that rows may be packed.
-
-    A delta does not, nor a mixture whose layers have routers of their own; one with gates for whole rows does, and so
-    may any other expert that chooses by its input.
-    """
-    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
-    others = [expert for _, expert in named_experts(model) if not isinstance(expert, Mixture)]
-    return all(one.router is not None for one in mixtures) and all(one.mergeable for one in others)
+    """Return whether no expert looks at another token than the one that it moves, so that rows may be packed."""
+    return all(module.moves_tokens_alone for module in model.modules() if isinstance(module, Trained))
 
 
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:

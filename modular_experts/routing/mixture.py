@@ -55,6 +55,11 @@ class Mixture(Expert):
         self.biases = [None if bias is None else bias.dense() for bias in biases]
         self.gates, self.router, self.common = gates, router, common
 
+    @property
+    def moves_tokens_alone(self) -> bool:
+        """Whether the layer has a router of its own; other gates may be those of whole rows."""
+        return self.router is not None
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._added(F.linear(x, weight, bias), x)
 
