@@ -85,6 +85,18 @@ def apply(
     )
 
 
+def check_fit(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
+    """Raise ValueError if a weight that an expert moves does not exist in a model, has another shape there, or is tied
+    to another one.
+    """
+    structure = Structure(model)
+    for expert in experts:
+        shapes = (
+            expert.shapes() if isinstance(expert, TaskVector) else {name: delta.shape for name, delta in expert.items()}
+        )
+        structure.check_fit(shapes, expert.name if isinstance(expert, StoredExpert) else "the expert")
+
+
 @torch.no_grad()
 def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progress: Progress = iter) -> None:
     """Add the sum of experts to a model in place: taken in float32, rounded once to the dtype of each weight.
@@ -97,13 +109,8 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     Raises:
         ValueError: A weight does not exist, has another shape, or is tied to another one; nothing has been added then.
     """
-    shapes: dict[str, torch.Size] = {}
-    for expert in experts:
-        shapes |= (
-            expert.shapes() if isinstance(expert, TaskVector) else {name: delta.shape for name, delta in expert.items()}
-        )
-    Structure(model).check_fit(shapes)
-    for name in progress(sorted(shapes)):
+    check_fit(model, experts)
+    for name in progress(sorted({name for expert in experts for name in expert})):
         weight = model.get_parameter(name)
         delta = add([expert[name] for expert in experts if name in expert])
         delta.to(weight.device).add_to(weight)

@@ -28,7 +28,7 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import experts_behind
+from modular_experts.library.compatibility import experts_behind, union_of_weights
 from modular_experts.routing import (
     Arrow,
     Centroid,
@@ -73,7 +73,8 @@ def route(
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced; nothing has been read yet.
         FileNotFoundError: The router needs the prompts of an expert, which were not taken yet.
-        ValueError: An expert has another base, lies in another library or is not mergeable, or there are too few.
+        ValueError: An expert has another base, lies in another library or is not mergeable, two experts disagree on
+            the shape of a weight, or there are too few.
     """
     target = check_target(out, overwrite)
     opened = members_of(experts, out, fallback)
@@ -85,6 +86,7 @@ def route(
                 f"{expert.path} is in another library than {out}; a routed expert lies beside its experts, such as "
                 f"{expert.path.parent / target.name}"
             )
+    union_of_weights(members)
     router = router or Centroid()
     router.select.check(len(opened))
     if type(router.select) not in SELECTIONS.values():

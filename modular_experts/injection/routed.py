@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from modular_experts.base.apply import AnyExpert, check_loaded, open_several
+from modular_experts.base.apply import AnyExpert, check_fit, check_loaded, open_several
 from modular_experts.base.structure import is_transposed
 from modular_experts.deltas import Delta
 from modular_experts.experts.site import Factory, Plan, Site
@@ -107,7 +107,7 @@ def routed(
 
     Raises:
         ValueError: The model is not the experts' base or has experts, an expert is not mergeable, moves what is not a
-            linear layer, or the router has learned another number of experts.
+            linear layer or has another shape there, or the router has learned another number of experts.
     """
     if named_experts(model):
         raise ValueError("the model has experts already; route experts on the base alone, after eject(model)")
@@ -173,6 +173,8 @@ def _fitting(
     check_mergeable([expert for expert in several if isinstance(expert, StoredExpert)])
     if check:
         check_loaded(model, several)
+    # A kernel would read beside a delta of another shape.
+    check_fit(model, several)
     count = len(experts)
     if isinstance(router, Router) and router.scope != "sample":
         learned = by_block if router.scope == "block" else by_weight

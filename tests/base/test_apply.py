@@ -210,6 +210,8 @@ def test_a_weight_that_does_not_fit_is_refused_before_any_is_moved(tiny_llama_di
         ValueError, match=r"k_proj.weight as a weight of shape \(32, 16\), and in LlamaForCausalLM .* \(16, 32\)"
     ):
         apply_deltas(model, [good, {"model.layers.0.self_attn.k_proj.weight": Dense(torch.ones(32, 16))}])
+    with pytest.raises(ValueError, match=r"q_proj.weight as a weight of shape \(16, 32\)"):
+        apply_deltas(model, [{next(iter(good)): Dense(torch.ones(16, 32))}, good])
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     apply_deltas(model, [good])
     assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before[next(iter(good))])

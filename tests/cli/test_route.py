@@ -216,6 +216,12 @@ def test_mistakes_get_one_sentence(run, place, tasks):
     )
     assert code == 1
     assert "TopK: k=4 is more than the 3 experts" in err
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    record = make_record("made", open_expert("library/upper").record["base"])
+    write_expert("library/small", {weight: Sparse.zero(torch.Size((16, 32)))}, record)
+    code, _, err = run("route", *EXPERTS, "library/small", "--router", "Oracle", "--out", "library/s")
+    assert code == 1
+    assert f"upper and small disagree on the shape of {weight}: (32, 32) and (16, 32)" in err
 
 
 def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, tasks, tiny_llama_dir):

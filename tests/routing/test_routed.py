@@ -220,6 +220,9 @@ def test_what_cannot_be_routed_is_refused() -> None:
     norm = {"model.norm.weight": Dense(torch.ones(32))}
     with pytest.raises(ValueError, match=r"moves model\.norm\.weight, which is not a linear layer"):
         routed(model, [*experts, norm], rows=[0])
+    smaller = {"model.layers.0.self_attn.q_proj.weight": Dense(torch.ones(16, 32))}
+    with pytest.raises(ValueError, match=r"q_proj\.weight as a weight of shape \(16, 32\), and in .* \(32, 32\)"):
+        routed(model, [*experts, smaller], rows=[0])
     with pytest.raises(ValueError, match="has learned 3 experts, and 2 are given"):
         routed(model, experts[:2], centroid(model))
     with (
