@@ -7,6 +7,7 @@ the layers. All of them leave the base as they found it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -56,14 +57,20 @@ def attached(
             "it alone"
         )
     if first.routed and others:
-        return _Both(applied(model, others, check=check), put_in(model, first, check=False))
+        with _Both() as both:
+            both.enter_context(applied(model, others, check=check))
+            both.enter_context(put_in(model, first, check=False))
+            return both.pop_all()
     if first.routed:
         return put_in(model, first, check=check)
     if check:
         check_loaded(model, inputs)
     state = first.state()
-    injected = Injected(model, _plan_of(first, plan) or _by_state(MIXTURES[first.record["kind"]], state))
-    load_expert_state(model, state)
+    with ExitStack() as until_loaded:
+        injected = Injected(model, _plan_of(first, plan) or _by_state(MIXTURES[first.record["kind"]], state))
+        until_loaded.enter_context(injected)
+        load_expert_state(model, state)
+        until_loaded.pop_all()
     return injected
 
 
@@ -71,22 +78,12 @@ def _parents(expert: StoredExpert) -> list[str]:
     return [str(parent["content_hash"]) for parent in expert.record["parents"]]
 
 
-class _Both:
+class _Both(ExitStack):
     """A routed expert, and the deltas of what was trained on top of it in the weights beneath it."""
-
-    def __init__(self, deltas: Applied, routed: Injected) -> None:
-        self._deltas, self._routed = deltas, routed
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
-        self._routed.remove()
-        self._deltas.remove()
-
-    def __enter__(self) -> _Both:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.remove()
+        self.close()
 
 
 def needs_injection(expert: StoredExpert) -> bool:

@@ -20,7 +20,7 @@ from modular_experts.evaluation import evaluate
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection.attach import attached
 from modular_experts.injection.route import route
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.routing import Centroid, Energy, MoLoRAExpert, Softmax
 from modular_experts.statistics import take_statistics
 
@@ -108,3 +108,16 @@ def test_what_cannot_be_beneath_is_refused(experts, tiny_llama_dir) -> None:
         runs.module(tiny_llama_dir, MoLoRAExpert, applied=[str(first.path)]).configure_model()
     with pytest.raises(ValueError, match="r chooses by the input, so nothing can be added to it but what was trained"):
         attached(Base.open(tiny_llama_dir).load(), [first, experts[0]])
+
+
+def test_a_router_that_lost_an_expert_leaves_the_model_as_it_was(experts, tiny_llama_dir) -> None:
+    folder = Path(experts[0]).parent
+    below = route(experts, folder / "r", Energy())
+    record = make_record("made", below.record["base"], parents=as_parents([below]))
+    write_expert(folder / "top", {name: Dense(torch.ones(shape)) for name, shape in WEIGHTS.items()}, record)
+    Path(experts[0]).rename(folder / "elsewhere")
+    model = Base.open(tiny_llama_dir).load()
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(FileNotFoundError, match="is not an expert"):
+        attached(model, [below, folder / "top"])
+    assert all(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
