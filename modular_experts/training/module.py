@@ -58,11 +58,12 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
-    Experts = Mapping[str, Factory] | LayerPlan | Plan
+    # Of what refuses a plan, the parser passes on the cause of the first alone.
+    Experts = LayerPlan | Mapping[str, Factory] | Plan
 else:
     # What the command line may be given.
     BaseModel = str
-    Experts = dict[str, Callable[[Tensor], Expert]] | LayerPlan
+    Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
 
 
 class ExpertModule(LightningModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,20 @@ def test_names_of_other_tools_lead_to_ours(typed, ours, place, capsys) -> None:
 def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:
     assert main(["fit", "--model", "base", "--tasks", "a.jsonl"]) == 2
     assert capsys.readouterr().err == "error: --model: there is no class 'base'; did you mean --base?\n"
+
+
+@pytest.mark.parametrize(
+    ("experts", "sentence"),
+    [
+        ({"class_path": "LoRAIR", "init_args": {"experts": 2, "k": 3}}, "LoRAIR: k=3 is outside 1..2"),
+        ({"class_path": "MoA", "init_args": {"threshold": 2.0}}, "MoA: threshold=2.0 is outside [0, 1]"),
+        ({"class_path": "PointLoRA", "init_args": {"tokens": -1}}, "PointLoRA: tokens=-1 must be at least 0"),
+        ({"q_proj": {"class_path": "LoRAExpert", "init_args": {"rank": 0}}}, "rank=0 is outside 1..32"),
+    ],
+)
+def test_settings_that_a_plan_refuses_get_its_sentence(experts, sentence, run, two_task_files, tiny_llama_dir) -> None:
+    how = ["--model.base", tiny_llama_dir, "--tasks", "a.jsonl", "--steps", 1, "--out", "library/x"]
+    code, _, err = run("fit", *how, "--model.experts", json.dumps(experts))
+    assert code == 1
+    assert f"error: {sentence}" in err
+    assert "Union" not in err
