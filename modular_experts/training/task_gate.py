@@ -45,7 +45,7 @@ def teach_tasks(model: nn.Module, data: Any) -> float:
     if not isinstance(data, TaskMixture):
         raise ValueError(
             f"the router of LoRAIR learns the tasks of a TaskMixture, and the data are of type {type(data).__name__}; "
-            "pass trainer.fit a TaskMixture as datamodule"
+            "give the trainer a TaskMixture as datamodule"
         )
 
     def vectors(examples: list[Example], parts: bool) -> Tensor:
