@@ -12,6 +12,7 @@ from modular_experts.experts.full import FullExpert
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.masked import MaskedExpert
 from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.experts.recast import RecastExpert, TemplateBanks
 from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
 from modular_experts.experts.tt_lora import TTLoRAExpert
@@ -25,7 +26,9 @@ __all__ = [
     "MaskedExpert",
     "ModuleExpert",
     "Plan",
+    "RecastExpert",
     "Site",
     "SparseExpert",
     "TTLoRAExpert",
+    "TemplateBanks",
 ]

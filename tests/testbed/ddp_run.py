@@ -19,14 +19,14 @@ from testbed.shared_gate import SharedGate
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, SparseExpert, TTLoRAExpert
+from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, SparseExpert, TemplateBanks, TTLoRAExpert
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
 from modular_experts.training.module import ExpertModule
 
-PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
+PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate(), "template banks": TemplateBanks()}
 
 STEPS = [(1, 1024), (2, 1024), (2, 0)]
 """Micro-batches of steps that choose supports, and the memory for their sums."""

@@ -1,0 +1,233 @@
+"""RECAST against the singular values of the stack of weights, and what its library, merges and resumed runs keep."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import build_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+
+from modular_experts.base import Base
+from modular_experts.base.apply import applied
+from modular_experts.deltas import Dense
+from modular_experts.experts import RecastExpert, TemplateBanks
+from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state
+from modular_experts.injection.attach import attached
+from modular_experts.library import open_expert
+from modular_experts.testing import check_expert, check_plan
+from modular_experts.training.module import ExpertModule
+
+IDS = torch.arange(30).view(2, 15) + 3
+
+
+def made(architecture: str = "llama", layers: int = 4, **settings) -> torch.nn.Module:
+    """Return a float64 model with the experts of a plan."""
+    depth = {"n_layer": layers} if architecture == "gpt2" else {"num_hidden_layers": layers}
+    model = build_model(architecture, **depth).double()
+    inject(model, TemplateBanks(**settings))
+    return model
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in expert_layers(model):
+            change = layer.expert.change
+            change.copy_(0.3 * torch.randn(change.shape, generator=draw, dtype=torch.float64))
+    return model
+
+
+def test_the_expert_and_the_plan_keep_their_contracts() -> None:
+    check_expert(lambda weight, site: RecastExpert(weight, [site.module], torch.ones(1, 1)), compile=False)
+    check_plan(TemplateBanks(), compile=False)
+    check_plan(TemplateBanks(["q_proj", "up_proj"], group=2, templates=1))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("group", "templates"), [(4, 1), (4, 3), (4, 4), (3, 2)])
+def test_templates_miss_what_the_dropped_singular_values_hold(architecture, group, templates) -> None:
+    """Of blocks 0 to 3 in the order of their depth; the rest of a division is a group of its own."""
+    model = made(architecture, modules="all-linear", group=group, templates=templates)
+    kinds: dict[str, list] = {}
+    for name, layer in sorted(expert_layers(model)):
+        kinds.setdefault(name.partition(".layers." if architecture == "llama" else ".h.")[2][1:], []).append(layer)
+    assert len(kinds) == (7 if architecture == "llama" else 4)
+    for alike in kinds.values():
+        for together in (alike[:group], alike[group:]):
+            if not together:
+                continue
+            stack = torch.stack([layer.matrix.flatten() for layer in together])
+            mixing = together[0].expert.mixing
+            assert mixing.shape == (min(templates, len(together)), len(together))
+            missed = stack - mixing.T @ (mixing @ stack)
+            dropped = torch.linalg.svdvals(stack)[templates:]
+            assert missed.norm().item() == pytest.approx(dropped.square().sum().sqrt().item(), rel=1e-9, abs=1e-12)
+            if templates >= len(together):
+                assert missed.norm() < 1e-12 * stack.norm()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_delta_is_the_sum_of_templates_made_by_a_singular_value_decomposition(architecture) -> None:
+    model = filled(made(architecture, modules=r".*\.(o_proj|c_attn)", group=4, templates=2))
+    layers = [layer for _, layer in expert_layers(model)]
+    stack = torch.stack([layer.matrix.flatten() for layer in layers])
+    left, values, right = torch.linalg.svd(stack, full_matrices=False)
+    templates = values[:2, None] * right[:2]
+    for layer in layers:
+        # A singular vector is known but for its sign.
+        signs = (layer.expert.mixing * left[:, :2].T).sum(1).sign()
+        wanted = (layer.expert.change * signs) @ templates
+        found = layer.expert.delta(layer.matrix, lambda: None)
+        assert isinstance(found, Dense)
+        torch.testing.assert_close(found.values.flatten(), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_stand_in_the_order_of_their_numbers() -> None:
+    model = made(layers=12, modules="q_proj", group=3, templates=1)
+    experts = {name: layer.expert for name, layer in expert_layers(model)}
+    for name, expert in experts.items():
+        first = int(name.split(".")[2]) // 3 * 3
+        own = [model.model.layers[depth].self_attn.q_proj for depth in range(first, first + 3)]
+        assert all(one is other for one, other in zip(expert._layers, own, strict=True)), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_no_change_is_the_base_bit_for_bit_and_so_is_what_eject_leaves(architecture) -> None:
+    base, model = (build_model(architecture) for _ in range(2))
+    inject(model, TemplateBanks())
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+    with torch.no_grad():
+        for _, layer in expert_layers(model):
+            layer.expert.change.fill_(0.1)
+    assert not torch.equal(model(IDS).logits, base(IDS).logits)
+    eject(model)
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tasks_share_the_weights_of_the_model_and_own_a_few_numbers() -> None:
+    model = made(modules="all-linear")
+    weights = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if ".expert." not in name}
+    numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert numbers == 4 * 7 * 2
+    assert sum(tensor.numel() for tensor in expert_state(model).values()) == numbers + 4 * 7 * 2 * 2
+    for name, layer in expert_layers(model):
+        read = {one.matrix.data_ptr() for one in layer.expert._layers}
+        assert layer.matrix.data_ptr() in read, name
+        assert read <= set(weights.values())
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 420), ({"group": 5, "templates": 4}, 840)])
+def test_the_numbers_of_a_task_on_the_shapes_of_smollm2(settings, count) -> None:
+    # The width counts for nothing here.
+    narrow = {"hidden_size": 18, "intermediate_size": 48, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**narrow, num_hidden_layers=30, vocab_size=8))
+    inject(model, TemplateBanks(**settings))
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == count
+
+
+def test_a_state_means_the_same_whatever_basis_a_new_bank_has() -> None:
+    """Another machine may turn singular vectors around."""
+    first, second = filled(made(modules="q_proj", templates=1)), made(modules="q_proj", templates=1)
+    for _, layer in expert_layers(second):
+        layer.expert.mixing = -layer.expert.mixing
+    load_expert_state(second, expert_state(first))
+    assert torch.equal(second(IDS).logits, first(IDS).logits)
+    assert torch.equal(pickle.loads(pickle.dumps(first))(IDS).logits, first(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"group": 0}, "group=0 must be at least 1 layer"),
+        ({"templates": 0}, r"templates=0 is outside 1\.\.2, the layers of a group"),
+        ({"group": 3, "templates": 4}, r"templates=4 is outside 1\.\.3, .* give fewer templates or a larger group"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        TemplateBanks(**settings)
+
+
+def test_a_group_of_unequal_shapes_is_refused_before_training() -> None:
+    model = build_model("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj has a weight of shape \(40, 32\) and .*layers\.0\.mlp"
+    ):
+        inject(model, TemplateBanks("up_proj"))
+
+
+def fit(base: Path, files: dict[str, Path], folder: Path, *callbacks, ckpt: Path | None = None, checkpointing=False):
+    """Train four steps in float64; return the module."""
+    torch.manual_seed(0)
+    module = ExpertModule(str(base), experts=TemplateBanks(), dtype="float64", gradient_checkpointing=checkpointing)
+    trainer = runs.trainer(folder, *callbacks, max_steps=4, enable_checkpointing=len(callbacks) > 0)
+    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_ends_with_the_same_numbers(tiny_llama_dir, task_files, tmp_path) -> None:
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    whole = fit(tiny_llama_dir, task_files, tmp_path, saving).expert_state()
+    rest = fit(tiny_llama_dir, task_files, tmp_path, ckpt=tmp_path / "step=2.ckpt").expert_state()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in rest.items())
+    assert max(tensor.abs().max() for name, tensor in whole.items() if name.endswith("change")) > 1e-3
+    again = fit(tiny_llama_dir, task_files, tmp_path, checkpointing=True).expert_state()
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_expert_is_trained_merged_applied_tested_and_opened_by_its_plan(
+    architecture, tiny, two_task_files, run
+) -> None:
+    base = tiny(architecture)
+    plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"modules": "all-linear", "templates": 1}})
+    other = ["--model.modules", "all-linear", "--model.expert", "SparseExpert", "--model.expert.keep_ratio", "0.2"]
+    for name, kind in {"mine": ["--model.experts", plan], "other": other}.items():
+        tasks = json.dumps([{"name": name, "path": "a.jsonl" if name == "mine" else "b.jsonl"}])
+        more = ["--out", f"library/{name}", "--trainer.max_steps", 6]
+        assert run("fit", "--model.base", base, *kind, "--data.tasks", tasks, *more)[0] == 0
+    stored = open_expert("library/mine")
+    assert stored.record["kind"] == "TemplateBanks"
+    assert stored.mergeable
+    merging = ["merge", "--experts", "library/mine", "library/other", "--method", "Average", "--out", "library/both"]
+    assert run(*merging)[0] == 0
+    both, beside = open_expert("library/both"), open_expert("library/other")
+    for name in stored:
+        wanted = 0.5 * (stored[name].dense() + beside[name].dense())
+        torch.testing.assert_close(both[name].dense(), wanted, rtol=1e-6, atol=1e-8)
+    assert run("apply", "--experts", "library/mine", "--out", "applied")[0] == 0
+    losses = []
+    for number, model in enumerate(([base, "--model.applied", "[library/mine]"], ["applied"])):
+        tested = ["test", "--model.base", *model, "--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
+        assert run(*tested, "--model.max_new_tokens", 2)[0] == 0
+        results = Path("runs") / ("results.json" if not number else f"results-{number + 1}.json")
+        losses.append(json.loads(results.read_text())["held_in"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    model = Base.open(base).load("float64")
+    with attached(model, stored, plan=TemplateBanks):
+        as_trained = model(IDS).logits
+        assert math.prod(next(expert_layers(model))[1].expert.mixing.shape) == 2
+    plain = model(IDS).logits
+    with applied(model, stored):
+        torch.testing.assert_close(model(IDS).logits, as_trained, rtol=1e-6, atol=1e-6)
+    assert (as_trained - plain).abs().max() > 1e-3
+
+
+def test_bad_settings_are_one_sentence_on_the_command_line(tiny_llama_dir, two_task_files, run) -> None:
+    plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"templates": 3}})
+    tasks = json.dumps([{"name": "mine", "path": "a.jsonl"}])
+    place = ["fit", "--model.base", tiny_llama_dir, "--data.tasks", tasks, "--out", "library/mine"]
+    code, _, shown = run(*place, "--model.experts", plan)
+    assert (code, shown.count("error")) == (1, 1)
+    assert "TemplateBanks: templates=3 is outside 1..2" in shown
