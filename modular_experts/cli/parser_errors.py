@@ -92,7 +92,8 @@ def _check(option: str, hint: Any, value: Any) -> None:
     if origin is Literal and value not in inner:
         known = ", ".join(map(str, inner))
         raise UsageError(f"{option} must be one of {known}, got {value}{did_you_mean(value, inner)}")
-    if origin in (dict, Mapping) and isinstance(value, dict):
+    # A mapping with a class_path means a class, where an option takes either.
+    if origin in (dict, Mapping) and isinstance(value, dict) and "class_path" not in value:
         for key, one in value.items():
             _check(f"{option}.{key}", inner[1], one)
     elif origin in (list, Sequence, Iterable):

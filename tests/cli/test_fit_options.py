@@ -136,3 +136,10 @@ def test_settings_that_a_plan_refuses_get_its_sentence(experts, sentence, run, t
     assert code == 1
     assert f"error: {sentence}" in err
     assert "Union" not in err
+
+
+def test_a_plan_without_a_setting_that_it_needs_gets_its_name(run, two_task_files, tiny_llama_dir) -> None:
+    how = ["--model.base", tiny_llama_dir, "--tasks", "a.jsonl", "--steps", 1, "--out", "library/x"]
+    code, _, err = run("fit", *how, "--model.experts", '{"class_path": "LoRAIR", "init_args": {}}')
+    assert code == 2
+    assert "--model.experts.experts must be given" in err
