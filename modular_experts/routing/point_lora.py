@@ -209,7 +209,7 @@ class PointLoRAExpert(LoRAExpert):
     """
 
     mergeable: ClassVar[bool] = False
-    not_mergeable_because: ClassVar[str] = "its MLP is not linear, and it selects tokens of the prompt"
+    not_mergeable_because: ClassVar[str] = "its MLP is not linear"
     mlp: nn.Module
 
     def __init__(self, weight: Tensor, mlp: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
