@@ -270,7 +270,8 @@ def _plan(
     known = {site.weight: site for site in sites}
     moved = dict.fromkeys(name for expert in experts for name in expert)
     biases = {f"{site.name}.bias": site for site in sites}
-    scope: Scope = "sample" if routers is None else next(iter(routers.values())).scope
+    # Experts that move biases alone leave a router of weights with nothing to learn.
+    scope: Scope = "sample" if routers is None else next((one.scope for one in routers.values()), "linear")
     for name in moved:
         if name not in known and name not in biases:
             raise ValueError(
