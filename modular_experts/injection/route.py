@@ -101,7 +101,7 @@ def route(
         hyperparameters=describe(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
-        class_path=f"{type(router).__module__}.{type(router).__qualname__}",
+        class_path=class_path(type(router)),
         not_mergeable_because=BECAUSE_CONSTANT if isinstance(router, Constant) else BECAUSE,
     )
     write_expert(target, {}, record, overwrite, state=state)
@@ -178,8 +178,9 @@ def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) 
     settings = dict(expert.record["hyperparameters"])
     name = settings.pop("router", None)
     kind = router or ROUTERS.get(str(name))
-    if kind is None:
-        near = did_you_mean(name, ROUTERS)
+    # A class of the user's may have the name of a built-in one.
+    if kind is None or (router is None and class_path(kind) != expert.record["class_path"]):
+        near = "" if name in ROUTERS else did_you_mean(name, ROUTERS)
         raise ValueError(
             f"{expert.path} has a router {name}, which is not a built-in one{near}; Python puts it into a model if it "
             f"gets the class: modular_experts.injection.route.put_in(model, expert, router={name})"
@@ -215,6 +216,11 @@ def make_router(kind: type[Router], settings: Mapping[str, Any]) -> Router:
     if select := chosen.pop("select", None):
         chosen["select"] = SELECTIONS[select["class"]](**{name: select[name] for name in select if name != "class"})
     return kind(**chosen)
+
+
+def class_path(kind: type) -> str:
+    """Return the dotted path of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _state(router: Router | Mapping[str, Router], count: int) -> dict[str, Tensor]:

@@ -71,7 +71,8 @@ def weighted_sum(routed: StoredExpert) -> TaskVector | None:
         FileNotFoundError: An expert behind it is missing.
         ValueError: One of them has other contents than it had when they were routed.
     """
-    if not routed.routed or routed.record["hyperparameters"].get("router") != "Constant":
+    # By its path, because a class of the user's may have the same name.
+    if not routed.routed or routed.record.get("class_path") != "modular_experts.routing.constant.Constant":
         return None
     shares = routed.state()["router/shares"].tolist()
     # The fallback, which may come last, takes no input.

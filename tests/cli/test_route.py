@@ -247,6 +247,19 @@ def test_a_router_of_a_user_is_put_into_a_model_by_its_class(run, place, tiny_ll
         assert type(running.router) is Mine
 
 
+def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(run, place):
+    class Constant(Oracle):
+        pass
+
+    route(EXPERTS[1:], "library/r", Constant())
+    code, _, err = run("generate", "--experts", "library/r", "upper bat:")
+    assert code == 1
+    assert "library/r has a router Constant, which is not a built-in one" in err
+    code, _, err = run("merge", "--experts", "library/r", EXPERTS[1], "--method", "Average", "--out", "library/m")
+    assert code == 1
+    assert "r cannot be merged or added to its base, because its router chooses experts by the input" in err
+
+
 def test_a_selection_that_could_not_be_read_again_is_refused(place):
     class Mine(TopK):
         pass
