@@ -10,21 +10,28 @@ rows of one expert are tested together, with the expert added to the base, which
     python benchmarks/routing_quality.py [--kinds sparse ...] [--routers Classifier Arrow ...] [--seeds 0 1 2]
     python benchmarks/routing_quality.py --routers "the experts alone" Phatgoose
     python benchmarks/routing_quality.py --real .cache/smollm2 DATA [--stripped] [--tasks 4]
+    python benchmarks/routing_quality.py --cost [--real .cache/smollm2 DATA]
 
 `--routers` is every way but `Phatgoose`, for which it must be named: gates of all experts are trained first, once. Each
 result is stored when it is there, so that an interrupted call goes on and a later one adds rows.
 
-The last form takes fifteen experts on real tasks, eleven of which ask with the same words. With `--stripped` the test
+`--real` takes fifteen experts on real tasks, eleven of which ask with the same words. With `--stripped` the test
 prompts lose their instruction ("Name the intent of the request."), and routers still learn from whole prompts.
+
+`--cost` shows instead what each way costs: the CPU time of a pass over the same 32 test prompts with all experts in the
+model, in turn with a pass of the base alone, as the ratio of the shortest of five rounds; and the bytes that experts,
+fallback and routers hold, over those of the base. Gates come from 16 inputs a task, whose number changes no cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +45,11 @@ from torch import Tensor
 
 from modular_experts.base.apply import applied
 from modular_experts.data.batch import Collator, Example
+from modular_experts.data.batch import prompts as prompts_of
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import measure
+from modular_experts.injection import expert_layers
 from modular_experts.injection.routed import by_weight, routed
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.library import open_expert, open_experts, open_statistics
@@ -59,12 +68,15 @@ from modular_experts.routing import (
     Softmax,
     TopK,
 )
+from modular_experts.routing.gates import reading
 from modular_experts.routing.prompts import prompt_vectors
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.prompts import name_of, prompts
 
 BATCH = 16
 SCORES = ("exact_match", "loss")
+TIMED, ROUNDS = 32, 5
+"""Prompts that are timed, and how often, after a warm-up."""
 TEMPERATURE = 10.0
 """Of soft gates by `Centroid`, whose own softmax is nearly always sure of one expert; a guess."""
 
@@ -120,6 +132,15 @@ def main() -> None:
             if "Phatgoose" in options.routers:
                 _train_gates(world, kind)
     keys = [(seed, kind, name) for seed in worlds for kind in options.kinds for name in options.routers]
+    if options.cost:
+        # A merge is in the weights and costs what the base does.
+        keys = [key for key in keys if WAYS[key[2]].router is not None]
+        store = JSONLines(work / f"routing-costs{options.some}.jsonl")
+        with LocalProcesses(1) as pool:
+            pieces = [Piece(key, _cost, (worlds[key[0]], *key)) for key in keys]
+            run(pieces, store, pool, print_progress()).raise_failures()
+        _show_costs(keys, store, options)
+        return
     store = JSONLines(work / f"routing{options.some}.jsonl")
     with LocalProcesses(options.processes) as pool:
         pieces = [Piece(key, _tested, (worlds[key[0]], *key, options.stripped)) for key in keys]
@@ -143,14 +164,15 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--stripped", action="store_true", help="with --real: test prompts without their instruction")
     parser.add_argument("--tasks", type=int, help="with --real: the first few tasks")
+    parser.add_argument("--cost", action="store_true", help="show seconds and bytes instead, one way after the other")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, each on one thread: all cores")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     options.seeds = options.seeds or ([0] if options.real else [0, 1, 2])
     options.some = (f"-{options.tasks}" if options.tasks else "") + ("-stripped" if options.stripped else "")
     options.work = options.work or ("runs/merge-quality-real" if options.real else "runs/merge-quality")
-    if options.stripped and not options.real:
-        parser.error("--stripped is for --real")
+    if options.stripped and (options.cost or not options.real):
+        parser.error("--stripped is for --real, without --cost")
     return options
 
 
@@ -213,6 +235,69 @@ def _tested(world: Experts, seed: int, kind: str, name: str, stripped: bool) -> 
                 totals.setdefault((score, task), []).append(facts[score] * facts["rows"])
     rows = {task: sum(one.task == task for one in examples) for task in data.roles}
     return found | {score: {task: sum(totals[score, task]) / rows[task] for task in data.roles} for score in SCORES}
+
+
+@torch.no_grad()
+def _cost(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
+    """Return CPU seconds of passes over some test prompts, and bytes, of the base alone and of all experts in it."""
+    logging.getLogger("modular_experts").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    way, tasks = WAYS[name], world.tasks
+    base: Any = world.model.eval()
+    data = world.mixture(tasks, held_out=True)
+    data.setup("test")
+    loader: Any = data.test_dataloader()
+    timed = _prompts(world, spread_evenly(loader.dataset.examples, TIMED))
+    router = _learned(world, kind, replace(way, inputs=16))
+    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    experts = [open_expert(world.expert(kind, task)) for task in tasks]
+    fallback = open_expert(_fallback(world, kind)) if way.fallback else None
+    seconds: dict[int, list[float]] = {id(base): [], id(model): []}
+    with routed(model, experts, router, fallback=fallback, check=False) as found:
+        for _ in range(ROUNDS + 1):
+            for one in (base, model):
+                start = time.process_time()
+                for batch in timed:
+                    with reading(tasks=batch["task"]):
+                        one(input_ids=batch["ids"], attention_mask=batch["mask"], use_cache=False, logits_to_keep=1)
+                seconds[id(one)].append(time.process_time() - start)
+        kept = [delta for _, layer in expert_layers(model) for delta in (*layer.expert.deltas, layer.expert.common)]
+        routers = [found.router, *(layer.expert.router for _, layer in expert_layers(model))]
+        added = sum(delta.nbytes for delta in kept if delta is not None)
+        added += sum(tensor.nbytes for one in routers if one is not None for tensor in one.state().values())
+    held = sum(parameter.nbytes for parameter in base.parameters())
+    return {"seconds": [min(rounds[1:]) for rounds in seconds.values()], "bytes": [held, added]}
+
+
+def _show_costs(keys: Sequence[tuple[int, str, str]], store: JSONLines, options: argparse.Namespace) -> None:
+    """Print means over the seeds."""
+    rows = []
+    for kind, name in dict.fromkeys(key[1:] for key in keys):
+        found = [store[seed, kind, name] for seed in options.seeds]
+        time_over, bytes_over = (fmean(one[what][1] / one[what][0] for one in found) for what in ("seconds", "bytes"))
+        rows.append({"kind": kind, "router": name, "time": time_over, "bytes": bytes_over})
+    if options.json:
+        json.dump({"seeds": options.seeds, "costs": rows}, sys.stdout, indent=2)
+        return
+    print(
+        f"CPU time of a pass over {TIMED} prompts, over the base's, and bytes beside the base, over its own; ", end=""
+    )
+    print(f"means over seeds {', '.join(map(str, options.seeds))}\n\n| | router | time | bytes |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['kind']} | {row['router']} | {row['time']:.2f} | {row['bytes']:.2f} |")
+
+
+def _prompts(world: Experts, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Return the prompts of some rows in batches, each padded to its longest."""
+    found = []
+    for batch in _batches(world, examples):
+        texts = prompts_of(batch)
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            for rows in (texts, [torch.ones_like(text) for text in texts])
+        )
+        found.append({"ids": ids, "mask": mask, "task": batch["task"]})
+    return found
 
 
 def _learned(world: Experts, kind: str, way: Way) -> Router | dict[str, Router]:

@@ -98,3 +98,22 @@ def test_all_ways_give_a_row_of_the_table(script, world, tmp_path, capsys) -> No
         assert rows[name]["loss"] != rows["the experts alone"]["loss"]
     script._print(list(rows.values()), [0])
     assert "| Arrow | " in capsys.readouterr().out
+
+
+def test_costs_are_those_of_all_experts_in_the_model_beside_the_base(script, world, tmp_path, capsys) -> None:
+    keys = [(0, "sparse", "Centroid"), (0, "sparse", "the experts alone"), (0, "sparse", "Arrow")]
+    store = JSONLines(tmp_path / "costs.jsonl")
+    for key in keys:
+        store[key] = script._cost(world, *key)
+    base = sum(parameter.nbytes for parameter in world.model.parameters())
+    # A value of four bytes and a column of two, and where each row begins.
+    packed = len(TASKS) * sum(6 * (out * inputs // 4) + 4 * (out + 1) for out, inputs in WEIGHTS.values())
+    prototypes = 4 * len(TASKS) * sum(inputs for _, inputs in WEIGHTS.values())
+    assert store[keys[1]]["bytes"] == [base, packed]
+    assert store[keys[2]]["bytes"] == [base, packed + prototypes]
+    assert store[keys[0]]["bytes"][1] > packed
+    assert all(0 < alone < 100 * behind for alone, behind in (store[key]["seconds"] for key in keys))
+    script._show_costs(keys, store, SimpleNamespace(seeds=[0], json=False))
+    shown = capsys.readouterr().out.splitlines()
+    ratio = store[keys[2]]["seconds"][1] / store[keys[2]]["seconds"][0]
+    assert shown[-1] == f"| sparse | Arrow | {ratio:.2f} | {(packed + prototypes) / base:.2f} |"
