@@ -1,4 +1,4 @@
-"""Run many independent pieces of work: restartable, several at a time, and one failure does not stop the others.
+"""Run many pieces of work: restartable, several at a time, and one failure stops only the pieces that need it.
 
 `Piece` and the results of earlier runs are in `pieces.py`, the loop is in `run.py`, and the processes of this machine
 are in `processes.py`. The loop takes any `concurrent.futures.Executor`, so that clusters plug in; it decides nothing

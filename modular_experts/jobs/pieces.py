@@ -22,11 +22,13 @@ class Piece:
         function: Computes the result from the arguments alone. It must be importable, because a process of its own
             runs it, and the same arguments must give the same result.
         arguments: The arguments of the function.
+        needs: The keys of pieces that must have a result before this one runs.
     """
 
     key: Key
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
+    needs: tuple[Key, ...] = ()
 
     def __str__(self) -> str:
         return key_text(self.key)
@@ -63,11 +65,16 @@ class JSONLines(dict[Key, Any]):
     def __setitem__(self, key: Key, result: Any) -> None:
         line = json.dumps({"key": list(key), "result": result}, ensure_ascii=False).encode() + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as file:
-            file.truncate(self._whole)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.file.open("ab", buffering=0) as file:
+                file.truncate(self._whole)
+                written = file.write(line)
+                if written < len(line):
+                    # A disk that has room for a part takes it; the rest then gives the error.
+                    file.write(line[written:])
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"no result could be stored ({error.strerror})", str(self.file)) from error
         self._whole += len(line)
         super().__setitem__(key, json.loads(line)["result"])
 
@@ -83,12 +90,14 @@ class Outcome:
     Attributes:
         total: Number of pieces.
         results: The results that this run computed, by key; the store has those of earlier runs too.
-        failures: The error of each piece that has no result, by key.
+        failures: The error of each piece that failed, by key.
+        skipped: The failed piece that each piece needs, directly or through others, and so did not run.
     """
 
     total: int
     results: dict[Key, Any] = field(default_factory=dict)
     failures: dict[Key, BaseException] = field(default_factory=dict)
+    skipped: dict[Key, Key] = field(default_factory=dict)
 
     def raise_failures(self) -> None:
         """Raise if any piece failed.
@@ -104,9 +113,10 @@ class Outcome:
             shown.append(f"{key_text(key)} ({reason})")
         more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
         trace = "".join(traceback.format_exception(next(iter(self.failures.values()))))
+        skipped = f", and {len(self.skipped)} that need them did not run" if self.skipped else ""
         raise FailedPiecesError(
-            f"{len(self.failures)} of {self.total} pieces failed: {', '.join(shown)}{more}; run the same again to "
-            f"retry only these\n\n{trace}"
+            f"{len(self.failures)} of {self.total} pieces failed: {', '.join(shown)}{more}{skipped}; run the same "
+            f"again to retry only these\n\n{trace}"
         )
 
 

@@ -1,7 +1,7 @@
 """Run the pieces of a plan that have no result yet, several at a time.
 
 Results are stored as they come, so an interrupted run goes on where it was. The loop records a piece that raises, or
-whose process the system kills, as failed, and goes on with the others.
+whose process the system kills, as failed, leaves out what needs it, and goes on with the others.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack
+from graphlib import CycleError, TopologicalSorter
+from heapq import heapify, heappop, heappush
 
-from modular_experts.jobs.pieces import Outcome, Piece, Store, key_text
+from modular_experts.jobs.pieces import Key, Outcome, Piece, Store, key_text
 from modular_experts.jobs.processes import LocalProcesses
 
 JobProgress = Callable[[int, int, Piece | None], None]
@@ -25,29 +27,31 @@ def run(
     store: Store | None = None,
     executor: Executor | None = None,
     progress: JobProgress = lambda done, total, piece: None,
+    failed: Callable[[Piece, BaseException], None] = lambda piece, error: None,
 ) -> Outcome:
-    """Run each piece whose result the store lacks, and store its result.
+    """Run each piece whose result the store lacks, after those that it needs, and store its result.
+
+    Pieces that need one without a result do not run; all others do.
 
     Args:
-        pieces: What to run, in any order; no two share a key.
+        pieces: What to run, in any order; no two share a key. Of those that may run, the first of the list goes first.
         store: Where results go; by default they are only in what is returned.
         executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By
             default a process for each core of this machine, which ends with this call.
-        progress: Called at the start and after each piece.
+        progress: Called at the start and after each piece, also after one that could not run.
+        failed: Called with each piece that fails and its error, before `progress`.
 
     Returns:
-        The new results and the failures. `.raise_failures()` turns failures into an error.
+        The new results, the failures, and what was skipped for them. `.raise_failures()` turns failures into an error.
 
     Raises:
-        ValueError: Two pieces have the same key.
+        ValueError: Two pieces have the same key, or one needs a piece that is not there, or itself.
         BrokenExecutor: The caller's own executor broke and takes no more work.
+        OSError: The store cannot keep a result, such as on a full disk; the results before it are kept.
     """
-    for key, count in Counter(piece.key for piece in pieces).items():
-        if count > 1:
-            raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")
-    waiting = deque(piece for piece in pieces if store is None or piece.key not in store)
+    left = _Left(pieces, [] if store is None else [piece.key for piece in pieces if piece.key in store])
     outcome = Outcome(len(pieces))
-    done = len(pieces) - len(waiting)
+    done = len(pieces) - len(left.blockers)
     progress(done, len(pieces), None)
     running: dict[Future, Piece] = {}
     suspects: deque[Piece] = deque()
@@ -56,12 +60,12 @@ def run(
         slots = getattr(pool, "processes", len(pieces))
         # A run that ends early takes back what the caller's executor has not begun.
         stack.callback(lambda: [future.cancel() for future in running])
-        while waiting or suspects or running:
+        while left.ready or suspects or running:
             # A process that is killed takes down all that run beside it. No more pieces run at once than there are
             # processes, so few are under suspicion, and each of these runs again alone: whichever then breaks its
             # process is the one that failed.
-            while (waiting and not suspects and len(running) < slots) or (suspects and not running):
-                piece = (suspects or waiting).popleft()
+            while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
+                piece = suspects.popleft() if suspects else left.take()
                 running[pool.submit(piece.function, *piece.arguments)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -69,15 +73,80 @@ def run(
                 if isinstance(error, BrokenExecutor) and not alone:
                     suspects.append(piece)
                     continue
+                over = [piece]
                 if error is None:
                     outcome.results[piece.key] = future.result()
                     if store is not None:
                         store[piece.key] = outcome.results[piece.key]
+                    left.finish(piece)
                 else:
                     outcome.failures[piece.key] = error
-                done += 1
-                progress(done, len(pieces), piece)
+                    failed(piece, error)
+                    dropped = left.drop(piece)
+                    outcome.skipped |= dict.fromkeys([one.key for one in dropped], piece.key)
+                    over += dropped
+                for one in over:
+                    done += 1
+                    progress(done, len(pieces), one)
     return outcome
+
+
+class _Left:
+    """The pieces that are still to run, by what each of them waits for."""
+
+    def __init__(self, pieces: Sequence[Piece], done: Collection[Key]) -> None:
+        for key, count in Counter(piece.key for piece in pieces).items():
+            if count > 1:
+                raise ValueError(f"two pieces have the key {key_text(key)}; give each a key of its own")
+        self.place = {piece.key: number for number, piece in enumerate(pieces)}
+        self.pieces = pieces
+        self.after: dict[Key, list[Piece]] = {}
+        """The pieces that need a piece, by its key."""
+        done = set(done)
+        self.blockers = {piece.key: set(piece.needs) - done for piece in pieces if piece.key not in done}
+        """The keys that a piece waits for, of each that has not finished."""
+        for piece in pieces:
+            for key in piece.needs:
+                if key not in self.place:
+                    raise ValueError(f"{piece} needs {key_text(key)}, which is not among the pieces; add it")
+                self.after.setdefault(key, []).append(piece)
+        _check_order(pieces)
+        self.ready = [self.place[key] for key, keys in self.blockers.items() if not keys]
+        heapify(self.ready)
+
+    def take(self) -> Piece:
+        """Return the first piece that waits for nothing."""
+        return self.pieces[heappop(self.ready)]
+
+    def finish(self, piece: Piece) -> None:
+        """Let the pieces run that waited for this one alone."""
+        del self.blockers[piece.key]
+        for later in self.after.get(piece.key, ()):
+            if blockers := self.blockers.get(later.key):
+                blockers.discard(piece.key)
+                if not blockers:
+                    heappush(self.ready, self.place[later.key])
+
+    def drop(self, piece: Piece) -> list[Piece]:
+        """Take out a piece and all that need it, directly or through others, and return these."""
+        del self.blockers[piece.key]
+        dropped, look = [], deque([piece])
+        while look:
+            for later in self.after.get(look.popleft().key, ()):
+                if later.key in self.blockers:
+                    del self.blockers[later.key]
+                    dropped.append(later)
+                    look.append(later)
+        return dropped
+
+
+def _check_order(pieces: Sequence[Piece]) -> None:
+    """Refuse pieces that wait for each other in a circle."""
+    try:
+        TopologicalSorter({piece.key: piece.needs for piece in pieces}).prepare()
+    except CycleError as error:
+        circle = " needs ".join(key_text(key) for key in reversed(error.args[1]))
+        raise ValueError(f"pieces wait for each other: {circle}; take one of these needs out") from None
 
 
 def print_progress() -> JobProgress:

@@ -100,10 +100,10 @@ def new_directory(
         # Remove what interrupted work on other contents of this target left, unless another process holds its lock.
         for left in target.parent.glob(f".{target.name}.????????????????"):
             if left != temporary and left.is_dir() and not left.is_symlink():
-                with suppress(BlockingIOError), _locked(left, target):
+                with suppress(BlockingIOError), locked(left, target):
                     shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(exist_ok=key is not None)
-    with _locked(temporary, target):
+    with locked(temporary, target):
         kept = False
         try:
             yield temporary
@@ -143,14 +143,18 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(temporary: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on a directory that other processes find by its name; the system frees it when this process ends."""
+def locked(directory: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on a directory that other processes find by its name; the system frees it when this process ends.
+
+    Raises:
+        BlockingIOError: Another process holds it; the sentence names `target`.
+    """
     if fcntl is None:
         yield
         return
-    if temporary.is_symlink():
-        raise FileExistsError(f"{temporary} is a link, so nothing is written there; remove it")
-    handle = os.open(temporary, os.O_RDONLY)
+    if directory.is_symlink():
+        raise FileExistsError(f"{directory} is a link, so nothing is written there; remove it")
+    handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
