@@ -23,6 +23,7 @@ _HOMES = {
     "modular_experts.injection.save": ("save_expert",),
     "modular_experts.routing": ("Centroid", "Oracle", "Router"),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
+    "modular_experts.merger.interference": ("interference",),
     "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
     "modular_experts.training.module": ("ExpertModule",),
     "modular_experts.data": ("Task", "TaskMixture"),
@@ -31,7 +32,7 @@ _HOMES = {
     "modular_experts.callbacks": (
         *("AverageStates", "Boosting", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     ),
-    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "search", "tune"),
+    "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "leave_out", "search", "tune"),
     "modular_experts.base": ("Base",),
     "modular_experts.base.apply": ("applied", "apply", "apply_deltas", "check_loaded"),
     "modular_experts.interop.import_expert": ("import_expert",),

@@ -28,6 +28,9 @@ VERBS = {
         "search", "statistics", "measure what some merge methods need of the experts' data", ("experts",)
     ),
     "methods": Command("methods", "methods", "show the merge methods: formulas, settings, sources", ("name",)),
+    "interference": Command(
+        "interference", "interference", "show how experts get in each other's way, before they are merged", ("experts",)
+    ),
     "merge": Command("merge", "merge", "merge experts into one expert", ("experts",)),
     "search": Command(
         "search", "search", "find on validation rows how much of each expert to merge, and merge", ("experts",)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import inner
 from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.method import Context, MergeMethod, Needs
 from modular_experts.methods.settings import Checks, within
-from modular_experts.methods.spectrum import NOISE, as_delta, spectrum
+from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, spectrum
 from modular_experts.methods.wrapper import Back, Wrapper
 
 
@@ -66,13 +67,25 @@ class SVC(Wrapper):
             same = [max(self.alpha, inner(merged, delta) / delta.norm() ** 2) for delta in movers]
             return merged * (self.scale * (len(same) / sum(same) if same else 1.0))
         found = spectrum(merged)
-        total, counts = torch.zeros_like(found.values), torch.zeros_like(found.values)
-        for delta in movers:
-            moved = delta.to(dtype=torch.float64).T.linear(found.left.T)  # (directions, in)
-            size = moved.square().sum(1)
-            moves = size > (NOISE * delta.norm()) ** 2
-            along = found.values * torch.linalg.vecdot(found.right, moved) / size.where(moves, torch.ones_like(size))
-            total += along.clamp(min=self.alpha) * moves
-            counts += moves
-        gain = torch.where(counts > 0, counts / total, 1.0)
+        mean = counted(found, movers).clamp(min=self.alpha).nanmean(0)
+        gain = torch.where(mean.isnan(), 1.0, 1 / mean)
         return as_delta(self.scale * found.left * (gain * found.values), found.right, deltas)
+
+
+def counted(found: Spectrum, deltas: Sequence[Delta]) -> Tensor:
+    """Return `s_ri` `(experts, directions)`, how often a merge counts what each expert does along its directions.
+
+    It is NaN where an expert moves nothing along a direction.
+
+    Args:
+        found: The spectrum of the merge of a matrix.
+        deltas: What was merged.
+    """
+    counts = torch.full((len(deltas), found.count), torch.nan, dtype=torch.float64, device=found.values.device)
+    for row, delta in zip(counts, deltas, strict=True):
+        moved = delta.to(dtype=torch.float64).T.linear(found.left.T)  # (directions, in)
+        size = moved.square().sum(1)
+        moves = size > (NOISE * delta.norm()) ** 2
+        along = found.values * torch.linalg.vecdot(found.right, moved)
+        row[moves] = (along / size)[moves]
+    return counts

@@ -2,13 +2,14 @@
 
 The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
 `objective.py` is what both measure, with labels or with the experts' answers, `measures.py` what a search lowers, and
-`combination.py` the model that the algorithms of `search` move.
+`combination.py` the model that the algorithms of `search` move. `leave_out.py` measures a merge without each part.
 """
 
 from __future__ import annotations
 
 from modular_experts.tuning.combination import Combination
 from modular_experts.tuning.gradient_search import ATLAS, AdaMerging
+from modular_experts.tuning.leave_out import leave_out
 from modular_experts.tuning.lora_hub import LoRAHub
 from modular_experts.tuning.objective import Objective, Trial, objective_on_base
 from modular_experts.tuning.search import CoefficientSearch, Found, Searched, search
@@ -25,6 +26,7 @@ __all__ = [
     "Searched",
     "Trial",
     "Tuned",
+    "leave_out",
     "objective_on_base",
     "search",
     "tune",

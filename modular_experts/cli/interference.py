@@ -1,0 +1,129 @@
+"""Run `modular-experts interference`, which compares experts before they are merged."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from modular_experts.cli.format import call_text, progress_bar, share_text
+from modular_experts.cli.tuning import LeaveOut
+from modular_experts.merger.interference import Interference, mean_of_others
+from modular_experts.merger.interference import interference as compare
+from modular_experts.methods import MergeMethod, SparseAverage
+from modular_experts.text import depth_of
+
+PAIRS = 5
+"""How many pairs are listed of each sort."""
+
+
+def interference(
+    experts: list[str],
+    method: MergeMethod | None = None,
+    directions: bool = False,
+    leave_out: LeaveOut | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Show how experts get in each other's way: where they move the same entries, and where against each other.
+
+    For each expert, overlap is the share of entries that it and another both move, of those that either moves; conflict
+    is the share of the former that they move in opposite directions; and distance is how far the merge is from the
+    expert, as a share of its energy: 0 is the expert itself, 1 is as far as the base. Overlap, conflict and cosine are
+    means over the other experts. On a generated suite none of them tells well which expert will lose by a merge.
+
+    Args:
+        experts: Directories of two or more experts.
+        method: The merge whose distance is shown; SparseAverage by default.
+        directions: Also decompose the merge of each matrix, and show how often it counts what experts do along each
+            of its directions: above 1 it counts shared directions more than once, below 1 it loses some of them.
+        leave_out: Also measure the merge without each expert, or without each layer, on validation rows.
+        out: A JSON file for all numbers.
+        overwrite: Replace that file.
+
+    Examples:
+        modular-experts interference library/a library/b
+        modular-experts interference --experts library/a library/b --method TIES --directions --out interference.json
+        modular-experts interference --experts library/a library/b --leave_out.data.tasks a.jsonl b.jsonl
+    """
+    if out and Path(out).exists() and not overwrite:
+        raise FileExistsError(f"{out} exists already; choose another out, or replace it with --overwrite")
+    chosen = method or SparseAverage()
+    found = compare(experts, chosen, directions, progress_bar("comparing"))
+    console = Console(markup=False, emoji=False)
+    console.print(_experts(found), _layers(found, directions))
+    _print_pairs(found)
+    print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
+    report = found.as_dict()
+    if leave_out:
+        from modular_experts.tuning import leave_out as measure_without
+
+        what, bar = leave_out.what, progress_bar("leaving out")
+        trials = measure_without(experts, chosen, leave_out.data, what, leave_out.rows, leave_out.base, bar)
+        table = _table("without", "validation loss", "difference")
+        for trial in trials:
+            difference = f"{trial.loss - trials[0].loss:+.4f}" if trial is not trials[0] else ""
+            table.add_row(str(trial.settings["without"] or "(the whole merge)"), f"{trial.loss:.4f}", difference)
+        console.print(table)
+        report["leave_out"] = [{**trial.settings, "losses": trial.losses} for trial in trials]
+    if out:
+        from modular_experts.reports import write_json
+
+        write_json(out, report)
+        print(f"all numbers are in {out}")
+
+
+def _experts(found: Interference) -> Table:
+    table, sums = _table("expert", "norm", "overlap", "conflict", "cosine", "nearest", "distance"), found.total
+    table.columns[5].justify = "left"
+    cosines = sums.cosine.clone().fill_diagonal_(-math.inf)
+    means = [mean_of_others(pairs) for pairs in (sums.overlap, sums.conflict, sums.cosine)]
+    for number, name in enumerate(found.experts):
+        overlap, conflict, cosine = (mean[number].item() for mean in means)
+        norm, nearest = sums.products[number, number].sqrt().item(), found.experts[int(cosines[number].argmax())]
+        cells = f"{norm:.3g}", share_text(overlap), share_text(conflict), f"{cosine:.3f}", nearest
+        table.add_row(name, *cells, f"{sums.distance[number].item():.3f}")
+    return table
+
+
+def _layers(found: Interference, directions: bool) -> Table:
+    table = _table("layer", "energy", "overlap", "conflict", "cosine", "distance", *["count", "twice"] * directions)
+    total = found.total.products.trace()
+    for name in sorted(found.layers, key=lambda name: (not name, depth_of(f"{name}.weight"), name)):
+        sums = found.layers[name]
+        energy = (sums.products.trace() / total).item()
+        shares = [_mean(mean_of_others(pairs)) for pairs in (sums.overlap, sums.conflict)]
+        cells = [share_text(share) for share in (energy, *shares)]
+        cells += [f"{_mean(mean_of_others(sums.cosine)):.3f}", f"{_mean(sums.distance):.3f}"]
+        if directions:
+            cells += [f"{sums.count:.2f}", share_text(sums.counted_twice)]
+        depth = depth_of(f"{name}.weight")
+        table.add_row("others" if depth is None else str(depth), *cells)
+    return table
+
+
+def _print_pairs(found: Interference) -> None:
+    """Print the pairs with the highest and the lowest cosines, where there are more than the table shows."""
+    count, cosine = len(found.experts), found.total.cosine
+    pairs = [(one, other) for one in range(count) for other in range(one)]
+    pairs.sort(key=lambda pair: -cosine[pair].item())
+    if len(pairs) < 2:
+        return
+    for title, chosen in {"most alike": pairs[:PAIRS], "least alike": pairs[: -PAIRS - 1 : -1]}.items():
+        texts = [f"{found.experts[b]} and {found.experts[a]} {cosine[a, b].item():.3f}" for a, b in chosen]
+        print(f"{title}, by cosine: {', '.join(texts)}")
+
+
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    return table

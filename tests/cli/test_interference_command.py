@@ -1,0 +1,44 @@
+"""`interference` prints each expert, layer and pair, measures what is left out, and keeps a file that is there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from testbed.searching import FORMS, objective_on, random_experts
+
+from modular_experts.__main__ import main
+from modular_experts.base import Base
+from modular_experts.library import make_record, write_expert
+
+
+@pytest.fixture(scope="module")
+def library(tiny_llama_dir, task_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    objective, base = objective_on(tiny_llama_dir, task_files), Base.open(tiny_llama_dir)
+    record = {"id": str(tiny_llama_dir), "revision": None, "fingerprint": base.fingerprint}
+    for form, expert in zip(FORMS, random_experts(objective), strict=True):
+        write_expert(folder / form.lower(), expert.items(), make_record("FullExpert", record, tasks=["upper"]))
+    return folder
+
+
+def test_experts_layers_pairs_and_what_is_left_out(library, task_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    out = tmp_path / "all.json"
+    words = ["interference", *map(str, sorted(library.iterdir())), "--directions", "--out", str(out)]
+    rows = ["--leave_out.what", "layers", "--leave_out.data.tasks", str(task_files["upper"]), "--leave_out.rows", "2"]
+    assert main([*words, *rows]) == 0
+    shown, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert report["experts"] == sorted(form.lower() for form in FORMS)
+    for text in ("expert ", "nearest", "count", "twice", "most alike, by cosine: ", "least alike", "SparseAverage("):
+        assert text in shown
+    assert [row["without"] for row in report["leave_out"]] == [None, "model.layers.0", "model.layers.1"]
+    assert "(the whole merge)" in shown
+    assert "model.layers.1 " in shown
+    assert main(words) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_one_expert_gets_a_sentence(library, capsys):
+    assert main(["interference", str(library / "dense")]) == 1
+    assert "1 expert has no other to be compared with; give two or more" in capsys.readouterr().err
