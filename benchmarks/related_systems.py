@@ -7,9 +7,7 @@ with the lowest loss on validation words of the first seed. Shown are exact matc
 tasks and of the held-out ones, with 95 % intervals of the difference to the LoRA and to MoLoRA of the same size (a
 bootstrap over the pairs of seed and task), and what one LoRA for each task gives.
 
-The cost is measured on a Llama of 135 million parameters with random weights: training steps of 2 x 128 tokens in turn,
-in an order drawn anew for each round, as ratios of medians of CPU time; and the peak memory of a process of its own,
-over that of the LoRA of equal trained parameters.
+The cost is that of `related_cost`, over the LoRA of equal trained parameters.
 
     python benchmarks/related_systems.py [--systems GOAT ...] [--seeds 0 1 2] [--parts quality cost] [--work DIR]
 
@@ -22,9 +20,6 @@ import argparse
 import copy
 import json
 import logging
-import random
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,24 +29,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from contenders import language_model
 from intervals import interval
 from merge_worlds import Experts
+from related_cost import costs, own_memory, parameters, print_costs
 from selection_worlds import Generated
-from sparse_step import high_water
 from step_report import machine
-from torch import nn
 
 from modular_experts.base.loading import quiet
 from modular_experts.data import TaskMixture
-from modular_experts.evaluation import batch_losses, measure
+from modular_experts.evaluation import measure
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import inject, named_experts, penalties
+from modular_experts.injection import inject
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
-from modular_experts.routing.lora_ir import TaskGate
 
 RATES = (1e-3, 3e-3, 1e-2)
 STEPS = 200
@@ -117,12 +108,13 @@ def main() -> None:
     work = Path(options.work)
     report: dict[str, Any] = {"machine": machine(), "quick": options.quick}
     if options.own_cost:
-        print(json.dumps(_own_memory(options.own_cost, options.quick)))
+        print(json.dumps(own_memory(_large, options.own_cost, options.quick)))
         return
     if "quality" in options.parts:
         report["quality"] = _quality(work, options)
     if "cost" in options.parts:
-        report["cost"] = _cost(work, options)
+        store = JSONLines(work / ("quick-costs.jsonl" if options.quick else "costs.jsonl"))
+        report["cost"] = costs(store, __file__, _large, options.systems, options.repeats, options.quick)
     if options.json:
         json.dump(report, sys.stdout, indent=2)
         return
@@ -130,7 +122,7 @@ def main() -> None:
     if "quality" in report:
         _print_quality(report["quality"])
     if "cost" in report:
-        _print_cost(report["cost"])
+        print_costs(report["cost"])
 
 
 def _options() -> argparse.Namespace:
@@ -182,14 +174,14 @@ def _quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     store = JSONLines(work / ("quick.jsonl" if options.quick else "systems.jsonl"))
     rows = [(name, size) for name in options.systems for size in SIZES if getattr(SYSTEMS[name], size)]
     tried = {(first.seed, name, size, rate): first for name, size in rows for rate in first.rates}
-    _run(store, _validated, tried, options.processes)
+    run_all(store, _validated, tried, options.processes)
     rates = {row: min(first.rates, key=lambda rate: store[first.seed, *row, rate]["loss"]) for row in rows}
     chosen = {(seed, *row, rates[row]): world for seed, world in worlds.items() for row in rows}
-    _run(store, _validated, chosen, options.processes)
+    run_all(store, _validated, chosen, options.processes)
     tested = {("test", *key): world for key, world in chosen.items()}
     singles = {("alone", seed, task): world for seed, world in worlds.items() for task in world.tasks}
-    _run(store, _tested, tested, options.processes)
-    _run(store, _alone, {} if options.quick else singles, options.processes)
+    run_all(store, _tested, tested, options.processes)
+    run_all(store, _alone, {} if options.quick else singles, options.processes)
     found: dict[str, Any] = {"seeds": options.seeds, "rows": []}
     if not options.quick:
         found["alone"] = fmean(store[key]["exact_match"] for key in singles)
@@ -208,7 +200,7 @@ def _quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _run(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
+def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
     with LocalProcesses(processes) as pool:
         pieces = [Piece(key, work, (world, *key)) for key, world in keys.items()]
         run(pieces, store, pool, print_progress()).raise_failures()
@@ -238,7 +230,7 @@ def _data(world: TenTasks, stage: str) -> TaskMixture:
 
 def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) -> dict[str, float]:
     """Train a system, and return its loss on validation words."""
-    _quiet()
+    quiet_logs()
     path = _expert(world, name, size, rate)
     started = time.process_time()
     if not path.exists():
@@ -252,7 +244,7 @@ def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) ->
 
 def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: float) -> dict[str, Any]:
     """Return what a trained system scores on the test words of each task, and its numbers of parameters."""
-    _quiet()
+    quiet_logs()
     model, data = world.model, _data(world, "test")
     with attached(model, _expert(world, name, size, rate), check=False):
         scores = measure(model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
@@ -263,7 +255,7 @@ def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: floa
 
 def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
     """Return what a LoRA of the quickstart that knows one task scores on it."""
-    _quiet()
+    quiet_logs()
     path = world.expert("lora", task)
     if not path.exists():
         world.train("lora", task)
@@ -274,99 +266,14 @@ def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
     return {"exact_match": scores["tasks"][task]["exact_match"]}
 
 
-def _quiet() -> None:
+def quiet_logs() -> None:
     for name in ("modular_experts", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def parameters(model: nn.Module) -> dict[str, int]:
-    """Return how many numbers are trained, and how many of them one token meets: of k of n experts, k / n."""
-    trained = active = 0
-    experts = [expert for _, expert in named_experts(model)]
-    of_prompt = next((expert.k for expert in experts if isinstance(expert, TaskGate)), None)
-    for expert in experts:
-        taken = expert.k if isinstance(expert, MoLoRAExpert) else of_prompt
-        for name, parameter in expert.named_parameters():
-            trained += parameter.numel()
-            share = 1 if taken is None or name == "router" else taken / expert.experts  # type: ignore[operator]
-            active += round(share * parameter.numel())
-    return {"trained": trained, "active": active}
-
-
-def _cost(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return for each system the time of a step and the memory of a process, over those of the LoRA."""
-    names = options.systems
-    store = JSONLines(work / ("quick-costs.jsonl" if options.quick else "costs.jsonl"))
-    with LocalProcesses(1) as pool:
-        pieces = [Piece(("memory", name), _memory, (name, options.quick)) for name in names]
-        pieces.append(Piece(("time", *names), _times, (names, options.repeats, options.quick)))
-        run(pieces, store, pool, print_progress()).raise_failures()
-    peaks, times = {name: store["memory", name] for name in names}, store["time", *names]
-    return [
-        {"system": name, "time": times[name]["seconds"] / times["LoRA"]["seconds"]}
-        | {"memory": peaks[name] / peaks["LoRA"], "seconds": times[name]["seconds"], "bytes": peaks[name]}
-        | {key: times[name][key] / times["LoRA"][key] for key in ("trained", "active")}
-        for name in names
-    ]
-
-
-def _times(names: Sequence[str], repeats: int, small: bool) -> dict[str, dict[str, float]]:
-    """Return the median CPU seconds of a step of each system, and its numbers of parameters."""
-    torch.set_num_threads(1)
-    random.seed(0)
-    steps = {name: _step(name, small) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    order = list(names)
-    for _ in range(repeats + 1):
-        random.shuffle(order)
-        for name in order:
-            started = time.process_time()
-            steps[name][0]()
-            seconds[name].append(time.process_time() - started)
-    return {
-        name: {"seconds": statistics.median(seconds[name][1:]), **parameters(model)}
-        for name, (_, model) in steps.items()
-    }
-
-
-def _step(name: str, small: bool) -> tuple[Callable[[], None], nn.Module]:
-    """Return a training step of a system, and the model."""
-    base: Any = language_model(small).base
-    size = (2, 32) if small else (2, 128)
-    ids = torch.randint(base.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[:, : ids.shape[1] // 2] = -100
-    batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    torch.manual_seed(0)
-    inject(base, SYSTEMS[name].large())
-    for gate in [expert for _, expert in named_experts(base) if isinstance(expert, TaskGate)]:
-        gate.learn([torch.randn(16, gate.router.weight.shape[1]) for _ in range(gate.experts)])
-    base.train()
-    optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-3, fused=True)
-
-    def step() -> None:
-        sums, counts = batch_losses(base, batch)
-        sum(penalties(base).values(), start=sums.sum() / counts.sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, base
-
-
-def _memory(name: str, small: bool) -> int:
-    """Return the peak memory, in bytes, of a process that makes two training steps."""
-    if small:
-        return _own_memory(name, small)
-    command = [sys.executable, __file__, "--own-cost", name]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def _own_memory(name: str, small: bool) -> int:
-    torch.set_num_threads(1)
-    step, _ = _step(name, small)
-    for _ in range(2):
-        step()
-    return high_water()
+def _large(name: str) -> Any:
+    """Return the plan of a system on the model of 135 million parameters."""
+    return SYSTEMS[name].large()
 
 
 def _print_quality(found: dict[str, Any]) -> None:
@@ -392,13 +299,6 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
         for other in ("LoRA", "MoLoRA"):
             low, high = row[role].get(f"over {other}", (0.0, 0.0))
             yield "" if low == high == 0.0 else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _print_cost(rows: Sequence[dict[str, Any]]) -> None:
-    print("\n| 135 million parameters | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
-    for row in rows:
-        cells = [row["system"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
-        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
