@@ -19,6 +19,7 @@ from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.data import Task, TaskMixture, TaskSource
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.quickstart.plan import KINDS, MODULES, Kind, Plan
+from modular_experts.training.learning_rate import LearningRateShape
 from modular_experts.training.module import ExpertModule
 
 __all__ = ["HELD_IN", "Experts", "RealExperts", "SuiteExperts"]
@@ -113,12 +114,21 @@ class Experts(OnBase):
         self.fit(self.expert(kind, task), experts, [task], self.rate(kind), self.world.steps, *selection)
 
     def fit(
-        self, path: Path, experts: Any, tasks: Sequence[str], rate: float, steps: int, *callbacks: Callback
+        self,
+        path: Path,
+        experts: Any,
+        tasks: Sequence[str],
+        rate: float,
+        steps: int,
+        *callbacks: Callback,
+        scheduler: LearningRateShape | None = None,
     ) -> None:
         """Train experts, which a plan or a mapping from patterns states, on some tasks together."""
         seed_everything(self.seed, verbose=False)
         optimizer = partial(AdamW, lr=rate, weight_decay=0.0)
-        module = ExpertModule(str(self.base), experts=experts, optimizer=optimizer, dtype=self.trained_in)
+        module = ExpertModule(
+            str(self.base), experts=experts, optimizer=optimizer, scheduler=scheduler, dtype=self.trained_in
+        )
         quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         trainer = Trainer(
             accelerator="cpu",
