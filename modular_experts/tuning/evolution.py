@@ -1,0 +1,204 @@
+"""Search by evolution: good candidates are changed and mixed, and a limit decides which may be measured at all.
+
+One engine serves the paths of GLoRA, the structure of a smaller base and the coefficients of LoRAHub. A candidate is a
+tuple of genes; the first are drawn at random, and each later one comes from the best that were measured so far. The
+papers (GLoRA, arXiv 2306.07967; Search for efficient LLMs, arXiv 2409.17372) evolve whole generations; here each
+candidate is measured before the next is made, so that a search learns from every measurement and needs no size of a
+generation.
+
+No library is used. On 24 categorical genes with pairwise terms under a limit, with the same repair and ten seeds, the
+lowest value after 200 measurements was -45.6 in the mean here and -42.6 with CatCMA of cmaes 0.13.1; after 500 it was
+-49.1 and -49.9, and -38.1 with random candidates (a standard deviation is 2 to 3). nevergrad brings scikit-learn and
+pandas along.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from modular_experts.progress import Progress
+
+Genes = tuple[int | float, ...]
+
+TRIES = 1000
+"""How often a candidate that is outside the limit, or was measured before, is made anew."""
+
+
+class Gene(Protocol):
+    """What a place of a candidate may hold."""
+
+    def draw(self, numbers: random.Random, /) -> int | float:
+        """Return any value."""
+
+    def changed(self, value: int | float, length: float, numbers: random.Random, /) -> int | float:
+        """Return another value, about `length` times the range away where values have an order (or the same there)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `count` categories without an order, numbered from 0."""
+
+    count: int
+
+    def draw(self, numbers: random.Random) -> int:
+        return numbers.randrange(self.count)
+
+    def changed(self, value: int | float, length: float, numbers: random.Random) -> int:
+        return (int(value) + numbers.randrange(1, max(self.count, 2))) % self.count
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `lowest` to `highest`."""
+
+    lowest: int
+    highest: int
+
+    def draw(self, numbers: random.Random) -> int:
+        return numbers.randint(self.lowest, self.highest)
+
+    def changed(self, value: int | float, length: float, numbers: random.Random) -> int:
+        step = length * (self.highest - self.lowest) * numbers.gauss(0, 1)
+        # A step below one half still moves every other time, but leaves numbers beside it a chance to move alone.
+        moved = int(value) + int(math.copysign(max(round(abs(step)), numbers.randrange(2)), step))
+        return min(max(moved, self.lowest), self.highest)
+
+
+@dataclass(frozen=True)
+class Real:
+    """A number from `lowest` to `highest`."""
+
+    lowest: float
+    highest: float
+
+    def draw(self, numbers: random.Random) -> float:
+        return numbers.uniform(self.lowest, self.highest)
+
+    def changed(self, value: int | float, length: float, numbers: random.Random) -> float:
+        step = length * (self.highest - self.lowest) * numbers.gauss(0, 1)
+        return min(max(value + step, self.lowest), self.highest)
+
+
+@dataclass(frozen=True, eq=False)
+class Evolved:
+    """What a search found.
+
+    Attributes:
+        best: The candidate with the lowest value.
+        value: Its value.
+        measured: All candidates with their values, in the order in which they were measured.
+    """
+
+    best: Genes
+    value: float
+    measured: list[tuple[Genes, float]]
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """An evolution of one candidate at a time, which keeps the best `parents` and makes each next one from them.
+
+    A candidate is mixed from two parents, gene by gene, or is one parent with some genes changed. A number changes by a
+    normal step, whose length grows when the change is an improvement and shrinks when it is not. With one parent, no
+    crossover and all genes mutated this is the (1+1) evolution strategy with the one-fifth rule.
+
+    Args:
+        evaluations: Candidates that are measured, the budget of the search.
+        first: How many of them are drawn at random, before parents are chosen; GLoRA takes 50.
+        parents: How many of the best candidates have children; GLoRA takes 10.
+        crossover: Share of the children with two parents, in [0, 1]; GLoRA makes half of them so.
+        mutation: Probability that a gene of the others changes, in (0, 1]; at least one changes. GLoRA takes 0.2.
+        seed: Seed of all draws. Equal seeds and values give equal searches.
+    """
+
+    evaluations: int = 500
+    first: int = 50
+    parents: int = 10
+    crossover: float = 0.5
+    mutation: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "first", "parents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.crossover <= 1:
+            raise ValueError(f"{type(self).__name__}: crossover must be in [0, 1], got {self.crossover}")
+        if not 0 < self.mutation <= 1:
+            raise ValueError(f"{type(self).__name__}: mutation must be in (0, 1], got {self.mutation}")
+
+    def search(
+        self,
+        space: Sequence[Gene],
+        function: Callable[[Genes], float],
+        start: Sequence[Genes] = (),
+        within: Callable[[Genes], Genes | None] = lambda genes: genes,
+        store: MutableMapping[Genes, float] | None = None,
+        progress: Progress = iter,
+    ) -> Evolved:
+        """Return the candidate with the lowest value; NaN counts as worse than every number.
+
+        No candidate is measured twice. A search ends early when it finds none that is new.
+
+        Args:
+            space: What each gene may be.
+            function: Measures a candidate.
+            start: Candidates that are measured first, such as the one of today, or the smallest.
+            within: Puts a candidate inside the limit, and returns it, or None for one that is outside and drawn anew.
+            store: Values by candidate. An interrupted search that gets the values it measured, such as
+                `jobs.JSONLines(file)`, goes on where it was, exactly. It must hold values of this function only.
+            progress: Iterator wrapper, e.g. `tqdm`.
+
+        Raises:
+            ValueError: No candidate is inside the limit; nothing has been measured.
+        """
+        numbers, length = random.Random(self.seed), 1 / 6
+        store = {} if store is None else store
+        waiting = [genes for genes in dict.fromkeys(map(within, start)) if genes is not None]
+        measured: dict[Genes, float] = {}
+        best: list[tuple[float, Genes]] = []  # the lowest first, of equals the newest
+
+        def child() -> tuple[Genes, float | None]:
+            """Return a child of the best, and the value of the parent that it changes."""
+            if len(best) > 1 and numbers.random() < self.crossover:
+                one, other = (genes for _, genes in numbers.sample(best, 2))
+                return tuple(pair[numbers.randrange(2)] for pair in zip(one, other, strict=True)), None
+            value, parent = numbers.choice(best)
+            certain = numbers.randrange(len(space))
+            changes = [place == certain or numbers.random() < self.mutation for place in range(len(space))]
+            genes = zip(space, parent, changes, strict=True)
+            return tuple(gene.changed(old, length, numbers) if change else old for gene, old, change in genes), value
+
+        def fresh(number: int) -> tuple[Genes | None, float | None]:
+            """Return a candidate inside the limit that was not measured, or None if there seems to be no other."""
+            if waiting:
+                return waiting.pop(0), None
+            for attempt in range(2 * TRIES):
+                made, parent = tuple(gene.draw(numbers) for gene in space), None
+                # If one of the two ways finds nothing new, the other may.
+                if best and (number < self.first) == (attempt >= TRIES):
+                    made, parent = child()
+                genes = within(made)
+                if genes is not None and genes not in measured:
+                    return genes, parent
+            return None, None
+
+        for number in map(int, progress([str(number) for number in range(self.evaluations)])):
+            genes, parent = fresh(number)
+            if genes is None:
+                break
+            if genes not in store:
+                store[genes] = function(genes)
+            value = measured[genes] = math.inf if math.isnan(store[genes]) else store[genes]
+            if parent is not None:
+                # The length is steady at one improvement to four failures.
+                length *= math.exp(1 / 3 if value <= parent else -1 / 12)
+            best = sorted([(value, genes), *best], key=lambda pair: pair[0])[: self.parents]
+        if not measured:
+            raise ValueError(f"none of {2 * TRIES} candidates drawn at random is inside the limit; widen the limit")
+        value, found = best[0]
+        return Evolved(found, value, list(measured.items()))
