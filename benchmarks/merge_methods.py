@@ -86,6 +86,7 @@ METHODS: dict[str, Way] = {
     "SelfRegMean": Way(m.SelfRegMean(), {"ridge": [0.03, 0.1, 0.3]}),
     "SelfRegMean, flat": Way(m.SelfRegMean(flatten=0.5), {"ridge": [0.03, 0.1, 0.3]}),
     "Fisher": Way(m.Fisher()),
+    "ESM": Way(m.ESM(), {"power": [0.0, 0.15, 0.5]}),
     "RegMean": Way(m.RegMean(), {"reduce": [0.9, 0.99, 1.0]}),
     "RegMean, ridge": Way(m.RegMean(reduce=1.0, ridge=0.03), {"ridge": [0.003, 0.01, 0.03]}),
     "RegMean++": Way(m.RegMeanPlusPlus()),

@@ -99,16 +99,17 @@ def statistics(
 ) -> None:
     """Measure statistics of experts that are to be merged or routed, and store them beside each expert.
 
-    The merge methods Fisher, RegMean and RegMeanPlusPlus and some routers need them. Each expert is measured on the
-    validation rows of the tasks that it was trained on (`prompts` and `prompt_parts` also on training inputs), never on
-    test rows, at every weight that any of the experts moves.
+    The merge methods Fisher, RegMean, RegMeanPlusPlus and ESM and some routers need them. Each expert is measured on
+    the validation rows of the tasks that it was trained on (`prompts` and `prompt_parts` also on training inputs),
+    never on test rows, at every weight that any of the experts moves.
 
     Args:
         experts: Directories of the experts.
-        kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean) one per pair of a layer's inputs;
-            `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts; `prompts`
-            (for the router Centroid) what the base makes of each input; `prompt_parts` (for the router Classifier) the
-            same, and of each input without a part of its front. `fit --gate-of` trains what Phatgoose needs.
+        kind: `fisher` (for Fisher) is one number per entry; `gram` (for RegMean and ESM) one per pair of a layer's
+            inputs; `merged_gram` (for RegMeanPlusPlus) the same in the course of the merge of exactly these experts;
+            `prompts` (for the router Centroid) what the base makes of each input; `prompt_parts` (for the router
+            Classifier) the same, and of each input without a part of its front. `fit --gate-of` trains what Phatgoose
+            needs.
         data: The tasks of all these experts, and how their rows are read: what you gave to `fit`.
         rows: The most rows of one task, spread evenly over them.
         base: The base's directory or hub id; the one in the experts' records by default.

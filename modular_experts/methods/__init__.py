@@ -16,6 +16,7 @@ from modular_experts.methods.core_space import CoreSpace
 from modular_experts.methods.dare import DARE, DARETIES
 from modular_experts.methods.della import DELLA, DELLALinear
 from modular_experts.methods.emr import EMR
+from modular_experts.methods.esm import ESM
 from modular_experts.methods.fisher import Fisher
 from modular_experts.methods.iso_c import IsoC, IsoCTS
 from modular_experts.methods.karcher import Karcher

@@ -71,13 +71,14 @@ PROMISES = [
     (m.Fisher(), SAME),
     (m.RegMean(), {"alone": True}),
     (m.RegMean(ridge=0.1), {"alone": True}),
+    (m.ESM(), {"zero": True}),
     (m.RegMeanPlusPlus(), {"alone": True}),
 ]
 
 # Methods of directions instead of entries: they merge sparse experts to a dense or low-rank one.
 MADE_DENSE = {
     *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "SVDAverage", "WUDI", "SVC"),
-    *("SelfRegMean", "RegMean", "RegMeanPlusPlus"),
+    *("ESM", "SelfRegMean", "RegMean", "RegMeanPlusPlus"),
 }
 
 

@@ -1,0 +1,89 @@
+"""ESM merges what each expert changes in a layer's outputs, in the few directions that change most (Li et al., "Model
+Merging in the Essential Subspace", arXiv 2602.20208; extended in "Essential Subspace Merging for Multi-Task Learning",
+arXiv 2606.19164).
+
+`TSVMerge` takes the strongest directions of the weights; these are the strongest of the outputs on real inputs. The
+covariance of the outputs' change `d_i x` over the inputs x is `d_i G_i d_i^T`, so Gram matrices of the inputs suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modular_experts.deltas import Delta, Dense
+from modular_experts.methods.average import Average
+from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
+from modular_experts.methods.settings import Checks, at_least, within
+from modular_experts.methods.spectrum import NOISE, as_delta, spectrum
+
+
+@dataclass(frozen=True)
+class ESM(MergeMethod):
+    """ESM: `scale * P([E_1 w_1 .. E_N w_N]) P([w_1 E_1^T d_1; ..; w_N E_N^T d_N])`, of the strongest directions of each
+    expert's outputs.
+
+    The columns of `E_i` are the first `share / N` of the out eigenvectors of `d_i G_i d_i^T`, where `G_i` is the Gram
+    matrix `(in, in)` of the layer's inputs on the data of expert i; each of the N experts that move the matrix keeps
+    the same whole number of them, at least one. `w_i` are the `power`-th powers of their eigenvalues, divided by their
+    mean. `P(X) = mean(S) U V^T` of the singular value decomposition `U S V^T` makes the directions orthogonal and
+    equally strong. Directions without any output are left out, also of the mean.
+
+    This is the authors' program for RoBERTa (github.com/kiddo127/ESM). Left out are the scales of its last step, which
+    square the norm of each merged weight over the mean of all weights of its kind and need all of them at once, and
+    three constants of the program for vision: experts and inputs weighted by the squares of their norms, and a factor
+    of 2. On the suite the first two together made merges of every kind worse, and a tuned scale takes the place of the
+    factor.
+
+    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`), which read no labels. A weight
+    that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its directions made
+    equally strong, as with `IsoC`. The order of the experts and factors of the Gram matrices do not matter, scaled
+    experts merge to the scaled merge, and an expert that does not move a matrix changes nothing there. Sparse experts
+    give a dense result, low-rank ones a low-rank one where that is smaller.
+
+    Args:
+        scale: Factor of the result.
+        share: Share of a matrix's output directions that all experts together keep, in (0, 1].
+        power: Power of the eigenvalues by which stronger directions count more, at least 0; 0 counts all alike.
+    """
+
+    checks = Checks(share=within("(0, 1]", "is a part of the directions"), power=at_least(0))
+    needs = Needs(statistics="gram", matrices=10.0, matrices_per_expert=2.0, squares=2.0)
+
+    scale: float = 1.0
+    share: float = 1.0
+    power: float = 0.15
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        known = known_statistics(self, context, len(deltas))
+        grams = [one for one in known if one is not None]
+        if len(grams) < len(deltas):
+            return Average(scale=self.scale).merge(deltas)
+        transposed = grams[0].inputs == 0
+        upright = [delta.T for delta in deltas] if transposed else list(deltas)
+        movers = [(delta, one.values) for delta, one in zip(upright, grams, strict=True) if delta.norm() > 0]
+        count = max(1, int(self.share * upright[0].shape[0] / max(1, len(movers))))
+        parts = [self._essential(delta.to(dtype=torch.float64), gram.double(), count) for delta, gram in movers]
+        nothing = torch.zeros(upright[0].shape[0], 0, dtype=torch.float64, device=upright[0].device)
+        outputs = _evened(torch.cat([nothing, *(left for left, _ in parts)], 1))
+        inputs = _evened(torch.cat([nothing.new_zeros(0, upright[0].shape[1]), *(right for _, right in parts)]))
+        merged = as_delta(self.scale * outputs, inputs, upright)
+        return merged.T if transposed else merged
+
+    def _essential(self, delta: Delta, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return `E w` `(out, count)` and `w E^T d` `(count, in)` of one expert."""
+        values, vectors = torch.linalg.eigh(delta.linear(delta.linear(gram).T))
+        strongest = values.argsort(descending=True)[:count]
+        strongest = strongest[values[strongest] > NOISE * values[-1].clamp(min=0)]
+        weights, directions = values[strongest] ** self.power, vectors[:, strongest]
+        weights = weights / weights.mean()
+        return directions * weights, weights[:, None] * delta.T.linear(directions.T)
+
+
+def _evened(matrix: Tensor) -> Tensor:
+    """Return `mean(S) U V^T` of the singular value decomposition `U S V^T` of a matrix."""
+    found = spectrum(Dense(matrix))
+    return found.values.mean() * found.left @ found.right

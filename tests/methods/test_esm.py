@@ -1,0 +1,140 @@
+"""ESM against principal components of the outputs themselves, dense and one after another in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, random_delta
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import ESM, Average, IsoC, TSVMerge
+from modular_experts.methods.method import Context, DataStatistic
+
+
+def inputs_of(deltas, seed=0, tokens=60):
+    """Correlated inputs `(tokens, in)` of the layer on each expert's data."""
+    draw, width = np.random.default_rng(seed), deltas[0].shape[1]
+    return [draw.normal(size=(tokens, width)) @ draw.normal(size=(width, width)) for _ in deltas]
+
+
+def merge(method, deltas, inputs, transposed=False):
+    grams = [DataStatistic(torch.from_numpy(x.T @ x / len(x)), inputs=0 if transposed else 1) for x in inputs]
+    return method.merge(deltas, Context("w", grams))
+
+
+def evened(matrix):
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    kept = values > 1e-7 * values[0]
+    return values[kept].mean() * left[:, kept] @ right[kept]
+
+
+def esm(deltas, inputs, share=1.0, power=0.15):
+    """The paper's steps on the changes of the outputs `X d^T`."""
+    matrices = [(delta.dense().double().numpy(), x) for delta, x in zip(deltas, inputs, strict=True)]
+    movers = [(matrix, x) for matrix, x in matrices if matrix.any()]
+    count = max(1, int(share * deltas[0].shape[0] / len(movers)))
+    lefts, rights = [], []
+    for matrix, x in movers:
+        _, values, directions = np.linalg.svd(x @ matrix.T, full_matrices=False)
+        kept = min(count, (values**2 > 1e-7 * values[0] ** 2).sum())
+        energies, directions = values[:kept] ** 2 / len(x), directions[:kept].T
+        weights = (energies / energies.mean()) ** power
+        weights /= weights.mean()
+        lefts.append(directions * weights)
+        rights.append(weights[:, None] * (directions.T @ matrix))
+    return evened(np.concatenate(lefts, 1)) @ evened(np.concatenate(rights))
+
+
+@pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
+@pytest.mark.parametrize(("share", "power"), [(1.0, 0.15), (0.5, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_it_equals_the_formula(form, share, power, shape):
+    deltas = [random_delta(form, shape, seed) for seed in range(3)] + [Sparse.zero(shape)]
+    inputs = inputs_of(deltas)
+    merged = merge(ESM(0.7, share, power), deltas, inputs).dense()
+    np.testing.assert_allclose(merged.numpy(), 0.7 * esm(deltas, inputs, share, power), rtol=1e-6, atol=1e-7)
+
+
+@given(deltas_of_one_weight(least=2, most=3), st.floats(0.01, 100.0))
+def test_order_and_factors_of_the_inputs_do_not_matter(deltas, factor):
+    inputs = inputs_of(deltas)
+    merged = merge(ESM(), deltas, inputs).dense().double()
+    turned = merge(ESM(), deltas[::-1], inputs[::-1]).dense().double()
+    torch.testing.assert_close(turned, merged, rtol=1e-5, atol=1e-6)
+    louder = merge(ESM(), deltas, [inputs[0] * factor, *inputs[1:]]).dense().double()
+    torch.testing.assert_close(louder, merged, rtol=1e-5, atol=1e-6)
+
+
+def test_a_direction_that_no_input_reaches_gives_way_to_one_that_moves_the_outputs():
+    """The experts move one output strongly and another weakly; only what the weak one reads occurs."""
+    strong, weak = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    strong[0, 0], strong[1, 1] = 9.0, 1.0
+    weak[0, 2], weak[1, 3] = 9.0, 1.0
+    deltas = [Dense(strong), Dense(weak)]
+    quiet = np.eye(4)[[1, 1, 3, 3]]
+    merged = merge(ESM(), deltas, [quiet, quiet]).dense()
+    assert not merged[0].any()
+    assert merged[1, 1] == merged[1, 3] > 0
+    assert TSVMerge().merge(deltas).dense()[0].norm() > TSVMerge().merge(deltas).dense()[1].norm()
+
+
+def test_one_expert_on_even_outputs_merges_as_with_iso_c():
+    delta = random_delta("Dense", (5, 9), 0)
+    merged = merge(ESM(power=0.0), [delta], inputs_of([delta]))
+    torch.testing.assert_close(merged.dense(), IsoC().merge([delta]).dense())
+
+
+def test_a_weight_that_is_stored_transposed_merges_to_the_transpose():
+    deltas = [random_delta(form, (7, 5), seed) for seed, form in enumerate(("Dense", "LowRank", "Sparse"))]
+    inputs = inputs_of(deltas)
+    turned = merge(ESM(), [delta.T for delta in deltas], inputs, transposed=True)
+    torch.testing.assert_close(turned.dense().T, merge(ESM(), deltas, inputs).dense())
+
+
+def test_low_rank_experts_are_never_made_dense(monkeypatch):
+    deltas = [random_delta("LowRank", (30, 20), seed) for seed in range(3)]
+    inputs = inputs_of(deltas)
+    expected = esm(deltas, inputs)
+    monkeypatch.setattr(LowRank, "add_to", None)
+    merged = merge(ESM(), deltas, inputs)
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_without_a_gram_matrix_are_averaged_and_silent_inputs_merge_to_nothing():
+    deltas = [random_delta("Dense", (4, 5), seed) for seed in range(2)]
+    found = ESM(scale=2.0).merge(deltas, Context("w", [None, None]))
+    torch.testing.assert_close(found.dense(), 2.0 * Average().merge(deltas).dense())
+    assert not merge(ESM(), deltas, [np.zeros((3, 5))] * 2).dense().any()
+
+
+def test_bad_settings_and_missing_statistics_are_refused():
+    with pytest.raises(ValueError, match=r"ESM needs gram statistics, one per expert, and got none"):
+        ESM().merge([random_delta("Dense", (2, 2), 0)])
+    with pytest.raises(ValueError, match=r"ESM: share is a part of the directions and must be in \(0, 1\], got 2.0"):
+        ESM(share=2.0)
+    with pytest.raises(ValueError, match="ESM: power must be at least 0, got -1"):
+        ESM(power=-1.0)
+
+
+def of_the_weights(deltas, inputs):
+    return esm(deltas, [np.eye(deltas[0].shape[1])] * len(deltas))
+
+
+def not_weighted(deltas, inputs):
+    return esm(deltas, inputs, power=0.0)
+
+
+def of_one_set_of_inputs(deltas, inputs):
+    return esm(deltas, [np.concatenate(inputs)] * len(deltas))
+
+
+@pytest.mark.parametrize("twin", [of_the_weights, not_weighted, of_one_set_of_inputs])
+def test_wrong_twins_are_told_from_it(twin):
+    deltas = [random_delta("Dense", (9, 7), seed) for seed in range(3)]
+    inputs = inputs_of(deltas)
+    assert not np.allclose(merge(ESM(), deltas, inputs).dense().numpy(), twin(deltas, inputs), rtol=1e-2)
