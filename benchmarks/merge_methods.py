@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from modular_experts import methods as m
+from modular_experts.deltas import Delta
+from modular_experts.methods.wrapper import Back, Wrapper
 from modular_experts.tuning import ATLAS, AdaMerging, CoefficientSearch, LoRAHub
 
 __all__ = ["METHODS", "REFERENCE", "Way"]
@@ -41,7 +43,20 @@ class Way:
         return {kind for method in (self.method, *self.merges) if (kind := method.needs.statistics)}
 
 
+@dataclass(frozen=True)
+class Truncated(Wrapper):
+    """The merge of another method, truncated to a rank, as `export --rank` does it."""
+
+    inner: m.MergeMethod = field(default_factory=m.TaskArithmetic)
+    scale: float = 1.0
+    rank: int = 4
+
+    def around(self, deltas: Sequence[Delta]) -> tuple[Sequence[Delta], Back]:
+        return deltas, lambda merged: m.SVDAverage(self.rank, self.scale).merge([merged])
+
+
 KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
+INNER_KEEP = {"inner.keep": [0.1, 0.2, 0.5, 1.0]}
 
 REG_MEAN = [m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
 DATA_FREE = [m.SelfRegMean(), m.SparseAverage()]
@@ -79,6 +94,11 @@ METHODS: dict[str, Way] = {
     "IsoCTS": Way(m.IsoCTS(), {"common": [0.5, 0.8, 0.95]}),
     "KnOTS": Way(m.KnOTS()),
     "Core Space, TIES": Way(m.CoreSpace()),
+    "TaskArithmetic, truncated to rank 4": Way(Truncated()),
+    "CtM of TaskArithmetic, rank 4": Way(m.CtM(m.TaskArithmetic(), rank=4)),
+    "TIES, truncated to rank 4": Way(Truncated(m.TIES()), INNER_KEEP),
+    "CtM of TIES, rank 4": Way(m.CtM(m.TIES(), rank=4), INNER_KEEP),
+    "CtM of IsoC, rank 4": Way(m.CtM(m.IsoC(), rank=4)),
     "SVDAverage": Way(m.SVDAverage(), {"rank": [1, 2, 4, 8, 16]}),
     "WUDI": Way(m.WUDI()),
     "WUDI, exact": Way(m.WUDI(solver="exact")),

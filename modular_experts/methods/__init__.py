@@ -13,6 +13,7 @@ from __future__ import annotations
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
 from modular_experts.methods.core_space import CoreSpace
+from modular_experts.methods.ctm import CtM
 from modular_experts.methods.dare import DARE, DARETIES
 from modular_experts.methods.della import DELLA, DELLALinear
 from modular_experts.methods.emr import EMR

@@ -59,6 +59,9 @@ PROMISES = [
     (m.KnOTS(inner=m.TIES(keep=1.0)), {"alone": True}),
     (m.CoreSpace(), {"order": True, "zero": True}),
     (m.CoreSpace(inner=m.SparseAverage()), FULL),
+    (m.CtM(), {"order": True, "zero": True}),
+    (m.CtM(inner=m.SparseAverage()), FULL),
+    (m.CtM(inner=m.IsoC(), rank=2), {"order": True, "zero": True}),
     (m.Rescaled(), {"alone": True, "order": True, "zero": True}),
     (m.Rescaled(inner=m.SparseAverage()), {"alone": True, "order": True, "zero": True}),
     (m.SVDAverage(), {"order": True}),
@@ -78,7 +81,7 @@ PROMISES = [
 # Methods of directions instead of entries: they merge sparse experts to a dense or low-rank one.
 MADE_DENSE = {
     *("TSVMerge", "IsoC", "IsoCTS", "KnOTS", "SVDAverage", "WUDI", "SVC"),
-    *("ESM", "SelfRegMean", "RegMean", "RegMeanPlusPlus"),
+    *("CtM", "ESM", "SelfRegMean", "RegMean", "RegMeanPlusPlus"),
 }
 
 
