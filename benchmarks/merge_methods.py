@@ -57,6 +57,7 @@ class Truncated(Wrapper):
 
 KEEP = {"keep": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]}
 INNER_KEEP = {"inner.keep": [0.1, 0.2, 0.5, 1.0]}
+DEPTHS = {"last": [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]}
 
 REG_MEAN = [m.RegMean(reduce=1.0, ridge=0.01), m.SparseAverage()]
 DATA_FREE = [m.SelfRegMean(), m.SparseAverage()]
@@ -105,6 +106,9 @@ METHODS: dict[str, Way] = {
     "SVC of SparseAverage": Way(m.SVC(), {"alpha": [0.25, 0.5, 1.0]}),
     "SelfRegMean": Way(m.SelfRegMean(), {"ridge": [0.03, 0.1, 0.3]}),
     "SelfRegMean, flat": Way(m.SelfRegMean(flatten=0.5), {"ridge": [0.03, 0.1, 0.3]}),
+    "SparseAverage, LiNeS": Way(m.LiNeS(), DEPTHS),
+    "SelfRegMean, LiNeS": Way(m.LiNeS(m.SelfRegMean()), DEPTHS),
+    "IsoC, LiNeS": Way(m.LiNeS(m.IsoC()), DEPTHS),
     "Fisher": Way(m.Fisher()),
     "ESM": Way(m.ESM(), {"power": [0.0, 0.15, 0.5]}),
     "RegMean": Way(m.RegMean(), {"reduce": [0.9, 0.99, 1.0]}),

@@ -39,6 +39,7 @@ from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
+from modular_experts.text import depth_of
 
 Method = MergeMethod | str | None
 Rules = Mapping[str, Method]
@@ -83,6 +84,7 @@ class Merged(TaskVector):
         shapes = dict(sorted(Sum(self.experts).shapes().items()) if self._lazy else union_of_weights(self.stored))
         self.rules = assign(list(shapes), self._method, self._per_weight)
         self._shapes = {name: shapes[name] for name in self.rules}
+        self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
         self._groups = _groups_of(self)
         self._group_of = {name: group for group in self._groups for name in group.names}
 
@@ -110,7 +112,8 @@ class Merged(TaskVector):
         """Return the delta of one weight in the expert of the task of one of the experts, or in the merged expert."""
         group, shape = self._group_of[name], self._shapes[name]
         method, kind = group.method, type(group.method).__name__
-        context = Context(name, group.statistics(name), group.prepared)
+        depth = (depth_of(name) or 0) / self._last_block
+        context = Context(name, group.statistics(name), group.prepared, depth)
         try:
             deltas = self.deltas_of(name)
             merged = method.merge(deltas, context) if expert is None else method.per_task(deltas, expert, context)

@@ -22,6 +22,7 @@ from modular_experts.methods.fisher import Fisher
 from modular_experts.methods.iso_c import IsoC, IsoCTS
 from modular_experts.methods.karcher import Karcher
 from modular_experts.methods.knots import KnOTS
+from modular_experts.methods.lines import LiNeS
 from modular_experts.methods.mag_max import MagMax
 from modular_experts.methods.method import MergeMethod
 from modular_experts.methods.model_stock import ModelStock

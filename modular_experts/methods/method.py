@@ -45,11 +45,13 @@ class Context:
         statistics: One per expert, of the kind that the method `needs`; an element is None where the kind does not
             describe this weight, such as the Gram matrix of a bias.
         prepared: What the method's `prepare` returned.
+        depth: Where the weight lies, from 0 at the first transformer block to 1 at the last that is merged; 0 outside.
     """
 
     name: str = ""
     statistics: Sequence[DataStatistic | None] | None = None
     prepared: Any = None
+    depth: float = 0.0
 
 
 @dataclass(frozen=True)
