@@ -6,7 +6,7 @@ alone. Shown is Spearman's rank correlation over the tasks, its mean over the se
 largest. A good warning has a correlation near 1: the higher the measure, the greater the loss.
 
     python benchmarks/merge_quality.py --methods SparseAverage SelfRegMean
-    python benchmarks/interference_risk.py [--kinds sparse ...] [--methods SparseAverage SelfRegMean] [--seeds 0 1 2]
+    python benchmarks/merges_predicted.py [--kinds sparse ...] [--methods SparseAverage SelfRegMean] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def main() -> None:
     work = Path(options.work)
     singles, merges = JSONLines(work / "singles.jsonl"), JSONLines(work / "merges.jsonl")
     rows = []
+    wanted = [(seed, kind, method) for seed in options.seeds for kind in options.kinds for method in options.methods]
+    if missing := [key for key in wanted if key not in merges]:
+        seed, kind, method = missing[0]
+        sys.exit(f"{work} has no merge by {method} of {kind}, seed {seed}; first run merge_quality.py --work {work}")
     for kind in options.kinds:
         for method in options.methods:
             found = [_correlations(SuiteExperts(seed, work), kind, method, singles, merges) for seed in options.seeds]
