@@ -69,24 +69,26 @@ class AdaMixExpert(Expert):
         down = torch.empty(rank, columns, dtype=dtype, device=weight.device)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.down = nn.Parameter(down.repeat(copies, 1, 1))
-        self.drawn: list[tuple[int, int]] = []
-        """The copies of `up` and `down` in this step, for each of the equal parts of a batch; empty before a draw."""
+        self.drawn: Tensor | None = None
+        """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""
 
     def draw(self, key: str) -> None:
         numbers = random.Random(key)
         times = 2 if self.consistency else 1
-        self.drawn = [(numbers.randrange(len(self.up)), numbers.randrange(len(self.down))) for _ in range(times)]
+        pairs = [(numbers.randrange(len(self.up)), numbers.randrange(len(self.down))) for _ in range(times)]
+        # In a tensor, because `torch.compile` takes numbers for constants, and would compile again for each new pair.
+        self.drawn = torch.tensor(pairs, device=self.up.device)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
         inner = F.dropout(x, self.dropout, self.training).to(self.down.dtype)
-        if self.training and self.drawn:
-            parts = inner.chunk(len(self.drawn))
-            drawn = [(self.up[i], self.down[j]) for i, j in self.drawn]
+        if self.training and self.drawn is not None:
+            ups, downs = self.up[self.drawn[:, 0]], self.down[self.drawn[:, 1]]
         else:
-            parts, drawn = (inner,), [(self.up.mean(0), self.down.mean(0))]
+            ups, downs = self.up.mean(0, keepdim=True), self.down.mean(0, keepdim=True)
         added = [
-            F.linear(self.scale * F.linear(part, down), up) for part, (up, down) in zip(parts, drawn, strict=False)
+            F.linear(self.scale * F.linear(part, down), up)
+            for part, up, down in zip(inner.chunk(len(ups)), ups, downs, strict=False)
         ]
         return base + (torch.cat(added) if len(added) > 1 else added[0]).to(base.dtype)
 

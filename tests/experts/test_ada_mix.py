@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from modular_experts.evaluation import batch_losses, paired_losses
 from modular_experts.experts import AdaMixExpert, LoRAExpert
@@ -36,7 +37,7 @@ def test_the_mean_over_all_independent_draws_is_the_averaged_expert(share_up: bo
     def mean(pairs) -> torch.Tensor:
         outputs = []
         for pair in pairs:
-            expert.drawn = [pair]
+            expert.drawn = torch.tensor([pair])
             outputs.append(expert(x, weight, None))
         return torch.stack(outputs).mean(0)
 
@@ -57,11 +58,11 @@ def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again
     pairs, layers, times = Counter(), Counter(), Counter()
     for step in range(3000):
         expert.draw(f"0/{step}/a")
-        first, second = expert.drawn
+        first, second = map(tuple, expert.drawn.tolist())
         expert.draw(f"0/{step}/b")
         pairs[first] += 1
         times[first[0], second[0]] += 1
-        layers[first[1], expert.drawn[0][1]] += 1
+        layers[first[1], int(expert.drawn[0, 1])] += 1
     for counted in (pairs, layers, times):
         assert len(counted) == 9
         # Chi-square with 8 degrees of freedom; 26 is its 99.9 % quantile.
@@ -70,13 +71,13 @@ def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again
     drawn = expert.drawn
     expert.draw("0/6/a")
     expert.draw("0/5/a")
-    assert expert.drawn == drawn
+    assert torch.equal(expert.drawn, drawn)
 
 
 def test_a_draw_trains_its_copies_alone_and_evaluation_takes_the_mean_of_all() -> None:
     weight, x = random_weight(), torch.randn(4, 10, dtype=torch.float64)
     expert = filled(AdaMixExpert(weight, copies=3, consistency=0.0)).train()
-    expert.drawn = [(2, 0)]
+    expert.drawn = torch.tensor([(2, 0)])
     expert(x, weight, None).square().sum().backward()
     assert [bool(part.any()) for part in expert.up.grad] == [False, False, True]
     assert [bool(part.any()) for part in expert.down.grad] == [True, False, False]
@@ -141,7 +142,7 @@ def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed:
     both = [expert.drawn for expert in experts]
     for time in range(2):
         for expert, drawn in zip(experts, both, strict=True):
-            expert.drawn = [drawn[time]]
+            expert.drawn = drawn[time : time + 1]
         alone, numbers = batch_losses(model, batch())
         if not time:
             torch.testing.assert_close(sums, alone)
@@ -152,7 +153,7 @@ def test_two_passes_are_two_draws_and_pay_for_their_symmetric_divergence(packed:
     assert (p - q).abs().max() > 1e-3
     wanted = 0.5 * ((p * (p / q).log()).sum() + (q * (q / p).log()).sum())
     torch.testing.assert_close(divergence, wanted)
-    draws = [[pair, pair] for pair in (drawn[0] for drawn in both)]
+    draws = [drawn[:1].repeat(2, 1) for drawn in both]
     for expert, drawn in zip(experts, draws, strict=True):
         expert.drawn = drawn
     assert paired_losses(model, batch())[2].abs() < 1e-10, "equal predictions are not apart"
@@ -172,6 +173,20 @@ def test_gradient_checkpointing_repeats_both_draws(gpt2: bool) -> None:
     for name, gradient in found[0].items():
         assert gradient.any()
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_model_follows_the_draws_without_being_compiled_again() -> None:
+    network = torch.nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 10)).double()
+    inject(network, lambda weight: filled(AdaMixExpert(weight, copies=4)), ".*")
+    counter = CompileCounter()
+    compiled = torch.compile(network.train(), backend=counter)
+    x, found = torch.randn(4, 10, dtype=torch.float64), []
+    for step in range(12):
+        draw(network, f"0/{step}")
+        found.append(compiled(x).detach())
+        assert torch.equal(found[-1], network(x))
+    assert len({float(outputs.sum()) for outputs in found}) == 12
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ class Draws(Callback):
         self.logged: list[dict] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.drawn.append({name: layer.expert.drawn for name, layer in expert_layers(pl_module.model)})
+        self.drawn.append(
+            {name: list(map(tuple, layer.expert.drawn.tolist())) for name, layer in expert_layers(pl_module.model)}
+        )
         self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
