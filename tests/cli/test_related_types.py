@@ -10,6 +10,7 @@ from pathlib import Path
 
 import conftest
 import pytest
+import torch
 
 from modular_experts.interop.peft import read_peft
 from modular_experts.library import open_expert
@@ -62,3 +63,28 @@ def test_an_expert_is_trained_merged_applied_tested_exported_and_pushed(
     assert run("push", "--experts", "library/mine", "library/both", "--repo", "someone/experts")[0] == 0
     assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "mine")[0] == 0
     assert open_expert("pulled/mine").content_hash == made.content_hash
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "fit"
+
+
+@pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
+def test_the_configs_run_on_every_architecture_and_their_experts_merge(architecture, tiny, two_task_files, run) -> None:
+    base, targets = tiny(architecture), ["--model.modules", conftest.TARGETS[architecture]]
+    own = {"tt-lora": targets, "adamix": targets, "xgblora": targets, "relora": targets, "recast": []}
+    tasks = ["--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}]), "--trainer.max_steps", 2]
+    for config, modules in own.items():
+        file = CONFIGS / f"{config}.yaml"
+        assert run("fit", "--config", file, "--model.base", base, *modules, *tasks)[0] == 0
+    for kind in ("LoRAExpert", "SparseExpert", "FullExpert"):
+        settings = ["--model.base", base, *targets, "--model.expert", kind, *tasks, "--out", f"library/{kind}"]
+        assert run("fit", *settings)[0] == 0
+    experts = sorted(Path("library").iterdir())
+    assert len(experts) == 8
+    assert run("merge", "--experts", *experts, "--method", "TaskArithmetic", "--out", "all")[0] == 0
+    opened, merged = list(map(open_expert, experts)), open_expert("all")
+    assert merged.keys() == {name for expert in opened for name in expert}
+    for name in merged:
+        wanted = sum(expert[name].dense() for expert in opened if name in expert)
+        assert wanted.any()
+        torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-5, atol=1e-7)

@@ -16,6 +16,7 @@ from testbed import runs
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
+from modular_experts.callbacks import ExportExpert
 from modular_experts.deltas import Dense
 from modular_experts.experts import RecastExpert, TemplateBanks
 from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state
@@ -123,6 +124,24 @@ def test_tasks_share_the_weights_of_the_model_and_own_a_few_numbers() -> None:
         assert read <= set(weights.values())
 
 
+def test_experts_of_a_library_share_one_bank_which_is_their_base(tiny_llama_dir, task_files, tmp_path) -> None:
+    """The fingerprint of the base in their records is the content hash of the bank; no file holds a template."""
+    opened = []
+    for name in task_files:
+        export = ExportExpert(str(tmp_path / "library"), name, monitor=None)
+        fit(tiny_llama_dir, {name: task_files[name]}, tmp_path / name, export)
+        opened.append(open_expert(tmp_path / "library" / name))
+    states = [expert.state() for expert in opened]
+    assert len({expert.record["base"]["fingerprint"] for expert in opened}) == 1
+    own, shared = ([name for name in states[0] if name.endswith(end)] for end in ("change", "mixing"))
+    assert len(own) == len(shared) == len(states[0]) / 2 == 14
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in shared)
+        assert not any(torch.equal(state[name], states[0][name]) for name in own)
+    # Two coefficients of a layer, and its two templates as sums of two layers.
+    assert all(sum(tensor.numel() for tensor in state.values()) == 14 * (2 + 2 * 2) for state in states)
+
+
 @pytest.mark.parametrize(("settings", "count"), [({}, 420), ({"group": 5, "templates": 4}, 840)])
 def test_the_numbers_of_a_task_on_the_shapes_of_smollm2(settings, count) -> None:
     # The width counts for nothing here.
@@ -186,8 +205,8 @@ def test_a_resumed_run_ends_with_the_same_numbers(tiny_llama_dir, task_files, tm
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_expert_is_trained_merged_applied_tested_and_opened_by_its_plan(
-    architecture, tiny, two_task_files, run
+def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_by_its_plan(
+    architecture, tiny, two_task_files, run, hub
 ) -> None:
     base = tiny(architecture)
     plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"modules": "all-linear", "templates": 1}})
@@ -214,8 +233,23 @@ def test_an_expert_is_trained_merged_applied_tested_and_opened_by_its_plan(
         losses.append(json.loads(results.read_text())["held_in"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
+    # A dense delta is no LoRA of a small rank: it is refused, or approximated where that is asked for.
+    code, _, shown = run("export", "--expert", "library/mine", "--form", "lora", "--out", "adapter")
+    assert (code, shown.count("error")) == (1, 1)
+    assert "give a rank to approximate it" in shown
+    code, shown, _ = run("export", "--expert", "library/mine", "--form", "lora", "--rank", 4, "--out", "adapter")
+    assert code == 0
+    assert "weights are approximated" in shown
+    adapter = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert adapter["r"] == 4
+    assert run("push", "--experts", "library/mine", "library/both", "--repo", "someone/experts")[0] == 0
+    assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "mine")[0] == 0
+    pulled = open_expert("pulled/mine")
+    assert pulled.content_hash == stored.content_hash
+    assert all(torch.equal(tensor, stored.state()[name]) for name, tensor in pulled.state().items())
+
     model = Base.open(base).load("float64")
-    with attached(model, stored, plan=TemplateBanks):
+    with attached(model, pulled, plan=TemplateBanks):
         as_trained = model(IDS).logits
         assert math.prod(next(expert_layers(model))[1].expert.mixing.shape) == 2
     plain = model(IDS).logits
