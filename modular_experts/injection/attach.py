@@ -6,7 +6,7 @@ the layers. All of them leave the base as they found it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
-from modular_experts.experts.site import LayerPlan, Plan
+from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
 from modular_experts.injection.inject import load_expert_state
 from modular_experts.injection.route import put_in
 from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
 from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
 
-MIXTURES: dict[str, type[MoLoRAExpert]] = {"MoLoRAExpert": MoLoRAExpert, "GOATExpert": GOATExpert}
-PLANS: dict[str, type[LayerPlan]] = {kind.__name__: kind for kind in (HiLo, LoRAIR, MoA, PointLoRA)}
+BUILT_IN: dict[str, type[LayerPlan | MoLoRAExpert]] = {
+    kind.__name__: kind for kind in (GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA)
+}
 
 
 def attached(
@@ -65,11 +66,12 @@ def attached(
         return put_in(model, first, check=check)
     if check:
         check_loaded(model, inputs)
-    state = first.state()
+    planned = _plan_of(first, plan)
+    assert planned is not None
     with ExitStack() as until_loaded:
-        injected = Injected(model, _plan_of(first, plan) or _by_state(MIXTURES[first.record["kind"]], state))
+        injected = Injected(model, planned)
         until_loaded.enter_context(injected)
-        load_expert_state(model, state)
+        load_expert_state(model, first.state())
         until_loaded.pop_all()
     return injected
 
@@ -88,29 +90,26 @@ class _Both(ExitStack):
 
 def needs_injection(expert: StoredExpert) -> bool:
     """Return whether an expert goes into layers, because what it does depends on the input."""
-    if expert.routed or expert.mergeable:
-        return expert.routed
-    return expert.record["kind"] in MIXTURES or _plan_of(expert) is not None
+    return expert.routed or (not expert.mergeable and _plan_of(expert) is not None)
 
 
-def _plan_of(expert: StoredExpert, given: Callable[..., LayerPlan] | None = None) -> LayerPlan | None:
-    """Make the plan again that an expert was trained by, or return None if its record names no known one."""
-    recorded: dict[str, Any] = expert.record.get("plan") or {"class": None, "settings": {}}
-    kind = given or PLANS.get(recorded["class"])
+def _plan_of(expert: StoredExpert, given: Callable[..., LayerPlan] | None = None) -> Plan | None:
+    """Return a plan that makes a trained mixture again, or None if its record names no built-in one."""
+    kind: Any = given or BUILT_IN.get(expert.record["kind"])
     if kind is None:
         return None
+    if kind in (MoLoRAExpert, GOATExpert):
+        return partial(_by_state, kind, expert)
     try:
-        return kind(**recorded["settings"])
+        return kind(**expert.record.get("plan", {"settings": {}})["settings"])
     except TypeError as error:
         raise ValueError(f"{expert.path}: its record has settings that its plan does not take ({error})") from error
 
 
-def _by_state(kind: type[MoLoRAExpert], state: dict[str, Tensor]) -> Plan:
-    """Return the plan of a mixture whose layers have the sizes that its state has."""
+def _by_state(kind: type[MoLoRAExpert], expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    """Plan a mixture whose layers have the sizes that the expert's state has."""
     by_weight: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
+    for name, tensor in expert.state().items():
         weight, _, part = name.rpartition("/")
         by_weight.setdefault(weight, {})[part] = tensor
-    return lambda sites: {
-        site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight
-    }
+    return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
