@@ -42,6 +42,7 @@ from modular_experts.routing import (
     Softmax,
     Threshold,
     TopK,
+    UpTo,
 )
 from modular_experts.text import did_you_mean
 
@@ -51,7 +52,7 @@ ROUTERS: dict[str, type[Router]] = {
     kind.__name__: kind for kind in (Arrow, Centroid, Classifier, Constant, Energy, GenKnowSub, Oracle, Phatgoose)
 }
 MODEL, COUNT = "router", "experts"
-SELECTIONS: dict[str, Any] = {"TopK": TopK, "Softmax": Softmax, "Threshold": Threshold}
+SELECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (TopK, UpTo, Softmax, Threshold)}
 
 
 def route(

@@ -12,7 +12,7 @@ from modular_experts.routing.centroid import Centroid
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.constant import Constant
 from modular_experts.routing.energy import Energy
-from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK
+from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK, UpTo
 from modular_experts.routing.gen_know_sub import GenKnowSub
 from modular_experts.routing.goat import GOATExpert
 from modular_experts.routing.hilo import HiLo
@@ -46,4 +46,5 @@ __all__ = [
     "Softmax",
     "Threshold",
     "TopK",
+    "UpTo",
 ]

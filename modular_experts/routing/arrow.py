@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.deltas.algebra import top_direction
-from modular_experts.routing.gates import Selection, TopK
+from modular_experts.routing.gates import Selection, UpTo
 from modular_experts.routing.router import Router, Scope
 
 
@@ -31,14 +31,14 @@ class Arrow(Router):
         unit_inputs: Divide an input by its length before the product, so that the temperature is the same for all.
         scaled: Multiply a prototype by its singular value, so that the score is how far the delta moves the output
             along this direction.
-        select: Turns scores into gates; the softmax over the best three by default, as in PEFT.
+        select: Turns scores into gates; the softmax over the best three by default, as in PEFT, or over both of two.
     """
 
     scope: ClassVar[Scope] = "linear"
     prototypes: Tensor
 
     def __init__(self, unit_inputs: bool = False, scaled: bool = False, select: Selection | None = None) -> None:
-        super().__init__(select or TopK(3))
+        super().__init__(select or UpTo(3))
         self.unit_inputs, self.scaled = unit_inputs, scaled
         self.register_buffer("prototypes", torch.empty(0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.routing.gates import Selection, TopK
+from modular_experts.routing.gates import Selection, UpTo
 from modular_experts.routing.router import Router, Scope
 
 
@@ -28,7 +28,7 @@ class Energy(Router):
     norms: Tensor
 
     def __init__(self, select: Selection | None = None) -> None:
-        super().__init__(select or TopK(2))
+        super().__init__(select or UpTo(2))
         self.register_buffer("norms", torch.empty(0))
         self._deltas: list[Delta | None] = []
 

@@ -151,6 +151,19 @@ class TopK(Selection):
 
 
 @dataclass(frozen=True)
+class UpTo(TopK):
+    """The `k` experts with the largest scores as `TopK`, or all experts where there are fewer.
+
+    Args:
+        k: The most experts of an input.
+        temperature: Divides the scores before the softmax.
+    """
+
+    def check(self, experts: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class Softmax(Selection):
     """All experts, weighted by the softmax of their scores.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert
-from modular_experts.routing.gates import Selection, TopK
+from modular_experts.routing.gates import Selection, UpTo
 from modular_experts.routing.router import Router, Scope
 
 
@@ -33,7 +33,7 @@ class Phatgoose(Router):
     gates: Tensor
 
     def __init__(self, select: Selection | None = None) -> None:
-        super().__init__(select or TopK(2))
+        super().__init__(select or UpTo(2))
         self.register_buffer("gates", torch.empty(0))
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:

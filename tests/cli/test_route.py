@@ -264,5 +264,7 @@ def test_a_selection_that_could_not_be_read_again_is_refused(place):
     class Mine(TopK):
         pass
 
-    with pytest.raises(ValueError, match="a stored router selects by TopK, Softmax, Threshold, and Mine is another"):
+    with pytest.raises(
+        ValueError, match="a stored router selects by TopK, UpTo, Softmax, Threshold, and Mine is another"
+    ):
         route(EXPERTS[1:], "library/r", Centroid(select=Mine()))

@@ -154,6 +154,15 @@ def test_with_the_prototypes_of_peft_it_is_the_arrow_of_peft(tiny_llama_dir, tmp
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("router", [Arrow(), GenKnowSub()], ids=["arrow", "gen-know-sub"])
+def test_by_default_few_experts_are_all_taken(router: Arrow) -> None:
+    model, experts = build_model("llama"), experts_of(build_model("llama"), 2)
+    asked = type(router)(select=TopK(2))
+    torch.testing.assert_close(outputs(model, experts, router), outputs(model, experts, asked), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="TopK: k=3 is more than the 2 experts"):
+        outputs(model, experts, type(router)(select=TopK(3)))
+
+
 def test_mistakes_get_one_sentence() -> None:
     dense = delta("dense", torch.Size((4, 6)), 0)
     with pytest.raises(ValueError, match="factors=True needs low-rank experts of one rank"):
