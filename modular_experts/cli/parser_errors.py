@@ -148,6 +148,11 @@ def _named(option: str, base: type, name: str) -> Any:
         raise UsageError(f"{option}: {name} cannot be imported: {error}{near}") from None
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):
         raise UsageError(f"{option}: {name} is not a subclass of {base.__name__}; name one that is")
+    if inspect.isabstract(found):
+        raise UsageError(
+            f"{option}: {name} is abstract, so nothing can be made of it; name a subclass, such as "
+            f"{' or '.join(sorted(known)[:2])}"
+        )
     return found
 
 

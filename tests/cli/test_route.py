@@ -216,6 +216,10 @@ def test_mistakes_get_one_sentence(run, place, tasks):
     )
     assert code == 1
     assert "TopK: k=4 is more than the 3 experts" in err
+    code, _, err = run("route", *EXPERTS, "--router", "modular_experts.routing.Router", "--out", "library/s")
+    assert code == 2
+    assert "--router: modular_experts.routing.Router is abstract, so nothing can be made of it; name a subclass" in err
+    assert "such as Arrow or" in err
     weight = "model.layers.0.self_attn.q_proj.weight"
     record = make_record("made", open_expert("library/upper").record["base"])
     write_expert("library/small", {weight: Sparse.zero(torch.Size((16, 32)))}, record)
