@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
 from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
-from modular_experts.injection import moves_tokens_alone
+from modular_experts.injection import context_length, moves_tokens_alone
 
 
 def packs_evaluation(model: nn.Module) -> bool:
@@ -30,7 +30,7 @@ def packs_evaluation(model: nn.Module) -> bool:
 
 def has_room(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> bool:
     """Return whether an answer of `max_new_tokens` fits behind each prompt, so that no prompt needs to be cut."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     return context is None or max(map(len, prompts(batch))) + max_new_tokens <= context
 
 

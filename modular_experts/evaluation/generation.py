@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, prompts
+from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
 
 
@@ -51,7 +52,7 @@ def generate_tokens(
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows, context = list(prompts(batch)), getattr(model.config, "max_position_embeddings", None)
+    rows, context = list(prompts(batch)), context_length(model)
     if context is not None:
         rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
     ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]

@@ -13,6 +13,7 @@ from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data.chat import ConversationTokenizer, template_hash
 from modular_experts.evaluation.generation import evaluating
+from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_unlike_training
@@ -69,18 +70,17 @@ def generate(
         prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     model: Any = found.load(dtype)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and ids.shape[1] >= context:
-        raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens, and the base's context is {context}; shorten the prompt"
-        )
-    room = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
-    config = GenerationConfig(
-        do_sample=temperature > 0, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad, **sampling
-    )
+    config = GenerationConfig(do_sample=temperature > 0, eos_token_id=stops, pad_token_id=pad, **sampling)
     with attached(model, opened, check=False), torch.random.fork_rng(), evaluating(model, config), torch.no_grad():
+        context = context_length(model)
+        if context is not None and ids.shape[1] >= context:
+            raise ValueError(
+                f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the "
+                "prompt"
+            )
+        config.max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
         model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
         ids = ids.to(device)
         torch.manual_seed(seed)

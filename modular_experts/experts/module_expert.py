@@ -28,6 +28,11 @@ class ModuleExpert(Trained):
     mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "it changes what a whole module computes"
 
+    @property
+    def tokens_in_front(self) -> int:
+        """How many tokens it puts in front of each row at most; they take places of the model's context."""
+        return 0
+
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Return the arguments that the module gets in place of these, or None to leave them as they are."""
         return None

@@ -219,6 +219,12 @@ def moves_tokens_alone(model: nn.Module) -> bool:
     return all(module.moves_tokens_alone for module in model.modules() if isinstance(module, Trained))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens of a row the model's context holds beside what experts put in front, or None for any."""
+    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    return None if context is None else context - sum(one.tokens_in_front for *_, one in _equipped_modules(model))
+
+
 def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Delta]]:
     """Yield `(name, delta)` for each weight and bias that a mergeable expert moves: sorted by name, in the base's
     orientation, detached, one at a time.

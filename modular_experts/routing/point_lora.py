@@ -110,6 +110,10 @@ class TokenSelection(ModuleExpert):
         self._dropped = 0
         self._mean_entropy: Tensor | None = None
 
+    @property
+    def tokens_in_front(self) -> int:
+        return self.tokens
+
     def shared(self, layer: str, weight: Tensor) -> nn.Module:
         """Return the MLP of all layers of a name and a shape `(out, in)`; the first of them makes it."""
         out, size = weight.shape

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, build_model
+from conftest import ARCHITECTURES, build_model, build_tokenizer
 from test_routed import ROWS, padded
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation.generation import generate_tokens
 from modular_experts.injection import eject, expert_layers, inject, named_experts, penalties
 from modular_experts.routing import PointLoRA
 from modular_experts.routing.gates import reading
@@ -209,6 +210,19 @@ def test_tokens_that_leave_the_context_are_refused(architecture: str) -> None:
             model(torch.full((1, context - 2), 9))
         with pytest.raises(ValueError, match=rf"puts 3 tokens in front of {context - 2}, "):
             model(torch.tensor([[9]]), cache=kept)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_generation_cuts_a_prompt_where_the_selected_tokens_leave_no_room(architecture: str) -> None:
+    model, tokenizer = planned(architecture), build_tokenizer()
+    room = model.config.max_position_embeddings - 3 - 10
+
+    def answers(length: int) -> list[list[int]]:
+        ids = torch.tensor([9 + place % 30 for place in range(300)])[None, -length:]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+        return generate_tokens(model, tokenizer, batch, max_new_tokens=10)
+
+    assert answers(300) == answers(room) != answers(room - 1)
 
 
 def test_the_lora_keeps_the_contract_of_an_expert() -> None:
