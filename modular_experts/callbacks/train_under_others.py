@@ -74,8 +74,14 @@ class TrainUnderOthers(Schedule):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the others; raise if they are of another base."""
+        """Read the others; raise if they are of another base, or would become a part of the expert's delta."""
         module = cast(TrainedModule, pl_module)
+        for name, layer in expert_layers(module.model):
+            if layer.expert.delta_of_base:
+                raise ValueError(
+                    f"TrainUnderOthers: the {type(layer.expert).__name__} at {name} makes its delta of weights of the "
+                    "base, where the others would become a part of it; train it without this callback"
+                )
         check_base(self.others, module.fingerprint, module.base)
         self._deltas = [dict(expert) for expert in self.others]
 

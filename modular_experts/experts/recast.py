@@ -38,6 +38,7 @@ class RecastExpert(Expert):
 
     # The best of 0.003, 0.01, 0.03 and 0.1 after 12 steps on dates with SmolLM2-135M.
     learning_rate: ClassVar[float] = 3e-2
+    delta_of_base: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, layers: Sequence[nn.Module], mixing: Tensor) -> None:
         super().__init__()
