@@ -32,7 +32,8 @@ import torch
 from intervals import interval
 from lightning.pytorch import Callback
 from related_cost import costs, own_memory, print_costs
-from related_systems import TenTasks, quiet_logs, run_all
+from related_systems import quiet_logs, run_all
+from related_worlds import TenTasks
 from step_report import machine
 from torch import Tensor
 from training_worlds import METHODS

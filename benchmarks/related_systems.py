@@ -9,7 +9,13 @@ bootstrap over the pairs of seed and task), and what one LoRA for each task give
 
 The cost is that of `related_cost`, over the LoRA of equal trained parameters.
 
+The part `needle` hides the words of the ten tasks in capitals among 60 to 120 letters, for the LoRA and PointLoRA, and
+shows in how many prompts all capitals are among the tokens that PointLoRA selects. The part `real` trains systems of
+the size of the cost's on six real task files together, 100 steps of 8 rows at a rate of 0.003.
+
     python benchmarks/related_systems.py [--systems GOAT ...] [--seeds 0 1 2] [--parts quality cost] [--work DIR]
+    python benchmarks/related_systems.py --parts needle
+    python benchmarks/related_systems.py --parts real --real .cache/smollm2 DATA --systems MoLoRA "HiLo, fewer"
 
 What is done stays in `--work`, so a run that was stopped goes on where it was, and a table can be shown again.
 """
@@ -29,23 +35,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from intervals import interval
-from merge_worlds import Experts
 from related_cost import costs, own_memory, parameters, print_costs
-from selection_worlds import Generated
+from related_worlds import FewFiles, HiddenWords, TenTasks
 from step_report import machine
+from torch import nn
 
 from modular_experts.base.loading import quiet
 from modular_experts.data import TaskMixture
+from modular_experts.data.batch import prompts
 from modular_experts.evaluation import measure
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import inject
+from modular_experts.injection import inject, named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
+from modular_experts.routing.point_lora import TokenSelection
+from modular_experts.suite.words import LETTERS
 
-RATES = (1e-3, 3e-3, 1e-2)
-STEPS = 200
+QUICK: dict[str, Any] = {"steps": 4, "rates": (1e-3,), "rows": 2}
 
 
 def everywhere(type_: Callable[..., Any], **settings: Any) -> dict[str, Any]:
@@ -61,15 +70,22 @@ class System:
         trained: On the suite's base, with as many trained numbers as the LoRA.
         active: The same, with as many active ones; None where it would be `trained`.
         large: On the model of 135 million parameters, with as many trained numbers as its LoRA.
+        long: As `trained`, where prompts are long.
     """
 
     trained: Callable[[], Any]
     active: Callable[[], Any] | None
     large: Callable[[], Any]
+    long: Callable[[], Any] | None = None
 
 
 SYSTEMS = {
-    "LoRA": System(lambda: everywhere(LoRAExpert, rank=10), None, lambda: everywhere(LoRAExpert, rank=18)),
+    "LoRA": System(
+        lambda: everywhere(LoRAExpert, rank=10),
+        None,
+        lambda: everywhere(LoRAExpert, rank=18),
+        lambda: everywhere(LoRAExpert, rank=10),
+    ),
     "MoLoRA": System(
         lambda: everywhere(MoLoRAExpert, experts=4, rank=2),
         lambda: everywhere(MoLoRAExpert, experts=4, rank=4),
@@ -95,7 +111,10 @@ SYSTEMS = {
         lambda: LoRAIR(experts=2, rank=9),
     ),
     "PointLoRA": System(
-        lambda: PointLoRA(rank=6, tokens=4, hidden=5), None, lambda: PointLoRA(rank=16, tokens=8, hidden=43)
+        lambda: PointLoRA(rank=6, tokens=4, hidden=5),
+        None,
+        lambda: PointLoRA(rank=16, tokens=8, hidden=43),
+        lambda: PointLoRA(rank=6, tokens=8, hidden=5),
     ),
 }
 """A LoRA as the reference, and each system; "fewer" has at least 20 % fewer trained numbers than MoLoRA."""
@@ -112,6 +131,10 @@ def main() -> None:
         return
     if "quality" in options.parts:
         report["quality"] = _quality(work, options)
+    if "needle" in options.parts:
+        report["needle"] = _needle(work, options)
+    if "real" in options.parts:
+        report["real"] = _real(work, options)
     if "cost" in options.parts:
         store = JSONLines(work / ("quick-costs.jsonl" if options.quick else "costs.jsonl"))
         report["cost"] = costs(store, __file__, _large, options.systems, options.repeats, options.quick)
@@ -119,8 +142,9 @@ def main() -> None:
         json.dump(report, sys.stdout, indent=2)
         return
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    if "quality" in report:
-        _print_quality(report["quality"])
+    for part in ("quality", "needle", "real"):
+        if part in report:
+            _print_rows(part, report[part])
     if "cost" in report:
         print_costs(report["cost"])
 
@@ -129,7 +153,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME", default=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--parts", nargs="+", choices=["quality", "cost"], default=["quality", "cost"])
+    parts = ["quality", "cost", "needle", "real"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="quality and cost")
+    parser.add_argument("--real", nargs=2, metavar=("BASE", "DATA"), help="for that part: a base and its task files")
     parser.add_argument("--work", default="runs/related-systems", help="directory for bases, experts and results")
     parser.add_argument("--processes", type=int, default=1, help="at once, each on one thread: 1")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
@@ -137,67 +163,77 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--own-cost", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if "real" in options.parts and not options.real:
+        parser.error("--parts real needs --real BASE DATA, a pretrained base and a folder of task files")
     options.systems = list(dict.fromkeys(["LoRA", *options.systems]))
     if options.quick:
         options.seeds, options.repeats = options.seeds[:1], 1
     return options
 
 
-@dataclass(frozen=True)
-class TenTasks(Experts):
-    """Ten tasks of the suite in one mixture.
-
-    Attributes:
-        steps: Optimizer steps of each system.
-        rates: Learning rates to choose from.
-        rows: Test and validation rows of a task; all if None.
-    """
-
-    steps: int = STEPS
-    rates: Sequence[float] = RATES
-    rows: int | None = None
-
-    @property
-    def world(self) -> Any:
-        return Generated(self.seed, self.work)
-
-
-def _worlds(work: Path, options: argparse.Namespace) -> dict[int, TenTasks]:
-    small = {"steps": 4, "rates": RATES[:1], "rows": 2} if options.quick else {}
-    return {seed: TenTasks(seed, work, **small) for seed in options.seeds}  # type: ignore[arg-type]
-
-
 def _quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    worlds = _worlds(work, options)
-    first = worlds[options.seeds[0]]
+    worlds = _worlds(TenTasks, work, options)
+    store = _store(work, "systems", options)
+    found = _compared(worlds, [(name, size) for name in options.systems for size in SIZES], store, options)
+    if not options.quick:
+        singles = {("alone", seed, task): world for seed, world in worlds.items() for task in world.tasks}
+        run_all(store, _alone, singles, options.processes)
+        found["alone"] = fmean(store[key]["exact_match"] for key in singles)
+    return found
+
+
+def _needle(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare PointLoRA with the LoRA where prompts are long, and return how often it selects what is sought."""
+    worlds, store = _worlds(HiddenWords, work, options), _store(work, "needles", options)
+    found = _compared(worlds, [("LoRA", "long"), ("PointLoRA", "long")], store, options)
+    rate = found["rows"][-1]["rate"]
+    chosen = {("selected", seed, rate): world for seed, world in worlds.items()}
+    run_all(store, _selected, chosen, options.processes)
+    return found | {"selected": [store[key] for key in chosen]}
+
+
+def _real(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    base, data = map(Path, options.real)
+    worlds = _worlds(FewFiles, work, options, path=base, data=data)
+    return _compared(worlds, [(name, "large") for name in options.systems], _store(work, "real", options), options)
+
+
+def _worlds(kind: type[TenTasks], work: Path, options: argparse.Namespace, **settings: Any) -> dict[int, TenTasks]:
+    worlds = {seed: kind(seed, work, **settings, **(QUICK if options.quick else {})) for seed in options.seeds}
     assert all(world.base.exists() for world in worlds.values())
-    store = JSONLines(work / ("quick.jsonl" if options.quick else "systems.jsonl"))
-    rows = [(name, size) for name in options.systems for size in SIZES if getattr(SYSTEMS[name], size)]
-    tried = {(first.seed, name, size, rate): first for name, size in rows for rate in first.rates}
+    return worlds
+
+
+def _store(work: Path, name: str, options: argparse.Namespace) -> JSONLines:
+    return JSONLines(work / f"{'quick-' if options.quick else ''}{name}.jsonl")
+
+
+def _compared(
+    worlds: Mapping[int, TenTasks], sizes: Sequence[tuple[str, str]], store: JSONLines, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train systems of some sizes at their best rates, and return their rows of the table; the LoRA comes first."""
+    first = next(iter(worlds.values()))
+    rows = [(name, size) for name, size in sizes if getattr(SYSTEMS[name], size)]
+    tried = {(first.seed, *row, rate): first for row in rows for rate in first.rates}
     run_all(store, _validated, tried, options.processes)
     rates = {row: min(first.rates, key=lambda rate: store[first.seed, *row, rate]["loss"]) for row in rows}
     chosen = {(seed, *row, rates[row]): world for seed, world in worlds.items() for row in rows}
     run_all(store, _validated, chosen, options.processes)
-    tested = {("test", *key): world for key, world in chosen.items()}
-    singles = {("alone", seed, task): world for seed, world in worlds.items() for task in world.tasks}
-    run_all(store, _tested, tested, options.processes)
-    run_all(store, _alone, {} if options.quick else singles, options.processes)
-    found: dict[str, Any] = {"seeds": options.seeds, "rows": []}
-    if not options.quick:
-        found["alone"] = fmean(store[key]["exact_match"] for key in singles)
+    run_all(store, _tested, {("test", *key): world for key, world in chosen.items()}, options.processes)
     results = {row: [store["test", seed, *row, rates[row]] for seed in worlds] for row in rows}
+    found = []
     for name, size in rows:
-        mine = results[name, size]
+        mine, reference = results[name, size], results[rows[0]]
         row: dict[str, Any] = {"system": name, "size": size, "rate": rates[name, size]}
-        row |= {key: mine[0][key] / results["LoRA", "trained"][0][key] for key in ("trained", "active")}
-        for role in ("held_in", "held_out"):
+        row |= {key: mine[0][key] / reference[0][key] for key in ("trained", "active")}
+        for role in dict.fromkeys(facts["role"] for facts in mine[0]["tasks"].values()):
             row[role] = {score: fmean(_pairs(mine, role, score).values()) for score in ("exact_match", "loss")}
-            for other in [other for other in ("LoRA", "MoLoRA") if other in options.systems]:
-                theirs = results[other, size if other != "LoRA" and (other, size) in results else "trained"]
+            for other in [other for other in ("LoRA", "MoLoRA") if other in dict(rows)]:
+                theirs = results[(other, size) if (other, size) in results else rows[0]]
                 difference = interval(*(_pairs(one, role, "exact_match") for one in (mine, theirs)))
                 row[role][f"over {other}"] = difference
-        found["rows"].append(row)
-    return found
+        found.append(row)
+    return {"seeds": list(worlds), "rows": found}
 
 
 def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
@@ -253,6 +289,25 @@ def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: floa
     return {"seed": seed, "tasks": scores["tasks"], **parameters(planned)}
 
 
+@torch.no_grad()
+def _selected(world: TenTasks, _: str, seed: int, rate: float) -> float:
+    """Return of how many test prompts PointLoRA selects every capital, the tokens of the hidden word."""
+    quiet_logs()
+    capitals = torch.tensor(world.tokenizer.convert_tokens_to_ids(list(LETTERS.upper())))
+    with attached(world.model, _expert(world, "PointLoRA", "long", rate), check=False):
+        batches = _data(world, "test").test_dataloader()
+        return fmean(selects(world.model, ids, capitals) for batch in batches for ids in prompts(batch))
+
+
+def selects(model: nn.Module, ids: torch.Tensor, sought: torch.Tensor) -> bool:
+    """Return whether a model with PointLoRA selects all tokens of a prompt `(length,)` that are among the sought."""
+    (selection,) = (expert for _, expert in named_experts(model) if isinstance(expert, TokenSelection))
+    assert selection.scorer is not None
+    scores = selection.scorer(selection.embedding(ids)).flatten()
+    best = scores.sort(descending=True, stable=True).indices[: selection.tokens]
+    return bool(torch.isin(torch.isin(ids, sought).nonzero(), best).all())
+
+
 def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
     """Return what a LoRA of the quickstart that knows one task scores on it."""
     quiet_logs()
@@ -276,13 +331,19 @@ def _large(name: str) -> Any:
     return SYSTEMS[name].large()
 
 
-def _print_quality(found: dict[str, Any]) -> None:
-    print(f"\nexact match in % / loss in nats per token, means over tasks and seeds {found['seeds']}; in brackets the")
-    print("95 % interval of the difference to the LoRA, and to MoLoRA of the same size; parameters over the LoRA's")
+def _print_rows(part: str, found: dict[str, Any]) -> None:
+    print(
+        f"\n{part}: exact match in % / loss in nats per token, means over tasks and seeds {found['seeds']}; in brackets"
+    )
+    print("the 95 % interval of the difference to the LoRA, and to MoLoRA of the same size; parameters over the LoRA's")
+    if "selected" in found:
+        shares = ", ".join(f"{100 * share:.1f}" for share in found["selected"])
+        print(f"the share of prompts whose selected tokens hold the whole word, by seed, in %: {shares}")
     if "alone" in found:
         print(f"one LoRA for each task: {100 * found['alone']:.1f} held in")
     heading = ["system", "equal", "trained", "active", "rate"]
-    heading += [title for role in ("held in", "held out") for title in (role, "to LoRA", "to MoLoRA")]
+    roles = [role for role in ("held_in", "held_out") if role in found["rows"][0]]
+    heading += [title for role in roles for title in (role.replace("_", " "), "to LoRA", "to MoLoRA")]
     print(f"\n| {' | '.join(heading)} |\n" + "|---" * len(heading) + "|")
     for row in found["rows"]:
         print("| " + " | ".join(_cells(row)) + " |")
@@ -294,7 +355,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield f"{row['trained']:.2f}"
     yield f"{row['active']:.2f}"
     yield f"{row['rate']:g}"
-    for role in ("held_in", "held_out"):
+    for role in [role for role in ("held_in", "held_out") if role in row]:
         yield f"{100 * row[role]['exact_match']:.1f} / {row[role]['loss']:.3f}"
         for other in ("LoRA", "MoLoRA"):
             low, high = row[role].get(f"over {other}", (0.0, 0.0))
