@@ -56,7 +56,7 @@ def _run(argv: Sequence[str]) -> None:
     elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
         from modular_experts.cli.help import command_help, training_help
 
-        file, function, summary, positional = VERBS[verb]
+        file, function, summary, positional, _ = VERBS[verb]
         whole = not {"-h", "--help"} & set(argv)
         print(command_help(verb, file, function, positional, whole) if function else training_help(verb, summary))
     else:
@@ -72,7 +72,8 @@ def _run(argv: Sequence[str]) -> None:
         if VERBS[verb].function:
             from modular_experts.cli.command import run_command
 
-            run_command(getattr(module, VERBS[verb].function), argv, VERBS[verb].positional)
+            command = VERBS[verb]
+            run_command(getattr(module, command.function), argv, command.positional, plain=command.plain)
         else:
             module.run(argv)
 

@@ -10,10 +10,18 @@ import json
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 
+import yaml
 from jsonargparse import ArgumentParser
 
-from modular_experts.cli.arguments import NO_SHORT_NAMES, arguments_of, as_words, fold_configs, read_options
-from modular_experts.cli.parser_errors import explained
+from modular_experts.cli.arguments import (
+    NO_SHORT_NAMES,
+    arguments_of,
+    as_settings,
+    as_words,
+    fold_configs,
+    read_options,
+)
+from modular_experts.cli.parser_errors import check_settings, explained
 
 
 def run_command(
@@ -21,6 +29,7 @@ def run_command(
     argv: Sequence[str],
     positional: Sequence[str] = (),
     short: Mapping[str, str] = NO_SHORT_NAMES,
+    plain: bool = False,
 ) -> None:
     """Parse a command's arguments and call its function.
 
@@ -29,12 +38,23 @@ def run_command(
         argv: The command and its arguments.
         positional: Names of the options that may also be given by position.
         short: Full name of each option that has a short one.
+        plain: Whether the function gets the settings as a YAML file holds them, and no objects that they describe.
 
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
     hints, required = arguments_of(function)
     options, config = fold_configs(read_options(argv[1:], hints, positional, short), short=short)
+    if plain:
+        given = as_settings(options, config, hints)
+        printed = "print_config" in given
+        given.pop("print_config", None)
+        check_settings("--", given, hints, required)
+        if printed:
+            print(yaml.safe_dump(given, sort_keys=False), end="")
+        else:
+            function(**given)
+        return
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")

@@ -50,7 +50,7 @@ def explained(
     """
     sentence = " ".join(str(error).split())
     try:
-        _check_settings("--", as_settings(options, config, hints), hints, required)
+        check_settings("--", as_settings(options, config, hints), hints, required)
     except UsageError as ours:
         sentence = str(ours)
     except (AttributeError, NameError, TypeError, ValueError):
@@ -59,9 +59,10 @@ def explained(
     return UsageError(as_typed(sentence, options, short))
 
 
-def _check_settings(
+def check_settings(
     prefix: str, settings: Mapping[str, Any], hints: Mapping[str, Any], required: Collection[str]
 ) -> None:
+    """Raise a `UsageError` for the first setting that does not exist, does not fit its annotation, or is missing."""
     for name in settings:
         if name not in hints:
             raise no_option(f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
@@ -127,7 +128,7 @@ def _check_class(option: str, base: type, value: Any, given_by_us: int = 0) -> N
         # A setting given as an option of its own beats the one in the config.
         outer = {key: one for key, one in settings.items() if key not in ("class_path", "init_args", "dict_kwargs")}
         own = {**(settings.get("init_args") or {}), **outer}
-        _check_settings(f"{option}.", own, *arguments_of(kind, given_by_us))
+        check_settings(f"{option}.", own, *arguments_of(kind, given_by_us))
 
 
 def _named(option: str, base: type, name: str) -> Any:

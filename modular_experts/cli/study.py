@@ -1,0 +1,196 @@
+"""Run `modular-experts study`, which trains, merges and measures many experts by one description."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+
+# So that a study names the generated tasks and the merge methods by their class alone.
+import modular_experts.methods
+import modular_experts.suite  # noqa: F401
+from modular_experts.cli import training
+from modular_experts.cli.format import counted, duration_text, progress_by_tenths
+from modular_experts.cli.parser_errors import explained
+from modular_experts.study import Tools, pieces_of, read_study, results_of, run_study
+from modular_experts.study.pieces import STAGES, title_of
+from modular_experts.study.results import REPORT, RESULTS, summary, write_report
+from modular_experts.study.run import PIECES, Left, Lines, State, state_of
+from modular_experts.text import bytes_text
+
+Stage = Literal["experts", "statistics", "merges", "tests"]
+
+
+def fit_configs(configs: Sequence[Mapping[str, Any]], check: bool = False) -> None:
+    """Run `modular-experts fit` with several configs, of which a later one wins; with `check` only read them."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["fit"]
+        for number, config in enumerate(configs):
+            file = Path(folder, f"{number}.yaml")
+            file.write_text(json.dumps(config), encoding="utf-8")
+            words += ["--config", str(file)]
+        if not check:
+            training.run(words)
+            return
+        try:
+            with redirect_stdout(io.StringIO()):
+                training.run([*words, "--print_config"])
+        except SystemExit as ended:
+            # What `--print_config` ends with.
+            if ended.code:
+                raise
+
+
+def make_object(kind: Any, settings: Any) -> Any:
+    """Return the object that settings of a study describe, as the command line makes it."""
+    option = "tasks" if get_origin(kind) is list else "merges"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{option}", type=kind)
+    try:
+        return parser.instantiate(parser.parse_object({option: settings}))[option]
+    except ArgumentError as error:
+        raise explained(error, [], {option: settings}, {option: kind}, ()) from None
+
+
+def study(
+    base: str,
+    tasks: dict[str, Any] | list[Any] | str,
+    experts: dict[str, Any],
+    out: str,
+    merges: list[Any] | None = None,
+    counts: list[int | Literal["all"]] | None = None,
+    multitask: dict[str, str] | None = None,
+    matrix: bool = False,
+    seeds: list[int] | None = None,
+    data: dict[str, Any] | None = None,
+    fit: dict[str, Any] | None = None,
+    max_new_tokens: int = 64,
+    only: list[Stage] | None = None,
+    dry_run: bool = False,
+    status: bool = False,
+    retry: bool = False,
+    processes: int | None = None,
+) -> None:
+    """Train an expert of each kind for each task, merge them, test all of it, and report.
+
+    The directory then holds `library/`, `results.json`, `report.html`, and `pieces.jsonl`, a line for each piece of
+    work. The same command goes on with an interrupted study; after a change of the description it does only what the
+    change concerns. A piece that fails stops only what needs it.
+
+    Args:
+        base: Directory or hub id of the base.
+        tasks: {held_in: [...], held_out: [...]} of task files, patterns such as tasks/*.jsonl, hub ids; also tasks of
+            the suite, such as Reverse, or with settings, as for `fit`.
+        experts: A config of `fit` for each kind, or its settings: {lora: {expert: LoRAExpert, steps: 200}}.
+        out: Directory of the study.
+        merges: Merge methods, such as [SparseAverage, {method: TIES, tune: true}]. A tuned one chooses its settings on
+            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}.
+        counts: Experts in a merge, such as [2, 5, all] (default: [all]). Groups are drawn by the seed, the same for
+            every method.
+        multitask: {kind: full} trains one expert on all held-in tasks.
+        matrix: Test every model on every task.
+        seeds: Seeds of the trainings (default: [0]).
+        data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
+        fit: Settings of `fit` that all kinds share.
+        max_new_tokens: Length limit of a generated answer.
+        only: Do only experts, statistics, merges or tests, and what these need.
+        dry_run: Only print the pieces and what they will take.
+        status: Only print what is done; also while another process runs the study.
+        retry: Try again what failed in an earlier run.
+        processes: How many pieces run at once; by default one a core, at most 8.
+
+    Examples:
+        modular-experts study --config study.yaml --out runs/mine
+        modular-experts study --config study.yaml --out runs/mine --dry-run
+        modular-experts study --config study.yaml --out runs/mine --only experts
+    """
+    place = Path(out)
+    found = read_study(
+        Tools(fit_configs, make_object),
+        base,
+        tasks,
+        experts,
+        merges or [],
+        counts or ["all"],
+        multitask,
+        matrix,
+        seeds or [0],
+        data,
+        fit,
+        max_new_tokens,
+    )
+    pieces = pieces_of(found, place.absolute(), only or ())
+    if dry_run or status:
+        _print_state(state_of(pieces, Lines(place)), each=dry_run)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
+    with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
+
+        def show(done: int, total: int, left: Left) -> None:
+            bar(f"{done} of {counted(total, 'piece')}{_time_text(left)}", done, total)
+
+        state = run_study(found, place, only or (), retry, processes=processes, progress=show)
+    # What earlier runs measured stays in the tables, also of stages that this one left out.
+    everything = state_of(pieces_of(found, place.absolute()), Lines(place))
+    results = results_of(found, everything)
+    results.write(place / RESULTS)
+    print(f"the experts are in {place / 'library'}")
+    if results.rows:
+        write_report(results, everything, place / REPORT)
+        Console(width=80).print(summary(results, everything).text())
+        print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
+    if state.failed:
+        _print_failures(state)
+        raise UnfinishedStudyError(
+            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result; {place / PIECES} holds the "
+            "traces, and the same command with --retry tries again"
+        )
+
+
+class UnfinishedStudyError(ValueError):
+    """Some pieces of a study failed; the message says how many, and what to do."""
+
+
+def _print_state(state: State, each: bool) -> None:
+    """Print what is done and what is left of each stage, of `each` piece too, and what failed."""
+    if each:
+        for piece in state.pieces:
+            mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
+            print(f"{mark:<8}{title_of(piece.key)}")
+    for stage in STAGES:
+        mine = [piece.key for piece in state.pieces if piece.key[0] == stage]
+        if mine:
+            done, failed = (sum(key in found for key in mine) for found in (state.done, state.failed))
+            print(f"{stage:<12}{done} of {len(mine)} done" + (f", {failed} failed" if failed else ""))
+    left = len(state.pieces) - len(state.done)
+    print(f"{counted(left, 'piece')} left{_time_text(state.left)}" + " on one process" * bool(state.left.seconds))
+    if state.left.bytes:
+        print(f"their experts will take about {bytes_text(state.left.bytes)}")
+    if state.failed:
+        _print_failures(state)
+
+
+def _print_failures(state: State) -> None:
+    """Print a line for each piece that failed, or that needs one that did."""
+    print()
+    for key, failure in state.failed.items():
+        why = f"needs {title_of(failure.needed)}" if failure.needed else failure.sentence
+        print(f"failed: {title_of(key)}: {why}")
+
+
+def _time_text(left: Left) -> str:
+    """Return an estimate of the time left, and what it leaves out."""
+    if left.seconds and not left.unknown:
+        return f", about {duration_text(left.seconds)} left"
+    if left.seconds:
+        return f", more than {duration_text(left.seconds)} left"
+    return ""

@@ -1,0 +1,131 @@
+"""Cut a study into pieces of work, each named by what it does and by a digest of all that its result depends on.
+
+A digest covers the settings of the piece, the contents of its tasks, and the digests of the pieces that it needs. So a
+change of the study gives new keys to what depends on it, and to nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modular_experts.base import Base
+from modular_experts.jobs import Piece
+from modular_experts.jobs.pieces import Key, key_text
+from modular_experts.library.record import package_versions
+from modular_experts.study.settings import BASE, MULTITASK, Study
+from modular_experts.study.work import merge_and_test, take, test, train
+
+STAGES = ("experts", "statistics", "merges", "tests")
+"""What `--only` takes; the key of a piece begins with one of them."""
+
+
+def pieces_of(study: Study, out: Path, only: Collection[str] = ()) -> list[Piece]:
+    """Return the pieces of a study in the directory `out`, in the order in which they may run.
+
+    Args:
+        study: What to do.
+        out: Its directory.
+        only: The stages to return, with all that they need; by default every stage.
+    """
+    return _with_needs(_Plan(study, out).pieces, only)
+
+
+class _Plan:
+    """The pieces of a study, made one after another."""
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self.study, self.out = study, out
+        self.pieces: list[Piece] = []
+        every = {**study.held_in, **study.held_out}
+        self.origin = [Base.open(study.base).fingerprint, package_versions()["modular-experts"]]
+        self.rows = [study.data, study.max_new_tokens]
+        self._test(BASE, (), [*every], (BASE,), [])
+        for seed in study.seeds:
+            for kind in study.experts:
+                self._experts_of(kind, seed)
+            if study.multitask is not None:
+                name = study.multitask_name(seed)
+                trained = self._train(study.multitask, [*study.held_in], name, (MULTITASK, "all"), seed)
+                self._test(MULTITASK, (name,), [*every], (MULTITASK, seed), [trained], seed=seed, own=[*study.held_in])
+
+    def _experts_of(self, kind: str, seed: int) -> None:
+        """Add the trainings, statistics, tests and merges of one kind of experts."""
+        study, every = self.study, [*self.study.held_in, *self.study.held_out]
+        trained: dict[str, Key] = {}
+        for task in study.held_in:
+            name = study.name(kind, task, seed)
+            trained[task] = self._train(kind, [task], name, (kind, task), seed)
+            tested = every if study.matrix else [task]
+            about = {"kind": kind, "seed": seed, "own": [task]}
+            self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
+        statistics = {
+            of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
+            for of in sorted({of for needs in study.needs.values() for of in needs})
+        }
+        for merge in study.merges:
+            for count in study.counts:
+                for number, group in enumerate(groups(study, count, seed)):
+                    needs = [trained[task] for task in group] + [statistics[of] for of in study.needs[merge.name]]
+                    held_in = [*study.held_in] if study.matrix else group
+                    # Held-out tasks judge what all experts together have become.
+                    held_out = [*study.held_out] if study.matrix or count == len(study.held_in) else []
+                    key = ("merges", kind, merge.name, count, number, seed)
+                    arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
+                    settings = [vars(merge), group, self._seen([*held_in, *held_out]), self.rows]
+                    self._add(key, merge_and_test, arguments, settings, needs)
+
+    def _train(self, kind: str, tasks: Sequence[str], name: str, words: tuple[str, str], seed: int) -> Key:
+        settings = [self.study.experts[kind], self.study.data, self._seen(tasks), seed]
+        return self._add(("experts", *words, seed), train, (kind, tasks, name, seed), settings, [])
+
+    def _test(
+        self, title: str, experts: Sequence[str], tasks: Sequence[str], words: tuple, needs: Sequence[Key], **about: Any
+    ) -> None:
+        settings = [self._seen(tasks), self.rows]
+        self._add(("tests", *words), test, (title, experts, tasks, about), settings, needs)
+
+    def _seen(self, tasks: Sequence[str]) -> list[Any]:
+        every = {**self.study.held_in, **self.study.held_out}
+        return [[every[task], self.study.contents[task]] for task in tasks]
+
+    def _add(self, key: Key, function: Any, arguments: tuple, settings: list[Any], needs: Iterable[Key]) -> Key:
+        needs = tuple(needs)
+        full = (*key, digest([*self.origin, list(key), settings, [need[-1] for need in needs]]))
+        self.pieces.append(Piece(full, function, (self.study, self.out, *arguments), needs))
+        return full
+
+
+def groups(study: Study, count: int, seed: int) -> list[list[str]]:
+    """Return disjoint groups of `count` held-in tasks, drawn by the seed, as many as fit; all methods share them."""
+    names = list(study.held_in)
+    if count == len(names):
+        return [names]
+    random.Random(f"groups/{seed}").shuffle(names)
+    return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+
+
+def title_of(key: Key) -> str:
+    """Return the key of a piece without its digest, as people read it."""
+    return key_text(key[:-1])
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _with_needs(pieces: Sequence[Piece], only: Collection[str]) -> list[Piece]:
+    """Return the pieces of some stages, and those that they need."""
+    by_key = {piece.key: piece for piece in pieces}
+    kept, look = set(), [piece.key for piece in pieces if not only or piece.key[0] in only]
+    while look:
+        key = look.pop()
+        if key not in kept:
+            kept.add(key)
+            look += by_key[key].needs
+    return [piece for piece in pieces if piece.key in kept]

@@ -1,0 +1,226 @@
+"""Run the pieces of a study that have no result yet, in its directory.
+
+The directory holds the library, `pieces.jsonl` with a line for every piece that was done or failed, and `results.json`
+and `report.html`, which are made of these lines. All of it may be interrupted at any moment: a line is whole or is not
+counted, and so is an expert.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
+from modular_experts.jobs.pieces import Key
+from modular_experts.library import is_name, open_expert
+from modular_experts.library.atomic import locked
+from modular_experts.study.pieces import pieces_of
+from modular_experts.study.settings import Study
+
+PIECES = "pieces.jsonl"
+
+
+class FailedBeforeError(RuntimeError):
+    """A piece failed in an earlier run, and was not tried again."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a piece has no result: its own error, or the failed piece that it needs."""
+
+    sentence: str
+    needed: Key | None = None
+
+
+class Lines(JSONLines):
+    """The results of a study's pieces, of which one counts as long as what it made is in the library.
+
+    A failure is a line too: `{"failed": sentence, "trace": ...}`.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out / PIECES)
+        self.library = out / "library"
+
+    def __contains__(self, key: Any) -> bool:
+        found = self.get(key)
+        if found is None or "failed" in found:
+            return False
+        files = [self.library / one for one in found.get("files", ())]
+        return self._is_there(found.get("expert")) and all(file.exists() for file in files)
+
+    def failure(self, key: Key) -> str | None:
+        """Return why a piece failed, if that is the last that is known of it."""
+        return (self.get(key) or {}).get("failed")
+
+    def _is_there(self, expert: Mapping[str, Any] | None) -> bool:
+        """Return whether the library has the expert of a result, and not one of other settings under its name."""
+        if expert is None:
+            return True
+        try:
+            return open_expert(self.library / expert["name"]).content_hash == expert["content_hash"]
+        except (OSError, ValueError):
+            return False
+
+
+class Left(NamedTuple):
+    """What pieces will take.
+
+    Attributes:
+        seconds: An estimate for one process, without the pieces of which nothing alike was done.
+        unknown: How many these are.
+        bytes: An estimate of what trained experts will take on disk, without those of which nothing alike was trained.
+    """
+
+    seconds: float
+    unknown: int
+    bytes: int
+
+
+@dataclass
+class State:
+    """What is done of a study and what is left.
+
+    Attributes:
+        pieces: All pieces, in order.
+        done: The results of those that are done, by key.
+        failed: Why others have none, by key.
+        left: What the others will take.
+    """
+
+    pieces: list[Piece]
+    done: dict[Key, dict[str, Any]]
+    failed: dict[Key, Failure]
+    left: Left
+
+
+def state_of(pieces: Sequence[Piece], lines: Lines) -> State:
+    """Return what the lines of a study's directory tell of its pieces; another process may be at work there."""
+    done = {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}
+    failed: dict[Key, Failure] = {}
+    for piece in pieces:
+        needed = next((key for key in piece.needs if key in failed), None)
+        if (sentence := lines.failure(piece.key)) is not None:
+            failed[piece.key] = Failure(sentence)
+        elif needed is not None and piece.key not in done:
+            failed[piece.key] = Failure(failed[needed].sentence, failed[needed].needed or needed)
+    left = Pace(done).left(piece for piece in pieces if piece.key not in done)
+    return State(list(pieces), done, failed, left)
+
+
+class Pace:
+    """What pieces take, judged by finished pieces of their stage and kind, or else of their stage."""
+
+    def __init__(self, done: Mapping[Key, Mapping[str, Any]]) -> None:
+        self.seconds_of: dict[Key, list[float]] = {}
+        self.bytes_of: dict[Key, list[float]] = {}
+        for key, found in done.items():
+            self.add(key, found)
+
+    def add(self, key: Key, found: Mapping[str, Any]) -> None:
+        """Count a piece that is done."""
+        for sort in (key[:2], key[:1]):
+            self.seconds_of.setdefault(sort, []).append(found["seconds"])
+            if size := (found.get("expert") or {}).get("bytes"):
+                self.bytes_of.setdefault(sort, []).append(size)
+
+    def left(self, pieces: Iterable[Piece]) -> Left:
+        """Return what pieces will take."""
+        sorts = Counter(piece.key[:2] for piece in pieces)
+        seconds = {sort: _mean(self.seconds_of, sort) for sort in sorts}
+        space = {sort: _mean(self.bytes_of, sort) for sort in sorts}
+        return Left(
+            sum(count * (seconds[sort] or 0.0) for sort, count in sorts.items()),
+            sum(count for sort, count in sorts.items() if seconds[sort] is None),
+            int(sum(count * (space[sort] or 0.0) for sort, count in sorts.items() if sort[0] == "experts")),
+        )
+
+
+def _mean(known: Mapping[Key, Sequence[float]], sort: Key) -> float | None:
+    return next((fmean(known[one]) for one in (sort, sort[:1]) if one in known), None)
+
+
+def run_study(
+    study: Study,
+    out: str | Path,
+    only: Collection[str] = (),
+    retry: bool = False,
+    executor: Executor | None = None,
+    processes: int | None = None,
+    progress: Callable[[int, int, Left], None] = lambda done, total, left: None,
+) -> State:
+    """Do what is left of a study, and return what is then done and what failed.
+
+    A piece that fails stops only those that need it.
+
+    Args:
+        study: What to do.
+        out: The directory of the study; the same call goes on with an interrupted one.
+        only: The stages to do, with all that they need; by default every stage.
+        retry: Whether pieces that failed in an earlier call are tried again.
+        executor: Where the pieces run; by default `processes` of this machine, one thread each.
+        processes: How many, if there is no executor; by default one for each core, at most 8.
+        progress: Called with how many pieces are finished, how many there are, and what the others will take, the
+            seconds divided by the number of processes.
+
+    Raises:
+        BlockingIOError: Another process runs a study in `out`; nothing was done.
+        FileExistsError: `out` holds other things than a study.
+        OSError: A result could not be stored, such as on a full disk; the results before it are kept.
+    """
+    out = Path(out).absolute()
+    pieces = pieces_of(study, out, only)
+    others = [one for one in out.iterdir() if is_name(one.name) and one.suffix != ".yaml"] if out.exists() else []
+    if others and not (out / PIECES).exists():
+        raise FileExistsError(f"{out} holds other things than a study; give another --out to keep them")
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(locked(out, out))
+        lines = Lines(out)
+        lines.file.touch()
+        if not retry:
+            pieces = [_failed_before(piece, lines) for piece in pieces]
+        pool = executor or stack.enter_context(LocalProcesses(processes))
+        at_once = getattr(pool, "processes", 1)
+        pace = Pace({piece.key: lines[piece.key] for piece in pieces if piece.key in lines})
+        left = {piece.key: piece for piece in pieces if piece.key not in lines}
+
+        def show(done: int, total: int, piece: Piece | None) -> None:
+            if piece is not None:
+                del left[piece.key]
+                if piece.key in lines:
+                    pace.add(piece.key, lines[piece.key])
+            found = pace.left(left.values())
+            progress(done, total, found._replace(seconds=found.seconds / at_once))
+
+        def failed(piece: Piece, error: BaseException) -> None:
+            if not isinstance(error, FailedBeforeError):
+                lines[piece.key] = {"failed": _sentence(error), "trace": "".join(traceback.format_exception(error))}
+
+        run(pieces, lines, pool, show, failed)
+    return state_of(pieces, lines)
+
+
+def _failed_before(piece: Piece, lines: Lines) -> Piece:
+    """Return the piece, or one that fails at once with the sentence with which it failed before."""
+    sentence = lines.failure(piece.key)
+    return piece if sentence is None else Piece(piece.key, _fail_again, (sentence,), piece.needs)
+
+
+def _fail_again(sentence: str) -> None:
+    raise FailedBeforeError(sentence)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
+    if isinstance(error, BrokenExecutor):
+        return "its process was killed, perhaps for the memory that it took; fewer --processes take less"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

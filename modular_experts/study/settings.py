@@ -1,0 +1,302 @@
+"""Read what a study shall do from settings, and check all of it before anything runs.
+
+The settings are those of `modular-experts study`, plain values as a YAML file holds them. Processes that do a piece of
+the work get the same values, and make objects of them where they need some.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from modular_experts.data.tasks import NAME, Task
+from modular_experts.library import check_name
+from modular_experts.methods import MergeMethod
+from modular_experts.text import did_you_mean
+from modular_experts.tuning import CoefficientSearch
+
+MULTITASK, BASE = "multitask", "base"
+RESERVED = (MULTITASK, BASE, "merge")
+DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
+"""Settings of `TaskMixture` that hold for the training and for every measurement alike."""
+TUNING_ROWS = 64
+
+
+class Tools(NamedTuple):
+    """What only the command line can do, because it alone makes objects of settings.
+
+    Both are functions of a module, so that another process can import them.
+
+    Args:
+        fit: Runs `modular-experts fit` with several configs, of which a later one wins; with `check` it only refuses
+            settings that do not fit.
+        make: Returns the object that settings describe, given its type: `make(MergeMethod, "TIES")`.
+    """
+
+    fit: Callable[[Sequence[Mapping[str, Any]], bool], None]
+    make: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One way to merge the experts of a kind.
+
+    Attributes:
+        name: Its name in results.
+        method: The settings of a merge method, or of a search if `searched`.
+        searched: Whether the merge is searched by a `CoefficientSearch`.
+        tune: Settings of `tuning.tune` (`rows`, `grid`) if the method is tuned.
+        rows: The most validation rows of a task that a search or a tuning reads.
+        merges: Settings of the merges that a search starts from.
+    """
+
+    name: str
+    method: Any
+    searched: bool = False
+    tune: dict[str, Any] | None = None
+    rows: int = TUNING_ROWS
+    merges: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a study does, as plain values.
+
+    Attributes:
+        base: The directory or hub id of the base.
+        held_in: Settings of the tasks that get experts, by name.
+        held_out: Settings of the tasks that are only tested, by name.
+        contents: A hash of the files of each task, by name; empty for rows from elsewhere.
+        experts: For each kind of expert the configs of its fit, of which a later one wins.
+        merges: The merges of the experts of each kind.
+        counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
+        multitask: The kind of the one expert that is trained on all held-in tasks, or None.
+        matrix: Whether every model is tested on every task.
+        seeds: Seeds of the trainings.
+        data: How rows are read, in training and tests: the settings of `DATA`.
+        max_new_tokens: Length limit of a generated answer.
+        needs: The kinds of statistics that each merge needs, by its name.
+        tools: What makes objects of settings.
+    """
+
+    base: str
+    held_in: dict[str, dict[str, Any]]
+    held_out: dict[str, dict[str, Any]]
+    contents: dict[str, str]
+    experts: dict[str, list[dict[str, Any]]]
+    merges: tuple[Merge, ...]
+    counts: tuple[int, ...]
+    multitask: str | None
+    matrix: bool
+    seeds: tuple[int, ...]
+    data: dict[str, Any]
+    max_new_tokens: int
+    tools: Tools
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def name(self, kind: str, task: str, seed: int) -> str:
+        """Return the name of an expert in the library."""
+        return f"{kind}-{task}{self._of(seed)}"
+
+    def merge_name(self, kind: str, merge: str, seed: int) -> str:
+        """Return the name in the library of the merge of all experts of a kind."""
+        return f"merge-{kind}-{re.sub('[^A-Za-z0-9._-]+', '-', merge)}{self._of(seed)}"
+
+    def multitask_name(self, seed: int) -> str:
+        """Return the name in the library of the multitask expert."""
+        return f"{MULTITASK}{self._of(seed)}"
+
+    def _of(self, seed: int) -> str:
+        return f"-seed{seed}" if len(self.seeds) > 1 else ""
+
+
+def read_study(
+    tools: Tools,
+    base: str,
+    tasks: Any,
+    experts: Mapping[str, Any],
+    merges: Sequence[Any] = (),
+    counts: Sequence[int | str] = ("all",),
+    multitask: Mapping[str, Any] | None = None,
+    matrix: bool = False,
+    seeds: Sequence[int] = (0,),
+    data: Mapping[str, Any] | None = None,
+    fit: Mapping[str, Any] | None = None,
+    max_new_tokens: int = 64,
+) -> Study:
+    """Check the settings of a study, and return them with every short form spelt out.
+
+    The arguments after `tools` are those of `modular-experts study`.
+
+    Raises:
+        ValueError: Something does not fit; nothing has run.
+    """
+    held_in, held_out = _tasks(tools, tasks)
+    kinds = {kind: _configs(kind, settings, fit) for kind, settings in experts.items()}
+    if not kinds:
+        raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
+    for kind, configs in kinds.items():
+        if not NAME.fullmatch(kind) or kind in RESERVED:
+            raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
+        try:
+            tools.fit([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
+        except ValueError as error:
+            raise ValueError(f"experts.{kind}: {error}") from error
+    found = [_merge(tools, entry) for entry in merges]
+    for merge, _ in found:
+        if [one.name for one, _ in found].count(merge.name) > 1:
+            raise ValueError(
+                f"two merges are called {merge.name!r}; name one of them: {{method: {merge.name}, name: mine}}"
+            )
+    if multitask is not None and [*multitask] != ["kind"]:
+        raise ValueError(
+            f"multitask={dict(multitask)} must name one of the kinds, such as {{kind: {next(iter(kinds))}}}"
+        )
+    whole = multitask["kind"] if multitask else None
+    if whole is not None and whole not in kinds:
+        near = did_you_mean(whole, kinds) or f"; the kinds are {', '.join(kinds)}"
+        raise ValueError(f"multitask names the kind {whole!r}, which is not among the experts{near}")
+    for key in data or {}:
+        if key not in DATA:
+            near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
+            raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} must be one or more different numbers, such as [0, 1, 2]")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
+    study = Study(
+        base=str(base),
+        held_in=held_in,
+        held_out=held_out,
+        contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},
+        experts=kinds,
+        merges=tuple(merge for merge, _ in found),
+        counts=_counts(counts, len(held_in)),
+        multitask=whole,
+        matrix=matrix,
+        seeds=tuple(seeds),
+        data=dict(data or {}),
+        max_new_tokens=max_new_tokens,
+        tools=tools,
+        needs={merge.name: needs for merge, needs in found},
+    )
+    if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and len(study.counts) > 1:
+        raise ValueError("RegMeanPlusPlus is measured for one merge of all experts; give counts: [all]")
+    _check_names(study)
+    return study
+
+
+def _check_names(study: Study) -> None:
+    """Raise ValueError if the library cannot take the name of an expert, or two experts would have the same."""
+    names = [study.multitask_name(seed) for seed in study.seeds]
+    for seed, kind in itertools.product(study.seeds, study.experts):
+        names += [study.name(kind, task, seed) for task in study.held_in]
+        names += [study.merge_name(kind, merge.name, seed) for merge in study.merges]
+    for name, count in Counter(map(check_name, names)).items():
+        if count > 1:
+            raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")
+
+
+def _tasks(tools: Tools, tasks: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return the settings of the tasks of each role by name, every short form spelt out."""
+    roles = tasks if isinstance(tasks, Mapping) and set(tasks) <= {"held_in", "held_out"} else {"held_in": tasks}
+    found: dict[str, dict[str, dict[str, Any]]] = {"held_in": {}, "held_out": {}}
+    for role, listed in roles.items():
+        for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
+            for one in _several(entry) if isinstance(entry, str) else [dict(entry)]:
+                (task,) = tools.make(list[Task], [one | {"role": role}])
+                if task.name in found["held_in"] or task.name in found["held_out"]:
+                    raise ValueError(
+                        f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
+                        f"{{name: {task.name}-2, ...}}"
+                    )
+                found[role][task.name] = one | {"name": task.name, "role": role}
+    if not found["held_in"]:
+        raise ValueError("a study needs tasks that get experts, such as tasks: {held_in: tasks/*.jsonl}")
+    return found["held_in"], found["held_out"]
+
+
+def _content(name: str, task: Mapping[str, Any]) -> str:
+    """Return a hash of a task's file, or of the files of its directory."""
+    if task.get("path") is None:
+        return ""
+    path, found = Path(task["path"]), hashlib.sha256()
+    if not path.exists():
+        raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
+    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def _several(word: str) -> list[dict[str, Any]]:
+    """Return the tasks that a word means: the files of a pattern, a file, a hub id, or a task of the suite."""
+    if any(sign in word for sign in "*?["):
+        files = sorted(glob.glob(word, recursive=True))
+        if not files:
+            raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
+        return [{"path": file} for file in files]
+    if word.isidentifier() and word[0].isupper() and not Path(word).exists():
+        # The name of a task of the suite, as a class is named.
+        return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
+    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not Path(word).suffix and not Path(word).exists()
+    return [{"hub": word} if is_hub else {"path": word}]
+
+
+def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the configs of a kind's fit: what all kinds share, then its own, each a file or its contents."""
+    found = [dict(common)] if common else []
+    for one in settings if isinstance(settings, list) else [settings]:
+        if isinstance(one, str):
+            try:
+                one = yaml.safe_load(Path(one).read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(f"experts.{kind}: {settings} cannot be read ({why})") from None
+        if not isinstance(one, Mapping):
+            raise ValueError(f"experts.{kind} is {one!r}; give a config of fit, or its settings, such as {{rank: 8}}")
+        found.append(dict(one))
+    return found
+
+
+def _merge(tools: Tools, entry: Any) -> tuple[Merge, tuple[str, ...]]:
+    """Return a merge and the statistics that it needs."""
+    known = {"method", "tune", "search", "merges", "rows", "name"}
+    given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"a merge has no setting {key!r}{did_you_mean(key, known) or f'; it has {sorted(known)}'}")
+    if ("method" in given) == ("search" in given):
+        raise ValueError(f"the merge {given} needs exactly one of `method` and `search`")
+    rows = given.get("rows", TUNING_ROWS)
+    if "search" in given:
+        search, starts = tools.make(CoefficientSearch, given["search"]), given.get("merges", [])
+        methods = [tools.make(MergeMethod, start) for start in starts]
+        merge = Merge(given.get("name", type(search).__name__), given["search"], True, None, rows, tuple(starts))
+    else:
+        methods, tune = [tools.make(MergeMethod, given["method"])], given.get("tune") or None
+        name = given.get("name", type(methods[0]).__name__ + " tuned" * bool(tune))
+        merge = Merge(name, given["method"], False, {} if tune is True else tune, rows)
+        for key in merge.tune or {}:
+            if key != "grid":
+                raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
+    return merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics}))
+
+
+def _counts(counts: Sequence[int | str], tasks: int) -> tuple[int, ...]:
+    """Return the sizes of groups, each once, in ascending order."""
+    for count in counts:
+        if count != "all" and (not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= tasks):
+            raise ValueError(
+                f"counts holds {count!r}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all]"
+            )
+    return tuple(sorted({tasks if count == "all" else int(count) for count in counts}))

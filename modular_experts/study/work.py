@@ -1,0 +1,192 @@
+"""Do one piece of a study: train an expert, take statistics, or merge and test.
+
+Pieces run in processes of their own, in any order, and several after each other in one process, which loads the base
+and the rows once. A piece leaves its expert in the library and returns what its line of `pieces.jsonl` holds. The same
+settings give the same numbers, whatever ran before in the process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modular_experts.base import Base
+from modular_experts.data import Task, TaskMixture
+from modular_experts.deltas import Delta
+from modular_experts.evaluation import TEXT_METRICS, measure
+from modular_experts.injection.attach import attached
+from modular_experts.library import StoredExpert, open_expert
+from modular_experts.merger.merged import Merged, describe, write_merged
+from modular_experts.methods import MergeMethod
+from modular_experts.statistics import take_statistics
+from modular_experts.study.settings import Merge, Study
+from modular_experts.tuning import CoefficientSearch, Objective, search, tune
+
+EXAMPLES = 3  # test rows of each task whose answers are kept
+EVERY_ROW = 10**9
+# A training inside of a study writes its expert and nothing else, unless its config asks for more.
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+def train(study: Study, out: Path, kind: str, tasks: Sequence[str], name: str, seed: int) -> dict[str, Any]:
+    """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
+    started = time.perf_counter()
+    target = out / "library" / name
+    own: dict[str, Any] = {
+        "seed_everything": seed,
+        "model": {"base": study.base},
+        "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
+        "trainer": {"default_root_dir": str(out / "runs" / name)},
+        "out": str(target),
+        "overwrite": True,
+    }
+    study.tools.fit([{"trainer": QUIET}, *study.experts[kind], own], False)
+    return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
+
+
+def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:
+    """Take statistics of all experts of a kind on validation rows of their own tasks."""
+    started = time.perf_counter()
+    experts = [out / "library" / study.name(kind, task, seed) for task in study.held_in]
+    data = ChoiceRows(_tasks(study, [*study.held_in]), **study.data)
+    stored = take_statistics(experts, of, data, base=study.base, overwrite=True)  # type: ignore[arg-type]
+    files = [str(one.file.relative_to(out / "library")) for one in stored]
+    return {"files": files, "seconds": time.perf_counter() - started}
+
+
+def test(
+    study: Study, out: Path, title: str, experts: Sequence[str], tasks: Sequence[str], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Test the base, or the base with experts of the library, on tasks."""
+    started = time.perf_counter()
+    found = _measured(study, [open_expert(out / "library" / name) for name in experts], tasks)
+    return found | {"model": title, "experts": [*experts], "own": [], **about, "seconds": time.perf_counter() - started}
+
+
+def merge_and_test(
+    study: Study,
+    out: Path,
+    kind: str,
+    merge: Merge,
+    group: Sequence[str],
+    tasks: Sequence[str],
+    seed: int,
+    number: int,
+) -> dict[str, Any]:
+    """Merge a group of experts and test the merge; the merge of all experts is also put into the library.
+
+    Settings and coefficients are chosen on validation rows of the group's own tasks alone.
+    """
+    started = time.perf_counter()
+    library, names = out / "library", [study.name(kind, task, seed) for task in group]
+    experts = [open_expert(library / name) for name in names]
+    target = library / study.merge_name(kind, merge.name, seed)
+    whole = len(group) == len(study.held_in)
+    with tempfile.TemporaryDirectory() as folder:
+        place = target if whole else Path(folder, target.name)
+        merged, settings = _merged(study, merge, experts, group, place, written=whole)
+        seconds = time.perf_counter() - started
+        found = _measured(study, [merged], tasks)
+    about = _about(merged) if whole and isinstance(merged, StoredExpert) else {}
+    title = f"{kind} {merge.name}" + ("" if whole else f" of {len(group)}, group {number}")
+    found |= {"model": title, "experts": names, "kind": kind, "merge": merge.name, "own": [*group]}
+    found |= {"count": len(group), "group": number, "seed": seed, "settings": settings, "merge_seconds": seconds}
+    return found | about | {"seconds": time.perf_counter() - started}
+
+
+def _merged(
+    study: Study, merge: Merge, experts: Sequence[StoredExpert], group: Sequence[str], place: Path, written: bool
+) -> tuple[Mapping[str, Delta], dict[str, Any]]:
+    """Return a merge, which is stored at `place` if it was searched or shall be written, and what was chosen for it."""
+    make, paths = study.tools.make, [expert.path for expert in experts]
+    if merge.searched:
+        starts = [make(MergeMethod, start) for start in merge.merges]
+        data = ChoiceRows(_tasks(study, group), **study.data)
+        how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
+        done = search(paths, make(CoefficientSearch, merge.method), data, place, **how)
+        return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
+    method, notes, chosen = make(MergeMethod, merge.method), None, {}
+    if merge.tune is not None:
+        model, tokenizer = loaded(study.base)
+        rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
+        data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
+        tuned = tune(experts, method, Objective(model, data), grid=merge.tune.get("grid"))
+        method, notes, chosen = tuned.method, tuned.notes, tuned.best.settings
+    merged = Merged(experts, method)
+    settings = chosen or describe(method)
+    return (write_merged(merged, place, True, notes=notes) if written else dict(merged.items())), settings
+
+
+class ChoiceRows(TaskMixture):
+    """The rows on which settings may be chosen: it gives no test row, and takes no held-out task."""
+
+    def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase | None = None, **reading: Any) -> None:
+        assert all(task.held_in for task in tasks), "a held-out task must not choose anything"
+        super().__init__(tasks, tokenizer, **reading)
+
+    def setup(self, stage: str | None = None) -> None:
+        assert stage in ("fit", "validate"), "a test row must not choose anything"
+        super().setup(stage)
+
+
+def _measured(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> dict[str, Any]:
+    """Test the base with experts, in place on the one model of this process; afterwards it is the base bit for bit.
+
+    Beside the scores this returns the value of every row for each text metric, by task, for intervals.
+    """
+    model, tokenizer = loaded(study.base)
+    data = _rows(study, tasks)
+    began = time.perf_counter()
+    with attached(model, experts, check=False):
+        switched = time.perf_counter() - began
+        scores = measure(model, tokenizer, data.test_dataloader(), data.roles, study.max_new_tokens, examples=EVERY_ROW)
+        began = time.perf_counter()
+    switched += time.perf_counter() - began
+    answers = scores.pop("examples")
+    values = {task: _values(rows) for task, rows in answers.items()}
+    kept = {task: rows[:EXAMPLES] for task, rows in answers.items()}
+    return {"scores": scores, "values": values, "answers": kept, "switch_seconds": switched}
+
+
+def _values(rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
+    return {name: [round(of(row["answer"], row["target"]), 6) for row in rows] for name, of in TEXT_METRICS.items()}
+
+
+@lru_cache(1)
+def loaded(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the base and its tokenizer, which a process loads once."""
+    opened = Base.open(base)
+    model: Any = opened.load("float32")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer()
+
+
+_MIXTURES: dict[str, TaskMixture] = {}
+
+
+def _rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
+    """Return the test rows of tasks, which a process reads and tokenises once."""
+    every = {**study.held_in, **study.held_out}
+    key = json.dumps([study.base, study.data, [[every[task], study.contents[task]] for task in tasks]])
+    if key not in _MIXTURES:
+        _MIXTURES[key] = TaskMixture(_tasks(study, tasks), loaded(study.base)[1], **study.data)
+        _MIXTURES[key].setup("test")
+    return _MIXTURES[key]
+
+
+def _tasks(study: Study, names: Sequence[str]) -> list[Task]:
+    every = {**study.held_in, **study.held_out}
+    return study.tools.make(list[Task], [every[name] for name in names])
+
+
+def _about(expert: StoredExpert) -> dict[str, Any]:
+    """Return what identifies an expert of the library, and what it costs there."""
+    found = {"name": expert.name, "content_hash": expert.content_hash, "bytes": expert.size_on_disk}
+    return {"expert": found | ({"kept": expert.kept_share} if expert.mergeable else {})}

@@ -1,0 +1,319 @@
+"""A study does each piece once, a change redoes only what depends on it, and a failure stops only what needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import write_rows
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library, open_expert
+from modular_experts.reports import Results
+from modular_experts.study import work
+from modular_experts.study.run import PIECES
+
+LORA = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 2}
+SPARSE = {"expert": {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1}}, "modules": ["q_proj"], "steps": 2}
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_llama_dir, task_files, monkeypatch) -> dict[str, Any]:
+    """A small study in the current directory, of tasks that nothing else knows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    (tmp_path / "base").symlink_to(tiny_llama_dir)
+    for name, file in task_files.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(Path(file).read_bytes())
+    return {
+        "base": "base",
+        "tasks": {"held_in": ["upper.jsonl", "reverse.jsonl"], "held_out": ["first.jsonl"]},
+        "experts": {"lora": LORA},
+        "merges": ["SparseAverage"],
+        "max_new_tokens": 3,
+    }
+
+
+def study(settings: dict[str, Any], *words: str) -> int:
+    """Run the command in threads of this process, one at a time, and return its exit code."""
+    Path("study.yaml").write_text(yaml.safe_dump(settings))
+    return main(["study", "--config", "study.yaml", "--out", "runs/mine", "--processes", "1", *words])
+
+
+def lines() -> list[dict[str, Any]]:
+    """Return the lines of the pieces that were done, in order."""
+    return [json.loads(line) for line in Path("runs/mine", PIECES).read_text().splitlines()]
+
+
+def names(found: list[dict[str, Any]]) -> list[str]:
+    return [" ".join(map(str, line["key"][:-1])) for line in found]
+
+
+def numbers(place: str = "runs/mine") -> list[Any]:
+    """Return what a study measured, without times."""
+    return [(row["model"], row["task"], row["metric"], row["value"], row["interval"]) for row in results(place).rows]
+
+
+def results(place: str = "runs/mine") -> Results:
+    return Results.read(f"{place}/results.json")
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch) -> None:
+    """Run pieces in a thread, so that nothing is imported anew; one test below starts processes as a user does."""
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, processes: int | None) -> None:
+            super().__init__(1)
+            self.processes = 1
+
+    if "real" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        monkeypatch.setattr("modular_experts.study.run.LocalProcesses", Threads)
+    work.loaded.cache_clear()
+
+
+def test_a_study_trains_merges_and_tests(settings, capsys) -> None:
+    settings |= {"counts": ["all"], "multitask": {"kind": "lora"}, "experts": {"lora": LORA, "sparse": SPARSE}}
+    assert study(settings) == 0
+    shown = capsys.readouterr().out
+    assert "lora, single" in shown
+    assert "SparseAverage of 2" in shown
+    experts = {f"{kind}-{task}" for kind in ("lora", "sparse") for task in ("upper", "reverse")}
+    assert set(Library("runs/mine/library")) == experts | {
+        "multitask",
+        "merge-lora-SparseAverage",
+        "merge-sparse-SparseAverage",
+    }
+    found = results()
+    assert {row["model"] for row in found.where(role="held_out").rows} == {
+        "base",
+        "multitask",
+        "lora SparseAverage",
+        "sparse SparseAverage",
+    }
+    assert found.where(model="lora-upper").values("task") == ["upper"]
+    page = Path("runs/mine/report.html").read_text()
+    assert "lora SparseAverage" in page
+    assert "<script" not in page
+
+
+def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings) -> None:
+    assert study(settings | {"merges": []}) == 0
+    fit = {"base": "base", "tasks": ["upper.jsonl"], **LORA, "out": "alone/lora-upper"}
+    Path("fit.yaml").write_text(yaml.safe_dump(fit))
+    assert main(["fit", "--config", "fit.yaml"]) == 0
+    mine, theirs = open_expert("runs/mine/library/lora-upper"), open_expert("alone/lora-upper")
+    assert mine.content_hash == theirs.content_hash
+    words = ["--experts", "alone/lora-upper", "--tasks", "upper.jsonl", "--max_new_tokens", "3", "--out", "runs/alone"]
+    assert main(["evaluate", *words]) == 0
+    alone = Results.read("runs/alone/results.json").where(model="lora-upper")
+    for row in results().where(model="lora-upper").rows:
+        assert row["value"] == alone.mean(row["metric"])
+
+
+def test_nothing_is_done_twice_and_a_change_redoes_only_what_depends_on_it(settings) -> None:
+    settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
+    assert study(settings) == 0
+    first = len(lines())
+    assert study(settings) == 0
+    assert len(lines()) == first
+    settings["experts"]["sparse"] = SPARSE | {"steps": 1}
+    assert study(settings) == 0
+    again = names(lines()[first:])
+    assert sorted(again) == [
+        "experts sparse reverse 0",
+        "experts sparse upper 0",
+        "merges sparse SparseAverage 2 0 0",
+        "tests sparse reverse 0",
+        "tests sparse upper 0",
+    ]
+    before = len(lines())
+    settings["merges"] = ["SparseAverage", "TIES"]
+    assert study(settings) == 0
+    assert sorted(names(lines()[before:])) == ["merges lora TIES 2 0 0", "merges sparse TIES 2 0 0"]
+    before = len(lines())
+    rows = [json.loads(line) for line in Path("upper.jsonl").read_text().splitlines()]
+    write_rows(Path("upper.jsonl"), [row for row in rows if row["split"] != "test"] + [rows[3]])
+    assert study(settings, "--only", "experts") == 0
+    assert sorted(names(lines()[before:])) == ["experts lora upper 0", "experts sparse upper 0"]
+
+
+def test_settings_that_come_back_find_their_expert_gone_and_train_it_again(settings) -> None:
+    assert study(settings, "--only", "experts") == 0
+    first = open_expert("runs/mine/library/lora-upper").content_hash
+    other = settings | {"experts": {"lora": LORA | {"steps": 1}}}
+    assert study(other, "--only", "experts") == 0
+    assert open_expert("runs/mine/library/lora-upper").content_hash != first
+    assert study(settings, "--only", "experts") == 0
+    assert open_expert("runs/mine/library/lora-upper").content_hash == first
+
+
+def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, capsys) -> None:
+    good = Path("reverse.jsonl").read_text()
+    Path("reverse.jsonl").write_text(good + '{"input": "no target"}\n')
+    assert study(settings) == 1
+    shown = capsys.readouterr()
+    assert "failed: experts lora reverse 0: 1 bad row" in shown.out
+    assert "failed: tests lora reverse 0: needs experts lora reverse 0" in shown.out
+    assert "failed: merges lora SparseAverage 2 0 0: needs experts lora reverse 0" in shown.out
+    assert "4 of 6 pieces have no result" in shown.err
+    assert set(Library("runs/mine/library")) == {"lora-upper"}
+    before = len(lines())
+    assert study(settings) == 1
+    assert len(lines()) == before, "what failed ran again without --retry"
+    assert study(settings, "--status") == 0
+    assert "experts     1 of 2 done, 1 failed" in capsys.readouterr().out
+    assert study(settings, "--retry") == 1
+    assert len(lines()) > before
+    Path("reverse.jsonl").write_text(good)
+    assert study(settings) == 0
+
+
+def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
+    assert study(settings, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "to do   experts lora upper 0\n" in shown
+    assert "6 pieces left\n" in shown
+    assert not Path("runs").exists()
+    assert study(settings, "--only", "experts") == 0
+    assert study(settings, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "done    experts lora upper 0\n" in shown
+    assert study(settings | {"experts": {"lora": LORA | {"steps": 1}}}, "--status") == 0
+    assert "experts     0 of 2 done" in capsys.readouterr().out
+
+
+def test_groups_are_disjoint_and_the_same_for_every_method(settings, tmp_path) -> None:
+    for name in ("third", "fourth", "fifth"):
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
+    settings["tasks"] = {"held_in": ["upper.jsonl", "reverse.jsonl", "third.jsonl", "fourth.jsonl", "fifth.jsonl"]}
+    assert study(settings | {"merges": ["SparseAverage", "TIES"], "counts": [2, "all"]}) == 0
+    by_merge: dict[str, list[list[str]]] = {}
+    for line in lines():
+        if line["key"][0] == "merges" and line["result"]["count"] == 2:
+            by_merge.setdefault(line["key"][2], []).append(line["result"]["experts"])
+    assert sorted(by_merge["SparseAverage"]) == sorted(by_merge["TIES"])
+    members = [name for group in by_merge["TIES"] for name in group]
+    assert len(members) == len(set(members)) == 4
+
+
+def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) -> None:
+    """Other test rows and other held-out tasks give the same experts, settings, statistics and coefficients."""
+    search = {"search": {"class_path": "ATLAS", "init_args": {"steps": 2}}, "merges": ["RegMean"]}
+    settings |= {"merges": [{"method": "TIES", "tune": {"grid": {"keep": [0.2, 0.5]}}}, search, "Fisher"]}
+    assert study(settings) == 0
+    before = Path("runs/mine").rename("runs/before")
+    for file in ("upper.jsonl", "reverse.jsonl", "first.jsonl"):
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        for row in rows:
+            if row["split"] == "test" or file == "first.jsonl":
+                row["target"] = "zzz"
+        write_rows(Path(file), rows)
+    assert study(settings) == 0
+    assert numbers() != numbers("runs/before"), "the change of the test rows changed no number"
+    for name in Library("runs/mine/library"):
+        found, known = (open_expert(f"{place}/library/{name}").content_hash for place in ("runs/mine", before))
+        assert found == known, name
+    with pytest.raises(AssertionError, match="a held-out task must not choose anything"):
+        work.ChoiceRows([work.Task(path="first.jsonl", role="held_out")])
+    with pytest.raises(AssertionError, match="a test row must not choose anything"):
+        work.ChoiceRows([work.Task(path="upper.jsonl")]).setup("test")
+
+
+def test_the_one_model_of_a_process_is_the_base_again_after_every_piece(settings) -> None:
+    assert study(settings | {"merges": ["SparseAverage", "TIES"], "matrix": True}) == 0
+    model, _ = work.loaded("base")
+    fresh = work.Base.open("base").load("float32")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True))
+    # Each model was tested on every task.
+    assert all(len(results().where(model=model).values("task")) == 3 for model in results().values("model"))
+
+
+def test_several_seeds_train_experts_of_their_own(settings) -> None:
+    assert study(settings | {"seeds": [0, 1]}) == 0
+    library = Library("runs/mine/library")
+    assert library["lora-upper-seed0"].content_hash != library["lora-upper-seed1"].content_hash
+    assert {row["seed"] for row in results().where(kind="lora").rows} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tasks": {"held_in": "none/*.jsonl"}}, "no file matches 'none/*.jsonl'"),
+        ({"tasks": {"held_in": ["upper.jsonl"], "held_out": ["upper.jsonl"]}}, "two tasks have the name 'upper'"),
+        ({"experts": {"lora": "missing.yaml"}}, "experts.lora: missing.yaml cannot be read"),
+        ({"experts": {"lora": {**LORA, "stps": 3}}}, "experts.lora: there is no option --stps"),
+        ({"experts": {"multitask": LORA}}, "'multitask' cannot name a kind of experts"),
+        ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
+        ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),
+        ({"merges": [{"method": "TIES", "tun": True}]}, "a merge has no setting 'tun'; did you mean tune"),
+        ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
+        (
+            {"multitask": {"kind": "lra"}},
+            "multitask names the kind 'lra', which is not among the experts",
+        ),
+        (
+            {"data": {"eval_limt": 3}},
+            "data.eval_limt is not a setting of how the rows of a study",
+        ),
+        ({"seeds": [0, 0]}, "seeds=[0, 0] must be one or more different numbers"),
+        ({"merges": ["RegMeanPlusPlus"], "counts": [2, "all"]}, None),
+    ],
+)
+def test_bad_settings_are_refused_in_a_sentence_before_anything_runs(settings, capsys, change, sentence) -> None:
+    code = study(settings | change, "--dry-run")
+    if sentence is None:
+        assert code == 0
+        return
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+def test_two_studies_in_one_folder_and_a_folder_of_other_things_are_refused(settings, capsys) -> None:
+    from modular_experts.library.atomic import locked
+
+    Path("runs/mine").mkdir(parents=True)
+    with locked(Path("runs/mine"), Path("runs/mine")):
+        assert study(settings) == 1
+    assert "is being written by another process; wait for it, or choose another place" in capsys.readouterr().err
+    Path("runs/mine/thesis.txt").write_text("")
+    assert study(settings) == 1
+    assert "holds other things than a study" in capsys.readouterr().err
+
+
+def test_real_processes_killed_at_random_moments_end_with_the_same_numbers(settings) -> None:
+    settings |= {"merges": ["SparseAverage", {"method": "TIES", "tune": True}], "matrix": True}
+    Path("study.yaml").write_text(yaml.safe_dump(settings))
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-m", "modular_experts", "study", "--config", "study.yaml", "--out", out]
+
+    draw, file = random.Random(1), Path("runs/killed", PIECES)
+    for _ in range(2):
+        before = file.read_bytes().count(b"\n") if file.exists() else 0
+        with subprocess.Popen([*command("runs/killed")], start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            while not file.exists() or file.read_bytes().count(b"\n") <= before:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.05)
+            time.sleep(draw.uniform(0, 1))
+            os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(command("runs/killed"), check=True, capture_output=True)
+    subprocess.run(command("runs/whole"), check=True, capture_output=True)
+    assert numbers("runs/killed") == numbers("runs/whole")
+    for name in Library("runs/whole/library"):
+        found, known = (open_expert(f"runs/{place}/library/{name}").content_hash for place in ("killed", "whole"))
+        assert found == known, name
