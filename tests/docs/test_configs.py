@@ -5,10 +5,12 @@ The paper's configs need a hub and a GPU; `test_paper_configs.py` runs them on a
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
@@ -90,6 +92,19 @@ def test_search_config_searches(config: Path) -> None:
     assert (found.path.parent / f"{config.stem}.recipe.yaml").exists() == (config.stem != "by-row")
 
 
+def test_the_studies_are_read(capsys) -> None:
+    """Their experts, merges and searches are tested in `tests/study`."""
+    Path(".cache").mkdir(exist_ok=True)
+    Path(".cache/smollm2").symlink_to((QUICKSTART / "base").resolve())
+    small = CONFIGS / "paper/small.yaml"
+    for name in re.findall(r"data/\w+.jsonl", small.read_text()):
+        Path("data").mkdir(exist_ok=True)
+        write_rows(Path(name), [{"input": name, "target": "a", "split": "test"}])
+    for file in (CONFIGS / "study/suite.yaml", CONFIGS / "paper/tiny.yaml", small):
+        assert main(["study", "--config", str(file), "--dry-run"]) == 0
+        assert "experts lora" in capsys.readouterr().out
+
+
 def test_the_test_config_tests(capsys) -> None:
     test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
     for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):
@@ -99,4 +114,4 @@ def test_the_test_config_tests(capsys) -> None:
 
 def test_no_config_is_left_out() -> None:
     found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
-    assert found == {".", "fit", "merge", "search", "paper"}
+    assert found == {".", "fit", "merge", "search", "study", "paper"}
