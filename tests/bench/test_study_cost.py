@@ -1,0 +1,17 @@
+"""benchmarks/study_cost.py runs as it stands, and its times are those of a whole study."""
+
+from __future__ import annotations
+
+import json
+
+from testbed.scripts import run_script
+
+
+def test_a_quick_run_measures_every_piece(tiny_llama_dir) -> None:
+    found = json.loads(run_script("study_cost.py", str(tiny_llama_dir), "--quick", "--json"))
+    # Two trainings, their tests, and the test of the base.
+    assert found["pieces"] == 5
+    assert found["tasks"] == 10
+    assert found["bare"] < found["study"]
+    assert 0 < found["switching"] < 1
+    assert found["separate"] > 0
