@@ -6,7 +6,6 @@ Slow. The systems and their sizes are those whose costs `benchmarks/related_syst
 from __future__ import annotations
 
 import importlib
-import os
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,38 +13,19 @@ from types import ModuleType
 import pytest
 from lightning.pytorch import seed_everything
 from testbed import runs
+from testbed.real_tasks import SMOLLM2, mixture, validation_loss
 from torch.optim import AdamW
 
-from modular_experts.data import TaskMixture
-from modular_experts.evaluation import measure
 from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
-SMOLLM2 = ROOT / ".cache" / "smollm2"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
         return importlib.import_module("related_systems")
-
-
-def mixture() -> TaskMixture:
-    folder = os.environ.get("MODULAR_EXPERTS_DATA")
-    if not folder or not SMOLLM2.is_dir():
-        pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
-    files = {name: Path(folder).resolve() / f"{name}.jsonl" for name in ("snips_intent", "clinc_banking")}
-    return runs.mixture(files, SMOLLM2, batch_size=4, eval_batch_size=8, eval_limit=4, max_length=128, seed=0)
-
-
-def validation_loss(module: ExpertModule) -> float:
-    data = mixture()
-    data.setup("validate")
-    scores = measure(module.model, module.tokenizer, data.val_dataloader(), data.roles, None)
-    return scores["held_in"]["loss"]
 
 
 @pytest.mark.xdist_group("mixtures")

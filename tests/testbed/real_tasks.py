@@ -1,0 +1,30 @@
+"""Two real tasks on SmolLM2, in a few short rows, for the slow tests of experts and mixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from testbed import runs
+
+from modular_experts.data import TaskMixture
+from modular_experts.evaluation import measure
+from modular_experts.training.module import ExpertModule
+
+SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2"
+
+
+def mixture() -> TaskMixture:
+    folder = os.environ.get("MODULAR_EXPERTS_DATA")
+    if not folder or not SMOLLM2.is_dir():
+        pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
+    files = {name: Path(folder).resolve() / f"{name}.jsonl" for name in ("snips_intent", "clinc_banking")}
+    return runs.mixture(files, SMOLLM2, batch_size=4, eval_batch_size=8, eval_limit=4, max_length=128, seed=0)
+
+
+def validation_loss(module: ExpertModule) -> float:
+    data = mixture()
+    data.setup("validate")
+    scores = measure(module.model, module.tokenizer, data.val_dataloader(), data.roles, None)
+    return scores["held_in"]["loss"]
