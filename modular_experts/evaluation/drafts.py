@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
 from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
 from modular_experts.injection import context_length, moves_tokens_alone
+from modular_experts.routing.gates import reading
 
 
 def packs_evaluation(model: nn.Module) -> bool:
@@ -113,7 +114,9 @@ def _decode(
     while rows:
         mask = F.pad(mask, (0, 1), value=1)
         last = torch.tensor([answers[row][-1:] for row in rows], device=device)
-        output = model(input_ids=last, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        # Gates of prompts stay with their rows.
+        with reading(row=torch.tensor(rows, device=device)[:, None]):
+            output = model(input_ids=last, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
         places = places + 1
         for row, token in zip(rows, output.logits[:, -1].argmax(-1).tolist(), strict=True):
             answers[row].append(token)

@@ -42,12 +42,23 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
     # A router chooses by the prompt, what comes before the first labelled token, and counts no padding.
     tokens = batch["row"] >= 0 if "row" in batch else batch["attention_mask"].bool()
-    with reading((batch["labels"] != IGNORED).cumsum(1) == 0, batch.get("task"), tokens):
+    with reading(_prompts(batch), batch.get("task"), tokens, batch.get("row")):
         try:
             logits = model(**inputs, use_cache="cache" in batch).logits
         finally:
             hook.remove()
     return (logits[0] if logits.shape[:2] == (1, len(chosen)) else logits[labelled]), chosen
+
+
+def _prompts(batch: Batch) -> Tensor:
+    """Return which places come before the first labelled token of their row."""
+    labelled = batch["labels"] != IGNORED
+    if "row" not in batch:
+        return labelled.cumsum(1) == 0
+    rows, places = batch["row"], batch["position_ids"]
+    starts = torch.full((len(batch["task"]),), places.max() + 1, device=places.device, dtype=places.dtype)
+    starts = starts.scatter_reduce(0, rows[labelled], places[labelled], "amin")
+    return places < starts[rows]
 
 
 def row_sums(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,16 +145,20 @@ def keeps_rows_apart(model: nn.Module, cached: bool = False) -> bool:
         return False
     device, lengths = next(model.parameters()).device, (3, 1, 2)
     places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    rows = torch.arange(3, device=device).repeat_interleave(torch.tensor(lengths, device=device))[None]
     ids, training = places + 3, model.training
     model.eval()
-    whole = model(input_ids=ids, use_cache=False).logits[0]
+    # With the first token as the prompt, a router of prompts sees the same in all of them.
+    with reading(torch.arange(6, device=device)[None] == 0, [""]):
+        whole = model(input_ids=ids, use_cache=False).logits[0]
     # The rows begin alike, and no token sees what comes after it: the start of all rows read as one is each row alone.
     apart = torch.cat([whole[:length] for length in lengths])
     # Rounding differs by the layout of a batch, and by far less than what another row changes.
     allowed = torch.finfo(apart.dtype).eps ** 0.5 * (whole - apart).float().norm()
 
     def same(**inputs: Any) -> bool:
-        return bool((model(**inputs).logits[0] - apart).float().norm() <= allowed)
+        with reading(places == 0, ["", "", ""], row=rows):
+            return bool((model(**inputs).logits[0] - apart).float().norm() <= allowed)
 
     packed: Batch = {"input_ids": ids, "position_ids": places}
     kept = same(**packed, use_cache=False)
@@ -173,13 +188,16 @@ def with_cache(model: PreTrainedModel, packed: Batch) -> Batch:
 def choice_log_likelihoods(model: nn.Module, choices: Batch, rows: int = 16, packed: bool = False) -> Tensor:
     """Return the summed log-likelihood `(m,)` of each of a batch's `choices`, its end-of-sequence included.
 
-    A forward pass takes `rows` of them, which bounds the memory: one row of a batch may have many choices.
+    A forward pass takes `rows` of them, which bounds the memory: one row of a batch may have many choices. `task` among
+    the choices, a list of m names, is for routers that choose by it.
     """
     scores = []
     for first in range(0, len(choices["labels"]), rows):
         part = {key: choices[key][first : first + rows] for key in ("input_ids", "attention_mask", "labels")}
         length = int(part["attention_mask"].sum(1).max())
         part = {key: tensor[:, :length] for key, tensor in part.items()}
+        if "task" in choices:
+            part["task"] = choices["task"][first : first + rows]
         scores.append(-batch_losses(model, repacked(part) if packed else part)[0])
     return torch.cat(scores)
 

@@ -73,7 +73,10 @@ def score_batch(
     With `packed`, of which `packs_evaluation` tells whether a model allows it, no padding is read, and targets are the
     drafts of the answers.
     """
-    choices = choice_log_likelihoods(model, batch["choices"], packed=packed) if "choices" in batch else None
+    choices = None
+    if "choices" in batch:
+        tasks = [batch["task"][row] for row in batch["choices"]["row"].tolist()]
+        choices = choice_log_likelihoods(model, batch["choices"] | {"task": tasks}, packed=packed)
     if packed and max_new_tokens and has_room(model, batch, max_new_tokens):
         losses, tokens = losses_and_answers(model, tokenizer, batch, max_new_tokens)
         texts: list[str] | None = [

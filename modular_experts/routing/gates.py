@@ -27,11 +27,14 @@ class Rows(NamedTuple):
             answer.
         tasks: The task of each row, where the data tell.
         tokens: Which places hold tokens and no padding, `(rows, length)` bool; None where all do.
+        row: The row of each place where rows are packed, `(packs, length)` int64, and -1 on padding; None where each
+            line is a row. The other shapes are then `(packs, length)`, too.
     """
 
     prompt: Tensor | None = None
     tasks: Sequence[str] | None = None
     tokens: Tensor | None = None
+    row: Tensor | None = None
 
 
 _ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
@@ -44,10 +47,13 @@ def rows_at_hand() -> Rows:
 
 @contextmanager
 def reading(
-    prompt: Tensor | None = None, tasks: Sequence[str] | None = None, tokens: Tensor | None = None
+    prompt: Tensor | None = None,
+    tasks: Sequence[str] | None = None,
+    tokens: Tensor | None = None,
+    row: Tensor | None = None,
 ) -> Iterator[None]:
     """Tell the routers of forward passes inside what the rows are."""
-    token = _ROWS.set(Rows(prompt, tasks, tokens))
+    token = _ROWS.set(Rows(prompt, tasks, tokens, row))
     try:
         yield
     finally:
@@ -100,6 +106,11 @@ class Gates:
             one = not factors.requires_grad and bool((factors == 1).all())
             found.append(Segment(expert, None if len(places) == len(self.ids) else places, None if one else factors))
         return found
+
+    def of_places(self, row: Tensor) -> Gates:
+        """Return the gates of places, of which each has those of its row; padding, -1, has those of the first one."""
+        rows = row.flatten().clamp(min=0)
+        return Gates(self.ids[rows], self.weights[rows])
 
     def without(self, rejected: Tensor, experts: int) -> Gates:
         """Return the gates with the inputs that a mask `(n,)` marks sent to the fallback alone, number `experts`."""
@@ -211,6 +222,9 @@ class CurrentGates:
     """
 
     gates: Gates | None = field(default=None)
+
+    packs: bool = False
+    """Whether the router has gates for each place of packed rows."""
 
 
 def _all_ids(scores: Tensor) -> Tensor:

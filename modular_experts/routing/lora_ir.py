@@ -107,6 +107,11 @@ class TaskGate(ModuleExpert):
         self._gates = PromptGates(self.router, gates)
 
     @property
+    def moves_tokens_alone(self) -> bool:
+        """True: each place of packed rows gets the gates of its row."""
+        return True
+
+    @property
     def has_learned(self) -> bool:
         """Whether the router has learned its tasks."""
         return bool(self.router.weight.any())
@@ -171,6 +176,11 @@ class LoRAIRExpert(Expert):
         self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))
         self.down = nn.Parameter(torch.empty(experts * rank, columns, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    @property
+    def moves_tokens_alone(self) -> bool:
+        """True: each place of packed rows gets the gates of its row."""
+        return True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)

@@ -57,8 +57,8 @@ class Mixture(Expert):
 
     @property
     def moves_tokens_alone(self) -> bool:
-        """Whether the layer has a router of its own; other gates may be those of whole rows."""
-        return self.router is not None
+        """Whether the gates are those of tokens, or are made so of those of rows that are packed."""
+        return self.router is not None or self.gates.packs
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._added(F.linear(x, weight, bias), x)

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.routing.gates import CurrentGates, rows_at_hand
+from modular_experts.routing.gates import CurrentGates, Gates, rows_at_hand
 from modular_experts.routing.router import Router
 from modular_experts.text import block_of
 
@@ -21,7 +21,8 @@ class PromptGates:
     """Makes the gates of each forward pass of a model, as its forward pre-hook with keyword arguments.
 
     Before the pass, the prompts are read in a pass of their own over the first transformer blocks. A pass that goes on
-    with kept keys and values keeps the gates of its prompts.
+    with kept keys and values keeps the gates of its prompts. Where rows are packed, or some of them go on, `reading`
+    must tell the row of each place.
 
     Args:
         router: A router of scope `sample` that has learned its experts.
@@ -30,27 +31,37 @@ class PromptGates:
 
     def __init__(self, router: Router, current: CurrentGates) -> None:
         self.router, self.current, self._inside = router, current, False
+        self._of_rows: Gates | None = None
+        current.packs = True
 
     def __call__(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Make the gates of a pass, before it starts.
 
         Raises:
-            ValueError: The model was called without `input_ids`, or with packed rows.
+            ValueError: The model was called without `input_ids`, or with packed rows of which `reading` tells nothing.
         """
-        if self._inside or kept_tokens(named):
+        row = rows_at_hand().row
+        if self._inside:
+            return
+        if kept_tokens(named):
+            if row is not None and self._of_rows is not None:
+                self.current.gates = self._of_rows.of_places(row)
             return
         ids = named["input_ids"] if "input_ids" in named else next(iter(arguments), None)
         if ids is None:
             raise ValueError("a router reads prompts as `input_ids`, and the model was called without them")
-        mask = named.get("attention_mask")
-        check_rows(named)
+        if row is None:
+            check_rows(named)
+        rows = named.get("attention_mask") if row is None else Packs(row, named["position_ids"])
+        prompt = prompts_at_hand(ids.shape[1])
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
         try:
-            hidden = torch.cat(prompt_vectors(model, ids, mask, self.router.depths, prompts_at_hand(ids.shape[1])), 1)
+            hidden = torch.cat(prompt_vectors(model, ids, rows, self.router.depths, prompt), 1)
         finally:
             self._inside = False
-        self.current.gates = self.router.to(hidden.device)(hidden)
+        self._of_rows = self.router.to(hidden.device)(hidden)
+        self.current.gates = self._of_rows if row is None else self._of_rows.of_places(row)
 
 
 def kept_tokens(named: Mapping[str, Any]) -> int:
@@ -75,9 +86,16 @@ def prompts_at_hand(length: int) -> Tensor | None:
     return None if prompt is None else F.pad(prompt, (0, length - prompt.shape[1]))
 
 
+class Packs(NamedTuple):
+    """Where the rows of a packed batch are: the row of each place, and its place in it, both `(packs, length)`."""
+
+    row: Tensor
+    places: Tensor
+
+
 @torch.no_grad()
 def prompt_vectors(
-    model: nn.Module, ids: Tensor, mask: Tensor | None, depths: Sequence[float], prompt: Tensor | None = None
+    model: nn.Module, ids: Tensor, mask: Tensor | Packs | None, depths: Sequence[float], prompt: Tensor | None = None
 ) -> list[Tensor]:
     """Return each prompt as a vector of length 1 for each depth, `(rows, size)` float32.
 
@@ -87,8 +105,8 @@ def prompt_vectors(
 
     Args:
         model: A causal language model.
-        ids: Token ids `(rows, length)`, padded on either side.
-        mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding.
+        ids: Token ids `(rows, length)`, padded on either side, or `(packs, length)`.
+        mask: 1 on tokens and 0 on padding, `(rows, length)`; None without padding; for packed rows, where they are.
         depths: Shares of the blocks, rising, from 0, the embeddings, to 1.
         prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
     """
@@ -106,11 +124,13 @@ def prompt_vectors(
         found[number] = output if isinstance(output, Tensor) else output[0]
         raise _Reached
 
-    tokens = torch.ones_like(ids) if mask is None else mask
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if mask is not None and "position_ids" in inspect.signature(body.forward).parameters:
+    packs, padded = (mask, None) if isinstance(mask, Packs) else (None, mask)
+    tokens = packs.row >= 0 if packs else torch.ones_like(ids) if padded is None else padded
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    inputs |= {"position_ids": packs.places} if packs else {"attention_mask": padded}
+    if padded is not None and "position_ids" in inspect.signature(body.forward).parameters:
         # Padding on the left must not move the places.
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
     hooks = []
     for number in dict.fromkeys(numbers):
         if number < len(blocks):
@@ -130,6 +150,13 @@ def prompt_vectors(
                 module.training = True
     counted = tokens.bool() if prompt is None else tokens.bool() & prompt
     # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
+    if packs:
+        later = counted & (packs.places > 0)
+        sizes = torch.bincount(packs.row[later], minlength=int(packs.row.max()) + 1)
+        counted = later | (counted & (sizes[packs.row] == 0))
+        states = [found[number].float()[counted] for number in numbers]
+        none = torch.zeros(len(sizes), states[0].shape[1], device=ids.device)
+        return [F.normalize(none.index_add(0, packs.row[counted], one), dim=1) for one in states]
     counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
     none = torch.zeros((), device=ids.device)
     return [F.normalize(found[number].float().where(counted, none).sum(1), dim=1) for number in numbers]

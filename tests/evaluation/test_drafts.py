@@ -26,7 +26,7 @@ from modular_experts.evaluation.drafts import has_room, losses_and_answers, pack
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import find_sites, inject, moves_tokens_alone
 from modular_experts.injection.routed import routed
-from modular_experts.routing import Energy
+from modular_experts.routing import Energy, Oracle, Router, Softmax, TopK
 
 STEPS = 8
 PROMPTS = ["a", "reverse bat:", "a longer prompt than the others, by far:", "upper dog:", "x y z", "first: q"]
@@ -113,13 +113,66 @@ def test_a_filler_among_the_rows_gets_no_answer_and_changes_none() -> None:
     assert losses_and_answers(model, tokenizer, mixed, STEPS)[1] == [alone[0], [], alone[1]]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_rows_are_packed_behind_routers_of_tokens_and_not_behind_those_of_prompts(name: str) -> None:
-    model, tokenizer = decided(name), build_tokenizer()
+class Drawn(Router):
+    """Weighs three experts by what it reads of a prompt."""
+
+    scope = "sample"
+
+    def learn(self, deltas, statistics):
+        self.experts = len(deltas)
+
+    def scores(self, hidden):
+        return hidden @ torch.randn(hidden.shape[1], 3, generator=torch.Generator().manual_seed(1)).to(hidden)
+
+
+def three_experts(model: Any) -> list[dict[str, Dense]]:
     weights = [site.weight for site in find_sites(model) if not site.is_head][:4]
     made = torch.Generator().manual_seed(0)
     shapes = {weight: model.get_parameter(weight).shape for weight in weights}
-    experts = [{w: Dense(0.3 * torch.randn(shape, generator=made)) for w, shape in shapes.items()} for _ in range(3)]
+    return [{w: Dense(0.3 * torch.randn(shape, generator=made)) for w, shape in shapes.items()} for _ in range(3)]
+
+
+@pytest.mark.parametrize("select", [TopK(1), Softmax(0.1)], ids=["one", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "sliding windows"])
+def test_rows_are_packed_behind_routers_of_prompts(name: str, select: Any) -> None:
+    """Each row of a pack, and each answer that goes on, has the gates that its prompt has alone."""
+    model, tokenizer = decided(name), build_tokenizer()
+    router = Drawn(select)
+    router.learn([None] * 3, [])
+    with routed(model, three_experts(model), router) as found:
+        assert packs_evaluation(model)
+        batch = Collator(pad_id=0)(drafts_of(model, tokenizer))
+        (sums, _), answers = losses_and_answers(model, tokenizer, batch, STEPS)
+        torch.testing.assert_close(sums, batch_losses(model, batch)[0], rtol=1e-4, atol=1e-3)
+        gates = found.current.gates
+        assert len(gates.ids.gather(1, gates.weights.argmax(1, keepdim=True)).unique()) > 1, "rows must differ"
+        assert answers == generate_tokens(model, tokenizer, batch, STEPS)
+        assert len({tuple(answer) for answer in answers}) > 3
+
+
+def test_choices_go_to_the_expert_of_their_task() -> None:
+    model, tokenizer = decided("llama"), build_tokenizer()
+    rows = [Row("pick", "a", choices=("a", "bcd")), Row("reverse", "c", choices=("c", "z"))]
+    examples = [RowTokenizer(tokenizer)(task, [row])[0][0] for task, row in zip("st", rows, strict=True)]
+    batch, experts, router = Collator(pad_id=0)(examples), three_experts(model)[:2], Oracle({"s": 0, "t": 1})
+    router.learn([None] * 2, [])
+
+    class Seen:
+        def update(self, batch, sums, counts, texts, choices) -> None:
+            self.choices = choices
+
+    with routed(model, experts, rows=[0, 0, 1, 1]):
+        wanted = choice_log_likelihoods(model, batch["choices"])
+    with routed(model, experts, router):
+        for packed in (False, True):
+            score_batch(seen := Seen(), model, tokenizer, batch, None, packed)
+            torch.testing.assert_close(seen.choices, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_are_packed_behind_routers_of_tokens_and_not_with_fixed_experts(name: str) -> None:
+    model, tokenizer = decided(name), build_tokenizer()
+    experts = three_experts(model)
     with routed(model, experts, Energy()):
         assert packs_evaluation(model)
         batch = Collator(pad_id=0)(drafts_of(model, tokenizer))

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_routed import ROWS, padded
 from testbed import runs
 
-from modular_experts.data.batch import Batch, Collator
+from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacked
 from modular_experts.evaluation import batch_losses
+from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.injection import eject, expert_layers, inject, named_experts
 from modular_experts.routing import LoRAIR, TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
@@ -196,6 +197,17 @@ def test_a_fit_after_the_estimate_is_the_fit_without_it(tiny_llama_dir, task_fil
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rows_of_a_pack_have_the_gates_of_their_prompts(architecture: str) -> None:
+    model = taught(architecture).eval()
+    rows = [Example("", "", "", Tokens(torch.tensor([*row, 40, 41]), len(row))) for row in [*ROWS, *OTHERS]]
+    batch = Collator(pad_id=0)(rows)
+    assert packs_evaluation(model)
+    wanted = batch_losses(model, batch)[0]
+    assert set(gates_of(model).dense(2).argmax(1).tolist()) == {0, 1}, "the test must send rows to different experts"
+    torch.testing.assert_close(batch_losses(model, repacked(batch))[0], wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
     model = build_model("llama")
     inject(model, LoRAIR(experts=3, modules="q_proj"))
@@ -212,9 +224,6 @@ def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) 
     few = runs.TaskMixture([{"name": n, "path": str(f)} for n, f in few.items()], tokenizer=str(tiny_llama_dir))
     with pytest.raises(ValueError, match="expert 0 has 2 prompts, and at least 4 are needed"):
         teach_tasks(model, few)
-    packed = runs.mixture(task_files, tiny_llama_dir, packing=True)
-    with pytest.raises(ValueError, match=r"reads whole prompts, which it cannot in packed rows; leave data\.packing"):
-        runs.trainer(tmp_path).fit(ExpertModule(str(tiny_llama_dir), experts=LoRAIR(experts=2)), packed)
 
 
 @pytest.mark.parametrize(
