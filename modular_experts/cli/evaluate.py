@@ -34,7 +34,7 @@ def evaluate(
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Measure a base and experts on the test rows of tasks, and compare them in a table and on a page.
+    """Measure a base, experts and checkpoints on the test rows of tasks, and compare them in a table and on a page.
 
     The directory then holds `results.json` and `report.html`. The same command goes on with an interrupted comparison,
     and with one more expert it measures only that one.
@@ -59,6 +59,8 @@ def evaluate(
             --tasks a.jsonl b.jsonl --out runs/comparison
         modular-experts evaluate --experts ties=library/ab sum=library/a+library/b \\
             --tasks a.jsonl b.jsonl --held_out c.jsonl --out runs/ways
+        modular-experts evaluate --experts library/ab checkpoint=merged-checkpoint \\
+            --tasks a.jsonl b.jsonl --out runs/checkpoint
     """
     mixes: dict[str, list[str]] = {"base": []}
     for word in experts or []:

@@ -1,4 +1,4 @@
-"""Compare a base with several mixes of experts on the same rows, in one call that goes on where it was interrupted."""
+"""Compare a base, mixes of experts and whole checkpoints on the same rows, in one call that goes on if interrupted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXAMPLES = 3  # test rows of each task whose answers are kept
 
 def evaluate(
     base: str | Path | Base | None,
-    experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]],
+    experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base],
     data: TaskMixture | Tasks,
     max_new_tokens: int | None = 64,
     dtype: DType = "float32",
@@ -58,7 +58,9 @@ def evaluate(
     Args:
         base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
         experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
-            names to such, to compare several. An expert is a directory, an opened expert or a task vector.
+            names to such, to compare several. An expert is a directory, an opened expert or a task vector. A checkpoint
+            with the base's tokenizer, such as `apply` writes, may stand in the place of a mix: its directory, or an
+            opened base.
         data: The tasks, or a mixture with the settings of how to read their rows; the base's tokenizer is used unless
             the mixture has one.
         max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
@@ -72,7 +74,8 @@ def evaluate(
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
         FileNotFoundError: The base was not found.
-        ValueError: An expert was trained on another base, or a task has no test rows.
+        ValueError: An expert was trained on another base, a checkpoint has another tokenizer, or a task has no test
+            rows.
     """
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
@@ -81,10 +84,14 @@ def evaluate(
         isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
     )
     named: Any = {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
-    mixes = {name: open_several(mix) for name, mix in named.items()}
+    checkpoints = {name: found for name, mix in named.items() if (found := _checkpoint(mix))}
+    mixes = {name: [] if name in checkpoints else open_several(mix) for name, mix in named.items()}
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
     tokenizer = found.tokenizer()
+    for checkpoint in checkpoints.values():
+        if checkpoint.tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{checkpoint.place} has another tokenizer than {found.place}; evaluate it by itself")
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
@@ -125,31 +132,45 @@ def evaluate(
             rows += len(batch["task"])
 
     for name, mix in mixes.items():
+        checkpoint = checkpoints.get(name)
         names = [one.name if isinstance(one, StoredExpert) else "task vector" for one in mix]
-        title = name or " + ".join(names) or "base"
+        title = name or " + ".join(names) or (Path(checkpoint.place).name if checkpoint else "base")
         hashes = [one.content_hash for one in mix if isinstance(one, StoredExpert)]
+        if checkpoint:
+            hashes = [checkpoint.fingerprint]
         key = (hashlib.sha256(json.dumps([same, hashes]).encode()).hexdigest(),)
         if known and key in known:
             scores = known[key]
         else:
             # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
-            with attached(model, mix):
-                model.to(device)  # type: ignore[arg-type]
-                scores = measure(model, tokenizer, counted(title), data.roles, max_new_tokens, metrics, EXAMPLES)
-                model.to("cpu")  # type: ignore[arg-type]
+            measured = checkpoint.load(dtype) if checkpoint else model
+            with attached(measured, mix):
+                measured.to(device)  # type: ignore[arg-type]
+                scores = measure(measured, tokenizer, counted(title), data.roles, max_new_tokens, metrics, EXAMPLES)
+                measured.to("cpu")  # type: ignore[arg-type]
             # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
-            if known is not None and len(hashes) == len(mix) and metrics is TEXT_METRICS:
+            if known is not None and (checkpoint or len(hashes) == len(mix)) and metrics is TEXT_METRICS:
                 known[key] = scores
         done += len(examples)
         progress(title, done, total)
         places = [os.path.relpath(one.path) if isinstance(one, StoredExpert) else "task vector" for one in mix]
         facts["models"][title] = [{"name": n, "place": place} for n, place in zip(names, places, strict=True)]
+        if checkpoint:
+            facts["models"][title] = [{"name": "checkpoint", "place": os.path.relpath(checkpoint.place)}]
         _add_answers(facts["examples"], scores["examples"], title)
         results += Results.of_scores(scores, title, names)
     if folder:
         results.write(folder / RESULTS)
         write_report(results, folder / REPORT)
     return results
+
+
+def _checkpoint(mix: Any) -> Base | None:
+    """Return the checkpoint that stands in the place of a mix of experts, if one does."""
+    one = mix[0] if isinstance(mix, list | tuple) and len(mix) == 1 else mix
+    if isinstance(one, str | Path) and Path(one, "config.json").is_file():
+        return Base.open(one)
+    return one if isinstance(one, Base) else None
 
 
 def _digest(examples: Sequence[Example]) -> str:

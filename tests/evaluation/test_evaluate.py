@@ -12,7 +12,7 @@ import torch
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
-from modular_experts import evaluate
+from modular_experts import apply, evaluate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
@@ -68,6 +68,29 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
     lengths = {"upper": 3, "reverse": 3, "first": 1}
     for task, length in lengths.items():
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
+
+
+def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files, weight, tmp_path) -> None:
+    apply(["library/a"], "checkpoint", tiny_llama_dir)
+    data = mixture(task_files, tiny_llama_dir)
+    mixes = {"base": [], "a": "library/a", "path": ["checkpoint"], "opened": Base.open("checkpoint")}
+    found = evaluate(tiny_llama_dir, mixes, data, 4, out="runs/checkpoint")
+    scores = {name: [row["value"] for row in found.where(model=name).rows] for name in mixes}
+    assert scores["a"] == scores["path"] == scores["opened"] != scores["base"]
+    assert found.facts["models"]["path"] == [{"name": "checkpoint", "place": "checkpoint"}]
+    assert len(Path("runs/checkpoint/measured.jsonl").read_text().splitlines()) == 3  # two are one checkpoint
+    page = Path("runs/checkpoint/report.html").read_text()
+    assert "checkpoint" in page
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tiny_llama_dir, task_files, weight, tmp_path) -> None:
+    apply(["library/a"], "checkpoint", tiny_llama_dir)
+    file = Path("checkpoint/tokenizer.json")
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"] = [{**tokenizer["added_tokens"][0], "id": 9999, "content": "<new>"}]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="checkpoint has another tokenizer than"):
+        evaluate(tiny_llama_dir, {"a": "checkpoint"}, mixture(task_files, tiny_llama_dir))
 
 
 def test_an_expert_of_another_base_is_refused(tiny_llama_dir, task_files, weight) -> None:
