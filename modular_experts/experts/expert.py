@@ -125,15 +125,15 @@ class Expert(Trained, ABC):
             NotImplementedError: The type is not mergeable.
         """
 
-    def bias_delta(self, bias: Tensor, anchor: Callable[[], Tensor]) -> Delta | None:
-        """Return how far the bias has moved from the base, or None for a type that leaves it alone.
+    def bias_delta(self, bias: Tensor, weight: Tensor) -> Delta | None:
+        """Return how far the bias has moved from the base, or None for an expert that leaves it alone.
 
         The layer's bias itself stays frozen: the expert keeps its change beside it, and `forward` adds it. Exports and
         merges treat it as the weight `<name>.bias`.
 
         Args:
-            bias: The layer's bias `(out,)`.
-            anchor: Gives the bias as it was before training.
+            bias: The layer's bias `(out,)`, as it was before training.
+            weight: The layer's weight as it is now, `(out, in)`.
         """
         return None
 
@@ -148,7 +148,7 @@ class Expert(Trained, ABC):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output `(..., out)` for `x` `(..., in)`; here base and delta side by side."""
         out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
-        moved = None if bias is None else self.bias_delta(bias, lambda: bias)
+        moved = None if bias is None else self.bias_delta(bias, weight)
         return out if moved is None else out + moved.dense().to(out.dtype)
 
     def write(self, weight: Tensor) -> None:

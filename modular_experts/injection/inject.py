@@ -144,7 +144,7 @@ def _equip(site: Site, factory: Factory) -> Expert:
     expert = make_expert(factory, layer.weight.T if transposed else layer.weight, site)
     if layer.bias is None:
         still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
-        if expert.bias_delta(still, lambda: still) is not None:
+        if expert.bias_delta(still, layer.weight.T if transposed else layer.weight) is not None:
             raise ValueError(
                 f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or make the "
                 "expert without a bias"
@@ -238,7 +238,7 @@ def task_vector(model: nn.Module, anchor: Callable[[str], Tensor] | None = None)
             continue
         with torch.no_grad():
             bias = layer.bias
-            moved = None if bias is None else layer.expert.bias_delta(bias, bias.detach)
+            moved = None if bias is None else layer.expert.bias_delta(bias, layer.matrix)
             if moved is not None:
                 moved = moved.to(dtype=torch.promote_types(moved.dtype, torch.float32))
                 yield f"{name.removesuffix('weight')}bias", moved

@@ -29,7 +29,7 @@ class BiasExpert(Expert):
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
         return Sparse.zero(self.shape, weight.device)
 
-    def bias_delta(self, bias: Tensor, anchor: Callable[[], Tensor]) -> Delta:
+    def bias_delta(self, bias: Tensor, weight: Tensor) -> Delta:
         return Dense(self.shift)
 
     def penalty(self) -> Tensor:
