@@ -2,20 +2,19 @@
 
 Two things differ from the paper's code. It sums the factors A and B of its LoRAs separately, so that A of one expert
 meets B of another; here the deltas are summed, which is exact and admits experts of any kind. It optimises with
-nevergrad; `evolve`, a (1+1) evolution strategy with an adaptive step length, needs no other package.
+nevergrad, and this with `Evolution` of one parent, a (1+1) evolution strategy with an adaptive step length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
+from modular_experts.tuning.evolution import Evolution, Genes, Real
 from modular_experts.tuning.measures import MEASURES, Aim, check_aim
 from modular_experts.tuning.objective import Objective, Trial
 from modular_experts.tuning.search import CoefficientSearch, Found
@@ -55,40 +54,17 @@ class LoRAHub(CoefficientSearch):
     def search(self, combination: Combination, objective: Objective, progress: Progress = iter) -> Found:
         trials: list[Trial] = []
 
-        def measured(weights: Tensor) -> float:
+        def measured(genes: Genes) -> float:
+            weights = torch.tensor(genes, dtype=torch.float64)
             combination.move_to(weights.expand(len(combination.names), -1))
             trials.append(Trial({"weights": weights.tolist()}, objective.losses(MEASURES[self.objective])))
             return trials[-1].loss + self.penalty * weights.abs().mean().item()
 
-        start = torch.zeros(combination.experts, dtype=torch.float64)
-        best = evolve(measured, start, self.bound, self.steps, self.seed, progress)
+        evolution = Evolution(self.steps, first=1, parents=1, crossover=0.0, mutation=1.0, seed=self.seed)
+        space, start = [Real(-self.bound, self.bound)] * combination.experts, (0.0,) * combination.experts
+        best = torch.tensor(evolution.search(space, measured, [start], progress=progress).best, dtype=torch.float64)
         losses = next(trial.losses for trial in trials if trial.settings["weights"] == best.tolist())
         if self.objective != "loss":
             combination.move_to(best.expand(len(combination.names), -1))
             losses = objective.losses()
         return Found(best.repeat(len(combination.names), 1), losses, trials)
-
-
-def evolve(
-    function: Callable[[Tensor], float],
-    start: Tensor,
-    bound: float,
-    evaluations: int,
-    seed: int,
-    progress: Progress = iter,
-) -> Tensor:
-    """Return the point `(n,)` in [-bound, bound] with the lowest value found; NaN is worse than every number.
-
-    The start, float64, is the first of the evaluations. Equal seeds give equal points.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    best, lowest, length = start, math.inf, 1 / 3 * bound
-    for number in map(int, progress([str(number) for number in range(evaluations)])):
-        step = length * torch.randn(len(start), dtype=torch.float64, generator=generator) if number else 0.0
-        point = (best + step).clamp(-bound, bound)
-        value = function(point)
-        if value <= lowest:
-            best, lowest = point, value
-        # A success lengthens the step, a failure shortens it; its length is steady at one success to four failures.
-        length *= math.exp(1 / 3) if best is point else math.exp(-1 / 12)
-    return best

@@ -1,47 +1,16 @@
-"""LoRAHub: its optimiser finds the bottom of a bowl, the same seed the same weights, and never more than the start."""
+"""LoRAHub: it never ends above the start, and the same seed gives the same weights."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 from testbed.searching import NAMES, descent, objective_on, random_experts, same_bits, state
 
 from modular_experts.tuning import Combination, LoRAHub
-from modular_experts.tuning.lora_hub import evolve
 
 
 @pytest.fixture(scope="module")
 def objective(tiny_llama_dir, task_files):
     return objective_on(tiny_llama_dir, task_files, sharpness=20)
-
-
-@pytest.mark.parametrize(("bottom", "seed"), [([0.5], 0), ([0.2, -1.1], 1), ([1.0, 0.3, -0.4, 0.0], 2)])
-def test_the_bottom_of_a_bowl_is_found(bottom, seed) -> None:
-    goal = torch.tensor(bottom, dtype=torch.float64)
-    stretch = torch.linspace(1, 5, len(goal), dtype=torch.float64)
-    found = evolve(lambda x: float((stretch * (x - goal) ** 2).sum()), torch.zeros_like(goal), 1.5, 300, seed)
-    torch.testing.assert_close(found, goal, atol=0.02, rtol=0)
-
-
-def test_the_bounds_hold_and_a_best_point_outside_of_them_ends_at_the_bound() -> None:
-    asked = []
-
-    def slope(x):
-        asked.append(x)
-        return float((x - 4).abs().sum())
-
-    found = evolve(slope, torch.zeros(3, dtype=torch.float64), 1.5, 200, 0)
-    assert max(point.abs().max().item() for point in asked) == 1.5
-    assert found.tolist() == [1.5, 1.5, 1.5]
-    assert len(asked) == 200
-    assert asked[0].tolist() == [0, 0, 0]
-
-
-def test_what_is_no_number_is_never_taken() -> None:
-    found = evolve(lambda x: math.nan if x[0] > 0 else float(x[0] ** 2), torch.full((1,), -1.0).double(), 1.5, 100, 0)
-    assert -0.1 < found.item() <= 0
 
 
 @pytest.mark.parametrize("penalty", [0.05, 0.8])
