@@ -14,8 +14,8 @@ _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": (
-        *("AdaMixExpert", "BoostedLoRAExpert", "Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),
-        "TTLoRAExpert",
+        *("AdaMixExpert", "BoostedLoRAExpert", "Expert", "FullExpert", "GLoRAExpert", "LoRAExpert", "MaskedExpert"),
+        *("SparseExpert", "TTLoRAExpert"),
     ),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.injection.route": ("route",),

@@ -11,6 +11,7 @@ from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress, TrainingBar
+from modular_experts.callbacks.random_paths import RandomPaths
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule
 from modular_experts.callbacks.train_under_others import TrainUnderOthers
@@ -23,6 +24,7 @@ __all__ = [
     "GradientMask",
     "LogProgress",
     "MaskSchedule",
+    "RandomPaths",
     "Schedule",
     "TrainUnderOthers",
     "TrainingBar",

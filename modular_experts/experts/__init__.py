@@ -9,6 +9,7 @@ from modular_experts.experts.ada_mix import AdaMixExpert
 from modular_experts.experts.boosted_lora import BoostedLoRAExpert
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
+from modular_experts.experts.glora import GLoRAExpert
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.masked import MaskedExpert
 from modular_experts.experts.module_expert import ModuleExpert
@@ -22,6 +23,7 @@ __all__ = [
     "BoostedLoRAExpert",
     "Expert",
     "FullExpert",
+    "GLoRAExpert",
     "LoRAExpert",
     "MaskedExpert",
     "ModuleExpert",

@@ -18,6 +18,11 @@ from modular_experts.library import open_expert
 SYSTEMS: dict[str, tuple[list[str], list[dict], int]] = {
     "tt-lora": (["TTLoRAExpert", "--model.expert.rank", "3"], [], 3),
     "adamix": (["AdaMixExpert", "--model.expert.rank", "3"], [], 3),
+    "glora": (
+        ["GLoRAExpert", "--model.expert.rank", "3", "--model.expert.a", "none"],
+        [{"class_path": "RandomPaths"}],
+        3,
+    ),
     "xgblora": (["BoostedLoRAExpert"], [{"class_path": "Boosting", "init_args": {"every": 2, "share": 1.0}}], 3),
 }
 """The arguments of each expert, the callbacks that it needs, and the rank of its delta."""

@@ -18,8 +18,15 @@ from testbed import runs
 from testbed.shared_gate import SharedGate
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, SparseExpert, TemplateBanks, TTLoRAExpert
+from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, RandomPaths, TrainUnderOthers
+from modular_experts.experts import (
+    AdaMixExpert,
+    BoostedLoRAExpert,
+    GLoRAExpert,
+    SparseExpert,
+    TemplateBanks,
+    TTLoRAExpert,
+)
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert, write_expert
@@ -36,6 +43,7 @@ SYSTEMS = {
     "tt-lora": (partial(TTLoRAExpert, rank=3), []),
     "adamix": (partial(AdaMixExpert, copies=3), []),
     "boosting": (BoostedLoRAExpert, [partial(Boosting, every=2, share=0.5)]),
+    "glora": (partial(GLoRAExpert, rank=2), [partial(RandomPaths, seed=0)]),
 }
 """Types and the callbacks that they need."""
 

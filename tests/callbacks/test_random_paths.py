@@ -1,0 +1,75 @@
+"""RandomPaths: draws are of seed, step and layer, micro-batches share one, and a run resumes exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from testbed import runs
+
+from modular_experts.callbacks import RandomPaths
+from modular_experts.experts import GLoRAExpert, LoRAExpert
+from modular_experts.injection import expert_layers
+
+
+class Paths(Callback):
+    """Keeps the path of each layer in each micro-batch."""
+
+    def __init__(self) -> None:
+        self.drawn: list[dict] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.drawn.append({name: layer.expert.drawn for name, layer in expert_layers(pl_module.model)})
+
+
+def fit(base: Path, files: dict, folder: Path, *callbacks: Callback, ckpt: Path | None = None, **settings):
+    seed_everything(0, verbose=False)
+    losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=0.01)
+    expert = settings.pop("expert", partial(GLoRAExpert, rank=2))
+    module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
+    run = runs.trainer(folder, *callbacks, losses, **({"max_steps": 6} | settings))
+    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
+    return module, losses.steps
+
+
+def test_a_path_is_drawn_for_each_step_and_layer_and_micro_batches_share_it(tiny_llama_dir, task_files, tmp_path):
+    paths = Paths()
+    place = (tiny_llama_dir, task_files, tmp_path)
+    module, losses = fit(*place, RandomPaths(seed=1), paths, accumulate_grad_batches=2, max_steps=40)
+    assert len(losses) == 80
+    assert paths.drawn[::2] == paths.drawn[1::2]
+    # Without biases 16 paths are left: 40 steps of four layers draw each about ten times.
+    counted = Counter(path for drawn in paths.drawn[::2] for path in drawn.values())
+    assert len(counted) == 16
+    # Chi-square with 15 degrees of freedom; 37.7 is its 99.9 % quantile.
+    assert sum((number - 10) ** 2 / 10 for number in counted.values()) < 37.7
+    assert sum(len(set(drawn.values())) > 1 for drawn in paths.drawn) > 70
+    assert all(layer.expert.drawn is None for _, layer in expert_layers(module.model)), "later training is the largest"
+    again = Paths()
+    fit(*place, RandomPaths(seed=1), again, max_steps=3)
+    assert again.drawn == paths.drawn[:6:2]
+    fit(*place, RandomPaths(seed=2), again, max_steps=3)
+    assert again.drawn[3:] != again.drawn[:3]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumes_exactly(tiny_llama_dir, task_files, tmp_path) -> None:
+    def run(name: str, ckpt: Path | None = None):
+        saving = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        place = (tiny_llama_dir, task_files, tmp_path)
+        return fit(*place, RandomPaths(), saving, ckpt=ckpt, enable_checkpointing=True)
+
+    whole, losses = run("whole")
+    again, rest = run("again", tmp_path / "whole" / "step=2.ckpt")
+    assert rest == losses[2:]
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_other_experts_have_no_paths(tiny_llama_dir, task_files, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert GLoRAExpert"):
+        fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), expert=LoRAExpert)

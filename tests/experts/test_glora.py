@@ -1,0 +1,219 @@
+"""GLoRA against the paper's formula, LoRA and PEFT's GLoRA; its 432 paths, their numbers, and what is cut out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import build_model
+from torch import nn
+
+from modular_experts.experts import GLoRAExpert, LoRAExpert
+from modular_experts.experts.glora import KINDS, GLoRAPath
+from modular_experts.injection import expert_layers, inject, task_vector
+
+ALL = {"a": "lora", "b": "lora", "c": "lora", "d": "vector", "e": "vector"}
+PATHS = [GLoRAPath(*kinds) for kinds in itertools.product(*KINDS.values())]
+LARGEST = GLoRAPath(**ALL)
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Give every trained number a random value."""
+    made = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=made, dtype=torch.float64))
+    return module
+
+
+def layer(bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(10, 12, bias=bias, dtype=torch.float64)
+
+
+def by_hand(expert: GLoRAExpert, path: GLoRAPath, weight, bias):
+    """Return `W + W * A + B` and `b + b * D + E + W C`, each part a full matrix of its own."""
+
+    def part(name: str, kind: str, shape: tuple[int, int]) -> torch.Tensor:
+        up, down = (getattr(expert, f"{name}_{half}", None) for half in ("up", "down"))
+        found = torch.zeros(shape, dtype=torch.float64)
+        if kind == "lora":
+            found += up @ down
+        elif kind == "vector":
+            found += up[:, 0][:, None]
+        elif kind == "constant":
+            found += up[0, 0]
+        return found
+
+    (rows, columns), kinds = weight.shape, path._asdict()
+    a, b = (part(name, kinds[name], (rows, columns)) for name in "ab")
+    c, d, e = (
+        part(name, kinds[name], (size, 1))[:, 0] for name, size in zip("cde", (columns, rows, rows), strict=True)
+    )
+    return weight + weight * a + b, bias + bias * d + e + weight @ c
+
+
+def test_each_of_the_432_paths_is_the_papers_formula_in_training_and_merged() -> None:
+    base, x = layer(), torch.randn(7, 10, dtype=torch.float64)
+    expert = filled(GLoRAExpert(base.weight, rank=3, **ALL))
+    assert math.prod(map(len, expert.choices().values())) == len(PATHS) == len(set(PATHS)) == 432
+    with torch.no_grad():
+        for path in PATHS:
+            weight, bias = by_hand(expert, path, base.weight, base.bias)
+            expert.drawn, expert.path = path, LARGEST
+            wanted = x @ weight.T + bias
+            torch.testing.assert_close(expert.train()(x, base.weight, base.bias), wanted, rtol=0, atol=1e-9)
+            expert.drawn, expert.path = LARGEST, path
+            torch.testing.assert_close(expert.eval()(x, base.weight, base.bias), wanted, rtol=0, atol=1e-9)
+            merged = base.weight + expert.delta(base.weight, base.weight.detach).dense()
+            torch.testing.assert_close(merged, weight, rtol=0, atol=1e-9)
+            moved = expert.bias_delta(base.bias, base.weight)
+            assert (moved is None) == (path[2:] == ("none",) * 3)
+            torch.testing.assert_close(
+                base.bias if moved is None else base.bias + moved.dense(), bias, rtol=0, atol=1e-9
+            )
+
+
+def test_a_path_cut_out_keeps_its_numbers_alone_and_moves_the_layer_as_before() -> None:
+    base = layer()
+    expert = filled(GLoRAExpert(base.weight, rank=3, **ALL))
+    with torch.no_grad():
+        for path in PATHS:
+            cut = expert.only(path, base.weight)
+            assert sum(parameter.numel() for parameter in cut.parameters()) == expert.numbers(path)
+            again = GLoRAExpert.of_state(base.weight, cut.state())
+            again.load_state(cut.state())
+            weight, bias = by_hand(expert, path, base.weight, base.bias)
+            for one in (cut, again):
+                assert one.path == path
+                torch.testing.assert_close(base.weight + one.delta(base.weight, base.weight.detach).dense(), weight)
+                moved = one.bias_delta(base.bias, base.weight)
+                torch.testing.assert_close(base.bias if moved is None else base.bias + moved.dense(), bias)
+
+
+def test_the_numbers_of_a_path_are_those_of_the_formula() -> None:
+    count = GLoRAExpert(torch.zeros(12, 10), rank=3, **ALL).numbers
+    assert count(LARGEST) == 3 * 22 + 3 * 22 + 3 * 11 + 12 + 12
+    assert count(GLoRAPath("vector", "constant", "vector", "constant", "constant")) == 12 + 1 + 10 + 1 + 1
+    assert count(GLoRAPath(*["none"] * 5)) == 0
+
+
+def test_b_alone_is_a_lora_bit_for_bit() -> None:
+    found = []
+    for make in (partial(GLoRAExpert, rank=3, a="none"), partial(LoRAExpert, rank=3, alpha=3.0)):
+        torch.manual_seed(1)
+        network = nn.Sequential(layer(), nn.Tanh())
+        inject(network, make, "0")
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.02)
+        made = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            network(torch.randn(6, 10, dtype=torch.float64, generator=made)).sub(1.0).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ((_, delta),) = task_vector(network)
+        found.append(delta)
+    assert torch.equal(found[0].up, found[1].up)
+    assert torch.equal(found[0].down, found[1].down)
+    assert found[0].rank == 3
+
+
+@pytest.mark.parametrize(
+    "kinds", [("lora", "lora", "vector"), ("vector", "vector", "constant"), ("constant", "none", "none")]
+)
+def test_it_equals_pefts_glora_on_layers_with_a_bias(kinds) -> None:
+    peft = pytest.importorskip("peft")
+    both, c, rest = kinds
+    network = nn.Sequential()
+    network.add_module("one", layer())
+    config = peft.GloraConfig(r=3, target_modules=["one"], config_A_B=both, config_C=c, config_D_E=rest)
+    theirs = peft.get_peft_model(network, config).double()
+    ours = filled(GLoRAExpert(layer().weight, rank=3, a=both, b=both, c=c, d=rest, e=rest))
+    with torch.no_grad():
+        for part in "abcde":
+            path = getattr(theirs.base_model.model.one, f"glora_{part.upper()}")["default"]
+            for name, parameter in path.named_parameters():
+                half = "down" if name == "Xu" else "up"
+                parameter.copy_(getattr(ours, f"{part}_{half}").view(parameter.shape))
+        x, base = torch.randn(7, 10, dtype=torch.float64), layer()
+        torch.testing.assert_close(ours(x, base.weight, base.bias), theirs(x), rtol=0, atol=1e-12)
+        merged = theirs.merge_and_unload().one
+        weight, bias = ours.delta(base.weight, base.weight.detach), ours.bias_delta(base.bias, base.weight)
+        torch.testing.assert_close(base.weight + weight.dense(), merged.weight, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            base.bias if bias is None else base.bias + bias.dense(), merged.bias, rtol=0, atol=1e-12
+        )
+
+
+def test_only_what_a_path_uses_learns_and_the_rest_has_a_gradient_of_zero() -> None:
+    base, x = layer(), torch.randn(4, 10, dtype=torch.float64)
+    expert = filled(GLoRAExpert(base.weight, rank=3, **ALL)).train()
+    for path in (GLoRAPath("none", "vector", "none", "none", "constant"), GLoRAPath(*["none"] * 5)):
+        expert.zero_grad()
+        expert.drawn = path
+        (expert(x, base.weight, base.bias).square().sum()).backward()
+        gradients = {name: parameter.grad for name, parameter in expert.named_parameters()}
+        assert all(gradient is not None for gradient in gradients.values()), "DDP waits for each of them"
+        moved = {name: int((gradient != 0).sum()) for name, gradient in gradients.items() if gradient.any()}
+        assert moved == ({} if path.b == "none" else {"b_up": 12, "e_up": 1})
+
+
+def test_gpt2_moves_weights_in_its_own_orientation_and_biases() -> None:
+    model = build_model("gpt2").double()
+    inject(model, partial(GLoRAExpert, rank=2, **ALL), r".*\.(c_attn|c_fc)")
+    filled(model)
+    ids = torch.arange(5, 29).view(4, 6)
+    wanted, plain = model(input_ids=ids).logits, build_model("gpt2").double()
+    moved = dict(task_vector(model))
+    assert sum(name.endswith("bias") for name in moved) == len(moved) / 2 == 4
+    with torch.no_grad():
+        for name, delta in moved.items():
+            delta.add_to(plain.get_parameter(name))
+    assert (wanted - build_model("gpt2").double()(input_ids=ids).logits).abs().max() > 0.1
+    torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradient_checkpointing_takes_the_same_path_again(architecture) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build_model(architecture, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0).double()
+        biased = ALL if architecture == "gpt2" else {"a": "lora", "b": "lora"}
+        inject(model, partial(GLoRAExpert, rank=2, **biased), "all-linear")
+        filled(model.train())
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        for number, (_, one) in enumerate(expert_layers(model)):
+            kinds = one.expert.choices().values()
+            one.expert.drawn = GLoRAPath(*(names[(number + place) % len(names)] for place, names in enumerate(kinds)))
+        ids = torch.arange(5, 29).view(4, 6)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert any(gradient.any() for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["c", "d", "e"])
+def test_a_layer_without_a_bias_refuses_what_moves_one(part) -> None:
+    with pytest.raises(ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or"):
+        inject(nn.Sequential(layer(bias=False)), partial(GLoRAExpert, **{part: "vector"}), "0")
+    inject(nn.Sequential(layer(bias=False)), GLoRAExpert, "0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rank": 11}, r"rank=11 is outside 1\.\.10"),
+        ({"a": "full"}, "a='full' must be one of lora, vector, constant, none"),
+        ({"c": "constant"}, "c='constant' must be one of lora, vector, none"),
+        ({"e": "lora"}, "e='lora' must be one of vector, constant, none"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GLoRAExpert(torch.zeros(12, 10), **settings)
