@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
-_CLASSES = {"MergeMethod": " NAME", "CoefficientSearch": " NAME", "TaskMixture": "", "Tuning": ""}
+_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 # Short names of `fit`, `validate`, `test` and `predict`.
 SHORT_NAMES = {

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
+from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
 from modular_experts.injection.inject import load_expert_state
 from modular_experts.injection.route import put_in
@@ -99,15 +100,22 @@ def _plan_of(expert: StoredExpert, given: Callable[..., LayerPlan] | None = None
     if kind is None:
         return None
     if kind in (MoLoRAExpert, GOATExpert):
-        return partial(_by_state, kind, expert)
+        return partial(by_state, kind, expert)
     try:
         return kind(**expert.record.get("plan", {"settings": {}})["settings"])
     except TypeError as error:
         raise ValueError(f"{expert.path}: its record has settings that its plan does not take ({error})") from error
 
 
-def _by_state(kind: type[MoLoRAExpert], expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
-    """Plan a mixture whose layers have the sizes that the expert's state has."""
+class MadeOfState(Protocol):
+    """A type whose experts have the sizes that a state has."""
+
+    def of_state(self, weight: Tensor, state: Mapping[str, Tensor]) -> Expert:
+        """Return an expert for a weight that can load this state, by the names of its tensors."""
+
+
+def by_state(kind: MadeOfState, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    """Plan experts of the sizes that a stored expert's state has."""
     by_weight: dict[str, dict[str, Tensor]] = {}
     for name, tensor in expert.state().items():
         weight, _, part = name.rpartition("/")

@@ -46,14 +46,22 @@ class Found:
     trials: list[Trial]
 
 
-class CoefficientSearch(ABC):
+class SearchAlgorithm(ABC):
+    """What the command `search` runs: a `CoefficientSearch`, or `PathSearch`."""
+
+    @abstractmethod
+    def check(self, experts: int) -> None:
+        """Raise ValueError if the settings do not fit this number of experts and merges, before the base is loaded."""
+
+
+class CoefficientSearch(SearchAlgorithm):
     """An algorithm that finds coefficients for each expert, its weights, or their rows.
 
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
 
-    def check(self, experts: int) -> None:  # noqa: B027 - most settings fit any number
-        """Raise ValueError if the settings do not fit this number of experts and merges, before the base is loaded."""
+    def check(self, experts: int) -> None:
+        """Do nothing: most settings fit any number of experts."""
 
     @property
     def distills(self) -> bool:

@@ -82,7 +82,10 @@ def test_the_comparison_compares() -> None:
     assert Results.read("runs/comparison/results.json").values("model") == ["base", "alone", "merged"]
 
 
-@pytest.mark.parametrize("config", sorted((CONFIGS / "search").glob("*.yaml")), ids=lambda file: file.stem)
+COEFFICIENTS = sorted(file for file in (CONFIGS / "search").glob("*.yaml") if file.stem != "paths")
+
+
+@pytest.mark.parametrize("config", COEFFICIENTS, ids=lambda file: file.stem)
 def test_search_config_searches(config: Path) -> None:
     assert main(["search", "--config", str(config), "--algorithm.steps", "3", "--rows", "8"]) == 0
     found = open_expert(f"library/{config.stem}")
@@ -103,6 +106,15 @@ def test_the_studies_are_read(capsys) -> None:
     for file in (CONFIGS / "study/suite.yaml", CONFIGS / "paper/tiny.yaml", small):
         assert main(["study", "--config", str(file), "--dry-run"]) == 0
         assert "experts lora" in capsys.readouterr().out
+
+
+def test_the_config_of_paths_searches_in_what_the_config_of_glora_trains(place, tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs").symlink_to(place / "runs")
+    monkeypatch.chdir(tmp_path)
+    assert _fit("glora") == 0
+    how = ["--algorithm.evaluations", "4", "--algorithm.first", "2", "--rows", "8"]
+    assert main(["search", "--config", str(CONFIGS / "search" / "paths.yaml"), *how]) == 0
+    assert open_expert("library/reverse-glora-searched").record["hyperparameters"]["numbers"] <= 6144
 
 
 def test_the_test_config_tests(capsys) -> None:

@@ -1,0 +1,138 @@
+"""`search` with PathSearch: paths of a GLoRA under a limit, repeated and resumed exactly; GLoRA goes the whole way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TARGETS
+
+from modular_experts.base import Base
+from modular_experts.data import TaskMixture
+from modular_experts.injection.attach import attached
+from modular_experts.library import open_expert
+from modular_experts.tuning import Objective, PathSearch, search_paths
+
+ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
+
+
+def trained(run, base, name: str, architecture: str, *options) -> None:
+    """Train a GLoRA on random paths, as `library/<name>`."""
+    callbacks = json.dumps([{"class_path": "RandomPaths"}])
+    place = ["--model.base", base, "--model.modules", TARGETS[architecture], "--out", f"library/{name}"]
+    how = ["--model.expert", "GLoRAExpert", *options, "--trainer.callbacks", callbacks, "--trainer.max_steps", 12]
+    code, _, err = run("fit", *place, *how, "--data.tasks", "a.jsonl", "--model.learning_rate", 0.02)
+    assert code == 0, err
+
+
+def data() -> TaskMixture:
+    return TaskMixture([{"name": "a", "path": "a.jsonl"}])
+
+
+def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_dir, two_task_files) -> None:
+    trained(run, tiny_llama_dir, "a", "llama")
+    how = [
+        "--algorithm",
+        "PathSearch",
+        "--algorithm.limit",
+        600,
+        "--algorithm.evaluations",
+        40,
+        "--algorithm.first",
+        10,
+    ]
+    code, out, err = run("search", "--experts", "library/a", *how, "--data.tasks", "a.jsonl", "--out", "library/small")
+    assert (code, err) == (0, "")
+    assert "of 2,304 trained numbers: validation loss" in out
+    whole, small = open_expert("library/a"), open_expert("library/small")
+    numbers = sum(tensor.numel() for tensor in small.state().values())
+    assert numbers == small.record["hyperparameters"]["numbers"] <= 600
+    assert sum(tensor.numel() for tensor in whole.state().values()) == 2304
+    trials = json.loads(Path("library/small.trials.json").read_text())
+    assert len(trials) == 40
+    assert small.record["scores"]["val_loss"] == min(trial["loss"] for trial in trials)
+    opened = Base.open(tiny_llama_dir)
+    mixture = data()
+    mixture.tokenizer, mixture.eval_limit = opened.tokenizer(), 64
+    objective = Objective(opened.load(), mixture)
+    with attached(objective.model, small):
+        assert objective.losses()["a"] == pytest.approx(small.record["scores"]["val_loss"], rel=1e-5)
+    assert not Path("library/small.losses.jsonl").exists()
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir, two_task_files) -> None:
+    trained(run, tiny_llama_dir, "a", "llama")
+    algorithm = PathSearch(limit=700, evaluations=20, first=5)
+
+    def stop(names):
+        yield from names[:8]
+        raise Stopped
+
+    whole = search_paths("library/a", algorithm, data(), "library/whole")
+    with pytest.raises(Stopped):
+        search_paths("library/a", algorithm, data(), "library/again", progress=stop)
+    stored = Path("library/again.losses.jsonl").read_text().splitlines()
+    assert len(stored) == 1 + 8
+    with pytest.raises(ValueError, match=r"again\.losses\.jsonl holds losses of another expert or of other rows"):
+        search_paths("library/a", algorithm, data(), "library/again", rows=1)
+    again = search_paths("library/a", algorithm, data(), "library/again")
+    assert again.paths == whole.paths
+    assert again.losses == whole.losses
+    assert Path("library/again.trials.json").read_text() == Path("library/whole.trials.json").read_text()
+    for name, delta in again.expert.items():
+        assert torch.equal(delta.dense(), whole.expert[name].dense())
+    # The smaller expert has paths of its own.
+    smaller = search_paths("library/again", PathSearch(limit=200, evaluations=5, first=2), data(), "library/smaller")
+    assert smaller.numbers <= 200
+    assert smaller.most == again.numbers
+
+
+def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, tiny, two_task_files, hub) -> None:
+    base = tiny("gpt2")
+    trained(run, base, "a", "gpt2", *ALL)
+    made = open_expert("library/a")
+    assert {name.rpartition(".")[2] for name in made} == {"weight", "bias"}
+    for name, kind in {"lora": "LoRAExpert", "full": "FullExpert", "sparse": "SparseExpert"}.items():
+        place = ["--model.base", base, "--model.modules", TARGETS["gpt2"], "--data.tasks", "b.jsonl"]
+        assert run("fit", *place, "--model.expert", kind, "--trainer.max_steps", 2, "--out", f"library/{name}")[0] == 0
+    others = ["library/lora", "library/full", "library/sparse"]
+    assert run("merge", "--experts", "library/a", *others, "--method", "Average", "--out", "library/all")[0] == 0
+    merged, parts = open_expert("library/all"), [open_expert(place) for place in others]
+    for name, delta in merged.items():
+        wanted = sum(one[name].dense() for one in [made, *parts] if name in one) / 4
+        torch.testing.assert_close(delta.dense(), wanted, rtol=1e-5, atol=1e-8)
+    assert run("apply", "--experts", "library/a", "--out", "applied")[0] == 0
+    losses = []
+    for model in ([base, "--model.applied", "[library/a]"], ["applied"]):
+        assert run("test", "--model.base", *model, "--data.tasks", "a.jsonl", "--model.max_new_tokens", 2)[0] == 0
+        results = sorted(Path("runs").glob("results*.json"), key=lambda file: file.stat().st_mtime_ns)[-1]
+        losses.append(json.loads(results.read_text())["held_in"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    how = ["--algorithm", "PathSearch", "--algorithm.evaluations", 6, "--algorithm.first", 2, "--algorithm.limit", 400]
+    assert run("search", "--experts", "library/a", *how, "--data.tasks", "a.jsonl", "--out", "library/small")[0] == 0
+    assert run("push", "--experts", "library/a", "library/small", "--repo", "someone/experts")[0] == 0
+    assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "small")[0] == 0
+    assert open_expert("pulled/small").content_hash == open_expert("library/small").content_hash
+
+
+def test_what_cannot_be_searched(run, tiny_llama_dir, two_task_files) -> None:
+    place = ["--model.base", tiny_llama_dir, "--model.modules", TARGETS["llama"], "--trainer.max_steps", 2]
+    how = ["--model.expert", "LoRAExpert", "--data.tasks", "a.jsonl", "--out", "library/lora"]
+    assert run("fit", *place, *how)[0] == 0
+    search = ["search", "--experts", "library/lora", "--data.tasks", "a.jsonl", "--out", "library/x"]
+    for more, sentence in [
+        (["--algorithm", "PathSearch"], "holds a LoRAExpert, which has no paths to search; train one with"),
+        (["--algorithm", "PathSearch", "--algorithm.limit", 0], "limit must be at least 1 trained number, got 0"),
+        (["--algorithm", "PathSearch", "--algorithm.first", 0], "PathSearch: first must be at least 1, got 0"),
+        (["--algorithm", "PathSearch", "--labels", "experts"], "leave labels and expert_of out"),
+        (["--algorithm", "PathSearch", "--merges", "TIES"], "one expert, and 2 experts and merges are given"),
+    ]:
+        code, _, err = run(*search, *more)
+        assert code == 1
+        assert sentence in err
