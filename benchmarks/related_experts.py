@@ -40,15 +40,23 @@ from training_worlds import METHODS
 
 from modular_experts.base.apply import applied
 from modular_experts.base.loading import quiet
-from modular_experts.callbacks import Boosting
+from modular_experts.callbacks import Boosting, RandomPaths
 from modular_experts.evaluation import measure
-from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, LoRAExpert, TemplateBanks, TTLoRAExpert
+from modular_experts.experts import (
+    AdaMixExpert,
+    BoostedLoRAExpert,
+    GLoRAExpert,
+    LoRAExpert,
+    TemplateBanks,
+    TTLoRAExpert,
+)
 from modular_experts.experts.recast import RecastExpert
 from modular_experts.jobs import JSONLines
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.training.learning_rate import LearningRateShape, WarmupRestarts
+from modular_experts.tuning import PathSearch, search_paths
 
 STEPS, FACTORS, TUNED = 50, (1.0, 3.0, 9.0), 3
 SCORES = ("exact_match", "loss")
@@ -64,6 +72,7 @@ class Kind:
         beside: The LoRA that it is compared with.
         callbacks: Makes the callbacks of a training.
         scheduler: Shape of the learning rate, if not that of `ExpertModule`.
+        limit: The most numbers that a search of paths keeps of what was trained, on validation words of the task.
     """
 
     plan: Any
@@ -71,6 +80,7 @@ class Kind:
     beside: str
     callbacks: Callable[[], Sequence[Callback]] = tuple
     scheduler: LearningRateShape | None = None
+    limit: int | None = None
 
 
 def _lora(rank: int) -> dict[str, Any]:
@@ -87,6 +97,10 @@ def _ada_mix(consistency: float) -> dict[str, Any]:
 
 def _boosted(rank: int) -> dict[str, Any]:
     return {"all-linear": partial(BoostedLoRAExpert, rank=rank, alpha=2.0 * rank)}
+
+
+def _glora() -> dict[str, Any]:
+    return {"all-linear": partial(GLoRAExpert, rank=4)}
 
 
 KINDS = {
@@ -108,9 +122,13 @@ KINDS = {
         lambda: [Boosting(25, share=1.0)],
         WarmupRestarts(every=25, rise=3),
     ),
+    "GLoRA": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8"),
+    "GLoRA, random paths": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8", lambda: [RandomPaths()]),
+    "GLoRA, searched": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 4", lambda: [RandomPaths()], limit=15_360),
     "RECAST": Kind(TemplateBanks(), RecastExpert.learning_rate, "LoRA, rank 4"),
 }
-"""LoRAs as references, and each kind; the second TT-LoRA trains as many numbers as the LoRA of rank 1."""
+"""LoRAs as references, and each kind; the second TT-LoRA trains as many numbers as the LoRA of rank 1. GLoRA has its
+largest path, trained alone or on random paths; the third one keeps at most as many numbers as the LoRA of rank 4."""
 
 BOOSTERS = 7
 """How many boosters of rank 1 a weight has when the cost of XGBLoRA is measured: those of 50 steps in all blocks."""
@@ -165,11 +183,13 @@ class Apart(TenTasks):
     Attributes:
         count: How many of the tasks to take; all if None.
         methods: The merges.
+        evaluations: Candidates of a search of paths.
     """
 
     steps: int = STEPS
     count: int | None = None
     methods: Sequence[str] = tuple(METHODS)
+    evaluations: int = 200
 
     @property
     def tasks(self) -> list[str]:
@@ -181,7 +201,7 @@ class Apart(TenTasks):
 
 
 def _quality(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    small = {"steps": 4, "rows": 2, "count": 2, "methods": ("IsoC",)} if options.quick else {}
+    small = {"steps": 4, "rows": 2, "count": 2, "methods": ("IsoC",), "evaluations": 3} if options.quick else {}
     worlds = {seed: Apart(seed, work, **small) for seed in options.seeds}  # type: ignore[arg-type]
     assert all(world.base.exists() for world in worlds.values())
     store = JSONLines(work / ("quick.jsonl" if options.quick else "experts.jsonl"))
@@ -208,8 +228,12 @@ def _alone(world: Apart, _: str, seed: int, name: str, task: str, rate: float) -
     quiet_logs()
     kind, path, state = KINDS[name], world.path(name, task, rate), OptimizerState()
     started = time.process_time()
+    whole = path if kind.limit is None else path.with_name(f"{path.name}-whole")
+    if not whole.exists():
+        world.fit(whole, kind.plan, [task], rate, world.steps, state, *kind.callbacks(), scheduler=kind.scheduler)
     if not path.exists():
-        world.fit(path, kind.plan, [task], rate, world.steps, state, *kind.callbacks(), scheduler=kind.scheduler)
+        algorithm = PathSearch(evaluations=world.evaluations, limit=kind.limit)
+        search_paths(whole, algorithm, world.mixture([task]), path, world.rows or 64, str(world.base))
     found = {"seconds": time.process_time() - started, "optimizer_bytes": state.bytes}
     found |= {"trained": state.trained, "validation": _scores(world, [task], open_expert(path), "validate")["loss"]}
     return found | _scores(world, [task], open_expert(path), "test")

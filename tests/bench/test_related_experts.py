@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from modular_experts.injection import inject, named_experts
 
-KINDS = ["XGBLoRA", "ReLoRA", "RECAST"]
+KINDS = ["XGBLoRA", "ReLoRA", "GLoRA, searched", "RECAST"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,8 @@ def test_kinds_train_as_many_numbers_as_the_goals_say(script) -> None:
     assert counts["AdaMix"] == 4 * counts["LoRA, rank 4"]
     assert counts["XGBLoRA"] == counts["LoRA, rank 1"]
     assert counts["ReLoRA"] == counts["LoRA, rank 4"]
+    assert counts["GLoRA"] == counts["LoRA, rank 8"]
+    assert script.KINDS["GLoRA, searched"].limit == counts["LoRA, rank 4"]
     assert counts["RECAST"] <= 200
 
 
