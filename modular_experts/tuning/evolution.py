@@ -7,7 +7,7 @@ candidate is measured before the next is made, so that a search learns from ever
 generation.
 
 No library is used. On 24 categorical genes with pairwise terms under a limit, with the same repair and ten seeds, the
-lowest value after 200 measurements was -45.6 in the mean here and -42.6 with CatCMA of cmaes 0.13.1; after 500 it was
+lowest value after 200 measurements was -45.6 in the mean here and -42.6 with CatCMAwM of cmaes 0.13.1; after 500 it was
 -49.1 and -49.9, and -38.1 with random candidates (a standard deviation is 2 to 3). nevergrad brings scikit-learn and
 pandas along.
 """
