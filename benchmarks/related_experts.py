@@ -73,6 +73,7 @@ class Kind:
         callbacks: Makes the callbacks of a training.
         scheduler: Shape of the learning rate, if not that of `ExpertModule`.
         limit: The most numbers that a search of paths keeps of what was trained, on validation words of the task.
+        longer: Factor of the number of steps.
     """
 
     plan: Any
@@ -81,6 +82,7 @@ class Kind:
     callbacks: Callable[[], Sequence[Callback]] = tuple
     scheduler: LearningRateShape | None = None
     limit: int | None = None
+    longer: int = 1
 
 
 def _lora(rank: int) -> dict[str, Any]:
@@ -125,10 +127,13 @@ KINDS = {
     "GLoRA": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8"),
     "GLoRA, random paths": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8", lambda: [RandomPaths()]),
     "GLoRA, searched": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 4", lambda: [RandomPaths()], limit=15_360),
+    "GLoRA, searched, 400 steps": Kind(
+        _glora(), GLoRAExpert.learning_rate, "LoRA, rank 4", lambda: [RandomPaths()], limit=15_360, longer=8
+    ),
     "RECAST": Kind(TemplateBanks(), RecastExpert.learning_rate, "LoRA, rank 4"),
 }
 """LoRAs as references, and each kind; the second TT-LoRA trains as many numbers as the LoRA of rank 1. GLoRA has its
-largest path, trained alone or on random paths; the third one keeps at most as many numbers as the LoRA of rank 4."""
+largest path, trained alone or on random paths; the others keep at most as many numbers as the LoRA of rank 4."""
 
 BOOSTERS = 7
 """How many boosters of rank 1 a weight has when the cost of XGBLoRA is measured: those of 50 steps in all blocks."""
@@ -189,7 +194,7 @@ class Apart(TenTasks):
     steps: int = STEPS
     count: int | None = None
     methods: Sequence[str] = tuple(METHODS)
-    evaluations: int = 200
+    evaluations: int = 500
 
     @property
     def tasks(self) -> list[str]:
@@ -230,7 +235,8 @@ def _alone(world: Apart, _: str, seed: int, name: str, task: str, rate: float) -
     started = time.process_time()
     whole = path if kind.limit is None else path.with_name(f"{path.name}-whole")
     if not whole.exists():
-        world.fit(whole, kind.plan, [task], rate, world.steps, state, *kind.callbacks(), scheduler=kind.scheduler)
+        steps = kind.longer * world.steps
+        world.fit(whole, kind.plan, [task], rate, steps, state, *kind.callbacks(), scheduler=kind.scheduler)
     if not path.exists():
         algorithm = PathSearch(evaluations=world.evaluations, limit=kind.limit)
         search_paths(whole, algorithm, world.mixture([task]), path, world.rows or 64, str(world.base))
