@@ -12,8 +12,15 @@ from lightning.pytorch import Callback, seed_everything
 from testbed import runs
 from testbed.real_tasks import SMOLLM2, mixture, validation_loss
 
-from modular_experts.callbacks import Boosting
-from modular_experts.experts import AdaMixExpert, BoostedLoRAExpert, LoRAExpert, TemplateBanks, TTLoRAExpert
+from modular_experts.callbacks import Boosting, RandomPaths
+from modular_experts.experts import (
+    AdaMixExpert,
+    BoostedLoRAExpert,
+    GLoRAExpert,
+    LoRAExpert,
+    TemplateBanks,
+    TTLoRAExpert,
+)
 from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.slow
@@ -24,6 +31,8 @@ SYSTEMS = {
     "AdaMix": (AdaMixExpert, []),
     "XGBLoRA": (BoostedLoRAExpert, [partial(Boosting, every=2)]),
     "ReLoRA": (partial(BoostedLoRAExpert, rank=4, alpha=8.0), [partial(Boosting, every=3, share=1.0)]),
+    "GLoRA": (GLoRAExpert, []),
+    "GLoRA, random paths": (GLoRAExpert, [RandomPaths]),
     "RECAST": (TemplateBanks(), []),
 }
 """Each type or plan, and its callbacks; rounds are shorter than in the configs, so that there are some."""
