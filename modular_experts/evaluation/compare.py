@@ -84,7 +84,7 @@ def evaluate(
         isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
     )
     named: Any = {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
-    checkpoints = {name: found for name, mix in named.items() if (found := _checkpoint(mix))}
+    checkpoints = {name: whole for name, mix in named.items() if (whole := _checkpoint(mix))}
     mixes = {name: [] if name in checkpoints else open_several(mix) for name, mix in named.items()}
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
