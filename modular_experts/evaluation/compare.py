@@ -89,9 +89,9 @@ def evaluate(
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
     found = Base.open(base, stored, revision)
     tokenizer = found.tokenizer()
-    for checkpoint in checkpoints.values():
-        if checkpoint.tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{checkpoint.place} has another tokenizer than {found.place}; evaluate it by itself")
+    for one in checkpoints.values():
+        if one.tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{one.place} has another tokenizer than {found.place}; evaluate it by itself")
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
