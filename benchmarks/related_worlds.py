@@ -63,7 +63,8 @@ class Among(TaskSource):
         order reverse d f C A B a h g e ... =   ->   b a c
 
     Attributes:
-        task: The task; it has words of its own, as every task of its seed.
+        task: The task.
+        letters: How many other letters there are, at least and at most.
     """
 
     task: WordTask
