@@ -90,17 +90,19 @@ def test_a_need_that_is_not_there_and_a_circle_are_refused() -> None:
 
 
 FULL = """
-import resource
+import os, resource
 from modular_experts.jobs import JSONLines
 store = JSONLines("results.jsonl")
 for number in range(3):
     store["piece", number] = "x" * 100
-resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
+size = os.path.getsize("results.jsonl")
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
 try:
     store["piece", 3] = "y" * 100
 except OSError as error:
     print(error)
     assert ("piece", 3) not in store
+assert os.path.getsize("results.jsonl") == size + 10
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert len(JSONLines("results.jsonl")) == 3
 store["piece", 4] = "z"
