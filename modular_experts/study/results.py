@@ -113,6 +113,7 @@ def summary(results: Results, state: State) -> Table:
         return rows.mean(metric, role=role)
 
     columns = [
+        Column("experts", lambda rows: rows.facts.get("count")),
         Column("held-in", lambda rows: of(rows, "held_in"), show, metric in SHARES, best=best),
         Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
         Column("with the best", lambda rows: rows.facts.get("level"), str, left=True),
@@ -122,12 +123,12 @@ def summary(results: Results, state: State) -> Table:
         # A model is judged by the tasks of its own experts, and by the held-out ones.
         judged = [row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"]
         mine = Results(judged)
-        lines = [Line(f"{kind}, single", mine.where(merge=None), strong=True)]
+        lines = [Line(f"{kind}, single", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
         for merge in mine.values("merge"):
             for count in mine.where(merge=merge).values("count"):
                 is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
-                rows = mine.where(merge=merge, count=count).rows
-                lines.append(Line(f"  {merge} of {count}", Results(rows, {"level": "level" if is_level else None})))
+                facts = {"count": count, "level": "level" if is_level else None}
+                lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
         groups.append(lines)
     if whole := results.where(model=MULTITASK).rows:
         groups.append([Line(MULTITASK, Results(whole))])
