@@ -106,7 +106,7 @@ METHODS: dict[str, Way] = {
     "SVC of SparseAverage": Way(m.SVC(), {"alpha": [0.25, 0.5, 1.0]}),
     "SelfRegMean": Way(m.SelfRegMean(), {"ridge": [0.03, 0.1, 0.3]}),
     "SelfRegMean, flat": Way(m.SelfRegMean(flatten=0.5), {"ridge": [0.03, 0.1, 0.3]}),
-    "SparseAverage, LiNeS": Way(m.LiNeS(), DEPTHS),
+    "SparseAverage, LiNeS": Way(m.LiNeS(), {"inner.exponent": [0.0, 1.0], **DEPTHS}),
     "SelfRegMean, LiNeS": Way(m.LiNeS(m.SelfRegMean()), DEPTHS),
     "IsoC, LiNeS": Way(m.LiNeS(m.IsoC()), DEPTHS),
     "Fisher": Way(m.Fisher()),

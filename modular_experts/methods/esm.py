@@ -26,11 +26,12 @@ class ESM(MergeMethod):
     """ESM: `scale * P([E_1 w_1 .. E_N w_N]) P([w_1 E_1^T d_1; ..; w_N E_N^T d_N])`, of the strongest directions of each
     expert's outputs.
 
-    The columns of `E_i` are the first `share / N` of the out eigenvectors of `d_i G_i d_i^T`, where `G_i` is the Gram
-    matrix `(in, in)` of the layer's inputs on the data of expert i; each of the N experts that move the matrix keeps
-    the same whole number of them, at least one. `w_i` are the `power`-th powers of their eigenvalues, divided by their
-    mean. `P(X) = mean(S) U V^T` of the singular value decomposition `U S V^T` makes the directions orthogonal and
-    equally strong. Directions without any output are left out, also of the mean.
+    The columns of `E_i` are the eigenvectors of `d_i G_i d_i^T` with the largest eigenvalues, where `G_i` is the Gram
+    matrix `(in, in)` of the layer's inputs on the data of expert i. Each of the N experts that move the matrix keeps
+    the same whole number of them, a share of `share / N` of the out directions and at least one. `w_i` are the
+    `power`-th powers of their eigenvalues, divided by their mean. `P(X) = mean(S) U V^T` of the singular value
+    decomposition `U S V^T` makes the directions orthogonal and equally strong. Directions without any output are left
+    out, also of the mean.
 
     This is the authors' program for RoBERTa (github.com/kiddo127/ESM). Left out are the scales of its last step, which
     square the norm of each merged weight over the mean of all weights of its kind and need all of them at once, and
@@ -38,11 +39,11 @@ class ESM(MergeMethod):
     of 2. On the suite the first two together made merges of every kind worse, and a tuned scale takes the place of the
     factor.
 
-    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`), which read no labels. A weight
-    that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its directions made
-    equally strong, as with `IsoC`. The order of the experts and factors of the Gram matrices do not matter, scaled
-    experts merge to the scaled merge, and an expert that does not move a matrix changes nothing there. Sparse experts
-    give a dense result, low-rank ones a low-rank one where that is smaller.
+    It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`; with `--labels experts` inputs
+    suffice). A weight that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its
+    directions made equally strong; at `power` 0 that is its `IsoC`. The order of the experts and factors of the Gram
+    matrices do not matter, scaled experts merge to the scaled merge, and an expert that does not move a matrix changes
+    nothing there. Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
 
     Args:
         scale: Factor of the result.
