@@ -109,8 +109,10 @@ class Expert(Trained, ABC):
     trains_weight: ClassVar[bool] = False
     """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
 
-    delta_of_base: ClassVar[bool] = False
-    """Whether the delta is made of weights of the base, so that it changes with other experts in them."""
+    @property
+    def delta_of_base(self) -> bool:
+        """Whether the delta is made of weights of the base, so that it changes with other experts in them."""
+        return False
 
     @abstractmethod
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:

@@ -102,6 +102,10 @@ class GLoRAExpert(Expert):
                 down = torch.empty(rank, wide, dtype=dtype, device=weight.device)
                 self.register_parameter(f"{part}_down", nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5))))
 
+    @property
+    def delta_of_base(self) -> bool:
+        return self.a != "none" or self.c != "none"
+
     def choices(self) -> dict[str, tuple[str, ...]]:
         """Return what each part may be, the smallest first and this expert's own last; all combinations are paths."""
         return {part: KINDS[part][: KINDS[part].index(getattr(self, part)) + 1] for part in KINDS}

@@ -38,7 +38,6 @@ class RecastExpert(Expert):
 
     # The best of 0.003, 0.01, 0.03 and 0.1 after 12 steps on dates with SmolLM2-135M.
     learning_rate: ClassVar[float] = 3e-2
-    delta_of_base: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, layers: Sequence[nn.Module], mixing: Tensor) -> None:
         super().__init__()
@@ -48,6 +47,10 @@ class RecastExpert(Expert):
         self.change = nn.Parameter(torch.zeros(len(mixing), dtype=dtype, device=weight.device))
         self.mixing: Tensor
         self.register_buffer("mixing", mixing.to(weight.device, dtype))
+
+    @property
+    def delta_of_base(self) -> bool:
+        return True
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Dense:
         # Adding weights up takes less memory than making templates first.
