@@ -194,7 +194,7 @@ def _needle(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def _real(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     base, data = map(Path, options.real)
-    worlds = _worlds(FewFiles, work, options, path=base, data=data)
+    worlds = _worlds(FewFiles, work, options, path=base, data=data, dtype="bfloat16")
     return _compared(worlds, [(name, "large") for name in options.systems], _store(work, "real", options), options)
 
 
