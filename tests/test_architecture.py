@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
-    **dict.fromkeys(["suite", "interop", "hub", "jobs", "quickstart", "reports", "study", "testing"], 3),
+    **dict.fromkeys(["compress", "suite", "interop", "hub", "jobs", "quickstart", "reports", "study", "testing"], 3),
     "cli": 4,
 }
 STRANGERS = {"experts", "methods"}

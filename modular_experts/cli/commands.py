@@ -45,6 +45,7 @@ VERBS = {
     "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
     "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
     "export": Command("apply", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
+    "compress": Command("compress", "compress", "make a smaller base without training, which experts train on"),
     "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
     "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),

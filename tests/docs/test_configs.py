@@ -117,6 +117,11 @@ def test_the_config_of_paths_searches_in_what_the_config_of_glora_trains(place, 
     assert open_expert("library/reverse-glora-searched").record["hyperparameters"]["numbers"] <= 6144
 
 
+def test_the_compress_config_makes_a_smaller_base() -> None:
+    assert main(["compress", "--config", str(CONFIGS / "compress" / "search.yaml")]) == 0
+    assert Path("smaller/model.safetensors").stat().st_size < (QUICKSTART / "base/model.safetensors").stat().st_size
+
+
 def test_the_test_config_tests(capsys) -> None:
     test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
     for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):
@@ -126,4 +131,4 @@ def test_the_test_config_tests(capsys) -> None:
 
 def test_no_config_is_left_out() -> None:
     found = {str(file.relative_to(CONFIGS).parent) for file in CONFIGS.rglob("*.yaml")}
-    assert found == {".", "fit", "merge", "search", "study", "paper"}
+    assert found == {".", "compress", "fit", "merge", "search", "study", "paper"}

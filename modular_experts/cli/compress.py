@@ -1,0 +1,89 @@
+"""Run `modular-experts compress`, which makes a smaller base without training."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from rich.progress import Progress, TimeElapsedColumn
+
+# So that a config names the generated tasks by their class alone.
+import modular_experts.suite  # noqa: F401
+from modular_experts.cli.format import duration_text, progress_by_tenths, share_text
+from modular_experts.compress import compress as make_smaller
+from modular_experts.data.tasks import Tasks
+
+
+def compress(
+    base: str,
+    tasks: Tasks,
+    keep: float,
+    out: str,
+    slack: float = 0.02,
+    evaluations: int = 48,
+    members: Literal["importance", "windows"] = "importance",
+    multiple: int = 8,
+    damping: float = 0.01,
+    tokens: int = 8192,
+    search_tokens: int = 1024,
+    test_tokens: int = 4096,
+    length: int = 256,
+    seed: int = 0,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a smaller base without training: search what can go, correct what reads it, write a checkpoint.
+
+    Whole transformer blocks, groups of attention heads and MLP channels go. Plain transformers loads the result, and
+    experts train on it as on any base; experts of the large base do not fit it. The text is that of the tasks' rows:
+    training rows rank and correct, validation rows measure candidates, test rows measure the end. The same command goes
+    on with an interrupted search.
+
+    Args:
+        base: Directory or hub id of the base.
+        tasks: Task files, or tasks with settings, as for `fit`.
+        keep: The most parameters, a share in (0, 1].
+        out: Directory of the smaller base.
+        slack: The fewest are `keep - slack`.
+        evaluations: Candidates that the search measures.
+        members: Blocks keep members by importance, or windows.
+        multiple: Divisor of the width of an MLP.
+        damping: Pull of corrected weights to old ones.
+        tokens: Tokens of training rows; take several times the width of an MLP.
+        search_tokens: Tokens of validation rows.
+        test_tokens: Tokens of test rows.
+        length: Tokens of a pass.
+        seed: Seed of the search.
+        revision: Branch, tag or commit of a hub id.
+        overwrite: Replace a checkpoint of ours.
+
+    Examples:
+        modular-experts compress --base DIR --keep 0.8 --tasks a.jsonl b.jsonl --out smaller
+        modular-experts fit --base smaller --expert SparseExpert --modules q_proj v_proj \\
+            --tasks a.jsonl --out library/a
+    """
+    began = time.monotonic()
+
+    def line(what: str, done: float, total: float) -> str:
+        left = duration_text((time.monotonic() - began) * (total - done) / done) if done else "unknown"
+        return f"{what}: {done / total:.0%} of the work done, about {left} left"
+
+    with progress_by_tenths(*Progress.get_default_columns(), TimeElapsedColumn(), line=line, transient=True) as bar:
+        settings = (slack, evaluations, members, multiple, damping, tokens, search_tokens, test_tokens, length, seed)
+        found = make_smaller(base, tasks, out, keep, *settings, revision, overwrite=overwrite, progress=bar)
+    parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
+    parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
+    share = share_text(found.parameters / found.base)
+    print(f"{', '.join(parts)}: {found.parameters:,} of {found.base:,} parameters ({share})")
+    print(f"perplexity on {found.tokens:,} tokens of the test rows:")
+    names = {
+        "base": "the base",
+        "magnitude": "what has the smallest weights removed instead",
+        "cut": "the best candidate, as it was cut",
+        "reformed": "the same, corrected: what was written",
+    }
+    for name, text in names.items():
+        if name in found.perplexity:
+            print(f"  {found.perplexity[name]:>10.4g}  {text}")
+    print(f"loaded again with transformers: the largest difference of a logit is {found.check.largest_difference:.3g}")
+    print(f"{out}: a base of {found.parameters:,} parameters; fit --base {out} trains experts on it")

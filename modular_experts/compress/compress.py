@@ -1,0 +1,354 @@
+"""Make a smaller base: search which blocks, heads and MLP channels stay, correct what reads them, and write the rest.
+
+The paper is Search for efficient LLMs (arXiv 2409.17372). Candidates are measured by their perplexity as they are cut;
+only the best is corrected, and no weight is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modular_experts.base import Base
+from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
+from modular_experts.base.loading import quiet
+from modular_experts.base.streaming import Rounding
+from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
+from modular_experts.compress.ranking import Ranking, best, magnitudes, rank
+from modular_experts.compress.reform import LayerError, reform
+from modular_experts.compress.removable import Kept, Kind, Removable
+from modular_experts.compress.text import perplexity, read_texts
+from modular_experts.data.tasks import Tasks
+from modular_experts.jobs import JSONLines
+from modular_experts.library import check_target, new_directory
+from modular_experts.library.record import package_versions
+from modular_experts.tuning.evolution import Choice, Evolution, Genes, Whole
+
+Members = Literal["importance", "windows"]
+WINDOWS = 8
+"""The windows of a layer start at so many eighths of what is removed, and at its end."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` found and wrote.
+
+    Attributes:
+        base: Parameters of the base.
+        parameters: Parameters of the checkpoint.
+        blocks: Numbers of the base's blocks that stay.
+        all_blocks: How many blocks the base has.
+        sizes: How many `groups` of heads (1 of 1 if they cannot be removed) and how many `channels` of its MLP a block
+            keeps, and of how many.
+        perplexity: On the test rows, of the `base`, of what is left by removal of the MLP channels of the smallest
+            weights in all blocks (`magnitude`, absent if these alone are not enough), of what the search found (`cut`),
+            and of that after its layers were corrected (`reformed`).
+        tokens: How many tokens of the test rows were measured.
+        layers: The error of each corrected layer on the calibration text.
+        searched: Perplexity on the validation rows of each candidate, in the order of the search.
+        check: How far the checkpoint, loaded again, is from the model in memory.
+    """
+
+    base: int
+    parameters: int
+    blocks: tuple[int, ...]
+    all_blocks: int
+    sizes: dict[str, tuple[int, int]]
+    perplexity: dict[str, float]
+    tokens: int
+    layers: list[LayerError]
+    searched: list[float]
+    check: Check
+
+
+@dataclass(frozen=True)
+class Window:
+    """The numbers of parameters that a smaller model may have, and the sizes that fit."""
+
+    removable: Removable
+    keep: float
+    slack: float
+    multiple: int
+
+    def channels(self, blocks: int, groups: int) -> int | None:
+        """Return the most MLP channels beside these blocks and groups, or None if the window has no room for them."""
+        most, least = (share * self.removable.parameters for share in (self.keep, self.keep - self.slack))
+        width = self.removable.widest(blocks, groups, int(most), self.multiple) if blocks else 0
+        return width if width and self.removable.count(blocks, groups, width) >= least else None
+
+    def check(self) -> None:
+        """Raise ValueError, with the nearest keep ratio that works, if nothing fits."""
+        sizes = [(b, g) for b in range(1, self.removable.blocks + 1) for g in range(1, self.removable.groups + 1)]
+        if any(self.channels(*size) for size in sizes):
+            return
+        known = self.removable
+        steps = [*range(self.multiple, known.channels, self.multiple), known.channels]
+        shares = [known.count(*size, width) / known.parameters for size in sizes for width in steps]
+        near = min(shares, key=lambda share: abs(share - self.keep))
+        raise ValueError(
+            f"keep={self.keep} and slack={self.slack}: nothing that can be removed of {known.place} leaves between "
+            f"{max(0, self.keep - self.slack):.2%} and {self.keep:.2%} of its {known.parameters:,} parameters; the "
+            f"nearest is keep={near + 5e-5:.4f}"
+        )
+
+
+def compress(
+    base: str | Path | Base,
+    tasks: Tasks,
+    out: str | Path,
+    keep: float,
+    slack: float = 0.02,
+    evaluations: int = 48,
+    members: Members = "importance",
+    multiple: int = 8,
+    damping: float = 0.01,
+    tokens: int = 8192,
+    search_tokens: int = 1024,
+    test_tokens: int = 4096,
+    length: int = 256,
+    seed: int = 0,
+    revision: str | None = None,
+    tolerance: float = 1e-3,
+    overwrite: bool = False,
+    progress: Callable[[str, float, float], None] = lambda what, done, total: None,
+) -> Compressed:
+    """Write a smaller base with at most `keep` of the parameters, an ordinary checkpoint that needs no training.
+
+    Transformer blocks, groups of attention heads and MLP channels are removed: which, an evolution searches on
+    validation rows; training rows rank them and correct the layers that read them; test rows are only measured. An
+    interrupted search goes on where it stopped.
+
+    Args:
+        base: A directory or hub id, or an opened base.
+        tasks: Tasks whose rows are the text, as for `TaskMixture`.
+        out: Directory of the checkpoint.
+        keep: The most parameters, as a share of the base's, in (0, 1]; 1 copies the base.
+        slack: The fewest parameters are `keep - slack` of them.
+        evaluations: Candidates that the search measures.
+        members: `importance` lets the search choose for each block between two rankings of what it can lose;
+            `windows` lets it choose where a contiguous stretch starts, as the released code does.
+        multiple: An MLP keeps a multiple of so many channels, because GPUs multiply such matrices faster.
+        damping: Strength of the pull of corrected weights to what they were, as a share of the mean squared input.
+        tokens: Tokens of training rows that rank and correct. Take several times the width of an MLP.
+        search_tokens: Tokens of validation rows that measure a candidate.
+        test_tokens: Tokens of test rows for the closing measurement.
+        length: Tokens of a pass.
+        seed: Seed of the search. Equal seeds find equal models.
+        revision: Branch, tag or commit of a hub id.
+        tolerance: Largest accepted difference of a logit between the model in memory and the reloaded checkpoint.
+        overwrite: Replace a checkpoint of ours that is there.
+        progress: Called with what is going on, the work done and all work, in tokens.
+
+    Raises:
+        FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
+        ValueError: A setting is out of its range, the base has no parts of a known form, no sizes fit the window, or
+            the tasks have no text. The model has not been loaded then.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} must be in (0, 1], the share of the parameters that stay, such as 0.8")
+    if not 0 < slack < 1:
+        raise ValueError(f"slack={slack} must be in (0, 1), such as 0.02")
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping} must be a positive number, such as 0.01")
+    if members not in ("importance", "windows"):
+        raise ValueError(f"members={members!r} must be 'importance' or 'windows'")
+    counts = {"evaluations": evaluations, "multiple": multiple, "tokens": tokens, "search_tokens": search_tokens}
+    for name, value in (counts | {"test_tokens": test_tokens, "length": length}).items():
+        if value < (least := 2 if "token" in name or name == "length" else 1):
+            raise ValueError(f"{name}={value} must be at least {least}")
+    target, opened = check_target(out, overwrite, MANIFEST), Base.open(base, revision=revision)
+    described = Removable(opened.structure.model, opened.place)
+    Window(described, keep, slack, multiple).check()
+    amounts = {"train": tokens, "validation": search_tokens, "test": test_tokens}
+    texts = read_texts(tasks, opened.tokenizer(), amounts, length)
+
+    settings = {"keep": keep, "slack": slack, "evaluations": evaluations, "members": members, "multiple": multiple}
+    settings |= {
+        "damping": damping,
+        "seed": seed,
+        "length": length,
+        **{f"{k}_tokens": t.numel() for k, t in texts.items()},
+    }
+    model: Any = opened.load()
+    stored = model.dtype
+    # Parameter by parameter: `model.to` would touch the tables of positions too.
+    _cast(model, torch.promote_types(stored, torch.float32))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    removable = Removable(model, opened.place)
+    window = Window(removable, keep, slack, multiple)
+    whole = removable.whole()
+    count = _Work(
+        progress,
+        {
+            "ranking": 2 * texts["train"].numel(),
+            "searching": evaluations * texts["validation"].numel(),
+            "correcting": 3 * texts["train"].numel(),
+            "measuring": 4 * texts["test"].numel(),
+        },
+    )
+    work = json.dumps([opened.fingerprint, settings, [text.tolist() for text in texts.values()], package_versions()])
+    with new_directory(target, overwrite, MANIFEST, work) as temporary:
+        found: dict[str, float] = {}
+        kept, searched = whole, list[float]()
+        if keep < 1:
+            ranking = rank(removable, texts["train"], damping, partial(count, "ranking", removable.blocks))
+            trials: Any = JSONLines(temporary / _TRIALS)
+            kept, searched = _search(window, ranking, members, evaluations, seed, texts["validation"], trials, count)
+        small = removable.cut(kept)
+        found["cut"], layers = perplexity(small, texts["test"]), list[LayerError]()
+        count("measuring", 4)
+        if keep < 1:
+            layers = reform(
+                removable, kept, small, texts["train"], damping, partial(count, "correcting", len(kept.blocks))
+            )
+        found["reformed"] = perplexity(small, texts["test"])
+        count("measuring", 4)
+        found["base"] = perplexity(model, texts["test"])
+        count("measuring", 4)
+        if plain := magnitude_removal(window):
+            found["magnitude"] = perplexity(removable.cut(plain), texts["test"])
+        count("measuring", 4)
+        (temporary / _TRIALS).unlink(missing_ok=True)
+        _cast(small, stored)
+        prompts = fixed_prompts(small)
+        with quiet():
+            small.save_pretrained(temporary, max_shard_size="5GB")
+            copy_companions(opened.directory, temporary)
+            check = check_reloaded(temporary, prompts.cpu(), logits(small, prompts).cpu(), tolerance, Rounding())
+        sizes = {
+            kind: (len(getattr(kept, kind)[kept.blocks[0]]), getattr(removable, kind))
+            for kind in ("groups", "channels")
+        }
+        parameters = removable.count(len(kept.blocks), sizes["groups"][0], sizes["channels"][0])
+        done = Compressed(
+            removable.parameters,
+            parameters,
+            kept.blocks,
+            removable.blocks,
+            sizes,
+            found,
+            texts["test"].numel(),
+            layers,
+            searched,
+            check,
+        )
+        from_base = {"id": opened.place, "revision": opened.revision, "fingerprint": opened.fingerprint}
+        members_kept = {
+            kind: {str(block): held.tolist() for block, held in getattr(kept, kind).items()}
+            for kind in ("groups", "channels")
+        }
+        write_manifest(
+            temporary, {"base": from_base, "settings": settings, "kept": members_kept, "found": asdict(done)}
+        )
+    progress("writing", 1.0, 1.0)
+    return done
+
+
+_TRIALS = "search.jsonl"
+
+
+def _search(
+    window: Window,
+    ranking: Ranking,
+    members: Members,
+    evaluations: int,
+    seed: int,
+    text: Tensor,
+    store: MutableMapping[Genes, float],
+    count: _Work,
+) -> tuple[Kept, list[float]]:
+    """Return the best candidate, and the perplexity of all in order.
+
+    A candidate has a gene for each block that tells whether it stays, one for the number of groups, and one for each
+    block that tells which of its groups and channels stay. The channels are as many as the window has room for.
+    """
+    removable, depth = window.removable, window.removable.blocks
+    rankings = [ranking.contribution, ranking.compensated]
+    choices = Choice(len(rankings)) if members == "importance" else Whole(0, WINDOWS)
+    space = [*[Choice(2)] * depth, Whole(1, removable.groups), *[choices] * depth]
+
+    def sizes(genes: Genes) -> tuple[tuple[int, ...], int, int | None]:
+        blocks = tuple(block for block in range(depth) if genes[block])
+        return blocks, int(genes[depth]), window.channels(len(blocks), int(genes[depth]))
+
+    def within(genes: Genes) -> Genes | None:
+        # How a block that goes chooses its members changes nothing.
+        chosen = (*genes[: depth + 1], *(gene * stays for gene, stays in zip(genes[depth + 1 :], genes, strict=False)))
+        return chosen if sizes(genes)[2] else None
+
+    def kept(genes: Genes) -> Kept:
+        blocks, groups, channels = sizes(genes)
+        assert channels is not None
+
+        def scores(block: int, kind: Kind) -> Tensor:
+            gene = int(genes[depth + 1 + block])
+            if members == "importance":
+                return rankings[gene][kind][block]
+            total, held = getattr(removable, kind), {"groups": groups, "channels": channels}[kind]
+            start = (total - held) * gene // WINDOWS
+            return torch.zeros(total).index_fill_(0, torch.arange(start, start + held), 1.0)
+
+        return best(removable, blocks, groups, channels, scores)
+
+    def measure(genes: Genes) -> float:
+        return perplexity(removable.cut(kept(genes)), text)
+
+    def counted(numbers: Sequence[Any]) -> Iterator[Any]:
+        for number in numbers:
+            yield number
+            count("searching", evaluations)
+
+    # Those with fewer and fewer blocks, the ones that turn the hidden states least gone first.
+    falling = sorted(range(depth), key=lambda block: ranking.blocks[block])
+    start = [
+        (*[int(block not in falling[:gone]) for block in range(depth)], groups, *[0] * depth)
+        for groups in range(removable.groups, 0, -1)
+        for gone in range(depth)
+    ]
+    fitting = [genes for genes in start if sizes(genes)[2]][: max(1, evaluations // 4)]
+    # Of the genes, two for each block, few change at once: most changes of many are worse.
+    found = Evolution(evaluations, first=1, mutation=0.05, seed=seed).search(
+        space, measure, fitting, within, store, counted
+    )
+    return kept(found.best), [value for _, value in found.measured]
+
+
+def magnitude_removal(window: Window) -> Kept | None:
+    """Return what stays if every block loses the MLP channels with the smallest weights; None if that is not enough.
+
+    Groups of heads go, also by the size of their weights, where channels alone are not enough.
+    """
+    removable, scores = window.removable, magnitudes(window.removable)
+    for groups in range(removable.groups, 0, -1):
+        if channels := window.channels(removable.blocks, groups):
+            return best(
+                removable, tuple(range(removable.blocks)), groups, channels, lambda block, kind: scores[kind][block]
+            )
+    return None
+
+
+class _Work:
+    """Counts work in tokens, and reports it."""
+
+    def __init__(self, progress: Callable[[str, float, float], None], amounts: dict[str, int]) -> None:
+        self._progress, self._amounts = progress, amounts
+        self._done, self._total = 0.0, float(sum(amounts.values()))
+
+    def __call__(self, what: str, parts: int) -> None:
+        """Note that one of so many parts of a stage is done."""
+        self._done += self._amounts[what] / parts
+        self._progress(what, min(self._done, self._total), self._total)
+
+
+@torch.no_grad()
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)

@@ -1,0 +1,114 @@
+"""Rank what can be removed of a model by how much it matters on a text, or by the size of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modular_experts.compress.reform import BlockByBlock, oriented
+from modular_experts.compress.removable import Kept, Kind, Removable
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How much each part matters; the higher, the more.
+
+    Attributes:
+        blocks: For each block how much it turns the hidden states, `1 - cos(input, output)`, as a mean over tokens.
+        contribution: For each block the squared length that a group or channel adds to its layer's outputs, over the
+            text: `sum_ij G_ij W_i . W_j` over its inputs, with the Gram matrix G of the inputs.
+        compensated: The squared error of a removal for which the layer's other inputs make up: the same sum with the
+            inverse of these inputs' part of `G^-1` in the place of G (optimal brain surgeon, Hassibi and Stork, 1993).
+    """
+
+    blocks: list[float]
+    contribution: Mapping[Kind, list[Tensor]]
+    compensated: Mapping[Kind, list[Tensor]]
+
+
+@torch.no_grad()
+def rank(
+    removable: Removable, text: Tensor, damping: float = 0.01, progress: Callable[[], None] = lambda: None
+) -> Ranking:
+    """Rank the parts of a model on a text.
+
+    Args:
+        removable: The parts.
+        text: Token ids `(rows, tokens)`.
+        damping: Share of the mean of a Gram matrix's diagonal that is added to the diagonal before it is inverted.
+        progress: Called after each block.
+    """
+    steps = BlockByBlock(removable, removable.model, text)
+    hidden, turned = steps.embedded, []
+    contribution: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
+    compensated: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
+    for place, block in enumerate(steps.blocks):
+        grams, after = steps.grams(place, hidden)
+        for kind, gram in grams.items():
+            weight, count = oriented(removable.reader(block, kind)).double(), getattr(removable, kind)
+            gram = gram.double()
+            gram.diagonal().add_(damping * gram.diagonal().mean())
+            inverse, unit = torch.linalg.inv(gram), len(gram) // count
+            own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
+            if unit == 1:
+                squares = weight.square().sum(0)
+                own, others = gram.diagonal() * squares, squares / inverse.diagonal()
+            else:
+                for member in range(count):
+                    these = slice(member * unit, (member + 1) * unit)
+                    products = weight[:, these].T @ weight[:, these]
+                    own[member] = (gram[these, these] * products).sum()
+                    others[member] = (torch.linalg.inv(inverse[these, these]) * products).sum()
+            contribution[kind].append(own.cpu())
+            compensated[kind].append(others.cpu())
+        pairs = zip(hidden, after, strict=True)
+        alike = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
+        turned.append(1 - alike.double().mean().item())
+        hidden = after
+        progress()
+    return Ranking(turned, contribution, compensated)
+
+
+@torch.no_grad()
+def magnitudes(removable: Removable) -> dict[Kind, list[Tensor]]:
+    """Return the squared length of all weights that belong to each group and each channel, by block."""
+    found: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
+    for block in removable.modules(removable.model):
+        weights = dict(block.named_parameters())
+        for kind, listed in found.items():
+            total = torch.zeros(getattr(removable, kind), dtype=torch.float64)
+            for name, part in removable.parts.items():
+                if part.kind == kind:
+                    squares = (
+                        weights[name].detach().double().square().transpose(0, part.dim).flatten(1).sum(1).cpu()
+                        if weights[name].dim() > 1
+                        else weights[name].detach().double().square().cpu()
+                    )
+                    for stretch in squares.split([unit * len(total) for unit in part.units]):
+                        total += stretch.view(len(total), -1).sum(1)
+            listed.append(total)
+    return found
+
+
+def best(
+    removable: Removable, blocks: tuple[int, ...], groups: int, channels: int, scores: Callable[[int, Kind], Tensor]
+) -> Kept:
+    """Return the parts with the highest scores.
+
+    Args:
+        removable: The parts.
+        blocks: Numbers of the blocks that stay.
+        groups: How many groups stay in each.
+        channels: How many channels stay in each.
+        scores: Gives the scores of a block's groups or channels.
+    """
+
+    def of(kind: Kind, count: int) -> dict[int, Tensor]:
+        if kind not in removable.readers:
+            return {block: torch.arange(getattr(removable, kind)) for block in blocks}
+        return {block: scores(block, kind).topk(count).indices.sort().values for block in blocks}
+
+    return Kept(blocks, of("groups", groups), of("channels", channels))

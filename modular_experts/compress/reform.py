@@ -1,0 +1,194 @@
+"""Correct the layers that read what was removed, in closed form, so that their outputs on calibration text stay near.
+
+A layer with the weight W0 `(out, in)` reads inputs X `(tokens, in)`, of which the columns S stay. The weight W'_S
+`(out, S)` minimises `||X W0^T - X_S W'_S^T||^2 + lambda ||W'_S - W0_S||^2`, so with `G = X^T X`
+
+    W'_S^T = (G_SS + lambda I)^-1 (G_S W0^T + lambda W0_S^T).
+
+The paper (Search for efficient LLMs, arXiv 2409.17372) minimises the first term by an iteration, ADMM, whose limit at
+lambda = 0 this is. The second term keeps W'_S near W0_S where the text does not tell, so that a layer of which nothing
+is removed stays as it is, and the error on the text never grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modular_experts.base.structure import is_transposed
+from modular_experts.compress.removable import Kept, Kind, Removable
+
+
+class LayerError(NamedTuple):
+    """How far the outputs of a layer are from those of the whole layer on the calibration text, as a share of them.
+
+    Attributes:
+        layer: Its name in the smaller model.
+        before: The error of the removal alone: the norm of the difference over the norm of the outputs.
+        after: The error after the layer was reformed.
+        residual: Norm of what is left of the normal equations, as a share of their right side.
+    """
+
+    layer: str
+    before: float
+    after: float
+    residual: float
+
+
+def reformed(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """Return the weight `(out, kept)` for the inputs that stay, in float64, and the residual of its normal equations.
+
+    Args:
+        weight: The whole weight `(out, in)`.
+        gram: `X^T X` `(in, in)` of the layer's inputs.
+        kept: Numbers of the inputs that stay, without repetition.
+        damping: Lambda as a share of the mean of the diagonal of `G_SS`.
+    """
+    whole, matrix = weight.double(), gram.double()
+    start = whole[:, kept]
+    left = matrix[kept][:, kept]
+    mean = left.diagonal().mean()
+    # A layer that no text reaches keeps its weight.
+    pull = damping * mean if mean > 0 else torch.ones_like(mean)
+    left = left + pull * torch.eye(len(kept), dtype=left.dtype, device=left.device)
+    gone = torch.ones(whole.shape[1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
+    # The equations of W' - W0_S, which are the same with less rounding.
+    right = matrix[kept][:, gone] @ whole[:, gone].T
+    moved = torch.linalg.solve(left, right)
+    size = right.norm()
+    residual = ((left @ moved - right).norm() / size).item() if size > 0 else 0.0
+    return start + moved.T, residual
+
+
+def relative_error(weight: Tensor, gram: Tensor, kept: Tensor, part: Tensor) -> float:
+    """Return `||X W0^T - X_S W_S^T|| / ||X W0^T||` for a weight W_S `(out, kept)`."""
+    whole, matrix = weight.double(), gram.double()
+    missing = whole.clone()
+    missing[:, kept] -= part.double()
+    squares = [((one @ matrix) * one).sum().clamp(min=0) for one in (missing, whole)]
+    return (squares[0] / squares[1]).sqrt().item() if squares[1] > 0 else 0.0
+
+
+@torch.no_grad()
+def reform(
+    removable: Removable,
+    kept: Kept,
+    small: PreTrainedModel,
+    text: Tensor,
+    damping: float = 0.01,
+    progress: Callable[[], None] = lambda: None,
+) -> list[LayerError]:
+    """Correct a smaller model in place, one block after the other, and return the errors of its layers.
+
+    The inputs of a block are those that the reformed blocks before it make. Gram matrices of one block and the hidden
+    states of the text are in memory beside the two models.
+
+    Args:
+        removable: The parts of the whole model.
+        kept: What stays.
+        small: The model that was cut accordingly.
+        text: Token ids `(rows, tokens)`.
+        damping: As for `reformed`.
+        progress: Called after each block.
+    """
+    errors = []
+    whole, parts = BlockByBlock(removable, removable.model, text), BlockByBlock(removable, small, text)
+    hidden = whole.embedded
+    for place, number in enumerate(kept.blocks):
+        large, block = whole.blocks[number], parts.blocks[place]
+        grams, _ = whole.grams(number, hidden)
+        for kind, gram in grams.items():
+            name = removable.readers[kind]
+            indices = removable.indices(removable.parts[f"{name}.weight"], kept, number).to(gram.device)
+            if len(indices) == len(gram):
+                continue
+            weight, corrected = oriented(removable.reader(large, kind)), oriented(removable.reader(block, kind))
+            before = relative_error(weight, gram, indices, corrected)
+            found, residual = reformed(weight, gram, indices, damping)
+            corrected.copy_(found)
+            after = relative_error(weight, gram, indices, found)
+            errors.append(LayerError(f"{parts.names[place]}.{name}", before, after, residual))
+        hidden = parts.through(place, hidden)
+        progress()
+    return errors
+
+
+def oriented(layer: nn.Module) -> Tensor:
+    """Return a view `(out, in)` of a linear layer's weight."""
+    weight: Any = layer.weight
+    return weight.data.T if is_transposed(layer) else weight.data
+
+
+class BlockByBlock:
+    """A model that runs one block at a time over a text.
+
+    Args:
+        removable: Knows where the blocks are.
+        model: The model, whole or cut.
+        text: Token ids `(rows, tokens)`; each row is a pass of its own.
+
+    Attributes:
+        blocks: The model's transformer blocks.
+        names: Their names.
+        embedded: For each row the hidden states `(1, tokens, hidden)` that enter the first block.
+    """
+
+    def __init__(self, removable: Removable, model: PreTrainedModel, text: Tensor) -> None:
+        self._removable, self.blocks = removable, removable.modules(model)
+        ids = {id(block): place for place, block in enumerate(self.blocks)}
+        self.names = [name for name, module in model.named_modules() if id(module) in ids]
+        self.embedded: list[Tensor] = []
+        self._others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        rows = text.to(model.device).split(1)
+
+        def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # Positions and masks are alike in all rows, because all are of one length and without padding.
+            self._others.append((given[1:], named))
+
+        def stop(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.embedded.append(given[0])
+            raise _Stopped
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+            model.base_model(rows[0], use_cache=False)
+        with ExitStack() as hooks:
+            hooks.callback(self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True).remove)
+            for row in rows:
+                try:
+                    model.base_model(row, use_cache=False)
+                except _Stopped:
+                    continue
+
+    def through(self, place: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Return what a block makes of the hidden states of each row."""
+        given, named = self._others[place]
+        outputs = [self.blocks[place](one, *given, **named) for one in hidden]
+        return [one[0] if isinstance(one, tuple) else one for one in outputs]
+
+    def grams(self, place: int, hidden: list[Tensor]) -> tuple[dict[Kind, Tensor], list[Tensor]]:
+        """Return `X^T X` of the inputs of the layers that read groups and channels, and what the block makes."""
+        found: dict[Kind, Tensor] = {}
+
+        def take(kind: Kind, _: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs = given[0].reshape(-1, given[0].shape[-1])
+            product = inputs.T @ inputs
+            found[kind] = found[kind] + product if kind in found else product
+
+        with ExitStack() as hooks:
+            for kind in self._removable.readers:
+                layer = self._removable.reader(self.blocks[place], kind)
+                hooks.callback(layer.register_forward_pre_hook(partial(take, kind)).remove)
+            made = self.through(place, hidden)
+        return found, made
+
+
+class _Stopped(Exception):
+    """Ends a pass at the first block."""

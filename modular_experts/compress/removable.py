@@ -1,0 +1,253 @@
+"""Know which parts of a model can be removed: transformer blocks, groups of attention heads, channels of MLPs.
+
+A group is a key-value head with the query heads that read it. Because the configuration of a model has one number for
+the heads and one for the MLPs' width, every block keeps equally many groups and channels, but each block its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from modular_experts.base.loading import Unfilled, quiet
+from modular_experts.base.structure import Structure, is_transposed
+from modular_experts.text import block_of
+
+Kind = Literal["groups", "channels"]
+
+# The layers that make an MLP's channels, how many stretches of that width each makes, and the layer that reads them.
+_MLPS = (
+    ({"gate_proj": 1, "up_proj": 1}, "down_proj"),
+    ({"gate_up_proj": 2}, "down_proj"),
+    ({"c_fc": 1}, "c_proj"),
+    ({"dense_h_to_4h": 1}, "dense_4h_to_h"),
+)
+# In this order, rows of queries, keys and values.
+_ATTENTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a model.
+
+    Attributes:
+        blocks: Numbers of the blocks, in order.
+        groups: Numbers of the groups of heads by block, in order.
+        channels: Numbers of the MLP channels by block, in order.
+    """
+
+    blocks: tuple[int, ...]
+    groups: Mapping[int, Tensor]
+    channels: Mapping[int, Tensor]
+
+
+class Part(NamedTuple):
+    """How a weight of a block holds groups or channels.
+
+    `dim` is the dimension along which they lie, `units` how many entries each takes there, once for each stretch: one
+    layer may make queries, keys and values.
+    """
+
+    kind: Kind
+    dim: int
+    units: tuple[int, ...]
+
+
+class Removable:
+    """The parts of a causal language model that can be removed.
+
+    Args:
+        model: The model; nothing here changes it.
+        place: What an error's sentence calls it.
+
+    Attributes:
+        blocks: How many transformer blocks it has.
+        groups: How many groups of heads a block has; 1 if its heads cannot be removed.
+        channels: How many channels an MLP has.
+        parameters: How many parameters it has.
+        readers: Name within a block of the layer that reads the `channels`, and, if they can be removed, the `groups`.
+
+    Raises:
+        ValueError: Its MLPs are of no known form, or its blocks differ in size.
+    """
+
+    def __init__(self, model: PreTrainedModel, place: str) -> None:
+        self.model, self.place = model, place
+        structure = Structure(model)
+        sizes = {name: structure.shapes[name].numel() for name in structure.weights}
+        self.parameters = sum(sizes.values())
+        found = [block for block in map(block_of, structure.weights) if block]
+        self._container = found[0].rpartition(".")[0] if found else ""
+        self.blocks = int(model.config.num_hidden_layers)
+        inside: list[dict[str, torch.Size]] = [
+            {name: weight.shape for name, weight in block.named_parameters()} for block in self.modules(model)
+        ]
+        if len(inside) != self.blocks or any(shapes != inside[0] for shapes in inside):
+            raise ValueError(f"the transformer blocks of {place} differ in their weights, so none can be removed")
+        self.readers: dict[Kind, str] = {}
+        self.parts: dict[str, Part] = {}
+        self._heads()
+        self._channels()
+        # Parameters outside of the blocks, of a block without groups and channels, of a group and of a channel.
+        prices = {"groups": 0, "channels": 0}
+        for name, part in self.parts.items():
+            shape = inside[0][name]
+            prices[part.kind] += shape.numel() // shape[part.dim] * sum(part.units)
+        whole = sum(shape.numel() for shape in inside[0].values())
+        self._outside, self._group, self._channel = (
+            self.parameters - self.blocks * whole,
+            prices["groups"],
+            prices["channels"],
+        )
+        self._rest = whole - self.groups * self._group - self.channels * self._channel
+
+    def modules(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """Return the transformer blocks of this model, or of one that was cut from it."""
+        held: Any = model.get_submodule(self._container) if self._container else ()
+        return list(held)
+
+    def reader(self, block: nn.Module, kind: Kind) -> nn.Module:
+        """Return the layer of a block that reads its groups or channels."""
+        return block.get_submodule(self.readers[kind])
+
+    def whole(self) -> Kept:
+        """Return what stays if nothing is removed."""
+        blocks, groups, channels = range(self.blocks), torch.arange(self.groups), torch.arange(self.channels)
+        return Kept(tuple(blocks), dict.fromkeys(blocks, groups), dict.fromkeys(blocks, channels))
+
+    def count(self, blocks: int, groups: int, channels: int) -> int:
+        """Return how many parameters a model of these sizes has."""
+        return self._outside + blocks * (self._rest + groups * self._group + channels * self._channel)
+
+    def widest(self, blocks: int, groups: int, limit: int, multiple: int = 1) -> int:
+        """Return the most channels within a limit of parameters, a multiple of a number unless all stay; 0 if none fit.
+
+        Args:
+            blocks: Number of blocks that stay.
+            groups: Number of groups in each.
+            limit: The most parameters.
+            multiple: What a smaller number of channels is a multiple of.
+        """
+        room = (limit - self.count(blocks, groups, 0)) // (blocks * self._channel)
+        return self.channels if room >= self.channels else max(0, room // multiple * multiple)
+
+    def indices(self, part: Part, kept: Kept, block: int) -> Tensor:
+        """Return where the entries that stay lie along the dimension of a part."""
+        members, count = getattr(kept, part.kind)[block], getattr(self, part.kind)
+        stretches, start = [], 0
+        for unit in part.units:
+            stretches.append(start + (members[:, None] * unit + torch.arange(unit)).flatten())
+            start += count * unit
+        return torch.cat(stretches)
+
+    @torch.no_grad()
+    def cut(self, kept: Kept) -> PreTrainedModel:
+        """Return a smaller model of what stays; weights that stay whole are shared with the model, not copied.
+
+        Raises:
+            ValueError: The model has weights of another size than its layers' names let expect.
+        """
+        config = self._config(kept)
+        with quiet(), Unfilled():
+            small = AutoModelForCausalLM.from_config(
+                config, dtype=self.model.dtype, attn_implementation=self.model.config._attn_implementation
+            )
+        wanted = small.state_dict()
+        state = dict(self._weights(kept, self.model.state_dict()))
+        for name, tensor in wanted.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{self.place} cannot be made smaller: {type(small).__name__} needs {name} of shape "
+                    f"{tuple(tensor.shape)}, which does not follow from the layers around it"
+                )
+        small.load_state_dict(state, assign=True)
+        small.tie_weights()
+        return small.eval()
+
+    def _weights(self, kept: Kept, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name in the smaller model and the value of each weight that stays."""
+        new = {block: place for place, block in enumerate(kept.blocks)}
+        start = f"{self._container}."
+        for name, tensor in state.items():
+            if not name.startswith(start):
+                yield name, tensor
+                continue
+            number, _, local = name.removeprefix(start).partition(".")
+            block = int(number)
+            if block not in new:
+                continue
+            part = self.parts.get(local)
+            if part and len(getattr(kept, part.kind)[block]) < getattr(self, part.kind):
+                tensor = tensor.index_select(part.dim, self.indices(part, kept, block).to(tensor.device))
+            yield f"{start}{new[block]}.{local}", tensor
+
+    def _config(self, kept: Kept) -> Any:
+        """Return the configuration of the smaller model."""
+        config: Any = copy.deepcopy(self.model.config)
+        # Kinds of attention by block, and the like.
+        for key, value in config.to_dict().items():
+            if isinstance(value, list) and "layer" in key and len(value) == self.blocks:
+                setattr(config, key, [value[block] for block in kept.blocks])
+        config.num_hidden_layers = len(kept.blocks)
+        first = kept.blocks[0]
+        if len(kept.channels[first]) < self.channels:
+            setattr(config, self._width_key, len(kept.channels[first]))
+        if (groups := len(kept.groups[first])) < self.groups:
+            config.head_dim = self._head
+            config.num_attention_heads = config.num_attention_heads // self.groups * groups
+            config.num_key_value_heads = groups
+        return config
+
+    def _heads(self) -> None:
+        """Find the groups of heads; there are none if the configuration fixes the heads by the hidden size."""
+        config, block = self.model.config, self.modules(self.model)[0]
+        self.groups, self._head = 1, 0
+        heads, groups = int(config.num_attention_heads), getattr(config, "num_key_value_heads", None)
+        for name, layer in block.named_modules():
+            children = dict(layer.named_children())
+            makers = next((one for one in _ATTENTIONS if {*one, "o_proj"} <= children.keys()), None)
+            if makers and groups:
+                self._head = getattr(config, "head_dim", None) or config.hidden_size // heads
+                self.groups, query = int(groups), heads // int(groups) * self._head
+                units = (query, self._head, self._head)
+                for maker, own in zip(
+                    makers, [units] if len(makers) == 1 else [(unit,) for unit in units], strict=True
+                ):
+                    self._add(f"{name}.{maker}", children[maker], "groups", own)
+                self._add(f"{name}.o_proj", children["o_proj"], "groups", (query,), reads=True)
+                return
+
+    def _channels(self) -> None:
+        """Find the channels of the MLP."""
+        config, block = self.model.config, self.modules(self.model)[0]
+        self._width_key = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
+        for name, layer in block.named_modules():
+            children = dict(layer.named_children())
+            form = next((one for one in _MLPS if {*one[0], one[1]} <= children.keys()), None)
+            if form:
+                down: Any = children[form[1]]
+                self.channels = int(down.weight.shape[0 if is_transposed(down) else 1])
+                for maker, times in form[0].items():
+                    self._add(f"{name}.{maker}", children[maker], "channels", (1,) * times)
+                self._add(f"{name}.{form[1]}", down, "channels", (1,), reads=True)
+                return
+        known = ", ".join("/".join([*makers, reader]) for makers, reader in _MLPS)
+        raise ValueError(
+            f"{self.place} is a {type(self.model).__name__}, and no known form ({known}) fits its MLPs, so it cannot "
+            "be made smaller"
+        )
+
+    def _add(self, name: str, layer: Any, kind: Kind, units: tuple[int, ...], reads: bool = False) -> None:
+        """Note how a layer's weight, and the bias of one that makes parts, hold them."""
+        transposed = is_transposed(layer)
+        self.parts[f"{name}.weight"] = Part(kind, int(reads != transposed), units)
+        if reads:
+            self.readers[kind] = name
+        elif layer.bias is not None:
+            self.parts[f"{name}.bias"] = Part(kind, 0, units)

@@ -1,0 +1,209 @@
+"""`compress`: from a base and task files to a smaller base that plain transformers loads, and every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modular_experts.base import Base
+from modular_experts.base.files import fingerprint
+from modular_experts.compress import compress
+from modular_experts.compress.text import perplexity, read_texts
+
+SMALL = {"multiple": 4, "slack": 0.1, "evaluations": 8, "tokens": 400, "search_tokens": 80, "test_tokens": 200}
+SMALL |= {"length": 20}
+
+
+@pytest.fixture
+def tasks(task_files) -> list[str]:
+    return [str(file) for file in task_files.values()]
+
+
+def record(place: Path) -> dict:
+    return json.loads((place / "modular_experts.json").read_text())
+
+
+@pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
+def test_the_command_makes_a_base_that_experts_train_on(architecture, run, tiny, two_task_files) -> None:
+    base = tiny(architecture)
+    words = [f"--{name}={value}" for name, value in SMALL.items()]
+    command = ["compress", "--base", base, "--keep", 0.7, "--tasks", "a.jsonl", "b.jsonl", "--out", "smaller", *words]
+    code, out, err = run(*command)
+    assert code == 0, err
+    found = record(Path("smaller"))["found"]
+    assert f"perplexity on {found['tokens']} tokens of the test rows" in out
+    assert "100% of the work done" in err
+    small = AutoModelForCausalLM.from_pretrained("smaller")
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    assert 0.6 <= small.num_parameters() / whole.num_parameters() <= 0.7
+    assert f"{small.num_parameters():,} of {whole.num_parameters():,} parameters" in out
+    assert {file.name for file in Path("smaller").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "modular_experts.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (base / "tokenizer.json").read_bytes() == Path("smaller/tokenizer.json").read_bytes()
+    # What is reported is what the checkpoint gives, loaded again.
+    texts = read_texts(["a.jsonl", "b.jsonl"], Base.open("smaller").tokenizer(), {"test": 200}, 20)
+    for name, model in (("base", whole), ("reformed", small)):
+        assert perplexity(model.eval(), texts["test"]) == pytest.approx(found["perplexity"][name], rel=1e-4)
+    assert all(layer["after"] <= layer["before"] for layer in _layers(found))
+    fit = ["fit", "--base", "smaller", "--expert", "LoRAExpert", "--modules", conftest.TARGETS[architecture]]
+    code, _, err = run(*fit, "--tasks", "a.jsonl", "--steps", 2, "--out", "library/a")
+    assert code == 0, err
+
+
+def _layers(found: dict) -> list[dict]:
+    return [dict(zip(("layer", "before", "after", "residual"), layer, strict=True)) for layer in found["layers"]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
+def test_a_base_that_stays_whole_keeps_its_bytes(architecture, dtype, tasks, tmp_path) -> None:
+    base = tmp_path / "base"
+    conftest.build_model(architecture, tie_word_embeddings=True).to(getattr(torch, dtype)).save_pretrained(base)
+    conftest.build_tokenizer().save_pretrained(base)
+    found = compress(base, tasks, tmp_path / "same", keep=1, **SMALL)
+    assert fingerprint(tmp_path / "same") == fingerprint(base)
+    assert found.parameters == found.base
+    assert found.perplexity["reformed"] == found.perplexity["base"]
+
+
+def test_the_dtype_of_the_base_stays(tasks, tmp_path) -> None:
+    base = tmp_path / "base"
+    conftest.build_model("llama").to(torch.bfloat16).save_pretrained(base)
+    conftest.build_tokenizer().save_pretrained(base)
+    compress(base, tasks, tmp_path / "smaller", keep=0.8, **SMALL)
+    assert {one.dtype for one in load_file(tmp_path / "smaller/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "smaller/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_best_candidate_is_written_and_equal_seeds_find_it_again(tiny, tasks, tmp_path) -> None:
+    one = compress(tiny("llama"), tasks, tmp_path / "one", keep=0.7, **SMALL)
+    assert len(one.searched) == 8
+    compress(tiny("llama"), tasks, tmp_path / "other", keep=0.7, **SMALL)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "other")
+    # Cut by hand, the members that the record names give the lowest perplexity of the search.
+    from modular_experts.compress import Kept, Removable
+
+    model = Base.open(tiny("llama")).load()
+    kept = {
+        kind: {int(block): torch.tensor(held) for block, held in members.items()}
+        for kind, members in record(tmp_path / "one")["kept"].items()
+    }
+    texts = read_texts(tasks, conftest.build_tokenizer(), {"validation": 80}, 20)
+    small = Removable(model, "base").cut(Kept(one.blocks, **kept))
+    assert perplexity(small, texts["validation"]) == pytest.approx(min(one.searched), rel=1e-6)
+
+
+def test_windows_are_contiguous(tiny, tasks, tmp_path) -> None:
+    compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.7, members="windows", **SMALL)
+    kept = record(tmp_path / "smaller")["kept"]
+    assert all(held == list(range(held[0], held[-1] + 1)) for kind in kept.values() for held in kind.values())
+
+
+def test_an_interrupted_search_goes_on(tiny, tasks, tmp_path) -> None:
+    wanted = compress(tiny("llama"), tasks, tmp_path / "wanted", keep=0.7, **SMALL)
+    searched = 0
+
+    def stop(what: str, done: float, total: float) -> None:
+        nonlocal searched
+        searched += what == "searching"
+        if searched == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "smaller"
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny("llama"), tasks, out, keep=0.7, progress=stop, **SMALL)
+    assert not out.exists()
+    (left,) = tmp_path.glob(".smaller.*/search.jsonl")
+    stored = left.read_text().splitlines()
+    assert 3 <= len(stored) <= 4
+    # The stored values are taken, not measured again: without them the search would end elsewhere.
+    left.write_text("".join(line.partition('"result"')[0] + '"result": 0.5}' + "\n" for line in stored))
+    found = compress(tiny("llama"), tasks, out, keep=0.7, **SMALL)
+    assert min(found.searched) < 1
+    shutil.rmtree(out)
+    found = compress(tiny("llama"), tasks, out, keep=0.7, **SMALL)
+    assert found.searched == wanted.searched
+    assert fingerprint(out) == fingerprint(tmp_path / "wanted")
+
+
+def test_magnitude_removal_keeps_the_largest_channels_of_all_blocks(tiny, tasks, tmp_path) -> None:
+    found = compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.8, **SMALL)
+    model = Base.open(tiny("llama")).load()
+    per_channel = 2 * 3 * 32
+    width = 48 - -(-int(0.2 * found.base) // per_channel)
+    width -= width % 4
+    for block in model.model.layers:
+        mlp = block.mlp
+        sizes = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1)
+        sizes = sizes + mlp.down_proj.weight.square().sum(0)
+        mlp.down_proj.weight.data[:, sizes.argsort()[: 48 - width]] = 0
+    texts = read_texts(tasks, conftest.build_tokenizer(), {"test": 200}, 20)
+    assert found.perplexity["magnitude"] == pytest.approx(perplexity(model, texts["test"]), rel=1e-6)
+
+
+def test_rows_take_turns_and_splits_stay_apart(tasks) -> None:
+    tokenizer = conftest.build_tokenizer()
+    texts = read_texts(tasks, tokenizer, {"train": 90, "validation": 10_000, "test": 7}, 30)
+    assert [tuple(text.shape) for text in texts.values()] == [(3, 30), (len(texts["validation"]), 30), (1, 7)]
+    first = tokenizer.decode(texts["train"][0])
+    assert first.startswith("upper ban: BAN<eos>reverse ban: ")
+    assert "upper bat" not in tokenizer.decode(texts["validation"].flatten())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"keep": 0}, r"keep=0 must be in \(0, 1\]"),
+        ({"keep": 1.2}, r"keep=1.2 must be in \(0, 1\]"),
+        ({"keep": float("nan")}, r"keep=nan must be in \(0, 1\]"),
+        ({"slack": 0}, r"slack=0 must be in \(0, 1\)"),
+        ({"damping": 0}, "damping=0 must be a positive number"),
+        ({"members": "random"}, "members='random' must be 'importance' or 'windows'"),
+        ({"evaluations": 0}, "evaluations=0 must be at least 1"),
+        ({"test_tokens": 1}, "test_tokens=1 must be at least 2"),
+        ({"keep": 0.05}, r"keep=0.05 and slack=0.1: .* leaves between 0.00% and 5.00% .* nearest is keep=0.3\d"),
+        ({"keep": 0.8, "slack": 1e-6, "multiple": 16}, r"nothing that can be removed .* the nearest is keep=0.\d+"),
+        ({"tasks": []}, "no tasks were given"),
+        ({"tasks": ["empty.jsonl"]}, "empty.jsonl"),
+        ({"base": "nowhere"}, "base 'nowhere' was not found"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_gets_one_sentence_before_the_model_is_loaded(
+    settings, sentence, tiny, tasks, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Base, "load", lambda *_: pytest.fail("the model was loaded"))
+    Path("empty.jsonl").touch()
+    given = {"base": tiny("llama"), "tasks": tasks, "out": "smaller", "keep": 0.8} | SMALL | settings
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        compress(**given)
+    # What is wrong with rows is a list of them.
+    assert "\n" not in str(error.value) or "bad row" in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+def test_the_nearest_keep_ratio_works(tiny, tasks, tmp_path) -> None:
+    tight = SMALL | {"slack": 1e-3, "multiple": 16, "evaluations": 1}
+    with pytest.raises(ValueError, match="nearest is keep=") as error:
+        compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.8, **tight)
+    near = float(str(error.value).rpartition("=")[2])
+    assert compress(tiny("llama"), tasks, tmp_path / "smaller", keep=near, **tight).parameters
+
+
+def test_a_checkpoint_is_replaced_only_on_request(tiny, tasks, tmp_path) -> None:
+    out = tmp_path / "smaller"
+    one = SMALL | {"evaluations": 1}
+    compress(tiny("llama"), tasks, out, keep=0.8, **one)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        compress(tiny("llama"), tasks, out, keep=0.7, **one)
+    assert compress(tiny("llama"), tasks, out, keep=0.7, overwrite=True, **one).parameters < 0.7 * 21_856
