@@ -73,11 +73,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_process() -> None:
-    """Set up a process of the pool: one thread, no log lines, and an end when the process that started it ends."""
+def use_one_thread() -> None:
+    """Let torch compute in one thread: several processes run side by side, and sums have the same bits everywhere."""
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is later
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def start_process() -> None:
+    """Set up a process of the pool: one thread, no log lines, and an end when the process that started it ends."""
+    use_one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     logging.disable(logging.WARNING)  # a level of Lightning's logger would last until Lightning is imported
     warnings.filterwarnings("ignore")

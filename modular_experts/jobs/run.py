@@ -17,6 +17,7 @@ from heapq import heapify, heappop, heappush
 
 from modular_experts.jobs.pieces import Key, Outcome, Piece, Store, key_text
 from modular_experts.jobs.processes import LocalProcesses
+from modular_experts.jobs.remote import KilledError
 
 JobProgress = Callable[[int, int, Piece | None], None]
 """Called with how many pieces are finished, how many there are, and the piece that finished (None at the start)."""
@@ -61,16 +62,16 @@ def run(
         # A run that ends early takes back what the caller's executor has not begun.
         stack.callback(lambda: [future.cancel() for future in running])
         while left.ready or suspects or running:
-            # A process that is killed takes down all that run beside it. No more pieces run at once than there are
+            # A process that is killed may take down all that run beside it. No more pieces run at once than there are
             # processes, so few are under suspicion, and each of these runs again alone: whichever then breaks its
-            # process is the one that failed.
+            # process is the one that failed. A `KilledError` concerns one piece, and needs no second run.
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
                 piece = suspects.popleft() if suspects else left.take()
                 running[pool.submit(piece.function, *piece.arguments)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 piece, error = running.pop(future), future.exception()
-                if isinstance(error, BrokenExecutor) and not alone:
+                if isinstance(error, BrokenExecutor) and not isinstance(error, KilledError) and not alone:
                     suspects.append(piece)
                     continue
                 over = [piece]

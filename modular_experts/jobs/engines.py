@@ -1,0 +1,70 @@
+"""Name the place where pieces of work run: this machine, a cluster, or an executor of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from concurrent.futures import Executor
+from typing import Any
+
+from modular_experts.jobs.dask_workers import DaskWorkers
+from modular_experts.jobs.processes import LocalProcesses
+from modular_experts.jobs.ray_tasks import RayTasks
+from modular_experts.jobs.slurm_jobs import SlurmJobs
+from modular_experts.text import did_you_mean
+
+ENGINES: dict[str, type[Executor]] = {
+    "local": LocalProcesses,
+    "slurm": SlurmJobs,
+    "dask": DaskWorkers,
+    "ray": RayTasks,
+}
+
+
+def engine(name: str = "local", **settings: Any) -> Executor:
+    """Return the executor of a name, for `jobs.run` and as a context manager.
+
+    ```python
+    with engine("slurm", partition="gpu", time=240, gres="gpu:1") as executor:
+        run(pieces, store, executor)
+    ```
+
+    Args:
+        name: `local`, `slurm`, `dask`, `ray`, or the dotted path of a class that is a `concurrent.futures.Executor`,
+            such as `mine.Pool` of a file `mine.py` in the current directory.
+        settings: What the class takes, by name: `LocalProcesses`, `SlurmJobs`, `DaskWorkers`, `RayTasks`.
+
+    Raises:
+        ValueError: No engine has this name or takes these settings, or it cannot start; the message says why.
+    """
+    kind = ENGINES.get(name) or _executor_class(name)
+    try:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
+        known = [one for one in inspect.signature(kind).parameters if one != "options"]
+        wrong = next((one for one in settings if one not in known), "")
+        raise ValueError(
+            f"the engine {name}: {error}; it takes {', '.join(known) or 'nothing'}" + did_you_mean(wrong, known)
+        ) from None
+    return kind(**settings)
+
+
+def _executor_class(path: str) -> type[Executor]:
+    """Return the user's class of a dotted path."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"no engine has the name {path}; take {', '.join(ENGINES)}, or the dotted path of an Executor of your own"
+            + did_you_mean(path, ENGINES)
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the engine {path} cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, Executor)):
+        raise ValueError(f"the engine {path} is not a class of concurrent.futures.Executor; name one that is")
+    return found

@@ -1,0 +1,183 @@
+"""Run work as jobs of SLURM, through submitit: calls that come together become one array."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from modular_experts.jobs.remote import Call, KilledError, needed, settle
+
+MOST_IN_ARRAY = 1000  # SLURM's MaxArraySize is 1001, unless a site sets another
+
+
+class SlurmJobs(Executor):
+    """An executor whose calls are jobs of SLURM, one process each.
+
+    A job that SLURM preempts, or whose node fails, begins again if the partition allows that. A job that is killed for
+    another reason, or runs out of time, fails. As a context manager it waits for its jobs at the end, and on any error
+    (Ctrl-C too) it cancels them.
+
+    Args:
+        folder: Directory on the file system that all nodes share, for calls, results and logs. Only the files of jobs
+            that were killed stay there.
+        time: Minutes that a job may take.
+        array_parallelism: Jobs of an array that run at once.
+        poll_seconds: Seconds between two looks at the queue and the folder.
+        options: What `sbatch` takes, by name: `partition="gpu"`, `gres="gpu:1"`, `cpus_per_task=4`.
+
+    Raises:
+        ValueError: submitit or SLURM is missing, or `sbatch` refuses the options.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path = "slurm-jobs",
+        time: int = 60,
+        array_parallelism: int = 256,
+        poll_seconds: float = 5.0,
+        **options: Any,
+    ) -> None:
+        submitit = needed("submitit", "slurm")
+        if not isinstance(time, int):
+            raise ValueError(f"time={time!r} of the engine slurm is not a number of minutes; write one, such as 240")
+        _try_options({"time": time, **options})
+        self.folder, self.poll_seconds = Path(folder).absolute(), poll_seconds
+        # A piece that ran out of time would run out of it again.
+        self._submitit = submitit.SlurmExecutor(self.folder, max_num_timeout=0)
+        self._submitit.update_parameters(
+            time=time, job_name="modular-experts", array_parallelism=array_parallelism, additional_parameters=options
+        )
+        self._waiting: queue.SimpleQueue[tuple[Future, Call]] = queue.SimpleQueue()
+        self._jobs: dict[Future, Any] = {}
+        self._missed: set[Future] = set()
+        self._closed = self._cancels = False
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Queue a call as a job; see `concurrent.futures.Executor`."""
+        if self._closed:
+            raise RuntimeError("the engine slurm was shut down and takes no more work")
+        future: Future = Future()
+        self._waiting.put((future, _Job(fn, args, kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work, and end when what came before is done, or cancelled."""
+        self._cancels, self._closed = cancel_futures, True
+        if wait:
+            self._watcher.join()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self.shutdown(cancel_futures=kind is not None)
+
+    def _watch(self) -> None:
+        """Look after the jobs until there is nothing left to do, or it fails, and all that is left with it."""
+        try:
+            self._look_until_done()
+        except Exception as error:
+            self._closed = True
+            left = list(self._jobs) + [self._waiting.get()[0] for _ in range(self._waiting.qsize())]
+            for future in left:
+                if not future.cancelled():
+                    future.set_exception(error)
+
+    def _look_until_done(self) -> None:
+        """Submit, cancel and settle jobs."""
+        while not self._closed or self._jobs or not self._waiting.empty():
+            sleep(self.poll_seconds)
+            calls = [self._waiting.get() for _ in range(min(self._waiting.qsize(), MOST_IN_ARRAY))]
+            for future in [future for future, _ in calls] + list(self._jobs) if self._cancels else []:
+                future.cancel()
+            self._submit([(future, call) for future, call in calls if not future.cancelled()])
+            for future in [future for future in self._jobs if future.cancelled()]:
+                job = self._jobs.pop(future)
+                job.cancel(check=False)
+                _remove_files(job)
+            if self._jobs:
+                self._settle()
+
+    def _submit(self, calls: Sequence[tuple[Future, Call]]) -> None:
+        """Submit calls as one array; if SLURM refuses it, such as for a limit, each fails with its words."""
+        try:
+            jobs = self._submitit.submit_array([call for _, call in calls]) if calls else []
+        except Exception as error:
+            for future, _ in calls:
+                future.set_exception(error)
+            return
+        for job in jobs[:1]:
+            # SLURM has a copy of the script that starts them, and submitit leaves a link to it.
+            job.paths.submission_file.unlink()
+            for file in self.folder.glob(".submission_file_*"):
+                if not file.exists():
+                    file.unlink(missing_ok=True)
+        self._jobs.update(zip([future for future, _ in calls], jobs, strict=True))
+
+    def _settle(self) -> None:
+        """Settle the futures of jobs that left a result, and of those that are in no queue and left none."""
+        queued = _queued()
+        # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
+        # folder's mode makes a network file system read it anew.
+        with suppress(OSError):
+            self.folder.chmod(self.folder.stat().st_mode)
+        files = set(os.listdir(self.folder))
+        missed, self._missed = self._missed, set()
+        for future, job in list(self._jobs.items()):
+            if job.paths.result_pickle.name in files:
+                outcome = job.result()
+                _remove_files(job)
+            elif queued is None or job.job_id in queued:
+                continue
+            elif future not in missed:
+                # The next look decides, for a job that is being requeued, and for a slow file system.
+                self._missed.add(future)
+                continue
+            else:
+                outcome = False, (KilledError(f"job {job.job_id} was killed; see {job.paths.stderr}"), "")
+            del self._jobs[future]
+            if future.set_running_or_notify_cancel():
+                settle(future, outcome)
+
+
+class _Job(Call):
+    """A call that begins again when SLURM preempts its job."""
+
+    def __call__(self) -> tuple[bool, Any]:
+        # Lightning would take the tasks of the job for processes of its own.
+        os.environ.pop("SLURM_NTASKS", None)
+        return super().__call__()
+
+    def checkpoint(self) -> Any:
+        """Return what submitit submits again."""
+        return needed("submitit.helpers", "slurm").DelayedSubmission(self)
+
+
+def _remove_files(job: Any) -> None:
+    for name in ("submitted_pickle", "result_pickle", "stdout", "stderr"):
+        getattr(job.paths, name).unlink(missing_ok=True)
+
+
+def _queued() -> set[str] | None:
+    """Return the user's jobs that wait or run, those of an array one by one, or None if SLURM does not answer."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return None if found.returncode else set(found.stdout.split())
+
+
+def _try_options(options: dict[str, Any]) -> None:
+    """Let `sbatch` check options, which starts nothing."""
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    try:
+        found = subprocess.run(["sbatch", "--test-only", *flags, "--wrap=true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError("the engine slurm needs the command sbatch; run this on a login node of a cluster") from None
+    if found.returncode:
+        raise ValueError(f"SLURM refuses {' '.join(flags)}: {found.stderr.strip().splitlines()[-1]}")

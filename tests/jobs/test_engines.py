@@ -1,0 +1,195 @@
+"""Each engine runs the same pieces to the same bytes, and reports failures as the processes of this machine do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modular_experts.jobs import JSONLines, KilledError, LocalProcesses, Piece, engine, run
+
+
+def numbers(seed: int) -> dict[str, Any]:
+    """Return sums whose last bits depend on the number of threads, and what the process finds around it."""
+    import torch
+
+    noise = torch.Generator().manual_seed(seed)
+    found = torch.randn(300, 300, generator=noise).matmul(torch.randn(300, 300, generator=noise)).tanh()
+    return {"sums": found.sum(0)[:5].tolist(), "threads": torch.get_num_threads(), "directory": os.getcwd()}
+
+
+def refuse(number: int) -> None:
+    raise ValueError(f"{number} is below zero")
+
+
+def die() -> None:
+    time.sleep(0.5)  # so that others run beside it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_first(place: str) -> str:
+    """Write the process into a file and wait there for long, but not if the file is there already."""
+    file = Path(place)
+    if not file.exists():
+        file.write_text(str(os.getpid()))
+        time.sleep(60)
+    return "done"
+
+
+def wait_for(file: Path) -> int:
+    while not file.exists() or not file.read_text():
+        time.sleep(0.05)
+    return int(file.read_text())
+
+
+@pytest.mark.cluster
+def test_a_cluster_gives_the_bytes_of_this_machine_and_fails_as_it_does(cluster, tmp_path) -> None:
+    pieces = [Piece(("die",), die), *(Piece(("numbers", seed), numbers, (seed,)) for seed in range(6))]
+    pieces += [Piece(("refuse",), refuse, (-1,)), Piece(("after",), numbers, (7,), needs=(("refuse",),))]
+    name, settings = cluster
+    found = {}
+    for one, wanted in (("local", {"processes": 2}), (name, settings)):
+        file = tmp_path / f"{one}.jsonl"
+        with engine(one, **wanted) as executor:
+            found[one] = run(pieces, JSONLines(file), executor)
+    here, there = found["local"], found[name]
+    # Pieces finish in another order, so lines are compared and not files.
+    lines = [sorted((tmp_path / f"{one}.jsonl").read_bytes().splitlines()) for one in found]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 6
+    assert here.results["numbers", 0]["threads"] == 1
+    assert there.failures.keys() == here.failures.keys() == {("die",), ("refuse",)}
+    assert there.skipped == here.skipped == {("after",): ("refuse",)}
+    for outcome in (here, there):
+        assert isinstance(outcome.failures["die",], BrokenExecutor)
+        assert repr(outcome.failures["refuse",]) == "ValueError('-1 is below zero')"
+        assert "in refuse" in str(outcome.failures["refuse",].__cause__), "the trace of the other process is lost"
+
+
+@pytest.mark.cluster
+def test_dask_gives_the_piece_of_a_killed_worker_to_another(dask_address, tmp_path) -> None:
+    pieces = [Piece(("wait",), wait_first, (str(tmp_path / "process"),)), Piece(("numbers",), numbers, (0,))]
+    with engine("dask", address=dask_address) as executor, ThreadPoolExecutor(1) as side:
+        side.submit(lambda: os.kill(wait_for(tmp_path / "process"), signal.SIGKILL))
+        assert run(pieces, executor=executor).results["wait",] == "done"
+
+
+@pytest.mark.cluster
+def test_dask_workers_with_threads_are_refused(dask_address) -> None:
+    dask = [sys.executable, "-m", "dask", "worker", "--scheduler-file", dask_address, "--no-dashboard"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*dask, "--nthreads", "3", "--no-nanny", "--host", "127.0.0.1"], **quiet) as process:
+        with pytest.raises(ValueError, match=r"has 3 threads, .* start it with `dask worker --nthreads 1`"):
+            _connect_until_refused(process, dask_address)
+        process.terminate()
+
+
+def _connect_until_refused(process: subprocess.Popen, address: str) -> None:
+    while process.poll() is None:
+        engine("dask", address=address).shutdown()
+
+
+@pytest.mark.cluster
+def test_slurm_runs_a_preempted_job_again(slurm_started, tmp_path) -> None:
+    with engine("slurm", folder=tmp_path / "jobs", poll_seconds=0.3, partition="low") as executor:
+        waiting = executor.submit(wait_first, str(tmp_path / "process"))
+        first = wait_for(tmp_path / "process")
+        subprocess.run(
+            ["sbatch", "--wait", "--partition=high", "--exclusive", "--wrap=true", "-o/dev/null"], check=True
+        )
+        # SLURM lets a job that it sent back wait for two minutes.
+        job = subprocess.run(
+            ["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True, check=True
+        )
+        subprocess.run(["scontrol", "update", f"JobId={job.stdout.strip()}", "StartTime=now"], check=True)
+        assert waiting.result(60) == "done"
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+    assert not list((tmp_path / "jobs").iterdir()), "files of jobs that succeeded are left"
+
+
+@pytest.mark.cluster
+def test_slurm_cancels_its_jobs_on_an_error_and_refuses_wrong_options(slurm_started, tmp_path) -> None:
+    settings = {"folder": tmp_path / "jobs", "poll_seconds": 0.3}
+    with suppress(KeyboardInterrupt), engine("slurm", **settings) as executor:
+        executor.submit(wait_first, str(tmp_path / "process"))
+        wait_for(tmp_path / "process")
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "jobs").glob("*.pkl"))
+    end = time.monotonic() + 20
+    while subprocess.run(["squeue", "--noheader"], capture_output=True, check=True).stdout:
+        assert time.monotonic() < end, "the job lives on"
+        time.sleep(0.2)
+    with pytest.raises(ValueError, match=r"^SLURM refuses --time=60 --partition=gpu: .*[Ii]nvalid partition"):
+        engine("slurm", partition="gpu", **settings)
+    with pytest.raises(ValueError, match=r"^time='4:00:00' of the engine slurm is not a number of minutes"):
+        engine("slurm", time="4:00:00", **settings)
+
+
+@pytest.mark.cluster
+def test_calls_that_come_together_are_one_array(slurm_started, tmp_path) -> None:
+    with engine("slurm", folder=tmp_path / "jobs", poll_seconds=0.5) as executor:
+        ids = [executor.submit(os.getenv, "SLURM_ARRAY_JOB_ID") for _ in range(5)]
+        assert len({one.result(100) for one in ids}) == 1
+        assert ids[0].result() is not None
+
+
+def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_pool.py").write_text(
+        "from concurrent.futures import ThreadPoolExecutor\n\n\nclass Pool(ThreadPoolExecutor):\n    pass\n"
+    )
+    with engine("my_pool.Pool", max_workers=3) as executor:
+        assert executor._max_workers == 3
+        assert run([Piece(("a",), abs, (-1,))], executor=executor).results == {("a",): 1}
+    with engine("local", processes=1) as executor:
+        assert isinstance(executor, LocalProcesses)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("slrum", {}, r"no engine has the name slrum; take local, slurm, dask, ray, .* did you mean slurm\?"),
+        ("local", {"proceses": 2}, r"the engine local: .*'proceses'; it takes processes; did you mean processes\?"),
+        ("dask", {}, r"the engine dask: missing a required argument: 'address'; it takes address"),
+        ("mine.Pool", {}, r"the engine mine.Pool cannot be imported: No module named 'mine'"),
+        ("json.loads", {}, r"the engine json.loads is not a class of concurrent.futures.Executor"),
+    ],
+)
+def test_an_engine_that_does_not_exist_is_one_sentence(name: str, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        engine(name, **settings)
+
+
+@pytest.mark.parametrize(("name", "module"), [("slurm", "submitit"), ("ray", "ray"), ("dask", "distributed")])
+def test_a_missing_package_comes_with_its_installation(name: str, module: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"needs {module}.*: pip install 'modular-experts\[{name}\]'"):
+        engine(name, **({"address": "tcp://127.0.0.1:1"} if name == "dask" else {}))
+
+
+def test_a_kill_that_concerns_one_piece_fails_it_at_once_and_stops_nothing() -> None:
+    """An executor that knows which piece was killed is not made to run it again alone."""
+    runs = []
+
+    class Knowing(ThreadPoolExecutor):
+        def submit(self, fn, /, *args) -> Future:
+            runs.append(fn)
+            if fn is not die:
+                return super().submit(fn, *args)
+            future: Future = Future()
+            future.set_exception(KilledError("job 3 was killed"))
+            return future
+
+    with Knowing(2) as executor:
+        found = run([Piece(("die",), die), *(Piece((n,), abs, (n,)) for n in (1, 2))], executor=executor)
+    assert str(found.failures["die",]) == "job 3 was killed"
+    assert runs == [die, abs, abs]
