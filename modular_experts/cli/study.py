@@ -7,7 +7,7 @@ import json
 import tempfile
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 # So that a study names the generated tasks and the merge methods by their class alone.
 import modular_experts.methods
 import modular_experts.suite  # noqa: F401
+from modular_experts import jobs
 from modular_experts.cli import training
 from modular_experts.cli.format import counted, duration_text, progress_by_tenths
 from modular_experts.cli.parser_errors import explained
@@ -79,6 +80,8 @@ def study(
     status: bool = False,
     retry: bool = False,
     processes: int | None = None,
+    engine: str = "local",
+    engine_settings: dict[str, Any] | None = None,
 ) -> None:
     """Train an expert of each kind for each task, merge them, test all of it, and report.
 
@@ -106,7 +109,10 @@ def study(
         dry_run: Only print the pieces and what they will take.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
-        processes: How many pieces run at once; by default one a core, at most 8.
+        processes: How many pieces run at once on this machine; by default one a core, at most 8.
+        engine: Where pieces run: local, slurm, dask, ray, or the dotted path of an Executor of your own.
+        engine_settings: What the engine takes, such as --engine_settings.partition gpu for slurm, whose other options
+            of sbatch pass on by name too.
 
     Examples:
         modular-experts study --config study.yaml --out runs/mine
@@ -132,13 +138,18 @@ def study(
     if dry_run or status:
         _print_state(state_of(pieces, Lines(place)), each=dry_run)
         return
+    if processes is not None and engine != "local":
+        raise ValueError(f"--processes is for this machine alone, and --engine is {engine}; leave one of them out")
     columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
     with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
 
         def show(done: int, total: int, left: Left) -> None:
             bar(f"{done} of {counted(total, 'piece')}{_time_text(left)}", done, total)
 
-        state = run_study(found, place, only or (), retry, processes=processes, progress=show)
+        with ExitStack() as stack:
+            cluster = engine != "local" or engine_settings
+            executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
+            state = run_study(found, place, only or (), retry, executor, processes, show)
     # What earlier runs measured stays in the tables, also of stages that this one left out.
     everything = state_of(pieces_of(found, place.absolute()), Lines(place))
     results = results_of(found, everything)

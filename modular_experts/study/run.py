@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
+from modular_experts.jobs import JSONLines, KilledError, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked
@@ -220,6 +220,8 @@ def _fail_again(sentence: str) -> None:
 
 def _sentence(error: BaseException) -> str:
     """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
+    if isinstance(error, KilledError):
+        return str(error)
     if isinstance(error, BrokenExecutor):
         return "its process was killed, perhaps for the memory that it took; fewer --processes take less"
     text = " ".join(str(error).split())

@@ -1,0 +1,82 @@
+"""A study on another engine measures the same numbers, and its options reach the engine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_rows
+
+from modular_experts.__main__ import main
+from modular_experts.library import Library
+from modular_experts.reports import Results
+
+POOL = """
+from concurrent.futures import ThreadPoolExecutor
+
+
+class Pool(ThreadPoolExecutor):
+    def __init__(self, word):
+        super().__init__(1)
+        open(word, "w").close()
+"""
+
+
+@pytest.fixture
+def config(tmp_path, tiny_llama_dir, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    rows = [
+        {"input": f"{n}+1=", "target": str(n + 1), "split": ("train", "validation", "test")[n % 3]} for n in range(9)
+    ]
+    write_rows(tmp_path / "one.jsonl", rows)
+    write_rows(tmp_path / "two.jsonl", rows[::-1])
+    lora = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 2}
+    Path("study.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base": str(tiny_llama_dir),
+                "tasks": {"held_in": ["one.jsonl", "two.jsonl"]},
+                "experts": {"lora": lora},
+                "merges": ["SparseAverage"],
+                "max_new_tokens": 3,
+            }
+        )
+    )
+
+
+def study(out: str, *words: str) -> int:
+    return main(["study", "--config", "study.yaml", "--out", out, *words])
+
+
+def test_a_class_of_the_user_runs_a_study_and_gets_its_settings(config) -> None:
+    Path("study_pool.py").write_text(POOL)
+    assert not study("mine", "--engine", "study_pool.Pool", "--engine_settings.word", "hello")
+    assert Path("hello").exists()
+    assert Path("mine/results.json").exists()
+
+
+def test_a_setting_that_no_engine_reads_is_refused(config, capsys) -> None:
+    assert study("mine", "--engine", "dask", "--processes", "2") == 1
+    assert "--processes is for this machine alone, and --engine is dask" in capsys.readouterr().err
+    assert study("mine", "--engine", "slrum") == 1
+    assert "did you mean slurm?" in capsys.readouterr().err
+    assert not Path("mine").exists()
+
+
+@pytest.mark.cluster
+def test_a_study_on_a_cluster_has_the_numbers_of_this_machine(config, cluster) -> None:
+    name, settings = cluster
+    assert not study("here", "--processes", "1")
+    words = [word for key, value in settings.items() for word in (f"--engine_settings.{key}", str(value))]
+    assert not study("there", "--engine", name, *words)
+    here, there = (
+        [(row["model"], row["task"], row["metric"], row["value"]) for row in Results.read(f"{out}/results.json").rows]
+        for out in ("here", "there")
+    )
+    assert here == there
+    hashes = [{key: one.content_hash for key, one in Library(f"{out}/library").items()} for out in ("here", "there")]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 3
