@@ -1,0 +1,96 @@
+"""What does an engine add to each piece of work?
+
+Runs pieces that do nothing on each engine that is there, and prints seconds, and how many of them the program computes
+that hands out the pieces. dask and Ray start on this machine, with two processes each; SLURM is the cluster at hand,
+such as the one of `tests/testbed/slurm.py`:
+
+    python tests/testbed/slurm.py python benchmarks/engine_overhead.py
+
+It takes three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from modular_experts.jobs import Piece, engine, run
+from modular_experts.jobs.processes import machine
+
+PROCESSES = 2
+
+
+@contextmanager
+def engines(name: str) -> Iterator[Executor]:
+    """Start a cluster on this machine and the engine for it."""
+    settings: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if name == "local":
+            settings = {"processes": PROCESSES}
+        elif name == "dask":
+            import distributed
+
+            cluster = distributed.LocalCluster(n_workers=PROCESSES, threads_per_worker=1, dashboard_address=":0")
+            settings = {"address": stack.enter_context(cluster).scheduler_address}
+        elif name == "ray":
+            import ray
+
+            os.environ["RAY_AUTH_MODE"] = "disabled"  # a new version writes a token into the home directory
+            ray.init(num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False)
+            stack.callback(ray.shutdown)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir="."))
+            settings = {"folder": folder, "poll_seconds": 1.0, "array_parallelism": PROCESSES}
+        yield stack.enter_context(engine(name, **settings))
+
+
+def measured(name: str, count: int) -> dict[str, float]:
+    """Return seconds: until the first results, per piece that does nothing, and of this program's CPU per piece."""
+    begun = time.perf_counter()
+    with engines(name) as executor:
+        run([Piece((n,), abs, (n,)) for n in range(PROCESSES)], executor=executor).raise_failures()
+        started, used = time.perf_counter(), sum(os.times()[:4])
+        run([Piece((n,), abs, (n,)) for n in range(count)], executor=executor).raise_failures()
+        ended, used = time.perf_counter(), sum(os.times()[:4]) - used
+    return {"start": started - begun, "piece": (ended - started) / count, "cpu": used / count, "pieces": count}
+
+
+def is_here(name: str) -> bool:
+    """Return whether an engine can run on this machine."""
+    modules = {"dask": "distributed", "ray": "ray", "slurm": "submitit"}
+    installed = name == "local" or importlib.util.find_spec(modules[name]) is not None
+    return installed and (name != "slurm" or shutil.which("sbatch") is not None)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few pieces, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print the numbers for a program")
+    parser.add_argument("--engines", nargs="*", default=["local", "dask", "ray", "slurm"])
+    given = parser.parse_args()
+    found = {}
+    for name in given.engines:
+        if not is_here(name):
+            print(f"{name} is not installed here, and was left out")
+            continue
+        count = 20 if name == "slurm" else 500
+        found[name] = measured(name, 4 if given.quick else count)
+        if not given.json:
+            numbers = found[name]
+            times = f"{numbers['piece'] * 1000:8.2f} ms a piece, {numbers['cpu'] * 1000:6.2f} ms of CPU here"
+            print(f"{name:<6} {numbers['start']:6.2f} s to start, {times}", flush=True)
+    print(json.dumps({"machine": machine(), "processes": PROCESSES} | found) if given.json else machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What engines add to a piece is measured, and the plan of a thousand experts adds up."""
+
+from __future__ import annotations
+
+import json
+
+from testbed.scripts import run_script
+
+
+def test_a_quick_run_measures_this_machine() -> None:
+    found = json.loads(run_script("engine_overhead.py", "--quick", "--json", "--engines", "local"))["local"]
+    assert found["pieces"] == 4
+    assert 0 < found["piece"] < found["start"]
+
+
+def test_the_plan_of_a_tenth_prints_its_pieces() -> None:
+    printed = run_script("thousand_experts.py", "--quick")
+    # The base, a hundred experts and their tests, and three merges of eleven groups.
+    assert "234" in printed
+    # 16 * (2 * 8192 + 2 * 5120 + 3 * 18432) parameters in 32 layers, of four bytes
+    assert "an expert takes 168 MB, the base 16 GB" in printed
