@@ -38,8 +38,10 @@ def dask_address(tmp_path_factory) -> Iterator[str]:
 def ray_started() -> Iterator[None]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
-    # Ray warns that a coming version behaves otherwise with this, and it would write a token into the home directory.
-    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "disabled"}
+    # Ray warns that a coming version behaves otherwise with the first, would write a token into the home directory, and
+    # would give its workers a low priority, with which they starve on a busy machine.
+    quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    os.environ |= quiet
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
