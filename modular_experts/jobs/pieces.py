@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+try:
+    import fcntl
+except ImportError:  # on Windows there is no lock, and two processes must not write one file
+    fcntl = None  # type: ignore[assignment]
+
 Key = tuple[str | int | float, ...]
 
 
@@ -45,10 +50,11 @@ class Store(Protocol):
 
 
 class JSONLines(dict[Key, Any]):
-    """Results in a file, one JSON object a line: `{"key": [...], "result": ...}`. Set results one at a time.
+    """Results in a file, one JSON object a line: `{"key": [...], "result": ...}`.
 
     The first result makes the file, with its directory. A run that is killed while it writes leaves an unfinished last
-    line. Reading skips it, and the next result cuts it off.
+    line. Reading skips it, and the next result cuts it off. Several processes may add to one file; each learns of the
+    others' results when it adds one.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -56,17 +62,17 @@ class JSONLines(dict[Key, Any]):
         self.file = Path(file)
         self._whole = 0  # bytes up to the end of the last finished line
         if self.file.exists():
-            for line in self.file.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    found = json.loads(line)
-                    super().__setitem__(tuple(found["key"]), found["result"])
-                    self._whole += len(line)
+            self._take(self.file.read_bytes())
 
     def __setitem__(self, key: Key, result: Any) -> None:
         line = json.dumps({"key": list(key), "result": result}, ensure_ascii=False).encode() + b"\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.file.open("ab", buffering=0) as file:
+            with self.file.open("a+b", buffering=0) as file:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(self._whole)
+                self._take(file.read())
                 file.truncate(self._whole)
                 written = file.write(line)
                 if written < len(line):
@@ -75,8 +81,15 @@ class JSONLines(dict[Key, Any]):
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, f"no result could be stored ({error.strerror})", str(self.file)) from error
-        self._whole += len(line)
-        super().__setitem__(key, json.loads(line)["result"])
+        self._take(line)
+
+    def _take(self, text: bytes) -> None:
+        """Read the finished lines of what follows those that are known."""
+        for line in text.splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                found = json.loads(line)
+                super().__setitem__(tuple(found["key"]), found["result"])
+                self._whole += len(line)
 
 
 class FailedPiecesError(RuntimeError):

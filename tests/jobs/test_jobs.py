@@ -72,6 +72,15 @@ def test_a_line_that_was_not_finished_is_replaced_by_the_next_result(tmp_path) -
     assert file.read_bytes() == whole
 
 
+def test_two_writers_of_one_file_keep_each_others_results(tmp_path) -> None:
+    file = tmp_path / "results.jsonl"
+    one, other = JSONLines(file), JSONLines(file)
+    for number in range(4):
+        (one, other)[number % 2]["a", number] = number
+    assert dict(JSONLines(file)) == dict(other) == {("a", number): number for number in range(4)}
+    assert ("a", 3) not in one
+
+
 def test_a_failure_leaves_the_others_alone_and_is_named_at_the_end(tmp_path) -> None:
     store = JSONLines(tmp_path / "results.jsonl")
     with ThreadPoolExecutor(2) as pool:
