@@ -62,17 +62,7 @@ def evaluate(
         modular-experts evaluate --experts library/ab checkpoint=merged-checkpoint \\
             --tasks a.jsonl b.jsonl --out runs/checkpoint
     """
-    mixes: dict[str, list[str]] = {"base": []}
-    for word in experts or []:
-        label, equals, places = word.partition("=")
-        if not equals or "/" in label:
-            # A directory may have the sign in its name.
-            label, places = "", word
-        members = [places] if Path(places).is_dir() else places.split("+")
-        name = label or " + ".join(Path(place).name for place in members)
-        if name in mixes:
-            raise UsageError(f"two models are called {name}; name one of them: --experts {name}-2={places}")
-        mixes[name] = members
+    mixes = mixes_of(experts or [])
     outside = [] if held_out is None else [{**vars(task), "role": "held_out"} for task in as_tasks(held_out)]
     data = TaskMixture(
         [*as_tasks(tasks), *outside],
@@ -99,3 +89,19 @@ def evaluate(
         if Measurement.get(Console(width=1000), console.options.update(width=1000), table).maximum <= console.width:
             console.print("", table)
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
+
+
+def mixes_of(experts: list[str]) -> dict[str, list[str]]:
+    """Return the directories of the experts of each model by its name: the base, and each word of `--experts`."""
+    mixes: dict[str, list[str]] = {"base": []}
+    for word in experts:
+        label, equals, places = word.partition("=")
+        if not equals or "/" in label:
+            # A directory may have the sign in its name.
+            label, places = "", word
+        members = [places] if Path(places).is_dir() else places.split("+")
+        name = label or " + ".join(Path(place).name for place in members)
+        if name in mixes:
+            raise UsageError(f"two models are called {name}; name one of them: --experts {name}-2={places}")
+        mixes[name] = members
+    return mixes

@@ -167,6 +167,20 @@ class TaskMixture(LightningDataModule):
                 found.append(SplitSize(name, role, split, len(rows), tokens, self._truncated[name, split]))
         return [size for size in found if size.rows]
 
+    def rows(self, split: str) -> dict[str, list[Row]]:
+        """Return the rows of one split by task: of held-out tasks the test rows alone, and at most `eval_limit`.
+
+        Raises:
+            ValueError: A file is missing, or a row is bad.
+        """
+        found = {}
+        for task in self.tasks:
+            if split == "test" or task.held_in:
+                mine = [row for row in self._read()[task.name] if row.split == split]
+                most = len(mine) if split == "train" else self.eval_limit or len(mine)
+                found[task.name] = spread_evenly(mine, most)
+        return found
+
     def prepare_data(self) -> None:
         """Download hub datasets; one process of each machine does it, and the others find them in the cache."""
         for task in self.tasks:
@@ -386,16 +400,11 @@ class TaskMixture(LightningDataModule):
         """Return one split's examples by task; the first call tokenises them."""
         if split not in self._examples:
             tokenize, examples, problems = self._row_tokenizer(), {}, []
-            for task in self.tasks:
-                if split != "test" and not task.held_in:
-                    continue
-                rows = [row for row in self._read()[task.name] if row.split == split]
-                if split != "train" and self.eval_limit is not None:
-                    rows = spread_evenly(rows, self.eval_limit)
-                examples[task.name], cut, bad = tokenize(task.name, rows, learn=split == "train")
+            for name, rows in self.rows(split).items():
+                examples[name], cut, bad = tokenize(name, rows, learn=split == "train")
                 problems += bad
-                self._truncated[task.name, split] = cut
-                self._log_cut(task.name, cut, len(rows), split)
+                self._truncated[name, split] = cut
+                self._log_cut(name, cut, len(rows), split)
             raise_for_bad_rows(problems)
             self._examples[split] = examples
         return self._examples[split]

@@ -31,6 +31,8 @@ from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
+AnyMixes = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]]
+"""An expert, several that are added up, or a mapping from names of models to such."""
 EXAMPLES = 3  # test rows of each task whose answers are kept
 
 
@@ -80,10 +82,7 @@ def evaluate(
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
         raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
-    one_mix = isinstance(experts, TaskVector) or (
-        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
-    )
-    named: Any = {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
+    named = _named(experts)
     checkpoints = {name: whole for name, mix in named.items() if (whole := _checkpoint(mix))}
     mixes = {name: [] if name in checkpoints else open_several(mix) for name, mix in named.items()}
     stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
@@ -108,19 +107,10 @@ def evaluate(
         _digest(examples),
         data.roles,
     )
-    facts: dict[str, Any] = {
-        "base": found.place,
-        "fingerprint": found.fingerprint,
-        "dtype": dtype,
-        "max_new_tokens": max_new_tokens,
-        "tasks": {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks},
-        "models": {},
-        "examples": [],
-        "python": platform.python_version(),
-        "machine": machine(),
-        "versions": package_versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    facts = facts_of(found, dtype, {})
+    facts["max_new_tokens"] = max_new_tokens
+    facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
+    facts["examples"] = []
     results, device = Results([], facts), "cuda" if torch.cuda.is_available() else "cpu"
     done, total = 0, len(mixes) * len(examples)
 
@@ -163,6 +153,49 @@ def evaluate(
         results.write(folder / RESULTS)
         write_report(results, folder / REPORT)
     return results
+
+
+def open_mixes(experts: AnyMixes) -> dict[str, list[Mapping[str, Delta]]]:
+    """Return the experts of each model that is measured, opened, by the model's name in results.
+
+    Args:
+        experts: As for `evaluate`, but no checkpoints. One mix alone is called by its experts, or base without any.
+    """
+    mixes = {name: open_several(mix) for name, mix in _named(experts).items()}
+    return {name or " + ".join(map(_name, mix)) or "base": mix for name, mix in mixes.items()}
+
+
+def facts_of(base: Base, dtype: str, mixes: Mapping[str, Sequence[Mapping[str, Delta]]]) -> dict[str, Any]:
+    """Return what holds for all rows of a comparison: its base, the experts of each model, versions, machine, date."""
+    models = {
+        title: [
+            {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
+            for one in mix
+        ]
+        for title, mix in mixes.items()
+    }
+    return {
+        "base": base.place,
+        "fingerprint": base.fingerprint,
+        "dtype": dtype,
+        "models": models,
+        "python": platform.python_version(),
+        "machine": machine(),
+        "versions": package_versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _named(experts: Any) -> Mapping[str, Any]:
+    """Return the mixes by name; the name of one mix alone is empty."""
+    one_mix = isinstance(experts, TaskVector) or (
+        isinstance(experts, Mapping) and any(isinstance(value, Delta) for value in experts.values())
+    )
+    return {"": experts} if one_mix or not isinstance(experts, Mapping) else experts
+
+
+def _name(expert: Mapping[str, Delta]) -> str:
+    return expert.name if isinstance(expert, StoredExpert) else "task vector"
 
 
 def _checkpoint(mix: Any) -> Base | None:
