@@ -24,6 +24,7 @@ VERBS = {
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),
+    "harness": Command("harness", "harness", "measure a base and experts on benchmarks, by the lm-evaluation-harness"),
     "predict": Command("training", "", "write a model's answers"),
     "generate": Command("generate", "generate", "answer one prompt, from the command line or a pipe", ("prompt",)),
     "import": Command("import_", "import_", "bring an adapter or a fine-tuned checkpoint into a library", ("source",)),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
     if place.is_dir():
         return _directory_records(path, place, where or {})
     if not place.is_file():
+        if _is_benchmark(path):
+            raise ValueError(
+                f"{path} is a benchmark of the lm-evaluation-harness, and nothing is trained, tuned or searched on "
+                f"benchmarks; measure experts by modular-experts harness --tasks {path}"
+            )
         near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
         raise ValueError(f"{path}: no such file in {str(place.parent.absolute())!r}{near} (hub ids go into `hub`)")
     if place.suffix.lower() not in READERS:
@@ -203,6 +210,18 @@ READERS = {
     ".tsv": _delimited,
     ".parquet": _parquet,
 }
+
+
+def _is_benchmark(name: str) -> bool:
+    """Return whether the lm-evaluation-harness, if it is installed, has a task or a group of this name.
+
+    Its own index takes ten seconds to make, and this look into its files one.
+    """
+    spec = find_spec("lm_eval") if re.fullmatch(r"\w[\w-]*", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    line = re.compile(rf"^(task|group): *['\"]?{name}['\"]? *$".encode(), re.MULTILINE)
+    return any(line.search(file.read_bytes()) for file in Path(spec.submodule_search_locations[0]).rglob("*.yaml"))
 
 
 def _never_empty(path: str, records: Iterator[Record]) -> Iterator[Record]:

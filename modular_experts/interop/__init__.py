@@ -2,5 +2,5 @@
 
 `import_expert.py` (open it first) brings in PEFT adapters (`peft/`), sparse fine-tunings (`composable_sft.py`,
 `spiel.py`) and full checkpoints (`full_checkpoint.py`, with `compression.py` and `fidelity.py`). `peft/` also writes
-adapters, and `mergekit/` runs recipes of mergekit.
+adapters, `mergekit/` runs recipes of mergekit, and `harness.py` measures by the lm-evaluation-harness.
 """

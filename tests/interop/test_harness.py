@@ -1,0 +1,241 @@
+"""The lm-evaluation-harness measures what `evaluate` measures, experts in place as checkpoints, with no network."""
+
+from __future__ import annotations
+
+import json
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, write_rows
+from testbed.random_deltas import random_delta
+
+from modular_experts import apply, evaluate
+from modular_experts.base import Base
+from modular_experts.base.files import fingerprint
+from modular_experts.data import TaskMixture
+from modular_experts.evaluation import measure
+from modular_experts.injection.attach import attached
+from modular_experts.injection.route import route
+from modular_experts.interop.harness import export_tasks, harness, harness_tasks
+from modular_experts.library import make_record, write_expert
+from modular_experts.reports import Results
+from modular_experts.routing import Centroid
+from modular_experts.statistics import take_statistics
+
+WORDS = [first + middle + last for first in "bdfgkl" for middle in "aeio" for last in "nt"]
+ENDS = [":", " ->\n", " is ", "?"]
+TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an expert for each of two tasks, and a router over both; models answer some of the rows right."""
+    folder = tmp_path_factory.mktemp("harness")
+    base, library = folder / "base", folder / "library"
+    build_model("llama").save_pretrained(base)
+    build_tokenizer().save_pretrained(base)
+    opened = Base.open(base)
+    model, tokenizer = opened.load(), opened.tokenizer()
+    moved = {name: weight for name, weight in model.named_parameters() if "q_proj" in name or "down_proj" in name}
+    for number, task in enumerate(("turn", "say")):
+        deltas = [(n, random_delta("Sparse", w.shape, number, torch.float32, share=0.5)) for n, w in moved.items()]
+        record = make_record("X", {"id": str(base), "fingerprint": fingerprint(base)}, tasks=[task])
+        write_expert(library / task, deltas, record)
+        rows = [
+            {
+                "input": word + ENDS[row % 8 // 2] if number else f"{word} {word}{ENDS[row % 8 // 2]}",
+                "target": word[::-1],
+                "choices": [word + "s", word[::-1], word * 2],
+                "split": "test" if row % 2 else "validation",
+            }
+            for row, word in enumerate(WORDS)
+        ]
+        file = write_rows(folder / f"{task}.jsonl", rows)
+        # Every other test row has what a model with the expert writes as its target.
+        data = TaskMixture([file], tokenizer)
+        data.setup("test")
+        with attached(model, library / task):
+            said = measure(model, tokenizer, data.test_dataloader(), data.roles, TOKENS, examples=99)["examples"][task]
+        for row, answer in list(zip([row for row in rows if row["split"] == "test"], said, strict=True))[::2]:
+            assert row["input"] == answer["input"]
+            row["target"] = answer["answer"] or row["target"]
+            row["choices"] = [word for word in row["choices"] if word != row["target"]] + [row["target"]]
+        write_rows(file, rows)
+    experts = [library / "turn", library / "say"]
+    take_statistics(experts, "prompts", TaskMixture([folder / "turn.jsonl", folder / "say.jsonl"]))
+    route(experts, library / "routed", Centroid(reject=None))
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fail at any connection, and keep tables of datasets out of the user's cache."""
+
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"something connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def numbers(results: Results) -> dict[tuple[str, str, str], float]:
+    """Return what the harness measures of results, by model, task and metric."""
+    metrics = ("exact_match", "choice_accuracy")
+    return {
+        (row["model"], row["task"], row["metric"]): row["value"] for row in results.rows if row["metric"] in metrics
+    }
+
+
+def installed() -> None:
+    pytest.importorskip("lm_eval", reason="pip install 'modular-experts[eval]'")
+
+
+def test_both_types_of_task_have_the_scores_of_evaluate(place, tmp_path, no_network):
+    installed()
+    library, tasks = place / "library", [place / "turn.jsonl", {"path": str(place / "say.jsonl"), "role": "held_out"}]
+    models = {"base": [], "turn": library / "turn", "sum": [library / "turn", library / "say"], "again": []}
+    models["routed"] = library / "routed"
+    found = harness(None, models, tasks, out=tmp_path, max_new_tokens=TOKENS, batch_size=5)
+    assert numbers(found) == pytest.approx(numbers(evaluate(None, models, tasks, max_new_tokens=TOKENS)))
+    for metric in ("exact_match", "choice_accuracy"):
+        assert 0 < found.mean(metric, model="turn", task="turn") < 1
+        values = [row["value"] for row in found.where(metric=metric).rows]
+        assert len(values) == 2 * len(models)
+        assert found.mean(metric, model="again") == found.mean(metric, model="base")
+    row = found.where(model="turn", task="say", metric="choice_accuracy").rows[0]
+    assert (row["role"], row["experts"], row["rows"]) == ("held_out", ["turn"], len(WORDS) // 2)
+    # The standard error of a mean of zeros and ones.
+    share, count = row["value"], row["rows"]
+    assert row["stderr"] == pytest.approx((share * (1 - share) / (count - 1)) ** 0.5)
+    kept = Results.read(tmp_path / "results.json")
+    assert kept.rows == json.loads(json.dumps(found.rows))
+    facts = kept.facts["harness"]
+    assert facts["batch_size"] == 5
+    assert facts["version"].startswith("0.4.")
+    assert facts["tasks"]["say_choices"]["version"] == 1.0
+    assert facts["tasks"]["say"]["content_hash"] != facts["tasks"]["turn"]["content_hash"]
+    with pytest.raises(FileExistsError, match=r"results\.json exists already.*--overwrite"):
+        harness(None, models, tasks, out=tmp_path)
+
+
+def test_the_harness_alone_scores_a_checkpoint_like_its_expert_in_place(place, tmp_path, no_network, monkeypatch):
+    installed()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    expert = place / "library" / "turn"
+    apply([expert], tmp_path / "checkpoint")
+    names = export_tasks([place / "turn.jsonl", place / "say.jsonl"], tmp_path / "tasks", place / "base", TOKENS)
+    assert names == ["turn", "turn_choices", "say", "say_choices"]
+    assert "--tasks turn,turn_choices,say,say_choices" in (tmp_path / "tasks" / "HARNESS.md").read_text()
+    monkeypatch.chdir(tmp_path / "tasks")
+    settings = {"pretrained": str(tmp_path / "checkpoint"), "add_bos_token": False, "dtype": "float32"}
+    manager = TaskManager(include_path=".", include_defaults=False)
+    alone = simple_evaluate("hf", settings, names, task_manager=manager, batch_size=16, device="cpu")["results"]
+    ours = numbers(harness(None, expert, [place / "turn.jsonl", place / "say.jsonl"], max_new_tokens=TOKENS))
+    assert len(ours) == 4
+    for (_, task, metric), value in ours.items():
+        key = (task, "exact_match,none") if metric == "exact_match" else (f"{task}_choices", "acc,none")
+        assert alone[key[0]][key[1]] == pytest.approx(value)
+
+
+def test_benchmarks_are_measured_by_their_names_with_the_harness_s_metrics(place, tmp_path, no_network, monkeypatch):
+    installed()
+    from lm_eval.tasks import TaskManager
+
+    # In the place of the harness's own tasks, whose data are on the hub; the index of those takes ten seconds.
+    names = export_tasks([place / "turn.jsonl"], tmp_path / "tasks", place / "base", TOKENS)
+    only = partial(TaskManager, include_path=tmp_path / "tasks", include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults=True: only())
+    monkeypatch.chdir(tmp_path / "tasks")
+    expert = place / "library" / "turn"
+    found = harness(None, {"turn": expert}, [",".join(names), place / "say.jsonl"], max_new_tokens=TOKENS, limit=5)
+    assert [(row["task"], row["metric"], row["role"], row["rows"]) for row in found.rows] == [
+        ("say", "exact_match", "held_in", 5),
+        ("say", "choice_accuracy", "held_in", 5),
+        ("turn", "exact_match", "held_out", 5),
+        ("turn_choices", "acc", "held_out", 5),
+    ]
+    with pytest.raises(ValueError, match=r"'turn_choice' is neither a file nor a task .*; did you mean turn_choices"):
+        harness(None, expert, "turn_choice")
+    # Examples in the prompt: those that a benchmark asks for or the caller, and the same ones for each model.
+    settings = tmp_path / "tasks" / "turn_choices.yaml"
+    settings.write_text(settings.read_text().replace("num_fewshot: 0\n", ""))
+    twice = {"one": expert, "two": expert}
+    scores = [harness(None, twice, ",".join(names), max_new_tokens=TOKENS, num_fewshot=shots) for shots in (None, 3)]
+    asked = [found.facts["harness"]["tasks"] for found in scores]
+    assert [found["turn_choices"]["num_fewshot"] for found in asked] == [0, 3]
+    assert [found["turn"]["num_fewshot"] for found in asked] == [0, 0]
+    one, two = ([row["value"] for row in scores[1].where(model=model).rows] for model in twice)
+    assert one == two
+    (tmp_path / "tasks" / "turn.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"the harness could not load turn .*from the cache of datasets"):
+        harness(None, expert, "turn")
+
+
+def test_the_command_shows_models_side_by_side_and_exports(place, tmp_path, run, monkeypatch, no_network):
+    monkeypatch.chdir(place)
+    code, out, err = run("harness", "--experts", "library/turn", "--tasks", "turn.jsonl", "--export", tmp_path / "x")
+    assert (code, err) == (0, "")
+    assert f"{tmp_path}/x: turn, turn_choices; {tmp_path}/x/HARNESS.md shows the command" in out
+    code, _, err = run("harness", "--base", "base", "--tasks", "turn.jsonl", "--export", tmp_path / "x")
+    assert code == 1
+    assert "exists already" in err
+    assert "turn,turn_choices" in (tmp_path / "x" / "HARNESS.md").read_text()
+    installed()
+    what = ["--base", "base", "--experts", "a=library/turn", "--tasks", "turn.jsonl", "--max_new_tokens", TOKENS]
+    code, out, err = run("harness", *what, "--out", tmp_path / "o")
+    assert code == 0, err
+    assert out.startswith("measuring base, 1 of 2\nmeasuring a, 2 of 2\n")
+    found = Results.read(tmp_path / "o" / "results.json")
+    values = [found.mean("choice_accuracy", model=model) for model in ("base", "a")]
+    line = next(line for line in out.splitlines() if line.startswith("turn choice_accuracy"))
+    assert line.split()[2:] == [f"{value:.4f}" for value in values]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tasks", "turn.jsonl"], "give either --out DIR for the results, or --export DIR for tasks of the harness"),
+        (["--tasks", "arc_easy", "--export", "x"], "arc_easy is the name of a benchmark; give the path of a file"),
+        (["--tasks", "chat.jsonl", "--export", "x"], "task 'chat' holds conversations"),
+        (["--tasks", "learn.jsonl", "--export", "x"], "task 'learn' has no test rows"),
+        (["--tasks", "turn.jsonl", "turn_choices.jsonl", "--export", "x"], "would be called 'turn_choices'"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, run, monkeypatch, words, sentence):
+    monkeypatch.chdir(place)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_rows(place / "chat.jsonl", [{"messages": talk, "split": "test"}])
+    write_rows(place / "learn.jsonl", [{"input": "a", "target": "b", "split": "train"}])
+    write_rows(place / "turn_choices.jsonl", [{"input": "a", "target": "b", "split": "test"}])
+    code, _, err = run("harness", "--base", "base", *words)
+    assert code in (1, 2)
+    assert sentence in err
+    assert not (place / "x").exists()
+
+
+def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(place):
+    settings, rows = harness_tasks(TaskMixture([place / "turn.jsonl"]), build_tokenizer())["turn_choices"]
+    texts = [(row["input"][-1], settings["target_delimiter"] + choice) for row in rows for choice in row["choices"]]
+    assert {(end, len(text) - len(text.lstrip())) for end, text in texts} == {(":", 1), ("\n", 0), (" ", 0), ("?", 1)}
+    assert all(choice.endswith("<eos>") for row in rows for choice in row["choices"])
+
+
+def test_experts_are_not_searched_on_a_benchmark(place, run, monkeypatch):
+    installed()
+    monkeypatch.chdir(place)
+    tasks = ["--data.tasks", "arc_easy", "--experts", "library/turn", "library/say"]
+    for command in (
+        ["search", *tasks, "--algorithm", "LoRAHub", "--out", "library/x"],
+        ["statistics", *tasks, "--kind", "gram"],
+        ["merge", *tasks[2:], "--tune.data.tasks", "arc_easy", "--method", "TIES", "--out", "library/x"],
+    ):
+        code, _, err = run(*command)
+        assert code == 1
+        assert "arc_easy is a benchmark of the lm-evaluation-harness" in err
+        assert "modular-experts harness --tasks arc_easy" in err
+    assert not (place / "library" / "x").exists()
