@@ -46,7 +46,7 @@ def apply(
 
 def export(
     expert: str,
-    form: Literal["lora", "supertuning", "shira"],
+    form: Literal["lora", "supertuning", "shira", "glora"],
     out: str,
     rank: int | None = None,
     base: str | None = None,
@@ -57,9 +57,9 @@ def export(
     """Write an expert as a PEFT adapter, which PEFT and what builds on it load without this package.
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
-    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
-    adapter takes its place it is loaded again, by PEFT if it is installed, and its logits are compared with those of
-    base plus deltas. Use `apply` for what no adapter can carry (biases, norms).
+    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira; a GLoRA, its
+    biases too, by glora. Before the adapter takes its place it is loaded again, by PEFT if it is installed, and its
+    logits are compared with those of base plus deltas. Use `apply` for what these cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.
@@ -89,7 +89,7 @@ def export(
             f"{check.largest_approximation:.3g}, {check.mean_approximation:.3g} on average"
         )
     if written.padding:
-        print(f"padded with {written.padding} zeros, because the format asks for fixed numbers of entries")
+        print(f"padded with {written.padding} entries, because the format asks for fixed numbers of them")
     print(
         f"loaded again with {check.loaded_with}: a logit differs by up to {check.largest_difference:.3g}, "
         f"{check.mean_difference:.3g} on average (tolerance {check.tolerance:g})"

@@ -109,6 +109,9 @@ class Expert(Trained, ABC):
     trains_weight: ClassVar[bool] = False
     """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
 
+    leave_bias: ClassVar[str] = "take a type of expert that leaves the bias alone"
+    """What to do so that the bias stays, as the end of a sentence, for a type that moves it in a layer without one."""
+
     @property
     def delta_of_base(self) -> bool:
         """Whether the delta is made of weights of the base, so that it changes with other experts in them."""

@@ -69,6 +69,7 @@ class GLoRAExpert(Expert):
     """
 
     learning_rate: ClassVar[float] = 3e-3
+    leave_bias: ClassVar[str] = "set c, d and e to none"
 
     def __init__(
         self,

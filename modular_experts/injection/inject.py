@@ -146,8 +146,8 @@ def _equip(site: Site, factory: Factory) -> Expert:
         still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
         if expert.bias_delta(still, layer.weight.T if transposed else layer.weight) is not None:
             raise ValueError(
-                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or make the "
-                "expert without a bias"
+                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or "
+                f"{expert.leave_bias}"
             )
     layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
     if expert.trains_weight:

@@ -200,7 +200,9 @@ def test_gradient_checkpointing_takes_the_same_path_again(architecture) -> None:
 
 @pytest.mark.parametrize("part", ["c", "d", "e"])
 def test_a_layer_without_a_bias_refuses_what_moves_one(part) -> None:
-    with pytest.raises(ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or"):
+    with pytest.raises(
+        ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or set c, d and e to none"
+    ):
         inject(nn.Sequential(layer(bias=False)), partial(GLoRAExpert, **{part: "vector"}), "0")
     inject(nn.Sequential(layer(bias=False)), GLoRAExpert, "0")
 

@@ -109,7 +109,7 @@ def test_padding_stands_at_places_that_are_not_kept_each_one_once(tiny_llama_dir
 def test_super_tunings_sparsity_leaves_room_for_every_entry_after_rounding():
     for kept in (1, 4, 7, 10, 11, 22, 307, 1535, 1536):
         delta = Sparse(torch.arange(kept, dtype=torch.int32), torch.ones(kept), torch.Size((48, 32)))
-        fitted = SupertuningFormat().fit_to([("a", delta), ("b", Sparse.zero((16, 48)))])
+        fitted = SupertuningFormat().fit_to({"a": delta, "b": Sparse.zero((16, 48))}, "ab")
         sparsity = fitted.configuration({}, {})["sparsity"]
         assert 0 <= sparsity < 1
         assert int(1536 * (1 - sparsity)) == max(kept, 2)  # one entry of the smaller weight is two of this one
@@ -117,11 +117,9 @@ def test_super_tunings_sparsity_leaves_room_for_every_entry_after_rounding():
 
 
 def test_shira_takes_the_smallest_r_that_holds_every_module():
-    deltas = [
-        (str(n), Sparse(torch.arange(n, dtype=torch.int32), torch.ones(n), torch.Size((16, 32)))) for n in (3, 97)
-    ]
-    assert ShiraFormat().fit_to(deltas).configuration({}, {})["r"] == 3
-    assert ShiraFormat().fit_to(deltas[:1]).configuration({}, {})["r"] == 1
+    deltas = {str(n): Sparse(torch.arange(n, dtype=torch.int32), torch.ones(n), torch.Size((16, 32))) for n in (3, 97)}
+    assert ShiraFormat().fit_to(deltas, ["3", "97"]).configuration({}, {})["r"] == 3
+    assert ShiraFormat().fit_to(deltas, ["3"]).configuration({}, {})["r"] == 1
 
 
 def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_llama_dir, tmp_path):
@@ -316,7 +314,7 @@ def test_the_command_tells_what_is_lost_and_how_it_was_checked(tiny_llama_dir, t
     assert main([*line[:4], "shira", *line[5:]]) == 1
     assert "rank=4 is a setting of form lora, and form is shira" in capsys.readouterr().err
     assert main([*line[:4], "lorra", *line[5:]]) == 2
-    assert "must be one of lora, supertuning, shira, got lorra; did you mean lora?" in capsys.readouterr().err
+    assert "must be one of lora, supertuning, shira, glora, got lorra; did you mean lora?" in capsys.readouterr().err
 
 
 def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path):

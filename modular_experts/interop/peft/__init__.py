@@ -2,7 +2,7 @@
 
 `read.py` (open it first) reads three types with `files.py` and `terms.py`, what a module's tensors do to its weight;
 `asked.py` asks PEFT for the deltas of any other type.
-`write.py` writes with `formats.py`, the kinds of adapter, and `verify.py`, which loads the result again.
+`write.py` writes with `formats.py` and `glora.py`, the kinds of adapter, and `verify.py`, which loads the result again.
 """
 
 from modular_experts.interop.peft.asked import AskedDeltas, ask_peft
@@ -13,6 +13,7 @@ from modular_experts.interop.peft.formats import (
     ShiraFormat,
     SupertuningFormat,
 )
+from modular_experts.interop.peft.glora import GloraFormat
 from modular_experts.interop.peft.read import read_peft
 from modular_experts.interop.peft.verify import AdapterCheck
 from modular_experts.interop.peft.write import WrittenAdapter, export, write_peft
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterCheck",
     "AskedDeltas",
     "EncodedWeight",
+    "GloraFormat",
     "LoraFormat",
     "PeftFormat",
     "ShiraFormat",

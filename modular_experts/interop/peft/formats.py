@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
 from modular_experts.deltas.algebra import truncated_svd
 from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.interop.compression import Lossless
+from modular_experts.library import StoredExpert
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class EncodedWeight:
 
     Attributes:
         delta: The delta that the adapter stands for.
-        tensors: The adapter's tensors, by the last part of their key.
+        tensors: The adapter's tensors, by the last parts of their key; those of a bias may lie with its weight's.
         energy: Squared Frobenius norm of the expert's delta.
         lost: Squared Frobenius norm of what the adapter lacks of it.
-        padding: Number of zero entries that the format requires and the expert does not have.
+        padding: Number of entries that the format requires and the expert does not have.
     """
 
     delta: Delta
@@ -55,17 +56,23 @@ class PeftFormat(ABC):
     Attributes:
         peft_type: PEFT's name for it.
         modules: The modules whose weights it can move, in words.
+        parameters: Which weights of a module it can move: `weight`, and for some kinds `bias`.
     """
 
     peft_type: ClassVar[str]
     modules: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:
-        """Return whether the format can move the weight of a module."""
+        """Return whether the format can move the weights of a module."""
 
-    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> PeftFormat:
-        """Return the format with the settings that all modules share, such as a sparsity, chosen for these deltas."""
+    def fit_to(self, expert: StoredExpert, names: Iterable[str]) -> PeftFormat:
+        """Return the format with what it must know of the whole expert before it encodes these of its weights.
+
+        A sparsity that all modules share is chosen here, and a type's own tensors (`StoredExpert.state`) are read here;
+        a ValueError means that the format is not for this expert.
+        """
         return self
 
     @abstractmethod
@@ -168,8 +175,8 @@ class ShiraFormat(_SparseFormat):
 
     peft_type = "SHIRA"
 
-    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> ShiraFormat:
-        kept = [(name, _as_sparse(name, delta).support_size, delta.shape) for name, delta in deltas]
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> ShiraFormat:
+        kept = [(name, _as_sparse(name, delta).support_size, delta.shape) for name, delta in _pairs(expert, names)]
         r = max(1, *(math.ceil(entries / sum(shape)) for _, entries, shape in kept))
         for name, _, shape in kept:
             if r * sum(shape) > shape.numel():
@@ -198,8 +205,8 @@ class SupertuningFormat(_SparseFormat):
 
     peft_type = "SUPERTUNING"
 
-    def fit_to(self, deltas: Iterable[tuple[str, Delta]]) -> SupertuningFormat:
-        kept = [(max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in deltas]
+    def fit_to(self, expert: Mapping[str, Delta], names: Iterable[str]) -> SupertuningFormat:
+        kept = [(max(_as_sparse(name, delta).support_size, 1), delta.shape) for name, delta in _pairs(expert, names)]
         sparsity = 1.0 - max(entries / shape.numel() for entries, shape in kept)
         fitted = replace(self, _sparsity=sparsity)
         while any(fitted.entries(shape) < entries for entries, shape in kept):  # rounding has cost an entry
@@ -215,6 +222,10 @@ class SupertuningFormat(_SparseFormat):
 
     def configuration(self, modules: Mapping[str, nn.Module], encoded: Mapping[str, EncodedWeight]) -> dict[str, Any]:
         return {"sparsity": self._sparsity, "select_top": True, "init_weights": True, "save_precomputed_indices": True}
+
+
+def _pairs(expert: Mapping[str, Delta], names: Iterable[str]) -> Iterator[tuple[str, Delta]]:
+    return ((name, expert[name]) for name in names)
 
 
 def _as_sparse(name: str, delta: Delta) -> Sparse:

@@ -26,6 +26,7 @@ from modular_experts.interop.peft.formats import (
     ShiraFormat,
     SupertuningFormat,
 )
+from modular_experts.interop.peft.glora import GloraFormat
 from modular_experts.interop.peft.verify import AdapterCheck, verify_adapter
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
@@ -58,14 +59,14 @@ class WrittenAdapter:
 
     @property
     def padding(self) -> int:
-        """Number of zeros that only the format requires."""
+        """Number of entries that only the format requires."""
         return sum(weight.padding for weight in self.weights.values())
 
 
 def export(
     expert: str | Path,
     out: str | Path,
-    form: Literal["lora", "supertuning", "shira"],
+    form: Literal["lora", "supertuning", "shira", "glora"],
     rank: int | None = None,
     base: str | Path | Base | None = None,
     revision: str | None = None,
@@ -76,7 +77,7 @@ def export(
     """Write an expert as a PEFT adapter of a format that is given by name; `write_peft` explains the other arguments.
 
     Args:
-        form: `lora`, `supertuning` or `shira`.
+        form: `lora`, `supertuning`, `shira` or `glora`.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
 
     Raises:
@@ -86,6 +87,7 @@ def export(
         "lora": LoraFormat(rank),
         "supertuning": SupertuningFormat(),
         "shira": ShiraFormat(),
+        "glora": GloraFormat(),
     }
     if form not in formats:
         raise ValueError(f"form must be one of {', '.join(formats)}, got {form!r}{did_you_mean(form, formats)}")
@@ -111,7 +113,7 @@ def write_peft(
     Args:
         expert: Directory of the expert.
         out: Directory of the adapter.
-        format: The kind of adapter: `LoraFormat`, `SupertuningFormat` or `ShiraFormat`.
+        format: The kind of adapter: `LoraFormat`, `SupertuningFormat`, `ShiraFormat` or `GloraFormat`.
         base: The base's directory or hub id; what the expert's record names if not given.
         revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
@@ -128,7 +130,7 @@ def write_peft(
     (opened,) = open_experts([expert])
     found = Base.open(base, [opened], revision)
     modules = _moved_modules(opened, format, found)
-    format = format.fit_to((name, opened[name]) for name in modules)
+    format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
     config = {
         "peft_type": format.peft_type,
@@ -136,12 +138,12 @@ def write_peft(
         "base_model_name_or_path": found.place,
         "revision": found.revision,
         "inference_mode": True,
-        "target_modules": [name.removesuffix(".weight") for name in encoded],
+        "target_modules": list(dict.fromkeys(_module_of(name) for name in encoded)),
         "modules_to_save": None,
         **format.configuration(modules, encoded),
     }
     tensors = {
-        f"{PREFIX}{name.removesuffix('.weight')}.{suffix}": tensor.contiguous()
+        f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
         for name, weight in encoded.items()
         for suffix, tensor in weight.tensors.items()
     }
@@ -179,8 +181,15 @@ def write_peft(
     return written
 
 
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict[str, nn.Module]:
-    """Return the module of each weight that the expert moves, by the weight's name, if the format can move them."""
+    """Return the modules that the expert moves by the names of their weights, if the format can move them.
+
+    Of a module whose bias alone moves, the weight is there too.
+    """
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
     if not moved:
@@ -192,12 +201,20 @@ def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict
                 f"{expert.name} moves {name}, which the base ties to another weight, and an adapter moves only one of "
                 "the two; export an expert that leaves it alone"
             )
-    modules = {name: structure.layer(name) for name in moved}
-    others = [name for name in moved if not (name.endswith(".weight") and format.supports(modules[name]))]
+    others = [name for name in moved if not _can_move(format, name, structure.layer(name))]
     if others:
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        way_out = "write a full checkpoint with modular-experts apply"
+        if all(_can_move(LoraFormat(), name, structure.layer(name)) for name in moved):
+            way_out += ", or approximate it as lora with a rank"
         raise ValueError(
-            f"a {format.peft_type} adapter can only move the weight of a {format.modules}, and {expert.name} also "
-            f"moves {shown}; write a full checkpoint with modular-experts apply"
+            f"a {format.peft_type} adapter can only move the {' and '.join(format.parameters)} of a {format.modules}, "
+            f"and {expert.name} also moves {shown}; {way_out}"
         )
-    return modules
+    modules = {_module_of(name) for name in moved}
+    kept = [name for name in expert if _module_of(name) in modules and name.endswith(format.parameters)]
+    return {name: structure.layer(name) for name in kept}
+
+
+def _can_move(format: PeftFormat, name: str, module: nn.Module) -> bool:
+    return name.rpartition(".")[2] in format.parameters and format.supports(module)
