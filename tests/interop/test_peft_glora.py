@@ -44,7 +44,11 @@ def base_of(tiny, tmp_path_factory):
 def trained(base, out, settings, path_of=None, targets="all-linear", **how):
     """Store a GLoRA of random numbers, whose layers keep the paths that `path_of` gives; return it and its logits."""
     model = Base.open(base).load()
-    inject(model, lambda weight: GLoRAExpert(weight, rank=3, **settings), targets)
+
+    def make(weight, site):
+        return GLoRAExpert(weight, rank=3, **(WITHOUT_BIAS if site.module.bias is None else settings))
+
+    inject(model, make, targets)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for number, (_, layer) in enumerate(expert_layers(model)):
@@ -61,7 +65,9 @@ def many(number, choices):
     return GLoRAPath(*(draw.choice(kinds) for kinds in choices.values()))
 
 
-@pytest.mark.parametrize(("architecture", "settings"), [("llama", WITHOUT_BIAS), ("biased", LARGEST)])
+@pytest.mark.parametrize(
+    ("architecture", "settings"), [("llama", WITHOUT_BIAS), ("biased", LARGEST), ("qwen2", LARGEST)]
+)
 def test_peft_computes_what_layers_of_all_kinds_of_paths_do_together_and_merged(
     base_of, tmp_path, architecture, settings
 ):
@@ -75,7 +81,7 @@ def test_peft_computes_what_layers_of_all_kinds_of_paths_do_together_and_merged(
     assert written.check.loaded_with == "peft 0.21.2"
     assert written.relative_error == 0.0
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    biased = architecture == "biased"
+    biased = architecture != "llama"
     assert [config[f"config_{parts}"] for parts in ("A_B", "C", "D_E")] == (
         ["lora", "lora", "vector"] if biased else ["lora", "none", "none"]
     )
