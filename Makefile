@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-quickstart lint format bench docs triton dist
+.PHONY: help install quickstart smollm2 examples test test-slow test-peer test-harness test-engines test-quickstart lint format bench docs triton dist
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -39,6 +39,14 @@ test-slow: $(DEVELOPS) $(SMOLLM2)/config.json ## test on SmolLM2; MODULAR_EXPERT
 test-peer: $(DEVELOPS) ## install mergekit beside this package and compare with it
 	$(PIP) --quiet mergekit==0.1.5
 	$(BIN)/python -m pytest -m peer -rs $(ARGS)
+
+test-harness: $(DEVELOPS) ## install lm-eval and test the command harness with it
+	$(PIP) --quiet -e '.[eval]'
+	$(BIN)/python -m pytest tests/interop/test_harness.py -rs $(ARGS)
+
+test-engines: $(DEVELOPS) ## install dask, Ray and submitit, and run studies on them; SLURM where its daemons are
+	$(PIP) --quiet -e '.[dask,ray,slurm]'
+	$(BIN)/python -m pytest -m cluster -rs $(ARGS)
 
 test-quickstart: $(DEVELOPS) ## run the whole quickstart and check what it shows
 	$(BIN)/python -m pytest -m quickstart $(ARGS)

@@ -7,7 +7,7 @@ block loses the MLP channels that contribute least. Beside both stands the remov
 weights.
 Then a LoRA is trained on the base and on each smaller one, and tested.
 
-    python benchmarks/compress_quality.py BASE DATA [--keep 0.9 0.8 0.7] [--expert snips_intent] [--work DIR]
+    python benchmarks/compress_quality.py [BASE DATA] [--keep 0.9 0.8 0.7] [--expert snips_intent] [--work DIR]
 
 What is done stays in `--work`, so a run that was stopped goes on where it was. On SmolLM2 a ratio takes about ten
 minutes of CPU time, and each expert two. `--quick` measures less of everything, to see that it works.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -42,8 +43,9 @@ QUICK = {"multiple": 4, "slack": 0.1, "tokens": 512, "search_tokens": 128, "test
 def main() -> None:
     """Measure what the store lacks, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="directory of a base, such as .cache/smollm2")
-    parser.add_argument("data", help="directory of the task files")
+    parser.add_argument("base", nargs="?", default=".cache/smollm2", help="directory of a base: .cache/smollm2")
+    data = os.environ.get("MODULAR_EXPERTS_DATA", "../shared/data")
+    parser.add_argument("data", nargs="?", default=data, help="directory of the task files: MODULAR_EXPERTS_DATA")
     parser.add_argument("--files", nargs="+", default=FILES, help="names of the task files")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--evaluations", type=int, default=48, help="candidates of a search")
