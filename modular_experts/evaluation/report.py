@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.reports import Results
-from modular_experts.reports.html import Html, Section, element, example, note, report
+from modular_experts.reports.html import Html, Section, element, example, note, report, sorting
 from modular_experts.reports.results import METRICS, ROLES, SHARES
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
@@ -21,6 +21,7 @@ def write_report(results: Results, file: Path) -> None:
     header = [
         element("p", f"modular-experts {facts['versions']['modular-experts']} · {facts['date']}", class_="eyebrow"),
         element("h1", f"{len(models)} models on {len(results.values('task'))} tasks"),
+        results.downloads(),
     ]
     rows = facts["examples"]
     if rows:
@@ -40,7 +41,8 @@ def write_report(results: Results, file: Path) -> None:
     }
     about = {"base": facts["base"], **places, "machine": facts["machine"], "data type": facts["dtype"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    file.write_text(report(f"{len(models)} models compared", header, sections, about), encoding="utf-8")
+    text = report(f"{len(models)} models compared", header, sections, about, sorting())
+    file.write_text(text, encoding="utf-8")
 
 
 def every_task(results: Results) -> Table:

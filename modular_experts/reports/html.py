@@ -1,4 +1,4 @@
-"""Build HTML from Python values, as elements and as whole pages that need no other file, no script and no network.
+"""Build HTML from Python values, as elements and as whole pages that need no other file and no network.
 
 `element` and `joined` escape text that is not `Html` already, so that no text can become markup. They close tags as in
 XML, so that any XML parser can check a page.
@@ -16,7 +16,7 @@ from modular_experts.reports.svg import COLOURS
 
 HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
 LONGEST = 300  # characters of a text in an example
-STYLE = Path(__file__).with_name("page.css")
+STYLE, SORTING = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 
 
 class Html(str):
@@ -42,8 +42,10 @@ class Section(NamedTuple):
     parts: Sequence[Html]
 
 
-def report(title: str, header: Sequence[Html], sections: Sequence[Section], facts: Mapping[str, str]) -> str:
-    """Return a page of a header, a table of contents, sections, and facts about how it was made."""
+def report(
+    title: str, header: Sequence[Html], sections: Sequence[Section], facts: Mapping[str, str], *more: Html
+) -> str:
+    """Return a page of a header, a table of contents, sections, facts about how it was made, and `more` after them."""
     links = [element("a", part.name, href=f"#{slug(part.name)}") for part in sections]
     parts = [
         element(
@@ -57,7 +59,7 @@ def report(title: str, header: Sequence[Html], sections: Sequence[Section], fact
     ]
     known = joined(element("div", element("dt", name), element("dd", text)) for name, text in facts.items())
     contents = element("nav", *links, aria_label="Contents")
-    return page(title, element("header", *header), contents, *parts, element("footer", element("dl", known)))
+    return page(title, element("header", *header), contents, *parts, element("footer", element("dl", known)), *more)
 
 
 def example(given: str, wanted: str, answers: Mapping[str, str]) -> Html:
@@ -70,6 +72,11 @@ def example(given: str, wanted: str, answers: Mapping[str, str]) -> Html:
         said = [code, element("span", f" {mark}")] if mark else [code]
         shown.append(element("div", element("dt", name), element("dd", *said), **({"class_": mark} if mark else {})))
     return element("dl", *shown, class_="example")
+
+
+def sorting() -> Html:
+    """Return a script for the end of a page, by which headings sort their tables; the page reads as well without it."""
+    return element("script", Html(SORTING.read_text(encoding="utf-8")))
 
 
 def slug(text: str) -> str:

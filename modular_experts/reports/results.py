@@ -5,10 +5,12 @@ Every table, chart and page reads results in this form, and so does pandas: `pan
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
 import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ import rich.table
 from rich.console import Console
 
 from modular_experts.library.atomic import new_file
-from modular_experts.reports.html import Html
+from modular_experts.reports.html import Html, element
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
 FORMAT = "modular-experts/results/1"
@@ -115,6 +117,26 @@ class Results:
     def html(self) -> Html:
         """Return the same table for a page or a notebook."""
         return self._table().html()
+
+    def csv(self) -> str:
+        """Return the rows as CSV, with a column for each key of any row; lists stand in their cells as JSON."""
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({key: json.dumps(one) if isinstance(one, list) else one for key, one in row.items()})
+        return stream.getvalue()
+
+    def downloads(self) -> Html:
+        """Return links to these results as JSON and as CSV, which a page holds in itself."""
+        whole = json.dumps(_plain({"format": FORMAT, "facts": self.facts, "rows": self.rows}), ensure_ascii=False)
+        files = {"results.json": ("application/json", whole), "results.csv": ("text/csv", self.csv())}
+        links = [
+            element("a", name, download=name, href=f"data:{kind};base64,{b64encode(text.encode()).decode()}")
+            for name, (kind, text) in files.items()
+        ]
+        return element("p", "All numbers: ", links[0], " · ", links[1], class_="note")
 
     def _table(self) -> Table:
         named = "model" if len(self.values("model")) > 1 else "task"
