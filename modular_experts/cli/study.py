@@ -24,7 +24,7 @@ from modular_experts.cli.format import counted, duration_text, progress_by_tenth
 from modular_experts.cli.parser_errors import explained
 from modular_experts.study import Tools, pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import STAGES, title_of
-from modular_experts.study.results import REPORT, RESULTS, summary, write_report
+from modular_experts.study.results import REPORT, RESULTS, findings, summary, write_report
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
 
@@ -158,6 +158,7 @@ def study(
     if results.rows:
         write_report(results, everything, place / REPORT)
         Console(width=80).print(summary(results, everything).text())
+        print(*[f"\n{sentence}" for sentence in findings(results)], sep="")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
     if state.failed:
         _print_failures(state)

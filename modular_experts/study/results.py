@@ -1,37 +1,36 @@
 """Make rows, a table and a page of what the pieces of a study found.
 
 A row has the columns of `reports.Results`, and `kind`, `merge`, `count`, `group`, `seed`, whether the task is one of
-the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task.
+the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. Rows of what merges did
+have the metrics and columns of `effects.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from modular_experts.jobs.processes import machine
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 from modular_experts.reports.heat import heat_map
-from modular_experts.reports.html import Section, element, example, note, report
-from modular_experts.reports.results import METRICS, SHARES
+from modular_experts.reports.html import Section, element, example, note, report, sorting
+from modular_experts.reports.results import METRICS, ROLES, SHARES
 from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
 from modular_experts.study.pieces import title_of
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE, MULTITASK, Study
 
 RESULTS, REPORT = "results.json", "report.html"
-DRAWS = 500  # of a bootstrap
 
 
 def results_of(study: Study, state: State) -> Results:
-    """Return a row for each number that the finished pieces measured."""
+    """Return a row for each number that the finished pieces measured, and rows of what the merges did."""
     rows: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
     for found in state.done.values():
@@ -59,63 +58,28 @@ def results_of(study: Study, state: State) -> Results:
         "versions": package_versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    return Results(rows, facts)
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """Return the 95 % interval of a mean over rows, by a bootstrap whose draws are always the same."""
-    means = torch.tensor(values)[_draws(len(values))].mean(1)
-    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
-
-
-@lru_cache(8)
-def _draws(rows: int) -> torch.Tensor:
-    return torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(0))
-
-
-def level_with(state: State) -> dict[tuple[str, str], bool]:
-    """Tell of the merges of all experts of each kind whether they are level with the best one, on held-in tasks.
-
-    The difference of two merges in exact match is taken row by row, over the rows of all tasks and seeds. It is inside
-    the noise if the 95 % interval of its mean contains zero.
-
-    Returns:
-        By kind and merge: True for the best, and for those that are level with it.
-    """
-    values: dict[tuple[str, str], dict[tuple, float]] = {}
-    whole: dict[str, int] = {}
-    merges = [found for found in state.done.values() if found.get("merge")]
-    for found in merges:
-        whole[found["kind"]] = max(whole.get(found["kind"], 0), found["count"])
-    for found in merges:
-        if found["count"] == whole[found["kind"]]:
-            mine = values.setdefault((found["kind"], found["merge"]), {})
-            for task, by_metric in found["values"].items():
-                if found["scores"]["tasks"][task]["role"] == "held_in":
-                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric["exact_match"])}
-    level = {}
-    for (kind, merge), mine in values.items():
-        rivals = [theirs for (other, _), theirs in values.items() if other == kind]
-        best = max(rivals, key=lambda theirs: fmean(theirs.values()))
-        low, high = interval([best[pair] - mine[pair] for pair in sorted(mine.keys() & best.keys())])
-        level[kind, merge] = low <= 0.0 <= high
-    return level
+    measured = Results(rows, facts)
+    return Results([*rows, *effects(state, main_metric(measured)), *growth(measured)], facts)
 
 
 def summary(results: Results, state: State) -> Table:
     """Return the table of a study: the base, and of each kind the single experts and every merge by its count."""
     metric = main_metric(results)
-    show: Any = percent if metric in SHARES else partial(number, digits=3)
-    best: Any = "low" if metric == "loss" else "high"
+    show, best = _shown(metric), cast(Any, "low" if metric == "loss" else "high")
     level = level_with(state)
 
     def of(rows: Results, role: str) -> float | None:
         return rows.mean(metric, role=role)
 
+    def of_own(rows: Results) -> float | None:
+        shares = [row["value"] for row in rows.where(metric=NORMALISED, task=None).rows if row["value"] is not None]
+        return fmean(shares) if shares else None
+
     columns = [
         Column("experts", lambda rows: rows.facts.get("count")),
         Column("held-in", lambda rows: of(rows, "held_in"), show, metric in SHARES, best=best),
         Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
+        Column("of own", of_own, partial(number, digits=2), best=best),
         Column("with the best", lambda rows: rows.facts.get("level"), str, left=True),
     ]
     groups = [[Line(BASE, results.where(model=BASE))]]
@@ -142,45 +106,67 @@ def main_metric(results: Results) -> str:
     return next((name for name in (*SHARES, "loss") if name in results.values("metric")), "loss")
 
 
+def findings(results: Results) -> list[str]:
+    """State of each kind what its best merge of the most experts kept of what these can do alone."""
+    sentences = []
+    for kind, row in _best_merges(results).items():
+        gains = results.where(model=row["model"], metric=GAIN).rows
+        worst = (max if row["of"] == "loss" else min)(
+            (one for one in gains if one["task"]), key=lambda one: one["value"]
+        )
+        share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
+        kept = f"have {share:.2f} of" if share is not None else "change"
+        sentences.append(
+            f"Merged by {row['merge']}, the {row['count']} {kind} experts {kept} their own {_words(row['of'])} "
+            f"({_change(row)}), and {_signed(worst['value'], row['of'])} on {worst['task']}"
+        )
+    return sentences
+
+
 def write_report(results: Results, state: State, file: Path) -> None:
     """Write a study's page, which needs no other file."""
     metric, facts = main_metric(results), results.facts
     tasks = [*facts["held_in"], *facts["held_out"]]
+    tested = results.where(metric=metric)
     header = [
         element("p", f"modular-experts study · {facts['date']}", class_="eyebrow"),
-        element("h1", f"{len(results.values('model'))} models on {len(tasks)} tasks"),
+        element("h1", f"{len(tested.values('model'))} models on {len(tasks)} tasks"),
+        results.downloads(),
     ]
-    what = METRICS.get(metric, metric)
+    what = _words(metric)
+    found = findings(results)
     sections = [
         Section(
             "Overview",
-            f"{what} of single experts and of their merges",
+            found[0] if found else f"The {what} of every model",
             [
+                *[element("p", sentence) for sentence in found[1:]],
                 summary(results, state).html(),
                 note(
                     "Means over tasks, groups and seeds. A single expert and a merge of a few are tested on the tasks "
-                    "of their own experts. Level with the best: of the merges of all experts of a kind, the 95 % "
-                    "interval of the difference to the best one, over rows and seeds, contains zero."
+                    "of their own experts. Of own: the merge divided by each task's own expert. Level with the best: "
+                    "of the merges of all experts of a kind, the 95 % interval of the difference to the best one, over "
+                    "rows and seeds, contains zero."
                 ),
             ],
-        )
+        ),
+        *_effect_sections(results),
+        *_growth_section(results),
     ]
-    wide = [model for model in results.values("model") if len(results.where(model=model).values("task")) > 1]
+    wide = [model for model in tested.values("model") if len(tested.where(model=model).values("task")) > 1]
     if wide:
-        cells = {(row["model"], row["task"]): row["value"] for row in results.where(metric=metric).rows}
-        show: Any = percent if metric in SHARES else partial(number, digits=2)
-        means = {(model, task): cells.get((model, task)) for model in wide for task in tasks}
+        means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
         sections.append(
             Section(
                 "Every task",
-                f"{what} of each model on every task on which it was tested",
+                f"The {what} of each model on every task on which it was tested",
                 [
-                    heat_map(wide, tasks, means, show, metric == "loss"),
+                    heat_map(wide, tasks, means, _shown(metric), metric == "loss"),
                     note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
                 ],
             )
         )
-    if shown := _answers(results, wide):
+    if shown := _answers(results):
         sections.append(Section("Answers", "What models answer to one test row of each task", shown))
     if facts["failed"]:
         failed = [Line(name, sentence) for name, sentence in facts["failed"].items()]
@@ -188,16 +174,151 @@ def write_report(results: Results, state: State, file: Path) -> None:
         sections.append(Section("Failed", f"{len(failed)} pieces have no result", [table.html()]))
     about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    file.write_text(report(f"Study of {len(tasks)} tasks", header, sections, about), encoding="utf-8")
+    text = report(f"Study of {len(tasks)} tasks", header, sections, about, sorting())
+    file.write_text(text, encoding="utf-8")
 
 
-def _answers(results: Results, models: Sequence[str]) -> list[Any]:
-    """Return the answers of the models to the first test row of each held-in task."""
+def _effect_sections(results: Results) -> list[Section]:
+    """Return what merges kept of each task: all merges of the most experts, and of each kind the best one closely."""
+    metric, best = main_metric(results), _best_merges(results)
+    most = max((row["count"] for row in best.values()), default=0)
+    shares = results.where(metric=NORMALISED, count=most, group=0)
+    if not shares.rows:
+        return []
+    columns = ["mean", *shares.values("task")]
+    cells: dict[tuple[str, str], float | None] = {}
+    for model in shares.values("model"):
+        for row in shares.where(model=model).rows:
+            cells[model, row["task"] or "mean"] = row["value"]
+    show: Any = _shown(metric)
+    closely = [
+        Column("own expert", lambda row: row["own_value"], show),
+        Column("best single", lambda row: row["best_single_value"], show),
+        Column("merge", lambda row: row["own_value"] + row["value"], show),
+        Column("gained", lambda row: row["value"], lambda value: _signed(value, metric)),
+        Column("95 % interval", lambda row: row["interval"], lambda span: _interval(span, metric)),
+    ]
+    known = [column for column in closely if any(column.of(row) is not None for row in _gains(results, best))]
+    parts = []
+    for kind, row in best.items():
+        lines = [Line(one["task"], one) for one in _gains(results, {kind: row})]
+        parts += [element("h3", row["model"]), Table(known, [lines], "task").html()]
+    unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
+    return [
+        Section(
+            "What merges kept",
+            f"The {_words(metric)} of merges of {most} experts, divided by that of each task's own expert",
+            [
+                heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss"),
+                note("1 is what the own expert has; an empty cell is a task whose own expert has 0."),
+            ],
+        ),
+        Section(
+            "Gains and losses",
+            f"What the best merge of each kind changed on each task in {_words(metric)}",
+            [
+                *parts,
+                note(
+                    "Gained is the merge minus the own expert, with the 95 % interval of the paired difference over "
+                    "rows and seeds. The best single is the expert of this kind that is best on the task, and the best "
+                    "merge the one with the best mean, both picked on these test rows, which flatters them." + unit
+                ),
+            ],
+        ),
+    ]
+
+
+def _growth_section(results: Results) -> list[Section]:
+    """Return the losses by the number of experts, where a power law could be fitted to them."""
+    fits = results.where(metric=EXPONENT).rows
+    counts = sorted({count for row in fits for count in row["counts"]})
+    if not fits:
+        return []
+
+    def at(row: Any, count: int) -> float | None:
+        return dict(zip(row["counts"], row["losses"], strict=True)).get(count)
+
+    digits: Any = partial(number, digits=3)
+    columns = [Column(str(count), partial(at, count=count), digits, over="loss by experts") for count in counts]
+    columns += [
+        Column("exponent", lambda row: row["value"], digits, over="power law"),
+        Column("R²", lambda row: row["r2"], digits, over="power law"),
+    ]
+    groups = [
+        [Line(f"{row['model']}, {ROLES[role]}", row) for row in fits if row["role"] == role]
+        for role in dict.fromkeys(row["role"] for row in fits)
+    ]
+    steepest = max(fits, key=lambda row: row["value"])
+    ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
+    return [
+        Section(
+            "Number of experts",
+            f"From {steepest['counts'][0]} to {steepest['counts'][-1]} experts the {ROLES[steepest['role']]} loss of "
+            f"{steepest['model']} goes from {ends[0]} to {ends[1]}",
+            [
+                Table(columns, groups, "merge").html(),
+                note(
+                    "The fitted loss is factor * count ^ exponent, by least squares in logarithms over the counts of "
+                    "the table, of which 1 is the single experts. R² is the share of the variance that it explains; "
+                    f"with {len(counts)} counts it is a description, and no forecast was tested."
+                ),
+            ],
+        )
+    ]
+
+
+def _answers(results: Results) -> list[Any]:
+    """Return answers to the first test row of each held-in task: the base's, its experts', and the best merges'."""
     shown = []
+    merges = [row["model"] for row in _best_merges(results).values()]
     for task in results.facts["held_in"]:
         rows = [row for row in results.facts["examples"] if row["task"] == task]
-        same = [row for row in rows if row["input"] == rows[0]["input"]]
-        answers: Mapping[str, str] = {row["model"]: row["answer"] for row in same if row["model"] in models}
+        same = {row["model"]: row["answer"] for row in rows if row["input"] == rows[0]["input"]}
+        own = [row["model"] for row in results.where(task=task, merge=None, own=True).rows]
+        # The multitask expert has every task as its own, and comes last.
+        names = dict.fromkeys([BASE, *[one for one in own if one != MULTITASK], *merges, MULTITASK])
+        answers: Mapping[str, str] = {name: same[name] for name in names if name in same}
         if answers:
             shown.append(element("div", element("h3", task), example(rows[0]["input"], rows[0]["target"], answers)))
     return shown
+
+
+def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
+    """Return of each kind the row of the mean gain of its best merge, among those of the most experts."""
+    means = results.where(metric=GAIN, task=None).rows
+    best: dict[str, Mapping[str, Any]] = {}
+    for kind in results.facts["kinds"]:
+        mine = [row for row in means if row["kind"] == kind]
+        most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
+        if most:
+            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: row["value"])
+    return best
+
+
+def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the gains by task of merges."""
+    models = [row["model"] for row in best.values()]
+    return [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in models]
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    """Return a gain and its interval, such as `-2.1 points, 95 % interval -4.0 to -0.3`."""
+    unit = " points" if row["of"] in SHARES else ""
+    span = f", 95 % interval {_interval(row['interval'], row['of'])}" if row["interval"] else ""
+    return f"{_signed(row['value'], row['of'])}{unit}{span}"
+
+
+def _interval(span: Sequence[float], metric: str) -> str:
+    return " to ".join(_signed(end, metric) for end in span)
+
+
+def _signed(value: float, metric: str) -> str:
+    return f"{100 * value:+.1f}" if metric in SHARES else f"{value:+.3f}"
+
+
+def _shown(metric: str) -> Any:
+    return percent if metric in SHARES else partial(number, digits=3)
+
+
+def _words(metric: str) -> str:
+    return "Rouge-L" if metric == "rougeL" else metric.replace("_", " ")

@@ -1,0 +1,185 @@
+"""Tell what the merges of a study did: to each task, beside each other, and with the number of experts.
+
+Every comparison is paired: two models answer the same test rows, and an interval is that of the mean difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from modular_experts.reports import Results
+from modular_experts.study.run import State
+
+DRAWS = 500  # of a bootstrap
+GAIN, NORMALISED, EXPONENT = "gain", "normalised", "loss_exponent"
+"""Metrics of the rows of this file."""
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Return the 95 % interval of a mean over rows, by a bootstrap whose draws are always the same."""
+    return _ends(_means(values))
+
+
+def _means(values: Sequence[float], seed: int = 0) -> torch.Tensor:
+    return torch.tensor(values)[_draws(len(values), seed)].mean(1)
+
+
+def _ends(means: torch.Tensor) -> list[float]:
+    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
+
+
+@lru_cache(64)
+def _draws(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(seed))
+
+
+def level_with(state: State) -> dict[tuple[str, str], bool]:
+    """Tell of the merges of all experts of each kind whether they are level with the best one, on held-in tasks.
+
+    The difference of two merges in exact match is taken row by row, over the rows of all tasks and seeds. It is inside
+    the noise if the 95 % interval of its mean contains zero.
+
+    Returns:
+        By kind and merge: True for the best, and for those that are level with it.
+    """
+    values: dict[tuple[str, str], dict[tuple, float]] = {}
+    whole: dict[str, int] = {}
+    merges = [found for found in state.done.values() if found.get("merge")]
+    for found in merges:
+        whole[found["kind"]] = max(whole.get(found["kind"], 0), found["count"])
+    for found in merges:
+        if found["count"] == whole[found["kind"]]:
+            mine = values.setdefault((found["kind"], found["merge"]), {})
+            for task, by_metric in found["values"].items():
+                if found["scores"]["tasks"][task]["role"] == "held_in":
+                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric["exact_match"])}
+    level = {}
+    for (kind, merge), mine in values.items():
+        rivals = [theirs for (other, _), theirs in values.items() if other == kind]
+        best = max(rivals, key=lambda theirs: fmean(theirs.values()))
+        low, high = interval([best[pair] - mine[pair] for pair in sorted(mine.keys() & best.keys())])
+        level[kind, merge] = low <= 0.0 <= high
+    return level
+
+
+def effects(state: State, metric: str) -> list[dict[str, Any]]:
+    """Compare each merge with the experts that it was made of, each on its own task.
+
+    Args:
+        state: The finished pieces.
+        metric: The metric to compare.
+
+    Returns:
+        Rows of results. `gain` is the metric of the merge minus that of the task's own expert, with the 95 % interval
+        of the paired difference over rows and seeds (None for the loss, which is not kept by row); `normalised` is
+        the one divided by the other (None if the expert has 0). Both name the metric (`of`), the expert's value
+        (`own_value`), and the best single expert of the kind on this task (`best_single`, `best_single_value`). A row
+        without a task is the mean over the tasks of the merge, of `normalised` over those where it is known.
+    """
+    singles: dict[tuple, dict[str, Any]] = {}
+    merged: dict[tuple, list[dict[str, Any]]] = {}
+    for found in state.done.values():
+        if found.get("merge"):
+            merged.setdefault((found["model"], *found["own"]), []).append(found)
+        elif found.get("kind"):
+            singles[found["kind"], found["own"][0], found["seed"]] = found
+    rows: list[dict[str, Any]] = []
+    for several in merged.values():
+        first = several[0]
+        about = {name: first[name] for name in ("model", "experts", "kind", "merge", "count", "group")}
+        about |= {"seed": first["seed"] if len(several) == 1 else None, "of": metric, "own": True, "role": "held_in"}
+        by_task: list[dict[str, Any]] = []
+        means: list[torch.Tensor] = []
+        for task in first["own"]:
+            pairs = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
+            known = [(found, single) for found, single in pairs if single is not None]
+            if not known:
+                continue
+            mine = fmean(_score(found, task, metric) for found, _ in known)
+            theirs = fmean(_score(single, task, metric) for _, single in known)
+            # Each task draws its own rows.
+            differences = [one for found, single in known for one in _differences(found, single, task, metric)]
+            if differences:
+                means.append(_means(differences, len(by_task)))
+            by_task.append(
+                {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
+                | {"gain": mine - theirs, "normalised": mine / theirs if theirs else None}
+                | {"interval": _ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
+            )
+        if not by_task:
+            continue
+        shares = [one["normalised"] for one in by_task if one["normalised"] is not None]
+        whole: dict[str, Any] = {"task": None, "gain": fmean(one["gain"] for one in by_task)}
+        whole |= {"normalised": fmean(shares) if shares else None}
+        whole |= {"interval": _ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
+        for found in [*by_task, whole]:
+            gain, share, span = found.pop("gain"), found.pop("normalised"), found.pop("interval")
+            rows.append({**about, **found, "metric": GAIN, "value": gain, "interval": span})
+            rows.append({**about, **found, "metric": NORMALISED, "value": share, "interval": None})
+    return rows
+
+
+def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
+    """Return what a model has of a metric on a task: a number that is not one where its loss was not finite."""
+    value = found["scores"]["tasks"][task][metric]
+    return math.nan if value is None else value
+
+
+def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
+    """Return the differences of two models in a metric, row by row; of none where rows have no values."""
+    pairs = [found["values"].get(task, {}).get(metric, []) for found in (mine, theirs)]
+    return [one - other for one, other in zip(*pairs, strict=True)]
+
+
+def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metric: str) -> dict[str, Any]:
+    """Return which single expert of a kind is best on a task, by the mean over seeds, and its value."""
+    values: dict[str, list[float]] = {}
+    for (other, trained_on, _), found in singles.items():
+        if other == kind and task in found["scores"]["tasks"]:
+            values.setdefault(trained_on, []).append(_score(found, task, metric))
+    of = {trained_on: fmean(mine) for trained_on, mine in values.items()}
+    # The task's own expert wins a tie.
+    best = (min if metric == "loss" else max)([task, *of], key=lambda one: of[one])
+    return {"best_single": best, "best_single_value": of[best]}
+
+
+def growth(results: Results) -> list[dict[str, Any]]:
+    """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
+
+    The fit is least squares in the logarithms of both; single experts on their own tasks are the count 1. A line always
+    fits two points, so three or more counts are needed.
+
+    Returns:
+        A row of results for each kind, merge and role with enough counts: `loss_exponent`, with `factor`, `counts`, the
+        `losses` at them, and `r2`, the share of the variance of the logarithms that the fit explains.
+    """
+    rows = []
+    for kind in results.values("kind"):
+        mine = results.where(kind=kind, metric="loss")
+        for merge in mine.values("merge"):
+            for role in ("held_in", "held_out"):
+                judged = [row for row in mine.where(role=role).rows if row["own"] or role == "held_out"]
+                by_count: dict[int, list[float]] = {}
+                for row in judged:
+                    if row["merge"] in (None, merge) and row["value"] is not None:
+                        by_count.setdefault(row["count"] or 1, []).append(row["value"])
+                losses = {count: fmean(by_count[count]) for count in sorted(by_count)}
+                if len(losses) < 3 or not all(math.isfinite(one) and one > 0 for one in losses.values()):
+                    continue
+                x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
+                across, along = x - x.mean(), y - y.mean()
+                exponent = ((across * along).sum() / across.square().sum()).item()
+                missed = (along - exponent * across).square().sum().item()
+                total = along.square().sum().item()
+                about = {"model": f"{kind} {merge}", "experts": [], "kind": kind, "merge": merge, "task": None}
+                about |= dict.fromkeys(("count", "group", "seed", "own", "interval"))
+                fit = {"factor": math.exp(y.mean().item() - exponent * x.mean().item()), "counts": [*losses]}
+                fit |= {"losses": [*losses.values()], "r2": 1 - missed / total if total else None}
+                rows.append({**about, "role": role, "metric": EXPONENT, "value": exponent, **fit})
+    return rows

@@ -1,0 +1,141 @@
+"""Intervals, what is level with the best, the tables and the heat map show what the pieces measured."""
+
+from __future__ import annotations
+
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+
+from modular_experts.reports import Results
+from modular_experts.reports.heat import heat_map
+from modular_experts.study.effects import effects, growth, interval, level_with
+from modular_experts.study.results import findings
+from modular_experts.study.run import Left, Pace, State
+
+
+def test_the_interval_of_equal_values_is_a_point_and_that_of_a_coin_has_its_width() -> None:
+    assert interval([0.25] * 10) == [0.25, 0.25]
+    draw = random.Random(0)
+    values = [float(draw.random() < 0.5) for _ in range(400)]
+    low, high = interval(values)
+    mean = sum(values) / len(values)
+    # The normal approximation: 1.96 standard errors on each side.
+    error = 1.96 * (mean * (1 - mean) / len(values)) ** 0.5
+    assert abs(low - (mean - error)) < 0.01
+    assert abs(high - (mean + error)) < 0.01
+    assert interval(values) == [low, high]
+
+
+def merged(merge: str, right: int, seed: int = 0, count: int = 2) -> dict[str, Any]:
+    """Return the result of a merge that answers the first `right` of 100 rows of a task."""
+    values = [float(row < right) for row in range(100)]
+    scores = {"tasks": {"a": {"role": "held_in"}, "b": {"role": "held_out"}}}
+    by_task = {"a": {"exact_match": values}, "b": {"exact_match": [1.0] * 100}}
+    return {"kind": "lora", "merge": merge, "count": count, "seed": seed, "scores": scores, "values": by_task}
+
+
+def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise() -> None:
+    done = [merged("best", 80), merged("close", 79), merged("far", 40), merged("few", 99, count=1)]
+    state = State([], {(number,): found for number, found in enumerate(done)}, {}, Left(0.0, 0, 0))
+    assert level_with(state) == {("lora", "best"): True, ("lora", "close"): True, ("lora", "far"): False}
+
+
+def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
+    from modular_experts.jobs import Piece
+
+    pace = Pace({("experts", "lora", "a", 0, "x"): {"seconds": 4.0, "expert": {"bytes": 100}}})
+    pieces = [Piece(("experts", kind, "b", 0, "y"), print) for kind in ("lora", "sparse")]
+    assert pace.left([*pieces, Piece(("tests", "lora", "a", 0, "z"), print)]) == Left(8.0, 1, 200)
+
+
+def test_the_heat_map_tints_the_best_strongest_and_shows_every_number() -> None:
+    values = {("x", "a"): 1.0, ("x", "b"): 3.0, ("y", "a"): 2.0, ("y", "b"): None}
+    for low_is_best, heats in ((False, ["0", "100", "50"]), (True, ["100", "0", "50"])):
+        drawn = heat_map(["x", "y"], ["a", "b"], values, "{:.1f}".format, low_is_best)
+        assert re.findall(r"--heat: (\d+)%", drawn) == heats
+        cells = [cell.text for cell in ElementTree.fromstring(drawn).iter("td")]
+        assert cells == ["1.0", "3.0", "2.0", None]
+
+
+def found(model: str, own: list[str], right: dict[str, int], merge: str | None = None, seed: int = 0) -> dict[str, Any]:
+    """Return the result of a model that answers the first `right` of 100 rows of each task."""
+    tasks = {task: {"role": "held_in", "rows": 100, "exact_match": many / 100} for task, many in right.items()}
+    values = {task: {"exact_match": [float(row < many) for row in range(100)]} for task, many in right.items()}
+    about = {"model": model, "experts": own, "own": own, "kind": "lora", "merge": merge, "seed": seed}
+    return about | {"count": len(own) if merge else None, "group": 0, "scores": {"tasks": tasks}, "values": values}
+
+
+def state(*done: dict[str, Any]) -> State:
+    return State([], {(number,): one for number, one in enumerate(done)}, {}, Left(0.0, 0, 0))
+
+
+def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_single_one() -> None:
+    singles = [found("lora-a", ["a"], {"a": 80, "b": 70}), found("lora-b", ["b"], {"a": 10, "b": 50})]
+    rows = effects(state(*singles, found("lora X", ["a", "b"], {"a": 60, "b": 60}, "X")), "exact_match")
+    shown = {(row["metric"], row["task"]): row for row in rows}
+    assert {key: row["value"] for key, row in shown.items()} == pytest.approx(
+        {
+            **{("gain", "a"): -0.2, ("gain", "b"): 0.1, ("gain", None): -0.05},
+            **{("normalised", "a"): 0.75, ("normalised", "b"): 1.2, ("normalised", None): 0.975},
+        }
+    )
+    assert [shown["gain", task]["best_single"] for task in "ab"] == ["a", "a"]
+    assert shown["gain", "b"]["best_single_value"] == 0.7
+    # 20 of 100 rows are lost, each with certainty: the interval is that of a share of 0.2, here by its standard error.
+    low, high = shown["gain", "a"]["interval"]
+    assert [low, high] == pytest.approx([-0.2 - 1.96 * 0.04, -0.2 + 1.96 * 0.04], abs=0.015)
+    # The mean of two independent tasks is surer than either.
+    low, high = shown["gain", None]["interval"]
+    error = 1.96 * (0.04**2 + 0.03**2) ** 0.5 / 2
+    assert [low, high] == pytest.approx([-0.05 - error, -0.05 + error], abs=0.015)
+    facts = {"kinds": ["lora"]}
+    (sentence,) = findings(Results(rows, facts))
+    assert sentence.startswith("Merged by X, the 2 lora experts have 0.97 of their own exact match (-5.0 points, 95 %")
+    assert sentence.endswith("and -20.0 on a")
+
+
+def test_the_rows_of_each_task_are_drawn_apart() -> None:
+    singles = [found(f"lora-{task}", [task], {task: 80}) for task in "ab"]
+    rows = effects(state(*singles, found("lora X", ["a", "b"], {"a": 60, "b": 60}, "X")), "exact_match")
+    low, high = next(row["interval"] for row in rows if row["metric"] == "gain" and row["task"] is None)
+    error = 1.96 * 0.04 / 2**0.5
+    assert [low, high] == pytest.approx([-0.2 - error, -0.2 + error], abs=0.012)
+
+
+def test_an_expert_that_has_nothing_right_gives_a_gain_and_no_share() -> None:
+    rows = effects(state(found("lora-a", ["a"], {"a": 0}), found("lora X", ["a"], {"a": 5}, "X")), "exact_match")
+    assert {row["metric"]: row["value"] for row in rows if row["task"] == "a"} == {"gain": 0.05, "normalised": None}
+    (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
+    assert "(+5.0 points" in sentence
+
+
+def test_seeds_of_the_same_merge_are_pooled_and_other_groups_are_not() -> None:
+    singles = [found("lora-a", ["a"], {"a": 50}, seed=seed) for seed in (0, 1)]
+    merges = [found("lora X", ["a"], {"a": 40 + 20 * seed}, "X", seed) for seed in (0, 1)]
+    rows = [row for row in effects(state(*singles, *merges), "exact_match") if row["metric"] == "gain"]
+    assert [(row["task"], row["seed"], round(row["value"], 6)) for row in rows] == [("a", None, 0.0), (None, None, 0.0)]
+    low, high = rows[0]["interval"]
+    assert low < -0.02
+    assert high > 0.02
+
+
+def losses(by_count: dict[int, float]) -> Results:
+    rows = [
+        {"kind": "lora", "merge": "X" if count > 1 else None, "count": count if count > 1 else None, "role": "held_in"}
+        | {"metric": "loss", "value": value, "own": True, "task": "a", "model": f"{count}"}
+        for count, value in by_count.items()
+    ]
+    return Results(rows)
+
+
+def test_a_power_law_is_found_again_and_two_counts_give_none() -> None:
+    (row,) = growth(losses({count: 0.3 * count**0.7 for count in (1, 2, 5, 10)}))
+    assert [row["value"], row["factor"], row["r2"]] == pytest.approx([0.7, 0.3, 1.0])
+    assert row["counts"] == [1, 2, 5, 10]
+    assert growth(losses({1: 0.3, 4: 0.5})) == []
+    # By hand: losses 1, 2, 1 at 1, 2, 4 lie on no power law at all.
+    (row,) = growth(losses({1: 1.0, 2: 2.0, 4: 1.0}))
+    assert [row["value"], row["r2"]] == pytest.approx([0.0, 0.0], abs=1e-12)
