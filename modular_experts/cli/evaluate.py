@@ -12,7 +12,7 @@ from rich.progress import Progress, TimeElapsedColumn
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.errors import UsageError
-from modular_experts.cli.format import progress_by_tenths
+from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
@@ -33,6 +33,7 @@ def evaluate(
     chat_template: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     overwrite: bool = False,
+    open: bool = False,
 ) -> None:
     """Measure a base, experts and checkpoints on the test rows of tasks, and compare them in a table and on a page.
 
@@ -53,6 +54,7 @@ def evaluate(
         chat_template: Put the input as a user's message through the tokenizer's chat template.
         dtype: Data type of the base.
         overwrite: Replace the results in `out`.
+        open: Show the page in the browser at the end.
 
     Examples:
         modular-experts evaluate --base DIR --experts library/a library/both \\
@@ -89,6 +91,8 @@ def evaluate(
         if Measurement.get(Console(width=1000), console.options.update(width=1000), table).maximum <= console.width:
             console.print("", table)
     print(f"\nthe results are in {Path(out, RESULTS)}\nthe page is {Path(out, REPORT)}")
+    if open:
+        open_page(Path(out, REPORT))
 
 
 def mixes_of(experts: list[str]) -> dict[str, list[str]]:

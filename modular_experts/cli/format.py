@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -131,3 +133,9 @@ def print_check(found: Check | None) -> None:
     if lost.lost > 0:
         unchanged = share_text(lost.unchanged / lost.moved)
         print(f"rounding took {share_text(lost.lost)} of the deltas' length and left {unchanged} of them at the base")
+
+
+def open_page(file: Path) -> None:
+    """Show a page in the browser, or print that there is none."""
+    if not webbrowser.open(file.absolute().as_uri()):
+        print(f"no browser was found; copy {file} to a machine that has one, for it needs no other file")

@@ -20,7 +20,7 @@ import modular_experts.methods
 import modular_experts.suite  # noqa: F401
 from modular_experts import jobs
 from modular_experts.cli import training
-from modular_experts.cli.format import counted, duration_text, progress_by_tenths
+from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
 from modular_experts.cli.parser_errors import explained
 from modular_experts.study import Tools, pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import STAGES, title_of
@@ -82,6 +82,7 @@ def study(
     processes: int | None = None,
     engine: str = "local",
     engine_settings: dict[str, Any] | None = None,
+    open: bool = False,
 ) -> None:
     """Train an expert of each kind for each task, merge them, test all of it, and report.
 
@@ -113,6 +114,7 @@ def study(
         engine: Where pieces run: local, slurm, dask, ray, or the dotted path of an Executor of your own.
         engine_settings: What the engine takes, such as --engine_settings.partition gpu for slurm, whose other options
             of sbatch pass on by name too.
+        open: Show the page in the browser at the end.
 
     Examples:
         modular-experts study --config study.yaml --out runs/mine
@@ -160,6 +162,8 @@ def study(
         Console(width=80).print(summary(results, everything).text())
         print(*[f"\n{sentence}" for sentence in findings(results)], sep="")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
+        if open:
+            open_page(place / REPORT)
     if state.failed:
         _print_failures(state)
         raise UnfinishedStudyError(
@@ -185,6 +189,11 @@ def _print_state(state: State, each: bool) -> None:
             print(f"{stage:<12}{done} of {len(mine)} done" + (f", {failed} failed" if failed else ""))
     left = len(state.pieces) - len(state.done)
     print(f"{counted(left, 'piece')} left{_time_text(state.left)}" + " on one process" * bool(state.left.seconds))
+    if state.left.unknown:
+        print(
+            f"no piece like {state.left.unknown} of them is done yet; the first of each stage and kind "
+            "tells what the others take, in time and on disk"
+        )
     if state.left.bytes:
         print(f"their experts will take about {bytes_text(state.left.bytes)}")
     if state.failed:

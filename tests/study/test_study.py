@@ -85,9 +85,12 @@ def _in_this_process(monkeypatch) -> None:
     work.loaded.cache_clear()
 
 
-def test_a_study_trains_merges_and_tests(settings, capsys) -> None:
+def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda place: opened.append(place) or True)
     settings |= {"counts": ["all"], "multitask": {"kind": "lora"}, "experts": {"lora": LORA, "sparse": SPARSE}}
-    assert study(settings) == 0
+    assert study(settings, "--open") == 0
+    assert opened == [Path("runs/mine/report.html").absolute().as_uri()]
     shown = capsys.readouterr().out
     assert "lora, single" in shown
     assert re.search(r"^  SparseAverage +2( +[\d.]+){2,3} +level *$", shown, re.MULTILINE)
@@ -190,6 +193,7 @@ def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
     shown = capsys.readouterr().out
     assert "to do   experts lora upper 0\n" in shown
     assert "6 pieces left\n" in shown
+    assert "no piece like 6 of them is done yet" in shown
     assert not Path("runs").exists()
     assert study(settings, "--only", "experts") == 0
     assert study(settings, "--dry-run") == 0
