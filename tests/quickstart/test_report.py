@@ -228,7 +228,7 @@ def test_the_figure_is_inside_and_takes_the_colours_of_the_page(figure, tmp_path
     style = page[page.index("<style>") : page.index("</style>")]
     used = set(re.findall(r"var\((--\w+)", page))
     assert {"--paper", "--ink", "--overlap", "--ties", "--average"} <= used
-    for name in used - {"--share", "--key"}:
+    for name in used - {"--share", "--key", "--heat"}:
         assert style.count(f"{name}:") == 2, f"{name} is not given in light and dark"
 
 
