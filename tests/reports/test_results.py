@@ -147,8 +147,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
 
 
 def test_the_downloads_of_a_page_are_the_results_as_json_and_csv() -> None:
-    results = Results([{"model": "a, b", "value": 0.5, "interval": [0.1, 0.9]}, {"model": "c", "value": math.nan}])
+    results = Results([{"model": "a, b", "value": 0.5, "experts": ["x"]}, {"model": "c", "value": math.nan}])
     links = {link.get("download"): link.get("href") for link in ElementTree.fromstring(results.downloads()).iter("a")}
     files = {name: base64.b64decode(link.partition("base64,")[2]).decode() for name, link in links.items()}
     assert json.loads(files["results.json"])["rows"][1] == {"model": "c", "value": None}
-    assert files["results.csv"] == 'model,value,interval\n"a, b",0.5,"[0.1, 0.9]"\nc,nan,\n'
+    assert files["results.csv"] == 'model,value,experts\n"a, b",0.5,"[""x""]"\nc,nan,\n'
