@@ -94,26 +94,26 @@ def study(
         base: Directory or hub id of the base.
         tasks: {held_in: [...], held_out: [...]} of task files, patterns such as tasks/*.jsonl, hub ids; also tasks of
             the suite, such as Reverse, or with settings, as for `fit`.
-        experts: A config of `fit` for each kind, or its settings: {lora: {expert: LoRAExpert, steps: 200}}.
+        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
         out: Directory of the study.
         merges: Merge methods, such as [SparseAverage, {method: TIES, tune: true}]. A tuned one chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}.
-        counts: Experts in a merge, such as [2, 5, all] (default: [all]). Groups are drawn by the seed, the same for
-            every method.
+        counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of groups
+            that the seed draws, the same for every method.
         multitask: {kind: full} trains one expert on all held-in tasks.
         matrix: Test every model on every task.
         seeds: Seeds of the trainings (default: [0]).
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
         max_new_tokens: Length limit of a generated answer.
-        only: Do only experts, statistics, merges or tests, and what these need.
+        only: Do only these of experts, statistics, merges, tests. What they need is done too.
         dry_run: Only print the pieces and what they will take.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         processes: How many pieces run at once on this machine; by default one a core, at most 8.
         engine: Where pieces run: local, slurm, dask, ray, or the dotted path of an Executor of your own.
-        engine_settings: What the engine takes, such as --engine_settings.partition gpu for slurm, whose other options
-            of sbatch pass on by name too.
+        engine_settings: What the engine takes. For slurm --engine_settings.partition gpu, for example; other options of
+            sbatch pass on by name too.
         open: Show the page in the browser at the end.
 
     Examples:
