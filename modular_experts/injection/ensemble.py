@@ -1,0 +1,82 @@
+"""Let experts answer together: `with ensembled(model, experts): ...` averages what they predict for each next token.
+
+Each row of a batch passes through the one loaded base once for each expert, side by side in a batch that is as many
+times larger. So an ensemble of k experts costs k times the time and the activations of the base, and keeps k sets of
+keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from modular_experts.base.apply import AnyExpert
+from modular_experts.injection.routed import routed
+from modular_experts.routing.gates import Gates
+
+Mean = Literal["probabilities", "logits"]
+MEANS: tuple[Mean, ...] = get_args(Mean)
+
+
+@contextmanager
+def ensembled(
+    model: nn.Module, experts: Sequence[AnyExpert], mean: Mean = "probabilities", check: bool = True
+) -> Iterator[None]:
+    """Let several experts answer as an ensemble of equal members, until the end of the `with` block.
+
+    The logits of the model are then the logarithm of the mean of the members' next-token probabilities (the uniform
+    ensemble of Lakshminarayanan et al., arXiv 1612.01474), or the mean of their logits, which is the geometric mean of
+    their probabilities. Losses, choices and generated answers follow from them.
+
+    Args:
+        model: The experts' base, a causal language model of transformers, before anything is
+            injected. It is in evaluation mode meanwhile, and stays on its device.
+        experts: As for `routed`: directories of a library, opened experts, or mappings from weight names to deltas.
+        mean: Of what the mean is taken.
+        check: Whether the model must be the base of the stored experts.
+
+    Raises:
+        ValueError: As for `routed`, or `mean` is neither of the two.
+    """
+    if mean not in MEANS:
+        raise ValueError(f"mean={mean!r} must be 'probabilities' or 'logits'")
+    members, device = len(experts), next(model.parameters()).device
+    with routed(model, experts, rows=[0], check=check) as inside, ExitStack() as hooks:
+
+        def repeat(_: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Any]:
+            """Give every member the whole batch; what has one dimension, such as places in a cache, holds for all."""
+            rows = len(named["input_ids"] if "input_ids" in named else args[0])
+            numbers = torch.arange(members, device=device).repeat_interleave(rows)[:, None]
+            inside.current.gates = Gates(numbers, torch.ones(numbers.shape, device=device))
+
+            def repeated(value: Any) -> Any:
+                is_batch = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
+                return torch.cat([value] * members) if is_batch else value
+
+            return tuple(map(repeated, args)), {name: repeated(value) for name, value in named.items()}
+
+        def stack(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Put the members' hidden states beside each other: the head sees `(rows, length, members, size)`.
+
+            So rows and places are where whoever chooses some of them before the head expects them.
+            """
+            return torch.stack(args[0].chunk(members), 2), *args[1:]
+
+        def average(_: Any, args: Any, output: Any) -> Any:
+            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+            if mean == "probabilities":
+                output.logits = logits.log_softmax(-1).logsumexp(-2) - math.log(members)
+            else:
+                output.logits = logits.mean(-2)
+            return output
+
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        hooks.callback(model.register_forward_pre_hook(repeat, with_kwargs=True).remove)
+        hooks.callback(head.register_forward_pre_hook(stack).remove)
+        hooks.callback(model.register_forward_hook(average).remove)
+        yield
