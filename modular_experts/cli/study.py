@@ -97,7 +97,8 @@ def study(
         experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
         out: Directory of the study.
         merges: Merge methods, such as [SparseAverage, {method: TIES, tune: true}]. A tuned one chooses its settings on
-            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}.
+            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
+            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of groups
             that the seed draws, the same for every method.
         multitask: {kind: full} trains one expert on all held-in tasks.

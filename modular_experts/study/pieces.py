@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.record import package_versions
-from modular_experts.study.settings import BASE, MULTITASK, Study
-from modular_experts.study.work import merge_and_test, take, test, train
+from modular_experts.study.settings import BASE, MULTITASK, Ensemble, Merge, Route, Study
+from modular_experts.study.work import merge_and_test, route_and_test, take, test, test_together, train
+
+WORK: dict[type, Callable[..., dict[str, Any]]] = {
+    Merge: merge_and_test,
+    Route: route_and_test,
+    Ensemble: test_together,
+}
+"""What does each way to combine the experts of a group."""
 
 STAGES = ("experts", "statistics", "merges", "tests")
 """What `--only` takes; the key of a piece begins with one of them."""
@@ -67,17 +75,21 @@ class _Plan:
             of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
             for of in sorted({of for needs in study.needs.values() for of in needs})
         }
+        whole: dict[str, Key] = {}
         for merge in study.merges:
             for count in study.counts:
                 for number, group in enumerate(groups(study, count, seed)):
                     needs = [trained[task] for task in group] + [statistics[of] for of in study.needs[merge.name]]
+                    if isinstance(merge, Route) and merge.fallback and count == len(study.held_in):
+                        # The merge of all experts is in the library, and that of a few is made anew beside the route.
+                        needs.append(whole[merge.fallback.name])
                     held_in = [*study.held_in] if study.matrix else group
                     # Held-out tasks judge what all experts together have become.
                     held_out = [*study.held_out] if study.matrix or count == len(study.held_in) else []
                     key = ("merges", kind, merge.name, count, number, seed)
                     arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
-                    settings = [vars(merge), group, self._seen([*held_in, *held_out]), self.rows]
-                    self._add(key, merge_and_test, arguments, settings, needs)
+                    settings = [asdict(merge), group, self._seen([*held_in, *held_out]), self.rows]
+                    whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, needs)
 
     def _train(self, kind: str, tasks: Sequence[str], name: str, words: tuple[str, str], seed: int) -> Key:
         settings = [self.study.experts[kind], self.study.data, self._seen(tasks), seed]

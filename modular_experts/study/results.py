@@ -8,6 +8,7 @@ have the metrics and columns of `effects.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def results_of(study: Study, state: State) -> Results:
         "kinds": [*study.experts],
         "seeds": [*study.seeds],
         "experts": study.experts,
-        "merges": [vars(merge) for merge in study.merges],
+        "merges": [asdict(merge) for merge in study.merges],
         "data": study.data,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
         "examples": examples,

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from modular_experts.data.tasks import NAME, Task
+from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.library import check_name
 from modular_experts.methods import MergeMethod
+from modular_experts.routing import Router
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
 
 MULTITASK, BASE = "multitask", "base"
-RESERVED = (MULTITASK, BASE, "merge")
+RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
 TUNING_ROWS = 64
@@ -68,6 +70,34 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Route:
+    """One way to choose among the experts of a kind by the input.
+
+    Attributes:
+        name: Its name in results.
+        router: The settings of a router.
+        fallback: The merge of the same experts that takes what the router rejects; the base alone if None.
+    """
+
+    name: str
+    router: Any
+    fallback: Merge | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One way to average what the experts of a kind predict.
+
+    Attributes:
+        name: Its name in results.
+        mean: Of what, for `ensembled`.
+    """
+
+    name: str
+    mean: Mean
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that a study does, as plain values.
 
@@ -77,7 +107,7 @@ class Study:
         held_out: Settings of the tasks that are only tested, by name.
         contents: A hash of the files of each task, by name; empty for rows from elsewhere.
         experts: For each kind of expert the configs of its fit, of which a later one wins.
-        merges: The merges of the experts of each kind.
+        merges: The merges of the experts of each kind, their routes and ensembles.
         counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
         multitask: The kind of the one expert that is trained on all held-in tasks, or None.
         matrix: Whether every model is tested on every task.
@@ -93,7 +123,7 @@ class Study:
     held_out: dict[str, dict[str, Any]]
     contents: dict[str, str]
     experts: dict[str, list[dict[str, Any]]]
-    merges: tuple[Merge, ...]
+    merges: tuple[Merge | Route | Ensemble, ...]
     counts: tuple[int, ...]
     multitask: str | None
     matrix: bool
@@ -110,6 +140,10 @@ class Study:
     def merge_name(self, kind: str, merge: str, seed: int) -> str:
         """Return the name in the library of the merge of all experts of a kind."""
         return f"merge-{kind}-{re.sub('[^A-Za-z0-9._-]+', '-', merge)}{self._of(seed)}"
+
+    def route_name(self, kind: str, route: str, seed: int) -> str:
+        """Return the name in the library of all experts of a kind behind a router."""
+        return self.merge_name(kind, route, seed).replace("merge", "route", 1)
 
     def multitask_name(self, seed: int) -> str:
         """Return the name in the library of the multitask expert."""
@@ -151,12 +185,14 @@ def read_study(
             tools.fit([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
         except ValueError as error:
             raise ValueError(f"experts.{kind}: {error}") from error
-    found = [_merge(tools, entry) for entry in merges]
-    for merge, _ in found:
-        if [one.name for one, _ in found].count(merge.name) > 1:
+    found: dict[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]] = {}
+    for entry in merges:
+        merge, needs = _merge(tools, entry, found)
+        if merge.name in found:
             raise ValueError(
                 f"two merges are called {merge.name!r}; name one of them: {{method: {merge.name}, name: mine}}"
             )
+        found[merge.name] = merge, needs
     if multitask is not None and [*multitask] != ["kind"]:
         raise ValueError(
             f"multitask={dict(multitask)} must name one of the kinds, such as {{kind: {next(iter(kinds))}}}"
@@ -179,7 +215,7 @@ def read_study(
         held_out=held_out,
         contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
-        merges=tuple(merge for merge, _ in found),
+        merges=tuple(merge for merge, _ in found.values()),
         counts=_counts(counts, len(held_in)),
         multitask=whole,
         matrix=matrix,
@@ -187,7 +223,7 @@ def read_study(
         data=dict(data or {}),
         max_new_tokens=max_new_tokens,
         tools=tools,
-        needs={merge.name: needs for merge, needs in found},
+        needs={name: needs for name, (_, needs) in found.items()},
     )
     if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and len(study.counts) > 1:
         raise ValueError("RegMeanPlusPlus is measured for one merge of all experts; give counts: [all]")
@@ -200,7 +236,9 @@ def _check_names(study: Study) -> None:
     names = [study.multitask_name(seed) for seed in study.seeds]
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]
-        names += [study.merge_name(kind, merge.name, seed) for merge in study.merges]
+        for merge in study.merges:
+            named = study.route_name if isinstance(merge, Route) else study.merge_name
+            names.append(named(kind, merge.name, seed))
     for name, count in Counter(map(check_name, names)).items():
         if count > 1:
             raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")
@@ -268,17 +306,40 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
     return found
 
 
-def _merge(tools: Tools, entry: Any) -> tuple[Merge, tuple[str, ...]]:
-    """Return a merge and the statistics that it needs."""
-    known = {"method", "tune", "search", "merges", "rows", "name"}
+WAYS = {
+    "method": ("tune", "rows", "name"),
+    "search": ("merges", "rows", "name"),
+    "route": ("fallback", "name"),
+    "ensemble": ("name",),
+}
+"""What an entry of `merges` can be, and the settings that it may have beside that."""
+
+
+def _merge(
+    tools: Tools, entry: Any, before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
+) -> tuple[Merge | Route | Ensemble, tuple[str, ...]]:
+    """Return a merge, a route or an ensemble, and the statistics that it needs; `before` are the entries before it."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
+    every = sorted({*WAYS, *(setting for settings in WAYS.values() for setting in settings)})
     for key in given:
-        if key not in known:
-            raise ValueError(f"a merge has no setting {key!r}{did_you_mean(key, known) or f'; it has {sorted(known)}'}")
-    if ("method" in given) == ("search" in given):
-        raise ValueError(f"the merge {given} needs exactly one of `method` and `search`")
+        if key not in every:
+            raise ValueError(f"a merge has no setting {key!r}{did_you_mean(key, every) or f'; it has {every}'}")
+    ways = [way for way in WAYS if way in given]
+    if len(ways) != 1:
+        raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
+    (way,) = ways
+    for key in given:
+        if key != way and key not in WAYS[way]:
+            raise ValueError(f"{key} is not a setting of a {way}; the merge {given} may have {', '.join(WAYS[way])}")
+    if way == "route":
+        return _route(tools, given, before)
+    if way == "ensemble":
+        if given["ensemble"] not in MEANS:
+            near = did_you_mean(given["ensemble"], MEANS)
+            raise ValueError(f"ensemble: {given['ensemble']!r} is not a mean of {' or '.join(MEANS)}{near}")
+        return Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), ()
     rows = given.get("rows", TUNING_ROWS)
-    if "search" in given:
+    if way == "search":
         search, starts = tools.make(CoefficientSearch, given["search"]), given.get("merges", [])
         methods = [tools.make(MergeMethod, start) for start in starts]
         merge = Merge(given.get("name", type(search).__name__), given["search"], True, None, rows, tuple(starts))
@@ -290,6 +351,24 @@ def _merge(tools: Tools, entry: Any) -> tuple[Merge, tuple[str, ...]]:
             if key != "grid":
                 raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
     return merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics}))
+
+
+def _route(
+    tools: Tools, given: Mapping[str, Any], before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
+) -> tuple[Route, tuple[str, ...]]:
+    """Return a route, and the statistics that its router and its fallback need."""
+    router, fallback, needs = tools.make(Router, given["route"]), None, set[str]()
+    if router.needs:
+        needs.add(router.needs)
+    if (wanted := given.get("fallback")) is not None:
+        merges = {name: one for name, (one, _) in before.items() if isinstance(one, Merge)}
+        if wanted not in merges:
+            near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
+            raise ValueError(f"fallback: {wanted!r} must be the name of a merge that stands before the route{near}")
+        fallback = merges[wanted]
+        needs.update(before[wanted][1])
+    name = type(router).__name__ + (f" else {fallback.name}" if fallback else "")
+    return Route(given.get("name", name), given["route"], fallback), tuple(sorted(needs))
 
 
 def _counts(counts: Sequence[int | str], tasks: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Do one piece of a study: train an expert, take statistics, or merge and test.
+"""Do one piece of a study: train an expert, take statistics, or combine experts and test.
 
 Pieces run in processes of their own, in any order, and several after each other in one process, which loads the base
 and the rows once. A piece leaves its expert in the library and returns what its line of `pieces.jsonl` holds. The same
@@ -8,10 +8,12 @@ settings give the same numbers, whatever ran before in the process.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import TEXT_METRICS, measure
 from modular_experts.injection.attach import attached
+from modular_experts.injection.ensemble import ensembled
+from modular_experts.injection.route import put_in, route
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.merger.merged import Merged, describe, write_merged
 from modular_experts.methods import MergeMethod
+from modular_experts.routing import Router
 from modular_experts.statistics import take_statistics
-from modular_experts.study.settings import Merge, Study
+from modular_experts.study.settings import Ensemble, Merge, Route, Study
 from modular_experts.tuning import CoefficientSearch, Objective, search, tune
 
 EXAMPLES = 3  # test rows of each task whose answers are kept
@@ -86,8 +91,8 @@ def merge_and_test(
     Settings and coefficients are chosen on validation rows of the group's own tasks alone.
     """
     started = time.perf_counter()
-    library, names = out / "library", [study.name(kind, task, seed) for task in group]
-    experts = [open_expert(library / name) for name in names]
+    library = out / "library"
+    experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
     target = library / study.merge_name(kind, merge.name, seed)
     whole = len(group) == len(study.held_in)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,11 +100,77 @@ def merge_and_test(
         merged, settings = _merged(study, merge, experts, group, place, written=whole)
         seconds = time.perf_counter() - started
         found = _measured(study, [merged], tasks)
-    about = _about(merged) if whole and isinstance(merged, StoredExpert) else {}
-    title = f"{kind} {merge.name}" + ("" if whole else f" of {len(group)}, group {number}")
-    found |= {"model": title, "experts": names, "kind": kind, "merge": merge.name, "own": [*group]}
-    found |= {"count": len(group), "group": number, "seed": seed, "settings": settings, "merge_seconds": seconds}
-    return found | about | {"seconds": time.perf_counter() - started}
+    found |= {"settings": settings, "merge_seconds": seconds}
+    found |= _about(merged) if whole and isinstance(merged, StoredExpert) else {}
+    return found | _of_group(study, kind, merge.name, group, seed, number, started)
+
+
+def route_and_test(
+    study: Study,
+    out: Path,
+    kind: str,
+    wanted: Route,
+    group: Sequence[str],
+    tasks: Sequence[str],
+    seed: int,
+    number: int,
+) -> dict[str, Any]:
+    """Put a group of experts behind a router and test it; the route of all experts is also put into the library.
+
+    A router learns from validation and training rows of the experts' own tasks, if it reads any.
+    """
+    started = time.perf_counter()
+    library = out / "library"
+    experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
+    whole = len(group) == len(study.held_in)
+    router, fallback, made = study.tools.make(Router, wanted.router), None, list[Path]()
+    # A routed expert lies beside its experts, so that of a few is there as long as it is tested.
+    place = library / (study.route_name(kind, wanted.name, seed) + ("" if whole else f"-{len(group)}-{number}"))
+    try:
+        if wanted.fallback and whole:
+            fallback = library / study.merge_name(kind, wanted.fallback.name, seed)
+        elif wanted.fallback:
+            fallback = place.with_name(f"{place.name}-fallback")
+            made.append(fallback)
+            _merged(study, wanted.fallback, experts, group, fallback, written=True)
+        made += [] if whole else [place]
+        routed = route(experts, place, router, fallback, overwrite=True)
+        seconds = time.perf_counter() - started
+        found = _measured(study, [routed], tasks, partial(put_in, expert=routed, router=type(router), check=False))
+        found |= {"settings": routed.record["hyperparameters"], "merge_seconds": seconds}
+        found |= _about(routed) if whole else {}
+    finally:
+        for one in made:
+            shutil.rmtree(one, ignore_errors=True)
+    return found | _of_group(study, kind, wanted.name, group, seed, number, started)
+
+
+def test_together(
+    study: Study,
+    out: Path,
+    kind: str,
+    ensemble: Ensemble,
+    group: Sequence[str],
+    tasks: Sequence[str],
+    seed: int,
+    number: int,
+) -> dict[str, Any]:
+    """Test a group of experts as an ensemble, which is nothing that a library could hold."""
+    started = time.perf_counter()
+    experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
+    found = _measured(study, experts, tasks, partial(ensembled, experts=experts, mean=ensemble.mean, check=False))
+    found |= {"settings": {"mean": ensemble.mean}, "merge_seconds": 0.0}
+    return found | _of_group(study, kind, ensemble.name, group, seed, number, started)
+
+
+def _of_group(
+    study: Study, kind: str, name: str, group: Sequence[str], seed: int, number: int, started: float
+) -> dict[str, Any]:
+    """Return what the result of a merge, a route or an ensemble tells of its experts."""
+    title = f"{kind} {name}" + ("" if len(group) == len(study.held_in) else f" of {len(group)}, group {number}")
+    experts = [study.name(kind, task, seed) for task in group]
+    about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": [*group], "count": len(group)}
+    return about | {"group": number, "seed": seed, "seconds": time.perf_counter() - started}
 
 
 def _merged(
@@ -137,15 +208,21 @@ class ChoiceRows(TaskMixture):
         super().setup(stage)
 
 
-def _measured(study: Study, experts: Sequence[Mapping[str, Delta]], tasks: Sequence[str]) -> dict[str, Any]:
+def _measured(
+    study: Study,
+    experts: Sequence[Mapping[str, Delta]],
+    tasks: Sequence[str],
+    put: Callable[[PreTrainedModel], AbstractContextManager[Any]] | None = None,
+) -> dict[str, Any]:
     """Test the base with experts, in place on the one model of this process; afterwards it is the base bit for bit.
 
+    By default the experts are added up; `put` does something else with them.
     Beside the scores this returns the value of every row for each text metric, by task, for intervals.
     """
     model, tokenizer = loaded(study.base)
     data = _rows(study, tasks)
     began = time.perf_counter()
-    with attached(model, experts, check=False):
+    with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
         scores = measure(model, tokenizer, data.test_dataloader(), data.roles, study.max_new_tokens, examples=EVERY_ROW)
         began = time.perf_counter()

@@ -103,9 +103,24 @@ def test_the_studies_are_read(capsys) -> None:
     for name in re.findall(r"data/\w+.jsonl", small.read_text()):
         Path("data").mkdir(exist_ok=True)
         write_rows(Path(name), [{"input": name, "target": "a", "split": "test"}])
-    for file in (CONFIGS / "study/suite.yaml", CONFIGS / "paper/tiny.yaml", small):
+    studies = [CONFIGS / name for name in ("study/suite.yaml", "study/tradeoffs.yaml", "paper/tiny.yaml")]
+    for file in (*studies, small):
         assert main(["study", "--config", str(file), "--dry-run"]) == 0
         assert "experts lora" in capsys.readouterr().out
+
+
+def test_the_study_of_phi_3_lacks_nothing_but_its_base(capsys, monkeypatch) -> None:
+    Path("configs").symlink_to(CONFIGS)
+    words = ["study", "--config", "configs/paper/phi-3-mini.yaml", "--dry-run"]
+    assert main([*words, "--base", str(QUICKSTART / "base")]) == 0
+    # 3 kinds of 20 experts; Breadcrumbs merges 10 pairs, 4 fives, 2 tens and all of each.
+    shown = capsys.readouterr().out
+    assert "experts     0 of 60 done" in shown
+    assert "merges      0 of 255 done" in shown
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "microsoft/Phi-3-mini-4k-instruct" in error
+    assert error.count("\n") == 1
 
 
 def test_the_config_of_paths_searches_in_what_the_config_of_glora_trains(place, tmp_path, monkeypatch) -> None:

@@ -217,6 +217,43 @@ def test_groups_are_disjoint_and_the_same_for_every_method(settings, tmp_path) -
     assert len(members) == len(set(members)) == 4
 
 
+def test_routes_and_ensembles_of_the_experts_are_tested_like_their_merges(settings, tmp_path) -> None:
+    (tmp_path / "third.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
+    settings["tasks"]["held_in"] = ["upper.jsonl", "reverse.jsonl", "third.jsonl"]
+    settings |= {"matrix": True, "counts": [2, "all"]}
+    ways: list[Any] = ["SelfRegMean", {"route": "Oracle", "fallback": "SelfRegMean"}, {"route": "Centroid"}]
+    assert study(settings | {"merges": [*ways, {"ensemble": "probabilities"}]}) == 0
+    found = results()
+    assert set(found.values("merge")) - {None} == {
+        "SelfRegMean",
+        "Oracle else SelfRegMean",
+        "Centroid",
+        "Ensemble of probabilities",
+    }
+    loss = {(row["model"], row["task"]): row["value"] for row in found.where(metric="loss").rows}
+    # A router that is always right gives each task its own expert, and the held-out one to the fallback.
+    for model in ("lora Oracle else SelfRegMean", "lora Oracle else SelfRegMean of 2, group 0"):
+        mine = next(line["result"] for line in lines() if line["result"].get("model") == model)
+        for task in mine["own"]:
+            assert loss[model, task] == pytest.approx(loss[f"lora-{task}", task], rel=1e-5)
+    fallback = "lora SelfRegMean"
+    assert loss["lora Oracle else SelfRegMean", "first"] == pytest.approx(loss[fallback, "first"], rel=1e-5)
+    of_two = " of 2, group 0"
+    assert loss[f"lora Oracle else SelfRegMean{of_two}", "first"] == pytest.approx(loss[fallback + of_two, "first"])
+    library = Library("runs/mine/library")
+    routes = {"route-lora-Centroid", "route-lora-Oracle-else-SelfRegMean"}
+    assert {name for name in library if library[name].routed} == routes
+    # By Jensen's inequality, the loss of the mean of probabilities is at most the mean of the members' losses.
+    for task in ("upper", "reverse", "first"):
+        alone = [loss[f"lora-{own}", task] for own in ("upper", "reverse", "third")]
+        assert loss["lora Ensemble of probabilities", task] <= sum(alone) / 3 + 1e-6
+    before = len(lines())
+    ways[0] = {"method": {"class_path": "SelfRegMean", "init_args": {"scale": 0.5}}}
+    assert study(settings | {"merges": [*ways, {"ensemble": "probabilities"}]}) == 0
+    again = {line["key"][2] for line in lines()[before:]}
+    assert again == {"SelfRegMean", "Oracle else SelfRegMean"}
+
+
 def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) -> None:
     """Other test rows and other held-out tasks give the same experts, settings, statistics and coefficients."""
     search = {"search": {"class_path": "ATLAS", "init_args": {"steps": 2}}, "merges": ["RegMean"]}
@@ -267,6 +304,15 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
         ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),
         ({"merges": [{"method": "TIES", "tun": True}]}, "a merge has no setting 'tun'; did you mean tune"),
+        ({"merges": [{"route": "Centroid", "tune": True}]}, "tune is not a setting of a route"),
+        ({"merges": [{"route": "Centroi"}]}, "did you mean Centroid"),
+        ({"merges": [{"route": "Centroid", "fallback": "TIES"}]}, "before it are no merges"),
+        ({"merges": ["SparseAverage", {"route": "Arrow", "fallback": "SparseAverag"}]}, "did you mean SparseAverage"),
+        ({"merges": [{"ensemble": "logit"}]}, "'logit' is not a mean of probabilities or logits; did you mean logits"),
+        (
+            {"merges": [{"ensemble": "logits", "route": "Arrow"}]},
+            "needs exactly one of `method`, `search`, `route` and",
+        ),
         ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
         (
             {"multitask": {"kind": "lra"}},
