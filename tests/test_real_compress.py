@@ -1,6 +1,6 @@
 """On SmolLM2 and real text, 80 % of the parameters: correction beats the cut, the cut beats magnitude, experts learn.
 
-Slow: about eight minutes of CPU time.
+Slow: two minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 
 from modular_experts.__main__ import main
 from modular_experts.compress import compress
+from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import evaluate
 
 pytestmark = pytest.mark.slow
@@ -25,13 +26,14 @@ def test_a_smaller_smollm2_speaks_and_learns(tmp_path, monkeypatch) -> None:
         pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
     files = [str(Path(folder).resolve() / f"{name}.jsonl") for name in ("snips_intent", "clinc_banking")]
     monkeypatch.chdir(tmp_path)
-    found = compress(SMOLLM2, files, "smaller", keep=0.8, evaluations=4, tokens=4096, test_tokens=2048)
+    found = compress(SMOLLM2, files, "smaller", keep=0.8, evaluations=2, tokens=2048, test_tokens=1024)
     assert 0.78 * found.base <= found.parameters <= 0.8 * found.base
     perplexity = found.perplexity
     assert perplexity["base"] < perplexity["reformed"] < perplexity["cut"] < 0.7 * perplexity["magnitude"]
     assert all(layer.after <= layer.before and layer.residual < 1e-8 for layer in found.layers)
     fit = ["fit", "--base", "smaller", "--expert", "LoRAExpert", "--modules", "q_proj", "v_proj"]
     assert main([*fit, "--tasks", files[0], "--steps", "20", "--out", "library/intent"]) == 0
-    rows = evaluate("smaller", {"base": [], "expert": ["library/intent"]}, files[:1], max_new_tokens=None)
+    data = TaskMixture([Task(path=files[0])], eval_limit=32)
+    rows = evaluate("smaller", {"base": [], "expert": ["library/intent"]}, data, max_new_tokens=None)
     loss = {model: rows.where(model=model).mean("loss") for model in ("base", "expert")}
     assert loss["expert"] < loss["base"]
