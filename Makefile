@@ -40,11 +40,11 @@ test-peer: $(DEVELOPS) ## install mergekit beside this package and compare with 
 	$(PIP) --quiet mergekit==0.1.5
 	$(BIN)/python -m pytest -m peer -rs $(ARGS)
 
-test-harness: $(DEVELOPS) ## install lm-eval and test the command harness with it
+test-harness: $(DEVELOPS) ## install lm-eval and test `harness` with it
 	$(PIP) --quiet -e '.[eval]'
 	$(BIN)/python -m pytest tests/interop/test_harness.py -rs $(ARGS)
 
-test-engines: $(DEVELOPS) ## install dask, Ray and submitit, and run studies on them; SLURM where its daemons are
+test-engines: $(DEVELOPS) ## install dask, Ray and submitit, and test with them
 	$(PIP) --quiet -e '.[dask,ray,slurm]'
 	$(BIN)/python -m pytest -m cluster -rs $(ARGS)
 

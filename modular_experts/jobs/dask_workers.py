@@ -17,7 +17,7 @@ class DaskWorkers(Executor):
     setting `distributed.scheduler.allowed-failures` plus one).
 
     Args:
-        address: Of the scheduler, such as `tcp://10.0.0.1:8786`, or its `--scheduler-file`.
+        address: Of the scheduler, such as `tcp://10.0.0.1:8786`, or the file of `dask scheduler --scheduler-file`.
         options: What `Client.get_executor` takes, such as `resources={"GPU": 1}`.
 
     Raises:
@@ -36,7 +36,7 @@ class DaskWorkers(Executor):
                 self._client.close()
                 raise ValueError(
                     f"the worker {name} has {worker['nthreads']} threads, but pieces share what a process has loaded; "
-                    "start it with `dask worker --nthreads 1`, and with --nworkers for more processes"
+                    "start it with `dask worker --nthreads 1 --nworkers N`, for N processes"
                 )
         self._executor = self._client.get_executor(pure=False, **options)
         self._killed = distributed.KilledWorker

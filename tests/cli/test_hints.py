@@ -30,12 +30,13 @@ PACKAGE = Path(modular_experts.__file__).parent
 GROUPS = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
 EVERYWHERE = {"help", "help-all", "config", "print_config", "version"}
 # Programs of others.
-STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ")
+STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ", "dask ")
 
 
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each string of the package with its file; of an f-string, placeholders become the word X."""
-    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "old_names.py"}):
+    # One file has former options, the other those of SLURM's commands.
+    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "old_names.py", PACKAGE / "jobs" / "slurm_jobs.py"}):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
