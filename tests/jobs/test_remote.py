@@ -41,7 +41,7 @@ def test_a_call_finds_modules_and_files_beside_the_user(tmp_path, monkeypatch) -
     Path("call").write_bytes(pickle.dumps(Call(beside.read, (), {})))
     program = f"import pickle; print(pickle.load(open({str(tmp_path / 'call')!r}, 'rb'))())"
     where = {"cwd": "/", "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, **where)
+    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, **where)
     assert found.stdout == "(True, 'hello')\n"
 
 
