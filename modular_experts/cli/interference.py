@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich import box
@@ -18,7 +17,7 @@ from modular_experts.methods import MergeMethod, SparseAverage
 from modular_experts.text import depth_of
 
 PAIRS = 5
-"""How many pairs are listed of each sort."""
+"""How many of the most and of the least alike pairs are shown."""
 
 
 def interference(
@@ -33,8 +32,9 @@ def interference(
 
     For each expert, overlap is the share of entries that it and another both move, of those that either moves; conflict
     is the share of the former that they move in opposite directions; and distance is how far the merge is from the
-    expert, as a share of its energy: 0 is the expert itself, 1 is as far as the base. Overlap, conflict and cosine are
-    means over the other experts. On a generated suite none of them tells well which expert will lose by a merge.
+    expert, as a share of its energy: 0 is the expert itself, 1 is as far as the base, and more is farther. Overlap,
+    conflict and cosine are means over the other experts. On a generated suite none of them tells well which expert will
+    lose by a merge.
 
     Args:
         experts: Directories of two or more experts.
@@ -56,7 +56,8 @@ def interference(
     found = compare(experts, chosen, directions, progress_bar("comparing"))
     console = Console(markup=False, emoji=False)
     console.print(_experts(found), _layers(found, directions))
-    _print_pairs(found)
+    if len(found.experts) > 2:
+        console.print(_pairs(found))
     print(f"distance is to a merge with {call_text(type(chosen).__name__, vars(chosen))}")
     report = found.as_dict()
     if leave_out:
@@ -78,15 +79,13 @@ def interference(
 
 
 def _experts(found: Interference) -> Table:
-    table, sums = _table("expert", "norm", "overlap", "conflict", "cosine", "nearest", "distance"), found.total
-    table.columns[5].justify = "left"
-    cosines = sums.cosine.clone().fill_diagonal_(-math.inf)
+    table, sums = _table("expert", "norm", "overlap", "conflict", "cosine", "distance"), found.total
     means = [mean_of_others(pairs) for pairs in (sums.overlap, sums.conflict, sums.cosine)]
     for number, name in enumerate(found.experts):
         overlap, conflict, cosine = (mean[number].item() for mean in means)
-        norm, nearest = sums.products[number, number].sqrt().item(), found.experts[int(cosines[number].argmax())]
-        cells = f"{norm:.3g}", share_text(overlap), share_text(conflict), f"{cosine:.3f}", nearest
-        table.add_row(name, *cells, f"{sums.distance[number].item():.3f}")
+        norm, distance = sums.products[number, number].sqrt().item(), sums.distance[number].item()
+        cells = share_text(overlap), share_text(conflict), f"{cosine:.3f}", f"{distance:.3f}"
+        table.add_row(name, f"{norm:.3g}", *cells)
     return table
 
 
@@ -106,16 +105,17 @@ def _layers(found: Interference, directions: bool) -> Table:
     return table
 
 
-def _print_pairs(found: Interference) -> None:
-    """Print the pairs with the highest and the lowest cosines, where there are more than the table shows."""
-    count, cosine = len(found.experts), found.total.cosine
-    pairs = [(one, other) for one in range(count) for other in range(one)]
-    pairs.sort(key=lambda pair: -cosine[pair].item())
-    if len(pairs) < 2:
-        return
-    for title, chosen in {"most alike": pairs[:PAIRS], "least alike": pairs[: -PAIRS - 1 : -1]}.items():
-        texts = [f"{found.experts[b]} and {found.experts[a]} {cosine[a, b].item():.3f}" for a, b in chosen]
-        print(f"{title}, by cosine: {', '.join(texts)}")
+def _pairs(found: Interference) -> Table:
+    """Return the pairs with the highest cosines and, after a line, those with the lowest; all if they are few."""
+    table, sums = _table("pair", "overlap", "conflict", "cosine"), found.total
+    pairs = [(one, other) for other in range(len(found.experts)) for one in range(other)]
+    pairs.sort(key=lambda pair: -sums.cosine[pair].item())
+    shown = pairs if len(pairs) <= 2 * PAIRS else [*pairs[:PAIRS], *pairs[-PAIRS:]]
+    for number, (one, other) in enumerate(shown, 1):
+        shares = [share_text(measure[one, other].item()) for measure in (sums.overlap, sums.conflict)]
+        names, cosine = f"{found.experts[one]} and {found.experts[other]}", f"{sums.cosine[one, other].item():.3f}"
+        table.add_row(names, *shares, cosine, end_section=number == PAIRS and len(shown) < len(pairs))
+    return table
 
 
 def _mean(values: Tensor) -> float:
