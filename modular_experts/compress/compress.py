@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ from modular_experts.tuning.evolution import Choice, Evolution, Genes, Whole
 
 Members = Literal["importance", "windows"]
 WINDOWS = 8
-"""The windows of a layer start at so many eighths of what is removed, and at its end."""
+"""A window of what stays starts after 0, 1, ... or all 8 eighths of the members that are removed."""
+_TRIALS = "search.jsonl"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Compressed:
         all_blocks: How many blocks the base has.
         sizes: How many `groups` of heads (1 of 1 if they cannot be removed) and how many `channels` of its MLP a block
             keeps, and of how many.
-        perplexity: On the test rows, of the `base`, of what is left by removal of the MLP channels of the smallest
-            weights in all blocks (`magnitude`, absent if these alone are not enough), of what the search found (`cut`),
-            and of that after its layers were corrected (`reformed`).
+        perplexity: On the test rows, of the `base`, of what is left by removal of the parts with the smallest weights
+            in all blocks (`magnitude`, as in `magnitude_removal`; absent if it finds none), of what the search found
+            (`cut`), and of that after its layers were corrected (`reformed`).
         tokens: How many tokens of the test rows were measured.
         layers: The error of each corrected layer on the calibration text.
         searched: Perplexity on the validation rows of each candidate, in the order of the search.
@@ -135,7 +136,8 @@ def compress(
         evaluations: Candidates that the search measures.
         members: `importance` lets the search choose for each block between two rankings of what it can lose;
             `windows` lets it choose where a contiguous stretch starts, as the released code does.
-        multiple: An MLP keeps a multiple of so many channels, because GPUs multiply such matrices faster.
+        multiple: The number of channels that an MLP keeps is a multiple of this, unless it keeps all of them, because
+            GPUs multiply such matrices faster.
         damping: Strength of the pull of corrected weights to what they were, as a share of the mean squared input.
         tokens: Tokens of training rows that rank and correct. Take several times the width of an MLP.
         search_tokens: Tokens of validation rows that measure a candidate.
@@ -150,7 +152,8 @@ def compress(
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
         ValueError: A setting is out of its range, the base has no parts of a known form, no sizes fit the window, or
-            the tasks have no text. The model has not been loaded then.
+            the tasks have no text; the model has not been loaded then. Or its weights do not have the sizes that their
+            names imply, or the reloaded checkpoint differs from the model in memory; then nothing is written.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep={keep} must be in (0, 1], the share of the parameters that stay, such as 0.8")
@@ -158,7 +161,7 @@ def compress(
         raise ValueError(f"slack={slack} must be in (0, 1), such as 0.02")
     if not 0 < damping < math.inf:
         raise ValueError(f"damping={damping} must be a positive number, such as 0.01")
-    if members not in ("importance", "windows"):
+    if members not in get_args(Members):
         raise ValueError(f"members={members!r} must be 'importance' or 'windows'")
     counts = {"evaluations": evaluations, "multiple": multiple, "tokens": tokens, "search_tokens": search_tokens}
     for name, value in (counts | {"test_tokens": test_tokens, "length": length}).items():
@@ -171,12 +174,8 @@ def compress(
     texts = read_texts(tasks, opened.tokenizer(), amounts, length)
 
     settings = {"keep": keep, "slack": slack, "evaluations": evaluations, "members": members, "multiple": multiple}
-    settings |= {
-        "damping": damping,
-        "seed": seed,
-        "length": length,
-        **{f"{k}_tokens": t.numel() for k, t in texts.items()},
-    }
+    settings |= {"damping": damping, "seed": seed, "length": length}
+    settings |= {f"{split}_tokens": text.numel() for split, text in texts.items()}
     model: Any = opened.load()
     stored = model.dtype
     # Parameter by parameter: `model.to` would touch the tables of positions too.
@@ -252,9 +251,6 @@ def compress(
     return done
 
 
-_TRIALS = "search.jsonl"
-
-
 def _search(
     window: Window,
     ranking: Ranking,
@@ -280,7 +276,7 @@ def _search(
         return blocks, int(genes[depth]), window.channels(len(blocks), int(genes[depth]))
 
     def within(genes: Genes) -> Genes | None:
-        # How a block that goes chooses its members changes nothing.
+        # The second gene of a block that is removed changes nothing, so it is 0.
         chosen = (*genes[: depth + 1], *(gene * stays for gene, stays in zip(genes[depth + 1 :], genes, strict=False)))
         return chosen if sizes(genes)[2] else None
 
@@ -306,7 +302,8 @@ def _search(
             yield number
             count("searching", evaluations)
 
-    # Those with fewer and fewer blocks, the ones that turn the hidden states least gone first.
+    # The search starts from candidates that lack no block, one block, and so on. The block that turns the hidden states
+    # least goes first.
     falling = sorted(range(depth), key=lambda block: ranking.blocks[block])
     start = [
         (*[int(block not in falling[:gone]) for block in range(depth)], groups, *[0] * depth)
@@ -314,7 +311,7 @@ def _search(
         for gone in range(depth)
     ]
     fitting = [genes for genes in start if sizes(genes)[2]][: max(1, evaluations // 4)]
-    # Of the genes, two for each block, few change at once: most changes of many are worse.
+    # A candidate has two genes for each block. Few of them change at once, because most changes of many are worse.
     found = Evolution(evaluations, first=1, mutation=0.05, seed=seed).search(
         space, measure, fitting, within, store, counted
     )
@@ -322,9 +319,10 @@ def _search(
 
 
 def magnitude_removal(window: Window) -> Kept | None:
-    """Return what stays if every block loses the MLP channels with the smallest weights; None if that is not enough.
+    """Return what stays if every block loses the MLP channels with the smallest weights.
 
-    Groups of heads go, also by the size of their weights, where channels alone are not enough.
+    Where channels alone are not enough, the groups of heads with the smallest weights go too. If these are not enough
+    either, the result is None, because blocks are not removed here.
     """
     removable, scores = window.removable, magnitudes(window.removable)
     for groups in range(removable.groups, 0, -1):

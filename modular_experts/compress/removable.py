@@ -28,7 +28,7 @@ _MLPS = (
     ({"c_fc": 1}, "c_proj"),
     ({"dense_h_to_4h": 1}, "dense_4h_to_h"),
 )
-# In this order, rows of queries, keys and values.
+# The layers that make queries, keys and values, in this order.
 _ATTENTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 
@@ -50,8 +50,8 @@ class Kept:
 class Part(NamedTuple):
     """How a weight of a block holds groups or channels.
 
-    `dim` is the dimension along which they lie, `units` how many entries each takes there, once for each stretch: one
-    layer may make queries, keys and values.
+    They lie along the dimension `dim`, in one or more stretches, because one layer may make queries, keys and values.
+    `units` holds for each stretch how many entries one group or channel takes there.
     """
 
     kind: Kind
@@ -64,7 +64,7 @@ class Removable:
 
     Args:
         model: The model; nothing here changes it.
-        place: What an error's sentence calls it.
+        place: What errors call the model.
 
     Attributes:
         blocks: How many transformer blocks it has.
@@ -100,11 +100,8 @@ class Removable:
             shape = inside[0][name]
             prices[part.kind] += shape.numel() // shape[part.dim] * sum(part.units)
         whole = sum(shape.numel() for shape in inside[0].values())
-        self._outside, self._group, self._channel = (
-            self.parameters - self.blocks * whole,
-            prices["groups"],
-            prices["channels"],
-        )
+        self._outside = self.parameters - self.blocks * whole
+        self._group, self._channel = prices["groups"], prices["channels"]
         self._rest = whole - self.groups * self._group - self.channels * self._channel
 
     def modules(self, model: PreTrainedModel) -> Sequence[nn.Module]:
@@ -151,7 +148,7 @@ class Removable:
         """Return a smaller model of what stays; weights that stay whole are shared with the model, not copied.
 
         Raises:
-            ValueError: The model has weights of another size than its layers' names let expect.
+            ValueError: The model's weights do not have the sizes that the names of their layers imply.
         """
         config = self._config(kept)
         with quiet(), Unfilled():
