@@ -34,10 +34,10 @@ def ensembled(
     their probabilities. Losses, choices and generated answers follow from them.
 
     Args:
-        model: The experts' base, a causal language model of transformers, before anything is
-            injected. It is in evaluation mode meanwhile, and stays on its device.
+        model: The experts' base, a causal language model of transformers, before anything is injected. It is in
+            evaluation mode meanwhile, and stays on its device.
         experts: As for `routed`: directories of a library, opened experts, or mappings from weight names to deltas.
-        mean: Of what the mean is taken.
+        mean: What is averaged.
         check: Whether the model must be the base of the stored experts.
 
     Raises:

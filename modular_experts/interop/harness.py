@@ -181,7 +181,7 @@ def export_tasks(
 
 EXPLAINED = """# Tasks of the lm-evaluation-harness
 
-modular-experts wrote these files. In this directory, with lm-eval 0.4.13 or newer of 0.4:
+modular-experts wrote these files. In this directory, with lm-eval 0.4.13 or a later release of 0.4:
 
     lm_eval --model hf --model_args pretrained=CHECKPOINT,add_bos_token=False \\
         --include_path . --tasks {tasks}
@@ -231,7 +231,7 @@ def _generation(name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
         **_common(name, rows),
         "output_type": "generate_until",
         "doc_to_target": "target",
-        # A checkpoint's own generation settings may say otherwise.
+        # A checkpoint's own generation settings may differ.
         "generation_kwargs": {
             **{"until": [tokenizer.eos_token], "max_gen_toks": longest},
             **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},

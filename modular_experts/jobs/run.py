@@ -46,7 +46,8 @@ def run(
         The new results, the failures, and what was skipped for them. `.raise_failures()` turns failures into an error.
 
     Raises:
-        ValueError: Two pieces have the same key, or one needs a piece that is not there, or itself.
+        ValueError: Two pieces have the same key, or one needs a piece that is not there, or, perhaps through others,
+            itself.
         BrokenExecutor: The caller's own executor broke and takes no more work.
         OSError: The store cannot keep a result, such as on a full disk; the results before it are kept.
     """

@@ -80,7 +80,7 @@ class SlurmJobs(Executor):
         self.shutdown(cancel_futures=kind is not None)
 
     def _watch(self) -> None:
-        """Look after the jobs until there is nothing left to do, or it fails, and all that is left with it."""
+        """Look after the jobs until none is left; if that fails, all jobs that are left fail with its error."""
         try:
             self._look_until_done()
         except Exception as error:

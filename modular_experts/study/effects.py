@@ -103,9 +103,9 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
                 continue
             mine = fmean(_score(found, task, metric) for found, _ in known)
             theirs = fmean(_score(single, task, metric) for _, single in known)
-            # Each task draws its own rows.
             differences = [one for found, single in known for one in _differences(found, single, task, metric)]
             if differences:
+                # Each task draws its own rows.
                 means.append(_means(differences, len(by_task)))
             by_task.append(
                 {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
@@ -126,13 +126,13 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
 
 
 def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
-    """Return what a model has of a metric on a task: a number that is not one where its loss was not finite."""
+    """Return the value of a metric of a model on a task: NaN if its loss was not finite."""
     value = found["scores"]["tasks"][task][metric]
     return math.nan if value is None else value
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
-    """Return the differences of two models in a metric, row by row; of none where rows have no values."""
+    """Return the differences of two models in a metric, row by row: an empty list for a metric without row values."""
     pairs = [found["values"].get(task, {}).get(metric, []) for found in (mine, theirs)]
     return [one - other for one, other in zip(*pairs, strict=True)]
 

@@ -26,7 +26,7 @@ WORK: dict[type, Callable[..., dict[str, Any]]] = {
     Route: route_and_test,
     Ensemble: test_together,
 }
-"""What does each way to combine the experts of a group."""
+"""The function that combines the experts of a group, for each way to do it."""
 
 STAGES = ("experts", "statistics", "merges", "tests")
 """What `--only` takes; the key of a piece begins with one of them."""

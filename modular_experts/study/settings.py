@@ -56,7 +56,7 @@ class Merge:
         name: Its name in results.
         method: The settings of a merge method, or of a search if `searched`.
         searched: Whether the merge is searched by a `CoefficientSearch`.
-        tune: Settings of `tuning.tune` (`rows`, `grid`) if the method is tuned.
+        tune: What the tuning of the method may be given, a `grid` or nothing; None if the method is not tuned.
         rows: The most validation rows of a task that a search or a tuning reads.
         merges: Settings of the merges that a search starts from.
     """
@@ -90,7 +90,7 @@ class Ensemble:
 
     Attributes:
         name: Its name in results.
-        mean: Of what, for `ensembled`.
+        mean: What is averaged, as for `ensembled`.
     """
 
     name: str

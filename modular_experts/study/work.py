@@ -124,7 +124,7 @@ def route_and_test(
     experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
     whole = len(group) == len(study.held_in)
     router, fallback, made = study.tools.make(Router, wanted.router), None, list[Path]()
-    # A routed expert lies beside its experts, so that of a few is there as long as it is tested.
+    # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is tested.
     place = library / (study.route_name(kind, wanted.name, seed) + ("" if whole else f"-{len(group)}-{number}"))
     try:
         if wanted.fallback and whole:
@@ -155,7 +155,7 @@ def test_together(
     seed: int,
     number: int,
 ) -> dict[str, Any]:
-    """Test a group of experts as an ensemble, which is nothing that a library could hold."""
+    """Test a group of experts as an ensemble, of which nothing goes into the library."""
     started = time.perf_counter()
     experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
     found = _measured(study, experts, tasks, partial(ensembled, experts=experts, mean=ensemble.mean, check=False))
