@@ -11,13 +11,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from modular_experts.jobs import JSONLines, KilledError, LocalProcesses, Piece, run
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked
@@ -220,9 +221,7 @@ def _fail_again(sentence: str) -> None:
 
 def _sentence(error: BaseException) -> str:
     """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
-    if isinstance(error, KilledError):
-        return str(error)
-    if isinstance(error, BrokenExecutor):
-        return "its process was killed, perhaps for the memory that it took; fewer --processes take less"
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed, perhaps for lack of memory; smaller batches or fewer --processes take less"
+    text, is_plain = " ".join(str(error).split()), isinstance(error, ValueError | OSError | BrokenExecutor)
+    return text if is_plain and text else f"{type(error).__name__}: {text}".rstrip(": ")

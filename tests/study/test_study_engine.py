@@ -23,6 +23,17 @@ class Pool(ThreadPoolExecutor):
         open(word, "w").close()
 """
 
+BROKEN = """
+from concurrent.futures import BrokenExecutor, Executor, Future
+
+
+class Broken(Executor):
+    def submit(self, *call):
+        future = Future()
+        future.set_exception(BrokenExecutor("the cluster dropped the call"))
+        return future
+"""
+
 
 @pytest.fixture
 def config(tmp_path, tiny_llama_dir, monkeypatch) -> None:
@@ -56,6 +67,12 @@ def test_a_class_of_the_user_runs_a_study_and_gets_its_settings(config) -> None:
     assert not study("mine", "--engine", "study_pool.Pool", "--engine_settings.word", "hello")
     assert Path("hello").exists()
     assert Path("mine/results.json").exists()
+
+
+def test_a_piece_that_a_cluster_drops_fails_with_the_words_of_the_cluster(config, capsys) -> None:
+    Path("study_broken.py").write_text(BROKEN)
+    assert study("mine", "--engine", "study_broken.Broken") == 1
+    assert "failed: tests base: the cluster dropped the call\n" in capsys.readouterr().out
 
 
 def test_a_setting_that_no_engine_reads_is_refused(config, capsys) -> None:
