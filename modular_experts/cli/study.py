@@ -113,8 +113,8 @@ def study(
         retry: Try again what failed in an earlier run.
         processes: How many pieces run at once on this machine; by default one a core, at most 8.
         engine: Where pieces run: local, slurm, dask, ray, or the dotted path of an Executor of your own.
-        engine_settings: What the engine takes. For slurm --engine_settings.partition gpu, for example; other options of
-            sbatch pass on by name too.
+        engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
+            --engine_settings.partition gpu, and a few of its own.
         open: Show the page in the browser at the end.
 
     Examples:
@@ -144,15 +144,17 @@ def study(
     if processes is not None and engine != "local":
         raise ValueError(f"--processes is for this machine alone, and --engine is {engine}; leave one of them out")
     columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
-    with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
+    with ExitStack() as stack:
+        cluster = engine != "local" or engine_settings
+        executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
+        bar = stack.enter_context(progress_by_tenths(*columns, line=lambda what, done, total: what))
+        # Nobody knows how many pieces a cluster will run at once.
+        on_one = executor is not None and not hasattr(executor, "processes")
 
         def show(done: int, total: int, left: Left) -> None:
-            bar(f"{done} of {counted(total, 'piece')}{_time_text(left)}", done, total)
+            bar(f"{done} of {counted(total, 'piece')}{_time_text(left, on_one)}", done, total)
 
-        with ExitStack() as stack:
-            cluster = engine != "local" or engine_settings
-            executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
-            state = run_study(found, place, only or (), retry, executor, processes, show)
+        state = run_study(found, place, only or (), retry, executor, processes, show)
     # What earlier runs measured stays in the tables, also of stages that this one left out.
     everything = state_of(pieces_of(found, place.absolute()), Lines(place))
     results = results_of(found, everything)
@@ -189,7 +191,7 @@ def _print_state(state: State, each: bool) -> None:
             done, failed = (sum(key in found for key in mine) for found in (state.done, state.failed))
             print(f"{stage:<12}{done} of {len(mine)} done" + (f", {failed} failed" if failed else ""))
     left = len(state.pieces) - len(state.done)
-    print(f"{counted(left, 'piece')} left{_time_text(state.left)}" + " on one process" * bool(state.left.seconds))
+    print(f"{counted(left, 'piece')} left{_time_text(state.left, on_one=True)}")
     if state.left.unknown:
         print(
             f"no piece like {state.left.unknown} of them is done yet; the first of each stage and kind "
@@ -209,10 +211,9 @@ def _print_failures(state: State) -> None:
         print(f"failed: {title_of(key)}: {why}")
 
 
-def _time_text(left: Left) -> str:
-    """Return an estimate of the time left, and what it leaves out."""
-    if left.seconds and not left.unknown:
-        return f", about {duration_text(left.seconds)} left"
-    if left.seconds:
-        return f", more than {duration_text(left.seconds)} left"
-    return ""
+def _time_text(left: Left, on_one: bool) -> str:
+    """Return an estimate of the time left, if there is one, and whether it is that of one process."""
+    if not left.seconds:
+        return ""
+    bound = "more than" if left.unknown else "about"
+    return f", {bound} {duration_text(left.seconds)} left{' on one process' * on_one}"

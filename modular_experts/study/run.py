@@ -168,8 +168,9 @@ def run_study(
         retry: Whether pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, if there is no executor; by default one for each core, at most 8.
-        progress: Called with how many pieces are finished, how many there are, and what the others will take, the
-            seconds divided by the number of processes.
+        progress: Called with how many pieces are finished, how many there are, and what the others will take. The
+            seconds are divided by the executor's `processes`; for an executor without this number they are those of one
+            process.
 
     Raises:
         BlockingIOError: Another process runs a study in `out`; nothing was done.
