@@ -123,7 +123,7 @@ def evaluate(
 
     for name, mix in mixes.items():
         checkpoint = checkpoints.get(name)
-        names = [one.name if isinstance(one, StoredExpert) else "task vector" for one in mix]
+        names = list(map(_name, mix))
         title = name or " + ".join(names) or (Path(checkpoint.place).name if checkpoint else "base")
         hashes = [one.content_hash for one in mix if isinstance(one, StoredExpert)]
         if checkpoint:
@@ -143,8 +143,7 @@ def evaluate(
                 known[key] = scores
         done += len(examples)
         progress(title, done, total)
-        places = [os.path.relpath(one.path) if isinstance(one, StoredExpert) else "task vector" for one in mix]
-        facts["models"][title] = [{"name": n, "place": place} for n, place in zip(names, places, strict=True)]
+        facts["models"][title] = _members(mix)
         if checkpoint:
             facts["models"][title] = [{"name": "checkpoint", "place": os.path.relpath(checkpoint.place)}]
         _add_answers(facts["examples"], scores["examples"], title)
@@ -167,18 +166,11 @@ def open_mixes(experts: AnyMixes) -> dict[str, list[Mapping[str, Delta]]]:
 
 def facts_of(base: Base, dtype: str, mixes: Mapping[str, Sequence[Mapping[str, Delta]]]) -> dict[str, Any]:
     """Return what holds for all rows of a comparison: its base, the experts of each model, versions, machine, date."""
-    models = {
-        title: [
-            {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
-            for one in mix
-        ]
-        for title, mix in mixes.items()
-    }
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,
         "dtype": dtype,
-        "models": models,
+        "models": {title: _members(mix) for title, mix in mixes.items()},
         "python": platform.python_version(),
         "machine": machine(),
         "versions": package_versions(),
@@ -196,6 +188,14 @@ def _named(experts: Any) -> Mapping[str, Any]:
 
 def _name(expert: Mapping[str, Delta]) -> str:
     return expert.name if isinstance(expert, StoredExpert) else "task vector"
+
+
+def _members(mix: Sequence[Mapping[str, Delta]]) -> list[dict[str, str]]:
+    """Return the name and the place of each expert of a mix; a task vector has no place, so its name stands there."""
+    return [
+        {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
+        for one in mix
+    ]
 
 
 def _checkpoint(mix: Any) -> Base | None:
