@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
-from modular_experts.injection.inject import load_expert_state
+from modular_experts.injection.inject import load_expert_state, state_by_place
 from modular_experts.injection.route import put_in
 from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
@@ -116,8 +116,5 @@ class MadeOfState(Protocol):
 
 def by_state(kind: MadeOfState, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
     """Plan experts of the sizes that a stored expert's state has."""
-    by_weight: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in expert.state().items():
-        weight, _, part = name.rpartition("/")
-        by_weight.setdefault(weight, {})[part] = tensor
+    by_weight = state_by_place(expert.state())
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}

@@ -255,6 +255,15 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each weight or module in what `expert_state` returned, by their own names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        place, _, own = name.rpartition("/")
+        found.setdefault(place, {})[own] = tensor
+    return found
+
+
 def describe_experts(model: nn.Module) -> dict[str, Any]:
     """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
     and `not_mergeable_because`. The names of several types are joined by `+`; a setting with several values is a list.
@@ -288,10 +297,7 @@ def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: The model has no expert where the state has one, or the other way round.
     """
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        place, _, part = name.partition("/")
-        by_name.setdefault(place, {})[part] = tensor
+    by_name = state_by_place(state)
     experts = {name: expert for name, expert in named_experts(model) if expert.state()}
     if unlike := sorted(by_name.keys() ^ experts.keys()):
         where = "the state but not the model" if unlike[0] in by_name else "the model but not the state"

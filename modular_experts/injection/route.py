@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.base import Base
+from modular_experts.injection.inject import state_by_place
 from modular_experts.injection.routed import Routed, by_block, by_weight, places, route_beneath, routed
 from modular_experts.library import (
     StoredExpert,
@@ -187,10 +188,7 @@ def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) 
             f"gets the class: modular_experts.injection.route.put_in(model, expert, router={name})"
         )
     members = experts_behind(expert)
-    parts: dict[str, dict[str, Tensor]] = {MODEL: {}}
-    for key, tensor in expert.state().items():
-        weight, _, part = key.rpartition("/")
-        parts.setdefault(weight, {})[part] = tensor
+    parts = state_by_place(expert.state())
     count = int(parts[MODEL].pop(COUNT))
     routers = {}
     for place in [MODEL] if kind.scope == "sample" else places(kind.scope, model, members[:count]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.glora import KINDS, GLoRAExpert
+from modular_experts.injection.inject import state_by_place
 from modular_experts.interop.peft.formats import EncodedWeight, PeftFormat
 from modular_experts.library import StoredExpert
 
@@ -48,10 +49,10 @@ class GloraFormat(PeftFormat):
                 f"{expert.name} was trained on top of {', '.join(parents)}, whose weights its parts multiply, and a "
                 "GLORA adapter multiplies those of the base; export it as lora, with a rank, or apply it with them"
             )
-        experts = {}
+        experts, by_weight = {}, state_by_place(state)
         for name in names:
             if name.endswith(".weight"):
-                own = {key.removeprefix(f"{name}/"): one for key, one in state.items() if key.startswith(f"{name}/")}
+                own = by_weight.get(name, {})
                 experts[name] = GLoRAExpert.of_state(torch.zeros(()).expand(expert[name].shape), own)
                 experts[name].load_state(own)
         # For A and B of kind none PEFT would store two zeros for each entry of the weight.
