@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta, Dense
 from modular_experts.methods.average import Average
-from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
+from modular_experts.methods.method import Context, MergeMethod, Needs, known_grams
 from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, as_delta, spectrum
 
@@ -59,13 +59,11 @@ class ESM(MergeMethod):
     power: float = 0.15
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        known = known_statistics(self, context, len(deltas))
-        grams = [one for one in known if one is not None]
-        if len(grams) < len(deltas):
+        known = known_grams(self, context, deltas)
+        if known is None:
             return Average(scale=self.scale).merge(deltas)
-        transposed = grams[0].inputs == 0
-        upright = [delta.T for delta in deltas] if transposed else list(deltas)
-        movers = [(delta, one.values) for delta, one in zip(upright, grams, strict=True) if delta.norm() > 0]
+        upright, grams, transposed = known
+        movers = [(delta, gram) for delta, gram in zip(upright, grams, strict=True) if delta.norm() > 0]
         count = max(1, int(self.share * upright[0].shape[0] / max(1, len(movers))))
         parts = [self._essential(delta.to(dtype=torch.float64), gram.double(), count) for delta, gram in movers]
         nothing = torch.zeros(upright[0].shape[0], 0, dtype=torch.float64, device=upright[0].device)

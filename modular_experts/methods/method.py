@@ -184,3 +184,17 @@ def known_statistics(method: MergeMethod, context: Context | None, experts: int)
             "Context(statistics=[...]), or merge stored experts, whose statistics are read from their directories"
         )
     return known
+
+
+def known_grams(
+    method: MergeMethod, context: Context | None, deltas: Sequence[Delta]
+) -> tuple[list[Delta], list[Tensor], bool] | None:
+    """Return the deltas as `(out, in)`, their experts' Gram matrices `(in, in)`, and whether the weight is stored
+    transposed, as `(in, out)`; or None for a weight that is not the matrix of a linear layer.
+    """
+    known = known_statistics(method, context, len(deltas))
+    grams = [one for one in known if one is not None]
+    if len(grams) < len(deltas):
+        return None
+    transposed = grams[0].inputs == 0
+    return [delta.T for delta in deltas] if transposed else list(deltas), [one.values for one in grams], transposed

@@ -20,7 +20,7 @@ from torch import Tensor
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.methods.average import SparseAverage
 from modular_experts.methods.chunks import weighted_sum, widest_dtype
-from modular_experts.methods.method import Context, MergeMethod, Needs, known_statistics
+from modular_experts.methods.method import Context, MergeMethod, Needs, known_grams
 from modular_experts.methods.settings import Checks, above, at_least, one_of, within
 from modular_experts.methods.spectrum import spectrum
 
@@ -58,17 +58,14 @@ class RegMean(MergeMethod):
     ridge: float = 0.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        known = known_statistics(self, context, len(deltas))
-        grams = [one for one in known if one is not None]
-        if len(grams) < len(deltas) or all(delta.is_empty for delta in deltas):
+        known = known_grams(self, context, deltas)
+        if known is None or all(delta.is_empty for delta in deltas):
             return weighted_sum(deltas, [self.scale / len(deltas)] * len(deltas))
-        transposed = grams[0].inputs == 0
-        upright = [delta.T for delta in deltas] if transposed else list(deltas)
-        values = [one.values for one in grams]
+        upright, grams, transposed = known
         if self.ridge:
-            solved = ridge_solution(upright, [partial(self._reduced, gram) for gram in values], self.ridge)
+            solved = ridge_solution(upright, [partial(self._reduced, gram) for gram in grams], self.ridge)
         else:
-            solved = self._solve(upright, values)
+            solved = self._solve(upright, grams)
         merged = solved * self.scale
         return (merged.T if transposed else merged).to(dtype=widest_dtype(deltas))
 
