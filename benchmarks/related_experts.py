@@ -32,8 +32,7 @@ import torch
 from intervals import interval
 from lightning.pytorch import Callback
 from related_cost import costs, own_memory, print_costs
-from related_systems import quiet_logs, run_all
-from related_worlds import TenTasks
+from related_worlds import TenTasks, parser_of, quiet_logs, run_all
 from step_report import machine
 from torch import Tensor
 from training_worlds import METHODS
@@ -162,16 +161,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="NAME", default=list(KINDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--parts", nargs="+", choices=["quality", "cost"], default=["quality", "cost"])
-    parser.add_argument("--work", default="runs/related-experts", help="directory for bases, experts and results")
-    parser.add_argument("--processes", type=int, default=1, help="at once, each on one thread: 1")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps, two tasks, to see that it works")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--own-cost", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, "kinds", KINDS, ["quality", "cost"], "runs/related-experts")
     options = parser.parse_args()
     # The LoRA of rank 8 is the first, over which costs are shown.
     beside = [KINDS[name].beside for name in options.kinds]
@@ -273,16 +263,14 @@ class OptimizerState(Callback):
 
 def _scores(world: Apart, tasks: Sequence[str], deltas: Any, stage: str, held_out: bool = False) -> dict[str, Any]:
     """Return the mean loss of some tasks on validation words; or exact match and loss of each on test words."""
-    data = world.mixture(tasks, held_out)
-    data.eval_limit = world.rows
-    data.setup(stage)
+    data = world.rows_of(tasks, stage, held_out)
     validates = stage == "validate"
     batches = data.val_dataloader() if validates else data.test_dataloader()
     with applied(world.model, deltas, check=False):
         found = measure(world.model, world.tokenizer, batches, data.roles, None if validates else world.new_tokens)
     if validates:
         return {"loss": found["held_in"]["loss"]}
-    return {score: {task: facts[score] for task, facts in found["tasks"].items()} for score in ("exact_match", "loss")}
+    return {score: {task: facts[score] for task, facts in found["tasks"].items()} for score in SCORES}
 
 
 def _rows(

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,18 +37,17 @@ from typing import Any
 import torch
 from intervals import interval
 from related_cost import costs, own_memory, parameters, print_costs
-from related_worlds import FewFiles, HiddenWords, TenTasks
+from related_worlds import FewFiles, HiddenWords, TenTasks, parser_of, quiet_logs, run_all
 from step_report import machine
 from torch import nn
 
 from modular_experts.base.loading import quiet
-from modular_experts.data import TaskMixture
 from modular_experts.data.batch import prompts
 from modular_experts.evaluation import measure
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject, named_experts
 from modular_experts.injection.attach import attached
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
+from modular_experts.jobs import JSONLines
 from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
 from modular_experts.routing.point_lora import TokenSelection
 from modular_experts.suite.words import LETTERS
@@ -150,18 +148,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="NAME", default=list(SYSTEMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parts = ["quality", "cost", "needle", "real"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="quality and cost")
+    parser = parser_of(__doc__, "systems", SYSTEMS, parts, "runs/related-systems")
     parser.add_argument("--real", nargs=2, metavar=("BASE", "DATA"), help="for that part: a base and its task files")
-    parser.add_argument("--work", default="runs/related-systems", help="directory for bases, experts and results")
-    parser.add_argument("--processes", type=int, default=1, help="at once, each on one thread: 1")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps, small models, to see that it works")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
-    parser.add_argument("--own-cost", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "real" in options.parts and not options.real:
         parser.error("--parts real needs --real BASE DATA, a pretrained base and a folder of task files")
@@ -236,12 +225,6 @@ def _compared(
     return {"seeds": list(worlds), "rows": found}
 
 
-def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
-    with LocalProcesses(processes) as pool:
-        pieces = [Piece(key, work, (world, *key)) for key, world in keys.items()]
-        run(pieces, store, pool, print_progress()).raise_failures()
-
-
 def _pairs(results: Sequence[dict[str, Any]], role: str, score: str) -> dict[tuple[int, str], float]:
     """Return a score by pair of seed and task."""
     return {
@@ -257,13 +240,6 @@ def _expert(world: TenTasks, name: str, size: str, rate: float) -> Path:
     return world.expert(f"{name.replace(', ', '-')}-{size}", f"{rate:g}-{world.steps}")
 
 
-def _data(world: TenTasks, stage: str) -> TaskMixture:
-    data = world.mixture(world.tasks, held_out=stage == "test")
-    data.eval_limit = world.rows
-    data.setup(stage)
-    return data
-
-
 def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) -> dict[str, float]:
     """Train a system, and return its loss on validation words."""
     quiet_logs()
@@ -273,7 +249,7 @@ def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) ->
         world.fit(path, getattr(SYSTEMS[name], size)(), world.tasks, rate, world.steps)
     seconds = time.process_time() - started
     with attached(world.model, path, check=False):
-        batches = _data(world, "validate").val_dataloader()
+        batches = world.rows_of(world.tasks, "validate").val_dataloader()
         scores = measure(world.model, world.tokenizer, batches, dict.fromkeys(world.tasks, "held_in"), None)
     return {"loss": scores["held_in"]["loss"], "seconds": seconds}
 
@@ -281,7 +257,7 @@ def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) ->
 def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: float) -> dict[str, Any]:
     """Return what a trained system scores on the test words of each task, and its numbers of parameters."""
     quiet_logs()
-    model, data = world.model, _data(world, "test")
+    model, data = world.model, world.rows_of(world.tasks, "test", held_out=True)
     with attached(model, _expert(world, name, size, rate), check=False):
         scores = measure(model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
     planned = copy.deepcopy(model)
@@ -295,7 +271,7 @@ def _selected(world: TenTasks, _: str, seed: int, rate: float) -> float:
     quiet_logs()
     capitals = torch.tensor(world.tokenizer.convert_tokens_to_ids(list(LETTERS.upper())))
     with attached(world.model, _expert(world, "PointLoRA", "long", rate), check=False):
-        batches = _data(world, "test").test_dataloader()
+        batches = world.rows_of(world.tasks, "test", held_out=True).test_dataloader()
         return fmean(selects(world.model, ids, capitals) for batch in batches for ids in prompts(batch))
 
 
@@ -319,11 +295,6 @@ def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
     with attached(world.model, path, check=False):
         scores = measure(world.model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
     return {"exact_match": scores["tasks"][task]["exact_match"]}
-
-
-def quiet_logs() -> None:
-    for name in ("modular_experts", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _large(name: str) -> Any:

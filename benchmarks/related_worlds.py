@@ -1,9 +1,14 @@
-"""Where `related_systems` trains and tests: several tasks in one mixture, generated or real."""
+"""Where `related_systems` and `related_experts` train and test, and the options and the work that they share.
+
+A world holds several tasks, generated or real; a system learns them in one mixture, an expert one of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,11 @@ from merge_worlds import HELD_IN, Experts
 from selection_worlds import Generated, Real
 
 from modular_experts.data import Task, TaskMixture, TaskSource
+from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.suite import WordTask
 from modular_experts.suite.words import LETTERS
 
-__all__ = ["FewFiles", "HiddenWords", "TenTasks"]
+__all__ = ["FewFiles", "HiddenWords", "TenTasks", "parser_of", "quiet_logs", "run_all"]
 
 STEPS, RATES = 200, (1e-3, 3e-3, 1e-2)
 
@@ -37,6 +43,13 @@ class TenTasks(Experts):
     @property
     def world(self) -> Any:
         return Generated(self.seed, self.work)
+
+    def rows_of(self, tasks: Sequence[str], stage: str, held_out: bool = False) -> TaskMixture:
+        """Return at most `rows` rows of each task, and of the held-out ones, made ready for "validate" or "test"."""
+        data = self.mixture(tasks, held_out)
+        data.eval_limit = self.rows
+        data.setup(stage)
+        return data
 
 
 @dataclass(frozen=True)
@@ -105,3 +118,41 @@ class _SixFiles(Real):
     new_tokens = 32  # the longest answers are lists of slots
     others = ()
     tasks = HELD_IN[:6]  # type: ignore[assignment]
+
+
+def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:
+    """Do a piece of work for each key, in its world, if the store does not hold its result."""
+    with LocalProcesses(processes) as pool:
+        pieces = [Piece(key, work, (world, *key)) for key, world in keys.items()]
+        run(pieces, store, pool, print_progress()).raise_failures()
+
+
+def quiet_logs() -> None:
+    """Keep a worker from logging more than errors."""
+    for name in ("modular_experts", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parser_of(
+    description: str | None, noun: str, names: Iterable[str], parts: list[str], work: str
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that both scripts have.
+
+    Args:
+        description: What the script shows.
+        noun: What is compared, the name of an option.
+        names: All that can be compared, which is the default.
+        parts: What can be measured; the first two are the default.
+        work: Default directory.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{noun}", nargs="+", choices=list(names), metavar="NAME", default=list(names))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="quality and cost")
+    parser.add_argument("--work", default=work, help="directory for bases, experts and results")
+    parser.add_argument("--processes", type=int, default=1, help="at once, each on one thread: 1")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
+    parser.add_argument("--quick", action="store_true", help="one seed, one round, few steps, to see that it works")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--own-cost", help=argparse.SUPPRESS)
+    return parser
