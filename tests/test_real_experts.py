@@ -8,9 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from lightning.pytorch import Callback, seed_everything
-from testbed import runs
-from testbed.real_tasks import SMOLLM2, mixture, validation_loss
+from testbed.real_tasks import fit_six_steps, loss_of_base, validation_loss
 
 from modular_experts.callbacks import Boosting, RandomPaths
 from modular_experts.experts import (
@@ -21,7 +19,6 @@ from modular_experts.experts import (
     TemplateBanks,
     TTLoRAExpert,
 )
-from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.slow
 
@@ -42,18 +39,12 @@ SYSTEMS = {
 def test_a_short_fit_of_each_expert_learns_two_tasks(tmp_path) -> None:
     losses, counts = {}, {}
     for name, (experts, callbacks) in SYSTEMS.items():
-        seed_everything(0, verbose=False)
         plan = experts if isinstance(experts, TemplateBanks) else {"all-linear": experts}
-        module = ExpertModule(str(SMOLLM2), experts=plan, dtype="float32")
-        made: list[Callback] = [callback() for callback in callbacks]
-        runs.trainer(tmp_path, *made, max_steps=6, limit_val_batches=0).fit(module, mixture())
+        module = fit_six_steps(tmp_path, plan, *(callback() for callback in callbacks))
         losses[name] = validation_loss(module)
         counts[name] = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         print(f"{name}: {counts[name]:,} trained numbers, validation loss {losses[name]:.3f}")
-    module = ExpertModule(str(SMOLLM2), dtype="float32")
-    module.configure_model()
-    before = validation_loss(module)
-    print(f"the base: validation loss {before:.3f}")
+    before = loss_of_base()
     for name, loss in losses.items():
         # XGBLoRA learns least in six steps: three rounds, each in a third of the blocks.
         assert loss < 0.98 * before, name

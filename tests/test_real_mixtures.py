@@ -11,12 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from lightning.pytorch import seed_everything
-from testbed import runs
-from testbed.real_tasks import SMOLLM2, mixture, validation_loss
+from testbed.real_tasks import fit_six_steps, loss_of_base, validation_loss
 from torch.optim import AdamW
-
-from modular_experts.training.module import ExpertModule
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +28,11 @@ def benchmark() -> ModuleType:
 def test_a_short_fit_of_each_system_learns_two_tasks(benchmark, tmp_path) -> None:
     losses, counts = {}, {}
     for name, system in benchmark.SYSTEMS.items():
-        seed_everything(0, verbose=False)
         optimizer = partial(AdamW, lr=3e-3, weight_decay=0.0)
-        module = ExpertModule(str(SMOLLM2), experts=system.large(), optimizer=optimizer, dtype="float32")
-        runs.trainer(tmp_path, max_steps=6, limit_val_batches=0).fit(module, mixture())
+        module = fit_six_steps(tmp_path, system.large(), optimizer=optimizer)
         losses[name], counts[name] = validation_loss(module), benchmark.parameters(module.model)["trained"]
         print(f"{name}: {counts[name]:,} trained numbers, validation loss {losses[name]:.3f}")
-    module = ExpertModule(str(SMOLLM2), dtype="float32")
-    module.configure_model()
-    before = validation_loss(module)
-    print(f"the base: validation loss {before:.3f}")
+    before = loss_of_base()
     for name, loss in losses.items():
         assert loss < 0.8 * before, name
         if name != "HiLo, fewer":

@@ -11,6 +11,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.interop.peft import read_peft
 from modular_experts.library import open_expert
@@ -34,40 +35,23 @@ def test_an_expert_is_trained_merged_applied_tested_exported_and_pushed(
     system: str, architecture: str, tiny, two_task_files, run, hub
 ) -> None:
     base, (expert, callbacks, rank) = tiny(architecture), SYSTEMS[system]
-    place = ["--model.base", base, "--model.modules", conftest.TARGETS[architecture]]
-    for name, kind in {"mine": expert, "other": ["SparseExpert", "--model.expert.keep_ratio", "0.2"]}.items():
-        tasks = json.dumps([{"name": name, "path": "a.jsonl" if name == "mine" else "b.jsonl"}])
-        own = json.dumps(callbacks if name == "mine" else [])
-        more = ["--out", f"library/{name}", "--trainer.callbacks", own, "--trainer.max_steps", 6]
-        assert run("fit", *place, "--model.expert", *kind, "--data.tasks", tasks, *more)[0] == 0
-    made = open_expert("library/mine")
+    place = ["--model.modules", conftest.TARGETS[architecture], "--model.expert"]
+    mine = [*place, *expert, "--trainer.callbacks", json.dumps(callbacks)]
+    made = fit_beside_another(run, base, mine, [*place, "SparseExpert", "--model.expert.keep_ratio", "0.2"])
     assert made.mergeable
     assert set(made.forms().values()) == {"LowRank"}
     ranks = {made[name].rank for name in made}
     assert ranks == {rank}
     assert any(made[name].norm() > 0 for name in made)
 
-    assert (
-        run("merge", "--experts", "library/mine", "library/other", "--method", "Average", "--out", "library/both")[0]
-        == 0
-    )
-    assert run("apply", "--experts", "library/mine", "--out", "applied")[0] == 0
-    losses = []
-    for number, model in enumerate(([base, "--model.applied", "[library/mine]"], ["applied"])):
-        tested = ["test", "--model.base", *model, "--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
-        assert run(*tested, "--model.max_new_tokens", 2)[0] == 0
-        results = Path("runs") / ("results.json" if not number else f"results-{number + 1}.json")
-        losses.append(json.loads(results.read_text())["held_in"]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    merge_and_apply(run, base)
 
     assert run("export", "--expert", "library/mine", "--form", "lora", "--out", "adapter")[0] == 0
     assert json.loads(Path("adapter/adapter_config.json").read_text())["r"] == rank
     for name, delta in read_peft("adapter").deltas:
         assert (delta - made[name]).norm() <= 1e-6 * made[name].norm()
 
-    assert run("push", "--experts", "library/mine", "library/both", "--repo", "someone/experts")[0] == 0
-    assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "mine")[0] == 0
-    assert open_expert("pulled/mine").content_hash == made.content_hash
+    push_and_pull(run, made)
 
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "fit"

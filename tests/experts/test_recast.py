@@ -13,6 +13,7 @@ import transformers
 from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
+from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.base import Base
 from modular_experts.base.apply import applied
@@ -211,27 +212,14 @@ def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_b
     base = tiny(architecture)
     plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"modules": "all-linear", "templates": 1}})
     other = ["--model.modules", "all-linear", "--model.expert", "SparseExpert", "--model.expert.keep_ratio", "0.2"]
-    for name, kind in {"mine": ["--model.experts", plan], "other": other}.items():
-        tasks = json.dumps([{"name": name, "path": "a.jsonl" if name == "mine" else "b.jsonl"}])
-        more = ["--out", f"library/{name}", "--trainer.max_steps", 6]
-        assert run("fit", "--model.base", base, *kind, "--data.tasks", tasks, *more)[0] == 0
-    stored = open_expert("library/mine")
+    stored = fit_beside_another(run, base, ["--model.experts", plan], other)
     assert stored.record["kind"] == "TemplateBanks"
     assert stored.mergeable
-    merging = ["merge", "--experts", "library/mine", "library/other", "--method", "Average", "--out", "library/both"]
-    assert run(*merging)[0] == 0
+    merge_and_apply(run, base)
     both, beside = open_expert("library/both"), open_expert("library/other")
     for name in stored:
         wanted = 0.5 * (stored[name].dense() + beside[name].dense())
         torch.testing.assert_close(both[name].dense(), wanted, rtol=1e-6, atol=1e-8)
-    assert run("apply", "--experts", "library/mine", "--out", "applied")[0] == 0
-    losses = []
-    for number, model in enumerate(([base, "--model.applied", "[library/mine]"], ["applied"])):
-        tested = ["test", "--model.base", *model, "--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
-        assert run(*tested, "--model.max_new_tokens", 2)[0] == 0
-        results = Path("runs") / ("results.json" if not number else f"results-{number + 1}.json")
-        losses.append(json.loads(results.read_text())["held_in"]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     # A dense delta is no LoRA of a small rank: it is refused, or approximated where that is asked for.
     code, _, shown = run("export", "--expert", "library/mine", "--form", "lora", "--out", "adapter")
@@ -242,10 +230,7 @@ def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_b
     assert "weights are approximated" in shown
     adapter = json.loads(Path("adapter/adapter_config.json").read_text())
     assert adapter["r"] == 4
-    assert run("push", "--experts", "library/mine", "library/both", "--repo", "someone/experts")[0] == 0
-    assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "mine")[0] == 0
-    pulled = open_expert("pulled/mine")
-    assert pulled.content_hash == stored.content_hash
+    pulled = push_and_pull(run, stored)
     assert all(torch.equal(tensor, stored.state()[name]) for name, tensor in pulled.state().items())
 
     model = Base.open(base).load("float64")
