@@ -168,7 +168,9 @@ class TaskMixture(LightningDataModule):
         return [size for size in found if size.rows]
 
     def rows(self, split: str) -> dict[str, list[Row]]:
-        """Return the rows of one split by task: of held-out tasks the test rows alone, and at most `eval_limit`.
+        """Return the rows of one split by task: all training rows, or at most `eval_limit` others of a task.
+
+        Held-out tasks have test rows alone.
 
         Raises:
             ValueError: A file is missing, or a row is bad.

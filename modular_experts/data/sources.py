@@ -215,7 +215,7 @@ READERS = {
 def _is_benchmark(name: str) -> bool:
     """Return whether the lm-evaluation-harness, if it is installed, has a task or a group of this name.
 
-    Its own index takes ten seconds to make, and this look into its files one.
+    The harness takes ten seconds to make its own index, and this look into its files takes one.
     """
     spec = find_spec("lm_eval") if re.fullmatch(r"\w[\w-]*", name) else None
     if spec is None or not spec.submodule_search_locations:

@@ -123,7 +123,7 @@ class GLoRAExpert(Expert):
         return kept
 
     def only(self, path: GLoRAPath, weight: Tensor) -> GLoRAExpert:
-        """Return an expert of this path alone, with these numbers."""
+        """Return an expert of this path alone, with the numbers of this expert."""
         settings: dict = path._asdict()
         expert = type(self)(weight, self.rank, **settings)
         with torch.no_grad():
@@ -171,7 +171,7 @@ class GLoRAExpert(Expert):
         return Dense(moved if added is None else moved + added.up @ added.down)
 
     def _product(self, part: str, kind: str, rows: int, columns: int) -> LowRank | None:
-        """Return A, B or C; a vector is a column times a row of ones."""
+        """Return A, B or C in factors, or None; a vector or a constant is a column times a row of ones."""
         if kind == "none":
             return None
         if kind == "lora":

@@ -65,11 +65,12 @@ class RecastExpert(Expert):
 
 
 class TemplateBanks(LayerPlan):
-    """Templates for each group of consecutive layers of a kind, of which a task trains the coefficients (RECAST).
+    """Gives each group of consecutive layers of a kind common templates, whose coefficients a task trains (RECAST).
 
     Layers of a kind have the same name in other transformer blocks, such as `self_attn.q_proj`. The templates of a
     group are the best by squared error: the truncated SVD of its weights, each flattened to a row. With as many
-    templates as layers they give the weights exactly. A shorter group at the end has at most as many as layers.
+    templates as layers they give the weights exactly. A shorter group at the end has at most one template for each of
+    its layers.
 
     Args:
         modules: Patterns of the layers that take part: ends of names, regular expressions, or `all-linear`.
@@ -122,6 +123,6 @@ def best_mixing(sites: Sequence[Site], templates: int) -> Tensor:
                 f"group {tuple(weights[0].shape)}; only equal shapes share templates: name fewer layers in modules, or "
                 "give group=1, templates=1"
             )
-    # The eigenvectors of the small product (layers, layers), for the stack is as large as the weights.
+    # The left singular vectors are the eigenvectors of this product, which has only (layers, layers) entries.
     stack = torch.stack([weight.flatten().double() for weight in weights])
     return torch.linalg.eigh(stack @ stack.T).eigenvectors.flip(1)[:, :templates].T.contiguous()

@@ -141,7 +141,7 @@ def interference(
         progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
-        ValueError: The list has less than two experts, or `Merged` refuses them.
+        ValueError: The list has fewer than two experts, or `Merged` refuses them.
     """
     if len(experts) < 2:
         raise ValueError(f"{len(experts)} expert has no other to be compared with; give two or more")

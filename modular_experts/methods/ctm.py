@@ -82,7 +82,7 @@ def _shared_spaces(deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _strongest(columns: Sequence[Tensor], rank: int) -> Spectrum:
-    """Return the strongest directions of several matrices side by side, with as many rows each."""
+    """Return the strongest directions of several matrices side by side, which have the same number of rows."""
     return spectrum(Dense(torch.cat(list(columns), 1))).top(rank)
 
 

@@ -6,10 +6,10 @@ papers (GLoRA, arXiv 2306.07967; Search for efficient LLMs, arXiv 2409.17372) ev
 candidate is measured before the next is made, so that a search learns from every measurement and needs no size of a
 generation.
 
-No library is used. On 24 categorical genes with pairwise terms under a limit, with the same repair and ten seeds, the
-lowest value after 200 measurements was -45.6 in the mean here and -42.6 with CatCMAwM of cmaes 0.13.1; after 500 it was
--49.1 and -49.9, and -38.1 with random candidates (a standard deviation is 2 to 3). nevergrad brings scikit-learn and
-pandas along.
+The engine needs no library, and finds about as much as one. On 24 categorical genes with pairwise terms under a limit,
+with the same repair and ten seeds, the lowest value after 200 measurements was -45.6 in the mean here and -42.6 with
+CatCMAwM of cmaes 0.13.1; after 500 it was -49.1 and -49.9, and -38.1 with random candidates (a standard deviation is 2
+to 3). nevergrad would install scikit-learn and pandas.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gene(Protocol):
         """Return any value."""
 
     def changed(self, value: int | float, length: float, numbers: random.Random, /) -> int | float:
-        """Return another value, about `length` times the range away where values have an order (or the same there)."""
+        """Return another value; a number moves by about `length` times its range, or may stay as it is."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Evolution:
         Args:
             space: What each gene may be.
             function: Measures a candidate.
-            start: Candidates that are measured first, such as the one of today, or the smallest.
+            start: Candidates that are measured first, such as the present one, or the smallest.
             within: Puts a candidate inside the limit, and returns it, or None for one that is outside and drawn anew.
             store: Values by candidate. An interrupted search that gets the values it measured, such as
                 `jobs.JSONLines(file)`, goes on where it was, exactly. It must hold values of this function only.

@@ -41,7 +41,7 @@ def leave_out(
         progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
-        ValueError: There are less than two experts, or `objective_on_base` refuses the data.
+        ValueError: There are fewer than two experts, or `objective_on_base` refuses the data.
     """
     if len(experts) < 2:
         raise ValueError(f"a merge of {len(experts)} expert has none to leave out; give two or more")

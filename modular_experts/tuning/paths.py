@@ -43,8 +43,8 @@ class PathSearch(Evolution, SearchAlgorithm):
     """Evolution over the paths of a GLoRA that `RandomPaths` trained, on the mean over tasks of the validation loss.
 
     A candidate names for each layer and part what the layer keeps: all of a product, its first column, one number, or
-    nothing. One that keeps more numbers than the limit allows loses parts at random places until it fits, so that no
-    other is measured. The first candidates have the same path in all layers, the largest one among them.
+    nothing. One that keeps more numbers than the limit allows loses parts at random places until it fits, before it is
+    measured. The first candidates have the same path in all layers, the largest one among them.
 
     Args:
         limit: The most trained numbers of all layers together; without it, all that the expert has.
