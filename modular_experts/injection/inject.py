@@ -141,14 +141,13 @@ def _equip(site: Site, factory: Factory) -> Expert:
     transposed = _is_conv1d(layer)
     if transposed:  # same parameter and shape, but laid out so that its transpose is contiguous for the expert
         layer.weight.data = layer.weight.data.T.contiguous().T
-    expert = make_expert(factory, layer.weight.T if transposed else layer.weight, site)
-    if layer.bias is None:
-        still = layer.weight.new_zeros(layer.weight.shape[1 if transposed else 0])
-        if expert.bias_delta(still, layer.weight.T if transposed else layer.weight) is not None:
-            raise ValueError(
-                f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or "
-                f"{expert.leave_bias}"
-            )
+    matrix = layer.weight.T if transposed else layer.weight
+    expert = make_expert(factory, matrix, site)
+    if layer.bias is None and expert.bias_delta(matrix.new_zeros(len(matrix)), matrix) is not None:
+        raise ValueError(
+            f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or "
+            f"{expert.leave_bias}"
+        )
     layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
     if expert.trains_weight:
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
