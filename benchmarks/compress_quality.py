@@ -4,8 +4,7 @@
 Training rows rank and correct, validation rows measure the candidates of the search, and the perplexity that is shown
 is on test rows. One line has the search, one only its first candidate, in which all blocks and heads stay and each
 block loses the MLP channels that contribute least. Beside both stands the removal of the channels with the smallest
-weights.
-Then a LoRA is trained on the base and on each smaller one, and tested.
+weights. Then a LoRA is trained on the base and on each smaller one, and tested.
 
     python benchmarks/compress_quality.py [BASE DATA] [--keep 0.9 0.8 0.7] [--expert snips_intent] [--work DIR]
 

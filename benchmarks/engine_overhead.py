@@ -1,8 +1,8 @@
 """What does an engine add to each piece of work?
 
-Runs pieces that do nothing on each engine that is there, and prints seconds, and how many of them the program computes
-that hands out the pieces. dask and Ray start on this machine, with two processes each; SLURM is the cluster at hand,
-such as the one of `tests/testbed/slurm.py`:
+It runs pieces that do nothing on each engine that is there, and prints the seconds that a piece takes, and how many of
+them the program computes that hands out the pieces. dask and Ray start on this machine, with two processes each; SLURM
+is the cluster at hand, such as the one of `tests/testbed/slurm.py`:
 
     python tests/testbed/slurm.py python benchmarks/engine_overhead.py
 
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def main() -> None:
     found = {}
     for name in given.engines:
         if not is_here(name):
-            print(f"{name} is not installed here, and was left out")
+            print(f"{name} is not installed here, and was left out", file=sys.stderr)
             continue
         count = 20 if name == "slurm" else 500
         found[name] = measured(name, 4 if given.quick else count)

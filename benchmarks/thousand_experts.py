@@ -1,7 +1,7 @@
 """What would 1000 experts and 100 tasks of an 8B base take on a cluster, and where does it stop growing?
 
-Nothing runs here. The numbers follow from the assumptions at the top, of which only `HANDLING` was measured
-(`engine_overhead.py`). The hours on a cluster come from a simulation of the study's pieces: each waits for what it
+The numbers follow from the assumptions at the top, of which only `HANDLING` was measured (`engine_overhead.py`); no
+expert is trained. The hours on a cluster come from a simulation of the study's pieces: each waits for what it
 needs, for a GPU, for the program that hands out pieces, and for the file system.
 
     python benchmarks/thousand_experts.py [--quick]      a second
