@@ -43,6 +43,10 @@ class RandomPaths(Schedule):
                     "model.expert GLoRAExpert, or leave RandomPaths out"
                 )
             counts.append(math.prod(map(len, layer.expert.choices().values())))
+        if not counts:
+            raise ValueError(
+                "RandomPaths found no GLoRAExpert in the model; give model.expert GLoRAExpert, or leave it out"
+            )
         spread = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         log.info("%d layers with %s paths each, one drawn for each step", len(counts), spread)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from modular_experts.data import TaskMixture
 from modular_experts.library import open_experts
@@ -41,10 +41,12 @@ def leave_out(
         progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
-        ValueError: There are fewer than two experts, or `objective_on_base` refuses the data.
+        ValueError: There are fewer than two experts, there are no such parts, or `objective_on_base` refuses the data.
     """
     if len(experts) < 2:
         raise ValueError(f"a merge of {len(experts)} expert has none to leave out; give two or more")
+    if what not in get_args(Parts):
+        raise ValueError(f"what={what!r} must be 'experts' or 'layers'")
     opened = open_experts(experts)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base)
     whole = dict(Merged(opened, method))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,3 +74,8 @@ def test_a_run_resumes_exactly(tiny_llama_dir, task_files, tmp_path) -> None:
 def test_other_experts_have_no_paths(tiny_llama_dir, task_files, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert GLoRAExpert"):
         fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), expert=LoRAExpert)
+
+
+def test_a_model_without_experts_of_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="RandomPaths found no GLoRAExpert"):
+        RandomPaths().on_fit_start(None, SimpleNamespace(model=torch.nn.Sequential()))

@@ -40,3 +40,8 @@ def test_without_a_layer_its_weights_stay_at_the_base(objective, experts):
 def test_one_expert_is_refused(objective, experts):
     with pytest.raises(ValueError, match="a merge of 1 expert has none to leave out"):
         leave_out([experts[0].path], TIES(), objective)
+
+
+def test_other_parts_are_refused(objective, experts):
+    with pytest.raises(ValueError, match="what='heads' must be 'experts' or 'layers'"):
+        leave_out([one.path for one in experts], TIES(), objective, "heads")
