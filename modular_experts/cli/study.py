@@ -141,8 +141,9 @@ def study(
     if dry_run or status:
         _print_state(state_of(pieces, Lines(place)), each=dry_run)
         return
-    if processes is not None and engine != "local":
-        raise ValueError(f"--processes is for this machine alone, and --engine is {engine}; leave one of them out")
+    if processes is not None and (engine != "local" or engine_settings):
+        other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
+        raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
     columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
     with ExitStack() as stack:
         cluster = engine != "local" or engine_settings

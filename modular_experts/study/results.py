@@ -118,8 +118,8 @@ def findings(results: Results) -> list[str]:
         share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
         kept = f"have {share:.2f} of" if share is not None else "change"
         sentences.append(
-            f"Merged by {row['merge']}, the {row['count']} {kind} experts {kept} their own {_words(row['of'])} "
-            f"({_change(row)}), and {_signed(worst['value'], row['of'])} on {worst['task']}"
+            f"With {row['merge']}, the {row['count']} {kind} experts {kept} their own {_words(row['of'])} "
+            f"({_change(row)}); the worst task is {worst['task']}, with {_signed(worst['value'], row['of'])}"
         )
     return sentences
 
@@ -172,7 +172,8 @@ def write_report(results: Results, state: State, file: Path) -> None:
     if facts["failed"]:
         failed = [Line(name, sentence) for name, sentence in facts["failed"].items()]
         table = Table([Column("why", str, left=True)], [failed], "piece")
-        sections.append(Section("Failed", f"{len(failed)} pieces have no result", [table.html()]))
+        count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
+        sections.append(Section("Failed", f"{count} no result", [table.html()]))
     about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = report(f"Study of {len(tasks)} tasks", header, sections, about, sorting())

@@ -93,8 +93,8 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
     assert [low, high] == pytest.approx([-0.05 - error, -0.05 + error], abs=0.015)
     facts = {"kinds": ["lora"]}
     (sentence,) = findings(Results(rows, facts))
-    assert sentence.startswith("Merged by X, the 2 lora experts have 0.97 of their own exact match (-5.0 points, 95 %")
-    assert sentence.endswith("and -20.0 on a")
+    assert sentence.startswith("With X, the 2 lora experts have 0.97 of their own exact match (-5.0 points, 95 %")
+    assert sentence.endswith("the worst task is a, with -20.0")
 
 
 def test_the_rows_of_each_task_are_drawn_apart() -> None:
