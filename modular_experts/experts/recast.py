@@ -36,7 +36,7 @@ class RecastExpert(Expert):
         mixing: How much of each weight a template holds, `(templates, layers)`.
     """
 
-    # The best of 0.003, 0.01, 0.03 and 0.1 after 12 steps on dates with SmolLM2-135M.
+    # The best of 0.003, 0.01, 0.03 and 0.1 after 12 steps on dates with SmolLM2-135M, in one run of each.
     learning_rate: ClassVar[float] = 3e-2
 
     def __init__(self, weight: Tensor, layers: Sequence[nn.Module], mixing: Tensor) -> None:

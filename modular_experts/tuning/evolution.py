@@ -6,10 +6,8 @@ papers (GLoRA, arXiv 2306.07967; Search for efficient LLMs, arXiv 2409.17372) ev
 candidate is measured before the next is made, so that a search learns from every measurement and needs no size of a
 generation.
 
-The engine needs no library, and finds about as much as one. On 24 categorical genes with pairwise terms under a limit,
-with the same repair and ten seeds, the lowest value after 200 measurements was -45.6 in the mean here and -42.6 with
-CatCMAwM of cmaes 0.13.1; after 500 it was -49.1 and -49.9, and -38.1 with random candidates (a standard deviation is 2
-to 3). nevergrad would install scikit-learn and pandas.
+The engine needs no library, because it finds about as much as one: on categorical genes under a limit as much as
+CatCMAwM of the package cmaes (`docs/decisions.md`). nevergrad would install scikit-learn and pandas.
 """
 
 from __future__ import annotations
