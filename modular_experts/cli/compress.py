@@ -80,10 +80,13 @@ def compress(
         "base": "the base",
         "magnitude": "what has the smallest weights removed instead",
         "cut": "the best candidate, as it was cut",
-        "reformed": "the same, corrected: what was written",
+        "reformed": "the same, corrected",
     }
     for name, text in names.items():
         if name in found.perplexity:
-            print(f"  {found.perplexity[name]:>10.4g}  {text}")
+            mark = ": what was written" if name == found.written else ""
+            print(f"  {found.perplexity[name]:>10.4g}  {text}{mark}")
+    if found.written == "cut" and "reformed" in found.perplexity:
+        print("on the validation rows the corrected one is the worse; more --tokens of training rows may help")
     print(f"loaded again with transformers: the largest difference of a logit is {found.check.largest_difference:.3g}")
     print(f"{out}: a base of {found.parameters:,} parameters; fit --base {out} trains experts on it")

@@ -33,6 +33,7 @@ from modular_experts.library.record import package_versions
 from modular_experts.tuning.evolution import Choice, Evolution, Genes, Whole
 
 Members = Literal["importance", "windows"]
+Written = Literal["base", "cut", "reformed"]
 WINDOWS = 8
 """A window of what stays starts after 0, 1, ... or all 8 eighths of the members that are removed."""
 _TRIALS = "search.jsonl"
@@ -51,7 +52,10 @@ class Compressed:
             keeps, and of how many.
         perplexity: On the test rows, of the `base`, of what is left by removal of the parts with the smallest weights
             in all blocks (`magnitude`, as in `magnitude_removal`; absent if it finds none), of what the search found
-            (`cut`), and of that after its layers were corrected (`reformed`).
+            (`cut`), and of that after its layers were corrected (`reformed`; absent if whole blocks are all that it
+            lost). A copy of the base has only that of the `base`.
+        written: Whose weights the checkpoint has: `cut` or `reformed`, whichever has the lower perplexity on the
+            validation rows, or `base`.
         tokens: How many tokens of the test rows were measured.
         layers: The error of each corrected layer on the calibration text.
         searched: Perplexity on the validation rows of each candidate, in the order of the search.
@@ -64,6 +68,7 @@ class Compressed:
     all_blocks: int
     sizes: dict[str, tuple[int, int]]
     perplexity: dict[str, float]
+    written: Written
     tokens: int
     layers: list[LayerError]
     searched: list[float]
@@ -124,7 +129,8 @@ def compress(
     """Write a smaller base with at most `keep` of the parameters, an ordinary checkpoint that needs no training.
 
     Transformer blocks, groups of attention heads and MLP channels are removed: which, an evolution searches on
-    validation rows; training rows rank them and correct the layers that read them; test rows are only measured. An
+    validation rows; training rows rank them and correct the layers that read them; test rows are only measured. If the
+    correction makes the perplexity on the validation rows worse, the checkpoint has the uncorrected weights. An
     interrupted search goes on where it stopped.
 
     Args:
@@ -183,38 +189,42 @@ def compress(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     removable = Removable(model, opened.place)
     window = Window(removable, keep, slack, multiple)
-    whole = removable.whole()
-    count = _Work(
-        progress,
-        {
-            "ranking": 2 * texts["train"].numel(),
-            "searching": evaluations * texts["validation"].numel(),
-            "correcting": 3 * texts["train"].numel(),
-            "measuring": 4 * texts["test"].numel(),
-        },
-    )
+    models = 4 if keep < 1 else 1
+    stages = {"measuring": models * texts["test"].numel()}
+    if keep < 1:
+        stages["ranking"] = 2 * texts["train"].numel()
+        stages["searching"] = evaluations * texts["validation"].numel()
+        stages["correcting"] = 3 * texts["train"].numel()
+    count = _Work(progress, stages)
     work = json.dumps([opened.fingerprint, settings, [text.tolist() for text in texts.values()], package_versions()])
     with new_directory(target, overwrite, MANIFEST, work) as temporary:
         found: dict[str, float] = {}
-        kept, searched = whole, list[float]()
+        written: Written = "base"
+        kept, searched, layers = removable.whole(), list[float](), list[LayerError]()
+
+        def note(name: Written | Literal["magnitude"], measured: Any) -> None:
+            found[name] = perplexity(measured, texts["test"])
+            count("measuring", models)
+
+        note("base", model)
         if keep < 1:
             ranking = rank(removable, texts["train"], damping, partial(count, "ranking", removable.blocks))
             trials: Any = JSONLines(temporary / _TRIALS)
             kept, searched = _search(window, ranking, members, evaluations, seed, texts["validation"], trials, count)
+            if plain := magnitude_removal(window):
+                note("magnitude", removable.cut(plain))
         small = removable.cut(kept)
-        found["cut"], layers = perplexity(small, texts["test"]), list[LayerError]()
-        count("measuring", 4)
         if keep < 1:
-            layers = reform(
-                removable, kept, small, texts["train"], damping, partial(count, "correcting", len(kept.blocks))
-            )
-        found["reformed"] = perplexity(small, texts["test"])
-        count("measuring", 4)
-        found["base"] = perplexity(model, texts["test"])
-        count("measuring", 4)
-        if plain := magnitude_removal(window):
-            found["magnitude"] = perplexity(removable.cut(plain), texts["test"])
-        count("measuring", 4)
+            written = "cut"
+            note("cut", small)
+            corrected = partial(count, "correcting", len(kept.blocks))
+            if layers := reform(removable, kept, small, texts["train"], damping, corrected):
+                note("reformed", small)
+                # Less error of each layer on the training rows can be more perplexity, if there are few of these rows.
+                if perplexity(small, texts["validation"]) <= min(searched):
+                    written = "reformed"
+                else:
+                    small = removable.cut(kept)
         (temporary / _TRIALS).unlink(missing_ok=True)
         _cast(small, stored)
         prompts = fixed_prompts(small)
@@ -234,6 +244,7 @@ def compress(
             removable.blocks,
             sizes,
             found,
+            written,
             texts["test"].numel(),
             layers,
             searched,

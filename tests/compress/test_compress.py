@@ -51,7 +51,7 @@ def test_the_command_makes_a_base_that_experts_train_on(architecture, run, tiny,
     assert (base / "tokenizer.json").read_bytes() == Path("smaller/tokenizer.json").read_bytes()
     # What is reported is what the checkpoint gives, loaded again.
     texts = read_texts(["a.jsonl", "b.jsonl"], Base.open("smaller").tokenizer(), {"test": 200}, 20)
-    for name, model in (("base", whole), ("reformed", small)):
+    for name, model in (("base", whole), (found["written"], small)):
         assert perplexity(model.eval(), texts["test"]) == pytest.approx(found["perplexity"][name], rel=1e-4)
     assert all(layer["after"] <= layer["before"] for layer in _layers(found))
     fit = ["fit", "--base", "smaller", "--expert", "LoRAExpert", "--modules", conftest.TARGETS[architecture]]
@@ -69,10 +69,12 @@ def test_a_base_that_stays_whole_keeps_its_bytes(architecture, dtype, tasks, tmp
     base = tmp_path / "base"
     conftest.build_model(architecture, tie_word_embeddings=True).to(getattr(torch, dtype)).save_pretrained(base)
     conftest.build_tokenizer().save_pretrained(base)
-    found = compress(base, tasks, tmp_path / "same", keep=1, **SMALL)
+    stages = []
+    found = compress(base, tasks, tmp_path / "same", keep=1, progress=lambda *now: stages.append(now), **SMALL)
     assert fingerprint(tmp_path / "same") == fingerprint(base)
     assert found.parameters == found.base
-    assert found.perplexity["reformed"] == found.perplexity["base"]
+    assert (found.perplexity.keys(), found.written) == ({"base"}, "base")
+    assert stages == [("measuring", found.tokens, found.tokens), ("writing", 1, 1)], "it is measured once"
 
 
 def test_the_dtype_of_the_base_stays(tasks, tmp_path) -> None:
@@ -100,6 +102,26 @@ def test_the_best_candidate_is_written_and_equal_seeds_find_it_again(tiny, tasks
     texts = read_texts(tasks, conftest.build_tokenizer(), {"validation": 80}, 20)
     small = Removable(model, "base").cut(Kept(one.blocks, **kept))
     assert perplexity(small, texts["validation"]) == pytest.approx(min(one.searched), rel=1e-6)
+
+
+@pytest.mark.parametrize(("keep", "better"), [(0.7, "cut"), (0.8, "reformed")])
+def test_of_the_cut_and_the_corrected_model_the_better_on_validation_rows_is_written(
+    keep, better, run, tiny, two_task_files
+) -> None:
+    words = [f"--{name}={value}" for name, value in (SMALL | {"evaluations": 1, "keep": keep}).items()]
+    command = ["compress", "--base", tiny("llama"), "--tasks", "a.jsonl", "b.jsonl", "--out", "smaller"]
+    code, out, err = run(*command, *words)
+    assert code == 0, err
+    found = record(Path("smaller"))["found"]
+    assert found["written"] == better
+    (told,) = [line for line in out.splitlines() if line.endswith("what was written")]
+    assert f"{found['perplexity'][better]:.4g}" in told
+    assert ("on the validation rows the corrected one is the worse" in out) == (better == "cut")
+    small = AutoModelForCausalLM.from_pretrained("smaller").eval()
+    texts = read_texts(["a.jsonl", "b.jsonl"], conftest.build_tokenizer(), {"validation": 80, "test": 200}, 20)
+    assert perplexity(small, texts["test"]) == pytest.approx(found["perplexity"][better], rel=1e-6)
+    cut, written = found["searched"][0], perplexity(small, texts["validation"])
+    assert written == pytest.approx(cut, rel=1e-6) if better == "cut" else written < cut - 1e-3
 
 
 def test_windows_are_contiguous(tiny, tasks, tmp_path) -> None:
