@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TARGETS
+from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.base import Base
 from modular_experts.data import TaskMixture
@@ -16,13 +17,13 @@ from modular_experts.library import open_expert
 from modular_experts.tuning import Objective, PathSearch, search_paths
 
 ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
+RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]
 
 
-def trained(run, base, name: str, architecture: str, *options) -> None:
-    """Train a GLoRA on random paths, as `library/<name>`."""
-    callbacks = json.dumps([{"class_path": "RandomPaths"}])
-    place = ["--model.base", base, "--model.modules", TARGETS[architecture], "--out", f"library/{name}"]
-    how = ["--model.expert", "GLoRAExpert", *options, "--trainer.callbacks", callbacks, "--trainer.max_steps", 12]
+def trained(run, base) -> None:
+    """Train a GLoRA on random paths, as `library/a`."""
+    place = ["--model.base", base, "--model.modules", TARGETS["llama"], "--out", "library/a"]
+    how = ["--model.expert", "GLoRAExpert", *RANDOM_PATHS, "--trainer.max_steps", 12]
     code, _, err = run("fit", *place, *how, "--data.tasks", "a.jsonl", "--model.learning_rate", 0.02)
     assert code == 0, err
 
@@ -32,7 +33,7 @@ def data() -> TaskMixture:
 
 
 def test_the_best_paths_under_a_limit_are_written_as_an_expert(run, tiny_llama_dir, two_task_files) -> None:
-    trained(run, tiny_llama_dir, "a", "llama")
+    trained(run, tiny_llama_dir)
     how = [
         "--algorithm",
         "PathSearch",
@@ -67,7 +68,7 @@ class Stopped(Exception):
 
 
 def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir, two_task_files) -> None:
-    trained(run, tiny_llama_dir, "a", "llama")
+    trained(run, tiny_llama_dir)
     algorithm = PathSearch(limit=700, evaluations=20, first=5)
 
     def stop(names):
@@ -94,31 +95,18 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
 
 
 def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, tiny, two_task_files, hub) -> None:
-    base = tiny("gpt2")
-    trained(run, base, "a", "gpt2", *ALL)
-    made = open_expert("library/a")
+    place = ["--model.modules", TARGETS["gpt2"], "--model.expert"]
+    mine, other = [*place, "GLoRAExpert", *ALL, *RANDOM_PATHS], [*place, "FullExpert"]
+    made = fit_beside_another(run, tiny("gpt2"), mine, other)
     assert {name.rpartition(".")[2] for name in made} == {"weight", "bias"}
-    for name, kind in {"lora": "LoRAExpert", "full": "FullExpert", "sparse": "SparseExpert"}.items():
-        place = ["--model.base", base, "--model.modules", TARGETS["gpt2"], "--data.tasks", "b.jsonl"]
-        assert run("fit", *place, "--model.expert", kind, "--trainer.max_steps", 2, "--out", f"library/{name}")[0] == 0
-    others = ["library/lora", "library/full", "library/sparse"]
-    assert run("merge", "--experts", "library/a", *others, "--method", "Average", "--out", "library/all")[0] == 0
-    merged, parts = open_expert("library/all"), [open_expert(place) for place in others]
-    for name, delta in merged.items():
-        wanted = sum(one[name].dense() for one in [made, *parts] if name in one) / 4
-        torch.testing.assert_close(delta.dense(), wanted, rtol=1e-5, atol=1e-8)
-    assert run("apply", "--experts", "library/a", "--out", "applied")[0] == 0
-    losses = []
-    for model in ([base, "--model.applied", "[library/a]"], ["applied"]):
-        assert run("test", "--model.base", *model, "--data.tasks", "a.jsonl", "--model.max_new_tokens", 2)[0] == 0
-        results = sorted(Path("runs").glob("results*.json"), key=lambda file: file.stat().st_mtime_ns)[-1]
-        losses.append(json.loads(results.read_text())["held_in"]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    merge_and_apply(run, tiny("gpt2"))
     how = ["--algorithm", "PathSearch", "--algorithm.evaluations", 6, "--algorithm.first", 2, "--algorithm.limit", 400]
-    assert run("search", "--experts", "library/a", *how, "--data.tasks", "a.jsonl", "--out", "library/small")[0] == 0
-    assert run("push", "--experts", "library/a", "library/small", "--repo", "someone/experts")[0] == 0
-    assert run("pull", "--repo", "someone/experts", "--out", "pulled", "--experts", "small")[0] == 0
-    assert open_expert("pulled/small").content_hash == open_expert("library/small").content_hash
+    search = ["search", "--experts", "library/mine", *how, "--data.tasks", "a.jsonl"]
+    assert run(*search, "--out", "library/small")[0] == 0
+    push_and_pull(run, made)
+    assert run("push", "--experts", "library/small", "--repo", "someone/experts")[0] == 0
+    assert run("pull", "--repo", "someone/experts", "--out", "small", "--experts", "small")[0] == 0
+    assert open_expert("small/small").content_hash == open_expert("library/small").content_hash
 
 
 def test_what_cannot_be_searched(run, tiny_llama_dir, two_task_files) -> None:

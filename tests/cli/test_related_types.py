@@ -54,22 +54,27 @@ def test_an_expert_is_trained_merged_applied_tested_exported_and_pushed(
     push_and_pull(run, made)
 
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "fit"
+CONFIGS = Path(__file__).parents[2] / "configs"
+BIASED = {"gpt2", "neox"}
+"""Architectures whose layers all have a bias."""
 
 
 @pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
 def test_the_configs_run_on_every_architecture_and_their_experts_merge(architecture, tiny, two_task_files, run) -> None:
+    """Those of `fit`, and the search over the paths that one of them trains."""
     base, targets = tiny(architecture), ["--model.modules", conftest.TARGETS[architecture]]
-    own = {"tt-lora": targets, "adamix": targets, "xgblora": targets, "relora": targets, "recast": []}
-    tasks = ["--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}]), "--trainer.max_steps", 2]
+    of_bias = [f"--model.expert.{part}={kind}" for part, kind in {"c": "lora", "d": "vector", "e": "vector"}.items()]
+    own = dict.fromkeys(["tt-lora", "adamix", "xgblora", "relora"], targets) | {"recast": []}
+    own["glora"] = [*targets, *(of_bias if architecture in BIASED else [])]
+    tasks = ["--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
     for config, modules in own.items():
-        file = CONFIGS / f"{config}.yaml"
-        assert run("fit", "--config", file, "--model.base", base, *modules, *tasks)[0] == 0
+        how = ["--config", CONFIGS / "fit" / f"{config}.yaml", "--model.base", base, *modules, *tasks]
+        assert run("fit", *how, "--trainer.max_steps", 2)[0] == 0
     for kind in ("LoRAExpert", "SparseExpert", "FullExpert"):
-        settings = ["--model.base", base, *targets, "--model.expert", kind, *tasks, "--out", f"library/{kind}"]
-        assert run("fit", *settings)[0] == 0
+        how = ["--model.base", base, *targets, "--model.expert", kind, *tasks, "--out", f"library/{kind}"]
+        assert run("fit", *how, "--trainer.max_steps", 2)[0] == 0
     experts = sorted(Path("library").iterdir())
-    assert len(experts) == 8
+    assert len(experts) == 9
     assert run("merge", "--experts", *experts, "--method", "TaskArithmetic", "--out", "all")[0] == 0
     opened, merged = list(map(open_expert, experts)), open_expert("all")
     assert merged.keys() == {name for expert in opened for name in expert}
@@ -77,3 +82,14 @@ def test_the_configs_run_on_every_architecture_and_their_experts_merge(architect
         wanted = sum(expert[name].dense() for expert in opened if name in expert)
         assert wanted.any()
         torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-5, atol=1e-7)
+
+    paths = open_expert("library/reverse-glora")
+    assert {name.rpartition(".")[2] for name in paths} == {"weight", *(["bias"] if architecture in BIASED else [])}
+    limit = sum(tensor.numel() for tensor in paths.state().values()) // 2
+    budget = ["--algorithm.limit", limit, "--algorithm.evaluations", 6, "--algorithm.first", 3]
+    assert run("search", "--config", CONFIGS / "search" / "paths.yaml", *tasks, *budget, "--out", "small")[0] == 0
+    small = open_expert("small")
+    assert small.keys() <= paths.keys()
+    assert 0 < sum(tensor.numel() for tensor in small.state().values()) <= limit
+    trials = json.loads(Path("small.trials.json").read_text())
+    assert small.record["scores"]["val_loss"] == min(trial["loss"] for trial in trials)
