@@ -24,6 +24,7 @@ from modular_experts.cli.format import counted, duration_text, open_page, progre
 from modular_experts.cli.parser_errors import explained
 from modular_experts.study import Tools, pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import STAGES, title_of
+from modular_experts.study.published import beside_published
 from modular_experts.study.results import REPORT, RESULTS, findings, summary, write_report
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
@@ -75,6 +76,7 @@ def study(
     data: dict[str, Any] | None = None,
     fit: dict[str, Any] | None = None,
     max_new_tokens: int = 64,
+    published: dict[str, Any] | None = None,
     only: list[Stage] | None = None,
     dry_run: bool = False,
     status: bool = False,
@@ -84,7 +86,7 @@ def study(
     engine_settings: dict[str, Any] | None = None,
     open: bool = False,
 ) -> None:
-    """Train an expert of each kind for each task, merge them, test all of it, and report.
+    """Train many experts, merge them, test all of it, and report.
 
     The directory then holds `library/`, `results.json`, `report.html`, and `pieces.jsonl`, a line for each piece of
     work. The same command goes on with an interrupted study; after a change of the description it does only what the
@@ -96,7 +98,7 @@ def study(
             the suite, such as Reverse, or with settings, as for `fit`.
         experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
         out: Directory of the study.
-        merges: Merge methods, such as [SparseAverage, {method: TIES, tune: true}]. A tuned one chooses its settings on
+        merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
             ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of groups
@@ -107,12 +109,15 @@ def study(
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
         max_new_tokens: Length limit of a generated answer.
+        published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
+            {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
         only: Do only these of experts, statistics, merges, tests. What they need is done too.
         dry_run: Only print the pieces and what they will take.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         processes: How many pieces run at once on this machine; by default one a core, at most 8.
-        engine: Where pieces run: local, slurm, dask, ray, or the dotted path of an Executor of your own.
+        engine: Where pieces run: local, slurm, dask, ray, or a class of yours. Its dotted path names it, and it is an
+            Executor of concurrent.futures.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
             --engine_settings.partition gpu, and a few of its own.
         open: Show the page in the browser at the end.
@@ -136,6 +141,7 @@ def study(
         data,
         fit,
         max_new_tokens,
+        published,
     )
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
@@ -163,7 +169,10 @@ def study(
     print(f"the experts are in {place / 'library'}")
     if results.rows:
         write_report(results, everything, place / REPORT)
-        Console(width=80).print(summary(results, everything).text())
+        console = Console(width=80)
+        console.print(summary(results, everything).text())
+        if table := beside_published(results):
+            console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
         print(*[f"\n{sentence}" for sentence in findings(results)], sep="")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
         if open:

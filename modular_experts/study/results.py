@@ -24,6 +24,7 @@ from modular_experts.reports.results import METRICS, ROLES, SHARES
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
 from modular_experts.study.pieces import title_of
+from modular_experts.study.published import SINGLE, beside_published
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE, MULTITASK, Study
 
@@ -53,6 +54,7 @@ def results_of(study: Study, state: State) -> Results:
         "experts": study.experts,
         "merges": [asdict(merge) for merge in study.merges],
         "data": study.data,
+        "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
         "examples": examples,
         "machine": machine(),
@@ -88,7 +90,7 @@ def summary(results: Results, state: State) -> Table:
         # A model is judged by the tasks of its own experts, and by the held-out ones.
         judged = [row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"]
         mine = Results(judged)
-        lines = [Line(f"{kind}, single", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
+        lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
         for merge in mine.values("merge"):
             for count in mine.where(merge=merge).values("count"):
                 is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
@@ -151,6 +153,7 @@ def write_report(results: Results, state: State, file: Path) -> None:
                 ),
             ],
         ),
+        *_published_section(results),
         *_effect_sections(results),
         *_growth_section(results),
     ]
@@ -178,6 +181,27 @@ def write_report(results: Results, state: State, file: Path) -> None:
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = report(f"Study of {len(tasks)} tasks", header, sections, about, sorting())
     file.write_text(text, encoding="utf-8")
+
+
+def _published_section(results: Results) -> list[Section]:
+    """Return our means beside those that others published, if the study names any."""
+    table = beside_published(results)
+    if table is None:
+        return []
+    published = results.facts["published"]
+    return [
+        Section(
+            "Published",
+            f"Our {_words(published['metric'])} beside that of others",
+            [
+                table.html(),
+                note(
+                    f"Published: {published['source']}. Its authors measured these figures; they enter no other table "
+                    "and no other number here."
+                ),
+            ],
+        )
+    ]
 
 
 def _effect_sections(results: Results) -> list[Section]:

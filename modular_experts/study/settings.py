@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.library import check_name
 from modular_experts.methods import MergeMethod
 from modular_experts.routing import Router
+from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
 
@@ -114,8 +115,9 @@ class Study:
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
         max_new_tokens: Length limit of a generated answer.
-        needs: The kinds of statistics that each merge needs, by its name.
         tools: What makes objects of settings.
+        needs: The kinds of statistics that each merge needs, by its name.
+        published: Figures of others for models of this study, which its tables show beside ours.
     """
 
     base: str
@@ -132,6 +134,7 @@ class Study:
     max_new_tokens: int
     tools: Tools
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    published: Published | None = None
 
     def name(self, kind: str, task: str, seed: int) -> str:
         """Return the name of an expert in the library."""
@@ -166,6 +169,7 @@ def read_study(
     data: Mapping[str, Any] | None = None,
     fit: Mapping[str, Any] | None = None,
     max_new_tokens: int = 64,
+    published: Mapping[str, Any] | None = None,
 ) -> Study:
     """Check the settings of a study, and return them with every short form spelt out.
 
@@ -224,11 +228,18 @@ def read_study(
         max_new_tokens=max_new_tokens,
         tools=tools,
         needs={name: needs for name, (_, needs) in found.items()},
+        published=read_published(published, _models(kinds, found, whole)) if published else None,
     )
     if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and len(study.counts) > 1:
         raise ValueError("RegMeanPlusPlus is measured for one merge of all experts; give counts: [all]")
     _check_names(study)
     return study
+
+
+def _models(kinds: Iterable[str], merges: Iterable[str], multitask: str | None) -> list[str]:
+    """Return the names of the models of a study as its tables name them, of merges those of all experts."""
+    each = [f"{kind}{end}" for kind in kinds for end in (SINGLE, *[f" {merge}" for merge in merges])]
+    return [BASE, *each, *([MULTITASK] if multitask else [])]
 
 
 def _check_names(study: Study) -> None:

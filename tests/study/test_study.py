@@ -89,6 +89,8 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda place: opened.append(place) or True)
     settings |= {"counts": ["all"], "multitask": {"kind": "lora"}, "experts": {"lora": LORA, "sparse": SPARSE}}
+    theirs = {"lora SparseAverage": {"held_in": 98.76}, "multitask": {"held_in": 87.65, "held_out": 76.54}}
+    settings |= {"published": {"source": "Somebody, table 1", "metric": "rougeL", "rows": theirs}}
     assert study(settings, "--open") == 0
     assert opened == [Path("runs/mine/report.html").absolute().as_uri()]
     shown = capsys.readouterr().out
@@ -114,6 +116,12 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     assert "src=" not in page
     held = json.loads(base64.b64decode(re.search(r'application/json;base64,([^"]+)', page)[1]))
     assert held == json.loads(Path("runs/mine/results.json").read_text())
+    # What others published is marked as theirs, and in no row of ours.
+    assert re.search(r"^multitask +[\d.]+ +87.65 +[\d.]+ +76.54 *$", shown, re.MULTILINE)
+    assert "published: Somebody, table 1" in shown
+    assert "Published: Somebody, table 1." in page
+    assert found.facts["published"]["rows"] == theirs
+    assert max(row["value"] for row in found.where(metric="rougeL").rows) <= 1
 
 
 def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings) -> None:
@@ -321,6 +329,10 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         (
             {"data": {"eval_limt": 3}},
             "data.eval_limt is not a setting of how the rows of a study",
+        ),
+        (
+            {"published": {"source": "A", "metric": "loss", "rows": {"lora TIES": {"held_in": 1}}}},
+            "published.rows: 'lora TIES' is not a model of this study",
         ),
         ({"seeds": [0, 0]}, "seeds=[0, 0] must be one or more different numbers"),
         ({"merges": ["RegMeanPlusPlus"], "counts": [2, "all"]}, None),

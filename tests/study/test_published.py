@@ -1,0 +1,78 @@
+"""Figures that others published stand beside ours, and never among them."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from modular_experts.reports import Results
+from modular_experts.study.published import beside_published, read_published
+
+MODELS = ["base", "lora, single", "lora TIES", "lora TIES tuned", "multitask"]
+THEIRS = {"lora TIES": {"held_in": 50.21, "held_out": 46.16}, "lora, single": {"held_in": 77.5}}
+GIVEN = {"source": "arXiv 2507.07140", "metric": "rougeL", "rows": THEIRS}
+
+
+def row(model: str, task: str, value: float, kind: str | None = "lora", merge: str | None = None, **more: bool) -> dict:
+    role = "held_out" if task == "c" else "held_in"
+    about = {"model": model, "experts": [], "kind": kind, "merge": merge, "task": task, "role": role}
+    return {**about, "metric": "rougeL", "value": value, **more}
+
+
+ROWS = [
+    row("lora-a", "a", 0.9, own=True),
+    row("lora-a", "b", 0.1, own=False),
+    row("lora-b", "b", 0.7, own=True),
+    row("lora TIES", "a", 0.5, merge="TIES", own=True),
+    row("lora TIES", "b", 0.25, merge="TIES", own=True),
+    row("lora TIES", "c", 0.125, merge="TIES", own=False),
+]
+
+
+def text(results: Results) -> str:
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(beside_published(results).text())
+    return console.file.getvalue()
+
+
+def test_their_figures_stand_beside_our_means_in_per_cent_as_they_published_them() -> None:
+    shown = text(Results(ROWS, {"published": GIVEN})).splitlines()
+    assert [line.split() for line in shown] == [
+        ["held-in", "held-in", "held-out", "held-out"],
+        ["Rouge-L", "%", "ours", "published", "ours", "published"],
+        ["lora", "TIES", "37.5", "50.21", "12.5", "46.16"],
+        # A single expert is judged by its own task alone.
+        ["lora,", "single", "80.0", "77.50"],
+    ]
+
+
+def test_a_loss_is_shown_as_it_is() -> None:
+    losses = [{**one, "metric": "loss"} for one in ROWS]
+    shown = text(Results(losses, {"published": {**GIVEN, "metric": "loss", "rows": {"lora TIES": {"held_in": 2.5}}}}))
+    assert shown.splitlines()[-1].split() == ["lora", "TIES", "0.375", "2.500", "0.125"]
+
+
+def test_a_study_without_figures_of_others_has_no_such_table() -> None:
+    assert beside_published(Results(ROWS, {"published": None})) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rows": {"lora TIE": {"held_in": 1}}}, "'lora TIE' is not a model of this study; did you mean lora TIES"),
+        ({"rows": {"zzz": {"held_in": 1}}}, "; they are base, lora, single, lora TIES, lora TIES tuned, multitask"),
+        ({"rows": {"base": {"held-in": 1}}}, r"base has \{'held-in': 1\}; give the means as numbers"),
+        ({"rows": {"base": {"held_in": "8 %"}}}, "give the means as numbers"),
+        ({"rows": {"base": {}}}, "give the means as numbers"),
+        ({"rows": None}, "published must tell its source and rows"),
+        ({"source": ""}, "published must tell its source and rows"),
+        ({"metric": "rouge"}, "published.metric: 'rouge' is not a metric of a study; did you mean rougeL"),
+        ({"sorce": "x"}, "published has no setting 'sorce'; did you mean source"),
+    ],
+)
+def test_figures_that_fit_no_model_are_refused_in_a_sentence(change, sentence) -> None:
+    assert read_published(GIVEN, MODELS).rows == THEIRS
+    with pytest.raises(ValueError, match=sentence):
+        read_published(GIVEN | change, MODELS)
