@@ -76,6 +76,7 @@ def study(
     data: dict[str, Any] | None = None,
     fit: dict[str, Any] | None = None,
     max_new_tokens: int = 64,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     published: dict[str, Any] | None = None,
     only: list[Stage] | None = None,
     dry_run: bool = False,
@@ -109,6 +110,7 @@ def study(
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
         max_new_tokens: Length limit of a generated answer.
+        dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics stay in float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
         only: Do only these of experts, statistics, merges, tests. What they need is done too.
@@ -142,6 +144,7 @@ def study(
         fit,
         max_new_tokens,
         published,
+        dtype,
     )
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:

@@ -51,7 +51,7 @@ class _Plan:
         self.pieces: list[Piece] = []
         every = {**study.held_in, **study.held_out}
         self.origin = [Base.open(study.base).fingerprint, package_versions()["modular-experts"]]
-        self.rows = [study.data, study.max_new_tokens]
+        self.rows = [study.data, study.max_new_tokens, study.dtype]
         self._test(BASE, (), [*every], (BASE,), [])
         for seed in study.seeds:
             for kind in study.experts:
@@ -92,7 +92,7 @@ class _Plan:
                     whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, needs)
 
     def _train(self, kind: str, tasks: Sequence[str], name: str, words: tuple[str, str], seed: int) -> Key:
-        settings = [self.study.experts[kind], self.study.data, self._seen(tasks), seed]
+        settings = [self.study.experts[kind], self.study.data, self.study.dtype, self._seen(tasks), seed]
         return self._add(("experts", *words, seed), train, (kind, tasks, name, seed), settings, [])
 
     def _test(

@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME, Task
 from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.library import check_name
@@ -115,6 +116,7 @@ class Study:
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
         max_new_tokens: Length limit of a generated answer.
+        dtype: Data type of the base, in trainings (unless the configs of a kind set another) and in tests.
         tools: What makes objects of settings.
         needs: The kinds of statistics that each merge needs, by its name.
         published: Figures of others for models of this study, which its tables show beside ours.
@@ -132,6 +134,7 @@ class Study:
     seeds: tuple[int, ...]
     data: dict[str, Any]
     max_new_tokens: int
+    dtype: DType
     tools: Tools
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     published: Published | None = None
@@ -170,6 +173,7 @@ def read_study(
     fit: Mapping[str, Any] | None = None,
     max_new_tokens: int = 64,
     published: Mapping[str, Any] | None = None,
+    dtype: DType = "float32",
 ) -> Study:
     """Check the settings of a study, and return them with every short form spelt out.
 
@@ -211,6 +215,9 @@ def read_study(
             raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)} must be one or more different numbers, such as [0, 1, 2]")
+    if dtype not in get_args(DType):
+        near = did_you_mean(str(dtype), get_args(DType)) or f"; they are {', '.join(get_args(DType))}"
+        raise ValueError(f"dtype={dtype!r} is not a data type of a base{near}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
     study = Study(
@@ -226,6 +233,7 @@ def read_study(
         seeds=tuple(seeds),
         data=dict(data or {}),
         max_new_tokens=max_new_tokens,
+        dtype=dtype,
         tools=tools,
         needs={name: needs for name, (_, needs) in found.items()},
         published=read_published(published, _models(kinds, found, whole)) if published else None,

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
+from modular_experts.base.base import DType
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import TEXT_METRICS, measure
@@ -53,7 +54,7 @@ def train(study: Study, out: Path, kind: str, tasks: Sequence[str], name: str, s
         "out": str(target),
         "overwrite": True,
     }
-    study.tools.fit([{"trainer": QUIET}, *study.experts[kind], own], False)
+    study.tools.fit([{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own], False)
     return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
 
 
@@ -186,7 +187,7 @@ def _merged(
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
     method, notes, chosen = make(MergeMethod, merge.method), None, {}
     if merge.tune is not None:
-        model, tokenizer = loaded(study.base)
+        model, tokenizer = loaded(study.base, study.dtype)
         rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
         data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
         tuned = tune(experts, method, Objective(model, data), grid=merge.tune.get("grid"))
@@ -219,7 +220,7 @@ def _measured(
     By default the experts are added up; `put` does something else with them.
     Beside the scores this returns the value of every row for each text metric, by task, for intervals.
     """
-    model, tokenizer = loaded(study.base)
+    model, tokenizer = loaded(study.base, study.dtype)
     data = _rows(study, tasks)
     began = time.perf_counter()
     with put(model) if put else attached(model, experts, check=False):
@@ -238,10 +239,10 @@ def _values(rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
 
 
 @lru_cache(1)
-def loaded(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base and its tokenizer, which a process loads once."""
     opened = Base.open(base)
-    model: Any = opened.load("float32")
+    model: Any = opened.load(dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer()
 
 
@@ -253,7 +254,7 @@ def _rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
     every = {**study.held_in, **study.held_out}
     key = json.dumps([study.base, study.data, [[every[task], study.contents[task]] for task in tasks]])
     if key not in _MIXTURES:
-        _MIXTURES[key] = TaskMixture(_tasks(study, tasks), loaded(study.base)[1], **study.data)
+        _MIXTURES[key] = TaskMixture(_tasks(study, tasks), loaded(study.base, study.dtype)[1], **study.data)
         _MIXTURES[key].setup("test")
     return _MIXTURES[key]
 

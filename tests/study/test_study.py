@@ -138,6 +138,23 @@ def test_an_expert_and_its_scores_are_those_of_fit_and_evaluate(settings) -> Non
         assert row["value"] == alone.mean(row["metric"])
 
 
+def test_the_data_type_holds_for_trainings_and_tests_and_a_kind_may_set_its_own(settings) -> None:
+    settings |= {"experts": {"lora": LORA, "own": LORA | {"model": {"dtype": "float64"}}}, "merges": []}
+    assert study(settings | {"dtype": "bfloat16"}) == 0
+    made = Library("runs/mine/library")
+    trained = {name: made[f"{name}-upper"].record["hyperparameters"]["dtype"] for name in ("lora", "own")}
+    assert trained == {"lora": "bfloat16", "own": "float64"}
+    # In bfloat16 a loss depends on the rows beside it.
+    words = ["--base", "base", "--tasks", "upper.jsonl", "reverse.jsonl", "--held_out", "first.jsonl"]
+    assert main(["evaluate", *words, "--max_new_tokens", "3", "--dtype", "bfloat16", "--out", "runs/alone"]) == 0
+    alone = Results.read("runs/alone/results.json").mean("loss")
+    assert results().where(model="base").mean("loss") == alone
+    before = len(lines())
+    assert study(settings) == 0
+    assert len(lines()) == 2 * before, "what was done in one data type was taken for another"
+    assert results().where(model="base").mean("loss") != alone
+
+
 def test_nothing_is_done_twice_and_a_change_redoes_only_what_depends_on_it(settings) -> None:
     settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
     assert study(settings) == 0
@@ -287,7 +304,7 @@ def test_what_chooses_settings_never_sees_test_rows_or_held_out_tasks(settings) 
 
 def test_the_one_model_of_a_process_is_the_base_again_after_every_piece(settings) -> None:
     assert study(settings | {"merges": ["SparseAverage", "TIES"], "matrix": True}) == 0
-    model, _ = work.loaded("base")
+    model, _ = work.loaded("base", "float32")
     fresh = work.Base.open("base").load("float32")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True))
     # Each model was tested on every task.
@@ -334,6 +351,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             {"published": {"source": "A", "metric": "loss", "rows": {"lora TIES": {"held_in": 1}}}},
             "published.rows: 'lora TIES' is not a model of this study",
         ),
+        ({"dtype": "bfloat61"}, "did you mean bfloat16"),
         ({"seeds": [0, 0]}, "seeds=[0, 0] must be one or more different numbers"),
         ({"merges": ["RegMeanPlusPlus"], "counts": [2, "all"]}, None),
     ],
