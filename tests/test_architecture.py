@@ -21,7 +21,9 @@ LAYERS = {
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
-    **dict.fromkeys(["compress", "suite", "interop", "hub", "jobs", "quickstart", "reports", "study", "testing"], 3),
+    **dict.fromkeys(
+        ["compress", "suite", "interop", "hub", "jobs", "quickstart", "reports", "settings", "study", "testing"], 3
+    ),
     "cli": 4,
 }
 STRANGERS = {"experts", "methods"}
@@ -31,8 +33,8 @@ BESIDE_TORCH = {"base": {"huggingface_hub", "numpy", "transformers"}, "native": 
 OUTSIDE = {
     "safetensors": {"base", "hub", "interop", "library"},
     "triton": {"kernels"},
-    "jsonargparse": {"cli"},
-    "lightning.pytorch.cli": {"cli"},
+    "jsonargparse": {"cli", "settings"},
+    "lightning.pytorch.cli": {"cli", "settings"},
 }
 FRONT_DOORS = {"modular_experts", "modular_experts.__main__"}
 VAGUE = {"base_utils", "common", "helpers", "misc", "tools", "util", "utils"}
@@ -158,9 +160,9 @@ def test_imports_keep_the_layers() -> None:
         ("merger.merged", "from safetensors.torch import save_file", "only base and hub and interop and library may"),
         ("training.module", "import safetensors", "only base and hub and interop and library may"),
         ("training.module", "from modular_experts.cli.errors import guarded", "only __main__ opens"),
-        ("data.tasks", "from jsonargparse import ArgumentParser", "only cli may"),
-        ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli may"),
-        ("callbacks.results", "from lightning.pytorch import cli", "only cli may"),
+        ("data.tasks", "from jsonargparse import ArgumentParser", "only cli and settings may"),
+        ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli and settings may"),
+        ("callbacks.results", "from lightning.pytorch import cli", "only cli and settings may"),
         ("cli", "import torch", "standard library only"),
         ("__main__", "import torch", "standard library only"),
         ("__main__", "from modular_experts.deltas import Dense", "imports no room"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import yaml
 from jsonargparse import ArgumentParser
 
-from modular_experts.cli.arguments import (
+from modular_experts.settings.arguments import (
     NO_SHORT_NAMES,
     arguments_of,
     as_settings,
@@ -21,7 +21,7 @@ from modular_experts.cli.arguments import (
     fold_configs,
     read_options,
 )
-from modular_experts.cli.parser_errors import check_settings, explained
+from modular_experts.settings.parser_errors import check_settings, explained
 
 
 def run_command(

@@ -14,11 +14,8 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 
+from modular_experts.settings import UsageError
 from modular_experts.text import did_you_mean
-
-
-class UsageError(ValueError):
-    """A command line or a config file is wrong; the message is the sentence for the user."""
 
 
 def unknown_command(verb: str, known: Sequence[str]) -> UsageError:

@@ -11,13 +11,13 @@ from rich.progress import Progress, TimeElapsedColumn
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
-from modular_experts.cli.errors import UsageError
 from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
 from modular_experts.evaluation import evaluate as evaluate_experts
 from modular_experts.evaluation.compare import REPORT, RESULTS
 from modular_experts.evaluation.report import every_task
+from modular_experts.settings import UsageError
 
 
 def evaluate(

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from modular_experts.cli.errors import UsageError
 from modular_experts.evaluation.streaming import generate as generate_answer
+from modular_experts.settings import UsageError
 
 
 def generate(

@@ -11,7 +11,6 @@ from rich.console import Console
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.base import Base
-from modular_experts.cli.errors import UsageError
 from modular_experts.cli.evaluate import mixes_of
 from modular_experts.data.tasks import Tasks
 from modular_experts.evaluation.compare import RESULTS
@@ -20,6 +19,7 @@ from modular_experts.interop.harness import harness as measure_by_harness
 from modular_experts.library import open_expert
 from modular_experts.reports import Results
 from modular_experts.reports.tables import Column, Line, Table, number
+from modular_experts.settings import UsageError
 
 
 def harness(

@@ -19,19 +19,6 @@ _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
-# Short names of `fit`, `validate`, `test` and `predict`.
-SHORT_NAMES = {
-    "base": "model.base",
-    "tasks": "data.tasks",
-    "expert": "model.expert",
-    "modules": "model.modules",
-    # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
-    "experts": "model.applied",
-    "applied": "model.applied",
-    "steps": "trainer.max_steps",
-    "learning_rate": "model.learning_rate",
-    "batch_size": "data.batch_size",
-}
 # Options of `fit` that are arguments of no class.
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",

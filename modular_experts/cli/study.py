@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tempfile
-from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-# So that a study names the generated tasks and the merge methods by their class alone.
-import modular_experts.methods
-import modular_experts.suite  # noqa: F401
 from modular_experts import jobs
-from modular_experts.cli import training
 from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
-from modular_experts.cli.parser_errors import explained
-from modular_experts.study import Tools, pieces_of, read_study, results_of, run_study
+from modular_experts.study import pieces_of, read_study, results_of, run_study
 from modular_experts.study.pieces import STAGES, title_of
 from modular_experts.study.published import beside_published
 from modular_experts.study.results import REPORT, RESULTS, findings, summary, write_report
@@ -30,37 +19,6 @@ from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
 
 Stage = Literal["experts", "statistics", "merges", "tests"]
-
-
-def fit_configs(configs: Sequence[Mapping[str, Any]], check: bool = False) -> None:
-    """Run `modular-experts fit` with several configs, of which a later one wins; with `check` only read them."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["fit"]
-        for number, config in enumerate(configs):
-            file = Path(folder, f"{number}.yaml")
-            file.write_text(json.dumps(config), encoding="utf-8")
-            words += ["--config", str(file)]
-        if not check:
-            training.run(words)
-            return
-        try:
-            with redirect_stdout(io.StringIO()):
-                training.run([*words, "--print_config"])
-        except SystemExit as ended:
-            # What `--print_config` ends with.
-            if ended.code:
-                raise
-
-
-def make_object(kind: Any, settings: Any) -> Any:
-    """Return the object that settings of a study describe, as the command line makes it."""
-    option = "tasks" if get_origin(kind) is list else "merges"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{option}", type=kind)
-    try:
-        return parser.instantiate(parser.parse_object({option: settings}))[option]
-    except ArgumentError as error:
-        raise explained(error, [], {option: settings}, {option: kind}, ()) from None
 
 
 def study(
@@ -131,7 +89,6 @@ def study(
     """
     place = Path(out)
     found = read_study(
-        Tools(fit_configs, make_object),
         base,
         tasks,
         experts,

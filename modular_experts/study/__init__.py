@@ -2,12 +2,12 @@
 
 `settings.py` reads and checks what a study shall do. `pieces.py` cuts it into pieces of work, whose digests tell what a
 change of the study does anew; open it first. `work.py` does one piece, `run.py` runs the pieces that have no result,
-and `results.py` makes rows, a table and a page of them. Settings become objects outside, by the `Tools` that are given.
+and `results.py` makes rows, a table and a page of them.
 """
 
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.results import results_of
 from modular_experts.study.run import run_study
-from modular_experts.study.settings import Study, Tools, read_study
+from modular_experts.study.settings import Study, read_study
 
-__all__ = ["Study", "Tools", "pieces_of", "read_study", "results_of", "run_study"]
+__all__ = ["Study", "pieces_of", "read_study", "results_of", "run_study"]

@@ -11,10 +11,10 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import yaml
 
@@ -24,6 +24,8 @@ from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.library import check_name
 from modular_experts.methods import MergeMethod
 from modular_experts.routing import Router
+from modular_experts.settings.make import fit as fit_configs
+from modular_experts.settings.make import make, plain
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
@@ -33,21 +35,6 @@ RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
 TUNING_ROWS = 64
-
-
-class Tools(NamedTuple):
-    """What only the command line can do, because it alone makes objects of settings.
-
-    Both are functions of a module, so that another process can import them.
-
-    Args:
-        fit: Runs `modular-experts fit` with several configs, of which a later one wins; with `check` it only refuses
-            settings that do not fit.
-        make: Returns the object that settings describe, given its type: `make(MergeMethod, "TIES")`.
-    """
-
-    fit: Callable[[Sequence[Mapping[str, Any]], bool], None]
-    make: Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -117,7 +104,6 @@ class Study:
         data: How rows are read, in training and tests: the settings of `DATA`.
         max_new_tokens: Length limit of a generated answer.
         dtype: Data type of the base, in trainings (unless the configs of a kind set another) and in tests.
-        tools: What makes objects of settings.
         needs: The kinds of statistics that each merge needs, by its name.
         published: Figures of others for models of this study, which its tables show beside ours.
     """
@@ -135,7 +121,6 @@ class Study:
     data: dict[str, Any]
     max_new_tokens: int
     dtype: DType
-    tools: Tools
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     published: Published | None = None
 
@@ -160,8 +145,7 @@ class Study:
 
 
 def read_study(
-    tools: Tools,
-    base: str,
+    base: str | Path,
     tasks: Any,
     experts: Mapping[str, Any],
     merges: Sequence[Any] = (),
@@ -177,12 +161,14 @@ def read_study(
 ) -> Study:
     """Check the settings of a study, and return them with every short form spelt out.
 
-    The arguments after `tools` are those of `modular-experts study`.
+    The arguments are those of `modular-experts study`. Where they name a class, the class itself may stand, or
+    `partial(LoRAExpert, rank=4)`, an object of a merge method, or a `Task`.
 
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    held_in, held_out = _tasks(tools, tasks)
+    tasks, experts, merges, multitask, fit = map(plain, (tasks, experts, merges, multitask, fit))
+    held_in, held_out = _tasks(tasks)
     kinds = {kind: _configs(kind, settings, fit) for kind, settings in experts.items()}
     if not kinds:
         raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
@@ -190,12 +176,12 @@ def read_study(
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
         try:
-            tools.fit([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
+            fit_configs([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
         except ValueError as error:
             raise ValueError(f"experts.{kind}: {error}") from error
     found: dict[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]] = {}
     for entry in merges:
-        merge, needs = _merge(tools, entry, found)
+        merge, needs = _merge(entry, found)
         if merge.name in found:
             raise ValueError(
                 f"two merges are called {merge.name!r}; name one of them: {{method: {merge.name}, name: mine}}"
@@ -234,7 +220,6 @@ def read_study(
         data=dict(data or {}),
         max_new_tokens=max_new_tokens,
         dtype=dtype,
-        tools=tools,
         needs={name: needs for name, (_, needs) in found.items()},
         published=read_published(published, _models(kinds, found, whole)) if published else None,
     )
@@ -263,14 +248,14 @@ def _check_names(study: Study) -> None:
             raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")
 
 
-def _tasks(tools: Tools, tasks: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _tasks(tasks: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return the settings of the tasks of each role by name, every short form spelt out."""
     roles = tasks if isinstance(tasks, Mapping) and set(tasks) <= {"held_in", "held_out"} else {"held_in": tasks}
     found: dict[str, dict[str, dict[str, Any]]] = {"held_in": {}, "held_out": {}}
     for role, listed in roles.items():
         for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
             for one in _several(entry) if isinstance(entry, str) else [dict(entry)]:
-                (task,) = tools.make(list[Task], [one | {"role": role}])
+                (task,) = make(list[Task], [one | {"role": role}])
                 if task.name in found["held_in"] or task.name in found["held_out"]:
                     raise ValueError(
                         f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
@@ -335,7 +320,7 @@ WAYS = {
 
 
 def _merge(
-    tools: Tools, entry: Any, before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
+    entry: Any, before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
 ) -> tuple[Merge | Route | Ensemble, tuple[str, ...]]:
     """Return a merge, a route or an ensemble, and the statistics that it needs; `before` are the entries before it."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
@@ -351,7 +336,7 @@ def _merge(
         if key != way and key not in WAYS[way]:
             raise ValueError(f"{key} is not a setting of a {way}; the merge {given} may have {', '.join(WAYS[way])}")
     if way == "route":
-        return _route(tools, given, before)
+        return _route(given, before)
     if way == "ensemble":
         if given["ensemble"] not in MEANS:
             near = did_you_mean(given["ensemble"], MEANS)
@@ -359,11 +344,11 @@ def _merge(
         return Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), ()
     rows = given.get("rows", TUNING_ROWS)
     if way == "search":
-        search, starts = tools.make(CoefficientSearch, given["search"]), given.get("merges", [])
-        methods = [tools.make(MergeMethod, start) for start in starts]
+        search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
+        methods = [make(MergeMethod, start) for start in starts]
         merge = Merge(given.get("name", type(search).__name__), given["search"], True, None, rows, tuple(starts))
     else:
-        methods, tune = [tools.make(MergeMethod, given["method"])], given.get("tune") or None
+        methods, tune = [make(MergeMethod, given["method"])], given.get("tune") or None
         name = given.get("name", type(methods[0]).__name__ + " tuned" * bool(tune))
         merge = Merge(name, given["method"], False, {} if tune is True else tune, rows)
         for key in merge.tune or {}:
@@ -373,10 +358,10 @@ def _merge(
 
 
 def _route(
-    tools: Tools, given: Mapping[str, Any], before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
+    given: Mapping[str, Any], before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
 ) -> tuple[Route, tuple[str, ...]]:
     """Return a route, and the statistics that its router and its fallback need."""
-    router, fallback, needs = tools.make(Router, given["route"]), None, set[str]()
+    router, fallback, needs = make(Router, given["route"]), None, set[str]()
     if router.needs:
         needs.add(router.needs)
     if (wanted := given.get("fallback")) is not None:

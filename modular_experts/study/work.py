@@ -32,6 +32,7 @@ from modular_experts.library import StoredExpert, open_expert
 from modular_experts.merger.merged import Merged, describe, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.routing import Router
+from modular_experts.settings.make import fit, make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.settings import Ensemble, Merge, Route, Study
 from modular_experts.tuning import CoefficientSearch, Objective, search, tune
@@ -54,7 +55,7 @@ def train(study: Study, out: Path, kind: str, tasks: Sequence[str], name: str, s
         "out": str(target),
         "overwrite": True,
     }
-    study.tools.fit([{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own], False)
+    fit([{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own], False)
     return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
 
 
@@ -124,7 +125,7 @@ def route_and_test(
     library = out / "library"
     experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
     whole = len(group) == len(study.held_in)
-    router, fallback, made = study.tools.make(Router, wanted.router), None, list[Path]()
+    router, fallback, made = make(Router, wanted.router), None, list[Path]()
     # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is tested.
     place = library / (study.route_name(kind, wanted.name, seed) + ("" if whole else f"-{len(group)}-{number}"))
     try:
@@ -178,7 +179,7 @@ def _merged(
     study: Study, merge: Merge, experts: Sequence[StoredExpert], group: Sequence[str], place: Path, written: bool
 ) -> tuple[Mapping[str, Delta], dict[str, Any]]:
     """Return a merge, which is stored at `place` if it was searched or shall be written, and what was chosen for it."""
-    make, paths = study.tools.make, [expert.path for expert in experts]
+    paths = [expert.path for expert in experts]
     if merge.searched:
         starts = [make(MergeMethod, start) for start in merge.merges]
         data = ChoiceRows(_tasks(study, group), **study.data)
@@ -261,7 +262,7 @@ def _rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
 
 def _tasks(study: Study, names: Sequence[str]) -> list[Task]:
     every = {**study.held_in, **study.held_out}
-    return study.tools.make(list[Task], [every[name] for name in names])
+    return make(list[Task], [every[name] for name in names])
 
 
 def _about(expert: StoredExpert) -> dict[str, Any]:

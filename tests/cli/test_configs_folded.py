@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modular_experts.__main__ import main
-from modular_experts.cli.arguments import Option, fold_configs
+from modular_experts.settings.arguments import Option, fold_configs
 
 FIRST = {
     "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},

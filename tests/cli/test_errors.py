@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import pytest
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
-from modular_experts.cli.errors import UsageError, guarded
+from modular_experts.cli.errors import guarded
 from modular_experts.library import check_name
+from modular_experts.settings import UsageError
 
 GUARDED = "import os, sys\nfrom modular_experts.cli.errors import guarded\ndef f(): {}\nsys.exit(guarded(f))"
 

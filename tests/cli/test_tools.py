@@ -17,9 +17,9 @@ from modular_experts import generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.cli.arguments import as_words, read_options
-from modular_experts.cli.errors import UsageError
 from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.settings import UsageError
+from modular_experts.settings.arguments import as_words, read_options
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from jsonargparse import get_loader
 
-from modular_experts.cli.errors import UsageError
+from modular_experts.settings import UsageError
 from modular_experts.text import did_you_mean
 
 NO_SHORT_NAMES: Mapping[str, str] = MappingProxyType({})

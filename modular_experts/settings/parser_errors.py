@@ -13,7 +13,8 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from modular_experts.cli.arguments import (
+from modular_experts.settings import UsageError
+from modular_experts.settings.arguments import (
     ELSEWHERE,
     NO_SHORT_NAMES,
     Option,
@@ -22,7 +23,6 @@ from modular_experts.cli.arguments import (
     as_typed,
     no_option,
 )
-from modular_experts.cli.errors import UsageError
 from modular_experts.text import did_you_mean
 
 # The values that fit an annotation which is not a class to be named.

@@ -1,0 +1,25 @@
+"""Make objects of settings, as YAML files and command lines hold them, and run a fit of them.
+
+`make.py` does both for settings in Python; open it first. `arguments.py` reads words and folds config files,
+`training.py` is LightningCLI over `ExpertModule`, and `parser_errors.py` writes the sentence where settings do not fit.
+What is below is all that a command needs before it imports them.
+"""
+
+
+class UsageError(ValueError):
+    """A command line or a config file is wrong; the message is the sentence for the user."""
+
+
+SHORT_NAMES = {
+    "base": "model.base",
+    "tasks": "data.tasks",
+    "expert": "model.expert",
+    "modules": "model.modules",
+    # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
+    "experts": "model.applied",
+    "applied": "model.applied",
+    "steps": "trainer.max_steps",
+    "learning_rate": "model.learning_rate",
+    "batch_size": "data.batch_size",
+}
+"""Short names of options of `fit`, `validate`, `test` and `predict`, and of the settings of a fit."""

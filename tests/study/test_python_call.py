@@ -1,0 +1,73 @@
+"""A study is one call in Python, with settings as in YAML, or with the classes and objects that these name."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from modular_experts.data import Task
+from modular_experts.experts import LoRAExpert
+from modular_experts.library import Library
+from modular_experts.methods import TIES, Rescaled, SparseAverage
+from modular_experts.settings.make import plain
+from modular_experts.study import read_study, results_of, run_study
+
+
+def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:
+    rows = [
+        {"input": f"{n}+1=", "target": str(n + 1), "split": ("train", "validation", "test")[n % 3]} for n in range(9)
+    ]
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for file in files:
+        write_rows(file, rows)
+    lora = {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
+    ways = {
+        "objects": (Task(path=str(files[0]), cap=2), partial(LoRAExpert, rank=2), SparseAverage(scale=0.5), TIES),
+        "settings": (
+            {"path": str(files[0]), "cap": 2},
+            lora,
+            {"class_path": "SparseAverage", "init_args": {"scale": 0.5}},
+            "TIES",
+        ),
+    }
+    found = {}
+    for name, (task, expert, *merges) in ways.items():
+        experts = {"lora": {"expert": expert, "modules": "all-linear", "steps": 2}}
+        study = read_study(tiny_llama_dir, [task, str(files[1])], experts, merges, max_new_tokens=3)
+        with ThreadPoolExecutor(1) as executor:
+            state = run_study(study, tmp_path / name, executor=executor)
+        assert not state.failed
+        rows = [(row["model"], row["task"], row["metric"], row["value"]) for row in results_of(study, state).rows]
+        found[name] = rows, {key: one.content_hash for key, one in Library(tmp_path / name / "library").items()}
+    assert found["objects"] == found["settings"]
+    assert {"lora-one", "merge-lora-SparseAverage", "merge-lora-TIES"} <= set(found["objects"][1])
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [
+        ({"a": [1, None, 0.5, True, "x"]}, {"a": [1, None, 0.5, True, "x"]}),
+        (Path("runs/base"), "runs/base"),
+        (LoRAExpert, "modular_experts.experts.lora.LoRAExpert"),
+        (Task(path="a.jsonl", weight=2.0), {"name": "a", "path": "a.jsonl", "weight": 2.0}),
+    ],
+)
+def test_what_stands_for_an_object_is_what_yaml_holds(value, settings) -> None:
+    found = plain(value)
+    assert {**found, **settings} == found if isinstance(settings, dict) else found == settings
+
+
+def test_a_method_inside_a_method_is_named_too() -> None:
+    found = plain(Rescaled(inner=TIES(keep=0.5)))
+    inner = found["init_args"]["inner"]
+    assert inner["class_path"] == "modular_experts.methods.ties.TIES"
+    assert inner["init_args"]["keep"] == 0.5
+
+
+def test_what_no_config_can_hold_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="has no form in a config; give"):
+        plain({"expert": lambda weight: LoRAExpert(weight)})
