@@ -49,7 +49,7 @@ def print_estimate(found: FitEstimate) -> None:
             print(f"  {duration_text(taken):>8}  {counts[name]}")
     print("a fit would write:")
     for what, place in found.places:
-        print(f"  {place}: {what}")
+        print(f"  {place}: {what}" + f", {bytes_text(found.on_disk)}" * (what == "the expert"))
     if not any(what == "the expert" for what, _ in found.places):
         print("  no expert; --out library/NAME keeps one")
     print("time and memory are judged by a few steps of rate zero; nothing was written")

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts import jobs
 from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
-from modular_experts.study import pieces_of, read_study, results_of, run_study
+from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
+from modular_experts.study.estimate import measured_left
 from modular_experts.study.pieces import STAGES, title_of
 from modular_experts.study.published import beside_published
 from modular_experts.study.results import REPORT, RESULTS, findings, summary, write_report
@@ -72,7 +73,7 @@ def study(
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
         only: Do only these of experts, statistics, merges, tests. What they need is done too.
-        dry_run: Only print the pieces and what they will take.
+        dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
         processes: How many pieces run at once on this machine; by default one a core, at most 8.
@@ -105,7 +106,7 @@ def study(
     )
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
-        _print_state(state_of(pieces, Lines(place)), each=dry_run)
+        _print_state(found, state_of(pieces, Lines(place)), dry_run)
         return
     if processes is not None and (engine != "local" or engine_settings):
         other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
@@ -149,9 +150,9 @@ class UnfinishedStudyError(ValueError):
     """Some pieces of a study failed; the message says how many, and what to do."""
 
 
-def _print_state(state: State, each: bool) -> None:
-    """Print what is done and what is left of each stage, of `each` piece too, and what failed."""
-    if each:
+def _print_state(study: Study, state: State, dry_run: bool) -> None:
+    """Print what is done and what is left of each stage, and what failed; of a dry run also each piece, and measure."""
+    if dry_run:
         for piece in state.pieces:
             mark = "done" if piece.key in state.done else "failed" if piece.key in state.failed else "to do"
             print(f"{mark:<8}{title_of(piece.key)}")
@@ -160,15 +161,19 @@ def _print_state(state: State, each: bool) -> None:
         if mine:
             done, failed = (sum(key in found for key in mine) for found in (state.done, state.failed))
             print(f"{stage:<12}{done} of {len(mine)} done" + (f", {failed} failed" if failed else ""))
-    left = len(state.pieces) - len(state.done)
-    print(f"{counted(left, 'piece')} left{_time_text(state.left, on_one=True)}")
-    if state.left.unknown:
-        print(
-            f"no piece like {state.left.unknown} of them is done yet; the first of each stage and kind "
-            "tells what the others take, in time and on disk"
-        )
-    if state.left.bytes:
-        print(f"their experts will take about {bytes_text(state.left.bytes)}")
+    left, refused = state.left, list[str]()
+    if dry_run:
+        columns = (TextColumn("measuring {task.description}"), BarColumn(None), TaskProgressColumn())
+        with progress_by_tenths(*columns, line=lambda what, done, total: f"measuring {what}", transient=True) as bar:
+            left, refused = measured_left(study, state, show=bar)
+    print(f"{counted(len(state.pieces) - len(state.done), 'piece')} left{_time_text(left, on_one=True)}")
+    for sentence in refused:
+        print(f"could not measure {sentence}")
+    if left.unknown:
+        like = "like them is done or can be measured before" if dry_run else "like them is done yet"
+        print(f"the time of {left.unknown} of them is not known, because nothing {like}")
+    if left.bytes:
+        print(f"their experts will take about {bytes_text(left.bytes)}")
     if state.failed:
         _print_failures(state)
 

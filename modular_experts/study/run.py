@@ -204,7 +204,7 @@ def run_study(
 
         def failed(piece: Piece, error: BaseException) -> None:
             if not isinstance(error, FailedBeforeError):
-                lines[piece.key] = {"failed": _sentence(error), "trace": "".join(traceback.format_exception(error))}
+                lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
 
         run(pieces, lines, pool, show, failed)
     return state_of(pieces, lines)
@@ -220,7 +220,7 @@ def _fail_again(sentence: str) -> None:
     raise FailedBeforeError(sentence)
 
 
-def _sentence(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
     """Return an error as the table shows it: in one line, with its type where that tells more than its words."""
     if isinstance(error, BrokenProcessPool):
         return "its process was killed, perhaps for lack of memory; smaller batches or fewer --processes take less"

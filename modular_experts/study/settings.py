@@ -167,7 +167,7 @@ def read_study(
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    tasks, experts, merges, multitask, fit = map(plain, (tasks, experts, merges, multitask, fit))
+    base, tasks, experts, merges, multitask, fit = map(plain, (base, tasks, experts, merges, multitask, fit))
     held_in, held_out = _tasks(tasks)
     kinds = {kind: _configs(kind, settings, fit) for kind, settings in experts.items()}
     if not kinds:
@@ -207,7 +207,7 @@ def read_study(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
     study = Study(
-        base=str(base),
+        base=base,
         held_in=held_in,
         held_out=held_out,
         contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},

@@ -47,16 +47,20 @@ def train(study: Study, out: Path, kind: str, tasks: Sequence[str], name: str, s
     """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
     started = time.perf_counter()
     target = out / "library" / name
-    own: dict[str, Any] = {
+    configs = training_configs(study, out / "runs" / name, kind, tasks, seed)
+    fit([*configs, {"out": str(target), "overwrite": True}])
+    return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
+
+
+def training_configs(study: Study, place: Path, kind: str, tasks: Sequence[str], seed: int) -> list[Mapping[str, Any]]:
+    """Return the configs of a training, of which a later one wins; `place` is for what a config asks to keep."""
+    own = {
         "seed_everything": seed,
         "model": {"base": study.base},
         "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
-        "trainer": {"default_root_dir": str(out / "runs" / name)},
-        "out": str(target),
-        "overwrite": True,
+        "trainer": {"default_root_dir": str(place)},
     }
-    fit([{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own], False)
-    return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
+    return [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own]
 
 
 def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def _measured(
     Beside the scores this returns the value of every row for each text metric, by task, for intervals.
     """
     model, tokenizer = loaded(study.base, study.dtype)
-    data = _rows(study, tasks)
+    data = test_rows(study, tasks)
     began = time.perf_counter()
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
@@ -250,7 +254,7 @@ def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenize
 _MIXTURES: dict[str, TaskMixture] = {}
 
 
-def _rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
+def test_rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
     """Return the test rows of tasks, which a process reads and tokenises once."""
     every = {**study.held_in, **study.held_out}
     key = json.dumps([study.base, study.data, [[every[task], study.contents[task]] for task in tasks]])

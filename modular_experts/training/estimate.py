@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.mixture import SplitSize
 from modular_experts.injection import ExpertLayer, expert_layers, named_experts
+from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
 from modular_experts.training.learning_rate import training_length
@@ -66,6 +67,7 @@ class FitEstimate:
         seconds: The time of steps, choices and validations, by these names.
         bytes: Memory of the base, the trained numbers with their gradients, the optimizer state, and the rest.
         peak: The most memory that the process, or the GPU, needs; the sum of `bytes`.
+        on_disk: What the tensors of the expert take in a library, without the record beside them.
         places: What is written, and where.
     """
 
@@ -79,6 +81,7 @@ class FitEstimate:
     seconds: dict[str, float]
     bytes: dict[str, int]
     peak: int
+    on_disk: int
     places: list[tuple[str, Path]]
 
 
@@ -165,6 +168,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         seconds=seconds,
         bytes=parts_of_memory,
         peak=sum(parts_of_memory.values()),
+        on_disk=_on_disk(module, short),
         places=_places(trainer),
     )
 
@@ -338,6 +342,14 @@ def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, ba
     every = max(int(per_epoch * every), 1) if isinstance(every, float) else every or per_epoch
     every *= trainer.check_val_every_n_epoch or 1
     return length.total_steps * trainer.accumulate_grad_batches // every
+
+
+def _on_disk(module: ExpertModule, trainer: Trainer) -> int:
+    with ExitStack() as stack:
+        for schedule in schedules(trainer):
+            stack.enter_context(schedule.exported(module))
+        stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta).values()]
+    return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 
 def _places(trainer: Trainer) -> list[tuple[str, Path]]:

@@ -116,6 +116,12 @@ def tune(
     return Tuned(chosen, best, trials, base_losses, objective.agreement, notes, expert)
 
 
+def most_trials(method: MergeMethod, grid: Mapping[str, Sequence[Any]] | None = None) -> int:
+    """Return the most settings that a tuning tries; a search of the scale may need fewer."""
+    choices, scales = _choices(method, grid or {})
+    return math.prod(map(len, choices.values())) * (1 if scales is None else len(scales) or MOST_SCALES)
+
+
 def _choices(
     method: MergeMethod, grid: Mapping[str, Sequence[Any]]
 ) -> tuple[dict[str, Sequence[Any]], Sequence[float] | None]:

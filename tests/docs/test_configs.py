@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def place(tmp_path_factory, tiny_llama_dir) -> Path:
 def _in_place(place, monkeypatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
+
+
+@pytest.fixture
+def _without_processes(monkeypatch) -> None:
+    """Measure for a dry run in this process."""
+    monkeypatch.setattr("modular_experts.study.estimate.LocalProcesses", ThreadPoolExecutor)
 
 
 def _fit(config: str) -> int:
@@ -95,6 +102,7 @@ def test_search_config_searches(config: Path) -> None:
     assert (found.path.parent / f"{config.stem}.recipe.yaml").exists() == (config.stem != "by-row")
 
 
+@pytest.mark.usefixtures("_without_processes")
 def test_the_studies_are_read(capsys) -> None:
     """Their experts, merges and searches are tested in `tests/study`."""
     Path(".cache").mkdir(exist_ok=True)
@@ -109,6 +117,7 @@ def test_the_studies_are_read(capsys) -> None:
         assert "experts lora" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_without_processes")
 def test_the_study_of_phi_3_lacks_nothing_but_its_base(capsys, monkeypatch) -> None:
     Path("configs").symlink_to(CONFIGS)
     words = ["study", "--config", "configs/paper/phi-3-mini.yaml", "--dry-run"]

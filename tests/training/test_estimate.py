@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from testbed.runs import mixture, module, trainer
 
-from modular_experts.callbacks import LogProgress, MaskSchedule
+from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule
 from modular_experts.data import TaskMixture
 from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.masks import Reselect
@@ -113,3 +113,15 @@ def test_padding_is_that_of_the_training_batches(tiny_llama_dir, tmp_path):
         data = TaskMixture([{"name": "two", "path": str(file)}], tokenizer=str(tiny_llama_dir), packing=packing)
         found = estimate(module(tiny_llama_dir, LoRAExpert), data, trainer(tmp_path))
         assert found.padding == pytest.approx(share)
+
+
+@pytest.mark.parametrize("expert", [LoRAExpert, SparseExpert, FullExpert])
+def test_the_size_of_the_expert_is_that_of_its_file(expert, tiny_llama_dir, task_files, tmp_path):
+    run = trainer(tmp_path, MaskSchedule(), ExportExpert(str(tmp_path), "made"))
+    trained, data = module(tiny_llama_dir, expert), mixture(task_files, tiny_llama_dir)
+    found = estimate(trained, data, run)
+    run.fit(trained, data)
+    file = (tmp_path / "made" / "delta.safetensors").read_bytes()
+    # The file begins with the length of its header, which names the tensors.
+    tensors = len(file) - 8 - int.from_bytes(file[:8], "little")
+    assert found.on_disk == pytest.approx(tensors, rel=0.02)

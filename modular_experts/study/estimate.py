@@ -1,0 +1,120 @@
+"""Estimate what a study will take before anything like it is done, by a few training steps and a batch of the tests.
+
+`run.py` judges pieces by finished pieces of their stage and kind. Where there are none, this file measures a few steps
+of each kind, which change nothing, and the first batch of the tests on the base, in a process like those of pieces.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from typing import Any
+
+from modular_experts.evaluation import measure
+from modular_experts.jobs import LocalProcesses, Piece
+from modular_experts.methods import MergeMethod
+from modular_experts.settings.make import estimate_fit, make
+from modular_experts.study.run import Left, Pace, State, sentence_of
+from modular_experts.study.settings import Ensemble, Merge, Study
+from modular_experts.study.work import loaded, test_rows, training_configs
+from modular_experts.tuning.tune import most_trials
+
+Show = Callable[[str, int, int], None]
+"""Called with what is measured next, how much of it is measured, and how much there is."""
+
+
+def measured_left(
+    study: Study, state: State, executor: Executor | None = None, show: Show = lambda what, done, total: None
+) -> tuple[Left, list[str]]:
+    """Return what the pieces left will take, by measuring where nothing alike is done, and what failed at that.
+
+    A test is judged by the base, whose answers go on to the limit where those of experts end. A merge is judged by its
+    tests and by the losses that its tuning measures, without the merging itself. Statistics and searches are unknown.
+
+    Args:
+        study: What to do.
+        state: What is done of it.
+        executor: Where to measure; by default a process with one thread.
+        show: Called before each measurement, and at the end.
+    """
+    if executor is None:
+        with LocalProcesses(1) as own:
+            return measured_left(study, state, own, show)
+    pace = Pace(state.done)
+    left = [piece for piece in state.pieces if piece.key not in state.done]
+    new = [piece for piece in left if piece.key[:2] not in pace.seconds_of]
+    calls: dict[Any, tuple[Any, ...]] = {}
+    for piece in new:
+        if piece.key[0] == "experts":
+            calls.setdefault(piece.key[:2], (f"a few steps of {piece.key[1]}", _training, piece))
+        elif piece.key[0] in ("tests", "merges"):
+            calls.setdefault("rows", ("a batch of the tests", _rows, study))
+    found: dict[Any, dict[str, Any]] = {}
+    refused: list[str] = []
+    for number, (sort, (what, function, argument)) in enumerate(calls.items()):
+        show(what, number, len(calls))
+        future = executor.submit(function, argument)
+        if (error := future.exception()) is None:
+            found[sort] = future.result()
+        else:
+            refused.append(f"{what}: {sentence_of(error)}")
+    if calls:
+        show("measured", len(calls), len(calls))
+    known = pace.left(piece for piece in left if piece.key[:2] in pace.seconds_of)
+    seconds, unknown, space = known
+    for piece in new:
+        taken = found.get(piece.key[:2], {})
+        if "rows" in found and piece.key[0] in ("tests", "merges"):
+            taken = {"seconds": _test_seconds(study, piece, **found["rows"])}
+        unknown += taken.get("seconds") is None
+        seconds += taken.get("seconds") or 0.0
+        space += taken.get("bytes", 0)
+    return Left(seconds, unknown, space), refused
+
+
+def _arguments(piece: Piece) -> Mapping[str, Any]:
+    return inspect.signature(piece.function).bind(*piece.arguments).arguments
+
+
+def _training(piece: Piece) -> dict[str, float]:
+    """Return the seconds of a training and the bytes of its expert."""
+    given = _arguments(piece)
+    found = estimate_fit(training_configs(given["study"], given["out"], given["kind"], given["tasks"], given["seed"]))
+    return {"seconds": sum(found.seconds.values()), "bytes": found.on_disk}
+
+
+def _rows(study: Study) -> dict[str, Any]:
+    """Return the seconds of a row in a test and in a tuning, and how many rows each task has for both."""
+    data = test_rows(study, [*study.held_in, *study.held_out])
+    model, tokenizer = loaded(study.base, study.dtype)
+    batch = next(iter(data.test_dataloader()))
+    taken = []
+    for tokens in (1, None, study.max_new_tokens):  # the first one warms up
+        started = time.perf_counter()
+        measure(model, tokenizer, [batch], data.roles, tokens)
+        taken.append((time.perf_counter() - started) / len(batch["task"]))
+    rows = {
+        split: {one.task: one.rows for one in data.sizes() if one.split == split} for split in ("test", "validation")
+    }
+    return {"loss": taken[1], "answer": taken[2], "rows": rows}
+
+
+def _test_seconds(
+    study: Study, piece: Piece, loss: float, answer: float, rows: Mapping[str, Mapping[str, int]]
+) -> float | None:
+    """Return the seconds of a test, and of the tuning of a merge; None for a search."""
+    given = _arguments(piece)
+    seconds = answer * sum(rows["test"].get(task, 0) for task in given["tasks"])
+    merge = given.get("merge")
+    if isinstance(given.get("ensemble"), Ensemble):
+        return seconds * len(given["group"])
+    if not isinstance(merge, Merge):
+        return seconds
+    if merge.searched:
+        return None
+    if merge.tune is None:
+        return seconds
+    trials = most_trials(make(MergeMethod, merge.method), merge.tune.get("grid"))
+    return seconds + loss * trials * sum(min(merge.rows, rows["validation"].get(task, 0)) for task in given["group"])
