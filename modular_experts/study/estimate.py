@@ -37,7 +37,7 @@ def measured_left(
         study: What to do.
         state: What is done of it.
         executor: Where to measure; by default a process with one thread.
-        show: Called before each measurement, and at the end.
+        show: Called before each measurement.
     """
     if executor is None:
         with LocalProcesses(1) as own:
@@ -60,8 +60,6 @@ def measured_left(
             found[sort] = future.result()
         else:
             refused.append(f"{what}: {sentence_of(error)}")
-    if calls:
-        show("measured", len(calls), len(calls))
     known = pace.left(piece for piece in left if piece.key[:2] in pace.seconds_of)
     seconds, unknown, space = known
     for piece in new:

@@ -207,7 +207,7 @@ def read_study(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
     study = Study(
-        base=base,
+        base=str(base),
         held_in=held_in,
         held_out=held_out,
         contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},

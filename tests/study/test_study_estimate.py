@@ -75,7 +75,7 @@ def test_what_is_measured_is_what_the_experts_then_take_and_changes_nothing(desc
     with ThreadPoolExecutor(1) as executor:
         study, state = of(described, out)
         left, refused = measured_left(study, state, executor, lambda what, *counts: shown.append(what))
-        assert shown == ["a batch of the tests", "a few steps of lora", "a few steps of full", "measured"]
+        assert shown == ["a batch of the tests", "a few steps of lora", "a few steps of full"]
         assert not refused
         assert not out.exists()
         assert left.seconds > 0
