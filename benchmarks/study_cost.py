@@ -45,7 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     experts, separate = (2, 1) if options.quick else (options.experts, options.separate)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(options.base).absolute(), experts, separate, Path(folder), 1 if options.quick else 50)
+        steps, rows = (1, 4) if options.quick else (50, None)
+        found = measure(Path(options.base).absolute(), experts, separate, Path(folder), steps, rows)
     found |= {"machine": machine()}
     if options.json:
         json.dump(found, sys.stdout, indent=2)
@@ -60,14 +61,16 @@ def main() -> None:
     print(f"{found['separate']:.1f} s ({found['separate'] / found['matrix']:.1f} times)")
 
 
-def measure(base: Path, experts: int, separate: int, folder: Path, steps: int) -> dict[str, Any]:
+def measure(base: Path, experts: int, separate: int, folder: Path, steps: int, rows: int | None) -> dict[str, Any]:
     """Run the study and the separate tests in a folder, and return what they took in seconds."""
+    data = {"eval_limit": rows}
     held_in, held_out = ([kind.__name__ for kind in kinds] for kinds in (HELD_IN[:experts], HELD_OUT))
     settings: dict[str, Any] = {
         "base": str(base),
         "tasks": {"held_in": held_in, "held_out": held_out},
         "experts": {"lora": {"expert": "LoRAExpert", "modules": "all-linear", "steps": steps}},
         "matrix": True,
+        "data": data,
         "max_new_tokens": 10,
         "out": "study",
         "processes": 1,
@@ -80,7 +83,7 @@ def measure(base: Path, experts: int, separate: int, folder: Path, steps: int) -
     matrix = sum(test["seconds"] for test in tests)
     tasks = [{"name": kind.name(), "source": kind.__name__} for kind in HELD_IN[:experts]]
     tasks += [{"name": kind.name(), "source": kind.__name__, "role": "held_out"} for kind in HELD_OUT]
-    config = {"model": {"base": str(base), "max_new_tokens": 10}, "data": {"tasks": tasks}}
+    config = {"model": {"base": str(base), "max_new_tokens": 10}, "data": data | {"tasks": tasks}}
     Path(folder, "test.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     alone = [
         _timed(folder, "test", "--config", "test.yaml", "--experts", f"study/library/lora-{kind.name()}")

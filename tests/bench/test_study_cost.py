@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-from testbed.scripts import run_script
+from testbed.scripts import run_commands_here, run_script
 
 
-def test_a_quick_run_measures_every_piece(tiny_llama_dir) -> None:
+def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
     found = json.loads(run_script("study_cost.py", str(tiny_llama_dir), "--quick", "--json"))
     # Two trainings, their tests, and the test of the base.
     assert found["pieces"] == 5

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import write_rows
-from testbed.scripts import run_script
+from testbed.scripts import run_commands_here, run_script
 
 
-def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path) -> None:
+def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path, monkeypatch) -> None:
+    run_commands_here(monkeypatch)
     rows = [{"input": "x" * (1 + 7 * number % 30), "target": "ab", "split": "train"} for number in range(16)]
     rows += [{"input": "xx", "target": "ab", "split": "validation"}]
     write_rows(tmp_path / "task.jsonl", rows)

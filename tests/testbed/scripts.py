@@ -1,15 +1,22 @@
-"""Run a script of `benchmarks/` in this process, which spares it the imports of a process of its own."""
+"""Run scripts of `benchmarks/`, and commands that they start, in this process: importing torch again takes seconds."""
 
 from __future__ import annotations
 
 import gc
 import io
+import resource
 import runpy
+import subprocess
 import sys
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from modular_experts.__main__ import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,3 +35,37 @@ def run_script(name: str, *options: object) -> str:
     finally:
         gc.unfreeze()
     return printed.getvalue()
+
+
+def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `subprocess.run` run Python's scripts and our command here, and count their CPU time as that of children."""
+
+    def run(words: Sequence[str], **how: Any) -> subprocess.CompletedProcess[Any]:
+        python, *rest = words
+        if python != sys.executable:  # matplotlib looks for fonts
+            return elsewhere(words, **how)
+        code, printed, told = 0, io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            warnings.catch_warnings(),
+            redirect_stdout(printed),
+            redirect_stderr(told),
+        ):
+            warnings.simplefilter("ignore")
+            patch.chdir(how["cwd"])
+            for name, value in how["env"].items():
+                patch.setenv(name, value)
+            if rest[:2] == ["-m", "modular_experts"]:
+                patch.setattr(sys, "argv", rest[1:])
+                code = main(rest[2:])
+            else:
+                patch.setattr(sys, "argv", rest)
+                runpy.run_path(rest[0], run_name="__main__")
+        done = subprocess.CompletedProcess(words, code, printed.getvalue(), told.getvalue())
+        if how.get("check"):
+            done.check_returncode()
+        return done
+
+    elsewhere, usage = subprocess.run, resource.getrusage
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(resource, "getrusage", lambda _: usage(resource.RUSAGE_SELF))
