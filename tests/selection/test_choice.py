@@ -41,6 +41,7 @@ from modular_experts.merger.merged import merge
 from modular_experts.methods import TIES
 from modular_experts.selection.avoid import count_others
 from modular_experts.selection.scoring import selectable_layers
+from modular_experts.training.module import ExpertModule
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
 MASKED = partial(MaskedExpert, keep_ratio=0.1)
@@ -500,18 +501,24 @@ SCORES = [
 def test_the_same_seed_twice_gives_the_same_supports_whatever_the_score(
     units: str, tiny_llama_dir, task_files, tmp_path
 ) -> None:
-    def chosen(score: Score, seed: int, scope: str, noise: int) -> dict[str, list[int]]:
-        torch.manual_seed(noise)  # the module's first, random support, and where the process's random numbers are
+    def made(noise: int) -> ExpertModule:
+        torch.manual_seed(noise)  # the module's first, random support
         module = runs.module(tiny_llama_dir, partial(SparseExpert, **UNITS[units]))
         module.configure_model()
         module.trainer = runs.trainer(tmp_path)
         module.trainer.datamodule = data
+        return module
+
+    def chosen(score: Score, seed: int, scope: str, noise: int) -> dict[str, list[int]]:
+        torch.manual_seed(noise)  # where the process's random numbers are
+        module = modules[noise]
         schedule = MaskSchedule(score=score, seed=seed, batches=2, scope=scope)
         found = schedule.choose(module.trainer, module, selectable_layers(module.model), 0, 1, resize=True)
         return {name: kept.tolist() for name, kept in found.items()}
 
     data = runs.mixture(task_files, tiny_llama_dir)
     data.setup("fit")
+    modules = {noise: made(noise) for noise in (1, 2)}
     for score in SCORES:
         for scope in ("layer", "global"):
             first = chosen(score, 0, scope, noise=1)
