@@ -20,6 +20,8 @@ if "pytest" in sys.modules:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where Triton is installed, torch.compile would start processes that compile for a GPU.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hypothesis
 import pytest

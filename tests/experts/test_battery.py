@@ -1,4 +1,7 @@
-"""Every built-in expert type, and one of a user, keeps the contract of `check_expert`."""
+"""Every built-in expert type, and one of a user, keeps the contract of `check_expert`.
+
+What is compiled stands in this file, because the first compilation of a process takes many seconds of imports.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ from modular_experts.experts import (
     SparseExpert,
     TTLoRAExpert,
 )
+from modular_experts.experts.recast import TemplateBanks
 from modular_experts.kernels import native
-from modular_experts.testing import check_expert
+from modular_experts.testing import check_expert, check_plan
 
 FACTORIES = {
     "element": partial(SparseExpert, keep_ratio=0.05),
@@ -64,6 +68,10 @@ def test_expert_keeps_the_contract(name: str) -> None:
     check_expert(
         FACTORIES[name], compile=name in {"element", "block-8", "column", "element-native", "lora", "full", "user-ia3"}
     )
+
+
+def test_experts_that_share_templates_keep_the_contract_of_a_plan() -> None:
+    check_plan(TemplateBanks(["q_proj", "up_proj"], group=2, templates=1))
 
 
 class _MovesAtStart(LoRAExpert):
