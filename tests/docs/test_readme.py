@@ -1,4 +1,7 @@
-"""The Python of README.md runs, its commands run in order, and their last line is the one that it shows."""
+"""The Python of README.md runs, its commands run in order, and their last line is the one that it shows.
+
+SmolLM2 is a tiny random model here, trainings take two steps, and the examples have a fifth of their rows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed.documents import ROOT, blocks, definitions, run_as_file
+from testbed.documents import ROOT, blocks, definitions, few_examples, run_as_file, short
 
 from modular_experts.__main__ import VERBS, main
 from modular_experts.library import Library
@@ -26,7 +29,7 @@ def place(tmp_path, monkeypatch, tiny_llama_dir) -> Iterator[Path]:
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path(".cache").mkdir()
     Path(".cache/smollm2").symlink_to(tiny_llama_dir)
-    Path("examples").symlink_to(ROOT / "examples")
+    few_examples(tmp_path)
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     yield tmp_path
     sys.modules.pop("mine", None)
@@ -34,13 +37,13 @@ def place(tmp_path, monkeypatch, tiny_llama_dir) -> Iterator[Path]:
 
 def _commands() -> list[list[str]]:
     """Return the commands of the tour, continued lines joined."""
-    shown = "\n".join(blocks(PAGE, "console")).replace("\\\n", "")
+    shown = short("\n".join(blocks(PAGE, "console"))).replace("\\\n", "")
     return [shlex.split(line[2:])[1:] for line in shown.splitlines() if line.startswith("$ modular-experts ")]
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about a trainer that a reader makes
 def test_the_python_blocks_run_in_order(place, monkeypatch, capsys) -> None:
-    run_as_file("\n\n".join(blocks(PAGE, "python")), place, monkeypatch)
+    run_as_file(short("\n\n".join(blocks(PAGE, "python"))), place, monkeypatch)
     assert {"dates", "mood", "both"} == set(Library("experts"))
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["base", "dates", "both"]
 

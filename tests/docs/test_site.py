@@ -2,7 +2,7 @@
 
 A page is a script: blocks with a title are files, Python blocks and the commands of console blocks run in the order of
 the page, in a directory that has what the tutorial has made before: a base, task files and two experts. SmolLM2 is a
-tiny random model here, and trainings take two steps.
+tiny random model here, trainings take two steps, and the examples have a fifth of their rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import generate_docs
 import pytest
 import yaml
-from testbed.documents import ROOT
+from testbed.documents import ROOT, few_examples, short
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
@@ -36,11 +36,6 @@ def _blocks(text: str) -> list[tuple[str, str, str]]:
     """Return language, title and content of each fenced block."""
     fenced = r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$'
     return re.findall(fenced, text, re.MULTILINE | re.DOTALL)
-
-
-def _short(text: str) -> str:
-    """Let trainings and searches take two steps."""
-    return re.sub(r"(steps[: ]+)\d+", r"\g<1>2", text)
 
 
 def _run_command(line: str) -> None:
@@ -61,8 +56,8 @@ def tutorial(tmp_path_factory, tiny_llama_dir) -> Path:
     place = tmp_path_factory.mktemp("tutorial")
     (place / ".cache").mkdir()
     (place / ".cache/smollm2").symlink_to(tiny_llama_dir)
-    for shared in ("configs", "examples"):
-        (place / shared).symlink_to(ROOT / shared)
+    (place / "configs").symlink_to(ROOT / "configs")
+    few_examples(place)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(sys, "argv", ["modular-experts"])
@@ -96,15 +91,15 @@ def test_a_page_runs_from_top_to_bottom(page: str, place: Path, capsys: pytest.C
     try:
         for language, title, content in _blocks((DOCS / page).read_text(encoding="utf-8")):
             if title:
-                Path(title).write_text(_short(content), encoding="utf-8")
+                Path(title).write_text(short(content), encoding="utf-8")
                 titles.append(Path(title).stem)
                 sys.modules.pop(titles[-1], None)  # another page's file of that name
             elif language == "python":
-                exec(compile(_short(content), page, "exec"), vars(names))
+                exec(compile(short(content), page, "exec"), vars(names))
             elif language == "console":
                 for line in content.replace("\\\n", "").splitlines():
                     if line.startswith("$ "):
-                        _run_command(_short(line[2:]))
+                        _run_command(short(line[2:]))
             else:
                 assert language in ("text", "json", "yaml"), (
                     f"{page}: nobody runs a block of {language or 'no language'}"
