@@ -1,6 +1,7 @@
 """Experts of the related systems that state a delta go the whole way: fit, merge, apply, test, export, push.
 
-Both orientations of a weight are covered: Llama stores `(out, in)`, GPT-2 `(in, out)`.
+Both orientations of a weight are covered: Llama stores `(out, in)`, GPT-2 `(in, out)`. The last test takes every named
+architecture, and experts of every other kind too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
+from testbed.whole_way import apply_and_test, fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.interop.peft import read_peft
 from modular_experts.library import open_expert
@@ -60,8 +61,8 @@ BIASED = {"gpt2", "neox"}
 
 
 @pytest.mark.parametrize("architecture", conftest.ARCHITECTURES)
-def test_the_configs_run_on_every_architecture_and_their_experts_merge(architecture, tiny, two_task_files, run) -> None:
-    """Those of `fit`, and the search over the paths that one of them trains."""
+def test_experts_of_every_kind_are_trained_merged_applied_and_tested(architecture, tiny, two_task_files, run) -> None:
+    """By the configs of related systems, and the search over the paths that one of them trains."""
     base, targets = tiny(architecture), ["--model.modules", conftest.TARGETS[architecture]]
     of_bias = [f"--model.expert.{part}={kind}" for part, kind in {"c": "lora", "d": "vector", "e": "vector"}.items()]
     own = dict.fromkeys(["tt-lora", "adamix", "xgblora", "relora"], targets) | {"recast": []}
@@ -70,8 +71,9 @@ def test_the_configs_run_on_every_architecture_and_their_experts_merge(architect
     for config, modules in own.items():
         how = ["--config", CONFIGS / "fit" / f"{config}.yaml", "--model.base", base, *modules, *tasks]
         assert run("fit", *how, "--trainer.max_steps", 2)[0] == 0
-    for kind in ("LoRAExpert", "SparseExpert", "FullExpert"):
-        how = ["--model.base", base, *targets, "--model.expert", kind, *tasks, "--out", f"library/{kind}"]
+    tiles = ["--model.expert.granularity", "block", "--model.expert.block_size", 8]
+    for kind, settings in {"LoRAExpert": [], "SparseExpert": tiles, "FullExpert": []}.items():
+        how = ["--model.base", base, *targets, "--model.expert", kind, *settings, *tasks, "--out", f"library/{kind}"]
         assert run("fit", *how, "--trainer.max_steps", 2)[0] == 0
     experts = sorted(Path("library").iterdir())
     assert len(experts) == 9
@@ -82,6 +84,7 @@ def test_the_configs_run_on_every_architecture_and_their_experts_merge(architect
         wanted = sum(expert[name].dense() for expert in opened if name in expert)
         assert wanted.any()
         torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-5, atol=1e-7)
+    apply_and_test(run, base, "all")
 
     paths = open_expert("library/reverse-glora")
     assert {name.rpartition(".")[2] for name in paths} == {"weight", *(["bias"] if architecture in BIASED else [])}

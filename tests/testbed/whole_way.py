@@ -25,9 +25,14 @@ def merge_and_apply(run: Callable, base: Path) -> None:
     """Merge both experts to `library/both`, and check that the first has the same loss in and beside the weights."""
     merging = ["merge", "--experts", "library/mine", "library/other", "--method", "Average", "--out", "library/both"]
     assert run(*merging)[0] == 0
-    assert run("apply", "--experts", "library/mine", "--out", "applied")[0] == 0
+    apply_and_test(run, base, "library/mine")
+
+
+def apply_and_test(run: Callable, base: Path, expert: str) -> None:
+    """Check that an expert has the same loss in the weights of a written checkpoint and beside those of the base."""
+    assert run("apply", "--base", base, "--experts", expert, "--out", "applied")[0] == 0
     losses = []
-    for number, model in enumerate(([base, "--model.applied", "[library/mine]"], ["applied"])):
+    for number, model in enumerate(([base, "--model.applied", f"[{expert}]"], ["applied"])):
         tested = ["test", "--model.base", *model, "--data.tasks", json.dumps([{"name": "mine", "path": "a.jsonl"}])]
         assert run(*tested, "--model.max_new_tokens", 2)[0] == 0
         results = Path("runs") / ("results.json" if not number else f"results-{number + 1}.json")
