@@ -28,12 +28,14 @@ class Piece:
             runs it, and the same arguments must give the same result.
         arguments: The arguments of the function.
         needs: The keys of pieces that must have a result before this one runs.
+        given: Those of `needs` whose results the function gets as further arguments.
     """
 
     key: Key
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     needs: tuple[Key, ...] = ()
+    given: tuple[Key, ...] = ()
 
     def __str__(self) -> str:
         return key_text(self.key)
@@ -44,6 +46,9 @@ class Store(Protocol):
 
     def __contains__(self, key: Key, /) -> bool:
         """Return whether the result of a piece is there, so that the piece need not run."""
+
+    def __getitem__(self, key: Key, /) -> Any:
+        """Return the result of a piece."""
 
     def __setitem__(self, key: Key, result: Any, /) -> None:
         """Keep a result; when this returns, an interruption no longer loses it."""

@@ -51,7 +51,8 @@ def run(
         BrokenExecutor: The caller's own executor broke and takes no more work.
         OSError: The store cannot keep a result, such as on a full disk; the results before it are kept.
     """
-    left = _Left(pieces, [] if store is None else [piece.key for piece in pieces if piece.key in store])
+    store = {} if store is None else store
+    left = _Left(pieces, [piece.key for piece in pieces if piece.key in store])
     outcome = Outcome(len(pieces))
     done = len(pieces) - len(left.blockers)
     progress(done, len(pieces), None)
@@ -68,7 +69,8 @@ def run(
             # process is the one that failed. A `KilledError` concerns one piece, and needs no second run.
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
                 piece = suspects.popleft() if suspects else left.take()
-                running[pool.submit(piece.function, *piece.arguments)] = piece
+                given = [store[key] for key in piece.given]
+                running[pool.submit(piece.function, *piece.arguments, *given)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 piece, error = running.pop(future), future.exception()
@@ -77,9 +79,7 @@ def run(
                     continue
                 over = [piece]
                 if error is None:
-                    outcome.results[piece.key] = future.result()
-                    if store is not None:
-                        store[piece.key] = outcome.results[piece.key]
+                    outcome.results[piece.key] = store[piece.key] = future.result()
                     left.finish(piece)
                 else:
                     outcome.failures[piece.key] = error

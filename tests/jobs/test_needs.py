@@ -152,3 +152,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_numbers(tmp_path: Path) 
     for number in range(30):
         wanted.append(number + sum(wanted[-2:]))
     assert dict(JSONLines(file)) == {("sum", number): value for number, value in enumerate(wanted)}
+
+
+def test_a_piece_gets_the_results_that_it_is_given_also_those_of_an_earlier_run(tmp_path) -> None:
+    def joined(own: str, *given: str) -> str:
+        return " ".join([own, *given])
+
+    work = graph(a="", b="", unseen="")
+    needs = (("a",), ("unseen",), ("b",))
+    work.append(Piece(("all",), joined, ("own",), needs, given=(("b",), ("a",))))
+    with ThreadPoolExecutor(2) as pool:
+        assert run(work, executor=pool).results["all",] == "own b a"
+        store = JSONLines(tmp_path / "results.jsonl")
+        run(work[:2], store, pool)
+        assert run(work, store, pool).results == {("unseen",): "unseen", ("all",): "own b a"}
