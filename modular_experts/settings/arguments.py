@@ -233,21 +233,17 @@ def fold_configs(
     Raises:
         UsageError: A file does not exist, or is not a YAML file of options.
     """
-    config: dict[str, Any] = dict(beneath or {})
+    found: list[tuple[str, dict[str, Any]]] = []
     rest = [one for one in options if one.name != "config"]
     for file in [one.value for one in options if one.name == "config"]:
         try:
-            found = get_loader("yaml")(Path(str(file)).read_text(encoding="utf-8"))
+            settings = get_loader("yaml")(Path(str(file)).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
-        if not isinstance(found, dict):
-            raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(found)[:40]}")
-        for name in short.keys() & found.keys():
-            group, key = short[name].split(".")
-            if key in found.setdefault(group, {}):
-                raise UsageError(f"--config {file} gives one option twice: {name} and {short[name]}; give it once")
-            found[group][key] = found.pop(name)
-        config = _over(config, found)
+        if not isinstance(settings, dict):
+            raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(settings)[:40]}")
+        found.append((f"--config {file}", settings))
+    config = folded(found, beneath, short)
     for name in [one.name for one in rest]:
         *groups, key = name.split(".")
         inner: Any = config
@@ -256,6 +252,28 @@ def fold_configs(
         if isinstance(inner, dict) and isinstance(inner.get(key), list):
             del inner[key]
     return rest, config
+
+
+def folded(
+    configs: Iterable[tuple[str, Mapping[str, Any]]],
+    beneath: Mapping[str, Any] | None = None,
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> dict[str, Any]:
+    """Return several configs, each with its name, as one under full names; a later one beats those before it.
+
+    Raises:
+        UsageError: A config gives one option under two names.
+    """
+    config: dict[str, Any] = dict(beneath or {})
+    for named, given in configs:
+        found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        for name in short.keys() & found.keys():
+            group, key = short[name].split(".")
+            if key in found.setdefault(group, {}):
+                raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
+            found[group][key] = found.pop(name)
+        config = _over(config, found)
+    return config
 
 
 def _over(before: Any, after: Any) -> Any:

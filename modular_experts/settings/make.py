@@ -7,8 +7,6 @@ Settings are plain values as a YAML file holds them: the name of a class or its 
 from __future__ import annotations
 
 import io
-import json
-import tempfile
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -24,6 +22,7 @@ import modular_experts.methods
 import modular_experts.suite  # noqa: F401
 from modular_experts.data import Task
 from modular_experts.settings import training
+from modular_experts.settings.arguments import folded
 from modular_experts.settings.parser_errors import explained
 from modular_experts.training.estimate import FitEstimate
 
@@ -84,13 +83,8 @@ def estimate_fit(configs: Sequence[Mapping[str, Any]]) -> FitEstimate:
 
 
 def _run(configs: Sequence[Mapping[str, Any]], *words: str) -> FitEstimate | None:
-    with tempfile.TemporaryDirectory() as folder:
-        named: list[str] = []
-        for number, config in enumerate(configs):
-            file = Path(folder, f"{number}.yaml")
-            file.write_text(json.dumps(config), encoding="utf-8")
-            named += ["--config", str(file)]
-        return training.run(["fit", *named, *words])
+    config = folded([("the config", one) for one in configs], short=training.SHORT_NAMES)
+    return training.run(["fit", *words], config, training.RepeatedFitCLI)
 
 
 def make(kind: Any, settings: Any) -> Any:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,7 @@ from modular_experts.settings.arguments import (
     as_settings,
     as_words,
     fold_configs,
+    folded,
     kinds_of,
     read_options,
 )
@@ -141,6 +142,12 @@ class TrainingCLI(LightningCLI):
             kwargs["callbacks"] += [TrainingBar()] * kwargs["enable_progress_bar"]
         return super().instantiate_trainer(**kwargs)
 
+    def _dump_config(self) -> None:
+        """Keep the settings as plain values: by way of JSON, because YAML takes ten times as long to read."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
+            self.config_dump = json.loads(text)[self.verb]
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: `run` has read the checkpoint's settings already, below everything else."""
 
@@ -208,23 +215,44 @@ class FitCLI(TrainingCLI):
                 export.on_train_end(self.trainer, self.model)
 
 
-def run(argv: Sequence[str]) -> FitEstimate | None:
+class RepeatedFitCLI(FitCLI):
+    """Fits several times in one process, and makes the parser once: that takes as long as reading the options."""
+
+    _made: ClassVar[tuple[Any, ...]] = ()
+
+    def setup_parser(self, *arguments: Any) -> None:
+        """Take the parser of the fit before this one."""
+        if not RepeatedFitCLI._made:
+            super().setup_parser(*arguments)
+            RepeatedFitCLI._made = self.parser, self._subcommand_parsers, self._subcommand_method_arguments
+        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = RepeatedFitCLI._made
+
+
+def run(
+    argv: Sequence[str], beneath: Mapping[str, Any] | None = None, fit: type[FitCLI] = FitCLI
+) -> FitEstimate | None:
     """Run `fit`, `validate`, `test` or `predict` with its options; a `UsageError` comes before anything is made.
+
+    Args:
+        argv: The command and its options.
+        beneath: Settings that every config file and option beats.
+        fit: The class that runs `fit`.
 
     Returns:
         What a fit would take, if the option `dry_run` asks for it.
     """
     verb, *words = argv
-    cli = (FitCLI if verb == "fit" else TrainingCLI).of(verb)
+    cli = (fit if verb == "fit" else TrainingCLI).of(verb)
     hints, _ = arguments_of(getattr(Trainer, verb))
     hints = {name: hint for name, hint in hints.items() if name not in cli.subcommands()[verb] | {"self"}}
     hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
     hints |= {"out": str, "overwrite": bool, "dry_run": bool} if verb == "fit" else {}
     given = read_options(words, hints, short=SHORT_NAMES)
-    options, config = fold_configs(given, short=SHORT_NAMES)
+    options, config = fold_configs(given, beneath, SHORT_NAMES)
     checkpoint = next((one.value for one in options if one.name == "ckpt_path"), config.get("ckpt_path"))
     if checkpoint:
-        options, config = fold_configs(given, _settings_of_checkpoint(Path(checkpoint)), SHORT_NAMES)
+        beneath = folded([("", beneath or {})], _settings_of_checkpoint(Path(checkpoint)))
+        options, config = fold_configs(given, beneath, SHORT_NAMES)
     if next((one.value for one in options if one.name == "trainer.logger"), "") in ("CSVLogger", "TensorBoardLogger"):
         # Only these loggers must be told where to write; it is where everything else goes.
         place = as_settings(options, config, hints)["trainer"].get("default_root_dir", _DEFAULTS["default_root_dir"])
