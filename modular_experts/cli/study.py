@@ -19,7 +19,7 @@ from modular_experts.study.results import REPORT, RESULTS, findings, summary, wr
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
 
-Stage = Literal["experts", "statistics", "merges", "tests"]
+Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 
 
 def study(
@@ -29,7 +29,7 @@ def study(
     out: str,
     merges: list[Any] | None = None,
     counts: list[int | Literal["all"]] | None = None,
-    multitask: dict[str, str] | None = None,
+    multitask: dict[str, Any] | None = None,
     matrix: bool = False,
     seeds: list[int] | None = None,
     data: dict[str, Any] | None = None,
@@ -60,10 +60,12 @@ def study(
         out: Directory of the study.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
-            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}.
+            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
+            entry leaves the other kinds out.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of groups
             that the seed draws, the same for every method.
-        multitask: {kind: full} trains one expert on all held-in tasks.
+        multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
+            `fit` of its own.
         matrix: Test every model on every task.
         seeds: Seeds of the trainings (default: [0]).
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
@@ -72,7 +74,7 @@ def study(
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics stay in float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
-        only: Do only these of experts, statistics, merges, tests. What they need is done too.
+        only: Do only these of experts, statistics, settings, merges, tests. What they need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.

@@ -31,7 +31,8 @@ def measured_left(
     """Return what the pieces left will take, by measuring where nothing alike is done, and what failed at that.
 
     A test is judged by the base, whose answers go on to the limit where those of experts end. A merge is judged by its
-    tests and by the losses that its tuning measures, without the merging itself. Statistics and searches are unknown.
+    tests, and a tuning by the losses that it measures, both without the merging itself. Nothing is
+    known of statistics and searches.
 
     Args:
         study: What to do.
@@ -49,7 +50,7 @@ def measured_left(
     for piece in new:
         if piece.key[0] == "experts":
             calls.setdefault(piece.key[:2], (f"a few steps of {piece.key[1]}", _training, piece))
-        elif piece.key[0] in ("tests", "merges"):
+        elif piece.key[0] in ("tests", "settings", "merges"):
             calls.setdefault("rows", ("a batch of the tests", _rows, study))
     found: dict[Any, dict[str, Any]] = {}
     refused: list[str] = []
@@ -61,10 +62,10 @@ def measured_left(
         else:
             refused.append(f"{what}: {sentence_of(error)}")
     known = pace.left(piece for piece in left if piece.key[:2] in pace.seconds_of)
-    seconds, unknown, space = known
+    seconds, unknown, space, _ = known
     for piece in new:
         taken = found.get(piece.key[:2], {})
-        if "rows" in found and piece.key[0] in ("tests", "merges"):
+        if "rows" in found and piece.key[0] in ("tests", "settings", "merges"):
             taken = {"seconds": _test_seconds(study, piece, **found["rows"])}
         unknown += taken.get("seconds") is None
         seconds += taken.get("seconds") or 0.0
@@ -79,7 +80,9 @@ def _arguments(piece: Piece) -> Mapping[str, Any]:
 def _training(piece: Piece) -> dict[str, float]:
     """Return the seconds of a training and the bytes of its expert."""
     given = _arguments(piece)
-    found = estimate_fit(training_configs(given["study"], given["out"], given["kind"], given["tasks"], given["seed"]))
+    found = estimate_fit(
+        training_configs(given["study"], given["out"], given["configs"], given["tasks"], given["seed"])
+    )
     return {"seconds": sum(found.seconds.values()), "bytes": found.on_disk}
 
 
@@ -102,17 +105,15 @@ def _rows(study: Study) -> dict[str, Any]:
 def _test_seconds(
     study: Study, piece: Piece, loss: float, answer: float, rows: Mapping[str, Mapping[str, int]]
 ) -> float | None:
-    """Return the seconds of a test, and of the tuning of a merge; None for a search."""
+    """Return the seconds of a test, or of the tuning of a merge; None for a search."""
     given = _arguments(piece)
-    seconds = answer * sum(rows["test"].get(task, 0) for task in given["tasks"])
     merge = given.get("merge")
+    if piece.key[0] == "settings":
+        assert isinstance(merge, Merge)
+        trials = most_trials(make(MergeMethod, merge.method), (merge.tune or {}).get("grid"))
+        tasks = [task for group in given["groups"] for task in group]
+        return loss * trials * sum(min(merge.rows, rows["validation"].get(task, 0)) for task in tasks)
+    seconds = answer * sum(rows["test"].get(task, 0) for task in given["tasks"])
     if isinstance(given.get("ensemble"), Ensemble):
         return seconds * len(given["group"])
-    if not isinstance(merge, Merge):
-        return seconds
-    if merge.searched:
-        return None
-    if merge.tune is None:
-        return seconds
-    trials = most_trials(make(MergeMethod, merge.method), merge.tune.get("grid"))
-    return seconds + loss * trials * sum(min(merge.rows, rows["validation"].get(task, 0)) for task in given["group"])
+    return None if isinstance(merge, Merge) and merge.searched else seconds

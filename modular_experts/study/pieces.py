@@ -7,6 +7,7 @@ change of the study gives new keys to what depends on it, and to nothing else.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,7 +20,7 @@ from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.record import package_versions
 from modular_experts.study.settings import BASE, MULTITASK, Ensemble, Merge, Route, Study
-from modular_experts.study.work import merge_and_test, route_and_test, take, test, test_together, train
+from modular_experts.study.work import choose, merge_and_test, route_and_test, take, test, test_together, train
 
 WORK: dict[type, Callable[..., dict[str, Any]]] = {
     Merge: merge_and_test,
@@ -28,7 +29,7 @@ WORK: dict[type, Callable[..., dict[str, Any]]] = {
 }
 """The function that combines the experts of a group, for each way to do it."""
 
-STAGES = ("experts", "statistics", "merges", "tests")
+STAGES = ("experts", "statistics", "settings", "merges", "tests")
 """What `--only` takes; the key of a piece begins with one of them."""
 
 
@@ -54,12 +55,13 @@ class _Plan:
         self.rows = [study.data, study.max_new_tokens, study.dtype]
         self._test(BASE, (), [*every], (BASE,), [])
         for seed in study.seeds:
-            for kind in study.experts:
-                self._experts_of(kind, seed)
             if study.multitask is not None:
+                # The longest piece goes first, so that no process does it while the others have nothing left to do.
                 name = study.multitask_name(seed)
                 trained = self._train(study.multitask, [*study.held_in], name, (MULTITASK, "all"), seed)
                 self._test(MULTITASK, (name,), [*every], (MULTITASK, seed), [trained], seed=seed, own=[*study.held_in])
+            for kind in study.experts:
+                self._experts_of(kind, seed)
 
     def _experts_of(self, kind: str, seed: int) -> None:
         """Add the trainings, statistics, tests and merges of one kind of experts."""
@@ -67,33 +69,51 @@ class _Plan:
         trained: dict[str, Key] = {}
         for task in study.held_in:
             name = study.name(kind, task, seed)
-            trained[task] = self._train(kind, [task], name, (kind, task), seed)
+            trained[task] = self._train(study.experts[kind], [task], name, (kind, task), seed)
             tested = every if study.matrix else [task]
             about = {"kind": kind, "seed": seed, "own": [task]}
             self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
         statistics = {
             of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
-            for of in sorted({of for needs in study.needs.values() for of in needs})
+            for of in sorted({of for merge in study.merges[kind] for of in study.needs[merge.name]})
         }
         whole: dict[str, Key] = {}
-        for merge in study.merges:
-            for count in study.counts:
-                for number, group in enumerate(groups(study, count, seed)):
-                    needs = [trained[task] for task in group] + [statistics[of] for of in study.needs[merge.name]]
-                    if isinstance(merge, Route) and merge.fallback and count == len(study.held_in):
-                        # The merge of all experts is in the library, and that of a few is made anew beside the route.
-                        needs.append(whole[merge.fallback.name])
-                    held_in = [*study.held_in] if study.matrix else group
-                    # Held-out tasks judge what all experts together have become.
-                    held_out = [*study.held_out] if study.matrix or count == len(study.held_in) else []
-                    key = ("merges", kind, merge.name, count, number, seed)
-                    arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
-                    settings = [asdict(merge), group, self._seen([*held_in, *held_out]), self.rows]
-                    whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, needs)
+        chosen: dict[tuple[str, int], Key] = {}
 
-    def _train(self, kind: str, tasks: Sequence[str], name: str, words: tuple[str, str], seed: int) -> Key:
-        settings = [self.study.experts[kind], self.study.data, self.study.dtype, self._seen(tasks), seed]
-        return self._add(("experts", *words, seed), train, (kind, tasks, name, seed), settings, [])
+        def needed(merge: Merge | Route | Ensemble, tasks: Sequence[str]) -> list[Key]:
+            return [trained[task] for task in tasks] + [statistics[of] for of in study.needs[merge.name]]
+
+        for merge, count in itertools.product(study.merges[kind], study.counts):
+            members, is_whole = groups(study, count, seed), count == len(study.held_in)
+            if isinstance(merge, Merge) and merge.tune is not None:
+                tasks = [task for group in members for task in group]
+                chosen[merge.name, count] = self._add(
+                    ("settings", kind, merge.name, count, seed),
+                    choose,
+                    (kind, merge, members, seed),
+                    [asdict(merge), members, self._seen(tasks), study.data, study.dtype],
+                    needed(merge, tasks),
+                )
+            for number, group in enumerate(members):
+                needs, made = needed(merge, group), merge.name
+                if isinstance(merge, Route) and merge.fallback:
+                    # The merge of all experts is in the library, and that of a few is made anew beside the route.
+                    needs += [whole[merge.fallback.name]] * is_whole
+                    made = made if is_whole else merge.fallback.name
+                given = [chosen[made, count]] if (made, count) in chosen else []
+                held_in = [*study.held_in] if study.matrix else group
+                # Held-out tasks judge what all experts together have become.
+                held_out = [*study.held_out] if study.matrix or is_whole else []
+                key = ("merges", kind, merge.name, count, number, seed)
+                arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
+                settings = [asdict(merge), group, self._seen([*held_in, *held_out]), self.rows]
+                whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, [*needs, *given], given)
+
+    def _train(
+        self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
+    ) -> Key:
+        settings = [configs, self.study.data, self.study.dtype, self._seen(tasks), seed]
+        return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 
     def _test(
         self, title: str, experts: Sequence[str], tasks: Sequence[str], words: tuple, needs: Sequence[Key], **about: Any
@@ -105,18 +125,24 @@ class _Plan:
         every = {**self.study.held_in, **self.study.held_out}
         return [[every[task], self.study.contents[task]] for task in tasks]
 
-    def _add(self, key: Key, function: Any, arguments: tuple, settings: list[Any], needs: Iterable[Key]) -> Key:
+    def _add(
+        self,
+        key: Key,
+        function: Any,
+        arguments: tuple,
+        settings: list[Any],
+        needs: Iterable[Key],
+        given: Sequence[Key] = (),
+    ) -> Key:
         needs = tuple(needs)
         full = (*key, digest([*self.origin, list(key), settings, [need[-1] for need in needs]]))
-        self.pieces.append(Piece(full, function, (self.study, self.out, *arguments), needs))
+        self.pieces.append(Piece(full, function, (self.study, self.out, *arguments), needs, tuple(given)))
         return full
 
 
 def groups(study: Study, count: int, seed: int) -> list[list[str]]:
     """Return disjoint groups of `count` held-in tasks, drawn by the seed, as many as fit; all methods share them."""
     names = list(study.held_in)
-    if count == len(names):
-        return [names]
     random.Random(f"groups/{seed}").shuffle(names)
     return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
 

@@ -52,7 +52,7 @@ def results_of(study: Study, state: State) -> Results:
         "kinds": [*study.experts],
         "seeds": [*study.seeds],
         "experts": study.experts,
-        "merges": [asdict(merge) for merge in study.merges],
+        "merges": {kind: [asdict(merge) for merge in merges] for kind, merges in study.merges.items()},
         "data": study.data,
         "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
@@ -78,11 +79,13 @@ class Left(NamedTuple):
         seconds: An estimate for one process, without the pieces of which nothing alike was done.
         unknown: How many these are.
         bytes: An estimate of what trained experts will take on disk, without those of which nothing alike was trained.
+        counts: How many pieces these are, by stage and kind.
     """
 
     seconds: float
     unknown: int
     bytes: int
+    counts: Mapping[Key, int] = MappingProxyType({})
 
 
 @dataclass
@@ -141,6 +144,7 @@ class Pace:
             sum(count * (seconds[sort] or 0.0) for sort, count in sorts.items()),
             sum(count for sort, count in sorts.items() if seconds[sort] is None),
             int(sum(count * (space[sort] or 0.0) for sort, count in sorts.items() if sort[0] == "experts")),
+            sorts,
         )
 
 

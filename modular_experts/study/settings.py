@@ -11,10 +11,10 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
@@ -45,7 +45,8 @@ class Merge:
         name: Its name in results.
         method: The settings of a merge method, or of a search if `searched`.
         searched: Whether the merge is searched by a `CoefficientSearch`.
-        tune: What the tuning of the method may be given, a `grid` or nothing; None if the method is not tuned.
+        tune: What the tuning of the method may be given, a `grid` or nothing; None if the method is not tuned. The
+            groups of a count share what it chooses.
         rows: The most validation rows of a task that a search or a tuning reads.
         merges: Settings of the merges that a search starts from.
     """
@@ -96,9 +97,9 @@ class Study:
         held_out: Settings of the tasks that are only tested, by name.
         contents: A hash of the files of each task, by name; empty for rows from elsewhere.
         experts: For each kind of expert the configs of its fit, of which a later one wins.
-        merges: The merges of the experts of each kind, their routes and ensembles.
+        merges: For each kind of expert its merges, routes and ensembles.
         counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
-        multitask: The kind of the one expert that is trained on all held-in tasks, or None.
+        multitask: The configs of the fit of one expert on all held-in tasks, or None.
         matrix: Whether every model is tested on every task.
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
@@ -113,9 +114,9 @@ class Study:
     held_out: dict[str, dict[str, Any]]
     contents: dict[str, str]
     experts: dict[str, list[dict[str, Any]]]
-    merges: tuple[Merge | Route | Ensemble, ...]
+    merges: dict[str, tuple[Merge | Route | Ensemble, ...]]
     counts: tuple[int, ...]
-    multitask: str | None
+    multitask: list[dict[str, Any]] | None
     matrix: bool
     seeds: tuple[int, ...]
     data: dict[str, Any]
@@ -175,26 +176,23 @@ def read_study(
     for kind, configs in kinds.items():
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
-        try:
-            fit_configs([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
-        except ValueError as error:
-            raise ValueError(f"experts.{kind}: {error}") from error
-    found: dict[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]] = {}
-    for entry in merges:
-        merge, needs = _merge(entry, found)
-        if merge.name in found:
-            raise ValueError(
-                f"two merges are called {merge.name!r}; name one of them: {{method: {merge.name}, name: mine}}"
-            )
-        found[merge.name] = merge, needs
-    if multitask is not None and [*multitask] != ["kind"]:
-        raise ValueError(
-            f"multitask={dict(multitask)} must name one of the kinds, such as {{kind: {next(iter(kinds))}}}"
-        )
-    whole = multitask["kind"] if multitask else None
-    if whole is not None and whole not in kinds:
-        near = did_you_mean(whole, kinds) or f"; the kinds are {', '.join(kinds)}"
-        raise ValueError(f"multitask names the kind {whole!r}, which is not among the experts{near}")
+        _check_fit(f"experts.{kind}", configs, base, held_in)
+    found: dict[str, _Entry] = {}
+    for given in merges:
+        entry = _merge(given, found, kinds)
+        if entry.merge.name in found:
+            name = entry.merge.name
+            raise ValueError(f"two merges are called {name!r}; name one of them: {{method: {name}, name: mine}}")
+        found[entry.merge.name] = entry
+    whole = None
+    if multitask is not None:
+        own = {name: value for name, value in multitask.items() if name != "kind"}
+        if "kind" in multitask:
+            _check_kinds("multitask", [multitask["kind"]], kinds)
+            whole = [*kinds[multitask["kind"]], *[own] * bool(own)]
+        else:
+            whole = _configs("multitask", own, fit)
+        _check_fit("multitask", whole, base, held_in)
     for key in data or {}:
         if key not in DATA:
             near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
@@ -212,7 +210,7 @@ def read_study(
         held_out=held_out,
         contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
-        merges=tuple(merge for merge, _ in found.values()),
+        merges={kind: tuple(entry.merge for entry in found.values() if kind in entry.kinds) for kind in kinds},
         counts=_counts(counts, len(held_in)),
         multitask=whole,
         matrix=matrix,
@@ -220,7 +218,7 @@ def read_study(
         data=dict(data or {}),
         max_new_tokens=max_new_tokens,
         dtype=dtype,
-        needs={name: needs for name, (_, needs) in found.items()},
+        needs={name: entry.needs for name, entry in found.items()},
         published=read_published(published, _models(kinds, found, whole)) if published else None,
     )
     if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and len(study.counts) > 1:
@@ -229,10 +227,27 @@ def read_study(
     return study
 
 
-def _models(kinds: Iterable[str], merges: Iterable[str], multitask: str | None) -> list[str]:
+def _models(kinds: Iterable[str], merges: Mapping[str, _Entry], multitask: Any) -> list[str]:
     """Return the names of the models of a study as its tables name them, of merges those of all experts."""
-    each = [f"{kind}{end}" for kind in kinds for end in (SINGLE, *[f" {merge}" for merge in merges])]
-    return [BASE, *each, *([MULTITASK] if multitask else [])]
+    singles = [f"{kind}{SINGLE}" for kind in kinds]
+    merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
+    return [BASE, *singles, *merged, *([MULTITASK] if multitask else [])]
+
+
+def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, held_in: Mapping[str, Any]) -> None:
+    """Raise ValueError if the configs of a fit have settings that do not fit."""
+    try:
+        fit_configs([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
+    except ValueError as error:
+        raise ValueError(f"{of}: {error}") from error
+
+
+def _check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
+    """Raise ValueError if something names a kind that is not among the experts."""
+    for kind in named:
+        if kind not in kinds:
+            near = did_you_mean(str(kind), kinds) or f"; the kinds are {', '.join(kinds)}"
+            raise ValueError(f"{of} names the kind {kind!r}, which is not among the experts{near}")
 
 
 def _check_names(study: Study) -> None:
@@ -240,7 +255,7 @@ def _check_names(study: Study) -> None:
     names = [study.multitask_name(seed) for seed in study.seeds]
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]
-        for merge in study.merges:
+        for merge in study.merges[kind]:
             named = study.route_name if isinstance(merge, Route) else study.merge_name
             names.append(named(kind, merge.name, seed))
     for name, count in Counter(map(check_name, names)).items():
@@ -311,18 +326,24 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
 
 
 WAYS = {
-    "method": ("tune", "rows", "name"),
-    "search": ("merges", "rows", "name"),
-    "route": ("fallback", "name"),
-    "ensemble": ("name",),
+    "method": ("tune", "rows", "name", "kinds"),
+    "search": ("merges", "rows", "name", "kinds"),
+    "route": ("fallback", "name", "kinds"),
+    "ensemble": ("name", "kinds"),
 }
 """What an entry of `merges` can be, and the settings that it may have beside that."""
 
 
-def _merge(
-    entry: Any, before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
-) -> tuple[Merge | Route | Ensemble, tuple[str, ...]]:
-    """Return a merge, a route or an ensemble, and the statistics that it needs; `before` are the entries before it."""
+class _Entry(NamedTuple):
+    """A merge, a route or an ensemble, the statistics that it needs, and the kinds of experts that it combines."""
+
+    merge: Merge | Route | Ensemble
+    needs: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def _merge(entry: Any, before: Mapping[str, _Entry], kinds: Collection[str]) -> _Entry:
+    """Return an entry of `merges`, checked; `before` are the entries before it, by name."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
     every = sorted({*WAYS, *(setting for settings in WAYS.values() for setting in settings)})
     for key in given:
@@ -335,13 +356,18 @@ def _merge(
     for key in given:
         if key != way and key not in WAYS[way]:
             raise ValueError(f"{key} is not a setting of a {way}; the merge {given} may have {', '.join(WAYS[way])}")
+    of = given.get("kinds", [*kinds])
+    if isinstance(of, str) or not of:
+        raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds))}]")
+    _check_kinds(f"the merge {given}", of, kinds)
+    of = tuple(of)
     if way == "route":
-        return _route(given, before)
+        return _route(given, before, of)
     if way == "ensemble":
         if given["ensemble"] not in MEANS:
             near = did_you_mean(given["ensemble"], MEANS)
             raise ValueError(f"ensemble: {given['ensemble']!r} is not a mean of {' or '.join(MEANS)}{near}")
-        return Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), ()
+        return _Entry(Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), (), of)
     rows = given.get("rows", TUNING_ROWS)
     if way == "search":
         search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
@@ -354,25 +380,29 @@ def _merge(
         for key in merge.tune or {}:
             if key != "grid":
                 raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
-    return merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics}))
+    return _Entry(merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics})), of)
 
 
-def _route(
-    given: Mapping[str, Any], before: Mapping[str, tuple[Merge | Route | Ensemble, tuple[str, ...]]]
-) -> tuple[Route, tuple[str, ...]]:
+def _route(given: Mapping[str, Any], before: Mapping[str, _Entry], kinds: tuple[str, ...]) -> _Entry:
     """Return a route, and the statistics that its router and its fallback need."""
     router, fallback, needs = make(Router, given["route"]), None, set[str]()
     if router.needs:
         needs.add(router.needs)
     if (wanted := given.get("fallback")) is not None:
-        merges = {name: one for name, (one, _) in before.items() if isinstance(one, Merge)}
+        merges = {
+            name: entry.merge
+            for name, entry in before.items()
+            if isinstance(entry.merge, Merge) and {*kinds} <= {*entry.kinds}
+        }
         if wanted not in merges:
             near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
-            raise ValueError(f"fallback: {wanted!r} must be the name of a merge that stands before the route{near}")
+            raise ValueError(
+                f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
+            )
         fallback = merges[wanted]
-        needs.update(before[wanted][1])
+        needs.update(before[wanted].needs)
     name = type(router).__name__ + (f" else {fallback.name}" if fallback else "")
-    return Route(given.get("name", name), given["route"], fallback), tuple(sorted(needs))
+    return _Entry(Route(given.get("name", name), given["route"], fallback), tuple(sorted(needs)), kinds)
 
 
 def _counts(counts: Sequence[int | str], tasks: int) -> tuple[int, ...]:

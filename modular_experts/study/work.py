@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from modular_experts.injection.route import put_in, route
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.merger.merged import Merged, describe, write_merged
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
 from modular_experts.settings.make import fit, make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.settings import Ensemble, Merge, Route, Study
-from modular_experts.tuning import CoefficientSearch, Objective, search, tune
+from modular_experts.tuning import CoefficientSearch, Objective, search
+from modular_experts.tuning.tune import notes_of, tune_groups
 
 EXAMPLES = 3  # test rows of each task whose answers are kept
 EVERY_ROW = 10**9
@@ -43,24 +45,28 @@ EVERY_ROW = 10**9
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
-def train(study: Study, out: Path, kind: str, tasks: Sequence[str], name: str, seed: int) -> dict[str, Any]:
+def train(
+    study: Study, out: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], name: str, seed: int
+) -> dict[str, Any]:
     """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
     started = time.perf_counter()
     target = out / "library" / name
-    configs = training_configs(study, out / "runs" / name, kind, tasks, seed)
-    fit([*configs, {"out": str(target), "overwrite": True}])
+    settings = training_configs(study, out / "runs" / name, configs, tasks, seed)
+    fit([*settings, {"out": str(target), "overwrite": True}])
     return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
 
 
-def training_configs(study: Study, place: Path, kind: str, tasks: Sequence[str], seed: int) -> list[Mapping[str, Any]]:
-    """Return the configs of a training, of which a later one wins; `place` is for what a config asks to keep."""
+def training_configs(
+    study: Study, place: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], seed: int
+) -> list[Mapping[str, Any]]:
+    """Return all configs of a training, of which a later one wins; `place` is for what one of them asks to keep."""
     own = {
         "seed_everything": seed,
         "model": {"base": study.base},
         "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
         "trainer": {"default_root_dir": str(place)},
     }
-    return [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *study.experts[kind], own]
+    return [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
 
 
 def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:
@@ -71,6 +77,24 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     stored = take_statistics(experts, of, data, base=study.base, overwrite=True)  # type: ignore[arg-type]
     files = [str(one.file.relative_to(out / "library")) for one in stored]
     return {"files": files, "seconds": time.perf_counter() - started}
+
+
+def choose(
+    study: Study, out: Path, kind: str, merge: Merge, groups: Sequence[Sequence[str]], seed: int
+) -> dict[str, Any]:
+    """Choose the settings of a merge method, which all groups of a count share, on validation rows of their tasks."""
+    started = time.perf_counter()
+    assert merge.tune is not None
+    model, tokenizer = loaded(study.base, study.dtype)
+    rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
+    parts = []
+    for group in groups:
+        experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
+        data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
+        parts.append((experts, Objective(model, data)))
+    trials, best = tune_groups(parts, _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid"))
+    found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
+    return found | {"notes": notes_of(trials, best, rows, {}), "seconds": time.perf_counter() - started}
 
 
 def test(
@@ -91,10 +115,11 @@ def merge_and_test(
     tasks: Sequence[str],
     seed: int,
     number: int,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merge a group of experts and test the merge; the merge of all experts is also put into the library.
 
-    Settings and coefficients are chosen on validation rows of the group's own tasks alone.
+    Coefficients are searched on validation rows of the group's own tasks alone; `chosen` is what `choose` returned.
     """
     started = time.perf_counter()
     library = out / "library"
@@ -103,7 +128,7 @@ def merge_and_test(
     whole = len(group) == len(study.held_in)
     with tempfile.TemporaryDirectory() as folder:
         place = target if whole else Path(folder, target.name)
-        merged, settings = _merged(study, merge, experts, group, place, written=whole)
+        merged, settings = _merged(study, merge, experts, group, place, chosen, written=whole)
         seconds = time.perf_counter() - started
         found = _measured(study, [merged], tasks)
     found |= {"settings": settings, "merge_seconds": seconds}
@@ -120,10 +145,12 @@ def route_and_test(
     tasks: Sequence[str],
     seed: int,
     number: int,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put a group of experts behind a router and test it; the route of all experts is also put into the library.
 
-    A router learns from validation and training rows of the experts' own tasks, if it reads any.
+    A router learns from validation and training rows of the experts' own tasks, if it reads any. `chosen` is what
+    `choose` returned for the fallback.
     """
     started = time.perf_counter()
     library = out / "library"
@@ -138,7 +165,7 @@ def route_and_test(
         elif wanted.fallback:
             fallback = place.with_name(f"{place.name}-fallback")
             made.append(fallback)
-            _merged(study, wanted.fallback, experts, group, fallback, written=True)
+            _merged(study, wanted.fallback, experts, group, fallback, chosen, written=True)
         made += [] if whole else [place]
         routed = route(experts, place, router, fallback, overwrite=True)
         seconds = time.perf_counter() - started
@@ -175,12 +202,20 @@ def _of_group(
     """Return what the result of a merge, a route or an ensemble tells of its experts."""
     title = f"{kind} {name}" + ("" if len(group) == len(study.held_in) else f" of {len(group)}, group {number}")
     experts = [study.name(kind, task, seed) for task in group]
-    about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": [*group], "count": len(group)}
+    # In the order of the study, because that of a group is drawn.
+    own = [task for task in study.held_in if task in group]
+    about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": own, "count": len(group)}
     return about | {"group": number, "seed": seed, "seconds": time.perf_counter() - started}
 
 
 def _merged(
-    study: Study, merge: Merge, experts: Sequence[StoredExpert], group: Sequence[str], place: Path, written: bool
+    study: Study,
+    merge: Merge,
+    experts: Sequence[StoredExpert],
+    group: Sequence[str],
+    place: Path,
+    chosen: Mapping[str, Any] | None,
+    written: bool,
 ) -> tuple[Mapping[str, Delta], dict[str, Any]]:
     """Return a merge, which is stored at `place` if it was searched or shall be written, and what was chosen for it."""
     paths = [expert.path for expert in experts]
@@ -190,16 +225,11 @@ def _merged(
         how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
         done = search(paths, make(CoefficientSearch, merge.method), data, place, **how)
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
-    method, notes, chosen = make(MergeMethod, merge.method), None, {}
-    if merge.tune is not None:
-        model, tokenizer = loaded(study.base, study.dtype)
-        rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
-        data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
-        tuned = tune(experts, method, Objective(model, data), grid=merge.tune.get("grid"))
-        method, notes, chosen = tuned.method, tuned.notes, tuned.best.settings
+    chosen = chosen or {"settings": {}, "notes": None}
+    method = with_settings(_made(MergeMethod, json.dumps(merge.method)), chosen["settings"])
     merged = Merged(experts, method)
-    settings = chosen or describe(method)
-    return (write_merged(merged, place, True, notes=notes) if written else dict(merged.items())), settings
+    settings = chosen["settings"] or describe(method)
+    return (write_merged(merged, place, True, notes=chosen["notes"]) if written else dict(merged.items())), settings
 
 
 class ChoiceRows(TaskMixture):
@@ -266,7 +296,13 @@ def test_rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
 
 def _tasks(study: Study, names: Sequence[str]) -> list[Task]:
     every = {**study.held_in, **study.held_out}
-    return make(list[Task], [every[name] for name in names])
+    return [_made(list[Task], json.dumps([every[name]]))[0] for name in names]
+
+
+@cache
+def _made(kind: Any, settings: str) -> Any:
+    """Return the immutable object of settings in JSON, once in a process, because reading them takes 10 ms."""
+    return make(kind, json.loads(settings))
 
 
 def _about(expert: StoredExpert) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from modular_experts.data import TaskMixture
+from modular_experts.deltas import Delta
 from modular_experts.library import StoredExpert, check_target, open_experts
 from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
@@ -87,9 +89,7 @@ def tune(
         ValueError: The grid names a field that the method does not have, or gives it no values; no field is left to
             tune; no trial gives a finite loss; or `objective_on_base` refuses the data.
     """
-    choices, scales = _choices(method, grid or {})
-    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    methods = [with_settings(method, settings) for settings in combinations]
+    _candidates(method, grid or {})  # refuses a bad grid before anything is read
     if out is not None:
         check_target(out, overwrite)
         check_files_beside([trials_file(out)], overwrite)
@@ -98,28 +98,65 @@ def tune(
         opened = open_experts([expert.path if isinstance(expert, StoredExpert) else expert for expert in experts])
     told = (labels, expert_of, max_new_tokens, progress)
     objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base, *told)
-    most = len(combinations) * (1 if scales is None else len(scales) or MOST_SCALES)
-    candidates = itertools.chain.from_iterable(
-        _trials(opened, one, settings, scales, objective) for one, settings in zip(methods, combinations, strict=True)
-    )
-    names = [str(number) for number in range(most)]
-    trials = [trial for _, trial in zip(progress(names), candidates, strict=False)]
-    best = min(trials, key=lambda trial: trial.loss)
-    if best.loss == math.inf:
-        raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
+    trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
-    settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows, **objective.origin}
-    base_losses, notes, expert = objective.losses(), record_notes(settings, best.losses), None
+    base_losses, notes, expert = objective.losses(), notes_of(trials, best, rows, objective.origin), None
     if out is not None:
         expert = write_merged(Merged(opened, chosen), out, overwrite, progress, notes)
         write_trials(out, trials)
     return Tuned(chosen, best, trials, base_losses, objective.agreement, notes, expert)
 
 
+def tune_groups(
+    groups: Sequence[tuple[Sequence[StoredExpert], Objective]],
+    method: MergeMethod,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    progress: Progress = iter,
+) -> tuple[list[Trial], Trial]:
+    """Choose settings that the merges of several groups of experts share, by the mean loss over the tasks of all.
+
+    Args:
+        groups: The experts of each group, and an objective on its own tasks; no two groups share a task.
+        method: The method, with the settings that are not tuned.
+        grid: As for `tune`.
+        progress: Iterator wrapper, e.g. `tqdm`.
+
+    Returns:
+        All trials in order, and the best: that of the lowest mean loss, the earliest of equals.
+
+    Raises:
+        ValueError: The grid does not fit the method, or no trial gives a finite loss.
+    """
+    candidates = itertools.chain.from_iterable(
+        _trials(groups, one, settings, scales) for one, settings, scales in _candidates(method, grid or {})
+    )
+    names = [str(number) for number in range(most_trials(method, grid))]
+    trials = [trial for _, trial in zip(progress(names), candidates, strict=False)]
+    best = min(trials, key=lambda trial: trial.loss)
+    if best.loss == math.inf:
+        raise ValueError(f"none of the {len(trials)} settings tried gives a finite loss; check the tasks and the base")
+    return trials, best
+
+
+def notes_of(trials: Sequence[Trial], best: Trial, rows: int, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the record of a merge tells of the choice of its settings."""
+    settings = {"tuned": sorted(best.settings), "trials": len(trials), "rows": rows, **origin}
+    return record_notes(settings, best.losses)
+
+
 def most_trials(method: MergeMethod, grid: Mapping[str, Sequence[Any]] | None = None) -> int:
     """Return the most settings that a tuning tries; a search of the scale may need fewer."""
     choices, scales = _choices(method, grid or {})
     return math.prod(map(len, choices.values())) * (1 if scales is None else len(scales) or MOST_SCALES)
+
+
+def _candidates(
+    method: MergeMethod, grid: Mapping[str, Sequence[Any]]
+) -> list[tuple[MergeMethod, dict[str, Any], Sequence[float] | None]]:
+    """Return the method with each choice of the settings but the scale, that choice, and the scales of `_choices`."""
+    choices, scales = _choices(method, grid)
+    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return [(with_settings(method, settings), settings, scales) for settings in combinations]
 
 
 def _choices(
@@ -149,23 +186,35 @@ def _choices(
 
 
 def _trials(
-    experts: Sequence[StoredExpert],
+    groups: Sequence[tuple[Sequence[StoredExpert], Objective]],
     method: MergeMethod,
     settings: Mapping[str, Any],
     scales: Sequence[float] | None,
-    objective: Objective,
 ) -> Iterator[Trial]:
     """Measure one choice of the other settings at each of the scales; search them if the list is empty."""
     at_one = method if scales is None else replace(method, scale=1.0)  # type: ignore[type-var]
-    vector = {name: delta.to(objective.model.device) for name, delta in Merged(experts, at_one).items()}
-    if scales is None:
-        yield Trial({**settings}, objective.losses_with(vector))
-        return
-    losses: dict[float, float] = {}
-    for scale in scales or line_search(losses):
-        trial = Trial({**settings, "scale": scale}, objective.losses_with(vector, scale))
-        losses[scale] = trial.loss
-        yield trial
+    with TemporaryDirectory() as folder:
+        vectors: list[tuple[Objective, Mapping[str, Delta]]] = []
+        for number, (experts, objective) in enumerate(groups):
+            merged: Mapping[str, Delta] = Merged(experts, at_one)
+            if len(groups) > 1:
+                # The merges of all groups may be more than memory holds.
+                merged = write_merged(Merged(experts, at_one), Path(folder, f"group-{number}"))
+            else:
+                merged = {name: delta.to(objective.model.device) for name, delta in merged.items()}
+            vectors.append((objective, merged))
+
+        def losses_at(scale: float) -> dict[str, float]:
+            return {task: loss for of, one in vectors for task, loss in of.losses_with(one, scale).items()}
+
+        if scales is None:
+            yield Trial({**settings}, losses_at(1.0))
+            return
+        losses: dict[float, float] = {}
+        for scale in scales or line_search(losses):
+            trial = Trial({**settings, "scale": scale}, losses_at(scale))
+            losses[scale] = trial.loss
+            yield trial
 
 
 _COARSE = sorted(range(0, len(SCALES), 8), key=lambda place: (abs(place - SCALES.index(1.0)), place))

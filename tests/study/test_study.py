@@ -22,9 +22,11 @@ from conftest import write_rows
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
+from modular_experts.methods import TIES
 from modular_experts.reports import Results
 from modular_experts.study import work
 from modular_experts.study.run import PIECES
+from modular_experts.tuning import tune
 
 LORA = {"expert": {"class_path": "LoRAExpert", "init_args": {"rank": 2}}, "modules": "all-linear", "steps": 2}
 SPARSE = {"expert": {"class_path": "SparseExpert", "init_args": {"keep_ratio": 0.1}}, "modules": ["q_proj"], "steps": 2}
@@ -245,6 +247,58 @@ def test_groups_are_disjoint_and_the_same_for_every_method(settings, tmp_path) -
     assert len(members) == len(set(members)) == 4
 
 
+def test_the_groups_of_a_count_share_the_settings_of_the_lowest_mean_loss_over_their_tasks(settings, tmp_path) -> None:
+    for name in ("third", "fourth"):
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
+    settings["tasks"] = {"held_in": ["upper.jsonl", "reverse.jsonl", "third.jsonl", "fourth.jsonl"]}
+    scales = [0.5, 1.0, 2.0]
+    merge = {"method": "TIES", "tune": {"grid": {"scale": scales}}}
+    assert study(settings | {"merges": [merge], "counts": [2, "all"]}) == 0
+    chosen = {line["key"][3]: line["result"] for line in lines() if line["key"][0] == "settings"}
+    merged = [line["result"] for line in lines() if line["key"][0] == "merges"]
+    assert {found["count"]: found["settings"] for found in merged} == {
+        count: found["settings"] for count, found in chosen.items()
+    }
+    pairs = [found for found in merged if found["count"] == 2]
+    by_scale: list[list[float]] = [[] for _ in scales]
+    for found in pairs:
+        data = work.ChoiceRows([work.Task(path=f"{task}.jsonl") for task in found["own"]], eval_batch_size=16)
+        experts = [f"runs/mine/library/{name}" for name in found["experts"]]
+        alone = tune(experts, TIES(), data, grid={"scale": scales})
+        for losses, trial in zip(by_scale, alone.trials, strict=True):
+            losses.append(trial.loss)
+    assert len(pairs) == 2
+    assert [trial["loss"] for trial in chosen[2]["trials"]] == pytest.approx([sum(one) / 2 for one in by_scale])
+    assert chosen[2]["settings"] == {"scale": min(chosen[2]["trials"], key=lambda trial: trial["loss"])["scale"]}
+    record = open_expert("runs/mine/library/merge-lora-TIES-tuned").record
+    assert record["method"]["init_args"]["scale"] == chosen[4]["settings"]["scale"]
+    assert record["hyperparameters"]["trials"] == 3
+
+
+def test_an_entry_of_merges_may_be_for_some_kinds_alone(settings) -> None:
+    settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
+    assert study(settings | {"merges": [{"method": "SparseAverage", "kinds": ["sparse"]}, "TIES"]}) == 0
+    made = {(line["key"][1], line["key"][2]) for line in lines() if line["key"][0] == "merges"}
+    assert made == {("sparse", "SparseAverage"), ("sparse", "TIES"), ("lora", "TIES")}
+
+
+@pytest.mark.parametrize(
+    ("multitask", "kind", "steps", "rows"),
+    [
+        ({"kind": "lora", "steps": 3, "batch_size": 2}, "LoRAExpert", 3, 6),
+        ({"expert": "FullExpert", "modules": ["q_proj"], "steps": 1, "batch_size": 4}, "FullExpert", 1, 4),
+    ],
+)
+def test_the_multitask_expert_has_settings_of_its_own(settings, multitask, kind, steps, rows) -> None:
+    assert study(settings | {"merges": [], "multitask": multitask}) == 0
+    record = open_expert("runs/mine/library/multitask").record
+    assert (record["kind"], record["hyperparameters"]["steps"], record["training"]["rows"]) == (kind, steps, rows)
+    assert record["tasks"] == ["reverse", "upper"]
+    assert open_expert("runs/mine/library/lora-upper").record["hyperparameters"]["steps"] == LORA["steps"]
+    # It takes longest, so no process begins it last.
+    assert names(lines())[1] == "experts multitask all 0"
+
+
 def test_routes_and_ensembles_of_the_experts_are_tested_like_their_merges(settings, tmp_path) -> None:
     (tmp_path / "third.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
     settings["tasks"]["held_in"] = ["upper.jsonl", "reverse.jsonl", "third.jsonl"]
@@ -344,8 +398,11 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
         (
             {"multitask": {"kind": "lra"}},
-            "multitask names the kind 'lra', which is not among the experts",
+            "multitask names the kind 'lra', which is not among the experts; did you mean lora",
         ),
+        ({"multitask": {"kind": "lora", "stps": 3}}, "multitask: there is no option --stps; did you mean --steps"),
+        ({"merges": [{"method": "TIES", "kinds": ["lra"]}]}, "names the kind 'lra', which is not among the experts"),
+        ({"merges": [{"method": "TIES", "kinds": "lora"}]}, "kinds='lora' must be a list of kinds of experts, such as"),
         (
             {"data": {"eval_limt": 3}},
             "data.eval_limt is not a setting of how the rows of a study",

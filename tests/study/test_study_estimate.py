@@ -65,7 +65,7 @@ def of(settings: dict[str, Any], out: Path) -> tuple[Study, State]:
 )
 def test_the_time_is_that_of_all_trainings_tests_and_tunings(described, tmp_path, merges, seconds, unknown) -> None:
     left, refused = measured_left(*of(described | {"merges": merges}, tmp_path / "out"), Fixed())
-    assert left == (seconds, unknown, 200)
+    assert left[:3] == (seconds, unknown, 200)
     assert not refused
 
 
@@ -84,7 +84,7 @@ def test_what_is_measured_is_what_the_experts_then_take_and_changes_nothing(desc
     experts = [one for name, one in Library(out / "library").items() if not name.startswith("merge")]
     # A file has a header beside its tensors, and an expert a record.
     assert sum(one.size_on_disk for one in experts) == pytest.approx(left.bytes, rel=0.5)
-    assert measured_left(study, done, Fixed())[0] == (0, 0, 0)
+    assert measured_left(study, done, Fixed())[0][:3] == (0, 0, 0)
 
 
 def test_what_cannot_be_measured_is_told_and_counts_as_unknown(described, tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_what_cannot_be_measured_is_told_and_counts_as_unknown(described, tmp_pa
         file.write('{"input": "no target"}\n')
     with ThreadPoolExecutor(1) as executor:
         left, refused = measured_left(*of(described, tmp_path / "out"), executor)
-    assert left == (0, 6, 0)
+    assert left[:3] == (0, 6, 0)
     assert [sentence.partition(": 1 bad row")[0] for sentence in refused] == [
         "a batch of the tests",
         "a few steps of lora",
