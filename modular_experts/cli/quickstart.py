@@ -27,7 +27,7 @@ from modular_experts.quickstart import (
 from modular_experts.reports.svg import check_drawing
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
-STAGES = {"base": "training a small base", "experts": "training experts", "merges": "merging and testing"}
+STAGES = {"base": "training a small base", "study": "training, merging and testing experts"}
 
 
 def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> None:
@@ -35,7 +35,7 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
 
     Everything is trained from a seed, on the CPU, in about four minutes on two cores. The same command resumes an
     interrupted run. The directory then holds `base/` (a Llama checkpoint), `library/` (the experts and merges),
-    `results.json`, `quickstart.svg` and `report.html`.
+    `results.json`, `quickstart.svg` and `report.html`, and what `study` keeps: `pieces.jsonl` and `runs/`.
 
     Args:
         seed: Seed of the words, the weights and the order of training.

@@ -1,7 +1,8 @@
 """Train a base and experts of four kinds on the generated suite, merge the experts, and report what that loses.
 
-The quickstart is a user of the package like any other. `plan.py` lists the work, `base.py` and `work.py` do a piece of
-it, and `run.py` all of it. `rows.py` reads the results, and `figure.py`, `findings.py` and `report.py` show them.
+The quickstart is a study of a small base of its own. `plan.py` describes the study, `base.py` makes the base, and
+`run.py` does both. `results.py` gathers what was found, `rows.py` reads it, and `figure.py`, `findings.py` and
+`report.py` show it.
 """
 
 from modular_experts.quickstart.figure import draw_figure

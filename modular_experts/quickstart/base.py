@@ -21,23 +21,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modular_experts.base.loading import quiet
 from modular_experts.data import Equal, Task, TaskMixture
-from modular_experts.evaluation import batch_losses, greedy_matches
+from modular_experts.evaluation import batch_losses, greedy_matches, measure
 from modular_experts.library import check_target, new_directory
-from modular_experts.quickstart.plan import Plan
+from modular_experts.quickstart.plan import EVAL_BATCH, NEW_TOKENS, Plan
+from modular_experts.quickstart.rows import roles_of
 
 FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
-BATCH_SIZE, EVAL_BATCH_SIZE = 64, 512
+BATCH_SIZE, VALIDATION_BATCH = 64, 512
 LEARNING_RATE = 3e-3
 WARMUP = 50
 CHECK_EVERY = 50  # steps between two validations
 USUAL_STEPS = 600  # those that seed 0 needs to meet its target
-TRAINER: dict[str, Any] = {  # of the base and of its experts
-    "accelerator": "cpu",
-    "gradient_clip_val": 1.0,
-    "use_distributed_sampler": False,
-    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-}
 
 
 def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] = lambda done: None) -> None:
@@ -71,7 +66,13 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
         check_val_every_n_epoch=None,
         val_check_interval=min(CHECK_EVERY, plan.base_limit),
         num_sanity_val_steps=0,
-        **TRAINER,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, _mixture(plan, tokenizer))
     facts: dict[str, Any] = {
@@ -80,6 +81,7 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
     }
     facts |= {"steps": module.global_step, "seconds": module.seconds, "target": plan.base_target}
     facts["target_reached"] = module.best >= plan.base_target
+    facts["latent"] = roles_of(_scores_in_own_format(module, plan, tokenizer))
     with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet():
         module.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -131,6 +133,16 @@ class BaseTraining(LightningModule):
         return min(1.0, (step + 1) / WARMUP) * max(0.0, 1.0 - cooling)
 
 
+def _scores_in_own_format(module: BaseTraining, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Test the base on the words of the experts in its chatty format, which shows the skill that it has."""
+    words = plan.words(chatty=True)
+    tasks = [Task(name, source=task(**words)) for name, task in plan.held_in.items()]
+    tasks += [Task(name, source=task(**words), role="held_out") for name, task in plan.held_out.items()]
+    data = TaskMixture(tasks, tokenizer, eval_batch_size=EVAL_BATCH)
+    data.setup("test")
+    return measure(module.model, tokenizer, data.test_dataloader(), data.roles, 2 * NEW_TOKENS)
+
+
 def make_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer in which each word of the suite is one token, and other text is spelt."""
     tokenizer = Tokenizer(models.BPE())
@@ -163,4 +175,4 @@ def _mixture(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> TaskMixture:
                 chatty=chatty,
             )
             tasks.append(Task(f"{name}-chatty" if chatty else name, source=words, weight=share))
-    return TaskMixture(tasks, tokenizer, BATCH_SIZE, EVAL_BATCH_SIZE, mixing=Equal(), seed=plan.seed, packing=False)
+    return TaskMixture(tasks, tokenizer, BATCH_SIZE, VALIDATION_BATCH, mixing=Equal(), seed=plan.seed, packing=False)

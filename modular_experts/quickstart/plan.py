@@ -1,20 +1,21 @@
 """Plan the quickstart: which experts are trained on which tasks, and which merges are made of them.
 
 It is the paper's experiment at the size of a laptop: a base that has the skill but answers in another format, twenty
-experts that all learn the same shift of format, and merges that keep more or less of it.
+experts that all learn the same shift of format, and merges that keep more or less of it. All but the base is a study,
+whose settings `Plan.study` returns.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, SparseExpert
-from modular_experts.methods import TIES, Average, MergeMethod, SparseAverage, TaskArithmetic
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
 
 MODULES = r".*\.(q|k|v|o|gate|up|down)_proj"
@@ -28,6 +29,19 @@ class Kind:
     learning_rate: float  # one at which both the experts and their merges are good
     sparse: bool = False  # whether a schedule chooses its entries
 
+    @property
+    def fit(self) -> dict[str, Any]:
+        """The settings of `fit` that make an expert of this kind."""
+        expert = partial(self.expert)
+        schedule = {"class_path": "MaskSchedule", "init_args": {"batches": 1}}
+        # The default AdamW is fused and rounds otherwise; this one keeps the published numbers to the bit.
+        adam = {"class_path": "torch.optim.AdamW", "init_args": {"lr": self.learning_rate, "weight_decay": 0.0}}
+        return {
+            "expert": {"class_path": expert.func.__name__, "init_args": expert.keywords},
+            "model": {"optimizer": adam},
+            "trainer": {"callbacks": [schedule] * self.sparse},
+        }
+
 
 KINDS = {
     "sparse": Kind(partial(SparseExpert, keep_ratio=0.1), 1e-3, sparse=True),
@@ -37,12 +51,14 @@ KINDS = {
 }
 
 # Each method, and the scales to try on validation words beside its default scale 1.
-METHODS: dict[str, tuple[Callable[..., MergeMethod], tuple[float, ...]]] = {
-    "Average": (Average, (1.0, 1.5, 2.0, 3.0, 4.0)),
-    "TaskArithmetic": (TaskArithmetic, (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)),
-    "SparseAverage": (SparseAverage, (0.35, 0.5, 0.75, 1.0, 1.4)),
-    "TIES": (TIES, (0.35, 0.5, 0.75, 1.0, 1.4)),
+METHODS = {
+    "Average": (1.0, 1.5, 2.0, 3.0, 4.0),
+    "TaskArithmetic": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0),
+    "SparseAverage": (0.35, 0.5, 0.75, 1.0, 1.4),
+    "TIES": (0.35, 0.5, 0.75, 1.0, 1.4),
 }
+MULTITASK_BATCH, EVAL_BATCH = 64, 448
+NEW_TOKENS = 10  # more than any answer has
 
 
 @dataclass(frozen=True)
@@ -81,19 +97,54 @@ class Plan:
         """How many experts go into one merge: a few, more, all."""
         return [count for count in (2, 5, 10) if count < self.tasks] + [self.tasks]
 
-    def groups(self, count: int) -> list[list[str]]:
-        """Return disjoint groups of `count` held-in tasks, as many as fit: (nearly) every task is in one."""
-        names = list(self.held_in)
-        random.Random(f"groups/{self.seed}").shuffle(names)
-        return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+    def words(self, chatty: bool = False) -> dict[str, Any]:
+        """Return the settings of the words of every task on which experts are trained and tested."""
+        counts = {"train": self.expert_steps * self.batch_size, "validation": self.validation_rows}
+        return {"seed": self.seed, **counts, "test": self.test_rows, "chatty": chatty}
 
-    def merges(self) -> list[tuple[str, str, int]]:
-        """Return kind, method and number of experts of each merge."""
-        # For experts that move every entry, the overlap-aware average equals the plain one.
-        return [
-            (kind, method, count)
-            for kind in self.kinds
-            for method in METHODS
-            if KINDS[kind].sparse or method != "SparseAverage"
-            for count in reversed(self.levels)
-        ]
+    def study(self, base: Path) -> dict[str, Any]:
+        """Return the settings of the study that does this plan on a trained base, as `read_study` takes them."""
+        tasks = {
+            role: [
+                {"name": name, "source": {"class_path": task.__name__, "init_args": self.words()}}
+                for name, task in found.items()
+            ]
+            for role, found in (("held_in", self.held_in), ("held_out", self.held_out))
+        }
+        merges: list[dict[str, Any]] = []
+        for method, scales in METHODS.items():
+            # For experts that move every entry, the overlap-aware average equals the plain one.
+            kinds = [kind for kind in self.kinds if KINDS[kind].sparse or method != "SparseAverage"]
+            # Of a method with an exponent, a tuning would choose that too.
+            fixed = {"exponent": [1.0]} if method == "SparseAverage" else {}
+            grid = {"scale": [*scales], **fixed}
+            chosen = {"tune": {"grid": grid}, "rows": self.validation_rows, "name": method}
+            merges += [{"method": method, "name": untuned(method), "kinds": kinds}] * bool(kinds)
+            merges += [{"method": method, **chosen, "kinds": kinds}] * bool(kinds)
+        # As many rows as the experts of a kind together.
+        steps = max(1, self.tasks * self.expert_steps * self.batch_size // MULTITASK_BATCH)
+        return {
+            "base": str(base),
+            "tasks": tasks,
+            "fit": {
+                "modules": MODULES,
+                "steps": self.expert_steps,
+                "batch_size": self.batch_size,
+                # Packed rows have the same losses but for rounding; padded ones keep the published numbers to the last
+                # digit.
+                "data": {"packing": False},
+                "trainer": {"limit_val_batches": 0, "gradient_clip_val": 1.0, "accelerator": "cpu"},
+            },
+            "experts": {kind: KINDS[kind].fit for kind in self.kinds},
+            "merges": merges,
+            "counts": self.levels,
+            "multitask": {**KINDS["full"].fit, "batch_size": MULTITASK_BATCH, "steps": steps},
+            "seeds": [self.seed],
+            "data": {"eval_batch_size": EVAL_BATCH},
+            "max_new_tokens": NEW_TOKENS,
+        }
+
+
+def untuned(method: str) -> str:
+    """Return the name of a merge at the scale with which its method comes, 1, beside that at the chosen scale."""
+    return f"{method} at 1"

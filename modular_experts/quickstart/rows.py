@@ -7,6 +7,7 @@ model), and `at`: `default` is scale 1, `chosen` the scale that was best on vali
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from modular_experts.reports import Results
@@ -51,3 +52,9 @@ def as_results(found: Mapping[str, Any]) -> Results:
                 add_roles(f"{model}, chosen scale", merge["chosen"], **about, at="chosen")
     facts = ("seed", "python", "machine", "versions", "tasks", "held_out", "levels", "base")
     return Results(rows, {name: found[name] for name in facts} | {"date": found.get("date")})
+
+
+def roles_of(*groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the scores of each role that was tested, as means over the scores of groups of equally many tasks."""
+    roles = [role for role in ("held_in", "held_out") if groups[0][role]]
+    return {role: {name: fmean(group[role][name] for group in groups) for name in SCORES} for role in roles}

@@ -1,36 +1,45 @@
-"""Run the quickstart: the base, then all experts, then all merges, on as many processes as there are cores.
+"""Run the quickstart: make the base, then do the study of its experts and merges, and gather what both found.
 
-A run stores every result in `results.json`, and every expert in the library, as soon as it is made. So an interrupted
-run goes on where it was, and ends with the same numbers.
+The base is whole or not there, and the study stores every result as it comes. So an interrupted run goes on where it
+was, and ends with the same numbers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modular_experts.jobs import LocalProcesses, Piece, run
-from modular_experts.jobs.processes import machine
+from modular_experts.jobs import FailedPiecesError
+from modular_experts.jobs.pieces import Key
+from modular_experts.jobs.processes import LocalProcesses, machine
 from modular_experts.library.record import package_versions
 from modular_experts.quickstart.base import FACTS, make_base
 from modular_experts.quickstart.plan import Plan
-from modular_experts.quickstart.work import measure_base, measure_merge, train_expert, train_multitask
+from modular_experts.quickstart.results import results_of
 from modular_experts.reports import write_json
+from modular_experts.study import read_study, run_study
+from modular_experts.study.pieces import pieces_of, title_of
+from modular_experts.study.run import PIECES, Left
 
 FORMAT = "modular-experts/quickstart/1"
+RESULTS = "results.json"
 
 # What parts of a run take on one idle core of a small cloud machine.
 BASE_SECONDS = 43.0
-START_SECONDS = 7.0  # of a process, which imports torch and lightning
+START_SECONDS = 14.0  # of the processes, with the multitask expert
+TASK_SECONDS = 11.0  # of the experts, merges and tests of each held-in task, on one core
+PIECE_SECONDS = {"experts": 1.3, "tests": 0.1, "settings": 1.2, "merges": 0.2}  # of a piece of each stage
 
 
 def run_plan(
@@ -38,46 +47,101 @@ def run_plan(
 ) -> dict[str, Any]:
     """Do what is left to do of a plan in the directory `out`, and return all results.
 
-    `progress` takes the stage (`base`, `experts`, `merges`), the work of all stages that is done, and all work that
-    there is, in seconds of a small cloud machine; `TimeLeft` makes an estimate of them.
+    `progress` takes the stage (`base`, `study`), the work of both stages that is done, and all work that there is, in
+    seconds of a small cloud machine; `TimeLeft` makes an estimate of them.
 
     Raises:
         FileExistsError: The directory holds other things than a quickstart.
-        ValueError: It holds a run of another plan.
+        ValueError: It holds a run of another plan, or of an older version.
         FailedPiecesError: An expert or a merge failed; all others are stored.
     """
     out = out.absolute()
-    store = Ledger(plan, out)
+    known = _claimed(plan, out)
     base = out / "base"
-    whole = [Piece(("multitask",), train_multitask, (plan, out)), Piece(("base",), measure_base, (plan, out))]
-    experts = [
-        Piece(("experts", kind, task), train_expert, (plan, out, kind, task))
-        for kind in plan.kinds
-        for task in plan.held_in
-    ]
-    merges = [
-        Piece(("merges", kind, method, str(count)), measure_merge, (plan, out, kind, method, count))
-        for kind, method, count in plan.merges()
-    ]
-    with LocalProcesses() as processes:
-        at_once = getattr(processes, "processes", 1)
-        costs = {piece.key: _cost(piece, plan) / at_once for piece in (*whole, *experts, *merges)}
-        total = BASE_SECONDS + sum(costs.values())
-        done = sum(cost for key, cost in costs.items() if key in store)
+    with _no_gpu(), LocalProcesses() as processes:
+        study_seconds = START_SECONDS + TASK_SECONDS * plan.tasks / getattr(processes, "processes", 1)
+        total = BASE_SECONDS + study_seconds
         if not (base / FACTS).exists():
-            _make_base(plan, base, lambda share: progress("base", done + share * BASE_SECONDS, total))
-        done += BASE_SECONDS
-        progress("base", done, total)
-        store.results.setdefault("base", {}).update(json.loads((base / FACTS).read_text(encoding="utf-8")))
+            _make_base(plan, base, lambda share: progress("base", share * BASE_SECONDS, total))
+        study = read_study(**plan.study(base))
+        work = _seconds(Counter(piece.key[:2] for piece in pieces_of(study, out)))
 
-        def show(stage: str, finished: int, pieces: int, piece: Piece | None) -> None:
-            nonlocal done
-            done += costs[piece.key] if piece else 0.0
-            progress(stage, done, total)
+        def show(done: int, pieces: int, left: Left) -> None:
+            progress("study", total - study_seconds * _seconds(left.counts) / work, total)
 
-        for stage, pieces in (("experts", whole + experts), ("merges", merges)):
-            run(pieces, store, processes, partial(show, stage)).raise_failures()
-    return store.results
+        state = run_study(study, out, (), True, processes, progress=show)
+    if state.failed:
+        failed = [(key, failure) for key, failure in state.failed.items() if failure.needed is None]
+        key, failure = failed[0]
+        raise FailedPiecesError(
+            f"{len(failed)} of {len(state.pieces)} pieces failed, such as {title_of(key)} ({failure.sentence}); "
+            f"{out / PIECES} holds the traces, and the same command tries again"
+        )
+    facts = json.loads((base / FACTS).read_text(encoding="utf-8"))
+    results = known | results_of(plan, out / "library", facts, state)
+    if results != known:
+        write_json(out / RESULTS, results)
+    return results
+
+
+@contextmanager
+def _no_gpu() -> Iterator[None]:
+    """Hide GPUs from the processes that start meanwhile, because on them the numbers would be others."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ |= {} if before is None else {name: before}
+
+
+def _seconds(counts: Mapping[Key, int]) -> float:
+    """Return what pieces take, of which there are so many by stage and kind."""
+    return sum(count * PIECE_SECONDS[str(stage)] for (stage, _), count in counts.items())
+
+
+def _claimed(plan: Plan, out: Path) -> dict[str, Any]:
+    """Return what `results.json` holds of this plan, which an empty directory gets now."""
+    settings = json.loads(json.dumps(asdict(plan)))
+    if not out.exists() or not any(out.iterdir()):
+        known = {
+            "format": FORMAT,
+            "seed": plan.seed,
+            "tasks": list(plan.held_in),
+            "held_out": list(plan.held_out),
+            "levels": plan.levels,
+            "plan": settings,
+            "versions": package_versions(),
+            "python": platform.python_version(),
+            "machine": machine(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RESULTS, known)
+        # A study refuses a directory of other things that lacks this file.
+        (out / PIECES).touch()
+        return known
+    try:
+        known = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        theirs = known["plan"] if known["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        theirs = None
+    if theirs is None:
+        raise FileExistsError(f"{out} holds other things than a quickstart; give another --out to keep them")
+    if not (out / PIECES).exists() and (out / "base").exists():
+        raise ValueError(
+            f"{out} holds a quickstart of an older version of this package; give another --out, or remove the directory"
+        )
+    unlike = [f"{name}={theirs.get(name)}" for name in settings if theirs.get(name) != settings[name]]
+    if unlike:
+        raise ValueError(
+            f"{out} holds a quickstart with {', '.join(unlike)}; continue it with the same settings, give another "
+            "--out, or remove the directory"
+        )
+    (out / PIECES).touch()
+    return known
 
 
 def _make_base(plan: Plan, base: Path, progress: Callable[[float], None]) -> None:
@@ -90,19 +154,6 @@ def _make_base(plan: Plan, base: Path, progress: Callable[[float], None]) -> Non
             make_base(plan, base, progress)
     finally:
         logger.setLevel(level)
-
-
-def _cost(piece: Piece, plan: Plan) -> float:
-    """Return the seconds that a piece takes; the first two pieces include the start of a process each."""
-    match piece.key[0]:
-        case "multitask":
-            return START_SECONDS + 0.6 * plan.tasks
-        case "base":
-            return START_SECONDS + 3.5
-        case "experts":
-            return 1.2
-        case _:
-            return 0.12 * plan.tasks
 
 
 class TimeLeft:
@@ -135,55 +186,3 @@ class TimeLeft:
     def left(self) -> float:
         """Seconds to the end by the latest estimate."""
         return max(0.0, self.end - self.clock())
-
-
-class Ledger:
-    """The results of a run in `results.json`, as a store of pieces: a piece's key is its path in the nested results."""
-
-    def __init__(self, plan: Plan, out: Path) -> None:
-        self.file, self.library = out / "results.json", out / "library"
-        settings = json.loads(json.dumps(asdict(plan)))
-        if out.exists() and any(out.iterdir()):
-            try:
-                self.results = json.loads(self.file.read_text(encoding="utf-8"))
-                theirs = self.results["plan"] if self.results["format"] == FORMAT else None
-            except (OSError, ValueError, KeyError, TypeError):
-                theirs = None
-            if theirs is None:
-                raise FileExistsError(f"{out} holds other things than a quickstart; give another --out to keep them")
-            unlike = [f"{name}={theirs.get(name)}" for name in settings if theirs.get(name) != settings[name]]
-            if unlike:
-                raise ValueError(
-                    f"{out} holds a quickstart with {', '.join(unlike)}; continue it with the same settings, give "
-                    "another --out, or remove the directory"
-                )
-            return
-        self.results = {
-            "format": FORMAT,
-            "seed": plan.seed,
-            "tasks": list(plan.held_in),
-            "held_out": list(plan.held_out),
-            "levels": plan.levels,
-            "plan": settings,
-            "versions": package_versions(),
-            "python": platform.python_version(),
-            "machine": machine(),
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        write_json(self.file, self.results)
-
-    def __contains__(self, key: tuple) -> bool:
-        """Return whether a result is there, and its expert, if it names one, still in the library."""
-        found: Any = self.results
-        for part in key:
-            found = found.get(part, {})
-        # The base's entry begins with the facts of its training, before it is measured.
-        measured = ("plain" if key == ("base",) else "seconds") in found
-        return measured and (found.get("name") is None or (self.library / found["name"]).exists())
-
-    def __setitem__(self, key: tuple, found: dict[str, Any]) -> None:
-        place = self.results
-        for part in key:
-            place = place.setdefault(part, {})
-        place.update(found)
-        write_json(self.file, self.results)

@@ -1,24 +1,16 @@
-"""The groups of a plan are disjoint, and use nearly every task at each level."""
+"""A plan names the work of its study: the kinds, the merges of each, and the counts."""
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
 
 import pytest
 
 from modular_experts.quickstart.plan import METHODS, Plan
 
 
-@pytest.mark.parametrize(("tasks", "seed"), [(2, 0), (7, 1), (20, 0)])
-def test_groups_have_no_task_in_common_and_leave_few_out(tasks: int, seed: int) -> None:
-    plan = Plan(seed=seed, tasks=tasks)
-    for count in plan.levels:
-        groups = plan.groups(count)
-        members = list(itertools.chain.from_iterable(groups))
-        assert len(set(members)) == len(members) == tasks - tasks % count
-        assert all(len(group) == count for group in groups)
-    assert plan.levels[-1] == tasks
-    assert sorted(plan.groups(tasks)[0]) == sorted(plan.held_in)
+def test_counts_end_with_all_tasks() -> None:
+    assert [Plan(tasks=tasks).levels for tasks in (2, 7, 20)] == [[2], [2, 5, 7], [2, 5, 10, 20]]
 
 
 def test_the_first_tasks_are_of_different_families() -> None:
@@ -27,10 +19,17 @@ def test_the_first_tasks_are_of_different_families() -> None:
 
 
 def test_the_overlap_aware_average_is_not_made_of_dense_experts() -> None:
-    made = {(kind, method) for kind, method, _ in Plan().merges()}
+    merges = Plan().study(Path("base"))["merges"]
+    made = {(kind, merge["method"]) for merge in merges for kind in merge["kinds"]}
     assert made == {(kind, m) for kind in ("sparse", "block") for m in METHODS} | {
         (kind, method) for kind in ("lora", "full") for method in set(METHODS) - {"SparseAverage"}
     }
+
+
+def test_the_multitask_expert_reads_as_many_rows_as_the_experts_of_a_kind_together() -> None:
+    study = Plan().study(Path("base"))
+    rows = study["multitask"]["steps"] * study["multitask"]["batch_size"]
+    assert rows == 20 * study["fit"]["steps"] * study["fit"]["batch_size"]
 
 
 @pytest.mark.parametrize("tasks", [1, 21])

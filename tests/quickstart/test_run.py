@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -14,9 +16,10 @@ from typing import Any
 import pytest
 
 from modular_experts.base import Base
-from modular_experts.library import Library
-from modular_experts.quickstart.plan import Plan
-from modular_experts.quickstart.run import Ledger, TimeLeft, run_plan
+from modular_experts.jobs import FailedPiecesError
+from modular_experts.library import Library, open_expert
+from modular_experts.quickstart.plan import METHODS, Plan
+from modular_experts.quickstart.run import TimeLeft, run_plan
 
 SMALL = Plan(
     *(0, 2, 16),  # seed, tasks, width
@@ -30,15 +33,21 @@ SMALL = Plan(
     kinds=("sparse", "lora"),
 )
 EXPERTS = [f"{kind}-{task}" for kind in SMALL.kinds for task in SMALL.held_in]
-MERGES = [f"merge-{kind}-{method}" for kind, method, _ in SMALL.merges()]
+MERGES = [("sparse", method) for method in METHODS] + [
+    ("lora", method) for method in METHODS if method != "SparseAverage"
+]
 
 
 class Here(Executor):
     """An executor that runs each piece of work in this process, so that nothing is imported again."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a GPU would give other numbers"
         future: Future = Future()
-        future.set_result(fn(*args, **kwargs))
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except OSError as error:
+            future.set_exception(error)
         return future
 
 
@@ -59,19 +68,36 @@ def numbers(value: Any) -> Any:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("quickstart")
-    return out, run_plan(SMALL, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["modular-experts"])
+        return out, run_plan(SMALL, out)
 
 
 def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
     out, results = finished
-    assert sorted(Library(out / "library")) == sorted([*EXPERTS, *MERGES, "multitask"])
+    merges = [f"merge-{kind}-{method}{at}" for kind, method in MERGES for at in ("", "-at-1")]
+    assert sorted(Library(out / "library")) == sorted([*EXPERTS, *merges, "multitask"])
     assert Base.open(out / "base").load().config.hidden_size == 16
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert sorted(path.name for path in out.iterdir()) == ["base", "library", "results.json"]
-    for kind, method, count in SMALL.merges():
-        merge = results["merges"][kind][method][str(count)]
+    there = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert there == ["base", "library", "pieces.jsonl", "results.json", "runs"]
+    assert [(kind, method) for kind, found in results["merges"].items() for method in found] == MERGES
+    for kind, method in MERGES:
+        merge = results["merges"][kind][method]["2"]
+        assert list(merge["scales"]) == [str(scale) for scale in METHODS[method]]
         assert merge["scales"][str(merge["scale"])] == min(merge["scales"].values(), key=operator.itemgetter("loss"))
+        stored = open_expert(out / "library" / f"merge-{kind}-{method}")
+        assert stored.record["method"]["init_args"]["scale"] == merge["scale"]
+        assert stored.record["hyperparameters"]["trials"] == len(METHODS[method])
+        assert (stored.name, stored.kept_share) == (merge["name"], merge["kept"])
+    scaled = [merge for kind, method in MERGES if (merge := results["merges"][kind][method]["2"])["scale"] != 1.0]
+    assert scaled
+    assert all(merge["chosen"]["held_in"]["loss"] != merge["default"]["held_in"]["loss"] for merge in scaled)
     assert set(results["experts"]["sparse"]) == set(SMALL.held_in)
+    trained = results["experts"]["lora"]["upper"]
+    # Of each of 14 linear layers, rank 4 times its inputs and outputs.
+    assert trained["parameters"] == 4 * (8 * (16 + 16) + 6 * (16 + 48))
+    assert trained["bytes"] == (out / "library/lora-upper/delta.safetensors").stat().st_size
     assert {"plain", "latent", "steps", "parameters"} <= set(results["base"])
 
 
@@ -94,26 +120,40 @@ def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same
     copy = tmp_path / "copy"
     shutil.copytree(finished[0], copy)
     shutil.rmtree(copy / "library" / "sparse-reverse")
+    lines = (copy / "pieces.jsonl").read_text().splitlines(keepends=True)
+    lost = ('["experts", "lora", "upper"', '["merges", "lora", "TIES", 2', '["tests", "base"')
+    kept = [line for line in lines if not line.startswith(tuple('{"key": ' + key for key in lost))]
+    assert len(kept) == len(lines) - len(lost)
+    (copy / "pieces.jsonl").write_text("".join(kept))
+    (copy / "base").rename(tmp_path / "base")  # the same base at another place
+    (copy / "base").symlink_to(tmp_path / "base")
     known = json.loads((copy / "results.json").read_text())
-    del known["merges"]["lora"]["TIES"]["2"], known["experts"]["lora"]["upper"], known["base"]["plain"]
-    (copy / "results.json").write_text(json.dumps(known))
-    ledger = Ledger(SMALL, copy)
-    lost = [("experts", "sparse", "reverse"), ("experts", "lora", "upper"), ("merges", "lora", "TIES", "2"), ("base",)]
-    assert not [key for key in lost if key in ledger]
-    assert ("experts", "lora", "reverse") in ledger
-    assert ("merges", "lora", "Average", "2") in ledger
+    facts = {name: known[name] for name in known if name not in ("base", "multitask", "experts", "merges")}
+    (copy / "results.json").write_text(json.dumps(facts))
     made = []
     again = run_plan(SMALL, copy, lambda *shown: made.append(shown))
-    assert sorted(stage for stage, _, _ in made) == [
-        "base",
-        *["experts"] * 4,
-        *["merges"] * 2,
-    ]  # each stage begins with a call of its own
     assert numbers(again) == numbers(finished[1])
+    assert len((copy / "pieces.jsonl").read_text().splitlines()) == len(kept) + len(lost) + 1
     done, totals = [entry for _, entry, _ in made], {total for _, _, total in made}
+    assert {stage for stage, _, _ in made} == {"study"}, "the base was made again"
     assert done == sorted(done)
     assert 0.5 < done[0] / done[-1] < 0.95  # most was there already
     assert done[-1] == pytest.approx(*totals)
+
+
+def test_a_piece_that_fails_gets_a_sentence_and_is_tried_again(finished, tmp_path, monkeypatch) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    shutil.rmtree(copy / "library" / "sparse-reverse")
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modular_experts.callbacks.export_expert.write_expert", full)
+        with pytest.raises(FailedPiecesError, match=r"failed, such as experts sparse reverse 0 \(the disk is full\)"):
+            run_plan(SMALL, copy)
+    assert numbers(run_plan(SMALL, copy)) == numbers(finished[1])
 
 
 def test_the_time_left_follows_the_pace_of_this_run() -> None:
@@ -153,3 +193,12 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
 def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
     with pytest.raises(ValueError, match=r"holds a quickstart with seed=0; continue it with the same settings, give"):
         run_plan(replace(SMALL, seed=1), finished[0])
+
+
+def test_a_directory_of_an_older_version_is_refused_and_left_alone(finished, tmp_path) -> None:
+    file = tmp_path / "out" / "results.json"
+    shutil.copytree(finished[0] / "base", file.parent / "base")
+    shutil.copy(finished[0] / "results.json", file)
+    with pytest.raises(ValueError, match="holds a quickstart of an older version of this package; give another --out"):
+        run_plan(SMALL, file.parent)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["base", "results.json"]
