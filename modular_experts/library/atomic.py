@@ -23,6 +23,8 @@ except ImportError:  # on Windows there is no lock, and two processes that do th
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# As `_beside` and `tempfile` make them, also with the endings of a file of tensors that was not finished.
+_LEFTOVER = re.compile(r"\..+\.[0-9a-z_]{8}(\.data|\.notes)?")
 
 
 def check_name(name: str) -> str:
@@ -68,7 +70,7 @@ def check_target(path: str | Path, overwrite: bool = False, marker: str = "exper
     if not parent.is_dir():
         raise NotADirectoryError(f"{target} cannot be written, because {parent} is not a directory")
     try:  # on some disks, permissions alone do not show that writing will fail
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
         raise PermissionError(f"{target} cannot be written: in {parent}, {error.strerror}") from None
     return target
@@ -118,6 +120,10 @@ def new_directory(
             if kept:
                 interruption.add_note(f"interrupted; the same command goes on where it stopped, with {temporary}")
             raise
+        except OSError as error:
+            # A full disk names no file.
+            error.filename = error.filename or str(target)
+            raise
         finally:
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -135,6 +141,9 @@ def new_file(target: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         for leftover in target.parent.glob(f"{temporary.name}*"):
             leftover.unlink()
@@ -164,6 +173,22 @@ def locked(directory: Path, target: Path) -> Iterator[None]:
         ) from None
     finally:
         os.close(handle)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes left half-written anywhere in a directory.
+
+    A temporary directory stays while another process holds its lock, and so does one whose work goes on by its key. The
+    caller knows that no other process is writing single files there.
+    """
+    for left in list(directory.rglob(".*")):
+        if _LEFTOVER.fullmatch(left.name) and not left.is_symlink():
+            with suppress(BlockingIOError, FileNotFoundError):
+                if left.is_dir():
+                    with locked(left, left):
+                        shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink()
 
 
 def _move(temporary: Path, target: Path) -> None:

@@ -84,8 +84,9 @@ class TensorFileWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._data.close()
-        self._notes.close()
+        # On a full disk, closing fails too.
+        with self._notes:
+            self._data.close()
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Append a contiguous tensor on the CPU; return the SHA-256 of its bytes."""

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from modular_experts.jobs.processes import machine
+from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 from modular_experts.reports.heat import heat_map
@@ -180,7 +181,8 @@ def write_report(results: Results, state: State, file: Path) -> None:
     about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = report(f"Study of {len(tasks)} tasks", header, sections, about, sorting())
-    file.write_text(text, encoding="utf-8")
+    with new_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _published_section(results: Results) -> list[Section]:

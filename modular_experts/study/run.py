@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
 from modular_experts.library import is_name, open_expert
-from modular_experts.library.atomic import locked
+from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
 
@@ -189,6 +189,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(locked(out, out))
+        remove_leftovers(out)
         lines = Lines(out)
         lines.file.touch()
         if not retry:

@@ -126,7 +126,8 @@ def merge_and_test(
     experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
     target = library / study.merge_name(kind, merge.name, seed)
     whole = len(group) == len(study.held_in)
-    with tempfile.TemporaryDirectory() as folder:
+    # A stored merge of a few can be as large as the base, so it takes the disk of the library, under a hidden name.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=library) as folder:
         place = target if whole else Path(folder, target.name)
         merged, settings = _merged(study, merge, experts, group, place, chosen, written=whole)
         seconds = time.perf_counter() - started

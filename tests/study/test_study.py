@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import random
 import re
-import signal
-import subprocess
+import resource
+import shutil
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from conftest import write_rows
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
+from modular_experts.library.atomic import locked
 from modular_experts.methods import TIES
 from modular_experts.reports import Results
 from modular_experts.study import work
@@ -75,16 +73,15 @@ def results(place: str = "runs/mine") -> Results:
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch) -> None:
-    """Run pieces in a thread, so that nothing is imported anew; one test below starts processes as a user does."""
+    """Run pieces in a thread, so that nothing is imported anew; `test_study_killed.py` starts processes."""
 
     class Threads(ThreadPoolExecutor):
         def __init__(self, processes: int | None) -> None:
             super().__init__(1)
             self.processes = 1
 
-    if "real" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
-        for file in ("run", "estimate"):
-            monkeypatch.setattr(f"modular_experts.study.{file}.LocalProcesses", Threads)
+    for file in ("run", "estimate"):
+        monkeypatch.setattr(f"modular_experts.study.{file}.LocalProcesses", Threads)
     work.loaded.cache_clear()
 
 
@@ -429,8 +426,6 @@ def test_bad_settings_are_refused_in_a_sentence_before_anything_runs(settings, c
 
 
 def test_two_studies_in_one_folder_and_a_folder_of_other_things_are_refused(settings, capsys) -> None:
-    from modular_experts.library.atomic import locked
-
     Path("runs/mine").mkdir(parents=True)
     with locked(Path("runs/mine"), Path("runs/mine")):
         assert study(settings) == 1
@@ -440,25 +435,48 @@ def test_two_studies_in_one_folder_and_a_folder_of_other_things_are_refused(sett
     assert "holds other things than a study" in capsys.readouterr().err
 
 
-def test_real_processes_killed_at_random_moments_end_with_the_same_numbers(settings) -> None:
-    settings |= {"merges": ["SparseAverage", {"method": "TIES", "tune": True}], "matrix": True}
-    Path("study.yaml").write_text(yaml.safe_dump(settings))
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(settings) -> None:
+    assert study(settings, "--only", "experts") == 0
+    library = Path("runs/mine/library")
+    folders = [library / ".lora-upper.0123abcd", library / ".merge-lora-TIES.k3_x9a0b"]
+    statistics = library / "lora-upper" / "statistics" / ".gram.safetensors.0123abcd.data"
+    files = [folders[0] / "delta.safetensors.data", statistics, Path("runs/mine/.results.json.0123abcd")]
+    for place in [*folders, statistics.parent]:
+        place.mkdir()
+    for file in files:
+        file.write_bytes(b"half")
+    # A merge goes on with what its key names, and another process may be writing an expert of its own.
+    kept, held = library / ".merge-lora-TIES.0123456789abcdef", library / ".mine.0123abcd"
+    kept.mkdir()
+    held.mkdir()
+    with locked(held, held):
+        assert study(settings, "--only", "experts") == 0
+    assert not [place for place in [*folders, *files] if place.exists()]
+    assert kept.exists()
+    assert held.exists()
 
-    command = ["study", "--config", "study.yaml", "--out"]
-    draw, file = random.Random(1), Path("runs/killed", PIECES)
-    for _ in range(2):
-        before = file.read_bytes().count(b"\n") if file.exists() else 0
-        words = [sys.executable, "-m", "modular_experts", *command, "runs/killed"]
-        with subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-            while not file.exists() or file.read_bytes().count(b"\n") <= before:
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.05)
-            time.sleep(draw.uniform(0, 1))
-            os.killpg(process.pid, signal.SIGKILL)
-    # Processes or threads, the numbers are the same.
-    for out in ("runs/killed", "runs/whole"):
-        assert main([*command, out, "--processes", "1"]) == 0
-    assert numbers("runs/killed") == numbers("runs/whole")
-    for name in Library("runs/whole/library"):
-        found, known = (open_expert(f"runs/{place}/library/{name}").content_hash for place in ("killed", "whole"))
-        assert found == known, name
+
+def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, capsys) -> None:
+    """The limit on a file's size lets a line and an expert be written in part, as a disk does that is full."""
+    settings["merges"] = []
+    assert study(settings) == 0
+    known, limits = numbers(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    shutil.rmtree("runs/mine")
+    capsys.readouterr()
+    shown = []
+    for limit in (1_000, 14_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            assert study(settings) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        shown.append(capsys.readouterr())
+    assert "no result could be stored (File too large)" in shown[0].err
+    assert re.search(r"^error: .*File too large: '.*report.html'$", shown[1].err, re.MULTILINE)
+    assert study(settings, "--status") == 0
+    status = capsys.readouterr().out
+    for task in ("upper", "reverse"):
+        assert re.search(rf"^failed: experts lora {task} 0: .*File too large: '.*-{task}'$", status, re.MULTILINE)
+    assert not [*Path("runs/mine").glob("library/*")]
+    assert study(settings, "--retry") == 0
+    assert numbers() == known
