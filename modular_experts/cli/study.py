@@ -78,7 +78,8 @@ def study(
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
-        processes: How many pieces run at once on this machine; by default one a core, at most 8.
+        processes: How many pieces run at once on this machine; by default one a CUDA device or else one a core, at most
+            8, as many as fit into memory with twice the base each.
         engine: Where pieces run: local, slurm, dask, ray, or a class of yours. Its dotted path names it, and it is an
             Executor of concurrent.futures.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as

@@ -11,14 +11,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-MOST_PROCESSES = 8  # each holds torch and transformers, some 500 MB
+MOST_PROCESSES = 8
+PROCESS_BYTES = 500_000_000  # of a process that holds torch and transformers
 
 
 class LocalProcesses(Executor):
@@ -27,11 +29,19 @@ class LocalProcesses(Executor):
     As a context manager it waits for its work at the end, and on any error (Ctrl-C too) it ends its processes at once.
 
     Args:
-        processes: How many run at once; by default one a core, at most 8.
+        processes: How many run at once; by default one a CUDA device, or without devices one a core, at most 8, and in
+            both cases as many as fit into the free memory.
+        bytes_each: What a process takes in memory beside 500 MB of imported packages.
+        devices: The CUDA devices, as `CUDA_VISIBLE_DEVICES` names them, of which each process sees one in turn; by
+            default those that this process sees.
     """
 
-    def __init__(self, processes: int | None = None) -> None:
-        self.processes = processes or min(cores(), MOST_PROCESSES)
+    def __init__(
+        self, processes: int | None = None, bytes_each: int = 0, devices: Sequence[str | int] | None = None
+    ) -> None:
+        self.devices = cuda_devices() if devices is None else [str(one) for one in devices]
+        most = len(self.devices) or min(cores(), MOST_PROCESSES)
+        self.processes = processes or max(1, min(most, free_memory() // (PROCESS_BYTES + bytes_each)))
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -39,7 +49,11 @@ class LocalProcesses(Executor):
         if self._pool is None:
             # Spawned, because a fork would copy torch's threads half-way.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.processes, context, initializer=start_process)
+            devices = context.SimpleQueue()
+            for number in range(self.processes if self.devices else 0):
+                devices.put(self.devices[number % len(self.devices)])
+            given = (devices,) if self.devices else ()
+            self._pool = ProcessPoolExecutor(self.processes, context, start_process, given)
         try:
             return self._pool.submit(fn, *args, **kwargs)
         except BrokenProcessPool:
@@ -73,6 +87,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cuda_devices() -> list[str]:
+    """Return the CUDA devices that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
+    # torch takes seconds to import, and a program that hands out work for devices has it.
+    count = sys.modules["torch"].cuda.device_count() if "torch" in sys.modules else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ([str(number) for number in range(count)] if named is None else named.split(","))[:count]
+
+
+def free_memory() -> int:
+    """Return the bytes that new processes can take before this machine swaps; very many if it does not tell."""
+    with suppress(OSError):  # only Linux has the file
+        if found := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return 1024 * int(found[1])
+    return sys.maxsize
+
+
 def use_one_thread() -> None:
     """Let torch compute in one thread: several processes run side by side, and sums have the same bits everywhere."""
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is later
@@ -80,9 +110,13 @@ def use_one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def start_process() -> None:
-    """Set up a process of the pool: one thread, no log lines, and an end when the process that started it ends."""
+def start_process(devices: SimpleQueue[str] | None = None) -> None:
+    """Set up a process of the pool: one thread, one device of those in the queue, no log lines, and an end when the
+    process that started it ends.
+    """
     use_one_thread()
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     logging.disable(logging.WARNING)  # a level of Lightning's logger would last until Lightning is imported
     warnings.filterwarnings("ignore")

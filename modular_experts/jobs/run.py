@@ -38,7 +38,7 @@ def run(
         pieces: What to run, in any order; no two share a key. Of those that may run, the first of the list goes first.
         store: Where results go; by default they are only in what is returned.
         executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By
-            default a process for each core of this machine, which ends with this call.
+            default those of `LocalProcesses`, which end with this call.
         progress: Called at the start and after each piece, also after one that could not run.
         failed: Called with each piece that fails and its error, before `progress`.
 

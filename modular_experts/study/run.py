@@ -7,6 +7,7 @@ counted, and so is an expert.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,6 +20,10 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
+from modular_experts.base import Base
+from modular_experts.base.files import read_layouts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
 from modular_experts.library import is_name, open_expert
@@ -171,7 +176,7 @@ def run_study(
         only: The stages to do, with all that they need; by default every stage.
         retry: Whether pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
-        processes: How many, if there is no executor; by default one for each core, at most 8.
+        processes: How many, if there is no executor; by default those of `LocalProcesses`, each with twice the base.
         progress: Called with how many pieces are finished, how many there are, and what the others will take. The
             seconds are divided by the executor's `processes`; for an executor without this number they are those of one
             process.
@@ -194,7 +199,7 @@ def run_study(
         lines.file.touch()
         if not retry:
             pieces = [_failed_before(piece, lines) for piece in pieces]
-        pool = executor or stack.enter_context(LocalProcesses(processes))
+        pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
         at_once = getattr(pool, "processes", 1)
         pace = Pace({piece.key: lines[piece.key] for piece in pieces if piece.key in lines})
         left = {piece.key: piece for piece in pieces if piece.key not in lines}
@@ -213,6 +218,16 @@ def run_study(
 
         run(pieces, lines, pool, show, failed)
     return state_of(pieces, lines)
+
+
+def _bytes_each(study: Study) -> int:
+    """Return what a process takes in memory: the base that it tests, and the one that it trains."""
+    layouts = read_layouts(Base.open(study.base).directory).values()
+    return (
+        2
+        * getattr(torch, study.dtype).itemsize
+        * sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
+    )
 
 
 def _failed_before(piece: Piece, lines: Lines) -> Piece:

@@ -158,7 +158,11 @@ def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkey
     ("name", "settings", "sentence"),
     [
         ("slrum", {}, r"no engine has the name slrum; take local, slurm, dask, ray, .* did you mean slurm\?"),
-        ("local", {"proceses": 2}, r"the engine local: .*'proceses'; it takes processes; did you mean processes\?"),
+        (
+            "local",
+            {"proceses": 2},
+            r"the engine local: .*'proceses'; it takes processes, bytes_each, devices; did you mean processes\?",
+        ),
         ("dask", {}, r"the engine dask: missing a required argument: 'address'; it takes address"),
         ("mine.Pool", {}, r"the engine mine.Pool cannot be imported: No module named 'mine'"),
         ("json.loads", {}, r"the engine json.loads is not a class of concurrent.futures.Executor"),

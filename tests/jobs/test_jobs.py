@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,3 +206,26 @@ def test_printed_progress_names_the_piece_and_the_time_left(capsys) -> None:
         show(done, 9, piece)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["8 of 9, 0 minutes left: square 1", "9 of 9, 0 minutes left: square 2"]
+
+
+def meet(place: str, number: int) -> str:
+    """Wait until three calls have come, so that each has a process of its own, and return the device that it sees."""
+    Path(place, str(number)).touch()
+    while len(os.listdir(place)) < 3:
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_process_sees_one_device_and_three_processes_share_two(tmp_path) -> None:
+    with LocalProcesses(3, devices=["5", "GPU-7"]) as pool:
+        found = [pool.submit(meet, str(tmp_path), number) for number in range(3)]
+        assert sorted(one.result(60) for one in found) == ["5", "5", "GPU-7"]
+    assert LocalProcesses(devices=range(3)).processes == min(3, LocalProcesses(devices=range(8)).processes)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells how much memory is free")
+def test_no_more_processes_run_than_fit_into_memory() -> None:
+    assert LocalProcesses(bytes_each=10**18).processes == 1
+    free = int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    assert LocalProcesses(bytes_each=free * 2 // 5, devices=range(8)).processes in (1, 2)
+    assert LocalProcesses(4, bytes_each=10**18).processes == 4

@@ -76,7 +76,7 @@ def _in_this_process(monkeypatch) -> None:
     """Run pieces in a thread, so that nothing is imported anew; `test_study_killed.py` starts processes."""
 
     class Threads(ThreadPoolExecutor):
-        def __init__(self, processes: int | None) -> None:
+        def __init__(self, processes: int | None, bytes_each: int = 0) -> None:
             super().__init__(1)
             self.processes = 1
 
