@@ -17,11 +17,15 @@ from collections.abc import Callable, Sequence
 from modular_experts.settings import UsageError
 from modular_experts.text import did_you_mean
 
+OTHER_WORDS = {"compare": "evaluate", "train": "fit"}
+"""Commands of this package by words of other programs, which are spelt like another one of ours or like none."""
+
 
 def unknown_command(verb: str, known: Sequence[str]) -> UsageError:
     """Return the error about a word that is not a command."""
     what = "the command comes first, before" if verb.startswith("-") else "there is no command"
-    return UsageError(f"{what} {verb}{did_you_mean(verb, known)}; the commands are {', '.join(known)}")
+    near = f"; did you mean {OTHER_WORDS[verb]}?" if verb in OTHER_WORDS else did_you_mean(verb, known)
+    return UsageError(f"{what} {verb}{near}; the commands are {', '.join(known)}")
 
 
 def guarded(command: Callable[[], object]) -> int:

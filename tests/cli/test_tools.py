@@ -248,6 +248,7 @@ def test_merge_tells_a_users_plain_class_by_its_name_and_settings(run, place):
 MERGE = ["merge", "--experts", "[library/a, library/b]", "--out", "library/new", "--method"]
 MISTAKES = [
     (["mrege"], 2, "no command mrege; did you mean merge?"),
+    (["compare"], 2, "no command compare; did you mean evaluate?"),
     (["--config", "x.yaml", "merge"], 2, "the command comes first"),
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
