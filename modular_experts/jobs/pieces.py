@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ except ImportError:  # on Windows there is no lock, and two processes must not w
     fcntl = None  # type: ignore[assignment]
 
 Key = tuple[str | int | float, ...]
+
+# Scores of rows are few different numbers, and each object of one takes 24 bytes.
+_shared_float = lru_cache(2**16)(float)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ class JSONLines(dict[Key, Any]):
         self.file = Path(file)
         self._whole = 0  # bytes up to the end of the last finished line
         if self.file.exists():
-            self._take(self.file.read_bytes())
+            with self.file.open("rb") as opened:
+                for line in opened:
+                    self._take(line)
 
     def __setitem__(self, key: Key, result: Any) -> None:
         line = json.dumps({"key": list(key), "result": result}, ensure_ascii=False).encode() + b"\n"
@@ -92,7 +98,7 @@ class JSONLines(dict[Key, Any]):
         """Read the finished lines of what follows those that are known."""
         for line in text.splitlines(keepends=True):
             if line.endswith(b"\n"):
-                found = json.loads(line)
+                found = json.loads(line, parse_float=_shared_float)
                 super().__setitem__(tuple(found["key"]), found["result"])
                 self._whole += len(line)
 
