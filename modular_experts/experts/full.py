@@ -20,7 +20,7 @@ class FullExpert(Expert):
         weight: The base weight `(out, in)`.
     """
 
-    learning_rate: ClassVar[float] = 3e-4
+    learning_rate: ClassVar[float] = 1e-4
     trains_weight: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor) -> None:
