@@ -34,9 +34,10 @@ def run_and_end(command: Callable[[], int]) -> int:
 
 def _end(code: int) -> None:
     """End the process at once, after writing what files that a user's class left open still hold back."""
-    for one in gc.get_objects():
-        if type(one) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
-            # A closed file, or a reader that left.
-            with suppress(ValueError, OSError):
-                one.flush()
+    # What was frozen after the imports, as `sys.stdout` was, is not among these objects.
+    files = [one for one in gc.get_objects() if type(one) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)]
+    for one in (sys.stdout, *files):
+        # There is no stdout, a closed file, or a reader that left.
+        with suppress(AttributeError, ValueError, OSError):
+            one.flush()
     os._exit(code)

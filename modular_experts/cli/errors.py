@@ -13,6 +13,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from modular_experts.settings import UsageError
 from modular_experts.text import did_you_mean
@@ -57,6 +58,9 @@ def guarded(command: Callable[[], object]) -> int:
         notes = [f"({note})" for cause in causes for note in getattr(cause, "__notes__", ())]
         rank = os.environ.get("LOCAL_RANK", "0")
         where = "error" if rank == "0" else f"error in process {rank}"
+        # What the command has printed before comes first where both go into one file.
+        with suppress(AttributeError, ValueError, OSError):
+            sys.stdout.flush()
         print(f"{where}: {' '.join([_sentence(ours), *notes])}", file=sys.stderr)
         return 2 if isinstance(ours, UsageError) else 1
     if leaving is None:

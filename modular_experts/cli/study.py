@@ -74,7 +74,7 @@ def study(
         dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics stay in float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
-        only: Do only these of experts, statistics, settings, merges, tests. What they need is done too.
+        only: Do only experts, statistics, settings, merges, tests. What these need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.

@@ -48,7 +48,8 @@ def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
 
     pace = Pace({("experts", "lora", "a", 0, "x"): {"seconds": 4.0, "expert": {"bytes": 100}}})
     pieces = [Piece(("experts", kind, "b", 0, "y"), print) for kind in ("lora", "sparse")]
-    assert pace.left([*pieces, Piece(("tests", "lora", "a", 0, "z"), print)]) == Left(8.0, 1, 200)
+    counts = {("experts", "lora"): 1, ("experts", "sparse"): 1, ("tests", "lora"): 1}
+    assert pace.left([*pieces, Piece(("tests", "lora", "a", 0, "z"), print)]) == Left(8.0, 1, 200, counts)
 
 
 def test_the_heat_map_tints_the_best_strongest_and_shows_every_number() -> None:

@@ -131,10 +131,10 @@ def test_killed_five_times_at_random_moments_it_ends_with_the_same_bytes_and_a_f
             os.killpg(process.pid, signal.SIGKILL)
     with started("killed") as process:
         shown, error = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 1, error
     sentence = "NameError: name 'WHICH' is not defined"
     broken = [f"failed: merges {kind} First 8 0 0: {sentence}" for kind in ("lora", "sparse")]
-    assert [line for line in shown.splitlines() if line.startswith("failed")] == broken
+    assert [line for line in shown.splitlines() if line.startswith("failed")] == broken, error
     assert "2 of 45 pieces have no result" in error
     before = done("killed")
     Path("killed_methods.py").write_text(MINE.replace("WHICH", "0"))
