@@ -14,18 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modular_experts.settings import OWN_OPTIONS
+
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
-# Options of `fit` that are arguments of no class.
-OWN_OPTIONS = {
-    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
-    "--overwrite": "Replace an expert.",
-    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
-    "--dry-run": "Only print what it would do, and the time and memory.",
-}
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}
 _EVERYWHERE = {

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from modular_experts.cli.help import OWN_OPTIONS
-from modular_experts.settings import SHORT_NAMES, UsageError
+from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES, UsageError
 from modular_experts.settings.arguments import ELSEWHERE, Option, as_typed, no_option
 from modular_experts.text import did_you_mean, nearest
 

@@ -23,3 +23,11 @@ SHORT_NAMES = {
     "batch_size": "data.batch_size",
 }
 """Short names of options of `fit`, `validate`, `test` and `predict`, and of the settings of a fit."""
+
+OWN_OPTIONS = {
+    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
+    "--overwrite": "Replace an expert.",
+    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
+    "--dry-run": "Only print what it would do, and the time and memory.",
+}
+"""Options of `fit` that are arguments of no class, and their texts."""

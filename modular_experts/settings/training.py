@@ -35,7 +35,7 @@ from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
 from modular_experts.data import TaskMixture
 from modular_experts.experts import Expert
 from modular_experts.library import check_name, check_target
-from modular_experts.settings import SHORT_NAMES
+from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES
 from modular_experts.settings.arguments import (
     Option,
     arguments_of,
@@ -160,10 +160,10 @@ class FitCLI(TrainingCLI):
     exports: list[ExportExpert]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that are arguments of no class."""
-        parser.add_argument("--out", type=str | None, default=None, help="Directory of the expert.")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Replace an expert.")
-        parser.add_argument("--dry_run", type=bool, default=False, help="Estimate the fit, and train nothing.")
+        """Add the options that are arguments of no class, but `--gate-of`, which the command reads itself."""
+        parser.add_argument("--out", type=str | None, default=None, help=OWN_OPTIONS["--out LIBRARY/NAME"])
+        parser.add_argument("--overwrite", type=bool, default=False, help=OWN_OPTIONS["--overwrite"])
+        parser.add_argument("--dry_run", type=bool, default=False, help=OWN_OPTIONS["--dry-run"])
 
     def after_instantiate_classes(self) -> None:
         """Set the target of the listed `ExportExpert`, or add one, and refuse a target that exists."""
