@@ -92,7 +92,8 @@ def choose(
         experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
         data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
         parts.append((experts, Objective(model, data)))
-    trials, best = tune_groups(parts, _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid"))
+    method, grid = _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid")
+    trials, best = tune_groups(parts, method, grid, folder=out / "library")
     found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
     return found | {"notes": notes_of(trials, best, rows, {}), "seconds": time.perf_counter() - started}
 

@@ -112,6 +112,7 @@ def tune_groups(
     method: MergeMethod,
     grid: Mapping[str, Sequence[Any]] | None = None,
     progress: Progress = iter,
+    folder: Path | None = None,
 ) -> tuple[list[Trial], Trial]:
     """Choose settings that the merges of several groups of experts share, by the mean loss over the tasks of all.
 
@@ -120,6 +121,8 @@ def tune_groups(
         method: The method, with the settings that are not tuned.
         grid: As for `tune`.
         progress: Iterator wrapper, e.g. `tqdm`.
+        folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
+            temporary files of the system.
 
     Returns:
         All trials in order, and the best: that of the lowest mean loss, the earliest of equals.
@@ -128,7 +131,7 @@ def tune_groups(
         ValueError: The grid does not fit the method, or no trial gives a finite loss.
     """
     candidates = itertools.chain.from_iterable(
-        _trials(groups, one, settings, scales) for one, settings, scales in _candidates(method, grid or {})
+        _trials(groups, one, settings, scales, folder) for one, settings, scales in _candidates(method, grid or {})
     )
     names = [str(number) for number in range(most_trials(method, grid))]
     trials = [trial for _, trial in zip(progress(names), candidates, strict=False)]
@@ -190,16 +193,17 @@ def _trials(
     method: MergeMethod,
     settings: Mapping[str, Any],
     scales: Sequence[float] | None,
+    folder: Path | None,
 ) -> Iterator[Trial]:
     """Measure one choice of the other settings at each of the scales; search them if the list is empty."""
     at_one = method if scales is None else replace(method, scale=1.0)  # type: ignore[type-var]
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(prefix=".groups.", dir=folder) as place:
         vectors: list[tuple[Objective, Mapping[str, Delta]]] = []
         for number, (experts, objective) in enumerate(groups):
             merged: Mapping[str, Delta] = Merged(experts, at_one)
             if len(groups) > 1:
                 # The merges of all groups may be more than memory holds.
-                merged = write_merged(Merged(experts, at_one), Path(folder, f"group-{number}"))
+                merged = write_merged(Merged(experts, at_one), Path(place, f"group-{number}"))
             else:
                 merged = {name: delta.to(objective.model.device) for name, delta in merged.items()}
             vectors.append((objective, merged))
