@@ -320,7 +320,9 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
                 why = " ".join(str(error).split())
                 raise ValueError(f"experts.{kind}: {settings} cannot be read ({why})") from None
         if not isinstance(one, Mapping):
-            raise ValueError(f"experts.{kind} is {one!r}; give a config of fit, or its settings, such as {{rank: 8}}")
+            raise ValueError(
+                f"experts.{kind} is {one!r}; give a config of fit, or its settings: {{expert: LoRAExpert}}"
+            )
         found.append(dict(one))
     return found
 
