@@ -10,13 +10,11 @@ from rich.console import Console
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
-from modular_experts.base import Base
 from modular_experts.cli.evaluate import mixes_of
 from modular_experts.data.tasks import Tasks
-from modular_experts.evaluation.compare import RESULTS
+from modular_experts.evaluation.compare import RESULTS, open_models
 from modular_experts.interop.harness import ABOUT, benchmarks_and_tasks, export_tasks
 from modular_experts.interop.harness import harness as measure_by_harness
-from modular_experts.library import open_expert
 from modular_experts.reports import Results
 from modular_experts.reports.tables import Column, Line, Table, number
 from modular_experts.settings import UsageError
@@ -35,7 +33,7 @@ def harness(
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Measure a base and experts by the lm-evaluation-harness: on its benchmarks, and on task files.
+    """Measure a base, experts and checkpoints by the lm-evaluation-harness: on its benchmarks, and on task files.
 
     It needs lm-eval (`pip install 'modular-experts[eval]'`). The base is loaded once, and experts are added to it in
     turn. With `--export`, nothing is measured: the task files are written as tasks of the harness, with which anybody
@@ -47,7 +45,7 @@ def harness(
         out: Directory of the results.
         export: Directory for the task files as tasks of the harness.
         base: The base's directory or hub id; the one in the experts' records by default.
-        experts: Directories of the experts, named and added up as for `evaluate`.
+        experts: Directories of the experts, named and added up as for `evaluate`, and of checkpoints.
         limit: The most rows of one task: the first ones of a benchmark; of a task file, spread evenly over it.
         num_fewshot: Examples in the prompt of a benchmark; the benchmark's own number by default.
         max_new_tokens: Length limit of a generated answer to a row of a task file; benchmarks have their own.
@@ -69,7 +67,7 @@ def harness(
             raise UsageError(
                 f"--export writes task files, and {names[0]} is the name of a benchmark; give the path of a file"
             )
-        found = Base.open(base, [open_expert(place) for mix in mixes.values() for place in mix])
+        found, _ = open_models(base, mixes)
         written = export_tasks(files, export, found, max_new_tokens, limit, overwrite=overwrite)
         print(f"{export}: {', '.join(written)}; {Path(export, ABOUT)} shows the command for them")
         return

@@ -7,11 +7,14 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
@@ -31,14 +34,14 @@ from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
-AnyMixes = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert]]
-"""An expert, several that are added up, or a mapping from names of models to such."""
+AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
+"""An expert, several that are added up, or a mapping from names of models to such, or to checkpoints."""
 EXAMPLES = 3  # test rows of each task whose answers are kept
 
 
 def evaluate(
     base: str | Path | Base | None,
-    experts: AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base],
+    experts: AnyModels,
     data: TaskMixture | Tasks,
     max_new_tokens: int | None = 64,
     dtype: DType = "float32",
@@ -82,22 +85,15 @@ def evaluate(
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
         raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
-    named = _named(experts)
-    checkpoints = {name: whole for name, mix in named.items() if (whole := _checkpoint(mix))}
-    mixes = {name: [] if name in checkpoints else open_several(mix) for name, mix in named.items()}
-    stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
-    found = Base.open(base, stored, revision)
+    found, models = open_models(base, experts, revision)
     tokenizer = found.tokenizer()
-    for one in checkpoints.values():
-        if one.tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{one.place} has another tokenizer than {found.place}; evaluate it by itself")
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
-    warn_unlike_training(stored, data.reading, dtype)
+    warn_unlike_training([one for each in models for one in each.stored], data.reading, dtype)
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
-    model = found.load(dtype)
+    model: Any = found.load(dtype)
     known = JSONLines(folder / MEASURED) if folder else None
     same = (
         found.fingerprint,
@@ -107,12 +103,11 @@ def evaluate(
         _digest(examples),
         data.roles,
     )
-    facts = facts_of(found, dtype, {})
-    facts["max_new_tokens"] = max_new_tokens
+    facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     facts["examples"] = []
     results, device = Results([], facts), "cuda" if torch.cuda.is_available() else "cpu"
-    done, total = 0, len(mixes) * len(examples)
+    done, total = 0, len(models) * len(examples)
 
     def counted(title: str) -> Iterator[Batch]:
         rows = done
@@ -121,56 +116,113 @@ def evaluate(
             yield batch
             rows += len(batch["task"])
 
-    for name, mix in mixes.items():
-        checkpoint = checkpoints.get(name)
-        names = list(map(_name, mix))
-        title = name or " + ".join(names) or (Path(checkpoint.place).name if checkpoint else "base")
-        hashes = [one.content_hash for one in mix if isinstance(one, StoredExpert)]
-        if checkpoint:
-            hashes = [checkpoint.fingerprint]
+    for one in models:
+        hashes = one.hashes
         key = (hashlib.sha256(json.dumps([same, hashes]).encode()).hexdigest(),)
         if known and key in known:
             scores = known[key]
         else:
-            # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
-            measured = checkpoint.load(dtype) if checkpoint else model
-            with attached(measured, mix):
-                measured.to(device)  # type: ignore[arg-type]
-                scores = measure(measured, tokenizer, counted(title), data.roles, max_new_tokens, metrics, EXAMPLES)
-                measured.to("cpu")  # type: ignore[arg-type]
+            with one.in_place(model, dtype, device) as measured:
+                scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
             # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
-            if known is not None and (checkpoint or len(hashes) == len(mix)) and metrics is TEXT_METRICS:
+            if known is not None and hashes is not None and metrics is TEXT_METRICS:
                 known[key] = scores
         done += len(examples)
-        progress(title, done, total)
-        facts["models"][title] = _members(mix)
-        if checkpoint:
-            facts["models"][title] = [{"name": "checkpoint", "place": os.path.relpath(checkpoint.place)}]
-        _add_answers(facts["examples"], scores["examples"], title)
-        results += Results.of_scores(scores, title, names)
+        progress(one.title, done, total)
+        _add_answers(facts["examples"], scores["examples"], one.title)
+        results += Results.of_scores(scores, one.title, one.names)
     if folder:
         results.write(folder / RESULTS)
         write_report(results, folder / REPORT)
     return results
 
 
-def open_mixes(experts: AnyMixes) -> dict[str, list[Mapping[str, Delta]]]:
-    """Return the experts of each model that is measured, opened, by the model's name in results.
+@dataclass(frozen=True)
+class Compared:
+    """A model that is measured: the base with experts, or a checkpoint that stands in their place.
 
-    Args:
-        experts: As for `evaluate`, but no checkpoints. One mix alone is called by its experts, or base without any.
+    Attributes:
+        title: Its name in results.
+        experts: The experts whose deltas are added up; none for a checkpoint.
+        checkpoint: The checkpoint, or None.
     """
-    mixes = {name: open_several(mix) for name, mix in _named(experts).items()}
-    return {name or " + ".join(map(_name, mix)) or "base": mix for name, mix in mixes.items()}
+
+    title: str
+    experts: Sequence[Mapping[str, Delta]]
+    checkpoint: Base | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experts."""
+        return list(map(_name, self.experts))
+
+    @property
+    def stored(self) -> list[StoredExpert]:
+        """Those of the experts that a library holds."""
+        return [one for one in self.experts if isinstance(one, StoredExpert)]
+
+    @property
+    def hashes(self) -> list[str] | None:
+        """What identifies its weights beside the base's; None if an expert is not stored, as it may change."""
+        if self.checkpoint:
+            return [self.checkpoint.fingerprint]
+        return [one.content_hash for one in self.stored] if len(self.stored) == len(self.experts) else None
+
+    @property
+    def members(self) -> list[dict[str, str]]:
+        """The name and the place of each expert or of the checkpoint; a task vector has its name in both."""
+        if self.checkpoint:
+            return [{"name": "checkpoint", "place": os.path.relpath(self.checkpoint.place)}]
+        return [
+            {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
+            for one in self.experts
+        ]
+
+    @contextmanager
+    def in_place(self, model: PreTrainedModel, dtype: DType, device: str) -> Iterator[PreTrainedModel]:
+        """Yield the loaded base with the experts in place, or the checkpoint, on a device.
+
+        Deltas are added on the CPU, as `apply` adds them, whatever the device.
+        """
+        whole: Any = self.checkpoint.load(dtype) if self.checkpoint else model
+        with attached(whole, self.experts):
+            whole.to(device)
+            yield whole
+            whole.to("cpu")
 
 
-def facts_of(base: Base, dtype: str, mixes: Mapping[str, Sequence[Mapping[str, Delta]]]) -> dict[str, Any]:
+def open_models(
+    base: str | Path | Base | None, experts: AnyModels, revision: str | None = None
+) -> tuple[Base, list[Compared]]:
+    """Open a base and the models that are measured beside it; the arguments are those of `evaluate`.
+
+    One mix alone is called by its experts, its checkpoint, or base without any.
+
+    Raises:
+        ValueError: A checkpoint has another tokenizer than the base.
+    """
+    models = []
+    for name, given in _named(experts).items():
+        checkpoint = _checkpoint(given)
+        mix = [] if checkpoint else open_several(given)
+        title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
+        models.append(Compared(title, mix, checkpoint))
+    found = Base.open(base, [one for each in models for one in each.stored], revision)
+    for one in models:
+        if one.checkpoint and one.checkpoint.tokenizer().get_vocab() != found.tokenizer().get_vocab():
+            raise ValueError(
+                f"{one.checkpoint.place} has another tokenizer than {found.place}; measure it alone, as the base"
+            )
+    return found, models
+
+
+def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, Any]:
     """Return what holds for all rows of a comparison: its base, the experts of each model, versions, machine, date."""
     return {
         "base": base.place,
         "fingerprint": base.fingerprint,
         "dtype": dtype,
-        "models": {title: _members(mix) for title, mix in mixes.items()},
+        "models": {one.title: one.members for one in models},
         "python": platform.python_version(),
         "machine": machine(),
         "versions": package_versions(),
@@ -188,14 +240,6 @@ def _named(experts: Any) -> Mapping[str, Any]:
 
 def _name(expert: Mapping[str, Delta]) -> str:
     return expert.name if isinstance(expert, StoredExpert) else "task vector"
-
-
-def _members(mix: Sequence[Mapping[str, Delta]]) -> list[dict[str, str]]:
-    """Return the name and the place of each expert of a mix; a task vector has no place, so its name stands there."""
-    return [
-        {"name": _name(one), "place": os.path.relpath(one.path) if isinstance(one, StoredExpert) else _name(one)}
-        for one in mix
-    ]
 
 
 def _checkpoint(mix: Any) -> Base | None:

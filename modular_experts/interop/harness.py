@@ -1,8 +1,8 @@
 """Measure experts with EleutherAI's lm-evaluation-harness (the package lm-eval), and write our tasks in its format.
 
 `harness` runs benchmarks of the harness, and task files as tasks of the harness, on one loaded base with one mix of
-experts after another. `export_tasks` writes task files as YAML and JSONL, so that whoever has a checkpoint measures it
-with `lm_eval` alone.
+experts after another, and on checkpoints. `export_tasks` writes task files as YAML and JSONL, so that whoever has a
+checkpoint measures it with `lm_eval` alone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from modular_experts.data.rows import Row, content_hash
 from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
 from modular_experts.data.tokenize import joined
-from modular_experts.deltas import Delta
-from modular_experts.evaluation.compare import RESULTS, AnyMixes, facts_of, open_mixes
-from modular_experts.injection.attach import attached, needs_injection
-from modular_experts.library import StoredExpert, check_target
+from modular_experts.evaluation.compare import RESULTS, AnyModels, Compared, facts_of, open_models
+from modular_experts.injection.attach import needs_injection
+from modular_experts.library import check_target
 from modular_experts.library.atomic import new_directory
 from modular_experts.reports import Results
 from modular_experts.routing.gates import reading
@@ -54,7 +53,7 @@ class HarnessTask(NamedTuple):
 
 def harness(
     base: str | Path | Base | None,
-    experts: AnyMixes,
+    experts: AnyModels,
     tasks: Tasks,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -68,7 +67,8 @@ def harness(
 ) -> Results:
     """Measure a base with experts by the lm-evaluation-harness, and return rows that print as a table.
 
-    The base is loaded once, and each mix of experts is added in place for as long as it is measured:
+    The base is loaded once, and each mix of experts is added in place for as long as it is measured; a checkpoint is
+    loaded for itself:
 
         harness("runs/base", {"base": [], "TIES": "library/ties"}, ["arc_easy", "intents.jsonl"])
 
@@ -102,32 +102,25 @@ def harness(
         raise ValueError(f"{batch_size=} and {max_new_tokens=} must be at least 1")
     names, files = benchmarks_and_tasks(tasks)
     _check_installed()
-    mixes = open_mixes(experts)
-    stored = [one for mix in mixes.values() for one in mix if isinstance(one, StoredExpert)]
-    found = Base.open(base, stored, revision)
+    found, models = open_models(base, experts, revision)
     tokenizer = found.tokenizer()
     ours = harness_tasks(TaskMixture(files, eval_limit=limit), tokenizer, max_new_tokens) if files else {}
     with _quiet():
         suites = [_Suite(loaded, False, None) for loaded in _loaded_files(ours)]
         suites += [_Suite(loaded, None, limit) for loaded in _loaded_benchmarks(names, num_fewshot)]
-        facts = facts_of(found, dtype, mixes)
-        facts["max_new_tokens"] = max_new_tokens
+        facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
         facts["harness"] = {"version": version("lm_eval"), "batch_size": batch_size, "limit": limit, "tasks": {}}
         roles = {task.name: task.role for task in as_tasks(files)} if files else {}
         model: Any = found.load(dtype)
         rows: list[dict[str, Any]] = []
-        for done, (title, mix) in enumerate(mixes.items()):
-            progress(title, done, len(mixes))
-            members = [one["name"] for one in facts["models"][title]]
-            # Deltas are added on the CPU, as `apply` adds them, whatever the device of the measurement.
-            with attached(model, mix):
-                model.to("cuda" if torch.cuda.is_available() else "cpu")
+        for done, one in enumerate(models):
+            progress(one.title, done, len(models))
+            with one.in_place(model, dtype, "cuda" if torch.cuda.is_available() else "cpu") as whole:
                 for suite in suites:
-                    measured = _measured(model, tokenizer, suite, batch_size, alone=_reads_prompts(mix))
+                    measured = _measured(whole, tokenizer, suite, batch_size, alone=_reads_prompts(one))
                     facts["harness"]["tasks"] |= _versions(measured)
-                    rows += [{"model": title, "experts": members, **row} for row in _rows(measured, ours, roles)]
-                model.to("cpu")
-    progress("", len(mixes), len(mixes))
+                    rows += [{"model": one.title, "experts": one.names, **row} for row in _rows(measured, ours, roles)]
+    progress("", len(models), len(models))
     results = Results(rows, facts)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,8 +382,8 @@ def _measured(
     return evaluate(lm, suite.loaded, limit=suite.limit, log_samples=False)
 
 
-def _reads_prompts(mix: Sequence[Mapping[str, Delta]]) -> bool:
-    return any(isinstance(one, StoredExpert) and needs_injection(one) for one in mix)
+def _reads_prompts(model: Compared) -> bool:
+    return any(needs_injection(one) for one in model.stored)
 
 
 def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -135,8 +135,11 @@ def test_the_harness_alone_scores_a_checkpoint_like_its_expert_in_place(place, t
     settings = {"pretrained": str(tmp_path / "checkpoint"), "add_bos_token": False, "dtype": "float32"}
     manager = TaskManager(include_path=".", include_defaults=False)
     alone = simple_evaluate("hf", settings, names, task_manager=manager, batch_size=16, device="cpu")["results"]
-    ours = numbers(harness(None, expert, [place / "turn.jsonl", place / "say.jsonl"], max_new_tokens=TOKENS))
-    assert len(ours) == 4
+    models = {"in place": expert, "checkpoint": tmp_path / "checkpoint"}
+    found = harness(None, models, [place / "turn.jsonl", place / "say.jsonl"], max_new_tokens=TOKENS)
+    assert found.facts["models"]["checkpoint"][0]["name"] == "checkpoint"
+    ours = numbers(found)
+    assert len(ours) == 2 * 4
     for (_, task, metric), value in ours.items():
         key = (task, "exact_match,none") if metric == "exact_match" else (f"{task}_choices", "acc,none")
         assert alone[key[0]][key[1]] == pytest.approx(value)
