@@ -71,7 +71,8 @@ def study(
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
         max_new_tokens: Length limit of a generated answer.
-        dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics stay in float32.
+        dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
+            float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
@@ -115,20 +116,38 @@ def study(
         other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
         raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
     columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
-    with ExitStack() as stack:
-        cluster = engine != "local" or engine_settings
-        executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
-        bar = stack.enter_context(progress_by_tenths(*columns, line=lambda what, done, total: what))
-        # Nobody knows how many pieces a cluster will run at once.
-        on_one = executor is not None and not hasattr(executor, "processes")
+    try:
+        with ExitStack() as stack:
+            cluster = engine != "local" or engine_settings
+            executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
+            bar = stack.enter_context(progress_by_tenths(*columns, line=lambda what, done, total: what))
+            # Nobody knows how many pieces a cluster will run at once.
+            on_one = executor is not None and not hasattr(executor, "processes")
 
-        def show(done: int, total: int, left: Left) -> None:
-            bar(f"{done} of {counted(total, 'piece')}{_time_text(left, on_one)}", done, total)
+            def show(done: int, total: int, left: Left) -> None:
+                bar(f"{done} of {counted(total, 'piece')}{_time_text(left, on_one)}", done, total)
 
-        state = run_study(found, place, only or (), retry, executor, processes, show)
+            state = run_study(found, place, only or (), retry, executor, processes, show)
+        _write_results(found, place, open)
+    except (BlockingIOError, FileExistsError):
+        raise
+    except OSError:
+        # On a full disk nobody would otherwise learn which pieces it made fail before.
+        _print_failures(state_of(pieces, Lines(place)))
+        raise
+    if state.failed:
+        _print_failures(state)
+        raise UnfinishedStudyError(
+            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result; {place / PIECES} holds the "
+            "traces, and the same command with --retry tries again"
+        )
+
+
+def _write_results(study: Study, place: Path, shows_page: bool) -> None:
+    """Write the results and the page of all that is done, and print the tables."""
     # What earlier runs measured stays in the tables, also of stages that this one left out.
-    everything = state_of(pieces_of(found, place.absolute()), Lines(place))
-    results = results_of(found, everything)
+    everything = state_of(pieces_of(study, place.absolute()), Lines(place))
+    results = results_of(study, everything)
     results.write(place / RESULTS)
     print(f"the experts are in {place / 'library'}")
     if results.rows:
@@ -139,14 +158,8 @@ def study(
             console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
         print(*[f"\n{sentence}" for sentence in findings(results)], sep="")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
-        if open:
+        if shows_page:
             open_page(place / REPORT)
-    if state.failed:
-        _print_failures(state)
-        raise UnfinishedStudyError(
-            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result; {place / PIECES} holds the "
-            "traces, and the same command with --retry tries again"
-        )
 
 
 class UnfinishedStudyError(ValueError):
@@ -177,13 +190,12 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
         print(f"the time of {left.unknown} of them is not known, because nothing {like}")
     if left.bytes:
         print(f"their experts will take about {bytes_text(left.bytes)}")
-    if state.failed:
-        _print_failures(state)
+    _print_failures(state)
 
 
 def _print_failures(state: State) -> None:
     """Print a line for each piece that failed, or that needs one that did."""
-    print()
+    print(end="\n" if state.failed else "")
     for key, failure in state.failed.items():
         why = f"needs {title_of(failure.needed)}" if failure.needed else failure.sentence
         print(f"failed: {title_of(key)}: {why}")

@@ -119,9 +119,12 @@ def findings(results: Results) -> list[str]:
             (one for one in gains if one["task"]), key=lambda one: one["value"]
         )
         share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
-        kept = f"have {share:.2f} of" if share is not None else "change"
+        experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
+        if share is None:
+            sentences.append(f"All {experts} have an {metric} of 0 alone; {row['merge']} adds {_change(row)}")
+            continue
         sentences.append(
-            f"With {row['merge']}, the {row['count']} {kind} experts {kept} their own {_words(row['of'])} "
+            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric} "
             f"({_change(row)}); the worst task is {worst['task']}, with {_signed(worst['value'], row['of'])}"
         )
     return sentences

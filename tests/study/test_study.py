@@ -473,6 +473,7 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_half_made(settings, capsys
         shown.append(capsys.readouterr())
     assert "no result could be stored (File too large)" in shown[0].err
     assert re.search(r"^error: .*File too large: '.*report.html'$", shown[1].err, re.MULTILINE)
+    assert "failed: experts lora upper 0: " in shown[1].out
     assert study(settings, "--status") == 0
     status = capsys.readouterr().out
     for task in ("upper", "reverse"):
