@@ -6,6 +6,7 @@ tasks are for training and validation; every task is for test and prediction.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -36,7 +37,7 @@ from modular_experts.data.sampler import (
     epoch_order,
     group_by_length,
 )
-from modular_experts.data.tasks import Tasks, as_tasks, fill_splits
+from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ class TaskMixture(LightningDataModule):
         self.packed = bool(packing)
         """Whether training batches are packed; without a setting, a fit decides it (`choose_packing`)."""
         self._predicts = False
-        self._rows: dict[str, list[Row]] | None = None
+        # What was read and tokenised, by task, which the mixtures that `only` returns share.
+        self._rows: dict[str, list[Row]] = {}
         self._examples: dict[str, dict[str, list[Example]]] = {}
         self._truncated: Counter[tuple[str, str]] = Counter()
 
@@ -133,6 +135,20 @@ class TaskMixture(LightningDataModule):
     def roles(self) -> dict[str, str]:
         """Each task's role, `held_in` or `held_out`, by name, in the order of the tasks."""
         return {task.name: task.role for task in self.tasks}
+
+    def only(self, names: Sequence[str]) -> Self:
+        """Return the mixture of some of the tasks, in the given order.
+
+        Either mixture takes what the other has read and tokenised, so change no setting such as `eval_limit` in one.
+
+        Raises:
+            KeyError: A task is not in this mixture.
+        """
+        by_name = {task.name: task for task in self.tasks}
+        found = copy.copy(self)
+        found.tasks = [by_name[name] for name in names]
+        found.__dict__.pop("contents", None)
+        return found
 
     @property
     def counts(self) -> dict[str, int]:
@@ -175,12 +191,11 @@ class TaskMixture(LightningDataModule):
         Raises:
             ValueError: A file is missing, or a row is bad.
         """
-        found = {}
-        for task in self.tasks:
-            if split == "test" or task.held_in:
-                mine = [row for row in self._read()[task.name] if row.split == split]
-                most = len(mine) if split == "train" else self.eval_limit or len(mine)
-                found[task.name] = spread_evenly(mine, most)
+        found, read = {}, self._read()
+        for task in self._with(split):
+            mine = [row for row in read[task.name] if row.split == split]
+            most = len(mine) if split == "train" else self.eval_limit or len(mine)
+            found[task.name] = spread_evenly(mine, most)
         return found
 
     def prepare_data(self) -> None:
@@ -199,7 +214,7 @@ class TaskMixture(LightningDataModule):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         if self._predicts != (stage == "predict"):
             # Only prediction takes rows without targets.
-            self._predicts, self._rows, self._examples = stage == "predict", None, {}
+            self._predicts, self._rows, self._examples = stage == "predict", {}, {}
         needed = {"fit": ["train"], "validate": ["validation"], None: list(SPLITS)}.get(stage, ["test"])
         for split in needed:
             examples = self._split(split)
@@ -245,11 +260,10 @@ class TaskMixture(LightningDataModule):
             ValueError: A row is bad, or a task has no such rows.
         """
         which = " or ".join(splits)
-        if (key := f"inputs of {which}") in self._examples:
-            return self._examples[key]
-        tokenize, examples, problems = self._row_tokenizer(), {}, list[str]()
-        for task in self.tasks:
-            if not task.held_in:
+        known, problems = self._examples.setdefault(f"inputs of {which}", {}), list[str]()
+        tasks = [task for task in self.tasks if task.held_in]
+        for task in tasks:
+            if task.name in known:
                 continue
             rows, bad = task.read(targets=False)
             rows = [row if row.target or row.split else replace(row, split="validation") for row in rows]
@@ -261,15 +275,14 @@ class TaskMixture(LightningDataModule):
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
                 for row in rows
             ]
-            found, cut, worse = tokenize(task.name, asked)
+            found, cut, worse = self._row_tokenizer()(task.name, asked)
             problems += bad + worse
             self._log_cut(task.name, cut, len(rows), which)
-            if not worse:
+            if not (bad or worse):
                 pairs = zip(found, rows, strict=True)
-                examples[task.name] = [replace(example, target=row.target) for example, row in pairs]
+                known[task.name] = [replace(example, target=row.target) for example, row in pairs]
         raise_for_bad_rows(problems)
-        self._examples[key] = examples
-        return examples
+        return {task.name: known[task.name] for task in tasks}
 
     def train_dataloader(self) -> DataLoader:
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
@@ -386,30 +399,37 @@ class TaskMixture(LightningDataModule):
         return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))  # type: ignore[attr-defined]
 
     def _read(self) -> dict[str, list[Row]]:
-        if self._rows is None:
-            rows, problems = {}, []
-            for task in self.tasks:
+        problems = []
+        for task in self.tasks:
+            if task.name not in self._rows:
                 found, bad = task.read(not self._predicts, lambda sentence: self._log(logging.INFO, sentence))
                 problems += bad
-                rows[task.name] = fill_splits(
-                    found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
-                )
-            raise_for_bad_rows(problems)
-            self._rows = rows
-        return self._rows
+                if not bad:
+                    self._rows[task.name] = fill_splits(
+                        found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
+                    )
+        raise_for_bad_rows(problems)
+        return {task.name: self._rows[task.name] for task in self.tasks}
 
     def _split(self, split: str) -> dict[str, list[Example]]:
         """Return one split's examples by task; the first call tokenises them."""
-        if split not in self._examples:
-            tokenize, examples, problems = self._row_tokenizer(), {}, []
+        known, tasks = self._examples.setdefault(split, {}), self._with(split)
+        if any(task.name not in known for task in tasks):
+            tokenize, problems = self._row_tokenizer(), list[str]()
             for name, rows in self.rows(split).items():
-                examples[name], cut, bad = tokenize(name, rows, learn=split == "train")
-                problems += bad
-                self._truncated[name, split] = cut
-                self._log_cut(name, cut, len(rows), split)
+                if name not in known:
+                    examples, cut, bad = tokenize(name, rows, learn=split == "train")
+                    problems += bad
+                    self._truncated[name, split] = cut
+                    self._log_cut(name, cut, len(rows), split)
+                    if not bad:
+                        known[name] = examples
             raise_for_bad_rows(problems)
-            self._examples[split] = examples
-        return self._examples[split]
+        return {task.name: known[task.name] for task in tasks}
+
+    def _with(self, split: str) -> list[Task]:
+        """Return the tasks that have rows of a split: held-out ones have only test rows."""
+        return [task for task in self.tasks if split == "test" or task.held_in]
 
     def _row_tokenizer(self) -> RowTokenizer:
         tokenizer = self.tokenizer

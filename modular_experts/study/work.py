@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -85,13 +85,12 @@ def choose(
     """Choose the settings of a merge method, which all groups of a count share, on validation rows of their tasks."""
     started = time.perf_counter()
     assert merge.tune is not None
-    model, tokenizer = loaded(study.base, study.dtype)
+    model, _ = loaded(study.base, study.dtype)
     rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
     parts = []
     for group in groups:
         experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
-        data = ChoiceRows(_tasks(study, group), tokenizer, **study.data | {"eval_limit": rows})
-        parts.append((experts, Objective(model, data)))
+        parts.append((experts, Objective(model, _shared_rows(study, ChoiceRows, study.held_in, rows).only(group))))
     method, grid = _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid")
     trials, best = tune_groups(parts, method, grid, folder=out / "library")
     found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
@@ -283,17 +282,24 @@ def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer()
 
 
-_MIXTURES: dict[str, TaskMixture] = {}
-
-
 def test_rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
     """Return the test rows of tasks, which a process reads and tokenises once."""
+    data = _shared_rows(study, TaskMixture, [*study.held_in, *study.held_out], study.data.get("eval_limit")).only(tasks)
+    data.setup("test")
+    return data
+
+
+_MIXTURES: dict[Any, TaskMixture] = {}
+
+
+def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
+    """Return the mixture of which pieces take their tasks, so that a process reads and tokenises each of them once."""
     every = {**study.held_in, **study.held_out}
-    key = json.dumps([study.base, study.data, [[every[task], study.contents[task]] for task in tasks]])
-    if key not in _MIXTURES:
-        _MIXTURES[key] = TaskMixture(_tasks(study, tasks), loaded(study.base, study.dtype)[1], **study.data)
-        _MIXTURES[key].setup("test")
-    return _MIXTURES[key]
+    key = json.dumps([study.base, study.data, limit, [[every[task], study.contents[task]] for task in tasks]])
+    if (kind, key) not in _MIXTURES:
+        tokenizer = loaded(study.base, study.dtype)[1]
+        _MIXTURES[kind, key] = kind(_tasks(study, [*tasks]), tokenizer, **study.data | {"eval_limit": limit})
+    return _MIXTURES[kind, key]
 
 
 def _tasks(study: Study, names: Sequence[str]) -> list[Task]:

@@ -154,6 +154,28 @@ def test_the_evaluation_limit_takes_rows_of_each_task_from_all_over_the_file(thr
     assert served(data.predict_dataloader())[:2] == served(everything.predict_dataloader())[0:6:3]
 
 
+def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_each_task_once(
+    three: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+    read = Task.read
+    monkeypatch.setattr(Task, "read", lambda task, *given: (reads.update([task.name]), read(task, *given))[1])
+
+    def found(data: TaskMixture) -> list[Any]:
+        data.setup()
+        loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+        batches = [(batch["task"], batch["input_ids"].tolist()) for loader in loaders for batch in loader]
+        return [list(data.roles), data.contents, batches]
+
+    whole, parts = mixture(*three, eval_limit=4), (["reverse"], ["first", "upper"], ["reverse", "upper"])
+    assert whole.contents.keys() == {"upper", "reverse"}
+    shared = [found(whole.only(names)) for names in parts]
+    assert reads == {"upper": 1, "reverse": 1, "first": 1}
+    by_name = {task.name: task for task in three}
+    assert shared == [found(mixture(*map(by_name.get, names), eval_limit=4)) for names in parts]
+    assert list(whole.roles) == ["upper", "reverse", "first"]
+
+
 def test_bad_numbers_are_refused() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
