@@ -32,7 +32,7 @@ import torch
 from intervals import interval
 from lightning.pytorch import Callback
 from related_cost import costs, own_memory, print_costs
-from related_worlds import TenTasks, parser_of, quiet_logs, run_all
+from related_worlds import TenTasks, parser_of, run_all
 from step_report import machine
 from torch import Tensor
 from training_worlds import METHODS
@@ -220,7 +220,6 @@ def _quality(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _alone(world: Apart, _: str, seed: int, name: str, task: str, rate: float) -> dict[str, Any]:
     """Train an expert, if it is not there, and test it on its task."""
-    quiet_logs()
     kind, path, state = KINDS[name], world.path(name, task, rate), OptimizerState()
     started = time.process_time()
     whole = path if kind.limit is None else path.with_name(f"{path.name}-whole")
@@ -237,7 +236,6 @@ def _alone(world: Apart, _: str, seed: int, name: str, task: str, rate: float) -
 
 def _merged(world: Apart, _: str, seed: int, name: str, rate: float, way: str) -> dict[str, Any]:
     """Merge the experts of all tasks as a method comes, and test the merge."""
-    quiet_logs()
     torch.manual_seed(seed)
     deltas = dict(Merged([world.path(name, task, rate) for task in world.tasks], METHODS[way]))
     found = {"validation": _scores(world, world.tasks, deltas, "validate")["loss"]}

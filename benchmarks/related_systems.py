@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from intervals import interval
 from related_cost import costs, own_memory, parameters, print_costs
-from related_worlds import FewFiles, HiddenWords, TenTasks, parser_of, quiet_logs, run_all
+from related_worlds import FewFiles, HiddenWords, TenTasks, parser_of, run_all
 from step_report import machine
 from torch import nn
 
@@ -242,7 +242,6 @@ def _expert(world: TenTasks, name: str, size: str, rate: float) -> Path:
 
 def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) -> dict[str, float]:
     """Train a system, and return its loss on validation words."""
-    quiet_logs()
     path = _expert(world, name, size, rate)
     started = time.process_time()
     if not path.exists():
@@ -256,7 +255,6 @@ def _validated(world: TenTasks, seed: int, name: str, size: str, rate: float) ->
 
 def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: float) -> dict[str, Any]:
     """Return what a trained system scores on the test words of each task, and its numbers of parameters."""
-    quiet_logs()
     model, data = world.model, world.rows_of(world.tasks, "test", held_out=True)
     with attached(model, _expert(world, name, size, rate), check=False):
         scores = measure(model, world.tokenizer, data.test_dataloader(), data.roles, world.new_tokens)
@@ -268,7 +266,6 @@ def _tested(world: TenTasks, _: str, seed: int, name: str, size: str, rate: floa
 @torch.no_grad()
 def _selected(world: TenTasks, _: str, seed: int, rate: float) -> float:
     """Return of how many test prompts PointLoRA selects every capital, the tokens of the hidden word."""
-    quiet_logs()
     capitals = torch.tensor(world.tokenizer.convert_tokens_to_ids(list(LETTERS.upper())))
     with attached(world.model, _expert(world, "PointLoRA", "long", rate), check=False):
         batches = world.rows_of(world.tasks, "test", held_out=True).test_dataloader()
@@ -286,7 +283,6 @@ def selects(model: nn.Module, ids: torch.Tensor, sought: torch.Tensor) -> bool:
 
 def _alone(world: TenTasks, _: str, seed: int, task: str) -> dict[str, float]:
     """Return what a LoRA of the quickstart that knows one task scores on it."""
-    quiet_logs()
     path = world.expert("lora", task)
     if not path.exists():
         world.train("lora", task)

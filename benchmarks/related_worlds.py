@@ -6,7 +6,6 @@ A world holds several tasks, generated or real; a system learns them in one mixt
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progres
 from modular_experts.suite import WordTask
 from modular_experts.suite.words import LETTERS
 
-__all__ = ["FewFiles", "HiddenWords", "TenTasks", "parser_of", "quiet_logs", "run_all"]
+__all__ = ["FewFiles", "HiddenWords", "TenTasks", "parser_of", "run_all"]
 
 STEPS, RATES = 200, (1e-3, 3e-3, 1e-2)
 
@@ -125,12 +124,6 @@ def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTa
     with LocalProcesses(processes) as pool:
         pieces = [Piece(key, work, (world, *key)) for key, world in keys.items()]
         run(pieces, store, pool, print_progress()).raise_failures()
-
-
-def quiet_logs() -> None:
-    """Keep a worker from logging more than errors."""
-    for name in ("modular_experts", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def parser_of(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import build_model, build_tokenizer
+from testbed.here import work_here
 from testbed.scripts import run_script
 from transformers import LlamaForCausalLM
 
@@ -18,10 +20,11 @@ KINDS = ["XGBLoRA", "ReLoRA", "GLoRA, searched", "RECAST"]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("related_experts")
+        work_here(patch, "related_worlds", "related_cost")
+        yield importlib.import_module("related_experts")
 
 
 def suite_model() -> LlamaForCausalLM:
@@ -63,7 +66,7 @@ def test_it_trains_merges_and_goes_on_where_it_was(script, tmp_path) -> None:
     assert rows["LoRA, rank 4"]["alone difference"] == [0.0, 0.0]
 
 
-def test_it_shows_the_cost(tmp_path) -> None:
+def test_it_shows_the_cost(script, tmp_path) -> None:
     shown = run_script("related_experts.py", "--quick", "--parts", "cost", "--kinds", "XGBLoRA", "--work", tmp_path)
     rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| LoRA", "| XGBLoRA"))]
     assert [row[0] for row in rows] == ["| LoRA, rank 8", "| LoRA, rank 1", "| XGBLoRA"]

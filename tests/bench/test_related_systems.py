@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from testbed.here import work_here
 from testbed.scripts import run_script
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -21,10 +23,11 @@ from modular_experts.suite.tasks import Reverse
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("related_systems")
+        work_here(patch, "related_worlds", "related_cost")
+        yield importlib.import_module("related_systems")
 
 
 def suite_model() -> LlamaForCausalLM:
@@ -83,7 +86,7 @@ def test_it_trains_tests_and_goes_on_where_it_was(script, tmp_path) -> None:
         assert 0 <= row["held_in"]["exact_match"] <= 1 < row["held_out"]["loss"]
 
 
-def test_it_shows_the_cost(tmp_path) -> None:
+def test_it_shows_the_cost(script, tmp_path) -> None:
     shown = run_script("related_systems.py", "--quick", "--parts", "cost", "--systems", "GOAT", "--work", tmp_path)
     rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| LoRA", "| GOAT"))]
     assert [row[0] for row in rows] == ["| LoRA", "| GOAT"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from testbed.here import STUDY, work_here
 from testbed.scripts import run_commands_here, run_script
 
 
 def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
     run_commands_here(monkeypatch)
+    work_here(monkeypatch, *STUDY)
     found = json.loads(run_script("study_cost.py", str(tiny_llama_dir), "--quick", "--json"))
     # Two trainings, their tests, and the test of the base.
     assert found["pieces"] == 5

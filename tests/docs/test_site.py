@@ -20,6 +20,7 @@ import generate_docs
 import pytest
 import yaml
 from testbed.documents import ROOT, few_examples, short
+from testbed.here import STUDY, work_here
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
@@ -77,6 +78,7 @@ def place(tutorial, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
+    work_here(monkeypatch, *STUDY)
     return tmp_path / "here"
 
 

@@ -8,12 +8,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from testbed.here import Here
 
 from modular_experts.base import Base
 from modular_experts.jobs import FailedPiecesError
@@ -38,23 +39,16 @@ MERGES = [("sparse", method) for method in METHODS] + [
 ]
 
 
-class Here(Executor):
-    """An executor that runs each piece of work in this process, so that nothing is imported again."""
-
+class WithoutDevices(Here):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a GPU would give other numbers"
-        future: Future = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except OSError as error:
-            future.set_exception(error)
-        return future
+        return super().submit(fn, *args, **kwargs)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modular_experts.quickstart.run.LocalProcesses", Here)
+        patch.setattr("modular_experts.quickstart.run.LocalProcesses", WithoutDevices)
         yield
 
 

@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_rows
+from testbed.here import STUDY, work_here
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library, open_expert
@@ -48,7 +48,7 @@ def settings(tmp_path, tiny_llama_dir, task_files, monkeypatch) -> dict[str, Any
 
 
 def study(settings: dict[str, Any], *words: str) -> int:
-    """Run the command in threads of this process, one at a time, and return its exit code."""
+    """Run the command in this process, and return its exit code."""
     Path("study.yaml").write_text(yaml.safe_dump(settings))
     return main(["study", "--config", "study.yaml", "--out", "runs/mine", "--processes", "1", *words])
 
@@ -73,15 +73,8 @@ def results(place: str = "runs/mine") -> Results:
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch) -> None:
-    """Run pieces in a thread, so that nothing is imported anew; `test_study_killed.py` starts processes."""
-
-    class Threads(ThreadPoolExecutor):
-        def __init__(self, processes: int | None, bytes_each: int = 0) -> None:
-            super().__init__(1)
-            self.processes = 1
-
-    for file in ("run", "estimate"):
-        monkeypatch.setattr(f"modular_experts.study.{file}.LocalProcesses", Threads)
+    """Nothing is imported anew; `test_study_killed.py` starts processes."""
+    work_here(monkeypatch, *STUDY)
     work.loaded.cache_clear()
 
 

@@ -1,0 +1,35 @@
+"""Do work here that a program gives to processes: each of them would import torch and Lightning for five seconds."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import pytest
+
+
+class Here(Executor):
+    """Calls a function when it is submitted, with copies of its arguments, such as a process gets."""
+
+    def __init__(self, processes: int | None = None, bytes_each: int = 0) -> None:
+        self.processes = 1
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            call, given, named = pickle.loads(pickle.dumps((fn, args, kwargs)))
+            future.set_result(pickle.loads(pickle.dumps(call(*given, **named))))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def work_here(patch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Let modules that import `LocalProcesses` do all work in this process."""
+    for module in modules:
+        patch.setattr(f"{module}.LocalProcesses", Here)
+
+
+STUDY = ("modular_experts.study.run", "modular_experts.study.estimate")
