@@ -1,8 +1,10 @@
-"""What every trained mixture of configs/fit keeps: resume, ranks, generation, the library, GPT-2's layout, its log."""
+"""What every trained mixture of configs/fit keeps: resume, generation, the library, GPT-2's layout, its log.
+
+Two processes train each of them in `tests/training/test_ddp.py`.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,8 +14,6 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from testbed import trained_mixtures
-from testbed.ranks import run_on_two_ranks
 from testbed.trained_mixtures import MIXTURES, train
 
 from modular_experts.base import Base
@@ -94,22 +94,3 @@ def test_penalties_are_logged_by_name(name, trained) -> None:
     found = {key.removeprefix("penalty/"): value for key, value in logged.items() if key.startswith("penalty")}
     assert found.keys() == MIXTURES[name]
     assert all(value > 0 for value in found.values())
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory, tiny_llama_dir, task_files) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What each of two processes ends with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    files = json.dumps({name: str(file) for name, file in task_files.items()})
-    run_on_two_ranks(trained_mixtures.__file__, str(folder), str(tiny_llama_dir), files, "2")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.ddp
-@each_mixture
-def test_two_processes_train_what_one_trains(name, trained, ranks) -> None:
-    one = expert_state(trained(name)[0].model)
-    for rank in ranks:
-        assert rank[name].keys() == one.keys()
-        for key, tensor in one.items():
-            torch.testing.assert_close(rank[name][key], tensor, rtol=1e-8, atol=1e-10)

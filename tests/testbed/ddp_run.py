@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.shared_gate import SharedGate
+from testbed.trained_mixtures import MIXTURES, train
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, RandomPaths, TrainUnderOthers
@@ -28,7 +29,7 @@ from modular_experts.experts import (
     TTLoRAExpert,
 )
 from modular_experts.experts.site import LayerPlan
-from modular_experts.injection import expert_layers
+from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
 from modular_experts.training.module import ExpertModule
@@ -166,6 +167,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)
+    for name in MIXTURES:
+        found[name] = expert_state(train(name, base, files, folder, ranks=ranks)[0].model)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
     if ranks > 1:
         torch.distributed.barrier()

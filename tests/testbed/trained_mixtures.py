@@ -1,14 +1,7 @@
-"""Short runs of the trained mixtures of configs/fit, in one process or as a rank of several.
-
-`python trained_mixtures.py FOLDER BASE FILES_JSON RANKS` trains each of them for a few steps, and each rank writes what
-it ends with to `FOLDER/rank{R}.pt`.
-"""
+"""Short runs of the trained mixtures of configs/fit, in one process or as a rank of several."""
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +12,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from testbed import runs
 
 from modular_experts import routing
-from modular_experts.injection import expert_state
 from modular_experts.training.module import ExpertModule
 
 __all__ = ["MIXTURES", "of_config", "train"]
@@ -67,21 +59,3 @@ def train(
     trainer = runs.trainer(folder, *callbacks, **(place | settings))
     trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=resume)
     return module, trainer
-
-
-def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
-    """Train each mixture, and write its state."""
-    warnings.simplefilter("ignore")
-    found = {}
-    for name in MIXTURES:
-        module, trainer = train(name, base, files, folder, ranks=ranks)
-        found[name] = expert_state(module.model)
-    torch.save(found, folder / f"rank{trainer.global_rank}.pt")
-    if ranks > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    names = {name: Path(file) for name, file in json.loads(sys.argv[3]).items()}
-    main(Path(sys.argv[1]), Path(sys.argv[2]), names, int(sys.argv[4]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from testbed import ddp_run
 from testbed.ranks import run_on_two_ranks
+from testbed.trained_mixtures import MIXTURES
 
 pytestmark = pytest.mark.ddp
 
@@ -107,6 +108,15 @@ def test_two_processes_train_a_system_as_one_does(found, system: str) -> None:
             torch.testing.assert_close(rank[system][name], tensor, rtol=1e-6, atol=1e-9)
     moved = [tensor.norm() for name, tensor in one[system].items() if "up" in name or "cores.5" in name]
     assert max(moved) > 1e-4
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_two_processes_train_a_mixture_as_one_does(found, mixture: str) -> None:
+    one, two, _ = found
+    for rank in two:
+        assert rank[mixture].keys() == one[mixture].keys()
+        for name, tensor in one[mixture].items():
+            torch.testing.assert_close(rank[mixture][name], tensor, rtol=1e-8, atol=1e-10)
 
 
 def test_only_kept_entries_are_communicated(found) -> None:
