@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,12 +48,6 @@ def place(tmp_path_factory, tiny_llama_dir) -> Path:
 def _in_place(place, monkeypatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["modular-experts"])
-
-
-@pytest.fixture
-def _without_processes(monkeypatch) -> None:
-    """Measure for a dry run in this process."""
-    monkeypatch.setattr("modular_experts.study.estimate.LocalProcesses", ThreadPoolExecutor)
 
 
 def _fit(config: str) -> int:
@@ -102,7 +95,6 @@ def test_search_config_searches(config: Path) -> None:
     assert (found.path.parent / f"{config.stem}.recipe.yaml").exists() == (config.stem != "by-row")
 
 
-@pytest.mark.usefixtures("_without_processes")
 def test_the_studies_are_read(capsys) -> None:
     """Their experts, merges and searches are tested in `tests/study`."""
     Path(".cache").mkdir(exist_ok=True)
@@ -113,14 +105,13 @@ def test_the_studies_are_read(capsys) -> None:
         write_rows(Path(name), [{"input": name, "target": "a", "split": "test"}])
     studies = [CONFIGS / name for name in ("study/suite.yaml", "study/tradeoffs.yaml", "paper/tiny.yaml")]
     for file in (*studies, small):
-        assert main(["study", "--config", str(file), "--dry-run"]) == 0
-        assert "experts lora" in capsys.readouterr().out
+        assert main(["study", "--config", str(file), "--status"]) == 0
+        assert re.search(r"^experts +0 of [1-9]\d* done$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.usefixtures("_without_processes")
 def test_the_study_of_phi_3_lacks_nothing_but_its_base(capsys, monkeypatch) -> None:
     Path("configs").symlink_to(CONFIGS)
-    words = ["study", "--config", "configs/paper/phi-3-mini.yaml", "--dry-run"]
+    words = ["study", "--config", "configs/paper/phi-3-mini.yaml", "--status"]
     assert main([*words, "--base", str(QUICKSTART / "base")]) == 0
     # 4 kinds of 20 experts and the multitask one; 14 merges of 10 pairs, 4 fives, 2 tens and all.
     shown = capsys.readouterr().out
