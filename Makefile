@@ -31,7 +31,7 @@ examples: ## write the task files of examples/ again, as their script says
 	$(PYTHON) scripts/examples.py examples
 
 test: $(DEVELOPS) ## run the tests, without those that take many minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DEVELOPS) $(SMOLLM2)/config.json ## test on SmolLM2; MODULAR_EXPERTS_DATA names task files
 	$(BIN)/python -m pytest -m slow -rs -n auto --dist loadgroup $(ARGS)

@@ -60,6 +60,20 @@ TARGETS = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
+LONG = """
+docs/test_site docs/test_configs docs/test_paper_configs docs/test_notebooks experts/test_battery study/test_study
+study/test_study_killed bench/test_benchmarks bench/test_merge_benchmarks bench/test_related_systems
+bench/test_related_experts training/test_module training/test_ddp cli/test_related_types kernels/test_triton_tiles
+"""
+"""Files that take more than ten seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with long files, so that at the end no process of `make test` works on one alone."""
+    long = {f"{name}.py" for name in LONG.split()}
+    items.sort(key=lambda item: "/".join(item.path.parts[-2:]) not in long)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
