@@ -38,8 +38,8 @@ RESULTS = "results.json"
 # What parts of a run take on one idle core of a small cloud machine.
 BASE_SECONDS = 43.0
 START_SECONDS = 14.0  # of the processes, with the multitask expert
-TASK_SECONDS = 11.0  # of the experts, merges and tests of each held-in task, on one core
-PIECE_SECONDS = {"experts": 1.3, "tests": 0.1, "settings": 1.2, "merges": 0.2}  # of a piece of each stage
+TASK_SECONDS = 8.5  # of the experts, merges and tests of each held-in task, on one core
+PIECE_SECONDS = {"experts": 1.3, "tests": 0.05, "settings": 0.8, "merges": 0.12}  # of a piece of each stage
 
 
 def run_plan(
