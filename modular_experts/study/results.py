@@ -125,7 +125,7 @@ def findings(results: Results) -> list[str]:
             continue
         sentences.append(
             f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric} "
-            f"({_change(row)}); the worst task is {worst['task']}, with {_signed(worst['value'], row['of'])}"
+            f"({_change(row)}); {_worst(worst)}"
         )
     return sentences
 
@@ -330,6 +330,13 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapp
     """Return the gains by task of merges."""
     models = [row["model"] for row in best.values()]
     return [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in models]
+
+
+def _worst(row: Mapping[str, Any]) -> str:
+    """Return which task lost most, if one lost anything."""
+    if row["value"] == 0 or (row["value"] > 0) != (row["of"] == "loss"):
+        return "no task is worse than by its own expert"
+    return f"the worst task is {row['task']}, with {_signed(row['value'], row['of'])}"
 
 
 def _change(row: Mapping[str, Any]) -> str:

@@ -96,6 +96,10 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
     (sentence,) = findings(Results(rows, facts))
     assert sentence.startswith("With X, the 2 lora experts have 0.97 of their own exact match (-5.0 points, 95 %")
     assert sentence.endswith("the worst task is a, with -20.0")
+    for kept in (50, 60):
+        merged = found("lora X", ["b"], {"b": kept}, "X")
+        (sentence,) = findings(Results(effects(state(singles[1], merged), "exact_match"), facts))
+        assert sentence.endswith("no task is worse than by its own expert")
 
 
 def test_the_rows_of_each_task_are_drawn_apart() -> None:
