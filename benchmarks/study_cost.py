@@ -9,7 +9,7 @@ thread. Three numbers come of it:
 * matrix: the time of the study's tests, beside the time of `modular-experts test` for as many experts. A few of these
   are measured, and their mean is taken for the others.
 
-    python benchmarks/study_cost.py [BASE] [--experts 20] [--separate 3] [--quick] [--json]      10 minutes
+    python benchmarks/study_cost.py [BASE] [--experts 20] [--separate 3] [--batch 16] [--quick] [--json]      3 minutes
 
 The base is that of the quickstart unless another is named.
 """
@@ -40,13 +40,15 @@ def main() -> None:
     parser.add_argument("base", nargs="?", default="runs/quickstart/base", help="directory of a base")
     parser.add_argument("--experts", type=int, default=20, help="how many of the twenty tasks get an expert")
     parser.add_argument("--separate", type=int, default=3, help="how many experts are tested by a command of their own")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a batch of the tests, of both ways")
     parser.add_argument("--quick", action="store_true", help="two experts, to see that it works")
     parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args()
     experts, separate = (2, 1) if options.quick else (options.experts, options.separate)
     with tempfile.TemporaryDirectory() as folder:
         steps, rows = (1, 4) if options.quick else (50, None)
-        found = measure(Path(options.base).absolute(), experts, separate, Path(folder), steps, rows)
+        data = {"eval_limit": rows, "eval_batch_size": options.batch}
+        found = measure(Path(options.base).absolute(), experts, separate, Path(folder), steps, data)
     found |= {"machine": machine()}
     if options.json:
         json.dump(found, sys.stdout, indent=2)
@@ -61,9 +63,8 @@ def main() -> None:
     print(f"{found['separate']:.1f} s ({found['separate'] / found['matrix']:.1f} times)")
 
 
-def measure(base: Path, experts: int, separate: int, folder: Path, steps: int, rows: int | None) -> dict[str, Any]:
+def measure(base: Path, experts: int, separate: int, folder: Path, steps: int, data: dict[str, Any]) -> dict[str, Any]:
     """Run the study and the separate tests in a folder, and return what they took in seconds."""
-    data = {"eval_limit": rows}
     held_in, held_out = ([kind.__name__ for kind in kinds] for kinds in (HELD_IN[:experts], HELD_OUT))
     settings: dict[str, Any] = {
         "base": str(base),
