@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.reports import Results
-from modular_experts.reports.html import Html, Section, element, example, note, report, sorting
+from modular_experts.reports.html import Html, Section, element, example, note, report, script
 from modular_experts.reports.results import METRICS, ROLES, SHARES
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
@@ -41,7 +41,7 @@ def write_report(results: Results, file: Path) -> None:
     }
     about = {"base": facts["base"], **places, "machine": facts["machine"], "data type": facts["dtype"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = report(f"{len(models)} models compared", header, sections, about, sorting())
+    text = report(f"{len(models)} models compared", header, sections, about, script())
     file.write_text(text, encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from modular_experts.reports.svg import COLOURS
 
 HEAD = '<meta charset="utf-8" /><meta name="viewport" content="width=device-width, initial-scale=1" />'
 LONGEST = 300  # characters of a text in an example
-STYLE, SORTING = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 
 
 class Html(str):
@@ -74,9 +74,12 @@ def example(given: str, wanted: str, answers: Mapping[str, str]) -> Html:
     return element("dl", *shown, class_="example")
 
 
-def sorting() -> Html:
-    """Return a script for the end of a page, by which headings sort their tables; the page reads as well without it."""
-    return element("script", Html(SORTING.read_text(encoding="utf-8")))
+def script() -> Html:
+    """Return a script for the end of a page, by which headings sort tables and downloads come unpacked.
+
+    The page reads as well without it.
+    """
+    return element("script", Html(SCRIPT.read_text(encoding="utf-8")))
 
 
 def slug(text: str) -> str:

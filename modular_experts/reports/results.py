@@ -6,6 +6,7 @@ Every table, chart and page reads results in this form, and so does pandas: `pan
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -129,12 +130,14 @@ class Results:
         return stream.getvalue()
 
     def downloads(self) -> Html:
-        """Return links to these results as JSON and as CSV, which a page holds in itself."""
+        """Return links to these results as JSON and as CSV, which a page holds in itself, packed by gzip."""
         whole = json.dumps(_plain({"format": FORMAT, "facts": self.facts, "rows": self.rows}), ensure_ascii=False)
-        files = {"results.json": ("application/json", whole), "results.csv": ("text/csv", self.csv())}
+        files = {"results.json": whole, "results.csv": self.csv()}
+        # Without a time, the same results give the same page.
+        packed = {name: b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in files.items()}
         links = [
-            element("a", name, download=name, href=f"data:{kind};base64,{b64encode(text.encode()).decode()}")
-            for name, (kind, text) in files.items()
+            element("a", name, download=f"{name}.gz", href=f"data:application/gzip;base64,{data}")
+            for name, data in packed.items()
         ]
         return element("p", "All numbers: ", links[0], " · ", links[1], class_="note")
 

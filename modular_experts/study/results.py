@@ -20,7 +20,7 @@ from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 from modular_experts.reports.heat import heat_map
-from modular_experts.reports.html import Section, element, example, note, report, sorting
+from modular_experts.reports.html import Section, element, example, note, report, script
 from modular_experts.reports.results import METRICS, ROLES, SHARES
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
@@ -161,13 +161,15 @@ def write_report(results: Results, state: State, file: Path) -> None:
         *_effect_sections(results),
         *_growth_section(results),
     ]
-    wide = [model for model in tested.values("model") if len(tested.where(model=model).values("task")) > 1]
+    # The merges of a few experts are many, and each is tested on the tasks of its own group.
+    whole = Results([row for row in tested.rows if row["count"] in (None, len(facts["held_in"]))])
+    wide = [model for model in whole.values("model") if len(whole.where(model=model).values("task")) > 1]
     if wide:
         means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
         sections.append(
             Section(
                 "Every task",
-                f"The {what} of each model on every task on which it was tested",
+                f"The {what} of each model, task by task; merges are those of all experts",
                 [
                     heat_map(wide, tasks, means, _shown(metric), metric == "loss"),
                     note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
@@ -183,7 +185,7 @@ def write_report(results: Results, state: State, file: Path) -> None:
         sections.append(Section("Failed", f"{count} no result", [table.html()]))
     about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = report(f"Study of {len(tasks)} tasks", header, sections, about, sorting())
+    text = report(f"Study of {len(tasks)} tasks", header, sections, about, script())
     with new_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

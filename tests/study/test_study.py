@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import resource
@@ -107,7 +108,7 @@ def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
     assert "lora SparseAverage" in page
     assert "https://" not in page
     assert "src=" not in page
-    held = json.loads(base64.b64decode(re.search(r'application/json;base64,([^"]+)', page)[1]))
+    held = json.loads(gzip.decompress(base64.b64decode(re.search(r'application/gzip;base64,([^"]+)', page)[1])))
     assert held == json.loads(Path("runs/mine/results.json").read_text())
     # What others published is marked as theirs, and in no row of ours.
     assert re.search(r"^multitask +[\d.]+ +87.65 +[\d.]+ +76.54 *$", shown, re.MULTILINE)
