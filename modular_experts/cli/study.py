@@ -132,7 +132,7 @@ def study(
     except (BlockingIOError, FileExistsError):
         raise
     except OSError:
-        # On a full disk nobody would otherwise learn which pieces it made fail before.
+        # A full disk makes pieces fail before it ends the study, and the user wants to know which.
         _print_failures(state_of(pieces, Lines(place)))
         raise
     if state.failed:

@@ -30,8 +30,8 @@ for (const table of document.querySelectorAll("table")) {
   });
   table.classList.add("sortable");
 }
-// The numbers lie in the page packed, and a press unpacks them. Without this script they are saved as they are.
-for (const link of document.querySelectorAll("a[download$='.gz']")) {
+// The page holds its numbers packed, and a press unpacks them; a browser that cannot do so saves them packed.
+for (const link of "DecompressionStream" in window ? document.querySelectorAll("a[download$='.gz']") : []) {
   link.addEventListener("click", async event => {
     event.preventDefault();
     const packed = Uint8Array.from(atob(link.href.split(",")[1]), letter => letter.charCodeAt(0));

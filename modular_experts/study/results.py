@@ -121,7 +121,7 @@ def findings(results: Results) -> list[str]:
         share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
         experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
         if share is None:
-            sentences.append(f"All {experts} have an {metric} of 0 alone; {row['merge']} adds {_change(row)}")
+            sentences.append(f"The {experts} score 0 in {metric} alone; {row['merge']} adds {_change(row)}")
             continue
         sentences.append(
             f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric} "
@@ -161,15 +161,16 @@ def write_report(results: Results, state: State, file: Path) -> None:
         *_effect_sections(results),
         *_growth_section(results),
     ]
-    # The merges of a few experts are many, and each is tested on the tasks of its own group.
-    whole = Results([row for row in tested.rows if row["count"] in (None, len(facts["held_in"]))])
-    wide = [model for model in whole.values("model") if len(whole.where(model=model).values("task")) > 1]
+    # Merges of fewer experts are many, and each is tested on the tasks of its own group.
+    most = max((row["count"] or 0 for row in tested.rows), default=0)
+    largest = Results([row for row in tested.rows if row["count"] in (None, most)])
+    wide = [model for model in largest.values("model") if len(largest.where(model=model).values("task")) > 1]
     if wide:
         means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
         sections.append(
             Section(
                 "Every task",
-                f"The {what} of each model, task by task; merges are those of all experts",
+                f"The {what} of each model, task by task" + f"; merges are of {most} experts" * bool(most),
                 [
                     heat_map(wide, tasks, means, _shown(metric), metric == "loss"),
                     note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
@@ -336,7 +337,8 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapp
 
 def _worst(row: Mapping[str, Any]) -> str:
     """Return which task lost most, if one lost anything."""
-    if row["value"] == 0 or (row["value"] > 0) != (row["of"] == "loss"):
+    lost = row["value"] if row["of"] == "loss" else -row["value"]
+    if lost <= 0:
         return "no task is worse than by its own expert"
     return f"the worst task is {row['task']}, with {_signed(row['value'], row['of'])}"
 

@@ -114,7 +114,7 @@ def test_an_expert_that_has_nothing_right_gives_a_gain_and_no_share() -> None:
     rows = effects(state(found("lora-a", ["a"], {"a": 0}), found("lora X", ["a"], {"a": 5}, "X")), "exact_match")
     assert {row["metric"]: row["value"] for row in rows if row["task"] == "a"} == {"gain": 0.05, "normalised": None}
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
-    assert sentence.startswith("All 1 lora experts have an exact match of 0 alone; X adds +5.0 points, ")
+    assert sentence.startswith("The 1 lora experts score 0 in exact match alone; X adds +5.0 points, ")
 
 
 def test_seeds_of_the_same_merge_are_pooled_and_other_groups_are_not() -> None:

@@ -236,6 +236,12 @@ def test_groups_are_disjoint_and_the_same_for_every_method(settings, tmp_path) -
     assert sorted(by_merge["SparseAverage"]) == sorted(by_merge["TIES"])
     members = [name for group in by_merge["TIES"] for name in group]
     assert len(members) == len(set(members)) == 4
+    # The map of every task leaves the merges of two out.
+    page = Path("runs/mine/report.html").read_text()
+    every = page[page.index('<section id="every-task">') : page.index('<section id="answers">')]
+    assert "merges are of 5 experts" in every
+    assert "lora TIES" in every
+    assert ", group" not in every
 
 
 def test_the_groups_of_a_count_share_the_settings_of_the_lowest_mean_loss_over_their_tasks(settings, tmp_path) -> None:
