@@ -88,7 +88,7 @@ def _training(piece: Piece) -> dict[str, float]:
 
 def _rows(study: Study) -> dict[str, Any]:
     """Return the seconds of a row in a test and in a tuning, and how many rows each task has for both."""
-    data = test_rows(study, [*study.held_in, *study.held_out])
+    data = test_rows(study, [*study.tasks])
     model, tokenizer = loaded(study.base, study.dtype)
     batch = next(iter(data.test_dataloader()))
     taken = []

@@ -50,27 +50,27 @@ class _Plan:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
         self.pieces: list[Piece] = []
-        every = {**study.held_in, **study.held_out}
         self.origin = [Base.open(study.base).fingerprint, package_versions()["modular-experts"]]
         self.rows = [study.data, study.max_new_tokens, study.dtype]
-        self._test(BASE, (), [*every], (BASE,), [])
+        self._test(BASE, (), [*study.tasks], (BASE,), [])
         for seed in study.seeds:
             if study.multitask is not None:
                 # The longest piece goes first, so that no process does it while the others have nothing left to do.
                 name = study.multitask_name(seed)
                 trained = self._train(study.multitask, [*study.held_in], name, (MULTITASK, "all"), seed)
-                self._test(MULTITASK, (name,), [*every], (MULTITASK, seed), [trained], seed=seed, own=[*study.held_in])
+                own = [*study.held_in]
+                self._test(MULTITASK, (name,), [*study.tasks], (MULTITASK, seed), [trained], seed=seed, own=own)
             for kind in study.experts:
                 self._experts_of(kind, seed)
 
     def _experts_of(self, kind: str, seed: int) -> None:
         """Add the trainings, statistics, tests and merges of one kind of experts."""
-        study, every = self.study, [*self.study.held_in, *self.study.held_out]
+        study = self.study
         trained: dict[str, Key] = {}
         for task in study.held_in:
             name = study.name(kind, task, seed)
             trained[task] = self._train(study.experts[kind], [task], name, (kind, task), seed)
-            tested = every if study.matrix else [task]
+            tested = [*study.tasks] if study.matrix else [task]
             about = {"kind": kind, "seed": seed, "own": [task]}
             self._test(name, (name,), tested, (kind, task, seed), [trained[task]], **about)
         statistics = {
@@ -91,7 +91,7 @@ class _Plan:
                     ("settings", kind, merge.name, count, seed),
                     choose,
                     (kind, merge, members, seed),
-                    [asdict(merge), members, self._seen(tasks), study.data, study.dtype],
+                    [asdict(merge), members, self.study.seen(tasks), study.data, study.dtype],
                     needed(merge, tasks),
                 )
             for number, group in enumerate(members):
@@ -106,24 +106,20 @@ class _Plan:
                 held_out = [*study.held_out] if study.matrix or is_whole else []
                 key = ("merges", kind, merge.name, count, number, seed)
                 arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
-                settings = [asdict(merge), group, self._seen([*held_in, *held_out]), self.rows]
+                settings = [asdict(merge), group, self.study.seen([*held_in, *held_out]), self.rows]
                 whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, [*needs, *given], given)
 
     def _train(
         self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
     ) -> Key:
-        settings = [configs, self.study.data, self.study.dtype, self._seen(tasks), seed]
+        settings = [configs, self.study.data, self.study.dtype, self.study.seen(tasks), seed]
         return self._add(("experts", *words, seed), train, (configs, tasks, name, seed), settings, [])
 
     def _test(
         self, title: str, experts: Sequence[str], tasks: Sequence[str], words: tuple, needs: Sequence[Key], **about: Any
     ) -> None:
-        settings = [self._seen(tasks), self.rows]
+        settings = [self.study.seen(tasks), self.rows]
         self._add(("tests", *words), test, (title, experts, tasks, about), settings, needs)
-
-    def _seen(self, tasks: Sequence[str]) -> list[Any]:
-        every = {**self.study.held_in, **self.study.held_out}
-        return [[every[task], self.study.contents[task]] for task in tasks]
 
     def _add(
         self,

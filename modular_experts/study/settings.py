@@ -125,6 +125,16 @@ class Study:
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     published: Published | None = None
 
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Settings of all tasks by name, those that get experts first."""
+        return {**self.held_in, **self.held_out}
+
+    def seen(self, tasks: Iterable[str]) -> list[list[Any]]:
+        """Return the settings and the contents of tasks: all that a result on these tasks depends on."""
+        every = self.tasks
+        return [[every[task], self.contents[task]] for task in tasks]
+
     def name(self, kind: str, task: str, seed: int) -> str:
         """Return the name of an expert in the library."""
         return f"{kind}-{task}{self._of(seed)}"

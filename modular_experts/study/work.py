@@ -73,7 +73,7 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     """Take statistics of all experts of a kind on validation rows of their own tasks."""
     started = time.perf_counter()
     experts = [out / "library" / study.name(kind, task, seed) for task in study.held_in]
-    data = ChoiceRows(_tasks(study, [*study.held_in]), **study.data)
+    data = ChoiceRows(_tasks(study, study.held_in), **study.data)
     stored = take_statistics(experts, of, data, base=study.base, overwrite=True)  # type: ignore[arg-type]
     files = [str(one.file.relative_to(out / "library")) for one in stored]
     return {"files": files, "seconds": time.perf_counter() - started}
@@ -284,7 +284,7 @@ def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def test_rows(study: Study, tasks: Sequence[str]) -> TaskMixture:
     """Return the test rows of tasks, which a process reads and tokenises once."""
-    data = _shared_rows(study, TaskMixture, [*study.held_in, *study.held_out], study.data.get("eval_limit")).only(tasks)
+    data = _shared_rows(study, TaskMixture, study.tasks, study.data.get("eval_limit")).only(tasks)
     data.setup("test")
     return data
 
@@ -294,17 +294,15 @@ _MIXTURES: dict[Any, TaskMixture] = {}
 
 def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
     """Return the mixture of which pieces take their tasks, so that a process reads and tokenises each of them once."""
-    every = {**study.held_in, **study.held_out}
-    key = json.dumps([study.base, study.data, limit, [[every[task], study.contents[task]] for task in tasks]])
+    key = json.dumps([study.base, study.data, limit, study.seen(tasks)])
     if (kind, key) not in _MIXTURES:
         tokenizer = loaded(study.base, study.dtype)[1]
-        _MIXTURES[kind, key] = kind(_tasks(study, [*tasks]), tokenizer, **study.data | {"eval_limit": limit})
+        _MIXTURES[kind, key] = kind(_tasks(study, tasks), tokenizer, **study.data | {"eval_limit": limit})
     return _MIXTURES[kind, key]
 
 
-def _tasks(study: Study, names: Sequence[str]) -> list[Task]:
-    every = {**study.held_in, **study.held_out}
-    return [_made(list[Task], json.dumps([every[name]]))[0] for name in names]
+def _tasks(study: Study, names: Iterable[str]) -> list[Task]:
+    return [_made(list[Task], json.dumps([study.tasks[name]]))[0] for name in names]
 
 
 @cache
