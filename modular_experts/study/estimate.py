@@ -107,13 +107,13 @@ def _test_seconds(
 ) -> float | None:
     """Return the seconds of a test, or of the tuning of a merge; None for a search."""
     given = _arguments(piece)
-    merge = given.get("merge")
+    merge, group = given.get("merge"), given.get("group")
     if piece.key[0] == "settings":
         assert isinstance(merge, Merge)
         trials = most_trials(make(MergeMethod, merge.method), (merge.tune or {}).get("grid"))
-        tasks = [task for group in given["groups"] for task in group]
+        tasks = [task for group in given["groups"] for task in group.own]
         return loss * trials * sum(min(merge.rows, rows["validation"].get(task, 0)) for task in tasks)
-    seconds = answer * sum(rows["test"].get(task, 0) for task in given["tasks"])
-    if isinstance(given.get("ensemble"), Ensemble):
-        return seconds * len(given["group"])
+    seconds = answer * sum(rows["test"].get(task, 0) for task in (group.tested if group else given["tasks"]))
+    if group and isinstance(given.get("ensemble"), Ensemble):
+        return seconds * len(group.own)
     return None if isinstance(merge, Merge) and merge.searched else seconds

@@ -20,7 +20,7 @@ from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.record import package_versions
 from modular_experts.study.settings import BASE, MULTITASK, Ensemble, Merge, Route, Study
-from modular_experts.study.work import choose, merge_and_test, route_and_test, take, test, test_together, train
+from modular_experts.study.work import Group, choose, merge_and_test, route_and_test, take, test, test_together, train
 
 WORK: dict[type, Callable[..., dict[str, Any]]] = {
     Merge: merge_and_test,
@@ -84,30 +84,27 @@ class _Plan:
             return [trained[task] for task in tasks] + [statistics[of] for of in study.needs[merge.name]]
 
         for merge, count in itertools.product(study.merges[kind], study.counts):
-            members, is_whole = groups(study, count, seed), count == len(study.held_in)
+            several = groups(study, kind, count, seed)
             if isinstance(merge, Merge) and merge.tune is not None:
-                tasks = [task for group in members for task in group]
+                members = [group.own for group in several]
+                tasks = [task for own in members for task in own]
                 chosen[merge.name, count] = self._add(
                     ("settings", kind, merge.name, count, seed),
                     choose,
-                    (kind, merge, members, seed),
-                    [asdict(merge), members, self.study.seen(tasks), study.data, study.dtype],
+                    (merge, several),
+                    [asdict(merge), members, study.seen(tasks), study.data, study.dtype],
                     needed(merge, tasks),
                 )
-            for number, group in enumerate(members):
-                needs, made = needed(merge, group), merge.name
+            for group in several:
+                needs, made = needed(merge, group.own), merge.name
                 if isinstance(merge, Route) and merge.fallback:
                     # The merge of all experts is in the library, and that of a few is made anew beside the route.
-                    needs += [whole[merge.fallback.name]] * is_whole
-                    made = made if is_whole else merge.fallback.name
+                    needs += [whole[merge.fallback.name]] * group.is_whole
+                    made = made if group.is_whole else merge.fallback.name
                 given = [chosen[made, count]] if (made, count) in chosen else []
-                held_in = [*study.held_in] if study.matrix else group
-                # Held-out tasks judge what all experts together have become.
-                held_out = [*study.held_out] if study.matrix or is_whole else []
-                key = ("merges", kind, merge.name, count, number, seed)
-                arguments = (kind, merge, group, [*held_in, *held_out], seed, number)
-                settings = [asdict(merge), group, self.study.seen([*held_in, *held_out]), self.rows]
-                whole[merge.name] = self._add(key, WORK[type(merge)], arguments, settings, [*needs, *given], given)
+                key = ("merges", kind, merge.name, count, group.number, seed)
+                settings = [asdict(merge), group.own, study.seen(group.tested), self.rows]
+                whole[merge.name] = self._add(key, WORK[type(merge)], (merge, group), settings, [*needs, *given], given)
 
     def _train(
         self, configs: list[dict[str, Any]], tasks: Sequence[str], name: str, words: tuple[str, str], seed: int
@@ -136,11 +133,18 @@ class _Plan:
         return full
 
 
-def groups(study: Study, count: int, seed: int) -> list[list[str]]:
-    """Return disjoint groups of `count` held-in tasks, drawn by the seed, as many as fit; all methods share them."""
+def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
+    """Return disjoint groups of `count` experts, drawn by the seed, as many as fit; all methods share them."""
     names = list(study.held_in)
     random.Random(f"groups/{seed}").shuffle(names)
-    return [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+    members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+    is_whole = count == len(names)
+    # Held-out tasks judge what all experts together have become.
+    held_out = [*study.held_out] if study.matrix or is_whole else []
+    return [
+        Group(kind, seed, number, own, [*(study.held_in if study.matrix else own), *held_out], is_whole)
+        for number, own in enumerate(members)
+    ]
 
 
 def title_of(key: Key) -> str:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,31 @@ EXAMPLES = 3  # test rows of each task whose answers are kept
 EVERY_ROW = 10**9
 # A training inside of a study writes its expert and nothing else, unless its config asks for more.
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts of a kind and a seed that are combined, and the tasks that the combination is tested on.
+
+    Attributes:
+        kind: The kind of the experts.
+        seed: The seed of their trainings.
+        number: The number of the group among those of its size.
+        own: The held-in tasks of the experts.
+        tested: The tasks of the test.
+        is_whole: Whether these are all experts of the kind.
+    """
+
+    kind: str
+    seed: int
+    number: int
+    own: Sequence[str]
+    tested: Sequence[str]
+    is_whole: bool
+
+    def experts(self, study: Study, out: Path) -> list[StoredExpert]:
+        """Open the experts in the library of a study."""
+        return [open_expert(out / "library" / study.name(self.kind, task, self.seed)) for task in self.own]
 
 
 def train(
@@ -79,18 +105,14 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     return {"files": files, "seconds": time.perf_counter() - started}
 
 
-def choose(
-    study: Study, out: Path, kind: str, merge: Merge, groups: Sequence[Sequence[str]], seed: int
-) -> dict[str, Any]:
+def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:
     """Choose the settings of a merge method, which all groups of a count share, on validation rows of their tasks."""
     started = time.perf_counter()
     assert merge.tune is not None
     model, _ = loaded(study.base, study.dtype)
     rows = min(merge.rows, study.data.get("eval_limit") or merge.rows)
-    parts = []
-    for group in groups:
-        experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
-        parts.append((experts, Objective(model, _shared_rows(study, ChoiceRows, study.held_in, rows).only(group))))
+    data = _shared_rows(study, ChoiceRows, study.held_in, rows)
+    parts = [(group.experts(study, out), Objective(model, data.only(group.own))) for group in groups]
     method, grid = _made(MergeMethod, json.dumps(merge.method)), merge.tune.get("grid")
     trials, best = tune_groups(parts, method, grid, folder=out / "library")
     found = {"settings": best.settings, "trials": [{**trial.settings, "loss": trial.loss} for trial in trials]}
@@ -107,46 +129,27 @@ def test(
 
 
 def merge_and_test(
-    study: Study,
-    out: Path,
-    kind: str,
-    merge: Merge,
-    group: Sequence[str],
-    tasks: Sequence[str],
-    seed: int,
-    number: int,
-    chosen: Mapping[str, Any] | None = None,
+    study: Study, out: Path, merge: Merge, group: Group, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Merge a group of experts and test the merge; the merge of all experts is also put into the library.
 
     Coefficients are searched on validation rows of the group's own tasks alone; `chosen` is what `choose` returned.
     """
     started = time.perf_counter()
-    library = out / "library"
-    experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
-    target = library / study.merge_name(kind, merge.name, seed)
-    whole = len(group) == len(study.held_in)
+    target = out / "library" / study.merge_name(group.kind, merge.name, group.seed)
     # A stored merge of a few can be as large as the base, so it takes the disk of the library, under a hidden name.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=library) as folder:
-        place = target if whole else Path(folder, target.name)
-        merged, settings = _merged(study, merge, experts, group, place, chosen, written=whole)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        place = target if group.is_whole else Path(folder, target.name)
+        merged, settings = _merged(study, merge, group.experts(study, out), group, place, chosen, group.is_whole)
         seconds = time.perf_counter() - started
-        found = _measured(study, [merged], tasks)
+        found = _measured(study, [merged], group.tested)
     found |= {"settings": settings, "merge_seconds": seconds}
-    found |= _about(merged) if whole and isinstance(merged, StoredExpert) else {}
-    return found | _of_group(study, kind, merge.name, group, seed, number, started)
+    found |= _about(merged) if group.is_whole and isinstance(merged, StoredExpert) else {}
+    return found | _of_group(study, merge.name, group, started)
 
 
 def route_and_test(
-    study: Study,
-    out: Path,
-    kind: str,
-    wanted: Route,
-    group: Sequence[str],
-    tasks: Sequence[str],
-    seed: int,
-    number: int,
-    chosen: Mapping[str, Any] | None = None,
+    study: Study, out: Path, wanted: Route, group: Group, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Put a group of experts behind a router and test it; the route of all experts is also put into the library.
 
@@ -154,66 +157,58 @@ def route_and_test(
     `choose` returned for the fallback.
     """
     started = time.perf_counter()
-    library = out / "library"
-    experts = [open_expert(library / study.name(kind, task, seed)) for task in group]
-    whole = len(group) == len(study.held_in)
+    library, experts = out / "library", group.experts(study, out)
     router, fallback, made = make(Router, wanted.router), None, list[Path]()
     # A routed expert must lie beside its experts, so the route of a few experts is in the library while it is tested.
-    place = library / (study.route_name(kind, wanted.name, seed) + ("" if whole else f"-{len(group)}-{number}"))
+    place = library / study.route_name(group.kind, wanted.name, group.seed)
+    if not group.is_whole:
+        place = place.with_name(f"{place.name}-{len(group.own)}-{group.number}")
     try:
-        if wanted.fallback and whole:
-            fallback = library / study.merge_name(kind, wanted.fallback.name, seed)
+        if wanted.fallback and group.is_whole:
+            fallback = library / study.merge_name(group.kind, wanted.fallback.name, group.seed)
         elif wanted.fallback:
             fallback = place.with_name(f"{place.name}-fallback")
             made.append(fallback)
             _merged(study, wanted.fallback, experts, group, fallback, chosen, written=True)
-        made += [] if whole else [place]
+        made += [] if group.is_whole else [place]
         routed = route(experts, place, router, fallback, overwrite=True)
         seconds = time.perf_counter() - started
-        found = _measured(study, [routed], tasks, partial(put_in, expert=routed, router=type(router), check=False))
+        put = partial(put_in, expert=routed, router=type(router), check=False)
+        found = _measured(study, [routed], group.tested, put)
         found |= {"settings": routed.record["hyperparameters"], "merge_seconds": seconds}
-        found |= _about(routed) if whole else {}
+        found |= _about(routed) if group.is_whole else {}
     finally:
         for one in made:
             shutil.rmtree(one, ignore_errors=True)
-    return found | _of_group(study, kind, wanted.name, group, seed, number, started)
+    return found | _of_group(study, wanted.name, group, started)
 
 
-def test_together(
-    study: Study,
-    out: Path,
-    kind: str,
-    ensemble: Ensemble,
-    group: Sequence[str],
-    tasks: Sequence[str],
-    seed: int,
-    number: int,
-) -> dict[str, Any]:
+def test_together(study: Study, out: Path, ensemble: Ensemble, group: Group) -> dict[str, Any]:
     """Test a group of experts as an ensemble, of which nothing goes into the library."""
     started = time.perf_counter()
-    experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in group]
-    found = _measured(study, experts, tasks, partial(ensembled, experts=experts, mean=ensemble.mean, check=False))
+    experts = group.experts(study, out)
+    put = partial(ensembled, experts=experts, mean=ensemble.mean, check=False)
+    found = _measured(study, experts, group.tested, put)
     found |= {"settings": {"mean": ensemble.mean}, "merge_seconds": 0.0}
-    return found | _of_group(study, kind, ensemble.name, group, seed, number, started)
+    return found | _of_group(study, ensemble.name, group, started)
 
 
-def _of_group(
-    study: Study, kind: str, name: str, group: Sequence[str], seed: int, number: int, started: float
-) -> dict[str, Any]:
+def _of_group(study: Study, name: str, group: Group, started: float) -> dict[str, Any]:
     """Return what the result of a merge, a route or an ensemble tells of its experts."""
-    title = f"{kind} {name}" + ("" if len(group) == len(study.held_in) else f" of {len(group)}, group {number}")
-    experts = [study.name(kind, task, seed) for task in group]
+    kind, count = group.kind, len(group.own)
+    title = f"{kind} {name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
+    experts = [study.name(kind, task, group.seed) for task in group.own]
     # In the order of the study, because that of a group is drawn.
-    own = [task for task in study.held_in if task in group]
-    about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": own, "count": len(group)}
-    return about | {"group": number, "seed": seed, "seconds": time.perf_counter() - started}
+    own = [task for task in study.held_in if task in group.own]
+    about = {"model": title, "experts": experts, "kind": kind, "merge": name, "own": own, "count": count}
+    return about | {"group": group.number, "seed": group.seed, "seconds": time.perf_counter() - started}
 
 
 def _merged(
     study: Study,
     merge: Merge,
     experts: Sequence[StoredExpert],
-    group: Sequence[str],
+    group: Group,
     place: Path,
     chosen: Mapping[str, Any] | None,
     written: bool,
@@ -222,7 +217,7 @@ def _merged(
     paths = [expert.path for expert in experts]
     if merge.searched:
         starts = [make(MergeMethod, start) for start in merge.merges]
-        data = ChoiceRows(_tasks(study, group), **study.data)
+        data = ChoiceRows(_tasks(study, group.own), **study.data)
         how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
         done = search(paths, make(CoefficientSearch, merge.method), data, place, **how)
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
