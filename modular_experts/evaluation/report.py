@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modular_experts.reports import Results
 from modular_experts.reports.html import Html, Section, element, example, note, report, script
-from modular_experts.reports.results import METRICS, ROLES, SHARES
-from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
+from modular_experts.reports.tables import Column, Line, Table
 
 
 def write_report(results: Results, file: Path) -> None:
     """Write the page of what `evaluate` returned, for one model or several."""
     facts, models = results.facts, results.values("model")
-    metric = _main_metric(results)
+    metric = results.main_metric
     roles = [role for role in ROLES if role in results.values("role")]
     header = [
         element("p", f"modular-experts {facts['versions']['modular-experts']} · {facts['date']}", class_="eyebrow"),
@@ -25,8 +24,8 @@ def write_report(results: Results, file: Path) -> None:
     ]
     rows = facts["examples"]
     if rows:
-        shown = _telling(rows, models)
-        header += [element("p", f"One test row of {shown['task']}:", class_="note"), _example(shown)]
+        row = _telling(rows, models)
+        header += [element("p", f"One test row of {row['task']}:", class_="note"), _example(row)]
     sections = [Section("All models", _leader(results, metric, roles[0]), [results.html(), note(_about(results))])]
     if len(models) > 1:
         sections.append(Section("Every task", _spread(results, metric), [every_task(results).html()]))
@@ -47,7 +46,7 @@ def write_report(results: Results, file: Path) -> None:
 
 def every_task(results: Results) -> Table:
     """Return a table with a line for each task, grouped by roles, and a column for each model: its main metric."""
-    metric = _main_metric(results)
+    metric = results.main_metric
     columns = [_column(model, metric) for model in results.values("model")]
     groups = [
         [Line(task, results.where(task=task)) for task in results.where(role=role).values("task")]
@@ -55,10 +54,6 @@ def every_task(results: Results) -> Table:
         if role in results.values("role")
     ]
     return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
-
-
-def _main_metric(results: Results) -> str:
-    return next(name for name in (*SHARES, "loss") if name in results.values("metric"))
 
 
 def _example(row: Mapping[str, Any]) -> Html:
@@ -76,9 +71,10 @@ def _leader(results: Results, metric: str, role: str) -> str:
     """State which model is best on the tasks of a role, and what the first model is beside it."""
     values = {model: results.mean(metric, model=model, role=role) for model in results.values("model")}
     best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
-    first, show = next(iter(values)), _shown(metric)
-    beside = f", {first} {show(values[first])}" if first != best else ""
-    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {show(values[best])}{beside}"
+    first, unit = next(iter(values)), " %" * (metric in SHARES)
+    texts = {model: format_of(metric)(value) + unit for model, value in values.items() if value is not None}
+    beside = f", {first} {texts[first]}" if first != best else ""
+    what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {texts[best]}{beside}"
     return f"{best} is best on {what}" if len(values) > 1 else f"{best} on {what}"
 
 
@@ -106,12 +102,6 @@ def _about(results: Results) -> str:
 
 
 def _column(model: str, metric: str) -> Column:
-    share, best = metric in SHARES, "low" if metric == "loss" else "high"
-    of = partial(lambda rows, name: rows.mean(metric, model=name), name=model)
-    return Column(model, of, _shown(metric, unit=False), bar=share, best=best)  # type: ignore[arg-type]
-
-
-def _shown(metric: str, unit: bool = True) -> Any:
-    if metric in SHARES:
-        return (lambda value: f"{percent(value)} %") if unit else percent
-    return partial(number, digits=3)
+    return Column(
+        model, lambda rows: rows.mean(metric, model=model), format_of(metric), metric in SHARES, best=better(metric)
+    )

@@ -12,11 +12,12 @@ import itertools
 import json
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import rich.table
 from rich.console import Console
@@ -94,6 +95,11 @@ class Results:
         """Return the different values of a column except None, in the order of the rows."""
         return list(dict.fromkeys(row[column] for row in self.rows if row.get(column) is not None))
 
+    @property
+    def main_metric(self) -> str:
+        """The metric to show where there is room for one: the first share that was measured, or else the loss."""
+        return next((name for name in SHARES if name in self.values("metric")), "loss")
+
     def mean(self, metric: str, **wanted: Any) -> float | None:
         """Return the unweighted mean of a metric over the rows that match: None without rows."""
         values = [row["value"] for row in self.where(metric=metric, **wanted).rows]
@@ -169,10 +175,20 @@ def unused(path: Path) -> Path:
     return path if not path.exists() else next(other for other in others if not other.exists())
 
 
+def format_of(metric: str) -> Callable[[float], str]:
+    """Return the function that writes a value of a metric: a share in per cent, anything else with three digits."""
+    return percent if metric in SHARES else partial(number, digits=3)
+
+
+def better(metric: str) -> Literal["", "high", "low"]:
+    """Return which values of a metric are the better ones; empty for a metric of the user's."""
+    return "high" if metric in SHARES else "low" if metric == "loss" else ""
+
+
 def _column(metric: str, compared: bool) -> Column:
-    show, better = (percent, "high") if metric in SHARES else (_loss, "low" if metric == "loss" else "")
-    bar, best = metric in SHARES, better if compared else ""
-    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, bar, best=best)  # type: ignore[arg-type]
+    is_share = metric in SHARES
+    show, best = percent if is_share else _loss, better(metric) if compared else ""
+    return Column(METRICS.get(metric, metric), lambda rows: rows.mean(metric), show, is_share, best=best)
 
 
 def _tested(rows: Results) -> int:

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from modular_experts.reports import Results
-from modular_experts.reports.results import METRICS, ROLES, SHARES
-from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of
+from modular_experts.reports.tables import Column, Line, Table, number
 from modular_experts.text import did_you_mean
 
 SINGLE = ", single"
@@ -74,9 +74,7 @@ def beside_published(results: Results) -> Table | None:
     if not published:
         return None
     metric = published["metric"]
-    is_share = metric in SHARES
-    ours: Any = percent if is_share else partial(number, digits=3)
-    theirs: Any = partial(number, digits=2 if is_share else 3)
+    theirs: Any = partial(number, digits=2 if metric in SHARES else 3)
 
     def mean(line: tuple[Results, Mapping[str, float]], role: str) -> float | None:
         return line[0].mean(metric, role=role)
@@ -87,7 +85,7 @@ def beside_published(results: Results) -> Table | None:
     columns = [
         Column(title, partial(of, role=role), show, over=words)
         for role, words in ROLES.items()
-        for title, of, show in (("ours", mean, ours), ("published", figure, theirs))
+        for title, of, show in (("ours", mean, format_of(metric)), ("published", figure, theirs))
     ]
     lines = [Line(name, (_ours(results, name), figures)) for name, figures in published["rows"].items()]
     return Table(columns, [lines], METRICS[metric])

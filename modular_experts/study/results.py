@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 from modular_experts.jobs.processes import machine
 from modular_experts.library.atomic import new_file
@@ -21,8 +21,8 @@ from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 from modular_experts.reports.heat import heat_map
 from modular_experts.reports.html import Section, element, example, note, report, script
-from modular_experts.reports.results import METRICS, ROLES, SHARES
-from modular_experts.reports.tables import Column, Line, Table, number, percent
+from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
+from modular_experts.reports.tables import Column, Line, Table, number
 from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
 from modular_experts.study.pieces import title_of
 from modular_experts.study.published import SINGLE, beside_published
@@ -63,14 +63,13 @@ def results_of(study: Study, state: State) -> Results:
         "date": datetime.now(UTC).date().isoformat(),
     }
     measured = Results(rows, facts)
-    return Results([*rows, *effects(state, main_metric(measured)), *growth(measured)], facts)
+    return Results([*rows, *effects(state, measured.main_metric), *growth(measured)], facts)
 
 
 def summary(results: Results, state: State) -> Table:
     """Return the table of a study: the base, and of each kind the single experts and every merge by its count."""
-    metric = main_metric(results)
-    show, best = _shown(metric), cast(Any, "low" if metric == "loss" else "high")
-    level = level_with(state)
+    metric, level = results.main_metric, level_with(state)
+    show, best = format_of(metric), better(metric)
 
     def of(rows: Results, role: str) -> float | None:
         return rows.mean(metric, role=role)
@@ -105,11 +104,6 @@ def summary(results: Results, state: State) -> Table:
     return Table(shown, groups, METRICS.get(metric, metric))
 
 
-def main_metric(results: Results) -> str:
-    """Return the metric that a table of one number a model shows."""
-    return next((name for name in (*SHARES, "loss") if name in results.values("metric")), "loss")
-
-
 def findings(results: Results) -> list[str]:
     """State of each kind what its best merge of the most experts kept of what these can do alone."""
     sentences = []
@@ -132,7 +126,7 @@ def findings(results: Results) -> list[str]:
 
 def write_report(results: Results, state: State, file: Path) -> None:
     """Write a study's page, which needs no other file."""
-    metric, facts = main_metric(results), results.facts
+    metric, facts = results.main_metric, results.facts
     tasks = [*facts["held_in"], *facts["held_out"]]
     tested = results.where(metric=metric)
     header = [
@@ -172,7 +166,7 @@ def write_report(results: Results, state: State, file: Path) -> None:
                 "Every task",
                 f"The {what} of each model, task by task" + f"; merges are of {most} experts" * bool(most),
                 [
-                    heat_map(wide, tasks, means, _shown(metric), metric == "loss"),
+                    heat_map(wide, tasks, means, format_of(metric), metric == "loss"),
                     note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
                 ],
             )
@@ -214,7 +208,7 @@ def _published_section(results: Results) -> list[Section]:
 
 def _effect_sections(results: Results) -> list[Section]:
     """Return what merges kept of each task: all merges of the most experts, and of each kind the best one closely."""
-    metric, best = main_metric(results), _best_merges(results)
+    metric, best = results.main_metric, _best_merges(results)
     most = max((row["count"] for row in best.values()), default=0)
     shares = results.where(metric=NORMALISED, count=most, group=0)
     if not shares.rows:
@@ -224,7 +218,7 @@ def _effect_sections(results: Results) -> list[Section]:
     for model in shares.values("model"):
         for row in shares.where(model=model).rows:
             cells[model, row["task"] or "mean"] = row["value"]
-    show: Any = _shown(metric)
+    show = format_of(metric)
     closely = [
         Column("own expert", lambda row: row["own_value"], show),
         Column("best single", lambda row: row["best_single_value"], show),
@@ -356,10 +350,6 @@ def _interval(span: Sequence[float], metric: str) -> str:
 
 def _signed(value: float, metric: str) -> str:
     return f"{100 * value:+.1f}" if metric in SHARES else f"{value:+.3f}"
-
-
-def _shown(metric: str) -> Any:
-    return percent if metric in SHARES else partial(number, digits=3)
 
 
 def _words(metric: str) -> str:
