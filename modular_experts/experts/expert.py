@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -164,3 +164,13 @@ class Expert(Trained, ABC):
 
     def reanchor(self, weight: Tensor) -> None:
         """Take the weight as it is now, which holds no trained state, for the base; additive experts do so anyway."""
+
+
+class NotMergeable:
+    """A base class beside `Expert` for types that no delta can state; they give `not_mergeable_because`."""
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable_because: ClassVar[str]
+
+    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} has no delta: {self.not_mergeable_because}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
 from modular_experts.routing.classifier import Classifier
@@ -147,7 +146,7 @@ class TaskGate(ModuleExpert):
         self._gates(self.model, args, kwargs)
 
 
-class LoRAIRExpert(Expert):
+class LoRAIRExpert(NotMergeable, Expert):
     """Adds `scale * sum_e g_e up_e @ down_e`, with the gates `g` of the row's prompt; `up` starts at zero.
 
     All LoRAs of a layer are one product of rank `experts * rank`, whose inner values the gates multiply.
@@ -161,7 +160,6 @@ class LoRAIRExpert(Expert):
     """
 
     learning_rate: ClassVar[float] = 3e-3
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = TaskGate.not_mergeable_because
 
     def __init__(
@@ -191,6 +189,3 @@ class LoRAIRExpert(Expert):
         # Some models give a layer all tokens of all rows in one dimension.
         by_row = inner.reshape(len(shares), -1, self.experts, self.rank) * shares[:, None, :, None]
         return base + F.linear(self.scale * by_row.view_as(inner), self.up).to(base.dtype)
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
-        raise NotImplementedError(f"LoRAs behind a gate have no delta: {self.not_mergeable_because}")

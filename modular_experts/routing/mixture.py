@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.routing.gates import CurrentGates, Gates
 from modular_experts.routing.products import Held, add_change, add_products
 from modular_experts.routing.router import Router
 
 
-class Mixture(Expert):
+class Mixture(NotMergeable, Expert):
     """Adds to the base's output those of the experts that an input's gates name.
 
     One product with the base's weight serves all inputs, and each expert's delta multiplies its own inputs only. A gate
@@ -37,7 +37,6 @@ class Mixture(Expert):
         common: A delta of the weight that every input gets, whatever its gates.
     """
 
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its router chooses experts by the input"
 
     def __init__(
@@ -87,9 +86,6 @@ class Mixture(Expert):
         if self.router is None:
             return self.gates.gates
         return self.router(x.reshape(-1, x.shape[-1]))
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
-        raise NotImplementedError(f"a mixture has no delta: {self.not_mergeable_because}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
         super()._apply(fn, recurse)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.deltas import Delta
+from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
@@ -209,7 +209,7 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
-class GatedLoRA(LoRAExpert):
+class GatedLoRA(NotMergeable, LoRAExpert):
     """Adds a LoRA's output, as far as the block's gates say.
 
     Args:
@@ -220,7 +220,6 @@ class GatedLoRA(LoRAExpert):
         alpha: The scale is alpha / rank.
     """
 
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = BECAUSE
     gates: BlockGates
 
@@ -235,9 +234,6 @@ class GatedLoRA(LoRAExpert):
 
     def _product(self, x: Tensor) -> Tensor:
         return F.linear(self.scale * F.linear(x, self.down), self.up)
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:  # type: ignore[override]
-        raise NotImplementedError(f"a gated LoRA has no delta: {self.not_mergeable_because}")
 
 
 class ParallelAdapter(ModuleExpert):

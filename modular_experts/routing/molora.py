@@ -5,19 +5,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.routing.gates import rows_at_hand
 
 
-class MoLoRAExpert(Expert):
+class MoLoRAExpert(NotMergeable, Expert):
     """Adds `scale * sum_e g_e(x) up_e @ down_e` at each token, with gates for the `k` best of the layer's experts.
 
     The gates are the softmax of a linear router's logits, without bias, taken over the `k` largest of them. All experts
@@ -38,7 +37,6 @@ class MoLoRAExpert(Expert):
     """
 
     learning_rate: ClassVar[float] = 3e-3
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its router chooses by the input"
     penalty_name: ClassVar[str] = "balance"
 
@@ -119,6 +117,3 @@ class MoLoRAExpert(Expert):
             counts /= distributed.get_world_size()
         taken, tokens = counts[:-1], counts[-1].clamp(min=1)
         return self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
-        raise NotImplementedError(f"a mixture has no delta: {self.not_mergeable_because}")

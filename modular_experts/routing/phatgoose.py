@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.routing.gates import Selection, UpTo
 from modular_experts.routing.router import Router, Scope
 
@@ -48,7 +48,7 @@ class Phatgoose(Router):
         return F.layer_norm(x, size) @ F.layer_norm(self.gates.to(x.dtype), size).T / math.sqrt(size[0])
 
 
-class Gated(Expert):
+class Gated(NotMergeable, Expert):
     """Adds `sigmoid(g . x) d x`: a frozen delta d behind a gate g `(in,)`, which is trained and starts at zero.
 
     Args:
@@ -56,7 +56,6 @@ class Gated(Expert):
         frozen: The delta.
     """
 
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its gate depends on the input"
 
     def __init__(self, weight: Tensor, frozen: Delta) -> None:
@@ -67,6 +66,3 @@ class Gated(Expert):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         share = torch.sigmoid(x.to(self.gate.dtype) @ self.gate)[..., None]
         return F.linear(x, weight, bias) + share.to(x.dtype) * self.frozen.linear(x)
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
-        raise NotImplementedError(f"a gated expert has no delta: {self.not_mergeable_because}")

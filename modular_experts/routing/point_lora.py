@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import Arguments, ModuleExpert
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
@@ -202,7 +203,7 @@ class TokenSelection(ModuleExpert):
         return None if found is None else self.entropy * found
 
 
-class PointLoRAExpert(LoRAExpert):
+class PointLoRAExpert(NotMergeable, LoRAExpert):
     """Adds `scale * up @ down @ x + mlp(x)`, with an MLP that other layers share.
 
     Args:
@@ -212,7 +213,6 @@ class PointLoRAExpert(LoRAExpert):
         alpha: The scale is alpha / rank.
     """
 
-    mergeable: ClassVar[bool] = False
     not_mergeable_because: ClassVar[str] = "its MLP is not linear"
     mlp: nn.Module
 
@@ -223,9 +223,6 @@ class PointLoRAExpert(LoRAExpert):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = super().forward(x, weight, bias)
         return out + self.mlp(x.to(self.down.dtype)).to(out.dtype)
-
-    def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Any:
-        raise NotImplementedError(f"an MLP has no delta: {self.not_mergeable_because}")
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
