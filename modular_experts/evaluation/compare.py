@@ -261,14 +261,9 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _add_answers(rows: list[dict[str, Any]], answered: Mapping[str, Sequence[Mapping[str, str]]], model: str) -> None:
-    """Add a model's answers to the rows that all models answered."""
-    given = [
-        (task, *(row[column] for column in ("input", "target", "answer")))
-        for task in answered
-        for row in answered[task]
-    ]
-    rows += [{"task": task, "input": text, "target": target, "answers": {}} for task, text, target, _ in given][
-        len(rows) :
-    ]
-    for row, (*_, answer) in zip(rows, given, strict=True):
-        row["answers"][model] = answer
+    """Add a model's answers to the rows, which the first model makes and all models answer."""
+    given = [(task, row) for task, several in answered.items() for row in several]
+    if not rows:
+        rows += [{"task": task, "input": row["input"], "target": row["target"], "answers": {}} for task, row in given]
+    for row, (_, mine) in zip(rows, given, strict=True):
+        row["answers"][model] = mine["answer"]
