@@ -70,8 +70,7 @@ def score_batch(
 ) -> list[str] | None:
     """Count one batch with texts: the loss of its targets, its choices, and the generated texts, which are returned.
 
-    With `packed`, of which `packs_evaluation` tells whether a model allows it, no padding is read, and targets are the
-    drafts of the answers.
+    With `packed`, which `packs_evaluation` must allow, the model reads no padding, and targets are drafts of answers.
     """
     choices = None
     if "choices" in batch:

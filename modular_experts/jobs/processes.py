@@ -111,9 +111,7 @@ def use_one_thread() -> None:
 
 
 def start_process(devices: SimpleQueue[str] | None = None) -> None:
-    """Set up a process of the pool: one thread, one device of those in the queue, no log lines, and an end when the
-    process that started it ends.
-    """
+    """Set up a process of the pool, which sees one device of the queue and ends with the process that started it."""
     use_one_thread()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()

@@ -59,7 +59,7 @@ def run_plan(
     known = _claimed(plan, out)
     base = out / "base"
     with _no_gpu(), LocalProcesses() as processes:
-        study_seconds = START_SECONDS + TASK_SECONDS * plan.tasks / getattr(processes, "processes", 1)
+        study_seconds = START_SECONDS + TASK_SECONDS * plan.tasks / processes.processes
         total = BASE_SECONDS + study_seconds
         if not (base / FACTS).exists():
             _make_base(plan, base, lambda share: progress("base", share * BASE_SECONDS, total))
@@ -98,7 +98,7 @@ def _no_gpu() -> Iterator[None]:
 
 
 def _seconds(counts: Mapping[Key, int]) -> float:
-    """Return what pieces take, of which there are so many by stage and kind."""
+    """Return what pieces take, whose numbers are given by stage and kind."""
     return sum(count * PIECE_SECONDS[str(stage)] for (stage, _), count in counts.items())
 
 

@@ -1,4 +1,4 @@
-"""Gates say which experts an input takes, and how much of each.
+"""Define gates, which name the experts that each input takes, and how much of each.
 
 A router makes gates of scores by a selection; mixtures read them, sorted by expert, so that each expert sees its inputs
 in one piece.
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ _ROWS: ContextVar[Rows | None] = ContextVar("rows", default=None)
 
 
 def rows_at_hand() -> Rows:
-    """Return what is known of the rows of the forward pass at hand, which `reading` tells."""
+    """Return what `reading` told of the rows of the forward pass that runs now: nothing outside of it."""
     return _ROWS.get() or Rows()
 
 
@@ -221,7 +221,7 @@ class CurrentGates:
     They stay until the next pass, because gradient checkpointing computes layers again after it.
     """
 
-    gates: Gates | None = field(default=None)
+    gates: Gates | None = None
 
     packs: bool = False
     """Whether the router has gates for each place of packed rows."""

@@ -210,7 +210,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedLoRA(NotMergeable, LoRAExpert):
-    """Adds a LoRA's output, as far as the block's gates say.
+    """Adds a LoRA's output, multiplied by its gate of the block.
 
     Args:
         weight: The base weight `(out, in)`.
@@ -237,7 +237,7 @@ class GatedLoRA(NotMergeable, LoRAExpert):
 
 
 class ParallelAdapter(ModuleExpert):
-    """Adds a bottleneck with a SiLU beside a block's MLP, as far as the block's gates say.
+    """Adds the output of a bottleneck with a SiLU to that of an MLP, multiplied by its gate of the block.
 
     The released code starts both layers near zero; here `up` starts at zero, so that the start is the base.
 
@@ -271,7 +271,7 @@ class ParallelAdapter(ModuleExpert):
 
 
 class PromptAttention(ModuleExpert):
-    """Lets each token attend to trained prompts besides, by a second softmax, as far as gates of heads and block say.
+    """Lets each token also attend to trained prompts, by a second softmax, times gates of the heads and the block.
 
     The prompts' keys and values are made by the base's own weights. What a head finds is added to its output, before
     the layer that joins the heads. The gates of heads `tanh(a)` start at zero (LLaMA-Adapter, arXiv 2303.16199).

@@ -40,7 +40,7 @@ def _draws(rows: int, seed: int) -> torch.Tensor:
 
 
 def level_with(state: State) -> dict[tuple[str, str], bool]:
-    """Tell of the merges of all experts of each kind whether they are level with the best one, on held-in tasks.
+    """Tell which merges of all experts are level with the best one of their kind, on held-in tasks.
 
     The difference of two merges in exact match is taken row by row, over the rows of all tasks and seeds. It is inside
     the noise if the 95 % interval of its mean contains zero.

@@ -125,7 +125,7 @@ def state_of(pieces: Sequence[Piece], lines: Lines) -> State:
 
 
 class Pace:
-    """What pieces take, judged by finished pieces of their stage and kind, or else of their stage."""
+    """Judges what pieces take by finished pieces of their stage and kind, or if there are none, of their stage."""
 
     def __init__(self, done: Mapping[Key, Mapping[str, Any]]) -> None:
         self.seconds_of: dict[Key, list[float]] = {}

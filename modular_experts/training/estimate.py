@@ -175,7 +175,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide what a fit says about itself."""
+    """Log errors only: the short fit would log itself as the whole one."""
     loggers = [logging.getLogger(name) for name in ("modular_experts", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
