@@ -6,7 +6,7 @@ To add a column to a report, add a `Column` to its list; the terminal and the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -112,6 +112,44 @@ def _best(cells: Iterable[Cell]) -> list[Cell]:
         return []
     best = (max if found[0][0].best == "high" else min)(found, key=lambda cell: cell[1])
     return [cell for cell in found if cell[2] == best[2]]
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float | None],
+    show: Callable[[float], str],
+    low_is_best: bool = False,
+) -> Html:
+    """Return a heat map: a table of one number a cell, in a box that scrolls where the page is narrow.
+
+    A tint, which also reads in grey, grows evenly from the worst value of the table, which has none, to the best one.
+
+    Args:
+        rows: Names of the rows.
+        columns: Names of the columns.
+        values: The value of each row and column; one that is missing, None or not finite leaves its cell without tint.
+        show: Returns the text of a value.
+        low_is_best: Whether the lowest value is the best.
+    """
+    known = [value for value in values.values() if value is not None and math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+
+    def cell(value: float | None) -> Html:
+        if value is None:
+            return element("td")
+        if not math.isfinite(value) or low == high:
+            return element("td", show(value))
+        share = (high - value if low_is_best else value - low) / (high - low)
+        return element("td", show(value), style=f"--heat: {100 * share:.0f}%")
+
+    head = element("tr", element("th"), *[element("th", element("span", name), scope="col") for name in columns])
+    body = [
+        element("tr", element("th", row, scope="row"), *[cell(values.get((row, column))) for column in columns])
+        for row in rows
+    ]
+    table = element("table", element("thead", head), element("tbody", *body), class_="heat")
+    return element("div", table, class_="scroll", tabindex="0")
 
 
 def percent(share: float) -> str:

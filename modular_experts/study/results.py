@@ -19,10 +19,9 @@ from modular_experts.jobs.processes import machine
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
-from modular_experts.reports.heat import heat_map
 from modular_experts.reports.html import Section, element, example, note, report, script
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
-from modular_experts.reports.tables import Column, Line, Table, number
+from modular_experts.reports.tables import Column, Line, Table, heat_map, number
 from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
 from modular_experts.study.pieces import title_of
 from modular_experts.study.published import SINGLE, beside_published
