@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
-from modular_experts.jobs.processes import machine
 from modular_experts.library import StoredExpert, warn_unlike_training
 from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
+from modular_experts.reports.results import provenance
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
 AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
@@ -224,9 +223,7 @@ def facts_of(base: Base, dtype: str, models: Sequence[Compared]) -> dict[str, An
         "dtype": dtype,
         "models": {one.title: one.members for one in models},
         "python": platform.python_version(),
-        "machine": machine(),
-        "versions": package_versions(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **provenance(),
     }
 
 

@@ -16,18 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from modular_experts.jobs import FailedPiecesError
 from modular_experts.jobs.pieces import Key
-from modular_experts.jobs.processes import LocalProcesses, machine
-from modular_experts.library.record import package_versions
+from modular_experts.jobs.processes import LocalProcesses
 from modular_experts.quickstart.base import FACTS, make_base
 from modular_experts.quickstart.plan import Plan
 from modular_experts.quickstart.results import results_of
 from modular_experts.reports import write_json
+from modular_experts.reports.results import provenance
 from modular_experts.study import read_study, run_study
 from modular_experts.study.pieces import pieces_of, title_of
 from modular_experts.study.run import PIECES, Left
@@ -113,10 +112,8 @@ def _claimed(plan: Plan, out: Path) -> dict[str, Any]:
             "held_out": list(plan.held_out),
             "levels": plan.levels,
             "plan": settings,
-            "versions": package_versions(),
             "python": platform.python_version(),
-            "machine": machine(),
-            "date": datetime.now(UTC).date().isoformat(),
+            **provenance(),
         }
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / RESULTS, known)

@@ -14,6 +14,7 @@ import math
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,9 @@ from typing import Any, Literal
 import rich.table
 from rich.console import Console
 
+from modular_experts.jobs.processes import machine
 from modular_experts.library.atomic import new_file
+from modular_experts.library.record import package_versions
 from modular_experts.reports.html import Html, element
 from modular_experts.reports.tables import Column, Line, Table, number, percent
 
@@ -160,6 +163,11 @@ class Results:
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
         return Table([*about, *[_column(metric, named == "model") for metric in metrics]], groups, named)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what results were made with: this machine, the versions of packages, and the date."""
+    return {"machine": machine(), "versions": package_versions(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from modular_experts.jobs.processes import machine
 from modular_experts.library.atomic import new_file
-from modular_experts.library.record import package_versions
 from modular_experts.reports import Results
 from modular_experts.reports.html import Section, element, example, note, report, script
-from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
+from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of, provenance
 from modular_experts.reports.tables import Column, Line, Table, heat_map, number
 from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
 from modular_experts.study.pieces import title_of
@@ -57,9 +54,7 @@ def results_of(study: Study, state: State) -> Results:
         "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
         "examples": examples,
-        "machine": machine(),
-        "versions": package_versions(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **provenance(),
     }
     measured = Results(rows, facts)
     return Results([*rows, *effects(state, measured.main_metric), *growth(measured)], facts)
