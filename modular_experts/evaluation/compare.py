@@ -93,7 +93,8 @@ def evaluate(
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = found.load(dtype)
-    known = JSONLines(folder / MEASURED) if folder else None
+    # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
+    known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else None
     same = (
         found.fingerprint,
         dtype,
@@ -123,8 +124,7 @@ def evaluate(
         else:
             with one.in_place(model, dtype, device) as measured:
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
-            # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
-            if known is not None and hashes is not None and metrics is TEXT_METRICS:
+            if known is not None and hashes is not None:
                 known[key] = scores
         done += len(examples)
         progress(one.title, done, total)

@@ -70,6 +70,16 @@ def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_di
         assert 100 * length <= found.mean("both", task=task) <= 100 * length + 3
 
 
+def test_a_metric_of_the_users_is_measured_also_where_other_results_are_stored(
+    tiny_llama_dir, task_files, weight
+) -> None:
+    given = ("library/a", mixture(task_files, tiny_llama_dir), 3)
+    evaluate(tiny_llama_dir, *given, out="runs/a")
+    metrics = TEXT_METRICS | {"target": lambda generated, target: float(len(target))}
+    found = evaluate(tiny_llama_dir, *given, metrics=metrics, out="runs/a", overwrite=True)
+    assert found.mean("target", task="first") == 1.0
+
+
 def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files, weight, tmp_path) -> None:
     apply(["library/a"], "checkpoint", tiny_llama_dir)
     data = mixture(task_files, tiny_llama_dir)
