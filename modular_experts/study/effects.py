@@ -46,7 +46,8 @@ def level_with(state: State) -> dict[tuple[str, str], bool]:
     the noise if the 95 % interval of its mean contains zero.
 
     Returns:
-        By kind and merge: True for the best, and for those that are level with it.
+        By kind and merge: True for the best, and for those that are level with it; nothing for a merge that no seed has
+        beside the best.
     """
     values: dict[tuple[str, str], dict[tuple, float]] = {}
     whole: dict[str, int] = {}
@@ -63,8 +64,9 @@ def level_with(state: State) -> dict[tuple[str, str], bool]:
     for (kind, merge), mine in values.items():
         rivals = [theirs for (other, _), theirs in values.items() if other == kind]
         best = max(rivals, key=lambda theirs: fmean(theirs.values()))
-        low, high = interval([best[pair] - mine[pair] for pair in sorted(mine.keys() & best.keys())])
-        level[kind, merge] = low <= 0.0 <= high
+        if both := sorted(mine.keys() & best.keys()):
+            low, high = interval([best[pair] - mine[pair] for pair in both])
+            level[kind, merge] = low <= 0.0 <= high
     return level
 
 

@@ -40,7 +40,11 @@ def merged(merge: str, right: int, seed: int = 0, count: int = 2) -> dict[str, A
 def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise() -> None:
     done = [merged("best", 80), merged("close", 79), merged("far", 40), merged("few", 99, count=1)]
     state = State([], {(number,): found for number, found in enumerate(done)}, {}, Left(0.0, 0, 0))
-    assert level_with(state) == {("lora", "best"): True, ("lora", "close"): True, ("lora", "far"): False}
+    level = {("lora", "best"): True, ("lora", "close"): True, ("lora", "far"): False}
+    assert level_with(state) == level
+    # The best one has no result of this seed, such as after a failure.
+    state.done["alone",] = merged("alone", 79, seed=1)
+    assert level_with(state) == level
 
 
 def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
