@@ -57,7 +57,7 @@ class SlurmJobs(Executor):
         )
         self._waiting: queue.SimpleQueue[tuple[Future, Call]] = queue.SimpleQueue()
         self._jobs: dict[Future, Any] = {}
-        self._missed: set[Future] = set()
+        self._queued: set[str] = set()
         self._closed = self._cancels = False
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -80,30 +80,26 @@ class SlurmJobs(Executor):
         self.shutdown(cancel_futures=kind is not None)
 
     def _watch(self) -> None:
-        """Look after the jobs until none is left; if that fails, all jobs that are left fail with its error."""
+        """Submit, cancel and settle jobs until none is left; if that fails, all that are left fail with its error."""
         try:
-            self._look_until_done()
+            while not self._closed or self._jobs or not self._waiting.empty():
+                sleep(self.poll_seconds)
+                calls = [self._waiting.get() for _ in range(min(self._waiting.qsize(), MOST_IN_ARRAY))]
+                for future in [future for future, _ in calls] + list(self._jobs) if self._cancels else []:
+                    future.cancel()
+                self._submit([(future, call) for future, call in calls if not future.cancelled()])
+                for future in [future for future in self._jobs if future.cancelled()]:
+                    job = self._jobs.pop(future)
+                    job.cancel(check=False)
+                    _remove_files(job)
+                if self._jobs:
+                    self._settle()
         except Exception as error:
             self._closed = True
             left = list(self._jobs) + [self._waiting.get()[0] for _ in range(self._waiting.qsize())]
             for future in left:
                 if not future.cancelled():
                     future.set_exception(error)
-
-    def _look_until_done(self) -> None:
-        """Submit, cancel and settle jobs."""
-        while not self._closed or self._jobs or not self._waiting.empty():
-            sleep(self.poll_seconds)
-            calls = [self._waiting.get() for _ in range(min(self._waiting.qsize(), MOST_IN_ARRAY))]
-            for future in [future for future, _ in calls] + list(self._jobs) if self._cancels else []:
-                future.cancel()
-            self._submit([(future, call) for future, call in calls if not future.cancelled()])
-            for future in [future for future in self._jobs if future.cancelled()]:
-                job = self._jobs.pop(future)
-                job.cancel(check=False)
-                _remove_files(job)
-            if self._jobs:
-                self._settle()
 
     def _submit(self, calls: Sequence[tuple[Future, Call]]) -> None:
         """Submit calls as one array; if SLURM refuses it, such as for a limit, each fails with its words."""
@@ -120,31 +116,34 @@ class SlurmJobs(Executor):
                 if not file.exists():
                     file.unlink(missing_ok=True)
         self._jobs.update(zip([future for future, _ in calls], jobs, strict=True))
+        self._queued |= {job.job_id for job in jobs}
 
     def _settle(self) -> None:
         """Settle the futures of jobs that left a result, and of those that are in no queue and left none."""
-        queued = _queued()
+        before, self._queued = self._queued, self._look()
         # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
         # folder's mode makes a network file system read it anew.
         with suppress(OSError):
             self.folder.chmod(self.folder.stat().st_mode)
         files = set(os.listdir(self.folder))
-        missed, self._missed = self._missed, set()
         for future, job in list(self._jobs.items()):
             if job.paths.result_pickle.name in files:
                 outcome = job.result()
                 _remove_files(job)
-            elif queued is None or job.job_id in queued:
-                continue
-            elif future not in missed:
-                # The next look decides, for a job that is being requeued, and for a slow file system.
-                self._missed.add(future)
+            elif job.job_id in before | self._queued:
+                # A second look decides, for a job that is being requeued, and for a slow file system.
                 continue
             else:
                 outcome = False, (KilledError(f"job {job.job_id} was killed; see {job.paths.stderr}"), "")
             del self._jobs[future]
             if future.set_running_or_notify_cancel():
                 settle(future, outcome)
+
+    def _look(self) -> set[str]:
+        """Return the user's jobs in the queue, those of an array one by one; all of ours if SLURM does not answer."""
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        return {job.job_id for job in self._jobs.values()} if found.returncode else set(found.stdout.split())
 
 
 class _Job(Call):
@@ -163,13 +162,6 @@ class _Job(Call):
 def _remove_files(job: Any) -> None:
     for name in ("submitted_pickle", "result_pickle", "stdout", "stderr"):
         getattr(job.paths, name).unlink(missing_ok=True)
-
-
-def _queued() -> set[str] | None:
-    """Return the user's jobs that wait or run, those of an array one by one, or None if SLURM does not answer."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return None if found.returncode else set(found.stdout.split())
 
 
 def _try_options(options: dict[str, Any]) -> None:
