@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from modular_experts.quickstart.plan import METHODS
 from modular_experts.reports import Results
 
 KIND_NAMES = {"sparse": "sparse entries", "block": "sparse tiles", "lora": "LoRA", "full": "full"}
-METHODS = ("Average", "TaskArithmetic", "SparseAverage", "TIES")
 LATENT = "base, own format"
 SCORES = ("exact_match", "rougeL", "loss")
 COSTS = ("bytes", "ever_trained", "kept", "parameters", "seconds")
