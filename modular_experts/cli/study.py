@@ -15,7 +15,8 @@ from modular_experts.study import Study, pieces_of, read_study, results_of, run_
 from modular_experts.study.estimate import measured_left
 from modular_experts.study.pieces import STAGES, title_of
 from modular_experts.study.published import beside_published
-from modular_experts.study.results import REPORT, RESULTS, findings, summary, write_report
+from modular_experts.study.report import REPORT, findings, summary, write_report
+from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
 

@@ -2,7 +2,7 @@
 
 `settings.py` reads and checks what a study shall do. `pieces.py` cuts it into pieces of work, whose digests tell what a
 change of the study does anew; open it first. `work.py` does one piece, `run.py` runs the pieces that have no result,
-and `results.py` makes rows, a table and a page of them.
+`results.py` makes rows of what they found, and `report.py` a table and a page.
 """
 
 from modular_experts.study.pieces import pieces_of

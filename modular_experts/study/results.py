@@ -1,31 +1,32 @@
-"""Make rows, a table and a page of what the pieces of a study found.
+"""Make rows of what the pieces of a study found, and of what its merges did.
 
 A row has the columns of `reports.Results`, and `kind`, `merge`, `count`, `group`, `seed`, whether the task is one of
-the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. Rows of what merges did
-have the metrics and columns of `effects.py`.
+the model's `own` experts, and the 95 % `interval` of a text metric over the rows of the task. `effects` and `growth`
+add rows of what merges did, and describe their metrics and columns. Every comparison is paired: two models answer the
+same test rows, and an interval is that of the mean difference.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from modular_experts.library.atomic import new_file
-from modular_experts.reports import Results
-from modular_experts.reports.html import Section, element, example, note, report, script
-from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of, provenance
-from modular_experts.reports.tables import Column, Line, Table, heat_map, number
-from modular_experts.study.effects import EXPONENT, GAIN, NORMALISED, effects, growth, interval, level_with
-from modular_experts.study.pieces import title_of
-from modular_experts.study.published import SINGLE, beside_published
-from modular_experts.study.run import State
-from modular_experts.study.settings import BASE, MULTITASK, Study
+import torch
 
-RESULTS, REPORT = "results.json", "report.html"
+from modular_experts.reports import Results
+from modular_experts.reports.results import provenance
+from modular_experts.study.pieces import title_of
+from modular_experts.study.run import State
+from modular_experts.study.settings import Study
+
+RESULTS = "results.json"
+DRAWS = 500  # of a bootstrap
+GAIN, NORMALISED, EXPONENT = "gain", "normalised", "loss_exponent"
+"""Metrics of the rows of what merges did."""
 
 
 def results_of(study: Study, state: State) -> Results:
@@ -60,291 +61,167 @@ def results_of(study: Study, state: State) -> Results:
     return Results([*rows, *effects(state, measured.main_metric), *growth(measured)], facts)
 
 
-def summary(results: Results, state: State) -> Table:
-    """Return the table of a study: the base, and of each kind the single experts and every merge by its count."""
-    metric, level = results.main_metric, level_with(state)
-    show, best = format_of(metric), better(metric)
-
-    def of(rows: Results, role: str) -> float | None:
-        return rows.mean(metric, role=role)
-
-    def of_own(rows: Results) -> float | None:
-        shares = [row["value"] for row in rows.where(metric=NORMALISED, task=None).rows if row["value"] is not None]
-        return fmean(shares) if shares else None
-
-    columns = [
-        Column("experts", lambda rows: rows.facts.get("count")),
-        Column("held-in", lambda rows: of(rows, "held_in"), show, metric in SHARES, best=best),
-        Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
-        Column("of own", of_own, partial(number, digits=2), best=best),
-        Column("with the best", lambda rows: rows.facts.get("level"), str, left=True),
-    ]
-    groups = [[Line(BASE, results.where(model=BASE))]]
-    for kind in results.facts["kinds"]:
-        # A model is judged by the tasks of its own experts, and by the held-out ones.
-        judged = [row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"]
-        mine = Results(judged)
-        lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
-        for merge in mine.values("merge"):
-            for count in mine.where(merge=merge).values("count"):
-                is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
-                facts = {"count": count, "level": "level" if is_level else None}
-                lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
-        groups.append(lines)
-    if whole := results.where(model=MULTITASK).rows:
-        groups.append([Line(MULTITASK, Results(whole))])
-    lines = [line for group in groups for line in group]
-    shown = [column for column in columns if any(column.of(line.rows) is not None for line in lines)]
-    return Table(shown, groups, METRICS.get(metric, metric))
+def interval(values: Sequence[float]) -> list[float]:
+    """Return the 95 % interval of a mean over rows, by a bootstrap whose draws are always the same."""
+    return _ends(_means(values))
 
 
-def findings(results: Results) -> list[str]:
-    """State of each kind what its best merge of the most experts kept of what these can do alone."""
-    sentences = []
-    for kind, row in _best_merges(results).items():
-        gains = results.where(model=row["model"], metric=GAIN).rows
-        worst = (max if row["of"] == "loss" else min)(
-            (one for one in gains if one["task"]), key=lambda one: one["value"]
-        )
-        share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
-        experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
-        if share is None:
-            sentences.append(f"The {experts} score 0 in {metric} alone; {row['merge']} adds {_change(row)}")
-            continue
-        sentences.append(
-            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric} "
-            f"({_change(row)}); {_worst(worst)}"
-        )
-    return sentences
+def _means(values: Sequence[float], seed: int = 0) -> torch.Tensor:
+    return torch.tensor(values)[_draws(len(values), seed)].mean(1)
 
 
-def write_report(results: Results, state: State, file: Path) -> None:
-    """Write a study's page, which needs no other file."""
-    metric, facts = results.main_metric, results.facts
-    tasks = [*facts["held_in"], *facts["held_out"]]
-    tested = results.where(metric=metric)
-    header = [
-        element("p", f"modular-experts study · {facts['date']}", class_="eyebrow"),
-        element("h1", f"{len(tested.values('model'))} models on {len(tasks)} tasks"),
-        results.downloads(),
-    ]
-    what = _words(metric)
-    found = findings(results)
-    sections = [
-        Section(
-            "Overview",
-            found[0] if found else f"The {what} of every model",
-            [
-                *[element("p", sentence) for sentence in found[1:]],
-                summary(results, state).html(),
-                note(
-                    "Means over tasks, groups and seeds. A single expert and a merge of a few are tested on the tasks "
-                    "of their own experts. Of own: the merge divided by each task's own expert. Level with the best: "
-                    "of the merges of all experts of a kind, the 95 % interval of the difference to the best one, over "
-                    "rows and seeds, contains zero."
-                ),
-            ],
-        ),
-        *_published_section(results),
-        *_effect_sections(results),
-        *_growth_section(results),
-    ]
-    # Merges of fewer experts are many, and each is tested on the tasks of its own group.
-    most = max((row["count"] or 0 for row in tested.rows), default=0)
-    largest = Results([row for row in tested.rows if row["count"] in (None, most)])
-    wide = [model for model in largest.values("model") if len(largest.where(model=model).values("task")) > 1]
-    if wide:
-        means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
-        sections.append(
-            Section(
-                "Every task",
-                f"The {what} of each model, task by task" + f"; merges are of {most} experts" * bool(most),
-                [
-                    heat_map(wide, tasks, means, format_of(metric), metric == "loss"),
-                    note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
-                ],
+def _ends(means: torch.Tensor) -> list[float]:
+    return [means.quantile(0.025).item(), means.quantile(0.975).item()]
+
+
+@lru_cache(64)
+def _draws(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(seed))
+
+
+def level_with(state: State) -> dict[tuple[str, str], bool]:
+    """Tell which merges of all experts are level with the best one of their kind, on held-in tasks.
+
+    The difference of two merges in exact match is taken row by row, over the rows of all tasks and seeds. It is inside
+    the noise if the 95 % interval of its mean contains zero.
+
+    Returns:
+        By kind and merge: True for the best, and for those that are level with it; nothing for a merge that no seed has
+        beside the best.
+    """
+    values: dict[tuple[str, str], dict[tuple, float]] = {}
+    whole: dict[str, int] = {}
+    merges = [found for found in state.done.values() if found.get("merge")]
+    for found in merges:
+        whole[found["kind"]] = max(whole.get(found["kind"], 0), found["count"])
+    for found in merges:
+        if found["count"] == whole[found["kind"]]:
+            mine = values.setdefault((found["kind"], found["merge"]), {})
+            for task, by_metric in found["values"].items():
+                if found["scores"]["tasks"][task]["role"] == "held_in":
+                    mine |= {(found["seed"], task, row): one for row, one in enumerate(by_metric["exact_match"])}
+    level = {}
+    for (kind, merge), mine in values.items():
+        rivals = [theirs for (other, _), theirs in values.items() if other == kind]
+        best = max(rivals, key=lambda theirs: fmean(theirs.values()))
+        if both := sorted(mine.keys() & best.keys()):
+            low, high = interval([best[pair] - mine[pair] for pair in both])
+            level[kind, merge] = low <= 0.0 <= high
+    return level
+
+
+def effects(state: State, metric: str) -> list[dict[str, Any]]:
+    """Compare each merge with the experts that it was made of, each on its own task.
+
+    Args:
+        state: The finished pieces.
+        metric: The metric to compare.
+
+    Returns:
+        Rows of results. `gain` is the metric of the merge minus that of the task's own expert, with the 95 % interval
+        of the paired difference over rows and seeds (None for the loss, which is not kept by row); `normalised` is
+        the one divided by the other (None if the expert has 0). Both name the metric (`of`), the expert's value
+        (`own_value`), and the best single expert of the kind on this task (`best_single`, `best_single_value`). A row
+        without a task is the mean over the tasks of the merge, of `normalised` over those where it is known.
+    """
+    singles: dict[tuple, dict[str, Any]] = {}
+    merged: dict[tuple, list[dict[str, Any]]] = {}
+    for found in state.done.values():
+        if found.get("merge"):
+            merged.setdefault((found["model"], *found["own"]), []).append(found)
+        elif found.get("kind"):
+            singles[found["kind"], found["own"][0], found["seed"]] = found
+    rows: list[dict[str, Any]] = []
+    for several in merged.values():
+        first = several[0]
+        about = {name: first[name] for name in ("model", "experts", "kind", "merge", "count", "group")}
+        about |= {"seed": first["seed"] if len(several) == 1 else None, "of": metric, "own": True, "role": "held_in"}
+        by_task: list[dict[str, Any]] = []
+        means: list[torch.Tensor] = []
+        for task in first["own"]:
+            pairs = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
+            known = [(found, single) for found, single in pairs if single is not None]
+            if not known:
+                continue
+            mine = fmean(_score(found, task, metric) for found, _ in known)
+            theirs = fmean(_score(single, task, metric) for _, single in known)
+            differences = [one for found, single in known for one in _differences(found, single, task, metric)]
+            if differences:
+                # Each task draws its own rows.
+                means.append(_means(differences, len(by_task)))
+            by_task.append(
+                {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
+                | {"gain": mine - theirs, "normalised": mine / theirs if theirs else None}
+                | {"interval": _ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
             )
-        )
-    if shown := _answers(results):
-        sections.append(Section("Answers", "What models answer to one test row of each task", shown))
-    if facts["failed"]:
-        failed = [Line(name, sentence) for name, sentence in facts["failed"].items()]
-        table = Table([Column("why", str, left=True)], [failed], "piece")
-        count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
-        sections.append(Section("Failed", f"{count} no result", [table.html()]))
-    about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
-    about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = report(f"Study of {len(tasks)} tasks", header, sections, about, script())
-    with new_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        if not by_task:
+            continue
+        shares = [one["normalised"] for one in by_task if one["normalised"] is not None]
+        whole: dict[str, Any] = {"task": None, "gain": fmean(one["gain"] for one in by_task)}
+        whole |= {"normalised": fmean(shares) if shares else None}
+        whole |= {"interval": _ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
+        for found in [*by_task, whole]:
+            gain, share, span = found.pop("gain"), found.pop("normalised"), found.pop("interval")
+            rows.append({**about, **found, "metric": GAIN, "value": gain, "interval": span})
+            rows.append({**about, **found, "metric": NORMALISED, "value": share, "interval": None})
+    return rows
 
 
-def _published_section(results: Results) -> list[Section]:
-    """Return our means beside those that others published, if the study names any."""
-    table = beside_published(results)
-    if table is None:
-        return []
-    published = results.facts["published"]
-    return [
-        Section(
-            "Published",
-            f"Our {_words(published['metric'])} beside that of others",
-            [
-                table.html(),
-                note(
-                    f"Published: {published['source']}. Its authors measured these figures; they enter no other table "
-                    "and no other number here."
-                ),
-            ],
-        )
-    ]
+def _score(found: Mapping[str, Any], task: str, metric: str) -> float:
+    """Return the value of a metric of a model on a task: NaN if its loss was not finite."""
+    value = found["scores"]["tasks"][task][metric]
+    return math.nan if value is None else value
 
 
-def _effect_sections(results: Results) -> list[Section]:
-    """Return what merges kept of each task: all merges of the most experts, and of each kind the best one closely."""
-    metric, best = results.main_metric, _best_merges(results)
-    most = max((row["count"] for row in best.values()), default=0)
-    shares = results.where(metric=NORMALISED, count=most, group=0)
-    if not shares.rows:
-        return []
-    columns = ["mean", *shares.values("task")]
-    cells: dict[tuple[str, str], float | None] = {}
-    for model in shares.values("model"):
-        for row in shares.where(model=model).rows:
-            cells[model, row["task"] or "mean"] = row["value"]
-    show = format_of(metric)
-    closely = [
-        Column("own expert", lambda row: row["own_value"], show),
-        Column("best single", lambda row: row["best_single_value"], show),
-        Column("merge", lambda row: row["own_value"] + row["value"], show),
-        Column("gained", lambda row: row["value"], lambda value: _signed(value, metric)),
-        Column("95 % interval", lambda row: row["interval"], lambda span: _interval(span, metric)),
-    ]
-    known = [column for column in closely if any(column.of(row) is not None for row in _gains(results, best))]
-    parts = []
-    for kind, row in best.items():
-        lines = [Line(one["task"], one) for one in _gains(results, {kind: row})]
-        parts += [element("h3", row["model"]), Table(known, [lines], "task").html()]
-    unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
-    return [
-        Section(
-            "What merges kept",
-            f"The {_words(metric)} of merges of {most} experts, divided by that of each task's own expert",
-            [
-                heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss"),
-                note("1 is what the own expert has; an empty cell is a task whose own expert has 0."),
-            ],
-        ),
-        Section(
-            "Gains and losses",
-            f"What the best merge of each kind changed on each task in {_words(metric)}",
-            [
-                *parts,
-                note(
-                    "Gained is the merge minus the own expert, with the 95 % interval of the paired difference over "
-                    "rows and seeds. The best single is the expert of this kind that is best on the task, and the best "
-                    "merge the one with the best mean, both picked on these test rows, which flatters them." + unit
-                ),
-            ],
-        ),
-    ]
+def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], task: str, metric: str) -> list[float]:
+    """Return the differences of two models in a metric, row by row: an empty list for a metric without row values."""
+    pairs = [found["values"].get(task, {}).get(metric, []) for found in (mine, theirs)]
+    return [one - other for one, other in zip(*pairs, strict=True)]
 
 
-def _growth_section(results: Results) -> list[Section]:
-    """Return the losses by the number of experts, where a power law could be fitted to them."""
-    fits = results.where(metric=EXPONENT).rows
-    counts = sorted({count for row in fits for count in row["counts"]})
-    if not fits:
-        return []
-
-    def at(row: Any, count: int) -> float | None:
-        return dict(zip(row["counts"], row["losses"], strict=True)).get(count)
-
-    digits: Any = partial(number, digits=3)
-    columns = [Column(str(count), partial(at, count=count), digits, over="loss by experts") for count in counts]
-    columns += [
-        Column("exponent", lambda row: row["value"], digits, over="power law"),
-        Column("R²", lambda row: row["r2"], digits, over="power law"),
-    ]
-    groups = [
-        [Line(f"{row['model']}, {ROLES[role]}", row) for row in fits if row["role"] == role]
-        for role in dict.fromkeys(row["role"] for row in fits)
-    ]
-    steepest = max(fits, key=lambda row: row["value"])
-    ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
-    return [
-        Section(
-            "Number of experts",
-            f"From {steepest['counts'][0]} to {steepest['counts'][-1]} experts the {ROLES[steepest['role']]} loss of "
-            f"{steepest['model']} goes from {ends[0]} to {ends[1]}",
-            [
-                Table(columns, groups, "merge").html(),
-                note(
-                    "The fitted loss is factor * count ^ exponent, by least squares in logarithms over the counts of "
-                    "the table, of which 1 is the single experts. R² is the share of the variance that it explains; "
-                    f"with {len(counts)} counts it is a description, and no forecast was tested."
-                ),
-            ],
-        )
-    ]
+def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metric: str) -> dict[str, Any]:
+    """Return which single expert of a kind is best on a task, by the mean over seeds, and its value."""
+    values: dict[str, list[float]] = {}
+    for (other, trained_on, _), found in singles.items():
+        if other == kind and task in found["scores"]["tasks"]:
+            values.setdefault(trained_on, []).append(_score(found, task, metric))
+    of = {trained_on: fmean(mine) for trained_on, mine in values.items()}
+    # The task's own expert wins a tie.
+    best = (min if metric == "loss" else max)([task, *of], key=lambda one: of[one])
+    return {"best_single": best, "best_single_value": of[best]}
 
 
-def _answers(results: Results) -> list[Any]:
-    """Return answers to the first test row of each held-in task: the base's, its experts', and the best merges'."""
-    shown = []
-    merges = [row["model"] for row in _best_merges(results).values()]
-    for task in results.facts["held_in"]:
-        rows = [row for row in results.facts["examples"] if row["task"] == task]
-        same = {row["model"]: row["answer"] for row in rows if row["input"] == rows[0]["input"]}
-        own = [row["model"] for row in results.where(task=task, merge=None, own=True).rows]
-        # The multitask expert has every task as its own, and comes last.
-        names = dict.fromkeys([BASE, *[one for one in own if one != MULTITASK], *merges, MULTITASK])
-        answers: Mapping[str, str] = {name: same[name] for name in names if name in same}
-        if answers:
-            shown.append(element("div", element("h3", task), example(rows[0]["input"], rows[0]["target"], answers)))
-    return shown
+def growth(results: Results) -> list[dict[str, Any]]:
+    """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
 
+    The fit is least squares in the logarithms of both; single experts on their own tasks are the count 1. A line always
+    fits two points, so three or more counts are needed.
 
-def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return of each kind the row of the mean gain of its best merge, among those of the most experts."""
-    means = results.where(metric=GAIN, task=None).rows
-    best: dict[str, Mapping[str, Any]] = {}
-    for kind in results.facts["kinds"]:
-        mine = [row for row in means if row["kind"] == kind]
-        most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
-        if most:
-            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: row["value"])
-    return best
-
-
-def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the gains by task of merges."""
-    models = [row["model"] for row in best.values()]
-    return [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in models]
-
-
-def _worst(row: Mapping[str, Any]) -> str:
-    """Return which task lost most, if one lost anything."""
-    lost = row["value"] if row["of"] == "loss" else -row["value"]
-    if lost <= 0:
-        return "no task is worse than by its own expert"
-    return f"the worst task is {row['task']}, with {_signed(row['value'], row['of'])}"
-
-
-def _change(row: Mapping[str, Any]) -> str:
-    """Return a gain and its interval, such as `-2.1 points, 95 % interval -4.0 to -0.3`."""
-    unit = " points" if row["of"] in SHARES else ""
-    span = f", 95 % interval {_interval(row['interval'], row['of'])}" if row["interval"] else ""
-    return f"{_signed(row['value'], row['of'])}{unit}{span}"
-
-
-def _interval(span: Sequence[float], metric: str) -> str:
-    return " to ".join(_signed(end, metric) for end in span)
-
-
-def _signed(value: float, metric: str) -> str:
-    return f"{100 * value:+.1f}" if metric in SHARES else f"{value:+.3f}"
-
-
-def _words(metric: str) -> str:
-    return "Rouge-L" if metric == "rougeL" else metric.replace("_", " ")
+    Returns:
+        A row of results for each kind, merge and role with enough counts: `loss_exponent`, with `factor`, `counts`, the
+        `losses` at them, and `r2`, the share of the variance of the logarithms that the fit explains.
+    """
+    rows = []
+    for kind in results.values("kind"):
+        mine = results.where(kind=kind, metric="loss")
+        for merge in mine.values("merge"):
+            for role in ("held_in", "held_out"):
+                judged = [row for row in mine.where(role=role).rows if row["own"] or role == "held_out"]
+                by_count: dict[int, list[float]] = {}
+                for row in judged:
+                    if row["merge"] in (None, merge) and row["value"] is not None:
+                        by_count.setdefault(row["count"] or 1, []).append(row["value"])
+                losses = {count: fmean(by_count[count]) for count in sorted(by_count)}
+                if len(losses) < 3 or not all(math.isfinite(one) and one > 0 for one in losses.values()):
+                    continue
+                x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
+                across, along = x - x.mean(), y - y.mean()
+                exponent = ((across * along).sum() / across.square().sum()).item()
+                missed = (along - exponent * across).square().sum().item()
+                total = along.square().sum().item()
+                about = {"model": f"{kind} {merge}", "experts": [], "kind": kind, "merge": merge, "task": None}
+                about |= dict.fromkeys(("count", "group", "seed", "own", "interval"))
+                fit = {"factor": math.exp(y.mean().item() - exponent * x.mean().item()), "counts": [*losses]}
+                fit |= {"losses": [*losses.values()], "r2": 1 - missed / total if total else None}
+                rows.append({**about, "role": role, "metric": EXPONENT, "value": exponent, **fit})
+    return rows

@@ -11,8 +11,8 @@ import pytest
 
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
-from modular_experts.study.effects import effects, growth, interval, level_with
-from modular_experts.study.results import findings
+from modular_experts.study.report import findings
+from modular_experts.study.results import effects, growth, interval, level_with
 from modular_experts.study.run import Left, Pace, State
 
 
