@@ -111,6 +111,29 @@ def prompt_vectors(
         prompt: Which tokens are the prompts, `(rows, length)` bool; None where all are.
     """
     body: Any = getattr(model, "base_model", model)
+    packs, padded = (mask, None) if isinstance(mask, Packs) else (None, mask)
+    tokens = packs.row >= 0 if packs else torch.ones_like(ids) if padded is None else padded
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    inputs |= {"position_ids": packs.places} if packs else {"attention_mask": padded}
+    if padded is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        # Padding on the left must not move the places.
+        inputs["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
+    states = _hidden_states(body, inputs, depths)
+    counted = tokens.bool() if prompt is None else tokens.bool() & prompt
+    # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
+    if packs:
+        later = counted & (packs.places > 0)
+        sizes = torch.bincount(packs.row[later], minlength=int(packs.row.max()) + 1)
+        counted = later | (counted & (sizes[packs.row] == 0))
+        none = torch.zeros(len(sizes), states[0].shape[-1], device=ids.device)
+        return [F.normalize(none.index_add(0, packs.row[counted], one.float()[counted]), dim=1) for one in states]
+    counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
+    none = torch.zeros((), device=ids.device)
+    return [F.normalize(one.float().where(counted, none).sum(1), dim=1) for one in states]
+
+
+def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]) -> list[Tensor]:
+    """Return the hidden states `(rows, length, size)` at each depth, by a pass that ends at the deepest one."""
     blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
     numbers = [round(depth * len(blocks)) for depth in depths]
     found: dict[int, Tensor] = {}
@@ -124,13 +147,6 @@ def prompt_vectors(
         found[number] = output if isinstance(output, Tensor) else output[0]
         raise _Reached
 
-    packs, padded = (mask, None) if isinstance(mask, Packs) else (None, mask)
-    tokens = packs.row >= 0 if packs else torch.ones_like(ids) if padded is None else padded
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    inputs |= {"position_ids": packs.places} if packs else {"attention_mask": padded}
-    if padded is not None and "position_ids" in inspect.signature(body.forward).parameters:
-        # Padding on the left must not move the places.
-        inputs["position_ids"] = (tokens.cumsum(1) - 1).clamp(min=0)
     hooks = []
     for number in dict.fromkeys(numbers):
         if number < len(blocks):
@@ -148,18 +164,7 @@ def prompt_vectors(
                 hook.remove()
             for module in training:
                 module.training = True
-    counted = tokens.bool() if prompt is None else tokens.bool() & prompt
-    # The first token attends to itself alone, so its state, which is the largest by far, is nearly the same everywhere.
-    if packs:
-        later = counted & (packs.places > 0)
-        sizes = torch.bincount(packs.row[later], minlength=int(packs.row.max()) + 1)
-        counted = later | (counted & (sizes[packs.row] == 0))
-        states = [found[number].float()[counted] for number in numbers]
-        none = torch.zeros(len(sizes), states[0].shape[1], device=ids.device)
-        return [F.normalize(none.index_add(0, packs.row[counted], one), dim=1) for one in states]
-    counted = (counted & ((counted.cumsum(1) > 1) | (counted.sum(1, keepdim=True) < 2)))[..., None]
-    none = torch.zeros((), device=ids.device)
-    return [F.normalize(found[number].float().where(counted, none).sum(1), dim=1) for number in numbers]
+    return [found[number] for number in numbers]
 
 
 class _Reached(Exception):
