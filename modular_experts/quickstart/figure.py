@@ -70,7 +70,7 @@ def figure(found: Mapping[str, Any], narrow: bool = False, dark: bool = False) -
 
 
 def _steps(run: Results, title: str, places: Mapping[str, tuple[float, float]], key: Sequence[Key]) -> Steps:
-    """From scale 1 to the chosen scale: the merges of all experts, on the sides that have places."""
+    """Return a chart of the merges of all experts, from scale 1 to the chosen one, on the sides that have places."""
     everything = run.facts["levels"][-1]
     sides = [
         Side(
@@ -98,7 +98,7 @@ def _steps(run: Results, title: str, places: Mapping[str, tuple[float, float]], 
 
 
 def _courses(run: Results, kinds: Sequence[str], title: str, key: Sequence[Key]) -> Courses:
-    """From one expert over merges of a few to that of all, held in."""
+    """Return charts of the exact match held in, from one expert over merges of a few to the merge of all."""
     charts = []
     for kind in kinds:
         courses = []

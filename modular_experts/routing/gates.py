@@ -108,7 +108,7 @@ class Gates:
         return found
 
     def of_places(self, row: Tensor) -> Gates:
-        """Return the gates of places, of which each has those of its row; padding, -1, has those of the first one."""
+        """Return gates of places: each place takes those of its row, and padding, -1, those of the first row."""
         rows = row.flatten().clamp(min=0)
         return Gates(self.ids[rows], self.weights[rows])
 

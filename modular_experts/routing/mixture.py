@@ -56,7 +56,7 @@ class Mixture(NotMergeable, Expert):
 
     @property
     def moves_tokens_alone(self) -> bool:
-        """Whether the gates are those of tokens, or are made so of those of rows that are packed."""
+        """Whether each place of packed rows has its own gates: the layer's router makes them, or they are its row's."""
         return self.router is not None or self.gates.packs
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ class MoLoRAExpert(NotMergeable, Expert):
     def _count(self, probabilities: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many tokens take each expert, with the number of tokens behind, and the sums of probabilities."""
         probabilities, kept = probabilities.flatten(0, -2), kept.flatten(0, -2)
-        # Gradient checkpointing computes a pass again when nobody tells its rows any more.
+        # Gradient checkpointing computes a pass again after `reading` has ended.
         self._tokens = tokens = self._tokens if (told := rows_at_hand().tokens) is None else told
         if tokens is not None and tokens.numel() == len(kept):
             probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]

@@ -39,7 +39,7 @@ class Phatgoose(Router):
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
         size = max(gate.numel() for gate in statistics)
-        # A gate of zeros has the score 0, as that of an input to which a gate says nothing.
+        # A gate of zeros gives every input the score 0.
         self.gates = torch.stack([gate if gate.numel() else torch.zeros(size) for gate in statistics])
 
     def scores(self, hidden: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def _answers(results: Results) -> list[Any]:
 
 
 def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return of each kind the row of the mean gain of its best merge, among those of the most experts."""
+    """Return by kind the row of results with the mean gain of the best merge of the most experts."""
     means = results.where(metric=GAIN, task=None).rows
     best: dict[str, Mapping[str, Any]] = {}
     for kind in results.facts["kinds"]:

@@ -194,7 +194,7 @@ def test_together(study: Study, out: Path, ensemble: Ensemble, group: Group) -> 
 
 
 def _of_group(study: Study, name: str, group: Group, started: float) -> dict[str, Any]:
-    """Return what the result of a merge, a route or an ensemble tells of its experts."""
+    """Return what identifies a merge, a route or an ensemble in results: its names, its experts and its group."""
     kind, count = group.kind, len(group.own)
     title = f"{kind} {name}" + ("" if group.is_whole else f" of {count}, group {group.number}")
     experts = [study.name(kind, task, group.seed) for task in group.own]
