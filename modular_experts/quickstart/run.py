@@ -68,7 +68,7 @@ def run_plan(
         def show(done: int, pieces: int, left: Left) -> None:
             progress("study", total - study_seconds * _seconds(left.counts) / work, total)
 
-        state = run_study(study, out, (), True, processes, progress=show)
+        state = run_study(study, out, retry=True, executor=processes, progress=show)
     if state.failed:
         failed = [(key, failure) for key, failure in state.failed.items() if failure.needed is None]
         key, failure = failed[0]
