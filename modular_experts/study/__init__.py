@@ -1,8 +1,9 @@
 """Train many experts, merge them and measure what the merges did, from one description.
 
-`settings.py` reads and checks what a study shall do. `pieces.py` cuts it into pieces of work, whose digests tell what a
-change of the study does anew; open it first. `work.py` does one piece, `run.py` runs the pieces that have no result,
-`results.py` makes rows of what they found, and `report.py` a table and a page.
+`settings.py` reads and checks what a study shall do, and `merges.py` each entry of its merges. `pieces.py` cuts it into
+pieces of work, whose digests tell what a change of the study does anew; open it first. `work.py` does one piece,
+`run.py` runs the pieces that have no result, `results.py` makes rows of what they found, and `report.py` a table and a
+page.
 """
 
 from modular_experts.study.pieces import pieces_of

@@ -16,8 +16,9 @@ from modular_experts.evaluation import measure
 from modular_experts.jobs import LocalProcesses, Piece
 from modular_experts.methods import MergeMethod
 from modular_experts.settings.make import estimate_fit, make
+from modular_experts.study.merges import Ensemble, Merge
 from modular_experts.study.run import Left, Pace, State, sentence_of
-from modular_experts.study.settings import Ensemble, Merge, Study
+from modular_experts.study.settings import Study
 from modular_experts.study.work import loaded, test_rows, training_configs
 from modular_experts.tuning.tune import most_trials
 

@@ -19,7 +19,8 @@ from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.record import package_versions
-from modular_experts.study.settings import BASE, MULTITASK, Ensemble, Merge, Route, Study
+from modular_experts.study.merges import Combination, Ensemble, Merge, Route
+from modular_experts.study.settings import BASE, MULTITASK, Study
 from modular_experts.study.work import Group, choose, merge_and_test, route_and_test, take, test, test_together, train
 
 WORK: dict[type, Callable[..., dict[str, Any]]] = {
@@ -80,7 +81,7 @@ class _Plan:
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
 
-        def needed(merge: Merge | Route | Ensemble, tasks: Sequence[str]) -> list[Key]:
+        def needed(merge: Combination, tasks: Sequence[str]) -> list[Key]:
             return [trained[task] for task in tasks] + [statistics[of] for of in study.needs[merge.name]]
 
         for merge, count in itertools.product(study.merges[kind], study.counts):

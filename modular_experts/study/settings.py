@@ -11,80 +11,26 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import yaml
 
 from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME, Task
-from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.library import check_name
-from modular_experts.methods import MergeMethod
-from modular_experts.routing import Router
 from modular_experts.settings.make import fit as fit_configs
 from modular_experts.settings.make import make, plain
+from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entry
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.text import did_you_mean
-from modular_experts.tuning import CoefficientSearch
 
 MULTITASK, BASE = "multitask", "base"
 RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
-TUNING_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One way to merge the experts of a kind.
-
-    Attributes:
-        name: Its name in results.
-        method: The settings of a merge method, or of a search if `searched`.
-        searched: Whether the merge is searched by a `CoefficientSearch`.
-        tune: What the tuning of the method may be given, a `grid` or nothing; None if the method is not tuned. The
-            groups of a count share what it chooses.
-        rows: The most validation rows of a task that a search or a tuning reads.
-        merges: Settings of the merges that a search starts from.
-    """
-
-    name: str
-    method: Any
-    searched: bool = False
-    tune: dict[str, Any] | None = None
-    rows: int = TUNING_ROWS
-    merges: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way to choose among the experts of a kind by the input.
-
-    Attributes:
-        name: Its name in results.
-        router: The settings of a router.
-        fallback: The merge of the same experts that takes what the router rejects; the base alone if None.
-    """
-
-    name: str
-    router: Any
-    fallback: Merge | None = None
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """One way to average what the experts of a kind predict.
-
-    Attributes:
-        name: Its name in results.
-        mean: What is averaged, as for `ensembled`.
-    """
-
-    name: str
-    mean: Mean
 
 
 @dataclass(frozen=True)
@@ -114,7 +60,7 @@ class Study:
     held_out: dict[str, dict[str, Any]]
     contents: dict[str, str]
     experts: dict[str, list[dict[str, Any]]]
-    merges: dict[str, tuple[Merge | Route | Ensemble, ...]]
+    merges: dict[str, tuple[Combination, ...]]
     counts: tuple[int, ...]
     multitask: list[dict[str, Any]] | None
     matrix: bool
@@ -187,9 +133,9 @@ def read_study(
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
         _check_fit(f"experts.{kind}", configs, base, held_in)
-    found: dict[str, _Entry] = {}
+    found: dict[str, Entry] = {}
     for given in merges:
-        entry = _merge(given, found, kinds)
+        entry = read_entry(given, found, kinds)
         if entry.merge.name in found:
             name = entry.merge.name
             raise ValueError(f"two merges are called {name!r}; name one of them: {{method: {name}, name: mine}}")
@@ -198,7 +144,7 @@ def read_study(
     if multitask is not None:
         own = {name: value for name, value in multitask.items() if name != "kind"}
         if "kind" in multitask:
-            _check_kinds("multitask", [multitask["kind"]], kinds)
+            check_kinds("multitask", [multitask["kind"]], kinds)
             whole = [*kinds[multitask["kind"]], *[own] * bool(own)]
         else:
             whole = _configs("multitask", own, fit)
@@ -237,7 +183,7 @@ def read_study(
     return study
 
 
-def _models(kinds: Iterable[str], merges: Mapping[str, _Entry], multitask: Any) -> list[str]:
+def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -> list[str]:
     """Return the names of the models of a study as its tables name them, of merges those of all experts."""
     singles = [f"{kind}{SINGLE}" for kind in kinds]
     merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
@@ -250,14 +196,6 @@ def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, held_in
         fit_configs([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
     except ValueError as error:
         raise ValueError(f"{of}: {error}") from error
-
-
-def _check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:
-    """Raise ValueError if something names a kind that is not among the experts."""
-    for kind in named:
-        if kind not in kinds:
-            near = did_you_mean(str(kind), kinds) or f"; the kinds are {', '.join(kinds)}"
-            raise ValueError(f"{of} names the kind {kind!r}, which is not among the experts{near}")
 
 
 def _check_names(study: Study) -> None:
@@ -335,86 +273,6 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
             )
         found.append(dict(one))
     return found
-
-
-WAYS = {
-    "method": ("tune", "rows", "name", "kinds"),
-    "search": ("merges", "rows", "name", "kinds"),
-    "route": ("fallback", "name", "kinds"),
-    "ensemble": ("name", "kinds"),
-}
-"""What an entry of `merges` can be, and the settings that it may have beside that."""
-
-
-class _Entry(NamedTuple):
-    """A merge, a route or an ensemble, the statistics that it needs, and the kinds of experts that it combines."""
-
-    merge: Merge | Route | Ensemble
-    needs: tuple[str, ...]
-    kinds: tuple[str, ...]
-
-
-def _merge(entry: Any, before: Mapping[str, _Entry], kinds: Collection[str]) -> _Entry:
-    """Return an entry of `merges`, checked; `before` are the entries before it, by name."""
-    given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
-    every = sorted({*WAYS, *(setting for settings in WAYS.values() for setting in settings)})
-    for key in given:
-        if key not in every:
-            raise ValueError(f"a merge has no setting {key!r}{did_you_mean(key, every) or f'; it has {every}'}")
-    ways = [way for way in WAYS if way in given]
-    if len(ways) != 1:
-        raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
-    (way,) = ways
-    for key in given:
-        if key != way and key not in WAYS[way]:
-            raise ValueError(f"{key} is not a setting of a {way}; the merge {given} may have {', '.join(WAYS[way])}")
-    of = given.get("kinds", [*kinds])
-    if isinstance(of, str) or not of:
-        raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds))}]")
-    _check_kinds(f"the merge {given}", of, kinds)
-    of = tuple(of)
-    if way == "route":
-        return _route(given, before, of)
-    if way == "ensemble":
-        if given["ensemble"] not in MEANS:
-            near = did_you_mean(given["ensemble"], MEANS)
-            raise ValueError(f"ensemble: {given['ensemble']!r} is not a mean of {' or '.join(MEANS)}{near}")
-        return _Entry(Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), (), of)
-    rows = given.get("rows", TUNING_ROWS)
-    if way == "search":
-        search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
-        methods = [make(MergeMethod, start) for start in starts]
-        merge = Merge(given.get("name", type(search).__name__), given["search"], True, None, rows, tuple(starts))
-    else:
-        methods, tune = [make(MergeMethod, given["method"])], given.get("tune") or None
-        name = given.get("name", type(methods[0]).__name__ + " tuned" * bool(tune))
-        merge = Merge(name, given["method"], False, {} if tune is True else tune, rows)
-        for key in merge.tune or {}:
-            if key != "grid":
-                raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
-    return _Entry(merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics})), of)
-
-
-def _route(given: Mapping[str, Any], before: Mapping[str, _Entry], kinds: tuple[str, ...]) -> _Entry:
-    """Return a route, and the statistics that its router and its fallback need."""
-    router, fallback, needs = make(Router, given["route"]), None, set[str]()
-    if router.needs:
-        needs.add(router.needs)
-    if (wanted := given.get("fallback")) is not None:
-        merges = {
-            name: entry.merge
-            for name, entry in before.items()
-            if isinstance(entry.merge, Merge) and {*kinds} <= {*entry.kinds}
-        }
-        if wanted not in merges:
-            near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
-            raise ValueError(
-                f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
-            )
-        fallback = merges[wanted]
-        needs.update(before[wanted].needs)
-    name = type(router).__name__ + (f" else {fallback.name}" if fallback else "")
-    return _Entry(Route(given.get("name", name), given["route"], fallback), tuple(sorted(needs)), kinds)
 
 
 def _counts(counts: Sequence[int | str], tasks: int) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
 from modular_experts.settings.make import fit, make
 from modular_experts.statistics import take_statistics
-from modular_experts.study.settings import Ensemble, Merge, Route, Study
+from modular_experts.study.merges import Ensemble, Merge, Route
+from modular_experts.study.settings import Study
 from modular_experts.tuning import CoefficientSearch, Objective, search
 from modular_experts.tuning.tune import notes_of, tune_groups
 
