@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from modular_experts.jobs import Piece, engine, run
-from modular_experts.jobs.processes import machine
+from modular_experts.reports.results import machine
 
 PROCESSES = 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
@@ -71,15 +70,6 @@ class LocalProcesses(Executor):
         self.shutdown(wait=kind is None, cancel_futures=kind is not None)
         for process in processes:
             process.kill()
-
-
-def machine() -> str:
-    """Return the processor's name and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):  # only Linux has the file
-        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        name = found[1].strip() if found else name
-    return f"{name}, {cores()} core{'s' * (cores() > 1)}"
 
 
 def cores() -> int:

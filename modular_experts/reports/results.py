@@ -11,8 +11,11 @@ import io
 import itertools
 import json
 import math
+import platform
+import re
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +26,7 @@ from typing import Any, Literal
 import rich.table
 from rich.console import Console
 
-from modular_experts.jobs.processes import machine
+from modular_experts.jobs import cores
 from modular_experts.library.atomic import new_file
 from modular_experts.library.record import package_versions
 from modular_experts.reports.html import Html, element
@@ -163,6 +166,15 @@ class Results:
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
         return Table([*about, *[_column(metric, named == "model") for metric in metrics]], groups, named)
+
+
+def machine() -> str:
+    """Return the processor's name and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has the file
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{name}, {cores()} core{'s' * (cores() > 1)}"
 
 
 def provenance() -> dict[str, Any]:
