@@ -98,7 +98,7 @@ class SlurmJobs(Executor):
             self._closed = True
             left = list(self._jobs) + [self._waiting.get()[0] for _ in range(self._waiting.qsize())]
             for future in left:
-                if not future.cancelled():
+                if future.set_running_or_notify_cancel():
                     future.set_exception(error)
 
     def _submit(self, calls: Sequence[tuple[Future, Call]]) -> None:
@@ -107,7 +107,8 @@ class SlurmJobs(Executor):
             jobs = self._submitit.submit_array([call for _, call in calls]) if calls else []
         except Exception as error:
             for future, _ in calls:
-                future.set_exception(error)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
             return
         for job in jobs[:1]:
             # SLURM has a copy of the script that starts them, and submitit leaves a link to it.

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,29 @@ def test_calls_that_come_together_are_one_array(slurm_started, tmp_path) -> None
         ids = [executor.submit(os.getenv, "SLURM_ARRAY_JOB_ID") for _ in range(5)]
         assert len({one.result(100) for one in ids}) == 1
         assert ids[0].result() is not None
+
+
+def test_an_array_that_slurm_refuses_fails_each_call_but_a_cancelled_one(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("cloudpickle")
+    calls: list[Future] = []
+
+    class Refusing:
+        def __init__(self, *given: Any, **options: Any) -> None:
+            self.update_parameters = dict
+
+        def submit_array(self, several: list[Any]) -> None:
+            calls[0].cancel()
+            raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(SlurmExecutor=Refusing))
+    with engine("slurm", folder=tmp_path / "jobs", poll_seconds=0.5) as executor:
+        calls += [executor.submit(abs, -1), executor.submit(abs, -2)]
+        with pytest.raises(RuntimeError, match="QOSMaxSubmitJobPerUserLimit"):
+            calls[1].result(20)
+    assert calls[0].cancelled()
 
 
 def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkeypatch) -> None:
