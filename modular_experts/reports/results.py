@@ -103,8 +103,10 @@ class Results:
 
     @property
     def main_metric(self) -> str:
-        """The metric to show where there is room for one: the first share that was measured, or else the loss."""
-        return next((name for name in SHARES if name in self.values("metric")), "loss")
+        """The metric to show where there is room for one: the first share that every task has, or else the loss."""
+        tasks = {*self.values("task")}
+        having = {name: {*self.where(metric=name).values("task")} for name in SHARES}
+        return next((name for name in SHARES if having[name] and having[name] == tasks), "loss")
 
     def mean(self, metric: str, **wanted: Any) -> float | None:
         """Return the unweighted mean of a metric over the rows that match: None without rows."""
