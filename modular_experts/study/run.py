@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -32,10 +32,6 @@ from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
 
 PIECES = "pieces.jsonl"
-
-
-class FailedBeforeError(RuntimeError):
-    """A piece failed in an earlier run, and was not tried again."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +193,18 @@ def run_study(
         remove_leftovers(out)
         lines = Lines(out)
         lines.file.touch()
-        if not retry:
-            pieces = [_failed_before(piece, lines) for piece in pieces]
+        before = state_of(pieces, lines)
+        given_up = {} if retry else before.failed
+        # What is done needs nothing any more, such as a piece that has failed since.
+        todo = [
+            replace(piece, needs=()) if piece.key in before.done else piece
+            for piece in pieces
+            if piece.key not in given_up
+        ]
         pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
         at_once = getattr(pool, "processes", 1)
-        pace = Pace({piece.key: lines[piece.key] for piece in pieces if piece.key in lines})
-        left = {piece.key: piece for piece in pieces if piece.key not in lines}
+        pace = Pace(before.done)
+        left = {piece.key: piece for piece in todo if piece.key not in before.done}
 
         def show(done: int, total: int, piece: Piece | None) -> None:
             if piece is not None:
@@ -210,13 +212,12 @@ def run_study(
                 if piece.key in lines:
                     pace.add(piece.key, lines[piece.key])
             found = pace.left(left.values())
-            progress(done, total, found._replace(seconds=found.seconds / at_once))
+            progress(done + len(given_up), len(pieces), found._replace(seconds=found.seconds / at_once))
 
         def failed(piece: Piece, error: BaseException) -> None:
-            if not isinstance(error, FailedBeforeError):
-                lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
+            lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
 
-        run(pieces, lines, pool, show, failed)
+        run(todo, lines, pool, show, failed)
     return state_of(pieces, lines)
 
 
@@ -228,16 +229,6 @@ def _bytes_each(study: Study) -> int:
         * getattr(torch, study.dtype).itemsize
         * sum(math.prod(shape) for layout in layouts for _, shape in layout.values())
     )
-
-
-def _failed_before(piece: Piece, lines: Lines) -> Piece:
-    """Return the piece, or one that fails at once with the sentence with which it failed before."""
-    sentence = lines.failure(piece.key)
-    return piece if sentence is None else Piece(piece.key, _fail_again, (sentence,), piece.needs)
-
-
-def _fail_again(sentence: str) -> None:
-    raise FailedBeforeError(sentence)
 
 
 def sentence_of(error: BaseException) -> str:
