@@ -57,15 +57,21 @@ def plain(value: Any) -> Any:
     )
 
 
-def fit(configs: Sequence[Mapping[str, Any]], check: bool = False) -> None:
-    """Run `modular-experts fit` with several configs, of which a later one wins; with `check` only read them.
+def fit(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Run `modular-experts fit` with several configs, of which a later one wins.
 
     Raises:
         ValueError: A setting does not exist or does not fit; or what a fit refuses.
     """
-    if not check:
-        _run(configs)
-        return
+    _run(configs)
+
+
+def check_fit(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Read the configs of a fit, and do nothing else.
+
+    Raises:
+        ValueError: A setting does not exist or does not fit.
+    """
     try:
         with redirect_stdout(io.StringIO()):
             _run(configs, "--print_config")

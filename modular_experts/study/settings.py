@@ -21,8 +21,7 @@ import yaml
 from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME, Task
 from modular_experts.library import check_name
-from modular_experts.settings.make import fit as fit_configs
-from modular_experts.settings.make import make, plain
+from modular_experts.settings.make import check_fit, make, plain
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entry
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.text import did_you_mean
@@ -193,7 +192,7 @@ def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -
 def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, held_in: Mapping[str, Any]) -> None:
     """Raise ValueError if the configs of a fit have settings that do not fit."""
     try:
-        fit_configs([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}], True)
+        check_fit([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}])
     except ValueError as error:
         raise ValueError(f"{of}: {error}") from error
 
