@@ -7,7 +7,6 @@ was, and ends with the same numbers.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import time
@@ -30,6 +29,7 @@ from modular_experts.reports.results import provenance
 from modular_experts.study import read_study, run_study
 from modular_experts.study.pieces import pieces_of, title_of
 from modular_experts.study.run import PIECES, Left
+from modular_experts.training.estimate import errors_only
 
 FORMAT = "modular-experts/quickstart/1"
 RESULTS = "results.json"
@@ -61,7 +61,9 @@ def run_plan(
         study_seconds = START_SECONDS + TASK_SECONDS * plan.tasks / processes.processes
         total = BASE_SECONDS + study_seconds
         if not (base / FACTS).exists():
-            _make_base(plan, base, lambda share: progress("base", share * BASE_SECONDS, total))
+            # Lightning's advice is about a trainer this small.
+            with errors_only("lightning.pytorch"), warnings.catch_warnings(action="ignore"):
+                make_base(plan, base, lambda share: progress("base", share * BASE_SECONDS, total))
         study = read_study(**plan.study(base))
         work = _seconds(Counter(piece.key[:2] for piece in pieces_of(study, out)))
 
@@ -139,18 +141,6 @@ def _claimed(plan: Plan, out: Path) -> dict[str, Any]:
         )
     (out / PIECES).touch()
     return known
-
-
-def _make_base(plan: Plan, base: Path, progress: Callable[[float], None]) -> None:
-    # Lightning's advice is about a trainer this small.
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            make_base(plan, base, progress)
-    finally:
-        logger.setLevel(level)
 
 
 class TimeLeft:

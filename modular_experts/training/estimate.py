@@ -93,7 +93,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     """
     if data.tokenizer is None:
         data.tokenizer = module.base
-    with _silent():
+    # The short fit would log itself as the whole one.
+    with errors_only("modular_experts", "lightning.pytorch"):
         data.setup("fit")
         batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
         validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
@@ -174,9 +175,9 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Log errors only: the short fit would log itself as the whole one."""
-    loggers = [logging.getLogger(name) for name in ("modular_experts", "lightning.pytorch")]
+def errors_only(*names: str) -> Iterator[None]:
+    """Let the loggers of these names log errors only."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
