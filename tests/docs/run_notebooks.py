@@ -22,6 +22,7 @@ STRICT = """\
 import warnings
 
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "The `srun` command is available on your system")  # as in pyproject.toml
 warnings.filterwarnings("ignore", module="ipykernel")  # it warns of its own doings when it shuts down
 """
 METADATA = {
