@@ -167,4 +167,4 @@ def _no_match(pattern: str, sites: Sequence[Site], where: str, quantised: Sequen
     if not words and "," in pattern:
         hint = "; separate patterns by spaces"
     there = f"its linear layers end in {', '.join(kinds)}, as in {sites[0].name}" if sites else "it has none"
-    return f"{where}={pattern!r} matches no linear layer of the model{hint}; {there}"
+    return f"{where}={pattern!r} matches no linear layer of the model; {there}{hint}"

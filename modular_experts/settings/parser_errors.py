@@ -50,7 +50,9 @@ def explained(
     """
     sentence = " ".join(str(error).split())
     try:
-        check_settings("--", as_settings(options, config, hints), hints, required)
+        # What a parser itself takes, such as `--print_config`, is an option of no class.
+        given = [one for one in options if one.name != "print_config"]
+        check_settings("--", as_settings(given, config, hints), hints, required)
     except UsageError as ours:
         sentence = str(ours)
     except (AttributeError, NameError, TypeError, ValueError):
@@ -78,6 +80,10 @@ def _check(option: str, hint: Any, value: Any) -> None:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         refusals = []
+        inner = tuple(one for one in inner if one is not type(None) or value is None)
+        if len(inner) == 1:
+            _check(option, inner[0], value)
+            return
         for one in inner:
             try:
                 _check(option, one, value)
@@ -105,6 +111,8 @@ def _check(option: str, hint: Any, value: Any) -> None:
     elif origin is Callable and inspect.isclass(inner[-1]):
         # A callable that makes an object: its class is named, and gets its first argument from us.
         _check_class(option, inner[-1], value, given_by_us=1)
+    elif origin in (dict, Mapping) and not isinstance(value, dict):
+        raise UsageError(f"{option} must be settings by name, written '{{name: value}}', got {value}")
     elif origin in (dict, Mapping) or not isinstance(value, _SCALARS.get(hint, object)):
         raise _refusal(option, hint, value)
     elif inspect.isclass(hint) and hint not in _SCALARS:
@@ -139,6 +147,9 @@ def _named(option: str, base: type, name: str) -> Any:
     module, _, last = name.rpartition(".")
     if not module:
         others = f"; there are {', '.join(sorted(known))}, and a class of your own is named module.Class"
+        if [*known] == [base.__name__]:
+            # Settings that have a class, but no other class takes its place.
+            others = f"; its settings are {', '.join(f'{option}.{one}' for one in arguments_of(base)[0])}"
         # `--model DIR` is what others call our `--base DIR`.
         others = f"; did you mean {ELSEWHERE[option[2:]]}?" if option[2:] in ELSEWHERE else others
         raise UsageError(f"{option}: there is no class {name!r}{did_you_mean(name, known) or others}")

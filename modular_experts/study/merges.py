@@ -12,6 +12,7 @@ from modular_experts.routing import Router
 from modular_experts.settings.make import make
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
+from modular_experts.tuning.tune import most_trials
 
 TUNING_ROWS = 64
 
@@ -92,7 +93,11 @@ def read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) 
     every = sorted({*WAYS, *(setting for settings in WAYS.values() for setting in settings)})
     for key in given:
         if key not in every:
-            raise ValueError(f"a merge has no setting {key!r}{did_you_mean(key, every) or f'; it has {every}'}")
+            near = did_you_mean(key, every) or (
+                "; settings of a method or a router stand inside it: "
+                f"{{method: {{class_path: TIES, init_args: {{keep: 0.2}}}}}}; an entry has {', '.join(every)}"
+            )
+            raise ValueError(f"an entry of merges has no setting {key!r}{near}")
     ways = [way for way in WAYS if way in given]
     if len(ways) != 1:
         raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
@@ -124,6 +129,8 @@ def read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) 
         for key in merge.tune or {}:
             if key != "grid":
                 raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
+        if tune:
+            most_trials(methods[0], (merge.tune or {}).get("grid"))  # refuses a grid that does not fit
     return Entry(merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics})), of)
 
 

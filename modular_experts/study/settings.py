@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -124,14 +125,23 @@ def read_study(
         ValueError: Something does not fit; nothing has run.
     """
     base, tasks, experts, merges, multitask, fit = map(plain, (base, tasks, experts, merges, multitask, fit))
+    for name, listed in {"merges": merges, "counts": counts, "seeds": seeds}.items():
+        if isinstance(listed, str | int | Mapping):
+            raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
     held_in, held_out = _tasks(tasks)
+    for key in data or {}:
+        if key not in DATA:
+            near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
+            raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
+    check = partial(_check_fit, base=base, data={**(data or {}), "tasks": [next(iter(held_in.values()))]})
+    shared = "fit and " if fit else ""
     kinds = {kind: _configs(kind, settings, fit) for kind, settings in experts.items()}
     if not kinds:
         raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
     for kind, configs in kinds.items():
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
-        _check_fit(f"experts.{kind}", configs, base, held_in)
+        check(f"{shared}experts.{kind}", configs)
     found: dict[str, Entry] = {}
     for given in merges:
         entry = read_entry(given, found, kinds)
@@ -147,11 +157,7 @@ def read_study(
             whole = [*kinds[multitask["kind"]], *[own] * bool(own)]
         else:
             whole = _configs("multitask", own, fit)
-        _check_fit("multitask", whole, base, held_in)
-    for key in data or {}:
-        if key not in DATA:
-            near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
-            raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
+        check("multitask", whole)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)} must be one or more different numbers, such as [0, 1, 2]")
     if dtype not in get_args(DType):
@@ -189,10 +195,10 @@ def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -
     return [BASE, *singles, *merged, *([MULTITASK] if multitask else [])]
 
 
-def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, held_in: Mapping[str, Any]) -> None:
-    """Raise ValueError if the configs of a fit have settings that do not fit."""
+def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, data: Mapping[str, Any]) -> None:
+    """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
     try:
-        check_fit([*configs, {"model": {"base": base}, "data": {"tasks": [next(iter(held_in.values()))]}}])
+        check_fit([*configs, {"model": {"base": base}, "data": data}])
     except ValueError as error:
         raise ValueError(f"{of}: {error}") from error
 
@@ -212,8 +218,12 @@ def _check_names(study: Study) -> None:
 
 def _tasks(tasks: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return the settings of the tasks of each role by name, every short form spelt out."""
-    roles = tasks if isinstance(tasks, Mapping) and set(tasks) <= {"held_in", "held_out"} else {"held_in": tasks}
     found: dict[str, dict[str, dict[str, Any]]] = {"held_in": {}, "held_out": {}}
+    roles = tasks if isinstance(tasks, Mapping) and set(tasks) <= set(found) else {"held_in": tasks}
+    for key in tasks if roles is not tasks and isinstance(tasks, Mapping) else ():
+        near = did_you_mean(key, found)
+        if key not in found and (near or {*found} & {*tasks}):
+            raise ValueError(f"tasks.{key} is neither held_in nor held_out{near}")
     for role, listed in roles.items():
         for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
             for one in _several(entry) if isinstance(entry, str) else [dict(entry)]:
@@ -249,6 +259,10 @@ def _several(word: str) -> list[dict[str, Any]]:
         if not files:
             raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
         return [{"path": file} for file in files]
+    if Path(word).is_dir() and not [*Path(word).glob("dataset_*.json")]:
+        raise ValueError(
+            f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
+        )
     if word.isidentifier() and word[0].isupper() and not Path(word).exists():
         # The name of a task of the suite, as a class is named.
         return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
@@ -265,7 +279,10 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
                 one = yaml.safe_load(Path(one).read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
                 why = " ".join(str(error).split())
-                raise ValueError(f"experts.{kind}: {settings} cannot be read ({why})") from None
+                raise ValueError(
+                    f"experts.{kind}: {settings} cannot be read as a config of fit ({why}); a type of expert is "
+                    f"{{expert: {settings}}}"
+                ) from None
         if not isinstance(one, Mapping):
             raise ValueError(
                 f"experts.{kind} is {one!r}; give a config of fit, or its settings: {{expert: LoRAExpert}}"

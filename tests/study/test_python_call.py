@@ -71,3 +71,9 @@ def test_a_method_inside_a_method_is_named_too() -> None:
 def test_what_no_config_can_hold_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="has no form in a config; give"):
         plain({"expert": lambda weight: LoRAExpert(weight)})
+
+
+@pytest.mark.parametrize("change", [{"merges": "TIES"}, {"merges": TIES()}, {"counts": "all"}, {"seeds": 3}])
+def test_what_must_be_a_list_is_not_read_letter_by_letter(change) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* must be a list"):
+        read_study("base", "upper.jsonl", {"lora": {"expert": LoRAExpert}}, **change)

@@ -378,11 +378,27 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"tasks": {"held_in": "none/*.jsonl"}}, "no file matches 'none/*.jsonl'"),
         ({"tasks": {"held_in": ["upper.jsonl"], "held_out": ["upper.jsonl"]}}, "two tasks have the name 'upper'"),
         ({"experts": {"lora": "missing.yaml"}}, "experts.lora: missing.yaml cannot be read"),
-        ({"experts": {"lora": {**LORA, "stps": 3}}}, "experts.lora: there is no option --stps"),
+        ({"experts": {"lora": "LoRAExpert"}}, "a type of expert is {expert: LoRAExpert}"),
+        ({"experts": {"lora": {**LORA, "stps": 3}}}, "error: experts.lora: there is no option --stps"),
+        (
+            {"experts": {"lora": {**LORA, "expert": "LoRAExprt"}}},
+            "there is no class 'LoRAExprt'; did you mean LoRAExpe",
+        ),
+        ({"experts": {"lora": {**LORA, "steps": "two"}}}, "experts.lora: --steps must be of type int, got two"),
+        ({"fit": {"stps": 3}}, "fit and experts.lora: there is no option --stps; did you mean --steps"),
+        (
+            {"tasks": {"held_in": "base"}},
+            "base is a directory that datasets.save_to_disk did not write; give its files",
+        ),
+        ({"tasks": {"heldin": ["upper.jsonl"]}}, "tasks.heldin is neither held_in nor held_out; did you mean held_in"),
+        ({"tasks": {"train": ["upper.jsonl"], "held_out": []}}, "tasks.train is neither held_in nor held_out"),
         ({"experts": {"multitask": LORA}}, "'multitask' cannot name a kind of experts"),
         ({"merges": ["SparseAverag"]}, "did you mean SparseAverage"),
         ({"merges": ["TIES", "TIES"]}, "two merges are called 'TIES'"),
-        ({"merges": [{"method": "TIES", "tun": True}]}, "a merge has no setting 'tun'; did you mean tune"),
+        ({"merges": [{"method": "TIES", "tun": True}]}, "merges has no setting 'tun'; did you mean tune"),
+        ({"merges": [{"method": "TIES", "keep": 0.2}]}, "{method: {class_path: TIES, init_args: {keep: 0.2}}}"),
+        ({"merges": [{"method": "TIES", "tune": {"grid": {"kep": [1]}}}]}, "to tune; did you mean keep"),
+        ({"merges": "SparseAverage"}, "--merges must be a list, written '[a, b]', got SparseAverage"),
         ({"merges": [{"route": "Centroid", "tune": True}]}, "tune is not a setting of a route"),
         ({"merges": [{"route": "Centroi"}]}, "did you mean Centroid"),
         ({"merges": [{"route": "Centroid", "fallback": "TIES"}]}, "before it are no merges"),
@@ -392,6 +408,8 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             {"merges": [{"ensemble": "logits", "route": "Arrow"}]},
             "needs exactly one of `method`, `search`, `route` and",
         ),
+        ({"counts": "all"}, "--counts must be a list, written '[a, b]', got all"),
+        ({"multitask": "lora"}, "--multitask must be settings by name, written '{name: value}', got lora"),
         ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
         (
             {"multitask": {"kind": "lra"}},
@@ -404,6 +422,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             {"data": {"eval_limt": 3}},
             "data.eval_limt is not a setting of how the rows of a study",
         ),
+        ({"data": {"eval_limit": "x"}}, "--data.eval_limit must be of type int, got x"),
         (
             {"published": {"source": "A", "metric": "loss", "rows": {"lora TIES": {"held_in": 1}}}},
             "published.rows: 'lora TIES' is not a model of this study",
@@ -414,7 +433,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
     ],
 )
 def test_bad_settings_are_refused_in_a_sentence_before_anything_runs(settings, capsys, change, sentence) -> None:
-    code = study(settings | change, "--dry-run")
+    code = study(settings | change, "--status")
     if sentence is None:
         assert code == 0
         return
