@@ -24,7 +24,9 @@ REPORT = "report.html"
 def summary(results: Results, state: State) -> Table:
     """Return the table of a study: the base, and of each kind the single experts and every merge by its count."""
     metric, level = results.main_metric, level_with(state)
-    show, best = format_of(metric), better(metric)
+    show = format_of(metric)
+    # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
+    best = "" if len(results.where(metric=metric).values("count")) > 1 else better(metric)
 
     def of(rows: Results, role: str) -> float | None:
         return rows.mean(metric, role=role)
@@ -100,9 +102,9 @@ def write_report(results: Results, state: State, file: Path) -> None:
                 summary(results, state).html(),
                 note(
                     "Means over tasks, groups and seeds. A single expert and a merge of a few are tested on the tasks "
-                    "of their own experts. Of own: the merge divided by each task's own expert. Level with the best: "
-                    "of the merges of all experts of a kind, the 95 % interval of the difference to the best one, over "
-                    "rows and seeds, contains zero."
+                    "of their own experts. Of own: the merge divided by each task's own expert, where that has more "
+                    "than 0. Level with the best: of the merges of all experts of a kind, the 95 % interval of the "
+                    "difference to the best one, over rows and seeds, contains zero."
                 ),
             ],
         ),
@@ -242,7 +244,8 @@ def _growth_section(results: Results) -> list[Section]:
                 Table(columns, groups, "merge").html(),
                 note(
                     "The fitted loss is factor * count ^ exponent, by least squares in logarithms over the counts of "
-                    "the table, of which 1 is the single experts. R² is the share of the variance that it explains; "
+                    "the table, of which 1 is the single experts, and over the tasks that all of them have. R² is the "
+                    "share of the variance that it explains; "
                     f"with {len(counts)} counts it is a description, and no forecast was tested."
                 ),
             ],

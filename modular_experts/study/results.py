@@ -194,6 +194,7 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
 def growth(results: Results) -> list[dict[str, Any]]:
     """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
 
+    The means are over the tasks that every count was tested on.
     The fit is least squares in the logarithms of both; single experts on their own tasks are the count 1. A line always
     fits two points, so three or more counts are needed.
 
@@ -207,12 +208,20 @@ def growth(results: Results) -> list[dict[str, Any]]:
         for merge in mine.values("merge"):
             for role in ("held_in", "held_out"):
                 judged = [row for row in mine.where(role=role).rows if row["own"] or role == "held_out"]
-                by_count: dict[int, list[float]] = {}
+                by_count: dict[int, list[Mapping[str, Any]]] = {}
                 for row in judged:
                     if row["merge"] in (None, merge) and row["value"] is not None:
-                        by_count.setdefault(row["count"] or 1, []).append(row["value"])
-                losses = {count: fmean(by_count[count]) for count in sorted(by_count)}
-                if len(losses) < 3 or not all(math.isfinite(one) and one > 0 for one in losses.values()):
+                        by_count.setdefault(row["count"] or 1, []).append(row)
+                if len(by_count) < 3:
+                    continue
+                # A count that does not divide the tasks leaves some out, and a mean without a hard task is lower.
+                shared = set.intersection(*({row["task"] for row in found} for found in by_count.values()))
+                losses = {
+                    count: fmean(row["value"] for row in by_count[count] if row["task"] in shared)
+                    for count in sorted(by_count)
+                    if shared
+                }
+                if not losses or not all(math.isfinite(one) and one > 0 for one in losses.values()):
                     continue
                 x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
                 across, along = x - x.mean(), y - y.mean()

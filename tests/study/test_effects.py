@@ -11,7 +11,7 @@ import pytest
 
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
-from modular_experts.study.report import findings
+from modular_experts.study.report import findings, summary
 from modular_experts.study.results import effects, growth, interval, level_with
 from modular_experts.study.run import Left, Pace, State
 
@@ -148,3 +148,23 @@ def test_a_power_law_is_found_again_and_two_counts_give_none() -> None:
     # By hand: losses 1, 2, 1 at 1, 2, 4 lie on no power law at all.
     (row,) = growth(losses({1: 1.0, 2: 2.0, 4: 1.0}))
     assert [row["value"], row["r2"]] == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_the_power_law_compares_losses_of_the_same_tasks() -> None:
+    # A task that no pair has, since two do not divide three.
+    found = losses({1: 1.0, 2: 2.0, 3: 3.0})
+    hard = [{**row, "task": "hard", "value": 100.0} for row in found.rows if row["count"] != 2]
+    (row,) = growth(Results([*found.rows, *hard]))
+    assert row["losses"] == [1.0, 2.0, 3.0]
+    assert growth(Results([{**row, "task": f"{row['count']}"} for row in found.rows])) == []
+
+
+@pytest.mark.parametrize(("counts", "marked"), [((5, 5), 1), ((2, 5), 0)])
+def test_the_best_merge_is_marked_only_among_merges_of_as_many_experts(counts, marked) -> None:
+    about = {"kind": "lora", "metric": "exact_match", "task": "a", "role": "held_in", "own": True}
+    rows = [
+        about | {"model": f"{number}", "merge": f"{number}", "count": count, "value": number / 10}
+        for number, count in enumerate(counts)
+    ]
+    found = Results(rows, {"kinds": ["lora"], "held_in": ["a"]})
+    assert str(summary(found, State([], {}, {}, Left(0.0, 0, 0))).html()).count("best") == marked
