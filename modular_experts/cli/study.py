@@ -20,6 +20,9 @@ from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.text import bytes_text
 
+NAMED = 3
+"""How many of the pieces that failed for the same reason are named."""
+
 Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 
 
@@ -157,7 +160,8 @@ def _write_results(study: Study, place: Path, shows_page: bool) -> None:
         console.print(summary(results, everything).text())
         if table := beside_published(results):
             console.print("", table.text(), f"published: {results.facts['published']['source']}", markup=False)
-        print(*[f"\n{sentence}" for sentence in findings(results)], sep="")
+        if sentences := findings(results):
+            print("", *sentences, sep="\n")
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
         if shows_page:
             open_page(place / REPORT)
@@ -195,11 +199,17 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
 
 
 def _print_failures(state: State) -> None:
-    """Print a line for each piece that failed, or that needs one that did."""
+    """Print a line for each reason why pieces failed, and how many others are left out because of that."""
     print(end="\n" if state.failed else "")
+    by_reason: dict[str, list[str]] = {}
     for key, failure in state.failed.items():
-        why = f"needs {title_of(failure.needed)}" if failure.needed else failure.sentence
-        print(f"failed: {title_of(key)}: {why}")
+        if not failure.needed:
+            by_reason.setdefault(failure.sentence, []).append(title_of(key))
+    for reason, titles in by_reason.items():
+        more = f" and {len(titles) - NAMED} more" if len(titles) > NAMED else ""
+        print(f"failed: {', '.join(titles[:NAMED])}{more}: {reason}")
+    if left_out := sum(failure.needed is not None for failure in state.failed.values()):
+        print(f"left out because of that: {counted(left_out, 'piece')}")
 
 
 def _time_text(left: Left, on_one: bool) -> str:

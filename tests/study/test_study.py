@@ -191,9 +191,8 @@ def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, cap
     Path("reverse.jsonl").write_text(good + '{"input": "no target"}\n')
     assert study(settings) == 1
     shown = capsys.readouterr()
-    assert "failed: experts lora reverse 0: 1 bad row" in shown.out
-    assert "failed: tests lora reverse 0: needs experts lora reverse 0" in shown.out
-    assert "failed: merges lora SparseAverage 2 0 0: needs experts lora reverse 0" in shown.out
+    assert "failed: tests base, experts lora reverse 0: 1 bad row" in shown.out
+    assert "left out because of that: 2 pieces\n" in shown.out
     assert "4 of 6 pieces have no result" in shown.err
     assert set(Library("runs/mine/library")) == {"lora-upper"}
     before = len(lines())

@@ -74,11 +74,12 @@ def test_a_class_of_the_user_runs_a_study_and_gets_its_settings(config) -> None:
 def test_a_piece_that_a_cluster_drops_fails_with_the_words_of_the_cluster(config, capsys) -> None:
     Path("study_broken.py").write_text(BROKEN)
     assert study("mine", "--engine", "study_broken.Broken") == 1
-    assert "failed: tests base: the cluster dropped the call\n" in capsys.readouterr().out
+    dropped = "failed: tests base, experts lora one 0, experts lora two 0: the cluster dropped the call\n"
+    assert dropped in capsys.readouterr().out
     submitted = Path("submitted").read_text()
     assert study("mine", "--engine", "study_broken.Broken") == 1
     assert Path("submitted").read_text() == submitted, "a cluster got a job for a piece that is not tried again"
-    assert "failed: tests base: the cluster dropped the call\n" in capsys.readouterr().out
+    assert dropped in capsys.readouterr().out
 
 
 def test_a_setting_that_no_engine_reads_is_refused(config, capsys) -> None:
