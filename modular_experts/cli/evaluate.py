@@ -44,8 +44,8 @@ def evaluate(
         tasks: Task files, or tasks with settings, as for `fit`.
         out: Directory of the results.
         base: The base's directory or hub id; the one in the experts' records by default.
-        experts: Directories of the experts, such as library/a. To name one in the table: ties=library/x; to add several
-            up: sum=library/a+library/b. A checkpoint may stand in their place.
+        experts: Directories of experts, such as library/a, and of checkpoints. To name one in the table:
+            ties=library/x; to add several experts up: sum=library/a+library/b.
         held_out: Further tasks, which no expert was trained on; their means are apart.
         eval_limit: The most test rows of one task, spread evenly over its file.
         max_new_tokens: Length limit of a generated answer.

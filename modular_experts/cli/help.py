@@ -19,8 +19,9 @@ from modular_experts.settings import OWN_OPTIONS
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
 # Options whose value is a class with settings, by annotation, and what to type after `.help` to see these.
-_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": ""}
-_METAVARS = {"bool": "", "int": " N", "float": " X", "list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
+_CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": "", "LeaveOut": ""}
+_METAVARS = {"bool": "", "int": " N", "float": " X", "LeaveOut": " SETTINGS"}
+_METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}
 _EVERYWHERE = {

@@ -47,8 +47,8 @@ def interference(
 
     Examples:
         modular-experts interference library/a library/b
-        modular-experts interference --experts library/a library/b --method TIES --directions --out interference.json
         modular-experts interference --experts library/a library/b --leave_out.data.tasks a.jsonl b.jsonl
+        modular-experts interference --experts library/a library/b --method TIES --directions --out interference.json
     """
     if out and Path(out).exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; choose another out, or replace it with --overwrite")

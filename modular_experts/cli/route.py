@@ -39,8 +39,8 @@ def route(
             Energy (by the deltas alone) or Phatgoose (by gates trained after the experts); for every input the same,
             Constant (a weighted sum, which `merge` takes); or the dotted path of a class of your own. Default:
             Centroid.
-        fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Default:
-            the base alone.
+        fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Centroid,
+            Classifier and Oracle find such prompts; other routers send nothing there. Default: the base alone.
         data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
             took what they need.
         rows: The most rows of one task.
@@ -58,6 +58,11 @@ def route(
     lacking = [one.path for one in members if kind and kind not in kinds_of_statistics(one)]
     if lacking and data is not None:
         take_statistics(lacking, kind, data, rows, progress=progress_bar(f"taking {kind}"))
+    elif lacking:
+        raise ValueError(
+            f"{len(lacking)} of {counted(len(members), 'expert')} have no {kind} statistics, which "
+            f"{type(chosen).__name__} learns from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
+        )
     made = route_experts(members, out, chosen, fallback, overwrite)
     settings = {name: value for name, value in describe(chosen).items() if name not in ("router", "select", "tasks")}
     behind = f", and {fallback} for what it rejects" if fallback else ""

@@ -194,7 +194,7 @@ def test_constant_gates_fit_their_experts(run, place):
 def test_mistakes_get_one_sentence(run, place, tasks):
     code, _, err = run("route", *EXPERTS, "--out", "library/r")
     assert code == 1
-    assert "library/upper has no prompts statistics; take them: modular-experts statistics" in err
+    assert "3 of 3 experts have no prompts statistics, which Centroid learns from; give the tasks of all: --data" in err
     assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
     code, _, err = run("route", *EXPERTS, "--out", "library/r")
     assert code == 1
