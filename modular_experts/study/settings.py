@@ -275,14 +275,13 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
     found = [dict(common)] if common else []
     for one in settings if isinstance(settings, list) else [settings]:
         if isinstance(one, str):
+            file = Path(one)
             try:
-                one = yaml.safe_load(Path(one).read_text(encoding="utf-8"))
+                one = yaml.safe_load(file.read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
                 why = " ".join(str(error).split())
-                raise ValueError(
-                    f"experts.{kind}: {settings} cannot be read as a config of fit ({why}); a type of expert is "
-                    f"{{expert: {settings}}}"
-                ) from None
+                meant = "" if file.suffix in (".yaml", ".yml") else f"; a type of expert is {{expert: {file}}}"
+                raise ValueError(f"experts.{kind}: {file} cannot be read as a config of fit ({why}){meant}") from None
         if not isinstance(one, Mapping):
             raise ValueError(
                 f"experts.{kind} is {one!r}; give a config of fit, or its settings: {{expert: LoRAExpert}}"

@@ -376,7 +376,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
     [
         ({"tasks": {"held_in": "none/*.jsonl"}}, "no file matches 'none/*.jsonl'"),
         ({"tasks": {"held_in": ["upper.jsonl"], "held_out": ["upper.jsonl"]}}, "two tasks have the name 'upper'"),
-        ({"experts": {"lora": "missing.yaml"}}, "experts.lora: missing.yaml cannot be read"),
+        ({"experts": {"lora": ["missing.yaml"]}}, "lora: missing.yaml cannot be read as a config of fit ([Errno 2] No"),
         ({"experts": {"lora": "LoRAExpert"}}, "a type of expert is {expert: LoRAExpert}"),
         ({"experts": {"lora": {**LORA, "stps": 3}}}, "error: experts.lora: there is no option --stps"),
         (
