@@ -6,6 +6,7 @@ So the settings in a checkpoint are read first, as if they were the first config
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
@@ -13,6 +14,7 @@ import pickle
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,6 +221,22 @@ class RepeatedFitCLI(FitCLI):
     """Fits several times in one process, and makes the parser once: that takes as long as reading the options."""
 
     _made: ClassVar[tuple[Any, ...]] = ()
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        # The next piece of work needs the memory of this one. An error holds the frames that it came through, the
+        # parser holds this object, and the trainer and the model hold each other, so that only a collection frees
+        # them. It need not look at what was there before.
+        gc.freeze()
+        try:
+            super().__init__(*arguments, **settings)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            for name in ("model", "trainer", "datamodule", "config_init", "exports"):
+                vars(self).pop(name, None)
+            gc.collect()
+            gc.unfreeze()
 
     def setup_parser(self, *arguments: Any) -> None:
         """Take the parser of the fit before this one."""

@@ -9,13 +9,15 @@ import re
 import resource
 import shutil
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from conftest import write_rows
+from lightning.pytorch import Callback, LightningModule, Trainer
 from testbed.here import STUDY, work_here
 
 from modular_experts.__main__ import main
@@ -77,6 +79,26 @@ def _in_this_process(monkeypatch) -> None:
     """Nothing is imported anew; `test_study_killed.py` starts processes."""
     work_here(monkeypatch, *STUDY)
     work.loaded.cache_clear()
+
+
+class Watch(Callback):
+    """Remembers the models that are trained, without holding them, and fails at the end of the second training."""
+
+    trained: ClassVar[list[weakref.ref]] = []
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        assert trainer.optimizers[0].state
+        self.trained.append(weakref.ref(module))
+        if len(self.trained) == 2:
+            raise ValueError("this training fails")
+
+
+def test_neither_a_training_nor_a_failed_one_stays_in_memory(settings) -> None:
+    """The next piece of its process may need all of it."""
+    settings["fit"] = {"trainer": {"callbacks": [{"class_path": "test_study.Watch"}]}}
+    assert study(settings, "--only", "experts") == 1
+    assert len(Watch.trained) == 2
+    assert not any(one() for one in Watch.trained)
 
 
 def test_a_study_trains_merges_and_tests(settings, capsys, monkeypatch) -> None:
