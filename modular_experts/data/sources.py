@@ -58,7 +58,10 @@ def path_records(path: str, where: Wanted | None = None) -> Iterator[Record]:
                 f"benchmarks; measure experts by modular-experts harness --tasks {path}"
             )
         near = did_you_mean(place.name, [entry.name for entry in place.parent.glob("*")])
-        raise ValueError(f"{path}: no such file in {str(place.parent.absolute())!r}{near} (hub ids go into `hub`, classes that make rows into `source`)")
+        raise ValueError(
+            f"{path}: no such file in {str(place.parent.absolute())!r}{near} "
+            "(hub ids go into `hub`, classes that make rows into `source`)"
+        )
     if place.suffix.lower() not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}, not in {place.suffix!r}")
     return _never_empty(path, READERS[place.suffix.lower()](path, place))
