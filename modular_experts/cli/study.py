@@ -194,7 +194,9 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
         like = "like them is done or can be measured before" if dry_run else "like them is done yet"
         print(f"the time of {left.unknown} of them is not known, because nothing {like}")
     if left.bytes:
-        print(f"their experts will take about {bytes_text(left.bytes)}")
+        print(f"their experts will take about {bytes_text(left.bytes)} of disk")
+    if left.memory:
+        print(f"a training takes up to {bytes_text(left.memory)} of memory; --processes limits how many run at once")
     _print_failures(state)
 
 

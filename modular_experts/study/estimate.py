@@ -63,7 +63,7 @@ def measured_left(
         else:
             refused.append(f"{what}: {sentence_of(error)}")
     known = pace.left(piece for piece in left if piece.key[:2] in pace.seconds_of)
-    seconds, unknown, space, _ = known
+    seconds, unknown, space = known[:3]
     for piece in new:
         taken = found.get(piece.key[:2], {})
         if "rows" in found and piece.key[0] in ("tests", "settings", "merges"):
@@ -71,7 +71,8 @@ def measured_left(
         unknown += taken.get("seconds") is None
         seconds += taken.get("seconds") or 0.0
         space += taken.get("bytes", 0)
-    return Left(seconds, unknown, space), refused
+    memory = max((one["memory"] for one in found.values() if "memory" in one), default=0)
+    return Left(seconds, unknown, space, memory=memory), refused
 
 
 def _arguments(piece: Piece) -> Mapping[str, Any]:
@@ -79,12 +80,12 @@ def _arguments(piece: Piece) -> Mapping[str, Any]:
 
 
 def _training(piece: Piece) -> dict[str, float]:
-    """Return the seconds of a training and the bytes of its expert."""
+    """Return the seconds and the memory of a training, and the bytes of its expert on disk."""
     given = _arguments(piece)
     found = estimate_fit(
         training_configs(given["study"], given["out"], given["configs"], given["tasks"], given["seed"])
     )
-    return {"seconds": sum(found.seconds.values()), "bytes": found.on_disk}
+    return {"seconds": sum(found.seconds.values()), "bytes": found.on_disk, "memory": found.peak}
 
 
 def _rows(study: Study) -> dict[str, Any]:

@@ -81,12 +81,14 @@ class Left(NamedTuple):
         unknown: How many these are.
         bytes: An estimate of what trained experts will take on disk, without those of which nothing alike was trained.
         counts: How many pieces these are, by stage and kind.
+        memory: The most bytes that a training of a few steps took; 0 if none was measured.
     """
 
     seconds: float
     unknown: int
     bytes: int
     counts: Mapping[Key, int] = MappingProxyType({})
+    memory: int = 0
 
 
 @dataclass

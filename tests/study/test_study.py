@@ -233,7 +233,8 @@ def test_dry_run_and_status_write_nothing(settings, capsys) -> None:
     shown = capsys.readouterr().out
     assert "to do   experts lora upper 0\n" in shown
     assert re.search(r"^6 pieces left, about .* left on one process$", shown, re.MULTILINE)
-    assert re.search(r"^their experts will take about [\d.]+ .?B$", shown, re.MULTILINE)
+    assert re.search(r"^their experts will take about [\d.]+ .?B of disk$", shown, re.MULTILINE)
+    assert re.search(r"^a training takes up to [\d.]+ .B of memory; --processes limits", shown, re.MULTILINE)
     assert study(settings, "--status") == 0
     assert "the time of 6 of them is not known, because nothing like them is done yet" in capsys.readouterr().out
     assert not Path("runs").exists()

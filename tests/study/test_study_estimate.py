@@ -25,7 +25,8 @@ class Fixed(Executor):
         rows = {"test": {"a": 4, "b": 4, "c": 4}, "validation": {"a": 3, "b": 3}}
         future: Future = Future()
         of_tests = isinstance(given[0], Study)
-        future.set_result({"loss": 0.5, "answer": 2, "rows": rows} if of_tests else {"seconds": 10, "bytes": 100})
+        taken = {"seconds": 10, "bytes": 100, "memory": 70}
+        future.set_result({"loss": 0.5, "answer": 2, "rows": rows} if of_tests else taken)
         return future
 
 
@@ -66,6 +67,7 @@ def of(settings: dict[str, Any], out: Path) -> tuple[Study, State]:
 def test_the_time_is_that_of_all_trainings_tests_and_tunings(described, tmp_path, merges, seconds, unknown) -> None:
     left, refused = measured_left(*of(described | {"merges": merges}, tmp_path / "out"), Fixed())
     assert left[:3] == (seconds, unknown, 200)
+    assert left.memory == 70
     assert not refused
 
 
