@@ -13,6 +13,7 @@ from modular_experts.injection.route import route as route_experts
 from modular_experts.library import check_target
 from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.routing import Centroid, Router
+from modular_experts.routing.router import check_fallback
 from modular_experts.statistics import take_statistics
 
 
@@ -40,7 +41,7 @@ def route(
             Constant (a weighted sum, which `merge` takes); or the dotted path of a class of your own. Default:
             Centroid.
         fallback: Directory of an expert, such as a merge, for prompts that are unlike those of all experts. Centroid,
-            Classifier and Oracle find such prompts; other routers send nothing there. Default: the base alone.
+            Classifier and Oracle find such prompts; other routers take no fallback. Default: the base alone.
         data: The experts' tasks, whose rows Centroid, Classifier and Phatgoose learn from; not needed if `statistics`
             took what they need.
         rows: The most rows of one task.
@@ -53,6 +54,7 @@ def route(
     """
     check_target(out, overwrite)
     chosen = router or Centroid()
+    check_fallback(chosen, fallback)
     members = members_of(experts, out, fallback)
     kind: Any = chosen.needs
     lacking = [one.path for one in members if kind and kind not in kinds_of_statistics(one)]

@@ -45,6 +45,7 @@ from modular_experts.routing import (
     TopK,
     UpTo,
 )
+from modular_experts.routing.router import check_fallback
 from modular_experts.text import did_you_mean
 
 BECAUSE = "its router chooses experts by the input"
@@ -76,9 +77,11 @@ def route(
         FileExistsError: An expert of this name is there and may not be replaced; nothing has been read yet.
         FileNotFoundError: The router needs the prompts of an expert, which were not taken yet.
         ValueError: An expert has another base, lies in another library or is not mergeable, two experts disagree on
-            the shape of a weight, or there are too few.
+            the shape of a weight, there are too few, or the router would never use the fallback.
     """
     target = check_target(out, overwrite)
+    router = router or Centroid()
+    check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
     opened = members_of(experts, out, fallback)
     members = [*opened, *([] if fallback is None else open_experts([fallback]))]
     base = common_base(members)
@@ -89,7 +92,6 @@ def route(
                 f"{expert.path.parent / target.name}"
             )
     union_of_weights(members)
-    router = router or Centroid()
     router.select.check(len(opened))
     if type(router.select) not in SELECTIONS.values():
         raise ValueError(

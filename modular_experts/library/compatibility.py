@@ -75,8 +75,7 @@ def weighted_sum(routed: StoredExpert) -> TaskVector | None:
     if not routed.routed or routed.record.get("class_path") != "modular_experts.routing.constant.Constant":
         return None
     shares = routed.state()["router/shares"].tolist()
-    # The fallback, which may come last, takes no input.
-    return Sum([weight * one for weight, one in zip(shares, experts_behind(routed), strict=False)])
+    return Sum([weight * one for weight, one in zip(shares, experts_behind(routed), strict=True)])
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:

@@ -53,6 +53,7 @@ class Centroid(Router):
         check_reject("Centroid", reject)
         check_depths("Centroid", depths)
         self.shrink, self.reject, self.depths = shrink, reject, list(depths)
+        self.rejects = reject is not None
         for name in ("means", "precision", "farthest"):
             self.register_buffer(name, torch.empty(0))
 

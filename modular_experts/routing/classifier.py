@@ -61,6 +61,7 @@ class Classifier(Router):
         check_reject("Classifier", reject)
         check_depths("Classifier", depths)
         self.decay, self.reject, self.depths = decay, reject, list(depths)
+        self.rejects = reject is not None
         for name in ("weight", "bias", "lowest"):
             self.register_buffer(name, torch.empty(0))
 

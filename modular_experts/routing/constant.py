@@ -23,6 +23,7 @@ class Constant(Router):
     """
 
     scope: ClassVar[Scope] = "sample"
+    rejects = False
     depths = (0.0,)
     shares: Tensor
 

@@ -29,6 +29,7 @@ class Phatgoose(Router):
     """
 
     scope: ClassVar[Scope] = "linear"
+    rejects = False
     needs: ClassVar[str | None] = "gates"
     gates: Tensor
 

@@ -38,6 +38,9 @@ class Router(nn.Module, ABC):
     `prompts`, or `prompt_parts`, where each prompt is followed by a part of itself; of scope `linear` any other, of
     which a router gets those of its weight. None of scope `block`."""
 
+    rejects: bool = True
+    """Whether an input may be sent to the fallback. A router that says False is given none."""
+
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""
 
@@ -105,6 +108,15 @@ def check_reject(name: str, reject: float | None) -> None:
     """Raise ValueError unless this is a share of prompts that a router may reject."""
     if reject is not None and not 0 <= reject < 1:
         raise ValueError(f"{name}: reject={reject} is outside [0, 1)")
+
+
+def check_fallback(router: Router, fallback: object) -> None:
+    """Raise ValueError if there is a fallback that a router would never use."""
+    if fallback is not None and not router.rejects:
+        raise ValueError(
+            f"{type(router).__name__} rejects no input here, so the fallback {fallback} would never be used; leave it "
+            "out, or take Centroid or Classifier with a number for reject"
+        )
 
 
 def check_prompts(name: str, prompts: Sequence[Tensor], least: int) -> None:

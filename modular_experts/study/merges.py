@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.methods import MergeMethod
 from modular_experts.routing import Router
+from modular_experts.routing.router import check_fallback
 from modular_experts.settings.make import make
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
@@ -140,6 +141,7 @@ def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[s
     if router.needs:
         needs.add(router.needs)
     if (wanted := given.get("fallback")) is not None:
+        check_fallback(router, wanted)
         merges = {
             name: entry.merge
             for name, entry in before.items()

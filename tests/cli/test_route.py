@@ -52,25 +52,12 @@ EXPERTS = ["--experts", *[f"library/{name}" for name in TASKS]]
 
 
 def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, tasks, tiny_llama_dir, task_files):
-    everything = ["--experts", *[f"library/{name}" for name in [*TASKS, "merged"]]]
-    code, out, err = run(
-        "route",
-        *everything,
-        "--fallback",
-        "library/merged",
-        "--data.tasks",
-        tasks,
-        "--router",
-        "Centroid",
-        "--router.reject",
-        "null",
-        "--out",
-        "library/r",
-    )
+    learns = ["--data.tasks", tasks, "--router", "Centroid"]
+    code, out, err = run("route", *EXPERTS, *learns, "--router.reject", "null", "--out", "library/r")
     assert (code, err) == (0, "")
-    assert "Centroid(shrink=0.05, depths=[0.0, 0.25]) chooses among 3 experts, and library/merged for" in out
+    assert "Centroid(shrink=0.05, depths=[0.0, 0.25]) chooses among 3 experts\n" in out
     made = open_expert("library/r")
-    assert [parent["name"] for parent in made.record["parents"]] == [*TASKS, "merged"]
+    assert [parent["name"] for parent in made.record["parents"]] == TASKS
     assert made.record["tasks"] == TASKS
     data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
     found = evaluate(None, {"routed": ["library/r"], **{name: [f"library/{name}"] for name in TASKS}}, data)
@@ -80,6 +67,11 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, t
         assert losses["routed", name] == pytest.approx(losses[name, name], rel=1e-5)
         other = TASKS[TASKS.index(name) - 1]
         assert abs(losses["routed", name] - losses[other, name]) > 1e-3
+    # Of all experts of a library, the fallback is none that the router chooses.
+    code, out, err = run("route", *EXPERTS, "library/merged", "--fallback", "library/merged", "--out", "library/s")
+    assert (code, err) == (0, "")
+    assert "chooses among 3 experts, and library/merged for what it rejects" in out
+    assert [parent["name"] for parent in open_expert("library/s").record["parents"]] == [*TASKS, "merged"]
 
 
 def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny_llama_dir, task_files):
@@ -105,7 +97,7 @@ def test_prompts_are_measured_on_the_base_and_without_answers(place, tasks, tiny
 @pytest.mark.parametrize("router", [Oracle(), Centroid(reject=None, select=Softmax(0.5)), Centroid(select=TopK(2))])
 def test_a_routed_expert_is_the_same_after_it_was_stored(place, tasks, tiny_llama_dir, router):
     assert main(["statistics", *EXPERTS, "--kind", "prompts", "--data.tasks", tasks]) == 0
-    made = route(EXPERTS[1:], "library/r", router, fallback="library/merged")
+    made = route(EXPERTS[1:], "library/r", router, fallback="library/merged" if router.rejects else None)
     model = Base.open(tiny_llama_dir).load()
     with put_in(model, made) as running:
         again = running.router
@@ -153,7 +145,7 @@ def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
 
 def test_constant_gates_merge_to_the_weighted_sum(run, place, tasks, tiny_llama_dir, task_files):
     weights = ["--router", "Constant", "--router.weights", "[0.25, -0.5, 2]"]
-    code, out, err = run("route", *EXPERTS, "--fallback", "library/merged", *weights, "--out", "library/r")
+    code, out, err = run("route", *EXPERTS, *weights, "--out", "library/r")
     assert (code, err) == (0, "")
     assert "Constant(weights=[0.25, -0.5, 2.0]) chooses among 3 experts" in out
     assert run("merge", "--experts", "library/r", "--method", "Average", "--out", "library/sum")[0] == 0
@@ -216,6 +208,10 @@ def test_mistakes_get_one_sentence(run, place, tasks):
     )
     assert code == 1
     assert "TopK: k=4 is more than the 3 experts" in err
+    for words in (["Arrow"], ["Constant"], ["Centroid", "--router.reject", "null"]):
+        code, _, err = run("route", *EXPERTS, "--router", *words, "--fallback", "library/merged", "--out", "library/s")
+        assert code == 1
+        assert f"{words[0]} rejects no input here, so the fallback library/merged would never be used" in err
     code, _, err = run("route", *EXPERTS, "--router", "modular_experts.routing.Router", "--out", "library/s")
     assert code == 2
     assert "--router: modular_experts.routing.Router is abstract, so nothing can be made of it; name a subclass" in err

@@ -119,6 +119,13 @@ class Twice(Norms):
         return Gates(gates.ids.repeat(1, 2), gates.weights.repeat(1, 2) / 2)
 
 
+class Rejecting(Norms):
+    rejects = False
+
+    def forward(self, hidden):
+        return super().forward(hidden).without(hidden[:, 0] > 0, self.experts)
+
+
 class Uncounted(Norms):
     def learn(self, deltas, statistics):
         super().learn(deltas, statistics)
@@ -144,6 +151,7 @@ def test_a_router_of_ones_own_keeps_the_contract() -> None:
         (Numbered, "permuting the experts must permute their numbers only"),
         (Clipped, "more experts than there are must be refused"),
         (Twice, "an input must not have an expert twice"),
+        (Rejecting, "the id 4 is the fallback, which `rejects = False` rules out"),
         (Uncounted, "learn must set experts to 4, not 0"),
         (Half, "the weights must be finite for torch.bfloat16 inputs"),
     ],

@@ -424,7 +424,14 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
         ({"merges": [{"route": "Centroid", "tune": True}]}, "tune is not a setting of a route"),
         ({"merges": [{"route": "Centroi"}]}, "did you mean Centroid"),
         ({"merges": [{"route": "Centroid", "fallback": "TIES"}]}, "before it are no merges"),
-        ({"merges": ["SparseAverage", {"route": "Arrow", "fallback": "SparseAverag"}]}, "did you mean SparseAverage"),
+        (
+            {"merges": ["TIES", {"route": "Arrow", "fallback": "TIES"}]},
+            "Arrow rejects no input here, so the fallback TIES",
+        ),
+        (
+            {"merges": ["SparseAverage", {"route": "Centroid", "fallback": "SparseAverag"}]},
+            "did you mean SparseAverage",
+        ),
         ({"merges": [{"ensemble": "logit"}]}, "'logit' is not a mean of probabilities or logits; did you mean logits"),
         (
             {"merges": [{"ensemble": "logits", "route": "Arrow"}]},
