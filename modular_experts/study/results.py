@@ -194,9 +194,9 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
 def growth(results: Results) -> list[dict[str, Any]]:
     """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
 
-    The means are over the tasks that every count was tested on.
-    The fit is least squares in the logarithms of both; single experts on their own tasks are the count 1. A line always
-    fits two points, so three or more counts are needed.
+    The means are over the tasks that every count was tested on. The fit is least squares in the logarithms of both;
+    single experts on their own tasks are the count 1. A line always fits two points, so three or more counts are
+    needed.
 
     Returns:
         A row of results for each kind, merge and role with enough counts: `loss_exponent`, with `factor`, `counts`, the
@@ -216,12 +216,13 @@ def growth(results: Results) -> list[dict[str, Any]]:
                     continue
                 # A count that does not divide the tasks leaves some out, and a mean without a hard task is lower.
                 shared = set.intersection(*({row["task"] for row in found} for found in by_count.values()))
+                if not shared:
+                    continue
                 losses = {
                     count: fmean(row["value"] for row in by_count[count] if row["task"] in shared)
                     for count in sorted(by_count)
-                    if shared
                 }
-                if not losses or not all(math.isfinite(one) and one > 0 for one in losses.values()):
+                if not all(math.isfinite(one) and one > 0 for one in losses.values()):
                     continue
                 x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
                 across, along = x - x.mean(), y - y.mean()
