@@ -93,7 +93,7 @@ def evaluate(
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = found.load(dtype)
-    # What is not stored, a task vector or a metric of the user's, may be another one in the next call.
+    # A metric of the user's may be another one in the next call, and so may a task vector that is not stored.
     known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else None
     same = (
         found.fingerprint,

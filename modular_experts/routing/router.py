@@ -39,7 +39,7 @@ class Router(nn.Module, ABC):
     which a router gets those of its weight. None of scope `block`."""
 
     rejects: bool = True
-    """Whether an input may be sent to the fallback. A router that says False is given none."""
+    """Whether the router may send an input to the fallback. If it never does, `route` refuses a fallback."""
 
     depths: Sequence[float] = (0.0, 0.25)
     """Where prompts are read, rising: after these shares of the transformer blocks; 0 is the embeddings."""

@@ -67,7 +67,7 @@ def test_a_routed_expert_gives_each_task_what_its_own_expert_gives(run, place, t
         assert losses["routed", name] == pytest.approx(losses[name, name], rel=1e-5)
         other = TASKS[TASKS.index(name) - 1]
         assert abs(losses["routed", name] - losses[other, name]) > 1e-3
-    # Of all experts of a library, the fallback is none that the router chooses.
+    # The router does not choose the fallback, even where the fallback stands among the experts.
     code, out, err = run("route", *EXPERTS, "library/merged", "--fallback", "library/merged", "--out", "library/s")
     assert (code, err) == (0, "")
     assert "chooses among 3 experts, and library/merged for what it rejects" in out
