@@ -27,6 +27,8 @@ COPIED = (
     "scripts",
     "benchmarks",
     "configs",
+    "docs",
+    "Makefile",
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",

@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_the_file_format_names_every_key(tutorial: Path) -> None:
 def test_the_invariants_name_tests_that_exist() -> None:
     for file, test in re.findall(r"`(tests/\S+\.py)::(\w+)`", (DOCS / "concepts/invariants.md").read_text()):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"
+
+
+def test_the_site_is_built_anew_and_the_base_beside_the_cache_of_its_builder_stays(tmp_path: Path) -> None:
+    """`make docs` in a small project with one public name; a base lies where `make smollm2` puts it."""
+    programs = Path(sys.executable).parent
+    if not (programs / "zensical").exists():
+        pytest.skip("zensical builds the site; `make docs` brings it")
+    config = {"site_name": "small", "plugins": [{"mkdocstrings": {"handlers": {"python": {"paths": ["."]}}}}]}
+    files = {
+        "Makefile": (ROOT / "Makefile").read_text(encoding="utf-8"),
+        "mkdocs.yml": json.dumps(config),
+        "docs/index.md": "# A name\n\n::: named.first\n",
+        "scripts/generate_docs.py": "",
+        ".cache/smollm2/model.safetensors": "the base",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for sentence in ("Count to one.", "Count to two."):
+        (tmp_path / "named.py").write_text(f'def first():\n    """{sentence}"""\n', encoding="utf-8")
+        command = ["make", "docs", f"BIN={programs}", "PIP=true", "RUNS="]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        assert sentence in (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert (tmp_path / ".cache/smollm2/model.safetensors").read_text() == "the base"
 
 
 def test_the_configuration_of_the_site_asks_nobody_on_the_network() -> None:
