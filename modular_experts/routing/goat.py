@@ -32,9 +32,10 @@ class GOATExpert(MoLoRAExpert):
         balance: Weight of the penalty that keeps the experts in use.
         rho: The experts start at `1/rho` of their directions of the weight.
         segment: Which directions of a segment: the first (`head`), or the last (`tail`, the paper's `mini`).
-        scaling: `alpha`, or `theory`: sqrt(3 step in / rank), at which the gradients are those of full training, for a
-            learning rate of `step`.
-        step: The learning rate that `theory` assumes.
+        scaling: `alpha`, or `theory`: sqrt(3 ratio in / rank), at which the first step of a LoRA that starts at random
+            moves the weight, in the mean over its draws, as full training would at `ratio` times its learning rate.
+        ratio: The learning rate of the full training that `theory` imitates, over this expert's own.
+        step: The old name of `ratio`; a value here counts instead of it.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -50,14 +51,16 @@ class GOATExpert(MoLoRAExpert):
         rho: float = 10.0,
         segment: Literal["head", "tail"] = "head",
         scaling: Literal["alpha", "theory"] = "alpha",
-        step: float = 1e-3,
+        ratio: float = 1.0,
+        step: float | None = None,
     ) -> None:
         super().__init__(weight, experts, rank, k, alpha, balance)
-        if not (0 < rho < math.inf and 0 < step < math.inf):
-            raise ValueError(f"rho={rho} and step={step} must be positive numbers")
-        self.rho, self.segment, self.scaling, self.step = rho, segment, scaling, step
+        ratio = ratio if step is None else step
+        if not (0 < rho < math.inf and 0 < ratio < math.inf):
+            raise ValueError(f"rho={rho} and ratio={ratio} must be positive numbers")
+        self.rho, self.segment, self.scaling, self.ratio = rho, segment, scaling, ratio
         if scaling == "theory":
-            self.scale = math.sqrt(3 * step * weight.shape[1] / rank)
+            self.scale = math.sqrt(3 * ratio * weight.shape[1] / rank)
         with torch.no_grad():
             left, values, right = torch.linalg.svd(weight.detach().to(self.up.dtype), full_matrices=False)
             length = len(values) // experts

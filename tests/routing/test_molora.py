@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -127,8 +126,23 @@ def test_goat_starts_at_segments_of_the_spectrum(segment: str) -> None:
         part = left[:, first : first + 2] * values[first : first + 2] @ right[first : first + 2]
         found = 4.0 * expert.scale * expert.up[:, own] @ expert.down[own]
         torch.testing.assert_close(found, part, rtol=1e-9, atol=1e-9)
-    theory = GOATExpert(weight, experts=3, rank=2, k=1, scaling="theory", step=0.01)
-    assert theory.scale == pytest.approx(math.sqrt(3 * 0.01 * 9 / 2))
+
+
+@pytest.mark.parametrize("setting", [{}, {"ratio": 0.25}, {"step": 4.0}], ids=str)
+def test_the_first_step_at_the_scale_of_theory_is_that_of_full_training(setting: dict[str, float]) -> None:
+    """In the mean over the random starts of a LoRA, SGD moves the weight `ratio` times as far as full training does."""
+    torch.manual_seed(0)
+    weight = random_weight().requires_grad_()
+    x, target = torch.randn(8, 10, dtype=torch.float64), torch.randn(8, 12, dtype=torch.float64)
+    (full,) = torch.autograd.grad(((x @ weight.T - target) ** 2).sum(), weight)
+    scale = GOATExpert(weight.detach(), experts=2, rank=5, scaling="theory", **setting).scale
+    draws, moved = 600, torch.zeros_like(full)
+    for _ in range(draws):
+        lora = MoLoRAExpert(weight, experts=1, rank=5, k=1, alpha=5 * scale, balance=0.0)
+        (gradient,) = torch.autograd.grad(((lora(x, weight.detach(), None) - target) ** 2).sum(), lora.up)
+        moved += scale * gradient @ lora.down.detach() / draws
+    wanted = next(iter(setting.values()), 1.0) * full
+    assert ((moved - wanted).norm() / wanted.norm()).item() < 0.1
 
 
 def test_hilo_plans_ranks_and_experts_by_depth() -> None:
