@@ -127,6 +127,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                 default_root_dir=folder,
             )
             try:
+                module.trainer = short
                 module.setup("fit")
                 module.configure_model()
                 taught = teach_tasks(module.model.to(device), data)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -78,7 +78,8 @@ class ExpertModule(LightningModule):
             dotted path of your own.
         applied: Library experts that are added to the base first, to test them or to train on top: deltas, and one
             routed expert.
-        dtype: Data type of the base; trained values are float32 with any of them.
+        dtype: Data type of the base; trained values are float32, beside a float64 base float64. For a base of half the
+            memory give `bfloat16` with the precision `bf16-mixed`; `bf16-true` and `16-true` are refused.
         revision: Branch, tag or commit of a hub id.
         gradient_checkpointing: Recompute activations in backward instead of keeping them.
         optimizer: Any torch optimizer over the trained parameters. The default is AdamW without weight decay at the
@@ -157,7 +158,9 @@ class ExpertModule(LightningModule):
         self._penalties: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Raise before anything is loaded if training has no experts, or experts have no layers."""
+        """Raise before the model is loaded if training has no experts, experts have no layers, or the trainer's
+        precision would round what is trained.
+        """
         # Lightning calls its own loaders by what torch deprecates.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
@@ -170,6 +173,17 @@ class ExpertModule(LightningModule):
             )
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
+        if self._trainer is not None and self.has_experts:
+            self._check_precision(self._trainer)
+
+    def _check_precision(self, trainer: Trainer) -> None:
+        layer = nn.utils.skip_init(nn.Linear, 1, 1, dtype=torch.float32)  # draws no random numbers
+        (weight, _) = trainer.precision_plugin.convert_module(nn.Sequential(layer)).parameters()
+        if weight.dtype.itemsize < torch.float32.itemsize:
+            raise ValueError(
+                f"trainer.precision={trainer.precision} also rounds the trained values, which must stay float32; for a "
+                "base in half the memory set model.dtype bfloat16 and trainer.precision bf16-mixed"
+            )
 
     @property
     def has_experts(self) -> bool:

@@ -24,6 +24,7 @@ from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, Sparse
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
+from modular_experts.training.estimate import estimate
 from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear, training_length
 from modular_experts.training.module import ExpertModule
 
@@ -235,11 +236,40 @@ def test_predictions_are_one_row_each_in_the_order_of_the_data(tiny_llama_dir, t
     assert all(isinstance(row["generation"], str) for row in rows)
 
 
-def test_values_are_float32_beside_a_bfloat16_base(tiny_llama_dir, task_files, tmp_path) -> None:
-    module = runs.module(tiny_llama_dir, KINDS["element"], dtype="bfloat16")
-    runs.trainer(tmp_path, max_steps=2).fit(module, runs.mixture(task_files, tiny_llama_dir))
-    assert all(layer.expert.values.any() for _, layer in expert_layers(module.model))
-    assert all(layer.expert.values.dtype == torch.float32 for _, layer in expert_layers(module.model))
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_values_are_float32_beside_a_bfloat16_base(
+    kind: str, precision: str, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """And a rate at which nothing moves leaves no rounding of the base in the delta."""
+    module = runs.module(tiny_llama_dir, KINDS[kind], dtype="bfloat16", learning_rate=1e-12)
+    runs.trainer(tmp_path, max_steps=2, precision=precision).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    largest = max(float(delta.dense().abs().max()) for _, delta in module.task_vector())
+    assert largest == 0 if kind == "full" else 0 < largest < 1e-11
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("use", ["fit", "test", "estimate"])
+def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_loaded(
+    use: str, precision: str, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    module, trainer = runs.module(tiny_llama_dir, FullExpert), runs.trainer(tmp_path, precision=precision)
+    uses = {
+        "fit": lambda data: trainer.fit(module, data),
+        "test": lambda data: trainer.test(module, data),
+        "estimate": lambda data: estimate(module, data, trainer),
+    }
+    with pytest.raises(ValueError, match=rf"precision={precision} .*set model\.dtype bfloat16 and .*bf16-mixed$"):
+        uses[use](runs.mixture(task_files, tiny_llama_dir))
+    assert not hasattr(module, "model")
+
+
+def test_a_base_alone_is_tested_in_any_precision(tiny_llama_dir, task_files, tmp_path) -> None:
+    module = runs.module(tiny_llama_dir, None)
+    trainer = runs.trainer(tmp_path, precision="bf16-true", limit_test_batches=1)
+    trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
+    assert module.model.dtype == torch.bfloat16
 
 
 def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
