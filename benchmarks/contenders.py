@@ -23,7 +23,7 @@ from modular_experts.injection import expert_layers, inject
 __all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "single_layer"]
 
 PROJECTIONS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-SIZES: dict[bool, dict[str, int]] = {
+SIZES: dict[bool, dict[str, Any]] = {
     False: {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "vocab_size": 49152},
     True: {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -140,7 +140,7 @@ class Step:
         """Give the shared base back as it was; the next step writes its values again."""
         for _, layer in expert_layers(self.model):
             if not layer.expert.trains_weight:
-                layer.expert.restore(layer.matrix, lambda: None)
+                layer.expert.restore(layer.matrix, layer.matrix.detach)
 
     def facts(self) -> dict[str, int]:
         """Return how much is trained and kept, and what the optimizer holds, after a first step."""

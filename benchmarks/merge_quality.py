@@ -101,7 +101,8 @@ def _options() -> argparse.Namespace:
 
 def _world(options: argparse.Namespace, seed: int) -> Experts:
     if options.real:
-        return RealExperts(seed, Path(options.work), options.dtype, *map(Path, options.real), count=options.tasks)
+        path, data = map(Path, options.real)
+        return RealExperts(seed, Path(options.work), options.dtype, path=path, data=data, count=options.tasks)
     return SuiteExperts(seed, Path(options.work), options.dtype)
 
 

@@ -98,7 +98,8 @@ class Bench:
 
     def merges(self, method: Method, experts: int) -> dict[str, Any]:
         """Return the row of a method and a number of experts: mergekit's numbers over ours, and if results agree."""
-        peer, ours, agreed = [], [], {}
+        peer, ours = [], []
+        agreed: dict[str, float] = {}
         for round_ in range(self.repeats):
             self._say(f"{method.name}, {experts} experts, {round_ + 1} of {self.repeats}")
             with self.results() as out:
@@ -113,7 +114,8 @@ class Bench:
 
     def from_checkpoints(self, method: Method, experts: int) -> dict[str, Any]:
         """Return the row of a method whose inputs are full checkpoints on both sides."""
-        peer, ours, agreed = [], [], {}
+        peer, ours = [], []
+        agreed: dict[str, float] = {}
         for round_ in range(self.repeats):
             self._say(f"{method.name}, {experts} full checkpoints, {round_ + 1} of {self.repeats}")
             with self.results() as out:

@@ -131,13 +131,13 @@ def by_experts(
 
 def by_recipe(recipe: dict[str, Any], out: str) -> Work:
     """Our merge of full checkpoints, from mergekit's recipe."""
-    from modular_experts.interop.mergekit.reading import read_configuration
+    from modular_experts.interop.mergekit.parse import read_recipe
     from modular_experts.interop.mergekit.run import merge_recipe
 
     _imports()
     file = Path(f"{out}.yaml")
     file.write_text(json.dumps(recipe))  # JSON is YAML
-    return lambda: str(merge_recipe(read_configuration(str(file)), out, overwrite=True))
+    return lambda: str(merge_recipe(read_recipe(file), out, overwrite=True))
 
 
 def by_copying(files: Sequence[str], hashed: Sequence[str], written: str, out: str) -> Work:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, Trainer, seed_everything
-from selection_worlds import Generated, OnBase, Real
+from selection_worlds import QUIET, Generated, OnBase, Real
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 
@@ -129,7 +129,6 @@ class Experts(OnBase):
         module = ExpertModule(
             str(self.base), experts=experts, optimizer=optimizer, scheduler=scheduler, dtype=self.trained_in
         )
-        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         trainer = Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -138,7 +137,7 @@ class Experts(OnBase):
             use_distributed_sampler=False,
             callbacks=[ExportExpert(str(path.parent), path.name, monitor=None), *callbacks],
             default_root_dir=path.parent,
-            **quiet,
+            **QUIET,
         )
         # In bfloat16 on a CPU the fused attention's backward takes as long as all matrix products together.
         with sdpa_kernel(SDPBackend.MATH) if self.trained_in == "bfloat16" else nullcontext():

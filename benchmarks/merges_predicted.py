@@ -88,7 +88,7 @@ def _correlations(
     tasks, seed = world.tasks, world.seed
     sums: Sums = interference([world.expert(kind, task) for task in tasks], METHODS[name].method).total
     merged = merges[seed, kind, name]["plain"]
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for score, sign in {"exact_match": -1.0, "loss": 1.0}.items():
         alone = [singles[seed, kind, task]["tested"][score][task] for task in tasks]
         lost = torch.tensor([sign * (merged[score][t] - own) for t, own in zip(tasks, alone, strict=True)]).double()

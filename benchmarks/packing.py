@@ -39,7 +39,7 @@ from modular_experts.evaluation import batch_losses, check_packing
 from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject
 
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "plain": {"packing": False},
     "by length": {"group_by_length": True, "packing": False},
     "packed": {"packing": True},

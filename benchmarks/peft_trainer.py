@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -50,8 +51,9 @@ def main() -> None:
     settings = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    adapted: Any = get_peft_model(model, settings)
     trainer = Trainer(
-        get_peft_model(model, settings),
+        adapted,
         TrainingArguments(
             output_dir=options.out or "runs",
             max_steps=options.steps,
@@ -71,7 +73,7 @@ def main() -> None:
     )
     trainer.train()
     if options.out:
-        trainer.model.save_pretrained(options.out)
+        adapted.save_pretrained(options.out)
 
 
 # Nothing imports this file, and `make bench` runs those that ask for their own name.

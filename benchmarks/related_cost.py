@@ -38,13 +38,13 @@ Plans = Callable[[str], Any]
 def parameters(model: nn.Module) -> dict[str, int]:
     """Return how many numbers are trained, and how many of them one token meets: of k of n experts, k / n."""
     trained = active = 0
-    experts = [expert for _, expert in named_experts(model)]
+    experts: list[Any] = [expert for _, expert in named_experts(model)]
     of_prompt = next((expert.k for expert in experts if isinstance(expert, TaskGate)), None)
     for expert in experts:
         taken = expert.k if isinstance(expert, MoLoRAExpert) else of_prompt
         for name, parameter in expert.named_parameters():
             trained += parameter.numel()
-            share = 1 if taken is None or name == "router" else taken / expert.experts  # type: ignore[operator]
+            share = 1 if taken is None or name == "router" else taken / expert.experts
             active += round(share * parameter.numel())
     return {"trained": trained, "active": active}
 

@@ -210,7 +210,7 @@ def _quality(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rates = {name: min((KINDS[name].rate * f for f in factors), key=partial(loss, name)) for name in options.kinds}
     for seed, world in worlds.items():
-        keys = [("alone", seed, name, task, rates[name]) for name in options.kinds for task in world.tasks]
+        keys: list[Any] = [("alone", seed, name, task, rates[name]) for name in options.kinds for task in world.tasks]
         run_all(store, _alone, dict.fromkeys(keys, world), options.processes)
         run_all(store, _base, {("base", seed): world}, options.processes)
         keys = [("merged", seed, name, rates[name], way) for name in options.kinds for way in world.methods]
@@ -294,7 +294,7 @@ def _rows(
         row |= {key: max(one[key] for one in found) for key in ("trained", "optimizer_bytes")}
         row |= {"seconds": fmean(one["seconds"] for one in found)}
         # Of an expert only its own task was tested.
-        by_seed = [
+        by_seed: list[Any] = [
             {
                 s: {score: {t: one[score][t] for (seed, t), one in of.items() if seed == s} for score in SCORES}
                 for s in worlds

@@ -116,7 +116,7 @@ class FewFiles(TenTasks):
 class _SixFiles(Real):
     new_tokens = 32  # the longest answers are lists of slots
     others = ()
-    tasks = HELD_IN[:6]  # type: ignore[assignment]
+    tasks = HELD_IN[:6]
 
 
 def run_all(store: JSONLines, work: Callable[..., Any], keys: Mapping[Any, TenTasks], processes: int) -> None:

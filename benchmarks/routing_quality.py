@@ -178,7 +178,8 @@ def _options() -> argparse.Namespace:
 
 def _world(options: argparse.Namespace, seed: int) -> Experts:
     if options.real:
-        return RealExperts(seed, Path(options.work), "bfloat16", *map(Path, options.real), count=options.tasks)
+        path, data = map(Path, options.real)
+        return RealExperts(seed, Path(options.work), "bfloat16", path=path, data=data, count=options.tasks)
     return SuiteExperts(seed, Path(options.work))
 
 
@@ -261,8 +262,9 @@ def _cost(world: Experts, seed: int, kind: str, name: str) -> dict[str, Any]:
                     with reading(tasks=batch["task"]):
                         one(input_ids=batch["ids"], attention_mask=batch["mask"], use_cache=False, logits_to_keep=1)
                 seconds[id(one)].append(time.process_time() - start)
-        kept = [delta for _, layer in expert_layers(model) for delta in (*layer.expert.deltas, layer.expert.common)]
-        routers = [found.router, *(layer.expert.router for _, layer in expert_layers(model))]
+        mixtures: list[Any] = [layer.expert for _, layer in expert_layers(model)]
+        kept = [delta for mixture in mixtures for delta in (*mixture.deltas, mixture.common)]
+        routers: list[Any] = [found.router, *(mixture.router for mixture in mixtures)]
         added = sum(delta.nbytes for delta in kept if delta is not None)
         added += sum(tensor.nbytes for one in routers if one is not None for tensor in one.state().values())
     held = sum(parameter.nbytes for parameter in base.parameters())
@@ -385,8 +387,8 @@ def _row(kind: str, name: str, store: JSONLines, options: argparse.Namespace) ->
             row["kept"] = row[score] / fmean(reference.values())
             row["difference"] = interval(held_in, reference)
     columns = {"right": ("right", True), "rejected": ("rejected", True), "held out rejected": ("rejected", False)}
-    for title, (column, held_in) in columns.items():
-        shares = _pairs(found, column, held_in=held_in).values()
+    for title, (column, of_experts) in columns.items():
+        shares = _pairs(found, column, held_in=of_experts).values()
         row[title] = None if None in shares else fmean(shares)
     return row
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from selection_worlds import QUIET
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
@@ -58,9 +59,8 @@ def fit(base: Path, file: Path, way: str, steps: int) -> None:
     schedule = MaskSchedule(batches="step" if way in ("step", ONCE) else int(way), **settings)
     module = ExpertModule(str(base), "all-linear", SparseExpert)
     data = TaskMixture([Task("task", path=str(file))], tokenizer=str(base), batch_size=8, packing=False)
-    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     callbacks = [Turns(schedule), schedule]
-    trainer = Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=callbacks, **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET)
     trainer.fit(module, data)
     largest = max(layer.weight.numel() for layer in module.model.modules() if hasattr(layer, "expert"))
     _say({"largest": 4 * largest})

@@ -32,7 +32,7 @@ from typing import Any
 from intervals import interval
 from lightning.pytorch import Trainer, seed_everything
 from selection_variants import REAL, REFERENCE, VARIANTS, Variant
-from selection_worlds import Generated, Real, model_of, tokenizer_of
+from selection_worlds import QUIET, Generated, Real, model_of, tokenizer_of
 from torch.optim import AdamW
 
 from modular_experts.base.apply import applied
@@ -136,7 +136,6 @@ def _train(
     schedule = MaskSchedule(**({"batches": 1} | (variant.schedule or {}) | more))
     optimizer = partial(AdamW, lr=rate, weight_decay=0.0)
     module = ExpertModule(str(world.base), modules=MODULES, expert=variant.expert, optimizer=optimizer)
-    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps or world.steps,
@@ -145,7 +144,7 @@ def _train(
         use_distributed_sampler=False,
         callbacks=[ExportExpert(str(out.parent), out.name, monitor=None), schedule],
         default_root_dir=out.parent,
-        **quiet,
+        **QUIET,
     )
     trainer.fit(module, data)
     return module, schedule

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts.selectable import Granularity
 from modular_experts.masks import (
     SNIP,
     ChangeMagnitude,
@@ -48,7 +49,7 @@ class Variant:
     real_rate: float = 2e-3
 
 
-def _sparse(keep: float = 0.05, granularity: str = "element", size: int = 8) -> Callable[..., Any]:
+def _sparse(keep: float = 0.05, granularity: Granularity = "element", size: int = 8) -> Callable[..., Any]:
     return partial(SparseExpert, keep_ratio=keep, granularity=granularity, block_size=size)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from modular_experts.base import Base, DType
 from modular_experts.data import Task, TaskMixture
@@ -15,7 +15,12 @@ from modular_experts.jobs import LocalProcesses
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 
-__all__ = ["Generated", "OnBase", "Real", "model_of", "tokenizer_of"]
+__all__ = ["QUIET", "Generated", "OnBase", "Real", "model_of", "tokenizer_of"]
+
+QUIET: dict[str, Any] = dict.fromkeys(
+    ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+)
+"""Settings of a trainer that writes and shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Real:
     steps = 20
     batch_size = 8
     new_tokens = 12
-    others = ("clinc_small_talk", "banking77")
+    others: ClassVar[Sequence[str]] = ("clinc_small_talk", "banking77")
 
     @property
     def base(self) -> Path:
@@ -113,12 +118,20 @@ class OnBase:
     """What trains and tests on one base, which it opens once in a process.
 
     Attributes:
-        base: Directory of the base.
         dtype: What the model is loaded in; None is its own.
     """
 
-    base: Path
     dtype: DType | None = None
+
+    @property
+    def base(self) -> Path:
+        """Directory of the base."""
+        raise NotImplementedError
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that experts are trained on."""
+        raise NotImplementedError
 
     @property
     def model(self) -> Any:

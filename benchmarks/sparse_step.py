@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +42,7 @@ CHOOSING = ["entries, sampled", "tiles of 16, block_rows", "rows, slices", "colu
 REFERENCES = ["frozen", "PEFT LoRA", "PEFT SHiRA", "dense, masked"]
 QUICK_PEAKS, QUICK_CHOOSING = ["PEFT LoRA", "dense, masked"], ["tiles of 16, block_rows"]
 WARM_UP = 2
+Calls = Mapping[str, tuple[Callable[[], None], Step]]
 PROCESS_SECONDS = 12.0  # a process that imports, makes the model and takes two steps
 
 
@@ -70,7 +72,7 @@ def guess(entries: int, tokens: int) -> float:
     return 0.002 + 5.6 * entries * tokens / 1.5e11
 
 
-def race(calls: Mapping[str, tuple[Callable[[], None], Step]], rounds: int, tick: Callable[[str], None]) -> dict:
+def race(calls: Calls, rounds: int, tick: Callable[[str], None]) -> dict:
     """Return the CPU seconds of each call by round; after each, its step takes its writes out of the shared base."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -178,8 +180,12 @@ def measure_selection(work: Work, contenders: list[Contender], options: argparse
         space = peak(contender.name, options.quick, selection=True)
         progress.advance(PROCESS_SECONDS, f"memory of a selection of {contender.name}")
         step = Step(contender, work)
-        calls = {"step": (step, step), "selection": (lambda step=step: select(step), step)}
-        seconds = race(calls, 3, lambda what, name=contender.name: progress.advance(cost, f"{what} of {name}"))
+        calls: Calls = {"step": (step, step), "selection": (partial(select, step), step)}
+
+        def tick(what: str, name: str = contender.name) -> None:
+            progress.advance(cost, f"{what} of {name}")
+
+        seconds = race(calls, 3, tick)
         median = {what: statistics.median(values) for what, values in seconds.items()}
         share = median["selection"] / median["step"] - 1
         largest = max(rows * columns for rows, columns in work.shapes(work.modules))

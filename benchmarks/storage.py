@@ -102,7 +102,7 @@ def size_row(delta: Sparse | BlockSparse, stored: StoredExpert, name: str, share
 def sizes(folder: Path, shape: Shape) -> list[dict[str, Any]]:
     """Return a row for each share, support and unit of a weight."""
     kinds = [(share, kind) for share in SHARES for kind in ("random", "clustered") if share < 1 or kind == "random"]
-    units = {"entries": entries, f"tiles of {TILE}": tiles}
+    units: dict[str, Callable[..., Sparse | BlockSparse]] = {"entries": entries, f"tiles of {TILE}": tiles}
     rows = []
     for unit, make in units.items():
         for share, kind in kinds:
@@ -139,7 +139,7 @@ def race(calls: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int) -> d
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def reading(path: Path, before: int) -> Callable[[], Callable[[], Delta]]:
+def reading(path: Path, before: int) -> Callable[[], Callable[[], Any]]:
     """Return what opens an expert, reads it some times, and returns how it is read once more."""
 
     def make() -> Callable[[], Delta]:

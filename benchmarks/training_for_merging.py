@@ -93,7 +93,10 @@ def _options() -> argparse.Namespace:
 
 def _world(options: argparse.Namespace, seed: int) -> World:
     work = Path(options.work)
-    return RealTasks(seed, *map(Path, options.real), work) if options.real else Suite(seed, work)
+    if options.real:
+        path, data = map(Path, options.real)
+        return RealTasks(seed, path, data, work)
+    return Suite(seed, work)
 
 
 def _settings(world: World, part: str, kind: str) -> list[Setting]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from selection_worlds import QUIET
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
@@ -85,16 +86,16 @@ class SharpnessAware(AdamW):
         super().__init__(parameters, **settings)
         self.rho = rho
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is not None
         with torch.enable_grad():
             loss = closure()
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with torch.no_grad():
-            norm = torch.stack([p.grad.norm() for p in trained]).norm().clamp(min=1e-12)  # type: ignore[union-attr]
+            norm = torch.stack([p.grad.norm() for p in trained]).norm().clamp(min=1e-12)
             before = [p.detach().clone() for p in trained]
             for p in trained:
-                p.add_(p.grad, alpha=self.rho / float(norm))  # type: ignore[arg-type]
+                p.add_(p.grad, alpha=self.rho / float(norm))
         with torch.enable_grad():
             closure()
         with torch.no_grad():
@@ -193,7 +194,6 @@ def train(
     callbacks += [MaskSchedule(batches=1)] if setting.kind in SPARSE else []
     # Entries are chosen on the base alone, before others come into it.
     callbacks += [way.others(list(map(str, others)), seed=world.seed)] if way.others else []
-    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -202,7 +202,7 @@ def train(
         use_distributed_sampler=False,
         callbacks=callbacks,
         default_root_dir=library,
-        **quiet,
+        **QUIET,
     )
     data = world.mixture([task])
     data.batch_size = setting.batch

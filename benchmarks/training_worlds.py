@@ -63,7 +63,6 @@ class World(OnBase):
     steps: int
     batch_size: int
     new_tokens: int
-    tasks: list[str]
 
     def mixture(self, names: Sequence[str], held_out: bool = False) -> TaskMixture:
         raise NotImplementedError

@@ -36,7 +36,8 @@ def pages() -> dict[str, str]:
 
 def methods_page() -> str:
     """Return the page of all merge methods: formula, properties, settings with their defaults, source."""
-    rows, parts, sources = [], [], {}
+    rows, parts = [], []
+    sources: dict[Any, str] = {}
     for name, kind in sorted(METHODS.items(), key=lambda item: item[0].lower()):
         about, _, settings = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
         formula = " ".join(about.split("\n\n")[0].split()).partition(": ")[2]
