@@ -52,7 +52,8 @@ def attached(
     if not inputs:
         return applied(model, opened, check=check)
     first, others = inputs[0], [one for one in opened if one is not inputs[0]]
-    on_top = [one for one in others if isinstance(one, StoredExpert) and first.content_hash in _parents(one)]
+    stored = [one for one in others if isinstance(one, StoredExpert)]
+    on_top = [one for one in stored if any(map(first.is_listed_as, one.record["parents"]))]
     if len(on_top) < len(others) or len(inputs) > 1 or (others and not first.routed):
         raise ValueError(
             f"{first.name} chooses by the input, so nothing can be added to it but what was trained on top of it; name "
@@ -75,10 +76,6 @@ def attached(
         load_expert_state(model, first.state())
         until_loaded.pop_all()
     return injected
-
-
-def _parents(expert: StoredExpert) -> list[str]:
-    return [str(parent["content_hash"]) for parent in expert.record["parents"]]
 
 
 class _Both(ExitStack):

@@ -38,10 +38,10 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
         check_mergeable(experts)
     # The delta of an expert that was trained on top of others is against their sum. A merge contains its parents, and a
     # router finds those behind it.
-    present = {expert.content_hash for expert in experts}
     for expert in experts:
         parents = [] if expert.routed or expert.record["kind"] == "merge" else expert.record["parents"]
-        missing = ", ".join(str(parent["name"]) for parent in parents if parent["content_hash"] not in present)
+        lacking = [parent for parent in parents if not any(one.is_listed_as(parent) for one in experts)]
+        missing = ", ".join(str(parent["name"]) for parent in lacking)
         if missing:
             log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, missing)
     return experts

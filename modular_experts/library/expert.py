@@ -5,8 +5,9 @@ The tensors of a weight are named after it and the form of its delta: `<weight>/
 `/blocks` (BlockSparse), either of which may be encoded in bytes as `/gaps` or `/mask`; `<weight>/up` with `/down`
 (LowRank), `<weight>/dense` (Dense). A table in the file's metadata gives, for each weight, its form, shape and number
 of kept entries, and dtype, shape and SHA-256 of each tensor; the content hash is the SHA-256 of that table, and of the
-state's where there is one, so it does not depend on the order of writing, but on how the support is encoded. Every read
-is checked against the table, and the table against `expert.json`.
+state's where there is one, so it does not depend on the order of writing, but on how the support is encoded. That of a
+routed expert also covers its router's class and settings and its parents (`record.hash_of_all`). Every read is checked
+against the table, and the table against `expert.json`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from modular_experts.library.reading import StoredWeight, deltas_of
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
+    FORMAT_ROUTED,
     FORMAT_WITH_STATE,
     RECORD_FILE,
     STATE_FILE,
     files_of,
+    hash_of_all,
     plain,
     read_record,
     what_is_wrong,
@@ -69,13 +72,21 @@ class StoredExpert(TaskVector):
         self._state = StoredState(path / STATE_FILE) if STATE_FILE in files else None
         self._shapes = {name: Size(self._table[name]["shape"]) for name in sorted(self._table)}
         self._checked: set[str] = set()
-        if content_hash(self._table, self._state.table if self._state else None) != record["content_hash"]:
+        self._tensors_hash = content_hash(self._table, self._state.table if self._state else None)
+        if hash_of_all(self._tensors_hash, record) != record["content_hash"]:
             raise damaged(path / files[0], f"its content hash is not the one in {path / RECORD_FILE}")
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over names, forms, shapes, dtypes and bytes of all its tensors."""
+        """SHA-256 over names, forms, shapes, dtypes and bytes of all its tensors; of a routed expert also over its
+        router's class and settings and the content hashes of its parents. Equal hashes mean experts that act alike.
+        """
         return self.record["content_hash"]
+
+    def is_listed_as(self, parent: Mapping[str, Any]) -> bool:
+        """Return whether this is the expert that a record lists as a parent, by its content hash."""
+        # Earlier versions listed a routed expert by the hash of its tensors.
+        return parent["content_hash"] in (self.content_hash, self._tensors_hash)
 
     @property
     def mergeable(self) -> bool:
@@ -256,7 +267,8 @@ def write_expert(
     target = check_target(path, overwrite)
     record = {name: value for name, value in record.items() if name != "files"} | {"format": FORMAT}
     if state:
-        record |= {"format": FORMAT_WITH_STATE, "files": [STATE_FILE]}
+        form = FORMAT_ROUTED if record["kind"] == "routed" else FORMAT_WITH_STATE
+        record |= {"format": form, "files": [STATE_FILE]}
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")
     with new_directory(target, overwrite, key=key) as directory:
@@ -266,7 +278,7 @@ def write_expert(
         states = write_state(directory / STATE_FILE, state) if state else None
         if state and table:
             record["files"] = [DELTA_FILE, STATE_FILE]
-        content = plain({**record, "content_hash": content_hash(table, states)})
+        content = plain({**record, "content_hash": hash_of_all(content_hash(table, states), record)})
         (directory / RECORD_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return content["content_hash"]
 

@@ -4,8 +4,10 @@ A record is plain JSON and never leads to code: nobody imports or builds what it
 
 Format 1 is an expert of deltas alone. Format 2 adds a state (`state.safetensors`): the record then lists the expert's
 `files`, of which `delta.safetensors` may be missing, the `class_path` of the type whose state it is, and, for a type
-that is not mergeable, the sentence why. `write_expert` writes format 2 only where there is a state, so that earlier
-versions of this package go on reading every other expert; both formats are read.
+that is not mergeable, the sentence why. Format 3 is a routed expert, whose content hash covers its router's class and
+settings and the content hashes of its parents, in their order; in format 2 it covered the router's state alone.
+`write_expert` writes the lowest format that an expert needs, so that earlier versions of this package go on reading
+every other expert. All formats are read; `read_record` returns a routed expert of format 2 as one of format 3.
 
 An expert that was trained here has a part `training`, which earlier records lack. A merge has of `max_length`,
 `chat_template` and `dtype` what its parents have in common. Every key may be missing:
@@ -24,6 +26,7 @@ The exported step and the learning rate are among the `hyperparameters`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,6 +40,8 @@ import modular_experts
 
 FORMAT = "modular-experts/1"
 FORMAT_WITH_STATE = "modular-experts/2"
+FORMAT_ROUTED = "modular-experts/3"
+FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED)
 DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
@@ -137,18 +142,32 @@ def read_record(file: Path) -> dict[str, Any]:
         ValueError: The file is not a record.
     """
     record = read_json(file, f"so {file.parent} is not an expert")
-    if record.get("format") not in (FORMAT, FORMAT_WITH_STATE):
-        raise ValueError(
-            f"{file} has format {record.get('format')!r}, and this version reads {FORMAT!r} and {FORMAT_WITH_STATE!r}"
-        )
+    if record.get("format") not in FORMATS:
+        known = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"{file} has format {record.get('format')!r}, and this version reads {known}")
     if wrong := what_is_wrong(record):
         raise ValueError(f"{file} is damaged: {wrong}")
+    if record["format"] == FORMAT_WITH_STATE and record["kind"] == "routed":
+        record |= {"format": FORMAT_ROUTED, "content_hash": hash_of_all(record["content_hash"], record)}
     return record
+
+
+def hash_of_all(tensors: str, record: Mapping[str, Any]) -> str:
+    """Return the content hash of an expert: the hash of its tensors, or for a routed expert that of all that it is.
+
+    Two routed experts whose routers have the same state act alike only if their routers have the same class and
+    settings and choose among the same experts.
+    """
+    if record["kind"] != "routed":
+        return tensors
+    parents = [parent["content_hash"] for parent in record["parents"]]
+    parts = plain([tensors, record.get("class_path"), record.get("hyperparameters"), parents])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def files_of(record: Mapping[str, Any]) -> list[str]:
     """Return the names of the files that an expert of this record has beside the record itself."""
-    return record["files"] if record["format"] == FORMAT_WITH_STATE else [DELTA_FILE]
+    return [DELTA_FILE] if record["format"] == FORMAT else record["files"]
 
 
 def what_is_wrong(record: Mapping[str, Any]) -> str:

@@ -235,6 +235,24 @@ def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, task
         attached(model, "library/r")
 
 
+def test_stored_results_of_routes_with_one_state_are_told_apart(place, tasks, tiny_llama_dir, task_files):
+    """An `Oracle` has no state that depends on its experts."""
+    routes = {
+        "first": route(EXPERTS[1:], "library/r", Oracle()),
+        "other": route([*EXPERTS[1:3], "library/merged"], "library/s", Oracle()),
+        "order": route(EXPERTS[:0:-1], "library/t", Oracle()),
+    }
+    assert len({tuple((n, t.tolist()) for n, t in one.state().items()) for one in routes.values()}) == 1
+    assert len({one.content_hash for one in routes.values()}) == len(routes)
+    data = mixture({name: task_files[name] for name in TASKS}, tiny_llama_dir)
+    alone = {name: evaluate(None, one, data, max_new_tokens=None).rows for name, one in routes.items()}
+    found = evaluate(None, routes, data, max_new_tokens=None, out="runs/r")
+    for name in routes:
+        assert [row["value"] for row in found.where(model=name).rows] == [row["value"] for row in alone[name]]
+    # Each row goes to the expert of its task in either order.
+    assert found.mean("loss", model="first") == found.mean("loss", model="order") != found.mean("loss", model="other")
+
+
 def test_a_router_of_a_user_is_put_into_a_model_by_its_class(run, place, tiny_llama_dir):
     class Mine(Oracle):
         pass

@@ -124,7 +124,7 @@ def test_a_missing_expert_is_named_with_the_nearest(expert):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda record: record.update(format="modular-experts/9"), "reads 'modular-experts/1' and 'modular-experts/2'"),
+        (lambda record: record.update(format="modular-experts/9"), "reads 'modular-experts/1', 'modular-experts/2', '"),
         (lambda record: record.pop("tasks"), "tasks is missing or of a wrong type"),
         (lambda record: record["base"].pop("fingerprint"), "fingerprint of its base"),
         (lambda record: record["base"].update(id=5), "the id or the revision of its base is not what it must be"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from testbed.random_deltas import random_delta
 
 from modular_experts.library import Library, make_record, open_expert, write_expert
@@ -53,6 +55,57 @@ def test_the_content_hash_covers_the_state(expert) -> None:
     (path / "a/state.safetensors").replace(expert / "state.safetensors")
     with pytest.raises(ValueError, match=r"state.safetensors is damaged: its content hash is not the one in"):
         open_expert(expert)
+
+
+ROUTED = {"kind": "routed", "class_path": "mine.Router", "hyperparameters": {"router": "Router", "reach": 0.5}}
+PARENTS = [{"name": name, "content_hash": name * 64, "tasks": [name]} for name in "ab"]
+
+
+def test_a_routed_expert_is_its_router_its_settings_and_its_experts_in_order(expert) -> None:
+    def written(**changes) -> str:
+        record = RECORD | ROUTED | {"parents": PARENTS} | changes
+        return write_expert(expert.parent / "r", {}, record, overwrite=True, state=STATE)
+
+    others = [{"name": name, "content_hash": name * 64} for name in "ac"]
+    first = written()
+    assert written(parents=[one | {"name": "moved"} for one in PARENTS], created="later", scores={"x": 1}) == first
+    hashes = [
+        written(class_path="mine.Other"),
+        written(hyperparameters={"router": "Router", "reach": 0.25}),
+        written(parents=PARENTS[::-1]),
+        written(parents=others),
+        written(parents=[*PARENTS, others[1]]),
+        write_expert(expert.parent / "trained", {}, RECORD | {"parents": PARENTS}, state=STATE),
+    ]
+    assert len({first, *hashes}) == 7
+    assert hashes[-1] == open_expert(expert).content_hash, "the parents of any other expert are no part of it"
+    file = expert.parent / "r/expert.json"
+    written()
+    file.write_text(file.read_text().replace("mine.Router", "mine.Routes"))
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged: its content hash is not the one in"):
+        open_expert(file.parent)
+
+
+def test_a_routed_expert_of_an_earlier_version_opens_as_one_of_this_version(expert) -> None:
+    new = write_expert(expert.parent / "r", {}, RECORD | ROUTED | {"parents": PARENTS}, state=STATE)
+    file = expert.parent / "r/expert.json"
+    table = {"state": json.loads(_metadata(file.with_name("state.safetensors")))["state"], "weights": {}}
+    old = hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert json.loads(file.read_text())["format"] == "modular-experts/3"
+    record = json.loads(file.read_text()) | {"format": "modular-experts/2", "content_hash": old}
+    file.write_text(json.dumps(record))
+    found = open_expert(file.parent)
+    found.verify()
+    assert found.content_hash == new != old
+    assert [found.is_listed_as({"content_hash": one}) for one in (new, old, "0" * 64)] == [True, True, False]
+    file.write_text(json.dumps(record | {"content_hash": new}))
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged"):
+        open_expert(file.parent)
+
+
+def _metadata(file) -> str:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()["modular_experts"]
 
 
 def test_every_flipped_byte_of_a_state_is_noticed(expert) -> None:

@@ -21,7 +21,7 @@ from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection.attach import attached
 from modular_experts.injection.route import route
 from modular_experts.library import as_parents, make_record, open_expert, write_expert
-from modular_experts.routing import Centroid, Energy, MoLoRAExpert, Softmax
+from modular_experts.routing import Centroid, Constant, Energy, MoLoRAExpert, Softmax
 from modular_experts.statistics import take_statistics
 
 KINDS = [partial(LoRAExpert, rank=2), partial(SparseExpert, keep_ratio=0.1), FullExpert]
@@ -108,6 +108,17 @@ def test_what_cannot_be_beneath_is_refused(experts, tiny_llama_dir) -> None:
         runs.module(tiny_llama_dir, MoLoRAExpert, applied=[str(first.path)]).configure_model()
     with pytest.raises(ValueError, match="r chooses by the input, so nothing can be added to it but what was trained"):
         attached(Base.open(tiny_llama_dir).load(), [first, experts[0]])
+
+
+def test_what_was_trained_on_a_route_goes_on_no_other_of_the_same_state(experts, tiny_llama_dir) -> None:
+    folder, kept = Path(experts[0]).parent, Constant()
+    below, other = route(experts[:2], folder / "r", kept), route(experts[1:], folder / "s", kept)
+    record = make_record("made", below.record["base"], parents=as_parents([below]))
+    write_expert(folder / "top", {name: Dense(torch.ones(shape)) for name, shape in WEIGHTS.items()}, record)
+    model = Base.open(tiny_llama_dir).load()
+    attached(model, [below, folder / "top"]).remove()
+    with pytest.raises(ValueError, match="s chooses by the input, so nothing can be added to it but what was trained"):
+        attached(model, [other, folder / "top"])
 
 
 def test_a_router_that_lost_an_expert_leaves_the_model_as_it_was(experts, tiny_llama_dir) -> None:
