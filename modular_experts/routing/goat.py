@@ -55,6 +55,11 @@ class GOATExpert(MoLoRAExpert):
         step: float | None = None,
     ) -> None:
         super().__init__(weight, experts, rank, k, alpha, balance)
+        if experts * rank > min(weight.shape):
+            raise ValueError(
+                f"experts={experts} of rank={rank} need {experts * rank} singular directions, and a weight of shape "
+                f"{tuple(weight.shape)} has {min(weight.shape)}; lower one of the two"
+            )
         ratio = ratio if step is None else step
         if not (0 < rho < math.inf and 0 < ratio < math.inf):
             raise ValueError(f"rho={rho} and ratio={ratio} must be positive numbers")

@@ -30,7 +30,7 @@ class MoLoRAExpert(NotMergeable, Expert):
     Args:
         weight: The base weight `(out, in)`.
         experts: Number of experts.
-        rank: Rank of each, from 1 to min(out, in) / experts.
+        rank: Rank of each, from 1 to min(out, in).
         k: How many of them a token takes.
         alpha: The scale is alpha / rank.
         balance: Weight of the penalty; 0 leaves it out.
@@ -45,11 +45,10 @@ class MoLoRAExpert(NotMergeable, Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if experts < 1 or not 1 <= rank <= min(rows, columns) // experts:
-            raise ValueError(
-                f"experts={experts} of rank={rank} do not fit into a weight of shape {(rows, columns)}: experts * rank "
-                f"must be from 1 to {min(rows, columns)}"
-            )
+        if not 1 <= rank <= min(rows, columns):
+            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        if experts < 1:
+            raise ValueError(f"experts={experts} must be at least 1")
         if not 1 <= k <= experts:
             raise ValueError(f"k={k} is outside 1..{experts}, the number of experts")
         if not 0 <= balance < math.inf:

@@ -154,6 +154,28 @@ def test_hilo_plans_ranks_and_experts_by_depth() -> None:
     assert trained == sum(e * r * 64 + e * 32 for e, r in [(2, 1), (4, 2), (6, 3), (8, 4)])
 
 
+def test_hilo_takes_ranks_and_k_by_group_of_blocks() -> None:
+    sites = find_sites(build_model("llama", num_hidden_layers=8))
+
+    def made(**settings: object) -> list[tuple[int, int, int]]:
+        plan = HiLo("q_proj", **settings)(sites)
+        ordered = [factory(torch.zeros(32, 32)) for _, factory in sorted(plan.items(), key=lambda item: item[0].depth)]
+        return [(one.experts, one.rank, one.k) for one in ordered]
+
+    four = made(ranks=[2, 4, 6, 8], k=[1, 2, 3, 4])
+    assert four == [(2, 2, 1)] * 2 + [(4, 4, 2)] * 2 + [(6, 6, 3)] * 2 + [(8, 8, 4)] * 2
+    # Each list has groups of its own, two ranks are a line, and one is the rank of all blocks.
+    assert made(experts=[5], ranks=[2, 9], k=[1, 2]) == [(5, 2 + depth, 1 + depth // 4) for depth in range(8)]
+    assert made(experts=[3], ranks=[7], k=4) == [(3, 7, 3)] * 8
+
+
+@pytest.mark.parametrize("setting", [{"experts": []}, {"ranks": [2, 0, 4]}, {"k": 0}, {"k": [1, 0]}], ids=str)
+def test_hilo_refuses_numbers_below_one(setting: dict[str, object]) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"HiLo: {name}=\[.*\] must be numbers of at least 1, one for each group"):
+        HiLo(**setting)
+
+
 def test_a_plan_with_one_number_is_the_plain_mixture_bit_for_bit() -> None:
     first, second = build_model("llama"), build_model("llama")
     torch.manual_seed(0)
@@ -169,7 +191,8 @@ def test_a_plan_with_one_number_is_the_plain_mixture_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"experts": 8, "rank": 2}, "experts=8 of rank=2 do not fit into a weight of shape"),
+        ({"experts": 2, "rank": 11}, r"rank=11 is outside 1..10 for a weight of shape \(12, 10\)"),
+        ({"experts": 0}, "experts=0 must be at least 1"),
         ({"experts": 2, "k": 3}, "k=3 is outside 1..2, the number of experts"),
         ({"experts": 2, "balance": -1.0}, "balance=-1.0 must be 0 or a positive number"),
     ],
@@ -179,8 +202,15 @@ def test_settings_that_cannot_be(settings: dict[str, float], sentence: str) -> N
         MoLoRAExpert(random_weight(), **settings)
 
 
-def test_molora_keeps_the_contract_of_an_expert() -> None:
-    check_expert(lambda weight: MoLoRAExpert(weight, experts=3, rank=2, k=2), compile=False)
+@pytest.mark.parametrize(("experts", "rank"), [(3, 2), (3, 8)])
+def test_molora_keeps_the_contract_of_an_expert(experts: int, rank: int) -> None:
+    """Also where the ranks of all experts add up to more than the weight's, since each of them fits."""
+    check_expert(lambda weight: MoLoRAExpert(weight, experts, rank, k=2), compile=False)
+
+
+def test_goat_refuses_more_directions_than_the_weight_has() -> None:
+    with pytest.raises(ValueError, match=r"experts=4 of rank=3 need 12 singular directions, .* \(12, 10\) has 10"):
+        GOATExpert(random_weight(), experts=4, rank=3)
 
 
 def test_goat_keeps_the_contract_of_an_expert_but_for_the_start() -> None:
