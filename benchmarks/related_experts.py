@@ -1,8 +1,8 @@
 """Experts of other papers beside LoRAs: what they learn alone, what ten of them keep as one, and what they cost.
 
 Experts of ten tasks of the generated suite are trained apart, 50 steps each, at all linear layers, on a base of each
-seed. The learning rate of a kind is its type's own, three or nine times of it: the one with the lowest loss on
-validation words of three tasks of the first seed. Shown are exact match in % and loss on test words: of each expert on
+seed. The learning rate of a kind is the one of three with the lowest loss on validation words of three tasks of the
+first seed. Shown are exact match in % and loss on test words: of each expert on
 its task, and of the ten merged without data, as the method comes, by the one of four methods with the lowest loss on
 validation words of the first seed. In brackets stands the 95 % interval of the difference to the LoRA that the kind is
 compared with (a bootstrap over the pairs of seed and task).
@@ -49,7 +49,6 @@ from modular_experts.experts import (
     TemplateBanks,
     TTLoRAExpert,
 )
-from modular_experts.experts.recast import RecastExpert
 from modular_experts.jobs import JSONLines
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
@@ -57,7 +56,8 @@ from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.training.learning_rate import LearningRateShape, WarmupRestarts
 from modular_experts.tuning import PathSearch, search_paths
 
-STEPS, FACTORS, TUNED = 50, (1.0, 3.0, 9.0), 3
+STEPS, TUNED = 50, 3
+LOW, HIGH = (0.001, 0.003, 0.009), (0.003, 0.009, 0.027)
 SCORES = ("exact_match", "loss")
 
 
@@ -67,8 +67,8 @@ class Kind:
 
     Attributes:
         plan: Its experts, by pattern of layers, or a plan.
-        rate: The learning rate of its type.
         beside: The LoRA that it is compared with.
+        rates: Learning rates to choose from.
         callbacks: Makes the callbacks of a training.
         scheduler: Shape of the learning rate, if not that of `ExpertModule`.
         limit: The most numbers that a search of paths keeps of what was trained, on validation words of the task.
@@ -76,8 +76,8 @@ class Kind:
     """
 
     plan: Any
-    rate: float
     beside: str
+    rates: Sequence[float] = HIGH
     callbacks: Callable[[], Sequence[Callback]] = tuple
     scheduler: LearningRateShape | None = None
     limit: int | None = None
@@ -92,8 +92,8 @@ def _tt(attention: int, mlp: int) -> dict[str, Any]:
     return {r".*self_attn.*": partial(TTLoRAExpert, rank=attention), r".*mlp.*": partial(TTLoRAExpert, rank=mlp)}
 
 
-def _ada_mix(consistency: float) -> dict[str, Any]:
-    return {"all-linear": partial(AdaMixExpert, rank=4, alpha=8.0, copies=4, consistency=consistency)}
+def _ada_mix(**settings: Any) -> dict[str, Any]:
+    return {"all-linear": partial(AdaMixExpert, rank=4, alpha=8.0, copies=4, **settings)}
 
 
 def _boosted(rank: int) -> dict[str, Any]:
@@ -105,31 +105,30 @@ def _glora() -> dict[str, Any]:
 
 
 KINDS = {
-    "LoRA, rank 8": Kind(_lora(8), LoRAExpert.learning_rate, "LoRA, rank 8"),
-    "LoRA, rank 4": Kind(_lora(4), LoRAExpert.learning_rate, "LoRA, rank 4"),
-    "LoRA, rank 1": Kind(_lora(1), LoRAExpert.learning_rate, "LoRA, rank 1"),
-    "TT-LoRA": Kind(_tt(3, 2), TTLoRAExpert.learning_rate, "LoRA, rank 4"),
-    "TT-LoRA, as LoRA 1": Kind(_tt(4, 3), TTLoRAExpert.learning_rate, "LoRA, rank 1"),
-    "AdaMix": Kind(_ada_mix(1.0), AdaMixExpert.learning_rate, "LoRA, rank 4"),
-    "AdaMix, one pass": Kind(_ada_mix(0.0), AdaMixExpert.learning_rate, "LoRA, rank 4"),
-    "XGBLoRA": Kind(_boosted(1), BoostedLoRAExpert.learning_rate, "LoRA, rank 1", lambda: [Boosting(8)]),
-    "XGBLoRA, all blocks": Kind(
-        _boosted(1), BoostedLoRAExpert.learning_rate, "LoRA, rank 1", lambda: [Boosting(8, share=1.0)]
-    ),
+    "LoRA, rank 8": Kind(_lora(8), "LoRA, rank 8"),
+    "LoRA, rank 4": Kind(_lora(4), "LoRA, rank 4"),
+    "LoRA, rank 1": Kind(_lora(1), "LoRA, rank 1"),
+    "TT-LoRA": Kind(_tt(3, 2), "LoRA, rank 4", (0.005, 0.015, 0.045)),
+    "TT-LoRA, as LoRA 1": Kind(_tt(4, 3), "LoRA, rank 1", (0.005, 0.015, 0.045)),
+    "AdaMix": Kind(_ada_mix(), "LoRA, rank 4"),
+    "AdaMix, one pass": Kind(_ada_mix(consistency=0.0), "LoRA, rank 4"),
+    "AdaMix, weight 100": Kind(_ada_mix(consistency=100.0), "LoRA, rank 4", LOW),
+    "AdaMix, nothing shared": Kind(_ada_mix(share_up=False), "LoRA, rank 4"),
+    "XGBLoRA": Kind(_boosted(1), "LoRA, rank 1", callbacks=lambda: [Boosting(8)]),
+    "XGBLoRA, all blocks": Kind(_boosted(1), "LoRA, rank 1", callbacks=lambda: [Boosting(8, share=1.0)]),
     "ReLoRA": Kind(
         _boosted(4),
-        BoostedLoRAExpert.learning_rate,
         "LoRA, rank 4",
-        lambda: [Boosting(25, share=1.0)],
-        WarmupRestarts(every=25, rise=3),
+        callbacks=lambda: [Boosting(25, share=1.0)],
+        scheduler=WarmupRestarts(every=25, rise=3),
     ),
-    "GLoRA": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8"),
-    "GLoRA, random paths": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 8", lambda: [RandomPaths()]),
-    "GLoRA, searched": Kind(_glora(), GLoRAExpert.learning_rate, "LoRA, rank 4", lambda: [RandomPaths()], limit=15_360),
+    "GLoRA": Kind(_glora(), "LoRA, rank 8"),
+    "GLoRA, random paths": Kind(_glora(), "LoRA, rank 8", callbacks=lambda: [RandomPaths()]),
+    "GLoRA, searched": Kind(_glora(), "LoRA, rank 4", callbacks=lambda: [RandomPaths()], limit=15_360),
     "GLoRA, searched, 400 steps": Kind(
-        _glora(), GLoRAExpert.learning_rate, "LoRA, rank 4", lambda: [RandomPaths()], limit=15_360, longer=8
+        _glora(), "LoRA, rank 4", callbacks=lambda: [RandomPaths()], limit=15_360, longer=8
     ),
-    "RECAST": Kind(TemplateBanks(), RecastExpert.learning_rate, "LoRA, rank 4"),
+    "RECAST": Kind(TemplateBanks(), "LoRA, rank 4", (0.03, 0.09, 0.27)),
 }
 """LoRAs as references, and each kind; the second TT-LoRA trains as many numbers as the LoRA of rank 1. GLoRA has its
 largest path, trained alone or on random paths; the others keep at most as many numbers as the LoRA of rank 4."""
@@ -201,14 +200,14 @@ def _quality(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     assert all(world.base.exists() for world in worlds.values())
     store = JSONLines(work / ("quick.jsonl" if options.quick else "experts.jsonl"))
     first = worlds[options.seeds[0]]
-    factors = FACTORS[:1] if options.quick else FACTORS
-    tuned = [("alone", first.seed, name, task) for name in options.kinds for task in first.tasks[:TUNED]]
-    run_all(store, _alone, {(*key, KINDS[key[2]].rate * f): first for key in tuned for f in factors}, options.processes)
+    tried = {name: KINDS[name].rates[: 1 if options.quick else None] for name in options.kinds}
+    tuned = [(name, task, rate) for name in options.kinds for task in first.tasks[:TUNED] for rate in tried[name]]
+    run_all(store, _alone, {("alone", first.seed, *key): first for key in tuned}, options.processes)
 
     def loss(name: str, rate: float) -> float:
         return fmean(store["alone", first.seed, name, task, rate]["validation"] for task in first.tasks[:TUNED])
 
-    rates = {name: min((KINDS[name].rate * f for f in factors), key=partial(loss, name)) for name in options.kinds}
+    rates = {name: min(tried[name], key=partial(loss, name)) for name in options.kinds}
     for seed, world in worlds.items():
         keys: list[Any] = [("alone", seed, name, task, rates[name]) for name in options.kinds for task in world.tasks]
         run_all(store, _alone, dict.fromkeys(keys, world), options.processes)

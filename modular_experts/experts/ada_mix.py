@@ -1,4 +1,4 @@
-"""AdaMix trains several copies of a LoRA's halves, paired at random in each step, and ends as their mean (Wang et al.,
+"""AdaMix trains several copies of a LoRA's half, of which each step draws one, and ends as their mean (Wang et al.,
 arXiv 2205.12410).
 """
 
@@ -18,12 +18,12 @@ from modular_experts.experts.expert import Expert
 
 
 class AdaMixExpert(Expert):
-    """Adds `scale * up_i @ down_j`, with `i` and `j` drawn for each training step; else the means of all copies.
+    """Adds `scale * up @ down_j`, with `j` drawn for each training step; else the mean of all copies of `down`.
 
-    The two draws are independent, so that the mean over all of them is the product of the means: what is validated,
-    exported and merged is one LoRA of this rank. All copies start equal, as a LoRA does. They are stacked in one
-    parameter for each half: a copy that a step leaves out has a gradient of zero, and the momentum of an optimizer
-    still moves it.
+    With `share_up: false` there are copies of `up` too, drawn independently of those of `down`. In both cases the mean
+    over all draws is the product of the means: what is validated, exported and merged is one LoRA of this rank. All
+    copies start equal, as a LoRA does. They are stacked in one parameter for each half: a copy that a step leaves out
+    has a gradient of zero, and the momentum of an optimizer still moves it.
 
     With `consistency`, each training batch takes part twice, with a pair of draws for each time, and the loss has a
     term that pulls the two predictions together. The released code weighs it by 100 for text generation and by 1 for
@@ -33,8 +33,8 @@ class AdaMixExpert(Expert):
         weight: The base weight `(out, in)`.
         rank: Inner dimension of the product, from 1 to min(out, in).
         alpha: The scale is alpha / rank.
-        copies: Number of copies of each half; with one, and `consistency: 0`, this is a LoRA.
-        share_up: Train one `up` for all copies of `down`, as the released settings do.
+        copies: Number of copies of a half; with one, and `consistency: 0`, this is a LoRA.
+        share_up: Train one `up` for all copies of `down`, as the released settings do; else `up` has copies too.
         consistency: Weight of the symmetric KL divergence between the two predictions of a token, in nats; 0 takes one
             pass.
         dropout: Probability, in [0, 1), of dropping an input of the product in training.
@@ -48,7 +48,7 @@ class AdaMixExpert(Expert):
         rank: int = 4,
         alpha: float = 8.0,
         copies: int = 4,
-        share_up: bool = False,
+        share_up: bool = True,
         consistency: float = 1.0,
         dropout: float = 0.0,
     ) -> None:

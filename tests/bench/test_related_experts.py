@@ -40,7 +40,9 @@ def test_kinds_train_as_many_numbers_as_the_goals_say(script) -> None:
     assert counts["LoRA, rank 4"] == 4 * 2 * (4 * (96 + 96) + 3 * (96 + 288))
     assert counts["TT-LoRA"] <= counts["LoRA, rank 4"] / 6
     assert abs(counts["TT-LoRA, as LoRA 1"] / counts["LoRA, rank 1"] - 1) <= 0.02
-    assert counts["AdaMix"] == 4 * counts["LoRA, rank 4"]
+    assert counts["AdaMix, nothing shared"] == 4 * counts["LoRA, rank 4"]
+    ups, downs = 4 * 2 * (4 * 96 + 2 * 288 + 96), 4 * 2 * (4 * 96 + 2 * 96 + 288)
+    assert counts["AdaMix"] == ups + 4 * downs
     assert counts["XGBLoRA"] == counts["LoRA, rank 1"]
     assert counts["ReLoRA"] == counts["LoRA, rank 4"]
     assert counts["GLoRA"] == counts["LoRA, rank 8"]

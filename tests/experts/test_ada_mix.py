@@ -54,7 +54,7 @@ def test_the_mean_over_all_independent_draws_is_the_averaged_expert(share_up: bo
 
 
 def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again() -> None:
-    expert = AdaMixExpert(random_weight(), copies=3)
+    expert = AdaMixExpert(random_weight(), copies=3, share_up=False)
     pairs, layers, times = Counter(), Counter(), Counter()
     for step in range(3000):
         expert.draw(f"0/{step}/a")
@@ -76,7 +76,7 @@ def test_draws_are_independent_of_one_another_and_of_other_layers_and_come_again
 
 def test_a_draw_trains_its_copies_alone_and_evaluation_takes_the_mean_of_all() -> None:
     weight, x = random_weight(), torch.randn(4, 10, dtype=torch.float64)
-    expert = filled(AdaMixExpert(weight, copies=3, consistency=0.0)).train()
+    expert = filled(AdaMixExpert(weight, copies=3, share_up=False, consistency=0.0)).train()
     expert.drawn = torch.tensor([(2, 0)])
     expert(x, weight, None).square().sum().backward()
     assert [bool(part.any()) for part in expert.up.grad] == [False, False, True]
@@ -106,6 +106,32 @@ def test_copies_start_equal_as_a_lora_and_one_copy_is_one_bit_for_bit() -> None:
     ours, theirs = (expert.delta(weight, weight.detach) for expert in (one, lora))
     assert torch.equal(ours.up, theirs.up)
     assert torch.equal(ours.down, theirs.down)
+
+
+def test_by_default_each_step_trains_the_one_up_and_the_down_that_it_draws() -> None:
+    weight, made = random_weight(), torch.Generator().manual_seed(2)
+    torch.manual_seed(1)
+    expert = AdaMixExpert(weight, rank=3, alpha=6.0, copies=4, consistency=0.0).train()
+    assert expert.settings()["share_up"] is True
+    up, downs = torch.zeros(12, 3, dtype=torch.float64), expert.down.detach().clone()
+    optimizer, trained = torch.optim.SGD(expert.parameters(), lr=0.1), set()
+    for step in range(20):
+        expert.draw(f"0/{step}/a")
+        x = torch.randn(6, 10, dtype=torch.float64, generator=made)
+        expert(x, weight, None).sub(1.0).square().sum().mul(0.01).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        number = int(expert.drawn[0, 1])
+        trained.add(number)
+        # The gradient of 0.01 |x (W + 2 up down)' - 1|^2 by hand.
+        error = 0.02 * (x @ (weight + 2.0 * up @ downs[number]).T - 1.0).T @ x
+        grad_up, grad_down = 2.0 * error @ downs[number].T, 2.0 * up.T @ error
+        up -= 0.1 * grad_up
+        downs[number] -= 0.1 * grad_down
+    assert trained == {0, 1, 2, 3}
+    delta = expert.delta(weight, weight.detach)
+    torch.testing.assert_close(delta.dense(), 2.0 * up @ downs.mean(0))
+    assert delta.dense().abs().max() > 0.1
 
 
 def batch() -> dict:
