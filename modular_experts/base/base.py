@@ -19,6 +19,7 @@ from modular_experts.base.files import (
     fingerprint,
     open_tensors,
     read_layouts,
+    reading,
     write_manifest,
 )
 from modular_experts.base.loading import Unfilled, fetch, quiet
@@ -85,6 +86,15 @@ class Base:
     def fingerprint(self) -> str:
         """SHA-256 over the names, shapes and stored bytes of its tensors."""
         return fingerprint(self.directory)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that its outputs depend on: its weights, its configuration and the files of its tokenizer.
+
+        An expert fits every base of its fingerprint; results that were measured on it hold for one identity.
+        """
+        content = [self.fingerprint, reading(self.directory)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def structure(self) -> Structure:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +21,13 @@ MANIFEST = "modular_experts.json"
 """The file in a checkpoint of ours that records what it was made from; only such a directory is ever replaced."""
 
 _INDEX = "model.safetensors.index.json"
-_COMPANIONS = [
+_TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("chat_template*", "preprocessor_config.json", "generation_config.json", "LICENSE*"),
-]
+    "chat_template*",
+)
+_COMPANIONS = (*_TOKENIZER, "preprocessor_config.json", "generation_config.json", "LICENSE*")
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of `config.json` that change no output of a model that is loaded in a given dtype."""
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -105,9 +108,22 @@ def fingerprint(directory: str | Path) -> str:
     return found
 
 
+def reading(directory: Path) -> dict[str, Any]:
+    """Return what decides how a checkpoint's weights are used: its configuration and its tokenizer's files."""
+    config = read_json(directory / "config.json", "so it is not the directory of a model")
+    return {
+        "config": {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT},
+        "tokenizer": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in _found(directory, _TOKENIZER)},
+    }
+
+
+def _found(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what makes a checkpoint usable - tokenizer, generation settings, licence - byte for byte."""
-    for file in sorted({file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+    for file in _found(source, _COMPANIONS):
         shutil.copyfile(file, target / file.name)
 
 

@@ -28,7 +28,7 @@ from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, warn_unlike_training
-from modular_experts.library.record import package_versions
+from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
 from modular_experts.reports.results import provenance
 
@@ -95,14 +95,7 @@ def evaluate(
     model: Any = found.load(dtype)
     # A metric of the user's may be another one in the next call, and so may a task vector that is not stored.
     known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else None
-    same = (
-        found.fingerprint,
-        dtype,
-        max_new_tokens,
-        package_versions()["modular-experts"],
-        _digest(examples),
-        data.roles,
-    )
+    same = (found.identity, dtype, max_new_tokens, _digest(examples), data.roles)
     facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
     facts["examples"] = []
@@ -118,7 +111,7 @@ def evaluate(
 
     for one in models:
         hashes = one.hashes
-        key = (hashlib.sha256(json.dumps([same, hashes]).encode()).hexdigest(),)
+        key = (result_key(*same, hashes),)
         if known and key in known:
             scores = known[key]
         else:
@@ -162,9 +155,9 @@ class Compared:
 
     @property
     def hashes(self) -> list[str] | None:
-        """What identifies its weights beside the base's; None if an expert is not stored, as it may change."""
+        """What identifies it beside the base; None if an expert is not stored, as it may change."""
         if self.checkpoint:
-            return [self.checkpoint.fingerprint]
+            return [self.checkpoint.identity]
         return [one.content_hash for one in self.stored] if len(self.stored) == len(self.experts) else None
 
     @property

@@ -7,9 +7,6 @@ experts are deltas.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,6 +32,7 @@ from modular_experts.library import (
     write_expert,
 )
 from modular_experts.library.compatibility import check_mergeable, weighted_sum
+from modular_experts.library.result_key import result_key
 from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
@@ -165,10 +163,9 @@ class Merged(TaskVector):
         content = [parent_ids(record["parents"]), record["method"], record["versions"]]
         content += [list(record["per_weight"].items())]  # their order counts
         content += [[group.statistics.content_hashes for group in self._groups]]
-        content += [_source_hash(type(one)) for group in self._groups for one in _with_inner(group.method)]
         if self._lazy:
             content += [record["hyperparameters"], [key for expert in self.experts for key in _keys(expert)]]
-        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+        return result_key(*content)
 
     @property
     def _lazy(self) -> bool:
@@ -243,7 +240,7 @@ def write_merged(
     target = check_target(out, overwrite)
     key, record = merged.key(), merged.record()
     beside = {target.with_name(f"{target.name}-{name}"): (name, deltas) for name, deltas in merged.beside().items()}
-    left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, record)}
+    left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
     for path in left:
         check_target(path, overwrite)
     tasks = {}
@@ -251,7 +248,8 @@ def write_merged(
         parts = _stored_in([vector])
         tasks[_name(vector)] = list(dict.fromkeys(task for expert in parts for task in expert.record["tasks"]))
     for path, (name, deltas) in left.items():
-        write_expert(path, deltas, record | {"tasks": tasks[name]}, overwrite, f"{key}/{path.name}", progress)
+        own = record | {"tasks": tasks[name], "key": key}
+        write_expert(path, deltas, own, overwrite, f"{key}/{path.name}", progress)
     # The merged expert comes last, so that everything is there when it is.
     write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)
     return open_expert(target)
@@ -357,27 +355,9 @@ def _name(vector: TaskVector) -> str:
     return type(vector).__name__
 
 
-def _is_written(path: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether an interrupted merge of this record has written an expert beside it already."""
-    if not (path / "expert.json").is_file():
-        return False
-    found = open_expert(path).record
-    same = json.loads(json.dumps({name: record[name] for name in ("method", "per_weight")}, default=str))
-    return parent_ids(found["parents"]) == parent_ids(record["parents"]) and same == {n: found.get(n) for n in same}
-
-
-def _with_inner(method: MergeMethod) -> list[MergeMethod]:
-    """Return a method and the methods in its settings, as those of a wrapper."""
-    inner = [value for value in vars(method).values() if isinstance(value, MergeMethod)]
-    return [method, *(one for value in inner for one in _with_inner(value))]
-
-
-def _source_hash(kind: type[MergeMethod]) -> str:
-    """Return a hash of the file that defines a method, so that no merge continues with other code."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # a class of an interactive session, or without a file
-        return ""
+def _is_written(path: Path, key: str) -> bool:
+    """Return whether an interrupted merge of this key has written an expert beside it already."""
+    return (path / "expert.json").is_file() and open_expert(path).record.get("key") == key
 
 
 @cache

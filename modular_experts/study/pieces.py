@@ -1,14 +1,13 @@
 """Cut a study into pieces of work, each named by what it does and by a digest of all that its result depends on.
 
-A digest covers the settings of the piece, the contents of its tasks, and the digests of the pieces that it needs. So a
-change of the study gives new keys to what depends on it, and to nothing else.
+A digest covers the settings of the piece and the code of the user's that they name, the base, the contents of the
+piece's tasks, and the digests of the pieces that it needs. So a change of the study gives new keys to what depends on
+it, and to nothing else.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import Any
 from modular_experts.base import Base
 from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
-from modular_experts.library.record import package_versions
+from modular_experts.library.result_key import result_key
 from modular_experts.study.merges import Combination, Ensemble, Merge, Route
 from modular_experts.study.settings import BASE, MULTITASK, Study
 from modular_experts.study.work import Group, choose, merge_and_test, route_and_test, take, test, test_together, train
@@ -51,7 +50,7 @@ class _Plan:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
         self.pieces: list[Piece] = []
-        self.origin = [Base.open(study.base).fingerprint, package_versions()["modular-experts"]]
+        self.base = Base.open(study.base).identity
         self.rows = [study.data, study.max_new_tokens, study.dtype]
         self._test(BASE, (), [*study.tasks], (BASE,), [])
         for seed in study.seeds:
@@ -129,7 +128,7 @@ class _Plan:
         given: Sequence[Key] = (),
     ) -> Key:
         needs = tuple(needs)
-        full = (*key, digest([*self.origin, list(key), settings, [need[-1] for need in needs]]))
+        full = (*key, result_key(self.base, key, settings, [need[-1] for need in needs])[:16])
         self.pieces.append(Piece(full, function, (self.study, self.out, *arguments), needs, tuple(given)))
         return full
 
@@ -151,11 +150,6 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
 def title_of(key: Key) -> str:
     """Return the key of a piece without its digest, as people read it."""
     return key_text(key[:-1])
-
-
-def digest(value: Any) -> str:
-    """Return a short hash of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _with_needs(pieces: Sequence[Piece], only: Collection[str]) -> list[Piece]:

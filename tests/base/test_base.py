@@ -206,3 +206,32 @@ def test_a_base_without_a_tokenizer_or_an_end_of_sequence_says_so(tmp_path):
     tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match=r"has no eos_token"):
         Base.open(tmp_path / "mute").tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "is_another"),
+    [
+        ("config.json", {"rms_norm_eps": 0.25}, True),
+        ("config.json", {"transformers_version": "9", "dtype": "bfloat16", "_name_or_path": "elsewhere"}, False),
+        ("tokenizer.json", {"truncation": None, "version": "2"}, True),
+        ("tokenizer_config.json", {"model_max_length": 7}, True),
+        ("chat_template.jinja", {}, True),
+        ("generation_config.json", {"top_k": 5}, False),
+        ("notes.json", {}, False),
+    ],
+)
+def test_a_base_is_its_weights_its_configuration_and_its_tokenizer(copy, tiny_llama_dir, file, change, is_another):
+    opened = Base.open(copy)
+    before = opened.identity
+    assert before == Base.open(tiny_llama_dir).identity != opened.fingerprint
+    content = json.loads((copy / file).read_text()) if (copy / file).exists() else {}
+    (copy / file).write_text(json.dumps(content | change))
+    assert (opened.identity != before) == is_another
+    assert opened.fingerprint == fingerprint(tiny_llama_dir)
+
+
+def test_another_weight_makes_another_base(copy):
+    build_model("llama", seed=1).save_pretrained(copy)
+    changed = Base.open(copy).identity
+    build_model("llama", seed=2).save_pretrained(copy)
+    assert Base.open(copy).identity != changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -176,6 +177,28 @@ def test_a_comparison_goes_on_where_it_was_and_measures_only_what_is_new(compare
     assert len(Path("cmp/measured.jsonl").read_text().splitlines()) == 3
     assert compare("--experts", "library/a", "--out", "cmp", "--overwrite", "--eval_limit", "3")[0] == 0
     assert Results.read("cmp/results.json").where(model="a").rows[0]["rows"] == 3
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_results_of_a_base_that_has_changed_since_are_measured_anew(tiny_llama_dir, task_files, weight, file) -> None:
+    base = shutil.copytree(tiny_llama_dir, "base")
+    given = {"base": [], "a": "library/a", "whole": shutil.copytree(tiny_llama_dir, "checkpoint")}
+    measured = Path("runs/a/measured.jsonl")
+
+    def loss(out: str | None) -> list[float]:
+        data = mixture({"upper": task_files["upper"]}, base)
+        rows = evaluate(base, given, data, None, out=out, overwrite=True).rows
+        return [row["value"] for row in rows]
+
+    before = loss("runs/a")
+    assert loss("runs/a") == before
+    assert len(measured.read_text().splitlines()) == 3
+    for place in ("base", "checkpoint"):
+        config = json.loads(Path(place, file).read_text())
+        Path(place, file).write_text(json.dumps(config | {"rms_norm_eps": 0.5, "model_max_length": 99}))
+    assert loss("runs/a") == loss(None)
+    assert len(measured.read_text().splitlines()) == 6
+    assert (before != loss(None)) == (file == "config.json")
 
 
 def test_two_models_of_one_name_are_refused(compare) -> None:

@@ -316,11 +316,13 @@ def test_two_processes_do_not_write_one_merge(library):
 class WithTasks(MergeMethod):
     """A method that gives each expert's task twice its own delta, beside the average."""
 
+    factor: float = 2.0
+
     def merge(self, deltas):
         return Average().merge(deltas)
 
     def per_task(self, deltas, expert, context=None):
-        return deltas[expert] * 2
+        return deltas[expert] * self.factor
 
 
 def test_experts_of_the_tasks_are_written_beside_the_merge(library):
@@ -375,6 +377,9 @@ def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
         merge_two(library, "merged", method=WithTasks())
     assert (library / "merged-one").exists()
     monkeypatch.setattr(merger, "write_expert", written)
+    # Other settings, code or statistics than those with which they were made.
+    with pytest.raises(FileExistsError, match="merged-one exists already"):
+        merge_two(library, "merged", method=WithTasks(factor=3.0))
     merge_two(library, "merged", method=WithTasks())
     assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
 

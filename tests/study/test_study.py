@@ -25,7 +25,8 @@ from modular_experts.library import Library, open_expert
 from modular_experts.library.atomic import locked
 from modular_experts.methods import TIES
 from modular_experts.reports import Results
-from modular_experts.study import work
+from modular_experts.study import pieces_of, read_study, work
+from modular_experts.study.pieces import title_of
 from modular_experts.study.run import PIECES
 from modular_experts.tuning import tune
 
@@ -196,6 +197,50 @@ def test_nothing_is_done_twice_and_a_change_redoes_only_what_depends_on_it(setti
     write_rows(Path("upper.jsonl"), [row for row in rows if row["split"] != "test"] + [rows[3]])
     assert study(settings, "--only", "experts") == 0
     assert sorted(names(lines()[before:])) == ["experts lora upper 0", "experts sparse upper 0"]
+
+
+MINE = """
+from dataclasses import dataclass
+from modular_experts.experts import LoRAExpert
+from modular_experts.methods import Average
+
+class Own(LoRAExpert):
+    pass
+
+@dataclass(frozen=True)
+class Mine(Average):
+    pass
+"""
+
+
+def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(
+    settings, tiny_llama_dir, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("methods_of_mine.py").write_text(MINE)
+    Path("experts_of_mine.py").write_text(MINE)
+    Path("base").unlink()
+    shutil.copytree(tiny_llama_dir, "base")
+    settings["experts"]["own"] = LORA | {"expert": "experts_of_mine.Own"}
+    settings |= {"merges": ["SparseAverage", "methods_of_mine.Mine"]}
+
+    known = set()
+
+    def redone() -> set[str]:
+        keys = {piece.key for piece in pieces_of(read_study(**settings), Path("runs/mine"))} - known
+        known.update(keys)
+        return {title_of(key) for key in keys}
+
+    every = redone()
+    assert redone() == set()
+    Path("methods_of_mine.py").write_text(f"{MINE}\n# Another line.\n")
+    assert redone() == {"merges lora Mine 2 0 0", "merges own Mine 2 0 0"}
+    Path("experts_of_mine.py").write_text(f"{MINE}\n# Another line.\n")
+    assert redone() == {one for one in every if " own" in one}
+    for file, change in (("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"note": "mine"})):
+        content = json.loads(Path("base", file).read_text())
+        Path("base", file).write_text(json.dumps(content | change))
+        assert redone() == every
 
 
 def test_settings_that_come_back_find_their_expert_gone_and_train_it_again(settings) -> None:

@@ -1,0 +1,65 @@
+"""One definition of what a stored result depends on: settings, and the user's code that they name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from modular_experts.library.result_key import own_code, result_key
+
+MINE = """
+from math import sqrt
+from torch import nn
+from mine_helper import factor
+
+class Mine:
+    scale = factor()
+
+def score(weight, gradient, delta):
+    return gradient
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's, and another one that it imports."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine", "mine_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "mine_helper.py").write_text("def factor():\n    return 1\n")
+    (tmp_path / "mine.py").write_text(MINE)
+    yield importlib.import_module("mine")
+    for name in ("mine", "mine_helper"):
+        sys.modules.pop(name, None)
+
+
+def ways(mine) -> list:
+    """Return the settings in which a class or a function of the user's may stand."""
+    nested = {"callbacks": [{"class_path": "MaskSchedule", "init_args": {"score": "mine.score"}}]}
+    return ["mine.Mine", {"class_path": "mine.Mine"}, nested, ["TIES", ("mine.Mine",)], mine.Mine, mine.score]
+
+
+def test_a_key_changes_with_each_of_its_parts() -> None:
+    keys = [result_key("a", {"b": 1}), result_key("a", {"b": 2}), result_key("c", {"b": 1}), result_key("a")]
+    assert len(set(keys)) == 4
+    assert result_key("a", {"b": 1}) == keys[0]
+
+
+@pytest.mark.parametrize("changed", ["mine.py", "mine_helper.py"])
+def test_a_key_changes_with_the_users_code_that_settings_name(mine, changed) -> None:
+    before = [result_key(one) for one in ways(mine)]
+    assert [result_key(one) for one in ways(mine)] == before
+    others = result_key("TIES", "mine.jsonl/x", "modular_experts.methods.TIES", None, 0.5)
+    file = Path(mine.__file__).with_name(changed)
+    file.write_text(file.read_text() + "\n\nLATER = 1\n")
+    assert not {*before} & {result_key(one) for one in ways(mine)}
+    assert result_key("TIES", "mine.jsonl/x", "modular_experts.methods.TIES", None, 0.5) == others
+
+
+def test_the_versions_stand_for_the_code_of_installed_packages(mine) -> None:
+    assert [*own_code("mine.Mine")] == ["mine", "mine_helper"]
+    assert not own_code(["modular_experts.methods.TIES", "math.sqrt", "not_loaded.Thing", "plain words. And more"])
+    assert [*own_code("torch.optim.AdamW")] == ["torch.optim"]
