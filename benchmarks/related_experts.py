@@ -163,8 +163,9 @@ def _options() -> argparse.Namespace:
     parser = parser_of(__doc__, "kinds", KINDS, ["quality", "cost"], "runs/related-experts")
     options = parser.parse_args()
     # The LoRA of rank 8 is the first, over which costs are shown.
+    first = ["LoRA, rank 8"] if "cost" in options.parts else []
     beside = [KINDS[name].beside for name in options.kinds]
-    options.kinds = list(dict.fromkeys(["LoRA, rank 8", *beside, *options.kinds]))
+    options.kinds = list(dict.fromkeys([*first, *beside, *options.kinds]))
     if options.quick:
         options.seeds, options.repeats = options.seeds[:1], 1
     return options

@@ -109,7 +109,9 @@ def print_paths(algorithm: PathSearch, done: SearchedPaths) -> None:
         print(f"  {path}: {counted(count, 'layer')}")
     shares = f"{done.numbers:,} of {done.most:,} trained numbers"
     losses = [mean_loss(one) for one in (done.losses, done.largest, done.base)]
-    print(f"{shares}: validation loss {losses[0]:.4f}, {losses[1]:.4f} with all, and {losses[2]:.4f} of the base alone")
+    beneath = " and ".join(str(parent["name"]) for parent in done.expert.record["parents"])
+    without = f"of the base with {beneath}" if beneath else "of the base alone"
+    print(f"{shares}: validation loss {losses[0]:.4f}, {losses[1]:.4f} with all, and {losses[2]:.4f} {without}")
     print(f"the trials are in {done.trials}")
     print(f"{done.expert.path}: {summary(done.expert)}")
 

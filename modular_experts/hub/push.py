@@ -19,7 +19,7 @@ from modular_experts.hub.card import CARD_FILE, CardEntry, is_ours, model_card
 from modular_experts.hub.repository import HubRepository, check_contents, hub_errors, is_hub_model, look
 from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.atomic import is_name
-from modular_experts.library.compatibility import experts_behind
+from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
@@ -144,7 +144,7 @@ def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]
         experts = [library.directory / name for name in library]
     named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
     # A router is of no use without the experts behind it.
-    behind = [one for expert in named if expert.routed for one in experts_behind(expert)]
+    behind = [one for expert in named if expert.routed for one in open_parents(expert)]
     for expert in [*named, *(one for one in behind if all(one.path != expert.path for expert in named))]:
         if expert.name in opened and expert.path != opened[expert.name].path:
             raise ValueError(f"two of the experts are called {expert.name}, and names must differ; push one of them")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan, Site
-from modular_experts.injection.inject import load_expert_state, state_by_place
+from modular_experts.injection.inject import expert_layers, load_expert_state, state_by_place
 from modular_experts.injection.route import put_in
 from modular_experts.injection.routed import Injected
 from modular_experts.library import StoredExpert
@@ -44,8 +44,8 @@ def attached(
             code.
 
     Raises:
-        ValueError: An expert cannot be added to others, or its class is not built in, or anything that `applied`
-            refuses.
+        ValueError: An expert cannot be added to others, or its class is not built in, or its state is relative to the
+            weights of experts that it was trained on top of, or anything that `applied` refuses.
     """
     opened = open_several(experts)
     inputs = [one for one in opened if isinstance(one, StoredExpert) and (needs_injection(one) or plan)]
@@ -73,6 +73,14 @@ def attached(
     with ExitStack() as until_loaded:
         injected = Injected(model, planned)
         until_loaded.enter_context(injected)
+        parents = " and ".join(str(parent["name"]) for parent in first.record["parents"])
+        # With `check` the model is known to be the base alone.
+        if check and parents and any(layer.expert.delta_of_base for _, layer in expert_layers(model)):
+            raise ValueError(
+                f"{first.name} was trained on top of {parents}, and its state counts in their weights, which the base "
+                "lacks; leave plan out, which adds the stored delta, or add them to the model first and give "
+                "check=False"
+            )
         load_expert_state(model, first.state())
         until_loaded.pop_all()
     return injected

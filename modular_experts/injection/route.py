@@ -29,7 +29,7 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import experts_behind, union_of_weights
+from modular_experts.library.compatibility import open_parents, union_of_weights
 from modular_experts.routing import (
     Arrow,
     Centroid,
@@ -189,7 +189,7 @@ def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) 
             f"{expert.path} has a router {name}, which is not a built-in one{near}; Python puts it into a model if it "
             f"gets the class: modular_experts.injection.route.put_in(model, expert, router={name})"
         )
-    members = experts_behind(expert)
+    members = open_parents(expert)
     parts = state_by_place(expert.state())
     count = int(parts[MODEL].pop(COUNT))
     routers = {}

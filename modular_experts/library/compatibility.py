@@ -47,19 +47,23 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
     return experts
 
 
-def experts_behind(routed: StoredExpert) -> list[StoredExpert]:
-    """Open the experts behind a router, which lie beside it in the library.
+def open_parents(expert: StoredExpert) -> list[StoredExpert]:
+    """Open the experts behind a router, or those that an expert was trained on top of; they lie beside it.
 
     Raises:
         FileNotFoundError: One of them is missing.
-        ValueError: One of them has other contents than it had when they were routed.
+        ValueError: One of them has other contents than it had when the expert was made.
     """
-    found = [open_expert(routed.path.parent / str(parent["name"])) for parent in routed.record["parents"]]
-    for expert, parent in zip(found, routed.record["parents"], strict=True):
-        if expert.content_hash != parent["content_hash"]:
+    found = []
+    for listed in expert.record["parents"]:
+        place = expert.path.parent / str(listed["name"])
+        if not place.is_dir():
+            raise FileNotFoundError(f"{expert.name} was made with {place.name}, which is missing beside it, at {place}")
+        found.append(open_expert(place))
+        if not found[-1].is_listed_as(listed):
             raise ValueError(
-                f"{expert.path} is not the expert that {routed.name} was made with (its contents are "
-                f"{expert.content_hash[:12]}, not {str(parent['content_hash'])[:12]}); route the experts again"
+                f"{place} is not the expert that {expert.name} was made with (its contents are "
+                f"{found[-1].content_hash[:12]}, not {str(listed['content_hash'])[:12]}); make {expert.name} again"
             )
     return found
 
@@ -75,7 +79,7 @@ def weighted_sum(routed: StoredExpert) -> TaskVector | None:
     if not routed.routed or routed.record.get("class_path") != "modular_experts.routing.constant.Constant":
         return None
     shares = routed.state()["router/shares"].tolist()
-    return Sum([weight * one for weight, one in zip(shares, experts_behind(routed), strict=True)])
+    return Sum([weight * one for weight, one in zip(shares, open_parents(routed), strict=True)])
 
 
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:

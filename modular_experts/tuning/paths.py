@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import cast
 
 from torch import nn
 
+from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
 from modular_experts.experts.glora import KINDS, GLoRAExpert, GLoRAPath
 from modular_experts.injection.attach import by_state
@@ -28,9 +31,9 @@ from modular_experts.library import (
     check_target,
     make_record,
     open_expert,
-    open_experts,
     write_expert,
 )
+from modular_experts.library.compatibility import open_parents
 from modular_experts.progress import Progress
 from modular_experts.tuning.evolution import Choice, Evolution, Genes
 from modular_experts.tuning.objective import Objective, Trial, mean_loss, objective_on_base
@@ -79,7 +82,7 @@ class SearchedPaths:
         most: How many the largest paths keep.
         losses: The loss of the best paths, by task.
         largest: The losses of the largest paths.
-        base: The losses of the base alone.
+        base: The losses without the expert: of the base, with the experts that it was trained on top of.
         trials: The JSON file of all candidates.
     """
 
@@ -108,7 +111,8 @@ def search_paths(
     Losses are stored beside `out` as they come; an interrupted search that is run again goes on from there.
 
     Args:
-        expert: Directory of an expert of type `GLoRAExpert`.
+        expert: Directory of an expert of type `GLoRAExpert`. Experts that it was trained on top of must lie beside it;
+            they are added to the base first.
         algorithm: Limit and budget.
         data: Tasks whose validation rows are measured, and how their rows are read.
         out: Directory of the expert that is written; the trials are written beside it.
@@ -119,24 +123,35 @@ def search_paths(
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
-        ValueError: The expert is not a GLoRA, the losses of another search lie beside `out`, or `objective_on_base`
-            refuses the data.
+        FileNotFoundError: An expert that it was trained on top of is missing.
+        ValueError: The expert is not a GLoRA, it was trained on top of one that chooses by the input or that has
+            changed, the losses of another search lie beside `out`, or `objective_on_base` refuses the data.
     """
     check_target(out, overwrite)
     check_files_beside([trials_file(out)], overwrite)
-    (opened,) = open_experts([expert])
+    opened = open_expert(expert)
     state = opened.state()
     if opened.record["kind"] != "GLoRAExpert" or not state:
         raise ValueError(
             f"{opened.path} holds a {opened.record['kind']}, which has no paths to search; train one with "
             "--expert GLoRAExpert and the callback RandomPaths"
         )
-    objective = objective_on_base([opened], data, rows, base)
-    alone, model = objective.losses(), objective.model
-    with Injected(model, partial(by_state, GLoRAExpert, opened)):
+    parents = open_parents(opened)
+    for parent in parents:
+        if not parent.mergeable:
+            raise ValueError(
+                f"{opened.name} was trained on top of {parent.name}, which chooses by the input, and PathSearch "
+                "measures paths on top of deltas alone; train one on the base, or on top of a merge"
+            )
+    objective = objective_on_base([opened, *parents], data, rows, base)
+    model = objective.model
+    with ExitStack() as meanwhile:
+        meanwhile.enter_context(applied(model, parents, check=False))
+        beneath = objective.losses()
+        meanwhile.enter_context(Injected(model, partial(by_state, GLoRAExpert, opened)))
         load_expert_state(model, state)
         space = _Paths(model)
-        store = _Losses(Path(out), _identity(opened, objective))
+        store = _Losses(Path(out), _identity([opened, *parents], objective))
 
         def losses(genes: Genes) -> dict[str, float]:
             if genes not in store:
@@ -167,7 +182,7 @@ def search_paths(
     measured = [(space.paths(genes), losses(genes)) for genes, _ in found.measured]
     file = write_trials(out, [Trial({name: str(one[name]) for name in one}, values) for one, values in measured])
     store.file.unlink()
-    return SearchedPaths(open_expert(out), paths, numbers, space.numbers(space.largest), best, whole, alone, file)
+    return SearchedPaths(open_expert(out), paths, numbers, space.numbers(space.largest), best, whole, beneath, file)
 
 
 class _Paths:
@@ -237,9 +252,9 @@ class _Losses(JSONLines):
             )
 
 
-def _identity(expert: StoredExpert, objective: Objective) -> str:
-    """Return a hash of the expert and of the rows."""
-    digest = hashlib.sha256(expert.content_hash.encode())
+def _identity(experts: Sequence[StoredExpert], objective: Objective) -> str:
+    """Return a hash of the experts and of the rows."""
+    digest = hashlib.sha256("".join(expert.content_hash for expert in experts).encode())
     for task, batches in objective.batches.items():
         digest.update(task.encode())
         for batch in batches:

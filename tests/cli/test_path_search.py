@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,47 @@ def test_a_search_repeats_and_goes_on_after_an_interruption(run, tiny_llama_dir,
     smaller = search_paths("library/again", PathSearch(limit=200, evaluations=5, first=2), data(), "library/smaller")
     assert smaller.numbers <= 200
     assert smaller.most == again.numbers
+
+
+def test_experts_beneath_are_in_the_model_while_paths_are_searched(run, tiny_llama_dir, two_task_files) -> None:
+    place = ["--model.base", tiny_llama_dir, "--model.modules", TARGETS["llama"], "--data.tasks", "a.jsonl"]
+    how = ["--trainer.max_steps", 12, "--model.learning_rate", 0.02]
+    assert run("fit", *place, *how, "--model.expert", "LoRAExpert", "--out", "library/under")[0] == 0
+    on_top = [*RANDOM_PATHS, "--model.applied", "[library/under]"]
+    assert run("fit", *place, *how, "--model.expert", "GLoRAExpert", *on_top, "--out", "library/a")[0] == 0
+    search = ["search", "--experts", "library/a", "--algorithm", "PathSearch", "--algorithm.limit", 900]
+    search += [
+        "--algorithm.evaluations",
+        8,
+        "--algorithm.first",
+        4,
+        "--data.tasks",
+        "a.jsonl",
+        "--out",
+        "library/small",
+    ]
+    code, out, err = run(*search)
+    assert (code, err) == (0, "")
+    assert "of the base with under" in out
+    opened, mixture = Base.open(tiny_llama_dir), data()
+    mixture.tokenizer, mixture.eval_limit = opened.tokenizer(), 64
+    objective = Objective(opened.load(), mixture)
+    losses = {}
+    for experts in (["under"], ["under", "a"], ["under", "small"], ["a"]):
+        with attached(objective.model, [f"library/{name}" for name in experts]):
+            losses[experts[-1] if experts != ["a"] else "alone"] = objective.losses()["a"]
+    trials = json.loads(Path("library/small.trials.json").read_text())
+    small = open_expert("library/small")
+    assert small.record["parents"] == open_expert("library/a").record["parents"]
+    assert small.record["scores"]["val_loss"] == pytest.approx(losses["small"], rel=1e-5)
+    shown = [float(word) for word in re.findall(r"\d\.\d{4}", out)]
+    assert shown == pytest.approx([losses["small"], losses["a"], losses["under"]], abs=2e-4)
+    assert abs(losses["alone"] - losses["a"]) > 0.01
+    assert len(trials) == 8
+    Path("library/under").rename("library/over")
+    code, _, err = run(*search[:-1], "library/again")
+    assert code == 1
+    assert "a was made with under, which is missing beside it" in err
 
 
 def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, tiny, two_task_files, hub) -> None:

@@ -16,12 +16,13 @@ from testbed import runs
 from testbed.whole_way import fit_beside_another, merge_and_apply, push_and_pull
 
 from modular_experts.base import Base
-from modular_experts.base.apply import applied
+from modular_experts.base.apply import applied, apply_deltas
 from modular_experts.callbacks import ExportExpert
 from modular_experts.deltas import Dense
-from modular_experts.experts import RecastExpert, TemplateBanks
+from modular_experts.experts import LoRAExpert, RecastExpert, TemplateBanks
 from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state
 from modular_experts.injection.attach import attached
+from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.testing import check_expert, check_plan
 from modular_experts.training.module import ExpertModule
@@ -43,6 +44,15 @@ def filled(model: torch.nn.Module) -> torch.nn.Module:
         for _, layer in expert_layers(model):
             change = layer.expert.change
             change.copy_(0.3 * torch.randn(change.shape, generator=draw, dtype=torch.float64))
+    return model
+
+
+def filled_with_noise(model: torch.nn.Module, *plan) -> torch.nn.Module:
+    inject(model, *plan)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, layer in expert_layers(model):
+            layer.expert.up.copy_(0.1 * torch.randn(layer.expert.up.shape, generator=draw))
     return model
 
 
@@ -240,6 +250,30 @@ def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_b
     with applied(model, stored):
         torch.testing.assert_close(model(IDS).logits, as_trained, rtol=1e-6, atol=1e-6)
     assert (as_trained - plain).abs().max() > 1e-3
+
+
+def test_on_top_of_others_the_state_needs_their_weights_and_the_stored_delta_does_not(tiny_llama_dir, tmp_path) -> None:
+    library, opened = tmp_path / "library", Base.open(tiny_llama_dir)
+    under = filled_with_noise(opened.load(), LoRAExpert, "all-linear")
+    save_expert(under, library / "under", base=tiny_llama_dir)
+    model = opened.load()
+    apply_deltas(model, [open_expert(library / "under")])
+    inject(model, TemplateBanks())
+    filled(model.eval())
+    save_expert(model, library / "top", base=tiny_llama_dir, applied=[library / "under"])
+    wanted, fresh, both = model(IDS).logits, opened.load(), [library / "under", library / "top"]
+    with attached(fresh, both):
+        torch.testing.assert_close(fresh(IDS).logits, wanted)
+    sentence = "top was trained on top of under, and its state .* leave plan out, .* or add them to the model first"
+    with pytest.raises(ValueError, match=sentence):
+        attached(fresh, library / "top", plan=TemplateBanks)
+    assert not list(expert_layers(fresh))
+    with applied(fresh, library / "under"), attached(fresh, library / "top", check=False, plan=TemplateBanks):
+        torch.testing.assert_close(fresh(IDS).logits, wanted)
+    with applied(fresh, library / "top"):
+        stored = fresh(IDS).logits
+    with attached(fresh, library / "top", check=False, plan=TemplateBanks):
+        assert (fresh(IDS).logits - stored).abs().max() > 1e-3, "the base alone has other templates"
 
 
 def test_bad_settings_are_one_sentence_on_the_command_line(tiny_llama_dir, two_task_files, run) -> None:
