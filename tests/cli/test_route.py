@@ -228,7 +228,7 @@ def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, task
     assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
     model = Base.open(tiny_llama_dir).load()
     shutil.move("library/first", "library/old")
-    with pytest.raises(FileNotFoundError, match="first is not an expert"):
+    with pytest.raises(FileNotFoundError, match="r was made with first, which is missing beside it"):
         attached(model, "library/r")
     shutil.copytree("library/upper", "library/first")
     with pytest.raises(ValueError, match="first is not the expert that r was made with"):
