@@ -7,7 +7,7 @@ entry by the number of experts that move it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -54,9 +54,8 @@ class Average(MergeMethod):
 
     def without(self, expert: int, experts: int) -> Removal:
         weights = one_per_expert(self, "weights", experts)
-        rest = [*weights[:expert], *weights[expert + 1 :]]
-        others = replace(self, weights=rest if self.weights else None)
-        return Removal(others, sum(weights) / sum(rest), self.scale * weights[expert] / sum(rest))
+        rest = sum(weights[:expert] + weights[expert + 1 :])
+        return Removal(self.for_others(expert, experts), sum(weights) / rest, self.scale * weights[expert] / rest)
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class TaskArithmetic(MergeMethod):
 
     def without(self, expert: int, experts: int) -> Removal:
         weights = one_per_expert(self, "weights", experts)
-        rest = [*weights[:expert], *weights[expert + 1 :]]
-        return Removal(replace(self, weights=rest if self.weights else None), 1.0, self.scale * weights[expert])
+        return Removal(self.for_others(expert, experts), 1.0, self.scale * weights[expert])
 
 
 @dataclass(frozen=True)

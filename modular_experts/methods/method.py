@@ -11,8 +11,8 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -87,8 +87,8 @@ class Needs:
 class MergeMethod(ABC):
     """A way to merge experts. Subclass it as a frozen dataclass whose fields are the settings, and write `merge`.
 
-    The fields become options of the command line and are recorded in the merged expert. `merge` may leave out the
-    parameter `context`.
+    The fields become options of the command line and are recorded in the merged expert. A list among them that is as
+    long as the list of experts holds one value per expert. `merge` may leave out the parameter `context`.
 
     Attributes:
         checks: What refuses bad settings when a method is made, such as `Checks(ridge=at_least(0))`; a `scale` must be
@@ -141,6 +141,19 @@ class MergeMethod(ABC):
         the task's expert among the deltas.
         """
         return self.merge(deltas, context)
+
+    def for_others(self, expert: int, experts: int) -> Self:
+        """Return the method for a merge without one of the experts, by its index: each list of one value per expert
+        loses that expert's.
+        """
+        changed: dict[str, Any] = {}
+        for setting in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, setting.name)
+            if isinstance(value, list) and len(value) == experts:
+                changed[setting.name] = [*value[:expert], *value[expert + 1 :]]
+            elif isinstance(value, MergeMethod):
+                changed[setting.name] = value.for_others(expert, experts)
+        return replace(self, **changed)  # type: ignore[type-var]
 
     def without(self, expert: int, experts: int) -> Removal | None:
         """Return how an expert, by its index, is taken out of a merge; None unless the method is linear."""

@@ -28,8 +28,9 @@ def leave_out(
 ) -> list[Trial]:
     """Return the losses of the whole merge, and then of the merge without each of its parts.
 
-    Without an expert, the others are merged anew; without a layer, its weights stay at the base. A trial's only setting
-    is `without`, the name of the expert or of the transformer block; None is the whole merge.
+    Without an expert, the others are merged anew, each with its own weight; without a layer, its weights stay at the
+    base. A trial's only setting is `without`, the name of the expert or of the transformer block; None is the whole
+    merge.
 
     Args:
         experts: Directories of at least two experts.
@@ -58,7 +59,7 @@ def leave_out(
         names = sorted(found, key=lambda block: (depth_of(f"{block}.weight"), block))
     for number, name in enumerate(progress(names)):
         left = (
-            Merged([*opened[:number], *opened[number + 1 :]], method)
+            Merged([*opened[:number], *opened[number + 1 :]], method.for_others(number, len(opened)))
             if what == "experts"
             else {weight: delta for weight, delta in whole.items() if blocks[weight] != name}
         )

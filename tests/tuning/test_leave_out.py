@@ -6,7 +6,7 @@ import pytest
 from testbed.searching import objective_on, random_experts, same_bits, state, stored
 
 from modular_experts.merger.merged import Merged
-from modular_experts.methods import TIES
+from modular_experts.methods import TIES, Average, Karcher, Rescaled, TaskArithmetic
 from modular_experts.tuning import leave_out
 
 
@@ -28,6 +28,20 @@ def test_without_an_expert_the_others_are_merged(objective, experts):
     assert trials[0].losses == objective.losses_with(Merged(experts, TIES()))
     assert trials[2].losses == objective.losses_with(Merged([experts[0], *experts[2:]], TIES()))
     assert len({trial.loss for trial in trials}) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "others"),
+    [
+        (TaskArithmetic(weights=[0.1, 0.2, 0.3, 0.4]), TaskArithmetic(weights=[0.1, 0.3, 0.4])),
+        (Average(weights=[0.1, 0.2, 0.3, 0.4]), Average(weights=[0.1, 0.3, 0.4])),
+        (TIES(weights=[1, 2, 3, 4], keep=[0.1, 0.2, 0.3, 0.4]), TIES(weights=[1, 3, 4], keep=[0.1, 0.3, 0.4])),
+        (Rescaled(inner=Karcher(weights=[1, 2, 3, 4])), Rescaled(inner=Karcher(weights=[1, 3, 4]))),
+    ],
+)
+def test_an_expert_takes_its_weight_along(objective, experts, method, others):
+    trials = leave_out([one.path for one in experts], method, objective)
+    assert trials[2].losses == objective.losses_with(Merged([experts[0], *experts[2:]], others))
 
 
 def test_without_a_layer_its_weights_stay_at_the_base(objective, experts):
