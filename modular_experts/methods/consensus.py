@@ -37,7 +37,7 @@ from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_pe
 
 Vote = Literal["sum", "weighted", "count"]
 Divisor = Literal["count", "weights", "none"]
-Zero = Literal["none", "positive", "weight_majority"]
+TieBreak = Literal["none", "positive", "weight_majority"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ class PrunedSum(PruneFirst):
 class PrunedElection(PruneFirst):
     """Elect a sign for each entry, and return `scale` times the mean of the pruned entries that carry it."""
 
-    checks = Checks(rescale=one_of(Rescale), vote=one_of(Vote), divisor=one_of(Divisor), zero=one_of(Zero))
+    checks = Checks(rescale=one_of(Rescale), vote=one_of(Vote), divisor=one_of(Divisor), zero=one_of(TieBreak))
 
     scale: float = FROM_PRESET
     vote: Vote = FROM_PRESET
     divisor: Divisor = FROM_PRESET
-    zero: Zero = FROM_PRESET
+    zero: TieBreak = FROM_PRESET
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         weights = one_per_expert(self, "weights", len(deltas))

@@ -19,8 +19,7 @@ from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_pe
 
 Scope = Literal["weight", "global"]
 Rescale = Literal["l1", "none"]
-# Not `Zero`: jsonargparse would take that name for the one in `consensus.py`, which lacks "majority".
-ZeroOfTIES = Literal["none", "positive", "weight_majority", "majority"]
+TieBreakOfTIES = Literal["none", "positive", "weight_majority", "majority"]
 KEPT = within("(0, 1]", "is the share of entries kept")
 
 PRESETS: dict[str | None, dict[str, Any]] = {
@@ -78,11 +77,11 @@ class TIES(PrunedElection):
     """
 
     checks = Checks(
-        PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(ZeroOfTIES), rescale=one_of(Rescale)
+        PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(TieBreakOfTIES), rescale=one_of(Rescale)
     )
 
     rescale: Rescale = FROM_PRESET
-    zero: ZeroOfTIES = FROM_PRESET  # type: ignore[assignment]
+    zero: TieBreakOfTIES = FROM_PRESET  # type: ignore[assignment]
     keep: Shares = FROM_PRESET
     scope: Scope = FROM_PRESET
     preset: Literal["paper", "mergekit", "peft", "fusion_bench", "mttl", "paper-code"] | None = None
