@@ -61,11 +61,15 @@ class LogProgress(Callback):
         """Validation loss before the first step."""
         self.last_loss: float | None = None
         """Newest validation loss."""
-        self.rows = 0
-        """Rows trained on, of all processes together."""
+        self._rows: int | torch.Tensor = 0
         self._seconds, self._clock, self._folder = 0.0, cast(_Clock | None, None), cast(str | None, None)
         # Of the line that comes next: the sum of the losses, their number, and whether the last one is new.
         self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
+
+    @property
+    def rows(self) -> int:
+        """Rows trained on, of all processes together."""
+        return int(self._rows)
 
     @property
     def seconds(self) -> float:
@@ -102,9 +106,8 @@ class LogProgress(Callback):
     ) -> None:
         """Count rows and losses; at a tenth of the fit a line is due, which waits for a validation of this step."""
         assert self._clock is not None
-        self.rows += len(batch["task"]) * trainer.world_size
-        # Lightning has divided the loss by the number of accumulated batches.
-        self._sum = self._sum.to(outputs["loss"].device) + outputs["loss"] * trainer.accumulate_grad_batches
+        self._rows = self._rows + outputs["rows"]
+        self._sum = self._sum.to(outputs["mean_loss"].device) + outputs["mean_loss"]
         self._count += 1
         before, self._tenths = self._tenths, self._clock.tenths()
         self._is_due |= self._tenths > before and trainer.progress_bar_callback is None
@@ -151,7 +154,7 @@ class LogProgress(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds = state_dict["seconds"]
-        self.first_loss, self.last_loss, self.rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
+        self.first_loss, self.last_loss, self._rows = (state_dict[one] for one in ("first_loss", "last_loss", "rows"))
 
 
 class TrainingBar(ProgressBar):

@@ -6,7 +6,7 @@ A batch is a dict, for `n` rows padded on the right to the longest, `length`:
     attention_mask  (n, length) int64; 1 on tokens and 0 on padding, by its place and never by a token's id
     labels          (n, length) int64; the id at the places of the target and its end-of-sequence, IGNORED elsewhere; a
                     conversation that is trained on has such places in each of the assistant's turns
-    task            list of n names; "" marks a filler row, which no score counts (see `is_filler`)
+    task            list of n names; "" marks a filler row, which no score and no loss counts (see `is_filler`)
 
 The prompt of a row is its tokens before the first labelled one; the target of a conversation that is validated or
 tested is the assistant's last turn, and its prompt is all before.

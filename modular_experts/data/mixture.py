@@ -63,7 +63,8 @@ class TaskMixture(LightningDataModule):
             such as `messages`.
         tokenizer: Model directory or hub id whose tokenizer is used, or a tokenizer; the command line takes the
             model's own.
-        batch_size: Rows of a training batch, all processes together; results do not depend on how many share it.
+        batch_size: Rows of a training batch, all processes together. Results do not depend on how many share it: where
+            the last batch of an epoch does not divide among them, rows that no loss counts make up the difference.
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only, but for
             a search of merging coefficients, each step of which takes one batch of every task.
         max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target.

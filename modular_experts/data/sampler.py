@@ -31,7 +31,7 @@ WINDOW = 32
 class MixtureSampler(DistributedSampler):
     """Gives the rows of one process in training: of each global batch, every `world_size`-th row from `rank` on.
 
-    If the last batch does not divide among the processes, rows from the start of the same epoch complete it.
+    All processes get equally many rows; where the last batch does not divide among them, `FILLER` completes it.
 
     Args:
         order: Returns the global order of an epoch, given its number.
@@ -61,8 +61,7 @@ class MixtureSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         epoch, finished = self.position(self.epoch)
         rows = self.order(epoch).tolist()
-        while len(rows) % self.num_replicas:
-            rows += rows[: self.num_replicas - len(rows) % self.num_replicas]
+        rows += [FILLER] * (-len(rows) % self.num_replicas)
         return iter(rows[finished * self.batch_size + self.rank :: self.num_replicas])
 
 
@@ -70,7 +69,7 @@ class EvaluationSampler(DistributedSampler):
     """Gives the rows of one process in evaluation: of `length` rows in `order`, every `world_size`-th from `rank` on.
 
     All processes get equally many rows, because a process that runs one batch more than the others would wait for them
-    forever. `FILLER`, a row that no score counts, makes up the difference.
+    forever. `FILLER`, a row that no score and no loss counts, makes up the difference.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, order: Sequence[int] | None = None) -> None:

@@ -40,8 +40,11 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     hook = (head or nn.Identity()).register_forward_pre_hook(gather)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "cache") if key in batch}
-    # A router chooses by the prompt, what comes before the first labelled token, and counts no padding.
-    tokens = batch["row"] >= 0 if "row" in batch else batch["attention_mask"].bool()
+    # A router chooses by the prompt, what comes before the first labelled token; it counts neither padding nor fillers.
+    owner = batch["row"] if "row" in batch else torch.arange(len(labels), device=labels.device)[:, None]
+    tokens = owner >= 0 if "row" in batch else batch["attention_mask"].bool()
+    if fillers := [row for row, task in enumerate(batch.get("task", [])) if task == ""]:
+        tokens = tokens & ~torch.isin(owner, torch.tensor(fillers, device=owner.device))
     with reading(_prompts(batch), batch.get("task"), tokens, batch.get("row")):
         try:
             logits = model(**inputs, use_cache="cache" in batch).logits

@@ -28,6 +28,7 @@ from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
+from modular_experts.data.batch import is_filler
 from modular_experts.deltas import Delta, add
 from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, paired_losses, score_batch
 from modular_experts.evaluation.drafts import packs_evaluation
@@ -353,13 +354,20 @@ class ExpertModule(LightningModule):
             if "cuda" in states[rank] and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states[rank]["cuda"])
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss per target token, plus the experts' penalties, which are logged by name."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Return the loss per target token plus the experts' penalties (`loss`), its mean over ranks (`mean_loss`), and
+        the number of rows of all ranks (`rows`). That mean is logged, and the penalties' by name.
+        """
         loss = self.loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["task"]))
-        for name, term in self._penalties.items():
-            self.log(f"penalty/{name}", term, batch_size=len(batch["task"]))
-        return loss
+        means = {"loss": loss.detach()} | {f"penalty/{name}": term for name, term in self._penalties.items()}
+        rows: int | Tensor = is_filler(batch).count(False)
+        if self.trainer.world_size > 1:
+            numbers = torch.stack([*means.values(), loss.new_tensor(rows)])
+            distributed.all_reduce(numbers)
+            means, rows = dict(zip(means, numbers / self.trainer.world_size, strict=False)), numbers[-1]
+        for name, mean in means.items():
+            self.log(name, mean, prog_bar=name == "loss", batch_size=len(batch["task"]))
+        return {"loss": loss, "mean_loss": means["loss"], "rows": rows}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and write the experts' new values into the weights."""

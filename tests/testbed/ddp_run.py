@@ -19,19 +19,30 @@ from testbed.shared_gate import SharedGate
 from testbed.trained_mixtures import MIXTURES, train
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import Boosting, ExportExpert, MaskSchedule, RandomPaths, TrainUnderOthers
+from modular_experts.callbacks import (
+    Boosting,
+    ExportExpert,
+    LogProgress,
+    MaskSchedule,
+    RandomPaths,
+    TrainUnderOthers,
+)
+from modular_experts.data import Task, TaskMixture
 from modular_experts.experts import (
     AdaMixExpert,
     BoostedLoRAExpert,
     GLoRAExpert,
+    MaskedExpert,
     SparseExpert,
     TemplateBanks,
     TTLoRAExpert,
 )
+from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
-from modular_experts.masks import FisherInformation, GraSP, GrowAndDrop, Score
+from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
+from modular_experts.routing import MoLoRAExpert
 from modular_experts.training.module import ExpertModule
 
 PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate(), "template banks": TemplateBanks()}
@@ -50,15 +61,19 @@ SYSTEMS = {
 
 
 class Watch(Callback):
-    """Keeps supports after each step, and what DDP reduces and sends."""
+    """Keeps the logged loss and the supports after each step, and what DDP reduces and sends."""
 
     def __init__(self) -> None:
+        self.losses: list[float] = []
         self.supports: list[dict[str, list[int]]] = []
         self.reduced_bytes = self.synchronised_buffers = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        layers = expert_layers(pl_module.model)
-        self.supports.append({name: layer.expert.indices.tolist() for name, layer in layers})
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+        layers = [
+            (name, layer) for name, layer in expert_layers(pl_module.model) if isinstance(layer.expert, Selectable)
+        ]
+        self.supports.append({name: layer.expert.support_units().tolist() for name, layer in layers})
         wrapped = trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             self.reduced_bytes = wrapped._get_ddp_logging_data()["total_parameter_size_bytes"]
@@ -87,6 +102,32 @@ def choose_in_steps(folder: Path, base: Path, files: dict[str, Path], ranks: int
     trainer = runs.trainer(folder, watch, schedule, max_steps=4, **place)
     trainer.fit(module, runs.mixture(files, base, seed=0))
     return {"supports": watch.supports, "values": values(module)}
+
+
+def train_masked(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
+    """Train the paper's algorithm for a few steps; return the masks after each, and all trained values."""
+    seed_everything(ranks, verbose=False)
+    watch, schedule = Watch(), MaskSchedule(ConnectionSensitivity(), Reselect(every=2), seed=0)
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    module = runs.module(base, partial(MaskedExpert, keep_ratio=0.1), dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    runs.trainer(folder, watch, schedule, **place).fit(module, runs.mixture(files, base, seed=0))
+    return {"supports": watch.supports, "values": trained(module)}
+
+
+def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
+    """Train two epochs of five rows in batches of four, so that of two ranks one has no row in every second batch.
+
+    The expert's penalty counts tokens. Return the logged losses, the rows trained on, and all trained values.
+    """
+    seed_everything(0, verbose=False)
+    watch, progress = Watch(), LogProgress()
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    module = runs.module(base, partial(MoLoRAExpert, rank=2, balance=0.5), dtype="float64", optimizer=optimizer)
+    place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    data = TaskMixture([Task("upper", str(files["upper"]), cap=5)], str(base), batch_size=4, seed=0)
+    runs.trainer(folder, watch, progress, max_steps=4, **place).fit(module, data)
+    return {"losses": watch.losses, "rows": progress.rows, "values": trained(module)}
 
 
 def train_under_others(folder: Path, base: Path, files: dict[str, Path], ranks: int, rank: int) -> dict:
@@ -124,6 +165,10 @@ def train_system(folder: Path, base: Path, files: dict[str, Path], ranks: int, n
     return {key: tensor for key, tensor in module.state_dict().items() if ".expert." in key}
 
 
+def trained(module: ExpertModule) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def values(module: ExpertModule) -> dict[str, torch.Tensor]:
     return {name: layer.expert.values.detach() for name, layer in expert_layers(module.model)}
 
@@ -149,6 +194,7 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     trainer.predict(module, runs.mixture(files, base, eval_batch_size=4))
     found = {
         "supports": watch.supports,
+        "losses": watch.losses,
         "values": values(module),
         "results": module.results,
         "reduced_bytes": watch.reduced_bytes,
@@ -164,6 +210,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
         found[f"step {parts} {mib}"] = choose_in_steps(folder, base, files, ranks, parts, mib)
     for name, plan in PLANS.items():
         found[name] = train_plan(folder, base, files, ranks, plan)
+    found["masked"] = train_masked(folder, base, files, ranks)
+    found["few rows"] = train_few_rows(folder, base, files, ranks)
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)

@@ -14,12 +14,14 @@ from testbed.trained_mixtures import MIXTURES
 
 pytestmark = pytest.mark.ddp
 
+KINDS = ("one", "two")
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, tiny_llama_dir, task_files) -> tuple[dict, list[dict], Path]:
     """What one process, this one, and two processes end with; and their folders, `one` and `two`."""
     folder = tmp_path_factory.mktemp("ddp")
-    for name in ("one", "two"):
+    for name in KINDS:
         (folder / name).mkdir()
     with warnings.catch_warnings():
         ddp_run.main(folder / "one", tiny_llama_dir, task_files, 1)
@@ -42,6 +44,37 @@ def test_two_processes_equal_one_with_the_same_global_batch(found) -> None:
     for name, values in one["values"].items():
         assert values.abs().max() > 1e-3
         torch.testing.assert_close(first["values"][name], values, rtol=1e-9, atol=1e-12)
+
+
+def test_the_logged_and_stored_loss_is_the_mean_over_the_rows_of_both_processes(found) -> None:
+    one, two, folder = found
+    assert len(set(one["losses"])) == 7
+    for rank in two:
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-9)
+    scores = [json.loads((folder / kind / "library" / "mine" / "expert.json").read_text())["scores"] for kind in KINDS]
+    assert {"loss", "val_loss"} <= scores[0].keys()
+    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
+
+
+def test_each_training_row_counts_once_where_a_batch_does_not_divide_among_two_processes(found) -> None:
+    one, two, _ = found
+    assert one["few rows"]["rows"] == 10
+    for rank in two:
+        assert rank["few rows"]["rows"] == 10
+        assert rank["few rows"]["losses"] == pytest.approx(one["few rows"]["losses"], rel=1e-9)
+        for name, values in one["few rows"]["values"].items():
+            torch.testing.assert_close(rank["few rows"]["values"][name], values, rtol=1e-8, atol=1e-10)
+
+
+def test_two_processes_train_the_masks_and_values_of_one_in_the_papers_algorithm(found) -> None:
+    one, two, _ = found
+    supports, values = one["masked"]["supports"], one["masked"]["values"]
+    assert supports[1] != supports[2] != supports[4]
+    assert max(tensor.abs().max() for tensor in values.values()) > 1e-3
+    for rank in two:
+        assert rank["masked"]["supports"] == supports
+        for name, tensor in values.items():
+            torch.testing.assert_close(rank["masked"]["values"][name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_two_processes_resume_in_mid_epoch_whoever_divides_the_rows(found) -> None:
@@ -130,7 +163,7 @@ def test_each_row_counts_once_and_rank_0_writes(found) -> None:
             got = rank["results"]["tasks"][name]
             assert got.pop("role") == wanted["role"]
             assert got == pytest.approx({key: value for key, value in wanted.items() if key != "role"}, rel=1e-9)
-    lines = [(folder / kind / "predictions.jsonl").read_text() for kind in ("one", "two")]
+    lines = [(folder / kind / "predictions.jsonl").read_text() for kind in KINDS]
     assert lines[0] == lines[1]
     assert json.loads((folder / "two" / "results.json").read_text())["tasks"]["upper"]["rows"] == 6
     assert (folder / "two" / "library" / "mine" / "expert.json").is_file()
