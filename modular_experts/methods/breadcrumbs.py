@@ -1,20 +1,21 @@
 """Breadcrumbs drops the smallest entries and the outliers of each expert, and combines the rest (Davari and Belilovsky,
 "Model Breadcrumbs", arXiv 2312.06795).
 
-Both ends are dropped weight by weight, as published. The paper gives `gamma` as the percentile above which entries go
-(0.99); here, as in mergekit, it is the share that goes (0.01). `consensus.py` explains the other settings.
+Both ends are dropped weight by weight, as published, unless `scope` takes the expert as a whole. The paper gives
+`gamma` as the percentile above which entries go (0.99); here, as in mergekit, it is the share that goes (0.01).
+`consensus.py` explains the other settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Shares, keep_band, prune
+from modular_experts.methods.prune import Pruned, Scope, Shares, Threshold, band, keep_band, prune, streamed_thresholds
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, paired, with_presets, within
 
 Rescale = Literal["l1", "none"]
@@ -34,10 +35,10 @@ CHECKS = Checks(rescale=one_of(Rescale), beta=DROPPED, gamma=_band)
 
 _BAND = {"beta": 0.9, "gamma": 0.01, "scale": 1.0, "rescale": "none"}
 PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {**_BAND, "normalise": False},
+    None: {**_BAND, "normalise": False, "scope": "weight"},
     "paper": {},
     "mergekit": {"beta": 0.0},
-    "paper-code": {"beta": 0.1, "gamma": 0.0},
+    "paper-code": {"beta": 0.1, "gamma": 0.0, "scope": "global"},
 }
 TIES_PRESETS: dict[str | None, dict[str, Any]] = {
     None: {**_BAND, "vote": "sum", "divisor": "count", "zero": "none"},
@@ -73,19 +74,37 @@ class Breadcrumbs(PrunedSum):
         weights: One weight per expert, in the order of the experts; it may be negative. Default: 1 for all.
         normalise: Divide by the sum of the weights. Default false.
         scale: Factor of the sum. Default 1.
+        scope: `weight` drops both ends of each weight by itself, exactly (the default). `global` drops them of the
+            expert as a whole, at two magnitudes: what ties at the lower one stays, what ties at the upper one goes. It
+            reads the experts up to five times instead of once.
         rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
         preset: Fills what is not given: `paper` (the defaults), `mergekit` (beta 0), `paper-code` (the code of arXiv
-            2507.07140, where the upper bound is the maximum and the lower the 10th percentile: beta 0.1, gamma 0).
+            2507.07140, where the upper bound is the maximum and the lower the 10th percentile of the whole expert:
+            beta 0.1, gamma 0, scope global).
     """
 
-    checks = Checks(PrunedSum.checks, **CHECKS)
+    checks = Checks(PrunedSum.checks, **CHECKS, scope=one_of(Scope))
 
     rescale: Rescale = FROM_PRESET
     beta: Shares = FROM_PRESET
     gamma: Shares = FROM_PRESET
+    scope: Scope = FROM_PRESET
     preset: Literal["paper", "mergekit", "paper-code"] | None = None
 
-    pruned = _masked
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[tuple[Threshold, Threshold | None]] | None:
+        """Return for each expert the magnitude from which entries stay, and the one from which they go as outliers."""
+        if self.scope == "weight":
+            return None
+        count = len(next(iter(stream), ()))
+        betas, gammas = (one_per_expert(self, setting, count) for setting in ("beta", "gamma"))
+        kept = streamed_thresholds(stream, [1 - beta for beta in betas])
+        gone = streamed_thresholds(stream, gammas) if any(gammas) else kept
+        return [(low, high if gamma else None) for low, high, gamma in zip(kept, gone, gammas, strict=True)]
+
+    def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
+        if context is None or context.prepared is None:
+            return _masked(self, deltas, context)
+        return prune(deltas, [band(*ends) for ends in context.prepared], self.rescale)
 
 
 @with_presets(TIES_PRESETS)

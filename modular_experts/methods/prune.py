@@ -27,6 +27,7 @@ Prune = Callable[[Entries], Entries]
 
 Shares = float | list[float]
 Rescale = Literal["probability", "l1", "none"]
+Scope = Literal["weight", "global"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +63,13 @@ def keep_band(delta: Delta, beta: float, gamma: float) -> Prune:
     size = delta.shape.numel()
     stay = kept_count(1 - beta - gamma, size)
     outliers = min(math.floor(gamma * size * (1 + 1e-12)), size - stay)
-    kept = exact_threshold(delta, stay + outliers)
-    if not outliers:
+    return band(exact_threshold(delta, stay + outliers), exact_threshold(delta, outliers) if outliers else None)
+
+
+def band(kept: Threshold, gone: Threshold | None) -> Prune:
+    """Keep the entries that one threshold keeps and another, of outliers, does not."""
+    if gone is None:
         return kept
-    gone = exact_threshold(delta, outliers)
     if gone.magnitude == 0:  # every entry that the expert moves is an outlier
         return lambda entries: entries.only(torch.zeros_like(entries.values, dtype=torch.bool))
     return lambda entries: entries.only(kept.mask(entries) & ~gone.mask(entries))

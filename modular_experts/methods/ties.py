@@ -14,10 +14,9 @@ from typing import Any, Literal
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Shares, Threshold, keep_largest, prune, streamed_thresholds
+from modular_experts.methods.prune import Pruned, Scope, Shares, Threshold, keep_largest, prune, streamed_thresholds
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, with_presets, within
 
-Scope = Literal["weight", "global"]
 Rescale = Literal["l1", "none"]
 TieBreakOfTIES = Literal["none", "positive", "weight_majority", "majority"]
 KEPT = within("(0, 1]", "is the share of entries kept")

@@ -247,15 +247,14 @@ def test_ties_of_the_paper_code(seed):
 @given(seeds)
 def test_breadcrumbs_of_the_paper_code(seed):
     experts = experts_of(seed)
+    assert_equal(merged_by(Breadcrumbs(preset="paper-code"), experts), split(cut_globally(experts, 0.9).sum(0)))
 
-    def rule(values):
-        kept = []
-        for value in values:
-            drop = value.numel() - int(0.9 * value.numel())
-            kept.append(value * (value.abs() > value.abs().reshape(-1).sort().values[drop - 1]))
-        return sum(kept)
 
-    assert_equal(merged_by(Breadcrumbs(preset="paper-code"), experts), per_weight(rule, experts))
+@given(seeds, st.sampled_from([0.05, 0.2]))
+def test_breadcrumbs_of_the_whole_expert_drops_its_outliers(seed, gamma):
+    experts = experts_of(seed)
+    banded = cut_globally(experts, 0.7) - cut_globally(experts, gamma)
+    assert_equal(merged_by(Breadcrumbs(beta=0.3, gamma=gamma, scope="global"), experts), split(banded.sum(0)))
 
 
 def test_presets_differ_where_the_peers_do():
