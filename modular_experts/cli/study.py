@@ -41,6 +41,7 @@ def study(
     max_new_tokens: int = 64,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
     published: dict[str, Any] | None = None,
+    metrics: dict[str, str] | None = None,
     only: list[Stage] | None = None,
     dry_run: bool = False,
     status: bool = False,
@@ -79,6 +80,8 @@ def study(
             float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
+        metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
+            of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
@@ -111,6 +114,7 @@ def study(
         max_new_tokens,
         published,
         dtype,
+        metrics,
     )
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:

@@ -20,7 +20,7 @@ from modular_experts.evaluation.likelihood import (
     row_sums,
 )
 from modular_experts.evaluation.measure import measure, score_batch
-from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores
+from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, stemmed_rouge_l, text_metrics
 
 __all__ = [
     "TEXT_METRICS",
@@ -40,4 +40,6 @@ __all__ = [
     "paired_losses",
     "row_sums",
     "score_batch",
+    "stemmed_rouge_l",
+    "text_metrics",
 ]

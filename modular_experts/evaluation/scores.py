@@ -1,7 +1,7 @@
 """Score tasks by sums over rows, so that any division into batches and processes gives the same result.
 
 A task has its loss per target token, its choice accuracy, and the mean of each text metric: exact match, Rouge-L, and
-any function of a generated text and its target that the user adds.
+any function of a generated text and its target that the user adds, or puts in their place (`stemmed_rouge_l`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,31 @@ def exact_match(generated: str, target: str) -> float:
 @lru_cache(2**14)
 def rouge_l(generated: str, target: str) -> float:
     """Return the Rouge-L F-measure of one text against one target, between 0 and 1."""
+    return _rouge_l(generated, target)
+
+
+@lru_cache(2**14)
+def stemmed_rouge_l(generated: str, target: str) -> float:
+    """Return Rouge-L over the stems of English words (Porter's), as the evaluation of arXiv 2507.07140 takes it.
+
+    Words of up to three letters stay as they are. It needs nltk: `pip install 'modular-experts[rouge]'`.
+
+    Raises:
+        ValueError: nltk is not installed.
+    """
+    try:
+        return _rouge_l(generated, target, use_stemmer=True)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "stemmed_rouge_l needs nltk, which is not installed: pip install 'modular-experts[rouge]'"
+        ) from error
+
+
+def _rouge_l(generated: str, target: str, use_stemmer: bool = False) -> float:
     # Naming the key matters: torchmetrics' default keys include one that downloads a sentence splitter.
-    scores = rouge_score(generated, target, rouge_keys="rougeL", normalizer=str, tokenizer=words)
+    scores = rouge_score(
+        generated, target, use_stemmer=use_stemmer, rouge_keys="rougeL", normalizer=str, tokenizer=words
+    )
     return float(scores["rougeL_fmeasure"])
 
 
@@ -47,6 +70,19 @@ def words(text: str) -> list[str]:
 
 
 TEXT_METRICS: dict[str, TextMetric] = {"exact_match": exact_match, "rougeL": rouge_l}
+
+
+def text_metrics(own: Mapping[str, TextMetric] | None) -> dict[str, TextMetric]:
+    """Return exact match and Rouge-L with metrics of one's own beside them, or in their place where a name is theirs.
+
+    Raises:
+        ValueError: One of them gives no number, or needs a package that is not installed; a long run does not begin.
+    """
+    for name, metric in (own or {}).items():
+        value = metric("one answer", "one answer")
+        if not isinstance(value, int | float):
+            raise ValueError(f"metrics.{name} returned {value!r} for two texts; a metric must return a number")
+    return {**TEXT_METRICS, **(own or {})}
 
 
 class TaskScores(Metric):

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, get_origin
 
 from jsonargparse import ArgumentParser
@@ -30,8 +31,8 @@ from modular_experts.training.estimate import FitEstimate
 def plain(value: Any) -> Any:
     """Return settings in which classes and objects stand as a YAML file names them.
 
-    A class becomes its dotted path; a dataclass, such as a merge method, and `partial(LoRAExpert, rank=4)` become
-    `class_path` and `init_args`; a `Task` becomes its fields. Anything else that YAML cannot hold is refused.
+    A class or function becomes its dotted path; a dataclass, such as a merge method, and `partial(LoRAExpert, rank=4)`
+    become `class_path` and `init_args`; a `Task` becomes its fields. Anything else that YAML cannot hold is refused.
 
     Raises:
         ValueError: An object has no such form.
@@ -44,7 +45,7 @@ def plain(value: Any) -> Any:
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
-    if isinstance(value, type):
+    if isinstance(value, type | FunctionType) and "<" not in value.__qualname__:
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, partial) and not value.args:
         return {"class_path": plain(value.func), "init_args": plain(value.keywords)}

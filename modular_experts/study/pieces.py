@@ -51,7 +51,7 @@ class _Plan:
         self.study, self.out = study, out
         self.pieces: list[Piece] = []
         self.base = Base.open(study.base).identity
-        self.rows = [study.data, study.max_new_tokens, study.dtype]
+        self.rows = [study.data, study.max_new_tokens, study.dtype, *[study.metrics] * bool(study.metrics)]
         self._test(BASE, (), [*study.tasks], (BASE,), [])
         for seed in study.seeds:
             if study.multitask is not None:

@@ -21,6 +21,8 @@ import yaml
 
 from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME, Task
+from modular_experts.evaluation import text_metrics
+from modular_experts.evaluation.scores import TextMetric
 from modular_experts.library import check_name
 from modular_experts.settings.make import check_fit, make, plain
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entry
@@ -50,6 +52,7 @@ class Study:
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
         max_new_tokens: Length limit of a generated answer.
+        metrics: Dotted paths of the text metrics that stand beside exact match and Rouge-L, or in their place, by name.
         dtype: Data type of the base, in trainings (unless the configs of a kind set another) and in tests.
         needs: The kinds of statistics that each merge needs, by its name.
         published: Figures of others for models of this study, which its tables show beside ours.
@@ -68,6 +71,7 @@ class Study:
     data: dict[str, Any]
     max_new_tokens: int
     dtype: DType
+    metrics: dict[str, str] = field(default_factory=dict)
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     published: Published | None = None
 
@@ -115,6 +119,7 @@ def read_study(
     max_new_tokens: int = 64,
     published: Mapping[str, Any] | None = None,
     dtype: DType = "float32",
+    metrics: Mapping[str, Any] | None = None,
 ) -> Study:
     """Check the settings of a study, and return them with every short form spelt out.
 
@@ -124,7 +129,9 @@ def read_study(
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    base, tasks, experts, merges, multitask, fit = map(plain, (base, tasks, experts, merges, multitask, fit))
+    base, tasks, experts, merges, multitask, fit, metrics = map(
+        plain, (base, tasks, experts, merges, multitask, fit, metrics or {})
+    )
     for name, listed in {"merges": merges, "counts": counts, "seeds": seeds}.items():
         if isinstance(listed, str | int | Mapping):
             raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
@@ -165,6 +172,7 @@ def read_study(
         raise ValueError(f"dtype={dtype!r} is not a data type of a base{near}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
+    text_metrics(make(dict[str, TextMetric], {**metrics}))
     study = Study(
         base=str(base),
         held_in=held_in,
@@ -179,6 +187,7 @@ def read_study(
         data=dict(data or {}),
         max_new_tokens=max_new_tokens,
         dtype=dtype,
+        metrics={**metrics},
         needs={name: entry.needs for name, entry in found.items()},
         published=read_published(published, _models(kinds, found, whole)) if published else None,
     )

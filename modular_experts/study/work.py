@@ -25,7 +25,8 @@ from modular_experts.base import Base
 from modular_experts.base.base import DType
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
-from modular_experts.evaluation import TEXT_METRICS, measure
+from modular_experts.evaluation import measure, text_metrics
+from modular_experts.evaluation.scores import TextMetric
 from modular_experts.injection.attach import attached
 from modular_experts.injection.ensemble import ensembled
 from modular_experts.injection.route import put_in, route
@@ -257,17 +258,19 @@ def _measured(
     began = time.perf_counter()
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
-        scores = measure(model, tokenizer, data.test_dataloader(), data.roles, study.max_new_tokens, examples=EVERY_ROW)
+        metrics = text_metrics(_made(dict[str, TextMetric], json.dumps(study.metrics)))
+        batches = data.test_dataloader()
+        scores = measure(model, tokenizer, batches, data.roles, study.max_new_tokens, metrics, examples=EVERY_ROW)
         began = time.perf_counter()
     switched += time.perf_counter() - began
     answers = scores.pop("examples")
-    values = {task: _values(rows) for task, rows in answers.items()}
+    values = {task: _values(rows, metrics) for task, rows in answers.items()}
     kept = {task: rows[:EXAMPLES] for task, rows in answers.items()}
     return {"scores": scores, "values": values, "answers": kept, "switch_seconds": switched}
 
 
-def _values(rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
-    return {name: [round(of(row["answer"], row["target"]), 6) for row in rows] for name, of in TEXT_METRICS.items()}
+def _values(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, TextMetric]) -> dict[str, list[float]]:
+    return {name: [round(of(row["answer"], row["target"]), 6) for row in rows] for name, of in metrics.items()}
 
 
 @lru_cache(1)

@@ -30,7 +30,15 @@ from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data.batch import is_filler
 from modular_experts.deltas import Delta, add
-from modular_experts.evaluation import TaskScores, batch_losses, check_packing, generate, paired_losses, score_batch
+from modular_experts.evaluation import (
+    TaskScores,
+    batch_losses,
+    check_packing,
+    generate,
+    paired_losses,
+    score_batch,
+    text_metrics,
+)
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
@@ -94,6 +102,8 @@ class ExpertModule(LightningModule):
         check_base: Whether a loaded model is compared with the files of its base, weight by weight.
         learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
             of its own.
+        metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
+            of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
     """
 
     length: TrainingLength
@@ -114,6 +124,7 @@ class ExpertModule(LightningModule):
         experts: Experts | None = None,
         check_base: bool = True,
         learning_rate: float | None = None,
+        metrics: dict[str, Callable[[str, str], float]] | None = None,
     ) -> None:
         super().__init__()
         if learning_rate is not None and optimizer is not None:
@@ -146,6 +157,7 @@ class ExpertModule(LightningModule):
         self.learning_rate = learning_rate
         """Peak rate of the optimizer, whichever it is, if set by the time it is made; Lightning's finder sets it."""
         self.max_new_tokens, self.generate_in_fit = max_new_tokens, generate_in_fit
+        self.metrics = text_metrics(metrics)
         # Checkpoints hold trained tensors only; `on_load_checkpoint` is strict in Lightning's place.
         self.strict_loading = False
         self.config_file: Path | None = None
@@ -410,7 +422,7 @@ class ExpertModule(LightningModule):
         roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
         if roles is None:
             raise ValueError("scores need a data module with `roles`, a dict from task name to role")
-        self.scores = TaskScores(roles).to(self.device)
+        self.scores = TaskScores(roles, self.metrics).to(self.device)
         self._packs_evaluation = packs_evaluation(self.model)
 
     on_test_epoch_start = on_validation_epoch_start

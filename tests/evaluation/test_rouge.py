@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.text import ROUGEScore
 
-from modular_experts.evaluation.scores import rouge_l, words
+from modular_experts.evaluation.scores import rouge_l, stemmed_rouge_l, text_metrics, words
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,32 @@ def test_words_keep_marks_and_cut_ideographs() -> None:
 def test_on_plain_text_it_is_the_usual_score(generated: str, target: str) -> None:
     usual = ROUGEScore(rouge_keys=("rougeL",))(generated, target)["rougeL_fmeasure"]
     assert rouge_l(generated, target) == pytest.approx(float(usual), abs=1e-6)
+
+
+def test_stems_match_where_words_do_not() -> None:
+    assert stemmed_rouge_l("police kill the gunman", "police killed the gunman") == 1.0
+    assert stemmed_rouge_l("the gunman police killed", "police killed the gunman") == 0.5
+
+
+@settings(deadline=None, max_examples=25)
+@given(*[st.lists(st.sampled_from(["run", "running", "The", "cats", "cat", "happily", "happy"])).map(" ".join)] * 2)
+def test_stemmed_it_is_the_score_of_the_papers_evaluation(generated: str, target: str) -> None:
+    theirs = ROUGEScore(use_stemmer=True, rouge_keys=("rougeL",))(generated, target)["rougeL_fmeasure"]
+    assert stemmed_rouge_l(generated, target) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_stems_without_nltk_are_refused_before_anything_runs(monkeypatch) -> None:
+    stemmed_rouge_l.cache_clear()
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.raises(ValueError, match=r"needs nltk, which is not installed: pip install 'modular-experts\[rouge\]'"):
+        text_metrics({"rougeL": stemmed_rouge_l})
+
+
+def test_metrics_stand_beside_the_usual_ones_or_in_their_place() -> None:
+    def same_length(generated: str, target: str) -> float:
+        return float(len(generated) == len(target))
+
+    assert [*text_metrics({"same_length": same_length})] == ["exact_match", "rougeL", "same_length"]
+    assert text_metrics({"rougeL": same_length})["rougeL"] is same_length
+    with pytest.raises(ValueError, match=r"metrics\.mine returned None for two texts; a metric must return a number"):
+        text_metrics({"mine": lambda generated, target: None})

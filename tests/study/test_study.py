@@ -172,6 +172,15 @@ def test_the_data_type_holds_for_trainings_and_tests_and_a_kind_may_set_its_own(
     assert results().where(model="base").mean("loss") != alone
 
 
+def test_a_metric_in_the_place_of_rouge_l_redoes_the_tests_alone(settings) -> None:
+    Path("lengths.py").write_text("def longer(generated, target):\n    return float(len(generated) + 7)\n")
+    assert study(settings) == 0
+    before = len(lines())
+    assert study(settings | {"metrics": {"rougeL": "lengths.longer"}}) == 0
+    assert {name.split()[0] for name in names(lines()[before:])} == {"tests", "merges"}
+    assert all(row["value"] >= 7 for row in results().where(metric="rougeL").rows)
+
+
 def test_nothing_is_done_twice_and_a_change_redoes_only_what_depends_on_it(settings) -> None:
     settings |= {"experts": {"lora": LORA, "sparse": SPARSE}}
     assert study(settings) == 0
@@ -502,6 +511,7 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             "published.rows: 'lora TIES' is not a model of this study",
         ),
         ({"dtype": "bfloat61"}, "did you mean bfloat16"),
+        ({"metrics": {"rougeL": "modular_experts.evaluation.stemed_rouge_l"}}, "stemed_rouge_l"),
         ({"seeds": [0, 0]}, "seeds=[0, 0] must be one or more different numbers"),
         ({"merges": ["RegMeanPlusPlus"], "counts": [2, "all"]}, None),
     ],
