@@ -228,7 +228,7 @@ def _rows(
             row: dict[str, Any] = {"kind": kind, "method": name}
             row |= {"base": _means(of_base, "tested", tasks), "single": _means(alone, "tested", tasks)}
             row |= {column: _means(results, column, tasks) for column in ("plain", "tuned") if column in results[0]}
-            row["kept"] = row["tuned"]["exact_match"] / row["single"]["exact_match"]
+            row["kept"] = row["tuned"]["exact_match"] / max(row["single"]["exact_match"], 1e-9)
             row["difference"] = interval(_pairs(results, "tuned", "exact_match", tasks), reference)
             row["validation loss"] = fmean(fmean(r["loss"].values()) for r in results)
             row["settings"] = [r["settings"] for r in results]

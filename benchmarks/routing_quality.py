@@ -384,7 +384,7 @@ def _row(kind: str, name: str, store: JSONLines, options: argparse.Namespace) ->
         row[f"held out {score}"] = fmean(_pairs(found, score, held_in=False).values())
         if alone and score == "exact_match":
             reference = _pairs(alone, score, held_in=True)
-            row["kept"] = row[score] / fmean(reference.values())
+            row["kept"] = row[score] / max(fmean(reference.values()), 1e-9)
             row["difference"] = interval(held_in, reference)
     columns = {"right": ("right", True), "rejected": ("rejected", True), "held out rejected": ("rejected", False)}
     for title, (column, of_experts) in columns.items():

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,15 +96,76 @@ def test_a_line_is_found_again_and_so_is_a_power(module) -> None:
     assert power["power"] == pytest.approx(0.5)
 
 
-def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(tmp_path) -> None:
+@pytest.fixture
+def no_processes(module, monkeypatch) -> None:
+    """Let merges run here, each in a second, with 2 MB before the work, 3 MB in it and 4 MB at most."""
+    work = module("merge_work")
+
+    def watch(python: str, kind: str, **task: Any) -> dict[str, Any]:
+        found = work.KINDS[kind](**json.loads(json.dumps(task)))()
+        return {"cpu": 1.0, "wall": 1.0, "anonymous_before": 2e6, "anonymous": 3e6, "peak": 4e6, "found": found}
+
+    for asking in (work, module("merge_speed")):
+        monkeypatch.setattr(asking, "watch", watch)
+
+
+@pytest.fixture
+def mergekit(monkeypatch, tmp_path) -> Path:
+    """A program in the place of a Python with mergekit, and its two modules, which merge as ours do."""
+    from modular_experts.interop.mergekit.parse import read_recipe
+    from modular_experts.interop.mergekit.run import merge_recipe
+
+    def run_merge(recipe: dict[str, Any], out: str, options: dict[str, Any]) -> None:
+        assert options["random_seed"] == 0
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        merge_recipe(read_recipe(tmp_path / "recipe.yaml"), out)
+
+    config, merge = ModuleType("mergekit.config"), ModuleType("mergekit.merge")
+    config.MergeConfiguration = SimpleNamespace(model_validate=dict)
+    merge.MergeOptions, merge.run_merge = dict, run_merge
+    for stub in (ModuleType("mergekit"), config, merge):
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_both_sides_are_merged_from_experts_and_from_checkpoints_and_agree(no_processes, mergekit, tmp_path) -> None:
+    options = ["--mergekit", mergekit, "--tiny", "--methods", "linear", "ties", "dare_ties", "--experts", "2", "3"]
+    options += ["--repeats", "1", "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json"]
+    shown = run_script("merge_speed.py", *options)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["method"], row["experts"]) for row in report["merges"]] == [
+        (name, count) for count in (2, 3) for name in ("linear", "ties", "dare_ties")
+    ]
+    assert [row["method"] for row in report["checkpoints"]] == ["linear", "ties"]
+    for row in [*report["merges"], *report["checkpoints"]]:
+        assert row["cpu"] == row["peak"] == 1
+        assert row["method"] == "dare_ties" or row["unequal_of_moved"] < 0.01, "one result is the other"
+    assert [row["method"] for row in report["growth"]] == ["linear", "ties", "dare_ties"]
+    for title in ("Sparse experts to a checkpoint", "From full checkpoints on both sides", "Ours: 3 experts over 2"):
+        assert title in shown
+
+
+def test_costs_grow_with_experts_and_sizes(no_processes, tmp_path) -> None:
+    shown = run_script("merge_scale.py", "--quick", "--folder", tmp_path, "--json", tmp_path / "report.json")
+    linear = json.loads((tmp_path / "report.json").read_text())["methods"]["linear"]
+    assert linear["fit"]["cpu"]["power"] == pytest.approx(0, abs=1e-9), "each merge took a second"
+    assert [row["cpu"] for row in linear["by_size"]] == [1, 1]
+    # A kept entry is a value of four bytes and a gap of one, and zero bytes where gaps are long.
+    assert 5 <= linear["on_paper"]["bytes_per_kept_entry"] < 5.2
+    assert "on paper" in shown
+
+
+def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(no_processes, tmp_path) -> None:
     options = ["--alone", "--tiny", "--methods", "linear", "--experts", "2", "--repeats", "1"]
     run_script("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
     assert not (tmp_path / "inputs" / "results").exists()
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     assert report["complete"] is True
     (floor,) = report["floor"]
-    assert floor["over_hashed"]["cpu"] > 1
-    assert floor["checked_over_plain"]["cpu"] > 1
+    assert floor["over_hashed"]["cpu"] == floor["over_read"]["cpu"] == floor["checked_over_plain"]["cpu"] == 1
     for goal in report["goals"]:
         at_least, value, limit = goal["sense"] == "at least", goal["measured"], goal["limit"]
         assert goal["met"] == (None if value is None else value >= limit if at_least else value <= limit)

@@ -58,6 +58,8 @@ def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:
             if rest[:2] == ["-m", "modular_experts"]:
                 patch.setattr(sys, "argv", rest[1:])
                 code = main(rest[2:])
+            elif rest[0] == "-c":
+                exec(rest[1], {"__name__": "__main__"})
             else:
                 patch.setattr(sys, "argv", rest)
                 runpy.run_path(rest[0], run_name="__main__")
