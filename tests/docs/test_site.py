@@ -1,13 +1,15 @@
-"""The pages of `docs/` run as they stand, lead where they say, and name everything that is public.
+"""README.md and the pages of `docs/` run as they stand, lead where they say, and name everything that is public.
 
 A page is a script: blocks with a title are files, Python blocks and the commands of console blocks run in the order of
-the page, in a directory that has what the tutorial has made before: a base, task files and two experts. SmolLM2 is a
-tiny random model here, trainings take two steps, and the examples have a fifth of their rows.
+the page. README.md, the site's first page and the tutorial run one after the other in one directory; each other page
+runs in a copy of it. SmolLM2 is a tiny random model here, trainings take two steps, and the examples have a fifth of
+their rows.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,7 +17,11 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import generate_docs
 import pytest
@@ -25,13 +31,15 @@ from testbed.here import STUDY, work_here
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.library import open_expert
+from modular_experts.library import Library, open_expert
 from modular_experts.methods import METHODS
 
 DOCS = ROOT / "docs"
 GENERATED = {name for name in generate_docs.MAKERS if name.endswith(".md")}
 WRITTEN = sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - GENERATED)
-SCRIPTS = [page for page in WRITTEN if page.split("/")[0] in ("index.md", "tutorial", "guides", "concepts")]
+FIRST = ["README.md", "docs/index.md"]
+FIRST += [f"docs/{page}" for _, page in generate_docs.nav() if page.startswith("tutorial/") and page in WRITTEN]
+SCRIPTS = [page for page in WRITTEN if page.split("/")[0] in ("guides", "concepts")]
 
 
 def _blocks(text: str) -> list[tuple[str, str, str]]:
@@ -52,47 +60,13 @@ def _run_command(line: str) -> None:
         assert words[0] in ("pip", "source", "git", "cd"), f"{line}: nothing tests this command"
 
 
-@pytest.fixture(scope="module")
-def tutorial(tmp_path_factory, tiny_llama_dir) -> Path:
-    """The directory as the tutorial leaves it."""
-    place = tmp_path_factory.mktemp("tutorial")
-    (place / ".cache").mkdir()
-    (place / ".cache/smollm2").symlink_to(tiny_llama_dir)
-    (place / "configs").symlink_to(ROOT / "configs")
-    few_examples(place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr(sys, "argv", ["modular-experts"])
-        for task in ("dates", "mood"):
-            tasks = json.dumps([{"name": task, "path": f"examples/{task}.jsonl"}])
-            export = [{"class_path": "ExportExpert", "init_args": {"library": "library", "name": task}}]
-            expert = ["--model.modules", "[q_proj,v_proj]", "--model.expert", "SparseExpert", "--data.tasks", tasks]
-            run = ["--trainer.max_steps", "2", "--trainer.callbacks", json.dumps(export)]
-            assert main(["fit", "--model.base", ".cache/smollm2", *expert, *run]) == 0
-    return place
-
-
-@pytest.fixture
-def place(tutorial, tmp_path, monkeypatch) -> Path:
-    """A copy of that directory, which a page may change."""
-    shutil.copytree(tutorial, tmp_path / "here", symlinks=True)
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
-    monkeypatch.setattr(sys, "argv", ["modular-experts"])
-    work_here(monkeypatch, *STUDY)
-    return tmp_path / "here"
-
-
-@pytest.mark.filterwarnings("ignore")  # what Lightning says about a trainer that a reader makes
-@pytest.mark.parametrize("page", SCRIPTS)
-def test_a_page_runs_from_top_to_bottom(page: str, place: Path, capsys: pytest.CaptureFixture) -> None:
-    if page == "tutorial/train.md":
-        shutil.rmtree("library")  # this page makes the experts that the others have
+def _run_page(page: str) -> None:
+    """Run the blocks of a page in the current directory."""
     names = types.ModuleType("page")
     sys.modules["page"] = names  # pickle and dataclasses look classes up in their module
     titles = []
     try:
-        for language, title, content in _blocks((DOCS / page).read_text(encoding="utf-8")):
+        for language, title, content in _blocks((ROOT / page).read_text(encoding="utf-8")):
             if title:
                 Path(title).write_text(short(content), encoding="utf-8")
                 titles.append(Path(title).stem)
@@ -100,9 +74,8 @@ def test_a_page_runs_from_top_to_bottom(page: str, place: Path, capsys: pytest.C
             elif language == "python":
                 exec(compile(short(content), page, "exec"), vars(names))
             elif language == "console":
-                for line in content.replace("\\\n", "").splitlines():
-                    if line.startswith("$ "):
-                        _run_command(short(line[2:]))
+                for line in _commands(content):
+                    _run_command(short(line))
             else:
                 assert language in ("text", "json", "yaml"), (
                     f"{page}: nobody runs a block of {language or 'no language'}"
@@ -110,6 +83,86 @@ def test_a_page_runs_from_top_to_bottom(page: str, place: Path, capsys: pytest.C
     finally:
         for name in ("page", *titles):
             sys.modules.pop(name, None)
+
+
+def _commands(content: str) -> list[str]:
+    """Return the commands of a console block, continued lines joined."""
+    return [line[2:] for line in content.replace("\\\n", "").splitlines() if line.startswith("$ ")]
+
+
+@contextmanager
+def _reader(place: Path) -> Iterator[None]:
+    """Be in a directory, where a study starts no processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "path", [str(place), *sys.path])
+        patch.setattr(sys, "argv", ["modular-experts"])
+        work_here(patch, *STUDY)
+        yield
+
+
+class Walk(NamedTuple):
+    """The directory of a reader who did what README.md, the first page and the tutorial say, and what that printed."""
+
+    place: Path
+    printed: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory, tiny_llama_dir) -> Walk:
+    place, printed = tmp_path_factory.mktemp("walk"), {}
+    (place / ".cache").mkdir()
+    (place / ".cache/smollm2").symlink_to(tiny_llama_dir)
+    (place / "configs").symlink_to(ROOT / "configs")
+    few_examples(place)
+    with _reader(place), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Lightning says about a trainer that a reader makes
+        for page in FIRST:
+            with redirect_stdout(io.StringIO()) as out:
+                _run_page(page)
+            printed[page] = out.getvalue()
+    return Walk(place, printed)
+
+
+def test_readme_and_tutorial_run_in_order_in_one_folder(walk: Walk) -> None:
+    assert [page for page in FIRST if page.startswith("docs/tutorial/")][1:] == [
+        f"docs/tutorial/{page}.md" for page in ("train", "merge", "evaluate", "ship")
+    ]
+    assert {"dates", "mood", "both", "plural", "tuned", "ties", "only-dates"} <= set(Library(walk.place / "library"))
+    assert set(Library(walk.place / "experts")) == {"dates", "mood", "both"}
+    assert (walk.place / "merged-checkpoint/config.json").is_file()
+
+
+def test_readme_shows_what_its_tour_prints(walk: Walk) -> None:
+    page, lines = (ROOT / "README.md").read_text(encoding="utf-8"), walk.printed["README.md"].splitlines()
+    verbs = [line.split()[1] for _, _, block in _blocks(page) for line in _commands(block)]
+    assert verbs == ["fit", "fit", "merge", "evaluate", "generate", "apply"]
+    of_python, of_command = (line for line in lines if line.startswith("model "))
+    assert of_command in page
+    rows = lines[lines.index(of_python) + 1 :]
+    assert [line.split()[0] for line in rows[:3]] == ["base", "dates", "both"]
+    assert any("loaded again with transformers" in line for line in lines)
+
+
+def test_no_two_pages_write_to_one_place() -> None:
+    """Or the later one says that it overwrites."""
+    pages: dict[str, set[str]] = {}
+    for page in [*FIRST, *(f"docs/{page}" for page in SCRIPTS)]:
+        for language, _, content in _blocks((ROOT / page).read_text(encoding="utf-8")):
+            lines = _commands(content) if language == "console" else content.splitlines()
+            for line in lines if language in ("console", "yaml", "python") else []:
+                if (found := re.search(r"(?:--out |^out: |out=\")([\w./-]+)", line)) and "overwrite" not in line:
+                    pages.setdefault(found[1], set()).add(page)
+    assert "library/both" in pages
+    assert not {place: names for place, names in pages.items() if len(names) > 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_a_page_runs_from_top_to_bottom(page: str, walk: Walk, tmp_path: Path) -> None:
+    shutil.copytree(walk.place, tmp_path / "here", symlinks=True)
+    with _reader(tmp_path / "here"):
+        _run_page(f"docs/{page}")
 
 
 def _anchors(text: str) -> set[str]:
@@ -159,9 +212,9 @@ def test_the_generated_pages_have_every_method_command_and_file() -> None:
     assert "Default" in made["reference/methods.md"]
 
 
-def test_the_file_format_names_every_key(tutorial: Path) -> None:
+def test_the_file_format_names_every_key(walk: Walk) -> None:
     page = (DOCS / "concepts/library.md").read_text()
-    record = open_expert(tutorial / "library/dates").record
+    record = open_expert(walk.place / "library/dates").record
     assert not [key for key in record if f"`{key}`" not in page]
 
 
