@@ -48,7 +48,8 @@ def _run(argv: Sequence[str]) -> None:
     """Print help, or import and run a command."""
     verb = argv[0] if argv else "help"
     if verb in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {name:<12}{command.summary}" for name, command in VERBS.items())))
+        width = max(map(len, VERBS))
+        print(HELP.format(verbs="\n".join(f"  {name:<{width}}  {command.summary}" for name, command in VERBS.items())))
     elif verb == "--version":
         print(f"modular-experts {__version__}")
     elif verb not in VERBS:

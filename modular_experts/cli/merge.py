@@ -141,7 +141,8 @@ def remove(merged: str, expert: str, out: str, overwrite: bool = False) -> None:
         modular-experts remove --merged library/abc --expert library/c --out library/ab
     """
     left = remove_expert(merged, expert, out, overwrite, progress_bar("removing"))
-    print(f"took {expert} out of {merged}; {len(left.record['parents'])} experts are left")
+    count = len(left.record["parents"])
+    print(f"took {expert} out of {merged}; {count} expert{'s are' if count > 1 else ' is'} left")
     print(f"{out}: {summary(left)}")
 
 

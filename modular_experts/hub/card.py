@@ -6,9 +6,7 @@ license, stay.
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +112,7 @@ def _table(entries: Sequence[CardEntry]) -> Iterator[str]:
 def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     first = entries[0]
     base = first.hub_base or "BASE"
-    tasks = json.dumps([{"name": str(task), "path": f"{task}.jsonl"} for task in first.record["tasks"] or ["task"]])
-    applied = f"'[library/{first.name}]'"
+    applied = f"library/{first.name}"
     # The example of a merge takes the experts of the commonest base that can be merged and are not merges themselves.
     deltas = [entry for entry in entries if DELTA_FILE in files_of(entry.record)]
     trained = [e for e in deltas if not e.record.get("not_mergeable_because") and e.record["kind"] != "merge"]
@@ -126,16 +123,16 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     yield "pip install .  # in a clone of modular-experts"
     yield f"modular-experts pull --repo {repo_id} --out library"
     yield f"modular-experts show library/{first.name}"
-    yield f"modular-experts test --model.base {base} --model.applied {applied} --data.tasks {shlex.quote(tasks)}"
+    yield f"modular-experts evaluate --base {base} --experts {applied} --tasks TASK.jsonl --out results"
     if len(alike) > 1:
-        listed = ", ".join(f"library/{entry.name}" for entry in alike[:_FEW])
-        yield f"modular-experts merge --experts '[{listed}]' --method SparseAverage --out library/{merged}"
-        applied, first = f"'[library/{merged}]'", alike[0]
-    yield f"modular-experts apply --experts {applied} --base {first.hub_base or 'BASE'} --out checkpoint"
+        listed = " ".join(f"library/{entry.name}" for entry in alike[:_FEW])
+        yield f"modular-experts merge {listed} --method SparseAverage --out library/{merged}"
+        applied, first = f"library/{merged}", alike[0]
+    yield f"modular-experts apply {applied} --base {first.hub_base or 'BASE'} --out checkpoint"
     yield "```\n"
     if any(entry.hub_base is None for entry in entries):
         yield "`BASE` is the directory of the base; another one is refused, by its fingerprint."
-    yield 'A row of a task file is `{"input": ..., "target": ...}`; transformers loads `checkpoint`.\n'
+    yield '`TASK.jsonl` is a file of rows `{"input": ..., "target": ...}`; transformers loads `checkpoint`.\n'
 
 
 def _provenance(entries: Sequence[CardEntry]) -> Iterator[str]:
@@ -153,7 +150,8 @@ def _provenance(entries: Sequence[CardEntry]) -> Iterator[str]:
         for parent in record["parents"]:
             yield f"- parent: {_plain(parent.get('name'))}, content hash {_code(parent.get('content_hash'))}"
         versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
-        yield f"- with: {_plain(versions) or 'versions not recorded'}; seed {_plain(record.get('seed'))}\n"
+        seed = "" if record.get("seed") is None else f"; seed {_plain(record['seed'])}"
+        yield f"- with: {_plain(versions) or 'versions not recorded'}{seed}\n"
 
 
 def _method(method: Mapping[str, Any] | None) -> str:

@@ -90,7 +90,7 @@ def test_a_state_goes_and_comes_like_deltas_and_disappears_with_its_expert(hub, 
     push(library, REPO)
     card = hub.repositories[REPO].files()["README.md"].decode()
     assert "| routed | Mixture | first | unknown |" in card
-    assert "merge --experts '[library/a, library/b]'" in card
+    assert "merge library/a library/b --method" in card
     pull(REPO, tmp_path / "other")
     assert contents(tmp_path / "other") == contents(library)
     assert torch.equal(open_expert(tmp_path / "other/routed").state()["w0/router"], state["w0/router"])
@@ -503,6 +503,23 @@ def test_the_card_says_where_a_merge_comes_from(hub, library):
     assert f"revision `main`, fingerprint `{'f' * 64}`" in card
     assert "merge" in header(card)["tags"]
     assert f"torch {version('torch')}" in card
+
+
+def test_the_commands_of_a_card_are_those_of_the_readme(hub, library):
+    card = push(library, REPO, dry_run=True).card
+    (block,) = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
+    assert [line.removeprefix("modular-experts ") for line in block.splitlines()[1:]] == [
+        f"pull --repo {REPO} --out library",
+        "show library/a",
+        "evaluate --base maker/base --experts library/a --tasks TASK.jsonl --out results",
+        "merge library/a library/b --method SparseAverage --out library/merged",
+        "apply library/merged --base maker/base --out checkpoint",
+    ]
+    # A merge draws nothing at random and has no seed.
+    assert "seed" not in card
+    seeded = write(library / "c", seed=5)
+    record = seeded.record | {"seed": 42}
+    assert "; seed 42\n" in model_card(REPO, [CardEntry("c", record, 0.05, 1)])
 
 
 def test_the_table_of_a_card_tells_share_size_and_scores(library):

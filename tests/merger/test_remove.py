@@ -118,3 +118,6 @@ def test_the_command_says_what_is_left(tmp_path, capsys):
     assert main(["remove", *options]) == 0
     assert "2 experts are left" in capsys.readouterr().out
     assert open_expert(tmp_path / "left").record["kind"] == "merge"
+    options = ["--merged", str(tmp_path / "left"), "--expert", str(tmp_path / "one"), "--out", str(tmp_path / "last")]
+    assert main(["remove", *options]) == 0
+    assert "1 expert is left" in capsys.readouterr().out
