@@ -24,6 +24,7 @@ NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
 
 Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
+Count = int | str
 
 
 def study(
@@ -32,7 +33,7 @@ def study(
     experts: dict[str, Any],
     out: str,
     merges: list[Any] | None = None,
-    counts: list[int | Literal["all"]] | None = None,
+    counts: list[Count | dict[str, Count]] | dict[str, Count] | Count | None = None,
     multitask: dict[str, Any] | None = None,
     matrix: bool = False,
     seeds: list[int] | None = None,
@@ -67,8 +68,9 @@ def study(
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
             ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
             entry leaves the other kinds out.
-        counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of groups
-            that the seed draws, the same for every method.
+        counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
+            groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
+            share experts.
         multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
             `fit` of its own.
         matrix: Test every model on every task.
@@ -100,12 +102,13 @@ def study(
         modular-experts study --config study.yaml --out runs/mine --only experts
     """
     place = Path(out)
+    sizes: Any = ["all"] if counts in (None, []) else counts
     found = read_study(
         base,
         tasks,
         experts,
         merges or [],
-        counts or ["all"],
+        sizes,
         multitask,
         matrix,
         seeds or [0],

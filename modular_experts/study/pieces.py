@@ -134,10 +134,20 @@ class _Plan:
 
 
 def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
-    """Return disjoint groups of `count` experts, drawn by the seed, as many as fit; all methods share them."""
+    """Return the groups of `count` experts that are combined; all kinds and methods share them.
+
+    The seed draws disjoint groups, as many as fit, or as many different random ones as the study wants. More draws add
+    groups, and leave those before them as they are.
+    """
     names = list(study.held_in)
-    random.Random(f"groups/{seed}").shuffle(names)
-    members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
+    if wanted := study.draws.get(count):
+        drawn, draw = dict[tuple[int, ...], None](), random.Random(f"draws/{count}/{seed}")
+        while len(drawn) < wanted:
+            drawn[tuple(sorted(draw.sample(range(len(names)), count)))] = None
+        members = [[names[place] for place in places] for places in drawn]
+    else:
+        random.Random(f"groups/{seed}").shuffle(names)
+        members = [names[start : start + count] for start in range(0, len(names) - count + 1, count)]
     is_whole = count == len(names)
     # Held-out tasks judge what all experts together have become.
     held_out = [*study.held_out] if study.matrix or is_whole else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,9 +13,9 @@ from modular_experts.library.atomic import new_file
 from modular_experts.reports import Results
 from modular_experts.reports.html import Section, element, example, note, report, script
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
-from modular_experts.reports.tables import Column, Line, Table, heat_map, number
+from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number
 from modular_experts.study.published import SINGLE, beside_published
-from modular_experts.study.results import EXPONENT, GAIN, NORMALISED, level_with
+from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED, level_with
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE, MULTITASK
 
@@ -35,9 +36,14 @@ def summary(results: Results, state: State) -> Table:
         shares = [row["value"] for row in rows.where(metric=NORMALISED, task=None).rows if row["value"] is not None]
         return fmean(shares) if shares else None
 
+    def half(rows: Results) -> float | None:
+        spans = [row["interval"] for row in rows.where(metric=DRAWN, of=metric, role="held_in").rows]
+        return (spans[0][1] - spans[0][0]) / 2 if spans and spans[0] else None
+
     columns = [
         Column("experts", lambda rows: rows.facts.get("count")),
         Column("held-in", lambda rows: of(rows, "held_in"), show, metric in SHARES, best=best),
+        Column("±", half, show),
         Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
         Column("of own", of_own, partial(number, digits=2), best=best),
         Column("with the best", lambda rows: rows.facts.get("level"), str, left=True),
@@ -71,6 +77,14 @@ def findings(results: Results) -> list[str]:
         )
         share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
         experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
+        drawn = {one["of"]: one for one in _over_draws(results, row)}
+        if GAIN in drawn and NORMALISED in drawn:
+            changed = _change({**row, **{name: drawn[GAIN][name] for name in ("value", "interval")}})
+            sentences.append(
+                f"With {row['merge']}, {experts} have {drawn[NORMALISED]['value']:.2f} of their own {metric}, "
+                f"the mean of {drawn[GAIN]['draws']} random groups ({changed} over these)"
+            )
+            continue
         if share is None:
             sentences.append(f"The {experts} score 0 in {metric} alone; {row['merge']} adds {_change(row)}")
             continue
@@ -104,12 +118,14 @@ def write_report(results: Results, state: State, file: Path) -> None:
                     "Means over tasks, groups and seeds. A single expert and a merge of a few are tested on the tasks "
                     "of their own experts. Of own: the merge divided by each task's own expert, where that has more "
                     "than 0. Level with the best: of the merges of all experts of a kind, the 95 % interval of the "
-                    "difference to the best one, over rows and seeds, contains zero."
+                    "difference to the best one, over rows and seeds, contains zero. The number after ± is half the "
+                    "95 % interval over random groups."
                 ),
             ],
         ),
         *_published_section(results),
         *_effect_sections(results),
+        *_draws_section(results),
         *_growth_section(results),
     ]
     # Merges of fewer experts are many, and each is tested on the tasks of its own group.
@@ -213,6 +229,50 @@ def _effect_sections(results: Results) -> list[Section]:
     ]
 
 
+def _draws_section(results: Results) -> list[Section]:
+    """Return the means over random groups, of each merge and count, with their intervals."""
+    drawn = results.where(metric=DRAWN)
+    if not drawn.rows:
+        return []
+    columns = [
+        Column("experts", lambda rows: rows.rows[0]["count"]),
+        Column("draws", lambda rows: rows.rows[0]["draws"]),
+    ]
+    for role, of in itertools.product(drawn.values("role"), dict.fromkeys((results.main_metric, "loss"))):
+        show, over = format_of(of), f"{ROLES[role]} {METRICS.get(of, of)}"
+
+        def found(rows: Results, name: str, role: str = role, of: str = of) -> Any:
+            return next((row[name] for row in rows.where(role=role, of=of).rows), None)
+
+        def span(ends: Sequence[float], show: Callable[[float], str] = show) -> str:
+            return " to ".join(map(show, ends))
+
+        columns.append(Column("mean", partial(found, name="value"), show, over=over))
+        columns.append(Column("95 % interval", partial(found, name="interval"), span, over=over))
+    groups = [
+        [
+            Line(f"{kind} {merge}", drawn.where(kind=kind, merge=merge, count=count))
+            for count in drawn.where(kind=kind, merge=merge).values("count")
+        ]
+        for kind in drawn.values("kind")
+        for merge in drawn.where(kind=kind).values("merge")
+    ]
+    counts = listed([str(count) for count in sorted(drawn.values("count"))])
+    return [
+        Section(
+            "Random groups",
+            f"Means over random groups of {counts} experts",
+            [
+                Table(columns, groups, "merge").html(),
+                note(
+                    "A group counts with the mean over the tasks of its experts. The interval is that of the mean over "
+                    "groups, by a bootstrap which draws whole groups."
+                ),
+            ],
+        )
+    ]
+
+
 def _growth_section(results: Results) -> list[Section]:
     """Return the losses by the number of experts, where a power law could be fitted to them."""
     fits = results.where(metric=EXPONENT).rows
@@ -270,15 +330,25 @@ def _answers(results: Results) -> list[Any]:
 
 
 def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return by kind the row of results with the mean gain of the best merge of the most experts."""
+    """Return by kind the row of results with the mean gain of the best merge of the most experts.
+
+    The best merge of random groups is that with the best mean over them, and the row is of its first group.
+    """
     means = results.where(metric=GAIN, task=None).rows
     best: dict[str, Mapping[str, Any]] = {}
     for kind in results.facts["kinds"]:
         mine = [row for row in means if row["kind"] == kind]
         most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
         if most:
-            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: row["value"])
+            over = {(one["merge"], one["of"]): one["value"] for row in most for one in _over_draws(results, row)}
+            value_of = {id(row): over.get((row["merge"], GAIN), row["value"]) for row in most}
+            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: value_of[id(row)])
     return best
+
+
+def _over_draws(results: Results, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the means over the random groups of a merge and its count on held-in tasks; none of disjoint groups."""
+    return results.where(metric=DRAWN, kind=row["kind"], merge=row["merge"], count=row["count"], role="held_in").rows
 
 
 def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:

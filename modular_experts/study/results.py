@@ -9,7 +9,7 @@ same test rows, and an interval is that of the mean difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from statistics import fmean
@@ -25,7 +25,7 @@ from modular_experts.study.settings import Study
 
 RESULTS = "results.json"
 DRAWS = 500  # of a bootstrap
-GAIN, NORMALISED, EXPONENT = "gain", "normalised", "loss_exponent"
+GAIN, NORMALISED, EXPONENT, DRAWN = "gain", "normalised", "loss_exponent", "mean_over_draws"
 """Metrics of the rows of what merges did."""
 
 
@@ -58,7 +58,8 @@ def results_of(study: Study, state: State) -> Results:
         **provenance(),
     }
     measured = Results(rows, facts)
-    return Results([*rows, *effects(state, measured.main_metric), *growth(measured)], facts)
+    known = Results([*rows, *effects(state, measured.main_metric)], facts)
+    return Results([*known.rows, *over_draws(known, study.draws), *growth(measured)], facts)
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -191,12 +192,40 @@ def _best(singles: Mapping[tuple, Mapping[str, Any]], kind: str, task: str, metr
     return {"best_single": best, "best_single_value": of[best]}
 
 
+def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]]:
+    """Average what merges of random groups of experts scored, over the groups.
+
+    Args:
+        results: The rows of what was measured, and of `effects`.
+        counts: The counts of which random groups were drawn.
+
+    Returns:
+        A row of results for each merge, count, role and metric (`of`): the mean over the groups (`draws`, how many) of
+        their means over tasks, with its 95 % interval by a bootstrap over the groups; None for one group alone.
+    """
+    by_line: dict[tuple, dict[tuple, list[float]]] = {}
+    for row in results.rows:
+        # Of what a merge changed, a row without a task holds the mean.
+        judged = row["task"] is None if row["metric"] in (GAIN, NORMALISED) else row["own"] or row["role"] == "held_out"
+        if row["merge"] and row["count"] in counts and judged and (row["metric"], row["value"]) != (NORMALISED, None):
+            line = by_line.setdefault((row["kind"], row["merge"], row["count"], row["role"], row["metric"]), {})
+            line.setdefault((row["group"], row["seed"]), []).append(math.nan if row["value"] is None else row["value"])
+    rows = []
+    for (kind, merge, count, role, of), groups in by_line.items():
+        means = [fmean(values) for values in groups.values()]
+        about = {"model": f"{kind} {merge} of {count}", "experts": [], "kind": kind, "merge": merge, "count": count}
+        about |= {"group": None, "seed": None, "own": True, "task": None, "role": role, "metric": DRAWN, "of": of}
+        span = interval(means) if len(means) > 1 else None
+        rows.append({**about, "value": fmean(means), "interval": span, "draws": len(means)})
+    return rows
+
+
 def growth(results: Results) -> list[dict[str, Any]]:
     """Fit a power law to the mean loss over the number of experts: `loss = factor * count ** exponent`.
 
-    The means are over the tasks that every count was tested on. The fit is least squares in the logarithms of both;
-    single experts on their own tasks are the count 1. A line always fits two points, so three or more counts are
-    needed.
+    The means are over the tasks that every count was tested on, each with the mean over its merges. The fit is least
+    squares in the logarithms of both; single experts on their own tasks are the count 1. A line always fits two points,
+    so three or more counts are needed.
 
     Returns:
         A row of results for each kind, merge and role with enough counts: `loss_exponent`, with `factor`, `counts`, the
@@ -218,10 +247,7 @@ def growth(results: Results) -> list[dict[str, Any]]:
                 shared = set.intersection(*({row["task"] for row in found} for found in by_count.values()))
                 if not shared:
                     continue
-                losses = {
-                    count: fmean(row["value"] for row in by_count[count] if row["task"] in shared)
-                    for count in sorted(by_count)
-                }
+                losses = {count: _mean_of_tasks(by_count[count], shared) for count in sorted(by_count)}
                 if not all(math.isfinite(one) and one > 0 for one in losses.values()):
                     continue
                 x, y = (torch.tensor([*side], dtype=torch.float64).log() for side in (losses, losses.values()))
@@ -235,3 +261,12 @@ def growth(results: Results) -> list[dict[str, Any]]:
                 fit |= {"losses": [*losses.values()], "r2": 1 - missed / total if total else None}
                 rows.append({**about, "role": role, "metric": EXPONENT, "value": exponent, **fit})
     return rows
+
+
+def _mean_of_tasks(rows: Iterable[Mapping[str, Any]], tasks: Collection[str]) -> float:
+    """Return the mean over tasks of the mean value of each, because random groups have some tasks more often."""
+    values: dict[str, list[float]] = {task: [] for task in tasks}
+    for row in rows:
+        if row["task"] in values:
+            values[row["task"]].append(row["value"])
+    return fmean(fmean(mine) for mine in values.values())

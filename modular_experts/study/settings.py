@@ -9,6 +9,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +31,8 @@ from modular_experts.study.merges import Combination, Entry, Route, check_kinds,
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.text import did_you_mean
 
+log = logging.getLogger(__name__)
+
 MULTITASK, BASE = "multitask", "base"
 RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
@@ -47,6 +51,7 @@ class Study:
         experts: For each kind of expert the configs of its fit, of which a later one wins.
         merges: For each kind of expert its merges, routes and ensembles.
         counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
+        draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
         multitask: The configs of the fit of one expert on all held-in tasks, or None.
         matrix: Whether every model is tested on every task.
         seeds: Seeds of the trainings.
@@ -73,6 +78,7 @@ class Study:
     dtype: DType
     metrics: dict[str, str] = field(default_factory=dict)
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    draws: dict[int, int] = field(default_factory=dict)
     published: Published | None = None
 
     @property
@@ -110,7 +116,7 @@ def read_study(
     tasks: Any,
     experts: Mapping[str, Any],
     merges: Sequence[Any] = (),
-    counts: Sequence[int | str] = ("all",),
+    counts: Sequence[Any] | Mapping[Any, Any] = ("all",),
     multitask: Mapping[str, Any] | None = None,
     matrix: bool = False,
     seeds: Sequence[int] = (0,),
@@ -133,7 +139,7 @@ def read_study(
         plain, (base, tasks, experts, merges, multitask, fit, metrics or {})
     )
     for name, listed in {"merges": merges, "counts": counts, "seeds": seeds}.items():
-        if isinstance(listed, str | int | Mapping):
+        if isinstance(listed, str | int) or (isinstance(listed, Mapping) and name != "counts"):
             raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
     held_in, held_out = _tasks(tasks)
     for key in data or {}:
@@ -173,6 +179,7 @@ def read_study(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
     text_metrics(make(dict[str, TextMetric], {**metrics}))
+    sizes, draws = _counts(counts, len(held_in))
     study = Study(
         base=str(base),
         held_in=held_in,
@@ -180,7 +187,8 @@ def read_study(
         contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
         merges={kind: tuple(entry.merge for entry in found.values() if kind in entry.kinds) for kind in kinds},
-        counts=_counts(counts, len(held_in)),
+        counts=sizes,
+        draws=draws,
         multitask=whole,
         matrix=matrix,
         seeds=tuple(seeds),
@@ -191,7 +199,7 @@ def read_study(
         needs={name: entry.needs for name, entry in found.items()},
         published=read_published(published, _models(kinds, found, whole)) if published else None,
     )
-    if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and len(study.counts) > 1:
+    if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and study.counts != (len(held_in),):
         raise ValueError("RegMeanPlusPlus is measured for one merge of all experts; give counts: [all]")
     _check_names(study)
     return study
@@ -299,11 +307,31 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
     return found
 
 
-def _counts(counts: Sequence[int | str], tasks: int) -> tuple[int, ...]:
-    """Return the sizes of groups, each once, in ascending order."""
-    for count in counts:
-        if count != "all" and (not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= tasks):
-            raise ValueError(
-                f"counts holds {count!r}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all]"
-            )
-    return tuple(sorted({tasks if count == "all" else int(count) for count in counts}))
+def _counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> tuple[tuple[int, ...], dict[int, int]]:
+    """Return the sizes of groups in ascending order, and of each size whose groups are random how many there are."""
+    found: dict[int, int] = {}
+    for entry in [counts] if isinstance(counts, Mapping) else counts:
+        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, 0)]:
+            # A command line and the keys of a mapping give numbers as text.
+            size = tasks if count == "all" else int(str(count)) if re.fullmatch(r"\d+", str(count)) else 0
+            if count != "all" and not 2 <= size <= tasks:
+                raise ValueError(
+                    f"counts holds {count}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all], "
+                    "or random groups: [2: 10 draws, all]"
+                )
+            number = re.fullmatch(r"([1-9]\d*)( draws?)?", str(draws))
+            if isinstance(entry, Mapping) and number is None:
+                raise ValueError(
+                    f"counts: {count} has {draws!r}; give how many random groups to draw, such as [{count}: 10 draws]"
+                )
+            wanted, most = int(number[1]) if number else 0, math.comb(tasks, size)
+            if most < wanted:
+                groups = f"{most} different group{'s' * (most > 1)}"
+                sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
+                log.warning(sentence, tasks, groups, size, wanted)
+                wanted = most
+            # There is one group of all experts, and it is the same if it is drawn.
+            wanted = 0 if size == tasks else wanted
+            if found.setdefault(size, wanted) != wanted:
+                raise ValueError(f"counts names {size} experts twice, with other groups; leave one of the two out")
+    return tuple(sorted(found)), {size: draws for size, draws in found.items() if draws}

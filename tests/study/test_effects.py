@@ -12,7 +12,7 @@ import pytest
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
 from modular_experts.study.report import findings, summary
-from modular_experts.study.results import effects, growth, interval, level_with
+from modular_experts.study.results import effects, growth, interval, level_with, over_draws
 from modular_experts.study.run import Left, Pace, State
 
 
@@ -157,6 +157,61 @@ def test_the_power_law_compares_losses_of_the_same_tasks() -> None:
     (row,) = growth(Results([*found.rows, *hard]))
     assert row["losses"] == [1.0, 2.0, 3.0]
     assert growth(Results([{**row, "task": f"{row['count']}"} for row in found.rows])) == []
+
+
+def test_the_power_law_weighs_tasks_alike_however_often_random_groups_have_them() -> None:
+    found = losses({1: 1.0, 2: 2.0, 3: 3.0})
+    hard = [{**row, "task": "hard", "value": 10 * row["value"]} for row in found.rows]
+    often = [{**row, "group": 1} for row in hard if row["count"] == 2]
+    (row,) = growth(Results([*found.rows, *hard, *often]))
+    assert row["losses"] == [5.5, 11.0, 16.5]
+
+
+def draws(merge: str, values: list[float], metric: str = "exact_match", count: int = 2) -> list[dict[str, Any]]:
+    """Return rows of random groups of experts, each with its value on two tasks."""
+    about = {"kind": "lora", "merge": merge, "count": count, "seed": 0, "role": "held_in", "own": True}
+    return [
+        about | {"model": f"{merge} {group}", "group": group, "metric": metric, "task": task, "value": value + part}
+        for group, value in enumerate(values)
+        for task, part in (("a", -0.1), ("b", 0.1))
+    ]
+
+
+def test_random_groups_are_averaged_with_an_interval_over_the_groups() -> None:
+    draw = random.Random(0)
+    values = [float(draw.random() < 0.5) for _ in range(400)]
+    (row,) = over_draws(Results([*draws("X", values), *draws("X", values, count=3)]), {2: 400})
+    mean = sum(values) / len(values)
+    error = 1.96 * (mean * (1 - mean) / len(values)) ** 0.5
+    assert [row["count"], row["of"], row["draws"], row["value"]] == [2, "exact_match", 400, pytest.approx(mean)]
+    assert row["interval"] == pytest.approx([mean - error, mean + error], abs=0.01)
+    (row,) = over_draws(Results(draws("X", [0.5])), {2: 1})
+    assert row["interval"] is None
+
+
+def test_the_best_merge_of_random_groups_is_the_one_with_the_best_mean() -> None:
+    """And not the one with the luckiest group."""
+    singles = [found(f"lora-{task}", [task], {task: 50}) for task in "abc"]
+    merges = []
+    for merge, right in (("lucky", (90, 20)), ("steady", (60, 60))):
+        for group, (own, many) in enumerate(zip((["a", "b"], ["b", "c"]), right, strict=True)):
+            one = found(f"lora {merge} of 2, group {group}", own, dict.fromkeys(own, many), merge)
+            merges.append(one | {"group": group})
+    rows = effects(state(*singles, *merges), "exact_match")
+    rows += over_draws(Results(rows), {2: 2})
+    (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
+    assert sentence == (
+        "With steady, 2 lora experts have 1.20 of their own exact match, the mean of 2 random groups (+10.0 points, "
+        "95 % interval +10.0 to +10.0 over these)"
+    )
+    table = summary(Results([*rows, *draws("lucky", [0.9, 0.2])], {"kinds": ["lora"], "held_in": ["a"]}), state())
+    assert "±" not in [column.title for column in table.columns]
+    measured = draws("lucky", [0.9, 0.2])
+    measured += over_draws(Results(measured), {2: 2})
+    table = summary(Results(measured, {"kinds": ["lora"], "held_in": ["a"]}), state())
+    low, high = interval([0.9, 0.2])
+    (half,) = (column for column in table.columns if column.title == "±")
+    assert half.of(table.groups[1][1].rows) == pytest.approx((high - low) / 2)
 
 
 @pytest.mark.parametrize(("counts", "marked"), [((5, 5), 1), ((2, 5), 0)])

@@ -15,6 +15,7 @@ from modular_experts.library import Library
 from modular_experts.methods import TIES, Rescaled, SparseAverage
 from modular_experts.settings.make import plain
 from modular_experts.study import read_study, results_of, run_study
+from modular_experts.study.pieces import groups
 
 
 def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:
@@ -77,3 +78,46 @@ def test_what_no_config_can_hold_is_refused_in_a_sentence() -> None:
 def test_what_must_be_a_list_is_not_read_letter_by_letter(change) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.* must be a list"):
         read_study("base", "upper.jsonl", {"lora": {"expert": LoRAExpert}}, **change)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Return the members of the groups of a study of six tasks, by its `counts`, the size of a group and the seed."""
+    files = [write_rows(tmp_path / f"{name}.jsonl", [{"input": name, "target": name}]) for name in "abcdef"]
+
+    def members(counts, size: int, seed: int = 0) -> list[tuple[str, ...]]:
+        study = read_study("base", [str(file) for file in files], {"lora": {"expert": LoRAExpert}}, counts=counts)
+        return [tuple(group.own) for group in groups(study, "lora", size, seed)]
+
+    return members
+
+
+@pytest.mark.parametrize("counts", [{3: 10}, {"3": "10 draws"}, [{3: 10}, "all"], [2, {3: "10 draws"}]])
+def test_random_groups_differ_and_come_again(drawn, counts) -> None:
+    found = drawn(counts, 3)
+    assert len({frozenset(group) for group in found}) == 10
+    assert all(len({*group}) == 3 for group in found)
+    assert drawn(counts, 3) == found
+    assert drawn(counts, 3, seed=1) != found
+    assert drawn({3: 4}, 3) == found[:4]
+
+
+def test_all_groups_are_taken_if_there_are_fewer_than_draws(drawn, caplog) -> None:
+    assert {frozenset(group) for group in drawn({5: 10}, 5)} == {frozenset("abcdef") - {one} for one in "abcdef"}
+    sentence = "counts: 6 experts have only 6 different groups of 5, so the study takes each once instead of 10 draws"
+    assert caplog.messages == [sentence]
+
+
+def test_the_group_of_all_experts_is_the_same_if_it_is_drawn(drawn) -> None:
+    assert drawn({"all": 1}, 6) == drawn([{6: 1}], 6) == drawn(["all"], 6)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, "x", None, 2.5, "10 groups", [10]])
+def test_a_number_of_draws_that_is_none_is_refused(drawn, wrong) -> None:
+    with pytest.raises(ValueError, match=r"counts: 2 has .*; give how many random groups to draw, such as \[2: 10"):
+        drawn({2: wrong}, 2)
+
+
+def test_a_count_of_disjoint_and_of_random_groups_is_refused(drawn) -> None:
+    with pytest.raises(ValueError, match="counts names 2 experts twice, with other groups"):
+        drawn([2, {2: 10}], 2)

@@ -320,6 +320,32 @@ def test_groups_are_disjoint_and_the_same_for_every_method(settings, tmp_path) -
     assert ", group" not in every
 
 
+def test_random_groups_are_merged_tested_and_averaged(settings, tmp_path, capsys) -> None:
+    (tmp_path / "third.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
+    settings["tasks"] = {"held_in": ["upper.jsonl", "reverse.jsonl", "third.jsonl"]}
+    settings["merges"] = [{"method": "TIES", "tune": {"grid": {"scale": [0.5, 2.0]}}}]
+    assert study(settings | {"counts": [{2: "2 draws"}, "all"]}) == 0
+    pairs = [line["result"] for line in lines() if line["key"][:4] == ["merges", "lora", "TIES tuned", 2]]
+    assert len({tuple(found["own"]) for found in pairs}) == 2
+    (chosen,) = (line["result"] for line in lines() if line["key"][:4] == ["settings", "lora", "TIES tuned", 2])
+    assert [found["settings"] for found in pairs] == [chosen["settings"]] * 2
+    mean = sum(sum(found["scores"]["tasks"][task]["loss"] for task in found["own"]) / 2 for found in pairs) / 2
+    (row,) = results().where(metric="mean_over_draws", of="loss").rows
+    assert (row["count"], row["draws"], row["value"]) == (2, 2, pytest.approx(mean))
+    assert row["interval"][0] <= mean <= row["interval"][1]
+    assert results().where(metric="loss_exponent").rows[0]["counts"] == [1, 2, 3]
+    assert "Means over random groups of 2 experts" in Path("runs/mine/report.html").read_text()
+    before = len(lines())
+    # More draws add to those that are there, and `all` in a mapping is the group that the list has.
+    assert study(settings | {"counts": {2: 3, "all": 1}}, "--only", "merges") == 0
+    assert sorted(names(lines()[before:])) == [
+        "merges lora TIES tuned 2 0 0",
+        "merges lora TIES tuned 2 1 0",
+        "merges lora TIES tuned 2 2 0",
+        "settings lora TIES tuned 2 0",
+    ]
+
+
 def test_the_groups_of_a_count_share_the_settings_of_the_lowest_mean_loss_over_their_tasks(settings, tmp_path) -> None:
     for name in ("third", "fourth"):
         (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "first.jsonl").read_bytes())
@@ -491,9 +517,14 @@ def test_several_seeds_train_experts_of_their_own(settings) -> None:
             {"merges": [{"ensemble": "logits", "route": "Arrow"}]},
             "needs exactly one of `method`, `search`, `route` and",
         ),
-        ({"counts": "all"}, "--counts must be a list, written '[a, b]', got all"),
+        ({"counts": "all"}, "counts='all' must be a list, such as ['all']"),
         ({"multitask": "lora"}, "--multitask must be settings by name, written '{name: value}', got lora"),
         ({"counts": [3]}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
+        ({"counts": {3: 10}}, "counts holds 3; give numbers from 2 to the 2 held-in tasks"),
+        (
+            {"counts": {2: "ten draws"}},
+            "counts: 2 has 'ten draws'; give how many random groups to draw, such as [2: 10",
+        ),
         (
             {"multitask": {"kind": "lra"}},
             "multitask names the kind 'lra', which is not among the experts; did you mean lora",
