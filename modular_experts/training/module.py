@@ -233,6 +233,11 @@ class ExpertModule(LightningModule):
         model: Any
         if self._given:
             model = self._given[0]
+            if self.has_experts and (there := len(named_experts(model))):
+                raise ValueError(
+                    f"the model holds {there} experts already; fit their module again to train them further, or take "
+                    "them out with modular_experts.eject(model)"
+                )
             if self.check_base:
                 self.opened_base.check_loaded(model)
             self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
+import modular_experts
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
@@ -182,6 +183,25 @@ def test_a_model_that_is_not_its_base_is_refused_unless_that_is_wanted(tiny_llam
     assert module.dtype_name == "bfloat16"
     with pytest.raises(ValueError, match="does not name its directory"):
         ExpertModule(conftest.build_model("llama"), "q_proj", FullExpert).configure_model()
+
+
+def test_a_model_that_holds_experts_gets_no_others_and_loses_nothing(tiny_llama_dir, task_files, tmp_path) -> None:
+    """As when a cell of a notebook runs twice."""
+    model = _loaded(tiny_llama_dir)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = ExpertModule(model, "q_proj", KINDS["element"])
+    runs.trainer(tmp_path, max_steps=1).fit(first, runs.mixture(task_files, tiny_llama_dir))
+    trained = {name: delta.dense().clone() for name, delta in first.task_vector()}
+    again = ExpertModule(model, "q_proj", KINDS["element"])
+    with pytest.raises(
+        ValueError, match=r"the model holds 2 experts already; fit .*, or take them out with modular_experts\.eject"
+    ):
+        runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
+    assert all(torch.equal(delta.dense(), trained[name]) for name, delta in first.task_vector())
+    runs.trainer(tmp_path, max_steps=1).fit(first, runs.mixture(task_files, tiny_llama_dir))
+    modular_experts.eject(model)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+    runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
 
 
 class Penalised(LoRAExpert):
