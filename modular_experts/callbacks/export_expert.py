@@ -1,17 +1,19 @@
 """ExportExpert writes what was trained into a library, with a record of its origin and its scores.
 
-With validation it exports the best state. It keeps that state among the run's files until training ends, so that an
-interrupted and resumed run still has it. Without validation it exports the last state.
+With validation it exports the best state. It keeps that state in a folder of the run's own until training ends, so that
+an interrupted and resumed run still has it. Without validation it exports the last state.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from modular_experts.callbacks.schedule import TrainedModule, schedules
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
-from modular_experts.library.expert import RECORD_FILE
+from modular_experts.library.atomic import locked
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import did_you_mean
 
@@ -41,6 +43,11 @@ class ExportedModule(Protocol):
 class ExportExpert(Callback):
     """Writes `library/<name>/` when training ends, under `ExpertModule` or any module with what `ExportedModule` has.
 
+    Until then the best state so far is an ordinary expert in `best-of-<name>-.../<name>` in the trainer's
+    `default_root_dir`. A resumed run goes on from the best state of its checkpoint if that is still there, or in the
+    library, where the run had ended and is resumed to train longer. Otherwise the best of the new steps is exported,
+    and a warning comes before them. A score that is not a number is never the best.
+
     Args:
         library: Directory of the library; made if missing.
         name: Name of the expert: letters, digits, `.`, `_` and `-`, at most 64.
@@ -55,15 +62,23 @@ class ExportExpert(Callback):
         self.target = Path(library) / name
         """Directory of the expert."""
         self.overwrite, self.monitor = overwrite, monitor
+        self._lock = ExitStack()
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self.exported = False
         """Whether the expert was written."""
         self.best: float | None = None
         """The lowest value of the monitored metric, and that of the newest validation."""
         self.newest: float | None = None
         self.best_step = self.validated_step = 0
+        self._lock.close()
+        # The folder of this run, the content hash of its best state, and where the run that it resumes had that state.
+        self._folder: Path | None = None
+        self._hash, self._places = "", list[str]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise before training if the module cannot be exported or the target cannot be written."""
+        """Forget an earlier fit; raise if the module cannot be exported or the target cannot be written."""
         missing = [name for name in ("task_vector", "record_facts") if not hasattr(pl_module, name)]
         if missing:
             raise TypeError(
@@ -71,13 +86,23 @@ class ExportExpert(Callback):
                 "the methods of callbacks.export_expert.ExportedModule"
             )
         if stage == "fit":
+            self._start_afresh()
             check_target(self.target, self.overwrite)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Delete the best state of an earlier run of this name, unless this run resumes that one."""
-        mine = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.best is None and mine and (self._best_directory(trainer) / RECORD_FILE).is_file():
-            shutil.rmtree(self._best_directory(trainer))
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on from the best state of the run that this one resumes, or warn that it is gone."""
+        if self.best is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        found = next((place for place in self._places if _content_hash(place) == self._hash), None)
+        if found is not None:
+            # The other run may still need its folder, so this one takes a copy.
+            _copy(Path(found), self._best_place(trainer), overwrite=False)
+            return
+        log.warning(
+            "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
+            *(self.best_step, ", ".join(self._places) or "its checkpoint does not say where it was"),
+        )
+        self.best, self.best_step = None, 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""
@@ -89,22 +114,20 @@ class ExportExpert(Callback):
             near = did_you_mean(self.monitor, logged)
             raise ValueError(f"monitor={self.monitor!r} is not a logged metric{near}; choose from {', '.join(logged)}")
         self.validated_step, self.newest = trainer.global_step, float(score)
-        is_whole = all(schedule.is_exportable(cast(TrainedModule, pl_module)) for schedule in schedules(trainer))
-        if is_whole and (self.best is None or float(score) < self.best):
-            self.best, self.best_step = float(score), trainer.global_step
+        if math.isnan(self.newest) or (self.best is not None and self.newest >= self.best):
+            return
+        if all(schedule.is_exportable(cast(TrainedModule, pl_module)) for schedule in schedules(trainer)):
             if trainer.is_global_zero:
-                self._write(trainer, pl_module, self._best_directory(trainer))
+                self._hash = self._write(trainer, pl_module, self._best_place(trainer))
+            self.best, self.best_step = self.newest, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the expert, and log its step, its loss and that of the last step, and its directory."""
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.exported = True
-        best = self._best_directory(trainer)
-        if self.best is not None and best.exists():
-            kept = open_expert(best)
-            write_expert(self.target, kept.items(), kept.record, overwrite=self.overwrite, state=kept.state())
-            shutil.rmtree(best)
+        if self.best is not None:
+            _copy(self._best_place(trainer), self.target, self.overwrite)
             what = "validation loss" if self.monitor == "val_loss" else self.monitor
             step, last = self.best_step, trainer.global_step
             name = f"step {step}, the last," if step == last else f"step {step}"
@@ -117,24 +140,54 @@ class ExportExpert(Callback):
             log.info("%s", "; ".join(sentences))
         else:
             self._write(trainer, pl_module, self.target)
-            log.info("exported the last of %d steps to %s", trainer.global_step, self.target)
+            why = f", as {self.monitor} was never a number" if math.isnan(self.newest or 0.0) else ""
+            log.info("exported the last of %d steps to %s%s", trainer.global_step, self.target, why)
+        # What interrupted runs of this expert left goes too, unless they go on in another process.
+        self._lock.close()
+        others = [Path(place).parent for place in self._places]
+        found = [*Path(trainer.default_root_dir).glob(f"{self._prefix}*"), *others]
+        for folder in (one for one in found if one.name.startswith(self._prefix) and one.is_dir()):
+            with suppress(BlockingIOError), locked(folder, self.target):
+                shutil.rmtree(folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the expert of a resumed run that had nothing left to train."""
+        if not self.exported:
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log the directory of the best state so far."""
-        best = self._best_directory(trainer)
-        if self.best is not None and trainer.is_global_zero and best.exists():
-            log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, best)
+        self._lock.close()
+        if self.best is not None and self._folder is not None and not self.exported:
+            place = self._best_place(trainer)
+            log.info("the best state so far, of step %d, is an ordinary expert in %s", self.best_step, place)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best", "newest", "best_step", "validated_step")}
+        kept = {name: getattr(self, name) for name in ("best", "newest", "best_step", "validated_step")}
+        places = [self.target] if self._folder is None else [self._folder / self.target.name, self.target]
+        return kept | {"content_hash": self._hash, "places": [str(_absolute(place)) for place in places]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
+        state = dict(state_dict)
+        # Version 1 had neither.
+        self._hash, self._places = state.pop("content_hash", ""), state.pop("places", [])
+        vars(self).update(state)
 
-    def _best_directory(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / f"best-of-{self.target.name}"[:64]
+    @property
+    def _prefix(self) -> str:
+        """How the names of this expert's folders begin: experts of one name in other libraries have other folders."""
+        place = hashlib.sha256(str(_absolute(self.target)).encode()).hexdigest()[:8]
+        return f"best-of-{self.target.name}-{place}-"
 
-    def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
+    def _best_place(self, trainer: Trainer) -> Path:
+        """Return the directory of the best state, in a folder that this run holds as long as it goes on."""
+        if self._folder is None:
+            self._folder = Path(trainer.default_root_dir) / f"{self._prefix}{uuid.uuid4().hex[:8]}"
+            self._folder.mkdir(parents=True)
+            self._lock.enter_context(locked(self._folder, self.target))
+        return self._folder / self.target.name
+
+    def _write(self, trainer: Trainer, module: LightningModule, path: Path) -> str:
         exported, trained = cast(ExportedModule, module), cast(TrainedModule, module)
         facts = exported.record_facts()
         settings = {**facts.pop("hyperparameters"), "steps": trainer.global_step}
@@ -156,4 +209,21 @@ class ExportExpert(Callback):
             for schedule in schedules(trainer):
                 stack.enter_context(schedule.exported(trained))
             state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
-            write_expert(path, exported.task_vector(), record, self.overwrite or path != self.target, state=state)
+            return write_expert(
+                path, exported.task_vector(), record, self.overwrite or path != self.target, state=state
+            )
+
+
+def _content_hash(place: str) -> str | None:
+    with suppress(FileNotFoundError, ValueError):
+        return open_expert(place).content_hash
+    return None
+
+
+def _copy(source: Path, target: Path, overwrite: bool) -> None:
+    kept = open_expert(source)
+    write_expert(target, kept.items(), kept.record, overwrite, state=kept.state())
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))

@@ -202,7 +202,7 @@ class FitCLI(TrainingCLI):
             log.info("this run keeps no expert; --out library/NAME keeps it")
 
     def after_fit(self) -> None:
-        """Log how to get the expert of a checkpoint, or export that of a resumed run with nothing left to train."""
+        """Log how to get the expert of a checkpoint."""
         if self.estimated is not None:
             return
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
@@ -212,9 +212,6 @@ class FitCLI(TrainingCLI):
                 "the checkpoint",
                 checkpoint,
             )
-        for export in self.exports:
-            if not export.exported:
-                export.on_train_end(self.trainer, self.model)
 
 
 class RepeatedFitCLI(FitCLI):

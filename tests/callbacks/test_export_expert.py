@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.callbacks import ExportExpert, MaskSchedule
-from modular_experts.experts import MaskedExpert, SparseExpert
+from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.library import Library, open_expert
 from modular_experts.masks import DenseThenSparse
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
 
 
 def test_the_best_state_is_exported_and_nothing_else_left(tiny_llama_dir, task_files, tmp_path) -> None:
@@ -144,21 +148,111 @@ class Interrupt(runs.Losses):
             raise KeyboardInterrupt
 
 
-def test_an_interruption_tells_where_the_best_state_is_and_a_fresh_run_clears_it_away(
+def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, **settings):
+    """Train with a rate that turns negative: of the validations, one after each step, that of step 4 is the best."""
+    torch.manual_seed(0)
+    rates = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0 if step > 3 else 1.0)
+    module = runs.module(base, expert, optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=rates)
+    settings = {"val_check_interval": 1, "enable_checkpointing": True} | settings
+    keep = {"filename": "{step}", "save_top_k": -1, "save_on_train_epoch_end": False, "enable_version_counter": False}
+    saving = ModelCheckpoint(folder / "saved", **keep)
+    trainer = runs.trainer(folder, *callbacks, saving, max_steps=steps, **settings)
+    trainer.fit(module, runs.mixture(files, base, seed=0), ckpt_path=ckpt)
+    return module
+
+
+def test_a_run_resumed_to_train_longer_keeps_the_best_state_of_before(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    place = tiny_llama_dir, task_files, tmp_path
+    first = ExportExpert(str(tmp_path / "library"), "mine")
+    _rising(*place, first)
+    before = open_expert(first.target).content_hash
+    again = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True)
+    longer = {"steps": 10, "ckpt": tmp_path / "saved" / "step=8.ckpt"}
+    _rising(*place, again, **longer)
+    assert (again.best, again.best_step) == (first.best, 4)
+    assert open_expert(again.target).content_hash == before
+    assert not list(tmp_path.glob("best-of-*"))
+    # Without that state its score means nothing.
+    shutil.rmtree(again.target)
+    _rising(*place, again, **longer)
+    assert again.best_step == 9
+    assert again.best > first.best
+    assert open_expert(again.target).record["scores"]["val_loss"] == pytest.approx(again.best)
+    assert "the best state so far, of step 4, is gone" in caplog.text
+
+
+def test_runs_under_one_folder_keep_their_best_states_apart(tiny_llama_dir, task_files, tmp_path) -> None:
+    """Within a run, another of that name starts and ends, and one whose name has the same beginning."""
+    place, long = (tiny_llama_dir, task_files, tmp_path), "n" * 63
+
+    class Within(runs.Losses):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 6:
+                for library, name in (("other", f"{long}a"), ("library", f"{long}b")):
+                    lora = ExportExpert(str(tmp_path / library), name)
+                    _rising(*place, lora, expert=partial(LoRAExpert, rank=2), steps=2)
+                    assert lora.exported
+
+    first = ExportExpert(str(tmp_path / "library"), f"{long}a")
+    _rising(*place, first, Within())
+    assert first.best_step == 4
+    stored = open_expert(first.target)
+    assert stored.record["kind"] == "SparseExpert"
+    assert stored.record["scores"]["val_loss"] == pytest.approx(first.best)
+    assert not list(tmp_path.glob("best-of-*"))
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tiny_llama_dir, task_files, tmp_path, caplog) -> None:
+    caplog.set_level("INFO", "modular_experts")
+
+    class Score(runs.Losses):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            score = math.nan if trainer.global_step < nans else float(10 - trainer.global_step)
+            trainer.callback_metrics["mine"] = torch.tensor(score)
+
+    export = ExportExpert(str(tmp_path / "library"), "mine", monitor="mine", overwrite=True)
+    nans = 2
+    _rising(tiny_llama_dir, task_files, tmp_path, Score(), export, steps=3)
+    assert (export.best, export.best_step) == (7.0, 3)
+    nans = 9
+    _rising(tiny_llama_dir, task_files, tmp_path, Score(), export, steps=2)
+    assert export.best is None
+    assert f"exported the last of 2 steps to {export.target}, as mine was never a number" in caplog.messages
+
+
+def test_an_interrupted_run_leaves_its_best_state_until_the_expert_is_complete(
     tiny_llama_dir, task_files, tmp_path, caplog
 ) -> None:
     caplog.set_level("INFO", "modular_experts")
-    library, best = str(tmp_path / "library"), tmp_path / "best-of-mine"
-    first, often = ExportExpert(library, "mine"), {"max_steps": 9, "val_check_interval": 2}
-    with pytest.raises(SystemExit):
-        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, first, Interrupt(), **often)
-    assert first.best_step in (2, 4)
-    assert f"the best state so far, of step {first.best_step}, is an ordinary expert in {best}" in caplog.text
-    open_expert(best).verify()
-    fresh = ExportExpert(library, "mine", monitor=None)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, fresh)
-    assert not best.exists()
-    assert open_expert(fresh.target).record["hyperparameters"]["steps"] == 6
+    place = tiny_llama_dir, task_files, tmp_path
+    first = ExportExpert(str(tmp_path / "library"), "mine")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            _rising(*place, first, Interrupt())
+    assert first.best_step == 4
+    left = sorted(tmp_path.glob("best-of-mine-*/mine"))
+    assert len(left) == 2, "a run that starts afresh does not touch what may be resumed"
+    for best in left:
+        assert f"the best state so far, of step 4, is an ordinary expert in {best}" in caplog.text
+        open_expert(best).verify()
+    kept = open_expert(left[0]).content_hash
+    resumed = ExportExpert(str(tmp_path / "library"), "mine")
+    _rising(*place, resumed, steps=6, ckpt=tmp_path / "saved" / "step=4.ckpt")
+    assert resumed.best_step == 4
+    assert open_expert(resumed.target).content_hash == kept
+    assert not list(tmp_path.glob("best-of-*"))
+
+
+def test_a_resumed_run_with_nothing_left_to_train_exports_its_best_state(tiny_llama_dir, task_files, tmp_path) -> None:
+    place = tiny_llama_dir, task_files, tmp_path
+    _rising(*place, ExportExpert(str(tmp_path / "library"), "mine"), steps=6)
+    rest = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True)
+    _rising(*place, rest, steps=6, ckpt=tmp_path / "saved" / "step=6.ckpt")
+    assert rest.exported
+    assert open_expert(rest.target).record["hyperparameters"]["steps"] == 4
+    assert not list(tmp_path.glob("best-of-*"))
 
 
 def test_a_name_that_leaves_the_library_is_refused() -> None:
