@@ -38,6 +38,9 @@ class AverageStates(Schedule):
         if not 0 < share <= 1:
             raise ValueError(f"share={share} is outside (0, 1]; 0.25 averages the last quarter of all steps")
         self.share = share
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self.averaged = 0
         """How many states the mean holds."""
         self._step = 0
@@ -48,7 +51,7 @@ class AverageStates(Schedule):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the states of an earlier fit."""
         if stage == "fit":
-            self.averaged = self._step = 0
+            self._start_afresh()
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -16,6 +16,11 @@ from lightning.pytorch.callbacks import Timer
 
 from modular_experts.callbacks.schedule import TrainedModule
 
+# If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. This one has no other
+# effect, because `EvenValidation` says after which batch to validate. It is a number that no user types, and so the
+# mark of a trainer that an earlier fit took over.
+_INTERVAL = 0.5 + 2**-20
+
 
 def share_done(trainer: Trainer, module: TrainedModule) -> float:
     """Return how much of a fit is done, from 0 to 1: of its steps, or of `trainer.max_time` if that ends it first."""
@@ -54,10 +59,10 @@ class EvenValidation(Callback):
         if self.times and trainer.num_sanity_val_steps == 2:
             trainer.num_sanity_val_steps = math.inf
         interval: Any = trainer.val_check_interval
-        if self.times and isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1:
-            # Early stopping and checkpoints look after each validation if this is not 1.0; otherwise it has no effect,
-            # because the hooks below say after which batch to validate.
-            trainer.val_check_interval, self.active = 0.5, True
+        free = isinstance(interval, float) and interval in (1.0, _INTERVAL) and trainer.check_val_every_n_epoch == 1
+        self.active, self.validated_step, self._times, self._parts = bool(self.times and free), 0, 0, 0
+        if self.active:
+            trainer.val_check_interval = _INTERVAL
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide how many validations are worth their time."""

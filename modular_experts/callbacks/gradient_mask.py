@@ -38,6 +38,7 @@ class GradientMask(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the masked parameters; raise if a mask does not name exactly one, or has another shape."""
+        self._masked = {}
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, mask in self.masks.items():
             found = [p for full, p in trained.items() if full == name or full.endswith(f".{name}")]

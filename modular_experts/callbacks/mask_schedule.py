@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 class MaskSchedule(Schedule):
     """Chooses what sparse and masked experts train, before the first step and again at the steps of a rule.
 
+    A second fit of a module goes on with the entries and values of the first: its first choice is that of a later step.
+
     Args:
         score: Ranks the entries: a class such as `SNIP`, or a function of (weight, gradient, delta). The default is the
             expert type's: `GradientMagnitude` for `SparseExpert`, `ConnectionSensitivity` for `MaskedExpert`.
@@ -94,15 +96,21 @@ class MaskSchedule(Schedule):
         self.penalty, self.support = penalty, support
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.neighbours: list[StoredExpert] = []
+        self.is_default = False
+        """Whether a module added it by itself; such a schedule is silent where it has nothing to choose."""
+        self.leavers = leavers
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self.selections = self.passes = self.peak_bytes = 0
         self.seconds = 0.0
-        self._exchange = Exchange(leavers)
+        self._exchange = Exchange(self.leavers)
         self._last_position = -1
         self._step: StepChoice | None = None
         # Layers that got no gradient when they were due, and the position and the last one of that choice.
         self._waiting: tuple[list[str], int, int] = ([], 0, 0)
-        self.is_default = False
-        """Whether a module added it by itself; such a schedule is silent where it has nothing to choose."""
+        # Weights that an earlier fit trained on supports of their own.
+        self._settled: list[str] = []
 
     @property
     def resizes(self) -> bool:
@@ -115,8 +123,9 @@ class MaskSchedule(Schedule):
         return 4 if self.batches == "step" else self.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the experts to avoid, before anything is loaded."""
+        """Forget an earlier fit, and open the experts to avoid, before anything is loaded."""
         if stage == "fit":
+            self._start_afresh()
             self.neighbours = open_neighbours(self.avoid)
 
     def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> None:
@@ -126,8 +135,10 @@ class MaskSchedule(Schedule):
         if self._last_position >= 0 or not layers:
             return
         packed = {name: layer for name, layer in layers.items() if layer.expert.packed is not None}
-        if any(layer.expert.packed.any() for layer in packed.values() if layer.expert.packed is not None):
-            # They were trained in an earlier fit, and keep their sizes and values.
+        if _settled(layers):
+            if self.support is not None:
+                log.warning("an earlier fit chose what the experts train, so support=%r has no effect", self.support)
+            # They keep their sizes and values.
             return
         if self.support is not None:
             (other,) = open_experts([self.support])
@@ -146,7 +157,9 @@ class MaskSchedule(Schedule):
         """Warn if a listed schedule has nothing to choose; raise if a rule needs a dense start of sparse experts."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
-        for expert in (layer.expert for layer in layers.values()):
+        if self._last_position < 0:
+            self._settled = _settled(layers)
+        for expert in (layer.expert for name, layer in layers.items() if name not in self._settled):
             some = expert.support_units().numel() < expert.units and self.selections == 0
             if self._rule(expert).needs_dense_start and (some or expert.packed is not None):
                 raise ValueError(
@@ -176,8 +189,13 @@ class MaskSchedule(Schedule):
         overdue = self.selections == 0 and position >= last
         due = {}
         for name, layer in layers.items():
-            later = overdue or self._rule(layer.expert).is_due(position, last)
-            if layer.expert.selects_at_start if position == 0 else later:
+            rule = self._rule(layer.expert)
+            if name in self._settled:
+                # Its first choice, and its only one after a dense start, was made in an earlier fit.
+                is_due = position > 0 and not rule.needs_dense_start and rule.is_due(position, last)
+            else:
+                is_due = overdue or rule.is_due(position, last) if position else layer.expert.selects_at_start
+            if is_due:
                 due[name] = layer
         within = {name: layer for name, layer in due.items() if self._in_step(layer.expert)}
         before = {name: layer for name, layer in due.items() if name not in within}
@@ -350,7 +368,8 @@ class MaskSchedule(Schedule):
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("selections", "seconds", "passes", "peak_bytes")}
         moved = {"touched": dict(self._exchange.touched), "stash": dict(self._exchange.stash)}
-        return counts | {"last_position": self._last_position, "waiting": self._waiting} | moved
+        places = {"last_position": self._last_position, "waiting": self._waiting, "settled": self._settled}
+        return counts | places | moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("selections", "seconds", "passes", "peak_bytes"):
@@ -358,10 +377,21 @@ class MaskSchedule(Schedule):
         self._last_position = state_dict["last_position"]
         # Version 1 had no layers that waited.
         self._waiting = state_dict.get("waiting", self._waiting)
+        self._settled = state_dict.get("settled", [])
         self._exchange.touched, self._exchange.stash = dict(state_dict["touched"]), dict(state_dict["stash"])
 
     def _rule(self, expert: Selectable) -> Rule:
         return self.rule or expert.rule
+
+
+def _settled(layers: Layers) -> list[str]:
+    """Return the weights whose experts have moved, on a support of their own: a dense start is over, or had none."""
+    experts = {name: layer.expert for name, layer in layers.items()}
+    dense = [one for one in experts.values() if one.packed is None]
+    # It is decided for all together: a choice among all weights may leave everything to one of them.
+    over = sum(one.support_units().numel() for one in dense) < sum(one.units for one in dense)
+    moved = {name: one for name, one in experts.items() if over or one.packed is not None}
+    return [name for name, one in moved.items() if bool(one.unit_change().any())]
 
 
 def _agree(ranks: int, units: Tensor) -> Tensor:

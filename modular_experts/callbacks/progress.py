@@ -57,6 +57,9 @@ class LogProgress(Callback):
     """
 
     def __init__(self) -> None:
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self.first_loss: float | None = None
         """Validation loss before the first step."""
         self.last_loss: float | None = None
@@ -65,6 +68,11 @@ class LogProgress(Callback):
         self._seconds, self._clock, self._folder = 0.0, cast(_Clock | None, None), cast(str | None, None)
         # Of the line that comes next: the sum of the losses, their number, and whether the last one is new.
         self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        if stage == "fit":
+            self._start_afresh()
 
     @property
     def rows(self) -> int:

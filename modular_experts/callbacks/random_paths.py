@@ -61,6 +61,11 @@ class RandomPaths(Schedule):
         for _, expert in _experts(pl_module):
             expert.drawn = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do so too if training ends early; a model that could not be loaded has no experts."""
+        if hasattr(pl_module, "model"):
+            self.on_fit_end(trainer, pl_module)
+
 
 def _experts(module: LightningModule) -> Iterator[tuple[str, GLoRAExpert]]:
     for name, layer in expert_layers(cast(TrainedModule, module).model):

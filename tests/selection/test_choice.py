@@ -690,14 +690,45 @@ def test_an_expert_that_moves_every_entry_is_not_avoided(neighbours, caplog) -> 
     assert "full moves every entry (Dense) and is not avoided" in caplog.text
 
 
-def test_a_second_fit_goes_on_from_the_first(tiny_llama_dir, task_files, tmp_path) -> None:
-    module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    norms = []
-    for steps in (8, 1):
-        trainer = runs.trainer(tmp_path, MaskSchedule(scope="global", rule=SelectOnce(), seed=0), max_steps=steps)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-        norms.append(sum(delta.norm() for _, delta in module.task_vector()))
-    assert norms[1] > 0.5 * norms[0]
+@pytest.mark.parametrize(
+    ("kind", "settings", "steps"),
+    [
+        (SPARSE, {}, 1),
+        (SPARSE, {"rule": SelectOnce()}, 3),
+        (SPARSE, {"scope": "global", "batches": 2}, 1),
+        (partial(SparseExpert, **UNITS["block"]), {}, 1),
+        (MASKED, {}, 3),
+        (MASKED, {"rule": DenseThenSparse(0.5, rewind=True)}, 3),
+        (partial(MaskedExpert, dense_start=False), {}, 3),
+    ],
+    ids=["default", "once", "global", "tiles", "masked", "dense-start", "random-start"],
+)
+def test_a_second_fit_begins_with_all_that_the_first_trained(
+    kind, settings, steps, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    """With a rate of zero from there on, whatever changes was thrown away."""
+    rate = 1e-2
+    module = runs.module(tiny_llama_dir, kind, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate))
+    schedule = MaskSchedule(**settings)
+    data = runs.mixture(task_files, tiny_llama_dir)
+    runs.trainer(tmp_path, schedule, max_steps=6).fit(module, data)
+    trained = {name: delta.dense().clone() for name, delta in module.task_vector()}
+    assert any(dense.any() for dense in trained.values())
+    # `GrowAndDrop` exchanges entries at the second of few steps.
+    rate = 0.0
+    runs.trainer(tmp_path, schedule, max_steps=steps).fit(module, data)
+    assert all(torch.equal(delta.dense(), trained[name]) for name, delta in module.task_vector())
+
+
+def test_another_support_in_a_second_fit_has_no_effect_and_says_so(
+    neighbours, tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=2)
+    kept = {name: layer.expert.support_units().clone() for name, layer in expert_layers(module.model)}
+    shared = MaskSchedule(support=str(neighbours / "a"))
+    runs.trainer(tmp_path, shared, max_steps=1).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert all(torch.equal(la.expert.support_units(), kept[name]) for name, la in expert_layers(module.model))
+    assert "an earlier fit chose what the experts train, so support=" in caplog.text
 
 
 def test_weights_only_checkpoints_bring_their_sizes(tiny_llama_dir, task_files, tmp_path) -> None:
