@@ -21,7 +21,7 @@ def compress(
     out: str,
     slack: float = 0.02,
     evaluations: int = 48,
-    members: Literal["importance", "windows"] = "importance",
+    members: Literal["importance", "windows", "masks"] = "importance",
     multiple: int = 8,
     damping: float = 0.01,
     tokens: int = 8192,
@@ -46,7 +46,7 @@ def compress(
         out: Directory of the smaller base.
         slack: The fewest are `keep - slack`.
         evaluations: Candidates that the search measures.
-        members: Blocks keep members by importance, or windows.
+        members: Blocks keep members by importance, windows, or masks.
         multiple: Divisor of the width of an MLP.
         damping: Pull of corrected weights to old ones.
         tokens: Tokens of training rows; take several times the width of an MLP.

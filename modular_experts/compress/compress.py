@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,9 +31,9 @@ from modular_experts.data.tasks import Tasks
 from modular_experts.jobs import JSONLines
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions
-from modular_experts.tuning.evolution import Choice, Evolution, Genes, Whole
+from modular_experts.tuning.evolution import Choice, Evolution, Gene, Genes, Mask, Whole
 
-Members = Literal["importance", "windows"]
+Members = Literal["importance", "windows", "masks"]
 Written = Literal["base", "cut", "reformed"]
 WINDOWS = 8
 """A window of what stays starts after 0, 1, ... or all 8 eighths of the members that are removed."""
@@ -141,7 +142,9 @@ def compress(
         slack: The fewest parameters are `keep - slack` of them.
         evaluations: Candidates that the search measures.
         members: `importance` lets the search choose for each block between two rankings of what it can lose;
-            `windows` lets it choose where a contiguous stretch starts, as the released code does.
+            `windows` lets it choose where a contiguous stretch starts, as the released code does; `masks` starts from
+            the members with the best of the paper's scores (`Ranking.entrywise`) and lets it exchange some of them, as
+            the paper's text does.
         multiple: The number of channels that an MLP keeps is a multiple of this, unless it keeps all of them, because
             GPUs multiply such matrices faster.
         damping: Strength of the pull of corrected weights to what they were, as a share of the mean squared input.
@@ -168,7 +171,7 @@ def compress(
     if not 0 < damping < math.inf:
         raise ValueError(f"damping={damping} must be a positive number, such as 0.01")
     if members not in get_args(Members):
-        raise ValueError(f"members={members!r} must be 'importance' or 'windows'")
+        raise ValueError(f"members={members!r} must be one of {', '.join(map(repr, get_args(Members)))}")
     counts = {"evaluations": evaluations, "multiple": multiple, "tokens": tokens, "search_tokens": search_tokens}
     for name, value in (counts | {"test_tokens": test_tokens, "length": length}).items():
         if value < (least := 2 if "token" in name or name == "length" else 1):
@@ -274,32 +277,54 @@ def _search(
 ) -> tuple[Kept, list[float]]:
     """Return the best candidate, and the perplexity of all in order.
 
-    A candidate has a gene for each block that tells whether it stays, one for the number of groups, and one for each
-    block that tells which of its groups and channels stay. The channels are as many as the window has room for.
+    A candidate has a gene for each block that tells whether it stays, one for the number of groups, and for each block
+    one that tells which of its groups and channels stay, or a mask of each. The channels are as many as the window has
+    room for. A mask of another size than a candidate's loses its members with the lowest scores, or gets the best of
+    the others; so one that holds all stands for the best.
     """
     removable, depth = window.removable, window.removable.blocks
     rankings = [ranking.contribution, ranking.compensated]
-    choices = Choice(len(rankings)) if members == "importance" else Whole(0, WINDOWS)
-    space = [*[Choice(2)] * depth, Whole(1, removable.groups), *[choices] * depth]
+    totals = {kind: int(getattr(removable, kind)) for kind in removable.readers}
+    modes: dict[Members, tuple[list[Gene], Genes]] = {
+        "importance": ([Choice(len(rankings))], (0,)),
+        "windows": ([Whole(0, WINDOWS)], (0,)),
+        "masks": ([Mask(total) for total in totals.values()], tuple("1" * total for total in totals.values())),
+    }
+    own, first = modes[members]
+    space: list[Gene] = [*[Choice(2)] * depth, Whole(1, removable.groups), *own * depth]
+
+    def of_block(genes: Genes, block: int) -> Genes:
+        start = depth + 1 + block * len(own)
+        return genes[start : start + len(own)]
 
     def sizes(genes: Genes) -> tuple[tuple[int, ...], int, int | None]:
         blocks = tuple(block for block in range(depth) if genes[block])
         return blocks, int(genes[depth]), window.channels(len(blocks), int(genes[depth]))
 
     def within(genes: Genes) -> Genes | None:
-        # The second gene of a block that is removed changes nothing, so it is 0.
-        chosen = (*genes[: depth + 1], *(gene * stays for gene, stays in zip(genes[depth + 1 :], genes, strict=False)))
-        return chosen if sizes(genes)[2] else None
+        if not sizes(genes)[2]:
+            return None
+        # What a block that is removed would keep changes nothing, so it is that of the start.
+        chosen = [of_block(genes, block) if genes[block] else first for block in range(depth)]
+        if members == "masks":
+            held = kept(genes)
+            for block in held.blocks:
+                chosen[block] = tuple(_signs(getattr(held, kind)[block], total) for kind, total in totals.items())
+        return (*genes[: depth + 1], *chain.from_iterable(chosen))
 
     def kept(genes: Genes) -> Kept:
         blocks, groups, channels = sizes(genes)
         assert channels is not None
 
         def scores(block: int, kind: Kind) -> Tensor:
-            gene = int(genes[depth + 1 + block])
+            if members == "masks":
+                signs = str(dict(zip(totals, of_block(genes, block), strict=True))[kind])
+                first_those_in = torch.tensor([int(sign) * len(signs) for sign in signs])
+                return ranking.entrywise[kind][block].argsort().argsort() + first_those_in
+            (gene,) = map(int, of_block(genes, block))
             if members == "importance":
                 return rankings[gene][kind][block]
-            total, held = getattr(removable, kind), {"groups": groups, "channels": channels}[kind]
+            total, held = totals[kind], {"groups": groups, "channels": channels}[kind]
             start = (total - held) * gene // WINDOWS
             return torch.zeros(total).index_fill_(0, torch.arange(start, start + held), 1.0)
 
@@ -317,16 +342,21 @@ def _search(
     # least goes first.
     falling = sorted(range(depth), key=lambda block: ranking.blocks[block])
     start = [
-        (*[int(block not in falling[:gone]) for block in range(depth)], groups, *[0] * depth)
+        (*[int(block not in falling[:gone]) for block in range(depth)], groups, *first * depth)
         for groups in range(removable.groups, 0, -1)
         for gone in range(depth)
     ]
     fitting = [genes for genes in start if sizes(genes)[2]][: max(1, evaluations // 4)]
-    # A candidate has two genes for each block. Few of them change at once, because most changes of many are worse.
+    # A candidate has two or three genes for each block. Few change at once, because most changes of many are worse.
     found = Evolution(evaluations, first=1, mutation=0.05, seed=seed).search(
         space, measure, fitting, within, store, counted
     )
     return kept(found.best), [value for _, value in found.measured]
+
+
+def _signs(members: Tensor, total: int) -> str:
+    """Return the mask of these members, as `Mask` writes it."""
+    return "".join(map(str, torch.zeros(total, dtype=torch.int64).index_fill_(0, members, 1).tolist()))
 
 
 def magnitude_removal(window: Window) -> Kept | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modular_experts.compress.reform import BlockByBlock, oriented
-from modular_experts.compress.removable import Kept, Kind, Removable
+from modular_experts.compress.removable import Kept, Kind, Part, Removable
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class Ranking:
             text: `sum_ij G_ij W_i . W_j` over its inputs, with the Gram matrix G of the inputs.
         compensated: The squared error of a removal for which the layer's other inputs make up: the same sum with the
             inverse of these inputs' part of `G^-1` in the place of G (optimal brain surgeon, Hassibi and Stork, 1993).
+        entrywise: The paper's score: the sum of `W_ij^2 / [(2 G)^-1]_jj` over all entries that a removal takes, rows of
+            the layers that make a group or channel and columns of the layer that reads it, each with the Gram matrix G
+            of its own layer's inputs.
     """
 
     blocks: list[float]
     contribution: Mapping[Kind, list[Tensor]]
     compensated: Mapping[Kind, list[Tensor]]
+    entrywise: Mapping[Kind, list[Tensor]]
 
 
 @torch.no_grad()
@@ -45,12 +49,16 @@ def rank(
     hidden, turned = steps.embedded, []
     contribution: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
     compensated: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
+    entrywise: dict[Kind, list[Tensor]] = {kind: [] for kind in removable.readers}
     for place, block in enumerate(steps.blocks):
-        grams, after = steps.grams(place, hidden)
-        for kind, gram in grams.items():
+        firsts = [removable.makers(kind)[0] for kind in removable.readers]
+        grams, after = steps.grams(place, hidden, [*firsts, *removable.readers.values()])
+        for name, gram in grams.items():
+            grams[name] = gram.double()
+            grams[name].diagonal().add_(damping * grams[name].diagonal().mean())
+        for kind, reader in removable.readers.items():
             weight, count = oriented(removable.reader(block, kind)).double(), getattr(removable, kind)
-            gram = gram.double()
-            gram.diagonal().add_(damping * gram.diagonal().mean())
+            gram = grams[reader]
             inverse, unit = torch.linalg.inv(gram), len(gram) // count
             own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
             if unit == 1:
@@ -64,12 +72,20 @@ def rank(
                     others[member] = (torch.linalg.inv(inverse[these, these]) * products).sum()
             contribution[kind].append(own.cpu())
             compensated[kind].append(others.cpu())
+            makers, total = removable.makers(kind), torch.zeros(count, dtype=gram.dtype)
+            known = torch.linalg.inv(grams[makers[0]]).diagonal()
+            for name in (*makers, reader):
+                # Rows of a layer that makes the parts, columns of the one that reads them.
+                dim, spread = (0, inverse.diagonal()) if name == reader else (1, known)
+                entries = 2 * oriented(block.get_submodule(name)).double().square() / spread
+                total += _by_member(entries.sum(dim).cpu(), removable.parts[f"{name}.weight"], count)
+            entrywise[kind].append(total)
         pairs = zip(hidden, after, strict=True)
         alike = torch.cat([nn.functional.cosine_similarity(one, other, dim=-1).flatten() for one, other in pairs])
         turned.append(1 - alike.double().mean().item())
         hidden = after
         progress()
-    return Ranking(turned, contribution, compensated)
+    return Ranking(turned, contribution, compensated, entrywise)
 
 
 @torch.no_grad()
@@ -87,10 +103,15 @@ def magnitudes(removable: Removable) -> dict[Kind, list[Tensor]]:
                         if weights[name].dim() > 1
                         else weights[name].detach().double().square().cpu()
                     )
-                    for stretch in squares.split([unit * len(total) for unit in part.units]):
-                        total += stretch.view(len(total), -1).sum(1)
+                    total += _by_member(squares, part, len(total))
             listed.append(total)
     return found
+
+
+def _by_member(values: Tensor, part: Part, count: int) -> Tensor:
+    """Return for each of `count` groups or channels the sum of what lies at its entries along a part's dimension."""
+    stretches = values.split([unit * count for unit in part.units])
+    return torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
 
 
 def best(

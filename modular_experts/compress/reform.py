@@ -12,7 +12,7 @@ is removed stays as it is, and the error on the text never grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.base.structure import is_transposed
-from modular_experts.compress.removable import Kept, Kind, Removable
+from modular_experts.compress.removable import Kept, Removable
 
 
 class LayerError(NamedTuple):
@@ -102,9 +102,9 @@ def reform(
     hidden = whole.embedded
     for place, number in enumerate(kept.blocks):
         large, block = whole.blocks[number], parts.blocks[place]
-        grams, _ = whole.grams(number, hidden)
-        for kind, gram in grams.items():
-            name = removable.readers[kind]
+        grams, _ = whole.grams(number, hidden, removable.readers.values())
+        for kind, name in removable.readers.items():
+            gram = grams[name]
             indices = removable.indices(removable.parts[f"{name}.weight"], kept, number).to(gram.device)
             if len(indices) == len(gram):
                 continue
@@ -173,19 +173,19 @@ class BlockByBlock:
         outputs = [self.blocks[place](one, *given, **named) for one in hidden]
         return [one[0] if isinstance(one, tuple) else one for one in outputs]
 
-    def grams(self, place: int, hidden: list[Tensor]) -> tuple[dict[Kind, Tensor], list[Tensor]]:
-        """Return `X^T X` of the inputs of the layers that read groups and channels, and what the block makes."""
-        found: dict[Kind, Tensor] = {}
+    def grams(self, place: int, hidden: list[Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return `X^T X` of the inputs of layers of a block, by their names there, and what the block makes."""
+        found: dict[str, Tensor] = {}
 
-        def take(kind: Kind, _: nn.Module, given: tuple[Any, ...]) -> None:
+        def take(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
             inputs = given[0].reshape(-1, given[0].shape[-1])
             product = inputs.T @ inputs
-            found[kind] = found[kind] + product if kind in found else product
+            found[name] = found[name] + product if name in found else product
 
         with ExitStack() as hooks:
-            for kind in self._removable.readers:
-                layer = self._removable.reader(self.blocks[place], kind)
-                hooks.callback(layer.register_forward_pre_hook(partial(take, kind)).remove)
+            for name in layers:
+                layer = self.blocks[place].get_submodule(name)
+                hooks.callback(layer.register_forward_pre_hook(partial(take, name)).remove)
             made = self.through(place, hidden)
         return found, made
 

@@ -113,6 +113,11 @@ class Removable:
         """Return the layer of a block that reads its groups or channels."""
         return block.get_submodule(self.readers[kind])
 
+    def makers(self, kind: Kind) -> list[str]:
+        """Return the names within a block of the layers that make its groups or channels, all of the same inputs."""
+        weights = [name for name, part in self.parts.items() if part.kind == kind and name.endswith(".weight")]
+        return [name for name in (weight.removesuffix(".weight") for weight in weights) if name != self.readers[kind]]
+
     def whole(self) -> Kept:
         """Return what stays if nothing is removed."""
         blocks, groups, channels = range(self.blocks), torch.arange(self.groups), torch.arange(self.channels)

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from modular_experts.progress import Progress
 
-Genes = tuple[int | float, ...]
+Value = int | float | str
+Genes = tuple[Value, ...]
 
 TRIES = 1000
 """How often a candidate that is outside the limit, or was measured before, is made anew."""
@@ -29,10 +30,10 @@ TRIES = 1000
 class Gene(Protocol):
     """What a place of a candidate may hold."""
 
-    def draw(self, numbers: random.Random, /) -> int | float:
+    def draw(self, numbers: random.Random, /) -> Value:
         """Return any value."""
 
-    def changed(self, value: int | float, length: float, numbers: random.Random, /) -> int | float:
+    def changed(self, value: Value, length: float, numbers: random.Random, /) -> Value:
         """Return another value; a number moves by about `length` times its range, or may stay as it is."""
 
 
@@ -45,7 +46,7 @@ class Choice:
     def draw(self, numbers: random.Random) -> int:
         return numbers.randrange(self.count)
 
-    def changed(self, value: int | float, length: float, numbers: random.Random) -> int:
+    def changed(self, value: Value, length: float, numbers: random.Random) -> int:
         return (int(value) + numbers.randrange(1, max(self.count, 2))) % self.count
 
 
@@ -59,7 +60,7 @@ class Whole:
     def draw(self, numbers: random.Random) -> int:
         return numbers.randint(self.lowest, self.highest)
 
-    def changed(self, value: int | float, length: float, numbers: random.Random) -> int:
+    def changed(self, value: Value, length: float, numbers: random.Random) -> int:
         step = length * (self.highest - self.lowest) * numbers.gauss(0, 1)
         # A step below one half still moves every other time, but leaves numbers beside it a chance to move alone.
         moved = int(value) + int(math.copysign(max(round(abs(step)), numbers.randrange(2)), step))
@@ -76,9 +77,39 @@ class Real:
     def draw(self, numbers: random.Random) -> float:
         return numbers.uniform(self.lowest, self.highest)
 
-    def changed(self, value: int | float, length: float, numbers: random.Random) -> float:
+    def changed(self, value: Value, length: float, numbers: random.Random) -> float:
         step = length * (self.highest - self.lowest) * numbers.gauss(0, 1)
-        return min(max(value + step, self.lowest), self.highest)
+        return min(max(float(value) + step, self.lowest), self.highest)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Some of `count` members, as a text with 1 for each member that is in and 0 for each that is not.
+
+    A change keeps how many are in. It exchanges some of them for as many others: so few that more than `overlap` of
+    those that were in stay, but at least one.
+
+    The paper (Search for efficient LLMs, algorithm 1) draws whole masks until one of them overlaps enough. Of many
+    members such a mask would hardly be found, so the exchange is drawn: first its size, then its members.
+    """
+
+    count: int
+    overlap: float = 0.8
+
+    def draw(self, numbers: random.Random) -> str:
+        return self._text(numbers.sample(range(self.count), numbers.randint(1, self.count)))
+
+    def changed(self, value: Value, length: float, numbers: random.Random) -> str:
+        held = [member for member, sign in enumerate(str(value)) if sign == "1"]
+        others = sorted({*range(self.count)} - {*held})
+        most = min(len(held) - math.floor(self.overlap * len(held)) - 1, len(others))
+        exchanged = numbers.randint(1, max(most, 1)) if held and others else 0
+        stays = numbers.sample(held, len(held) - exchanged)
+        return self._text([*stays, *numbers.sample(others, exchanged)])
+
+    def _text(self, members: Sequence[int]) -> str:
+        held = set(members)
+        return "".join("1" if member in held else "0" for member in range(self.count))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.compress import compress
+from modular_experts.compress import Kept, Removable, compress
+from modular_experts.compress.ranking import rank
 from modular_experts.compress.text import perplexity, read_texts
 
 SMALL = {"multiple": 4, "slack": 0.1, "evaluations": 8, "tokens": 400, "search_tokens": 80, "test_tokens": 200}
@@ -86,14 +87,13 @@ def test_the_dtype_of_the_base_stays(tasks, tmp_path) -> None:
     assert json.loads((tmp_path / "smaller/config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_best_candidate_is_written_and_equal_seeds_find_it_again(tiny, tasks, tmp_path) -> None:
-    one = compress(tiny("llama"), tasks, tmp_path / "one", keep=0.7, **SMALL)
+@pytest.mark.parametrize("members", ["importance", "masks"])
+def test_the_best_candidate_is_written_and_equal_seeds_find_it_again(members, tiny, tasks, tmp_path) -> None:
+    one = compress(tiny("llama"), tasks, tmp_path / "one", keep=0.7, members=members, **SMALL)
     assert len(one.searched) == 8
-    compress(tiny("llama"), tasks, tmp_path / "other", keep=0.7, **SMALL)
+    compress(tiny("llama"), tasks, tmp_path / "other", keep=0.7, members=members, **SMALL)
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "other")
     # Cut by hand, the members that the record names give the lowest perplexity of the search.
-    from modular_experts.compress import Kept, Removable
-
     model = Base.open(tiny("llama")).load()
     kept = {
         kind: {int(block): torch.tensor(held) for block, held in members.items()}
@@ -122,6 +122,32 @@ def test_of_the_cut_and_the_corrected_model_the_better_on_validation_rows_is_wri
     assert perplexity(small, texts["test"]) == pytest.approx(found["perplexity"][better], rel=1e-6)
     cut, written = found["searched"][0], perplexity(small, texts["validation"])
     assert written == pytest.approx(cut, rel=1e-6) if better == "cut" else written < cut - 1e-3
+
+
+def test_masks_start_at_the_best_scores_of_the_paper_and_exchange_members(tiny, tasks, tmp_path) -> None:
+    def stop(what: str, done: float, total: float) -> None:
+        if what == "correcting":
+            raise KeyboardInterrupt
+
+    how = SMALL | {"members": "masks", "keep": 0.8, "slack": 0.02, "evaluations": 12}
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny("llama"), tasks, tmp_path / "smaller", progress=stop, **how)
+    (left,) = tmp_path.glob(".smaller.*/search.jsonl")
+    # Two blocks stay or go, groups of heads are counted, and a block has a mask of its groups and one of its channels.
+    masks = {}
+    for *blocks, _, groups_0, channels_0, groups_1, channels_1 in [
+        json.loads(line)["key"] for line in left.read_text().splitlines()
+    ]:
+        assert blocks == [1, 1], "the window has no room for one block alone"
+        assert (groups_0.count("1"), channels_0.count("1")) == (groups_1.count("1"), channels_1.count("1"))
+        masks.setdefault(channels_0.count("1"), []).append((channels_0, channels_1))
+    texts = read_texts(tasks, conftest.build_tokenizer(), {"train": SMALL["tokens"]}, SMALL["length"])
+    scores = rank(Removable(Base.open(tiny("llama")).load(), "base"), texts["train"]).entrywise["channels"]
+    count, found = next(iter(masks.items()))
+    for block, mask in enumerate(found[0]):
+        assert {place for place in range(48) if mask[place] == "1"} == {*scores[block].topk(count).indices.tolist()}
+    others = [sum(one != new for one, new in zip("".join(found[0]), "".join(new), strict=True)) for new in found[1:]]
+    assert 0 < min(filter(None, others)) < count / 4, "few of the members are exchanged at once"
 
 
 def test_windows_are_contiguous(tiny, tasks, tmp_path) -> None:
@@ -189,7 +215,7 @@ def test_rows_take_turns_and_splits_stay_apart(tasks) -> None:
         ({"keep": float("nan")}, r"keep=nan must be in \(0, 1\]"),
         ({"slack": 0}, r"slack=0 must be in \(0, 1\)"),
         ({"damping": 0}, "damping=0 must be a positive number"),
-        ({"members": "random"}, "members='random' must be 'importance' or 'windows'"),
+        ({"members": "random"}, "members='random' must be one of 'importance', 'windows', 'masks'"),
         ({"evaluations": 0}, "evaluations=0 must be at least 1"),
         ({"test_tokens": 1}, "test_tokens=1 must be at least 2"),
         ({"keep": 0.05}, r"keep=0.05 and slack=0.1: .* leaves between 0.00% and 5.00% .* nearest is keep=0.3\d"),

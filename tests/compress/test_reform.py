@@ -132,3 +132,40 @@ def test_contributions_are_what_a_removal_changes_and_magnitudes_what_it_takes(a
         "gpt2": lambda mlp: [mlp.c_fc.weight[:, 3], mlp.c_fc.bias[3], mlp.c_proj.weight[3]],
     }[architecture](block.mlp)
     assert sizes[3].item() == pytest.approx(sum(one.square().sum().item() for one in wanted))
+
+
+# By architecture and kind: the layers of which a member takes entries, its first entry in each and how many they are,
+# along rows (0) or columns (1) of the stored weight.
+TAKEN = {
+    ("llama", "groups"): [("q_proj", 0, 0, 16), ("k_proj", 0, 0, 8), ("v_proj", 0, 0, 8), ("o_proj", 1, 0, 16)],
+    ("phi3", "groups"): [("qkv_proj", 0, 0, 16), ("qkv_proj", 0, 32, 8), ("qkv_proj", 0, 48, 8), ("o_proj", 1, 0, 16)],
+    ("llama", "channels"): [("gate_proj", 0, 0, 1), ("up_proj", 0, 0, 1), ("down_proj", 1, 0, 1)],
+    ("phi3", "channels"): [("gate_up_proj", 0, 0, 1), ("gate_up_proj", 0, 48, 1), ("down_proj", 1, 0, 1)],
+    ("gpt2", "channels"): [("c_fc", 1, 0, 1), ("mlp.c_proj", 0, 0, 1)],
+}
+
+
+@pytest.mark.parametrize(("architecture", "kind"), TAKEN)
+@torch.no_grad()
+def test_the_score_of_the_paper_sums_what_each_entry_weighs(architecture, kind) -> None:
+    model = model_of(architecture)
+    removable = Removable(model, architecture)
+    found = rank(removable, TEXT, damping=0).entrywise[kind][1]
+    layers, inputs = dict(removable.modules(model)[1].named_modules()), {}
+    for name, first in [
+        (name, next(one for one in layers if one.endswith(name))) for name, *_ in TAKEN[architecture, kind]
+    ]:
+        layers[name] = layers[first]
+        layers[first].register_forward_pre_hook(lambda _, given, name=name: inputs.setdefault(name, given[0]))
+    model(TEXT)
+    wanted = [0.0] * len(found)
+    for name, dim, start, unit in TAKEN[architecture, kind]:
+        x = inputs[name].flatten(0, 1).T
+        spread = torch.linalg.inv(2 * x @ x.T).diagonal().tolist()
+        transposed = architecture == "gpt2"
+        for i, row in enumerate(layers[name].weight.tolist()):
+            for j, entry in enumerate(row):
+                member = ((j if dim else i) - start) // unit
+                if 0 <= member < len(wanted):
+                    wanted[member] += entry**2 / spread[i if transposed else j]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-8)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 
 from modular_experts.jobs import JSONLines
-from modular_experts.tuning.evolution import Choice, Evolution, Real, Whole
+from modular_experts.tuning.evolution import Choice, Evolution, Mask, Real, Whole
 
 SPACE = [Choice(4)] * 12
 COSTS = [1 + place % 3 for place in range(12)]
@@ -85,10 +86,10 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_search_goes_on_exactly_where_it_was(tmp_path) -> None:
-    space = [*SPACE[:6], Whole(1, 9), Real(0, 1)]
+    space = [*SPACE[:6], Whole(1, 9), Real(0, 1), Mask(5)]
 
     def function(genes):
-        return rugged(genes[:6]) + abs(genes[6] - 4) + genes[7]
+        return rugged(genes[:6]) + abs(genes[6] - 4) + genes[7] + genes[8].index("1")
 
     whole = Evolution(evaluations=120, seed=3).search(space, function)
     asked = []
@@ -127,6 +128,35 @@ def test_one_parent_closes_in_on_the_bottom_of_a_bowl(bottom, seed) -> None:
     assert found.best == pytest.approx(bottom, abs=0.02)
     outside = single.search([Real(-1.5, 1.5)] * 3, lambda genes: sum(abs(gene - 4) for gene in genes))
     assert outside.best == (1.5, 1.5, 1.5), "a best point outside of the range ends at its bound"
+
+
+@pytest.mark.parametrize(
+    ("held", "overlap", "most"), [(20, 0.8, 3), (25, 0.5, 12), (30, 0.9, 2), (3, 0.8, 1), (38, 0.5, 2)]
+)
+def test_a_changed_mask_holds_as_many_and_keeps_more_than_the_overlap(held, overlap, most) -> None:
+    numbers, mask = random.Random(0), Mask(40, overlap)
+    old = "1" * held + "0" * (40 - held)
+    exchanged, gone = [], set()
+    for _ in range(400):
+        new = mask.changed(old, 1 / 6, numbers)
+        assert (len(new), new.count("1")) == (40, held)
+        left = {place for place in range(held) if new[place] == "0"}
+        exchanged.append(len(left))
+        gone |= left
+    assert {*exchanged} == {*range(1, most + 1)}, "more than the overlap stays, or all but one"
+    assert gone == {*range(held)}, "each member may go"
+    assert [mask.changed(same * 40, 1 / 6, numbers) for same in "01"] == ["0" * 40, "1" * 40]
+
+
+def test_masks_end_at_the_best_members() -> None:
+    worth = [(7 * member) % 24 for member in range(24)]
+
+    def missed(genes):
+        return -sum(worth[member] for member, sign in enumerate(genes[0]) if sign == "1")
+
+    single = Evolution(evaluations=300, first=1, parents=1, crossover=0.0)
+    found = single.search([Mask(24)], missed, within=lambda genes: genes if genes[0].count("1") == 8 else None)
+    assert found.value == -sum(sorted(worth)[-8:])
 
 
 def test_whole_numbers_end_at_the_best_ones() -> None:
