@@ -86,9 +86,16 @@ def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
         if not expert.mergeable:
+            record = expert.record
+            built_in = str(record.get("class_path")).startswith("modular_experts.") and "+" not in record["kind"]
+            instead = "evaluate, generate and test use it as it is"
+            if not built_in:
+                instead = "injection.load_expert_state gives its state to experts of its class in a model"
+            if len(experts) > 1:
+                instead = "leave it out of the list"
             raise ValueError(
-                f"{expert.name} cannot be merged or added to its base, because {expert.not_mergeable_because}; leave "
-                "it out of the list"
+                f"{expert.name} cannot be merged or added to its base, because {expert.not_mergeable_because}; "
+                + instead
             )
 
 

@@ -135,9 +135,14 @@ def test_the_commands_take_a_routed_expert(run, place, tasks, tiny_llama_dir, ta
 
 def test_a_routed_expert_is_not_merged_or_added(run, place, tasks):
     assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
+    sentence = "r cannot be merged or added to its base, because its router chooses experts by the input; "
     code, _, err = run("merge", "--experts", "library/r", "library/upper", "--method", "Average", "--out", "library/x")
     assert code == 1
-    assert "r cannot be merged or added to its base, because its router chooses experts by the input" in err
+    assert f"{sentence}leave it out of the list" in err
+    for command in (["apply", "--experts", "library/r"], ["export", "library/r", "--form", "lora"]):
+        code, _, err = run(*command, "--out", "x")
+        assert code == 1
+        assert f"{sentence}evaluate, generate and test use it as it is" in err
     code, _, err = run("generate", "--experts", "library/r", "library/upper", "upper bat:")
     assert code == 1
     assert "r chooses by the input, so nothing can be added to it but what was trained on top of it; name it" in err
