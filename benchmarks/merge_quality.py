@@ -35,6 +35,7 @@ import torch
 from intervals import interval
 from merge_methods import METHODS, REFERENCE, Way
 from merge_worlds import Experts, RealExperts, SuiteExperts
+from selection_worlds import make_bases
 
 from modular_experts.base import DType
 from modular_experts.base.apply import applied
@@ -112,7 +113,7 @@ def _run(
     """Do in processes what is not in the file yet, and return the results of all keys."""
     store = JSONLines(file)
     left = [key for key in keys if key not in store]
-    assert all(worlds[seed].base.exists() for seed, _, _ in left)
+    make_bases(worlds[seed].base for seed, _, _ in left)
     with LocalProcesses(processes) as pool:
         run([Piece(key, work, (worlds[key[0]], *key)) for key in keys], store, pool, print_progress()).raise_failures()
     return [store[key] for key in keys]

@@ -33,6 +33,7 @@ from intervals import interval
 from lightning.pytorch import Callback
 from related_cost import costs, own_memory, print_costs
 from related_worlds import TenTasks, parser_of, run_all
+from selection_worlds import make_bases
 from step_report import machine
 from torch import Tensor
 from training_worlds import METHODS
@@ -198,7 +199,7 @@ class Apart(TenTasks):
 def _quality(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     small = {"steps": 4, "rows": 2, "count": 2, "methods": ("IsoC",), "evaluations": 3} if options.quick else {}
     worlds = {seed: Apart(seed, work, **small) for seed in options.seeds}  # type: ignore[arg-type]
-    assert all(world.base.exists() for world in worlds.values())
+    make_bases(world.base for world in worlds.values())
     store = JSONLines(work / ("quick.jsonl" if options.quick else "experts.jsonl"))
     first = worlds[options.seeds[0]]
     tried = {name: KINDS[name].rates[: 1 if options.quick else None] for name in options.kinds}

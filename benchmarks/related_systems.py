@@ -38,6 +38,7 @@ import torch
 from intervals import interval
 from related_cost import costs, own_memory, parameters, print_costs
 from related_worlds import FewFiles, HiddenWords, TenTasks, parser_of, run_all
+from selection_worlds import make_bases
 from step_report import machine
 from torch import nn
 
@@ -189,7 +190,7 @@ def _real(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def _worlds(kind: type[TenTasks], work: Path, options: argparse.Namespace, **settings: Any) -> dict[int, TenTasks]:
     worlds = {seed: kind(seed, work, **settings, **(QUICK if options.quick else {})) for seed in options.seeds}
-    assert all(world.base.exists() for world in worlds.values())
+    make_bases(world.base for world in worlds.values())
     return worlds
 
 

@@ -32,7 +32,7 @@ from typing import Any
 from intervals import interval
 from lightning.pytorch import Trainer, seed_everything
 from selection_variants import REAL, REFERENCE, VARIANTS, Variant
-from selection_worlds import QUIET, Generated, Real, model_of, tokenizer_of
+from selection_worlds import QUIET, Generated, Real, make_bases, model_of, tokenizer_of
 from torch.optim import AdamW
 
 from modular_experts.base.apply import applied
@@ -59,7 +59,7 @@ def main() -> None:
     names = [name for name in names if any(word in name for word in options.only)] if options.only else names
     pieces = [(seed, name, rate) for seed in options.seeds for name in names for rate in _rates(name, options)]
     worlds = {seed: _world(options, seed) for seed in options.seeds}
-    assert all(world.base.exists() for world in worlds.values())
+    make_bases(world.base for world in worlds.values())
     store = JSONLines(work / "results.jsonl")
     measured = [Piece(piece, _measure, (worlds[piece[0]], *piece)) for piece in pieces]
     with LocalProcesses(options.processes or os.cpu_count()) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from modular_experts.jobs import LocalProcesses
 from modular_experts.quickstart.base import make_base
 from modular_experts.quickstart.plan import Plan
 
-__all__ = ["QUIET", "Generated", "OnBase", "Real", "model_of", "tokenizer_of"]
+__all__ = ["QUIET", "Generated", "OnBase", "Real", "make_bases", "model_of", "tokenizer_of"]
 
 QUIET: dict[str, Any] = dict.fromkeys(
     ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
@@ -100,6 +100,13 @@ class Real:
         return TaskMixture(
             tasks, tokenizer, self.batch_size, 16, max_length=256, seed=self.seed, eval_limit=32, packing=False
         )
+
+
+def make_bases(bases: Iterable[Path]) -> None:
+    """Make the bases, of worlds that make their own, before processes share them; raise if another is not there."""
+    for base in bases:
+        if not base.exists():
+            raise ValueError(f"there is no base in {base}; give --real the directory of one, which make smollm2 makes")
 
 
 @cache

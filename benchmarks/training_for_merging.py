@@ -28,6 +28,7 @@ from statistics import fmean
 from typing import Any
 
 from intervals import interval
+from selection_worlds import make_bases
 from training_ways import AVERAGES, SHAPES, WAYS, Setting, folder, train
 from training_worlds import METHODS, SCALES, SPARSE, RealTasks, Suite, World
 
@@ -43,7 +44,7 @@ def main() -> None:
     options = _options()
     work = Path(options.work)
     worlds = {seed: _world(options, seed) for seed in options.seeds}
-    assert all(world.base.exists() for world in worlds.values())
+    make_bases(world.base for world in worlds.values())
     world = worlds[options.seeds[0]]
     settings = [s for kind in options.kinds for part in options.parts for s in _settings(world, part, kind)]
     # Ways that train under other experts need those of the plain way.

@@ -234,11 +234,17 @@ class ChoiceRows(TaskMixture):
     """The rows on which settings may be chosen: it gives no test row, and takes no held-out task."""
 
     def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase | None = None, **reading: Any) -> None:
-        assert all(task.held_in for task in tasks), "a held-out task must not choose anything"
+        if held_out := [task.name for task in tasks if not task.held_in]:
+            raise ValueError(
+                f"{held_out[0]} is held out, and a held-out task must not choose anything; give held-in tasks"
+            )
         super().__init__(tasks, tokenizer, **reading)
 
     def setup(self, stage: str | None = None) -> None:
-        assert stage in ("fit", "validate"), "a test row must not choose anything"
+        if stage not in ("fit", "validate"):
+            raise ValueError(
+                f"stage={stage!r} reads test rows, and a test row must not choose anything; take 'validate'"
+            )
         super().setup(stage)
 
 

@@ -34,6 +34,12 @@ def test_every_way_makes_an_expert_and_a_schedule(script) -> None:
     assert set(script.REAL) | {script.REFERENCE} <= script.VARIANTS.keys()
 
 
+def test_a_base_that_is_not_there_is_refused_before_anything_is_trained(script, tmp_path) -> None:
+    script.make_bases([tmp_path])
+    with pytest.raises(ValueError, match="there is no base in .*none; give --real the directory of one"):
+        script.make_bases([tmp_path, tmp_path / "none"])
+
+
 def test_each_way_counts_at_its_better_learning_rate_beside_the_reference(script) -> None:
     other = next(name for name in script.VARIANTS if name != script.REFERENCE)
     results = [_result(script, script.REFERENCE, seed, 1e-3, 0.8, 0.2) for seed in (0, 1)]
