@@ -36,7 +36,7 @@ def test_every_way_makes_an_expert_and_a_schedule(script) -> None:
 
 def test_a_base_that_is_not_there_is_refused_before_anything_is_trained(script, tmp_path) -> None:
     script.make_bases([tmp_path])
-    with pytest.raises(ValueError, match="there is no base in .*none; give --real the directory of one"):
+    with pytest.raises(ValueError, match=r"there is no base in .*none; give --real the directory of one"):
         script.make_bases([tmp_path, tmp_path / "none"])
 
 
