@@ -60,8 +60,8 @@ def study(
 
     Args:
         base: Directory or hub id of the base.
-        tasks: {held_in: [...], held_out: [...]} of task files, patterns such as tasks/*.jsonl, hub ids; also tasks of
-            the suite, such as Reverse, or with settings, as for `fit`.
+        tasks: {held_in: [...], held_out: [...]} of task files. Such are also patterns as tasks/*.jsonl, hub ids, tasks
+            of the suite, as Reverse, and tasks with settings, as for `fit`.
         experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
         out: Directory of the study.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
@@ -82,8 +82,8 @@ def study(
             float32.
         published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
-        metrics: Functions of a generated text and its target, by name, beside exact match and rougeL, or in the place
-            of one: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+        metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
+            and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
