@@ -28,6 +28,7 @@ from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
+from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
 
@@ -45,7 +46,8 @@ class Failure:
 class Lines(JSONLines):
     """The results of a study's pieces, of which one counts as long as what it made is in the library.
 
-    A failure is a line too: `{"failed": sentence, "trace": ...}`.
+    Statistics, merges and routes count no longer when an expert that they were made of has other contents. A failure is
+    a line too: `{"failed": sentence, "trace": ...}`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -57,20 +59,35 @@ class Lines(JSONLines):
         if found is None or "failed" in found:
             return False
         files = [self.library / one for one in found.get("files", ())]
-        return self._is_there(found.get("expert")) and all(file.exists() for file in files)
+        own = all(self._hash_of(name) == wanted for name, wanted in found.get("made_of", {}).items())
+        return own and self._is_there(found.get("expert")) and all(file.exists() for file in files)
 
     def failure(self, key: Key) -> str | None:
         """Return why a piece failed, if that is the last that is known of it."""
         return (self.get(key) or {}).get("failed")
 
     def _is_there(self, expert: Mapping[str, Any] | None) -> bool:
-        """Return whether the library has the expert of a result, and not one of other settings under its name."""
+        """Return whether the library has the expert of a result, and not one of other settings under its name.
+
+        A merge or a route stays while an expert that it was made of is missing: that may come back as it was.
+        """
         if expert is None:
             return True
         try:
-            return open_expert(self.library / expert["name"]).content_hash == expert["content_hash"]
+            found = open_expert(self.library / expert["name"])
         except (OSError, ValueError):
             return False
+        parents = found.record["parents"] if found.routed or found.record["kind"] == "merge" else []
+        return found.content_hash == expert["content_hash"] and all(
+            self._hash_of(parent["name"]) in (None, parent["content_hash"]) for parent in parents
+        )
+
+    def _hash_of(self, name: str) -> str | None:
+        """Return the content hash that the record of an expert of the library has, or None without a record."""
+        try:
+            return str(read_record(self.library / name / RECORD_FILE)["content_hash"])
+        except (OSError, ValueError):
+            return None
 
 
 class Left(NamedTuple):
@@ -114,7 +131,9 @@ def state_of(pieces: Sequence[Piece], lines: Lines) -> State:
     failed: dict[Key, Failure] = {}
     for piece in pieces:
         needed = next((key for key in piece.needs if key in failed), None)
-        if (sentence := lines.failure(piece.key)) is not None:
+        # What is done anew may be what the piece lacked.
+        is_left = needed is None and any(key not in done for key in piece.needs)
+        if (sentence := lines.failure(piece.key)) is not None and not is_left:
             failed[piece.key] = Failure(sentence)
         elif needed is not None and piece.key not in done:
             failed[piece.key] = Failure(failed[needed].sentence, failed[needed].needed or needed)
@@ -166,13 +185,14 @@ def run_study(
 ) -> State:
     """Do what is left of a study, and return what is then done and what failed.
 
-    A piece that fails stops only those that need it.
+    A piece that fails stops only those that need it. One that failed in an earlier call is tried again where a piece
+    that it needs is done anew.
 
     Args:
         study: What to do.
         out: The directory of the study; the same call goes on with an interrupted one.
         only: The stages to do, with all that they need; by default every stage.
-        retry: Whether pieces that failed in an earlier call are tried again.
+        retry: Whether all pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, if there is no executor; by default those of `LocalProcesses`, each with twice the base.
         progress: Called with how many pieces are finished, how many there are, and what the others will take. The
@@ -220,7 +240,11 @@ def run_study(
             lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
 
         run(todo, lines, pool, show, failed)
-    return state_of(pieces, lines)
+    after = state_of(pieces, lines)
+    if before.done.keys() - after.done.keys():
+        # An expert was trained anew and came out otherwise, so what was made of it is left to do.
+        return run_study(study, out, only, False, executor, processes, progress)
+    return after
 
 
 def _bytes_each(study: Study) -> int:

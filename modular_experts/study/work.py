@@ -104,7 +104,8 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     data = ChoiceRows(_tasks(study, study.held_in), **study.data)
     stored = take_statistics(experts, of, data, base=study.base, overwrite=True)  # type: ignore[arg-type]
     files = [str(one.file.relative_to(out / "library")) for one in stored]
-    return {"files": files, "seconds": time.perf_counter() - started}
+    made_of = {expert.name: expert.content_hash for expert in map(open_expert, experts)}
+    return {"files": files, "made_of": made_of, "seconds": time.perf_counter() - started}
 
 
 def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:

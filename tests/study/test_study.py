@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from testbed.here import STUDY, work_here
 
 from modular_experts.__main__ import main
-from modular_experts.library import Library, open_expert
+from modular_experts.library import Library, open_expert, open_statistics
 from modular_experts.library.atomic import locked
 from modular_experts.methods import TIES
 from modular_experts.reports import Results
@@ -260,6 +260,57 @@ def test_settings_that_come_back_find_their_expert_gone_and_train_it_again(setti
     assert open_expert("runs/mine/library/lora-upper").content_hash != first
     assert study(settings, "--only", "experts") == 0
     assert open_expert("runs/mine/library/lora-upper").content_hash == first
+
+
+def test_settings_that_come_back_take_what_a_merge_needs_of_their_own_experts(settings) -> None:
+    settings |= {"merges": ["RegMean", {"route": "Energy"}], "tasks": ["upper.jsonl", "reverse.jsonl"]}
+    other = settings | {"experts": {"lora": LORA | {"steps": 1}}}
+    for one in (settings, other, settings):
+        assert study(one, "--only", "merges") == 0
+    assert names(lines()[-5:]) == [
+        "experts lora upper 0",
+        "experts lora reverse 0",
+        "statistics lora gram 0",
+        "merges lora RegMean 2 0 0",
+        "merges lora Energy 2 0 0",
+    ]
+    library = Library("runs/mine/library")
+    made = {name: library[name].content_hash for name in ("lora-upper", "lora-reverse")}
+    for name in ("merge-lora-RegMean", "route-lora-Energy"):
+        assert {one["name"]: one["content_hash"] for one in library[name].record["parents"]} == made
+    assert open_statistics(library["lora-upper"], "gram").facts["expert"] == made["lora-upper"]
+
+
+def test_a_piece_that_failed_is_tried_again_when_what_it_needs_is_redone(settings) -> None:
+    settings |= {"merges": ["RegMean"]}
+    assert study(settings, "--only", "statistics") == 0
+    shutil.rmtree("runs/mine/library/lora-upper/statistics")
+    # As if the statistics had gone between them and the merge.
+    line = lines()[-1]
+    key = next(piece.key for piece in pieces_of(read_study(**settings), Path("runs/mine")) if piece.key[0] == "merges")
+    with Path("runs/mine", PIECES).open("a") as file:
+        file.write(
+            json.dumps({"key": key, "result": {"failed": "lora-upper has no gram statistics", "trace": ""}}) + "\n"
+        )
+    assert study(settings, "--only", "merges") == 0
+    assert names(lines()[-2:]) == [" ".join(map(str, line["key"][:-1])), "merges lora RegMean 2 0 0"]
+
+
+def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings, monkeypatch) -> None:
+    """As on a GPU, where the same training ends in other last digits."""
+    assert study(settings, "--only", "merges") == 0
+    shutil.rmtree("runs/mine/library/lora-upper")
+    trained = work.training_configs
+    monkeypatch.setattr(work, "training_configs", lambda *given: [*trained(*given), {"seed_everything": 7}])
+    assert study(settings, "--only", "merges") == 0
+    assert names(lines()[-2:]) == ["experts lora upper 0", "merges lora SparseAverage 2 0 0"]
+    library = Library("runs/mine/library")
+    assert (
+        library["merge-lora-SparseAverage"].record["parents"][0]["content_hash"] == library["lora-upper"].content_hash
+    )
+    before = len(lines())
+    assert study(settings, "--only", "merges") == 0
+    assert len(lines()) == before
 
 
 def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, capsys) -> None:
