@@ -228,10 +228,11 @@ def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(
     monkeypatch.syspath_prepend(".")
     Path("methods_of_mine.py").write_text(MINE)
     Path("experts_of_mine.py").write_text(MINE)
+    Path("metric_of_mine.py").write_text("def length(generated, target):\n    return float(len(generated))\n")
     Path("base").unlink()
     shutil.copytree(tiny_llama_dir, "base")
     settings["experts"]["own"] = LORA | {"expert": "experts_of_mine.Own"}
-    settings |= {"merges": ["SparseAverage", "methods_of_mine.Mine"]}
+    settings |= {"merges": ["SparseAverage", "methods_of_mine.Mine"], "metrics": {"n": "metric_of_mine.length"}}
 
     known = set()
 
@@ -246,6 +247,8 @@ def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(
     assert redone() == {"merges lora Mine 2 0 0", "merges own Mine 2 0 0"}
     Path("experts_of_mine.py").write_text(f"{MINE}\n# Another line.\n")
     assert redone() == {one for one in every if " own" in one}
+    Path("metric_of_mine.py").write_text("def length(generated, target):\n    return 2.0 * len(generated)\n")
+    assert redone() == {one for one in every if one.startswith(("tests", "merges"))}
     for file, change in (("config.json", {"rms_norm_eps": 0.5}), ("tokenizer_config.json", {"note": "mine"})):
         content = json.loads(Path("base", file).read_text())
         Path("base", file).write_text(json.dumps(content | change))
