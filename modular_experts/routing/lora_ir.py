@@ -25,6 +25,7 @@ class LoRAIR(LayerPlan):
 
     LoRA-IR restores images: it recognises what degraded an image, and takes the LoRAs for that. This plan is its
     analogue for text, and repeats no result on images; the task of a prompt stands in the place of the degradation.
+    The prior of its first stage, which modulates features, is left out.
 
     Training has two stages. First `fit` teaches a router the tasks of the data and freezes it: a softmax regression of
     the task of training prompts (`Classifier`), which reads the base's own hidden states. Then it trains the LoRAs,

@@ -40,7 +40,7 @@ class MoA(LayerPlan):
 
     The released code weighs by `g_t` in the sparse form too, so that no gradient reaches G; `threshold_gradient: false`
     does the same. Its prompts attend by queries after the rotary embedding; ours by those before it, so that a place
-    in the text does not matter.
+    in the text does not matter. Its authors run a SwiGLU router of width 4 and ten prompts.
 
     Args:
         modules: Patterns of the layers that get a LoRA: queries, keys, values, outputs and the last layer of the MLP by
@@ -198,7 +198,7 @@ class BlockGates(ModuleExpert):
 
 
 class SwiGLU(nn.Module):
-    """`out (silu(gate x) * up x)`, without biases."""
+    """`out (silu(gate x) * up x)`, without the biases of the released code, which start at zero."""
 
     def __init__(self, size: int, width: int, out: int) -> None:
         super().__init__()
