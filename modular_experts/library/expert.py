@@ -210,6 +210,26 @@ def open_expert(path: str | Path) -> StoredExpert:
         ValueError: A file is damaged, or the directory is a link that leads out of its library.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
+    before = _version_of(directory)
+    try:
+        return _opened(path, directory)
+    except (OSError, ValueError):
+        # Another process may replace the expert between the reads of its record and of its files.
+        if _version_of(directory) == before:
+            raise
+        return _opened(path, directory)
+
+
+def _version_of(directory: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from one that takes its place."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _opened(path: str | Path, directory: Path) -> StoredExpert:
     if not directory.is_dir():
         names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
         hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
