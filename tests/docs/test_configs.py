@@ -113,10 +113,10 @@ def test_the_study_of_phi_3_lacks_nothing_but_its_base(capsys, monkeypatch) -> N
     Path("configs").symlink_to(CONFIGS)
     words = ["study", "--config", "configs/paper/phi-3-mini.yaml", "--status"]
     assert main([*words, "--base", str(QUICKSTART / "base")]) == 0
-    # 4 kinds of 20 experts and the multitask one; 15 merges of 10 pairs, 4 fives, 2 tens and all.
+    # 4 kinds of 20 experts and the multitask one; 15 merges of 10 pairs, 10 fives, 10 tens and all.
     shown = capsys.readouterr().out
     assert "experts     0 of 81 done" in shown
-    assert "merges      0 of 255 done" in shown
+    assert "merges      0 of 465 done" in shown
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "microsoft/Phi-3-mini-4k-instruct" in error
