@@ -50,6 +50,7 @@ from modular_experts.experts import (
     TemplateBanks,
     TTLoRAExpert,
 )
+from modular_experts.experts.site import Site
 from modular_experts.jobs import JSONLines
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
@@ -324,15 +325,19 @@ def _means(column: str, results: Mapping[int, Any], tasks: Sequence[str]) -> dic
 
 def _plan(name: str) -> Any:
     """Return the plan by which the cost of a kind is measured."""
-    return {"all-linear": _with_boosters} if name.startswith("XGBLoRA") else KINDS[name].plan
+    if not name.startswith("XGBLoRA"):
+        return KINDS[name].plan
+    return {"all-linear": partial(_with_boosters, every=1 if "all blocks" in name else 3)}
 
 
-def _with_boosters(weight: Tensor) -> BoostedLoRAExpert:
+def _with_boosters(weight: Tensor, site: Site, every: int) -> BoostedLoRAExpert:
+    """Make an expert with boosters, in a round that trains one block of `every`."""
     expert = BoostedLoRAExpert(weight, rank=1)
     for _ in range(BOOSTERS):
         with torch.no_grad():
             expert.up.fill_(1e-3)
         expert.boost(torch.Generator().manual_seed(0))
+    expert.leave_out((site.depth or 0) % every != every // 2)
     return expert
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -28,9 +29,10 @@ class Boosting(Schedule):
     """Divides training into rounds; at the end of each, what was trained joins the boosters, and training starts anew.
 
     In a round only some transformer blocks are trained, drawn from the seed and the number of the round: all ranks and
-    a resumed run draw the same. The others get no step and hold no optimizer state. A new round starts from a fresh
-    product without optimizer state. The experts must be `BoostedLoRAExpert`. The learning rate goes on as `scheduler`
-    says; the paper does not state whether it starts anew, for which there is `WarmupRestarts`.
+    a resumed run draw the same. The others get no step, hold no optimizer state, and skip their products, which are
+    zero. A new round starts from a fresh product without optimizer state. The experts must be `BoostedLoRAExpert`. The
+    learning rate goes on as `scheduler` says; the paper does not state whether it starts anew, for which there is
+    `WarmupRestarts`.
 
     ReLoRA's paper resets a part of the optimizer state at a restart; here, and by an option of its released code, a
     round starts without any.
@@ -85,31 +87,42 @@ class Boosting(Schedule):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next round before its first step, so that none begins after the last."""
+        module = cast(TrainedModule, pl_module)
         number, later = divmod(trainer.global_step, self.every)
-        if later:
-            return
-        for name, layer in expert_layers(cast(TrainedModule, pl_module).model):
-            expert = cast(BoostedLoRAExpert, layer.expert)
-            generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{number}/{name}").getrandbits(63))
-            # At a later micro-batch of the same step the product is fresh, and so it is before the first step.
-            if expert.boost(generator):
-                for optimizer in trainer.optimizers:
-                    for parameter in expert.parameters():
-                        optimizer.state.pop(parameter, None)
+        trained = self.trained(module, number)
+        for name, expert in _experts(module):
+            if not later:
+                generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{number}/{name}").getrandbits(63))
+                # At a later micro-batch of the same step the product is fresh, and so it is before the first step.
+                if expert.boost(generator):
+                    for optimizer in trainer.optimizers:
+                        for parameter in expert.parameters():
+                            optimizer.state.pop(parameter, None)
+            expert.leave_out(_block(name) not in trained)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients of the other blocks away, so that the optimizer passes over them."""
         # With requires_grad=False, DDP would wait for gradients that never come.
         module = cast(TrainedModule, pl_module)
         trained = self.trained(module, trainer.global_step // self.every)
-        for name, layer in expert_layers(module.model):
+        for name, expert in _experts(module):
             if _block(name) not in trained:
-                for parameter in layer.expert.parameters():
+                for parameter in expert.parameters():
                     parameter.grad = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave experts behind that train their products."""
+        for _, expert in _experts(cast(TrainedModule, pl_module)):
+            expert.leave_out(False)
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         """Return how many rounds have begun."""
         return {"rounds": -(-trainer.global_step // self.every)}
+
+
+def _experts(module: TrainedModule) -> Iterator[tuple[str, BoostedLoRAExpert]]:
+    for name, layer in expert_layers(module.model):
+        yield name, cast(BoostedLoRAExpert, layer.expert)
 
 
 def _block(weight: str) -> str:

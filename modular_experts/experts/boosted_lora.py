@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from modular_experts.deltas import LowRank
+from modular_experts.experts.expert import zero_gradients
 from modular_experts.experts.lora import LoRAExpert
 
 
@@ -25,10 +26,13 @@ class BoostedLoRAExpert(LoRAExpert):
     in the products for a token. When their ranks add up to more than min(out, in), they become one product of that
     rank.
 
+    In a round that leaves this expert out, training skips the trained product, which is zero then: it keeps no
+    activations for it.
+
     Args:
         weight: The base weight `(out, in)`.
         rank: Inner dimension of the trained product, from 1 to min(out, in).
-        alpha: The scale is alpha / rank. The paper names no value.
+        alpha: The scale is alpha / rank. The paper's update is `W + A B`, without a factor.
         dropout: Probability, in [0, 1), of dropping an input of the trained product in training.
     """
 
@@ -40,9 +44,20 @@ class BoostedLoRAExpert(LoRAExpert):
         self.register_buffer("ups", self.up.new_zeros(self.up.shape[0], 0))
         self.downs: Tensor
         self.register_buffer("downs", self.down.new_zeros(0, self.down.shape[1]))
+        self._left_out = False
+
+    def leave_out(self, left_out: bool) -> None:
+        """Skip the trained product in training, if it is zero; `left_out=False` takes it in again."""
+        # Asking a tensor waits for the device, so it is asked once.
+        self._left_out = left_out and (self._left_out or not self.up.any())
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = super().forward(x, weight, bias)
+        if self._left_out and self.training:
+            out = F.linear(x, weight, bias)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                out = zero_gradients(out, self)
+        else:
+            out = super().forward(x, weight, bias)
         if not self.ups.shape[1]:
             return out
         return out + F.linear(F.linear(x.to(self.downs.dtype), self.downs), self.ups).to(out.dtype)

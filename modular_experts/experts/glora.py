@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.expert import Expert, zero_gradients
 
 Matrix = Literal["lora", "vector", "constant", "none"]
 Column = Literal["lora", "vector", "none"]
@@ -151,11 +151,7 @@ class GLoRAExpert(Expert):
         moved = None if bias is None else self._bias_delta(path, bias, weight)
         if moved is not None:
             out = out + moved.values.to(out.dtype)
-        if path is not self.path:
-            # Of the numbers that a path leaves out, DDP waits for a gradient too.
-            idle = sum((0 * parameter.flatten()[0] for parameter in self.parameters()), start=out.new_zeros(()))
-            out = out + idle.to(out.dtype)
-        return out
+        return out if path is self.path else zero_gradients(out, self)
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> Delta:
         return self._delta(self.path, weight)

@@ -133,6 +133,35 @@ def test_the_first_step_of_a_round_moves_each_number_by_the_learning_rate(rounds
             torch.testing.assert_close(moved, torch.full_like(moved, RATE * trained), rtol=1e-5, atol=0)
 
 
+def test_products_that_a_round_leaves_out_are_skipped_and_change_nothing(
+    rounds, tiny_llama_dir, task_files, tmp_path
+) -> None:
+    class Whole(BoostedLoRAExpert):
+        """Computes its product in every round."""
+
+        def leave_out(self, left_out: bool) -> None:
+            pass
+
+    schedule = Boosting(every=4, share=0.5, seed=2)
+    whole, _ = fit(tiny_llama_dir, task_files, tmp_path, Whole, schedule, Watch())
+    state = whole.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in rounds[0].state_dict().items())
+
+    x, weight, seen = torch.randn(5, 4), torch.randn(6, 4), {}
+    expert = BoostedLoRAExpert(weight).train()
+    for left_out in (False, True):
+        expert.leave_out(left_out)
+        assert torch.equal(expert(x, weight, None), x @ weight.T)
+        seen[left_out] = expert(x, weight, None).requires_grad
+    assert seen == {False: True, True: False}, "a backward pass ends where nothing is trained"
+    expert.leave_out(False)
+    with torch.no_grad():
+        expert.up.fill_(1.0)
+    expert.leave_out(True)
+    moved = expert(x, weight, None) - x @ weight.T
+    torch.testing.assert_close(moved, 2.0 * x @ expert.down.T @ expert.up.T, msg="what has learned is never skipped")
+
+
 def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(tiny_llama_dir, task_files, tmp_path) -> None:
     lora, wanted = fit(tiny_llama_dir, task_files, tmp_path / "a", partial(LoRAExpert, rank=1, alpha=2.0))
     ours, found = fit(tiny_llama_dir, task_files, tmp_path / "b", BoostedLoRAExpert, Boosting(every=10, share=1.0))
