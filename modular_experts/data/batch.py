@@ -35,7 +35,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ LITTLE_PADDING = 0.05
 PACK_LENGTH = 1024
 
 Batch = dict[str, Any]
+Ids = TypeVar("Ids", list[int], Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,14 @@ class Example:
     correct: int = 0
     end: int | None = None
     number: int = 0
+
+
+def fitted(prompt: Ids, answer: int, longest: int) -> Ids:
+    """Return a prompt that leaves room for `answer` tokens in a row of `longest`: all of it, or its last tokens.
+
+    Every path that shortens a prompt calls this with an answer that is there, or with one token.
+    """
+    return prompt[max(0, len(prompt) + answer - longest) :]
 
 
 class ExampleSet(Dataset):

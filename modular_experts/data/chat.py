@@ -33,18 +33,19 @@ class ConversationTokenizer:
     Args:
         tokenizer: A fast tokenizer with a chat template.
         max_length: The most tokens of a row.
+        filled: What an answer may fill, and what to do then, for sentences.
 
     Raises:
         ValueError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, filled: str = "") -> None:
         if tokenizer.chat_template is None:
             raise ValueError(
                 "rows of messages need a chat template, and the tokenizer has none; take a tokenizer that has "
                 "(data.tokenizer, for example of the base's instruction-tuned sibling), or rows of input and target"
             )
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self._filled = tokenizer, max_length, filled
         template = str(tokenizer.get_chat_template())
         self._marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
@@ -90,7 +91,7 @@ class ConversationTokenizer:
                 start -= 1
             first = max(0, stop - self.max_length)
             if start <= first:
-                problems.append(f"{row.where}: the assistant's last turn fills max_length={self.max_length}; raise it")
+                problems.append(f"{row.where}: the assistant's last turn fills {self._filled}")
                 continue
             labelled = torch.tensor([learn and answer for answer in answers[first:stop]])
             # Nothing predicts the first token.

@@ -67,7 +67,8 @@ class TaskMixture(LightningDataModule):
             the last batch of an epoch does not divide among them, rows that no loss counts make up the difference.
         eval_batch_size: Rows of a validation, test or prediction batch of one process; changes the speed only, but for
             a search of merging coefficients, each step of which takes one batch of every task.
-        max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target.
+        max_length: The most tokens of a row; longer rows lose tokens on the left of the input and keep their target. So
+            do rows that are longer than the model's context.
         mixing: How much of each task an epoch takes: `Proportional` (the default), `Equal` or `Temperature`.
         seed: Seed of the order of training, together with the epoch; the run's own (`seed_everything`) if not given.
         validation_ratio: Share of a held-in task's rows without a `split` that go to validation.
@@ -117,6 +118,8 @@ class TaskMixture(LightningDataModule):
             raise ValueError(f"{validation_ratio=} and {test_ratio=} must be 0 or more and leave rows to train on")
         self.tasks = as_tasks(tasks)
         self.tokenizer = tokenizer
+        self.context: int | None = None
+        """How many tokens of a row the model can read, where a model is known (`fit_context`)."""
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.mixing = Proportional() if mixing is None else mixing
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -131,6 +134,29 @@ class TaskMixture(LightningDataModule):
         self._rows: dict[str, list[Row]] = {}
         self._examples: dict[str, dict[str, list[Example]]] = {}
         self._truncated: Counter[tuple[str, str]] = Counter()
+
+    def fit_context(self, context: int | None) -> None:
+        """Cut rows to the context of the model that reads them, as a shorter `max_length` would.
+
+        Whatever loads a model for a mixture calls this before it takes batches. A row that was tokenised for another
+        context is tokenised again.
+
+        Args:
+            context: How many tokens of a row the model can read (`injection.context_length`); None for any number.
+        """
+        before, self.context = self.longest, context
+        after = self.longest
+        read = chain.from_iterable(chain.from_iterable(tasks.values()) for tasks in self._examples.values())
+        if before != after and (
+            self._truncated.total()
+            or any(len(one.ids) > after for example in read for one in (example.tokens, *example.choices))
+        ):
+            self._examples, self._truncated = {}, Counter()
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row: `max_length`, or the context where it is shorter."""
+        return self.max_length if self.context is None else min(self.max_length, self.context)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -276,9 +302,11 @@ class TaskMixture(LightningDataModule):
                 replace(row, target=None, choices=(), messages=row.messages[:-1] if row.target else row.messages)
                 for row in rows
             ]
-            found, cut, worse = self._row_tokenizer()(task.name, asked)
+            tokenize = self._row_tokenizer()
+            found, cut, worse = tokenize(task.name, asked)
             problems += bad + worse
-            self._log_cut(task.name, cut, len(rows), which)
+            self._truncated[task.name, f"inputs of {which}"] = cut
+            self._log_cut(task.name, cut, len(rows), which, tokenize.limit)
             if not (bad or worse):
                 pairs = zip(found, rows, strict=True)
                 known[task.name] = [replace(example, target=row.target) for example, row in pairs]
@@ -422,7 +450,7 @@ class TaskMixture(LightningDataModule):
                     examples, cut, bad = tokenize(name, rows, learn=split == "train")
                     problems += bad
                     self._truncated[name, split] = cut
-                    self._log_cut(name, cut, len(rows), split)
+                    self._log_cut(name, cut, len(rows), split, tokenize.limit)
                     if not bad:
                         known[name] = examples
             raise_for_bad_rows(problems)
@@ -438,11 +466,11 @@ class TaskMixture(LightningDataModule):
             raise ValueError("the task mixture has no tokenizer; set data.tokenizer to the model's directory or hub id")
         if isinstance(tokenizer, str):
             tokenizer = self.tokenizer = Base.open(tokenizer).tokenizer()
-        return RowTokenizer(tokenizer, self.max_length, self.chat_template)
+        return RowTokenizer(tokenizer, self.max_length, self.chat_template, self.context)
 
-    def _log_cut(self, task: str, cut: int, rows: int, split: str) -> None:
+    def _log_cut(self, task: str, cut: int, rows: int, split: str, limit: str) -> None:
         if cut:
-            longer = f"{cut} of {rows} {split} rows are longer than max_length={self.max_length}"
+            longer = f"{cut} of {rows} {split} rows are longer than {limit}"
             self._log(logging.WARNING, f"{task}: {longer} and lost their start")
 
     def _log(self, level: int, sentence: str) -> None:

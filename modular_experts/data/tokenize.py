@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modular_experts.data.batch import Example, Tokens
+from modular_experts.data.batch import Example, Tokens, fitted
 from modular_experts.data.chat import ConversationTokenizer
 from modular_experts.data.rows import Row
 
@@ -24,19 +24,33 @@ class RowTokenizer:
     Args:
         tokenizer: The model's tokenizer; it stays as it is.
         max_length, chat_template: As for `TaskMixture`; the length counts end-of-sequence.
+        context: How many tokens of a row the model can read, if that is known (`injection.context_length`).
 
     Raises:
         ValueError: The tokenizer has no end-of-sequence token, or no chat template although `chat_template` is set.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, chat_template: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 1024,
+        chat_template: bool = False,
+        context: int | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token to end a target; set tokenizer.eos_token")
         if chat_template and tokenizer.chat_template is None:
             raise ValueError("chat_template is set, but the tokenizer has no chat template (tokenizer.chat_template)")
-        if max_length < 3:
-            raise ValueError(f"max_length={max_length} must be at least 3: a prompt, a target and end-of-sequence")
-        self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, chat_template
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.longest = max_length if context is None else min(max_length, context)
+        self.limit = f"max_length={max_length}"
+        """What bounds the tokens of a row, for sentences."""
+        self._filled = f"{self.limit}; raise it"
+        if self.longest < max_length:
+            self.limit = f"the base's context of {context} tokens"
+            self._filled = f"{self.limit}; shorten it"
+        if self.longest < 3:
+            raise ValueError(f"{self.limit} must be at least 3: a prompt, a target and end-of-sequence")
 
     @property
     def pad_id(self) -> int:
@@ -57,7 +71,7 @@ class RowTokenizer:
             The examples in the order of their rows, how many of them lost tokens, and a sentence for each bad row.
         """
         if rows and rows[0].messages:
-            return ConversationTokenizer(self.tokenizer, self.max_length)(task, rows, learn)
+            return ConversationTokenizer(self.tokenizer, self.longest, self._filled)(task, rows, learn)
         texts = [row.input for row in rows]
         if self.chat_template:
             render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
@@ -70,15 +84,15 @@ class RowTokenizer:
         cut = 0
         for row, prompt, (target,), ends in zip(rows, prompts, targets, options, strict=True):
             target = target if row.target is not None else []
-            room = self.max_length - max(map(len, [target, *ends]))
+            most = max(map(len, [target, *ends]))
             if not prompt or len(target) == 1:
                 problems.append(f"{row.where}: the tokenizer makes no tokens of the {'target' if prompt else 'input'}")
                 continue
-            if room < 1:
-                problems.append(f"{row.where}: the target or a choice fills max_length={self.max_length}; raise it")
-                continue
             # Every choice gets the same prompt, so that their scores can be compared.
-            kept = prompt[-room:]
+            kept = fitted(prompt, most, self.longest)
+            if not kept:
+                problems.append(f"{row.where}: the target or a choice fills {self._filled}")
+                continue
             cut += len(kept) < len(prompt)
             correct = row.choices.index(str(row.target)) if row.choices else 0
             tokens, *others = (

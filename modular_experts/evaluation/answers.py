@@ -5,6 +5,7 @@ An expert that has learned a task can label the task's inputs for others: for a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,9 +13,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modular_experts.data.batch import Collator, Example, Tokens
-from modular_experts.evaluation.generation import answer_text, generate_tokens
+from modular_experts.data.batch import Collator, Example, Tokens, fitted
+from modular_experts.evaluation.generation import answer_text, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.scores import exact_match
+
+log = logging.getLogger(__name__)
 
 
 def answered(
@@ -28,7 +31,8 @@ def answered(
 ) -> list[Example]:
     """Return the examples with what the model generates in the place of their targets.
 
-    An answer that reaches `max_new_tokens` has no end-of-sequence, so nothing learns to stop there.
+    An answer that reaches `max_new_tokens` has no end-of-sequence, so nothing learns to stop there. A row that is too
+    long with its answer then loses tokens on the left of its prompt, as one with a target does; the log counts them.
 
     Args:
         model: The base with the expert applied; its weights do not change.
@@ -36,23 +40,38 @@ def answered(
         examples: Prompts, as `TaskMixture.validation_examples(targets=False)` gives them.
         collate: Makes a batch, with texts.
         size: Rows that are generated together.
-        longest: The most tokens of a row; a prompt that leaves no room for an answer loses tokens on its left.
+        longest: The most tokens of a row, such as `TaskMixture.longest`.
         max_new_tokens: The most tokens of an answer.
     """
-    longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
-    room, written = max(1, longest - max_new_tokens), dict[int, list[int]]()
-    prompts = [replace(one, tokens=Tokens(one.tokens.ids[-room:], len(one.tokens.ids[-room:]))) for one in examples]
+    written, cut = dict[int, list[int]](), 0
+    # A row has a token of its prompt beside the answer.
+    most = min(max_new_tokens, longest - 1)
     # Prompts of about one length in a batch need little padding.
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].tokens.ids))
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].tokens.ids))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = move_data_to_device(collate([prompts[row] for row in rows]), model.device)
-        written |= dict(zip(rows, generate_tokens(model, tokenizer, batch, max_new_tokens), strict=True))
-    answers = [one.tokens.ids.new_tensor(written[row]) for row, one in enumerate(prompts)]
-    return [
-        replace(one, tokens=Tokens(torch.cat([one.tokens.ids, answer]), one.tokens.prompt))
-        for one, answer in zip(prompts, answers, strict=True)
-    ]
+        batch = move_data_to_device(collate([examples[row] for row in rows]), model.device)
+        answers = generate_tokens(model, tokenizer, batch, most)
+        cut += sum(cut_answers(model, tokenizer, batch, answers, most))
+        written |= dict(zip(rows, answers, strict=True))
+    warn_of_cut_answers(model, cut, len(examples), most)
+    found = []
+    for row, one in enumerate(examples):
+        prompt = fitted(one.tokens.ids, len(written[row]), longest)
+        answer = one.tokens.ids.new_tensor(written[row])
+        found.append(replace(one, tokens=Tokens(torch.cat([prompt, answer]), len(prompt))))
+    shortened = sum(
+        len(new.tokens.ids) < len(old.tokens.ids) + len(written[row])
+        for row, (new, old) in enumerate(zip(found, examples, strict=True))
+    )
+    if shortened:
+        log.warning(
+            "%d of %d rows are longer than %d tokens with their answers and lost their start",
+            shortened,
+            len(found),
+            longest,
+        )
+    return found
 
 
 def agreement(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float | None:

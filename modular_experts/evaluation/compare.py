@@ -25,6 +25,7 @@ from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.evaluation.measure import measure
 from modular_experts.evaluation.report import write_report
 from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
+from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, warn_unlike_training
@@ -104,7 +105,7 @@ def evaluate(
 
     def counted(title: str) -> Iterator[Batch]:
         rows = done
-        for batch in loader:
+        for batch in data.test_dataloader():
             progress(title, rows, total)
             yield batch
             rows += len(batch["task"])
@@ -116,6 +117,7 @@ def evaluate(
             scores = known[key]
         else:
             with one.in_place(model, dtype, device) as measured:
+                data.fit_context(context_length(measured))
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
             if known is not None and hashes is not None:
                 known[key] = scores

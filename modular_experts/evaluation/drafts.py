@@ -18,8 +18,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from modular_experts.data.batch import IGNORED, Batch, prompts, repacked
+from modular_experts.evaluation.generation import answer_rooms
 from modular_experts.evaluation.likelihood import answer_logits, keeps_rows_apart, row_sums, with_cache
-from modular_experts.injection import context_length, moves_tokens_alone
+from modular_experts.injection import moves_tokens_alone
 from modular_experts.routing.gates import reading
 
 
@@ -27,12 +28,6 @@ def packs_evaluation(model: nn.Module) -> bool:
     """Return whether packed rows have the logits that each has alone, with keys and values kept and without."""
     known = isinstance(model, PreTrainedModel) and "cache" in inspect.signature(model.forward).parameters
     return moves_tokens_alone(model) and known and keeps_rows_apart(model, cached=True)
-
-
-def has_room(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> bool:
-    """Return whether an answer of `max_new_tokens` fits behind each prompt, so that no prompt needs to be cut."""
-    context = context_length(model)
-    return context is None or max(map(len, prompts(batch))) + max_new_tokens <= context
 
 
 @torch.no_grad()
@@ -46,7 +41,7 @@ def losses_and_answers(
     Args:
         model: A causal language model of which `packs_evaluation` is true, in evaluation mode.
         tokenizer: Its tokenizer.
-        batch: A batch that `has_room`.
+        batch: A batch whose rows fit into the model's context, as those of a `TaskMixture` do.
         max_new_tokens: The most tokens of an answer.
     """
     packed = with_cache(model, repacked(batch))
@@ -62,16 +57,17 @@ def losses_and_answers(
             answers[row].append(token)
             right[row] = token == target
     stops = [{tokenizer.eos_token_id, end} for end in batch["end"]]
+    read, rooms = answer_rooms(model, prompts(batch), max_new_tokens)
     for row, answer in enumerate(answers):
         ends = [place + 1 for place, token in enumerate(answer) if token in stops[row]]
-        del answer[min([*ends, max_new_tokens]) :]
-    going = [row for row, answer in enumerate(answers) if _goes_on(answer, stops[row], max_new_tokens)]
+        del answer[min([*ends, rooms[row]]) :]
+    going = [row for row, answer in enumerate(answers) if _goes_on(answer, stops[row], rooms[row])]
     # The last token of each answer is not read yet.
-    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts(batch), answers, strict=True)]
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(read, answers, strict=True)]
     if going:
         state = _state(packed["cache"], packed["row"], going, [lengths[row] for row in going])
         del packed, logits
-        _decode(model, state, lengths, answers, going, stops, max_new_tokens)
+        _decode(model, state, lengths, answers, going, stops, rooms)
     return losses, answers
 
 
@@ -105,7 +101,7 @@ def _decode(
     answers: list[list[int]],
     rows: list[int],
     stops: Sequence[set[int]],
-    most: int,
+    most: Sequence[int],
 ) -> None:
     """Append the likeliest token to the answers of `rows` until each of them has ended; all but `rows` are by row."""
     device = model.device
@@ -120,7 +116,7 @@ def _decode(
         places = places + 1
         for row, token in zip(rows, output.logits[:, -1].argmax(-1).tolist(), strict=True):
             answers[row].append(token)
-        kept = [place for place, row in enumerate(rows) if _goes_on(answers[row], stops[row], most)]
+        kept = [place for place, row in enumerate(rows) if _goes_on(answers[row], stops[row], most[row])]
         if len(kept) < len(rows):
             chosen = torch.tensor(kept, dtype=torch.int64, device=device)
             cache.batch_select_indices(chosen)

@@ -6,16 +6,58 @@ repetition settings do not change a measurement. Model and tokenizer are left as
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modular_experts.data.batch import Batch, prompts
+from modular_experts.data.batch import Batch, fitted, prompts
 from modular_experts.injection import context_length
 from modular_experts.routing.gates import reading
+
+log = logging.getLogger(__name__)
+
+
+def answer_rooms(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> tuple[list[Tensor], list[int]]:
+    """Return prompts as the model reads them, and how many tokens the answer to each of them may have.
+
+    Where both are longer than the model's context, the answer gives way, down to one token; a prompt that fills the
+    context alone then loses tokens on its left.
+    """
+    context = context_length(model)
+    if context is None:
+        return list(prompts), [max_new_tokens] * len(prompts)
+    kept = [fitted(prompt, 1, context) for prompt in prompts]
+    return kept, [min(max_new_tokens, context - len(prompt)) for prompt in kept]
+
+
+def cut_answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]], most: int
+) -> list[bool]:
+    """Return of each answer whether the model's context ended it, before `most` tokens and without an end."""
+    _, rooms = answer_rooms(model, prompts(batch), most)
+    ends = _ends(tokenizer, batch)
+    return [
+        len(answer) == room < most and answer[-1] not in (tokenizer.eos_token_id, end)
+        for answer, room, end in zip(answers, rooms, ends, strict=True)
+    ]
+
+
+def warn_of_cut_answers(model: nn.Module, cut: int, rows: int, most: int, task: str = "") -> None:
+    """Log how many of the answers to `rows` the model's context ended, if any."""
+    if cut:
+        log.warning(
+            "%s%d of %d answers ended where the model's context of %s tokens does, before max_new_tokens=%d; shorten "
+            "their prompts, which a lower max_length does as well",
+            task and f"{task}: ",
+            cut,
+            rows,
+            context_length(model),
+            most,
+        )
 
 
 @torch.no_grad()
@@ -24,15 +66,15 @@ def generate(
 ) -> list[str]:
     """Return the text that the model generates for each row, up to end-of-sequence, without white space at its ends.
 
-    The labels of the batch show where its prompts end, and `end` what ends an answer beside end-of-sequence. A prompt
-    that leaves no room for `max_new_tokens` in the model's context loses tokens on its left.
+    The labels of the batch show where its prompts end, and `end` what ends an answer beside end-of-sequence. An answer
+    also ends where the model's context does.
     """
-    return [
-        answer_text(tokenizer, row, end)
-        for row, end in zip(
-            generate_tokens(model, tokenizer, batch, max_new_tokens), _ends(tokenizer, batch), strict=True
-        )
-    ]
+    return answer_texts(tokenizer, batch, generate_tokens(model, tokenizer, batch, max_new_tokens))
+
+
+def answer_texts(tokenizer: PreTrainedTokenizerBase, batch: Batch, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Return the text of each row's generated tokens."""
+    return [answer_text(tokenizer, row, end) for row, end in zip(answers, _ends(tokenizer, batch), strict=True)]
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: int | None = None) -> str:
@@ -48,18 +90,17 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the tokens that the model generates for each row, the one that ends the answer included.
 
-    An answer of `max_new_tokens` may have no such token. The arguments are those of `generate`.
+    An answer of `max_new_tokens`, or one that the model's context ends, may have no such token. The arguments are those
+    of `generate`.
     """
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows, context = list(prompts(batch)), context_length(model)
-    if context is not None:
-        rows = [row[-max(1, context - max_new_tokens) :] for row in rows]
+    rows, rooms = answer_rooms(model, prompts(batch), max_new_tokens)
     ends, answers = _ends(tokenizer, batch), [list[int]() for _ in rows]
     tasks = batch.get("task")
-    # Rows that end alike are generated together, so that no row stops at the end of another.
-    for end in dict.fromkeys(ends):
-        chosen = [number for number in range(len(rows)) if ends[number] == end]
+    # Rows that end alike are generated together, so that no row stops at the end of another or leaves its context.
+    for end, room in dict.fromkeys(zip(ends, rooms, strict=True)):
+        chosen = [number for number in range(len(rows)) if (ends[number], rooms[number]) == (end, room)]
         length = max(len(rows[number]) for number in chosen)
         ids = rows[0].new_full((len(chosen), length), pad)
         mask = torch.zeros_like(ids)
@@ -68,7 +109,7 @@ def generate_tokens(
             mask[place, length - len(rows[number]) :] = 1
         stops = list(dict.fromkeys([eos, end]))
         config = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad
+            do_sample=False, num_beams=1, max_new_tokens=room, eos_token_id=stops, pad_token_id=pad
         )
         with evaluating(model, config), reading(mask.bool(), tasks and [tasks[number] for number in chosen]):
             written = model.generate(  # type: ignore[operator]

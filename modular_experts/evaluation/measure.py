@@ -13,8 +13,8 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Batch, repacked
-from modular_experts.evaluation.drafts import has_room, losses_and_answers, packs_evaluation
-from modular_experts.evaluation.generation import answer_text, generate
+from modular_experts.evaluation.drafts import losses_and_answers, packs_evaluation
+from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.likelihood import batch_losses, choice_log_likelihoods
 from modular_experts.evaluation.scores import TEXT_METRICS, TaskScores, TextMetric
 
@@ -52,11 +52,14 @@ def measure(
                 answered = {"input": batch["input"][row], "target": batch["target"][row], "answer": text}
                 kept[batch["task"][row]].append((batch["number"][row], answered))
     model.train(training)
+    found = scores.compute()
+    for name, cut in scores.cut.items():
+        warn_of_cut_answers(model, cut, found["tasks"].get(name, {}).get("rows", 0), max_new_tokens or 0, name)
     if not examples:
-        return scores.compute()
+        return found
     # Batches come in any order.
     first = {name: sorted(rows, key=lambda row: row[0])[:examples] for name, rows in kept.items() if rows}
-    return scores.compute() | {"examples": {name: [row for _, row in rows] for name, rows in first.items()}}
+    return found | {"examples": {name: [row for _, row in rows] for name, rows in first.items()}}
 
 
 @torch.no_grad()
@@ -76,13 +79,15 @@ def score_batch(
     if "choices" in batch:
         tasks = [batch["task"][row] for row in batch["choices"]["row"].tolist()]
         choices = choice_log_likelihoods(model, batch["choices"] | {"task": tasks}, packed=packed)
-    if packed and max_new_tokens and has_room(model, batch, max_new_tokens):
+    tokens: list[list[int]] | None = None
+    if packed and max_new_tokens:
         losses, tokens = losses_and_answers(model, tokenizer, batch, max_new_tokens)
-        texts: list[str] | None = [
-            answer_text(tokenizer, row, end) for row, end in zip(tokens, batch["end"], strict=True)
-        ]
     else:
-        texts = generate(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
+        tokens = generate_tokens(model, tokenizer, batch, max_new_tokens) if max_new_tokens else None
         losses = batch_losses(model, repacked(batch) if packed else batch)
-    scores.update(batch, *losses, texts, choices)
+    if tokens is None or not max_new_tokens:
+        scores.update(batch, *losses, None, choices)
+        return None
+    texts = answer_texts(tokenizer, batch, tokens)
+    scores.update(batch, *losses, texts, choices, cut_answers(model, tokenizer, batch, tokens, max_new_tokens))
     return texts

@@ -104,7 +104,7 @@ class TaskScores(Metric):
         self.divisors = {"loss": "tokens", **dict.fromkeys(self.metrics, "generated"), "choice_accuracy": "chosen"}
         for name in self.divisors:
             self.add_state(f"{name}_sum", torch.zeros(len(tasks)), dist_reduce_fx="sum")
-        for name in ("rows", "tokens", "generated", "chosen"):
+        for name in ("rows", "tokens", "generated", "chosen", "cut"):
             self.add_state(f"{name}_count", torch.zeros(len(tasks), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
@@ -114,6 +114,7 @@ class TaskScores(Metric):
         token_counts: Tensor,
         generations: Sequence[str] | None = None,
         choice_scores: Tensor | None = None,
+        cut: Sequence[bool] | None = None,
     ) -> None:
         """Count one batch with texts, filler rows left out.
 
@@ -123,6 +124,7 @@ class TaskScores(Metric):
             token_counts: `(n,)` from `batch_losses`.
             generations: The text that the model generated for each row.
             choice_scores: `(m,)` from `choice_log_likelihoods`, one per choice of the batch.
+            cut: Which answers the model's context ended (`cut_answers`).
         """
         number = {name: index for index, name in enumerate(self.roles)}
         rows = [row for row, filler in enumerate(is_filler(batch)) if not filler]
@@ -135,6 +137,8 @@ class TaskScores(Metric):
             for name, metric in self.metrics.items():
                 values = [metric(generations[row], batch["target"][row]) for row in rows]
                 self._add(f"{name}_sum", tasks, torch.tensor(values, dtype=torch.float64))
+        if cut is not None:
+            self._add("cut_count", tasks, torch.tensor([cut[row] for row in rows], dtype=torch.int64))
         if choice_scores is not None and "choices" in batch:
             # The place of each row's likeliest choice, the first of equals.
             best: dict[int, int] = {}
@@ -151,8 +155,10 @@ class TaskScores(Metric):
         """Return the scores: "tasks" by name, and "held_in" and "held_out", unweighted means over tasks that have rows.
 
         A task without rows is left out, and so is a score that was not measured. Exact match, Rouge-L and choice
-        accuracy are shares between 0 and 1; the loss is in nats per target token, end-of-sequence included.
+        accuracy are shares between 0 and 1; the loss is in nats per target token, end-of-sequence included. Afterwards
+        `cut` has the number of answers of each task that the model's context ended.
         """
+        self.cut = {name: int(self.cut_count[index]) for index, name in enumerate(self.roles)}  # type: ignore[index]
         tasks = {}
         for index, (name, role) in enumerate(self.roles.items()):
             found: dict[str, Any] = {"role": role, "rows": int(self.rows_count[index])}  # type: ignore[index]

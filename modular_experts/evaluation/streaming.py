@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
 from modular_experts.data.chat import ConversationTokenizer, template_hash
-from modular_experts.evaluation.generation import evaluating
+from modular_experts.evaluation.generation import answer_rooms, evaluating
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert
 from modular_experts.library.compatibility import training_in_common, warn_unlike_training
+
+log = logging.getLogger(__name__)
 
 
 def generate(
@@ -80,7 +83,8 @@ def generate(
                 f"the prompt has {ids.shape[1]} tokens, and the base's context has room for {context}; shorten the "
                 "prompt"
             )
-        config.max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
+        _, (room,) = answer_rooms(model, [ids[0]], max_new_tokens)
+        config.max_new_tokens = room
         model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
         ids = ids.to(device)
         torch.manual_seed(seed)
@@ -89,6 +93,8 @@ def generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
         )[0, ids.shape[1] :]
         model.to("cpu")
+    if len(written) == room < max_new_tokens and int(written[-1]) not in stops:
+        log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
     return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 

@@ -154,8 +154,8 @@ class TokenSelection(ModuleExpert):
         if self._context is not None and mask.shape[1] > self._context:
             raise ValueError(
                 f"PointLoRA puts {self._shown.shape[1]} tokens in front of {past + length}, and the model's context is "
-                f"{self._context}; let data.max_length, in generation with max_new_tokens added, be at most "
-                f"{max(self._context - self.tokens, 0)}, or select fewer tokens"
+                f"{self._context}; let rows and answers be at most {max(self._context - self.tokens, 0)} tokens, "
+                "or select fewer"
             )
         if "position_ids" in self._names:
             # Tokens move by as many places as stand in front of them.

@@ -18,6 +18,7 @@ from modular_experts.data.batch import Collator, Example, ExampleSet
 from modular_experts.data.rows import spread_evenly
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.evaluation import answered
+from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert, open_experts, union_of_weights, write_statistics
 from modular_experts.library.statistics import StoredStatistics, check_statistics_targets
 from modular_experts.progress import Progress
@@ -88,8 +89,12 @@ def take_statistics(
         data.tokenizer = opened_base.tokenizer()
     of_inputs = kind in _OF_INPUTS
     splits, targets = (["train", "validation"], False) if of_inputs else (["validation"], labels == "rows")
-    examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
+    # What is refused is refused before the base is loaded.
+    for expert in opened:
+        _own_examples(expert, data, rows, splits, targets)
     model: Any = opened_base.load("float32")
+    data.fit_context(context_length(model))
+    examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = data.tokenizer
     if labels == "experts":
@@ -97,7 +102,7 @@ def take_statistics(
         for place, (expert, own) in enumerate(zip(opened, examples, strict=True)):
             with applied(model, expert, check=False):
                 examples[place] = answered(
-                    model, tokenizer, own, collate, data.eval_batch_size, data.max_length, max_new_tokens
+                    model, tokenizer, own, collate, data.eval_batch_size, data.longest, max_new_tokens
                 )
     batches = [batches_by_length(own, data) for own in examples]
 

@@ -27,6 +27,7 @@ from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import measure, text_metrics
 from modular_experts.evaluation.scores import TextMetric
+from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.injection.ensemble import ensembled
 from modular_experts.injection.route import put_in, route
@@ -265,6 +266,7 @@ def _measured(
     began = time.perf_counter()
     with put(model) if put else attached(model, experts, check=False):
         switched = time.perf_counter() - began
+        data.fit_context(context_length(model))
         metrics = text_metrics(_made(dict[str, TextMetric], json.dumps(study.metrics)))
         batches = data.test_dataloader()
         scores = measure(model, tokenizer, batches, data.roles, study.max_new_tokens, metrics, examples=EVERY_ROW)
@@ -302,8 +304,9 @@ def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], li
     """Return the mixture of which pieces take their tasks, so that a process reads and tokenises each of them once."""
     key = json.dumps([study.base, study.data, limit, study.seen(tasks)])
     if (kind, key) not in _MIXTURES:
-        tokenizer = loaded(study.base, study.dtype)[1]
+        model, tokenizer = loaded(study.base, study.dtype)
         _MIXTURES[kind, key] = kind(_tasks(study, tasks), tokenizer, **study.data | {"eval_limit": limit})
+        _MIXTURES[kind, key].fit_context(context_length(model))
     return _MIXTURES[kind, key]
 
 

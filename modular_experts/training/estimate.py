@@ -27,7 +27,7 @@ from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.mixture import SplitSize
-from modular_experts.injection import ExpertLayer, expert_layers, named_experts
+from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
@@ -96,11 +96,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     # The short fit would log itself as the whole one.
     with errors_only("modular_experts", "lightning.pytorch"):
         data.setup("fit")
-        batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
-        validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
-        source = _Batches(data, batches, validation)
         before, module.learning_rate = module.learning_rate, 0.0
         mine = [copy.deepcopy(schedule) for schedule in schedules(trainer)]
         device = trainer.strategy.root_device
@@ -130,8 +127,11 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                 module.trainer = short
                 module.setup("fit")
                 module.configure_model()
+                data.fit_context(context_length(module.model))
+                batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
+                validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
                 taught = teach_tasks(module.model.to(device), data)
-                short.fit(module, source)
+                short.fit(module, _Batches(data, batches, validation))
             finally:
                 module.learning_rate = before
         optimizer = module.configure_optimizers()["optimizer"]

@@ -34,17 +34,18 @@ from modular_experts.evaluation import (
     TaskScores,
     batch_losses,
     check_packing,
-    generate,
     paired_losses,
     score_batch,
     text_metrics,
 )
 from modular_experts.evaluation.drafts import packs_evaluation
+from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
     consistency,
+    context_length,
     describe_experts,
     draw,
     expert_layers,
@@ -204,10 +205,13 @@ class ExpertModule(LightningModule):
         return self.experts is not None or self.expert is not None
 
     def configure_model(self) -> None:
-        """Load the base, add the applied experts, and inject; a second call only asks the schedules of a fit."""
+        """Load the base, add the applied experts, and inject; a second call only asks the data and the schedules."""
         if not hasattr(self, "model"):
             self._load()
         trainer = self._trainer
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "fit_context"):
+            data.fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in schedules(trainer):
                 schedule.before_optimizers(trainer, self)
@@ -444,10 +448,21 @@ class ExpertModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return the task, input, target and generation of each row; a row of the data without a target has none."""
-        texts = generate(self.model, self.tokenizer, batch, self.max_new_tokens)
+        answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
+        cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
+        self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
+        texts = answer_texts(self.tokenizer, batch, answers)
         columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
         rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+    def on_predict_epoch_start(self) -> None:
+        """Forget which answers of an earlier prediction the context ended."""
+        self._cut: list[bool] = []
+
+    def on_predict_epoch_end(self) -> None:
+        """Log how many answers of this process the context ended."""
+        warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over tasks as `val_loss`, and each task's."""
@@ -459,6 +474,9 @@ class ExpertModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Compute the results of all tasks, and name what was scored."""
         self.results = self.scores.compute()
+        for name, cut in self.scores.cut.items() if self.trainer.is_global_zero else ():
+            rows = self.results["tasks"].get(name, {}).get("rows", 0)
+            warn_of_cut_answers(self.model, cut, rows, self.max_new_tokens, name)
         self.results["model"] = {
             "base": self.base,
             "fingerprint": self.fingerprint,

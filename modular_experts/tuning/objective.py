@@ -24,6 +24,7 @@ from modular_experts.data.batch import Batch, Collator, Example
 from modular_experts.data.tokenize import RowTokenizer
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import agreement, answer_logits, answered, batch_losses
+from modular_experts.injection import context_length
 from modular_experts.library import StoredExpert
 from modular_experts.progress import Progress
 from modular_experts.tuning.measures import Measure, prediction
@@ -76,6 +77,7 @@ class Objective:
     ) -> None:
         self.model, self.batches, self.agreement = model.eval(), dict[str, list[Batch]](), dict[str, float]()
         self.origin: dict[str, Any] = {}
+        data.fit_context(context_length(model))
         size, examples = data.eval_batch_size, read_validation_rows(data, targets=answered_by is None)
         tokenizer: Any = data.tokenizer
         collate = Collator(RowTokenizer(tokenizer).pad_id, texts=False)
@@ -85,7 +87,7 @@ class Objective:
                 with applied(model, answered_by[task], check=False):
                     asked = replace(collate, texts=True)
                     together = max(size, ANSWERED_ROWS)
-                    rows = answered(model, tokenizer, rows, asked, together, data.max_length, max_new_tokens)
+                    rows = answered(model, tokenizer, rows, asked, together, data.longest, max_new_tokens)
                 if (share := agreement(tokenizer, rows)) is not None:
                     self.agreement[task] = share
             # Shorter rows first, to save padding.

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from modular_experts.data.batch import Collator
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
-from modular_experts.evaluation import generate
+from modular_experts.evaluation import generate, measure
 
 TEXTS = ["a", "reverse bat:", "a longer prompt than the others, by far:"]
 
@@ -77,11 +77,29 @@ def test_settings_of_the_checkpoint_do_not_reach_the_measurement() -> None:
     assert tokenizer.padding_side == side
 
 
-def test_a_prompt_that_fills_the_context_is_cut_on_the_left() -> None:
-    model = build_model("gpt2")
-    text = "ab" * 200  # 400 characters in a context of 256
-    (made,) = generate(model, build_tokenizer(), batch_of([text]), max_new_tokens=10)
-    assert made == greedily(model, text[-246:], 10)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> None:
+    context, most = 24, 10
+    model, tokenizer = build_model(architecture, seed=3, max_position_embeddings=context), build_tokenizer()
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    alphabet = "".join(map(chr, range(ord("a"), ord("z") + 1)))
+    texts = [(alphabet + "0123456789")[:length] for length in (3, 14, 15, 20, 23, 24, 36)]
+    rooms = [10, 10, 9, 4, 1, 1, 1]
+    wanted = [greedily(model, text[-23:], room) for text, room in zip(texts, rooms, strict=True)]
+    # The model reads the start of a prompt.
+    assert wanted[3] != greedily(model, texts[3][1:], 4)
+    assert generate(model, tokenizer, batch_of(texts), most) == wanted
+    rows = RowTokenizer(tokenizer, context=context)("t", [Row(text, "z") for text in texts[:5]])[0]
+    roles, batches = {"t": "held_in"}, [Collator(pad_id=0)(rows), Collator(pad_id=0)(rows[1:2])]
+    measure(model, tokenizer, batches, roles, most)
+    # None of these answers ends by itself.
+    assert list(map(len, wanted)) == rooms
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "t: 3 of 6 answers ended where the model's context of 24 tokens does, before max_new_tokens=10; shorten their "
+        "prompts, which a lower max_length does as well"
+    )
 
 
 def test_a_tokenizer_without_padding_stays_without() -> None:

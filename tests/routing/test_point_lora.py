@@ -213,16 +213,17 @@ def test_tokens_that_leave_the_context_are_refused(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_generation_cuts_a_prompt_where_the_selected_tokens_leave_no_room(architecture: str) -> None:
+def test_generation_leaves_the_selected_tokens_room(architecture: str) -> None:
     model, tokenizer = planned(architecture), build_tokenizer()
-    room = model.config.max_position_embeddings - 3 - 10
+    context = model.config.max_position_embeddings - 3
 
     def answers(length: int) -> list[list[int]]:
         ids = torch.tensor([9 + place % 30 for place in range(300)])[None, -length:]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
         return generate_tokens(model, tokenizer, batch, max_new_tokens=10)
 
-    assert answers(300) == answers(room) != answers(room - 1)
+    assert [len(answers(context - left)[0]) for left in (10, 4, 1, 0)] == [10, 4, 1, 1]
+    assert answers(300) == answers(context - 1)
 
 
 def test_the_lora_keeps_the_contract_of_an_expert() -> None:

@@ -1,0 +1,118 @@
+"""Rows that are longer than a model's context lose their start wherever a model reads them, as with a max_length."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, write_rows
+from lightning.pytorch import Trainer
+
+from modular_experts import Base, ExpertModule, LoRAExpert, TaskMixture, evaluate
+from modular_experts.callbacks import ExportExpert
+from modular_experts.library import open_expert
+from modular_experts.methods import TaskArithmetic
+from modular_experts.statistics import take_statistics
+from modular_experts.training.estimate import estimate
+from modular_experts.tuning import tune
+
+CONTEXT = 40
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def base(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("short") / request.param
+    build_model(request.param, max_position_embeddings=CONTEXT).save_pretrained(place)
+    build_tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def read(base: Path, tmp_path: Path) -> Callable[..., TaskMixture]:
+    """A mixture of one task whose rows have 50 to 60 tokens, but one that fits each split."""
+    splits = ["train", "validation", "test"]
+    rows = [{"input": "abcdefghij" * 5 + "k" * row, "target": "yes", "split": splits[row % 3]} for row in range(6)]
+    rows += [{"input": "short", "target": "no", "split": split} for split in splits]
+    path = write_rows(tmp_path / "t.jsonl", rows)
+    return lambda **settings: TaskMixture(
+        [str(path)], Base.open(base).tokenizer(), batch_size=3, packing=False, **settings
+    )
+
+
+def fitted(base: Path, data: TaskMixture, library: Path) -> tuple[ExpertModule, Trainer]:
+    torch.manual_seed(0)
+    module = ExpertModule(str(base), modules="all-linear", expert=LoRAExpert, learning_rate=0.01)
+    trainer = Trainer(max_steps=2, callbacks=[ExportExpert(str(library), "t")], default_root_dir=library, **QUIET)
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def test_a_fit_and_its_test_are_those_with_max_length_at_the_context(base, read, tmp_path, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    found = []
+    for name, settings in (("context", {}), ("max_length", {"max_length": CONTEXT})):
+        data = read(**settings)
+        module, trainer = fitted(base, data, tmp_path / name)
+        trainer.test(module, data, verbose=False)
+        found.append((open_expert(tmp_path / name / "t").content_hash, module.results["tasks"]))
+    assert found[0] == found[1]
+    said = {record.getMessage() for record in caplog.records}
+    for split in ("train", "validation", "test"):
+        for limit in ("the base's context of 40 tokens", "max_length=40"):
+            assert f"t: 2 of 3 {split} rows are longer than {limit} and lost their start" in said
+
+
+def test_other_commands_measure_what_they_measure_with_max_length_at_the_context(base, read, tmp_path) -> None:
+    fitted(base, read(), tmp_path / "library")
+    place = tmp_path / "library" / "t"
+    expert = open_expert(place)
+
+    def measured(**settings: Any) -> list[Any]:
+        tuned = [
+            tune([expert], TaskArithmetic(), read(**settings), grid={"scale": [0.5]}, labels=labels).trials
+            for labels in ("rows", "experts")
+        ]
+        (fisher,) = take_statistics([place], "fisher", read(**settings), overwrite=True)
+        steps = estimate(
+            ExpertModule(str(base), modules="c_attn|q_proj", expert=LoRAExpert),
+            read(**settings),
+            Trainer(max_steps=2, **QUIET),
+        )
+        return [
+            evaluate(base, place, read(**settings)).rows,
+            *tuned,
+            fisher.facts["data"]["tokens"],
+            steps.splits,
+        ]
+
+    assert str(measured()) == str(measured(max_length=CONTEXT))
+
+
+def test_a_mixture_follows_the_context_of_the_model_that_reads_it(read) -> None:
+    data = read()
+    part = data.only(["t"])
+
+    def lengths(mixture: TaskMixture) -> list[int]:
+        return [len(row.tokens.ids) for row in mixture.test_dataloader().dataset.examples]
+
+    whole = lengths(data)
+    assert whole == [57, 60, 9]
+    for context, wanted in ((None, whole), (40, [40, 40, 9]), (58, [57, 58, 9]), (4096, whole)):
+        part.fit_context(context)
+        assert lengths(part) == wanted
+        assert lengths(data) == whole
+    data.fit_context(3)
+    with pytest.raises(ValueError, match="the target or a choice fills the base's context of 3 tokens; shorten it"):
+        lengths(data)
