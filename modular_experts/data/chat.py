@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -28,7 +29,8 @@ class ConversationTokenizer:
 
     A conversation of more than `max_length` tokens loses its oldest turns, whole ones, up to the next message of the
     user; a system message at its start stays. If the last turn of the assistant with the messages that it answers is
-    still too long, tokens are lost on the left.
+    still too long, tokens are lost on the left. Where the template ends turns with no special token, end-of-sequence
+    follows the last answer, so that there is an end to learn.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -49,12 +51,17 @@ class ConversationTokenizer:
         template = str(tokenizer.get_chat_template())
         self._marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
+    @cached_property
+    def _own_end(self) -> int | None:
+        """The special token by which the template ends a turn of the assistant, if it does."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        last = self._ids(self._render(probe).rstrip())[-1]
+        return last if last in self.tokenizer.added_tokens_decoder else None
+
     @property
     def end(self) -> int:
         """The token that ends a turn of the assistant: the template's own, or end-of-sequence if it has none."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        last = self._ids(self._render(probe).rstrip())[-1]
-        return last if last in self.tokenizer.added_tokens_decoder else self.tokenizer.eos_token_id
+        return self.tokenizer.eos_token_id if self._own_end is None else self._own_end
 
     def __call__(self, task: str, rows: Sequence[Row], learn: bool) -> tuple[list[Example], int, list[str]]:
         """Tokenise conversations.
@@ -103,10 +110,18 @@ class ConversationTokenizer:
         return examples, cut, problems
 
     def _tokens(self, messages: Messages, answered: bool) -> tuple[list[int], list[bool]]:
-        """Return the ids of a conversation, and which of them the assistant writes."""
+        """Return the ids of a conversation, and which of them the assistant writes, its end included."""
         if not answered:
             ids = self._ids(self._render(messages, add_generation_prompt=True))
             return ids, [False] * len(ids)
+        ids, answers = self._turns(messages)
+        if self._own_end is None and any(answers):
+            stop = len(answers) - answers[::-1].index(True)
+            return [*ids[:stop], self.end], [*answers[:stop], True]
+        return ids, answers
+
+    def _turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Return the ids that the template makes of a conversation, and which of them are turns of the assistant."""
         if self._marks_turns:
             found: Any = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True

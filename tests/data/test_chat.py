@@ -27,6 +27,11 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# As older models have it: no special token ends a turn.
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"]
 
 
@@ -41,8 +46,11 @@ def ids(text: str) -> list[int]:
     """Token ids by hand: three special tokens, the characters, then the marks of the templates."""
     found, first = [], 3 + len(CHARACTERS)
     while text:
-        mark = next((mark for mark in SPECIAL if text.startswith(mark)), None)
-        found.append(first + SPECIAL.index(mark) if mark else 3 + CHARACTERS.index(text[0]))
+        mark = next((mark for mark in ["<eos>", *SPECIAL] if text.startswith(mark)), None)
+        number = (
+            3 + CHARACTERS.index(text[0]) if mark is None else 1 if mark == "<eos>" else first + SPECIAL.index(mark)
+        )
+        found.append(number)
         text = text[len(mark or "x") :]
     return found
 
@@ -100,6 +108,7 @@ CASES = {
             "yo<|eot|>",
         ],
     ),
+    "plain": (PLAIN, TALK, ["user: hi\nassistant: ", "yo\n", "user: and\nassistant: ", "so\n<eos>"]),
     "marked": (MARKED, TALK, ["[user]hi\n[assistant]", "yo<|im_end|>", "\n[user]and\n[assistant]", "so<|im_end|>"]),
 }
 
