@@ -16,7 +16,7 @@ from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import Arguments, ModuleExpert
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
-from modular_experts.routing.prompts import check_rows, kept_tokens, prompts_at_hand
+from modular_experts.routing.prompts import Growth, check_rows, kept_tokens, prompts_at_hand
 from modular_experts.text import block_of
 
 
@@ -109,6 +109,7 @@ class TokenSelection(ModuleExpert):
         self.mlps = nn.ModuleDict()
         self._shown = torch.ones(1, 0, dtype=torch.bool)
         self._dropped = 0
+        self._growth = Growth()
         self._mean_entropy: Tensor | None = None
 
     @property
@@ -145,6 +146,8 @@ class TokenSelection(ModuleExpert):
         else:
             past, tokens = 0, torch.ones(rows, length, dtype=torch.bool, device=embedded.device)
             prompt = prompts_at_hand(length)
+            if ids is not None:
+                self._growth.check(ids, named)
             chosen, self._shown = self._select(embedded, tokens if mask is None else mask.bool(), prompt)
             named |= {"input_ids": None, "inputs_embeds": torch.cat([chosen, embedded], 1)}
             self._dropped = chosen.shape[1]

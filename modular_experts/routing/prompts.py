@@ -32,13 +32,15 @@ class PromptGates:
     def __init__(self, router: Router, current: CurrentGates) -> None:
         self.router, self.current, self._inside = router, current, False
         self._of_rows: Gates | None = None
+        self._growth = Growth()
         current.packs = True
 
     def __call__(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Make the gates of a pass, before it starts.
 
         Raises:
-            ValueError: The model was called without `input_ids`, or with packed rows of which `reading` tells nothing.
+            ValueError: The model was called without `input_ids`, or with packed rows of which `reading` tells nothing,
+                or a growing answer would be read as prompt.
         """
         row = rows_at_hand().row
         if self._inside:
@@ -54,6 +56,7 @@ class PromptGates:
             check_rows(named)
         rows = named.get("attention_mask") if row is None else Packs(row, named["position_ids"])
         prompt = prompts_at_hand(ids.shape[1])
+        self._growth.check(ids, named)
         # Without gates, a mixture is the base alone.
         self.current.gates, self._inside = None, True
         try:
@@ -68,6 +71,29 @@ def kept_tokens(named: Mapping[str, Any]) -> int:
     """Return of how many tokens a pass with these keyword arguments gets the keys and values, 0 for a new prompt."""
     caches = [named[name] for name in ("past_key_values", "cache") if hasattr(named.get(name), "get_seq_length")]
     return max((int(cache.get_seq_length()) for cache in caches), default=0)
+
+
+class Growth:
+    """Notices an answer that grows in passes without kept keys and values, and would be read as prompt."""
+
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
+
+    def check(self, ids: Tensor, named: Mapping[str, Any]) -> None:
+        """Look at the token ids `(rows, length)` and the keyword arguments of a pass.
+
+        Raises:
+            ValueError: The rows are those of the pass before and one token more, and `reading` tells of no prompt.
+        """
+        before, self._before = self._before, None
+        if rows_at_hand().prompt is not None or named.get("use_cache") is not False:
+            return
+        self._before = ids
+        if before is not None and before.shape == ids[:, :-1].shape and bool((before == ids[:, :-1]).all()):
+            raise ValueError(
+                "without kept keys and values the experts would read the growing answer as prompt; generate with "
+                "use_cache=True, or inside `with modular_experts.routing.gates.reading(prompt)`"
+            )
 
 
 def check_rows(named: Mapping[str, Any]) -> None:

@@ -103,6 +103,11 @@ def test_generation_with_a_cache_is_generation_without(architecture: str) -> Non
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
 
 
+def test_a_growing_answer_is_not_read_as_prompt_without_a_word() -> None:
+    with pytest.raises(ValueError, match="would read the growing answer as prompt; generate with use_cache=True"):
+        planned().generate(**padded(ROWS, "left"), max_new_tokens=3, min_new_tokens=3, use_cache=False)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_places_that_the_caller_gives_move_with_the_tokens(architecture: str) -> None:
     model, batch = planned(architecture), padded(ROWS, "left")

@@ -303,3 +303,15 @@ def test_without_a_cache_an_answer_is_no_prompt() -> None:
         with reading(batch["attention_mask"].bool()):
             model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
         torch.testing.assert_close(running.current.gates.weights, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_growing_answer_is_not_read_as_prompt_without_a_word() -> None:
+    model, how = build_model("llama"), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    batch = padded(ROWS, "left")
+    with routed(model, experts_of(model), centroid(model, select=Softmax())), torch.no_grad():
+        with pytest.raises(ValueError, match="would read the growing answer as prompt; generate with use_cache=True"):
+            model.generate(**batch, **how, use_cache=False)
+        # The next prompt is a prompt, and so is one that repeats the prompt before.
+        for _ in range(2):
+            model(**batch, use_cache=False)
+        model.generate(**batch, **how)
