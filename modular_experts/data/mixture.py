@@ -11,9 +11,9 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple, Self
 
@@ -187,7 +187,13 @@ class TaskMixture(LightningDataModule):
     @property
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens: `max_length`, and a hash of the chat template, or None without one."""
-        chat = self.chat_template or any(row.messages for found in self._read().values() for row in found[:1])
+        return self.reading_of(self.roles)
+
+    def reading_of(self, tasks: Iterable[str]) -> dict[str, Any]:
+        """Return `reading` for the rows of some tasks; for all rows if the mixture has none of the tasks."""
+        read = self._read()
+        mine = [read[task] for task in tasks if task in read] or list(read.values())
+        chat = self.chat_template or any(row.messages for found in mine for row in found[:1])
         template = template_hash(self._row_tokenizer().tokenizer) if chat else None
         return {"max_length": self.max_length, "chat_template": template}
 

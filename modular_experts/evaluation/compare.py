@@ -90,7 +90,8 @@ def evaluate(
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or tokenizer
     data.setup("test")
-    warn_unlike_training([one for each in models for one in each.stored], data.reading, dtype)
+    options = {name: f"--{name}" for name in ("chat_template", "max_length", "dtype")}
+    warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype, options)
     loader: Any = data.test_dataloader()
     examples: Sequence[Example] = loader.dataset.examples
     model: Any = found.load(dtype)

@@ -64,7 +64,9 @@ def generate(
     tokenizer = found.tokenizer()
     if chat is None:
         chat = bool(stored) and bool(training_in_common(stored).get("chat_template"))
-    warn_unlike_training(stored, {"chat_template": template_hash(tokenizer) if chat else None}, dtype)
+    template = template_hash(tokenizer) if chat else None
+    options = {"chat_template": "--chat", "dtype": "--dtype"}
+    warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype, options)
     stops = [tokenizer.eos_token_id]
     if chat:
         conversations = ConversationTokenizer(tokenizer, max_length=0)

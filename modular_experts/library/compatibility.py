@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,27 +128,38 @@ def training_in_common(experts: Sequence[StoredExpert]) -> dict[str, Any]:
     return {key: parts[0][key] for key in keys if all(part[key] == parts[0][key] for part in parts)}
 
 
-def warn_unlike_training(experts: Sequence[StoredExpert], reading: Mapping[str, Any], dtype: str) -> None:
+OPTIONS = {"chat_template": "data.chat_template", "max_length": "data.max_length", "dtype": "model.dtype"}
+
+
+def warn_unlike_training(
+    experts: Sequence[StoredExpert],
+    reading: Callable[[Iterable[str]], Mapping[str, Any]],
+    dtype: str,
+    options: Mapping[str, str] = OPTIONS,
+) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 
     Args:
         experts: The experts in use.
-        reading: How rows are read now: `max_length` and the hash of the `chat_template`, or None without one.
+        reading: How rows of the tasks of an expert are read now: `max_length` and the hash of the `chat_template`, or
+            None without one, as `TaskMixture.reading_of` gives them.
         dtype: Data type of the base now.
+        options: Names of the settings where they can be changed.
     """
     for expert in experts:
-        trained, unlike = expert.record.get("training") or {}, []
-        then, now = (part.get("chat_template") for part in (trained, reading))
-        if "chat_template" in trained and "chat_template" in reading and then != now:
-            words = ["no chat template" if one is None else "a chat template" for one in (now, then)]
-            same = words[0] == words[1]
-            unlike.append("another chat template" if same else f"{words[0]} instead of one (data.chat_template)")
-            if then is None:
-                unlike[-1] = "a chat template, which it never saw (data.chat_template)"
-        if reading.get("max_length", math.inf) < trained.get("max_length", 0):
-            unlike.append(f"{reading['max_length']} instead of {trained['max_length']} tokens a row (data.max_length)")
+        trained, unlike, now = expert.record.get("training") or {}, [], reading(expert.record["tasks"])
+        if "chat_template" in trained and "chat_template" in now and trained["chat_template"] != now["chat_template"]:
+            if trained["chat_template"] is None:
+                unlike.append(f"a chat template, which it never saw ({options['chat_template']})")
+            elif now["chat_template"] is None:
+                unlike.append(f"no chat template instead of one ({options['chat_template']})")
+            else:
+                unlike.append("another chat template")
+        if now.get("max_length", math.inf) < trained.get("max_length", 0):
+            tokens = f"{now['max_length']} instead of {trained['max_length']} tokens a row"
+            unlike.append(f"{tokens} ({options['max_length']})")
         if dtype != trained.get("dtype", dtype):
-            unlike.append(f"a base in {dtype} instead of {trained['dtype']} (model.dtype)")
+            unlike.append(f"a base in {dtype} instead of {trained['dtype']} ({options['dtype']})")
         if unlike:
             log.warning("%s is used otherwise than it was trained, with %s", expert.name, ", ".join(unlike))
 

@@ -421,7 +421,8 @@ class ExpertModule(LightningModule):
     def on_test_start(self) -> None:
         """Warn of applied experts that meet rows or a base in another form than in their training."""
         if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
-            reading = getattr(getattr(self.trainer, "datamodule", None), "reading", {})
+            data: Any = getattr(self.trainer, "datamodule", None)
+            reading = getattr(data, "reading_of", lambda tasks: dict[str, Any]())
             warn_unlike_training(self.applied_experts, reading, self.dtype_name)
 
     on_validation_start = on_predict_start = on_test_start

@@ -48,6 +48,6 @@ def test_a_merge_has_what_its_parents_have_in_common(tmp_path) -> None:
 def test_another_use_than_in_training_gets_a_sentence(tmp_path, caplog, trained, now, said) -> None:
     caplog.set_level(logging.WARNING, "modular_experts")
     reading = {key: value for key, value in now.items() if key != "dtype"}
-    warn_unlike_training([_expert(tmp_path, "mine", trained)], reading, now["dtype"])
+    warn_unlike_training([_expert(tmp_path, "mine", trained)], lambda tasks: reading, now["dtype"])
     start = "mine is used otherwise than it was trained, with "
     assert caplog.messages == ([start + said] if said else [])
