@@ -440,9 +440,12 @@ class TaskMixture(LightningDataModule):
                 found, bad = task.read(not self._predicts, lambda sentence: self._log(logging.INFO, sentence))
                 problems += bad
                 if not bad:
-                    self._rows[task.name] = fill_splits(
+                    self._rows[task.name] = rows = fill_splits(
                         found, self.validation_ratio, self.test_ratio, self.split_seed, task.held_in
                     )
+                    repeated = _repeats(task.name, rows)
+                    if repeated and (self.trainer is None or self.trainer.is_global_zero):
+                        _warn_once(repeated)
         raise_for_bad_rows(problems)
         return {task.name: self._rows[task.name] for task in self.tasks}
 
@@ -482,6 +485,27 @@ class TaskMixture(LightningDataModule):
     def _log(self, level: int, sentence: str) -> None:
         if self.trainer is None or self.trainer.is_global_zero:
             log.log(level, sentence)
+
+
+def _repeats(task: str, rows: Sequence[Row]) -> str | None:
+    """Return a sentence on rows of validation or test that are also training rows, if there are any."""
+    trained = {(row.input, row.target) for row in rows if row.split == "train"}
+    counts = []
+    for split in ("validation", "test"):
+        again = [(row.input, row.target) in trained for row in rows if row.split == split]
+        counts += [f"{sum(again)} of {len(again)} {split} rows"] if any(again) else []
+    if not counts:
+        return None
+    return (
+        f"{task}: {' and '.join(counts)} are also training rows, which an expert may know by heart; remove the copies, "
+        "or give all copies of a row one `split`"
+    )
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    """Log a sentence about the data once in a process, which may read them for several models."""
+    log.warning(sentence)
 
 
 def _taking_turns(tasks: Sequence[Sequence[Any]]) -> list[Any]:

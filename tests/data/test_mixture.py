@@ -262,3 +262,34 @@ def test_the_chat_template_is_told_by_its_hash(tmp_path) -> None:
     assert len(chat["chat_template"]) == 16
     tokenizer.chat_template += " "
     assert TaskMixture(tasks, tokenizer, chat_template=True).reading != chat
+
+
+def test_the_chat_template_of_an_experts_own_tasks_counts(tmp_path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    plain = write_rows(tmp_path / "plain.jsonl", [{"input": "a", "target": "b"}] * 4)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 4)
+    data = TaskMixture([str(plain), str(chat)], tokenizer)
+    template = TaskMixture([str(chat)], tokenizer).reading["chat_template"]
+    told = {
+        tasks: data.reading_of(tasks)["chat_template"] for tasks in (("plain",), ("chat",), ("plain", "chat"), ("x",))
+    }
+    assert template
+    assert told == {("plain",): None, ("chat",): template, ("plain", "chat"): template, ("x",): template}
+
+
+def test_rows_that_are_also_training_rows_are_counted_once(tmp_path, caplog) -> None:
+    def rows(split: str, *inputs: str) -> list[dict[str, object]]:
+        return [{"input": text, "target": text, "split": split} for text in inputs]
+
+    found = [*rows("train", "a", "a", "b", "c"), *rows("validation", "d", "a"), *rows("test", "b", "b", "e")]
+    found.append({"input": "c", "target": "another", "split": "test"})
+    path = write_rows(tmp_path / "copied.jsonl", found)
+    for _ in range(2):
+        mixture(str(path)).setup("fit")
+    (said,) = (record.getMessage() for record in caplog.records if "copies" in record.getMessage())
+    assert said == (
+        "copied: 1 of 2 validation rows and 2 of 4 test rows are also training rows, which an expert may know by "
+        "heart; remove the copies, or give all copies of a row one `split`"
+    )
