@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, track
+from rich.progress import Progress, ProgressColumn
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
@@ -80,9 +80,26 @@ def share_text(share: float) -> str:
 
 
 def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
-    """Return an iterator wrapper that draws a bar on a terminal."""
-    console = Console(stderr=True)
-    return partial(track, description=description, console=console, transient=True, disable=not console.is_terminal)
+    """Return an iterator wrapper that draws a bar on a terminal.
+
+    Off a terminal, work of more than a second prints a line at every tenth.
+    """
+
+    def shown(items: Sequence[str]) -> Iterator[str]:
+        started, terminal = time.monotonic(), Console(stderr=True).is_terminal
+        with progress_by_tenths(
+            *Progress.get_default_columns(),
+            line=lambda what, done, total: f"{what}: {done} of {total}",
+            transient=True,
+        ) as show:
+            for done, item in enumerate(items):
+                if terminal or time.monotonic() > started + 1:
+                    show(description, done, len(items))
+                yield item
+            if items and (terminal or time.monotonic() > started + 1):
+                show(description, len(items), len(items))
+
+    return shown
 
 
 @contextmanager
