@@ -82,7 +82,7 @@ def share_text(share: float) -> str:
 def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
     """Return an iterator wrapper that draws a bar on a terminal.
 
-    Off a terminal, work of more than a second prints a line at every tenth.
+    Off a terminal, work of more than five seconds prints a line at every tenth.
     """
 
     def shown(items: Sequence[str]) -> Iterator[str]:
@@ -93,10 +93,10 @@ def progress_bar(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
             transient=True,
         ) as show:
             for done, item in enumerate(items):
-                if terminal or time.monotonic() > started + 1:
+                if terminal or time.monotonic() > started + 5:
                     show(description, done, len(items))
                 yield item
-            if items and (terminal or time.monotonic() > started + 1):
+            if items and (terminal or time.monotonic() > started + 5):
                 show(description, len(items), len(items))
 
     return shown
