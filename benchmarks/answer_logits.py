@@ -132,12 +132,18 @@ def main() -> None:
     random.seed(0)
     rounds = 1 if options.quick else options.repeats
     rows = [row for dtype in DTYPES for row in compare(dtype, rounds, options.quick)]
+    report = {"machine": machine(), "quick": options.quick, "rows": rows}
     if options.json:
-        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+        print(json.dumps(report))
+    else:
+        show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print("CPU time over that of places\n\n| | whole | slice | places | losses apart |\n|---|---|---|---|---|")
-    for row in rows:
+    for row in report["rows"]:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in WAYS]
         apart = f"{row['losses_apart']:.0e}" if "losses_apart" in row else ""
         print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} | {apart} |")

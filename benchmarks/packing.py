@@ -146,14 +146,19 @@ def main() -> None:
         for line in shares_of_padding(options):
             print(f"| {' | '.join(line)} |")
         return
-    rows = list(measure(options))
+    report = {"machine": machine(), "quick": options.quick, "rows": list(measure(options))}
     if options.json:
-        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+        print(json.dumps(report))
+    else:
+        show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print("\n| rows | a batch | padding: plain | by length | packed | speed: by length | packed |")
     print("|---|---|---|---|---|---|---|")
-    for row in rows:
+    for row in report["rows"]:
         shares = " | ".join(f"{share:.1%}" for share in row["padding"].values())
         speeds = " | ".join(f"{row['speed'][way]:.2f}" for way in ("by length", "packed"))
         print(f"| {row['rows']} | {row['batch_size']} | {shares} | {speeds} |")

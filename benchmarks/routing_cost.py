@@ -223,19 +223,26 @@ def main() -> None:
     pairs = [(kind, dtype) for dtype in options.dtype for kind in [*options.kinds, *ARROWS]]
     space = [memory(kind, dtype, options) for kind, dtype in pairs]
     rows = [row for dtype in options.dtype for row in compare(getattr(torch, dtype), options)]
+    report = {"machine": machine(), "quick": options.quick, "kinds": options.kinds, "rows": rows, "memory": space}
     if options.json:
-        print(json.dumps({"machine": machine(), "quick": options.quick, "rows": rows, "memory": space}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+        print(json.dumps(report))
+    else:
+        show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print both tables."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     others = ["PEFT LoRA", *ARROWS]
-    names = [*options.kinds, *others]
+    kinds = report["kinds"]
+    names = [*kinds, *others]
     print(f"CPU time over the base alone (floor; goal)\n\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
-    for row in rows:
-        cells = [f"{row[kind]:.2f} ({row[f'{kind}, floor']:.2f}; {row[f'{kind}, goal']:.2f})" for kind in options.kinds]
+    for row in report["rows"]:
+        cells = [f"{row[kind]:.2f} ({row[f'{kind}, floor']:.2f}; {row[f'{kind}, goal']:.2f})" for kind in kinds]
         cells += [f"{row[name]:.2f}" for name in others]
         print(f"| {row['dtype']}, {row['work']} | {' | '.join(cells)} |")
     print(f"\nBytes of {MANY} experts over their packed bytes\n\n| | held | peak |\n|---|---|---|")
-    for row in space:
+    for row in report["memory"]:
         held = f"{row['held_over_packed']:.2f}" if "held_over_packed" in row else ""
         print(f"| {row['dtype']}, {row['kind']} | {held} | {row['peak_over_packed']:.2f} |")
 

@@ -52,7 +52,12 @@ def main() -> None:
     found |= {"machine": machine()}
     if options.json:
         json.dump(found, sys.stdout, indent=2)
-        return
+    else:
+        show(found, experts)
+
+
+def show(found: dict[str, Any], experts: int) -> None:
+    """Print what the study of so many experts took."""
     print(f"{found['pieces']} pieces took {found['bare']:.1f} s, the study {found['study']:.1f} s:", end=" ")
     print(f"{found['overhead']:.3f} s of overhead for each piece, {found['overhead'] / 30:.1%} of a piece of 30 s")
     print(f"switching experts took {found['switching']:.2%} of the time of the tests")

@@ -29,6 +29,7 @@ COPIED = (
     "configs",
     "docs",
     "Makefile",
+    "mkdocs.yml",
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",

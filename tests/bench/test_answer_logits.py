@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from testbed.scripts import run_script
+from testbed.scripts import run_script, shown
 
 
 def test_the_three_ways_are_timed_and_agree() -> None:
@@ -18,3 +18,4 @@ def test_the_three_ways_are_timed_and_agree() -> None:
             assert 0.05 < row["whole"] < 1000
             assert row["losses_apart"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
     assert {"CPU", "threads", "torch"} <= set(report["machine"])
+    assert shown("answer_logits", report).count("\n| bfloat16, ") == 3

@@ -57,6 +57,9 @@ def test_it_trains_merges_and_goes_on_where_it_was(script, tmp_path) -> None:
     first = json.loads(run_script("related_experts.py", *options))
     stored = (tmp_path / "quick.jsonl").read_text()
     assert json.loads(run_script("related_experts.py", *options)) == first
+    options.remove("--json")
+    table = run_script("related_experts.py", *options).splitlines()
+    assert [line.split(" | ")[0] for line in table[-len(KINDS) :]] == [f"| {kind}" for kind in KINDS]
     assert (tmp_path / "quick.jsonl").read_text() == stored
     rows = {row["kind"]: row for row in first["quality"]}
     assert list(rows) == ["the base", "LoRA, rank 1", "LoRA, rank 4", *KINDS]

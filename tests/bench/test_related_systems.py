@@ -75,6 +75,9 @@ def test_it_trains_tests_and_goes_on_where_it_was(script, tmp_path) -> None:
     first = json.loads(run_script("related_systems.py", *options))
     stored = (tmp_path / "quick-systems.jsonl").read_text()
     assert json.loads(run_script("related_systems.py", *options)) == first
+    options.remove("--json")
+    table = run_script("related_systems.py", *options).splitlines()
+    assert [line.split(" | ")[0] for line in table[-5:]] == ["| LoRA", *["| MoLoRA"] * 2, *["| GOAT"] * 2]
     assert (tmp_path / "quick-systems.jsonl").read_text() == stored
     rows = first["quality"]["rows"]
     assert [(row["system"], row["size"]) for row in rows] == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from testbed.scripts import run_script
+from testbed.scripts import run_script, shown
 
 KINDS = ["entries", "tiles", "LoRA"]
 ARROWS = ["Arrow", "PEFT Arrow"]
@@ -26,5 +26,6 @@ def test_every_kind_is_timed_beside_its_floor_and_its_goal() -> None:
     assert decode["entries, goal"] == pytest.approx(1 + 1.2 * (decode["entries, floor"] - 1))
     assert [row["kind"] for row in report["memory"]] == [*KINDS, *ARROWS]
     held = {row["kind"]: row["held_over_packed"] for row in report["memory"] if row["kind"] != "PEFT Arrow"}
+    assert shown("routing_cost", report).count("\n| bfloat16, ") == 3 + 5
     assert held["tiles"] == held["LoRA"] == 1
     assert 1 < held["entries"] < 1.1, "the row pointers are all that is added"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from testbed.here import STUDY, work_here
-from testbed.scripts import run_commands_here, run_script
+from testbed.scripts import run_commands_here, run_script, shown
 
 
 def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
@@ -18,3 +18,4 @@ def test_a_quick_run_measures_every_piece(tiny_llama_dir, monkeypatch) -> None:
     assert found["bare"] < found["study"]
     assert 0 < found["switching"] < 1
     assert found["separate"] > 0
+    assert "testing 2 experts on 10 tasks" in shown("study_cost", found, 2)

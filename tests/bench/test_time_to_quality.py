@@ -21,6 +21,8 @@ def test_a_race_is_run_once_and_read_again(tiny_llama_dir, tmp_path: Path, monke
     for more in ([], ["--limit", "0"]):
         found.append(json.loads(run_script("time_to_quality.py", *words, *more)))
     assert found[0] == found[1]
+    words.remove("--json")
+    assert run_script("time_to_quality.py", *words, "--limit", "0").count("\n| full | ") == 2
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     peer, full, first, start = runs
     kinds = [(run["kind"], run["steps"], run["seed"]) for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import resource
 import runpy
@@ -34,6 +35,14 @@ def run_script(name: str, *options: object) -> str:
             runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
     finally:
         gc.unfreeze()
+    return printed.getvalue()
+
+
+def shown(name: str, *report: Any) -> str:
+    """Return the tables that a script makes of the report that it printed with `--json`."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.syspath_prepend(BENCHMARKS)
+        importlib.import_module(name).show(*report)
     return printed.getvalue()
 
 
