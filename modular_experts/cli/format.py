@@ -22,10 +22,12 @@ INTERRUPTED = "interrupted; the same command goes on from here"
 
 
 def summary(expert: StoredExpert) -> str:
-    """Return kind, number of weights, kept share and size on disk in one line."""
+    """Return kind, number of weights or of experts behind a router, kept share and size on disk in one line."""
+    size = bytes_text(expert.size_on_disk)
+    if expert.routed:
+        return f"{kind_text(expert.record)}, {counted(len(expert.record['parents']), 'expert')}, {size}"
     return (
-        f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, "
-        f"{bytes_text(expert.size_on_disk)}"
+        f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, {size}"
     )
 
 
@@ -47,7 +49,9 @@ def duration_text(seconds: float) -> str:
 
 
 def kind_text(record: Mapping[str, Any]) -> str:
-    """Return the kind of an expert, and of a merge also its method."""
+    """Return the kind of an expert, of a merge also its method, and of a routed expert its router."""
+    if record["kind"] == "routed":
+        return f"routed: {(record.get('hyperparameters') or {}).get('router')}"
     if record["kind"] != "merge":
         return record["kind"]
     method = record.get("method")

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from modular_experts.base.base import Base, find_base
-from modular_experts.cli.format import call_text, kind_text, share_text, statistics_text
+from modular_experts.cli.format import call_text, counted, kind_text, share_text, statistics_text
 from modular_experts.library import Library, StoredExpert, open_expert, open_statistics
+from modular_experts.library.compatibility import open_parents
 from modular_experts.library.record import DELTA_FILE, RECORD_FILE, STATE_FILE
 from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.text import bytes_text, depth_of
@@ -66,14 +67,17 @@ def _row(expert: StoredExpert) -> tuple[str, ...]:
     tasks, base = expert.record["tasks"], expert.record["base"]
     shown = ", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks"
     place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
-    numbers = str(len(expert)), share_text(expert.kept_share), bytes_text(expert.size_on_disk)
-    return base["fingerprint"], kind_text(expert.record), place, shown, *numbers
+    holds = (str(len(expert)), share_text(expert.kept_share)) if expert.forms() else ("", "")
+    if expert.routed:
+        holds = counted(len(expert.record["parents"]), "expert"), ""
+    return base["fingerprint"], kind_text(expert.record), place, shown, *holds, bytes_text(expert.size_on_disk)
 
 
 def verify(expert: str, base: str | None = None, revision: str | None = None) -> None:
     """Read an expert, or all experts of a library, and check every byte against its hash.
 
-    Shapes, data types, bounds and order of the indices are checked too, and that all values are finite. The base is
+    Shapes, data types, bounds and order of the indices are checked too, and that all values are finite; of a routed
+    expert, that the experts behind it are there and are those that it was made with. The base is
     compared by its fingerprint if it is given, or if the record leads to a directory that exists.
 
     Args:
@@ -109,7 +113,12 @@ def verify(expert: str, base: str | None = None, revision: str | None = None) ->
 
 def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
     expert.verify()
-    intact = f"intact, {len(expert)} weights, content hash {expert.content_hash[:12]}"
+    holds = f"{len(expert)} weights"
+    if expert.routed:
+        count = len(open_parents(expert))
+        router = kind_text(expert.record).removeprefix("routed: ")
+        holds = f"the router {router} and {counted(count, 'expert')} behind it"
+    intact = f"intact, {holds}, content hash {expert.content_hash[:12]}"
     place = base or find_base([expert])
     if base is None and not Path(place).is_dir():
         return f"{intact}; base not checked ({place} is not a directory here; give --base)"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base import Base, DType
 from modular_experts.base.apply import AnyExpert, open_several
+from modular_experts.base.files import read_layouts
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.tasks import Tasks
@@ -79,8 +80,8 @@ def evaluate(
     Raises:
         FileExistsError: `out` holds results and may not be replaced; nothing was measured.
         FileNotFoundError: The base was not found.
-        ValueError: An expert was trained on another base, a checkpoint has another tokenizer, or a task has no test
-            rows.
+        ValueError: An expert was trained on another base or cannot be put into it, a checkpoint has another tokenizer,
+            or a task has no test rows; no row was measured.
     """
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
@@ -111,16 +112,18 @@ def evaluate(
             yield batch
             rows += len(batch["task"])
 
-    for one in models:
-        hashes = one.hashes
-        key = (result_key(*same, hashes),)
+    keys = [(result_key(*same, one.hashes),) for one in models]
+    for one, key in zip(models, keys, strict=True):
+        if not (known and key in known):
+            one.check(model)
+    for one, key in zip(models, keys, strict=True):
         if known and key in known:
             scores = known[key]
         else:
             with one.in_place(model, dtype, device) as measured:
                 data.fit_context(context_length(measured))
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
-            if known is not None and hashes is not None:
+            if known is not None and one.hashes is not None:
                 known[key] = scores
         done += len(examples)
         progress(one.title, done, total)
@@ -173,14 +176,27 @@ class Compared:
             for one in self.experts
         ]
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Put the experts into the loaded base and take them out again, or look at the files of the checkpoint.
+
+        Call it for all models before the first is measured, because a measurement may take hours.
+
+        Raises:
+            ValueError: Anything that `attached` refuses, or a file is damaged.
+        """
+        if self.checkpoint:
+            read_layouts(self.checkpoint.directory)
+        with attached(model, self.experts):
+            pass
+
     @contextmanager
     def in_place(self, model: PreTrainedModel, dtype: DType, device: str) -> Iterator[PreTrainedModel]:
-        """Yield the loaded base with the experts in place, or the checkpoint, on a device.
+        """Yield the loaded base with the experts in place, or the checkpoint, on a device; call `check` before.
 
         Deltas are added on the CPU, as `apply` adds them, whatever the device.
         """
         whole: Any = self.checkpoint.load(dtype) if self.checkpoint else model
-        with attached(whole, self.experts):
+        with attached(whole, self.experts, check=False):
             whole.to(device)
             yield whole
             whole.to("cpu")

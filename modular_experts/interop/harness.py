@@ -112,6 +112,8 @@ def harness(
         facts["harness"] = {"version": version("lm_eval"), "batch_size": batch_size, "limit": limit, "tasks": {}}
         roles = {task.name: task.role for task in as_tasks(files)} if files else {}
         model: Any = found.load(dtype)
+        for one in models:
+            one.check(model)
         rows: list[dict[str, Any]] = []
         for done, one in enumerate(models):
             progress(one.title, done, len(models))

@@ -258,6 +258,46 @@ def test_stored_results_of_routes_with_one_state_are_told_apart(place, tasks, ti
     assert found.mean("loss", model="first") == found.mean("loss", model="order") != found.mean("loss", model="other")
 
 
+def test_evaluate_looks_at_every_model_before_it_measures_the_first(run, place, tasks, tiny_llama_dir, task_files):
+    class Mine(Oracle):
+        pass
+
+    route(EXPERTS[1:], "library/own", Mine())
+    route(EXPERTS[1:3], "library/r", Oracle())
+    shutil.copytree("library/merged", "library/damaged")
+    file = place / "library/damaged/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    shutil.rmtree("library/reverse")
+    shutil.copytree("library/first", "library/reverse")
+    mistakes = {
+        "own": "a router Mine, which is not a built-in one",
+        "r": "reverse is not the expert that r was made with",
+        "damaged": "are not what was written",
+    }
+    how = ["evaluate", "--base", tiny_llama_dir, "--tasks", task_files["upper"], "--out", "runs/x"]
+    for name, sentence in mistakes.items():
+        code, _, err = run(*how, "--experts", "library/upper", f"library/{name}")
+        assert (code, sentence in err, "measuring" in err) == (1, True, False), err
+        assert not (place / "runs/x/measured.jsonl").exists()
+
+
+def test_verify_and_list_tell_of_the_experts_behind_a_router(run, place):
+    route([*EXPERTS[1:3]], "library/r", Oracle(), fallback="library/merged")
+    code, out, _ = run("verify", "library/r")
+    assert code == 0
+    assert "library/r: intact, the router Oracle and 3 experts behind it, content hash" in out
+    row = next(line for line in run("list", "library")[1].splitlines() if line.startswith(" r ") or "routed" in line)
+    assert " ".join(row.split()).startswith("r routed: Oracle upper, reverse 3 experts")
+    shutil.rmtree("library/reverse")
+    shutil.copytree("library/first", "library/reverse")
+    code, _, err = run("verify", "library/r")
+    assert code == 1
+    assert "reverse is not the expert that r was made with" in err
+    code, _, err = run("verify", "library")
+    assert code == 1
+    assert "1 of 5 experts in library failed: r" in err
+
+
 def test_a_router_of_a_user_is_put_into_a_model_by_its_class(run, place, tiny_llama_dir):
     class Mine(Oracle):
         pass
