@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.callbacks import AverageStates, Boosting
@@ -185,24 +184,6 @@ def test_the_optimizer_state_is_less_than_a_quarter_of_a_lora_of_rank_eight(
         found[name] = watch.bytes
     assert found["all"] / found["lora"] == pytest.approx(1 / 8)
     assert found["half"] / found["lora"] == pytest.approx(1 / 16)
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("step", [4, 6])
-def test_a_run_resumes_exactly_between_rounds_and_within_one(step, tiny_llama_dir, task_files, tmp_path) -> None:
-    def run(folder: Path, ckpt: Path | None = None):
-        saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        expert = partial(BoostedLoRAExpert, dropout=0.2)
-        schedule = Boosting(every=4, share=0.5, seed=2)
-        more = {"enable_checkpointing": True, "ckpt": ckpt}
-        return fit(tiny_llama_dir, task_files, folder, expert, schedule, saving, **more)
-
-    whole, losses = run(tmp_path / "whole")
-    again, rest = run(tmp_path / "again", tmp_path / "whole" / f"step={step}.ckpt")
-    assert rest == losses[step:]
-    state = again.state_dict()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(state[name], tensor)
 
 
 def test_micro_batches_belong_to_one_step(tiny_llama_dir, task_files, tmp_path) -> None:

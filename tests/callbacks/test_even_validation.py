@@ -104,6 +104,14 @@ def test_early_stopping_looks_after_each_validation(tiny_llama_dir, task_files, 
     assert _fit(tiny_llama_dir, task_files, tmp_path, stop, max_steps=100).steps == [10, 20]
 
 
+def test_it_decides_for_each_trainer_anew_and_knows_its_own(tmp_path) -> None:
+    even, free, other = EvenValidation(), runs.trainer(tmp_path), runs.trainer(tmp_path, val_check_interval=0.5)
+    for trainer, active in ((free, True), (other, False), (free, True)):
+        even.take_over(trainer)
+        assert even.active is active
+    assert other.val_check_interval == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_resumed_from_any_validation_goes_on_with_the_same_losses_and_validations(
     tiny_llama_dir, task_files, tmp_path

@@ -70,19 +70,6 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
     assert before == [pytest.approx(progress.first_loss)]
 
 
-def test_a_resumed_fit_counts_all_its_rows_and_remembers_its_first_loss(
-    tiny_llama_dir, task_files, tmp_path, lines
-) -> None:
-    _, first, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=4)
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0))
-    second = runs.trainer(tmp_path, max_steps=6)
-    second.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=tmp_path / "a.ckpt")
-    ends = [line for line in lines() if line.startswith("trained on")]
-    assert [line.split(" rows")[0] for line in ends] == ["trained on 16", "trained on 24"]
-    assert ends[0].split("from ")[1].split(" to")[0] == ends[1].split("from ")[1].split(" to")[0]
-
-
 def test_fast_dev_run_writes_nothing(tiny_llama_dir, task_files, tmp_path, lines) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine")
     settings = {"fast_dev_run": True, "enable_checkpointing": True, "logger": CSVLogger(tmp_path)}

@@ -1,4 +1,4 @@
-"""RandomPaths: draws are of seed, step and layer, micro-batches share one, and a run resumes exactly."""
+"""RandomPaths: draws are of seed, step and layer, micro-batches share one, and none stays behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.callbacks import RandomPaths
@@ -28,13 +27,13 @@ class Paths(Callback):
         self.drawn.append({name: layer.expert.drawn for name, layer in expert_layers(pl_module.model)})
 
 
-def fit(base: Path, files: dict, folder: Path, *callbacks: Callback, ckpt: Path | None = None, **settings):
+def fit(base: Path, files: dict, folder: Path, *callbacks: Callback, **settings):
     seed_everything(0, verbose=False)
     losses, optimizer = runs.Losses(), partial(torch.optim.AdamW, lr=0.01)
     expert = settings.pop("expert", partial(GLoRAExpert, rank=2))
     module = runs.module(base, expert, dtype="float64", optimizer=optimizer)
     run = runs.trainer(folder, *callbacks, losses, **({"max_steps": 6} | settings))
-    run.fit(module, runs.mixture(files, base), ckpt_path=ckpt)
+    run.fit(module, runs.mixture(files, base))
     return module, losses.steps
 
 
@@ -58,17 +57,18 @@ def test_a_path_is_drawn_for_each_step_and_layer_and_micro_batches_share_it(tiny
     assert again.drawn[3:] != again.drawn[:3]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumes_exactly(tiny_llama_dir, task_files, tmp_path) -> None:
-    def run(name: str, ckpt: Path | None = None):
-        saving = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        place = (tiny_llama_dir, task_files, tmp_path)
-        return fit(*place, RandomPaths(), saving, ckpt=ckpt, enable_checkpointing=True)
+def test_a_fit_that_fails_leaves_no_path_drawn(tiny_llama_dir, task_files, tmp_path) -> None:
+    class Fail(Paths):
+        def on_train_batch_end(self, trainer, pl_module, *rest) -> None:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+            self.layers = dict(expert_layers(pl_module.model))
+            raise OSError
 
-    whole, losses = run("whole")
-    again, rest = run("again", tmp_path / "whole" / "step=2.ckpt")
-    assert rest == losses[2:]
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    failing = Fail()
+    with pytest.raises(OSError):  # noqa: PT011
+        fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), failing)
+    assert all(failing.drawn[0].values())
+    assert all(layer.expert.drawn is None for layer in failing.layers.values())
 
 
 def test_other_experts_have_no_paths(tiny_llama_dir, task_files, tmp_path) -> None:

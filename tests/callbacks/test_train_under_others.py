@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.base import Base
@@ -128,20 +127,6 @@ def test_weights_without_an_expert_are_moved_and_restored_in_bfloat16_too(
     assert torch.equal(seen[0], moved)
     assert not torch.equal(moved, start)
     assert torch.equal(module.model.get_parameter(name), start)
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_resumed_run_draws_the_same_others(library, tiny_llama_dir, task_files, tmp_path) -> None:
-    def run(**settings):
-        others = TrainUnderOthers(str(library), count=1, scale=1.0, seed=3)
-        saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, save_top_k=-1, filename="{step}")
-        schedule, more = ONCE(seed=0), {"max_steps": 6, "enable_checkpointing": True} | settings
-        return _fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, others, saving, **more)[0]
-
-    whole = run()
-    rest = run(ckpt=tmp_path / "saved" / "step=3.ckpt")
-    expected = dict(whole.task_vector())
-    assert all(torch.equal(delta.dense(), expected[name].dense()) for name, delta in rest.task_vector())
 
 
 def test_experts_of_the_trained_task_are_left_out(library, tiny_llama_dir, task_files, tmp_path) -> None:

@@ -9,7 +9,6 @@ import conftest
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from testbed import runs
 
@@ -285,24 +284,6 @@ def test_a_choice_waits_while_the_scaled_gradient_overflows(tiny_llama_dir, task
         assert gradient.isfinite().all()
         best = gradients[name].abs().flatten().topk(units.numel()).indices
         assert torch.isin(units.long(), best).float().mean() > 0.9
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_between_choices_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
-    def run(folder, steps, ckpt=None) -> list[float]:
-        torch.manual_seed(0)
-        losses = runs.Losses()
-        module = runs.module(tiny_llama_dir, SPARSE, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-        saving = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-        rule = GrowAndDrop(every=2, until=1.0, replace=0.4)
-        schedule = MaskSchedule(rule=rule, batches="step", leavers="stash")
-        trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
-        return losses.steps
-
-    whole = run(tmp_path / "whole", 7)
-    for step in (2, 3):
-        assert run(tmp_path / f"from{step}", 7, tmp_path / "whole" / f"step={step}.ckpt") == whole[step:]
 
 
 def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:

@@ -1,0 +1,196 @@
+"""Check that a callback, built-in or your own, belongs to one fit at a time: `check_callback(MyCallback)`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modular_experts.base.loading import quiet
+from modular_experts.callbacks import Schedule
+from modular_experts.data import TaskMixture
+from modular_experts.experts import Expert, SparseExpert
+from modular_experts.training.estimate import errors_only
+from modular_experts.training.module import ExpertModule
+
+_STEPS, _SAVED = 5, 3
+
+
+def check_callback(
+    make: Callable[[], Callback],
+    expert: Callable[[Tensor], Expert] = SparseExpert,
+    result: Callable[[Any], Any] | None = None,
+    base: str | Path | None = None,
+) -> None:
+    """Check that a callback of `ExpertModule`, such as a `Schedule`, keeps its state within a fit.
+
+    The battery trains experts in all linear layers for five steps, with a validation after each; the last step goes
+    back, so that the fourth is the best. Losses, trained tensors, and the shares and costs of a schedule (but times and
+    sizes in bytes) must be equal:
+
+    - One object in two fits acts as two fresh objects: `setup` forgets the fit before.
+    - A run that is resumed after its third step, with a fresh object or a used one, ends as if nothing had been:
+      `state_dict` holds all that `load_state_dict` needs, and neither reads what only an earlier fit left.
+    - A second fit of a module begins with all that the first one trained.
+
+    Args:
+        make: Makes a callback with the same settings at each call.
+        expert: The expert type that is trained, as the argument `expert` of `ExpertModule`.
+        result: Returns of a callback, after its fit, what else must be equal, such as the hash of what it exported.
+        base: Directory of a base, for callbacks with settings that belong to one, such as a library of its experts. If
+            it is not given, the battery makes a small Llama with random weights.
+
+    Raises:
+        AssertionError: The callback breaks a promise; the message names it.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), errors_only("lightning.pytorch"):
+        # Lightning warns of folders that are not empty, and of loaders without workers.
+        warnings.simplefilter("ignore")
+        with torch.random.fork_rng():
+            _check(_Case(make, expert, result, Path(folder), base))
+
+
+def _check(case: _Case) -> None:
+    used = case.make()
+    first, whole = case.fit(used)
+    _compare(case.fit(used)[1], whole, "a callback in two fits must act as two fresh ones")
+    saved = case.folder / "saved" / f"step={_SAVED}.ckpt"
+    later = {name: _after(found) if isinstance(found, dict) else found for name, found in whole.items()}
+    for callback, which in ((case.make(), "fresh"), (used, "used")):
+        _, rest = case.fit(callback, resume=saved)
+        _compare(rest, later, f"a run that a {which} callback resumes must end as if it had not been interrupted")
+    _, again = case.fit(used, first, rate=0.0)
+    before, after = (cast(dict[int, float], found["validation losses"]) for found in (whole, again))
+    assert abs(after[max(after)] - before[max(before)]) < 1e-5, (
+        "a second fit must begin with all that the first one trained; at a rate of zero, the validation loss goes from "
+        f"{before[max(before)]:.6f} to {after[max(after)]:.6f}"
+    )
+
+
+class _Case:
+    """The callback under test, and fits of it."""
+
+    def __init__(
+        self,
+        make: Callable[[], Callback],
+        expert: Callable[[Tensor], Expert],
+        result: Callable[[Any], Any] | None,
+        folder: Path,
+        base: str | Path | None,
+    ) -> None:
+        self.make, self.expert, self.result, self.folder = make, expert, result, folder
+        self.base, self.tasks = str(base or folder / "base"), folder / "rows.jsonl"
+        if base is None:
+            _write_base(folder / "base")
+        splits = ["train"] * 5 + ["validation"]
+        rows = [{"input": f"{n} + 7 =", "target": str(n + 7), "split": splits[n % 6]} for n in range(24)]
+        self.tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def fit(
+        self, callback: Callback, module: ExpertModule | None = None, rate: float = 2e-2, resume: Path | None = None
+    ) -> tuple[ExpertModule, dict[str, Any]]:
+        """Train a fresh module or go on with one; return it and what is to be equal."""
+        # What is drawn at random before the checkpoint is loaded must not matter.
+        torch.manual_seed(1 if resume else 0)
+        if module is None:
+            module = ExpertModule(self.base, "all-linear", self.expert)
+        module.optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
+        module.scheduler = lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 if step < _STEPS - 1 else -1.0)
+        watch = _Watch()
+        saving = ModelCheckpoint(self.folder / "saved", "{step}", save_top_k=-1, every_n_train_steps=_SAVED)
+        trainer = Trainer(
+            max_steps=_STEPS if rate else 1,
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=self.folder,
+            callbacks=[callback, watch, *[saving] * (resume is None)],
+            enable_checkpointing=resume is None,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        tasks = [{"name": "battery", "path": str(self.tasks)}]
+        data = TaskMixture(tasks, batch_size=4, tokenizer=self.base, seed=0)
+        trainer.fit(module, data, ckpt_path=resume)
+        found: dict[str, Any] = {"losses": watch.losses, "validation losses": watch.validations}
+        found["trained tensors"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        if isinstance(callback, Schedule):
+            costs = callback.costs(trainer, module)
+            found["shares"] = sorted(callback.shares(module).items())
+            found["costs"] = sorted(item for item in costs.items() if not item[0].endswith(("_seconds", "_bytes")))
+        if self.result is not None:
+            found["results"] = self.result(callback)
+        return module, found
+
+
+class _Watch(Callback):
+    """Keeps the loss of each step and of each validation, by the number of steps."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.validations: dict[int, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses[trainer.global_step] = outputs["loss"].item()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validations[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+
+
+def _after(found: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the losses after the checkpoint; tensors have names in place of steps."""
+    return {key: value for key, value in found.items() if not isinstance(key, int) or key > _SAVED}
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any], promise: str) -> None:
+    for what, value in wanted.items():
+        other = found[what]
+        if what == "trained tensors":
+            unlike = [name for name in value.keys() | other.keys() if not _same(value.get(name), other.get(name))]
+            assert not unlike, f"{promise}; {len(unlike)} of {len(value)} trained tensors differ, as {min(unlike)}"
+        else:
+            assert other == value, f"{promise}; the {what} are {other} instead of {value}"
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def _write_base(folder: Path) -> None:
+    """Write a Llama of two blocks with random weights, and a tokenizer of single characters."""
+    tokens = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))]
+    characters = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=characters, **special).save_pretrained(folder)

@@ -1,0 +1,131 @@
+"""Every built-in callback with a state of its own keeps it within a fit; `check_callback` finds those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testbed import runs
+
+from modular_experts.callbacks import (
+    AverageStates,
+    Boosting,
+    EvenValidation,
+    ExportExpert,
+    GradientMask,
+    LogProgress,
+    MaskSchedule,
+    RandomPaths,
+    Schedule,
+    TrainUnderOthers,
+)
+from modular_experts.experts import BoostedLoRAExpert, FullExpert, GLoRAExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.injection import expert_layers
+from modular_experts.library import open_expert
+from modular_experts.masks import DenseThenSparse, GrowAndDrop, Reselect
+from modular_experts.testing import check_callback
+
+DROPOUT = partial(LoRAExpert, rank=2, dropout=0.3)
+CASES: dict[str, tuple[Callable, Callable]] = {
+    "mask": (MaskSchedule, SparseExpert),
+    "mask-stash": (partial(MaskSchedule, rule=Reselect(every=1, until=1.0), leavers="stash"), SparseExpert),
+    "mask-global": (partial(MaskSchedule, scope="global", rule=GrowAndDrop(every=3, until=0.9)), SparseExpert),
+    "mask-masked": (partial(MaskSchedule, rule=Reselect(every=1)), MaskedExpert),
+    "mask-dense": (partial(MaskSchedule, rule=DenseThenSparse(0.3, rewind=True)), MaskedExpert),
+    "averages": (partial(AverageStates, share=0.8), DROPOUT),
+    "boosting": (partial(Boosting, every=2, share=0.5), partial(BoostedLoRAExpert, dropout=0.2)),
+    "boosting-between-rounds": (partial(Boosting, every=1, share=0.5), BoostedLoRAExpert),
+    "paths": (RandomPaths, GLoRAExpert),
+    "validation": (partial(EvenValidation, times=2), DROPOUT),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_callback_keeps_its_state_within_a_fit(name) -> None:
+    check_callback(*CASES[name])
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, tiny_llama_dir, task_files) -> Path:
+    """A sparse expert of all linear layers."""
+    folder = tmp_path_factory.mktemp("others")
+    module = runs.module(tiny_llama_dir, SparseExpert, modules="all-linear")
+    export = ExportExpert(str(folder / "library"), "a", monitor=None)
+    runs.trainer(folder, export, max_steps=1).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    return folder / "library"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expert"),
+    [
+        (partial(MaskSchedule, support="a"), SparseExpert),
+        (partial(TrainUnderOthers, others="a", count=1), SparseExpert),
+        (partial(GradientMask, masks="a"), FullExpert),
+    ],
+    ids=["support", "others", "gradient-mask"],
+)
+def test_so_does_one_that_reads_a_library(kind, expert, library, tiny_llama_dir) -> None:
+    (setting,) = (name for name, value in kind.keywords.items() if value == "a")
+    check_callback(partial(kind, **{setting: str(library / "a")}), expert, base=tiny_llama_dir)
+
+
+def test_an_export_and_the_log_of_progress_begin_anew(tmp_path) -> None:
+    def exported(export: ExportExpert) -> list[Any]:
+        return [export.best, export.best_step, open_expert(export.target).content_hash]
+
+    check_callback(partial(ExportExpert, str(tmp_path), "mine", overwrite=True), DROPOUT, exported)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+    def seen(progress: LogProgress) -> list[Any]:
+        return [progress.rows, progress.first_loss, progress.last_loss]
+
+    check_callback(LogProgress, DROPOUT, seen)
+
+
+class ForgetsNothing(Schedule):
+    """Lets four steps train, wherever they are."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.steps += 1
+        for parameter in pl_module.parameters():
+            parameter.grad = parameter.grad if self.steps <= 4 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict) -> None:
+        self.steps = state_dict["steps"]
+
+
+class RemembersNothing(ForgetsNothing):
+    def setup(self, trainer, pl_module, stage) -> None:
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class StartsOver(Schedule):
+    def before_optimizers(self, trainer, module) -> None:
+        for _, layer in expert_layers(module.model):
+            torch.nn.init.zeros_(layer.expert.up)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (ForgetsNothing, "a callback in two fits must act as two fresh ones; the losses are"),
+        (RemembersNothing, "a run that a fresh callback resumes must end as if it had not been interrupted; "),
+        (StartsOver, "a second fit must begin with all that the first one trained; at a rate of zero, "),
+    ],
+)
+def test_a_state_that_outlives_its_fit_is_found(kind, sentence) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_callback(kind, DROPOUT)
