@@ -226,7 +226,8 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "statistics", f"{kind}: {statistics_text(open_statistics(expert, kind))}"
     yield "size", bytes_text(expert.size_on_disk)
     yield "content", expert.content_hash
-    yield "created", f"{record.get('created')}, seed {record.get('seed')}"
+    seed = "" if record.get("seed") is None else f", seed {record['seed']}"
+    yield "created", f"{record.get('created')}{seed}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
 
 

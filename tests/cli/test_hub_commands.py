@@ -93,12 +93,12 @@ def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir,
     card = hub.repositories[REPO].files()["README.md"].decode()
     commands = [words for words in card_commands(card) if words[0] == "modular-experts"]
     verbs = [words[1] for words in commands]
-    assert verbs == ["pull", "show", "test", "merge", "apply"]
+    assert verbs == ["pull", "show", "evaluate", "merge", "apply"]
     assert set(verbs) <= set(VERBS)
     assert "`BASE` is the directory of the base" in card
     (place / "user").mkdir()
     monkeypatch.chdir(place / "user")
-    (place / "its.jsonl").rename("its.jsonl")
+    (place / "its.jsonl").rename("TASK.jsonl")
     Path("BASE").symlink_to(tiny_llama_dir)
     for words in commands:
         code, _, err = run(*words[1:])
@@ -110,7 +110,7 @@ def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir,
 def test_the_card_of_one_expert_shows_no_merge(run, place, hub):
     run("push", "--experts", "[library/a]", "--repo", REPO)
     commands = card_commands(hub.repositories[REPO].files()["README.md"].decode())
-    assert [words[1] for words in commands if words[0] == "modular-experts"] == ["pull", "show", "test", "apply"]
+    assert [words[1] for words in commands if words[0] == "modular-experts"] == ["pull", "show", "evaluate", "apply"]
 
 
 def test_a_card_of_ones_own_is_told(run, place, hub):

@@ -166,6 +166,7 @@ def test_show_tells_kind_shares_norms_and_where_from(run, place):
     assert code == 0
     for text in ("Average(", "task-a, task-lora", "fingerprint", "parent", "layer", "q_proj", "content"):
         assert text in out
+    assert "seed" not in out, "a merge draws nothing at random"
     assert max(map(len, out.splitlines())) <= 80
     expert = open_expert("library/a")
     total, kept = 0.0, 0
