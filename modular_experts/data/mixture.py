@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import warnings
 from collections import Counter
@@ -427,9 +428,10 @@ class TaskMixture(LightningDataModule):
     def _position(self, epoch: int) -> tuple[int, int]:
         """Return which epoch to read and how many of its batches are finished."""
         # The trainer's count of epochs is one too high after a resume from the end of an epoch; its count of all
-        # batches is right.
+        # batches is right. Where a fit was refused before it began, its epochs have no length.
         loop = None if self.trainer is None else self.trainer.fit_loop
-        if loop is None or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
+        unknown = loop is None or math.isinf(loop.max_batches)
+        if loop is None or unknown or epoch != loop.epoch_progress.current.processed:  # type: ignore[attr-defined]
             return epoch, 0
         return divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))  # type: ignore[attr-defined]
 

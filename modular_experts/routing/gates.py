@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class Rows(NamedTuple):
@@ -58,6 +58,18 @@ def reading(
         yield
     finally:
         _ROWS.reset(token)
+
+
+def mean_over_ranks(counts: Tensor) -> Tensor:
+    """Return floating-point counts averaged over the processes that train together, and as they are in one process.
+
+    Sums over this process divided by such a count, averaged over processes, are the mean of one process with all rows.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        counts = counts.clone()
+        distributed.all_reduce(counts)
+        counts /= distributed.get_world_size()
+    return counts
 
 
 class Segment(NamedTuple):

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.routing.gates import rows_at_hand
+from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 
 
 class MoLoRAExpert(NotMergeable, Expert):
@@ -109,10 +109,6 @@ class MoLoRAExpert(NotMergeable, Expert):
         use, self._use = self._use, None
         if use is None:
             return None
-        counts, probabilities = use[0].to(use[1].dtype), use[1]
-        if distributed.is_available() and distributed.is_initialized():
-            # The mean of the ranks' losses, which training takes, is then the loss of one process with all tokens.
-            distributed.all_reduce(counts)
-            counts /= distributed.get_world_size()
-        taken, tokens = counts[:-1], counts[-1].clamp(min=1)
+        counts, probabilities = mean_over_ranks(use[0].to(use[1].dtype)), use[1]
+        taken, tokens = counts[:-1], counts[-1].clamp(min=1e-6)
         return self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()

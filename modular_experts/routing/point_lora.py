@@ -16,6 +16,7 @@ from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import Arguments, ModuleExpert
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 from modular_experts.routing.prompts import Growth, check_rows, kept_tokens, prompts_at_hand
 from modular_experts.text import block_of
 
@@ -110,7 +111,7 @@ class TokenSelection(ModuleExpert):
         self._shown = torch.ones(1, 0, dtype=torch.bool)
         self._dropped = 0
         self._growth = Growth()
-        self._mean_entropy: Tensor | None = None
+        self._entropies: Tensor | None = None
 
     @property
     def tokens_in_front(self) -> int:
@@ -180,9 +181,10 @@ class TokenSelection(ModuleExpert):
         logits = self.scorer(embedded.to(self.scorer[0].weight.dtype)).squeeze(-1)  # type: ignore[index]
         scores = logits.sigmoid()
         if self.training and self.entropy:
-            # The mean over a row's prompt, and over rows: then equal processes have the mean of one.
             each = (scores * F.softplus(-logits) + (1 - scores) * F.softplus(logits)).where(prompt, 0.0)
-            self._mean_entropy = (each.sum(1) / prompt.sum(1).clamp(min=1)).mean()
+            means, told = each.sum(1) / prompt.sum(1).clamp(min=1), rows_at_hand().tokens
+            # A filler row has no tokens that count.
+            self._entropies = means if told is None else means[told.any(1)]
         # A stable sort, because `topk` chooses among equal scores by chance.
         ranked = scores.detach().masked_fill(~prompt, -1.0).sort(dim=1, descending=True, stable=True).indices
         chosen = ranked[:, : self.tokens]
@@ -202,8 +204,10 @@ class TokenSelection(ModuleExpert):
         return output
 
     def penalty(self) -> Tensor | None:
-        found, self._mean_entropy = self._mean_entropy, None
-        return None if found is None else self.entropy * found
+        found, self._entropies = self._entropies, None
+        if found is None:
+            return None
+        return self.entropy * found.sum() / mean_over_ranks(found.new_tensor(float(len(found)))).clamp(min=1e-6)
 
 
 class PointLoRAExpert(NotMergeable, LoRAExpert):

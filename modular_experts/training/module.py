@@ -410,11 +410,11 @@ class ExpertModule(LightningModule):
         tokens = counts.sum()
         if self.trainer.world_size > 1:
             distributed.all_reduce(tokens)
-            tokens = tokens / self.trainer.world_size
-        loss = sums.sum() / tokens.clamp(min=1)
+        tokens = tokens.clamp(min=1) / self.trainer.world_size
+        loss = sums.sum() / tokens
         terms = penalties(self.model)
         if divergence is not None:
-            terms["consistency"] = weight * divergence / tokens.clamp(min=1)
+            terms["consistency"] = weight * divergence / tokens
         self._penalties = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), start=loss)
 

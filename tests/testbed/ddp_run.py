@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.shared_gate import SharedGate
-from testbed.trained_mixtures import MIXTURES, train
+from testbed.trained_mixtures import MIXTURES, of_config, train
 from torch.nn.parallel import DistributedDataParallel
 
 from modular_experts.callbacks import (
@@ -28,6 +28,7 @@ from modular_experts.callbacks import (
     TrainUnderOthers,
 )
 from modular_experts.data import Task, TaskMixture
+from modular_experts.data.batch import IGNORED
 from modular_experts.experts import (
     AdaMixExpert,
     BoostedLoRAExpert,
@@ -42,8 +43,10 @@ from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
-from modular_experts.routing import MoLoRAExpert
 from modular_experts.training.module import ExpertModule
+
+FEW_ROWS = ("molora", "point-lora")
+"""Mixtures with a penalty that counts tokens, and one that counts rows."""
 
 PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate(), "template banks": TemplateBanks()}
 
@@ -115,19 +118,28 @@ def train_masked(folder: Path, base: Path, files: dict[str, Path], ranks: int) -
     return {"supports": watch.supports, "values": trained(module)}
 
 
-def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> dict:
+def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int, mixture: str) -> dict:
     """Train two epochs of five rows in batches of four, so that of two ranks one has no row in every second batch.
 
-    The expert's penalty counts tokens. Return the logged losses, the rows trained on, and all trained values.
+    The mixture's penalty counts tokens or rows. Return the logged losses, the rows trained on, all trained values, and
+    the mean over ranks of the loss of a batch with one labelled token, which rank 0 has.
     """
     seed_everything(0, verbose=False)
     watch, progress = Watch(), LogProgress()
     optimizer = partial(torch.optim.SGD, lr=0.5)
-    module = runs.module(base, partial(MoLoRAExpert, rank=2, balance=0.5), dtype="float64", optimizer=optimizer)
+    module = ExpertModule(str(base), **of_config(mixture), dtype="float64", optimizer=optimizer)
     place = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
     data = TaskMixture([Task("upper", str(files["upper"]), cap=5)], str(base), batch_size=4, seed=0)
-    runs.trainer(folder, watch, progress, max_steps=4, **place).fit(module, data)
-    return {"losses": watch.losses, "rows": progress.rows, "values": trained(module)}
+    trainer = runs.trainer(folder, watch, progress, max_steps=4, **place)
+    trainer.fit(module, data)
+    found = {"losses": watch.losses, "rows": progress.rows, "values": trained(module)}
+    batch = next(iter(data.train_dataloader()))
+    row, place = (batch["labels"] != IGNORED).nonzero()[0]
+    alone = torch.full_like(batch["labels"], IGNORED)
+    if trainer.global_rank == 0:
+        alone[row, place] = batch["labels"][row, place]
+    loss = module.eval().loss(batch | {"labels": alone}).detach()
+    return found | {"one token": float(trainer.strategy.reduce(loss, reduce_op="mean"))}
 
 
 def train_under_others(folder: Path, base: Path, files: dict[str, Path], ranks: int, rank: int) -> dict:
@@ -211,7 +223,8 @@ def main(folder: Path, base: Path, files: dict[str, Path], ranks: int) -> None:
     for name, plan in PLANS.items():
         found[name] = train_plan(folder, base, files, ranks, plan)
     found["masked"] = train_masked(folder, base, files, ranks)
-    found["few rows"] = train_few_rows(folder, base, files, ranks)
+    for name in FEW_ROWS:
+        found[f"few rows {name}"] = train_few_rows(folder, base, files, ranks, name)
     found["under others"] = train_under_others(folder, base, files, ranks, trainer.global_rank)
     for name in SYSTEMS:
         found[name] = train_system(folder, base, files, ranks, name)

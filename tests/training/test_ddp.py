@@ -56,14 +56,17 @@ def test_the_logged_and_stored_loss_is_the_mean_over_the_rows_of_both_processes(
     assert scores[1] == pytest.approx(scores[0], rel=1e-9)
 
 
-def test_each_training_row_counts_once_where_a_batch_does_not_divide_among_two_processes(found) -> None:
+@pytest.mark.parametrize("mixture", ddp_run.FEW_ROWS)
+def test_each_training_row_counts_once_where_a_batch_does_not_divide_among_two_processes(found, mixture: str) -> None:
     one, two, _ = found
-    assert one["few rows"]["rows"] == 10
-    for rank in two:
-        assert rank["few rows"]["rows"] == 10
-        assert rank["few rows"]["losses"] == pytest.approx(one["few rows"]["losses"], rel=1e-9)
-        for name, values in one["few rows"]["values"].items():
-            torch.testing.assert_close(rank["few rows"]["values"][name], values, rtol=1e-8, atol=1e-10)
+    wanted = one[f"few rows {mixture}"]
+    assert wanted["rows"] == 10
+    for rank in (found[f"few rows {mixture}"] for found in two):
+        assert rank["rows"] == 10
+        assert rank["losses"] == pytest.approx(wanted["losses"], rel=1e-9)
+        assert rank["one token"] == pytest.approx(wanted["one token"], rel=1e-9)
+        for name, values in wanted["values"].items():
+            torch.testing.assert_close(rank["values"][name], values, rtol=1e-8, atol=1e-10)
 
 
 def test_two_processes_train_the_masks_and_values_of_one_in_the_papers_algorithm(found) -> None:

@@ -280,9 +280,12 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
         "test": lambda data: trainer.test(module, data),
         "estimate": lambda data: estimate(module, data, trainer),
     }
+    data = runs.mixture(task_files, tiny_llama_dir)
     with pytest.raises(ValueError, match=rf"precision={precision} .*set model\.dtype bfloat16 and .*bf16-mixed$"):
-        uses[use](runs.mixture(task_files, tiny_llama_dir))
+        uses[use](data)
     assert not hasattr(module, "model")
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 6
 
 
 def test_a_base_alone_is_tested_in_any_precision(tiny_llama_dir, task_files, tmp_path) -> None:
