@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 
+import pytest
+from testbed.here import Here
 from testbed.scripts import run_script
+
+from modular_experts.jobs.engines import ENGINES
 
 
 def test_a_quick_run_measures_this_machine() -> None:
     found = json.loads(run_script("engine_overhead.py", "--quick", "--json", "--engines", "local"))["local"]
     assert found["pieces"] == 4
     assert 0 < found["piece"] < found["start"]
+
+
+def test_each_engine_that_is_here_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "local", Here)
+    printed = run_script("engine_overhead.py", "--quick", "--engines", "local")
+    assert re.search(r"^local +[\d.]+ s to start, +[\d.]+ ms a piece", printed)
 
 
 def test_the_plan_of_a_tenth_prints_its_pieces() -> None:
