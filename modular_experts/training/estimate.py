@@ -105,6 +105,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             torch.cuda.reset_peak_memory_stats(device)
         loaded = hasattr(module, "model")
         python = 0 if loaded else _peak(device)
+        # The schedules of the short fit may exchange what an earlier fit trained.
+        kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             short = Trainer(
                 max_steps=_STEPS,
@@ -134,6 +136,9 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                 short.fit(module, _Batches(data, batches, validation))
             finally:
                 module.learning_rate = before
+                if kept:
+                    module.resize_like(kept)
+                    module.load_state_dict(kept, strict=False)
         optimizer = module.configure_optimizers()["optimizer"]
     choices, choosing = 0, 0.0
     for schedule in schedules(short):

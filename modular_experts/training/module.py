@@ -175,6 +175,8 @@ class ExpertModule(LightningModule):
         """Raise before the model is loaded if training has no experts, experts have no layers, or the trainer's
         precision would round what is trained.
         """
+        # A checkpoint that was only tested has left its random states; that of a resumed fit is read later.
+        self._random_states = None
         # Lightning calls its own loaders by what torch deprecates.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         if self.experts is not None and (self.expert is not None or self.modules_pattern):
@@ -520,7 +522,7 @@ class ExpertModule(LightningModule):
         # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
         self._resized |= checkpoint.get("resized", True)
         if self._resized:
-            self._resize_like(checkpoint["state_dict"])
+            self.resize_like(checkpoint["state_dict"])
         ours, theirs = (
             {key: tuple(tensor.shape) for key, tensor in state.items()}
             for state in (self.state_dict(), checkpoint["state_dict"])
@@ -534,7 +536,7 @@ class ExpertModule(LightningModule):
             )
         self._random_states = checkpoint.get("random_states")
 
-    def _resize_like(self, state: dict[str, Any]) -> None:
+    def resize_like(self, state: dict[str, Any]) -> None:
         """Give each expert the sizes that its tensors have in a checkpoint."""
         for name, layer in expert_layers(self.model):
             prefix = f"model.{name.removesuffix('weight')}expert."

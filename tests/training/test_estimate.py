@@ -38,6 +38,14 @@ def test_a_fit_after_the_estimate_is_the_fit_without_it(expert, tiny_llama_dir, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_estimate_between_two_fits_changes_nothing_that_the_first_one_trained(tiny_llama_dir, task_files, tmp_path):
+    trained, data = module(tiny_llama_dir, SparseExpert), mixture(task_files, tiny_llama_dir)
+    trainer(tmp_path).fit(trained, data)
+    before = {name: delta.dense().clone() for name, delta in trained.task_vector()}
+    estimate(trained, data, trainer(tmp_path, max_steps=20))
+    assert all(torch.equal(delta.dense(), before[name]) for name, delta in trained.task_vector())
+
+
 @pytest.mark.parametrize(
     ("expert", "schedule", "parts", "batches"),
     [

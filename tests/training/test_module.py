@@ -204,6 +204,26 @@ def test_a_model_that_holds_experts_gets_no_others_and_loses_nothing(tiny_llama_
     runs.trainer(tmp_path, max_steps=1).fit(again, runs.mixture(task_files, tiny_llama_dir))
 
 
+def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(
+    tiny_llama_dir, task_files, tmp_path
+) -> None:
+    dropout = partial(LoRAExpert, rank=2, dropout=0.5)
+    _, trainer, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, dropout, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = []
+    for seed in (1, 2):
+        module, losses, data = (
+            runs.module(tiny_llama_dir, dropout),
+            runs.Losses(),
+            runs.mixture(task_files, tiny_llama_dir),
+        )
+        runs.trainer(tmp_path).validate(module, data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        torch.manual_seed(seed)
+        runs.trainer(tmp_path, losses, max_steps=1).fit(module, data)
+        found.append(losses.steps)
+    assert found[0] != found[1]
+
+
 class Penalised(LoRAExpert):
     """Pulls its factors to zero."""
 
