@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 AnyExpert = str | Path | Mapping[str, Delta]
 """A directory of a library, an opened expert, or any mapping from weight names to deltas."""
 
+_IN_PLACE = "_modular_experts_applied"
+"""The attribute of a model with what is applied to it, the first first."""
+
 
 def apply(
     experts: Sequence[str | Path | StoredExpert],
@@ -124,13 +127,27 @@ class Applied:
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:
         self._model, self._before = model, dict(before)
+        # The model's own attribute, so that both are freed together and a copy of the model knows what it holds.
+        model.__dict__.setdefault(_IN_PLACE, []).append(self)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Make every weight what it was, bit for bit; a second call does nothing."""
+        """Make every weight what it was, bit for bit; a second call does nothing.
+
+        Raises:
+            ValueError: Experts that were added later are still in the model.
+        """
+        standing = self._model.__dict__.get(_IN_PLACE, [])
+        if self not in standing:
+            return
+        if self is not standing[-1]:
+            raise ValueError("experts that were added later are still in the model; remove those first")
         for name, weight in self._before.items():
             self._model.get_parameter(name).copy_(weight)
         self._before = {}
+        standing.pop()
+        if not standing:
+            del self._model.__dict__[_IN_PLACE]
 
     def __enter__(self) -> Applied:
         return self
@@ -147,7 +164,8 @@ def applied(
 ) -> Applied:
     """Add experts to a model for a while; afterwards every weight is what it was, bit for bit.
 
-    Many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held.
+    Many merges, or many scales of one, can be measured on one loaded model. A copy of each moved weight is held. One
+    `applied` inside of another adds to it.
 
         with applied(model, "library/a", scale=0.5):
             ...
@@ -197,9 +215,10 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
 
     Evenly spaced rows of each weight that an expert moves, about 65,000 entries, are compared with the stored base: the
     directory that the model was loaded from, or the one that the experts' records name, if it has the recorded
-    fingerprint. A weight in another dtype than stored is compared in that dtype, and one whose numbers all fit into a
-    narrower dtype in the narrower one. If no such directory is on this machine, a warning is logged instead. Task
-    vectors that are not stored have no recorded base, and pass.
+    fingerprint. A weight that `applied` has moved counts as it was before. A weight in another dtype than stored is
+    compared in that dtype, and one whose numbers all fit into a narrower dtype in the narrower one. If no such
+    directory is on this machine, a warning is logged instead. Task vectors that are not stored have no recorded base,
+    and pass.
 
     Raises:
         ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.
@@ -218,7 +237,9 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
         log.warning(text, stored[0].name, recorded.get("id"))
         return
     moved = dict.fromkeys(name for expert in stored for name in expert)
-    known = dict(model.named_parameters(remove_duplicate=False))
+    known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for one in reversed(model.__dict__.get(_IN_PLACE, [])):
+        known |= one._before  # what the weights were before `applied` moved them
     for name, step, rows in base.sample(name for name in moved if name in known):
         if rows.shape[1:] == known[name].shape[1:] and not _same(known[name].detach()[::step].cpu(), rows):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -229,6 +230,38 @@ def test_applied_adds_for_a_while_and_restores_bit_for_bit(tiny_llama_dir) -> No
     assert torch.equal(model.get_parameter(name), before)
 
 
+def test_experts_inside_of_others_add_up_and_each_exit_restores_bit_for_bit(tiny_llama_dir, tmp_path) -> None:
+    one, two = (open_expert(make(tmp_path / name, tiny_llama_dir, seed)) for seed, name in enumerate(("one", "two")))
+    model = Base.open(tiny_llama_dir).load()
+    name, start = next(iter(one)), {key: weight.clone() for key, weight in model.state_dict().items()}
+    with applied(model, one):
+        outer = {key: weight.clone() for key, weight in model.state_dict().items()}
+        for inner in (two, one):
+            with applied(model, inner), two.apply_to(model):
+                wanted = start[name].double() + sum(each[name].dense().double() for each in (one, inner, two))
+                torch.testing.assert_close(model.get_parameter(name).double(), wanted)
+                with applied(copy.deepcopy(model), one):
+                    pass
+            assert all(torch.equal(weight, outer[key]) for key, weight in model.state_dict().items())
+    assert all(torch.equal(weight, start[key]) for key, weight in model.state_dict().items())
+    assert not [key for key in vars(model) if "applied" in key]
+    other = build_model("llama", seed=5)
+    with applied(other, one, check=False), pytest.raises(ValueError, match="load that base again"):
+        applied(other, two)
+
+
+def test_of_several_the_last_is_removed_first(tiny_llama_dir) -> None:
+    model = Base.open(tiny_llama_dir).load()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = model.get_parameter(name).clone()
+    first, second = (applied(model, {name: Dense(torch.ones(before.shape))}) for _ in range(2))
+    with pytest.raises(ValueError, match="added later are still in the model; remove those first"):
+        first.remove()
+    for one in (second, first, first, second):
+        one.remove()
+    assert torch.equal(model.get_parameter(name), before)
+
+
 def test_applied_refuses_an_unknown_weight_with_a_sentence(tiny_llama_dir) -> None:
     wrong = {"model.layers.0.mlp.up.weight": Dense(torch.zeros(2, 2))}
     with pytest.raises(ValueError, match="no such weight"), applied(Base.open(tiny_llama_dir).load(), [wrong]):
@@ -368,9 +401,10 @@ def test_a_model_is_known_as_the_base_in_any_dtype(tmp_path, dtype):
 def test_a_model_that_is_not_the_experts_base_is_refused_unless_unchecked(tiny_llama_dir, tmp_path, caplog):
     one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tiny_llama_dir, 2)
     model = Base.open(tiny_llama_dir).load()
-    with applied(model, one), pytest.raises(ValueError, match=r"add several experts in one call"), applied(model, two):
+    apply_deltas(model, [open_expert(one)])
+    with pytest.raises(ValueError, match=r"add several experts in one call"), applied(model, two):
         pass
-    with applied(model, one), applied(model, two, check=False):
+    with applied(model, two, check=False):
         pass
     build_model("llama", seed=5).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"load that base again"), applied(Base.open(tmp_path / "other").load(), one):
