@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,22 @@ from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.schedule import TrainedModule, schedules
 
 log = logging.getLogger(__name__)
+
+Show = Callable[[str, float], None]
+_SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+
+
+@contextmanager
+def lines_shown(show: Show) -> Iterator[None]:
+    """Give the lines of all fits inside also to `show`, each with the share of the fit that is done.
+
+    It gets them where the log is silent, too.
+    """
+    token = _SHOW.set(show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)
 
 
 class _Clock:
@@ -125,8 +142,10 @@ class LogProgress(Callback):
             return
         validation = f", validation loss {self.last_loss:.4g}" if self._is_new else ""
         left, mean = self._clock.left(), float(self._sum) / self._count
-        step = f"step {trainer.global_step}/{self._clock.total_steps}"
-        log.info("%s: loss %.4g%s, %s", step, mean, validation, left)
+        line = f"step {trainer.global_step}/{self._clock.total_steps}: loss {mean:.4g}{validation}, {left}"
+        log.info("%s", line)
+        if show := _SHOW.get():
+            show(line, self._clock.tenths() / 10)
         self._sum, self._count, self._is_new, self._is_due = torch.zeros(()), 0, False, False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

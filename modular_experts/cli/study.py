@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +122,7 @@ def study(
     )
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
-        _print_state(found, state_of(pieces, Lines(place)), dry_run)
+        _print_state(found, state_of(pieces, Lines(place), retry and dry_run), dry_run)
         return
     if processes is not None and (engine != "local" or engine_settings):
         other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
@@ -134,9 +135,15 @@ def study(
             bar = stack.enter_context(progress_by_tenths(*columns, line=lambda what, done, total: what))
             # Nobody knows how many pieces a cluster will run at once.
             on_one = executor is not None and not hasattr(executor, "processes")
+            starts = True
 
             def show(done: int, total: int, left: Left) -> None:
-                bar(f"{done} of {counted(total, 'piece')}{_time_text(left, on_one)}", done, total)
+                nonlocal starts
+                over = f"{done - left.failed - left.waiting} of {counted(total, 'piece')} done"
+                if starts:
+                    _print_start(over, left, on_one)
+                starts = False
+                bar(f"{over}{_failed_text(left.failed, left.waiting)}{_time_text(left, on_one)}", done, total)
 
             state = run_study(found, place, only or (), retry, executor, processes, show)
         _write_results(found, place, open)
@@ -149,8 +156,9 @@ def study(
     if state.failed:
         _print_failures(state)
         raise UnfinishedStudyError(
-            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result; {place / PIECES} holds the "
-            "traces, and the same command with --retry tries again"
+            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result"
+            f"{_failed_text(state.left.failed, state.left.waiting)}; {place / PIECES} holds the traces, and the same "
+            "command with --retry tries again"
         )
 
 
@@ -187,14 +195,16 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
     for stage in STAGES:
         mine = [piece.key for piece in state.pieces if piece.key[0] == stage]
         if mine:
-            done, failed = (sum(key in found for key in mine) for found in (state.done, state.failed))
-            print(f"{stage:<12}{done} of {len(mine)} done" + (f", {failed} failed" if failed else ""))
+            done, failures = sum(key in state.done for key in mine), [state.failed.get(key) for key in mine]
+            waiting = sum(one is not None and one.needed is not None for one in failures)
+            failed = len(failures) - failures.count(None) - waiting
+            print(f"{stage:<12}{done} of {len(mine)} done{_failed_text(failed, waiting)}")
     left, refused = state.left, list[str]()
     if dry_run:
         columns = (TextColumn("measuring {task.description}"), BarColumn(None), TaskProgressColumn())
         with progress_by_tenths(*columns, line=lambda what, done, total: f"measuring {what}", transient=True) as bar:
             left, refused = measured_left(study, state, show=bar)
-    print(f"{counted(len(state.pieces) - len(state.done), 'piece')} left{_time_text(left, on_one=True)}")
+    print(f"{counted(sum(state.left.counts.values()), 'piece')} left{_time_text(left, on_one=True)}")
     for sentence in refused:
         print(f"could not measure {sentence}")
     if left.unknown:
@@ -205,6 +215,27 @@ def _print_state(study: Study, state: State, dry_run: bool) -> None:
     if left.memory:
         print(f"a training takes up to {bytes_text(left.memory)} of memory; --processes limits how many run at once")
     _print_failures(state)
+    if state.failed:
+        print("the study leaves these out until it gets --retry")
+
+
+def _print_start(over: str, left: Left, on_one: bool) -> None:
+    """Print what an earlier run has done and begun, and that what failed there is tried again with --retry alone."""
+    count, anew = sum(left.counts.values()), ""
+    if left.interrupted:
+        verbs = "were interrupted and begin" if left.interrupted > 1 else "was interrupted and begins"
+        anew = f" ({left.interrupted} of them {verbs} anew)"
+    if count and (anew or not over.startswith("0 ")):
+        print(f"found {over}, {count} left{anew}{_time_text(left, on_one)}", file=sys.stderr, flush=True)
+    if left.failed:
+        more = f", and {left.waiting} need a failed one" * bool(left.waiting)
+        sentence = f"{counted(left.failed, 'piece')} failed in an earlier run{more}; --retry tries again"
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _failed_text(failed: int, waiting: int) -> str:
+    """Return how many pieces failed, and how many do not run because they need one of these."""
+    return f", {failed} failed" * bool(failed) + f", {waiting} need a failed one" * bool(waiting)
 
 
 def _print_failures(state: State) -> None:

@@ -29,6 +29,7 @@ def run(
     executor: Executor | None = None,
     progress: JobProgress = lambda done, total, piece: None,
     failed: Callable[[Piece, BaseException], None] = lambda piece, error: None,
+    begun: Callable[[Piece], None] = lambda piece: None,
 ) -> Outcome:
     """Run each piece whose result the store lacks, after those that it needs, and store its result.
 
@@ -41,6 +42,7 @@ def run(
             default those of `LocalProcesses`, which end with this call.
         progress: Called at the start and after each piece, also after one that could not run.
         failed: Called with each piece that fails and its error, before `progress`.
+        begun: Called with each piece before the executor gets it.
 
     Returns:
         The new results, the failures, and what was skipped for them. `.raise_failures()` turns failures into an error.
@@ -70,6 +72,7 @@ def run(
             while (left.ready and not suspects and len(running) < slots) or (suspects and not running):
                 piece = suspects.popleft() if suspects else left.take()
                 given = [store[key] for key in piece.given]
+                begun(piece)
                 running[pool.submit(piece.function, *piece.arguments, *given)] = piece
             alone = len(running) == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -45,7 +45,7 @@ def measured_left(
         with LocalProcesses(1) as own:
             return measured_left(study, state, own, show)
     pace = Pace(state.done)
-    left = [piece for piece in state.pieces if piece.key not in state.done]
+    left = [piece for piece in state.pieces if piece.key not in state.done and piece.key not in state.failed]
     new = [piece for piece in left if piece.key[:2] not in pace.seconds_of]
     calls: dict[Any, tuple[Any, ...]] = {}
     for piece in new:
@@ -72,7 +72,8 @@ def measured_left(
         seconds += taken.get("seconds") or 0.0
         space += taken.get("bytes", 0)
     memory = max((one["memory"] for one in found.values() if "memory" in one), default=0)
-    return Left(seconds, unknown, space, memory=memory), refused
+    counted = state.left._replace(seconds=seconds, unknown=unknown, bytes=space, memory=memory)
+    return counted, refused
 
 
 def _arguments(piece: Piece) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +33,8 @@ from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
 
 PIECES = "pieces.jsonl"
+BEGUN = ".begun"
+"""A line for each piece that a run has begun, as long as the run has not come to its end."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class Left(NamedTuple):
         bytes: An estimate of what trained experts will take on disk, without those of which nothing alike was trained.
         counts: How many pieces these are, by stage and kind.
         memory: The most bytes that a training of a few steps took; 0 if none was measured.
+        failed: How many other pieces failed.
+        waiting: How many others need a piece that failed.
+        interrupted: How many pieces an earlier run had begun when it was interrupted.
     """
 
     seconds: float
@@ -106,6 +111,9 @@ class Left(NamedTuple):
     bytes: int
     counts: Mapping[Key, int] = MappingProxyType({})
     memory: int = 0
+    failed: int = 0
+    waiting: int = 0
+    interrupted: int = 0
 
 
 @dataclass
@@ -125,11 +133,17 @@ class State:
     left: Left
 
 
-def state_of(pieces: Sequence[Piece], lines: Lines) -> State:
-    """Return what the lines of a study's directory tell of its pieces; another process may be at work there."""
+def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> State:
+    """Return what the lines of a study's directory tell of its pieces; another process may be at work there.
+
+    Args:
+        pieces: The pieces.
+        lines: The lines of the directory.
+        retry: Whether what failed is left to do.
+    """
     done = {piece.key: lines[piece.key] for piece in pieces if piece.key in lines}
     failed: dict[Key, Failure] = {}
-    for piece in pieces:
+    for piece in () if retry else pieces:
         needed = next((key for key in piece.needs if key in failed), None)
         # What is done anew may be what the piece lacked.
         is_left = needed is None and any(key not in done for key in piece.needs)
@@ -137,8 +151,9 @@ def state_of(pieces: Sequence[Piece], lines: Lines) -> State:
             failed[piece.key] = Failure(sentence)
         elif needed is not None and piece.key not in done:
             failed[piece.key] = Failure(failed[needed].sentence, failed[needed].needed or needed)
-    left = Pace(done).left(piece for piece in pieces if piece.key not in done)
-    return State(list(pieces), done, failed, left)
+    left = Pace(done).left(piece for piece in pieces if piece.key not in done and piece.key not in failed)
+    waiting = sum(failure.needed is not None for failure in failed.values())
+    return State(list(pieces), done, failed, left._replace(failed=len(failed) - waiting, waiting=waiting))
 
 
 class Pace:
@@ -195,9 +210,9 @@ def run_study(
         retry: Whether all pieces that failed in an earlier call are tried again.
         executor: Where the pieces run; by default `processes` of this machine, one thread each.
         processes: How many, if there is no executor; by default those of `LocalProcesses`, each with twice the base.
-        progress: Called with how many pieces are finished, how many there are, and what the others will take. The
-            seconds are divided by the executor's `processes`; for an executor without this number they are those of one
-            process.
+        progress: Called at the start and after each piece, with how many pieces are finished, how many there are, and
+            what the others will take. Finished are also those that failed or need one that failed. The seconds are
+            divided by the executor's `processes`; for an executor without this number they are those of one process.
 
     Raises:
         BlockingIOError: Another process runs a study in `out`; nothing was done.
@@ -215,8 +230,8 @@ def run_study(
         remove_leftovers(out)
         lines = Lines(out)
         lines.file.touch()
-        before = state_of(pieces, lines)
-        given_up = {} if retry else before.failed
+        before = state_of(pieces, lines, retry)
+        given_up = before.failed
         # What is done needs nothing any more, such as a piece that has failed since.
         todo = [
             replace(piece, needs=()) if piece.key in before.done else piece
@@ -227,19 +242,34 @@ def run_study(
         at_once = getattr(pool, "processes", 1)
         pace = Pace(before.done)
         left = {piece.key: piece for piece in todo if piece.key not in before.done}
+        over = Counter(failed=before.left.failed, waiting=before.left.waiting)
+        begun = out / BEGUN
+        of_before = {*begun.read_text().split()} if begun.exists() else set()
+        interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in left)
+        begun.unlink(missing_ok=True)
 
         def show(done: int, total: int, piece: Piece | None) -> None:
             if piece is not None:
                 del left[piece.key]
                 if piece.key in lines:
                     pace.add(piece.key, lines[piece.key])
+                else:
+                    over["failed" if lines.failure(piece.key) else "waiting"] += 1
             found = pace.left(left.values())
+            found = found._replace(failed=over["failed"], waiting=over["waiting"], interrupted=interrupted)
             progress(done + len(given_up), len(pieces), found._replace(seconds=found.seconds / at_once))
+
+        def begin(piece: Piece) -> None:
+            # An executor that takes all pieces at once begins them later, and does not tell.
+            if hasattr(pool, "processes"):
+                with suppress(OSError), begun.open("a") as file:
+                    file.write(f"{piece.key[-1]}\n")
 
         def failed(piece: Piece, error: BaseException) -> None:
             lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
 
-        run(todo, lines, pool, show, failed)
+        run(todo, lines, pool, show, failed, begin)
+        begun.unlink(missing_ok=True)
     after = state_of(pieces, lines)
     if before.done.keys() - after.done.keys():
         # An expert was trained anew and came out otherwise, so what was made of it is left to do.

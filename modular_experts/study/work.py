@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.base.base import DType
+from modular_experts.callbacks.progress import lines_shown
 from modular_experts.data import Task, TaskMixture
 from modular_experts.deltas import Delta
 from modular_experts.evaluation import measure, text_metrics
@@ -45,6 +47,8 @@ from modular_experts.tuning.tune import notes_of, tune_groups
 
 EXAMPLES = 3  # test rows of each task whose answers are kept
 EVERY_ROW = 10**9
+LONG = 60.0
+"""Seconds of a training from which on it prints lines of its own."""
 # A training inside of a study writes its expert and nothing else, unless its config asks for more.
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -81,7 +85,14 @@ def train(
     started = time.perf_counter()
     target = out / "library" / name
     settings = training_configs(study, out / "runs" / name, configs, tasks, seed)
-    fit([*settings, {"out": str(target), "overwrite": True}])
+
+    def show(line: str, share: float) -> None:
+        # On a terminal the bar of the study has the last line.
+        if time.perf_counter() - started >= share * LONG and not sys.stderr.isatty():
+            print(f"training {name}: {line}", file=sys.stderr, flush=True)
+
+    with lines_shown(show):
+        fit([*settings, {"out": str(target), "overwrite": True}])
     return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
 
 

@@ -316,6 +316,19 @@ def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings,
     assert len(lines()) == before
 
 
+def test_a_long_training_prints_its_own_lines_with_its_name(settings, capsys, monkeypatch) -> None:
+    settings["experts"] = {"lora": LORA | {"steps": 20, "trainer": {"limit_val_batches": 0}}}
+    assert study(settings, "--only", "experts") == 0
+    assert "training lora" not in capsys.readouterr().err, "a training of a second printed lines"
+    monkeypatch.setattr(work, "LONG", 0.0)
+    settings["experts"]["lora"]["steps"] = 30
+    assert study(settings, "--only", "experts") == 0
+    found = re.findall(
+        r"^training lora-upper: step (\d+)/30: loss [\d.]+, \S+ left$", capsys.readouterr().err, re.MULTILINE
+    )
+    assert [int(step) for step in found] == list(range(3, 31, 3))
+
+
 def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, capsys) -> None:
     good = Path("reverse.jsonl").read_text()
     Path("reverse.jsonl").write_text(good + '{"input": "no target"}\n')
@@ -323,13 +336,21 @@ def test_a_failing_piece_fails_alone_and_is_tried_again_with_retry(settings, cap
     shown = capsys.readouterr()
     assert "failed: tests base, experts lora reverse 0: 1 bad row" in shown.out
     assert "left out because of that: 2 pieces\n" in shown.out
-    assert "4 of 6 pieces have no result" in shown.err
+    assert "4 of 6 pieces have no result, 2 failed, 2 need a failed one; " in shown.err
+    assert re.search(r"^2 of 6 pieces done, 2 failed, 2 need a failed one$", shown.err, re.MULTILINE)
     assert set(Library("runs/mine/library")) == {"lora-upper"}
     before = len(lines())
     assert study(settings) == 1
     assert len(lines()) == before, "what failed ran again without --retry"
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == "2 pieces failed in an earlier run, and 2 need a failed one; --retry tries again"
     assert study(settings, "--status") == 0
-    assert "experts     1 of 2 done, 1 failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "experts     1 of 2 done, 1 failed\nmerges      0 of 1 done, 1 need a failed one\n" in shown
+    assert "\n0 pieces left\n" in shown
+    assert "the study leaves these out until it gets --retry" in shown
+    assert study(settings, "--dry-run", "--retry") == 0
+    assert re.search("^4 pieces left, more than .* on one process$", capsys.readouterr().out, re.MULTILINE)
     assert study(settings, "--retry") == 1
     assert len(lines()) > before
     Path("reverse.jsonl").write_text(good)
