@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any
 
 from modular_experts.data.sources import Record
-from modular_experts.text import did_you_mean
+from modular_experts.text import did_you_mean, nearest
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
@@ -161,7 +161,7 @@ class RowReader:
     def _text(self, values: Mapping[str, Any], key: str) -> str:
         column = self.columns.get(key, key)
         if column not in values:
-            raise _BadRow(_no_column(column, values))
+            raise _BadRow(_no_column(column, values, is_fixed=key not in self.columns))
         return _checked(column, values[column])
 
     def _input(self, values: Mapping[str, Any]) -> str:
@@ -196,7 +196,7 @@ class RowReader:
                 raise _BadRow(f"message {number} must be {{role: ..., content: ...}}, not {reprlib.repr(message)}")
             for key in ("role", "content"):
                 if key not in message:
-                    raise _BadRow(f"message {number}: {_no_column(key, message).replace('the row', 'it', 1)}")
+                    raise _BadRow(f"message {number}: {_no_column(key, message, True).replace('the row', 'it', 1)}")
             role = message["role"]
             if role not in CHAT_ROLES:
                 near = did_you_mean(str(role), CHAT_ROLES)
@@ -282,6 +282,9 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _no_column(column: str, values: Mapping[str, Any]) -> str:
+def _no_column(column: str, values: Mapping[str, Any], is_fixed: bool = False) -> str:
+    """Return the sentence for a column that a row lacks; one with a fixed name is misspelt in the row, if anywhere."""
     names = [str(name) for name in values]
-    return f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}{did_you_mean(column, names)}"
+    sentence = f"the row has no {column!r}, only {', '.join(map(repr, names)) or 'nothing'}"
+    near = nearest(column, names)
+    return sentence + (f"; is {near!r} meant to be {column!r}?" if is_fixed and near else did_you_mean(column, names))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from modular_experts.reports import Results
 from modular_experts.reports.html import Html, Section, element, example, note, report, script
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
-from modular_experts.reports.tables import Column, Line, Table
+from modular_experts.reports.tables import Column, Line, Table, listed
 
 
 def write_report(results: Results, file: Path) -> None:
@@ -73,9 +73,17 @@ def _leader(results: Results, metric: str, role: str) -> str:
     best = (min if metric == "loss" else max)(values, key=lambda model: values[model] or 0.0)
     first, unit = next(iter(values)), " %" * (metric in SHARES)
     texts = {model: format_of(metric)(value) + unit for model, value in values.items() if value is not None}
-    beside = f", {first} {texts[first]}" if first != best else ""
+    top = [model for model in texts if texts[model] == texts[best]]
+    beside = f", {first} {texts[first]}" if first not in top else ""
     what = f"{ROLES[role]} tasks: {METRICS.get(metric, metric).removesuffix(' %')} {texts[best]}{beside}"
-    return f"{best} is best on {what}" if len(values) > 1 else f"{best} on {what}"
+    return f"{_are_best(top, texts)} on {what}" if len(values) > 1 else f"{best} on {what}"
+
+
+def _are_best(top: list[str], models: Collection[str]) -> str:
+    """State which models are best, of which several may look alike."""
+    if len(top) == len(models):
+        return "All models are level"
+    return f"{listed(top)} {'are' if len(top) > 1 else 'is'} best"
 
 
 def _spread(results: Results, metric: str) -> str:
@@ -84,11 +92,14 @@ def _spread(results: Results, metric: str) -> str:
     for task in results.values("task"):
         values = {model: results.mean(metric, task=task, model=model) for model in wins}
         kept = {model: value for model, value in values.items() if value is not None}
-        top = (min if metric == "loss" else max)(kept.values())
+        best = (min if metric == "loss" else max)(kept.values())
         for model, value in kept.items():
-            wins[model] += value == top
-    best = max(wins, key=lambda model: wins[model])
-    return f"{best} is best, or level with the best, on {wins[best]} of {len(results.values('task'))} tasks"
+            wins[model] += value == best
+    tasks, most = len(results.values("task")), max(wins.values())
+    top = [model for model in wins if wins[model] == most]
+    if len(top) == len(wins):
+        return f"All models are level{'' if most == tasks else ': each is best'} on {most} of {tasks} tasks"
+    return f"{_are_best(top, wins)}, or level with the best, on {most} of {tasks} tasks"
 
 
 def _about(results: Results) -> str:

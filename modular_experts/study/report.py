@@ -46,7 +46,8 @@ def summary(results: Results, state: State) -> Table:
         Column("±", half, show),
         Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
         Column("of own", of_own, partial(number, digits=2), best=best),
-        Column("with the best", lambda rows: rows.facts.get("level"), str, left=True),
+        *[Column("loss", lambda rows: rows.mean("loss", role="held_in"), format_of("loss"))] * (metric != "loss"),
+        Column("with\nthe best", lambda rows: rows.facts.get("level"), str, left=True),
     ]
     groups = [[Line(BASE, results.where(model=BASE))]]
     for kind in results.facts["kinds"]:
@@ -77,20 +78,20 @@ def findings(results: Results) -> list[str]:
         )
         share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
         experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
-        drawn = {one["of"]: one for one in _over_draws(results, row)}
-        if GAIN in drawn and NORMALISED in drawn:
-            changed = _change({**row, **{name: drawn[GAIN][name] for name in ("value", "interval")}})
-            sentences.append(
-                f"With {row['merge']}, {experts} have {drawn[NORMALISED]['value']:.2f} of their own {metric}, "
-                f"the mean of {drawn[GAIN]['draws']} random groups ({changed} over these)"
-            )
-            continue
+        over = ""
+        if drawn := {one["of"]: one for one in _over_draws(results, row)}:
+            row = {**row, **{name: drawn[GAIN][name] for name in ("value", "interval")}}
+            share = drawn[NORMALISED]["value"] if NORMALISED in drawn else None
+            over = f" in the mean of {drawn[GAIN]['draws']} random groups"
         if share is None:
-            sentences.append(f"The {experts} score 0 in {metric} alone; {row['merge']} adds {_change(row)}")
+            # Nothing is less than 0, so an interval that starts there holds no difference too.
+            is_more = row["value"] > 0 and (row["interval"] is None or row["interval"][0] > 0)
+            merge = f"; {row['merge']} adds" if is_more else f", and {row['merge']} is level with them:"
+            sentences.append(f"The {experts} score 0 in {metric} alone{merge} {_change(row)}{over}")
             continue
         sentences.append(
-            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric} "
-            f"({_change(row)}); {_worst(worst)}"
+            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric}{over} "
+            f"({_change(row)}){'' if over else f'; {_worst(worst)}'}"
         )
     return sentences
 
@@ -119,7 +120,7 @@ def write_report(results: Results, state: State, file: Path) -> None:
                     "of their own experts. Of own: the merge divided by each task's own expert, where that has more "
                     "than 0. Level with the best: of the merges of all experts of a kind, the 95 % interval of the "
                     "difference to the best one, over rows and seeds, contains zero. The number after ± is half the "
-                    "95 % interval over random groups."
+                    "95 % interval over random groups; the loss is the one on held-in tasks."
                 ),
             ],
         ),
@@ -205,15 +206,16 @@ def _effect_sections(results: Results) -> list[Section]:
         lines = [Line(one["task"], one) for one in _gains(results, {kind: row})]
         parts += [element("h3", row["model"]), Table(known, [lines], "task").html()]
     unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
+    kept = Section(
+        "What merges kept",
+        f"The {_words(metric)} of merges of {most} experts, divided by that of each task's own expert",
+        [
+            heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss"),
+            note("1 is what the own expert has; an empty cell is a task whose own expert has 0."),
+        ],
+    )
     return [
-        Section(
-            "What merges kept",
-            f"The {_words(metric)} of merges of {most} experts, divided by that of each task's own expert",
-            [
-                heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss"),
-                note("1 is what the own expert has; an empty cell is a task whose own expert has 0."),
-            ],
-        ),
+        *[kept] * any(value is not None for value in cells.values()),
         Section(
             "Gains and losses",
             f"What the best merge of each kind changed on each task in {_words(metric)}",

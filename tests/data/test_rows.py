@@ -46,7 +46,7 @@ def test_choices_of_the_task_stand_in_and_a_cell_may_hold_a_list() -> None:
 BAD = {
     "missing key": (
         {"input": "a", "taget": "b"},
-        "the row has no 'target', only 'input', 'taget'; did you mean taget?",
+        "the row has no 'target', only 'input', 'taget'; is 'taget' meant to be 'target'?",
     ),
     "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not 5"),
     "list": ({"input": ["a"], "target": "b"}, "'input' must be text, not ['a']"),

@@ -11,7 +11,7 @@ import pytest
 
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
-from modular_experts.study.report import findings, summary
+from modular_experts.study.report import findings, summary, write_report
 from modular_experts.study.results import effects, growth, interval, level_with, over_draws
 from modular_experts.study.run import Left, Pace, State
 
@@ -121,6 +121,26 @@ def test_an_expert_that_has_nothing_right_gives_a_gain_and_no_share() -> None:
     assert sentence.startswith("The 1 lora experts score 0 in exact match alone; X adds +5.0 points, ")
 
 
+def test_experts_that_have_nothing_right_get_a_loss_and_no_empty_section_and_no_gain_from_noise(tmp_path) -> None:
+    single, merge = found("lora-a", ["a"], {"a": 0}), found("lora X", ["a"], {"a": 1}, "X")
+    rows = effects(state(single, merge), "exact_match")
+    (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
+    assert sentence.startswith("The 1 lora experts score 0 in exact match alone, and X is level with them: +1.0 points")
+    facts = {"kinds": ["lora"], "held_in": ["a"], "held_out": [], "seeds": [0], "failed": {}, "examples": []}
+    facts |= {"base": "base", "machine": "", "versions": {}, "date": "", "published": None}
+    for one, loss in ((single, 3.0), (merge, 2.5)):
+        about = {name: one[name] for name in ("model", "kind", "merge", "count", "group", "seed")}
+        about |= {"task": "a", "role": "held_in", "own": True}
+        rows += [about | {"metric": "loss", "value": loss}, about | {"metric": "exact_match", "value": 0.0}]
+    table = summary(Results(rows, facts), state())
+    (column,) = (column for column in table.columns if column.title == "loss")
+    assert [column.of(line.rows) for line in table.groups[1]] == [3.0, 2.5]
+    write_report(Results(rows, facts), state(), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Gains and losses" in page
+    assert "What merges kept" not in page
+
+
 def test_seeds_of_the_same_merge_are_pooled_and_other_groups_are_not() -> None:
     singles = [found("lora-a", ["a"], {"a": 50}, seed=seed) for seed in (0, 1)]
     merges = [found("lora X", ["a"], {"a": 40 + 20 * seed}, "X", seed) for seed in (0, 1)]
@@ -201,8 +221,8 @@ def test_the_best_merge_of_random_groups_is_the_one_with_the_best_mean() -> None
     rows += over_draws(Results(rows), {2: 2})
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
     assert sentence == (
-        "With steady, 2 lora experts have 1.20 of their own exact match, the mean of 2 random groups (+10.0 points, "
-        "95 % interval +10.0 to +10.0 over these)"
+        "With steady, the 2 lora experts have 1.20 of their own exact match in the mean of 2 random groups "
+        "(+10.0 points, 95 % interval +10.0 to +10.0)"
     )
     table = summary(Results([*rows, *draws("lucky", [0.9, 0.2])], {"kinds": ["lora"], "held_in": ["a"]}), state())
     assert "±" not in [column.title for column in table.columns]
