@@ -31,6 +31,7 @@ from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import RECORD_FILE, read_record
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.settings import Study
+from modular_experts.study.work import warn_of_copies
 
 PIECES = "pieces.jsonl"
 BEGUN = ".begun"
@@ -247,6 +248,8 @@ def run_study(
         of_before = {*begun.read_text().split()} if begun.exists() else set()
         interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in left)
         begun.unlink(missing_ok=True)
+        if left:
+            warn_of_copies(study)
 
         def show(done: int, total: int, piece: Piece | None) -> None:
             if piece is not None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -319,6 +319,14 @@ def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], li
         _MIXTURES[kind, key] = kind(_tasks(study, tasks), tokenizer, **study.data | {"eval_limit": limit})
         _MIXTURES[kind, key].fit_context(context_length(model))
     return _MIXTURES[kind, key]
+
+
+def warn_of_copies(study: Study) -> None:
+    """Log which test rows of task files are also training rows; the processes of pieces keep such sentences."""
+    for name in study.held_in:
+        if study.tasks[name].get("path"):
+            with suppress(ValueError):  # a piece that reads a bad row fails with the sentence on it
+                TaskMixture(_tasks(study, [name]), **study.data).rows("test")
 
 
 def _tasks(study: Study, names: Iterable[str]) -> list[Task]:

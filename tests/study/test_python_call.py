@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,23 @@ def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:
         found[name] = rows, {key: one.content_hash for key, one in Library(tmp_path / name / "library").items()}
     assert found["objects"] == found["settings"]
     assert {"lora-one", "merge-lora-SparseAverage", "merge-lora-TIES"} <= set(found["objects"][1])
+
+
+def test_copies_of_rows_are_counted_before_the_pieces_run(tmp_path, tiny_llama_dir, caplog) -> None:
+    class Refusing(Executor):
+        def submit(self, work, *arguments, **settings):
+            future: Future = Future()
+            future.set_exception(ValueError("no machine"))
+            return future
+
+    rows = [{"input": "1+1=", "target": "2", "split": split} for split in ("train", "validation", "test")]
+    files = [write_rows(tmp_path / "sums.jsonl", rows), tmp_path / "bad.jsonl"]
+    files[1].write_text("{")
+    study = read_study(tiny_llama_dir, list(map(str, files)), {"lora": {"expert": LoRAExpert, "modules": "all-linear"}})
+    assert run_study(study, tmp_path / "out", executor=Refusing()).failed
+    said = [record.getMessage() for record in caplog.records if "copies" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("sums: 1 of 1 validation rows and 1 of 1 test rows are also training rows")
 
 
 @pytest.mark.parametrize(
