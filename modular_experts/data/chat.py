@@ -8,9 +8,10 @@ each row is checked, and a template that fails is refused.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.data.batch import Example, Tokens
 from modular_experts.data.rows import Row
+
+log = logging.getLogger(__name__)
 
 Messages = Sequence[dict[str, str]]
 
@@ -55,8 +58,16 @@ class ConversationTokenizer:
     def _own_end(self) -> int | None:
         """The special token by which the template ends a turn of the assistant, if it does."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        last = self._ids(self._render(probe).rstrip())[-1]
-        return last if last in self.tokenizer.added_tokens_decoder else None
+        text = self._render(probe).rstrip()
+        last = self._ids(text)[-1]
+        if last in self.tokenizer.added_tokens_decoder:
+            return last
+        if not text.endswith("b"):
+            warn_once(
+                "the chat template ends turns with plain text instead of a special token, so answers hold it and "
+                "match no target; add it to the special tokens of the tokenizer"
+            )
+        return None
 
     @property
     def end(self) -> int:
@@ -160,6 +171,12 @@ class ConversationTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@cache
+def warn_once(sentence: str) -> None:
+    """Log a sentence about the data once in a process, which may read them for several models."""
+    log.warning(sentence)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple, Self
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modular_experts.base import Base
 from modular_experts.data.batch import LITTLE_PADDING, Collator, Example, ExampleSet, packs
-from modular_experts.data.chat import template_hash
+from modular_experts.data.chat import template_hash, warn_once
 from modular_experts.data.rows import SPLITS, Row, content_hash, raise_for_bad_rows, spread_evenly
 from modular_experts.data.sampler import (
     EvaluationSampler,
@@ -447,7 +447,7 @@ class TaskMixture(LightningDataModule):
                     )
                     repeated = _repeats(task.name, rows)
                     if repeated and (self.trainer is None or self.trainer.is_global_zero):
-                        _warn_once(repeated)
+                        warn_once(repeated)
         raise_for_bad_rows(problems)
         return {task.name: self._rows[task.name] for task in self.tasks}
 
@@ -502,12 +502,6 @@ def _repeats(task: str, rows: Sequence[Row]) -> str | None:
         f"{task}: {' and '.join(counts)} are also training rows, which an expert may know by heart; remove the copies, "
         "or give all copies of a row one `split`"
     )
-
-
-@cache
-def _warn_once(sentence: str) -> None:
-    """Log a sentence about the data once in a process, which may read them for several models."""
-    log.warning(sentence)
 
 
 def _taking_turns(tasks: Sequence[Sequence[Any]]) -> list[Any]:

@@ -7,6 +7,7 @@ from conftest import CHARACTERS, build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modular_experts.data.batch import IGNORED, Collator, prompts
+from modular_experts.data.chat import warn_once
 from modular_experts.data.rows import Row
 from modular_experts.data.tokenize import RowTokenizer
 
@@ -152,6 +153,15 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_message
     assert examples[0].tokens.labels.tolist() == [IGNORED] * 7 + kept[-2:]
     _, _, problems = RowTokenizer(chatty(LLAMA3), max_length=3)("t", [row("user: a", "assistant: abc", where="f:1")])
     assert problems == ["f:1: the assistant's last turn fills max_length=3; raise it"]
+
+
+def test_a_template_that_ends_turns_with_text_gets_a_sentence(caplog) -> None:
+    warn_once.cache_clear()
+    for template in (PLAIN, PLAIN.replace("\n", "###\n")):
+        (example,), _, _ = RowTokenizer(chatty(template))("t", [row(*TALK[:2])])
+        assert example.tokens.ids[-1] == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the chat template ends turns with plain text instead of a special token")
 
 
 REFUSED = {
