@@ -91,18 +91,19 @@ class ExportExpert(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from the best state of the run that this one resumes, or warn that it is gone."""
-        if self.best is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.best is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         found = next((place for place in self._places if _content_hash(place) == self._hash), None)
-        if found is not None:
+        found = trainer.strategy.broadcast(found)
+        if found is None:
+            log.warning(
+                "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
+                *(self.best_step, ", ".join(self._places) or "its checkpoint does not say where it was"),
+            )
+            self.best, self.best_step = None, 0
+        elif trainer.is_global_zero:
             # The other run may still need its folder, so this one takes a copy.
             _copy(Path(found), self._best_place(trainer), overwrite=False)
-            return
-        log.warning(
-            "the best state so far, of step %d, is gone (%s); the best of the steps that follow will be exported",
-            *(self.best_step, ", ".join(self._places) or "its checkpoint does not say where it was"),
-        )
-        self.best, self.best_step = None, 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this state if it is the best so far; raise if the module does not log the monitored metric."""

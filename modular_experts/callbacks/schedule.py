@@ -45,7 +45,8 @@ class Schedule(Callback):
     """A callback that changes what experts train (their entries, their sizes, which of them take part), or export.
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
-    step) and keeps its progress in `state_dict`. It overrides those methods below that it needs.
+    step), keeps its progress in `state_dict`, and forgets it in `setup` when another fit begins, which
+    `testing.check_callback` checks. It overrides those methods below that it needs.
 
     | who asks       | when                                                             | what                |
     |----------------|------------------------------------------------------------------|---------------------|
