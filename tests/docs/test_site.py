@@ -33,6 +33,7 @@ from testbed.documents import ROOT, few_examples, short
 from testbed.here import STUDY, work_here
 
 import modular_experts
+from modular_experts import experts
 from modular_experts.__main__ import VERBS, main
 from modular_experts.library import Library, open_expert
 from modular_experts.methods import METHODS
@@ -263,3 +264,11 @@ def test_the_configuration_of_the_site_asks_nobody_on_the_network() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     assert config["theme"]["font"] == "false"
     assert "extra_javascript" not in config
+
+
+def test_the_page_on_experts_states_the_rate_of_each_type() -> None:
+    page = (ROOT / "docs/concepts/expert.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| `(\w+Expert)`.* \| ([\d.]+) \|$", page, re.MULTILINE))
+    assert len(stated) == 9
+    rates = {name: getattr(experts, name).learning_rate for name in stated}
+    assert {name: float(rate) for name, rate in stated.items()} == rates
