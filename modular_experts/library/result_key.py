@@ -6,12 +6,15 @@ A result depends on its settings, on the experts, the rows and the base, each gi
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from importlib.util import resolve_name
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from modular_experts.library.record import package_versions
@@ -38,20 +41,46 @@ def own_code(settings: Any) -> dict[str, str]:
     look = [(name, True) for name in _modules_in(settings)]
     while look:
         name, is_named = look.pop()
-        module, top = sys.modules.get(name), name.partition(".")[0]
-        file = Path(getattr(module, "__file__", None) or "")
-        if name in found or not file.is_file() or top == "modular_experts" or top in sys.stdlib_module_names:
+        top = name.partition(".")[0]
+        if name in found or top == "modular_experts" or top in sys.stdlib_module_names:
+            continue
+        file = _file_of(name)
+        if not file.is_file():
             continue
         is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
         if is_named or not is_installed:
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         if not is_installed:
-            values = vars(module).values()
-            inner = [
-                one.__name__ if isinstance(one, ModuleType) else getattr(one, "__module__", None) for one in values
-            ]
-            look += [(one, False) for one in inner if isinstance(one, str)]
+            look += [(one, False) for one in _imports_of(name, file)]
     return found
+
+
+def _file_of(name: str) -> Path:
+    """Return the file of a module, which nothing has to import for that; an empty path if it has none."""
+    if name in sys.modules:
+        return Path(getattr(sys.modules[name], "__file__", None) or "")
+    spec, places, parts = None, None, name.split(".")
+    for count in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:count]), places)
+        places = spec.submodule_search_locations if spec else None
+        if places is None:
+            break
+    return Path(spec.origin or "") if spec and spec.name == name else Path()
+
+
+def _imports_of(name: str, file: Path) -> Iterator[str]:
+    """Yield the package that a module lies in, and all that its code may import, inside of functions as well."""
+    above = name.rpartition(".")[0]
+    package = name if file.name == "__init__.py" else above
+    yield from [above] * bool(above)
+    with suppress(SyntaxError, ValueError, ImportError):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                yield from [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                inner = "." * node.level + (node.module or "")
+                whole = resolve_name(inner, package) if node.level else inner
+                yield from [whole, *[f"{whole}.{alias.name}" for alias in node.names]]
 
 
 def _modules_in(settings: Any) -> Iterator[str]:

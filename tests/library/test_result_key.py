@@ -48,6 +48,34 @@ def test_a_key_changes_with_each_of_its_parts() -> None:
     assert result_key("a", {"b": 1}) == keys[0]
 
 
+@pytest.mark.parametrize(
+    "importing",
+    [
+        "from helpers.numbers import FACTOR",
+        "import helpers.numbers",
+        "def length(generated, target):\n    from helpers.numbers import FACTOR",
+        "from helpers import numbers",
+        "from inside import numbers",
+    ],
+)
+def test_a_key_changes_with_what_the_users_code_imports_in_any_way(tmp_path, monkeypatch, importing) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("helpers", "inside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "numbers.py").write_text("FACTOR = 1\n")
+    (tmp_path / "inside" / "__init__.py").write_text("from . import numbers\n")
+    (tmp_path / "metric.py").write_text(f"{importing}\n\nclass Metric:\n    pass\n")
+    importlib.import_module("metric")
+    before = result_key("metric.Metric")
+    for name in ("helpers", "inside"):
+        (tmp_path / name / "numbers.py").write_text("FACTOR = 2\n")
+    assert result_key("metric.Metric") != before
+    (tmp_path / "metric.py").write_text("A line that is no code")
+    assert [*own_code("metric.Metric")] == ["metric"]
+    for name in [one for one in sys.modules if one.partition(".")[0] in ("metric", "helpers", "inside")]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize("changed", ["mine.py", "mine_helper.py"])
 def test_a_key_changes_with_the_users_code_that_settings_name(mine, changed) -> None:
     before = [result_key(one) for one in ways(mine)]
