@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -24,13 +22,9 @@ TASKS = ["upper", "reverse", "shout"]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    log = logging.getLogger("modular_experts")
-    level = log.level
-    yield importlib.import_module("routing_quality")
-    # The script silences the log of its process.
-    log.setLevel(level)
+    return importlib.import_module("routing_quality")
 
 
 @pytest.fixture
