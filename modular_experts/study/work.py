@@ -293,9 +293,14 @@ def _values(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, TextMetric]
     return {name: [round(of(row["answer"], row["target"]), 6) for row in rows] for name, of in metrics.items()}
 
 
-@lru_cache(1)
 def loaded(base: str, dtype: DType) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base and its tokenizer, which a process loads once."""
+    """Return the base and its tokenizer, which a process loads once, and again when its files have changed."""
+    return load(base, dtype, Base.open(base).identity)
+
+
+@lru_cache(1)
+def load(base: str, dtype: DType, identity: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base of this identity, and its tokenizer."""
     opened = Base.open(base)
     model: Any = opened.load(dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer()
@@ -313,7 +318,7 @@ _MIXTURES: dict[Any, TaskMixture] = {}
 
 def _shared_rows(study: Study, kind: type[TaskMixture], tasks: Iterable[str], limit: int | None) -> TaskMixture:
     """Return the mixture of which pieces take their tasks, so that a process reads and tokenises each of them once."""
-    key = json.dumps([study.base, study.data, limit, study.seen(tasks)])
+    key = json.dumps([Base.open(study.base).identity, study.data, limit, study.seen(tasks)])
     if (kind, key) not in _MIXTURES:
         model, tokenizer = loaded(study.base, study.dtype)
         _MIXTURES[kind, key] = kind(_tasks(study, tasks), tokenizer, **study.data | {"eval_limit": limit})

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from testbed.here import STUDY, work_here
 
 from modular_experts.__main__ import main
+from modular_experts.evaluation import evaluate
 from modular_experts.library import Library, open_expert, open_statistics
 from modular_experts.library.atomic import locked
 from modular_experts.methods import TIES
@@ -79,7 +80,7 @@ def results(place: str = "runs/mine") -> Results:
 def _in_this_process(monkeypatch) -> None:
     """Nothing is imported anew; `test_study_killed.py` starts processes."""
     work_here(monkeypatch, *STUDY)
-    work.loaded.cache_clear()
+    work.load.cache_clear()
 
 
 class Watch(Callback):
@@ -253,6 +254,21 @@ def test_changed_code_of_ones_own_and_a_changed_base_redo_what_depends_on_them(
         content = json.loads(Path("base", file).read_text())
         Path("base", file).write_text(json.dumps(content | change))
         assert redone() == every
+
+
+def test_a_process_that_has_loaded_a_base_reads_it_again_when_its_files_change(settings, tiny_llama_dir) -> None:
+    Path("base").unlink()
+    shutil.copytree(tiny_llama_dir, "base")
+    settings |= {"tasks": ["upper.jsonl"], "merges": []}
+    assert study(settings) == 0
+    config, tokenizer = (json.loads(Path("base", name).read_text()) for name in ("config.json", "tokenizer.json"))
+    words = tokenizer["model"]["vocab"]
+    words["u"], words["p"] = words["p"], words["u"]
+    for file, content in (("config.json", config | {"rms_norm_eps": 0.5}), ("tokenizer.json", tokenizer)):
+        Path("base", file).write_text(json.dumps(content))
+        assert study(settings) == 0
+        alone = evaluate("base", {"base": []}, ["upper.jsonl"], max_new_tokens=3)
+        assert results().where(model="base").mean("loss") == alone.mean("loss")
 
 
 def test_settings_that_come_back_find_their_expert_gone_and_train_it_again(settings) -> None:

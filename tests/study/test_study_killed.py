@@ -83,7 +83,7 @@ def folder(tmp_path, monkeypatch) -> None:
     Path("killed_methods.py").write_text(MINE)
     Path("killed_pool.py").write_text(POOL)
     Path("study.yaml").write_text(yaml.safe_dump(STUDY))
-    work.loaded.cache_clear()
+    work.load.cache_clear()
 
 
 def study(out: str, *words: str) -> int:
