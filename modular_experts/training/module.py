@@ -513,6 +513,9 @@ class ExpertModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise if the checkpoint was written with another base, or with experts of other types or sizes."""
         self.configure_model()
+        if self._trainer is not None:
+            # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
+            self._trainer.precision_plugin.convert_module(self)
         base = checkpoint.get("base_fingerprint")
         if base != self.fingerprint:
             raise ValueError(

@@ -555,8 +555,11 @@ def test_a_run_killed_in_mid_epoch_resumes_with_the_same_losses(tiny_llama_dir, 
     assert before + after == whole
 
 
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
+def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(
+    precision: str, tiny_llama_dir, task_files, tmp_path
+) -> None:
     """Validations fall between the ends of epochs."""
 
     def run(folder: Path, steps: int, ckpt: Path | None = None) -> list[float]:
@@ -565,7 +568,9 @@ def test_a_run_resumed_from_the_end_of_an_epoch_has_the_same_losses(tiny_llama_d
         module = runs.module(tiny_llama_dir, KINDS["element"], scheduler=Constant())
         saving = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", save_on_train_epoch_end=True)
         schedule = MaskSchedule(rule=GrowAndDrop(every=3, until=0.9))
-        trainer = runs.trainer(folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True)
+        trainer = runs.trainer(
+            folder, losses, saving, schedule, max_steps=steps, enable_checkpointing=True, precision=precision
+        )
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir), ckpt_path=ckpt)
         return losses.steps
 
