@@ -54,7 +54,8 @@ class ExportExpert(Callback):
         overwrite: Replace an expert of that name. Otherwise it is refused before training starts.
         monitor: Logged metric whose lowest value marks the best state; with null, the last state is exported.
 
-    A trainer with `fast_dev_run` writes nothing.
+    Where training is stopped before a schedule has chosen what the expert keeps, as `EarlyStopping` may do, a warning
+    says that the last state holds more. A trainer with `fast_dev_run` writes nothing.
     """
 
     def __init__(self, library: str, name: str, overwrite: bool = False, monitor: str | None = "val_loss") -> None:
@@ -117,7 +118,7 @@ class ExportExpert(Callback):
         self.validated_step, self.newest = trainer.global_step, float(score)
         if math.isnan(self.newest) or (self.best is not None and self.newest >= self.best):
             return
-        if all(schedule.is_exportable(cast(TrainedModule, pl_module)) for schedule in schedules(trainer)):
+        if _is_exportable(trainer, pl_module):
             if trainer.is_global_zero:
                 self._hash = self._write(trainer, pl_module, self._best_place(trainer))
             self.best, self.best_step = self.newest, trainer.global_step
@@ -143,6 +144,12 @@ class ExportExpert(Callback):
             self._write(trainer, pl_module, self.target)
             why = f", as {self.monitor} was never a number" if math.isnan(self.newest or 0.0) else ""
             log.info("exported the last of %d steps to %s%s", trainer.global_step, self.target, why)
+            if not _is_exportable(trainer, pl_module):
+                log.warning(
+                    "%s holds more entries than its settings keep, because training ended at step %d, before they were "
+                    "chosen; train longer, or let the schedule's rule choose earlier",
+                    *(self.target, trainer.global_step),
+                )
         # What interrupted runs of this expert left goes too, unless they go on in another process.
         self._lock.close()
         others = [Path(place).parent for place in self._places]
@@ -213,6 +220,10 @@ class ExportExpert(Callback):
             return write_expert(
                 path, exported.task_vector(), record, self.overwrite or path != self.target, state=state
             )
+
+
+def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
+    return all(schedule.is_exportable(cast(TrainedModule, module)) for schedule in schedules(trainer))
 
 
 def _content_hash(place: str) -> str | None:

@@ -52,7 +52,7 @@ class Schedule(Callback):
     |----------------|------------------------------------------------------------------|---------------------|
     | `ExpertModule` | the model is loaded for `fit`; optimizers do not exist yet       | `before_optimizers` |
     | `ExpertModule` | it writes a checkpoint                                           | `resizes`           |
-    | `ExportExpert` | after a validation                                               | `is_exportable`     |
+    | `ExportExpert` | after a validation, and before it writes the last state          | `is_exportable`     |
     | `ExportExpert` | it writes an expert: the best so far after a validation, or last | `exported`, `shares`, |
     |                |                                                                  | `costs`             |
     """

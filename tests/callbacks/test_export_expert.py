@@ -98,6 +98,25 @@ def test_a_state_that_trains_more_than_the_expert_keeps_is_never_the_best(tiny_l
     assert open_expert(export.target).kept_share == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_training_that_stops_before_the_choice_says_that_it_keeps_more(
+    tiny_llama_dir, task_files, tmp_path, caplog
+) -> None:
+    class Stop(runs.Losses):
+        def on_train_batch_end(self, trainer, *rest) -> None:
+            trainer.should_stop = trainer.global_step == self.at
+
+    export, stop, said = ExportExpert(str(tmp_path / "library"), "mine", overwrite=True), Stop(), []
+    for stop.at in (2, 10):
+        caplog.clear()
+        schedule = MaskSchedule(rule=DenseThenSparse(dense=0.5))
+        dense = partial(MaskedExpert, keep_ratio=0.1)
+        runs.fit(tiny_llama_dir, task_files, tmp_path, dense, export, stop, schedule, max_steps=12)
+        said.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
+    warning = f"{export.target} holds more entries than its settings keep, because training ended at step 2, before"
+    assert [len(one) for one in said] == [1, 0]
+    assert said[0][0].startswith(warning)
+
+
 def test_the_record_tells_how_the_expert_was_trained(tiny_llama_dir, task_files, tmp_path) -> None:
     export = ExportExpert(str(tmp_path / "library"), "mine")
     settings = {"max_steps": 3, "accumulate_grad_batches": 2}
