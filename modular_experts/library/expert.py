@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -51,6 +52,9 @@ from modular_experts.library.tensorfile import (
 )
 from modular_experts.progress import Progress
 from modular_experts.text import bytes_text, did_you_mean
+
+_READS = 10
+"""How often an expert is read that another process replaces meanwhile."""
 
 
 class StoredExpert(TaskVector):
@@ -210,14 +214,20 @@ def open_expert(path: str | Path) -> StoredExpert:
         ValueError: A file is damaged, or the directory is a link that leads out of its library.
     """
     directory = Path(os.path.abspath(Path(path).expanduser()))
-    before = _version_of(directory)
-    try:
-        return _opened(path, directory)
-    except (OSError, ValueError):
-        # Another process may replace the expert between the reads of its record and of its files.
-        if _version_of(directory) == before:
-            raise
-        return _opened(path, directory)
+    for left in reversed(range(_READS)):
+        before = _version_of(directory)
+        try:
+            return _opened(path, directory)
+        except (OSError, RuntimeError, ValueError):
+            # Another process may replace the expert between the reads of its record and of its files, and between the
+            # two renames of that there is no directory but one beside it.
+            is_replaced = _version_of(directory) != before or (
+                before is None and any(directory.parent.glob(f".{directory.name}.*"))
+            )
+            if not is_replaced or not left:
+                raise
+            time.sleep(0.005)
+    raise AssertionError
 
 
 def _version_of(directory: Path) -> tuple[int, int] | None:
@@ -231,12 +241,12 @@ def _version_of(directory: Path) -> tuple[int, int] | None:
 
 def _opened(path: str | Path, directory: Path) -> StoredExpert:
     if not directory.is_dir():
-        names = sorted(record.parent.name for record in directory.parent.glob(f"*/{RECORD_FILE}"))
+        names = sorted(one.parent.name for one in directory.parent.glob(f"[!.]*/{RECORD_FILE}"))
         hint = f"; {directory.parent} has {', '.join(names[:8])}" if names else ""
         if near := did_you_mean(directory.name, names):
             hint = near.replace("did you mean ", f"did you mean {directory.parent}{os.sep}")
         raise FileNotFoundError(f"{path} is not an expert: there is no such directory{hint}")
-    inside = sorted(record.parent.name for record in directory.glob(f"*/{RECORD_FILE}"))
+    inside = sorted(one.parent.name for one in directory.glob(f"[!.]*/{RECORD_FILE}"))
     if inside and not (directory / RECORD_FILE).exists():
         raise ValueError(f"{path} is a library of {len(inside)} experts; name one of them, such as {path}/{inside[0]}")
     _check_file(path, directory)
