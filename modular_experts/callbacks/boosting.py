@@ -115,6 +115,12 @@ class Boosting(Schedule):
         for _, expert in _experts(cast(TrainedModule, pl_module)):
             expert.leave_out(False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do so too if training ends early; a model that could not be loaded has no experts."""
+        for _, layer in expert_layers(getattr(pl_module, "model", torch.nn.Module())):
+            if isinstance(layer.expert, BoostedLoRAExpert):
+                layer.expert.leave_out(False)
+
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
         """Return how many rounds have begun."""
         return {"rounds": -(-trainer.global_step // self.every)}

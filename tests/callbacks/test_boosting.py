@@ -239,3 +239,18 @@ def test_settings_and_companions_that_cannot_be(tiny_llama_dir, task_files, tmp_
         fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, Boosting())
     with pytest.raises(ValueError, match="AverageStates would average products of several rounds"):
         fit(tiny_llama_dir, task_files, tmp_path, BoostedLoRAExpert, Boosting(), AverageStates())
+
+
+class Failure(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        raise OSError("no space left")
+
+
+def test_a_round_that_ends_early_leaves_experts_that_train_their_products(tiny_llama_dir, task_files, tmp_path) -> None:
+    module = runs.module(tiny_llama_dir, BoostedLoRAExpert)
+    first = runs.trainer(tmp_path / "first", Boosting(every=4, share=0.5, seed=2), Failure(), max_steps=4)
+    with pytest.raises(OSError, match="no space"):
+        first.fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert not all(one.up.any() for one in layers(module).values())
+    runs.trainer(tmp_path / "second", max_steps=2).fit(module, runs.mixture(task_files, tiny_llama_dir))
+    assert all(one.up.any() for one in layers(module).values())
