@@ -29,7 +29,7 @@ from modular_experts.evaluation.scores import TEXT_METRICS, TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
-from modular_experts.library import StoredExpert, warn_unlike_training
+from modular_experts.library import StoredExpert, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
 from modular_experts.reports.results import provenance
@@ -218,6 +218,7 @@ def open_models(
         mix = [] if checkpoint else open_several(given)
         title = name or " + ".join(map(_name, mix)) or (Path(checkpoint.place).name if checkpoint else "base")
         models.append(Compared(title, mix, checkpoint))
+        warn_of_missing_parents(models[-1].stored)
     found = Base.open(base, [one for each in models for one in each.stored], revision)
     for one in models:
         if one.checkpoint and one.checkpoint.tokenizer().get_vocab() != found.tokenizer().get_vocab():

@@ -17,7 +17,7 @@ from modular_experts.evaluation.generation import answer_rooms, evaluating
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.library import StoredExpert
-from modular_experts.library.compatibility import training_in_common, warn_unlike_training
+from modular_experts.library.compatibility import training_in_common, warn_of_missing_parents, warn_unlike_training
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def generate(
         raise ValueError(f"{max_new_tokens=} must be at least 1, and {temperature=} at least 0")
     opened = open_several(experts)
     stored = [expert for expert in opened if isinstance(expert, StoredExpert)]
+    warn_of_missing_parents(stored)
     found = Base.open(base, stored, revision)
     tokenizer = found.tokenizer()
     if chat is None:

@@ -21,6 +21,7 @@ from modular_experts.library.compatibility import (
     parent_ids,
     training_in_common,
     union_of_weights,
+    warn_of_missing_parents,
     warn_unlike_training,
 )
 from modular_experts.library.expert import (
@@ -54,6 +55,7 @@ __all__ = [
     "read_weight",
     "training_in_common",
     "union_of_weights",
+    "warn_of_missing_parents",
     "warn_unlike_training",
     "write_expert",
     "write_statistics",

@@ -36,15 +36,21 @@ def open_experts(paths: Sequence[str | Path | StoredExpert], mergeable: bool = T
         seen.add(expert.path.resolve())
     if mergeable:
         check_mergeable(experts)
-    # The delta of an expert that was trained on top of others is against their sum. A merge contains its parents, and a
-    # router finds those behind it.
+    warn_of_missing_parents(experts)
+    return experts
+
+
+def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
+    """Log a sentence for each expert that was trained on top of others which are not among these.
+
+    Its delta is against their sum. A merge contains its parents, and a router finds those behind it.
+    """
     for expert in experts:
         parents = [] if expert.routed or expert.record["kind"] == "merge" else expert.record["parents"]
         lacking = [parent for parent in parents if not any(one.is_listed_as(parent) for one in experts)]
         missing = ", ".join(str(parent["name"]) for parent in lacking)
         if missing:
             log.warning("%s was trained on top of %s, which is not listed and will be missed", expert.name, missing)
-    return experts
 
 
 def open_parents(expert: StoredExpert) -> list[StoredExpert]:

@@ -13,12 +13,12 @@ import torch
 from testbed.random_deltas import random_delta
 from testbed.runs import mixture
 
-from modular_experts import apply, evaluate
+from modular_experts import apply, evaluate, generate
 from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.evaluation import TEXT_METRICS
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library import as_parents, make_record, open_expert, write_expert
 from modular_experts.reports import Results
 
 
@@ -115,6 +115,16 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tiny_llama_dir, task_files
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="checkpoint has another tokenizer than"):
         evaluate(tiny_llama_dir, {"a": "checkpoint"}, mixture(task_files, tiny_llama_dir))
+
+
+def test_an_expert_without_those_beneath_it_is_warned_of(tiny_llama_dir, task_files, weight, caplog) -> None:
+    under = open_expert("library/a")
+    write_expert("library/top", (under * 2.0).items(), under.record | {"parents": as_parents([under])})
+    mixes = {"alone": ["library/top"], "both": ["library/a", "library/top"]}
+    evaluate(None, mixes, mixture(task_files, tiny_llama_dir), max_new_tokens=None)
+    generate(None, "upper bat:", ["library/top"], max_new_tokens=1)
+    sentences = [one.message for one in caplog.records if "will be missed" in one.message]
+    assert sentences == ["top was trained on top of a, which is not listed and will be missed"] * 2
 
 
 def test_an_expert_of_another_base_is_refused(tiny_llama_dir, task_files, weight) -> None:
