@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,4 +17,8 @@ def test_mutants_name_what_there_is(file) -> None:
         text = (ROOT / mutant["file"]).read_text(encoding="utf-8")
         assert text.count(mutant["find"]) == 1, f"{mutant['file']}: {mutant['find']!r}"
         assert mutant["replace"] != mutant["find"]
-        assert (ROOT / mutant["tests"].split()[0].partition("::")[0]).exists(), mutant["tests"]
+        paths = [ROOT / word.partition("::")[0] for word in mutant["tests"].split() if "/" in word]
+        assert all(path.exists() for path in paths), mutant["tests"]
+        tests = "".join(path.read_text(encoding="utf-8") for path in paths if path.is_file()).lower()
+        names = re.findall(r"::(\w+)|(?:-k|and|or) (\w+)", mutant["tests"].lower())
+        assert not tests or all("".join(name) in tests for name in names if "not" not in name), mutant["tests"]
