@@ -159,17 +159,6 @@ def test_sparse_stays_sparse_and_tiles_stay_tiles(shape):
                 assert merged.support().tolist() == agrees
 
 
-@pytest.mark.parametrize("form", ["Dense", "Sparse", "BlockSparse"])
-def test_stored_float32_values_are_rounded_once(form):
-    deltas = [random_delta(form, (9, 9), seed, dtype=torch.float32) for seed in range(3)]
-    wide = [delta.to(dtype=torch.float64) for delta in deltas]
-    found, exact = ([*tasks_of(EMR(), [given]), [EMR(0.3).merge(given)]] for given in (deltas, wide))
-    for (merged,), (other,) in zip(found, exact, strict=True):
-        assert merged.dtype == torch.float32
-        if form != "LowRank":  # whose product is a float32 one
-            assert torch.equal(merged.dense(), other.dense().float())
-
-
 def test_a_weight_may_be_merged_in_chunks():
     weights = [[random_delta(form, (9, 9), 3 + seed) for seed, form in enumerate(FORMS)]]
     whole = [merge_all(EMR(), weights), *tasks_of(EMR(), weights)]
@@ -177,10 +166,3 @@ def test_a_weight_may_be_merged_in_chunks():
         found = [merge_all(EMR(), weights), *tasks_of(EMR(), weights)]
     for (merged,), (expected,) in zip(found, whole, strict=True):
         torch.testing.assert_close(merged.dense(), expected.dense(), **CLOSE)
-
-
-def test_bad_settings_and_a_missing_factor_get_a_sentence():
-    with pytest.raises(ValueError, match="EMR: scale must be a finite number, got inf"):
-        EMR(math.inf)
-    with pytest.raises(ValueError, match=r"EMR: a task's expert needs its factor; pass Context\(prepared="):
-        EMR().per_task([Dense(torch.ones(2, 2))], 0)

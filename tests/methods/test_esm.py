@@ -112,15 +112,6 @@ def test_weights_without_a_gram_matrix_are_averaged_and_silent_inputs_merge_to_n
     assert not merge(ESM(), deltas, [np.zeros((3, 5))] * 2).dense().any()
 
 
-def test_bad_settings_and_missing_statistics_are_refused():
-    with pytest.raises(ValueError, match=r"ESM needs gram statistics, one per expert, and got none"):
-        ESM().merge([random_delta("Dense", (2, 2), 0)])
-    with pytest.raises(ValueError, match=r"ESM: share is a part of the directions and must be in \(0, 1\], got 2.0"):
-        ESM(share=2.0)
-    with pytest.raises(ValueError, match="ESM: power must be at least 0, got -1"):
-        ESM(power=-1.0)
-
-
 def of_the_weights(deltas, inputs):
     return esm(deltas, [np.eye(deltas[0].shape[1])] * len(deltas))
 

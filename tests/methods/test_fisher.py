@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta
 
-from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import Average, Fisher
 from modular_experts.methods.method import Context, DataStatistic
 
@@ -85,13 +85,6 @@ def test_wrong_twins_are_told_from_it(twin):
     assert not torch.allclose(merged, twin(deltas, statistics).nan_to_num())
 
 
-@given(deltas_of_one_weight(most=1), st.integers(1, 4))
-def test_one_expert_and_copies_of_it_merge_to_itself(deltas, copies):
-    same = deltas * copies
-    merged = merge(Fisher(), same, informations(same))
-    torch.testing.assert_close(merged.dense().double(), deltas[0].dense().double(), **CLOSE)
-
-
 @given(deltas_of_one_weight(least=2))
 def test_equal_information_or_none_gives_the_plain_average(deltas):
     average = Average().merge(deltas).dense().double()
@@ -123,33 +116,3 @@ def test_normalised_experts_have_the_same_say_whatever_their_loss():
     assert not torch.allclose(
         merge(plain, deltas, [loud, second]).dense(), merge(plain, deltas, [first, second]).dense()
     )
-
-
-def test_sparse_experts_merge_to_a_sparse_one_and_tiles_to_tiles():
-    sparse = [random_delta("Sparse", (9, 6), seed) for seed in (1, 2)]
-    merged = merge(Fisher(), sparse, informations(sparse))
-    assert isinstance(merged, Sparse)
-    assert set(merged.indices.tolist()) == set(sparse[0].indices.tolist()) | set(sparse[1].indices.tolist())
-    tiles = [random_delta("BlockSparse", (9, 6), seed) for seed in (1, 2)]
-    assert isinstance(merge(Fisher(), tiles, informations(tiles)), BlockSparse)
-    nothing = [Sparse.zero((9, 6))] * 2
-    assert merge(Fisher(), nothing, informations(nothing)).is_empty
-
-
-def test_vectors_merge_like_matrices():
-    deltas = [Dense(torch.randn(7, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
-    statistics = informations(deltas)
-    merged = merge(Fisher(), deltas, statistics).dense().double()
-    torch.testing.assert_close(merged, formula(deltas, statistics), rtol=1e-6, atol=1e-6)
-
-
-def test_bad_settings_and_missing_statistics_are_refused():
-    deltas = [random_delta("Dense", (2, 2), 0)] * 2
-    with pytest.raises(ValueError, match=r"Fisher needs fisher statistics, one per expert, and got none"):
-        Fisher().merge(deltas)
-    with pytest.raises(ValueError, match=r"got 1 for 2 experts"):
-        Fisher().merge(deltas, Context("w", informations(deltas)[:1]))
-    with pytest.raises(ValueError, match=r"floor must be above 0"):
-        Fisher(floor=0.0)
-    with pytest.raises(ValueError, match=r"scale must be a finite number"):
-        Fisher(scale=float("nan"))

@@ -151,16 +151,3 @@ def test_delta_of_zero_counts_only_in_the_length():
         merged = Karcher().merge([*deltas[:2], still, deltas[2]]).dense()
         torch.testing.assert_close(merged, 3 / 4 * Karcher().merge(deltas).dense(), **CLOSE)
         assert Karcher().merge([still, still]).dense().count_nonzero() == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"max_iterations": -1}, "max_iterations must be at least 0, got -1"),
-        ({"tolerance": -1e-3}, "tolerance must be at least 0, got -0.001"),
-        ({"tolerance": math.nan}, "tolerance must be a finite number, got nan"),
-    ],
-)
-def test_bad_settings_get_a_sentence(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        Karcher(**settings)

@@ -40,11 +40,6 @@ def test_knots_equals_the_formula(method, numbers, shape):
     np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
 
 
-def test_default_is_ties():
-    deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(3)]
-    assert torch.equal(KnOTS().merge(deltas).dense(), KnOTS(TIES()).merge(deltas).dense())
-
-
 @pytest.mark.parametrize("method", [Average([1.0, 2.0, 5.0]), TaskArithmetic(0.4)], ids=str)
 @given(deltas_of_one_weight(least=3, most=3))
 def test_linear_methods_give_what_they_give_alone(method, deltas):

@@ -59,8 +59,3 @@ def test_experts_of_tasks_are_scaled_too():
     assert method.has_tasks
     found = method.per_task(deltas, 1, Context(prepared=prepared, depth=1.0)).dense()
     torch.testing.assert_close(found, 3.0 * EMR().per_task(deltas, 1, Context(prepared=prepared)).dense())
-
-
-def test_bad_settings_get_a_sentence():
-    with pytest.raises(ValueError, match=r"LiNeS: last must be at least 0, got -0.5"):
-        LiNeS(last=-0.5)

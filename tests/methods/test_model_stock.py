@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight
 
-from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import Average, ModelStock
 
 HALF = math.cos(math.pi / 3)
@@ -103,22 +103,6 @@ def test_weight_that_one_expert_alone_moves_is_taken_whole():
         assert torch.equal(ModelStock().merge([still, TWO, still]).dense(), TWO.dense())
         both = ModelStock().merge([ONE, still, TWO]).dense()
         torch.testing.assert_close(both, ModelStock().merge([ONE, TWO]).dense())
-
-
-def test_weight_that_none_moves_stays():
-    assert ModelStock().merge([Sparse.zero((2, 2))] * 3).is_empty
-    assert ModelStock().merge([Dense(torch.zeros(2, 2))] * 3).dense().count_nonzero() == 0
-
-
-def test_low_rank_experts_are_never_made_dense(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 30, generator=draw)) for _ in range(3)]
-    expected = model_stock(loras)
-    monkeypatch.setattr(LowRank, "add_to", None)
-    merged = ModelStock().merge(loras)
-    monkeypatch.undo()
-    assert isinstance(merged, LowRank)
-    torch.testing.assert_close(merged.dense().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def steps(deltas, row_wise, mergekit):

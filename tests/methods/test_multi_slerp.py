@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds, shapes
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import Average
-from modular_experts.methods.slerp import SLERP, MultiSLERP
+from modular_experts.methods import SLERP, Average, Karcher, MultiSLERP, NuSLERP
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 EAST, NORTH, UP = (Dense(row[None]) for row in torch.eye(3, dtype=torch.float64))
@@ -89,3 +88,11 @@ def test_delta_of_zero_counts_only_in_the_length():
         merged = MultiSLERP().merge([EAST, NORTH, still]).dense()
         torch.testing.assert_close(merged, 2 / 3 * MultiSLERP().merge([EAST, NORTH]).dense())
         assert MultiSLERP().merge([still, still]).dense().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("kind", [NuSLERP, MultiSLERP, Karcher])
+def test_only_ratios_of_weights_count(kind):
+    deltas = [random_delta("Dense", (3, 4), seed) for seed in range(3)]
+    merged = kind([1.0, 2.0, 5.0]).merge(deltas).dense()
+    torch.testing.assert_close(kind([0.125, 0.25, 0.625]).merge(deltas).dense(), merged, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(kind([2.0] * 3).merge(deltas).dense(), kind().merge(deltas).dense())

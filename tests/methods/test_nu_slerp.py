@@ -160,16 +160,3 @@ def test_column_wise_turns_each_column_by_its_own_angle(seed, form, second):
     one, other = random_delta(form, (6, 4), seed), random_delta(second, (6, 4), seed + 1)
     merged = NuSLERP([1.0, 3.0], column_wise=True).merge([one, other]).dense().double()
     torch.testing.assert_close(merged, by_row(one.dense().double().T, other.dense().double().T, 0.75).T, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"row_wise": True, "column_wise": True}, "exclude each other"),
-        ({"preset": "mergkit"}, "did you mean mergekit?"),
-        ({"preset": "mergekit", "weights": [1.0, -1.0]}, "sum to zero"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        NuSLERP(**settings)

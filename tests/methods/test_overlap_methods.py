@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,19 +130,3 @@ def test_the_experts_of_tall_masks_stay_sparse_and_tiles():
     for form, kind in (("Sparse", Sparse), ("BlockSparse", BlockSparse)):
         deltas = [random_delta(form, (7, 10), seed) for seed in range(3)]
         assert isinstance(TALLMask().per_task(deltas, 0), kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "sentence"),
-    [
-        (RAM, {"epsilon": -1.0}, "RAM: epsilon must be at least 0, got -1.0"),
-        (RAMPlus, {"r": float("nan")}, "RAMPlus: r must be a finite number, got nan"),
-        (SCE, {"keep": 1.5}, "keep is the share of entries selected .* got 1.5"),
-        (SCE, {"zero": "none ", "keep": 1.0}, "zero must be 'none' or 'positive', got 'none '"),
-        (ConsensusTA, {"agreement": 0}, "agreement is a number of experts, at least 1, got 0"),
-        (TALLMask, {"threshold": -0.1}, "threshold must be at least 0, got -0.1"),
-    ],
-)
-def test_bad_settings_get_a_sentence(kind, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        kind(**settings)

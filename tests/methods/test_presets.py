@@ -271,17 +271,3 @@ def test_presets_differ_where_the_peers_do():
 def test_what_is_given_beats_the_preset():
     method = TIES(preset="mergekit", keep=0.3, zero="none")
     assert (method.keep, method.zero, method.vote) == (0.3, "none", "weighted")
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "sentence"),
-    [
-        (TIES, {"preset": "mergkit"}, "no preset 'mergkit'; did you mean mergekit?"),
-        (TIES, {"preset": "x"}, "the presets are paper, mergekit, peft, fusion_bench, mttl, paper-code"),
-        (TIES, {"preset": "peft"}, "peft has no default for keep; give a value"),
-        (DARE, {"preset": "peft"}, "peft has no default for keep; give a value"),
-    ],
-)
-def test_bad_presets_get_a_sentence(kind, settings, sentence):
-    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
-        kind(**settings)

@@ -12,7 +12,7 @@ from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs, DELLALinear, TaskArithmetic, prune
+from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, DELLALinear, TaskArithmetic, prune
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
 from modular_experts.methods.random_numbers import stream_keys, uniform
@@ -161,36 +161,6 @@ def test_weights_of_one_entry_a_row_and_zeros_merge_too(kind):
         for rescale in ("probability", "l1"):
             merged = kind(keep=0.5, rescale=rescale).merge([delta])
             assert merged.dense().isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "sentence"),
-    [
-        (DARE, {"keep": 0.0}, "keep is the probability with which an entry stays .* got 0.0"),
-        (DARE, {"keep": [0.5, 2.0]}, "got 2.0"),
-        (DARE, {"rescale": "L1"}, "rescale must be 'probability', 'l1' or 'none', got 'L1'"),
-        (DELLA, {"keep": 0.1}, "must lie in \\(0, 1\\), got keep 0.1 and epsilon 0.15"),
-        (DELLALinear, {"keep": 0.9}, "got keep 0.9 and epsilon 0.15"),
-        (DARETIES, {"zero": "majority"}, "zero must be .* got 'majority'"),
-    ],
-)
-def test_bad_settings_get_a_sentence(kind, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        kind(**settings)
-
-
-def test_lists_are_checked_expert_by_expert():
-    DELLA(keep=[0.9, 0.5], epsilon=[0.05, 0.3])
-    Breadcrumbs(beta=[0.9, 0.1], gamma=[0.05, 0.8])
-    with pytest.raises(ValueError, match=r"got keep 0\.9 and epsilon 0\.3"):
-        DELLA(keep=[0.9, 0.5], epsilon=[0.3, 0.05])
-    with pytest.raises(ValueError, match=r"beta 0\.9 and gamma 0\.8 drop every entry"):
-        Breadcrumbs(beta=[0.9, 0.1], gamma=0.8)
-
-
-def test_another_number_of_shares_is_refused():
-    with pytest.raises(ValueError, match="DARE: 2 keep were given for 1 experts"):
-        DARE(keep=[0.5, 0.4]).merge([LONG])
 
 
 @pytest.mark.parametrize("form", [Dense, Sparse])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,16 +42,3 @@ def test_the_sets_of_two_sparse_experts_add_up(deltas):
     common, alone = Intersection().merge([one, two]), Difference().merge([one, two])
     assert set(common.support().tolist()) | set(alone.support().tolist()) == set(one.support().tolist())
     assert not set(common.support().tolist()) & set(alone.support().tolist())
-
-
-@given(deltas_of_one_weight(most=1, of=["Dense", "Sparse", "BlockSparse"]))
-def test_one_expert_merges_to_itself(deltas):
-    for method in (Intersection(), Difference()):
-        assert torch.equal(method.merge(deltas).dense(), deltas[0].dense())
-    torch.testing.assert_close(Intersection().merge(deltas * 3).dense(), deltas[0].dense(), rtol=1e-12, atol=1e-12)
-    assert not Difference().merge(deltas * 2).dense().any()
-
-
-def test_bad_settings_get_a_sentence():
-    with pytest.raises(ValueError, match="agreement is a number of experts, at least 1, got 0"):
-        Intersection(agreement=0)

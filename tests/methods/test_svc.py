@@ -124,9 +124,3 @@ def test_wrong_twins_are_told_from_it(twin):
     deltas = [random_delta("Dense", (5, 7), seed) for seed in range(3)]
     merged = SVC(TaskArithmetic()).merge(deltas).dense().numpy()
     assert not np.allclose(merged, twin(deltas, TaskArithmetic()), rtol=1e-2)
-
-
-def test_bad_settings_get_a_sentence():
-    for alpha in (0.0, 1.5):
-        with pytest.raises(ValueError, match=rf"SVC: alpha must be in \(0, 1\], got {alpha}"):
-            SVC(alpha=alpha)

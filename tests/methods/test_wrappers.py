@@ -11,8 +11,8 @@ from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger.merged import Merged, merge
-from modular_experts.methods import DARE, SVC, TIES, Fisher, KnOTS, RegMean, SparseAverage
+from modular_experts.merger.merged import Merged
+from modular_experts.methods import DARE, SVC, TIES, Fisher, KnOTS, SparseAverage
 from modular_experts.methods.method import Needs
 from modular_experts.methods.wrapper import settings_of, with_settings
 
@@ -51,11 +51,6 @@ def test_needs_are_those_of_both():
     assert SVC(DARE(rescale="l1")).needs.copies == DARE(rescale="l1").needs.copies > 0
     one = Needs(matrices=1, matrices_per_expert=2, squares=3, copies=4)
     assert one + one == Needs(matrices=2, matrices_per_expert=4, squares=6, copies=8)
-
-
-def test_a_method_that_needs_statistics_is_refused_in_other_coordinates():
-    with pytest.raises(ValueError, match="KnOTS: RegMean needs gram statistics of the weights, which do not exist in"):
-        KnOTS(RegMean())
 
 
 def test_the_command_line_names_the_inner_method_and_its_settings(library, capsys):
@@ -122,9 +117,3 @@ def test_an_interrupted_merge_does_not_go_on_with_another_inner_method(library, 
     monkeypatch.delitem(sys.modules, "inside_method")
     assert len(set(keys)) == 4
     assert keys[-1] == keys[-2]
-
-
-def test_python_takes_the_same(library):
-    merged = merge([library / "a", library / "b"], SVC(TIES(keep=0.3)))
-    stored = merge([library / "a", library / "b"], SVC(TIES(keep=0.3)), library / "ab")
-    assert torch.equal(merged["m.weight"].dense(), stored["m.weight"].dense())
