@@ -83,7 +83,7 @@ def pytest_collection_finish() -> None:
 
 
 # How long an example takes says nothing on a busy machine.
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("untimed")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,11 +91,6 @@ def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
     torch.testing.assert_close(applied, (weight.float() + total).bfloat16(), rtol=0, atol=0)
 
 
-def test_dtype_of_the_checkpoint_can_be_chosen(tiny_llama_dir, tmp_path):
-    apply([make(tmp_path / "one", tiny_llama_dir, 1)], tmp_path / "out", dtype="bfloat16")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("sabotage", [0.01, float("nan")])
 def test_a_checkpoint_that_differs_when_reloaded_is_not_written(tiny_llama_dir, tmp_path, monkeypatch, sabotage):
     expert, load = make(tmp_path / "one", tiny_llama_dir, 1), AutoModelForCausalLM.from_pretrained
@@ -112,22 +105,6 @@ def test_a_checkpoint_that_differs_when_reloaded_is_not_written(tiny_llama_dir, 
     with pytest.raises(ValueError, match=r"was not written: loaded again, its logits differ by"):
         apply([expert], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-
-
-def test_another_base_and_an_existing_target_are_refused(tiny, tiny_llama_dir, tmp_path):
-    expert = make(tmp_path / "one", tiny_llama_dir, 1)
-    with pytest.raises(ValueError, match=r"one was trained on another base than .*qwen2 .fingerprint"):
-        apply([expert], tmp_path / "out", tiny("qwen2"))
-    with pytest.raises(ValueError, match=r"list of experts is empty"):
-        apply([], tmp_path / "out", tiny_llama_dir)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match=r"not a directory of ours"):
-        apply([expert], tmp_path / "out", overwrite=True)
-    apply([expert], tmp_path / "new")
-    with pytest.raises(FileExistsError, match=r"exists already"):
-        apply([expert], tmp_path / "new")
-    apply([expert], tmp_path / "new", overwrite=True)
-    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_tied_weight_moves_under_its_first_name_only(tiny, tmp_path):
@@ -327,20 +304,6 @@ def test_finished_files_that_changed_are_written_again(tmp_path, monkeypatch):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_last_file_is_not_read_again(tiny_llama_dir, tmp_path, monkeypatch):
-    """With it all is there, so no note is needed to take it up, and so no hash of it."""
-    build_model("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="6KB")
-    one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tmp_path / "base", 1)
-    read, digest = [], hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind)
-    )
-    apply([one], tmp_path / "out", verify=False)
-    assert not read
-    apply([two], tmp_path / "more", verify=False)
-    assert read == [file.name for file in sorted((tmp_path / "more").glob("*.safetensors"))][:-1]
-
-
 def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
     base = shutil.copytree(tiny("gpt2"), tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
@@ -351,22 +314,6 @@ def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
     record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
     write_expert(tmp_path / "both", [("transformer.wte.weight", Dense(torch.randn(tensors[name].shape) * 0.1))], record)
     assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
-
-
-def test_progress_is_told_tensor_by_tensor(tiny_llama_dir, tmp_path, monkeypatch):
-    told, when = [], []
-    expert = make(tmp_path / "one", tiny_llama_dir, 1)
-    read = Sum.__getitem__
-    monkeypatch.setattr(Sum, "__getitem__", lambda self, name: when.append(len(told)) or read(self, name))
-
-    def progress(names):
-        for name in names:
-            told.append(name)
-            yield name
-
-    apply([expert], tmp_path / "out", progress=progress)
-    assert when == sorted(set(when))
-    assert when[0] < len(told) / 2
 
 
 def test_applied_takes_a_path_an_expert_or_several_of_them(tiny_llama_dir, tmp_path):

@@ -139,9 +139,3 @@ def test_accumulated_batches_count_once(tiny_llama_dir, task_files, tmp_path) ->
     average = AverageStates(share=1.0)
     runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, average, ONCE(), accumulate_grad_batches=3, max_steps=2)
     assert average.averaged == 2
-
-
-@pytest.mark.parametrize("share", [0.0, 1.5])
-def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=f"share={share} is outside"):
-        AverageStates(share)

@@ -202,28 +202,11 @@ def test_slots_and_moments_follow_their_entries() -> None:
     assert state["step"] == 4
 
 
-def test_a_function_serves_as_a_score(tiny_llama_dir, task_files, tmp_path) -> None:
-    def smallest_weight(weight, gradient, delta):
-        return -weight.abs()
-
-    watch = Watch(score=smallest_weight, rule=SelectOnce())
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, watch, max_steps=1)
-    for _, layer in expert_layers(module.model):
-        base = layer.matrix.detach().clone()
-        layer.expert.restore(base)
-        assert layer.expert.indices.tolist() == top_k(-base.abs(), layer.expert.kept_units).tolist()
-
-
 def test_other_experts_are_left_alone(tiny_llama_dir, task_files, tmp_path: Path) -> None:
     schedule = MaskSchedule()
     module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, schedule, max_steps=2)
     assert schedule.selections == 0
     assert schedule.shares(module) == {}
-
-
-def test_a_schedule_needs_a_batch() -> None:
-    with pytest.raises(ValueError, match="batches=0"):
-        MaskSchedule(batches=0)
 
 
 @pytest.mark.parametrize(

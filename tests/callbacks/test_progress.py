@@ -70,14 +70,6 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
     assert before == [pytest.approx(progress.first_loss)]
 
 
-def test_fast_dev_run_writes_nothing(tiny_llama_dir, task_files, tmp_path, lines) -> None:
-    export = ExportExpert(str(tmp_path / "library"), "mine")
-    settings = {"fast_dev_run": True, "enable_checkpointing": True, "logger": CSVLogger(tmp_path)}
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, export, **settings)
-    assert not list(tmp_path.iterdir())
-    assert "fast_dev_run wrote nothing, neither an expert nor a checkpoint" in lines()
-
-
 class Screen(io.StringIO):
     """A terminal of 80 columns."""
 
@@ -113,23 +105,3 @@ def test_one_line_shows_the_whole_fit_and_what_is_going_on(
     assert re.search(r"^trained +━+ 14/14 loss \d\.\d{3} validation \d\.\d{3}$", frames[-1])
     assert any(re.search(r" \d+/14 loss [\d.]+ (validation [\d.]+ )?\d:\d\d:\d\d left$", frame) for frame in frames)
     assert not any(line.startswith(("step ", "chose what")) for line in lines()), "the bar shows them"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_bar_serves_tests_and_predictions_and_can_be_switched_off(
-    tiny_llama_dir, task_files, tmp_path, monkeypatch
-) -> None:
-    screen = _screen(monkeypatch)
-    bar, module = TrainingBar(), runs.module(tiny_llama_dir, None)
-    data = runs.mixture(task_files, tiny_llama_dir, eval_batch_size=4)
-    trainer = runs.trainer(tmp_path, bar, enable_progress_bar=True)
-    trainer.test(module, data, verbose=False)
-    assert re.search(r"^testing +━+ 5/5$", _frames(screen)[-1])
-    trainer.predict(module, data)
-    assert re.search(r"^predicting +━+ 5/5$", _frames(screen)[-1])
-    trainer.validate(module, data, verbose=False)
-    assert re.search(r"^validating +━+ 3/3$", _frames(screen)[-1])
-    before = screen.getvalue()
-    bar.disable()
-    trainer.validate(module, data, verbose=False)
-    assert screen.getvalue() == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -78,29 +77,6 @@ def test_short_names_are_long_ones(place, capsys) -> None:
     assert yaml.safe_load(capsys.readouterr().out)["data"]["tasks"][1]["role"] == "held_out"
 
 
-MISTAKES = {
-    "--trainer.max_steps 5": "--steps and --trainer.max_steps give one option two values; give it once",
-    "--no-such 1": "there is no option --no-such; the options are ",
-    "--batch-siez 4": "there is no option --batch-siez; did you mean --batch_size?",
-    "--expert.keep-ratoi 0.1": "no option --expert.keep-ratoi; did you mean --expert.keep_ratio?",
-    "--expert.keep_ratio much": "--expert.keep_ratio must be of type float, got much",
-    "--steps many": "--steps must be of type int, got many",
-    "--batch-size": "--batch-size needs a value",
-    "--out": "--out needs a value",
-    "--out library/..": "cannot be the name of an expert",
-}
-
-
-def test_a_mistake_is_told_in_the_words_that_were_typed(place, capsys) -> None:
-    for mistake, sentence in MISTAKES.items():
-        assert main([*FIT.split(), *mistake.split()]) in (1, 2)
-        assert sentence in capsys.readouterr().err, mistake
-    assert main(["fit", "--tasks", "a.jsonl"]) == 2
-    assert capsys.readouterr().err == "error: --base must be given, on the command line or in --config\n"
-    assert main(["fit"]) == 2
-    assert capsys.readouterr().err.startswith("error: --base must be given")
-
-
 @pytest.mark.parametrize(
     ("typed", "ours"),
     [
@@ -119,27 +95,3 @@ def test_names_of_other_tools_lead_to_ours(typed, ours, place, capsys) -> None:
 def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:
     assert main(["fit", "--model", "base", "--tasks", "a.jsonl"]) == 2
     assert capsys.readouterr().err == "error: --model: there is no class 'base'; did you mean --base?\n"
-
-
-@pytest.mark.parametrize(
-    ("experts", "sentence"),
-    [
-        ({"class_path": "LoRAIR", "init_args": {"experts": 2, "k": 3}}, "LoRAIR: k=3 is outside 1..2"),
-        ({"class_path": "MoA", "init_args": {"threshold": 2.0}}, "MoA: threshold=2.0 is outside [0, 1]"),
-        ({"class_path": "PointLoRA", "init_args": {"tokens": -1}}, "PointLoRA: tokens=-1 must be at least 0"),
-        ({"q_proj": {"class_path": "LoRAExpert", "init_args": {"rank": 0}}}, "rank=0 is outside 1..32"),
-    ],
-)
-def test_settings_that_a_plan_refuses_get_its_sentence(experts, sentence, run, two_task_files, tiny_llama_dir) -> None:
-    how = ["--model.base", tiny_llama_dir, "--tasks", "a.jsonl", "--steps", 1, "--out", "library/x"]
-    code, _, err = run("fit", *how, "--model.experts", json.dumps(experts))
-    assert code == 1
-    assert f"error: {sentence}" in err
-    assert "Union" not in err
-
-
-def test_a_plan_without_a_setting_that_it_needs_gets_its_name(run, two_task_files, tiny_llama_dir) -> None:
-    how = ["--model.base", tiny_llama_dir, "--tasks", "a.jsonl", "--steps", 1, "--out", "library/x"]
-    code, _, err = run("fit", *how, "--model.experts", '{"class_path": "LoRAIR", "init_args": {}}')
-    assert code == 2
-    assert "--model.experts.experts must be given" in err

@@ -15,8 +15,6 @@ import yaml
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.data import TaskMixture
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 PACKAGE = Path(modular_experts.__file__).parent
@@ -116,33 +114,6 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
         assert not re.search(r"^  --\S+( \S+)*\n(?=  --|\n)", shown, re.MULTILINE), verb
         lines = shown.splitlines()
         assert (len(lines) <= 40, max(map(len, lines)) <= 80) == (True, True), verb
-
-
-def test_help_tells_the_defaults_of_a_training(capsys) -> None:
-    assert main(["fit", "--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for kind in (SparseExpert, LoRAExpert, FullExpert, MaskedExpert):
-        assert f"{kind.__name__} {kind.learning_rate:g}" in shown
-    assert f"(default: {inspect.signature(TaskMixture).parameters['batch_size'].default})" in shown
-
-
-def test_help_of_merge_names_a_method_to_take_and_help_all_prints_whole_texts(capsys) -> None:
-    assert main(["merge", "--help"]) == 0
-    brief = capsys.readouterr().out
-    assert "Which method?" in brief
-    assert main(["merge", "--help-all"]) == 0
-    whole = capsys.readouterr().out
-    assert "test it with `test --experts`" in " ".join(whole.split())
-    assert len(whole) > len(brief)
-
-
-def test_help_all_lists_the_options_of_the_trainer(capsys) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        main(["fit", "--help-all"])
-    assert leaving.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--trainer.accumulate_grad_batches" in shown
-    assert "max_epochs = 1000" not in " ".join(shown.split())
 
 
 def test_the_configs_of_the_repository_name_options_that_exist() -> None:

@@ -53,19 +53,6 @@ def test_push_and_pull(run, place, hub):
     assert open_expert("new/b").content_hash == open_expert("library/b").content_hash
 
 
-def test_push_and_pull_a_library_twice(run, place, hub):
-    assert run("push", "--library", "library", "--repo", REPO)[0] == 0
-    code, out, _ = run("push", "--library", "library", "--repo", REPO)
-    assert code == 0
-    assert out.splitlines()[-1] == f"nothing to push: {REPO} is up to date"
-    assert out.count("there already with the same content hash and record, left alone") == 2
-    assert run("pull", "--repo", REPO, "--out", "new")[0] == 0
-    code, out, _ = run("pull", "--repo", REPO, "--out", "new")
-    assert code == 0
-    assert "new/a: there already with the same content hash, left alone" in out
-    assert "pulled 0 experts" in out
-
-
 def test_a_dry_run_prints_the_card_and_the_files(run, place, hub):
     code, out, err = run("push", "--library", "library", "--repo", REPO, "--dry_run", "true")
     assert (code, err) == (0, "")
@@ -75,12 +62,6 @@ def test_a_dry_run_prints_the_card_and_the_files(run, place, hub):
     assert "nothing was written; without --dry-run, 2 experts would be pushed to http" in out
     assert hub.written() == []
     assert hub.repositories == {}
-
-
-def test_a_dry_run_works_offline(run, place):
-    code, out, _ = run("push", "--library", "library", "--repo", REPO, "--dry_run", "true")
-    assert code == 0
-    assert "2 experts would be pushed" in out
 
 
 def card_commands(card):
@@ -105,45 +86,6 @@ def test_the_commands_of_a_card_work_as_written(run, place, hub, tiny_llama_dir,
         assert code == 0, (words, err)
     assert list(Library("library")) == ["a", "b", "merged"]
     assert Path("checkpoint/config.json").is_file()
-
-
-def test_the_card_of_one_expert_shows_no_merge(run, place, hub):
-    run("push", "--experts", "[library/a]", "--repo", REPO)
-    commands = card_commands(hub.repositories[REPO].files()["README.md"].decode())
-    assert [words[1] for words in commands if words[0] == "modular-experts"] == ["pull", "show", "evaluate", "apply"]
-
-
-def test_a_card_of_ones_own_is_told(run, place, hub):
-    run("push", "--experts", "[library/a]", "--repo", REPO)
-    repository = hub.repositories[REPO]
-    repository.commit("main", repository.files() | {"README.md": b"My own words.\n"}, "words")
-    _, out, _ = run("push", "--experts", "[library/b]", "--repo", REPO, "--dry_run", "true")
-    assert out.startswith(f"README.md of {REPO} has a text of its own and stays as it is\n")
-    _, out, _ = run("push", "--experts", "[library/b]", "--repo", REPO)
-    assert "has a text of its own and stays as it is" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["push", "--repo", REPO], "give what to push in one way"),
-        (["push", "--repo", REPO, "--library", "library", "--experts", "[library/a]"], "in one way"),
-        (["push", "--repo", "experts", "--library", "library"], "it is written 'owner/name'"),
-        (["push", "--repo", REPO, "--experts", "[library/c]"], "library/c is not an expert"),
-        (["pull", "--repo", REPO, "--out", "new"], "no model repository someone/experts that you may see"),
-        (["pull", "--repo", "someone/there", "--out", "new", "--experts", "[aa]"], "did you mean a?"),
-        (["pull", "--repo", "someone/there", "--out", "new", "--revision", "v9"], "no branch, tag or commit 'v9'"),
-        (["pull", "--repo", "someone/there", "--out", "its.jsonl"], "is not a directory"),
-    ],
-)
-def test_a_mistake_is_one_sentence(run, place, hub, arguments, sentence):
-    run("push", "--experts", "[library/a]", "--repo", "someone/there")
-    code, out, err = run(*arguments)
-    assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert sentence in err
-    assert err.count("\n") == 1
-    assert not Path("new").exists()
 
 
 def test_the_real_command_asks_the_hub_that_the_environment_names(run, place, hub, hub_server):

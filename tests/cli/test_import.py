@@ -104,32 +104,6 @@ def test_a_lossy_import_tells_its_error(run, place, option):
     assert f"checkpoint({option[0][2:]}={option[1]})" in shown
 
 
-def test_rounding_narrowing_and_widening_are_told(run, place):
-    code, out, _ = run("import", "--source", "tuned", "--base", "base", "--out", "library/narrow")
-    assert code == 0
-    assert "entries are the base's but for rounding to a narrower dtype: not moved" in out
-    assert "wider" not in out
-    code, out, _ = run("import", "--source", "base", "--base", "half", "--out", "library/wide")
-    assert "the checkpoint is in float32, wider than its base: apply it with --dtype to keep that" in out
-    weights = build_model("llama")
-    with torch.no_grad():
-        weights.model.norm.weight[0] = 1e-9
-    weights.save_pretrained("far")
-    code, out, _ = run("import", "--source", "far", "--base", "base", "--out", "library/far")
-    assert "base plus delta misses 1 entries of the checkpoint (3.12 %) by rounding, by at most 1e-09" in out
-
-
-def test_resized_and_tied_vocabularies_are_told(run, place):
-    build_model("llama", seed=1, vocab_size=120).save_pretrained("resized")
-    code, out, _ = run("import", "--source", "resized", "--base", "base", "--out", "library/r", "--vocab", "intersect")
-    assert code == 0
-    assert "model.embed_tokens.weight: 99 rows compared; the checkpoint has 120 and the base 99" in out
-    for seed, name in enumerate(["one", "other"]):
-        build_model("llama", seed=seed, tie_word_embeddings=True).save_pretrained(name)
-    _, out, _ = run("import", "--source", "other", "--base", "one", "--out", "library/t")
-    assert "model.embed_tokens.weight: one tensor with lm_head.weight (tied); both move" in out
-
-
 def test_a_lora_is_imported_against_the_base_that_it_names(run, place):
     shutil.copy("base/config.json", "lora/config.json")  # some adapters carry it
     code, out, err = run("import", "--source", "lora", "--out", "library/lora")
@@ -180,50 +154,3 @@ def test_whatever_a_reader_gives_is_checked_against_the_base(run, place, monkeyp
         assert code == 1
         assert sentence in err
         assert list((place / "library").iterdir()) == []
-
-
-def test_an_expert_is_replaced_only_when_told(run, place):
-    command = ["import", "--source", "sft", "--base", "base", "--out", "library/x"]
-    assert run(*command)[0] == 0
-    code, _, err = run(*command)
-    assert code == 1
-    assert "exists already" in err
-    assert "exists already" in run("import", "--source", "nowhere", "--out", "library/x")[2], "before anything is read"
-    assert run(*command, "--overwrite", "true")[0] == 0
-
-
-X = ["--out", "library/x"]
-MISTAKES = [
-    (["--source", "nothing", *X], 1, "looked for adapter_config.json (a PEFT adapter), pytorch_diff.bin (composable-"
-     "sft) and config.json with *.safetensors (a full checkpoint); it has notes.txt"),
-    (["--source", "library", *X], 1, "source 'library' was not found"),
-    (["--source", "./no-where", *X], 1, "is not a directory, and it is not a hub id"),
-    (["--source", "owner/nowhere", *X], 1, "as a hub id it is not in the local cache (HF_HUB_OFFLINE is set)"),
-    (["--source", "sft/pytorch_diff.bin", *X], 1, "is a file; give the directory"),
-    (["--source", "sft", *X], 1, "sft does not name its base; give it with base"),
-    (["--source", "tuned", *X], 1, "tuned does not name its base; give it with base"),
-    (["--source", "sft", "--base", "nowhere", *X], 1, "base 'nowhere' was not found"),
-    (["--source", "sft", "--base", "base", "--keep_ratio", "0.1", *X], 1, "sft (composable-sft) is not a full"),
-    (["--source", "lora", "--rank", "1", *X], 1, "lora (PEFT adapter) is not a full checkpoint"),
-    (["--source", "lora", "--vocab", "intersect", *X], 1, "leave out keep_ratio, rank and vocab"),
-    (["--source", "tuned", "--base", "half", "--keep_ratio", "2", *X], 1, "keep_ratio must be in (0, 1], got 2.0"),
-    (["--source", "tuned", "--base", "half", "--rank", "0", *X], 1, "rank must be at least 1, got 0"),
-    (["--source", "tuned", "--base", "half", "--rank", "1", "--keep_ratio", "0.1", *X], 1, "two ways to shorten"),
-    (["--source", "half", "--base", "half", *X], 1, "so there is nothing to import"),
-    (["--source", "tuned", "--base", "half", "--vocab", "union", *X], 2, "must be one of error, intersect, got union"),
-    (["--source", "tuned", "--bose", "half", *X], 2, "no option --bose; did you mean --base?"),
-    (["--source", "tuned", "--base", "half", "--out", "library/-x"], 1, "cannot be the name"),
-    (["--source", "sft", "--base", "base", "--out", "base"], 1, "is not a directory of ours"),
-    (["--out", "library/x"], 2, "source must be given"),
-]  # fmt: skip
-
-
-def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
-    before = {*place.rglob("*"), place / "library"}
-    for argv, code, sentence in MISTAKES:
-        found, out, err = run("import", *argv)
-        assert (found, out) == (code, ""), argv
-        assert sentence in err
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1, "one line, unwrapped"
-        assert set(place.rglob("*")) <= before, argv

@@ -37,13 +37,3 @@ def test_experts_layers_pairs_and_what_is_left_out(library, task_files, tmp_path
     assert "model.layers.1 " in shown
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err
-
-
-def test_what_to_leave_out_is_given_by_its_settings(library, capsys):
-    assert main(["interference", *map(str, sorted(library.iterdir())), "--leave_out", "dense"]) == 2
-    assert "no class 'dense'; its settings are --leave_out.data, --leave_out.what" in capsys.readouterr().err
-
-
-def test_one_expert_gets_a_sentence(library, capsys):
-    assert main(["interference", str(library / "dense")]) == 1
-    assert "1 expert has no other to be compared with; give two or more" in capsys.readouterr().err

@@ -36,19 +36,3 @@ def test_recipe_is_merged_after_its_differences_are_told(recipe, tmp_path, capsy
     merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_llama_dir / "model.safetensors")
     assert merged.keys() == base.keys()
     assert all(torch.equal(merged[name], base[name]) for name in base)  # the one model is the base itself
-
-
-def test_slip_in_a_recipe_is_one_sentence(recipe, tmp_path, capsys):
-    recipe.write_text(recipe.read_text().replace("density", "densty"))
-    assert main(["mergekit", "recipe.yaml", "merged"]) == 1
-    complaint = capsys.readouterr().err
-    assert complaint.count("\n") == 1
-    assert "unsupported key 'densty'; did you mean density?" in complaint
-    assert not (tmp_path / "merged").exists()
-
-
-def test_checkpoint_that_is_there_is_replaced_only_if_asked(recipe, capsys):
-    assert main(["mergekit", "recipe.yaml", "merged"]) == 0
-    assert main(["mergekit", "recipe.yaml", "merged"]) == 1
-    assert "exists already" in capsys.readouterr().err
-    assert main(["mergekit", "recipe.yaml", "merged", "--overwrite", "true"]) == 0

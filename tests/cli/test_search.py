@@ -250,35 +250,11 @@ def test_merges_of_one_class_are_numbered_and_write_no_experts_beside_them(run, 
         torch.testing.assert_close(0.5 * one[name].dense(), half[name].dense())
 
 
-def test_the_coefficients_of_a_recipe_are_those_of_the_merge(run, place, tasks):
-    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "6", "--data.tasks", tasks, "--out", "library/ab"]
-    assert run("search", *EXPERTS, *how)[0] == 0
-    weights = yaml.safe_load((place / "library/ab.recipe.yaml").read_text())["method"]["init_args"]["weights"]
-    zero, one, merged = (open_expert(f"library/{name}") for name in ("0", "1", "ab"))
-    for name in merged:
-        exact = weights[0] * zero[name].dense().double() + weights[1] * one[name].dense().double()
-        torch.testing.assert_close(merged[name].dense().double(), exact, rtol=1e-6, atol=1e-9)
-
-
 def test_a_search_that_finds_nothing_better_than_the_base_says_so(run, place, tasks):
     how = ["--algorithm", "LoRAHub", "--algorithm.steps", "1", "--algorithm.penalty", "1e6", "--data.tasks", tasks]
     code, out, _ = run("search", *EXPERTS, *how, "--out", "library/ab")
     assert code == 0
     assert "so the merge moves nothing" in out
-
-
-def test_nothing_that_is_there_is_replaced_unless_asked(run, place, tasks):
-    how = ["--algorithm", "LoRAHub", "--algorithm.steps", "2", "--data.tasks", tasks]
-    for name in ("ab.recipe.yaml", "ab.trials.json"):
-        (place / "library" / name).write_text("mine")
-        code, _, err = run("search", *EXPERTS, *how, "--out", "library/ab")
-        assert code == 1
-        assert f"{name} exists already; choose another out" in err
-        assert (place / "library" / name).read_text() == "mine"
-        (place / "library" / name).unlink()
-    assert run("search", *EXPERTS, *how, "--out", "library/ab")[0] == 0
-    assert "ab exists already" in run("search", *EXPERTS, *how, "--out", "library/ab")[2]
-    assert run("search", *EXPERTS, *how, "--out", "library/ab", "--overwrite", "true")[0] == 0
 
 
 MERGE = ["merge", *EXPERTS, "--method", "SparseAverage", "--out", "library/ab"]
@@ -339,7 +315,3 @@ def test_each_mistake_gets_one_sentence_before_the_base_is_loaded_and_leaves_not
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert sorted(str(path) for path in place.rglob("*")) == before, argv
-
-
-def test_help_of_the_tuning_options(run):
-    assert "one value fixes it" in " ".join(run("merge", "--tune.help")[1].split())

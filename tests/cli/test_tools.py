@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,15 +76,6 @@ def test_merge_by_config_and_options_beat_it(run, place):
     assert methods[2]["class_path"].endswith("TIES")
 
 
-def test_short_method_name_in_a_config(run, place):
-    (place / "merge.yaml").write_text("experts: [library/a, library/b]\nmethod: SparseAverage\nout: library/ab\n")
-    assert run("merge", "--config", "merge.yaml")[0] == 0
-    code, out, _ = run("merge", "--config", "merge.yaml", "--print_config")
-    assert code == 0
-    assert "SparseAverage" in out
-    assert "library/a" in out
-
-
 def test_a_users_own_method_by_its_dotted_path(run, place):
     (place / "my_methods.py").write_text(
         "from dataclasses import dataclass\n"
@@ -111,38 +100,6 @@ def test_apply_writes_a_checkpoint_and_says_how_it_was_checked(run, place, tiny_
     assert "the largest difference of a logit is 0 (tolerance 0.001)" in out
     assert json.loads((place / "merged/modular_experts.json").read_text())["check"]["largest_difference"] == 0
     assert "merged: a checkpoint" in out
-
-
-def test_list_is_a_table_of_at_most_80_columns(run, place):
-    code, out, _ = run("list", "library")
-    assert code == 0
-    for name, kind in (("a", "SparseExpert"), ("b", "BlockSparseExpert"), ("lora", "LowRankExpert")):
-        assert any(line.split()[:2] == [name, kind] for line in out.splitlines())
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_list_shows_every_number_beside_long_names(run, place, monkeypatch):
-    tasks, base = [f"a-task-with-a-long-name-{i}" for i in range(4)], {"id": "base", "fingerprint": "f" * 64}
-    deltas = [(f"layer-{i}", random_delta("Sparse", (40, 30), i, torch.float32, share=0.05)) for i in range(123)]
-    write_expert(place / "long" / ("x" * 64), deltas, make_record("ExpertWithALongName", base, tasks=tasks))
-    monkeypatch.delenv("COLUMNS", raising=False)
-    _, out, _ = run("list", "long")
-    assert any("x" * 64 in line and ", ".join(tasks) in line for line in out.splitlines())  # nobody looks: no folding
-    monkeypatch.setenv("COLUMNS", "80")
-    _, out, _ = run("list", "long")
-    lines = out.splitlines()
-    assert max(map(len, lines)) <= 80
-    row = next(line for line in lines if "x" in line and "expert" not in line)
-    size = sum(file.stat().st_size for file in (place / "long" / ("x" * 64)).iterdir())
-    assert row.split()[-5:] == ["123", "5", "%", f"{size / 1000:.3g}", "kB"]
-    columns = ["".join(line[start:stop].strip() for line in lines[3:]) for start, stop in _spans(lines[1])]
-    assert columns[0] == "x" * 64
-    assert columns[2] == ",".join(tasks)
-
-
-def _spans(heading):
-    starts = [match.start() for match in re.finditer(r"\S+", heading)]
-    return zip(starts, [*starts[1:], None], strict=True)
 
 
 def test_list_shows_the_others_beside_damaged_and_incomplete_ones(run, place):
@@ -213,39 +170,6 @@ def test_verify_fails_and_names_what_an_expert_lacks(run, place, missing):
     assert f"{missing} is missing" in err
 
 
-def test_verify_names_a_link_and_a_name_that_none_may_have(run, place):
-    (place / "library/linked").symlink_to(place / "others/x")
-    shutil.copytree(place / "library/a", place / "library/a b")
-    code, _, err = run("verify", "library")
-    assert code == 1
-    assert "library/linked: it is a link" in err
-    assert "library/a b: its name is not a valid name of an expert" in err
-
-
-def test_a_merge_that_is_dense_in_form_tells_how_little_of_it_is_kept(run, place):
-    how = ["--method", "TIES", "--method.keep", "0.1", "--out", "library/trimmed"]
-    code, out, _ = run("merge", "--experts", "[library/lora]", *how)
-    assert code == 0
-    moved = [delta.dense() for delta in open_expert("library/trimmed").values()]
-    share = sum(int((d != 0).sum()) for d in moved) / sum(d.numel() for d in moved)
-    assert 0.09 < share < 0.11
-    assert set(open_expert("library/trimmed").forms().values()) == {"Dense"}
-    for text in (out, run("list", "library")[1], run("show", "library/trimmed")[1]):
-        assert f"{100 * share:.3g} %" in text
-
-
-def test_merge_tells_a_users_plain_class_by_its_name_and_settings(run, place):
-    (place / "plain_methods.py").write_text(
-        "from modular_experts import MergeMethod\n\n\n"
-        "class Plain(MergeMethod):\n"
-        '    """Plain.\n\n    Args:\n        scale: Factor.\n    """\n\n'
-        "    def __init__(self, scale: float = 1.0) -> None:\n        self.scale = scale\n\n"
-        "    def merge(self, deltas):\n        return deltas[0] * self.scale\n"
-    )
-    how = ["--method", "plain_methods.Plain", "--method.scale", "0.25", "--out", "library/plain"]
-    assert "merged 1 expert with Plain(scale=0.25)\n" in run("merge", "--experts", "[library/a]", *how)[1]
-
-
 MERGE = ["merge", "--experts", "[library/a, library/b]", "--out", "library/new", "--method"]
 MISTAKES = [
     (["mrege"], 2, "no command mrege; did you mean merge?"),
@@ -313,11 +237,6 @@ def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
         assert sorted(str(path) for path in place.rglob("*")) == before, argv
 
 
-def test_a_setting_may_have_a_value_that_only_the_subclass_knows(run, place):
-    assert run(*MERGE, "TIES", "--method.zero", "majority")[0] == 0
-    assert '"majority"' in json.dumps(open_expert("library/new").record["method"])
-
-
 def test_a_bug_keeps_its_traceback(run, place):
     (place / "broken_methods.py").write_text(
         "from dataclasses import dataclass\nfrom modular_experts import MergeMethod\n\n\n"
@@ -362,39 +281,6 @@ def test_options_may_have_dashes_lists_spaces_and_flags_no_value():
         read_options(["--dry_run", "a", "b"], HINTS, ["recipe"])
     with pytest.raises(UsageError, match="--experts needs a value"):
         read_options(["--experts", "--out", "c"], HINTS)
-
-
-def test_a_dry_run_needs_no_more_than_its_name(run, place):
-    command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/new"]
-    code, out, err = run(*command, "--dry-run", "--max-memory", "20GB")
-    assert (code, err, "nothing was written" in out) == (0, "", True)
-    assert run(*command, "--overwrite")[0] == 0
-
-
-def _fingerprint(path):
-    return open_expert(path).record["base"]["fingerprint"]
-
-
-def test_list_shows_the_base_where_there_are_several(run, place, tiny_llama_dir, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "base" not in run("list", "library")[1].splitlines()[1].split()
-    (place / "others/x").rename(place / "library/x")
-    lines = run("list", "library")[1].splitlines()
-    assert lines[1].split()[:4] == ["expert", "kind", "base", "tasks"]
-    assert any(line.split()[:4] == ["x", "SparseExpert", "elsewhere", "bbbbbbb"] for line in lines)
-    assert sum(tiny_llama_dir.name in line for line in lines) == 3
-    for change in ({"id": None, "fingerprint": _fingerprint("library/a")}, {"fingerprint": _fingerprint("library/a")}):
-        record = json.loads(Path("library/x/expert.json").read_text()) | {"base": change}
-        Path("library/x/expert.json").write_text(json.dumps(record))
-        lines = run("list", "library")[1].splitlines()
-        assert "base" not in lines[1].split()  # the same one, under another name
-        assert any(line.split()[:2] == ["x", "SparseExpert"] for line in lines)
-
-
-def test_experts_may_be_named_one_after_the_other(run, place):
-    command = ["merge", "--experts", "library/a", "library/b", "--method", "Average", "--out", "library/spaced"]
-    code, out, _ = run(*command)
-    assert (code, "merged 2 experts" in out) == (0, True)
 
 
 def test_generate_finds_its_prompt_where_people_put_it(place, run, monkeypatch, tiny_llama_dir) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -156,15 +155,6 @@ def test_optimizer_scheduler_score_and_rule_are_named_by_class(place) -> None:
     assert saved["trainer"]["callbacks"][0]["init_args"]["score"]["class_path"].endswith("SNIP")
 
 
-def test_a_score_may_be_any_function_of_the_user(place, monkeypatch) -> None:
-    """Also one without annotations, which jsonargparse would refuse where the type asks for a return type."""
-    monkeypatch.syspath_prepend(place)
-    Path("my_scores.py").write_text("def largest(weight, gradient, delta):\n    return weight.abs()\n")
-    schedule = json.dumps([{"class_path": "MaskSchedule", "init_args": {"score": "my_scores.largest"}}])
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", schedule]) == 0
-    assert _saved_config()["trainer"]["callbacks"][0]["init_args"]["score"] == "my_scores.largest"
-
-
 def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:
     """As a command of its own, so that the directory is found as it would be for a user."""
     shutil.copy(ROOT / "tests" / "testbed" / "ia3.py", "my_experts.py")
@@ -193,17 +183,6 @@ def test_print_config_shows_every_option_and_can_be_read_back(place, capsys) -> 
     assert config["model"]["expert"]["init_args"]["granularity"] == "block"
     Path("printed.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", "printed.yaml"]) == 0
-
-
-def test_help_of_a_class_leaves_out_what_it_is_given(capsys) -> None:
-    shown = {"expert SparseExpert": "weight", "optimizer SGD": "params", "scheduler StepLR": "optimizer"}
-    for words, given_by_us in shown.items():
-        option, kind = words.split()
-        with pytest.raises(SystemExit):
-            main(["fit", f"--model.{option}.help", kind])
-        out = capsys.readouterr().out
-        assert f"--model.{option}.{given_by_us} " not in out
-        assert f"--model.{option}." in out
 
 
 def _export(name: str, **settings: object) -> str:
@@ -318,44 +297,6 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, capsys, monke
         assert not Path("library").exists(), mistake
 
 
-def test_an_existing_target_is_refused_before_training(place, capsys) -> None:
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
-    before = Library("library")["a"].record["content_hash"]
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 1
-    assert "library/a" in capsys.readouterr().err.splitlines()[-1]
-    assert Library("library")["a"].record["content_hash"] == before
-
-
-def test_bad_rows_are_counted_and_nothing_is_trained(place, capsys) -> None:
-    lines = Path("a.jsonl").read_text().splitlines()
-    lines[2], lines[4] = '{"input": "x", "trget": "y"}', "{broken"
-    Path("a.jsonl").write_text("\n".join(lines))
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 1
-    error = capsys.readouterr().err
-    assert "a.jsonl:3: " in error
-    assert "a.jsonl:5: " in error
-    assert "2 " in error
-    assert not Path("library").exists()
-    assert not list(Path().rglob("version_*")), "a run that failed before its first step leaves no log"
-
-
-def test_an_expert_of_another_base_is_refused(place, tmp_path, capsys) -> None:
-    import conftest
-
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
-    conftest.build_model("llama", seed=9).save_pretrained("other")
-    conftest.build_tokenizer().save_pretrained("other")
-    test = ["test", "--config", "tasks.yaml", "--model.base", "other", "--model.applied", "[library/a]"]
-    assert main(test) == 1
-    assert "a was trained on another base than other" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_missing_expert_is_named(place, tiny_llama_dir, capsys) -> None:
-    test = ["test", "--config", "tasks.yaml", "--model.base", str(tiny_llama_dir), "--model.applied", "[library/z]"]
-    assert main(test) == 1
-    assert "library/z is not an expert" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, monkeypatch, capsys) -> None:
     from modular_experts.training.module import ExpertModule
 
@@ -392,21 +333,6 @@ def test_the_summary_tells_the_true_share_where_tiles_are_few(place, capsys) -> 
     share = sum(delta.support_size for delta in moved) / sum(delta.shape.numel() for delta in moved)
     assert share == 0.5
     assert "512 trained parameters, 50.00% of these weights" in said
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_on_a_terminal_a_bar_takes_the_place_of_the_lines(place, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
-    shown = sys.stderr.getvalue()
-    assert "6/6 loss " in shown
-    assert "step 6/6" not in shown
-    assert "trained on 24 rows" in shown
-    assert list(Library("library")) == ["a"]
 
 
 def test_off_a_terminal_lines_tell_of_the_run_and_of_nothing_that_is_not_there(place, capsys) -> None:
@@ -451,34 +377,3 @@ def test_metrics_are_in_a_file_beside_any_other_logger(place) -> None:
     runs = [f"runs/lightning_logs/version_{number}/metrics.csv" for number in (0, 1)]
     assert found == ["mine/lightning_logs/version_0/metrics.csv", *runs]
     assert all("val_loss" in Path(file).read_text() for file in found)
-
-
-def test_an_interval_of_validation_beats_ours_even_if_it_is_lightnings_default(place, capsys) -> None:
-    fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
-    assert main([*fit, "--trainer.val_check_interval", "1.0", "--trainer.max_steps", "5"]) == 0
-    said = capsys.readouterr().err
-    assert [line.split(":")[0] for line in said.splitlines() if ", validation loss " in line] == ["step 3/5"]
-
-
-def test_fast_dev_run_leaves_nothing(place, capsys) -> None:
-    before = set(place.rglob("*"))
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.fast_dev_run", "true"]) == 0
-    assert set(place.rglob("*")) == before
-    assert "fast_dev_run wrote nothing" in capsys.readouterr().err
-
-
-DAMAGED = {
-    "yaml": (["--config", "broken.yaml"], "--config broken.yaml cannot be read: "),
-    "checkpoint": (["--ckpt_path", "broken.yaml"], "broken.yaml is not a checkpoint, or is damaged"),
-    "strategy": (["--trainer.strategy", "ddpp"], "ddpp"),
-    "answers": (["--model.max_new_tokens", "0"], "max_new_tokens=0 must be at least 1"),
-}
-
-
-def test_damaged_input_gets_a_sentence_too(place, capsys) -> None:
-    Path("broken.yaml").write_text("model: {modules: [\n")
-    for damage, (options, sentence) in DAMAGED.items():
-        found = main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options])
-        assert found == (2 if damage == "yaml" else 1)
-        assert sentence in capsys.readouterr().err.splitlines()[-1]
-        assert not Path("library").exists()

@@ -192,8 +192,3 @@ def test_a_template_that_does_not_show_the_turns_is_refused(case: str) -> None:
     examples, _, problems = RowTokenizer(chatty(template))("t", [row(*turns, where="f:3")], learn=True)
     assert examples == []
     assert problems[0].startswith(sentence)
-
-
-def test_a_tokenizer_without_a_template_is_refused() -> None:
-    with pytest.raises(ValueError, match="rows of messages need a chat template, and the tokenizer has none"):
-        RowTokenizer(build_tokenizer())("t", [row(*TALK)])

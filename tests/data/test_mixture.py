@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -114,24 +113,6 @@ def test_bad_rows_of_all_tasks_are_reported_together_before_anything_runs(tmp_pa
     assert [line.split(": ")[0] for line in lines] == [f"{one}:2", f"{one}:3", f"{two}:2"]
 
 
-def test_a_target_too_long_is_a_bad_row(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b" * 20, "split": "train"}])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the target .* max_length=10"):
-        mixture(Task("a", path=str(path)), max_length=10).setup("fit")
-
-
-def test_cut_rows_and_proportions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"input": "a" * (30 if n < 3 else 3), "target": "b", "split": "train"} for n in range(9)]
-    one = Task("one", path=str(write_rows(tmp_path / "one.jsonl", rows)))
-    two = Task("two", path=str(write_rows(tmp_path / "two.jsonl", rows[4:7])))
-    data = mixture(one, two, max_length=20, mixing=Equal())
-    with caplog.at_level(logging.INFO):
-        data.setup("fit")
-    assert "one: 3 of 9 train rows are longer than max_length=20 and lost their start" in caplog.text
-    assert "one: 6 of 12 rows an epoch (50.0%), 0.67 passes" in caplog.text
-    assert "two: 6 of 12 rows an epoch (50.0%), 2.00 passes" in caplog.text
-
-
 def test_a_split_without_rows_is_said(tmp_path: Path) -> None:
     path = str(write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b", "split": "train"}]))
     with pytest.raises(ValueError, match="task 'a' has no test rows, only 1 train"):
@@ -186,11 +167,6 @@ def test_bad_numbers_are_refused() -> None:
     for options, sentence in bad:
         with pytest.raises(ValueError, match=sentence):
             mixture({"name": "a", "path": "a.jsonl"}, **options)
-
-
-def test_a_mixture_without_a_tokenizer_says_so(three: list[Task]) -> None:
-    with pytest.raises(ValueError, match="has no tokenizer"):
-        mixture(*three, tokenizer=None).setup("fit")
 
 
 class Reader(LightningModule):

@@ -62,11 +62,6 @@ def test_the_place_is_asked_for_at_the_first_batch_and_not_at_iter() -> None:
     assert list(reading) == [ORDER(7).tolist()[20:]]
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch_size=6, .* multiple of 4"):
-        MixtureSampler(ORDER, 23, 6, 0, 4)
-
-
 def test_a_resumed_run_over_other_data_logs_what_differs(caplog: pytest.LogCaptureFixture) -> None:
     loader: DataLoader = ResumableLoader(range(3))
     loader.identity = {"rows": {"a": 3}, "seed": 0}

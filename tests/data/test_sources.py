@@ -126,13 +126,6 @@ def test_a_missing_file_is_answered_with_the_near_name(tmp_path: Path) -> None:
         path_records(str(tmp_path / "intnets.jsonl"))
 
 
-def test_a_missing_directory_and_a_hub_id_as_a_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/a\.jsonl: no such file in"):
-        path_records(str(tmp_path / "nowhere" / "a.jsonl"))
-    with pytest.raises(ValueError, match="go into `hub`"):
-        path_records("google/boolq")
-
-
 def test_an_unknown_suffix_and_a_directory_of_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(ValueError, match=r"ends in one of \.jsonl"):

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import write_rows
-from jsonargparse import ArgumentParser
 
-from modular_experts.data import Equal, Task, TaskMixture, TaskSource, Temperature
+from modular_experts.data import Task, TaskSource
 from modular_experts.data.tasks import as_tasks, fill_splits
 
 
@@ -79,20 +78,6 @@ def test_a_path_alone_is_a_task_of_the_files_name() -> None:
     ]
     for alone in ("a.jsonl", Path("a.jsonl"), {"path": "a.jsonl"}, Task(path="a.jsonl")):
         assert as_tasks(alone) == [Task("a", path="a.jsonl")]
-
-
-def test_a_file_whose_name_cannot_be_that_of_a_task_gets_a_name_to_type() -> None:
-    for path, name in (("my tasks!.jsonl", "my-tasks"), ("_a.jsonl", "a"), ("ä.jsonl", "mine")):
-        with pytest.raises(ValueError, match=f"cannot be the name of a task.* name the task: {{name: {name}, path: "):
-            as_tasks(path)
-        assert Task(name, path=path).name == name
-    with pytest.raises(ValueError, match=r"two tasks have the name 'a' .a.csv.* {name: a-2, path: b/a.csv}"):
-        as_tasks(["a.csv", "b/a.csv"])
-
-
-def test_a_missing_file_names_the_task(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"task 'a': .*no such file"):
-        Task("a", path=str(tmp_path / "a.jsonl")).read()
 
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "t"}]
@@ -170,40 +155,3 @@ def test_only_prediction_reads_rows_without_a_target(tmp_path: Path) -> None:
         rows, problems = task.read()
         assert (rows, len(problems)) == ([], 1)
     assert fill_splits(task.read(targets=False)[0], 0.1, 0.1, 0, True)[0].split == "test"
-
-
-def test_an_unreachable_hub_names_the_dataset_and_a_way_out() -> None:
-    with pytest.raises(ValueError, match=r"task 'a': hub dataset 'nobody/nothing' could not be loaded .* give `path`"):
-        Task("a", hub="nobody/nothing").read()
-
-
-def test_the_mixture_is_spelt_in_yaml(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b"}])
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TaskMixture, "data")
-    parser.add_argument("--config", action="config")
-    config = tmp_path / "data.yaml"
-    config.write_text(f"""
-data:
-  tasks:
-    - {{name: a, path: {path}, role: held_out, weight: 2, where: {{kind: k, fold: 1}}}}
-    - name: squares
-      source: {{class_path: {__name__}.Squares, init_args: {{size: 2}}}}
-  mixing: {{class_path: Temperature, init_args: {{temperature: 4}}}}
-""")
-    mixture = parser.instantiate(parser.parse_args([f"--config={config}"])).data
-    assert mixture.roles == {"a": "held_out", "squares": "held_in"}
-    assert mixture.tasks[0] == Task("a", path=str(path), role="held_out", weight=2, where={"kind": "k", "fold": 1})
-    assert mixture.mixing == Temperature(4)
-    assert len(mixture.tasks[1].read()[0]) == 2
-    options = [f'--data.tasks=[{{"name": "a", "path": "{path}"}}]', "--data.mixing=Equal"]
-    assert parser.instantiate(parser.parse_args(options)).data.mixing == Equal()
-    for options, name in [
-        ([f"--data.tasks={path}"], "a"),
-        ([f"--data.tasks=[{path}]"], "a"),
-        ([f"--data.tasks+={path}"], "a"),
-        ([f'--data.tasks={{"path": "{path}"}}'], "a"),
-        ([f"--data.tasks.path={path}"], "a"),
-        (["--data.tasks.name=b", f"--data.tasks.path={path}"], "b"),
-    ]:
-        assert parser.instantiate(parser.parse_args(options)).data.tasks == [Task(name, path=str(path))]

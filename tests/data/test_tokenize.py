@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from conftest import CHARACTERS, build_tokenizer
 
 from modular_experts.data.batch import IGNORED, Collator, Example, ExampleSet, is_filler, prompts
@@ -119,17 +118,6 @@ def test_a_chat_template_renders_the_prompt() -> None:
     assert example.tokens.ids.tolist() == [*ids("[user]hi[bot]\nyo"), EOS]
     assert example.tokens.prompt == len("[user]hi[bot]\n")
     assert example.input == "hi"
-
-
-def test_what_a_tokenizer_lacks_is_said() -> None:
-    with pytest.raises(ValueError, match="chat_template is set"):
-        RowTokenizer(build_tokenizer(), chat_template=True)
-    tokenizer = build_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        RowTokenizer(tokenizer)
-    with pytest.raises(ValueError, match="max_length=2"):
-        RowTokenizer(build_tokenizer(), max_length=2)
 
 
 def test_a_filler_has_no_task_and_no_labels() -> None:

@@ -108,19 +108,6 @@ def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
             Task("k", path=str(path), where={"kind": "None"}).read()
 
 
-def test_what_cannot_be_read_is_reported_whatever_where_says(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"input": "a", "target": "b", "task": "x"}\n{"input": \n[1]\n{"input": "c", "task": "y"}\n')
-    rows, problems = Task("x", path=str(path), where={"task": "x"}).read()
-    assert [row.input for row in rows] == ["a"]
-    assert [problem.partition(": ")[0] for problem in problems] == [
-        f"{path}:2",
-        f"{path}:3",
-    ]
-    (tmp_path / "none.jsonl").touch()
-    assert "the file is empty" in Task("x", path=str(tmp_path / "none.jsonl"), where={"task": "x"}).read()[1][0]
-
-
 def test_a_table_on_disk_is_not_read_row_by_row_to_find_a_task(tmp_path: Path, capfd) -> None:
     path = table(tmp_path, "")
     assert [record.values["source"] for record in path_records(path, {"task": "b"})] == ["b0", "b1", "b2"]

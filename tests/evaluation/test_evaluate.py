@@ -107,16 +107,6 @@ def test_a_checkpoint_measures_as_base_and_expert_do(tiny_llama_dir, task_files,
     assert "checkpoint" in page
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused(tiny_llama_dir, task_files, weight, tmp_path) -> None:
-    apply(["library/a"], "checkpoint", tiny_llama_dir)
-    file = Path("checkpoint/tokenizer.json")
-    tokenizer = json.loads(file.read_text())
-    tokenizer["added_tokens"] = [{**tokenizer["added_tokens"][0], "id": 9999, "content": "<new>"}]
-    file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="checkpoint has another tokenizer than"):
-        evaluate(tiny_llama_dir, {"a": "checkpoint"}, mixture(task_files, tiny_llama_dir))
-
-
 def test_an_expert_without_those_beneath_it_is_warned_of(tiny_llama_dir, task_files, weight, caplog) -> None:
     under = open_expert("library/a")
     write_expert("library/top", (under * 2.0).items(), under.record | {"parents": as_parents([under])})
@@ -125,11 +115,6 @@ def test_an_expert_without_those_beneath_it_is_warned_of(tiny_llama_dir, task_fi
     generate(None, "upper bat:", ["library/top"], max_new_tokens=1)
     sentences = [one.message for one in caplog.records if "will be missed" in one.message]
     assert sentences == ["top was trained on top of a, which is not listed and will be missed"] * 2
-
-
-def test_an_expert_of_another_base_is_refused(tiny_llama_dir, task_files, weight) -> None:
-    with pytest.raises(ValueError, match="trained on another base"):
-        evaluate(tiny_llama_dir, ["library/b"], mixture(task_files, tiny_llama_dir))
 
 
 @pytest.fixture
@@ -209,9 +194,3 @@ def test_results_of_a_base_that_has_changed_since_are_measured_anew(tiny_llama_d
     assert loss("runs/a") == loss(None)
     assert len(measured.read_text().splitlines()) == 6
     assert (before != loss(None)) == (file == "config.json")
-
-
-def test_two_models_of_one_name_are_refused(compare) -> None:
-    code, _, err = compare("--experts", "library/a", "other/a", "--out", "cmp")
-    assert code == 2
-    assert "two models are called a; name one of them: --experts a-2=other/a" in err

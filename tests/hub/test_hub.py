@@ -163,12 +163,6 @@ def test_a_branch_is_made_and_main_stays(hub, library, tmp_path):
     assert len(pull(REPO, tmp_path / "other", revision="trial").experts) == 2
 
 
-def test_a_branch_of_a_repository_that_is_not_there_yet(hub, library):
-    push([library / "a"], REPO, branch="trial")
-    assert set(hub.repositories[REPO].files("main")) == set()
-    assert "a/expert.json" in hub.repositories[REPO].files("trial")
-
-
 def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     expert = open_expert(library / "a")
     write_statistics(expert, "fisher", [("w0", DataStatistic(torch.ones(40, 30), 1.0, 1))], {"first": 3}, {})
@@ -302,24 +296,6 @@ def test_another_experts_deltas_under_a_record_are_refused(hub, library, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
-def test_a_damaged_record_is_refused(hub, library, tmp_path):
-    push(library, REPO)
-    change(hub, b__expert_json=b"{broken")
-    with pytest.raises(ValueError, match=r"b/expert.json is damaged: it is not valid JSON"):
-        pull(REPO, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"someone/experts/b/expert.json is damaged.*remove it there first"):
-        push([library / "a"], REPO)
-
-
-def test_a_file_that_is_cut_short_is_told_in_a_sentence(hub, library, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again
-    push(library, REPO)
-    hub.cut = 100
-    with pytest.raises(ConnectionError, match="someone/experts"):
-        pull(REPO, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
 def test_paths_that_lead_out_are_refused(hub, library, tmp_path):
     push(library, REPO)
     good = hub.repositories[REPO].files()
@@ -346,25 +322,6 @@ def test_names_that_no_expert_may_have_are_refused(hub, library, tmp_path):
         assert not (tmp_path / "other").exists()
 
 
-def test_an_expert_that_is_not_there_is_told_with_the_nearest_name(hub, library, tmp_path):
-    write(library / "intents", seed=5)
-    push(library, REPO)
-    with pytest.raises(ValueError, match="someone/experts has no expert 'intent'; did you mean intents"):
-        pull(REPO, tmp_path / "other", ["intent"])
-    with pytest.raises(ValueError, match="has no expert 'zz'; it has a, b, intents"):
-        pull(REPO, tmp_path / "other", ["zz"])
-
-
-def test_a_repository_without_experts_and_one_with_half_an_expert(hub, library, tmp_path):
-    push([library / "a"], REPO)
-    change(hub, **{"a__delta.safetensors": None})
-    with pytest.raises(ValueError, match=r"a in someone/experts is not a complete expert: a/delta.safe\w+ is"):
-        pull(REPO, tmp_path / "other")
-    change(hub, a__expert_json=None, expert_json=b"{}")
-    with pytest.raises(ValueError, match=r"someone/experts holds no experts: it has no folder with expert.json"):
-        pull(REPO, tmp_path / "other")
-
-
 def test_a_damaged_expert_is_not_pushed(hub, library):
     file = library / "b/delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
@@ -373,36 +330,7 @@ def test_a_damaged_expert_is_not_pushed(hub, library):
     assert hub.requests == []
 
 
-def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(hub, library, tmp_path):
-    write(tmp_path / "elsewhere" / "a")
-    with pytest.raises(ValueError, match="two of the experts are called a"):
-        push([library / "a", tmp_path / "elsewhere" / "a"], REPO)
-    (library / "b/expert.json").unlink()
-    with pytest.raises(ValueError, match=r"b cannot be pushed: expert.json is missing"):
-        push(library, REPO)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="the list of experts is empty"):
-        push(tmp_path / "empty", REPO)
-    assert hub.requests == []
-
-
 # What the hub says
-
-
-def test_an_id_that_is_not_an_owner_and_a_name_is_refused(hub, library, tmp_path):
-    for repo in ("experts", "a/b/c", "../x", "someone/ex perts", ""):
-        for command in (lambda: push(library, repo), lambda: pull(repo, tmp_path / "other")):  # noqa: B023
-            with pytest.raises(ValueError, match="cannot be a repository of the hub; it is written 'owner/name'"):
-                command()
-    assert hub.requests == []
-
-
-def test_a_repository_and_a_revision_that_are_not_there(hub, library, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no model repository someone/experts that you may see \(HTTP 401\)"):
-        pull(REPO, tmp_path / "other")
-    push(library, REPO)
-    with pytest.raises(FileNotFoundError, match="someone/experts has no branch, tag or commit 'v2'"):
-        pull(REPO, tmp_path / "other", revision="v2")
 
 
 def test_writing_without_a_login_is_refused_with_the_way_out(hub, library, monkeypatch):
@@ -421,21 +349,6 @@ def test_a_repository_that_moved_meanwhile(hub, library, monkeypatch):
     with pytest.raises(FileExistsError, match="was changed by someone else at the same time"):
         push([library / "b"], REPO)
     assert "b/expert.json" not in hub.repositories[REPO].files()
-
-
-def test_another_error_is_told_with_its_number(hub, library, tmp_path):
-    push(library, REPO)
-    hub.status = 418
-    with pytest.raises(OSError, match="the hub answered with HTTP 418 for someone/experts"):
-        pull(REPO, tmp_path / "other")
-
-
-def test_offline_by_choice(hub, library, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for command in (lambda: push(library, REPO), lambda: pull(REPO, tmp_path / "other")):
-        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it to use the hub"):
-            command()
-    assert "not there yet" not in caplog.text
 
 
 def test_a_hub_that_is_not_reached(hub, library, tmp_path, monkeypatch):
@@ -460,12 +373,6 @@ def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
     assert planned.commit is None
 
 
-def test_a_dry_run_needs_no_hub(library, caplog):
-    planned = push(library, REPO, dry_run=True)  # HF_HUB_OFFLINE is set
-    assert set(planned.files) == {f"{name}/{file}" for name in "ab" for file in FILES}
-    assert "a repository that is not there yet" in caplog.text
-
-
 def test_the_header_of_a_card(hub, library):
     card = push(library, REPO, dry_run=True).card
     assert header(card) == {
@@ -483,13 +390,6 @@ def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
         assert "base_model" not in header(card)
         assert "secret" not in card
         assert "--base BASE" in card
-
-
-def test_a_directory_that_is_called_like_a_model_is_the_base(hub, library, tmp_path, monkeypatch):
-    (tmp_path / "maker/base").mkdir(parents=True)
-    assert header(push(library, REPO, dry_run=True).card)["base_model"] == "maker/base"
-    monkeypatch.chdir(tmp_path)
-    assert "base_model" not in header(push(library, REPO, dry_run=True).card)
 
 
 def test_the_card_says_where_a_merge_comes_from(hub, library):
@@ -520,13 +420,6 @@ def test_the_commands_of_a_card_are_those_of_the_readme(hub, library):
     seeded = write(library / "c", seed=5)
     record = seeded.record | {"seed": 42}
     assert "; seed 42\n" in model_card(REPO, [CardEntry("c", record, 0.05, 1)])
-
-
-def test_the_table_of_a_card_tells_share_size_and_scores(library):
-    expert = open_expert(library / "a")
-    card = model_card(REPO, [CardEntry.of(expert)])
-    size = sum((library / "a" / file).stat().st_size for file in FILES)
-    assert f"| a | SparseExpert | first | 5 % | {size / 1000:.3g} kB | val\\_loss 0.1235 |" in card
 
 
 def test_a_text_of_a_record_is_not_read_as_markup(library):

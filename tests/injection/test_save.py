@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import conftest
 import pytest
 import torch
@@ -134,14 +132,3 @@ def test_a_model_that_is_not_the_base_is_refused(tiny, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"of the model is not what it is in .*check=False"):
         (0.5 * expert).apply_to(load(tiny("qwen2")))
     expert.apply_to(load(tiny("llama"), torch.bfloat16)).remove()
-
-
-def test_experts_and_libraries_show_themselves_in_notebooks(tiny, tmp_path) -> None:
-    expert = save_expert(train(load(tiny("llama")), LoRAExpert, "q_proj"), tmp_path / "a", tasks=["<t>"])
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/expert.json").write_text(json.dumps({}))
-    (tmp_path / "b/delta.safetensors").write_text("")
-    assert "<td>&lt;t&gt;</td>" in expert._repr_html_()
-    text = Library(tmp_path)._repr_html_()
-    assert "LoRAExpert" in text
-    assert "damaged" in text

@@ -10,7 +10,6 @@ import torch
 from conftest import build_model
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.interop.adapter import read_pickle
 from modular_experts.interop.composable_sft import read_composable_sft
 from modular_experts.interop.import_expert import import_expert
 
@@ -92,47 +91,6 @@ def test_a_tied_weight_is_moved_under_its_first_name(tiny, tmp_path):
     assert list(deltas) == ["transformer.wte.weight"]
 
 
-def test_an_import_says_where_it_came_from(tiny_llama_dir, tmp_path):
-    source = write(tmp_path / "sft", {"diffs": {K: encode(sparse((16, 32), 2))}, "abs": {}})
-    expert = import_expert(source, tmp_path / "library/x", tiny_llama_dir, tasks=["sums"])
-    assert expert.record["kind"] == "composable-sft"
-    assert expert.record["source"]["format"] == "composable-sft"
-    assert list(expert.record["source"]["sha256"]) == ["pytorch_diff.bin"]
-    assert torch.equal(expert[K].dense(), sparse((16, 32), 2))
-
-
-def spoilt(entry, **changes):
-    return {"diffs": {K: entry | changes}, "abs": {}}
-
-
-def refusals():
-    good = encode(sparse((16, 32), 2))
-    nameless = {"diffs": {"model.layers.0.self_attn.kproj.weight": good}}
-    yield nameless, rf"moves model.layers.0.self_attn.kproj.weight, .* no such weight; did you mean {K}"
-    yield spoilt(good, size=torch.Size([32, 16])), r"as a weight of shape \(32, 16\), and in .* it has \(16, 32\)"
-    yield {"abs": {NORM: torch.ones(31)}}, r"norm.weight as a weight of shape \(31,\), .* it has \(32,\)"
-    yield spoilt(good, values=good["values"][:-1]), rf"damaged: {K} has \d+ indices for \d+ values"
-    yield spoilt(good, index_steps=[5, -3], values=torch.ones(2)), rf"damaged: {K} has indices that are out of order"
-    yield spoilt(good, index_steps=[5, 0], values=torch.ones(2)), r"out of order"
-    yield spoilt(good, index_steps=[-1, 6], values=torch.ones(2)), r"out of order, or outside"
-    yield spoilt(good, index_steps=[511, 1], values=torch.ones(2)), r"outside of its shape \(16, 32\)"
-    yield spoilt(good, values=good["values"] * float("nan")), rf"the delta of {K} cannot be stored: .* not finite"
-    yield {"diffs": {}, "abs": {}}, "is not a fine-tuning of composable-sft"
-    yield {"diffs": {K: torch.ones(16, 32)}}, "is not a fine-tuning of composable-sft"
-    yield {"diffs": {K: {"size": [16, 32], "indices": [[0], [1]], "values": [1.0]}}}, "index_steps, size, values"
-    yield {"abs": {K: [1.0]}}, "is not a fine-tuning of composable-sft"
-    yield {"weights": {}}, "is not a fine-tuning of composable-sft"
-    yield [1, 2], "holds a list instead of a mapping"
-
-
-def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(tiny_llama_dir, tmp_path):
-    for content, sentence in refusals():
-        with pytest.raises(ValueError, match=sentence) as caught:
-            import_expert(write(tmp_path / "sft", content), tmp_path / "library/x", tiny_llama_dir)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "library").exists() or not list((tmp_path / "library").iterdir())
-
-
 class Malicious:
     """Unpickled, it would make a file."""
 
@@ -152,11 +110,3 @@ def test_a_file_that_would_run_code_is_refused_and_the_code_does_not_run(tiny_ll
         assert not trap.exists()
     torch.load(source / "pytorch_diff.bin", weights_only=False)
     assert trap.exists(), "the trap works where it is not refused"
-
-
-def test_a_damaged_file_is_refused(tmp_path):
-    file = write(tmp_path / "sft", {"diffs": {}}) / "pytorch_diff.bin"
-    for content in (file.read_bytes()[:-30], b"", b"nonsense", b"\x80\x02."):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"pytorch_diff.bin was not read: it is damaged or not from torch"):
-            read_pickle(file)

@@ -199,28 +199,6 @@ def test_the_command_shows_models_side_by_side_and_exports(place, tmp_path, run,
     assert line.split()[2:] == [f"{value:.4f}" for value in values]
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--tasks", "turn.jsonl"], "give either --out DIR for the results, or --export DIR for tasks of the harness"),
-        (["--tasks", "arc_easy", "--export", "x"], "arc_easy is the name of a benchmark; give the path of a file"),
-        (["--tasks", "chat.jsonl", "--export", "x"], "task 'chat' holds conversations"),
-        (["--tasks", "learn.jsonl", "--export", "x"], "task 'learn' has no test rows"),
-        (["--tasks", "turn.jsonl", "turn_choices.jsonl", "--export", "x"], "would be called 'turn_choices'"),
-    ],
-)
-def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, run, monkeypatch, words, sentence):
-    monkeypatch.chdir(place)
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    write_rows(place / "chat.jsonl", [{"messages": talk, "split": "test"}])
-    write_rows(place / "learn.jsonl", [{"input": "a", "target": "b", "split": "train"}])
-    write_rows(place / "turn_choices.jsonl", [{"input": "a", "target": "b", "split": "test"}])
-    code, _, err = run("harness", "--base", "base", *words)
-    assert code in (1, 2)
-    assert sentence in err
-    assert not (place / "x").exists()
-
-
 def test_a_choice_ends_with_end_of_sequence_and_begins_where_our_own_begins(place):
     settings, rows = harness_tasks(TaskMixture([place / "turn.jsonl"]), build_tokenizer())["turn_choices"]
     texts = [(row["input"][-1], settings["target_delimiter"] + choice) for row in rows for choice in row["choices"]]

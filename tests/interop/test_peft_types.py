@@ -162,36 +162,6 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(loha, 
         import_expert(loha, tmp_path / "library/x")
 
 
-def test_settings_that_peft_does_not_know_or_refuses_are_told(loha, tmp_path):
-    before = (loha / "adapter_config.json").read_text()
-    for fields, sentence in (
-        ({"peft_type": "LOHAA"}, r"peft_type 'LOHAA', which peft \S+ does not know; did you mean LOHA\?"),
-        ({"peft_type": ["LOHA"]}, r"peft_type \['LOHA'\], which peft"),
-        ({"brand_new": 3}, r"sets brand_new to 3, which peft \S+ does not know"),
-        ({"r": 0}, r"PEFT cannot load .* \(LOHA\): .*`r` should be a positive"),
-        ({"target_modules": ["qq_proj"]}, r"PEFT cannot load .*Target modules .*not found"),
-    ):
-        configure(loha, **fields)
-        assert re.search(sentence, refused(loha, tmp_path))
-        (loha / "adapter_config.json").write_text(before)
-
-
-def test_without_peft_the_sentence_names_the_package(loha, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_peft(name, *rest, **more):
-        if name.split(".")[0] == "peft":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without_peft)
-    assert re.search(
-        r"peft_type 'LOHA', and only LORA, SHIRA, SUPERTUNING can be imported without PEFT.*"
-        r"pip install 'modular-experts\[peft\]'",
-        refused(loha, tmp_path),
-    )
-
-
 def test_logits_that_no_delta_explains_are_refused(loha, tiny_llama_dir):
     asked = ask_peft(loha, tiny_llama_dir, tolerance=0.0)
     with pytest.raises(ValueError, match=r"was not imported: its logits by PEFT differ by .*, and the tolerance is 0"):
@@ -209,14 +179,6 @@ def test_deltas_can_be_read_twice_and_say_how_they_were_read(loha, tiny_llama_di
         0,
     )
     assert 0 <= record["largest_difference"] < 1e-6
-
-
-def test_an_import_leaves_the_callers_random_numbers_alone(loha, tmp_path):
-    torch.manual_seed(7)
-    expected = torch.randn(3)
-    torch.manual_seed(7)
-    import_expert(loha, tmp_path / "library/x")
-    assert torch.equal(torch.randn(3), expected)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 17, 30])

@@ -84,21 +84,6 @@ def test_dask_gives_the_piece_of_a_killed_worker_to_another(dask_address, tmp_pa
 
 
 @pytest.mark.cluster
-def test_dask_workers_with_threads_are_refused(dask_address) -> None:
-    dask = [sys.executable, "-m", "dask", "worker", "--scheduler-file", dask_address, "--no-dashboard"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*dask, "--nthreads", "3", "--no-nanny", "--host", "127.0.0.1"], **quiet) as process:
-        with pytest.raises(ValueError, match=r"has 3 threads, .* start it with `dask worker --nthreads 1`"):
-            _connect_until_refused(process, dask_address)
-        process.terminate()
-
-
-def _connect_until_refused(process: subprocess.Popen, address: str) -> None:
-    while process.poll() is None:
-        engine("dask", address=address).shutdown()
-
-
-@pytest.mark.cluster
 def test_slurm_runs_a_preempted_job_again(slurm_started, tmp_path) -> None:
     with engine("slurm", folder=tmp_path / "jobs", poll_seconds=0.3, partition="low") as executor:
         waiting = executor.submit(wait_first, str(tmp_path / "process"))
@@ -200,13 +185,6 @@ def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkey
 def test_an_engine_that_does_not_exist_is_one_sentence(name: str, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}"):
         engine(name, **settings)
-
-
-@pytest.mark.parametrize(("name", "module"), [("slurm", "submitit"), ("ray", "ray"), ("dask", "distributed")])
-def test_a_missing_package_comes_with_its_installation(name: str, module: str, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"needs {module}.*: pip install 'modular-experts\[{name}\]'"):
-        engine(name, **({"address": "tcp://127.0.0.1:1"} if name == "dask" else {}))
 
 
 def test_a_kill_that_concerns_one_piece_fails_it_at_once_and_stops_nothing() -> None:

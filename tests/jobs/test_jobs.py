@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.jobs import FailedPiecesError, JSONLines, LocalProcesses, Piece, print_progress, run
+from modular_experts.jobs import FailedPiecesError, JSONLines, LocalProcesses, Piece, run
 
 
 def square(number: int) -> int:
@@ -198,14 +198,6 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_ends_with_the_same_number
     begun = [int(line) for line in (tmp_path / "log").read_text().split()]
     assert all(begun.count(number) == 1 for number in range(kept))
     assert len(begun) <= 41  # only the piece at work when it was killed began twice
-
-
-def test_printed_progress_names_the_piece_and_the_time_left(capsys) -> None:
-    show = print_progress()
-    for done, piece in enumerate([None, *pieces(1, 2)], start=7):
-        show(done, 9, piece)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["8 of 9, 0 minutes left: square 1", "9 of 9, 0 minutes left: square 2"]
 
 
 def meet(place: str, number: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from testbed.random_deltas import random_delta
 
-from modular_experts.library import Library, make_record, open_expert, write_expert
+from modular_experts.library import make_record, open_expert, write_expert
 
 BASE = {"id": "base", "revision": None, "fingerprint": "f" * 64}
 RECORD = make_record("Gated", BASE, class_path="mine.Gated", not_mergeable_because="its gate depends on the input")
@@ -139,20 +139,3 @@ def test_a_list_of_files_that_leads_elsewhere_is_refused(expert, files) -> None:
     (expert / "expert.json").write_text(json.dumps({**record, "files": files}))
     with pytest.raises(ValueError, match="the list of its files is not what it must be"):
         open_expert(expert)
-
-
-def test_a_missing_state_is_named(expert) -> None:
-    write_expert(expert.parent / "both", {"w": random_delta("Sparse", (3, 4), 1)}, RECORD, state=STATE)
-    (expert.parent / "both/state.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"not a complete expert: .*state.safetensors is missing"):
-        open_expert(expert.parent / "both")
-    (expert / "state.safetensors").unlink()
-    assert Library(expert.parent).incomplete() == {"x": "delta.safetensors is missing"}
-
-
-def test_a_state_with_nan_and_no_state_at_all_are_not_written(tmp_path) -> None:
-    with pytest.raises(ValueError, match="the state w/a cannot be stored: it holds values that are not finite"):
-        write_expert(tmp_path / "x", {}, RECORD, state={"w/a": torch.tensor([float("nan")])})
-    with pytest.raises(ValueError, match="moves no weight cannot be stored without a state"):
-        write_expert(tmp_path / "x", {}, RECORD, state={})
-    assert not list(tmp_path.iterdir())

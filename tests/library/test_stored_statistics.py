@@ -128,16 +128,6 @@ def test_a_flipped_bit_is_found(one, place):
         list(open_statistics(one, "gram").values())
 
 
-def test_a_file_that_is_cut_short_or_foreign_is_refused(one, tmp_path):
-    file = store(one).file
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"damaged: it is cut short"):
-        open_statistics(one, "gram")
-    file.write_bytes((one.path / "delta.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"damaged: "):
-        open_statistics(one, "gram")
-
-
 def test_a_failed_write_leaves_what_was_there(one):
     def broken():
         yield "a.weight", DataStatistic(torch.ones(10, 10))
@@ -205,11 +195,6 @@ def test_the_statistics_of_one_weight_are_in_memory_at_a_time(tmp_path):
             assert found.values.shape == (700, 700)
     assert released == list(sizes)[:-1]
     assert torch.equal(gathered("a.weight")[0].values, open_statistics(wide, "gram")["a.weight"].values)
-
-
-def test_a_method_that_needs_none_merges_without_them(one, other, tmp_path):
-    assert gather_statistics([one, other], Average().needs.statistics, {"a.weight": (7, 10)})("a.weight") == []
-    merge([one.path, other.path], Average(), tmp_path / "merged")
 
 
 def check_refused(paths, method, sentence, out):

@@ -90,8 +90,3 @@ def test_without_directions_nothing_is_counted_and_the_report_is_plain(library):
     torch.testing.assert_close(
         mean_of_others(found.total.overlap), (found.total.overlap.sum(1) - 1) / (len(library) - 1)
     )
-
-
-def test_one_expert_is_refused(library):
-    with pytest.raises(ValueError, match="1 expert has no other"):
-        interference(library[:1])

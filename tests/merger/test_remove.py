@@ -8,7 +8,7 @@ from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
 from modular_experts.deltas import BlockSparse, LowRank, Sparse
-from modular_experts.library import make_record, open_expert, write_expert
+from modular_experts.library import make_record, write_expert
 from modular_experts.merger.merged import merge
 from modular_experts.merger.remove import remove
 from modular_experts.methods import TIES, Average, TaskArithmetic
@@ -108,16 +108,3 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path, capsys):
         assert main(["remove", *options, "--out", str(tmp_path / "out")]) == 1
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-
-
-def test_the_command_says_what_is_left(tmp_path, capsys):
-    for seed, name in enumerate(("one", "two", "three")):
-        make(tmp_path / name, "Sparse", seed)
-    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
-    options = ["--merged", str(tmp_path / "all"), "--expert", str(tmp_path / "two"), "--out", str(tmp_path / "left")]
-    assert main(["remove", *options]) == 0
-    assert "2 experts are left" in capsys.readouterr().out
-    assert open_expert(tmp_path / "left").record["kind"] == "merge"
-    options = ["--merged", str(tmp_path / "left"), "--expert", str(tmp_path / "one"), "--out", str(tmp_path / "last")]
-    assert main(["remove", *options]) == 0
-    assert "1 expert is left" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_ties_equals_the_formula(deltas, keep, scale):
     torch.testing.assert_close(merged.dense().double(), ties(deltas, keep, scale), **CLOSE)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(METHODS), deltas_of_one_weight(), st.sampled_from([-4.0, 0.5]))
 def test_a_negative_factor_of_all_experts_is_one_of_the_merge_too(method, deltas, factor):
     merged = run(method, deltas) * factor

@@ -13,7 +13,7 @@ from test_routed import FORMS, delta, experts_of
 from testbed.peft_adapters import PEFT_WARNINGS, logits, save_adapter
 from transformers import AutoModelForCausalLM
 
-from modular_experts.deltas import Delta, Dense, LowRank, Sparse
+from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.deltas.algebra import top_direction
 from modular_experts.injection.routed import by_weight, routed
 from modular_experts.interop.peft import read_peft
@@ -161,15 +161,3 @@ def test_by_default_few_experts_are_all_taken(router: Arrow) -> None:
     torch.testing.assert_close(outputs(model, experts, router), outputs(model, experts, asked), rtol=0, atol=0)
     with pytest.raises(ValueError, match="TopK: k=3 is more than the 2 experts"):
         outputs(model, experts, type(router)(select=TopK(3)))
-
-
-def test_mistakes_get_one_sentence() -> None:
-    dense = delta("dense", torch.Size((4, 6)), 0)
-    with pytest.raises(ValueError, match="factors=True needs low-rank experts of one rank"):
-        GenKnowSub(factors=True).learn([dense, dense], [])
-    low = LowRank(torch.ones(4, 1), torch.ones(1, 6))
-    with pytest.raises(ValueError, match="factors=True needs low-rank experts of one rank"):
-        GenKnowSub(factors=True).learn([low, None], [])
-    model = build_model("gpt2")
-    with pytest.raises(ValueError, match=r"moves .*c_attn\.bias, and there is no router of that layer's weight"):
-        outputs(model, [{"transformer.h.0.attn.c_attn.bias": Dense(torch.ones(96))}], Arrow())

@@ -72,12 +72,3 @@ def test_prompts_that_no_expert_claims_go_to_the_fallback() -> None:
     always = Classifier(decay=0.01, reject=None)
     always.learn([], given)
     assert 3 not in always(between).ids
-
-
-def test_bad_settings_get_one_sentence() -> None:
-    with pytest.raises(ValueError, match="Classifier: decay=0 must be positive, or left out"):
-        Classifier(decay=0)
-    with pytest.raises(ValueError, match=r"Classifier: depths=\[2\] must be numbers from 0 to 1"):
-        Classifier(depths=[2])
-    with pytest.raises(ValueError, match=r"Classifier: reject=1 is outside \[0, 1\)"):
-        Classifier(reject=1)

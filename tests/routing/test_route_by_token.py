@@ -111,11 +111,3 @@ def test_gates_that_are_missing_name_the_command(tiny_llama_dir, tmp_path, task_
         route(experts, tmp_path / "library" / "routed", Phatgoose())
     with pytest.raises(ValueError, match="steps=3 must be at least 1, and is for gates alone"):
         take_statistics(experts, "gram", mixture(task_files, tiny_llama_dir), steps=3)
-
-
-def test_mistakes_get_one_sentence(tiny_llama_dir, tmp_path) -> None:
-    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
-    with pytest.raises(ValueError, match="TopK: k=5 is more than the 3 experts"):
-        route(experts, tmp_path / "library" / "routed", Arrow(select=TopK(5)))
-    with pytest.raises(ValueError, match="TopK: k=5 is more than the 3 experts"):
-        routed(Base.open(tiny_llama_dir).load(), experts, Arrow(select=TopK(5)))

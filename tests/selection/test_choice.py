@@ -19,7 +19,7 @@ from testbed import runs
 from modular_experts.base.apply import apply
 from modular_experts.callbacks import ExportExpert, MaskSchedule
 from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import FullExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import (
@@ -414,29 +414,12 @@ def test_a_support_of_another_kind_is_refused(
         _beside(tiny_llama_dir, task_files, tmp_path, kind, support=str(neighbours / other))
 
 
-def test_a_support_that_lacks_a_weight_is_refused(neighbours, tiny_llama_dir, tmp_path, task_files) -> None:
-    module = runs.module(tiny_llama_dir, SPARSE, modules=r".*\.(q_proj|v_proj)")
-    trainer = runs.trainer(tmp_path, MaskSchedule(support=str(neighbours / "entries")))
-    with pytest.raises(ValueError, match=r"it keeps nothing at model\.layers\.0\.self_attn\.v_proj\.weight"):
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-
-
 def test_a_support_is_one_expert_and_nothing_beside_it(neighbours, tiny_llama_dir, task_files, tmp_path) -> None:
     for beside in ({"score": SNIP()}, {"rule": SelectOnce()}, {"avoid": ["a"]}):
         with pytest.raises(ValueError, match="is used as it is: give no score, rule, scope or avoid beside it"):
             MaskSchedule(support="a", **beside)
     with pytest.raises(ValueError, match=r"is a library of 6 experts; name one of them"):
         _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, support=str(neighbours))
-
-
-@pytest.mark.parametrize("setting", ["avoid", "support"])
-def test_experts_of_another_base_are_refused(setting: str, neighbours, task_files, tmp_path) -> None:
-    other = tmp_path / "other"
-    conftest.build_model("llama", seed=1).save_pretrained(other)
-    conftest.build_tokenizer().save_pretrained(other)
-    given = str(neighbours / "entries")
-    with pytest.raises(ValueError, match=f"entries was trained on another base than {other}"):
-        _beside(other, task_files, tmp_path, SPARSE, **{setting: [given] if setting == "avoid" else given})
 
 
 class Rewound(Watch):
@@ -477,11 +460,6 @@ def test_lottery_tickets_are_the_most_changed_entries_trained_anew_from_the_base
         assert int(steps) == (4 if rewind else 8)
         assert expert.change.detach().view(-1)[~outside].ne(0).all()
     assert all((moment == 0.0) is rewind for moment in look.moments)
-
-
-def test_a_dense_start_of_sparse_experts_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"rule=DenseThenSparse first trains all entries, and SparseExpert has only"):
-        _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, rule=DenseThenSparse(), scope="global")
 
 
 SCORES = [
@@ -579,19 +557,6 @@ def test_the_record_holds_what_training_and_selections_cost(
     assert "overlap" not in costs
 
 
-@pytest.mark.parametrize(("kind", "per_entry"), [(MASKED, 8), (FullExpert, 8), (partial(LoRAExpert, rank=4), None)])
-def test_the_record_holds_the_optimizers_bytes_of_other_experts(
-    kind, per_entry, tiny_llama_dir, task_files, tmp_path
-) -> None:
-    entries = 2 * (32 * 32 + 32 * 48)
-    wanted = 8 * entries if per_entry else 8 * 4 * 2 * ((32 + 32) + (32 + 48))
-    export = ExportExpert(str(tmp_path / "out"), "mine", monitor=None)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, kind, export, max_steps=2)
-    costs = _record(export.target)["costs"]
-    assert costs["optimizer_bytes"] == wanted
-    assert ("selections" in costs) is (kind is MASKED)
-
-
 def _resumable(base: Path, files: dict[str, Path], folder: Path, kind: Callable, ckpt: Path | None) -> tuple:
     torch.manual_seed(0 if ckpt is None else 99)  # a resumed run must not depend on its own first supports
     rule = GrowAndDrop(every=3, until=0.9, replace=0.4)
@@ -670,17 +635,6 @@ def test_a_masked_weight_is_scored_with_its_change(tiny_llama_dir, task_files, t
         assert any(torch.equal(weight, base + change) for base in bases if base.shape == weight.shape)
 
 
-def test_a_directory_without_experts_is_nothing_to_avoid(tiny_llama_dir, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match="neither an expert nor a library"):
-        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, MaskSchedule(avoid=[str(tmp_path)]), max_steps=1)
-
-
-def test_a_dense_start_is_needed_by_masked_experts_too(tiny_llama_dir, task_files, tmp_path) -> None:
-    kind, schedule = partial(MaskedExpert, dense_start=False), MaskSchedule(rule=DenseThenSparse(dense=0.5))
-    with pytest.raises(ValueError, match="use MaskedExpert with dense_start"):
-        runs.fit(tiny_llama_dir, task_files, tmp_path, kind, schedule, max_steps=4)
-
-
 def test_an_expert_that_moves_every_entry_is_not_avoided(neighbours, caplog) -> None:
     with pytest.raises(ValueError, match=r"full moves every entry \(Dense\) and cannot be avoided"):
         MaskSchedule(avoid=[str(neighbours / "full")]).setup(SimpleNamespace(), None, "fit")
@@ -718,56 +672,3 @@ def test_a_second_fit_begins_with_all_that_the_first_trained(
     rate = 0.0
     runs.trainer(tmp_path, schedule, max_steps=steps).fit(module, data)
     assert all(torch.equal(delta.dense(), trained[name]) for name, delta in module.task_vector())
-
-
-def test_another_support_in_a_second_fit_has_no_effect_and_says_so(
-    neighbours, tiny_llama_dir, task_files, tmp_path, caplog
-) -> None:
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, max_steps=2)
-    kept = {name: layer.expert.support_units().clone() for name, layer in expert_layers(module.model)}
-    shared = MaskSchedule(support=str(neighbours / "a"))
-    runs.trainer(tmp_path, shared, max_steps=1).fit(module, runs.mixture(task_files, tiny_llama_dir))
-    assert all(torch.equal(la.expert.support_units(), kept[name]) for name, la in expert_layers(module.model))
-    assert "an earlier fit chose what the experts train, so support=" in caplog.text
-
-
-def test_weights_only_checkpoints_bring_their_sizes(tiny_llama_dir, task_files, tmp_path) -> None:
-    keeper = ModelCheckpoint(tmp_path / "kept", save_weights_only=True, every_n_train_steps=2)
-    schedule = MaskSchedule(scope="global", score=even)
-    module, _, _ = runs.fit(
-        tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, keeper, max_steps=2, enable_checkpointing=True
-    )
-    fresh = runs.module(tiny_llama_dir, SPARSE)
-    runs.trainer(tmp_path).validate(
-        fresh, runs.mixture(task_files, tiny_llama_dir), ckpt_path=keeper.best_model_path, verbose=False
-    )
-    sizes = [[la.expert.kept_units for _, la in expert_layers(m.model)] for m in (module, fresh)]
-    assert sizes[0] == sizes[1]
-    assert len(set(sizes[0])) > 2
-
-
-def test_a_choice_among_all_weights_needs_a_data_module(tiny_llama_dir, task_files, tmp_path) -> None:
-    data = runs.mixture(task_files, tiny_llama_dir)
-    data.setup("fit")
-    trainer = runs.trainer(tmp_path, MaskSchedule(scope="global"))
-    with pytest.raises(ValueError, match="give the rows as a LightningDataModule"):
-        trainer.fit(runs.module(tiny_llama_dir, SPARSE), data.train_dataloader(), data.val_dataloader())
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [({"penalty": 1.0}, "only with experts to avoid"), ({"support": "x", "scope": "global"}, "give no score")],
-)
-def test_settings_without_effect_are_refused(settings: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        MaskSchedule(**settings)
-
-
-def test_a_boolean_score_serves_and_one_of_a_wrong_shape_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    def above_average(weight, gradient, delta):
-        return gradient.abs() > gradient.abs().mean()
-
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, MaskSchedule(score=above_average), max_steps=4)
-    schedule = MaskSchedule(score=lambda weight, gradient, delta: gradient.abs().sum(0))
-    with pytest.raises(ValueError, match=r"the score gave shape \(\d+,\) for model\.layers"):
-        runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, schedule, max_steps=1)

@@ -296,25 +296,6 @@ def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
     return model, step
 
 
-def test_the_memory_of_a_choice_is_counted_from_the_backward_pass_on() -> None:
-    """The activations of the forward pass are there without a choice."""
-    calls = []
-
-    class Watch(MemoryWatch):
-        def restart(self) -> None:
-            calls.append("restart")
-
-        def look(self) -> None:
-            calls.append("look")
-
-    model, step = _small_choice()
-    step.choice.memory = Watch(torch.device("cpu"))
-    output = model(torch.randn(3, 8)).square().sum()
-    assert calls == []
-    output.backward()
-    assert calls == ["restart", "look", "look"]
-
-
 def test_a_layer_that_no_token_reached_waits() -> None:
     model, step = _small_choice()
     model[1](torch.randn(3, 8)).square().sum().backward()

@@ -220,13 +220,6 @@ def test_dropout_is_the_same_in_all_passes_of_a_curvature() -> None:
     assert _error(found, _exact_curvature()) > 0.1
 
 
-def test_a_curvature_in_half_precision_is_refused() -> None:
-    probed = Double(torch.bfloat16)
-    inject(probed.model, KINDS[0], conftest.TARGETS["gpt2"])
-    with pytest.raises(ValueError, match=r"needs a base in float32, and it is in torch\.bfloat16"):
-        ScoringPass(probed.loss, BATCHES).curvature(selectable_layers(probed.model), dict)
-
-
 @pytest.mark.parametrize(("statistic", "passes"), [("gradient", 3), ("squared_gradient", 3), ("curvature", 9)])
 def test_passes_are_one_for_each_batch_and_group(statistic: str, passes: int) -> None:
     model = conftest.build_model("llama")

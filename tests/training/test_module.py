@@ -26,7 +26,7 @@ from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop
 from modular_experts.training.estimate import estimate
-from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear, training_length
+from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupLinear
 from modular_experts.training.module import ExpertModule
 
 KINDS = {
@@ -308,13 +308,6 @@ def test_a_precision_that_rounds_trained_values_is_refused_before_the_model_is_l
     assert len(list(data.train_dataloader())) == 6
 
 
-def test_a_base_alone_is_tested_in_any_precision(tiny_llama_dir, task_files, tmp_path) -> None:
-    module = runs.module(tiny_llama_dir, None)
-    trainer = runs.trainer(tmp_path, precision="bf16-true", limit_test_batches=1)
-    trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
-    assert module.model.dtype == torch.bfloat16
-
-
 def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files, tmp_path) -> None:
     losses = []
     for checkpointing in (False, True):
@@ -371,14 +364,6 @@ def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None
         trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
         assert (module.length.steps_per_epoch, module.length.total_steps) == (per_epoch, total)
         assert trainer.global_step == total
-
-
-def test_training_without_an_end_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    trainer = runs.trainer(tmp_path, max_steps=-1, max_epochs=-1)
-    trainer.datamodule = runs.mixture(task_files, tiny_llama_dir)
-    trainer.datamodule.setup("fit")
-    with pytest.raises(ValueError, match="training has no end"):
-        training_length(trainer)
 
 
 def test_learning_rate_shapes_rise_and_fall() -> None:
@@ -453,35 +438,6 @@ def test_a_rate_set_before_the_optimizer_is_made_holds_for_any_optimizer(tiny_ll
     trainer = runs.trainer(tmp_path, max_steps=1)
     trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
-
-
-def test_a_learning_rate_beside_an_optimizer_or_not_above_zero_is_refused(tiny_llama_dir) -> None:
-    with pytest.raises(ValueError, match=r"learning_rate=0\.1 .* its own; set model\.optimizer\.lr"):
-        runs.module(tiny_llama_dir, KINDS["lora"], optimizer=torch.optim.SGD, learning_rate=0.1)
-    with pytest.raises(ValueError, match="learning_rate=0 must be above 0"):
-        runs.module(tiny_llama_dir, KINDS["lora"], learning_rate=0)
-
-
-SLOW = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}
-
-
-def test_bfloat16_is_warned_of_on_a_processor_without_its_instructions(
-    tiny_llama_dir, task_files, tmp_path, monkeypatch, caplog
-) -> None:
-    def warned(can: dict, dtype: str, precision: str) -> list[str]:
-        caplog.clear()
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
-        module = runs.module(tiny_llama_dir, KINDS["lora"], dtype=dtype)
-        runs.trainer(tmp_path, max_steps=1, precision=precision).fit(module, runs.mixture(task_files, tiny_llama_dir))
-        return [message for message in caplog.messages if "no instructions for bfloat16" in message]
-
-    (said,) = warned(SLOW, "bfloat16", "32-true")
-    assert said.endswith("; model.dtype float32 avoids that")
-    (said,) = warned(SLOW, "float32", "bf16-mixed")
-    assert said.endswith("; trainer.precision 32-true avoids that")
-    assert not warned(SLOW, "float32", "32-true")
-    assert not warned(SLOW | {"avx512_bf16": True}, "bfloat16", "32-true")
-    assert not warned({"architecture": "another"}, "bfloat16", "32-true")
 
 
 def test_an_expert_in_another_use_than_its_training_is_warned_of(tiny_llama_dir, task_files, tmp_path, caplog) -> None:

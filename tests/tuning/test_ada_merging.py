@@ -137,19 +137,3 @@ def test_steps_take_the_batches_in_turn(tiny_llama_dir, task_files) -> None:
         trials = AdaMerging(steps=3, learning_rate=1e-9).search(combination, objective).trials
     assert trials[0].losses == pytest.approx(trials[2].losses, rel=1e-5)
     assert trials[0].losses != pytest.approx(trials[1].losses, rel=1e-5)
-
-
-OUT_OF_RANGE = [
-    ({"objective": "entropie"}, "objective must be 'loss', 'entropy' or 'distill', got 'entropie'"),
-    ({"steps": 0}, "steps must be at least 1, got 0"),
-    ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
-    ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
-    ({"start": 2.0}, r"start must be from 0 to a finite largest=1.0, got 2.0"),
-    ({"largest": float("inf")}, r"start must be from 0 to a finite largest=inf"),
-]
-
-
-def test_settings_out_of_range_are_refused() -> None:
-    for settings, sentence in OUT_OF_RANGE:
-        with pytest.raises(ValueError, match=sentence):
-            AdaMerging(**settings)

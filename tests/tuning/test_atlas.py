@@ -127,25 +127,3 @@ def test_a_joint_batch_has_at_most_so_many_tokens_with_its_padding(objective) ->
     assert 1 < len(together) < len(apart)
     assert max(batch["input_ids"].numel() for batch in together) <= most
     assert sum(len(batch["task"]) for batch in together) == sum(len(batch["task"]) for batch in apart)
-
-
-def test_more_first_coefficients_than_experts_are_refused(objective) -> None:
-    with (
-        Combination(objective.model, random_experts(objective)[:2]) as combination,
-        pytest.raises(ValueError, match="start has 3 coefficients for 2 experts, merges among them; give no"),
-    ):
-        ATLAS(start=[0.1, 0.2, 0.3]).search(combination, objective)
-
-
-OUT_OF_RANGE = [
-    ({"steps": 0}, "ATLAS: steps must be at least 1, got 0"),
-    ({"learning_rate": float("inf")}, "ATLAS: learning_rate must be a positive number, got inf"),
-    ({"per": "layer"}, "ATLAS: per must be 'expert', 'weight' or 'row', got 'layer'"),
-    ({"start": [0.5, float("nan")]}, r"ATLAS: start must be finite numbers, got \[0.5, nan\]"),
-]
-
-
-def test_settings_out_of_range_are_refused() -> None:
-    for settings, sentence in OUT_OF_RANGE:
-        with pytest.raises(ValueError, match=sentence):
-            ATLAS(**settings)

@@ -175,18 +175,3 @@ def test_nan_is_worse_than_every_number_and_numbers_stay_in_their_range() -> Non
     assert found.best[0] == pytest.approx(0, abs=0.05)
     assert found.best[1] == -3
     assert all(-1 <= one <= 1 and -3 <= two <= 3 and isinstance(two, int) for (one, two), _ in found.measured)
-
-
-OUT_OF_RANGE = [
-    ({"evaluations": 0}, "evaluations must be at least 1, got 0"),
-    ({"first": 0}, "first must be at least 1, got 0"),
-    ({"parents": 0}, "parents must be at least 1, got 0"),
-    ({"crossover": 1.5}, r"crossover must be in \[0, 1\], got 1.5"),
-    ({"mutation": 0.0}, r"mutation must be in \(0, 1\], got 0.0"),
-]
-
-
-@pytest.mark.parametrize(("settings", "sentence"), OUT_OF_RANGE)
-def test_settings_out_of_range_are_refused(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Evolution(**settings)

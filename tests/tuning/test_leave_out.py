@@ -49,13 +49,3 @@ def test_without_a_layer_its_weights_stay_at_the_base(objective, experts):
     assert [trial.settings["without"] for trial in trials] == [None, "model.layers.0", "model.layers.1"]
     held = {name: delta for name, delta in Merged(experts, TIES()).items() if "layers.0" not in name}
     assert trials[1].losses == objective.losses_with(held) != trials[0].losses
-
-
-def test_one_expert_is_refused(objective, experts):
-    with pytest.raises(ValueError, match="a merge of 1 expert has none to leave out"):
-        leave_out([experts[0].path], TIES(), objective)
-
-
-def test_other_parts_are_refused(objective, experts):
-    with pytest.raises(ValueError, match="what='heads' must be 'experts' or 'layers'"):
-        leave_out([one.path for one in experts], TIES(), objective, "heads")

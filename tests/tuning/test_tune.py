@@ -119,26 +119,6 @@ def test_of_equal_trials_the_earliest_wins(objective, tmp_path) -> None:
     assert tuned.best.settings == {"exponent": 0.0, "scale": 1.0}
 
 
-def test_tuning_twice_gives_the_same(objective, experts) -> None:
-    one, two = (tune(experts, Average(), objective) for _ in range(2))
-    assert [(t.settings, t.losses) for t in one.trials] == [(t.settings, t.losses) for t in two.trials]
-
-
-def test_each_trial_is_a_step_of_the_progress(objective, experts) -> None:
-    planned, done = [], []
-
-    def progress(names):
-        planned.extend(names)
-        for name in names:
-            done.append(name)
-            yield name
-
-    tuned = tune(experts[:1], SparseAverage(), objective, progress=progress)
-    assert len(planned) == 5 * 15
-    assert done == planned[: len(done)]
-    assert len(tuned.trials) <= len(done) <= len(planned)
-
-
 @dataclass(frozen=True)
 class Bare(MergeMethod):
     """Nothing to set."""

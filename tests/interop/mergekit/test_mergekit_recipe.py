@@ -159,10 +159,6 @@ def test_counts_are_mergekits_also_where_a_product_of_floats_falls_short(step):
     assert band.beta == [44 / 100] * 2
 
 
-def test_density_of_less_than_one_entry_keeps_one(step):
-    assert step("merge_method: ties\nparameters: {weight: 1, density: 0.001}").keep == [1 / 100] * 2
-
-
 def test_weights_that_cancel_are_not_divided_by(step):
     cancel = "parameters: {normalize: true, weight: [1.0e-9]}"
     assert isinstance(step(f"merge_method: task_arithmetic\n{cancel}"), TaskArithmetic)

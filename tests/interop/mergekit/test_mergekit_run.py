@@ -288,35 +288,6 @@ def test_models_of_different_make_are_refused(run, place, changes, told, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
-def test_another_tokenizer_is_refused_where_one_is_named(run, place, tmp_path):
-    build_model("llama", 0, num_hidden_layers=LAYERS).save_pretrained(tmp_path / "other")
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    recipe = ONE.replace("other", str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"asks for the tokenizer of base, which is missing, or .*other has another"):
-        run(recipe + "tokenizer_source: base")
-    run(recipe)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "told"),
-    [
-        (
-            ONE.replace("weight: 1", "weight: [{filter: mlp, value: 1}]"),
-            "gives no value of a for lm_head",
-        ),
-        (ONE.replace("task_arithmetic", "ties").replace("weight: 1", "weight: 1, density: 0"), "must be above 0"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 0}}]", "sum to zero"),
-        (ONE.replace("other", "nowhere"), "nowhere"),
-    ],
-)
-def test_recipe_that_cannot_be_run_is_refused_before_anything_is_written(run, tmp_path, recipe, told):
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
-        run(recipe.replace("other", "a"))
-    assert not (tmp_path / "merged").exists()
-
-
 def test_files_are_cut_at_the_limit_and_listed(tmp_path):
     weights = {f"w{number}": torch.full((10,), float(number)) for number in range(5)}
     write_shards(tmp_path, dict.fromkeys(weights, (torch.float32, (10,))), weights.items(), limit=100)
@@ -326,18 +297,3 @@ def test_files_are_cut_at_the_limit_and_listed(tmp_path):
     assert index["weight_map"] == dict(zip(weights, files, strict=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sorted(set(files)), "model.safetensors.index.json"]
     assert torch.equal(load_file(tmp_path / files[2])["w3"], weights["w3"])
-
-
-def test_progress_is_iterated_to_its_end(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
-    (tmp_path / "recipe.yaml").write_text(
-        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}"
-    )
-    ended = []
-
-    def progress(names):
-        yield from names
-        ended.append(len(names))
-
-    merge_recipe(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged", progress=progress)
-    assert ended == [len(tensors(place, "a"))]
