@@ -48,13 +48,13 @@ from modular_experts.experts import (
     GLoRAExpert,
     LoRAExpert,
     TemplateBanks,
-    TTLoRAExpert,
 )
 from modular_experts.experts.site import Site
 from modular_experts.jobs import JSONLines
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.systems.tt_lora import TTLoRAExpert
 from modular_experts.training.learning_rate import LearningRateShape, WarmupRestarts
 from modular_experts.tuning import PathSearch, search_paths
 

@@ -15,7 +15,7 @@ _HOMES = {
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": (
         *("AdaMixExpert", "BoostedLoRAExpert", "Expert", "FullExpert", "GLoRAExpert", "LoRAExpert", "MaskedExpert"),
-        *("SparseExpert", "TTLoRAExpert"),
+        "SparseExpert",
     ),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.injection.route": ("route",),

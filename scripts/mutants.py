@@ -38,8 +38,9 @@ COPIED = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="lists of mutants; all in tests/mutants if none is given")
-    files = parser.parse_args().files or sorted((ROOT / "tests" / "mutants").glob("*.yaml"))
+    parser.add_argument("files", nargs="*", type=Path, help="lists of mutants; all of them if none is given")
+    everywhere = [*ROOT.glob("tests/mutants/*.yaml"), *ROOT.glob("tests/systems/*/mutants.yaml")]
+    files = parser.parse_args().files or sorted(everywhere)
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

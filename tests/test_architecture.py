@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `methods` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["deltas", "native", "masks", "old_names", "progress", "text"], 0),
+    **dict.fromkeys(["deltas", "discovery", "native", "masks", "old_names", "progress", "text"], 0),
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
@@ -25,6 +25,7 @@ LAYERS = {
         ["compress", "suite", "interop", "hub", "jobs", "quickstart", "reports", "settings", "study", "testing"], 3
     ),
     "cli": 4,
+    "systems": 5,
 }
 STRANGERS = {"experts", "methods"}
 # Rooms below layer 3 -> what they use beside torch. `base` imports transformers inside of functions only.

@@ -17,8 +17,8 @@ from modular_experts.experts import (
     GLoRAExpert,
     LoRAExpert,
     TemplateBanks,
-    TTLoRAExpert,
 )
+from modular_experts.systems.tt_lora import TTLoRAExpert
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from modular_experts.discovery import SYSTEMS
 from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES, UsageError
 from modular_experts.settings.arguments import ELSEWHERE, Option, as_typed, no_option
 from modular_experts.text import did_you_mean, nearest
@@ -52,6 +53,7 @@ def check_option_names(verb: str, words: Sequence[str]) -> None:
         elif head == "expert" and not rest:
             name = value if equals else " ".join(words[place + 1 : place + 2])
             rooms = [_PACKAGE / room / "__init__.py" for room in ("experts", "routing")]
+            rooms += SYSTEMS.glob("*/__init__.py")
             kinds = re.findall(r'"(\w+Expert)"', "".join(room.read_text(encoding="utf-8") for room in rooms))
             if name.isidentifier() and name not in kinds and (near := did_you_mean(name, kinds)):
                 raise UsageError(f"{typed}: there is no class {name!r}{near}")

@@ -16,7 +16,6 @@ from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.recast import RecastExpert, TemplateBanks
 from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
-from modular_experts.experts.tt_lora import TTLoRAExpert
 
 __all__ = [
     "AdaMixExpert",
@@ -31,6 +30,5 @@ __all__ = [
     "RecastExpert",
     "Site",
     "SparseExpert",
-    "TTLoRAExpert",
     "TemplateBanks",
 ]

@@ -35,6 +35,7 @@ import modular_experts.suite  # noqa: F401
 from modular_experts.base import Base
 from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
 from modular_experts.data import TaskMixture
+from modular_experts.discovery import import_systems
 from modular_experts.experts import Expert
 from modular_experts.library import check_name, check_target
 from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES
@@ -51,6 +52,9 @@ from modular_experts.settings.arguments import (
 from modular_experts.settings.parser_errors import explained
 from modular_experts.training.estimate import FitEstimate, estimate
 from modular_experts.training.module import ExpertModule
+
+# So that a config names the types and callbacks of related systems by their class alone.
+import_systems("callback")
 
 log = logging.getLogger(__name__)
 

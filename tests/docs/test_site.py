@@ -35,6 +35,7 @@ from testbed.here import STUDY, work_here
 import modular_experts
 from modular_experts import experts
 from modular_experts.__main__ import VERBS, main
+from modular_experts.discovery import import_systems
 from modular_experts.library import Library, open_expert
 from modular_experts.methods import METHODS
 
@@ -270,5 +271,6 @@ def test_the_page_on_experts_states_the_rate_of_each_type() -> None:
     page = (ROOT / "docs/concepts/expert.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| `(\w+Expert)`.* \| ([\d.]+) \|$", page, re.MULTILINE))
     assert len(stated) == 9
-    rates = {name: getattr(experts, name).learning_rate for name in stated}
+    kinds = {name: kind for module in (experts, *import_systems()) for name, kind in vars(module).items()}
+    rates = {name: kinds[name].learning_rate for name in stated}
     assert {name: float(rate) for name, rate in stated.items()} == rates

@@ -22,7 +22,6 @@ from modular_experts.experts import (
     LoRAExpert,
     MaskedExpert,
     SparseExpert,
-    TTLoRAExpert,
 )
 from modular_experts.experts.recast import TemplateBanks
 from modular_experts.kernels import native
@@ -48,7 +47,6 @@ FACTORIES = {
     "masked-column": partial(MaskedExpert, keep_ratio=0.3, granularity="column"),
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
-    "tt-lora": partial(TTLoRAExpert, rank=4),
     "adamix": partial(AdaMixExpert, copies=3),
     "boosted": BoostedLoRAExpert,
     "glora": partial(GLoRAExpert, c="lora", d="vector", e="vector"),

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+FILES = sorted([*ROOT.glob("tests/mutants/*.yaml"), *ROOT.glob("tests/systems/*/mutants.yaml")])
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "mutants").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_mutants_name_what_there_is(file) -> None:
     for mutant in yaml.safe_load(file.read_text(encoding="utf-8")):
         text = (ROOT / mutant["file"]).read_text(encoding="utf-8")

@@ -36,13 +36,13 @@ from modular_experts.experts import (
     MaskedExpert,
     SparseExpert,
     TemplateBanks,
-    TTLoRAExpert,
 )
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
+from modular_experts.systems.tt_lora import TTLoRAExpert
 from modular_experts.training.module import ExpertModule
 
 FEW_ROWS = ("molora", "point-lora")

@@ -10,9 +10,16 @@ import pytest
 import torch
 from conftest import build_model
 
-from modular_experts.experts import LoRAExpert, TTLoRAExpert
-from modular_experts.experts.tt_lora import even_factors
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, expert_state, inject, load_expert_state
+from modular_experts.systems.tt_lora import TTLoRAExpert
+from modular_experts.systems.tt_lora.expert import even_factors
+from modular_experts.testing import check_expert
+
+
+def test_the_type_keeps_the_contract() -> None:
+    torch.manual_seed(3)
+    check_expert(partial(TTLoRAExpert, rank=4), compile=False)
 
 
 def random_weight(rows: int = 12, columns: int = 10) -> torch.Tensor:

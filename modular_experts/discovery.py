@@ -1,0 +1,23 @@
+"""Find the systems of papers by listing the folders of `modular_experts/systems`; no other file knows their names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+SYSTEMS = Path(__file__).parent / "systems"
+
+
+def import_systems(*files: str) -> list[ModuleType]:
+    """Import every system, so that short names find its experts, plans and routers; return the modules.
+
+    Args:
+        files: Names of files, such as `callback`, to import from the systems that have them, beside the `__init__`.
+    """
+    folders = [found.name for found in pkgutil.iter_modules([str(SYSTEMS)])]
+    modules = [importlib.import_module(f"modular_experts.systems.{folder}") for folder in folders]
+    names = [f"{module.__name__}.{file}" for module in modules for file in files]
+    return modules + [importlib.import_module(name) for name in names if find_spec(name)]
