@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from modular_experts.callbacks.schedule import TrainedModule
+from modular_experts.data.source import source_of
 
 # If the trainer's interval is not 1.0, early stopping and checkpoints look after each validation. This one has no other
 # effect, because `EvenValidation` says after which batch to validate. It is a number that no user types, and so the
@@ -68,8 +69,8 @@ class EvenValidation(Callback):
         """Decide how many validations are worth their time."""
         if not self.active or not sum(trainer.num_val_batches):
             return
-        module, source = cast(TrainedModule, pl_module), getattr(trainer, "datamodule", None)
-        rows = getattr(source, "batch_size", None) or trainer.world_size
+        module = cast(TrainedModule, pl_module)
+        rows = source_of(trainer).batch_size or trainer.world_size
         trained = module.length.total_steps * trainer.accumulate_grad_batches * rows
         loader: Any = trainer.val_dataloaders
         batches = trainer.world_size * sum(trainer.num_val_batches)

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from modular_experts.callbacks.schedule import TrainedModule, schedules
+from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
 from modular_experts.library.atomic import locked
@@ -204,11 +205,10 @@ class ExportExpert(Callback):
             settings |= schedule.shares(trained)
             costs |= schedule.costs(trainer, trained)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        roles = getattr(getattr(trainer, "datamodule", None), "roles", {})
         record = make_record(
             **facts,
             hyperparameters=settings,
-            tasks=sorted(name for name, role in roles.items() if role == "held_in"),
+            tasks=sorted(name for name, role in source_of(trainer).roles.items() if role == "held_in"),
             scores={name: value for name, value in metrics.items() if math.isfinite(value)},
             costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,

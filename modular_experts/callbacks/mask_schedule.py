@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 from modular_experts.callbacks.progress import activity, say_done
 from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength
 from modular_experts.data.batch import IGNORED, Batch
+from modular_experts.data.source import datamodule_of
 from modular_experts.experts.selectable import Selectable
 from modular_experts.injection import expert_layers
 from modular_experts.library import StoredExpert, check_base, open_experts
@@ -292,7 +293,7 @@ class MaskSchedule(Schedule):
 
     def scoring(self, trainer: Trainer, module: TrainedModule, position: int) -> ScoringPass:
         """Return a scoring pass over this rank's batches for `position`, the same in every run."""
-        source = getattr(trainer, "datamodule", None)
+        source = datamodule_of(trainer)
         loader: Any = source.train_dataloader() if source is not None else trainer.train_dataloader
         if loader is None:
             raise ValueError(f"scope={self.scope!r} scores before training: give the rows as a LightningDataModule")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.injection import expert_layers
 from modular_experts.library import Library, StoredExpert, check_base, open_experts
@@ -63,8 +64,7 @@ class TrainUnderOthers(Schedule):
             directory = Path(path).expanduser()
             library = directory.is_dir() and not (directory / RECORD_FILE).is_file()
             found += [directory / name for name in Library(directory)] if library else [path]
-        roles = getattr(getattr(trainer, "datamodule", None), "roles", {})
-        trained = {name for name, role in roles.items() if role == "held_in"}
+        trained = {name for name, role in source_of(trainer).roles.items() if role == "held_in"}
         opened = [open_experts([path])[0] for path in dict.fromkeys(found)]
         self.others = [expert for expert in opened if not trained & set(expert.record["tasks"])]
         if len(self.others) < self.count:

@@ -1,7 +1,7 @@
 """Read, check and tokenise the rows of tasks, and mix them into batches.
 
-`batch.py` defines a batch, the one thing that data and training both know; models and experts are unknown here. Open
-`mixture.py` first.
+`batch.py` defines a batch, and `source.py` what training may ask of its data beside batches; models and experts are
+unknown here. Open `mixture.py` first.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from modular_experts.data.batch import Batch, is_filler, prompts
 from modular_experts.data.mixture import TaskMixture
 from modular_experts.data.sampler import Equal, Mixing, Proportional, Temperature
+from modular_experts.data.source import DataSource
 from modular_experts.data.sources import TaskSource
 from modular_experts.data.tasks import Task
 
 __all__ = [
     "Batch",
+    "DataSource",
     "Equal",
     "Mixing",
     "Proportional",

@@ -1,4 +1,4 @@
-"""Define the batch, the one thing that data and training both know.
+"""Define the batch, in which data and training meet.
 
 A batch is a dict, for `n` rows padded on the right to the longest, `length`:
 

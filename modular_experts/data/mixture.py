@@ -38,6 +38,7 @@ from modular_experts.data.sampler import (
     epoch_order,
     group_by_length,
 )
+from modular_experts.data.source import DataSource
 from modular_experts.data.tasks import Task, Tasks, as_tasks, fill_splits
 from modular_experts.data.tokenize import RowTokenizer
 
@@ -55,7 +56,7 @@ class SplitSize(NamedTuple):
     truncated: int
 
 
-class TaskMixture(LightningDataModule):
+class TaskMixture(LightningDataModule, DataSource):
     """Batches of one or more tasks.
 
     Args:
@@ -185,13 +186,11 @@ class TaskMixture(LightningDataModule):
         weights = {task.name: task.weight for task in self.tasks}
         return epoch_counts(sizes, self.mixing, weights, {task.name: task.cap for task in self.tasks})
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """How a row becomes tokens: `max_length`, and a hash of the chat template, or None without one."""
-        return self.reading_of(self.roles)
-
     def reading_of(self, tasks: Iterable[str]) -> dict[str, Any]:
-        """Return `reading` for the rows of some tasks; for all rows if the mixture has none of the tasks."""
+        """Return how rows of some tasks become tokens: `max_length`, and a hash of the chat template, or None without.
+
+        If the mixture has none of the tasks, this counts for all of its rows.
+        """
         read = self._read()
         mine = [read[task] for task in tasks if task in read] or list(read.values())
         chat = self.chat_template or any(row.messages for found in mine for row in found[:1])

@@ -13,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,12 @@ from modular_experts.callbacks import EvenValidation, ExportExpert
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.mixture import SplitSize
+from modular_experts.data.source import DataSource
 from modular_experts.injection import ExpertLayer, context_length, expert_layers, named_experts
 from modular_experts.library.packing import pack
 from modular_experts.selection.exchange import optimizer_bytes
 from modular_experts.text import in_any_block
+from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
 from modular_experts.training.task_gate import teach_tasks
@@ -137,7 +139,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
             finally:
                 module.learning_rate = before
                 if kept:
-                    module.resize_like(kept)
+                    resize_like(module.model, kept)
                     module.load_state_dict(kept, strict=False)
         optimizer = module.configure_optimizers()["optimizer"]
     choices, choosing = 0, 0.0
@@ -204,15 +206,19 @@ def _typical(batches: Sequence[Batch]) -> Batch:
     return min(batches, key=lambda batch: abs(_size(batch) - mean))
 
 
-class _Batches(LightningDataModule):
+class _Batches(LightningDataModule, DataSource):
     """Gives the typical batch three times, then the longest, and after these the typical one without an end."""
 
     def __init__(self, data: TaskMixture, batches: Sequence[Batch], validation: Sequence[Batch]) -> None:
         super().__init__()
-        self.roles, self._data, self._batches = data.roles, data, list(batches)
+        self._data, self._batches = data, list(batches)
         self._given: list[Batch] = []
         self._validation = [_typical(validation)] if validation else []
         self._choose()
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return self._data.roles
 
     def choose_packing(self, keeps_rows_apart: Callable[[], bool]) -> None:
         """Let the data choose, and give the batches that it makes then."""

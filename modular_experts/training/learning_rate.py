@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from lightning.pytorch import Trainer
 
 from modular_experts.callbacks.schedule import TrainingLength
+from modular_experts.data.source import datamodule_of
 
 
 class LearningRateShape(ABC):
@@ -87,7 +88,7 @@ def training_length(trainer: Trainer, batches: int | None = None) -> TrainingLen
     """
     # The batches of one rank and epoch. A data module can be asked; plain loaders have no position that is lost when
     # the trainer sets them up.
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule = datamodule_of(trainer)
     if datamodule is None and batches is None:
         trainer.fit_loop.setup_data()
         batches = int(trainer.num_training_batches)

@@ -1,45 +1,38 @@
 """ExpertModule trains and evaluates a causal language model with experts in it, as a LightningModule.
 
-It meets the data only in a batch (`data/batch.py`). Schedules (`callbacks/schedule.py`) choose what is trained, and
-`callbacks.ExportExpert` writes it to a library.
+It meets the data in a batch (`data/batch.py`), and asks a `DataSource` (`data/source.py`) for nothing else. Schedules
+(`callbacks/schedule.py`) choose what is trained, and `callbacks.ExportExpert` writes it to a library. This file holds
+the steps; `loading.py` loads what they train, `checkpoint.py` keeps it, `record.py` describes it, and `evaluated.py`
+measures it.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from modular_experts.base import Base
-from modular_experts.base.apply import apply_deltas
+from modular_experts.base.base import DType
 from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data.batch import is_filler
-from modular_experts.deltas import Delta, add
-from modular_experts.evaluation import (
-    TaskScores,
-    batch_losses,
-    check_packing,
-    paired_losses,
-    score_batch,
-    text_metrics,
-)
-from modular_experts.evaluation.drafts import packs_evaluation
-from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
+from modular_experts.data.source import datamodule_of, source_of
+from modular_experts.deltas import Delta
+from modular_experts.evaluation import batch_losses, check_packing, paired_losses, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan
@@ -57,14 +50,13 @@ from modular_experts.injection import (
     task_vector,
     write_experts,
 )
-from modular_experts.injection.attach import attached, needs_injection
-from modular_experts.injection.route import put_beneath
-from modular_experts.library import StoredExpert, as_parents, open_experts, warn_unlike_training
-from modular_experts.library.compatibility import check_mergeable
+from modular_experts.library import StoredExpert, as_parents
+from modular_experts.training import checkpoint as checkpoints
+from modular_experts.training import loading
+from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
+from modular_experts.training.record import log_training, peak_rates, training_facts
 from modular_experts.training.task_gate import teach_tasks
-
-log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
@@ -76,7 +68,7 @@ else:
     Experts = LayerPlan | dict[str, Callable[[Tensor], Expert]]
 
 
-class ExpertModule(LightningModule):
+class ExpertModule(EvaluatedModule):
     """A causal language model whose layers carry experts.
 
     Args:
@@ -115,7 +107,7 @@ class ExpertModule(LightningModule):
         modules: str | list[str] | None = None,
         expert: Callable[[Tensor], Expert] | None = None,
         applied: list[str] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+        dtype: DType = "float32",
         revision: str | None = None,
         gradient_checkpointing: bool = False,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
@@ -139,18 +131,11 @@ class ExpertModule(LightningModule):
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.save_hyperparameters(ignore=["base"] if isinstance(base, nn.Module) else [])
         # What was made in Python, not by a config, cannot be stored: `load_from_checkpoint` needs it again.
-        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+        for name in [name for name, value in self.hparams.items() if not checkpoints.is_plain(value)]:
             del self.hparams[name]
         # The list keeps the model's parameters out of this module until experts are in it.
         self._given: list[nn.Module] = [base] if isinstance(base, nn.Module) else []
-        if isinstance(base, nn.Module):
-            config: Any = getattr(base, "config", None)
-            self.base = str(getattr(config, "_name_or_path", "") or "")
-            self.revision = revision or getattr(config, "_commit_hash", None)
-        elif isinstance(base, Base):
-            self.base, self.revision = base.place, revision or base.revision
-        else:
-            self.base, self.revision = str(base), revision
+        self.base, self.revision = loading.place_of(base, revision)
         self.modules_pattern, self.expert, self.experts = modules, expert, experts
         self.applied = list(applied or [])
         self.dtype_name, self.gradient_checkpointing, self.check_base = dtype, gradient_checkpointing, check_base
@@ -190,16 +175,7 @@ class ExpertModule(LightningModule):
         if stage == "fit" and not self.has_experts:
             raise ValueError("fit has no experts to train: give model.expert and model.modules")
         if self._trainer is not None and self.has_experts:
-            self._check_precision(self._trainer)
-
-    def _check_precision(self, trainer: Trainer) -> None:
-        layer = nn.utils.skip_init(nn.Linear, 1, 1, dtype=torch.float32)  # draws no random numbers
-        (weight, _) = trainer.precision_plugin.convert_module(nn.Sequential(layer)).parameters()
-        if weight.dtype.itemsize < torch.float32.itemsize:
-            raise ValueError(
-                f"trainer.precision={trainer.precision} also rounds the trained values, which must stay float32; for a "
-                "base in half the memory set model.dtype bfloat16 and trainer.precision bf16-mixed"
-            )
+            loading.check_precision(self._trainer)
 
     @property
     def has_experts(self) -> bool:
@@ -211,87 +187,41 @@ class ExpertModule(LightningModule):
         if not hasattr(self, "model"):
             self._load()
         trainer = self._trainer
-        data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "fit_context"):
-            data.fit_context(context_length(self.model))
+        source_of(trainer).fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
             for schedule in schedules(trainer):
                 schedule.before_optimizers(trainer, self)
                 self._resized |= schedule.resizes
 
     def _load(self) -> None:
-        self.applied_experts = open_experts(self.applied, mergeable=False) if self.applied else []
-        routed = [expert for expert in self.applied_experts if expert.routed]
-        others = [expert for expert in self.applied_experts if not needs_injection(expert)]
-        # Of what chooses by the input, training goes on from a routed expert alone.
-        check_mergeable([one for one in self.applied_experts if not one.routed] if self.has_experts else others)
-        if self.has_experts and len(routed) > 1:
-            raise ValueError(f"{routed[0].name} and {routed[1].name} are both routed; train on top of one of them")
-        if not self.base:
-            raise ValueError(
-                "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
-                "with from_pretrained, or give the directory as base"
-            )
-        self.opened_base = Base.open(self.base, self.applied_experts, self.revision)
+        self.applied_experts = loading.open_applied(self.applied, self.has_experts)
+        self.opened_base = loading.opened_base(self.base, self.applied_experts, self.revision)
         self.fingerprint = self.opened_base.fingerprint
         if self.tokenizer is None:
             self.tokenizer = self.opened_base.tokenizer()
         model: Any
         if self._given:
             model = self._given[0]
-            if self.has_experts and (there := len(named_experts(model))):
-                raise ValueError(
-                    f"the model holds {there} experts already; fit their module again to train them further, or take "
-                    "them out with modular_experts.eject(model)"
-                )
-            if self.check_base:
-                self.opened_base.check_loaded(model)
-            self.dtype_name = str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
+            loading.check_given(model, self.opened_base, self.has_experts, self.check_base)
+            self.dtype_name = cast(DType, str(model.dtype).removeprefix("torch."))
         else:
             model = self.opened_base.load(self.dtype_name)
-        if len(others) < len(self.applied_experts) and not self.has_experts:
-            attached(model, self.applied_experts, check=False)
-        else:
-            apply_deltas(model, others)
-            for expert in routed:
-                put_beneath(model, expert)
-        model.requires_grad_(False)
+        loading.put_applied(model, self.applied_experts, self.has_experts)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.experts is not None:
             inject(model, self.experts)
         elif self.expert is not None and self.modules_pattern:
             inject(model, self.expert, self.modules_pattern)
-        chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
-        if self.has_experts and routed and chooses:
-            raise ValueError(
-                f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
-                "train an expert that is a delta, such as LoRAExpert"
-            )
-        self._warn_of_slow_bfloat16()
+        if self.has_experts:
+            loading.check_on_top(model, self.applied_experts)
+        loading.warn_of_slow_bfloat16(self._trainer, self.dtype_name)
         self.model, self._given = model, []
         # DDP would send frozen weights to every rank at the start, and buffers before every forward pass. The former
         # are the same everywhere; the latter change only in choices of supports, which all ranks make alike.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
-
-    def _warn_of_slow_bfloat16(self) -> None:
-        trainer = self._trainer
-        if trainer is None or trainer.strategy.root_device.type != "cpu":
-            return
-        options = ["model.dtype float32"] if self.dtype_name == "bfloat16" else []
-        options += ["trainer.precision 32-true"] if str(trainer.precision).startswith("bf16") else []
-        can = torch.cpu.get_capabilities()
-        # On x86 and on ARM; a processor of another kind is not known to be slow.
-        instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}
-        known = instructions.get(str(can.get("architecture")), [])
-        if options and known and not any(can.get(name) for name in known):
-            log.warning(
-                "this processor has no instructions for bfloat16, which took seven times as long as float32 on such a "
-                "one; %s avoids that",
-                " and ".join(options),
-            )
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
@@ -330,36 +260,18 @@ class ExpertModule(LightningModule):
     def on_fit_start(self) -> None:
         """Teach a router that learns first, log what is trained, and start from the same supports on every rank."""
         self.model.train()
-        if self.learning_rate is not None and set(self._peak_rates()) != {self.learning_rate}:
+        if self.learning_rate is not None and set(peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        teach_tasks(self.model, data)
-        if getattr(data, "packing", False):
+        teach_tasks(self.model, datamodule_of(self.trainer))
+        source = source_of(self.trainer)
+        if source.packing:
             check_packing(self.model)
-        elif hasattr(data, "choose_packing"):
-            data.choose_packing(lambda: moves_tokens_alone(self.model) and keeps_rows_apart(self.model))
-        layers = [layer for _, layer in expert_layers(self.model)]
-        experts = [expert for _, expert in named_experts(self.model)]
-        kinds = set()
-        for expert in experts:
-            settings = ", ".join(f"{name}={value}" for name, value in expert.settings().items())
-            kinds.add(f"{type(expert).__name__}({settings})")
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        places = f"{len(layers)} weights"
-        if others := len(experts) - len(layers):
-            places += f" and {others} other modules"
-        share = f", {trained / size:.2%} of these weights" if (size := sum(la.weight.numel() for la in layers)) else ""
-        log.info("%s in %s: %s trained parameters%s", ", ".join(sorted(kinds)), places, f"{trained:,}", share)
-        length, parts = self.length, self.trainer.accumulate_grad_batches
-        rows = getattr(data, "batch_size", None)
-        batch = [] if rows is None else [f"batch size {rows}" + (f" x {parts} accumulated" if parts > 1 else "")]
-        rates = sorted({f"{rate:g}" for rate in self._peak_rates()})
-        epochs = f"{length.total_steps / length.steps_per_epoch:.3g}"
-        passes = f"{length.total_steps} steps ({epochs} epoch{'s' * (epochs != '1')})"
-        log.info("%s", ", ".join([f"learning rate {' and '.join(rates)}", *batch, passes]))
+        else:
+            source.choose_packing(lambda: moves_tokens_alone(self.model) and keeps_rows_apart(self.model))
+        log_training(self.model, self.trainer, self.length)
         if self.trainer.world_size > 1:
-            for buffer in (buffer for expert in experts for buffer in expert.buffers()):
+            for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -367,15 +279,8 @@ class ExpertModule(LightningModule):
         when all set-up is over.
         """
         draw(self.model, f"{os.environ.get('PL_GLOBAL_SEED', 0)}/{self.trainer.global_step}")
-        states, rank = self._random_states or [], self.trainer.global_rank
-        self._random_states = None
-        # A rank that the checkpoint has no state for keeps its own.
-        if rank < len(states):
-            torch.set_rng_state(states[rank]["torch"])
-            version, numbers, gauss = states[rank]["python"]
-            random.setstate((version, tuple(numbers), gauss))
-            if "cuda" in states[rank] and torch.cuda.is_available():
-                torch.cuda.set_rng_state(states[rank]["cuda"])
+        states, self._random_states = self._random_states or [], None
+        checkpoints.restore_random_state(states, self.trainer.global_rank)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return the loss per target token plus the experts' penalties (`loss`), its mean over ranks (`mean_loss`), and
@@ -420,67 +325,9 @@ class ExpertModule(LightningModule):
         self._penalties = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), start=loss)
 
-    def on_test_start(self) -> None:
-        """Warn of applied experts that meet rows or a base in another form than in their training."""
-        if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
-            data: Any = getattr(self.trainer, "datamodule", None)
-            reading = getattr(data, "reading_of", lambda tasks: dict[str, Any]())
-            warn_unlike_training(self.applied_experts, reading, self.dtype_name)
-
-    on_validation_start = on_predict_start = on_test_start
-
-    def on_validation_epoch_start(self) -> None:
-        """Set the scores of all tasks to zero."""
-        roles = getattr(getattr(self.trainer, "datamodule", None), "roles", None)
-        if roles is None:
-            raise ValueError("scores need a data module with `roles`, a dict from task name to role")
-        self.scores = TaskScores(roles, self.metrics).to(self.device)
-        self._packs_evaluation = packs_evaluation(self.model)
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch; within `fit` by its loss, unless `generate_in_fit`."""
-        generates = self.generate_in_fit or self.trainer.state.fn != "fit"
-        tokens = self.max_new_tokens if generates else None
-        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch by its loss, greedy generations and choices."""
-        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return the task, input, target and generation of each row; a row of the data without a target has none."""
-        answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
-        cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
-        self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
-        texts = answer_texts(self.tokenizer, batch, answers)
-        columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
-        rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
-        return [{name: value for name, value in row.items() if value is not None} for row in rows]
-
-    def on_predict_epoch_start(self) -> None:
-        """Forget which answers of an earlier prediction the context ended."""
-        self._cut: list[bool] = []
-
-    def on_predict_epoch_end(self) -> None:
-        """Log how many answers of this process the context ended."""
-        warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over tasks as `val_loss`, and each task's."""
-        self.on_test_epoch_end()
-        self.log_dict({f"val_loss/{name}": task["loss"] for name, task in self.results["tasks"].items()})
-        losses = [task["loss"] for task in self.results["tasks"].values()]
-        self.log("val_loss", sum(losses) / max(len(losses), 1), prog_bar=True)
-
-    def on_test_epoch_end(self) -> None:
-        """Compute the results of all tasks, and name what was scored."""
-        self.results = self.scores.compute()
-        for name, cut in self.scores.cut.items() if self.trainer.is_global_zero else ():
-            rows = self.results["tasks"].get(name, {}).get("rows", 0)
-            warn_of_cut_answers(self.model, cut, rows, self.max_new_tokens, name)
-        self.results["model"] = {
+    def model_facts(self) -> dict[str, Any]:
+        """Return base, added experts and the trained kind of expert, for the results."""
+        return {
             "base": self.base,
             "fingerprint": self.fingerprint,
             "applied": [{"name": expert.name, "content_hash": expert.content_hash} for expert in self.applied_experts],
@@ -497,17 +344,9 @@ class ExpertModule(LightningModule):
         return full
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the base, and the random state of every rank: without it, dropout would differ after a resume."""
-        # Plain numbers and tensors, so that a checkpoint loads with `weights_only=True`.
-        version, numbers, gauss = random.getstate()
-        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        states: list[Any] = [state] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            distributed.all_gather_object(states, state)
+        """Add the base, the random state of every rank, and whether experts have other sizes than their settings."""
         checkpoint["base_fingerprint"] = self.fingerprint
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = checkpoints.random_states(self.trainer)
         checkpoint["resized"] = self._resized
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -516,40 +355,18 @@ class ExpertModule(LightningModule):
         if self._trainer is not None:
             # Lightning does so after the checkpoint is loaded, which would round what was trained in float64.
             self._trainer.precision_plugin.convert_module(self)
-        base = checkpoint.get("base_fingerprint")
-        if base != self.fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained on a base with fingerprint {str(base)[:12]}, and {self.base} has "
-                f"{self.fingerprint[:12]}; give the base that it was trained on"
-            )
+        checkpoints.check_base(checkpoint, self.base, self.fingerprint)
         # Experts that no schedule resized have the sizes of their settings. Version 1 wrote no such key.
         self._resized |= checkpoint.get("resized", True)
         if self._resized:
-            self.resize_like(checkpoint["state_dict"])
-        ours, theirs = (
-            {key: tuple(tensor.shape) for key, tensor in state.items()}
-            for state in (self.state_dict(), checkpoint["state_dict"])
-        )
-        unlike = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-        if unlike:
-            raise ValueError(
-                f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, first {unlike[0]}, "
-                f"with shape {theirs.get(unlike[0])} there and {ours.get(unlike[0])} here; give the expert and modules "
-                "of the checkpoint"
-            )
+            checkpoints.resize_like(self.model, checkpoint["state_dict"])
+        checkpoints.check_sizes(self.state_dict(), checkpoint["state_dict"])
         self._random_states = checkpoint.get("random_states")
-
-    def resize_like(self, state: dict[str, Any]) -> None:
-        """Give each expert the sizes that its tensors have in a checkpoint."""
-        for name, layer in expert_layers(self.model):
-            prefix = f"model.{name.removesuffix('weight')}expert."
-            theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if theirs:
-                layer.expert.size_like(layer.matrix, theirs)
 
     def task_vector(self) -> Iterable[tuple[str, Delta]]:
         """Yield `(weight name, delta)` for each expert, on the CPU, one at a time."""
-        for name, delta in task_vector(self.model, self._anchor):
+        anchor = partial(loading.anchor, self.opened_base, self.applied_experts, self.dtype_name)
+        for name, delta in task_vector(self.model, anchor):
             yield name, delta.to("cpu")
 
     def expert_state(self) -> dict[str, Tensor]:
@@ -564,42 +381,11 @@ class ExpertModule(LightningModule):
         settings = {name: self.hparams.get(name) for name in ("modules", "optimizer", "scheduler", "dtype")}
         if isinstance(self.experts, Mapping):
             settings["modules"] = list(self.experts)
-        settings |= facts["hyperparameters"] | {"learning_rate": max(self._peak_rates(), default=None)}
+        settings |= facts["hyperparameters"] | {"learning_rate": max(peak_rates(self.trainer), default=None)}
         return {
             **facts,
             "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
             "hyperparameters": settings,
-            "training": self._training_facts(),
+            "training": training_facts(self.trainer, self.dtype_name, self.config_file),
             "parents": as_parents(self.applied_experts),
         }
-
-    def _training_facts(self) -> dict[str, Any]:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        facts = {
-            "batch_size": getattr(data, "batch_size", None),
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-            "rows": next((one.rows for one in callbacks if isinstance(one, LogProgress)), None),
-            "dtype": self.dtype_name,
-            "precision": str(self.trainer.precision),
-            "config": None if self.config_file is None else str(self.config_file),
-            "data": getattr(data, "contents", {}),
-        }
-        return facts | getattr(data, "reading", {})
-
-    def _peak_rates(self) -> list[float]:
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        return [group.get("initial_lr", group["lr"]) for group in groups]
-
-    def _anchor(self, name: str) -> Tensor:
-        """Read a base weight from its file and add the applied experts, as before training."""
-        weight = self.opened_base.weight(name).to(getattr(torch, self.dtype_name))
-        moved = [expert[name] for expert in self.applied_experts if name in expert]
-        return add(moved).add_to(weight.clone()) if moved else weight
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a checkpoint may hold a setting: it is loaded as numbers, texts and containers of these."""
-    if isinstance(value, dict | list):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str | int | float | None)

@@ -1,0 +1,76 @@
+"""Keep what a checkpoint of a training holds: trained tensors, the base's fingerprint, and random states.
+
+Plain numbers and tensors, so that a checkpoint loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, distributed, nn
+
+from modular_experts.injection import expert_layers
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a checkpoint may hold a setting: it is loaded as numbers, texts and containers of these."""
+    if isinstance(value, dict | list):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | int | float | None)
+
+
+def random_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the random state of every rank: without it, dropout would differ after a resume."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    states: list[Any] = [state] * trainer.world_size
+    if trainer.world_size > 1:
+        distributed.all_gather_object(states, state)
+    return states
+
+
+def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """Take the random state of a rank; one that the checkpoint has no state for keeps its own."""
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["torch"])
+        version, numbers, gauss = states[rank]["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        if "cuda" in states[rank] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[rank]["cuda"])
+
+
+def check_base(checkpoint: Mapping[str, Any], base: str, fingerprint: str) -> None:
+    """Raise if a checkpoint was written with another base."""
+    theirs = checkpoint.get("base_fingerprint")
+    if theirs != fingerprint:
+        raise ValueError(
+            f"the checkpoint was trained on a base with fingerprint {str(theirs)[:12]}, and {base} has "
+            f"{fingerprint[:12]}; give the base that it was trained on"
+        )
+
+
+def check_sizes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise if the tensors of a checkpoint have other names or sizes than those of the experts."""
+    ours, theirs = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (own, found))
+    unlike = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if unlike:
+        raise ValueError(
+            f"the checkpoint's experts are not those configured: {len(unlike)} tensors differ, first {unlike[0]}, "
+            f"with shape {theirs.get(unlike[0])} there and {ours.get(unlike[0])} here; give the expert and modules "
+            "of the checkpoint"
+        )
+
+
+def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give each expert of a model the sizes that its tensors have in a checkpoint."""
+    for name, layer in expert_layers(model):
+        prefix = f"model.{name.removesuffix('weight')}expert."
+        theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if theirs:
+            layer.expert.size_like(layer.matrix, theirs)

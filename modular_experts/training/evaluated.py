@@ -1,0 +1,95 @@
+"""Validate, test and predict with a causal language model, as hooks of a LightningModule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from modular_experts.base.base import DType
+from modular_experts.data.batch import is_filler
+from modular_experts.data.source import source_of
+from modular_experts.evaluation import TaskScores, score_batch
+from modular_experts.evaluation.drafts import packs_evaluation
+from modular_experts.evaluation.generation import answer_texts, cut_answers, generate_tokens, warn_of_cut_answers
+from modular_experts.evaluation.scores import TextMetric
+from modular_experts.library import StoredExpert, warn_unlike_training
+
+
+class EvaluatedModule(LightningModule):
+    """Scores the rows of validation and test as `evaluate` does, and answers those of prediction."""
+
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int
+    generate_in_fit: bool
+    metrics: dict[str, TextMetric]
+    applied_experts: list[StoredExpert]
+    dtype_name: DType
+
+    @abstractmethod
+    def model_facts(self) -> dict[str, Any]:
+        """Return what identifies the model, for the results."""
+
+    def on_test_start(self) -> None:
+        """Warn of applied experts that meet rows or a base in another form than in their training."""
+        if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
+            warn_unlike_training(self.applied_experts, source_of(self.trainer).reading_of, self.dtype_name)
+
+    on_validation_start = on_predict_start = on_test_start
+
+    def on_validation_epoch_start(self) -> None:
+        """Set the scores of all tasks to zero."""
+        roles = source_of(self.trainer).roles
+        if not roles:
+            raise ValueError(
+                "scores need the role of each task: give a TaskMixture, or a data module that is a DataSource"
+            )
+        self.scores = TaskScores(roles, self.metrics).to(self.device)
+        self._packs_evaluation = packs_evaluation(self.model)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch; within `fit` by its loss, unless `generate_in_fit`."""
+        generates = self.generate_in_fit or self.trainer.state.fn != "fit"
+        tokens = self.max_new_tokens if generates else None
+        score_batch(self.scores, self.model, self.tokenizer, batch, tokens, self._packs_evaluation)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch by its loss, greedy generations and choices."""
+        score_batch(self.scores, self.model, self.tokenizer, batch, self.max_new_tokens, self._packs_evaluation)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Return the task, input, target and generation of each row; a row of the data without a target has none."""
+        answers = generate_tokens(self.model, self.tokenizer, batch, self.max_new_tokens)
+        cut = cut_answers(self.model, self.tokenizer, batch, answers, self.max_new_tokens)
+        self._cut += [one for one, filler in zip(cut, is_filler(batch), strict=True) if not filler]
+        texts = answer_texts(self.tokenizer, batch, answers)
+        columns = zip(batch["task"], batch["input"], batch["target"], texts, strict=True)
+        rows = [dict(zip(("task", "input", "target", "generation"), row, strict=True)) for row in columns]
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+    def on_predict_epoch_start(self) -> None:
+        """Forget which answers of an earlier prediction the context ended."""
+        self._cut: list[bool] = []
+
+    def on_predict_epoch_end(self) -> None:
+        """Log how many answers of this process the context ended."""
+        warn_of_cut_answers(self.model, sum(self._cut), len(self._cut), self.max_new_tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over tasks as `val_loss`, and each task's."""
+        self.on_test_epoch_end()
+        self.log_dict({f"val_loss/{name}": task["loss"] for name, task in self.results["tasks"].items()})
+        losses = [task["loss"] for task in self.results["tasks"].values()]
+        self.log("val_loss", sum(losses) / max(len(losses), 1), prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the results of all tasks, and name what was scored."""
+        self.results = self.scores.compute()
+        for name, cut in self.scores.cut.items() if self.trainer.is_global_zero else ():
+            rows = self.results["tasks"].get(name, {}).get("rows", 0)
+            warn_of_cut_answers(self.model, cut, rows, self.max_new_tokens, name)
+        self.results["model"] = self.model_facts()

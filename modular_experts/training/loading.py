@@ -1,0 +1,135 @@
+"""Load the base that a module trains: its files or a model in memory, and the experts that are added to it first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from modular_experts.base import Base
+from modular_experts.base.apply import apply_deltas
+from modular_experts.deltas import add
+from modular_experts.injection import named_experts
+from modular_experts.injection.attach import attached, needs_injection
+from modular_experts.injection.route import put_beneath
+from modular_experts.library import StoredExpert, open_experts
+from modular_experts.library.compatibility import check_mergeable
+
+log = logging.getLogger(__name__)
+
+
+def place_of(base: Any, revision: str | None) -> tuple[str, str | None]:
+    """Return the directory or hub id of a base or a loaded model, and its revision."""
+    if isinstance(base, nn.Module):
+        config: Any = getattr(base, "config", None)
+        return str(getattr(config, "_name_or_path", "") or ""), revision or getattr(config, "_commit_hash", None)
+    if isinstance(base, Base):
+        return base.place, revision or base.revision
+    return str(base), revision
+
+
+def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
+    """Open the experts that are added to a base, and refuse those that training cannot go on from.
+
+    Args:
+        names: Their directories.
+        trains: Whether new experts are put on top of them. These can go on from deltas and from one routed expert, but
+            from no other expert that chooses by the input.
+    """
+    applied = open_experts(names, mergeable=False) if names else []
+    routed = [expert for expert in applied if expert.routed]
+    beneath = [one for one in applied if not one.routed] if trains else _added(applied)
+    check_mergeable(beneath)
+    if trains and len(routed) > 1:
+        raise ValueError(f"{routed[0].name} and {routed[1].name} are both routed; train on top of one of them")
+    return applied
+
+
+def opened_base(place: str, applied: Sequence[StoredExpert], revision: str | None) -> Base:
+    """Open a base, which a loaded model may not name."""
+    if not place:
+        raise ValueError(
+            "the model does not name its directory (config._name_or_path), whose files deltas start from; load it "
+            "with from_pretrained, or give the directory as base"
+        )
+    return Base.open(place, applied, revision)
+
+
+def check_given(model: nn.Module, base: Base, trains: bool, check_base: bool) -> None:
+    """Raise if a model in memory holds experts, or, where that is checked, is not its base."""
+    if trains and (there := len(named_experts(model))):
+        raise ValueError(
+            f"the model holds {there} experts already; fit their module again to train them further, or take "
+            "them out with modular_experts.eject(model)"
+        )
+    if check_base:
+        base.check_loaded(model)
+
+
+def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool) -> None:
+    """Add stored experts to a model, and freeze all of it."""
+    added = _added(applied)
+    if len(added) < len(applied) and not trains:
+        attached(model, applied, check=False)
+    else:
+        apply_deltas(model, added)
+        for expert in applied:
+            if expert.routed:
+                put_beneath(model, expert)
+    model.requires_grad_(False)
+
+
+def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
+    """Raise if experts that choose by the input were put on top of a routed expert."""
+    routed = [expert for expert in applied if expert.routed]
+    chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
+    if routed and chooses:
+        raise ValueError(
+            f"{chooses[0]} chooses by the input, as {routed[0].name} does, and the two could not be used together; "
+            "train an expert that is a delta, such as LoRAExpert"
+        )
+
+
+def anchor(base: Base, applied: Sequence[StoredExpert], dtype: str, name: str) -> Tensor:
+    """Read a base weight from its file and add the applied experts, as before training."""
+    weight = base.weight(name).to(getattr(torch, dtype))
+    moved = [expert[name] for expert in applied if name in expert]
+    return add(moved).add_to(weight.clone()) if moved else weight
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raise if the trainer's precision would round what is trained."""
+    layer = nn.utils.skip_init(nn.Linear, 1, 1, dtype=torch.float32)  # draws no random numbers
+    (weight, _) = trainer.precision_plugin.convert_module(nn.Sequential(layer)).parameters()
+    if weight.dtype.itemsize < torch.float32.itemsize:
+        raise ValueError(
+            f"trainer.precision={trainer.precision} also rounds the trained values, which must stay float32; for a "
+            "base in half the memory set model.dtype bfloat16 and trainer.precision bf16-mixed"
+        )
+
+
+def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
+    """Log which settings are slow on a processor without instructions for bfloat16."""
+    if trainer is None or trainer.strategy.root_device.type != "cpu":
+        return
+    options = ["model.dtype float32"] if dtype == "bfloat16" else []
+    options += ["trainer.precision 32-true"] if str(trainer.precision).startswith("bf16") else []
+    can = torch.cpu.get_capabilities()
+    # On x86 and on ARM; a processor of another kind is not known to be slow.
+    instructions = {"x86_64": ["avx512_bf16", "amx_bf16", "avx10_2"], "arm64": ["bf16"], "aarch64": ["bf16"]}
+    known = instructions.get(str(can.get("architecture")), [])
+    if options and known and not any(can.get(name) for name in known):
+        log.warning(
+            "this processor has no instructions for bfloat16, which took seven times as long as float32 on such a "
+            "one; %s avoids that",
+            " and ".join(options),
+        )
+
+
+def _added(applied: Sequence[StoredExpert]) -> list[StoredExpert]:
+    """Return the experts that are deltas, which can be added to weights."""
+    return [expert for expert in applied if not needs_injection(expert)]
