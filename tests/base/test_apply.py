@@ -124,17 +124,6 @@ def test_a_tied_weight_moves_under_its_first_name_only(tiny, tmp_path):
     torch.testing.assert_close(plain.lm_head.weight, Base.open(base).load().lm_head.weight + delta.values)
 
 
-def test_without_the_check_no_model_is_loaded(tiny_llama_dir, tmp_path, monkeypatch):
-    expert = make(tmp_path / "one", tiny_llama_dir, 1)
-    apply([expert], tmp_path / "checked")
-    refuse = lambda *given, **settings: pytest.fail("a model was loaded")  # noqa: E731
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    assert apply([expert], tmp_path / "unchecked", verify=False) is None
-    same = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("checked", "unchecked")]
-    assert same[0] == same[1]
-    assert json.loads((tmp_path / "unchecked/modular_experts.json").read_text())["check"] is None
-
-
 def test_what_rounding_takes_is_told(tmp_path):
     base = build_model("llama").bfloat16()
     base.save_pretrained(tmp_path / "base")
@@ -314,17 +303,6 @@ def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
     record = make_record("X", {"id": str(base), "revision": None, "fingerprint": fingerprint(base)})
     write_expert(tmp_path / "both", [("transformer.wte.weight", Dense(torch.randn(tensors[name].shape) * 0.1))], record)
     assert apply([tmp_path / "both"], tmp_path / "out").largest_difference == 0
-
-
-def test_applied_takes_a_path_an_expert_or_several_of_them(tiny_llama_dir, tmp_path):
-    one, two = make(tmp_path / "one", tiny_llama_dir, 1), make(tmp_path / "two", tiny_llama_dir, 2, "LowRank")
-    model = Base.open(tiny_llama_dir).load()
-    name = next(iter(open_expert(one)))
-    before, deltas = model.get_parameter(name).clone(), [open_expert(path)[name].dense() for path in (one, two)]
-    for given, total in [(one, deltas[0]), (open_expert(two), deltas[1]), ([str(one), open_expert(two)], sum(deltas))]:
-        with applied(model, given, 0.5):
-            torch.testing.assert_close(model.get_parameter(name), before + 0.5 * total)
-        assert torch.equal(model.get_parameter(name), before)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", None])

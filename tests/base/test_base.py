@@ -156,17 +156,6 @@ def test_padding_is_not_the_end_of_sequence_where_another_token_will_do(copy):
     assert len(loaded) == len(tokenizer)
 
 
-def test_a_base_without_a_tokenizer_or_an_end_of_sequence_says_so(tmp_path):
-    build_model("llama").save_pretrained(tmp_path / "mute")
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer"):
-        Base.open(tmp_path / "mute").tokenizer()
-    tokenizer = build_tokenizer()
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "mute")
-    with pytest.raises(ValueError, match=r"has no eos_token"):
-        Base.open(tmp_path / "mute").tokenizer()
-
-
 @pytest.mark.parametrize(
     ("file", "change", "is_another"),
     [

@@ -69,13 +69,6 @@ def test_validations_fall_on_even_steps_and_on_the_last(case, tiny_llama_dir, ta
     assert _fit(tiny_llama_dir, task_files, tmp_path, **settings).steps == wanted
 
 
-def test_the_user_may_choose_how_often_or_leave_it_to_the_trainer(tiny_llama_dir, task_files, tmp_path) -> None:
-    assert _fit(tiny_llama_dir, task_files, tmp_path, EvenValidation(2), max_steps=30).steps == [15, 30]
-    assert _fit(tiny_llama_dir, task_files, tmp_path, EvenValidation(0), max_steps=30).steps == [12, 24]
-    with pytest.raises(ValueError, match="times=-1 must be at least 1, or 0"):
-        EvenValidation(-1)
-
-
 def test_the_first_loss_is_that_of_the_base_on_the_same_rows(tiny_llama_dir, task_files, tmp_path) -> None:
     seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=3)
     module = runs.module(tiny_llama_dir, None)

@@ -207,14 +207,3 @@ def test_other_experts_are_left_alone(tiny_llama_dir, task_files, tmp_path: Path
     module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, LoRAExpert, schedule, max_steps=2)
     assert schedule.selections == 0
     assert schedule.shares(module) == {}
-
-
-@pytest.mark.parametrize(
-    ("asked_for", "expert", "warned"), [(True, LoRAExpert, 1), (False, LoRAExpert, 0), (True, SPARSE, 0)]
-)
-def test_a_schedule_that_somebody_asked_for_says_that_it_has_no_effect(
-    asked_for, expert, warned, tiny_llama_dir, task_files, tmp_path, caplog
-) -> None:
-    runs.fit(tiny_llama_dir, task_files, tmp_path, expert, *[MaskSchedule()] * asked_for, max_steps=1)
-    said = "MaskSchedule has no effect: it chooses for sparse and masked experts, and these are LoRAExpert"
-    assert [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()] == [said] * warned

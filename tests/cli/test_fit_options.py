@@ -43,17 +43,6 @@ def test_the_line_of_the_documentation_trains_and_keeps_the_expert(place, capsys
     assert main([*again, "--overwrite"]) == 0
 
 
-def test_a_run_that_keeps_nothing_says_so_first_and_how_to_get_it_at_the_end(place, capsys) -> None:
-    assert main(FIT.split()) == 0
-    said = capsys.readouterr().err
-    assert said.index("this run keeps no expert; --out library/NAME keeps it") < said.index("trained parameters")
-    checkpoint = said.split("--ckpt_path '")[1].split("'")[0]
-    assert f"--ckpt_path '{checkpoint}' --out library/NAME" in said
-    assert main([*FIT.split(), "--ckpt_path", checkpoint, "--out", "library/late"]) == 0
-    assert list(Library("library")) == ["late"]
-    assert main([*FIT.split(), "--ckpt_path", checkpoint, "--out", "library/late", "--overwrite"]) == 0
-
-
 def test_the_options_set_the_place_of_a_configured_export(place) -> None:
     export = {"class_path": "ExportExpert", "init_args": {"library": "x", "name": "y", "monitor": None}}
     Path("mine.yaml").write_text(yaml.safe_dump({"steps": 2, "out": "library/a", "trainer": {"callbacks": [export]}}))
@@ -75,21 +64,6 @@ def test_short_names_are_long_ones(place, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["test", "--base", "base", *task, "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["data"]["tasks"][1]["role"] == "held_out"
-
-
-@pytest.mark.parametrize(
-    ("typed", "ours"),
-    [
-        ("--target_modules q_proj v_proj", "--modules"),
-        ("--max_steps 4", "--steps"),
-        ("--lr 0.1", "--learning_rate"),
-        ("--lora_r 8", "--expert.rank"),
-        ("--num_train_epochs 3", "--trainer.max_epochs"),
-    ],
-)
-def test_names_of_other_tools_lead_to_ours(typed, ours, place, capsys) -> None:
-    assert main(["fit", "--base", "base", *typed.split()]) == 2
-    assert f"error: there is no option {typed.split()[0]}; did you mean {ours}?" in capsys.readouterr().err
 
 
 def test_a_model_that_is_no_class_is_a_base(place, capsys) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -17,9 +14,9 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
-from modular_experts.merger.estimate import estimate, seconds
+from modular_experts.merger.estimate import estimate
 from modular_experts.merger.merged import Merged
-from modular_experts.methods import DARE, MergeMethod, SparseAverage, TSVMerge
+from modular_experts.methods import DARE, SparseAverage, TSVMerge
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.text import bytes_of
 
@@ -122,29 +119,3 @@ def test_checkpoint_as_output_is_the_base_plus_the_merge(library, tiny_llama_dir
     assert manifest["check"]["largest_difference"] == 0
     assert main([*command(library, *options)[:4], str(library / "checkpoint"), *options]) == 1
     assert "exists already" in capsys.readouterr().err
-
-
-@dataclass(frozen=True)
-class Slow(MergeMethod):
-    """Takes 100 s to look at all weights, and a second for each 1000 entries; a clock tells."""
-
-    clock: ClassVar[list[float]] = [0.0]
-
-    def prepare(self, stream):
-        self.clock[0] += 100
-        return self
-
-    def merge(self, deltas):
-        self.clock[0] += deltas[0].shape.numel() / 1000
-        return deltas[0]
-
-
-@pytest.mark.parametrize("budget", [0.0, 1e9])
-def test_what_happens_once_is_counted_once(library, monkeypatch, budget):
-    merged = Merged(open_experts([library / "a", library / "b"]), Slow())
-    monkeypatch.setattr("modular_experts.merger.estimate.time.perf_counter", lambda: Slow.clock[0])
-    weights = estimate(merged)
-    entries = [shape.numel() for shape in merged.shapes().values()]
-    first = min(weights, key=lambda weight: (weight.read, weight.name)).shape
-    once = 100 + math.prod(first) / 1000
-    assert seconds(merged, weights, budget) == pytest.approx(once + sum(entries) / 1000)

@@ -200,18 +200,6 @@ def test_a_merge_is_tuned_on_the_answers_of_the_experts(run, place, tasks):
     assert answers["scores"]["val_loss"] != rows["scores"]["val_loss"]
 
 
-def test_distilling_needs_the_experts_of_labelled_rows_too(run, place, tasks):
-    how = ["--algorithm", "AdaMerging", "--algorithm.steps", "2", "--algorithm.objective", "distill"]
-    how += ["--data.tasks", tasks, "--out", "library/ab"]
-    code, _, err = run("search", *EXPERTS, *how)
-    assert code == 1
-    assert "no record names the task upper; name the expert that answers it, such as expert_of={upper: " in err
-    assert run("search", *EXPERTS, *how, "--expert_of", EXPERT_OF)[0] == 0
-    record = open_expert("library/ab").record["hyperparameters"]
-    assert record["labels"] == "rows"
-    assert record["expert_of"] == {"upper": "0", "reverse": "1"}
-
-
 def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tasks):
     merges = ["--merges", "[SparseAverage, {class_path: TIES, init_args: {keep: 0.5}}]"]
     still = ["--algorithm", "ATLAS", "--algorithm.steps", "1", "--algorithm.learning_rate", "1e-12"]

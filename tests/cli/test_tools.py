@@ -177,56 +177,28 @@ MISTAKES = [
     (["--config", "x.yaml", "merge"], 2, "the command comes first"),
     (["merge", "--exprts", "[a]"], 2, "no option --exprts; did you mean --experts?"),
     ([*MERGE, "SparsAverage"], 2, "no class 'SparsAverage'; did you mean SparseAverage?"),
-    ([*MERGE, "ties"], 2, "no class 'ties'; did you mean TIES?"),
-    ([*MERGE, "MagMax", "--method.density", "0.1"], 2, "no option --method.density; the options are --method.scale"),
-    ([*MERGE, "TIES", "--method.kep", "0.1"], 2, "no option --method.kep; did you mean --method.keep?"),
     ([*MERGE, "TIES", "--method.keep", "much"], 2, "--method.keep must be of type float or list[float], got much"),
     (
         [*MERGE, "TIES", "--method.zero", "majorty"],
         2,
         "--method.zero must be one of none, positive, weight_majority, majority, got majorty; did you mean majority?",
     ),
-    ([*MERGE, "torch.nn.Linear"], 2, "--method: torch.nn.Linear is not a subclass of MergeMethod"),
-    (
-        [*MERGE, "modular_experts.Averag"],
-        2,
-        "modular_experts.Averag cannot be imported: module 'modular_experts' has no attribute 'Averag'",
-    ),
     ([*MERGE, "nowhere.Method"], 2, "--method: nowhere.Method cannot be imported: No module named 'nowhere'"),
-    (["merge", "--method.help", "Nonsense"], 2, "--method: there is no class 'Nonsense'"),
     ([*MERGE, "TIES", "--method.keep", "1.5"], 1, "must be in (0, 1], got 1.5"),
-    (
-        [*MERGE, "SparseAverage", "--method.count", "value"],
-        2,
-        "must be one of values, supports, got value; did you mean",
-    ),
     (["merge", "--method", "TIES", "--out", "library/new"], 2, "--experts must be given"),
-    (["apply", "--expert", "library/a", "--out", "out"], 2, "there is no option --expert; did you mean --experts?"),
     (["merge", "--experts", "[]", "--method", "TIES", "--out", "library/new"], 1, "list of experts is empty"),
     (["merge", "--experts", "[library/aa]", "--method", "TIES", "--out", "library/new"], 1, "did you mean"),
     (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/b"], 1, "exists already"),
-    (["merge", "--experts", "[library/a]", "--method", "TIES", "--out", "library/-b"], 1, "cannot be the name"),
     (["merge", "--experts", "[library/a, others/x]", "--method", "TIES", "--out", "library/new"], 1, "different bases"),
     (["merge", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-    (["merge", "--config", "name.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
-    (["merge", "--config", "number.yaml"], 2, "method: a class is written as its name or as {class_path: Name"),
-    (["merge", "--config", "typo.yaml"], 2, "no option --exprts; did you mean --experts?"),
-    (["apply", "--experts", "[library/a]", "--out", "new", "--dtype", "bfloat"], 2, "did you mean bfloat16?"),
     (["apply", "--experts", "[library/a]", "--out", "new", "--base", "nowhere"], 1, "or a hub id while the hub"),
     (["apply", "--experts", "[others/x]", "--out", "new"], 1, "base 'elsewhere' was not found"),
     (["verify", "."], 1, ". holds no expert"),
     (["list"], 2, "--library must be given"),
-    (["list", "library", "more"], 2, "'more' is one argument too many"),
-    (["list", "nowhere"], 1, "nowhere is not a library"),
-    (["show", "library/nowhere"], 1, "is not an expert"),
-    (["verify", "library/lorra"], 1, "did you mean"),
 ]
 
 
 def test_each_mistake_gets_one_sentence_and_leaves_nothing(run, place):
-    (place / "typo.yaml").write_text("exprts: [library/a]\n")
-    (place / "name.yaml").write_text("experts: [library/a]\nmethod: {name: TIES}\nout: library/new\n")
-    (place / "number.yaml").write_text("experts: [library/a]\nmethod: 5\nout: library/new\n")
     before = sorted(str(path) for path in place.rglob("*"))
     for argv, code, sentence in MISTAKES:
         found, out, err = run(*argv)

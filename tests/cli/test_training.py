@@ -197,19 +197,11 @@ MISTAKES = {
         2,
         "--model.expert: own.Nope cannot be imported: module 'own' has no attribute 'Nope'; did you mean Hope?",
     ),
-    "own module": (
-        ["--model.expert", "nomod.X"],
-        2,
-        "--model.expert: nomod.X cannot be imported: No module named 'nomod'",
-    ),
-    "import": (["--model.expert", "importing.X"], 2, "importing.X cannot be imported: No module named 'not_there'"),
     "syntax": (
         ["--model.expert", "broken.X"],
         2,
         "--model.expert: broken.X cannot be imported: '(' was never closed (broken.py",
     ),
-    "own bug": (["--model.expert", "bug.X"], 2, "--model.expert: bug.X cannot be imported: name 'y' is not defined"),
-    "torch's": (["--model.expert", "old.X"], 2, "old.X cannot be imported: module 'torch' has no attribute 'old'"),
     "kind": (
         ["--model.expert", "torch.nn.Linear"],
         2,
@@ -230,58 +222,19 @@ MISTAKES = {
         2,
         "--model.expert.keep_ratio must be of type float, got much",
     ),
-    "union": (
-        ["--model.scheduler", "WarmupLinear", "--model.scheduler.warmup", "x"],
-        2,
-        "--model.scheduler.warmup must be of type float",
-    ),
-    "in a list": (
-        ["--trainer.callbacks", _export("a", librry=1)],
-        2,
-        "no option --trainer.callbacks.librry; did you mean",
-    ),
-    "logger": (
-        ["--trainer.logger", "wandb"],
-        2,
-        "--trainer.logger: there is no class 'wandb'; did you mean WandbLogger?",
-    ),
-    "help": (["--model.expert.help", "Nonsense"], 2, "error: --model.expert: there is no class 'Nonsense'"),
-    "last": (
-        ["--ckpt_path", "last"],
-        1,
-        "is not a checkpoint; give its file, which ends in .ckpt",
-    ),
-    "best": (["--ckpt_path", "best"], 1, "ckpt_path='best' is not a checkpoint"),
     "monitor": (
         ["--trainer.callbacks", _export("a", monitor="val_los")],
         1,
         "monitor='val_los' is not a logged metric; did you mean val_loss?",
     ),
-    "tile": (
-        ["--model.expert.init_args.block_size", "40"],
-        1,
-        "block_size=40 is outside 2..16 for a weight of shape (16, 32); for single entries use granularity='element' "
-        "(for the expert of model.layers.0.self_attn.k_proj.weight)",
-    ),
-    "option": (["--model.optimiser", "SGD"], 2, "did you mean --model.optimizer"),
-    "callback": (["--trainer.callbacks", '[{"class_path": "ExportExprt"}]'], 2, "did you mean ExportExpert?"),
     "base": (["--model.base", "nowhere/to/be"], 1, "base 'nowhere/to/be' was not found"),
     "pattern": (["--model.modules", ".*query"], 1, "modules='.*query' matches no linear layer"),
-    "keep ratio": (["--model.expert.init_args.keep_ratio", "1.5"], 1, "keep_ratio=1.5 is outside (0, 1]"),
-    "name": (["--trainer.callbacks", _export("../x")], 1, "'../x' cannot be the name of an expert"),
     "task file": (["--data.tasks", "aa.jsonl"], 1, "task 'aa': aa.jsonl: no such file in "),
-    "task key": (["--data.tasks.pth", "a.jsonl"], 2, "no option --data.tasks.pth; did you mean --data.tasks.path?"),
     "no expert": (["--model.expert", "null", "--model.modules", "null"], 1, "give model.expert and model.modules"),
 }
 
 
-SOURCES = {
-    "own": "class Hope: pass",
-    "importing": "import not_there",
-    "broken": "print(",
-    "bug": "x = y",
-    "old": "import torch; torch.old",
-}
+SOURCES = {"own": "class Hope: pass", "broken": "print("}
 
 
 def test_a_mistake_gets_one_sentence_and_nothing_is_written(place, capsys, monkeypatch) -> None:
@@ -322,42 +275,6 @@ def test_an_interrupted_training_says_how_to_go_on_and_leaves_no_expert(place, m
     assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", checkpoint]) == 0
     assert list(Library("library")) == ["a"]
     assert not Path(best).exists()
-
-
-def test_the_summary_tells_the_true_share_where_tiles_are_few(place, capsys) -> None:
-    """A weight of few tiles keeps at least one, however small the keep ratio."""
-    options = ["--model.modules", r".*\.k_proj", "--model.expert.init_args.keep_ratio", "0.001"]
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options]) == 0
-    said = capsys.readouterr().err
-    moved = list(Library("library")["a"].values())
-    share = sum(delta.support_size for delta in moved) / sum(delta.shape.numel() for delta in moved)
-    assert share == 0.5
-    assert "512 trained parameters, 50.00% of these weights" in said
-
-
-def test_off_a_terminal_lines_tell_of_the_run_and_of_nothing_that_is_not_there(place, capsys) -> None:
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml"]) == 0
-    said = capsys.readouterr().err
-    starts = [
-        "a: 12 of 12 rows",
-        "SparseExpert(",
-        "learning rate ",
-        "metrics and checkpoints go to ",
-        "the validation ",
-    ]
-    starts += [
-        "chose what is trained ",
-        "step 1/6: ",
-        "step 6/6: ",
-        "exported step ",
-        "trained on 24 rows ",
-        "the expert is",
-    ]
-    places = [said.index(f"\n{start}" if number else start) for number, start in enumerate(starts)]
-    assert places == sorted(places)
-    assert "metrics.csv and config.yaml are in runs/lightning_logs/version_0" in said.splitlines()[-1]
-    for noise in ("GPU", "TPU", "Seed set", "Tip", "LeafSpec", "Trainer.fit"):
-        assert noise not in said, noise
 
 
 def test_metrics_are_in_a_file_beside_any_other_logger(place) -> None:

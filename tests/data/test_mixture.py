@@ -12,7 +12,7 @@ import torch
 from conftest import build_tokenizer, write_rows
 from lightning.pytorch import LightningModule, Trainer
 
-from modular_experts.data import Equal, Task, TaskMixture, is_filler
+from modular_experts.data import Task, TaskMixture, is_filler
 from modular_experts.data.batch import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning 2.6.6 meets torch 2.13
@@ -59,12 +59,6 @@ def test_prediction_keeps_the_order_of_tasks_and_files(three: list[Task]) -> Non
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     wanted = [("upper", row["input"]) for row in rows if row["split"] == "test"]
     assert served(data.predict_dataloader())[:6] == wanted
-
-
-def test_the_length_of_the_loader_is_the_steps_of_an_epoch(three: list[Task]) -> None:
-    data = mixture(*three, batch_size=5, mixing=Equal())
-    assert len(data.train_dataloader()) == 5
-    assert [len(batch["task"]) for batch in data.train_dataloader()] == [5, 5, 5, 5, 4]
 
 
 def test_epochs_differ_and_repeat_themselves(three: list[Task]) -> None:
@@ -157,18 +151,6 @@ def test_parts_of_a_mixture_have_the_batches_of_mixtures_of_their_own_and_read_e
     assert list(whole.roles) == ["upper", "reverse", "first"]
 
 
-def test_bad_numbers_are_refused() -> None:
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"eval_limit": 0}, "eval_limit=0 must be at least 1"),
-        ({"validation_ratio": 0.6, "test_ratio": 0.4}, "leave rows to train on"),
-        ({"test_ratio": -0.1}, "must be 0 or more"),
-    ]
-    for options, sentence in bad:
-        with pytest.raises(ValueError, match=sentence):
-            mixture({"name": "a", "path": "a.jsonl"}, **options)
-
-
 class Reader(LightningModule):
     """Learns nothing and remembers what it was given."""
 
@@ -226,18 +208,6 @@ def test_the_hash_of_a_task_is_that_of_its_contents_alone(tmp_path) -> None:
         assert sum(data.contents["task"]["rows"].values()) == 20
     assert hashes["one"] == hashes["two"]
     assert len(set(hashes.values())) == 3
-
-
-def test_the_chat_template_is_told_by_its_hash(tmp_path) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    file = write_rows(tmp_path / "a.jsonl", [{"input": "a", "target": "b"}] * 4)
-    tasks = [{"name": "a", "path": str(file)}]
-    plain, chat = (TaskMixture(tasks, tokenizer, chat_template=chat).reading for chat in (False, True))
-    assert plain == {"max_length": 1024, "chat_template": None}
-    assert len(chat["chat_template"]) == 16
-    tokenizer.chat_template += " "
-    assert TaskMixture(tasks, tokenizer, chat_template=True).reading != chat
 
 
 def test_the_chat_template_of_an_experts_own_tasks_counts(tmp_path) -> None:

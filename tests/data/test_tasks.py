@@ -129,24 +129,6 @@ def test_columns_and_template_beat_what_is_recognised(tmp_path: Path) -> None:
     assert Task(path=talk, columns={"messages": "talk"}).read()[0][0].messages == tuple(TALK)
 
 
-def test_columns_that_nothing_recognises_get_the_setting_to_type(tmp_path: Path) -> None:
-    for number, (values, sentence) in enumerate(
-        [
-            (
-                {"text": "x", "label": "y"},
-                "name your own in the task, such as --tasks '{path: FILE, columns: {input: text, target: label}}'",
-            ),
-            (
-                {"prompt": "x", "completion": "y", "question": "x", "answer": "y"},
-                "in more than one way; .* columns: {input: prompt, target: completion}",
-            ),
-        ]
-    ):
-        path = str(write_rows(tmp_path / f"a{number}.jsonl", [values]))
-        with pytest.raises(ValueError, match=f"task 'a{number}': the columns .*{sentence}"):
-            Task(path=path).read()
-
-
 def test_only_prediction_reads_rows_without_a_target(tmp_path: Path) -> None:
     for number, values in enumerate([{"input": "q"}, {"input": "q", "target": None}, {"messages": TALK[:1]}]):
         task = Task(path=str(write_rows(tmp_path / f"a{number}.jsonl", [values])))

@@ -79,26 +79,6 @@ def test_where_meets_the_split_key_and_label_names_of_a_dataset_dictionary(tmp_p
     assert [row.where for row in rows] == [f"{place}[train]:2", f"{place}[test]:2"]
 
 
-NOTHING = {
-    "value": ({"task": "d"}, r"'task' is not 'd' but 'a', 'b', 'c'$"),
-    "many": ({"source": "b3"}, r"'source' is not 'b3' but 'a0', 'a1', 'a2', 'b0', 'b1', \.\.\.$"),
-    "column": ({"tsak": "b"}, r"'tsak' is not 'b' but missing$"),
-    "number": ({"fold": 2}, r"'fold' is not '2' but '0', '1'$"),
-    "second": ({"task": "b", "split": "tain"}, r"'split' is not 'tain' but 'train'; did you mean train\?$"),
-    "together": ({"source": "b1", "fold": 0}, r"'fold' is not '0' but '1'$"),
-    "number first": ({"fold": 0, "source": "b1"}, r"'source' is not 'b1' but 'a0', .*"),
-    "no column": ({"task": "b", "kind": "x"}, r"'kind' is not 'x' but missing$"),
-}
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ""])
-def test_where_that_matches_no_row_lists_what_there_is(tmp_path: Path, suffix: str, capfd) -> None:
-    path = table(tmp_path, suffix)
-    for where, sentence in NOTHING.values():
-        with pytest.raises(ValueError, match=rf"^task 'b': {path}: no row fits `where`; {sentence}"):
-            Task("b", path=path, columns=COLUMNS, where=where).read()
-
-
 def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
     rows = [{"input": "a", "target": "b", "kind": None}, {"input": "c", "target": "d", "kind": "k"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")

@@ -102,14 +102,6 @@ def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> Non
     )
 
 
-def test_a_tokenizer_without_padding_stays_without() -> None:
-    model, tokenizer = build_model("llama", seed=3), build_tokenizer()
-    wanted = generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=5)
-    tokenizer.pad_token = None
-    assert generate(model, tokenizer, batch_of(TEXTS), max_new_tokens=5) == wanted
-    assert tokenizer.pad_token is None
-
-
 def test_the_head_gets_the_last_places_in_one_piece_and_is_as_before_afterwards() -> None:
     model, got = build_model("llama"), []
     watching = model.lm_head.register_forward_hook(lambda head, inputs, output: got.append(inputs[0]))

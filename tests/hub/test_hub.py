@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from importlib.metadata import version
 
 import pytest
 import torch
 import yaml
-from testbed.hub_server import point_client
 from testbed.random_deltas import random_delta
 
 from modular_experts.deltas import Sparse
@@ -130,16 +128,6 @@ def test_chosen_experts_alone_are_pulled(hub, library, tmp_path):
     assert [expert.name for expert in pull(REPO, tmp_path / "other", ["b"]).experts] == ["b"]
     assert list(Library(tmp_path / "other")) == ["b"]
     assert not any("/a/" in request for request in hub.requests if "resolve" in request)
-
-
-def test_pushes_add_up_in_one_repository(hub, library, tmp_path):
-    push([library / "a"], REPO)
-    push([library / "b"], REPO)
-    pull(REPO, tmp_path / "other")
-    assert contents(tmp_path / "other") == contents(library)
-    rows = [line for line in hub.repositories[REPO].files()["README.md"].decode().splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[1:]] == ["| a", "| b"]
-    assert all(row.split(" | ")[3] == "5 %" for row in rows[1:])  # a is read from the repository
 
 
 def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
@@ -333,13 +321,6 @@ def test_a_damaged_expert_is_not_pushed(hub, library):
 # What the hub says
 
 
-def test_writing_without_a_login_is_refused_with_the_way_out(hub, library, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(PermissionError, match=r"does not let you write to someone/experts \(HTTP 401\); log in"):
-        push(library, REPO)
-    assert hub.repositories == {}
-
-
 def test_a_repository_that_moved_meanwhile(hub, library, monkeypatch):
     push([library / "a"], REPO)
     seen = hub.repositories[REPO].sha
@@ -349,15 +330,6 @@ def test_a_repository_that_moved_meanwhile(hub, library, monkeypatch):
     with pytest.raises(FileExistsError, match="was changed by someone else at the same time"):
         push([library / "b"], REPO)
     assert "b/expert.json" not in hub.repositories[REPO].files()
-
-
-def test_a_hub_that_is_not_reached(hub, library, tmp_path, monkeypatch):
-    point_client(monkeypatch, "http://127.0.0.1:9")  # the port where everything is discarded, and nobody listens
-    for command in (lambda: push(library, REPO), lambda: pull(REPO, tmp_path / "other")):
-        with pytest.raises(
-            ConnectionError, match=r"the hub was not reached for someone/experts \(ConnectError at http"
-        ):
-            command()
 
 
 # Dry runs and cards
@@ -373,16 +345,6 @@ def test_a_dry_run_writes_nothing_and_says_what_a_real_one_does(hub, library):
     assert planned.commit is None
 
 
-def test_the_header_of_a_card(hub, library):
-    card = push(library, REPO, dry_run=True).card
-    assert header(card) == {
-        "library_name": "modular-experts",
-        "base_model": "maker/base",
-        "base_model_relation": "adapter",
-        "tags": ["modular-experts", "parameter-efficient-fine-tuning"],
-    }
-
-
 def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
     for number, place in enumerate(["/home/me/secret/base", "runs/base", "~/base", str(tmp_path)]):
         expert = write(tmp_path / "more" / f"x{number}", base={**BASE, "id": place})
@@ -390,19 +352,6 @@ def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
         assert "base_model" not in header(card)
         assert "secret" not in card
         assert "--base BASE" in card
-
-
-def test_the_card_says_where_a_merge_comes_from(hub, library):
-    parents = [{"name": "a", "content_hash": "c" * 64}]
-    method = {"class_path": "modular_experts.methods.ties.TIES", "init_args": {"keep": 0.2, "scope": "weight"}}
-    merged = write(library / "ab", 3, "merge", parents=parents, method=method, per_weight={"w1": None})
-    card = push([merged.path], REPO, dry_run=True).card
-    assert "`TIES(keep=0.2, scope='weight')`; weights `w1`: left at the base" in card
-    assert f"- parent: a, content hash `{'c' * 64}`" in card
-    assert f"**ab**, content hash `{merged.content_hash}`" in card
-    assert f"revision `main`, fingerprint `{'f' * 64}`" in card
-    assert "merge" in header(card)["tags"]
-    assert f"torch {version('torch')}" in card
 
 
 def test_the_commands_of_a_card_are_those_of_the_readme(hub, library):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import enum
 import json
-import sys
 
 import numpy
 import pytest
@@ -150,21 +148,6 @@ def test_what_an_approximation_loses_is_told_for_each_weight_and_in_all(tiny_lla
     assert manifest["adapter"]["weights"][LLAMA[2]]["kept"] == 2
 
 
-def test_manifest_says_what_was_written_and_how_it_was_checked(tiny_llama_dir, tmp_path):
-    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
-    written = write_peft(expert, tmp_path / "adapter", LoraFormat(rank=9), tolerance=1e-4)
-    manifest = json.loads((tmp_path / "adapter/modular_experts.json").read_text())
-    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(expert).content_hash, "tasks": []}]
-    assert manifest["base"]["fingerprint"] == Base.open(tiny_llama_dir).fingerprint
-    assert manifest["adapter"]["peft_type"] == "LORA"
-    assert manifest["adapter"]["settings"] == {"rank": 9}
-    assert manifest["check"]["tolerance"] == 1e-4
-    assert manifest["check"]["mean_difference"] == written.check.mean_difference
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_llama_dir)
-    assert sorted(config["target_modules"]) == sorted(name.removesuffix(".weight") for name in LLAMA)
-
-
 def test_a_delta_that_is_dense_in_form_only_is_written_as_single_entries(tiny_llama_dir, tmp_path):
     shape = Base.open(tiny_llama_dir).load().get_parameter(LLAMA[0]).shape
     sparse = delta_of("Sparse", shape, 1)
@@ -238,46 +221,6 @@ def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, 
         with pytest.raises(ValueError, match=r"adapter was not written: loaded again with peft 0.21.2, its logits"):
             write_peft(expert, tmp_path / "adapter", LoraFormat())
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-
-
-def without_peft(patch):
-    patch.setitem(sys.modules, "peft", None)
-
-
-def with_an_old_peft(patch):
-    patch.setattr("peft.PeftType", enum.Enum("PeftType", ["LORA"]))
-
-
-@pytest.mark.parametrize("missing", [without_peft, with_an_old_peft])
-def test_without_peft_our_own_reader_checks_and_the_hint_is_given(
-    tiny_llama_dir, tmp_path, monkeypatch, capsys, missing
-):
-    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse")
-    missing(monkeypatch)
-    assert main(["export", "--expert", str(expert), "--form", "supertuning", "--out", str(tmp_path / "a")]) == 0
-    told = capsys.readouterr().out
-    assert "loaded again with modular-experts: a logit differs by up to" in told
-    assert "pip install 'peft>=0.21'" in told
-    monkeypatch.undo()
-    torch.testing.assert_close(
-        peft_logits(tiny_llama_dir, tmp_path / "a"), expected_logits(tiny_llama_dir, dict(open_expert(expert))),
-        rtol=0, atol=1e-5,
-    )  # fmt: skip
-
-
-def test_the_command_tells_what_is_lost_and_how_it_was_checked(tiny_llama_dir, tmp_path, capsys):
-    expert = make(tmp_path / "one", tiny_llama_dir, LLAMA, "Sparse")
-    line = ["export", "--expert", str(expert), "--form", "lora", "--rank", "4", "--out", str(tmp_path / "a")]
-    assert main(line) == 0
-    told = capsys.readouterr().out
-    assert "3 of 3 weights are approximated" in told
-    assert "of the squared norm kept, relative error 0." in told
-    assert "loaded again with peft 0.21.2" in told
-    assert "a lora adapter of" in told
-    assert main([*line[:4], "shira", *line[5:]]) == 1
-    assert "rank=4 is a setting of form lora, and form is shira" in capsys.readouterr().err
-    assert main([*line[:4], "lorra", *line[5:]]) == 2
-    assert "must be one of lora, supertuning, shira, glora, got lorra; did you mean lora?" in capsys.readouterr().err
 
 
 def test_a_merge_of_low_rank_experts_is_carried_exactly(tiny_llama_dir, tmp_path):

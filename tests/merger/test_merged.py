@@ -337,12 +337,6 @@ def test_interrupted_merge_with_experts_beside_goes_on(library, monkeypatch):
     assert {path.name for path in library.iterdir()} >= {"merged", "merged-one", "merged-two"}
 
 
-def test_experts_of_one_name_are_refused_where_results_are_named_after_them(library):
-    make(library / "deeper/one", "Sparse", 8)
-    with pytest.raises(ValueError, match="two of the experts are called one"):
-        merge([library / "one", library / "deeper/one"], WithTasks(), library / "merged")
-
-
 def test_what_other_work_for_the_target_left_is_removed(library):
     interrupted_at(library, "c.weight")
     assert len(hidden(library)) == 1

@@ -7,7 +7,7 @@ import torch
 from testbed.random_deltas import random_delta
 
 from modular_experts.__main__ import main
-from modular_experts.deltas import BlockSparse, LowRank, Sparse
+from modular_experts.deltas import Sparse
 from modular_experts.library import make_record, write_expert
 from modular_experts.merger.merged import merge
 from modular_experts.merger.remove import remove
@@ -78,15 +78,6 @@ def test_support_of_sparse_experts_is_that_of_the_others(tmp_path):
     for weight in again:
         assert isinstance(left[weight], Sparse)
         assert torch.equal(left[weight].indices, again[weight].indices)
-
-
-def test_forms_stay(tmp_path):
-    for form, kind in (("BlockSparse", BlockSparse), ("LowRank", LowRank)):
-        folder = tmp_path / form
-        for seed in range(3):
-            make(folder / f"e{seed}", form, seed)
-        merge([folder / f"e{seed}" for seed in range(3)], Average(), folder / "all")
-        assert isinstance(remove(folder / "all", folder / "e0", folder / "left")["a.weight"], kind)
 
 
 def test_what_cannot_be_taken_out_is_refused(tmp_path, capsys):

@@ -89,27 +89,6 @@ def test_example_worked_by_hand():
     torch.testing.assert_close(second.dense(), torch.tensor([[4.0, -3.0, 0.0, 5.0, 0.0]]) * 13 / 12)
 
 
-def agreeing_mean(deltas):
-    """Average what agrees, as TIES does."""
-    values = torch.stack([delta.dense() for delta in deltas])
-    agrees = values * values.sum(0) > 0
-    return (values * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-def furthest(deltas):
-    """Take the largest magnitude of all, as MagMax does."""
-    values = torch.stack([delta.dense() for delta in deltas])
-    return values.gather(0, values.abs().max(0, keepdim=True).indices)[0]
-
-
-@pytest.mark.parametrize("mutant", [agreeing_mean, furthest])
-def test_wrong_twins_are_told_from_it(mutant):
-    deltas = [Dense(torch.tensor([[5.0, 1.0]])), Dense(torch.tensor([[-3.0, 2.0]])), Dense(torch.tensor([[-4.0, 3.0]]))]
-    expected = torch.tensor([[-4.0, 3.0]])
-    assert torch.equal(EMR().merge(deltas).dense(), expected)
-    assert not torch.equal(mutant(deltas), expected)
-
-
 @given(deltas_of_one_weight())
 def test_experts_of_the_tasks_have_their_own_mean_magnitude(deltas):
     for own, (merged,) in zip(deltas, tasks_of(EMR(), [deltas]), strict=True):

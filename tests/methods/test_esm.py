@@ -110,22 +110,3 @@ def test_weights_without_a_gram_matrix_are_averaged_and_silent_inputs_merge_to_n
     found = ESM(scale=2.0).merge(deltas, Context("w", [None, None]))
     torch.testing.assert_close(found.dense(), 2.0 * Average().merge(deltas).dense())
     assert not merge(ESM(), deltas, [np.zeros((3, 5))] * 2).dense().any()
-
-
-def of_the_weights(deltas, inputs):
-    return esm(deltas, [np.eye(deltas[0].shape[1])] * len(deltas))
-
-
-def not_weighted(deltas, inputs):
-    return esm(deltas, inputs, power=0.0)
-
-
-def of_one_set_of_inputs(deltas, inputs):
-    return esm(deltas, [np.concatenate(inputs)] * len(deltas))
-
-
-@pytest.mark.parametrize("twin", [of_the_weights, not_weighted, of_one_set_of_inputs])
-def test_wrong_twins_are_told_from_it(twin):
-    deltas = [random_delta("Dense", (9, 7), seed) for seed in range(3)]
-    inputs = inputs_of(deltas)
-    assert not np.allclose(merge(ESM(), deltas, inputs).dense().numpy(), twin(deltas, inputs), rtol=1e-2)

@@ -1,4 +1,4 @@
-"""SVC against its formula, entry by entry in numpy, and wrong twins; what passes through it to the inner method."""
+"""SVC against its formula, entry by entry in numpy, and what passes through it to the inner method."""
 
 from __future__ import annotations
 
@@ -95,32 +95,3 @@ def test_statistics_and_a_look_at_all_weights_and_tasks_are_those_of_the_inner_m
     for found, inner in zip(tasks_of(SVC(EMR(), scale=2.0), stream), tasks_of(EMR(), stream), strict=True):
         for one, other in zip(found, inner, strict=True):
             torch.testing.assert_close(one.dense(), 2.0 * other.dense())
-
-
-def input_directions(deltas, inner):
-    return svc(inner.merge(deltas).dense().numpy().T, [expert.T for expert in arrays(deltas)], 0.5).T
-
-
-def whole_matrices(deltas, inner):
-    merged = inner.merge(deltas).dense().numpy()
-    shares = [max(0.5, (merged * expert).sum() / (expert * expert).sum()) for expert in arrays(deltas)]
-    return merged * len(shares) / sum(shares)
-
-
-def along_their_own(deltas, inner):
-    """Look at each expert along its own directions, as FusionBench does."""
-
-    def response(u, value, v, expert):
-        place = np.argmin([abs(value - one) for one in values])
-        return (np.linalg.svd(expert)[0].T @ expert)[place]
-
-    merged = inner.merge(deltas).dense().numpy()
-    values = np.linalg.svd(merged)[1]
-    return svc(merged, arrays(deltas), 0.5, response)
-
-
-@pytest.mark.parametrize("twin", [input_directions, whole_matrices, along_their_own])
-def test_wrong_twins_are_told_from_it(twin):
-    deltas = [random_delta("Dense", (5, 7), seed) for seed in range(3)]
-    merged = SVC(TaskArithmetic()).merge(deltas).dense().numpy()
-    assert not np.allclose(merged, twin(deltas, TaskArithmetic()), rtol=1e-2)

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_experts.kernels import native
 from modular_experts.native import build as compiled
-from modular_experts.native import sparse_passes as entries
 from modular_experts.native.build import load
 
 SOURCES = sorted(Path(compiled.__file__).parents[1].rglob("*.cpp"))
@@ -88,15 +86,3 @@ def test_a_failed_compilation_is_one_line_with_the_reason(source, tmp_path, monk
     (line,) = caplog.messages
     assert line.startswith("seven.cpp is not used, as ")
     assert {"source": "SEVEN", "folder": "Not a directory"}[broken] in line
-
-
-@pytest.mark.parametrize("room", [native, entries])
-def test_a_failure_is_remembered(room, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    room.library.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO, logger=compiled.__name__):
-            assert [room.library(), room.library()] == [None, None]
-    finally:
-        room.library.cache_clear()
-    assert len(caplog.messages) == 1

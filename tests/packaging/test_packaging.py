@@ -122,15 +122,6 @@ def test_only_the_publishing_job_may_ask_for_an_identity() -> None:
     assert set(flow["on"]) == {"release"}
 
 
-def test_the_help_of_make_fits_a_terminal() -> None:
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert max(map(len, shown.splitlines())) <= 80
-    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
-    assert {line.split()[0] for line in shown.splitlines()} == set(phony.split())
-
-
 @pytest.mark.quickstart
 def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> None:
     """In an environment that has the wheel, and of this one only the packages it depends on."""

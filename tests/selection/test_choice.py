@@ -347,19 +347,6 @@ def test_of_a_tile_that_others_keep_in_part_the_part_counts(neighbours) -> None:
     assert not count_others("another.weight", layer, [few, tiles]).any()
 
 
-def test_a_library_stands_for_its_experts(neighbours, tiny_llama_dir, task_files, tmp_path) -> None:
-    listed = [str(neighbours / name) for name in ("entries", "few", "tiles", "rows", "half")]
-    found = []
-    for avoid in ([str(neighbours)], listed):
-        settings = {"rule": SelectOnce(), "seed": 3, "steps": 1, "avoid": avoid, "penalty": 0.7}
-        place = _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, **settings)
-        found.append((_entries(place), _record(place)["costs"]["overlap"]))
-    assert found[0] == found[1]
-    assert found[0][1] > 0.5, "several of them keep half of the entries and more"
-    with pytest.raises(ValueError, match="listed twice"):
-        MaskSchedule(avoid=[str(neighbours), listed[0]]).setup(SimpleNamespace(), None, "fit")
-
-
 @pytest.mark.parametrize(
     ("scope", "free", "units", "kept"), [("layer", 615, 1536, 921), ("global", 2050, 5120, 2 * (614 + 921))]
 )
@@ -412,14 +399,6 @@ def test_a_support_of_another_kind_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"the support of {other} cannot be shared: ({sentence})"):
         _beside(tiny_llama_dir, task_files, tmp_path, kind, support=str(neighbours / other))
-
-
-def test_a_support_is_one_expert_and_nothing_beside_it(neighbours, tiny_llama_dir, task_files, tmp_path) -> None:
-    for beside in ({"score": SNIP()}, {"rule": SelectOnce()}, {"avoid": ["a"]}):
-        with pytest.raises(ValueError, match="is used as it is: give no score, rule, scope or avoid beside it"):
-            MaskSchedule(support="a", **beside)
-    with pytest.raises(ValueError, match=r"is a library of 6 experts; name one of them"):
-        _beside(tiny_llama_dir, task_files, tmp_path, SPARSE, support=str(neighbours))
 
 
 class Rewound(Watch):
@@ -633,15 +612,6 @@ def test_a_masked_weight_is_scored_with_its_change(tiny_llama_dir, task_files, t
     for weight, change in seen:
         assert change.any()
         assert any(torch.equal(weight, base + change) for base in bases if base.shape == weight.shape)
-
-
-def test_an_expert_that_moves_every_entry_is_not_avoided(neighbours, caplog) -> None:
-    with pytest.raises(ValueError, match=r"full moves every entry \(Dense\) and cannot be avoided"):
-        MaskSchedule(avoid=[str(neighbours / "full")]).setup(SimpleNamespace(), None, "fit")
-    schedule = MaskSchedule(avoid=str(neighbours))
-    schedule.setup(SimpleNamespace(), None, "fit")
-    assert "full" not in [other.name for other in schedule.neighbours]
-    assert "full moves every entry (Dense) and is not avoided" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -139,15 +139,6 @@ def test_a_checkpoint_of_another_base_or_of_other_experts_is_refused(tiny_llama_
             runs.module(tiny_llama_dir, KINDS[kind]).on_load_checkpoint(checkpoint)
 
 
-def test_training_without_an_expert_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no experts to train: give model\.expert and model\.modules"):
-        runs.trainer(tmp_path).fit(runs.module(tiny_llama_dir, None), runs.mixture(task_files, tiny_llama_dir))
-    with pytest.raises(ValueError, match="expert is given but not modules"):
-        runs.trainer(tmp_path).fit(
-            runs.module(tiny_llama_dir, FullExpert, modules=None), runs.mixture(task_files, tiny_llama_dir)
-        )
-
-
 def _loaded(base: Path, **settings) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(base, **settings).eval()
 

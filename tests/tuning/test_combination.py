@@ -141,12 +141,3 @@ def _fail_inside(combination, before):
     with combination:
         combination.move_to(torch.ones(len(NAMES), 4))
         raise RuntimeError("it did not move" if same_bits(combination._model, before) else "it moved")
-
-
-def test_experts_that_do_not_fit_are_refused(objective) -> None:
-    expert = random_experts(objective)[0]
-    wrong = {NAMES[0]: Dense(torch.zeros(2, 3))}
-    with pytest.raises(ValueError, match=r"of shape \(2, 3\), and in .* \(32, 32\)"):
-        Combination(objective.model, [wrong])
-    with pytest.raises(ValueError, match=r"two experts disagree on the shape of .*: \(32, 32\) and \(2, 3\)"):
-        Combination(objective.model, [expert, wrong])

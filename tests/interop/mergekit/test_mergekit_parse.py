@@ -1,7 +1,5 @@
 """What a recipe's file may hold, and the sentence for what it may not."""
 
-import math
-
 import pytest
 
 from modular_experts.interop.mergekit.parse import parse_reference, parse_setting, read_recipe
@@ -37,15 +35,8 @@ def test_model_is_a_path_with_a_revision_and_an_adapter():
             {"filter": "mlp", "value": 1},
             "must be a finite number, .* got {'filter'",
         ),
-        ([], "must be a finite number"),
         ("much", "must be a finite number, a list of them, or a list of filters, got 'much'"),
-        ([0.1, math.inf], "must be a finite number"),
         ([0.1, {"value": 1}], r"weight\[0\] must be a mapping of keys to values, got 0.1"),
-        (
-            [{"filtre": "mlp", "value": 1}],
-            r"weight\[0\] has an unknown .* 'filtre'; did you mean filter\?",
-        ),
-        ([{"filter": "mlp"}], r"weight\[0\].value must be a finite number.* got None"),
         ([{"filter": 3, "value": 1}], "must be a part of a weight's name, got 3"),
         ([{"filter": "mlp", "value": [{"value": 1}]}], r"weight\[0\].value must be a finite number"),
     ],
@@ -68,38 +59,14 @@ slices:
     ("text", "told"),
     [
         (LINEAR + "merge_methods: ties", "key 'merge_methods'.*did you mean merge_method?"),
-        (
-            LINEAR.replace("weight", "wieght"),
-            r"models\[0\].parameters .* key 'wieght'; did you mean weight\?",
-        ),
-        (LINEAR + "parameters: {density: 0.5}", "parameters has an unknown or unsupported key 'density'"),
-        (
-            LINEAR.replace("{model: b", "{modle: b"),
-            r"models\[1\] has an unknown .* key 'modle'.*mean model\?",
-        ),
         (LINEAR.replace("linear", "lineer"), "merge_method 'lineer' is not supported; did you mean linear?"),
-        (
-            LINEAR.replace("merge_method: linear\n", ""),
-            "merge_method None is not supported; supported are linear",
-        ),
         (LINEAR.replace("linear", "ties"), "ties needs a base_model"),
         (LINEAR + "dtype: float31", "dtype must be one of float32, bfloat16, float16, got 'float31'"),
-        (LINEAR + "dtype: int64", "dtype must be one of"),
         (LINEAR + "tokenizer_source: union", "the tokenizer must be that of base_model, got 'union'"),
-        (LINEAR + "tokenizer: {tokens: {x: {source: a}}}", "tokenizer has an unknown or unsupported key 'tokens'"),
-        (LINEAR + "tokenizer_source: a", "the tokenizer must be that of base_model, got 'a'"),
-        (LINEAR + "chat_template: auto", "unsupported key 'chat_template'"),
         (LINEAR + "---\n" + LINEAR, "is not valid YAML: expected a single document"),
-        ("[1, 2]", "must be a mapping"),
-        ("merge_method: [", "is not valid YAML"),
-        (LINEAR + "slices: [1]", "must have exactly one of models, slices and modules"),
         ("merge_method: linear", "must have exactly one of models, slices and modules"),
         (LINEAR.replace("model: b", "model: a"), "names a twice"),
         (f"{LINEAR}merge_method: ties\n", "the key 'merge_method' comes twice"),
-        (
-            LINEAR.replace("weight: 1", "normalize: 1"),
-            r"models\[0\].parameters has an unknown or unsupported key 'normalize'",
-        ),
         (
             LINEAR.replace("linear", "slerp").replace("{weight: 1}", "{}") + "base_model: c",
             "slerp takes 1 model.* got 2",
@@ -110,13 +77,8 @@ slices:
         ),
         (SLICES.replace("b, layer_range: [2, 4]", "c, layer_range: [2, 4]"), r"slices\[1\] has other sources"),
         (SLICES.replace("b, layer_range: [2, 4]", "b, layer_range: [1, 3]"), "have different layer_range"),
-        (SLICES.replace("b, layer_range: [2, 4]", "b"), "have different layer_range"),
         (SLICES + "base_model: c", "base_model c must be among the sources"),
         (SLICES.replace("]}]\n", "]}]\n    residual_weight: 0.5\n", 1), "unsupported key 'residual_weight'"),
-        (
-            "merge_method: linear\nmodules: {vision: {models: [{model: a}]}}",
-            "modules has an unknown .* key 'vision'",
-        ),
     ],
 )
 def test_recipe_that_cannot_run_as_meant_is_refused_in_a_sentence(tmp_path, text, told):
