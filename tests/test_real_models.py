@@ -1,6 +1,6 @@
 """A real language model on real task files: three kinds of experts learn, and a merge of two keeps both tasks.
 
-Slow. Tests of one kind share what they train, so they run in one process; those of other kinds may run beside them. The
+Slow. Tests of one kind share what they train, so they run in one process; tests of other kinds may run beside them. The
 task files are read from the folder that MODULAR_EXPERTS_DATA names, and never copied. The model is the one that
 `make smollm2` makes, or is converted on the spot where its package is installed.
 """

@@ -307,7 +307,7 @@ def test_base_that_stores_a_tied_weight_twice_is_moved_once(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", None])
 def test_a_model_is_known_as_the_base_in_any_dtype(tmp_path, dtype):
-    """Also where it was rounded on the way, which is what a float32 model from a half precision load is."""
+    """Also where it was rounded on the way, as in a float32 model that was loaded in half precision."""
     build_model("llama").save_pretrained(tmp_path / "base")
     expert, base = open_expert(make(tmp_path / "one", tmp_path / "base", 1)), Base.open(tmp_path / "base")
     for model in (base.load(dtype), base.load(dtype).float()):

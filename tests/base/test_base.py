@@ -1,4 +1,4 @@
-"""Checkpoints: found or refused with a sentence, loaded whole, and told apart by what they hold."""
+"""Checkpoints: found or refused with a sentence, loaded whole, and told apart by their contents."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Interrupt(runs.Losses):
 
 
 def _rising(base, files, folder, *callbacks, expert=SPARSE, steps=8, ckpt=None, **settings):
-    """Train with a rate that turns negative: of the validations, one after each step, that of step 4 is the best."""
+    """Train with a rate that turns negative: of the validations, one after each step, the fourth is the best."""
     torch.manual_seed(0)
     rates = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0 if step > 3 else 1.0)
     module = runs.module(base, expert, optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=rates)

@@ -88,7 +88,7 @@ class Plain(LightningModule):
 
 
 class Exported(Plain):
-    """The same with what `ExportExpert` asks for."""
+    """The same with the facts that `ExportExpert` asks for."""
 
     def task_vector(self):
         yield "layer.weight", Dense(self.layer.weight.detach().clone())

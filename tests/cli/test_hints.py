@@ -35,7 +35,7 @@ STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ", "
 
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each string of the package with its file; of an f-string, placeholders become the word X."""
-    # One file has former options, the other those of SLURM's commands.
+    # One file has former options, the other has options of SLURM's commands.
     for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "old_names.py", PACKAGE / "jobs" / "slurm_jobs.py"}):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
@@ -86,7 +86,7 @@ def wrong_hints(text: str) -> list[str]:
     """Return the options and commands in a text that do not exist."""
     found = []
     for part in re.split(r"`|\n\s*(?=modular-experts)", text):
-        # In a command, options are those of the command; in a sentence, of any command.
+        # In a command, options belong to the command; in a sentence, to any command.
         command = re.match(r"\s*(?:modular-experts ([a-z]+)|([a-z]+)(?= --))", part)
         verb = (command[1] or command[2]) if command else ""
         if verb not in ("", *VERBS) and "modular-experts" in part and "`" in text:

@@ -50,7 +50,7 @@ def test_the_command_makes_a_base_that_experts_train_on(architecture, run, tiny,
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert (base / "tokenizer.json").read_bytes() == Path("smaller/tokenizer.json").read_bytes()
-    # What is reported is what the checkpoint gives, loaded again.
+    # The loaded checkpoint gives the reported numbers.
     texts = read_texts(["a.jsonl", "b.jsonl"], Base.open("smaller").tokenizer(), {"test": 200}, 20)
     for name, model in (("base", whole), (found["written"], small)):
         assert perplexity(model.eval(), texts["test"]) == pytest.approx(found["perplexity"][name], rel=1e-4)

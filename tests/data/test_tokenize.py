@@ -1,4 +1,4 @@
-"""Tokens are what a hand would write: prompt, joint, target, end."""
+"""Tokens as one would write them by hand: prompt, joint, target, end."""
 
 from __future__ import annotations
 

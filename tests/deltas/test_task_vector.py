@@ -1,4 +1,4 @@
-"""Task vectors are vectors: sums, differences and multiples are lazy, and equal to what each weight's deltas give."""
+"""Task vectors are vectors: sums, differences and multiples are lazy, and equal to the sums of each weight's deltas."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_a_filler_among_the_rows_gets_no_answer_and_changes_none() -> None:
 
 
 class Drawn(Router):
-    """Weighs three experts by what it reads of a prompt."""
+    """Weighs three experts by the prompt."""
 
     scope = "sample"
 

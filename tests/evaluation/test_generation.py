@@ -1,4 +1,4 @@
-"""What is generated for a batch is what each prompt alone would give, and nobody's settings change."""
+"""A batch generates the answers that each prompt alone would get, and nobody's settings change."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_the_expert_and_the_plan_keep_their_contracts() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("group", "templates"), [(4, 1), (4, 3), (4, 4), (3, 2)])
 def test_templates_miss_what_the_dropped_singular_values_hold(architecture, group, templates) -> None:
-    """Of blocks 0 to 3 in the order of their depth; the rest of a division is a group of its own."""
+    """Groups of blocks 0 to 3 by depth; the rest of a division is a group of its own."""
     model = made(architecture, modules="all-linear", group=group, templates=templates)
     kinds: dict[str, list] = {}
     for name, layer in sorted(expert_layers(model)):

@@ -42,7 +42,7 @@ def library(tmp_path):
 
 @pytest.fixture
 def hub(hub):
-    """A hub that knows one model beside what is pushed."""
+    """A hub that knows one model beside the pushed repositories."""
     hub.models.add("maker/base")
     return hub
 
@@ -163,7 +163,7 @@ def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
     assert contents(tmp_path / "with" / "a") == contents(library / "a")
     shutil.rmtree(library / "a")
     write(library / "a", seed=99)
-    push([library / "a"], REPO, overwrite=True)  # they were those of other contents
+    push([library / "a"], REPO, overwrite=True)  # they belonged to other contents
     assert "a/statistics/fisher.safetensors" not in hub.repositories[REPO].files()
 
 

@@ -29,7 +29,7 @@ WITHOUT_BIAS = {"a": "lora", "b": "lora"}
 
 @pytest.fixture(scope="module")
 def base_of(tiny, tmp_path_factory):
-    """Return the directory of a tiny model; that of `biased` is a Llama with a bias in each layer, not zero."""
+    """Return the directory of a tiny model; `biased` is a Llama with a bias in each layer, not zero."""
     path = tmp_path_factory.mktemp("biased")
     model = build_model("llama", attention_bias=True, mlp_bias=True)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One definition of what a stored result depends on: settings, and the user's code that they name."""
+"""One definition of the things that a stored result depends on: settings, and the user's code that they name."""
 
 from __future__ import annotations
 

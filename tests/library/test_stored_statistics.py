@@ -1,4 +1,4 @@
-"""Stored statistics: what is written is what is read, of this expert and no other, whole or not at all."""
+"""Stored statistics: they are read as they were written, of this expert and no other, whole or not at all."""
 
 from __future__ import annotations
 

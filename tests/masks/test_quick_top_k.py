@@ -45,7 +45,7 @@ def test_it_is_a_stable_sort_by_falling_score(kind: str, k: int) -> None:
 @pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "alike", "excluded", "infinite", "sampled are high"])
 def test_the_highest_scores_outside_a_support_are_those_of_the_sorted_rest(kind: str, k: int) -> None:
     scores = _scores(kind)
-    # The highest scores are among those left out, as those of trained entries may be.
+    # The highest scores are among the units left out, as scores of trained entries may be.
     odds = 0.01 + 0.3 * (scores > scores.median())
     kept = (torch.rand(SIZE, generator=torch.Generator().manual_seed(2)) < odds).nonzero()[:, 0].int()
     rest = torch.ones(SIZE, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""A weight in any number of chunks merges to what it merges to whole, for every form."""
+"""A weight in any number of chunks merges as the whole weight does, for every form."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """EMR against a reading of the paper entry by entry, over all weights of the experts, for the merged expert and for
-those of the tasks beside it.
+the experts of the tasks beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def elected(column):
 
 
 def emr(weights):
-    """Return the unified values of every weight, and those of each task."""
+    """Return the unified values of every weight, and the values of each task."""
     columns = [
         list(zip(*(delta.dense().double().reshape(-1).tolist() for delta in deltas), strict=True)) for deltas in weights
     ]

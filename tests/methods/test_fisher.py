@@ -15,7 +15,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def informations(deltas, seed=0, spread=3.0):
-    """Random Fisher informations over several orders of magnitude, as those of a model are, in float32."""
+    """Random Fisher informations over several orders of magnitude, as in a trained model, in float32."""
     draw = torch.Generator().manual_seed(seed)
     logs = [spread * torch.randn(deltas[0].shape, generator=draw) - 9 for _ in deltas]
     return [DataStatistic(log.exp(), norm=2.0 + number) for number, log in enumerate(logs)]

@@ -22,7 +22,7 @@ SKEWED = [1.0, 2.0, 5.0]
 
 
 def nearby_deltas(seed, count=3, shape=(3, 4), spread=0.8):
-    """Deltas that scatter around one, as those of one task do; every form, of all lengths."""
+    """Deltas that scatter around one, as experts of one task do; every form, of all lengths."""
     centre = random_delta("Dense", shape, seed)
     around = [random_delta("Dense", shape, seed + 1 + place) * spread for place in range(count)]
     return [(centre + delta) * (1.0 + place) for place, delta in enumerate(around)]

@@ -1,4 +1,4 @@
-"""The battery runs on every merge method of the package, with what its docstring promises, and catches wrong ones."""
+"""The battery runs on every merge method of the package, with the promises of its docstring, and catches wrong ones."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_method_keeps_its_promises(method, promises):
 
 def test_every_method_is_in_the_battery():
     missing = set(m.METHODS) - {type(method).__name__ for method, _ in PROMISES}
-    assert not missing, f"add a line to PROMISES in {__name__}.py with what these methods promise: {sorted(missing)}"
+    assert not missing, f"add a line to PROMISES in {__name__}.py with the promises of these methods: {sorted(missing)}"
 
 
 @dataclass(frozen=True)

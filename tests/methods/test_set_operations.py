@@ -1,4 +1,4 @@
-"""Intersection and difference are those of the stored supports, entry by entry."""
+"""Intersection and difference of the stored supports, entry by entry."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ shares = st.sampled_from([0.0, 0.1, 0.35, 0.5, 0.8, 1.0])
 
 
 def slerp(one, other, t):
-    """Turn the direction of one towards that of the other, and read off how much of either that is."""
+    """Turn the direction of one towards the other's, and read off how much of either that is."""
     if not one.count_nonzero() or not other.count_nonzero():
         return (1 - t) * one + t * other
     ahead = one / one.norm()

@@ -1,4 +1,4 @@
-"""Passes over entries: the bits are those of torch, and nothing but what belongs to a part is read or written."""
+"""Passes over entries: the bits equal torch's, and only the entries of a part are read or written."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_with_the_prototypes_of_peft_it_is_the_arrow_of_peft(tiny_llama_dir, tmp
     routers = by_weight(router, model, experts)
     assert routers.keys() == prototypes.keys()
     for name, one in routers.items():
-        # Of a matrix of rank 1, PEFT's iteration finds the direction in one step; of others it stops before.
+        # PEFT's iteration finds the direction of a matrix of rank 1 in one step; for other matrices it stops before.
         if rank > 1:
             one.load_state({"prototypes": prototypes[name]}, COUNT)
     with routed(model, experts, routers):

@@ -56,7 +56,7 @@ def test_prompts_that_no_expert_claims_go_to_the_fallback() -> None:
     given = [rows.repeat_interleave(2, 0) for rows in prompts(4.0, (60, 60, 60))]
     router = Classifier(decay=0.01, reject=0.1, select=TopK(2))
     router.learn([], given)
-    # The own scores are those of fits that did not see the prompt or its part.
+    # The own scores come from fits that did not see the prompt or its part.
     own = []
     for fold in range(4):
         out = torch.arange(120) // 2 % 4 == fold

@@ -40,7 +40,7 @@ def gates_of(model: torch.nn.Module) -> Gates:
 
 
 def taught(architecture: str = "llama", **settings: object) -> torch.nn.Module:
-    """Return a model with random LoRAs, whose router tells tokens of `ROWS` from those of `OTHERS`."""
+    """Return a model with random LoRAs, whose router tells tokens of `ROWS` from tokens of `OTHERS`."""
     model = build_model(architecture).double()
     inject(model, LoRAIR(**{"experts": 2, "rank": 3, "alpha": 6.0, "prompts": 24} | settings))
     made = torch.Generator().manual_seed(4)

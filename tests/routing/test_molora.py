@@ -70,7 +70,7 @@ def test_the_balance_loss_is_k_at_even_use_and_larger_where_one_expert_takes_all
         return expert.penalty().item()
 
     logits = torch.tensor([3.0, 1.0, 0.5, 0.2, 0.0])
-    # Of five tokens, each takes another two experts.
+    # Each of five tokens takes another two experts.
     assert balance_loss(torch.stack([logits.roll(token) for token in range(5)], 1)) == pytest.approx(2.0)
     assert balance_loss(torch.tensor([90.0, 50.0, 0.0, 0.0, 0.0])[:, None].expand(5, 5)) == pytest.approx(5.0)
 

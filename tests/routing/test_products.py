@@ -1,4 +1,4 @@
-"""Products of inputs with the deltas of their own experts: those of dense float64 arithmetic, whichever way they go."""
+"""Products of inputs with the deltas of their own experts: equal to dense float64 arithmetic, whichever way they go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that are read whole and cut: a cut one is what the prompt without its front is alone."""
+"""Prompts that are read whole and cut: a cut prompt reads like the prompt without its front."""
 
 from __future__ import annotations
 

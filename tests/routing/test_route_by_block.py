@@ -24,7 +24,7 @@ from modular_experts.text import block_of
 
 
 class First(Router):
-    """Scores expert n by entry n of what enters the block."""
+    """Scores expert n by entry n of the block's input."""
 
     scope = "block"
 

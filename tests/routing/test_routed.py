@@ -134,7 +134,7 @@ def test_an_answer_keeps_the_gates_of_its_prompt(architecture: str) -> None:
         with_cache = model.generate(**padded(ROWS, "left"), **settings)
         gates = running.current.gates.ids.flatten().tolist()
         for number, row in enumerate(ROWS):
-            # Without a cache each step reads all tokens again; their gate is that of the prompt alone.
+            # Without a cache each step reads all tokens again; their gate stays the prompt's.
             ids = torch.tensor([row])
             for _ in range(6):
                 with reading(torch.arange(ids.shape[1])[None] < len(row)):

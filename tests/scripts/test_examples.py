@@ -1,4 +1,4 @@
-"""The shipped task files are those of their script, sound, and hard to answer by luck."""
+"""The shipped task files equal their script's output, are sound, and hard to answer by luck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection: what competes with what, beside which other experts, on whose support; and what is recorded of it."""
+"""Selection: which units compete, beside which other experts, on whose support; and its record."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Watch(MaskSchedule):
 
 
 def even(weight, gradient, delta):
-    """A score in which weights are alike on average, so that each gets some of what is kept, and none its own share."""
+    """A score in which weights are alike on average, so that each keeps some entries, and none its own share."""
     return gradient.abs() / gradient.abs().mean()
 
 
@@ -509,7 +509,7 @@ def test_weights_stored_the_other_way_round_are_avoided_and_shared_alike(
     kinds = {"row": ("column", 1), "column": ("row", 0)}
     if units in kinds:
         delta = stored["transformer.h.0.attn.c_attn.weight"]
-        assert delta.tile[kinds[units][1]] == 1, "an output of the layer is a column of what is stored"
+        assert delta.tile[kinds[units][1]] == 1, "an output of the layer is a stored column"
     theirs, mine = _entries(first), _entries(beside)
     assert not any(theirs[name] & mine[name] for name in theirs)
     assert _record(beside)["costs"]["overlap"] == 0.0

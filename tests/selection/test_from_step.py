@@ -124,7 +124,7 @@ def test_the_first_choice_is_that_of_a_scoring_pass_over_the_training_batch(
 def test_the_chosen_units_train_by_the_sum_over_micro_batches_of_the_dense_gradient(
     kind, parts, mib, checkpointing, tiny_llama_dir, task_files, tmp_path
 ) -> None:
-    """Of the weights as they were before the choice; the last micro-batch chooses, or the first without memory."""
+    """Weights are as before the choice; the last micro-batch chooses, or the first without memory."""
     rule = GrowAndDrop(every=1, until=1.0, replace=0.5)
     schedule = MaskSchedule(rule=rule, batches="step", accumulator_mib=mib)
     module, look = _fit(

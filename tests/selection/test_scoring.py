@@ -105,7 +105,7 @@ def test_squared_gradients_are_squared_batch_by_batch_before_the_mean(kind: part
     model = conftest.build_model("llama")
     inject(model, kind, PATTERN)
     layers, found = selectable_layers(model), {}
-    uneven = [0.5, 0.25, 0.25][:batches] if batches > 1 else None  # shares are those of means of gradients
+    uneven = [0.5, 0.25, 0.25][:batches] if batches > 1 else None  # shares of the means of gradients
     ScoringPass(_loss(model), BATCHES[:batches], uneven, budget).squared_gradient(layers, found.__setitem__)
     parts = [_dense_gradients([ids]) for ids in BATCHES[:batches]]
     for name in layers:
@@ -214,7 +214,7 @@ def test_the_step_of_the_curvature_is_a_share_of_one_weight_however_many_are_sco
 
 
 def test_dropout_is_the_same_in_all_passes_of_a_curvature() -> None:
-    """Otherwise the difference of two gradients is that of two networks, divided by next to nothing."""
+    """Otherwise the difference of two gradients would be a difference of two networks, divided by next to nothing."""
     found = _curvature(KINDS[0], torch.float64, train=True)
     assert _error(found, _exact_curvature(train=True)) < 5e-6
     assert _error(found, _exact_curvature()) > 0.1
@@ -246,7 +246,7 @@ def _rows() -> list[Example]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_mean_gradient_does_not_depend_on_how_rows_are_cut_into_batches(size: int, tiny, tmp_path) -> None:
-    """It is that of the mean over all target tokens, taken here row by row without padding."""
+    """The gradient of the mean over all target tokens, taken here row by row without padding."""
     batches = [Collator(0)(_rows()[start : start + size]) for start in range(0, 4, size)]
     module = runs.module(tiny("gpt2"), KINDS[0], modules=conftest.TARGETS["gpt2"], dtype="float64")
     module.configure_model()

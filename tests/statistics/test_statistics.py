@@ -288,7 +288,7 @@ def test_statistics_of_the_answers_of_each_expert_read_no_targets(place):
     assert take("gram", *answers, "--overwrite", "true") == 0
     assert Path("library/upper/statistics/gram.safetensors").read_bytes() == before
     expert = open_expert("library/upper")
-    model, tokenizer = (getattr(Base.open(expert.record["base"]["id"]), what)() for what in ("load", "tokenizer"))
+    model, tokenizer = (getattr(Base.open(expert.record["base"]["id"]), part)() for part in ("load", "tokenizer"))
     with applied(model, [expert]), torch.no_grad():
         answered = []
         for row in rows:

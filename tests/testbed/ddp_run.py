@@ -119,7 +119,7 @@ def train_masked(folder: Path, base: Path, files: dict[str, Path], ranks: int) -
 
 
 def train_few_rows(folder: Path, base: Path, files: dict[str, Path], ranks: int, mixture: str) -> dict:
-    """Train two epochs of five rows in batches of four, so that of two ranks one has no row in every second batch.
+    """Train two epochs of five rows in batches of four, so that one of two ranks has no row in every second batch.
 
     The mixture's penalty counts tokens or rows. Return the logged losses, the rows trained on, all trained values, and
     the mean over ranks of the loss of a batch with one labelled token, which rank 0 has.

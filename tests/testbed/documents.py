@@ -20,7 +20,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def definitions(page: str) -> str:
-    """Return the Python blocks that define classes or functions, which are what a user would put into `mine.py`."""
+    """Return the Python blocks that define classes or functions, which a user would put into `mine.py`."""
     return "\n\n".join(block for block in blocks(page, "python") if re.search(r"^(class|def) ", block, re.MULTILINE))
 
 

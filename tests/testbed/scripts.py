@@ -47,7 +47,7 @@ def shown(name: str, *report: Any) -> str:
 
 
 def run_commands_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `subprocess.run` run Python's scripts and our command here, and count their CPU time as that of children."""
+    """Let `subprocess.run` run Python's scripts and our command here, and count their CPU time as children's."""
 
     def run(words: Sequence[str], **how: Any) -> subprocess.CompletedProcess[Any]:
         python, *rest = words

@@ -67,5 +67,5 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def same_bits(model, before: dict[str, torch.Tensor]) -> bool:
-    """Return whether every weight is what it was."""
+    """Return whether every weight is as it was."""
     return all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

@@ -3,7 +3,7 @@
     python tests/testbed/slurm.py squeue
 
 Debian has them: `apt-get install slurmctld slurmd slurm-client munge`. The cluster has one node of four processors, and
-two partitions: `low`, the default one, and `high`, whose jobs send those of `low` back to the queue.
+two partitions: `low`, the default one, and `high`, whose jobs send jobs of `low` back to the queue.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def merge_and_apply(run: Callable, base: Path) -> None:
 
 
 def apply_and_test(run: Callable, base: Path, expert: str) -> None:
-    """Check that an expert has the same loss in the weights of a written checkpoint and beside those of the base."""
+    """Check that an expert has the same loss in the weights of a written checkpoint and beside the base's."""
     assert run("apply", "--base", base, "--experts", expert, "--out", "applied")[0] == 0
     losses = []
     for number, model in enumerate(([base, "--model.applied", f"[{expert}]"], ["applied"])):

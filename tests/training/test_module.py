@@ -71,9 +71,7 @@ def test_training_lowers_the_loss_and_export_and_checkpoint_test_like_the_traine
     export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
     module, trainer, losses = runs.fit(tiny_llama_dir, task_files, tmp_path, KINDS[kind], export, max_steps=24)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert kind == "masked" or sum(losses[-6:]) < sum(
-        losses[:6]
-    )  # it hides nine tenths of what it learned in the first
+    assert kind == "masked" or sum(losses[-6:]) < sum(losses[:6])  # it hides nine tenths of its first training
     trainer.test(module, runs.mixture(task_files, tiny_llama_dir), verbose=False)
     applied = runs.module(tiny_llama_dir, None, applied=[str(export.target)])
     runs.trainer(tmp_path).test(applied, runs.mixture(task_files, tiny_llama_dir), verbose=False)

@@ -72,7 +72,7 @@ def test_the_loss_falls_where_it_is_the_objective(objective) -> None:
 
 
 def test_a_first_step_goes_by_the_learning_rate_against_the_sign_of_the_gradient(objective) -> None:
-    """Adam's first step has that size whatever the gradient; the sign is that of a finite difference."""
+    """Adam's first step has that size whatever the gradient; a finite difference gives the sign."""
     experts = random_experts(objective)[:2]
 
     def entropy(coefficients: torch.Tensor) -> float:

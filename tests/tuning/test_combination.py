@@ -1,4 +1,4 @@
-"""The coefficients' gradient is that of autograd through the explicit sum, and the model stands exactly where it is
+"""The coefficients' gradient equals autograd's through the explicit sum, and the model stands exactly where it is
 told.
 """
 

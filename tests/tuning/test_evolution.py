@@ -16,7 +16,7 @@ COSTS = [1 + place % 3 for place in range(12)]
 
 
 def rugged(genes) -> float:
-    """Lowest where each gene is what its place says, with a reward for equal neighbours that pulls elsewhere."""
+    """Lowest where each gene has the value of its place, with a reward for equal neighbours that pulls elsewhere."""
     wrong = sum(gene != (place * 7) % 4 for place, gene in enumerate(genes))
     return wrong - 0.3 * sum(one == other for one, other in itertools.pairwise(genes))
 

@@ -1,4 +1,4 @@
-"""The distance to a task's own expert is the divergence in float64, and its gradient that of the closed form."""
+"""The distance to a task's own expert is the divergence in float64, and its gradient the closed form's."""
 
 from __future__ import annotations
 

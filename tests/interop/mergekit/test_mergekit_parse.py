@@ -1,4 +1,4 @@
-"""What a recipe's file may hold, and the sentence for what it may not."""
+"""What a recipe's file may hold, and the sentences for all else."""
 
 import pytest
 

@@ -107,7 +107,7 @@ DROPPING = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with the models, and with what mergekit made of each recipe."""
+    """A directory with the models, and with mergekit's merge of each recipe."""
     root = tmp_path_factory.mktemp("peer")
     for seed, name in enumerate(["base", "a", "b", "c"]):
         save(moved("llama", seed, num_hidden_layers=4), root / name)
