@@ -12,7 +12,6 @@ import inspect
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ import yaml
 
 from modular_experts.__main__ import VERBS, main
 from modular_experts.methods import METHODS
+from modular_experts.methods.method import documentation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,17 +39,17 @@ def methods_page() -> str:
     rows, parts = [], []
     sources: dict[Any, str] = {}
     for name, kind in sorted(METHODS.items(), key=lambda item: item[0].lower()):
-        about, _, settings = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
+        about, settings = documentation(kind)
         formula = " ".join(about.split("\n\n")[0].split()).partition(": ")[2]
         rows.append(f"| [`{name}`](#{name.lower()}) | {formula} |")
         made: Any = None
         with contextlib.suppress(TypeError):  # a method without a default for some setting
             made = kind()
         defaults = vars(made) if made is not None else {}
-        lines = [f"## {name}", about.strip(), "**Settings**"]
-        for setting, text in re.findall(r"^(\w+): (.*(?:\n[ ]+.*)*)", inspect.cleandoc(settings), re.MULTILINE):
+        lines = [f"## {name}", about, "**Settings**"]
+        for setting, text in settings.items():
             value = f" (`{defaults[setting]!r}`)" if setting in defaults else ""
-            lines.append(f"- `{setting}`{value}: {' '.join(text.split())}")
+            lines.append(f"- `{setting}`{value}: {text}")
         module = inspect.getmodule(kind)
         first = sources.setdefault(module, name)
         source = inspect.getdoc(module) if first == name else f"As for [{first}](#{first.lower()})."

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import modular_experts.methods as catalogue
 from modular_experts.cli.format import value_text
-from modular_experts.methods import MergeMethod
+from modular_experts.methods import FIRST, METHODS, MergeMethod
+from modular_experts.methods.method import documentation
 from modular_experts.text import did_you_mean
 
 
-def methods(name: str | None = None) -> None:
-    """Show the merge methods, or everything about one: formula, properties, settings with their defaults, source.
+def methods(name: str | None = None, all: bool = False) -> None:
+    """Show the merge methods to try first, or everything about one: formula, properties, settings, source.
 
     Args:
         name: Name of a method, or the dotted path of a class of your own.
+        all: Show all methods, in the order of their names.
 
     Examples:
         modular-experts methods
         modular-experts methods TIES
     """
-    known = {name: getattr(catalogue, name) for name in sorted(catalogue.__all__, key=str.lower)}
-    del known["MergeMethod"]
     if name is None:
-        table = Table("method", "merged delta of experts with the deltas d_i", box=box.SIMPLE, pad_edge=False)
-        for title, kind in known.items():
-            text = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
-            table.add_row(title, text.partition(": ")[2] or text)
-        Console(markup=False, emoji=False).print(table)
-        print("Everything about one: modular-experts methods TIES")
-    elif name in known:
-        _show(known[name])
+        by_name = sorted(METHODS, key=str.lower)
+        _list({"all methods": by_name} if all else FIRST)
+        more = "" if all else f"All {len(METHODS)} methods: modular-experts methods --all\n"
+        print(f"{more}Everything about one: modular-experts methods TIES")
+    elif name in METHODS:
+        _show(METHODS[name])
     elif "." in name:
         module, _, last = name.rpartition(".")
         try:
@@ -46,14 +45,31 @@ def methods(name: str | None = None) -> None:
             raise ValueError(f"{name} is not a subclass of modular_experts.MergeMethod; give one that is")
         _show(found)
     else:
-        hint = did_you_mean(name, known) or f"; the methods are {', '.join(known)}"
+        hint = did_you_mean(name, METHODS) or f"; the methods are {', '.join(METHODS)}"
         raise ValueError(f"there is no merge method {name!r}{hint}")
 
 
+def _list(groups: Mapping[str, Sequence[str]]) -> None:
+    """Print the formulas of methods, group by group."""
+    table = Table("method", "merged delta of experts with the deltas d_i", box=box.SIMPLE, pad_edge=False)
+    for need, names in groups.items():
+        if len(groups) > 1:
+            table.add_row("", need, style="bold")
+        for name in names:
+            text = " ".join(documentation(METHODS[name])[0].split("\n\n")[0].split())
+            table.add_row(name, text.partition(": ")[2] or text)
+    Console(markup=False, emoji=False).print(table)
+
+
 def _show(kind: type[MergeMethod]) -> None:
-    about, _, settings = inspect.cleandoc(kind.__doc__ or "").partition("Args:")
-    print(about.strip())
-    print(f"\nSettings:\n{inspect.cleandoc(settings) or '  no settings'}")
+    about, settings = documentation(kind)
+    print(f"{about}\n\nSettings:")
+    for setting, text in settings.items() or [("no settings", "")]:
+        print(
+            textwrap.fill(
+                f"{setting}: {text}" if text else setting, 100, initial_indent="    ", subsequent_indent=" " * 8
+            )
+        )
     try:
         # A preset fills its settings when it is made.
         made = kind()

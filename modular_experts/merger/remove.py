@@ -12,10 +12,9 @@ from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
 from modular_experts.merger.merged import describe
-from modular_experts.methods import METHODS, MergeMethod
+from modular_experts.methods import METHODS
+from modular_experts.methods.average import Linear
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
-from modular_experts.methods.method import Removal
-from modular_experts.old_names import current_name
 from modular_experts.progress import Progress
 
 
@@ -48,7 +47,7 @@ def remove(
     place = hashes.index(part.content_hash) if part.content_hash in hashes else None
     if len(parents) == 1:
         raise ValueError(f"{whole.name} was made of {parents[0]['name']} alone, so nothing would be left")
-    removal = _removal(whole, place or 0)
+    method = _linear_method(whole)
     if place is None:
         names = ", ".join(parent["name"] for parent in parents)
         raise ValueError(f"{whole.name} was not made of {part.name} as it is now, but of {names}")
@@ -57,36 +56,33 @@ def remove(
         tasks = sorted({task for parent in others for task in parent["tasks"]})
     else:  # an older version did not record which expert had which task
         tasks = [task for task in whole.record["tasks"] if task not in part.record["tasks"]]
-    record = make_record("merge", whole.record["base"], tasks=tasks, parents=others, method=describe(removal.method))
-    write_expert(out, _Rest(whole, part, removal), record, overwrite, progress=progress)
+    rest = method.for_others(place, len(parents))
+    record = make_record("merge", whole.record["base"], tasks=tasks, parents=others, method=describe(rest))
+    deltas = _Rest(whole, part, *method.without(place, len(parents)))
+    write_expert(out, deltas, record, overwrite, progress=progress)
     return open_expert(out)
 
 
-def _removal(merged: StoredExpert, place: int) -> Removal:
-    """Return how the expert at a place is taken out of a stored merge; classes are matched by name, never imported."""
+def _linear_method(merged: StoredExpert) -> Linear:
+    """Return the method of a stored merge; its class is known by its name, and no module of a record is imported."""
     record: dict[str, Any] = merged.record.get("method") or {}
-    path = current_name(str(record.get("class_path", "")))
-    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in METHODS.values()}
-    settings, count = record.get("init_args", {}), len(merged.record["parents"])
-    linear = path in kinds and kinds[path].without is not MergeMethod.without
+    package, _, name = str(record.get("class_path", "")).rpartition(".")
+    kind = METHODS.get(name) if package.startswith("modular_experts.") else None
     # The factors of experts such as `0.5 * a` are not among the method's settings.
     lazy = "experts" in (merged.record.get("hyperparameters") or {})
-    if linear and not lazy and not merged.record.get("per_weight"):
-        removal = kinds[path](**settings).without(place, count)
-        if removal is not None:
-            return removal
-    found = path.rpartition(".")[2] or merged.record["kind"]
-    raise ValueError(
-        f"{merged.name} is a {found}, and an expert can be taken out of a merge by Average or TaskArithmetic only; "
-        "merge the others again"
-    )
+    if kind is None or not issubclass(kind, Linear) or lazy or merged.record.get("per_weight"):
+        raise ValueError(
+            f"{merged.name} is a {name or merged.record['kind']}, and an expert can be taken out of a merge by Average "
+            "or TaskArithmetic only; merge the others again"
+        )
+    return kind(**record.get("init_args", {}))
 
 
 class _Rest(TaskVector):
     """A merge without one of its experts: `factor * merged - share * expert`, weight by weight."""
 
-    def __init__(self, merged: StoredExpert, expert: StoredExpert, removal: Removal) -> None:
-        self._merged, self._expert, self._removal = merged, expert, removal
+    def __init__(self, merged: StoredExpert, expert: StoredExpert, factor: float, share: float) -> None:
+        self._merged, self._expert, self._factor, self._share = merged, expert, factor, share
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._merged.shapes()
@@ -96,15 +92,15 @@ class _Rest(TaskVector):
         own = self._expert[name] if name in self._expert else Sparse.zero(merged.shape)
         pair = [merged, own]
         if all(isinstance(delta, LowRank) for delta in pair if not delta.is_empty):
-            return weighted_sum(pair, [self._removal.factor, -self._removal.share])
+            return weighted_sum(pair, [self._factor, -self._share])
         return merge_by_chunks(pair, self._rule)
 
     def _rule(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         total, added, kept = chunk.zeros(), chunk.zeros(), chunk.zeros(torch.bool)
         merged, own = chunk
-        merged.add_to(total, factor=self._removal.factor)
+        merged.add_to(total, factor=self._factor)
         merged.mark(kept)
-        own.add_to(added, factor=self._removal.share)
+        own.add_to(added, factor=self._share)
         total -= added
         # Where no other expert moved the entry, only the rounding of the merge to float32 is left.
         nothing = total.abs() <= torch.finfo(torch.float32).eps * added.abs()

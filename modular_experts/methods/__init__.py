@@ -12,32 +12,26 @@ from __future__ import annotations
 
 from modular_experts.methods.average import Average, SparseAverage, TaskArithmetic
 from modular_experts.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTIES
-from modular_experts.methods.core_space import CoreSpace
-from modular_experts.methods.ctm import CtM
-from modular_experts.methods.dare import DARE, DARETIES
-from modular_experts.methods.della import DELLA, DELLALinear
+from modular_experts.methods.coordinates import CoreSpace, CtM, KnOTS
 from modular_experts.methods.emr import EMR
 from modular_experts.methods.esm import ESM
 from modular_experts.methods.fisher import Fisher
-from modular_experts.methods.iso_c import IsoC, IsoCTS
 from modular_experts.methods.karcher import Karcher
-from modular_experts.methods.knots import KnOTS
-from modular_experts.methods.lines import LiNeS
 from modular_experts.methods.mag_max import MagMax
 from modular_experts.methods.method import MergeMethod
 from modular_experts.methods.model_stock import ModelStock
 from modular_experts.methods.pcb import PCB
 from modular_experts.methods.ram import RAM, RAMPlus
+from modular_experts.methods.random_drops import DARE, DARETIES, DELLA, DELLALinear
 from modular_experts.methods.reg_mean import RegMean, RegMeanPlusPlus, SelfRegMean
-from modular_experts.methods.rescaled import Rescaled
+from modular_experts.methods.rescaled import LiNeS, Rescaled
 from modular_experts.methods.sce import SCE
 from modular_experts.methods.set_operations import Difference, Intersection
 from modular_experts.methods.slerp import SLERP, MultiSLERP, NuSLERP
+from modular_experts.methods.spectral import IsoC, IsoCTS, SVDAverage, TSVMerge
 from modular_experts.methods.svc import SVC
-from modular_experts.methods.svd_average import SVDAverage
 from modular_experts.methods.tall_mask import ConsensusTA, TALLMask
 from modular_experts.methods.ties import TIES, MagnitudePrune
-from modular_experts.methods.tsv_merge import TSVMerge
 from modular_experts.methods.wudi import WUDI
 from modular_experts.text import did_you_mean
 
@@ -47,6 +41,16 @@ METHODS: dict[str, type[MergeMethod]] = {
     if isinstance(kind, type) and issubclass(kind, MergeMethod) and kind is not MergeMethod
 }
 """Every method of the package by its name."""
+
+FIRST: dict[str, tuple[str, ...]] = {
+    "no data; any experts": ("SparseAverage", "TaskArithmetic", "TIES"),
+    "no data; sparse or full experts": ("SelfRegMean",),
+    "no data; LoRAs": ("IsoC", "TSVMerge", "Rescaled"),
+    "inputs of each task": ("RegMean",),
+    "labelled rows of each task": ("Fisher",),
+    "no data; an expert for each task beside the merge": ("EMR",),
+}
+"""The methods that one should try first, by what they need."""
 
 __all__ = ["MergeMethod", *METHODS]
 

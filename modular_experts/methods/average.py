@@ -6,6 +6,7 @@ entry by the number of experts that move it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
-from modular_experts.methods.method import Context, MergeMethod, Removal
+from modular_experts.methods.method import Context, MergeMethod
 from modular_experts.methods.settings import (
     Checks,
     at_least,
@@ -28,8 +29,25 @@ from modular_experts.methods.settings import (
 Count = Literal["values", "supports"]
 
 
+class Linear(MergeMethod):
+    """A weighted sum of the experts; every form of delta is kept, and one expert can be taken out of it again."""
+
+    weights: list[float] | None
+
+    @abstractmethod
+    def factors(self, experts: int) -> list[float]:
+        """Return the factor of each expert."""
+
+    @abstractmethod
+    def without(self, expert: int, experts: int) -> tuple[float, float]:
+        """Return f and s of which `f * merged - s * expert` is the merge of the other experts."""
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return weighted_sum(deltas, self.factors(len(deltas)))
+
+
 @dataclass(frozen=True)
-class Average(MergeMethod):
+class Average(Linear):
     """Average: `scale * sum_i w_i d_i / sum_i w_i`, with equal weights unless they are given.
 
     Linear, so every form is kept. At scale 1, the average of one expert is that expert, and so is the average of copies
@@ -47,19 +65,19 @@ class Average(MergeMethod):
     weights: list[float] | None = None
     scale: float = 1.0
 
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", len(deltas))
+    def factors(self, experts: int) -> list[float]:
+        weights = one_per_expert(self, "weights", experts)
         total = sum_of_weights(self, weights)
-        return weighted_sum(deltas, [self.scale * weight / total for weight in weights])
+        return [self.scale * weight / total for weight in weights]
 
-    def without(self, expert: int, experts: int) -> Removal:
+    def without(self, expert: int, experts: int) -> tuple[float, float]:
         weights = one_per_expert(self, "weights", experts)
         rest = sum(weights[:expert] + weights[expert + 1 :])
-        return Removal(self.for_others(expert, experts), sum(weights) / rest, self.scale * weights[expert] / rest)
+        return sum(weights) / rest, self.scale * weights[expert] / rest
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(MergeMethod):
+class TaskArithmetic(Linear):
     """Task arithmetic: `scale * sum_i w_i d_i`, with weights of 1 unless they are given.
 
     Linear, so every form is kept. At scale 1 and without weights, one expert merges to itself; k copies of an expert
@@ -77,13 +95,11 @@ class TaskArithmetic(MergeMethod):
     scale: float = 1.0
     weights: list[float] | None = None
 
-    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        weights = one_per_expert(self, "weights", len(deltas))
-        return weighted_sum(deltas, [self.scale * weight for weight in weights])
+    def factors(self, experts: int) -> list[float]:
+        return [self.scale * weight for weight in one_per_expert(self, "weights", experts)]
 
-    def without(self, expert: int, experts: int) -> Removal:
-        weights = one_per_expert(self, "weights", experts)
-        return Removal(self.for_others(expert, experts), 1.0, self.scale * weights[expert])
+    def without(self, expert: int, experts: int) -> tuple[float, float]:
+        return 1.0, self.factors(experts)[expert]
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,6 @@ class SparseAverage(MergeMethod):
     `k^(1 - exponent)` times it, at exponent 1 to itself. The order of the experts does not matter.
 
     Args:
-        scale: Factor of the result.
         count: What F counts: `values` counts the experts whose delta at the entry is not zero (the paper), `supports`
             those that keep the entry, also where its value ended at zero.
         exponent: How much an entry that several experts move is averaged, at least 0: 1 is their mean (the paper), 0

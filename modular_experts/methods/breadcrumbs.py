@@ -3,7 +3,6 @@
 
 Both ends are dropped weight by weight, as published, unless `scope` takes the expert as a whole. The paper gives
 `gamma` as the percentile above which entries go (0.99); here, as in mergekit, it is the share that goes (0.01).
-`consensus.py` explains the other settings.
 """
 
 from __future__ import annotations
@@ -13,12 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.consensus import PrunedElection, PrunedSum
+from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Scope, Shares, Threshold, band, keep_band, prune, streamed_thresholds
-from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, paired, with_presets, within
+from modular_experts.methods.prune import Pruned, Shares, Threshold, band, keep_band, prune, streamed_thresholds
+from modular_experts.methods.settings import (
+    FROM_PRESET,
+    Checks,
+    Presets,
+    one_of,
+    one_per_expert,
+    paired,
+    with_presets,
+    within,
+)
+from modular_experts.methods.ties import Pruning
 
-Rescale = Literal["l1", "none"]
 DROPPED = within("[0, 1)", "is the share of entries dropped")
 
 
@@ -31,30 +39,41 @@ def _band(method: Any, setting: str, gammas: Shares) -> None:
             )
 
 
-CHECKS = Checks(rescale=one_of(Rescale), beta=DROPPED, gamma=_band)
-
 _BAND = {"beta": 0.9, "gamma": 0.01, "scale": 1.0, "rescale": "none"}
-PRESETS: dict[str | None, dict[str, Any]] = {
+PRESETS: Presets = {
     None: {**_BAND, "normalise": False, "scope": "weight"},
     "paper": {},
     "mergekit": {"beta": 0.0},
     "paper-code": {"beta": 0.1, "gamma": 0.0, "scope": "global"},
 }
-TIES_PRESETS: dict[str | None, dict[str, Any]] = {
+TIES_PRESETS: Presets = {
     None: {**_BAND, "vote": "sum", "divisor": "count", "zero": "none"},
     "mergekit": {"beta": 0.0, "vote": "weighted", "divisor": "none", "zero": "positive"},
 }
 
 
-def _masked(method: Breadcrumbs | BreadcrumbsTIES, deltas: Sequence[Delta], context: Context | None) -> Pruned:
-    """Drop both ends of each expert."""
-    beta, gamma = (one_per_expert(method, setting, len(deltas)) for setting in ("beta", "gamma"))
-    return prune(deltas, [keep_band(*own) for own in zip(deltas, beta, gamma, strict=True)], method.rescale)
+@dataclass(frozen=True, kw_only=True)
+class MiddleEntries(PruneFirst):
+    """Pruning that drops both ends of each expert.
+
+    Args:
+        beta: Share of the entries that is dropped as too small, in [0, 1), or one per expert.
+        gamma: Share of the entries that is dropped as outliers, below `1 - beta`, or one per expert.
+    """
+
+    checks = Checks(beta=DROPPED, gamma=_band)
+
+    beta: Shares = FROM_PRESET
+    gamma: Shares = FROM_PRESET
+
+    def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
+        beta, gamma = (one_per_expert(self, setting, len(deltas)) for setting in ("beta", "gamma"))
+        return prune(deltas, [keep_band(*own) for own in zip(deltas, beta, gamma, strict=True)], self.rescale)
 
 
 @with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
-class Breadcrumbs(PrunedSum):
+class Breadcrumbs(MiddleEntries, PrunedSum):
     """Breadcrumbs: `scale * sum_i w_i m_i d_i`, where the mask `m_i` drops the shares `beta` of smallest and `gamma` of
     largest magnitude.
 
@@ -69,26 +88,16 @@ class Breadcrumbs(PrunedSum):
     the scaled merge.
 
     Args:
-        beta: Share of the entries that is dropped as too small, in [0, 1), or one per expert. Default 0.9.
-        gamma: Share of the entries that is dropped as outliers, below `1 - beta`, or one per expert. Default 0.01.
-        weights: One weight per expert, in the order of the experts; it may be negative. Default: 1 for all.
-        normalise: Divide by the sum of the weights. Default false.
-        scale: Factor of the sum. Default 1.
-        scope: `weight` drops both ends of each weight by itself, exactly (the default). `global` drops them of the
-            expert as a whole, at two magnitudes: what ties at the lower one stays, what ties at the upper one goes. It
-            reads the experts up to five times instead of once.
-        rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
-        preset: Fills what is not given: `paper` (the defaults), `mergekit` (beta 0), `paper-code` (the code of arXiv
-            2507.07140, where the upper bound is the maximum and the lower the 10th percentile of the whole expert:
-            beta 0.1, gamma 0, scope global).
+        scope: `weight` drops both ends of each weight by itself, exactly. `global` drops them of the expert as a whole,
+            at two magnitudes: what ties at the lower one stays, what ties at the upper one goes. It reads the experts
+            up to five times instead of once.
+        preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140, where the upper bound is the
+            maximum, and the lower one the 10th percentile of the whole expert).
     """
 
-    checks = Checks(PrunedSum.checks, **CHECKS, scope=one_of(Scope))
+    checks = Checks(scope=one_of(Pruning))
 
-    rescale: Rescale = FROM_PRESET
-    beta: Shares = FROM_PRESET
-    gamma: Shares = FROM_PRESET
-    scope: Scope = FROM_PRESET
+    scope: Pruning = FROM_PRESET
     preset: Literal["paper", "mergekit", "paper-code"] | None = None
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[tuple[Threshold, Threshold | None]] | None:
@@ -103,35 +112,20 @@ class Breadcrumbs(PrunedSum):
 
     def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
         if context is None or context.prepared is None:
-            return _masked(self, deltas, context)
+            return super().pruned(deltas, context)
         return prune(deltas, [band(*ends) for ends in context.prepared], self.rescale)
 
 
 @with_presets(TIES_PRESETS)
 @dataclass(frozen=True, kw_only=True)
-class BreadcrumbsTIES(PrunedElection):
+class BreadcrumbsTIES(MiddleEntries, PrunedElection):
     """Breadcrumbs with an election of signs: as Breadcrumbs, but per entry only what carries the elected sign counts.
 
     The masks are those of Breadcrumbs, the election is that of TIES, and so are the properties: one expert merges to
     its masked self, and so do copies of it; the order of the experts does not matter; sparse stays sparse.
 
     Args:
-        beta: Share of the entries that is dropped as too small, in [0, 1), or one per expert. Default 0.9.
-        gamma: Share of the entries that is dropped as outliers, below `1 - beta`, or one per expert. Default 0.01.
-        weights: One weight per expert, which multiplies its delta after the pruning. Default: 1 for all.
-        scale: Factor of the result. Default 1.
-        vote: What elects a sign: the `sum` of the pruned deltas (the default), the `weighted` sum, or their `count`.
-        divisor: Divides the deltas of that sign: their `count` (the default), the sum of their `weights`, or `none`.
-        zero: Sign where the votes cancel: `none` (stay at the base, the default), `positive`, or `weight_majority`.
-        rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
-        preset: Fills what is not given: `mergekit` (beta 0, vote weighted, divisor none, zero positive).
+        preset: Fills what is not given.
     """
 
-    checks = Checks(PrunedElection.checks, **CHECKS)
-
-    rescale: Rescale = FROM_PRESET
-    beta: Shares = FROM_PRESET
-    gamma: Shares = FROM_PRESET
     preset: Literal["mergekit"] | None = None
-
-    pruned = _masked

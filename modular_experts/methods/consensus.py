@@ -2,21 +2,11 @@
 
 Pruning is the first step of TIES, DARE, DELLA and Breadcrumbs, and each of them is defined with either second step: a
 subclass of `PrunedSum` or `PrunedElection` defines by `pruned` what stays of each expert. Implementations that share
-a method's name differ in the settings, which mean the same in all of these methods:
+a method's name differ in the settings, which mean the same in all of these methods.
 
-- `keep`: share of the entries that pruning leaves, or their mean probability, for all experts or one for each. It
-  counts all entries of the weight, also those that a sparse expert does not keep: at `keep: 0.2` the largest 20 % of
-  all entries include every entry of an expert at 5 %.
-- `rescale`: how the entries that stay make up for the others. `probability` divides each by the probability with which
-  it stays, `l1` scales them to the sum of magnitudes that the expert had in the weight, `none` leaves them.
-- `weights`: one per expert, in the order of the experts; they multiply what pruning leaves and may be negative.
-- `vote`: what elects the sign of an entry. `sum` is the sign of the sum of the pruned deltas, `weighted` that of their
-  weighted sum (a negative weight turns its expert around), `count` that of most of them.
-- `divisor`: what divides the sum of the deltas that carry the sign: their `count`, the sum of their `weights`, `none`.
-- `zero`: sign of an entry whose votes sum to exactly zero. `none` leaves it at the base; `positive` is plus;
-  `weight_majority` is the sign that most entries of the weight elect, and `majority` (TIES) that of all weights.
-
-Sparse experts merge to a sparse one that keeps what survives, tiles of one size to tiles, any other mix to a dense one.
+A share of entries counts all entries of the weight, also those that a sparse expert does not keep: at `keep: 0.2` the
+largest 20 % of all entries include every entry of an expert at 5 %. Sparse experts merge to a sparse one that keeps
+what survives, tiles of one size to tiles, any other mix to a dense one.
 """
 
 from __future__ import annotations
@@ -32,9 +22,10 @@ from torch import Tensor
 from modular_experts.deltas import Delta
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of, joined, merge_by_chunks
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.prune import Pruned, Rescale
+from modular_experts.methods.prune import Pruned
 from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, sum_of_weights
 
+Rescale = Literal["l1", "none"]
 Vote = Literal["sum", "weighted", "count"]
 Divisor = Literal["count", "weights", "none"]
 TieBreak = Literal["none", "positive", "weight_majority"]
@@ -42,7 +33,16 @@ TieBreak = Literal["none", "positive", "weight_majority"]
 
 @dataclass(frozen=True, kw_only=True)
 class PruneFirst(MergeMethod):
-    """A method that prunes each expert before it combines them."""
+    """A method that prunes each expert before it combines them.
+
+    Args:
+        rescale: `l1` scales what stays of an expert to the sum of magnitudes that it had in the weight; `none` leaves
+            it.
+        weights: One weight per expert, in the order of the experts, which multiplies what pruning leaves; it may be
+            negative. Default: 1 for all.
+    """
+
+    checks = Checks(rescale=one_of(Rescale))
 
     rescale: Rescale = FROM_PRESET
     weights: list[float] | None = None
@@ -58,9 +58,11 @@ class PruneFirst(MergeMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedSum(PruneFirst):
-    """Return `scale * sum_i w_i p_i` of the pruned experts, divided by the sum of the weights with `normalise`."""
+    """Return `scale * sum_i w_i p_i` of the pruned experts, divided by the sum of the weights with `normalise`.
 
-    checks = Checks(rescale=one_of(Rescale))
+    Args:
+        normalise: Divide by the sum of the weights.
+    """
 
     normalise: bool = FROM_PRESET
     scale: float = FROM_PRESET
@@ -82,9 +84,17 @@ class PrunedSum(PruneFirst):
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedElection(PruneFirst):
-    """Elect a sign for each entry, and return `scale` times the mean of the pruned entries that carry it."""
+    """Elect a sign for each entry, and return `scale` times the mean of the pruned entries that carry it.
 
-    checks = Checks(rescale=one_of(Rescale), vote=one_of(Vote), divisor=one_of(Divisor), zero=one_of(TieBreak))
+    Args:
+        vote: What elects the sign of an entry: the `sum` of the pruned deltas, their `weighted` sum (a negative weight
+            turns its expert around), or the sign that most of them have (`count`).
+        divisor: What divides the sum of the deltas of that sign: their `count`, the sum of their `weights`, or `none`.
+        zero: Sign of an entry whose votes sum to exactly zero: `none` leaves it at the base, `positive` is plus, and
+            `weight_majority` the sign that most entries of the weight elect.
+    """
+
+    checks = Checks(vote=one_of(Vote), divisor=one_of(Divisor), zero=one_of(TieBreak))
 
     scale: float = FROM_PRESET
     vote: Vote = FROM_PRESET

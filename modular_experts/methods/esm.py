@@ -46,7 +46,6 @@ class ESM(MergeMethod):
     nothing there. Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
 
     Args:
-        scale: Factor of the result.
         share: Share of a matrix's output directions that all experts together keep, in (0, 1].
         power: Power of the eigenvalues by which stronger directions count more, at least 0; 0 counts all alike.
     """

@@ -31,7 +31,6 @@ class Fisher(MergeMethod):
     informations changes nothing.
 
     Args:
-        scale: Factor of the result.
         normalise: Divide each expert's Fisher information by its norm over all weights, so that all experts weigh the
             same in total. Otherwise an expert with a large loss, whose gradients are large, outweighs the others.
         floor: Share of the weight's mean Fisher information that is added to each entry of each expert, above 0. Where

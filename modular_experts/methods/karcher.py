@@ -44,7 +44,6 @@ class Karcher(MergeMethod):
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.
-        scale: Factor of the result.
         max_iterations: Largest number of iterations, at least 0; with 0 the mean is that of `MultiSLERP`.
         tolerance: Angle of a step, in radians, below which the iteration ends, at least 0.
     """

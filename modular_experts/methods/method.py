@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.settings import Checks, finite
+from modular_experts.methods.settings import Check, Checks, finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +89,15 @@ class MergeMethod(ABC):
     """A way to merge experts. Subclass it as a frozen dataclass whose fields are the settings, and write `merge`.
 
     The fields become options of the command line and are recorded in the merged expert. A list among them that is as
-    long as the list of experts holds one value per expert. `merge` may leave out the parameter `context`.
+    long as the list of experts holds one value per expert. `merge` may leave out the parameter `context`. A subclass
+    inherits the checks and the texts of the settings of the classes above it.
 
     Attributes:
-        checks: What refuses bad settings when a method is made, such as `Checks(ridge=at_least(0))`; a `scale` must be
-            finite in any case.
+        checks: What refuses bad settings when a method is made, such as `Checks(ridge=at_least(0))`.
+        scale: Factor of the result.
     """
 
-    checks = Checks()
+    checks = Checks(scale=finite)
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -103,7 +105,10 @@ class MergeMethod(ABC):
             cls.merge = _with_context(cls.merge)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        for setting, check in {"scale": finite, **self.checks}.items():
+        checks: dict[str, Check] = {}
+        for kind in reversed(type(self).__mro__):
+            checks |= vars(kind).get("checks", {})
+        for setting, check in checks.items():
             check(self, setting, getattr(self, setting, None))
 
     @abstractmethod
@@ -155,21 +160,6 @@ class MergeMethod(ABC):
                 changed[setting.name] = value.for_others(expert, experts)
         return replace(self, **changed)  # type: ignore[type-var]
 
-    def without(self, expert: int, experts: int) -> Removal | None:
-        """Return how an expert, by its index, is taken out of a merge; None unless the method is linear."""
-        return None
-
-
-@dataclass(frozen=True)
-class Removal:
-    """How one expert is taken out of a linear merge: `factor * merged - share * expert` is what `method` makes of the
-    other experts.
-    """
-
-    method: MergeMethod
-    factor: float
-    share: float
-
 
 def _takes_context(merge: Callable[..., Delta]) -> bool:
     parameters = inspect.signature(merge).parameters.values()
@@ -185,6 +175,19 @@ def _with_context(merge: Callable[..., Delta]) -> Callable[..., Delta]:
         return merge(self, deltas)
 
     return with_context
+
+
+def documentation(kind: type[MergeMethod]) -> tuple[str, dict[str, str]]:
+    """Return what the docstring of a method tells, and the text of each of its settings, which a class above it may
+    hold.
+    """
+    about, texts = "", dict[str, str]()
+    for each in reversed(kind.__mro__):
+        about, *lists = re.split(r"^(?:Args|Attributes):\n", inspect.cleandoc(each.__doc__ or ""), flags=re.MULTILINE)
+        for setting, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", "".join(lists), re.MULTILINE):
+            texts[setting] = " ".join(text.split())
+    settings: list[str] = [one.name for one in fields(kind)] if is_dataclass(kind) else []
+    return about.strip(), {setting: texts.get(setting, "") for setting in settings if not setting.startswith("_")}
 
 
 def known_statistics(method: MergeMethod, context: Context | None, experts: int) -> Sequence[DataStatistic | None]:

@@ -42,7 +42,6 @@ class ModelStock(MergeMethod):
     has a positive one.
 
     Args:
-        scale: Factor of the result.
         row_wise: Give each row `(in,)` of a weight `(out, in)` a cosine and a step of its own, as the paper's filters
             have (mergekit's `filter_wise: true`). By default a weight is one long vector.
         preset: `mergekit` counts all experts, also those that do not move the weight, and steps backwards where the

@@ -41,7 +41,6 @@ class PCB(MergeMethod):
     Args:
         keep: Share of the weight's entries that are kept of each expert, in (0, 1]; rounded down to whole entries, but
             at least one.
-        scale: Factor of the result.
     """
 
     checks = Checks(keep=within("(0, 1]", "is the share of entries kept"))

@@ -1,9 +1,9 @@
-"""Prune experts before they are combined; keep the largest entries or a band of them, or drop entries at random.
+"""Prune experts before they are combined: keep the largest entries or a band of them.
 
-Pruning is the first half of TIES, DARE, DELLA and Breadcrumbs, `consensus` the second. Each function here looks at one
-expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk by chunk. The largest
-entries are those above a `Threshold`: a magnitude and, where entries tie at it, the last one that stays, so that any
-chunk can be pruned by itself and neither a ranking nor a mask of the weight is held.
+Pruning is the first half of TIES, Breadcrumbs and the methods in `random_drops.py`; `consensus.py` is the second. Each
+function here looks at one expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk
+by chunk. The largest entries are those above a `Threshold`: a magnitude and, where entries tie at it, the last one that
+stays, so that any chunk can be pruned by itself and neither a ranking nor a mask of the weight is held.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +19,11 @@ from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of
-from modular_experts.methods.random_numbers import uniform
 
 Prune = Callable[[Entries], Entries]
 """Gets the entries that an expert keeps of a chunk; returns those that pruning leaves, or zeros in place of others."""
 
 Shares = float | list[float]
-Rescale = Literal["probability", "l1", "none"]
-Scope = Literal["weight", "global"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +38,7 @@ class Pruned:
         return (prune(entries) for prune, entries in zip(self.prunes, chunk, strict=True))
 
 
-def prune(deltas: Sequence[Delta], prunes: Sequence[Prune], rescale: Rescale) -> Pruned:
+def prune(deltas: Sequence[Delta], prunes: Sequence[Prune], rescale: str) -> Pruned:
     """Return the pruned deltas of one weight; `l1` scales what is left of each to the sum of magnitudes of before."""
     if rescale != "l1":
         return Pruned(deltas, prunes)
@@ -75,72 +71,8 @@ def band(kept: Threshold, gone: Threshold | None) -> Prune:
     return lambda entries: entries.only(kept.mask(entries) & ~gone.mask(entries))
 
 
-def drop_at_random(keep: float, key: int, rescale: Rescale) -> Prune:
-    """Keep each entry with the same probability; with `rescale: probability`, divide what stays by it."""
-    if keep == 1:
-        return _keep_all
-    return lambda entries: _drop(entries, keep, key, rescale)
-
-
-def drop_by_rank(delta: Delta, keep: float, epsilon: float, key: int, rescale: Rescale) -> Prune:
-    """Keep each entry with a probability that rises with the rank of its magnitude in its row.
-
-    The entry of rank r, 0 for the smallest, stays with probability `keep - epsilon + 2 epsilon r / (width - 1)`, and
-    one that is alone in its row with `keep`. Entries that a sparse expert does not keep rank lowest. With `rescale:
-    probability`, an entry that stays is divided by its probability.
-    """
-    if keep == 1:
-        return _keep_all
-    width = delta.shape[-1] if delta.shape else 1
-    if width < 2:
-        return drop_at_random(keep, key, rescale)
-
-    def drop(entries: Entries) -> Entries:
-        if len(delta.shape) == 1 and entries.places is None and entries.values.numel() < width:
-            # A vector is one row, which may be cut into chunks; ranks need the whole of it.
-            ranks = _row_ranks(Entries(delta.dense(), None, 0), width)[entries.flat()]
-        elif len(delta.shape) == 1 and entries.places is not None:
-            assert isinstance(delta, Sparse), "tiles belong to matrices"
-            whole = Entries(delta.values, delta.indices, 0)
-            ranks = _row_ranks(whole, width)[torch.searchsorted(whole.flat(), entries.flat())]
-        else:
-            ranks = _row_ranks(entries, width)
-        return _drop(entries, keep - epsilon + 2 * epsilon * ranks.double() / (width - 1), key, rescale)
-
-    return drop
-
-
-def _drop(entries: Entries, chance: float | Tensor, key: int, rescale: Rescale) -> Entries:
-    stays = uniform(entries.flat(), key) < chance
-    if rescale == "probability":
-        entries = replace(entries, values=entries.values.double() / chance)
-    return entries.only(stays)
-
-
-def _keep_all(entries: Entries) -> Entries:
+def keep_all(entries: Entries) -> Entries:
     return entries
-
-
-def _row_ranks(entries: Entries, width: int) -> Tensor:
-    """Return for each entry how many of its row rank below it: by magnitude, equal ones by their place in the row.
-
-    The entries must come in the order of the weight, as those of a chunk do. The entries of a row that a sparse expert
-    does not keep are zeros and rank lowest.
-    """
-    if entries.places is None and entries.values.numel() % width == 0:  # whole rows, with every entry
-        order = entries.values.abs().view(-1, width).argsort(dim=1, stable=True)
-        ranks = torch.arange(width, device=order.device).expand_as(order)
-        return torch.empty_like(order).scatter_(1, order, ranks).view(-1)
-    flat = entries.flat()
-    rows = flat // width - flat[:1] // width
-    # Two stable sorts order the entries row by row, and each row from its smallest magnitude.
-    order = entries.values.abs().argsort(stable=True)
-    order = order[rows[order].argsort(stable=True)]
-    kept = rows.bincount()
-    first = kept.cumsum(0) - kept
-    ranks = torch.empty_like(flat)
-    ranks[order] = torch.arange(len(flat), device=flat.device) - first[rows] + width - kept[rows]
-    return ranks
 
 
 def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
@@ -158,7 +90,7 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
         after += torch.linalg.vector_norm(left.values, 1, dtype=torch.float64).item()
     if whole and len(left.values):
         assert left.places is not None, "single entries have places"
-        delta, prune = Sparse(left.places, left.values, delta.shape), _keep_all
+        delta, prune = Sparse(left.places, left.values, delta.shape), keep_all
     factor = before / after if after else 1.0
 
     def rescaled(entries: Entries) -> Entries:

@@ -29,7 +29,6 @@ class RAM(MergeMethod):
 
     Args:
         epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
-        scale: Factor of the result.
     """
 
     checks = Checks(epsilon=at_least(0))
@@ -38,29 +37,35 @@ class RAM(MergeMethod):
     scale: float = 1.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
-        return merge_by_chunks(deltas, lambda chunk: _shared_average(self, chunk, [1.0] * len(deltas)))
+        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, [1.0] * len(deltas)))
+
+    def _average(self, chunk: Chunk, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the average over the movers of each entry; strengths multiply what an expert moves alone."""
+        total, movers = chunk.zeros(), _movers(chunk, self.epsilon)
+        for strength, entries in zip(strengths, chunk, strict=True):
+            values = torch.where(_moved(entries, self.epsilon), entries.values.double(), 0.0)
+            if strength != 1:
+                values[entries.of(movers) == 1] *= strength
+            entries.add_to(total, values)
+        return total.mul_(self.scale).div_(movers.clamp(min=1)), movers > 0
 
 
 @dataclass(frozen=True)
-class RAMPlus(MergeMethod):
+class RAMPlus(RAM):
     """RAM+: as RAM, but what expert i alone moves is multiplied by `1 + r * min(shared_i / unique_i, alpha)`.
 
     `shared_i` and `unique_i` count the entries of the weight that expert i moves with others, and alone: the more of
     an expert is averaged away, the more the rest of it is strengthened. The properties are those of RAM.
 
     Args:
-        epsilon: Magnitude up to which an entry counts as not moved and is dropped, at least 0. mergekit takes 1e-5.
         r: How strongly the unique part grows, at least 0.
         alpha: Largest ratio of shared to unique entries that counts, at least 0.
-        scale: Factor of the result.
     """
 
-    checks = Checks(epsilon=at_least(0), r=at_least(0), alpha=at_least(0))
+    checks = Checks(r=at_least(0), alpha=at_least(0))
 
-    epsilon: float = 0.0
     r: float = 0.1
     alpha: float = 0.2
-    scale: float = 1.0
 
     def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
         shared, unique = [0] * len(deltas), [0] * len(deltas)
@@ -71,18 +76,7 @@ class RAMPlus(MergeMethod):
                 shared[expert] += int(with_others.sum())
                 unique[expert] += int((~with_others).sum())
         ratios = [min(s / u, self.alpha) if u else 0.0 for s, u in zip(shared, unique, strict=True)]
-        return merge_by_chunks(deltas, lambda chunk: _shared_average(self, chunk, [1 + self.r * x for x in ratios]))
-
-
-def _shared_average(method: RAM | RAMPlus, chunk: Chunk, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return the average over the movers of each entry; what an expert alone moves is multiplied by its strength."""
-    total, movers = chunk.zeros(), _movers(chunk, method.epsilon)
-    for strength, entries in zip(strengths, chunk, strict=True):
-        values = torch.where(_moved(entries, method.epsilon), entries.values.double(), 0.0)
-        if strength != 1:
-            values[entries.of(movers) == 1] *= strength
-        entries.add_to(total, values)
-    return total.mul_(method.scale).div_(movers.clamp(min=1)), movers > 0
+        return merge_by_chunks(deltas, lambda chunk: self._average(chunk, [1 + self.r * x for x in ratios]))
 
 
 def _movers(chunk: Chunk, epsilon: float) -> Tensor:

@@ -42,7 +42,6 @@ class RegMean(MergeMethod):
     matter. Scaled experts merge to the scaled merge, and a common factor of all Gram matrices changes nothing.
 
     Args:
-        scale: Factor of the result.
         reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1]. The paper's 0.9 keeps the solution from
             fitting chance correlations; 0 weighs each input by its mean square alone.
         ridge: Strength, at least 0, with which the solution is drawn to `SparseAverage`, as a share of the mean
@@ -130,10 +129,6 @@ class RegMeanPlusPlus(RegMean):
     matrices it has all properties of RegMean. The statistics are taken with the default `reduce` and scale 1; other
     settings are solved with these same matrices.
 
-    Args:
-        scale: Factor of the result.
-        reduce: Factor of the off-diagonal of the Gram matrices, in [0, 1].
-        ridge: Strength with which the solution is drawn to `SparseAverage`, as for RegMean.
     """
 
     needs = Needs(statistics="merged_gram", matrices=4.0, squares=6.0)
@@ -160,7 +155,6 @@ class SelfRegMean(MergeMethod):
 
     Args:
         ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.
-        scale: Factor of the result.
         inputs: Dimension of the weight along which the layer's inputs are: 1 of `nn.Linear`, 0 of GPT-2's `Conv1D`.
         flatten: How much the singular values are evened out, in [0, 1]: 0 leaves them, 1 makes all of them equal.
     """

@@ -28,7 +28,6 @@ class Intersection(MergeMethod):
 
     Args:
         agreement: How many experts must keep an entry, at least 1; all of them if not given.
-        scale: Factor of the result.
     """
 
     checks = Checks(agreement=at_least(1, "is a number of experts, at least 1"))
@@ -53,9 +52,6 @@ class Difference(MergeMethod):
 
     Sparse experts merge to a sparse one. One expert merges to itself, and copies of it to nothing. The order of all but
     the first does not matter, and an expert that moves nothing changes nothing unless it is the first.
-
-    Args:
-        scale: Factor of the result.
     """
 
     scale: float = 1.0

@@ -11,34 +11,34 @@ from typing import Any, TypeVar, get_args
 
 from modular_experts.text import did_you_mean
 
-Kind = TypeVar("Kind")
+Made = TypeVar("Made")
 Presets = Mapping[str | None, Mapping[str, Any]]
 Check = Callable[[object, str, Any], None]
 """Refuses a bad value of a setting: it gets the method, the name of the setting, and the value."""
 
 
-class Checks(dict[str, Check]):
-    """The checks of a method's settings by their names, such as `Checks(scale=finite)`."""
-
+Checks = dict[str, Check]
+"""The checks of a method's settings by their names, such as `Checks(scale=finite)`."""
 
 FROM_PRESET: Any = None
 """Default of a setting that the preset fills; once a method is made, the setting holds a value."""
 
 
-def with_presets(presets: Presets) -> Callable[[type[Kind]], type[Kind]]:
+def with_presets(presets: Presets) -> Callable[[type[Made]], type[Made]]:
     """Let a class take the settings that are not given from its `preset`: a decorator above `@dataclass`.
 
     A preset holds what a peer means by the method's name. The settings are filled before the class is made with them,
     so that its fields, and the record of a merge, hold every value that counted. A value that is given beats the
     preset; None counts as not given, because a command line passes it on for what was left out. The class refuses a
-    preset that does not exist, and one without a value for a setting that is not given.
+    preset that does not exist, and one without a value for a setting that is not given. The docstring, which must end
+    with the text of `preset`, gets the values.
 
     Args:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value
             of None means that the peer has no default: it must be given.
     """
 
-    def decorated(kind: type[Kind]) -> type[Kind]:
+    def decorated(kind: type[Made]) -> type[Made]:
         make: Callable[..., None] = kind.__init__
         signature = inspect.signature(make)
 
@@ -58,9 +58,18 @@ def with_presets(presets: Presets) -> Callable[[type[Kind]], type[Kind]]:
             make(self, **complete)
 
         kind.__init__ = filled  # type: ignore[method-assign]
+        kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}{_table(presets)}\n    "
         return kind
 
     return decorated
+
+
+def _table(presets: Presets) -> str:
+    parts = []
+    for name, values in presets.items():
+        given = [f"{one} {value}" if value is not None else f"no default for {one}" for one, value in values.items()]
+        parts.append(f"{f'`{name}`' if name else 'the defaults'}: {', '.join(given) or 'the defaults'}")
+    return f" {'; '.join(parts)}."
 
 
 def one_per_expert(method: object, setting: str, experts: int) -> list[float]:

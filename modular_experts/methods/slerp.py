@@ -50,7 +50,6 @@ class SLERP(MergeMethod):
 
     Args:
         t: How far to go from the first expert, at 0, to the second, at 1.
-        scale: Factor of the result.
     """
 
     checks = Checks(t=within("[0, 1]", "lies between the two experts"))
@@ -106,7 +105,6 @@ class NuSLERP(MergeMethod):
     Args:
         weights: One weight per expert, each at least 0 (with the preset, any number), divided by their sum. Default:
             all equal.
-        scale: Factor of the result.
         row_wise: Turn each row `(in,)` of a weight `(out, in)` by its own angle (mergekit's `nuslerp_flatten: false`).
             By default a weight is one long vector.
         column_wise: Turn each column `(out,)` by its own angle instead (mergekit's `nuslerp_row_wise: true`).
@@ -164,7 +162,6 @@ class MultiSLERP(MergeMethod):
 
     Args:
         weights: One weight per expert, each at least 0, divided by their sum. Default: all equal.
-        scale: Factor of the result.
     """
 
     checks = Checks(weights=parts_of_whole)

@@ -42,10 +42,8 @@ class SVC(Wrapper):
     only the merged expert is calibrated.
 
     Args:
-        inner: The method whose merge is calibrated.
         alpha: The least `s_ri` that counts, in (0, 1]. At 1 directions only become weaker, below it they become up to
             `1 / alpha` times as strong.
-        scale: Factor of the result.
     """
 
     checks = Checks(alpha=within("(0, 1]"))

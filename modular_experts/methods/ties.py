@@ -1,27 +1,26 @@
 """TIES prunes small entries, elects a sign per entry, and averages what agrees with it (Yadav et al., "TIES-Merging",
 arXiv 2306.01708).
 
-Pruning keeps the *largest* entries, as the paper says; `PrunedElection` in `consensus.py` does the rest, and explains
-the settings. Implementations differ in them; the presets are theirs. `MagnitudePrune` is the first step with a sum.
+Pruning keeps the *largest* entries, as the paper says; `PrunedElection` in `consensus.py` does the rest.
+Implementations differ in the settings; the presets are theirs. `MagnitudePrune` is the first step with a sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from modular_experts.deltas import Delta
-from modular_experts.methods.consensus import PrunedElection, PrunedSum
+from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst, Rescale
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Scope, Shares, Threshold, keep_largest, prune, streamed_thresholds
-from modular_experts.methods.settings import FROM_PRESET, Checks, one_of, one_per_expert, with_presets, within
+from modular_experts.methods.prune import Pruned, Shares, Threshold, keep_largest, prune, streamed_thresholds
+from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, with_presets, within
 
-Rescale = Literal["l1", "none"]
+Pruning = Literal["weight", "global"]
 TieBreakOfTIES = Literal["none", "positive", "weight_majority", "majority"]
-KEPT = within("(0, 1]", "is the share of entries kept")
 
-PRESETS: dict[str | None, dict[str, Any]] = {
+PRESETS: Presets = {
     None: {
         **{"keep": 0.2, "scale": 1.0, "scope": "weight"},
         **{"vote": "sum", "divisor": "count", "zero": "none", "rescale": "none"},
@@ -45,9 +44,27 @@ class OverAllWeights:
     majority_sign: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class LargestEntries(PruneFirst):
+    """Pruning that keeps the largest entries of each expert.
+
+    Args:
+        keep: Share of the entries that stay of each expert, in (0, 1], or one per expert; rounded down, but at least
+            one entry, and counted of all entries of the weight.
+    """
+
+    checks = Checks(keep=within("(0, 1]", "is the share of entries kept"))
+
+    keep: Shares = FROM_PRESET
+
+    def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
+        keep = one_per_expert(self, "keep", len(deltas))
+        return prune(deltas, [keep_largest(*pair) for pair in zip(deltas, keep, strict=True)], self.rescale)
+
+
 @with_presets(PRESETS)
 @dataclass(frozen=True, kw_only=True)
-class TIES(PrunedElection):
+class TIES(LargestEntries, PrunedElection):
     """TIES: keep each expert's largest entries, elect a sign per entry, and average what has that sign.
 
     `d_i` is pruned to its largest entries; the elected sign is that of `sum_i d_i`; the result is `scale` times the
@@ -57,32 +74,18 @@ class TIES(PrunedElection):
     the factor is positive, and for `zero: none` also where it is negative.
 
     Args:
-        keep: Share of the entries that stay of each expert, in (0, 1], or one per expert; rounded down, but at least
-            one entry, and counted of all entries of the weight. Default 0.2.
-        weights: One weight per expert, which multiplies its delta after the pruning. Default: 1 for all.
-        scale: Factor of the result. Default 1.
-        vote: What elects a sign: the `sum` of the pruned deltas (the default), the `weighted` sum, or their `count`.
-        divisor: Divides the deltas of that sign: their `count` (the default), the sum of their `weights`, or `none`.
-        zero: Sign where the votes cancel: `none` (stay at the base, the default), `positive`, that of most entries of
-            the weight (`weight_majority`), or of all weights (`majority`).
-        scope: `weight` prunes each weight by itself, exactly, and of equal magnitudes keeps the lowest flat indices
-            (the default). `global` prunes the expert as a whole, at one magnitude at which every entry stays; it reads
-            the experts three times instead of once.
-        rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
-        preset: Fills what is not given: `paper` (scope global), `mergekit` (keep 1, vote weighted, divisor weights,
-            zero positive), `peft` (no default for keep, zero positive), `fusion_bench` (scale 0.3, scope
-            global, divisor none, zero majority), `mttl` (scope global), `paper-code` (the code of arXiv 2507.07140:
-            keep 0.8, scope global, zero weight_majority).
+        zero: Sign where the votes cancel: `none` (stay at the base), `positive`, that of most entries of the weight
+            (`weight_majority`), or of all weights (`majority`).
+        scope: `weight` prunes each weight by itself, exactly, and of equal magnitudes keeps the lowest flat indices.
+            `global` prunes the expert as a whole, at one magnitude at which every entry stays; it reads the experts
+            three times instead of once.
+        preset: Fills what is not given (`paper-code` is the code of arXiv 2507.07140).
     """
 
-    checks = Checks(
-        PrunedElection.checks, keep=KEPT, scope=one_of(Scope), zero=one_of(TieBreakOfTIES), rescale=one_of(Rescale)
-    )
+    checks = Checks(scope=one_of(Pruning), zero=one_of(TieBreakOfTIES))
 
-    rescale: Rescale = FROM_PRESET
     zero: TieBreakOfTIES = FROM_PRESET  # type: ignore[assignment]
-    keep: Shares = FROM_PRESET
-    scope: Scope = FROM_PRESET
+    scope: Pruning = FROM_PRESET
     preset: Literal["paper", "mergekit", "peft", "fusion_bench", "mttl", "paper-code"] | None = None
 
     def prepare(self, stream: Iterable[Sequence[Delta]]) -> OverAllWeights:
@@ -100,8 +103,7 @@ class TIES(PrunedElection):
     def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
         if context and context.prepared and context.prepared.thresholds:
             return prune(deltas, context.prepared.thresholds, self.rescale)
-        keep = one_per_expert(self, "keep", len(deltas))
-        return prune(deltas, [keep_largest(*pair) for pair in zip(deltas, keep, strict=True)], self.rescale)
+        return super().pruned(deltas, context)
 
     def sign_of_zero(self, pruned: Pruned, weights: Sequence[float], context: Context | None) -> float:
         if self.zero == "majority":
@@ -109,29 +111,16 @@ class TIES(PrunedElection):
         return super().sign_of_zero(pruned, weights, context)
 
 
-@with_presets({None: {"keep": 0.2, "rescale": "none", "normalise": False, "scale": 1.0}})
 @dataclass(frozen=True, kw_only=True)
-class MagnitudePrune(PrunedSum):
+class MagnitudePrune(LargestEntries, PrunedSum):
     """Magnitude pruning: `scale * sum_i w_i m_i d_i`, where the mask `m_i` keeps the entries of largest magnitude.
 
     Sparse experts merge to a sparse one. One expert merges to its pruned self; k copies of an expert are k times that.
     The order of the experts does not matter, an expert that moves nothing changes nothing, and scaled experts merge to
     the scaled merge.
-
-    Args:
-        keep: Share of the entries that stay of each expert, in (0, 1], or one per expert; rounded down, but at least
-            one entry, and counted of all entries of the weight. Default 0.2.
-        weights: One weight per expert, in the order of the experts; it may be negative. Default: 1 for all.
-        normalise: Divide by the sum of the weights. Default false.
-        scale: Factor of the sum. Default 1.
-        rescale: `l1` scales what stays of an expert to the sum of magnitudes of before; `none` leaves it (the default).
     """
 
-    checks = Checks(PrunedSum.checks, keep=KEPT, rescale=one_of(Rescale))
-
-    rescale: Rescale = FROM_PRESET
-    keep: Shares = FROM_PRESET
-
-    def pruned(self, deltas: Sequence[Delta], context: Context | None) -> Pruned:
-        keep = one_per_expert(self, "keep", len(deltas))
-        return prune(deltas, [keep_largest(*pair) for pair in zip(deltas, keep, strict=True)], self.rescale)
+    keep: Shares = 0.2
+    rescale: Rescale = "none"
+    normalise: bool = False
+    scale: float = 1.0

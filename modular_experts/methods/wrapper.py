@@ -25,6 +25,8 @@ class Wrapper(MergeMethod):
     setting `inner.keep`.
 
     Attributes:
+        inner: The method inside.
+        scale: Factor of the result, in addition to that of the inner method.
         own: The memory that the wrapper needs beside the inner method.
         other_coordinates: Why the inner method may not need statistics of the experts' data: a place where they do not
             exist, such as "in the common basis"; empty if the inner method gets the experts as they are.

@@ -60,7 +60,6 @@ class WUDI(MergeMethod):
         steps: Number of steps of Adam: 300, or 400 for `fusion_bench`.
         average: Whether to divide the result by the number of experts, as `mttl` does.
         solver: `adam` as published, or `exact`, which ignores `learning_rate` and `steps`.
-        scale: Factor of the result.
     """
 
     checks = Checks(solver=one_of(Solver), power=at_least(0), learning_rate=at_least(0), steps=at_least(0))

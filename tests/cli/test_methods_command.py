@@ -9,15 +9,26 @@ import pytest
 
 from modular_experts import methods
 from modular_experts.__main__ import main
+from modular_experts.methods.method import documentation
 
 NAMES = [name for name in methods.__all__ if name != "MergeMethod"]
 
 
 def test_list_names_every_method_with_its_formula(capsys):
-    assert main(["methods"]) == 0
+    assert main(["methods", "--all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name in NAMES:
-        assert name in shown
+        assert f" {name} " in shown
+
+
+def test_list_begins_with_ten_methods_by_what_they_need(capsys):
+    assert main(["methods"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    first = [name for names in methods.FIRST.values() for name in names]
+    assert len(set(first)) == 10
+    assert [name for name in NAMES if f" {name} " in shown and name in first] == sorted(first)
+    assert " DARE " not in shown
+    assert "modular-experts methods --all" in shown
 
 
 def test_each_method_shows_its_settings_defaults_and_source(capsys):
@@ -25,15 +36,15 @@ def test_each_method_shows_its_settings_defaults_and_source(capsys):
         assert main(["methods", name]) == 0
         shown = " ".join(capsys.readouterr().out.split())
         kind = getattr(methods, name)
-        about = inspect.getdoc(kind)
+        about, texts = documentation(kind)
         first = about.split("\n\n")[0]
         assert ":" in first, f"{name} has no formula line"
         assert " ".join(first.split()) in shown
         settings = [field.name for field in fields(kind) if not field.name.startswith("_")]
         assert "scale" in settings
         for setting in settings:
-            assert f"    {setting}: " in about.partition("Args:")[2], f"{name}.{setting} has no line under Args"
-            assert f"{setting}:" in shown
+            assert texts[setting], f"{name}.{setting} has no text"
+            assert f"{setting}: {texts[setting]}" in shown
         source = inspect.getdoc(inspect.getmodule(kind)).split("\n\n")[0]
         assert " ".join(source.split()) in shown
 

@@ -52,7 +52,7 @@ def test_ram_plus_equals_the_formula(deltas, epsilon, r, alpha, scale):
         values = [value for value, m in zip(column, moved, strict=True) if m]
         factor = strength[moved.index(True)] if sum(moved) == 1 else 1.0
         expected.append(scale * factor * sum(values) / max(len(values), 1))
-    assert_entries(RAMPlus(epsilon, r, alpha, scale).merge(deltas), expected)
+    assert_entries(RAMPlus(epsilon=epsilon, r=r, alpha=alpha, scale=scale).merge(deltas), expected)
 
 
 def sce(deltas, keep, floor, scale, positive):

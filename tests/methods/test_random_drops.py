@@ -12,10 +12,10 @@ from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, DELLALinear, TaskArithmetic, prune
+from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, DELLALinear, TaskArithmetic, random_drops
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
-from modular_experts.methods.random_numbers import stream_keys, uniform
+from modular_experts.methods.random_drops import stream_keys, uniform
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # products of low-rank factors round differently in parts
 KINDS = [DARE, DARETIES, DELLA, DELLALinear]
@@ -108,7 +108,7 @@ def test_a_delta_of_which_nothing_is_left_still_counts_for_the_form():
 
 def test_numbers_of_single_entries_are_drawn_once(monkeypatch):
     drawn = []
-    monkeypatch.setattr(prune, "uniform", lambda flat, key: drawn.append(flat.numel()) or uniform(flat, key))
+    monkeypatch.setattr(random_drops, "uniform", lambda flat, key: drawn.append(flat.numel()) or uniform(flat, key))
     deltas = [random_delta("Sparse", (30, 40), number) for number in (1, 2)]
     with chunks_of_size(200):
         DARETIES(preset="mergekit", keep=0.5).merge(deltas)

@@ -1,8 +1,15 @@
-"""Iso-C and Iso-CTS sum the experts and make all directions of the sum equally strong (Marczak et al., "No Task Left
-Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959).
+"""Merge the strongest directions of the experts (singular vectors) instead of their entries.
 
-In a sum, the few directions that many tasks share drown the others. Iso-CTS also keeps directions of single experts
-that the sum hides.
+`TSVMerge` makes the strongest directions of all experts orthogonal to each other (Gargiulo et al., "Task Singular
+Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081). `IsoC` and `IsoCTS` make all directions of the
+sum equally strong, because in a sum the few directions that many tasks share drown the others; Iso-CTS also keeps
+directions of single experts that the sum hides (Marczak et al., "No Task Left Behind: Isotropic Model Merging with
+Common and Task-Specific Subspaces", arXiv 2502.04959). `SVDAverage` averages truncated experts: the truncated
+decomposition is the nearest matrix of its rank (Eckart and Young, 1936).
+
+All of them hold all experts' matrices of one weight at once; low-rank experts stay in factors where these are smaller
+than the matrix, and sparse experts give a dense result (`as_delta`); a weight that is not a matrix gets the mean over
+all experts.
 """
 
 from __future__ import annotations
@@ -17,8 +24,70 @@ from modular_experts.deltas import Delta, Dense, LowRank
 from modular_experts.methods.average import Average
 from modular_experts.methods.chunks import weighted_sum
 from modular_experts.methods.method import Context, MergeMethod, Needs
-from modular_experts.methods.settings import Checks, within
+from modular_experts.methods.settings import Checks, at_least, within
 from modular_experts.methods.spectrum import NOISE, Spectrum, as_delta, join, nearest_isometry, spectrum
+
+
+@dataclass(frozen=True)
+class SVDAverage(MergeMethod):
+    """SVD average: `scale * mean_i T(d_i)`, where T keeps the directions of the `rank` largest singular values.
+
+    The mean is over all experts, also those that do not move the weight.
+
+    At scale 1, one expert merges to its truncated self, which is the expert itself if its rank is at most `rank`, and
+    so do copies of it. The order of the experts does not matter. Scaled experts merge to the scaled merge. The result
+    is low-rank, of at most N times `rank`, where that is smaller, and else dense.
+
+    Args:
+        rank: Number of directions that each expert keeps, at least 1.
+    """
+
+    checks = Checks(rank=at_least(1, "is the number of directions kept and must be at least 1"))
+    needs = Needs(matrices=4.0, matrices_per_expert=3.0)
+
+    rank: int = 16
+    scale: float = 1.0
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        if len(deltas[0].shape) != 2:
+            return Average(scale=self.scale).merge(deltas)
+        kept = join([spectrum(delta).top(self.rank) for delta in deltas])
+        return as_delta(self.scale / len(deltas) * kept.left * kept.values, kept.right, deltas)
+
+
+@dataclass(frozen=True)
+class TSVMerge(MergeMethod):
+    """TSV-Merge: `scale * P([U_1 .. U_N]) diag(S_1 .. S_N) P([V_1 .. V_N])^T`, of each expert's largest directions.
+
+    `U_i S_i V_i^T` are the largest `share / N` of the singular values of `d_i` with their directions, and `P(X) = U
+    V^T` of the singular value decomposition of X makes directions orthogonal (orthogonal Procrustes). A matrix `(out,
+    in)` has `min(out, in)` singular values; each of the N experts that move it keeps the same whole number of them, at
+    least one.
+
+    One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
+    keep their largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
+    An expert that does not move a matrix changes nothing there. Sparse experts give a dense result, low-rank ones a
+    low-rank one where that is smaller.
+
+    Args:
+        share: Share of a matrix's singular values that all experts together keep, in (0, 1].
+    """
+
+    checks = Checks(share=within("(0, 1]", "is a part of the singular values"))
+    needs = Needs(matrices=10.0, matrices_per_expert=3.1)
+
+    share: float = 1.0
+    scale: float = 1.0
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        if len(deltas[0].shape) != 2:
+            return Average(scale=self.scale).merge(deltas)
+        spectra = [spectrum(delta) for delta in deltas]
+        movers = max(1, sum(part.count > 0 for part in spectra))
+        count = max(1, int(self.share * min(deltas[0].shape) / movers))
+        kept = join([part.top(count) for part in spectra])
+        left, right = nearest_isometry(kept.left), nearest_isometry(kept.right)
+        return as_delta(self.scale * left * kept.values, right, deltas)
 
 
 @dataclass(frozen=True)
@@ -32,9 +101,6 @@ class IsoC(MergeMethod):
     One expert merges to its own flattened self, and N copies of it to N times that. The order of the experts does not
     matter. Scaled experts merge to the scaled merge. An expert that does not move a matrix changes nothing there.
     Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
-
-    Args:
-        scale: Factor of the result.
     """
 
     needs = Needs(matrices=7.0)
@@ -63,7 +129,6 @@ class IsoCTS(MergeMethod):
 
     Args:
         common: Share of the directions that the sum gets, in [0, 1]; the experts divide the others.
-        scale: Factor of the result.
     """
 
     checks = Checks(common=within("[0, 1]", "is a share of directions"))
