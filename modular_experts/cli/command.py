@@ -19,6 +19,7 @@ from modular_experts.settings.arguments import (
     as_settings,
     as_words,
     fold_configs,
+    given_as,
     read_options,
 )
 from modular_experts.settings.parser_errors import check_settings, explained
@@ -53,7 +54,7 @@ def run_command(
         if printed:
             print(yaml.safe_dump(given, sort_keys=False), end="")
         else:
-            function(**given)
+            function(**given_as(function, given))
         return
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)

@@ -22,6 +22,9 @@ _WIDTH, _COLUMN = 80, 26
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": "", "LeaveOut": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "LeaveOut": " SETTINGS"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
+_METAVARS |= {"DType": " {float32,bfloat16,float16,float64}"}
+# Arguments that are an object, whose fields are options: the annotation, and the file of its class.
+_OBJECTS = {"Description": "study/settings.py"}
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}
 _EVERYWHERE = {
@@ -55,27 +58,44 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     listed, _, examples = rest.partition("\nExamples:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed.partition("\n\n")[0], re.MULTILINE)
     texts = {argument: " ".join(text.split()) for argument, text in entries}
-    called = found
-    if isinstance(found, ast.ClassDef):
-        called = next(node for node in found.body if getattr(node, "name", None) == "__init__")
-    wanted = [one for one in called.args.args if one.arg != "self"]
     source = Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
-    for place, one in enumerate(wanted, start=len(called.args.defaults) - len(wanted)):
-        option, text = f"--{group}{_HYPHENS.get(one.arg, one.arg)}", texts[one.arg]
-        kind = ast.unparse(one.annotation).removesuffix(" | None")
-        shown = _METAVARS.get(kind, f" {one.arg.rpartition('_')[2].upper()}")
+    for argument, kind, default in _arguments(found):
+        if kind in _OBJECTS:
+            inner = read_source(_OBJECTS[kind], kind, group, brief)
+            source.required.update(inner.required)
+            source.options.update(inner.options)
+            continue
+        option, text = f"--{group}{_HYPHENS.get(argument, argument)}", texts[argument]
+        shown = _METAVARS.get(kind, f" {argument.rpartition('_')[2].upper()}")
         if literal := re.match(r"Literal\[(.*)\]", kind):
             shown = " {" + re.sub("[' ]", "", literal[1]) + "}"
         if brief:
             text = re.split(r"(?<=[.;])(?<!e\.g\.) ", text)[0].rstrip(".;") + "."
         if kind in _CLASSES:
             text += f" Its settings: {option}.help{_CLASSES[kind]}"
-        if place < 0:
+        if default is None:
             source.required[option + shown] = text
-            continue
-        default = ast.unparse(called.args.defaults[place]).replace("'", "")
-        source.options[option + shown] = text + f" (default: {default})" * (default not in ("None", "False"))
+        else:
+            source.options[option + shown] = text + f" (default: {default})" * (default not in ("None", "False"))
     return source
+
+
+def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:
+    """Return the name, the type and the default (None without one) of what a function or a class takes."""
+    function: Any = found
+    if isinstance(found, ast.ClassDef):
+        function = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
+    if function:
+        taken = [one for one in function.args.args if one.arg != "self"]
+        defaults = [None] * (len(taken) - len(function.args.defaults)) + function.args.defaults
+        given = [(one.arg, one.annotation, default) for one, default in zip(taken, defaults, strict=True)]
+    else:  # a dataclass
+        fields: Any = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+        given = [(node.target.id, node.annotation, node.value) for node in fields]
+    return [
+        (name, ast.unparse(kind).removesuffix(" | None"), default and ast.unparse(default).replace("'", ""))
+        for name, kind, default in given
+    ]
 
 
 def command_help(verb: str, file: str, function: str, positional: Sequence[str], whole: bool) -> str:

@@ -19,31 +19,18 @@ from modular_experts.study.published import beside_published
 from modular_experts.study.report import REPORT, findings, summary, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
+from modular_experts.study.settings import Description
 from modular_experts.text import bytes_text
 
 NAMED = 3
 """How many of the pieces that failed for the same reason are named."""
 
 Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
-Count = int | str
 
 
 def study(
-    base: str,
-    tasks: dict[str, Any] | list[Any] | str,
-    experts: dict[str, Any],
+    description: Description,
     out: str,
-    merges: list[Any] | None = None,
-    counts: list[Count | dict[str, Count]] | dict[str, Count] | Count | None = None,
-    multitask: dict[str, Any] | None = None,
-    matrix: bool = False,
-    seeds: list[int] | None = None,
-    data: dict[str, Any] | None = None,
-    fit: dict[str, Any] | None = None,
-    max_new_tokens: int = 64,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
-    published: dict[str, Any] | None = None,
-    metrics: dict[str, str] | None = None,
     only: list[Stage] | None = None,
     dry_run: bool = False,
     status: bool = False,
@@ -60,31 +47,8 @@ def study(
     change concerns. A piece that fails stops only what needs it.
 
     Args:
-        base: Directory or hub id of the base.
-        tasks: {held_in: [...], held_out: [...]} of task files. Such are also patterns as tasks/*.jsonl, hub ids, tasks
-            of the suite, as Reverse, and tasks with settings, as for `fit`.
-        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
+        description: What to do.
         out: Directory of the study.
-        merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
-            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
-            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
-            entry leaves the other kinds out.
-        counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
-            groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
-            share experts.
-        multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
-            `fit` of its own.
-        matrix: Test every model on every task.
-        seeds: Seeds of the trainings (default: [0]).
-        data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
-        fit: Settings of `fit` that all kinds share.
-        max_new_tokens: Length limit of a generated answer.
-        dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
-            float32.
-        published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
-            {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
-        metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
-            and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
@@ -102,24 +66,7 @@ def study(
         modular-experts study --config study.yaml --out runs/mine --dry-run
         modular-experts study --config study.yaml --out runs/mine --only experts
     """
-    place = Path(out)
-    sizes: Any = ["all"] if counts in (None, []) else counts
-    found = read_study(
-        base,
-        tasks,
-        experts,
-        merges or [],
-        sizes,
-        multitask,
-        matrix,
-        seeds or [0],
-        data,
-        fit,
-        max_new_tokens,
-        published,
-        dtype,
-        metrics,
-    )
+    place, found = Path(out), read_study(**vars(description))
     pieces = pieces_of(found, place.absolute(), only or ())
     if dry_run or status:
         _print_state(found, state_of(pieces, Lines(place), retry and dry_run), dry_run)

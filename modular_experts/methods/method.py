@@ -61,6 +61,7 @@ class Needs:
 
     Attributes:
         statistics: Kind of the statistics of the experts' data, such as `gram`.
+        together: Whether these are taken of all experts together, and hold only for the merge of exactly these.
         matrices: Number of float64 matrices of the weight's size.
         matrices_per_expert: Number of such matrices for each expert that moves the weight.
         squares: Number of float64 matrices `(in, in)`, such as Gram matrices.
@@ -72,6 +73,7 @@ class Needs:
     matrices_per_expert: float = 0.0
     squares: float = 0.0
     copies: float = 0.0
+    together: bool = False
 
     def __add__(self, other: Needs) -> Needs:
         """Return the needs of two methods that hold their memory at the same time, one around the other."""
@@ -82,6 +84,7 @@ class Needs:
             self.matrices_per_expert + other.matrices_per_expert,
             self.squares + other.squares,
             self.copies + other.copies,
+            self.together or other.together,
         )
 
 

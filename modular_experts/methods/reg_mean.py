@@ -131,7 +131,7 @@ class RegMeanPlusPlus(RegMean):
 
     """
 
-    needs = Needs(statistics="merged_gram", matrices=4.0, squares=6.0)
+    needs = Needs(statistics="merged_gram", together=True, matrices=4.0, squares=6.0)
 
 
 @dataclass(frozen=True)

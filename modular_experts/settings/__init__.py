@@ -10,6 +10,10 @@ class UsageError(ValueError):
     """A command line or a config file is wrong; the message is the sentence for the user."""
 
 
+class Options:
+    """A dataclass whose fields are options of a command, which takes the object as one argument."""
+
+
 SHORT_NAMES = {
     "base": "model.base",
     "tasks": "data.tasks",

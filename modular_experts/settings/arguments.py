@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from jsonargparse import get_loader
 
-from modular_experts.settings import UsageError
+from modular_experts.settings import Options, UsageError
 from modular_experts.text import did_you_mean
 
 NO_SHORT_NAMES: Mapping[str, str] = MappingProxyType({})
@@ -39,6 +39,8 @@ class Option(NamedTuple):
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], list[str]]:
     """Return the types of the arguments of a function or class, and the names of those without a default.
 
+    An argument that is an `Options` object stands for its fields.
+
     Args:
         called: The function or class.
         given_by_us: How many of the first arguments the package gives, and no option.
@@ -53,7 +55,29 @@ def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict
         hints = typing.get_type_hints(annotated, localns=vars(importlib.import_module("modular_experts.data")))
     parameters = list(inspect.signature(called).parameters.values())[given_by_us:]
     needed = [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
-    return {one.name: hints.get(one.name, Any) for one in parameters}, needed
+    found: dict[str, Any] = {}
+    for one in parameters:
+        kind = hints.get(one.name, Any)
+        if _is_options(kind):
+            fields, inner = arguments_of(kind)
+            found |= fields
+            needed = [*inner, *[name for name in needed if name != one.name]]
+        else:
+            found[one.name] = kind
+    return found, needed
+
+
+def given_as(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function whose settings are given flat, as `arguments_of` names them."""
+    given = dict(settings)
+    for name, kind in typing.get_type_hints(function).items():
+        if _is_options(kind):
+            given[name] = kind(**{field: given.pop(field) for field in arguments_of(kind)[0] if field in given})
+    return given
+
+
+def _is_options(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, Options)
 
 
 def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:

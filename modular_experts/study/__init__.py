@@ -1,14 +1,14 @@
 """Train many experts, merge them and measure what the merges did, from one description.
 
-`settings.py` reads and checks what a study shall do, and `merges.py` each entry of its merges. `pieces.py` cuts it into
-pieces of work, whose digests tell what a change of the study does anew; open it first. `work.py` does one piece,
-`run.py` runs the pieces that have no result, `results.py` makes rows of what they found, and `report.py` a table and a
-page.
+`settings.py` reads and checks what a study shall do, with `tasks.py` for its tasks and `merges.py` for its merges.
+`pieces.py` cuts it into pieces of work, whose digests tell what a change of the study does anew; open it first.
+`work.py` does one piece, `run.py` runs the pieces that have no result, `results.py` makes rows of what they found, and
+`report.py` a table and a page.
 """
 
 from modular_experts.study.pieces import pieces_of
 from modular_experts.study.results import results_of
 from modular_experts.study.run import run_study
-from modular_experts.study.settings import Study, read_study
+from modular_experts.study.settings import Description, Study, read_study
 
-__all__ = ["Study", "pieces_of", "read_study", "results_of", "run_study"]
+__all__ = ["Description", "Study", "pieces_of", "read_study", "results_of", "run_study"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.methods import MergeMethod
+from modular_experts.methods.method import Needs
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.make import make
@@ -71,27 +72,39 @@ class Ensemble:
 Combination = Merge | Route | Ensemble
 """One way to combine the experts of a kind."""
 
-WAYS = {
-    "method": ("tune", "rows", "name", "kinds"),
-    "search": ("merges", "rows", "name", "kinds"),
-    "route": ("fallback", "name", "kinds"),
-    "ensemble": ("name", "kinds"),
-}
-"""What an entry of `merges` can be, and the settings that it may have beside that."""
-
 
 class Entry(NamedTuple):
-    """A merge, a route or an ensemble, the statistics that it needs, and the kinds of experts that it combines."""
+    """An entry of `merges`, checked.
+
+    Attributes:
+        merge: The merge, the route or the ensemble.
+        kinds: The kinds of experts that it combines.
+        needs: The kinds of statistics of the experts' data that it needs.
+        together: Whether one of these statistics holds only for the merge of all experts.
+    """
 
     merge: Combination
-    needs: tuple[str, ...]
     kinds: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    together: bool = False
 
 
-def read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) -> Entry:
-    """Return an entry of `merges`, checked; `before` are the entries before it, by name."""
+def read_entries(merges: Iterable[Any], kinds: Collection[str]) -> dict[str, Entry]:
+    """Return the entries of `merges` by name, checked against each other and the kinds of experts."""
+    found: dict[str, Entry] = {}
+    for given in merges:
+        entry = _read_entry(given, found, kinds)
+        name = entry.merge.name
+        if name in found:
+            raise ValueError(f"two merges are called {name!r}; name one of them: {{method: {name}, name: mine}}")
+        found[name] = entry
+    return found
+
+
+def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) -> Entry:
+    """Return an entry of `merges`; `before` are the entries before it, by name."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
-    every = sorted({*WAYS, *(setting for settings in WAYS.values() for setting in settings)})
+    every = sorted({*WAYS, *(setting for _, settings in WAYS.values() for setting in settings)})
     for key in given:
         if key not in every:
             near = did_you_mean(key, every) or (
@@ -102,60 +115,82 @@ def read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) 
     ways = [way for way in WAYS if way in given]
     if len(ways) != 1:
         raise ValueError(f"the merge {given} needs exactly one of `method`, `search`, `route` and `ensemble`")
-    (way,) = ways
+    read, settings = WAYS[ways[0]]
     for key in given:
-        if key != way and key not in WAYS[way]:
-            raise ValueError(f"{key} is not a setting of a {way}; the merge {given} may have {', '.join(WAYS[way])}")
+        if key != ways[0] and key not in settings:
+            known = ", ".join(settings)
+            raise ValueError(f"{key} is not a setting of a {ways[0]}; the merge {given} may have {known}")
     of = given.get("kinds", [*kinds])
     if isinstance(of, str) or not of:
         raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds))}]")
     check_kinds(f"the merge {given}", of, kinds)
-    of = tuple(of)
-    if way == "route":
-        return _route(given, before, of)
-    if way == "ensemble":
-        if given["ensemble"] not in MEANS:
-            near = did_you_mean(given["ensemble"], MEANS)
-            raise ValueError(f"ensemble: {given['ensemble']!r} is not a mean of {' or '.join(MEANS)}{near}")
-        return Entry(Ensemble(given.get("name", f"Ensemble of {given['ensemble']}"), given["ensemble"]), (), of)
-    rows = given.get("rows", TUNING_ROWS)
-    if way == "search":
-        search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
-        methods = [make(MergeMethod, start) for start in starts]
-        merge = Merge(given.get("name", type(search).__name__), given["search"], True, None, rows, tuple(starts))
-    else:
-        methods, tune = [make(MergeMethod, given["method"])], given.get("tune") or None
-        name = given.get("name", type(methods[0]).__name__ + " tuned" * bool(tune))
-        merge = Merge(name, given["method"], False, {} if tune is True else tune, rows)
-        for key in merge.tune or {}:
-            if key != "grid":
-                raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
-        if tune:
-            most_trials(methods[0], (merge.tune or {}).get("grid"))  # refuses a grid that does not fit
-    return Entry(merge, tuple(sorted({one.needs.statistics for one in methods if one.needs.statistics})), of)
+    return read(given, before, tuple(of))
+
+
+def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
+    """Return a merge by a method, as it comes or tuned."""
+    method, tune = make(MergeMethod, given["method"]), given.get("tune") or None
+    for key in {} if tune is True else tune or {}:
+        if key != "grid":
+            raise ValueError(f"tune.{key} is not a setting; give `true`, or a grid: {{grid: {{keep: [0.1, 0.2]}}}}")
+    tune = {} if tune is True else tune
+    if tune is not None:
+        most_trials(method, tune.get("grid"))  # refuses a grid that does not fit
+    name = given.get("name", type(method).__name__ + " tuned" * (tune is not None))
+    merge = Merge(name, given["method"], False, tune, given.get("rows", TUNING_ROWS))
+    return _entry(merge, kinds, method.needs)
+
+
+def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
+    """Return a merge whose coefficients are searched, from the merges of other methods."""
+    search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
+    name, rows = given.get("name", type(search).__name__), given.get("rows", TUNING_ROWS)
+    merge = Merge(name, given["search"], True, None, rows, tuple(starts))
+    return _entry(merge, kinds, *[make(MergeMethod, start).needs for start in starts])
 
 
 def _route(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
-    """Return a route, and the statistics that its router and its fallback need."""
-    router, fallback, needs = make(Router, given["route"]), None, set[str]()
-    if router.needs:
-        needs.add(router.needs)
-    if (wanted := given.get("fallback")) is not None:
-        check_fallback(router, wanted)
-        merges = {
-            name: entry.merge
-            for name, entry in before.items()
-            if isinstance(entry.merge, Merge) and {*kinds} <= {*entry.kinds}
-        }
-        if wanted not in merges:
-            near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
-            raise ValueError(
-                f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
-            )
-        fallback = merges[wanted]
-        needs.update(before[wanted].needs)
-    name = type(router).__name__ + (f" else {fallback.name}" if fallback else "")
-    return Entry(Route(given.get("name", name), given["route"], fallback), tuple(sorted(needs)), kinds)
+    """Return a route; its fallback is a merge that stands before it."""
+    router, wanted = make(Router, given["route"]), given.get("fallback")
+    name, needs = type(router).__name__, {router.needs} if router.needs else set()
+    if wanted is None:
+        return Entry(Route(given.get("name", name), given["route"]), kinds, tuple(needs))
+    check_fallback(router, wanted)
+    merges = {
+        name: entry for name, entry in before.items() if isinstance(entry.merge, Merge) and {*kinds} <= {*entry.kinds}
+    }
+    if wanted not in merges:
+        near = did_you_mean(str(wanted), merges) or f"; before it are {', '.join(merges) or 'no merges'}"
+        raise ValueError(
+            f"fallback: {wanted!r} must be the name of a merge of these kinds that stands before the route{near}"
+        )
+    fallback = merges[wanted]
+    route = Route(given.get("name", f"{name} else {wanted}"), given["route"], fallback.merge)  # type: ignore[arg-type]
+    return Entry(route, kinds, tuple(sorted({*needs, *fallback.needs})), fallback.together)
+
+
+def _ensemble(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
+    """Return an ensemble."""
+    mean = given["ensemble"]
+    if mean not in MEANS:
+        near = did_you_mean(mean, MEANS)
+        raise ValueError(f"ensemble: {mean!r} is not a mean of {' or '.join(MEANS)}{near}")
+    return Entry(Ensemble(given.get("name", f"Ensemble of {mean}"), mean), kinds)
+
+
+WAYS: dict[str, tuple[Callable[..., Entry], tuple[str, ...]]] = {
+    "method": (_method, ("tune", "rows", "name", "kinds")),
+    "search": (_search, ("merges", "rows", "name", "kinds")),
+    "route": (_route, ("fallback", "name", "kinds")),
+    "ensemble": (_ensemble, ("name", "kinds")),
+}
+"""What an entry of `merges` can be: its reader, and the settings that it may have beside the key."""
+
+
+def _entry(merge: Merge, kinds: tuple[str, ...], *needs: Needs) -> Entry:
+    """Return the entry of a merge by methods with these needs."""
+    statistics = sorted({one.statistics for one in needs if one.statistics})
+    return Entry(merge, kinds, tuple(statistics), any(one.together for one in needs))
 
 
 def check_kinds(of: str, named: Any, kinds: Collection[str]) -> None:

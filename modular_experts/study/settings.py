@@ -1,13 +1,12 @@
-"""Read what a study shall do from settings, and check all of it before anything runs.
+"""Read the description of a study, and check all of it before anything runs.
 
-The settings are those of `modular-experts study`, plain values as a YAML file holds them. Processes that do a piece of
-the work get the same values, and make objects of them where they need some.
+A `Description` holds the words of a YAML file, or of a call in Python. `read_study` makes a `Study` of it: the same as
+plain values, every short form spelt out. Processes that do a piece of the work get these values, and make objects of
+them where they need some.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import itertools
 import logging
 import math
@@ -15,20 +14,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
 from modular_experts.base.base import DType
-from modular_experts.data.tasks import NAME, Task
+from modular_experts.data.tasks import NAME
 from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
 from modular_experts.library import check_name
+from modular_experts.settings import Options
 from modular_experts.settings.make import check_fit, make, plain
-from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entry
+from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
 from modular_experts.study.published import SINGLE, Published, read_published
+from modular_experts.study.tasks import content_hash, read_tasks
 from modular_experts.text import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,74 @@ MULTITASK, BASE = "multitask", "base"
 RESERVED = (MULTITASK, BASE, "merge", "route")
 DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limit", "chat_template", "eval_batch_size")
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
+
+Settings = dict[str, Any]
+Count = int | str
+
+
+@dataclass(frozen=True)
+class Description(Options):
+    """What a study shall do, in the words of its file.
+
+    Args:
+        base: Directory or hub id of the base.
+        tasks: {held_in: [...], held_out: [...]} of task files. Such are also patterns as tasks/*.jsonl, hub ids, tasks
+            of the suite, as Reverse, and tasks with settings, as for `fit`.
+        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
+        merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
+            validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
+            ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
+            entry leaves the other kinds out.
+        counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
+            groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
+            share experts.
+        multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
+            `fit` of its own.
+        matrix: Test every model on every task.
+        seeds: Seeds of the trainings (default: [0]).
+        data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
+        fit: Settings of `fit` that all kinds share.
+        max_new_tokens: Length limit of a generated answer.
+        dtype: Data type of the base. The settings of a kind beat it in its trainings; statistics and searches stay in
+            float32.
+        published: Figures of others to show beside ours. Such are {source: ..., metric: rougeL, rows: {lora TIES:
+            {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
+        metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
+            and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+    """
+
+    base: str
+    tasks: Settings | list[Any] | str
+    experts: Settings
+    merges: list[Any] | None = None
+    counts: list[Count | dict[str, Count]] | dict[str, Count] | Count | None = None
+    multitask: Settings | None = None
+    matrix: bool = False
+    seeds: list[int] | None = None
+    data: Settings | None = None
+    fit: Settings | None = None
+    max_new_tokens: int = 64
+    dtype: DType = "float32"
+    published: Settings | None = None
+    metrics: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("merges", "counts", "seeds"):
+            listed = getattr(self, name)
+            if isinstance(listed, str | int) or (isinstance(listed, Mapping) and name != "counts"):
+                raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
+        for key in self.data or {}:
+            if key not in DATA:
+                near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
+                raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
+        if len(set(self.seeds or ())) < len(self.seeds or ()):
+            raise ValueError(f"seeds={self.seeds} must be one or more different numbers, such as [0, 1, 2]")
+        if self.dtype not in get_args(DType):
+            near = did_you_mean(str(self.dtype), get_args(DType)) or f"; they are {', '.join(get_args(DType))}"
+            raise ValueError(f"dtype={self.dtype!r} is not a data type of a base{near}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
+        text_metrics(make(dict[str, TextMetric], {**(self.metrics or {})}))
 
 
 @dataclass(frozen=True)
@@ -53,27 +121,24 @@ class Study:
         counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
         draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
         multitask: The configs of the fit of one expert on all held-in tasks, or None.
-        matrix: Whether every model is tested on every task.
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
-        max_new_tokens: Length limit of a generated answer.
         metrics: Dotted paths of the text metrics that stand beside exact match and Rouge-L, or in their place, by name.
-        dtype: Data type of the base, in trainings (unless the configs of a kind set another) and in tests.
         needs: The kinds of statistics that each merge needs, by its name.
         published: Figures of others for models of this study, which its tables show beside ours.
     """
 
     base: str
-    held_in: dict[str, dict[str, Any]]
-    held_out: dict[str, dict[str, Any]]
+    held_in: dict[str, Settings]
+    held_out: dict[str, Settings]
     contents: dict[str, str]
-    experts: dict[str, list[dict[str, Any]]]
+    experts: dict[str, list[Settings]]
     merges: dict[str, tuple[Combination, ...]]
     counts: tuple[int, ...]
-    multitask: list[dict[str, Any]] | None
+    multitask: list[Settings] | None
     matrix: bool
     seeds: tuple[int, ...]
-    data: dict[str, Any]
+    data: Settings
     max_new_tokens: int
     dtype: DType
     metrics: dict[str, str] = field(default_factory=dict)
@@ -82,7 +147,7 @@ class Study:
     published: Published | None = None
 
     @property
-    def tasks(self) -> dict[str, dict[str, Any]]:
+    def tasks(self) -> dict[str, Settings]:
         """Settings of all tasks by name, those that get experts first."""
         return {**self.held_in, **self.held_out}
 
@@ -111,185 +176,72 @@ class Study:
         return f"-seed{seed}" if len(self.seeds) > 1 else ""
 
 
-def read_study(
-    base: str | Path,
-    tasks: Any,
-    experts: Mapping[str, Any],
-    merges: Sequence[Any] = (),
-    counts: Sequence[Any] | Mapping[Any, Any] = ("all",),
-    multitask: Mapping[str, Any] | None = None,
-    matrix: bool = False,
-    seeds: Sequence[int] = (0,),
-    data: Mapping[str, Any] | None = None,
-    fit: Mapping[str, Any] | None = None,
-    max_new_tokens: int = 64,
-    published: Mapping[str, Any] | None = None,
-    dtype: DType = "float32",
-    metrics: Mapping[str, Any] | None = None,
-) -> Study:
-    """Check the settings of a study, and return them with every short form spelt out.
+def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges: Any = None, **more: Any) -> Study:
+    """Check the description of a study, and return it with every short form spelt out.
 
-    The arguments are those of `modular-experts study`. Where they name a class, the class itself may stand, or
+    The arguments are the settings of `Description`. Where they name a class, the class itself may stand, or
     `partial(LoRAExpert, rank=4)`, an object of a merge method, or a `Task`.
 
     Raises:
         ValueError: Something does not fit; nothing has run.
     """
-    base, tasks, experts, merges, multitask, fit, metrics = map(
-        plain, (base, tasks, experts, merges, multitask, fit, metrics or {})
-    )
-    for name, listed in {"merges": merges, "counts": counts, "seeds": seeds}.items():
-        if isinstance(listed, str | int) or (isinstance(listed, Mapping) and name != "counts"):
-            raise ValueError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
-    held_in, held_out = _tasks(tasks)
-    for key in data or {}:
-        if key not in DATA:
-            near = did_you_mean(key, DATA) or f"; they are {', '.join(DATA)}"
-            raise ValueError(f"data.{key} is not a setting of how the rows of a study are read{near}")
-    check = partial(_check_fit, base=base, data={**(data or {}), "tasks": [next(iter(held_in.values()))]})
-    shared = "fit and " if fit else ""
-    kinds = {kind: _configs(kind, settings, fit) for kind, settings in experts.items()}
-    if not kinds:
-        raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
-    for kind, configs in kinds.items():
-        if not NAME.fullmatch(kind) or kind in RESERVED:
-            raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
-        check(f"{shared}experts.{kind}", configs)
-    found: dict[str, Entry] = {}
-    for given in merges:
-        entry = read_entry(given, found, kinds)
-        if entry.merge.name in found:
-            name = entry.merge.name
-            raise ValueError(f"two merges are called {name!r}; name one of them: {{method: {name}, name: mine}}")
-        found[entry.merge.name] = entry
-    whole = None
-    if multitask is not None:
-        own = {name: value for name, value in multitask.items() if name != "kind"}
-        if "kind" in multitask:
-            check_kinds("multitask", [multitask["kind"]], kinds)
-            whole = [*kinds[multitask["kind"]], *[own] * bool(own)]
-        else:
-            whole = _configs("multitask", own, fit)
-        check("multitask", whole)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)} must be one or more different numbers, such as [0, 1, 2]")
-    if dtype not in get_args(DType):
-        near = did_you_mean(str(dtype), get_args(DType)) or f"; they are {', '.join(get_args(DType))}"
-        raise ValueError(f"dtype={dtype!r} is not a data type of a base{near}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 token of an answer")
-    text_metrics(make(dict[str, TextMetric], {**metrics}))
-    sizes, draws = _counts(counts, len(held_in))
+    given = Description(*map(plain, (base, tasks, experts, merges)), **plain(more))
+    held_in, held_out = read_tasks(given.tasks)
+    kinds = read_experts(given)
+    multitask = _multitask(given, kinds)
+    _check_fits(given, kinds, multitask, next(iter(held_in.values())))
+    entries = read_entries(given.merges or [], kinds)
+    wanted: Any = given.counts or ["all"]
+    counts = read_counts(wanted, len(held_in))
+    if [*counts] != [len(held_in)] and (together := [name for name, entry in entries.items() if entry.together]):
+        raise ValueError(f"{together[0]} is measured for one merge of all experts; give counts: [all]")
     study = Study(
-        base=str(base),
+        base=given.base,
         held_in=held_in,
         held_out=held_out,
-        contents={name: _content(name, task) for name, task in {**held_in, **held_out}.items()},
+        contents={name: content_hash(name, task) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
-        merges={kind: tuple(entry.merge for entry in found.values() if kind in entry.kinds) for kind in kinds},
-        counts=sizes,
-        draws=draws,
-        multitask=whole,
-        matrix=matrix,
-        seeds=tuple(seeds),
-        data=dict(data or {}),
-        max_new_tokens=max_new_tokens,
-        dtype=dtype,
-        metrics={**metrics},
-        needs={name: entry.needs for name, entry in found.items()},
-        published=read_published(published, _models(kinds, found, whole)) if published else None,
+        merges={kind: tuple(entry.merge for entry in entries.values() if kind in entry.kinds) for kind in kinds},
+        counts=tuple(counts),
+        draws={size: draws for size, draws in counts.items() if draws},
+        multitask=multitask,
+        matrix=given.matrix,
+        seeds=tuple(given.seeds or [0]),
+        data=dict(given.data or {}),
+        max_new_tokens=given.max_new_tokens,
+        dtype=given.dtype,
+        metrics={**(given.metrics or {})},
+        needs={name: entry.needs for name, entry in entries.items()},
+        published=read_published(given.published, _models(kinds, entries, multitask)) if given.published else None,
     )
-    if "merged_gram" in {kind for needs in study.needs.values() for kind in needs} and study.counts != (len(held_in),):
-        raise ValueError("RegMeanPlusPlus is measured for one merge of all experts; give counts: [all]")
     _check_names(study)
     return study
 
 
-def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -> list[str]:
-    """Return the names of the models of a study as its tables name them, of merges those of all experts."""
-    singles = [f"{kind}{SINGLE}" for kind in kinds]
-    merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
-    return [BASE, *singles, *merged, *([MULTITASK] if multitask else [])]
+def read_experts(given: Description) -> dict[str, list[Settings]]:
+    """Return the configs of the fit of each kind of experts: the shared settings, then its own."""
+    if not given.experts:
+        raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
+    for kind in given.experts:
+        if not NAME.fullmatch(kind) or kind in RESERVED:
+            raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
+    return {kind: _configs(kind, settings, given.fit) for kind, settings in given.experts.items()}
 
 
-def _check_fit(of: str, configs: Sequence[Mapping[str, Any]], base: Any, data: Mapping[str, Any]) -> None:
-    """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
-    try:
-        check_fit([*configs, {"model": {"base": base}, "data": data}])
-    except ValueError as error:
-        raise ValueError(f"{of}: {error}") from error
+def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> list[Settings] | None:
+    """Return the configs of the expert of all tasks: those of a kind, or the shared settings, and then its own."""
+    if given.multitask is None:
+        return None
+    own = {name: value for name, value in given.multitask.items() if name != "kind"}
+    if "kind" not in given.multitask:
+        return _configs("multitask", own, given.fit)
+    check_kinds("multitask", [given.multitask["kind"]], kinds)
+    return [*kinds[given.multitask["kind"]], *[own] * bool(own)]
 
 
-def _check_names(study: Study) -> None:
-    """Raise ValueError if the library cannot take the name of an expert, or two experts would have the same."""
-    names = [study.multitask_name(seed) for seed in study.seeds]
-    for seed, kind in itertools.product(study.seeds, study.experts):
-        names += [study.name(kind, task, seed) for task in study.held_in]
-        for merge in study.merges[kind]:
-            named = study.route_name if isinstance(merge, Route) else study.merge_name
-            names.append(named(kind, merge.name, seed))
-    for name, count in Counter(map(check_name, names)).items():
-        if count > 1:
-            raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")
-
-
-def _tasks(tasks: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return the settings of the tasks of each role by name, every short form spelt out."""
-    found: dict[str, dict[str, dict[str, Any]]] = {"held_in": {}, "held_out": {}}
-    roles = tasks if isinstance(tasks, Mapping) and set(tasks) <= set(found) else {"held_in": tasks}
-    for key in tasks if roles is not tasks and isinstance(tasks, Mapping) else ():
-        near = did_you_mean(key, found)
-        if key not in found and (near or {*found} & {*tasks}):
-            raise ValueError(f"tasks.{key} is neither held_in nor held_out{near}")
-    for role, listed in roles.items():
-        for entry in [listed] if isinstance(listed, str | Mapping) else listed or []:
-            for one in _several(entry) if isinstance(entry, str) else [dict(entry)]:
-                (task,) = make(list[Task], [one | {"role": role}])
-                if task.name in found["held_in"] or task.name in found["held_out"]:
-                    raise ValueError(
-                        f"two tasks have the name {task.name!r}; results are kept by name, so name one of them: "
-                        f"{{name: {task.name}-2, ...}}"
-                    )
-                found[role][task.name] = one | {"name": task.name, "role": role}
-    if not found["held_in"]:
-        raise ValueError("a study needs tasks that get experts, such as tasks: {held_in: tasks/*.jsonl}")
-    return found["held_in"], found["held_out"]
-
-
-def _content(name: str, task: Mapping[str, Any]) -> str:
-    """Return a hash of a task's file, or of the files of its directory."""
-    if task.get("path") is None:
-        return ""
-    path, found = Path(task["path"]), hashlib.sha256()
-    if not path.exists():
-        raise ValueError(f"task {name!r}: there is no file {path}; the path starts from the current directory")
-    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
-
-
-def _several(word: str) -> list[dict[str, Any]]:
-    """Return the tasks that a word means: the files of a pattern, a file, a hub id, or a task of the suite."""
-    if any(sign in word for sign in "*?["):
-        files = sorted(glob.glob(word, recursive=True))
-        if not files:
-            raise ValueError(f"no file matches {word!r}; the pattern starts from the current directory")
-        return [{"path": file} for file in files]
-    if Path(word).is_dir() and not [*Path(word).glob("dataset_*.json")]:
-        raise ValueError(
-            f"{word} is a directory that datasets.save_to_disk did not write; give its files: {word}/*.jsonl"
-        )
-    if word.isidentifier() and word[0].isupper() and not Path(word).exists():
-        # The name of a task of the suite, as a class is named.
-        return [{"name": re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower(), "source": word}]
-    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not Path(word).suffix and not Path(word).exists()
-    return [{"hub": word} if is_hub else {"path": word}]
-
-
-def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the configs of a kind's fit: what all kinds share, then its own, each a file or its contents."""
-    found = [dict(common)] if common else []
+def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list[Settings]:
+    """Return the configs of a fit: what all kinds share, then its own, each a file or its contents."""
+    found = [dict(shared)] if shared else []
     for one in settings if isinstance(settings, list) else [settings]:
         if isinstance(one, str):
             file = Path(one)
@@ -307,11 +259,26 @@ def _configs(kind: str, settings: Any, common: Mapping[str, Any] | None) -> list
     return found
 
 
-def _counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Return the sizes of groups in ascending order, and of each size whose groups are random how many there are."""
+def _check_fits(
+    given: Description, kinds: Mapping[str, list[Settings]], multitask: list[Settings] | None, task: Settings
+) -> None:
+    """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
+    shared = "fit and " if given.fit else ""
+    fits = {f"{shared}experts.{kind}": configs for kind, configs in kinds.items()}
+    fits |= {MULTITASK: multitask} if multitask is not None else {}
+    own = {"model": {"base": given.base}, "data": {**(given.data or {}), "tasks": [task]}}
+    for name, configs in fits.items():
+        try:
+            check_fit([*configs, own])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def read_counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> dict[int, int]:
+    """Return how many random groups there are of each size, in ascending order; 0 of a size with disjoint groups."""
     found: dict[int, int] = {}
     for entry in [counts] if isinstance(counts, Mapping) else counts:
-        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, 0)]:
+        for count, draws in entry.items() if isinstance(entry, Mapping) else [(entry, None)]:
             # A command line and the keys of a mapping give numbers as text.
             size = tasks if count == "all" else int(str(count)) if re.fullmatch(r"\d+", str(count)) else 0
             if count != "all" and not 2 <= size <= tasks:
@@ -319,19 +286,42 @@ def _counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> tuple[tupl
                     f"counts holds {count}; give numbers from 2 to the {tasks} held-in tasks, or `all`: [2, 5, all], "
                     "or random groups: [2: 10 draws, all]"
                 )
-            number = re.fullmatch(r"([1-9]\d*)( draws?)?", str(draws))
-            if isinstance(entry, Mapping) and number is None:
-                raise ValueError(
-                    f"counts: {count} has {draws!r}; give how many random groups to draw, such as [{count}: 10 draws]"
-                )
-            wanted, most = int(number[1]) if number else 0, math.comb(tasks, size)
-            if most < wanted:
-                groups = f"{most} different group{'s' * (most > 1)}"
-                sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
-                log.warning(sentence, tasks, groups, size, wanted)
-                wanted = most
-            # There is one group of all experts, and it is the same if it is drawn.
-            wanted = 0 if size == tasks else wanted
+            wanted = _draws(count, draws, size, tasks) if isinstance(entry, Mapping) else 0
             if found.setdefault(size, wanted) != wanted:
                 raise ValueError(f"counts names {size} experts twice, with other groups; leave one of the two out")
-    return tuple(sorted(found)), {size: draws for size, draws in found.items() if draws}
+    return dict(sorted(found.items()))
+
+
+def _draws(count: Any, draws: Any, size: int, tasks: int) -> int:
+    """Return how many random groups `10 draws` means; 0 for the group of all experts, which drawn is the same."""
+    number = re.fullmatch(r"([1-9]\d*)( draws?)?", str(draws))
+    if number is None:
+        raise ValueError(
+            f"counts: {count} has {draws!r}; give how many random groups to draw, such as [{count}: 10 draws]"
+        )
+    wanted, most = int(number[1]), math.comb(tasks, size)
+    if most < wanted:
+        groups = f"{most} different group{'s' * (most > 1)}"
+        sentence = "counts: %d experts have only %s of %d, so the study takes each once instead of %d draws"
+        log.warning(sentence, tasks, groups, size, wanted)
+    return 0 if size == tasks else min(wanted, most)
+
+
+def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -> list[str]:
+    """Return the names of the models of a study as its tables name them, of merges those of all experts."""
+    singles = [f"{kind}{SINGLE}" for kind in kinds]
+    merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
+    return [BASE, *singles, *merged, *([MULTITASK] if multitask else [])]
+
+
+def _check_names(study: Study) -> None:
+    """Raise ValueError if the library cannot take the name of an expert, or two experts would have the same."""
+    names = [study.multitask_name(seed) for seed in study.seeds]
+    for seed, kind in itertools.product(study.seeds, study.experts):
+        names += [study.name(kind, task, seed) for task in study.held_in]
+        for merge in study.merges[kind]:
+            named = study.route_name if isinstance(merge, Route) else study.merge_name
+            names.append(named(kind, merge.name, seed))
+    for name, count in Counter(map(check_name, names)).items():
+        if count > 1:
+            raise ValueError(f"two experts would have the name {name} in the library; rename a kind, a task or a merge")

@@ -16,6 +16,7 @@ from modular_experts.methods import TIES, Rescaled, SparseAverage
 from modular_experts.settings.make import plain
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.study.pieces import groups
+from modular_experts.study.tasks import named_tasks
 
 
 def test_objects_do_what_their_settings_do(tmp_path, tiny_llama_dir) -> None:
@@ -95,6 +96,27 @@ def test_what_no_config_can_hold_is_refused_in_a_sentence() -> None:
 def test_what_must_be_a_list_is_not_read_letter_by_letter(change) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.* must be a list"):
         read_study("base", "upper.jsonl", {"lora": {"expert": LoRAExpert}}, **change)
+
+
+@pytest.mark.parametrize(
+    ("word", "tasks"),
+    [
+        ("[ab].jsonl", [{"path": "a.jsonl"}, {"path": "b.jsonl"}]),
+        ("a.jsonl", [{"path": "a.jsonl"}]),
+        ("Saved", [{"path": "Saved"}]),
+        ("FirstTwo", [{"name": "first-two", "source": "FirstTwo"}]),
+        ("owner/name", [{"hub": "owner/name"}]),
+        ("here/name", [{"path": "here/name"}]),
+        ("owner/gone.jsonl", [{"path": "owner/gone.jsonl"}]),
+    ],
+)
+def test_a_word_names_tasks_by_its_form(tmp_path, monkeypatch, word, tasks) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("Saved", "here"):
+        Path(folder).mkdir()
+    for file in ("a.jsonl", "b.jsonl", "Saved/dataset_info.json", "here/name"):
+        Path(file).touch()
+    assert named_tasks(word) == tasks
 
 
 @pytest.fixture
