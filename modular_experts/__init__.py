@@ -23,6 +23,7 @@ _HOMES = {
     "modular_experts.injection.save": ("save_expert",),
     "modular_experts.routing": ("Centroid", "Oracle", "Router"),
     "modular_experts.library": ("Library", "StoredExpert", "open_expert", "write_expert"),
+    "modular_experts.library.described": ("trust",),
     "modular_experts.merger.interference": ("interference",),
     "modular_experts.merger.merged": ("Merged", "merge", "write_merged"),
     "modular_experts.training.module": ("ExpertModule",),

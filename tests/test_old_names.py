@@ -14,7 +14,8 @@ from testbed.random_deltas import random_delta
 
 import modular_experts
 from modular_experts.library import make_record, open_expert, write_expert
-from modular_experts.merger.merged import describe, merge
+from modular_experts.library.described import describe
+from modular_experts.merger.merged import merge
 from modular_experts.merger.remove import remove
 from modular_experts.methods import TIES, Average, MagnitudePrune
 from modular_experts.old_names import MOVED, current_name

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from modular_experts.settings import TRUST
 from modular_experts.settings.arguments import (
     NO_SHORT_NAMES,
     arguments_of,
@@ -45,6 +47,7 @@ def run_command(
         UsageError: The arguments do not fit; nothing was called.
     """
     hints, required = arguments_of(function)
+    hints |= {"trust": list[str]}
     options, config = fold_configs(read_options(argv[1:], hints, positional, short), short=short)
     if plain:
         given = as_settings(options, config, hints)
@@ -54,11 +57,13 @@ def run_command(
         if printed:
             print(yaml.safe_dump(given, sort_keys=False), end="")
         else:
+            _trust_named(given)
             function(**given_as(function, given))
         return
     # Errors are raised, so that they become sentences.
     parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
+    parser.add_argument("--trust", type=list[str], default=[], help=next(iter(TRUST.values())))
     parser.add_function_arguments(function)
     words = ["--config", json.dumps(config, default=str), *as_words(options)]
     try:
@@ -66,4 +71,15 @@ def run_command(
     except ArgumentError as error:
         raise explained(error, options, config, hints, required, short) from None
     settings.pop("config", None)
-    function(**settings.as_dict())
+    given = settings.as_dict()
+    _trust_named(given)
+    function(**given)
+
+
+def _trust_named(given: dict[str, Any]) -> None:
+    """Take the option `trust` out of the settings of a command, and trust the user's own modules that it names."""
+    if named := given.pop("trust", []):
+        # Which imports torch.
+        from modular_experts.library.described import trust
+
+        trust(*named)

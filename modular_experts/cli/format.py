@@ -15,6 +15,7 @@ from rich.progress import Progress, ProgressColumn
 
 from modular_experts.base.verify import Check
 from modular_experts.library import StoredExpert
+from modular_experts.library.record import MERGE, ROUTED
 from modular_experts.library.statistics import StoredStatistics
 from modular_experts.text import bytes_text
 
@@ -24,7 +25,7 @@ INTERRUPTED = "interrupted; the same command goes on from here"
 def summary(expert: StoredExpert) -> str:
     """Return kind, number of weights or of experts behind a router, kept share and size on disk in one line."""
     size = bytes_text(expert.size_on_disk)
-    if expert.routed:
+    if expert.is_routed:
         return f"{kind_text(expert.record)}, {counted(len(expert.record['parents']), 'expert')}, {size}"
     return (
         f"{expert.record['kind']}, {len(expert)} weights, {share_text(expert.kept_share)} of their entries kept, {size}"
@@ -50,9 +51,9 @@ def duration_text(seconds: float) -> str:
 
 def kind_text(record: Mapping[str, Any]) -> str:
     """Return the kind of an expert, of a merge also its method, and of a routed expert its router."""
-    if record["kind"] == "routed":
+    if record["kind"] == ROUTED:
         return f"routed: {(record.get('hyperparameters') or {}).get('router')}"
-    if record["kind"] != "merge":
+    if record["kind"] != MERGE:
         return record["kind"]
     method = record.get("method")
     return f"merge: {method['class_path'].rpartition('.')[2] if method else 'by pattern'}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modular_experts.settings import OWN_OPTIONS
+from modular_experts.settings import OWN_OPTIONS, TRUST
 
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
@@ -27,7 +27,7 @@ _METAVARS |= {"DType": " {float32,bfloat16,float16,float64}"}
 _OBJECTS = {"Description": "study/settings.py"}
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}
-_EVERYWHERE = {
+_EVERYWHERE = TRUST | {
     "--config FILE": "YAML file with options; of several, the last wins.",
     "--print_config": "Print all options as such a file, and do nothing.",
     "--help-all": "Print all options, and their whole texts.",
@@ -128,7 +128,7 @@ def training_help(verb: str, summary: str) -> str:
         "--expert.NAME X is a setting of it, and --expert.help TYPE lists them.",
         "--modules A [B ...]": "Layers with an expert: ends of names (q_proj), patterns, or all-linear.",
     }
-    options = {"--applied A [B ...]": "Experts of a library to add to the base first; --experts is the same option."}
+    options = {"--applied A [B ...]": "Experts to add to the base first; also --experts."}
     if verb == "fit":
         required |= kind
         training = {

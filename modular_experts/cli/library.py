@@ -68,7 +68,7 @@ def _row(expert: StoredExpert) -> tuple[str, ...]:
     shown = ", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks"
     place = (base.get("id") or "").rstrip("/").rpartition("/")[2]
     holds = (str(len(expert)), share_text(expert.kept_share)) if expert.forms() else ("", "")
-    if expert.routed:
+    if expert.is_routed:
         holds = counted(len(expert.record["parents"]), "expert"), ""
     return base["fingerprint"], kind_text(expert.record), place, shown, *holds, bytes_text(expert.size_on_disk)
 
@@ -114,7 +114,7 @@ def verify(expert: str, base: str | None = None, revision: str | None = None) ->
 def _verified(expert: StoredExpert, base: str | None, revision: str | None) -> str:
     expert.verify()
     holds = f"{len(expert)} weights"
-    if expert.routed:
+    if expert.is_routed:
         count = len(open_parents(expert))
         router = kind_text(expert.record).removeprefix("routed: ")
         holds = f"the router {router} and {counted(count, 'expert')} behind it"

@@ -15,9 +15,10 @@ from modular_experts.base.files import MANIFEST
 from modular_experts.cli.format import counted, duration_text, print_check, progress_bar, summary, value_text
 from modular_experts.cli.tuning import Tuning, print_tuning
 from modular_experts.library import check_target, open_expert, open_experts
+from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest, seconds
-from modular_experts.merger.merged import Merged, describe, write_merged
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.text import bytes_of, bytes_text, in_any_block

@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).parents[1]
 # Arguments of the trainer's methods, and what every command takes.
 OTHERS = {
     *("ckpt_path", "weights_only", "verbose", "return_predictions", "seed_everything"),
-    *("config", "print_config", "help", "help_all"),
+    *("config", "print_config", "help", "help_all", "trust"),
 }
 
 

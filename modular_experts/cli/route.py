@@ -8,7 +8,8 @@ from typing import Any
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, counted, progress_bar
 from modular_experts.data import TaskMixture
-from modular_experts.injection.route import describe, members_of
+from modular_experts.injection.attach import describe_router
+from modular_experts.injection.route import members_of
 from modular_experts.injection.route import route as route_experts
 from modular_experts.library import check_target
 from modular_experts.library.statistics import kinds_of_statistics
@@ -66,7 +67,9 @@ def route(
             f"{type(chosen).__name__} learns from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
         )
     made = route_experts(members, out, chosen, fallback, overwrite)
-    settings = {name: value for name, value in describe(chosen).items() if name not in ("router", "select", "tasks")}
+    settings = {
+        name: value for name, value in describe_router(chosen).items() if name not in ("router", "select", "tasks")
+    }
     behind = f", and {fallback} for what it rejects" if fallback else ""
     print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(len(members), 'expert')}{behind}")
     print(f"{out}: routed, {made.size_on_disk:,} bytes beside its experts")

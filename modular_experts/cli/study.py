@@ -55,8 +55,8 @@ def study(
         retry: Try again what failed in an earlier run.
         processes: How many pieces run at once on this machine; by default one a CUDA device or else one a core, at most
             8, as many as fit into memory with twice the base each.
-        engine: Where pieces run: local, slurm, dask, ray, or a class of yours. Its dotted path names it, and it is an
-            Executor of concurrent.futures.
+        engine: Local, slurm, dask or ray. Pieces run there; a dotted path names a class of yours, an Executor of
+            concurrent.futures.
         engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
             --engine_settings.partition gpu, and a few of its own.
         open: Show the page in the browser at the end.

@@ -68,10 +68,6 @@ class LayerPlan(ABC):
     def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
         """Return the factory of each site, and of each other module by its name, that gets an expert."""
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments that make an equal plan."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
 
 def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from modular_experts.library import StoredExpert
-from modular_experts.library.record import DELTA_FILE, files_of
+from modular_experts.library.record import DELTA_FILE, MERGE, files_of
 from modular_experts.text import bytes_text
 
 CARD_FILE = "README.md"
@@ -87,7 +87,7 @@ def _header(entries: Sequence[CardEntry], earlier: str) -> dict[str, Any]:
     kept = (yaml.safe_load(found[1]) if found else None) or {}
     bases = sorted({entry.hub_base for entry in entries if entry.hub_base})
     tags = [_LIBRARY, "parameter-efficient-fine-tuning"]
-    tags += ["merge"] if any(entry.record["kind"] == "merge" for entry in entries) else []
+    tags += ["merge"] if any(entry.record["kind"] == MERGE for entry in entries) else []
     ours: dict[str, Any] = {"library_name": _LIBRARY}
     if bases:
         ours |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": "adapter"}
@@ -115,7 +115,7 @@ def _use(repo_id: str, entries: Sequence[CardEntry]) -> Iterator[str]:
     applied = f"library/{first.name}"
     # The example of a merge takes the experts of the commonest base that can be merged and are not merges themselves.
     deltas = [entry for entry in entries if DELTA_FILE in files_of(entry.record)]
-    trained = [e for e in deltas if not e.record.get("not_mergeable_because") and e.record["kind"] != "merge"]
+    trained = [e for e in deltas if not e.record.get("not_mergeable_because") and e.record["kind"] != MERGE]
     common = Counter(entry.fingerprint for entry in trained).most_common(1)
     alike = [entry for entry in trained if entry.fingerprint == common[0][0]] if common else []
     merged = next(name for name in ("merged", "all-merged", "newly-merged") if name not in {e.name for e in entries})

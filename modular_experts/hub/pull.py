@@ -17,7 +17,7 @@ from typing import Any
 from modular_experts.hub.repository import check_contents, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
-from modular_experts.library.record import RECORD_FILE, files_of, read_record
+from modular_experts.library.record import RECORD_FILE, ROUTED, files_of, read_record
 from modular_experts.library.statistics import FOLDER
 from modular_experts.progress import Progress
 
@@ -83,7 +83,7 @@ def pull(
                 records[name] = read_record(place / name / RECORD_FILE)
             except ValueError as error:
                 raise damaged(name, error) from error
-            if records[name]["kind"] == "routed":
+            if records[name]["kind"] == ROUTED:
                 # The experts behind a router come with it.
                 more = repository.choose([parent["name"] for parent in records[name]["parents"]])
                 more = [one for one in more if one not in names]

@@ -144,7 +144,7 @@ def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]
         experts = [library.directory / name for name in library]
     named, opened = open_experts(experts, mergeable=False), dict[str, StoredExpert]()
     # A router is of no use without the experts behind it.
-    behind = [one for expert in named if expert.routed for one in open_parents(expert)]
+    behind = [one for expert in named if expert.is_routed for one in open_parents(expert)]
     for expert in [*named, *(one for one in behind if all(one.path != expert.path for expert in named))]:
         if expert.name in opened and expert.path != opened[expert.name].path:
             raise ValueError(f"two of the experts are called {expert.name}, and names must differ; push one of them")

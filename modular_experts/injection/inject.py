@@ -28,6 +28,7 @@ from modular_experts.experts.site import (
     make_expert,
     make_module_expert,
 )
+from modular_experts.library.described import class_path, settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
 
 
@@ -120,7 +121,9 @@ def inject(
     steps += [(site.weight, partial(_equip, site, factory)) for site, factory in fresh.items()]
     plan = None
     if isinstance(experts, LayerPlan):
-        plan = {"class": type(experts).__name__, "settings": experts.settings()}
+        # Whoever gives the plan trusts its code.
+        trust(type(experts))
+        plan = {"class": short_name(type(experts)), "settings": settings(experts)}
     for name, step in steps:
         try:
             step().made_by = plan
@@ -282,10 +285,14 @@ def describe_experts(model: nn.Module) -> dict[str, Any]:
         "hyperparameters": {name: found[0] if len(found) == 1 else found for name, found in values.items()},
     }
     if len(plans) == 1 and plans[0] is not None:
-        facts |= {"kind": plans[0]["class"], "hyperparameters": plans[0]["settings"], "plan": plans[0]}
+        facts |= {
+            "kind": plans[0]["class"].rpartition(".")[2],
+            "hyperparameters": plans[0]["settings"],
+            "plan": plans[0],
+        }
     if with_state := [types[name] for name in sorted(types) if types[name].state()]:
         reasons = [expert.not_mergeable_because for expert in with_state if not expert.mergeable]
-        facts["class_path"] = "+".join(f"{type(e).__module__}.{type(e).__qualname__}" for e in with_state)
+        facts["class_path"] = "+".join(class_path(type(e)) for e in with_state)
         facts["not_mergeable_because"] = " and ".join(dict.fromkeys(reasons)) or None
     return facts
 

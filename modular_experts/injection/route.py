@@ -1,23 +1,19 @@
-"""Make a routed expert of experts in a library, and put it into a model.
-
-It is a router's state and the names and content hashes of the experts behind it, which lie in the same library.
+"""Make a routed expert of experts in a library: the state of a router, and names and content hashes of the experts
+behind it, which lie in the same library. `attach.py` puts it into a model.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modular_experts.base import Base
-from modular_experts.injection.inject import state_by_place
-from modular_experts.injection.routed import Routed, by_block, by_weight, places, route_beneath, routed
+from modular_experts.injection.attach import COUNT, MODEL, describe_router
+from modular_experts.injection.routed import by_block, by_weight
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -29,32 +25,13 @@ from modular_experts.library import (
     open_statistics,
     write_expert,
 )
-from modular_experts.library.compatibility import open_parents, union_of_weights
-from modular_experts.routing import (
-    Arrow,
-    Centroid,
-    Classifier,
-    Constant,
-    Energy,
-    GenKnowSub,
-    Oracle,
-    Phatgoose,
-    Router,
-    Softmax,
-    Threshold,
-    TopK,
-    UpTo,
-)
+from modular_experts.library.compatibility import union_of_weights
+from modular_experts.library.described import class_path, trust
+from modular_experts.routing import Centroid, Router
 from modular_experts.routing.router import check_fallback
-from modular_experts.text import did_you_mean
 
 BECAUSE = "its router chooses experts by the input"
 BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
-ROUTERS: dict[str, type[Router]] = {
-    kind.__name__: kind for kind in (Arrow, Centroid, Classifier, Constant, Energy, GenKnowSub, Oracle, Phatgoose)
-}
-MODEL, COUNT = "router", "experts"
-SELECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (TopK, UpTo, Softmax, Threshold)}
 
 
 def route(
@@ -93,20 +70,17 @@ def route(
             )
     union_of_weights(members)
     router.select.check(len(opened))
-    if type(router.select) not in SELECTIONS.values():
-        raise ValueError(
-            f"a stored router selects by {', '.join(SELECTIONS)}, and {type(router.select).__name__} is another; "
-            "give one of these, or select in the `forward` of a router class of your own"
-        )
+    # Whoever gives the router trusts its code.
+    trust(type(router), type(router.select))
     state = _state(_learned(router, opened), len(opened))
     record = make_record(
         "routed",
         base,
-        hyperparameters=describe(router),
+        hyperparameters=describe_router(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
         parents=as_parents(members),
         class_path=class_path(type(router)),
-        not_mergeable_because=BECAUSE_CONSTANT if isinstance(router, Constant) else BECAUSE,
+        not_mergeable_because=BECAUSE_CONSTANT if router.constant_weights() is not None else BECAUSE,
     )
     write_expert(target, {}, record, overwrite, state=state)
     return open_expert(target)
@@ -126,8 +100,7 @@ def members_of(
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
     """Return the router after it has learned the experts, or one for each place if its scope is not `sample`."""
-    if isinstance(router, Oracle):
-        router.tasks = {task: n for n, expert in enumerate(experts) for task in map(str, expert.record["tasks"])}
+    router.hear_tasks([list(map(str, expert.record["tasks"])) for expert in experts])
     if router.scope == "sample":
         prompts = [_prompts(expert, router.needs, router.depths) for expert in experts] if router.needs else []
         router.learn([None] * len(experts), prompts)
@@ -149,79 +122,6 @@ def _prompts(expert: StoredExpert, kind: str, depths: Sequence[float]) -> Tensor
             raise ValueError(f"depths={list(depths)}: prompts were read at the depths {there} only")
         parts.append(found.values)
     return torch.cat(parts, 1)
-
-
-def put_in(model: nn.Module, expert: StoredExpert, router: type[Router] | None = None, check: bool = True) -> Routed:
-    """Put a routed expert into a model, its base, until `remove` or the end of a `with`.
-
-    Args:
-        model: The base, before anything is injected.
-        expert: The routed expert; the experts behind it lie beside it in the library.
-        router: The router's class, if it is not a built-in one; a record never leads to code.
-        check: Whether the model must be the base of the experts.
-
-    Raises:
-        FileNotFoundError: An expert behind it is missing.
-        ValueError: An expert behind it has other contents than it had then, or the router's class is not known.
-    """
-    return routed(model, **_parts(model, expert, router), check=check)
-
-
-def put_beneath(model: nn.Module, expert: StoredExpert) -> None:
-    """Put a routed expert of a built-in router under experts that are then trained on top of it (`route_beneath`).
-
-    Raises:
-        FileNotFoundError: As for `put_in`.
-        ValueError: As for `put_in`.
-    """
-    route_beneath(model, **_parts(model, expert, None))
-
-
-def _parts(model: nn.Module, expert: StoredExpert, router: type[Router] | None) -> dict[str, Any]:
-    """Return experts, router and fallback of a routed expert, as `routed` takes them."""
-    settings = dict(expert.record["hyperparameters"])
-    name = settings.pop("router", None)
-    kind = router or ROUTERS.get(str(name))
-    # A class of the user's may have the name of a built-in one.
-    if kind is None or (router is None and class_path(kind) != expert.record["class_path"]):
-        near = "" if name in ROUTERS else did_you_mean(name, ROUTERS)
-        raise ValueError(
-            f"{expert.path} has a router {name}, which is not a built-in one{near}; Python puts it into a model if it "
-            f"gets the class: modular_experts.injection.route.put_in(model, expert, router={name})"
-        )
-    members = open_parents(expert)
-    parts = state_by_place(expert.state())
-    count = int(parts[MODEL].pop(COUNT))
-    routers = {}
-    for place in [MODEL] if kind.scope == "sample" else places(kind.scope, model, members[:count]):
-        routers[place] = make_router(kind, settings)
-        routers[place].load_state(parts.get(place, {}), count)
-    return {
-        "experts": members[:count],
-        "router": routers[MODEL] if kind.scope == "sample" else routers,
-        "fallback": members[count] if len(members) > count else None,
-    }
-
-
-def describe(router: Router) -> dict[str, Any]:
-    """Return the name of a router's class and its settings in plain values, as `make_router` takes them."""
-    settings = {name: getattr(router, name) for name in inspect.signature(type(router)).parameters}
-    if "select" in settings:
-        settings["select"] = {"class": type(router.select).__name__, **asdict(router.select)}  # type: ignore[call-overload]
-    return {"router": type(router).__name__, **settings}
-
-
-def make_router(kind: type[Router], settings: Mapping[str, Any]) -> Router:
-    """Return a router made with the settings of a record."""
-    chosen = dict(settings)
-    if select := chosen.pop("select", None):
-        chosen["select"] = SELECTIONS[select["class"]](**{name: select[name] for name in select if name != "class"})
-    return kind(**chosen)
-
-
-def class_path(kind: type) -> str:
-    """Return the dotted path of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _state(router: Router | Mapping[str, Router], count: int) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from modular_experts.data.sources import READERS
 from modular_experts.data.tasks import Task, Tasks, as_tasks
 from modular_experts.data.tokenize import joined
 from modular_experts.evaluation.compare import RESULTS, AnyModels, Compared, facts_of, open_models
-from modular_experts.injection.attach import needs_injection
 from modular_experts.library import check_target
 from modular_experts.library.atomic import new_directory
 from modular_experts.reports import Results
@@ -385,7 +384,7 @@ def _measured(
 
 
 def _reads_prompts(model: Compared) -> bool:
-    return any(needs_injection(one) for one in model.stored)
+    return not all(one.mergeable for one in model.stored)
 
 
 def _versions(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

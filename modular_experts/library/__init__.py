@@ -99,7 +99,7 @@ class Library(Mapping[str, StoredExpert]):
             try:
                 expert = self[name]
                 tasks, share = ", ".join(expert.record["tasks"]), f"{expert.kept_share:.2%}" if len(expert) else ""
-                held = f"{len(expert.record['parents'])} experts" if expert.routed else str(len(expert))
+                held = f"{len(expert.record['parents'])} experts" if expert.is_routed else str(len(expert))
                 cells = [name, expert.record["kind"], tasks, held, share, bytes_text(expert.size_on_disk)]
             except (ValueError, OSError) as error:
                 cells = [name, "damaged", str(error), "", "", ""]

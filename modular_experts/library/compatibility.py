@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.library.expert import StoredExpert, open_expert
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def warn_of_missing_parents(experts: Sequence[StoredExpert]) -> None:
     Its delta is against their sum. A merge contains its parents, and a router finds those behind it.
     """
     for expert in experts:
-        parents = [] if expert.routed or expert.record["kind"] == "merge" else expert.record["parents"]
+        parents = [] if expert.is_routed or expert.is_merge else expert.record["parents"]
         lacking = [parent for parent in parents if not any(one.is_listed_as(parent) for one in experts)]
         missing = ", ".join(str(parent["name"]) for parent in lacking)
         if missing:
@@ -74,29 +73,11 @@ def open_parents(expert: StoredExpert) -> list[StoredExpert]:
     return found
 
 
-def weighted_sum(routed: StoredExpert) -> TaskVector | None:
-    """Return what a routed expert with constant gates adds to every input, which is a sum; None for any other expert.
-
-    Raises:
-        FileNotFoundError: An expert behind it is missing.
-        ValueError: One of them has other contents than it had when they were routed.
-    """
-    # By its path, because a class of the user's may have the same name.
-    if not routed.routed or routed.record.get("class_path") != "modular_experts.routing.constant.Constant":
-        return None
-    shares = routed.state()["router/shares"].tolist()
-    return Sum([weight * one for weight, one in zip(shares, open_parents(routed), strict=True)])
-
-
 def check_mergeable(experts: Sequence[StoredExpert]) -> None:
     """Raise ValueError for an expert whose deltas are not all that it does."""
     for expert in experts:
         if not expert.mergeable:
-            record = expert.record
-            built_in = str(record.get("class_path")).startswith("modular_experts.") and "+" not in record["kind"]
             instead = "evaluate, generate and test use it as it is"
-            if not built_in:
-                instead = "injection.load_expert_state gives its state to experts of its class in a model"
             if len(experts) > 1:
                 instead = "leave it out of the list"
             raise ValueError(

@@ -35,7 +35,9 @@ from modular_experts.library.record import (
     FORMAT,
     FORMAT_ROUTED,
     FORMAT_WITH_STATE,
+    MERGE,
     RECORD_FILE,
+    ROUTED,
     STATE_FILE,
     files_of,
     hash_of_all,
@@ -104,9 +106,14 @@ class StoredExpert(TaskVector):
         return reason or (None if self._table else "it holds a state and no deltas")
 
     @property
-    def routed(self) -> bool:
+    def is_routed(self) -> bool:
         """Whether it is a router with other experts behind it, which lie beside it in the library."""
-        return bool(self.record["kind"] == "routed")
+        return bool(self.record["kind"] == ROUTED)
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether it was made of other experts by a merge, and contains them."""
+        return bool(self.record["kind"] == MERGE)
 
     def state(self) -> dict[str, Tensor]:
         """Read the trained tensors of the type's own form, by `<weight>/<name>`; empty for an expert of deltas alone.
@@ -297,7 +304,7 @@ def write_expert(
     target = check_target(path, overwrite)
     record = {name: value for name, value in record.items() if name != "files"} | {"format": FORMAT}
     if state:
-        form = FORMAT_ROUTED if record["kind"] == "routed" else FORMAT_WITH_STATE
+        form = FORMAT_ROUTED if record["kind"] == ROUTED else FORMAT_WITH_STATE
         record |= {"format": form, "files": [STATE_FILE]}
     if wrong := what_is_wrong(plain({**record, "content_hash": ""})):
         raise ValueError(f"the expert cannot be written: of its record {wrong}")

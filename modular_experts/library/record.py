@@ -45,6 +45,8 @@ FORMATS = (FORMAT, FORMAT_WITH_STATE, FORMAT_ROUTED)
 DELTA_FILE = "delta.safetensors"
 RECORD_FILE = "expert.json"
 STATE_FILE = "state.safetensors"
+MERGE, ROUTED = "merge", "routed"
+"""Kinds of records of what was not trained."""
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 _TYPES = {"format": str, "kind": str, "base": dict, "tasks": list, "scores": dict, "parents": list, "content_hash": str}
 _OPTIONAL = ("hyperparameters", "method", "per_weight", "costs", "versions", "source", "training")
@@ -147,7 +149,7 @@ def read_record(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has format {record.get('format')!r}, and this version reads {known}")
     if wrong := what_is_wrong(record):
         raise ValueError(f"{file} is damaged: {wrong}")
-    if record["format"] == FORMAT_WITH_STATE and record["kind"] == "routed":
+    if record["format"] == FORMAT_WITH_STATE and record["kind"] == ROUTED:
         record |= {"format": FORMAT_ROUTED, "content_hash": hash_of_all(record["content_hash"], record)}
     return record
 
@@ -158,7 +160,7 @@ def hash_of_all(tensors: str, record: Mapping[str, Any]) -> str:
     Two routed experts whose routers have the same state act alike only if their routers have the same class and
     settings and choose among the same experts.
     """
-    if record["kind"] != "routed":
+    if record["kind"] != ROUTED:
         return tensors
     parents = [parent["content_hash"] for parent in record["parents"]]
     parts = plain([tensors, record.get("class_path"), record.get("hyperparameters"), parents])

@@ -4,6 +4,6 @@
 average again.
 """
 
-from modular_experts.merger.merged import Merged, describe, merge, write_merged
+from modular_experts.merger.merged import Merged, merge, write_merged
 
-__all__ = ["Merged", "describe", "merge", "write_merged"]
+__all__ = ["Merged", "merge", "write_merged"]

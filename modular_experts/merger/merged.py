@@ -16,6 +16,7 @@ import torch
 
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.task_vector import Scaled, Sum, TaskVector
+from modular_experts.injection.attach import mergeable_as
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -31,7 +32,9 @@ from modular_experts.library import (
     union_of_weights,
     write_expert,
 )
-from modular_experts.library.compatibility import check_mergeable, weighted_sum
+from modular_experts.library.compatibility import check_mergeable
+from modular_experts.library.described import describe
+from modular_experts.library.record import MERGE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod, method_named
@@ -62,9 +65,9 @@ class Merged(TaskVector):
         _keep_freed_memory()
         named = [one for one in experts if not isinstance(one, TaskVector) or isinstance(one, StoredExpert)]
         found = open_experts(named, mergeable=False) if named or not experts else []  # which refuses an empty list
-        sums = {place: total for place, one in enumerate(found) if (total := weighted_sum(one)) is not None}
-        check_mergeable([one for place, one in enumerate(found) if place not in sums])
-        opened = iter(sums.get(place, one) for place, one in enumerate(found))
+        taken = [mergeable_as(one) for one in found]
+        check_mergeable([one for one, vector in zip(found, taken, strict=True) if vector in (one, None)])
+        opened = iter(vector for vector in taken if vector is not None)
         self.experts: list[TaskVector] = [
             next(opened) if not isinstance(one, TaskVector) or isinstance(one, StoredExpert) else one for one in experts
         ]
@@ -144,7 +147,7 @@ class Merged(TaskVector):
     def record(self) -> dict[str, Any]:
         """Return the record of the merge as an expert."""
         return make_record(
-            "merge",
+            MERGE,
             self.base,
             hyperparameters={"experts": [_name(expert) for expert in self.experts]} if self._lazy else None,
             tasks=sorted({task for expert in self.stored for task in expert.record["tasks"]}),
@@ -253,17 +256,6 @@ def write_merged(
     # The merged expert comes last, so that everything is there when it is.
     write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)
     return open_expert(target)
-
-
-def describe(method: MergeMethod) -> dict[str, Any]:
-    """Return a merge method as a record holds it: its class and its settings."""
-    kind = type(method)
-    public = {
-        name: describe(value) if isinstance(value, MergeMethod) else value
-        for name, value in vars(method).items()
-        if not name.startswith("_")
-    }
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": public}
 
 
 class _Group(Iterable[Sequence[Delta]]):

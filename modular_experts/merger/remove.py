@@ -11,7 +11,8 @@ from torch import Tensor
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
-from modular_experts.merger.merged import describe
+from modular_experts.library.described import describe
+from modular_experts.library.record import MERGE
 from modular_experts.methods import METHODS
 from modular_experts.methods.average import Linear
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
@@ -57,7 +58,7 @@ def remove(
     else:  # an older version did not record which expert had which task
         tasks = [task for task in whole.record["tasks"] if task not in part.record["tasks"]]
     rest = method.for_others(place, len(parents))
-    record = make_record("merge", whole.record["base"], tasks=tasks, parents=others, method=describe(rest))
+    record = make_record(MERGE, whole.record["base"], tasks=tasks, parents=others, method=describe(rest))
     deltas = _Rest(whole, part, *method.without(place, len(parents)))
     write_expert(out, deltas, record, overwrite, progress=progress)
     return open_expert(out)

@@ -42,6 +42,9 @@ class Constant(Router):
             )
         self.shares = torch.tensor(weights)
 
+    def constant_weights(self) -> list[float]:
+        return self.shares.tolist()
+
     def scores(self, hidden: Tensor) -> Tensor:
         return self.shares.expand(len(hidden), -1)
 

@@ -31,6 +31,9 @@ class Oracle(Router):
         super().__init__()
         self.tasks = dict(tasks or {})
 
+    def hear_tasks(self, tasks: Sequence[Sequence[str]]) -> None:
+        self.tasks = {task: number for number, own in enumerate(tasks) for task in own}
+
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         self.experts = len(deltas)
 

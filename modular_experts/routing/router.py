@@ -50,6 +50,9 @@ class Router(nn.Module, ABC):
         self.experts = 0
         """Number of experts, known after `learn` or `load_state`."""
 
+    def hear_tasks(self, tasks: Sequence[Sequence[str]]) -> None:
+        """Take note of the names of each expert's tasks, before `learn`; most routers read inputs alone."""
+
     @abstractmethod
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         """Set the router up for some experts: set `experts`, and keep the rest in buffers or parameters.
@@ -76,6 +79,10 @@ class Router(nn.Module, ABC):
             deltas: As `learn` gets them.
         """
         return deltas, None
+
+    def constant_weights(self) -> Sequence[float] | None:
+        """Return the weight of each expert if it depends on no input, so that a merge takes their sum; here None."""
+        return None
 
     def forward(self, hidden: Tensor) -> Gates:
         """Return the gates of `n` inputs `(n, size)`."""

@@ -28,6 +28,9 @@ SHORT_NAMES = {
 }
 """Short names of options of `fit`, `validate`, `test` and `predict`, and of the settings of a fit."""
 
+TRUST = {"--trust A [B ...]": "Your modules, whose classes records may name."}
+"""The option of every command by which experts with routers and plans of your own open (`library/described.py`)."""
+
 OWN_OPTIONS = {
     "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
     "--overwrite": "Replace an expert.",

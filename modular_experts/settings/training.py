@@ -38,7 +38,8 @@ from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.experts import Expert
 from modular_experts.library import check_name, check_target
-from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES
+from modular_experts.library.described import trust
+from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES, TRUST
 from modular_experts.settings.arguments import (
     Option,
     arguments_of,
@@ -110,8 +111,16 @@ class TrainingCLI(LightningCLI):
         """Validate without Lightning's own table of metrics: `WriteResults` prints one."""
         self.trainer.validate(verbose=False, **kwargs)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are arguments of no class."""
+        parser.add_argument("--trust", type=list[str], default=[], help=next(iter(TRUST.values())))
+
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint named by a word: Lightning looks for it in the new run's directory, and trains anew."""
+        """Trust the modules that the user names, and refuse a checkpoint named by a word, such as `last`.
+
+        Lightning looks for such a checkpoint in the directory of the new run, and trains anew.
+        """
+        trust(*self.config[self.subcommand].trust)
         word = self.config[self.subcommand].ckpt_path
         if word in ("last", "best", "hpc"):
             raise ValueError(f"ckpt_path={word!r} is not a checkpoint; give its file, which ends in .ckpt")
@@ -167,6 +176,7 @@ class FitCLI(TrainingCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are arguments of no class, but `--gate-of`, which the command reads itself."""
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--out", type=str | None, default=None, help=OWN_OPTIONS["--out LIBRARY/NAME"])
         parser.add_argument("--overwrite", type=bool, default=False, help=OWN_OPTIONS["--overwrite"])
         parser.add_argument("--dry_run", type=bool, default=False, help=OWN_OPTIONS["--dry-run"])
@@ -264,7 +274,8 @@ def run(
     cli = (fit if verb == "fit" else TrainingCLI).of(verb)
     hints, _ = arguments_of(getattr(Trainer, verb))
     hints = {name: hint for name, hint in hints.items() if name not in cli.subcommands()[verb] | {"self"}}
-    hints |= {"seed_everything": bool | int, "model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
+    hints |= {"seed_everything": bool | int, "trust": list[str]}
+    hints |= {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
     hints |= {"out": str, "overwrite": bool, "dry_run": bool} if verb == "fit" else {}
     given = read_options(words, hints, short=SHORT_NAMES)
     options, config = fold_configs(given, beneath, SHORT_NAMES)

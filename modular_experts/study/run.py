@@ -80,7 +80,7 @@ class Lines(JSONLines):
             found = open_expert(self.library / expert["name"])
         except (OSError, ValueError):
             return False
-        parents = found.record["parents"] if found.routed or found.record["kind"] == "merge" else []
+        parents = found.record["parents"] if found.is_routed or found.is_merge else []
         return found.content_hash == expert["content_hash"] and all(
             self._hash_of(parent["name"]) in (None, parent["content_hash"]) for parent in parents
         )

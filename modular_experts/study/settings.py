@@ -24,6 +24,7 @@ from modular_experts.data.tasks import NAME
 from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
 from modular_experts.library import check_name
+from modular_experts.library.described import trusted
 from modular_experts.settings import Options
 from modular_experts.settings.make import check_fit, make, plain
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
@@ -145,6 +146,8 @@ class Study:
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
     published: Published | None = None
+    trust: tuple[str, ...] = field(default_factory=trusted)
+    """Modules and classes that pieces trust in their processes, as this process does (`library/described.py`)."""
 
     @property
     def tasks(self) -> dict[str, Settings]:

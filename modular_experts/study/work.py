@@ -32,9 +32,10 @@ from modular_experts.evaluation.scores import TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.injection.ensemble import ensembled
-from modular_experts.injection.route import put_in, route
+from modular_experts.injection.route import route
 from modular_experts.library import StoredExpert, open_expert
-from modular_experts.merger.merged import Merged, describe, write_merged
+from modular_experts.library.described import describe, trust
+from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
@@ -83,6 +84,7 @@ def train(
 ) -> dict[str, Any]:
     """Train an expert on held-in tasks, as `modular-experts fit` does, and put it into the library."""
     started = time.perf_counter()
+    trust(*study.trust)
     target = out / "library" / name
     settings = training_configs(study, out / "runs" / name, configs, tasks, seed)
 
@@ -188,8 +190,7 @@ def route_and_test(
         made += [] if group.is_whole else [place]
         routed = route(experts, place, router, fallback, overwrite=True)
         seconds = time.perf_counter() - started
-        put = partial(put_in, expert=routed, router=type(router), check=False)
-        found = _measured(study, [routed], group.tested, put)
+        found = _measured(study, [routed], group.tested)
         found |= {"settings": routed.record["hyperparameters"], "merge_seconds": seconds}
         found |= _about(routed) if group.is_whole else {}
     finally:
@@ -272,6 +273,7 @@ def _measured(
     By default the experts are added up; `put` does something else with them.
     Beside the scores this returns the value of every row for each text metric, by task, for intervals.
     """
+    trust(*study.trust)
     model, tokenizer = loaded(study.base, study.dtype)
     data = test_rows(study, tasks)
     began = time.perf_counter()

@@ -31,6 +31,7 @@ from modular_experts.injection import (
     named_experts,
     task_vector,
 )
+from modular_experts.library.described import settings
 
 Factory = Callable[[Tensor], Expert]
 
@@ -66,12 +67,12 @@ def check_plan(plan: LayerPlan, compile: bool = True) -> None:
     Raises:
         AssertionError: A promise is broken; the message names it.
     """
-    settings = plan.settings()
+    given = settings(plan)
     try:
-        again = type(plan)(**json.loads(json.dumps(settings)))
+        again = type(plan)(**json.loads(json.dumps(given)))
     except TypeError as error:
         raise AssertionError(f"the settings of a plan must be plain values that make an equal one: {error}") from error
-    assert again.settings() == settings, "the settings of a plan must be plain values that make an equal one"
+    assert settings(again) == given, "the settings of a plan must be plain values that make an equal one"
     _check(_Case(_TwoBlocks, partial(inject, experts=plan)), compile)
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Delta
-from modular_experts.injection.route import describe, make_router
+from modular_experts.injection.attach import describe_router, make_router
+from modular_experts.library.described import class_path, trust
 from modular_experts.routing import Gates, Router, TopK
 from modular_experts.routing.gates import reading
 from modular_experts.testing.methods import made_delta, made_statistic
@@ -150,15 +151,16 @@ def _check_inputs(case: _Case, router: Router) -> None:
 
 
 def _check_stored(case: _Case, router: Router) -> None:
-    settings = describe(case.router)
-    kind = settings.pop("router")
+    settings = describe_router(case.router)
+    kind = settings["router"]
     try:
         plain = json.loads(json.dumps(settings))
     except TypeError as error:
         raise AssertionError(
             f"the settings of {kind} must be plain values, which a record can keep: {error}"
         ) from error
-    again = make_router(type(router), plain)
+    trust(type(router), type(router.select))
+    again = make_router(class_path(type(router)), plain)
     again.load_state({name: tensor.clone() for name, tensor in router.state().items()}, router.experts)
     assert again.experts == router.experts, "load_state must set experts"
     if router.scope == "linear":

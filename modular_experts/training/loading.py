@@ -14,8 +14,7 @@ from modular_experts.base import Base
 from modular_experts.base.apply import apply_deltas
 from modular_experts.deltas import add
 from modular_experts.injection import named_experts
-from modular_experts.injection.attach import attached, needs_injection
-from modular_experts.injection.route import put_beneath
+from modular_experts.injection.attach import attached, put_beneath
 from modular_experts.library import StoredExpert, open_experts
 from modular_experts.library.compatibility import check_mergeable
 
@@ -41,8 +40,8 @@ def open_applied(names: Sequence[str], trains: bool) -> list[StoredExpert]:
             from no other expert that chooses by the input.
     """
     applied = open_experts(names, mergeable=False) if names else []
-    routed = [expert for expert in applied if expert.routed]
-    beneath = [one for one in applied if not one.routed] if trains else _added(applied)
+    routed = [expert for expert in applied if expert.is_routed]
+    beneath = [one for one in applied if not one.is_routed] if trains else _added(applied)
     check_mergeable(beneath)
     if trains and len(routed) > 1:
         raise ValueError(f"{routed[0].name} and {routed[1].name} are both routed; train on top of one of them")
@@ -78,14 +77,14 @@ def put_applied(model: nn.Module, applied: Sequence[StoredExpert], trains: bool)
     else:
         apply_deltas(model, added)
         for expert in applied:
-            if expert.routed:
+            if expert.is_routed:
                 put_beneath(model, expert)
     model.requires_grad_(False)
 
 
 def check_on_top(model: nn.Module, applied: Sequence[StoredExpert]) -> None:
     """Raise if experts that choose by the input were put on top of a routed expert."""
-    routed = [expert for expert in applied if expert.routed]
+    routed = [expert for expert in applied if expert.is_routed]
     chooses = [type(one).__name__ for _, one in named_experts(model) if not one.mergeable]
     if routed and chooses:
         raise ValueError(
@@ -132,4 +131,4 @@ def warn_of_slow_bfloat16(trainer: Trainer | None, dtype: str) -> None:
 
 def _added(applied: Sequence[StoredExpert]) -> list[StoredExpert]:
     """Return the experts that are deltas, which can be added to weights."""
-    return [expert for expert in applied if not needs_injection(expert)]
+    return [expert for expert in applied if expert.mergeable]

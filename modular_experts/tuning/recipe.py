@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from modular_experts.library.described import describe
 from modular_experts.library.record import plain
-from modular_experts.merger.merged import describe
 from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.tuning.objective import Trial, mean_loss
 

@@ -107,7 +107,7 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
             parameters = inspect.signature(function_of(verb)).parameters
             needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
             spelt = {name.replace("dry_run", "dry-run") for name in parameters}
-            assert set(options) == {*spelt, "config", "print_config", "help-all"}
+            assert set(options) == {*spelt, "trust", "config", "print_config", "help-all"}
         assert options[: len(needed)] == needed
         assert f"  modular-experts {verb}" in shown.partition("\nexamples:")[2]
         # Every option has a text, on its line or below it.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from modular_experts.base.apply import applied
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.evaluation import evaluate, measure
-from modular_experts.injection.attach import attached
-from modular_experts.injection.route import put_in, route
+from modular_experts.injection.attach import attached, put_in
+from modular_experts.injection.route import route
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
 from modular_experts.routing import Centroid, Oracle, Softmax, TopK
@@ -259,10 +262,9 @@ def test_stored_results_of_routes_with_one_state_are_told_apart(place, tasks, ti
 
 
 def test_evaluate_looks_at_every_model_before_it_measures_the_first(run, place, tasks, tiny_llama_dir, task_files):
-    class Mine(Oracle):
-        pass
-
-    route(EXPERTS[1:], "library/own", Mine())
+    made = route(EXPERTS[1:], "library/own", Oracle()).path / "expert.json"
+    record = json.loads(made.read_text()) | {"class_path": "elsewhere.Mine"}
+    write_expert(made.parent, {}, record, overwrite=True, state=open_expert(made.parent).state())
     route(EXPERTS[1:3], "library/r", Oracle())
     shutil.copytree("library/merged", "library/damaged")
     file = place / "library/damaged/delta.safetensors"
@@ -270,7 +272,7 @@ def test_evaluate_looks_at_every_model_before_it_measures_the_first(run, place, 
     shutil.rmtree("library/reverse")
     shutil.copytree("library/first", "library/reverse")
     mistakes = {
-        "own": "a router Mine, which is not a built-in one",
+        "own": "library/own names elsewhere.Mine, which is not a class of this package",
         "r": "reverse is not the expert that r was made with",
         "damaged": "are not what was written",
     }
@@ -298,36 +300,41 @@ def test_verify_and_list_tell_of_the_experts_behind_a_router(run, place):
     assert "1 of 5 experts in library failed: r" in err
 
 
-def test_a_router_of_a_user_is_put_into_a_model_by_its_class(run, place, tiny_llama_dir):
-    class Mine(Oracle):
-        pass
+def test_a_record_leads_to_a_router_and_a_selection_of_a_user_by_the_option_trust(place, tiny_llama_dir, task_files):
+    """Each command is a process of its own, which has not seen the classes."""
+    Path("mine.py").write_text(
+        "from modular_experts.routing import Oracle, TopK\n"
+        "from modular_experts.routing.gates import Selection\n\n\nclass Mine(Oracle):\n"
+        "    def __init__(self, tasks: dict[str, int] | None = None, select: Selection | None = None):\n"
+        "        super().__init__(tasks)\n"
+        "        self.select = select or TopK()\n\n\nclass Top(TopK):\n    pass\n"
+    )
 
-    route(EXPERTS[1:], "library/r", Mine())
-    code, _, err = run("generate", "--experts", "library/r", "upper bat:")
+    def process(*words):
+        command = [sys.executable, "-m", "modular_experts", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    router = ["--router", "mine.Mine", "--router.select", "mine.Top"]
+    assert process("route", *EXPERTS, *router, "--out", "library/r") == (0, "")
+    record = open_expert("library/r").record
+    assert (record["class_path"], record["hyperparameters"]["select"]["class"]) == ("mine.Mine", "mine.Top")
+    use = ["evaluate", "--experts", "library/r", "--tasks", task_files["upper"], "--out", "runs/r"]
+    code, err = process(*use)
     assert code == 1
-    assert "library/r has a router Mine, which is not a built-in one; Python puts it into a model if it gets" in err
-    with put_in(Base.open(tiny_llama_dir).load(), open_expert("library/r"), router=Mine) as running:
-        assert type(running.router) is Mine
+    assert "library/r names mine.Mine, which is not a class of this package" in err
+    assert "if you trust it, add --trust mine to the command" in err
+    assert process(*use, "--trust", "mine")[0] == 0
+    code, err = process(*use, "--trust", "mine.Nobody")
+    assert (code, "trust: there is no module or class mine.Nobody" in err) == (1, True)
 
 
-def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(run, place):
+def test_a_router_of_a_user_is_not_taken_for_a_built_in_one_of_its_name(place, tiny_llama_dir):
     class Constant(Oracle):
         pass
 
-    route(EXPERTS[1:], "library/r", Constant())
-    code, _, err = run("generate", "--experts", "library/r", "upper bat:")
-    assert code == 1
-    assert "library/r has a router Constant, which is not a built-in one" in err
-    code, _, err = run("merge", "--experts", "library/r", EXPERTS[1], "--method", "Average", "--out", "library/m")
-    assert code == 1
-    assert "r cannot be merged or added to its base, because its router chooses experts by the input" in err
-
-
-def test_a_selection_that_could_not_be_read_again_is_refused(place):
-    class Mine(TopK):
-        pass
-
-    with pytest.raises(
-        ValueError, match="a stored router selects by TopK, UpTo, Softmax, Threshold, and Mine is another"
-    ):
-        route(EXPERTS[1:], "library/r", Centroid(select=Mine()))
+    made = route(EXPERTS[1:], "library/r", Constant())
+    with put_in(Base.open(tiny_llama_dir).load(), made) as running:
+        assert type(running.router) is Constant
+    with pytest.raises(ValueError, match="r cannot be merged or added to its base, because its router chooses"):
+        merge(["library/r", "library/upper"], "Average")

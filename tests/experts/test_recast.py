@@ -243,7 +243,7 @@ def test_an_expert_is_trained_merged_applied_tested_exported_pushed_and_opened_b
     assert all(torch.equal(tensor, stored.state()[name]) for name, tensor in pulled.state().items())
 
     model = Base.open(base).load("float64")
-    with attached(model, pulled, plan=TemplateBanks):
+    with attached(model, pulled, as_trained=True):
         as_trained = model(IDS).logits
         assert math.prod(next(expert_layers(model))[1].expert.mixing.shape) == 2
     plain = model(IDS).logits
@@ -264,15 +264,15 @@ def test_on_top_of_others_the_state_needs_their_weights_and_the_stored_delta_doe
     wanted, fresh, both = model(IDS).logits, opened.load(), [library / "under", library / "top"]
     with attached(fresh, both):
         torch.testing.assert_close(fresh(IDS).logits, wanted)
-    sentence = "top was trained on top of under, and its state .* leave plan out, .* or add them to the model first"
+    sentence = "top was trained on top of under, and its state .* leave as_trained out, .* or add them to the model"
     with pytest.raises(ValueError, match=sentence):
-        attached(fresh, library / "top", plan=TemplateBanks)
+        attached(fresh, library / "top", as_trained=True)
     assert not list(expert_layers(fresh))
-    with applied(fresh, library / "under"), attached(fresh, library / "top", check=False, plan=TemplateBanks):
+    with applied(fresh, library / "under"), attached(fresh, library / "top", check=False, as_trained=True):
         torch.testing.assert_close(fresh(IDS).logits, wanted)
     with applied(fresh, library / "top"):
         stored = fresh(IDS).logits
-    with attached(fresh, library / "top", check=False, plan=TemplateBanks):
+    with attached(fresh, library / "top", check=False, as_trained=True):
         assert (fresh(IDS).logits - stored).abs().max() > 1e-3, "the base alone has other templates"
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from modular_experts.base import Base
 from modular_experts.deltas import Delta, Dense
 from modular_experts.injection import ExpertLayer, named_experts
-from modular_experts.injection.route import put_in, route
+from modular_experts.injection.attach import put_in
+from modular_experts.injection.route import route
 from modular_experts.injection.routed import routed
 from modular_experts.library import open_experts
 from modular_experts.routing import Router, TopK
@@ -93,7 +94,7 @@ def test_it_is_the_same_after_it_was_stored_and_with_kept_keys_and_values(tiny, 
         wanted = model(input_ids=TOKENS).logits
         how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(TOKENS)}
         assert torch.equal(*(model.generate(TOKENS, use_cache=cache, **how) for cache in (True, False)))
-    with put_in(model, made, First, check=False), torch.no_grad():
+    with put_in(model, made, check=False), torch.no_grad():
         assert torch.equal(model(input_ids=TOKENS).logits, wanted)
     with torch.no_grad():
         assert (wanted - model(input_ids=TOKENS).logits).abs().max() > 1e-2

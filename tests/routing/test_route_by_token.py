@@ -14,8 +14,8 @@ from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Delta
-from modular_experts.injection.attach import attached
-from modular_experts.injection.route import put_in, route
+from modular_experts.injection.attach import attached, put_in
+from modular_experts.injection.route import route
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
 from modular_experts.routing import Arrow, Energy, GenKnowSub, Phatgoose, Router, Softmax, TopK

@@ -514,7 +514,7 @@ def test_routes_and_ensembles_of_the_experts_are_tested_like_their_merges(settin
     assert loss[f"lora Oracle else SelfRegMean{of_two}", "first"] == pytest.approx(loss[fallback + of_two, "first"])
     library = Library("runs/mine/library")
     routes = {"route-lora-Centroid", "route-lora-Oracle-else-SelfRegMean"}
-    assert {name for name in library if library[name].routed} == routes
+    assert {name for name in library if library[name].is_routed} == routes
     # By Jensen's inequality, the loss of the mean of probabilities is at most the mean of the members' losses.
     for task in ("upper", "reverse", "first"):
         alone = [loss[f"lora-{own}", task] for own in ("upper", "reverse", "third")]
