@@ -131,9 +131,20 @@ def walk(tmp_path_factory, tiny_llama_dir) -> Walk:
 
 def test_readme_and_tutorial_run_in_order_in_one_folder(walk: Walk) -> None:
     assert [page for page in FIRST if page.startswith("docs/tutorial/")][1:] == [
-        f"docs/tutorial/{page}.md" for page in ("train", "merge", "evaluate", "ship")
+        f"docs/tutorial/{page}.md" for page in ("train", "merge", "evaluate", "route", "ship", "own-expert")
     ]
-    assert {"dates", "mood", "both", "plural", "tuned", "ties", "only-dates"} <= set(Library(walk.place / "library"))
+    assert {
+        "dates",
+        "mood",
+        "both",
+        "plural",
+        "tuned",
+        "ties",
+        "only-dates",
+        "chosen",
+        "scale-both",
+        "scale-chosen",
+    } <= set(Library(walk.place / "library"))
     assert set(Library(walk.place / "experts")) == {"dates", "mood", "both"}
     assert (walk.place / "merged-checkpoint/config.json").is_file()
 
