@@ -8,6 +8,7 @@ their rows.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import json
@@ -285,3 +286,22 @@ def test_the_page_on_experts_states_the_rate_of_each_type() -> None:
     kinds = {name: kind for module in (experts, *import_systems()) for name, kind in vars(module).items()}
     rates = {name: kinds[name].learning_rate for name in stated}
     assert {name: float(rate) for name, rate in stated.items()} == rates
+
+
+def test_the_page_of_failures_quotes_sentences_of_the_code() -> None:
+    files = (ROOT / "modular_experts").rglob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    said = "\n".join(
+        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else node.value
+        for node in nodes
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+    page = (DOCS / "guides/failures.md").read_text(encoding="utf-8")
+    quoted = [
+        quote for cell in re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE) for quote in re.findall("`(.*?)`", cell)
+    ]
+    parts = [part.strip(" ;:,") for quote in quoted for part in quote.split("...")]
+    assert len(quoted) > 25
+    assert not [part for part in parts if part not in said]
