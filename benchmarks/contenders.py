@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts.in_place import InPlaceExpert
 from modular_experts.injection import expert_layers, inject
 
 __all__ = ["CONTENDERS", "Contender", "Step", "Work", "language_model", "missing", "single_layer"]
@@ -139,7 +140,7 @@ class Step:
     def rest(self) -> None:
         """Give the shared base back as it was; the next step writes its values again."""
         for _, layer in expert_layers(self.model):
-            if not layer.expert.trains_weight:
+            if isinstance(layer.expert, InPlaceExpert) and not layer.expert.trains_weight:
                 layer.expert.restore(layer.matrix, layer.matrix.detach)
 
     def facts(self) -> dict[str, int]:

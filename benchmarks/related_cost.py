@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from contenders import language_model
 from sparse_step import high_water
 from torch import nn
 
-from modular_experts.evaluation import batch_losses, paired_losses
-from modular_experts.injection import consistency, draw, inject, named_experts, penalties
+from modular_experts.evaluation import batch_losses
+from modular_experts.injection import draw, extra_losses, inject, named_experts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.routing import MoLoRAExpert
 from modular_experts.routing.lora_ir import TaskGate
@@ -136,12 +137,14 @@ def _step(plan: Any, small: bool) -> tuple[Callable[[], None], nn.Module]:
         gate.learn([torch.randn(16, gate.router.weight.shape[1]) for _ in range(gate.experts)])
     base.train()
     optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    weight = consistency(base)
+    training = SimpleNamespace(model=base, batch_losses=batch_losses)
+    for _, expert in named_experts(base):
+        expert.before_fit(training, None)
 
     def step() -> None:
         draw(base, "0")
-        sums, counts, *divergence = paired_losses(base, batch) if weight else batch_losses(base, batch)
-        terms = [*penalties(base).values(), *(weight * one / counts.sum() for one in divergence)]
+        sums, counts, *added = training.batch_losses(base, batch)
+        terms = [*extra_losses(base).values(), *(one / counts.sum() for found in added for one in found.values())]
         sum(terms, start=sums.sum() / counts.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()

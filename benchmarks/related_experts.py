@@ -43,7 +43,6 @@ from modular_experts.base.loading import quiet
 from modular_experts.callbacks import Boosting, RandomPaths
 from modular_experts.evaluation import measure
 from modular_experts.experts import (
-    AdaMixExpert,
     BoostedLoRAExpert,
     GLoRAExpert,
     LoRAExpert,
@@ -54,6 +53,7 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import open_expert
 from modular_experts.merger.merged import Merged
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.tt_lora import TTLoRAExpert
 from modular_experts.training.learning_rate import LearningRateShape, WarmupRestarts
 from modular_experts.tuning import PathSearch, search_paths

@@ -14,7 +14,7 @@ _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": (
-        *("AdaMixExpert", "BoostedLoRAExpert", "Expert", "FullExpert", "GLoRAExpert", "LoRAExpert", "MaskedExpert"),
+        *("BoostedLoRAExpert", "Expert", "FullExpert", "GLoRAExpert", "LoRAExpert", "MaskedExpert"),
         "SparseExpert",
     ),
     "modular_experts.injection": ("eject", "inject"),

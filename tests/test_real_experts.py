@@ -12,12 +12,12 @@ from testbed.real_tasks import fit_six_steps, loss_of_base, validation_loss
 
 from modular_experts.callbacks import Boosting, RandomPaths
 from modular_experts.experts import (
-    AdaMixExpert,
     BoostedLoRAExpert,
     GLoRAExpert,
     LoRAExpert,
     TemplateBanks,
 )
+from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.tt_lora import TTLoRAExpert
 
 pytestmark = pytest.mark.slow

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
 from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
+from modular_experts.experts.in_place import InPlaceExpert, trains_weight
 from modular_experts.injection import expert_layers
 from modular_experts.library import Library, StoredExpert, check_base, open_experts
 from modular_experts.library.expert import RECORD_FILE
@@ -95,18 +96,18 @@ class TrainUnderOthers(Schedule):
             delta = add([deltas[name] * self.scale for deltas in drawn if name in deltas])
             weight, delta = _target(model, layers, name), _oriented(layers, name, delta)
             delta = delta.to(weight.device)
-            if name in layers:
-                layers[name].expert.restore(weight, weight.detach)
+            if inside := _in_place(layers, name):
+                inside.restore(weight, weight.detach)
             kept = None if isinstance(delta, Dense | LowRank) else delta.support().long()
             self._before[name] = kept, weight.clone() if kept is None else weight.reshape(-1)[kept]
             delta.add_to(weight)
-            if name in layers:
-                layers[name].expert.reanchor(weight)
+            if inside:
+                inside.reanchor(weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the others out of weights that the optimizer itself is about to move."""
         layers = expert_layers(cast(TrainedModule, pl_module).model)
-        self.remove(cast(TrainedModule, pl_module), {name for name, layer in layers if layer.expert.trains_weight})
+        self.remove(cast(TrainedModule, pl_module), {name for name, layer in layers if trains_weight(layer.expert)})
 
     @torch.no_grad()
     def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
@@ -120,15 +121,15 @@ class TrainUnderOthers(Schedule):
         for name in [name for name in self._before if only is None or name in only]:
             kept, values = self._before.pop(name)
             weight = _target(module.model, layers, name)
-            if name in layers:
+            if inside := _in_place(layers, name):
                 # Whatever entries the expert trains by now, the weight then holds the base and the others alone.
-                layers[name].expert.restore(weight, weight.detach)
+                inside.restore(weight, weight.detach)
             if kept is None:
                 weight.copy_(values)
             else:
                 weight.view(-1)[kept] = values
-            if name in layers:
-                layers[name].expert.reanchor(weight)
+            if inside:
+                inside.reanchor(weight)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,6 +150,12 @@ class TrainUnderOthers(Schedule):
 def _target(model: nn.Module, layers: Mapping[str, Any], name: str) -> Tensor:
     """Return a weight as its expert sees it, or the parameter of a layer without one."""
     return layers[name].matrix if name in layers else model.get_parameter(name)
+
+
+def _in_place(layers: Mapping[str, Any], name: str) -> InPlaceExpert | None:
+    """Return the expert of a weight if it writes into the weight."""
+    expert = layers[name].expert if name in layers else None
+    return expert if isinstance(expert, InPlaceExpert) else None
 
 
 def _oriented(layers: Mapping[str, Any], name: str, delta: Delta) -> Delta:

@@ -16,7 +16,6 @@ from modular_experts.evaluation.likelihood import (
     check_packing,
     choice_log_likelihoods,
     greedy_matches,
-    paired_losses,
     row_sums,
 )
 from modular_experts.evaluation.measure import measure, score_batch
@@ -37,7 +36,6 @@ __all__ = [
     "generate_tokens",
     "greedy_matches",
     "measure",
-    "paired_losses",
     "row_sums",
     "score_batch",
     "stemmed_rouge_l",

@@ -5,7 +5,6 @@ types that train a chosen part of a weight share, `site.py` which layer gets whi
 is trained at other modules. They need torch alone, and train in any loop, with or without Lightning.
 """
 
-from modular_experts.experts.ada_mix import AdaMixExpert
 from modular_experts.experts.boosted_lora import BoostedLoRAExpert
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
@@ -18,7 +17,6 @@ from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
 
 __all__ = [
-    "AdaMixExpert",
     "BoostedLoRAExpert",
     "Expert",
     "FullExpert",

@@ -1,9 +1,9 @@
 """Define the contract of an expert, which owns the trained state of one site and states its delta.
 
-Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. *Additive* experts (LoRA, most
-user types) own parameters beside a frozen weight. *In-place* experts (sparse, full) train the weight itself.
-`injection` puts experts into the layers of a model. What is trained at another module than a linear layer is a
-`ModuleExpert` (`module_expert.py`).
+Read this file to write a type of your own; `ia3.py` in the tests is one in thirty lines. Most types own parameters
+beside a frozen weight, as LoRA does.
+`injection` puts experts into the layers of a model. An expert that writes into the weight is an `InPlaceExpert`
+(`in_place.py`), and one at another module than a linear layer a `ModuleExpert` (`module_expert.py`).
 """
 
 from __future__ import annotations
@@ -35,22 +35,19 @@ class Trained(nn.Module):
     not_mergeable_because: ClassVar[str] = ""
     """The reason, as the end of a sentence: "its router chooses by the input"."""
 
-    penalty_name: ClassVar[str] = ""
-    """The name by which training logs the penalty, as `penalty/<name>`; the name of the type if empty."""
-
-    made_by: dict[str, Any] | None = None
-    """The class and the settings of the `LayerPlan` that the expert was made by, which `inject` notes here."""
-
-    consistency: float = 0.0
-    """Weight of the divergence between two predictions of each training token, for types that draw at random.
-
-    If it is not 0, a batch of training holds each row twice, all first copies before all second ones.
-    """
-
     @property
     def moves_tokens_alone(self) -> bool:
-        """Whether it looks at no other token than the one that it moves: what is a delta does not, others may."""
+        """Whether it looks at no other token than the one that it moves, as each delta does."""
         return self.mergeable
+
+    def before_fit(self, module: Any, data: Any) -> None:
+        """Prepare for a training that begins, in any process of it; most types have nothing to do.
+
+        Args:
+            module: The `ExpertModule`: its `model` is in training mode and on its device, and `batch_losses` is the
+                function that it computes losses with, which the expert may replace.
+            data: The trainer's data module, or None.
+        """
 
     def draw(self, key: str) -> None:
         """Draw what is random in the next training step; most types draw nothing.
@@ -62,36 +59,25 @@ class Trained(nn.Module):
                 resumed run.
         """
 
-    def penalty(self) -> Tensor | None:
-        """Return a term that is added to the training loss, or None; training asks once after each forward pass."""
-        return None
+    def extra_loss(self) -> dict[str, Tensor]:
+        """Return terms that are added to the training loss; training asks once after each forward pass.
+
+        The keys are names. Training adds the terms of a name up over all experts, and logs them as `penalty/<name>`.
+        """
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that the library keeps beside, or instead of, the delta.
 
         Here every parameter and buffer of a type that is not mergeable, and nothing for others, whose delta holds all.
-        Override it where the trained form is smaller than the delta, and `load_state` with it.
+        Override it where the trained form is smaller than the delta. `load_state_dict` takes what it returns.
         """
         return {} if self.mergeable else dict(self.state_dict())
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` returned, in an expert made with the same settings.
-
-        Raises:
-            RuntimeError: A tensor is missing, has nowhere to go, or has another shape.
-        """
-        self.load_state_dict(dict(state))
 
     def settings(self) -> dict[str, bool | int | float | str]:
         """Return the plain values that the expert was made with, for its record and for the summary of a run."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, bool | int | float | str)}
         return {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
-
-    def refer(self, **others: nn.Module) -> None:
-        """Keep modules that another expert owns as attributes of these names, so that their tensors exist once."""
-        # `nn.Module.__setattr__` would register them.
-        for name, module in others.items():
-            object.__setattr__(self, name, module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -105,12 +91,6 @@ class Trained(nn.Module):
 
 class Expert(Trained, ABC):
     """Owns the trained state of one linear layer; a subclass must give `__init__(weight, ...)` and `delta`."""
-
-    trains_weight: ClassVar[bool] = False
-    """Whether the layer's own weight is a trained parameter (in float32), as for a full fine-tune."""
-
-    leave_bias: ClassVar[str] = "take a type of expert that leaves the bias alone"
-    """What to do so that the bias stays, as the end of a sentence, for a type that moves it in a layer without one."""
 
     @property
     def delta_of_base(self) -> bool:
@@ -155,15 +135,6 @@ class Expert(Trained, ABC):
         out = F.linear(x, weight, bias) + self.delta(weight, lambda: weight).linear(x)
         moved = None if bias is None else self.bias_delta(bias, weight)
         return out if moved is None else out + moved.dense().to(out.dtype)
-
-    def write(self, weight: Tensor) -> None:
-        """Bring the layer's weight up to date with the trained state; additive experts have nothing to do."""
-
-    def restore(self, weight: Tensor, anchor: Callable[[], Tensor]) -> None:
-        """Give the layer's weight back as it was before training, bit for bit; additive experts never changed it."""
-
-    def reanchor(self, weight: Tensor) -> None:
-        """Take the weight as it is now, which holds no trained state, for the base; additive experts do so anyway."""
 
 
 def zero_gradients(out: Tensor, expert: Expert) -> Tensor:

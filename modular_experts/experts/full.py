@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas import Dense
-from modular_experts.experts.expert import Expert
+from modular_experts.experts.in_place import InPlaceExpert
 
 
-class FullExpert(Expert):
+class FullExpert(InPlaceExpert):
     """Trains the layer's own weight; the delta reads the base again from its files, so that memory holds one copy.
 
     Args:

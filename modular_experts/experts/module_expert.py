@@ -17,6 +17,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a call."""
 
 
+def refer(expert: Trained, **others: nn.Module) -> None:
+    """Keep modules that another expert owns as attributes of these names, so that their tensors exist once."""
+    # `nn.Module.__setattr__` would register them.
+    for name, module in others.items():
+        object.__setattr__(expert, name, module)
+
+
 class ModuleExpert(Trained):
     """Owns trained state at a module, and may change its inputs and outputs; a subclass gives `before` or `after`.
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
+from modular_experts.experts.in_place import InPlaceExpert
 from modular_experts.experts.selectable import Granularity, Selectable, carried, exchanged_slots
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
 
 
-class SparseExpert(Selectable):
+class SparseExpert(Selectable, InPlaceExpert):
     """Trains `keep_ratio` of the entries; the others stay at the base.
 
     `values` holds the kept entries' distance from the base in float32, so that weight decay pulls towards the base and

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts.expert import Expert, Trained
+from modular_experts.experts.in_place import InPlaceExpert, trains_weight
 from modular_experts.experts.module_expert import ModuleExpert
 from modular_experts.experts.site import (
     Factory,
@@ -30,6 +31,9 @@ from modular_experts.experts.site import (
 )
 from modular_experts.library.described import class_path, settings, short_name, trust
 from modular_experts.text import depth_of, did_you_mean
+
+_MADE_BY = "_made_by"
+"""Attribute of an expert that holds the class and the settings of the `LayerPlan` that made it, or None."""
 
 
 class ExpertLayer(nn.Module):
@@ -55,7 +59,7 @@ class ExpertLayer(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         # The weight holds the entries of a support that is about to be replaced: give the base's back first.
-        if not self.expert.trains_weight:
+        if isinstance(self.expert, InPlaceExpert) and not trains_weight(self.expert):
             self.expert.restore(self.matrix, lambda: self.matrix)
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -126,7 +130,7 @@ def inject(
         plan = {"class": short_name(type(experts)), "settings": settings(experts)}
     for name, step in steps:
         try:
-            step().made_by = plan
+            setattr(step(), _MADE_BY, plan)
         except Exception as error:  # passed on, with the name that is known only here
             error.add_note(f"for the expert of {name or 'the model'}")
             raise
@@ -148,11 +152,11 @@ def _equip(site: Site, factory: Factory) -> Expert:
     expert = make_expert(factory, matrix, site)
     if layer.bias is None and expert.bias_delta(matrix.new_zeros(len(matrix)), matrix) is not None:
         raise ValueError(
-            f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or "
-            f"{expert.leave_bias}"
+            f"{site.name} has no bias, and {type(expert).__name__} moves one; leave this layer out, or take an expert "
+            "that leaves the bias alone"
         )
     layer.base_class, layer.base_dtype = type(layer), layer.weight.dtype
-    if expert.trains_weight:
+    if trains_weight(expert):
         layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
         layer.weight.requires_grad_(True)
     layer.__class__ = ExpertConv1D if transposed else ExpertLinear
@@ -183,13 +187,14 @@ def eject(model: nn.Module, anchor: Callable[[str], Tensor] | None = None) -> No
         ValueError: An expert needs the base weight and no `anchor` was given.
     """
     layers = dict(expert_layers(model))
-    if anchor is None and any(layer.expert.trains_weight for layer in layers.values()):
+    if anchor is None and any(trains_weight(layer.expert) for layer in layers.values()):
         raise ValueError("ejecting a full expert needs the base: pass anchor=, a function from weight name to tensor")
     for name, layer in layers.items():
-        if layer.expert.trains_weight:
+        if trains_weight(layer.expert):
             layer.weight.data = layer.weight.data.to(layer.base_dtype)
             layer.weight.requires_grad_(False)
-        layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
+        if isinstance(layer.expert, InPlaceExpert):
+            layer.expert.restore(layer.matrix, _oriented_anchor(layer, name, anchor))
         layer.weight.data = layer.weight.data.contiguous()
         del layer.expert
         layer.__class__ = layer.base_class  # type: ignore[assignment]
@@ -276,7 +281,8 @@ def describe_experts(model: nn.Module) -> dict[str, Any]:
     plans: list[dict[str, Any] | None] = []
     for _, expert in named_experts(model):
         types.setdefault(type(expert).__name__, expert)
-        plans += [] if expert.made_by in plans else [expert.made_by]
+        made_by = getattr(expert, _MADE_BY, None)
+        plans += [] if made_by in plans else [made_by]
         for name, value in expert.settings().items():
             if value not in values.setdefault(name, []):
                 values[name].append(value)
@@ -311,17 +317,15 @@ def load_expert_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"{where} has an expert with a state for {unlike[0]}; inject the experts that the state was written from"
         )
     for name, expert in experts.items():
-        expert.load_state(by_name[name])
+        expert.load_state_dict(by_name[name])
 
 
-def penalties(model: nn.Module) -> dict[str, Tensor]:
-    """Return the experts' penalties, which training adds to the loss, by name (`Expert.penalty_name`): the sum of all
-    of a name, and no entry where no expert has one.
-    """
+def extra_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Return the terms that experts add to the training loss, each the sum of all of its name (`Expert.extra_loss`)."""
     terms: dict[str, list[Tensor]] = {}
     for _, expert in named_experts(model):
-        if (term := expert.penalty()) is not None:
-            terms.setdefault(expert.penalty_name or type(expert).__name__, []).append(term)
+        for name, term in expert.extra_loss().items():
+            terms.setdefault(name, []).append(term)
     return {name: torch.stack(found).sum() for name, found in terms.items()}
 
 
@@ -336,22 +340,18 @@ def draw(model: nn.Module, key: str) -> None:
         expert.draw(f"{key}/{name}")
 
 
-def consistency(model: nn.Module) -> float:
-    """Return the largest weight of `Trained.consistency` in a model."""
-    return max((expert.consistency for _, expert in named_experts(model)), default=0.0)
-
-
 def write_experts(model: nn.Module) -> None:
     """Bring all weights up to date with their experts; for optimizers that write through `.data`."""
     for _, layer in expert_layers(model):
-        layer.expert.write(layer.matrix)
+        if isinstance(layer.expert, InPlaceExpert):
+            layer.expert.write(layer.matrix)
 
 
 def _oriented_anchor(layer: ExpertLayer, name: str, anchor: Callable[[str], Tensor] | None) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if anchor is None:
             # The layer's weight is the base: an additive expert leaves it alone.
-            if not layer.expert.trains_weight:
+            if not trains_weight(layer.expert):
                 return layer.matrix.detach()
             raise ValueError(f"the delta of {name} needs the weight as it was before training: pass anchor=")
         stored = anchor(name)

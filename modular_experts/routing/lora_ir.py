@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert, NotMergeable
-from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
@@ -96,7 +96,7 @@ class TaskGate(ModuleExpert):
     ) -> None:
         super().__init__()
         self.experts, self.k, self.prompts = experts, k, prompts
-        self.refer(model=model)
+        refer(self, model=model)
         self.router = Classifier(reject=None, depths=depths, select=TopK(k))
         self.router.experts = experts
         config: Any = model.config

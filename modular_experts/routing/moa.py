@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
-from modular_experts.experts.module_expert import ModuleExpert
+from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
 from modular_experts.text import block_of
 
@@ -148,7 +148,7 @@ class BlockGates(ModuleExpert):
         norm = next((child for child in block.children() if "norm" in type(child).__name__.lower()), None)
         if norm is None:
             raise ValueError(f"MoA: {type(block).__name__} has no norm of its input; MoA is for blocks with one")
-        self.refer(norm=norm)
+        refer(self, norm=norm)
         weight = next(norm.parameters())
         self.size, self.threshold = weight.shape[-1], plan.threshold
         self.normed, self.shifted = plan.router_input == "norm", plan.threshold_gradient
@@ -225,7 +225,7 @@ class GatedLoRA(NotMergeable, LoRAExpert):
 
     def __init__(self, weight: Tensor, gates: BlockGates, number: int, rank: int = 8, alpha: float = 8.0) -> None:
         super().__init__(weight, rank, alpha)
-        self.refer(gates=gates)
+        refer(self, gates=gates)
         self.number = number
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -253,7 +253,7 @@ class ParallelAdapter(ModuleExpert):
 
     def __init__(self, gates: BlockGates, number: int, width: int) -> None:
         super().__init__()
-        self.refer(gates=gates)
+        refer(self, gates=gates)
         self.number = number
         self.down, self.up = nn.Linear(gates.size, width), nn.Linear(width, gates.size)
         nn.init.xavier_uniform_(self.down.weight)
@@ -289,7 +289,7 @@ class PromptAttention(ModuleExpert):
 
     def __init__(self, attention: nn.Module, gates: BlockGates, prompts: int) -> None:
         super().__init__()
-        self.refer(gates=gates, attention=attention)
+        refer(self, gates=gates, attention=attention)
         layers: Any = attention
         self.head_size = layers.head_dim
         like = next(gates.parameters())

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ class MoLoRAExpert(NotMergeable, Expert):
 
     learning_rate: ClassVar[float] = 3e-3
     not_mergeable_because: ClassVar[str] = "its router chooses by the input"
-    penalty_name: ClassVar[str] = "balance"
 
     def __init__(
         self, weight: Tensor, experts: int = 8, rank: int = 2, k: int = 2, alpha: float = 16.0, balance: float = 1e-3
@@ -66,7 +65,7 @@ class MoLoRAExpert(NotMergeable, Expert):
 
     @classmethod
     def of_state(cls, weight: Tensor, state: Mapping[str, Tensor]) -> MoLoRAExpert:
-        """Return an expert of the sizes that a state has, ready for `load_state`."""
+        """Return an expert of the sizes that a state has, ready to load it."""
         count = len(state["router"])
         # What the settings alone decide is read from the state, and the rest is replaced by it.
         with torch.device("meta"):
@@ -77,9 +76,11 @@ class MoLoRAExpert(NotMergeable, Expert):
         """Return the parameters and buffers, and `k` and the scale, which the library does not keep by layer."""
         return {**self.state_dict(), "k": torch.tensor(self.k), "scale": torch.tensor(self.scale, dtype=torch.float64)}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.k, self.scale = int(state["k"]), float(state["scale"])
-        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in ("k", "scale")})
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take the parameters and buffers, and also `k` and the scale from what `state` returned."""
+        self.k, self.scale = int(state_dict.get("k", self.k)), float(state_dict.get("scale", self.scale))
+        tensors = {name: tensor for name, tensor in state_dict.items() if name not in ("k", "scale")}
+        return super().load_state_dict(tensors, *args, **kwargs)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         base = F.linear(x, weight, bias)
@@ -105,10 +106,10 @@ class MoLoRAExpert(NotMergeable, Expert):
             probabilities, kept = probabilities[tokens.flatten()], kept[tokens.flatten()]
         return torch.cat([kept.sum(0), kept.new_tensor([len(kept)], dtype=torch.int64)]), probabilities.sum(0)
 
-    def penalty(self) -> Tensor | None:
+    def extra_loss(self) -> dict[str, Tensor]:
         use, self._use = self._use, None
         if use is None:
-            return None
+            return {}
         counts, probabilities = mean_over_ranks(use[0].to(use[1].dtype)), use[1]
         taken, tokens = counts[:-1], counts[-1].clamp(min=1e-6)
-        return self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()
+        return {"balance": self.balance * self.experts * (taken / tokens * (probabilities / tokens)).sum()}

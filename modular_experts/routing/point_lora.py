@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
-from modular_experts.experts.module_expert import Arguments, ModuleExpert
+from modular_experts.experts.module_expert import Arguments, ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
 from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 from modular_experts.routing.prompts import Growth, check_rows, kept_tokens, prompts_at_hand
@@ -92,7 +92,6 @@ class TokenSelection(ModuleExpert):
 
     learning_rate: ClassVar[float] = LoRAExpert.learning_rate
     not_mergeable_because: ClassVar[str] = "it selects tokens of the prompt"
-    penalty_name: ClassVar[str] = "entropy"
     embedding: nn.Module
     scorer: nn.Module | None
 
@@ -100,7 +99,7 @@ class TokenSelection(ModuleExpert):
         super().__init__()
         self.tokens, self.hidden, self.entropy = tokens, hidden, entropy
         embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
-        self.refer(embedding=embedding)
+        refer(self, embedding=embedding)
         self._names = list(inspect.signature(module.forward).parameters)
         self._context: int | None = getattr(module.config, "max_position_embeddings", None)
         like = embedding.weight
@@ -203,11 +202,12 @@ class TokenSelection(ModuleExpert):
             output.hidden_states = tuple(states[:, self._dropped :] for states in output.hidden_states)
         return output
 
-    def penalty(self) -> Tensor | None:
+    def extra_loss(self) -> dict[str, Tensor]:
         found, self._entropies = self._entropies, None
         if found is None:
-            return None
-        return self.entropy * found.sum() / mean_over_ranks(found.new_tensor(float(len(found)))).clamp(min=1e-6)
+            return {}
+        rows = mean_over_ranks(found.new_tensor(float(len(found)))).clamp(min=1e-6)
+        return {"entropy": self.entropy * found.sum() / rows}
 
 
 class PointLoRAExpert(NotMergeable, LoRAExpert):
@@ -225,7 +225,7 @@ class PointLoRAExpert(NotMergeable, LoRAExpert):
 
     def __init__(self, weight: Tensor, mlp: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
         super().__init__(weight, rank, alpha)
-        self.refer(mlp=mlp)
+        refer(self, mlp=mlp)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = super().forward(x, weight, bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from modular_experts.experts.in_place import InPlaceExpert
 from modular_experts.experts.selectable import Selectable, carried
 from modular_experts.masks.top_k import ascending
 from modular_experts.selection.scoring import SelectableLayer
@@ -82,7 +83,8 @@ class Exchange:
             with torch.no_grad():
                 packed[torch.searchsorted(now, aside[back])] = kept[back]
             self.stash[name] = (aside[~back], kept[~back])
-            expert.write(layer.matrix)
+            if isinstance(expert, InPlaceExpert):
+                expert.write(layer.matrix)
 
     def ever_trained(self, name: str, expert: Selectable) -> Tensor:
         """Return the units `(k,)` of a weight that are trained now or were trained at any time, sorted."""

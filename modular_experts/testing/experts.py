@@ -82,7 +82,7 @@ def _check(case: _Case, compile: bool) -> None:
         _check_gradients(case, dtype)
         _check_export_reproduces(case, dtype)
     _check_state(case)
-    _check_penalty(case)
+    _check_extra_loss(case)
     _check_eject(case)
     _check_copies(case)
     _check_state_dict(case)
@@ -273,16 +273,14 @@ def _check_state(case: _Case) -> None:
         assert torch.equal(twin(x), network(x)), "a loaded state must give the same outputs"
 
 
-def _check_penalty(case: _Case) -> None:
+def _check_extra_loss(case: _Case) -> None:
     network = case.equipped()
     _train(network)
     for _, expert in named_experts(network):
-        added = expert.penalty()
-        if added is None:
-            continue
-        assert added.shape == (), f"a penalty must be one number, not of shape {tuple(added.shape)}"
-        assert added.isfinite(), "a penalty must be finite"
-        assert added.requires_grad, "a penalty must have a gradient"
+        for name, added in expert.extra_loss().items():
+            assert added.shape == (), f"the term {name} must be one number, not of shape {tuple(added.shape)}"
+            assert added.isfinite(), f"the term {name} must be finite"
+            assert added.requires_grad, f"the term {name} must have a gradient"
 
 
 def _check_eject(case: _Case) -> None:

@@ -32,21 +32,20 @@ from modular_experts.callbacks.schedule import TrainingLength, schedules
 from modular_experts.data.batch import is_filler
 from modular_experts.data.source import datamodule_of, source_of
 from modular_experts.deltas import Delta
-from modular_experts.evaluation import batch_losses, check_packing, paired_losses, text_metrics
+from modular_experts.evaluation import batch_losses, check_packing, text_metrics
 from modular_experts.evaluation.likelihood import keeps_rows_apart
 from modular_experts.experts import Expert
 from modular_experts.experts.site import Factory, LayerPlan, Plan
 from modular_experts.injection import (
-    consistency,
     context_length,
     describe_experts,
     draw,
     expert_layers,
     expert_state,
+    extra_losses,
     inject,
     moves_tokens_alone,
     named_experts,
-    penalties,
     task_vector,
     write_experts,
 )
@@ -154,7 +153,10 @@ class ExpertModule(EvaluatedModule):
         self.results: dict[str, Any] = {}
         self._random_states: list[dict[str, Any]] | None = None
         self._resized = False
-        self._penalties: dict[str, Tensor] = {}
+        self.batch_losses: Callable[..., Any] = batch_losses
+        """Computes the losses of a training batch, as `evaluation.batch_losses`; `Trained.before_fit` may replace it by
+        a function that also returns sums over target tokens, by name, which are added to the loss."""
+        self._extra: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Raise before the model is loaded if training has no experts, experts have no layers, or the trainer's
@@ -258,12 +260,13 @@ class ExpertModule(EvaluatedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Teach a router that learns first, log what is trained, and start from the same supports on every rank."""
+        """Let experts prepare, log what is trained, and start from the same supports on every rank."""
         self.model.train()
         if self.learning_rate is not None and set(peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
         teach_tasks(self.model, datamodule_of(self.trainer))
+        self.prepare_experts(datamodule_of(self.trainer))
         source = source_of(self.trainer)
         if source.packing:
             check_packing(self.model)
@@ -274,6 +277,12 @@ class ExpertModule(EvaluatedModule):
             for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
 
+    def prepare_experts(self, data: Any) -> None:
+        """Let experts prepare for a training on these data."""
+        self.batch_losses = batch_losses
+        for _, expert in named_experts(self.model):
+            expert.before_fit(self, data)
+
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Let experts draw what is random in this step; restore the random state of a checkpoint before the first one,
         when all set-up is over.
@@ -283,11 +292,11 @@ class ExpertModule(EvaluatedModule):
         checkpoints.restore_random_state(states, self.trainer.global_rank)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return the loss per target token plus the experts' penalties (`loss`), its mean over ranks (`mean_loss`), and
-        the number of rows of all ranks (`rows`). That mean is logged, and the penalties' by name.
+        """Return the loss per target token plus what experts add (`loss`), its mean over ranks (`mean_loss`), and the
+        number of rows of all ranks (`rows`). That mean is logged, and the means of the added terms by name.
         """
         loss = self.loss(batch)
-        means = {"loss": loss.detach()} | {f"penalty/{name}": term for name, term in self._penalties.items()}
+        means = {"loss": loss.detach()} | {f"penalty/{name}": term for name, term in self._extra.items()}
         rows: int | Tensor = is_filler(batch).count(False)
         if self.trainer.world_size > 1:
             numbers = torch.stack([*means.values(), loss.new_tensor(rows)])
@@ -303,26 +312,21 @@ class ExpertModule(EvaluatedModule):
         write_experts(self.model)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean loss per target token of the global batch, plus the sum of the experts' penalties.
+        """Return the mean loss per target token of the global batch, plus the sum of the terms that experts add.
 
-        Experts that ask for consistency predict each token twice, and pay for the divergence. The average of the loss
-        over ranks is the loss of one process with all rows.
+        The average of the loss over ranks is the loss of one process with all rows.
         """
-        weight = consistency(self.model) if self.model.training else 0.0
-        divergence: Tensor | None = None
-        if weight:
-            sums, counts, divergence = paired_losses(self.model, batch)
-        else:
-            sums, counts = batch_losses(self.model, batch)
+        measure = self.batch_losses if self.model.training else batch_losses
+        sums, counts, *more = measure(self.model, batch)
         tokens = counts.sum()
         if self.trainer.world_size > 1:
             distributed.all_reduce(tokens)
         tokens = tokens.clamp(min=1) / self.trainer.world_size
         loss = sums.sum() / tokens
-        terms = penalties(self.model)
-        if divergence is not None:
-            terms["consistency"] = weight * divergence / tokens
-        self._penalties = {name: term.detach() for name, term in terms.items()}
+        terms = extra_losses(self.model)
+        for added in more:
+            terms |= {name: term / tokens for name, term in added.items()}
+        self._extra = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), start=loss)
 
     def model_facts(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from testbed.other_experts import BiasExpert, GatedExpert
 
 from modular_experts.deltas import Dense
 from modular_experts.experts import (
-    AdaMixExpert,
     BoostedLoRAExpert,
     Expert,
     FullExpert,
@@ -47,7 +46,6 @@ FACTORIES = {
     "masked-column": partial(MaskedExpert, keep_ratio=0.3, granularity="column"),
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
-    "adamix": partial(AdaMixExpert, copies=3),
     "boosted": BoostedLoRAExpert,
     "glora": partial(GLoRAExpert, c="lora", d="vector", e="vector"),
     "glora-weight": GLoRAExpert,

@@ -86,7 +86,7 @@ def test_a_path_cut_out_keeps_its_numbers_alone_and_moves_the_layer_as_before() 
             cut = expert.only(path, base.weight)
             assert sum(parameter.numel() for parameter in cut.parameters()) == expert.numbers(path)
             again = GLoRAExpert.of_state(base.weight, cut.state())
-            again.load_state(cut.state())
+            again.load_state_dict(cut.state())
             weight, bias = by_hand(expert, path, base.weight, base.bias)
             for one in (cut, again):
                 assert one.path == path
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_takes_the_same_path_again(architecture) -> None:
 @pytest.mark.parametrize("part", ["c", "d", "e"])
 def test_a_layer_without_a_bias_refuses_what_moves_one(part) -> None:
     with pytest.raises(
-        ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or set c, d and e to none"
+        ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or take an expert that"
     ):
         inject(nn.Sequential(layer(bias=False)), partial(GLoRAExpert, **{part: "vector"}), "0")
     inject(nn.Sequential(layer(bias=False)), GLoRAExpert, "0")

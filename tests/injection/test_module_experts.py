@@ -23,9 +23,9 @@ from modular_experts.injection import (
     describe_experts,
     eject,
     expert_state,
+    extra_losses,
     inject,
     named_experts,
-    penalties,
     task_vector,
 )
 from modular_experts.injection.attach import attached
@@ -126,7 +126,7 @@ def test_what_is_shared_exists_once_and_follows_the_model_in_copies() -> None:
 def test_penalties_and_facts_of_all_parts_are_told() -> None:
     model = build_model("llama")
     inject(model, SharedGate(penalty=0.25))
-    assert {name: term.item() for name, term in penalties(model).items()} == {"BlockGate": 0.25 * 2 * 32}
+    assert {name: term.item() for name, term in extra_losses(model).items()} == {"BlockGate": 0.25 * 2 * 32}
     facts = describe_experts(model)
     settings = {"layers": ["q_proj", "down_proj"], "penalty": 0.25}
     assert (facts["kind"], facts["hyperparameters"]) == ("SharedGate", settings)
@@ -147,7 +147,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_in_a_padded_batch() -> 
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        (batch_losses(model, batch)[0].sum() + sum(penalties(model).values())).backward()
+        (batch_losses(model, batch)[0].sum() + sum(extra_losses(model).values())).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         assert gradient.any(), name

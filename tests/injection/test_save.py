@@ -93,8 +93,8 @@ def test_a_state_beside_deltas_is_merged_by_its_deltas(tiny, tmp_path) -> None:
         def state(self):
             return {"up": self.up}
 
-        def load_state(self, state):
-            self.up.data.copy_(state["up"])
+        def load_state_dict(self, state_dict):
+            self.up.data.copy_(state_dict["up"])
 
     expert = save_expert(train(load(tiny("llama")), Seeded, "q_proj"), tmp_path / "x")
     assert expert.record["files"] == ["delta.safetensors", "state.safetensors"]

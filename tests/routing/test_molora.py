@@ -12,7 +12,7 @@ from torch import nn
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.experts import LoRAExpert
-from modular_experts.injection import eject, expert_layers, find_sites, inject, penalties
+from modular_experts.injection import eject, expert_layers, extra_losses, find_sites, inject
 from modular_experts.routing import GOATExpert, HiLo, MoLoRAExpert
 from modular_experts.routing.gates import reading
 from modular_experts.testing import check_expert
@@ -67,7 +67,7 @@ def test_the_balance_loss_is_k_at_even_use_and_larger_where_one_expert_takes_all
         with torch.no_grad():
             expert.router.copy_(router)
         expert(torch.eye(5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64), None)
-        return expert.penalty().item()
+        return expert.extra_loss()["balance"].item()
 
     logits = torch.tensor([3.0, 1.0, 0.5, 0.2, 0.0])
     # Each of five tokens takes another two experts.
@@ -84,11 +84,11 @@ def test_padding_counts_for_no_expert() -> None:
     tokens = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]).bool()
     with reading(tokens=tokens):
         network(x)
-    found = penalties(network)["balance"]
+    found = extra_losses(network)["balance"]
     changed = x.where(tokens[..., None], 100 * torch.randn_like(x))
     with reading(tokens=tokens):
         network(changed)
-    assert torch.equal(penalties(network)["balance"], found)
+    assert torch.equal(extra_losses(network)["balance"], found)
     expert = next(layer.expert for _, layer in expert_layers(network))
     logits = F.linear(x[tokens], expert.router)
     used = torch.zeros(4, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_padding_counts_for_no_expert() -> None:
         used[row.topk(2).indices] += 1 / len(logits)
     wanted = 0.5 * 4 * (used * logits.softmax(1).mean(0)).sum()
     torch.testing.assert_close(found, wanted)
-    assert penalties(network) == {}, "a penalty is asked once after each forward pass"
+    assert extra_losses(network) == {}, "a penalty is asked once after each forward pass"
 
 
 def test_goat_leaves_the_base_at_even_gates_and_in_the_mean_over_all_choices() -> None:
@@ -234,7 +234,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_a_padded_batch() -> 
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        loss = batch_losses(model, batch)[0].sum() + penalties(model)["balance"]
+        loss = batch_losses(model, batch)[0].sum() + extra_losses(model)["balance"]
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys()

@@ -12,7 +12,7 @@ from torch import nn
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.generation import generate_tokens
-from modular_experts.injection import eject, expert_layers, inject, named_experts, penalties
+from modular_experts.injection import eject, expert_layers, extra_losses, inject, named_experts
 from modular_experts.routing import PointLoRA
 from modular_experts.routing.gates import reading
 from modular_experts.routing.point_lora import PointLoRAExpert, TokenSelection
@@ -164,7 +164,7 @@ def test_a_positive_weight_drives_scores_apart_and_a_negative_one_together(sign:
     batch, prompt = padded(ROWS, "right"), torch.tensor([[1, 1, 0, 0, 0]] * 4).bool()
     with reading(prompt):
         model(**batch)
-    (found,) = penalties(model).values()
+    (found,) = extra_losses(model).values()
 
     def entropy() -> torch.Tensor:
         p = torch.cat([scores(model, ids[:2]) for ids in ROWS])
@@ -172,7 +172,7 @@ def test_a_positive_weight_drives_scores_apart_and_a_negative_one_together(sign:
 
     before = entropy()
     torch.testing.assert_close(found, sign * before, rtol=1e-9, atol=1e-9)
-    assert penalties(model) == {}, "a penalty is asked once after each forward pass"
+    assert extra_losses(model) == {}, "a penalty is asked once after each forward pass"
     found.backward()
     with torch.no_grad():
         for parameter in selection_of(model).scorer.parameters():
@@ -188,7 +188,7 @@ def test_the_loss_teaches_the_scorer() -> None:
         0
     ].sum().backward()
     assert all(parameter.grad.any() for parameter in selection_of(model).scorer.parameters())
-    assert penalties(model) == {}
+    assert extra_losses(model) == {}
 
 
 def test_what_cannot_be_is_refused() -> None:

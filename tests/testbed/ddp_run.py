@@ -30,7 +30,6 @@ from modular_experts.callbacks import (
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import IGNORED
 from modular_experts.experts import (
-    AdaMixExpert,
     BoostedLoRAExpert,
     GLoRAExpert,
     MaskedExpert,
@@ -42,6 +41,7 @@ from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
+from modular_experts.systems.ada_mix import AdaMixExpert
 from modular_experts.systems.tt_lora import TTLoRAExpert
 from modular_experts.training.module import ExpertModule
 

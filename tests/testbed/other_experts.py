@@ -32,8 +32,8 @@ class BiasExpert(Expert):
     def bias_delta(self, bias: Tensor, weight: Tensor) -> Delta:
         return Dense(self.shift)
 
-    def penalty(self) -> Tensor:
-        return 0.1 * self.shift.square().sum()
+    def extra_loss(self) -> dict[str, Tensor]:
+        return {"length": 0.1 * self.shift.square().sum()}
 
 
 class GatedExpert(Expert):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
 from modular_experts.experts import Expert, LoRAExpert, ModuleExpert, Site
+from modular_experts.experts.module_expert import refer
 from modular_experts.experts.site import LayerPlan
 from modular_experts.text import block_of
 
@@ -28,8 +29,8 @@ class BlockGate(ModuleExpert):
         hidden = args[0] if args else kwargs["hidden_states"]
         self.share = torch.sigmoid(hidden.to(self.weight.dtype) @ self.weight)[..., None]
 
-    def penalty(self) -> Tensor:
-        return self.factor * (self.weight - 1).square().sum()
+    def extra_loss(self) -> dict[str, Tensor]:
+        return {"BlockGate": self.factor * (self.weight - 1).square().sum()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "share"}
@@ -45,7 +46,7 @@ class GatedLoRA(Expert):
     def __init__(self, weight: Tensor, gate: BlockGate) -> None:
         super().__init__()
         self.lora = LoRAExpert(weight, rank=2)
-        self.refer(gate=gate)
+        refer(self, gate=gate)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.linear(x, weight, bias)

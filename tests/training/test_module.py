@@ -216,10 +216,8 @@ def test_a_fit_after_the_test_of_a_checkpoint_draws_random_numbers_of_its_own(
 class Penalised(LoRAExpert):
     """Pulls its factors to zero."""
 
-    penalty_name = "size"
-
-    def penalty(self) -> torch.Tensor:
-        return 0.5 * self.up.square().sum()
+    def extra_loss(self) -> dict[str, torch.Tensor]:
+        return {"size": 0.5 * self.up.square().sum()}
 
 
 def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_files, tmp_path) -> None:

@@ -54,7 +54,7 @@ class GloraFormat(PeftFormat):
             if name.endswith(".weight"):
                 own = by_weight.get(name, {})
                 experts[name] = GLoRAExpert.of_state(torch.zeros(()).expand(expert[name].shape), own)
-                experts[name].load_state(own)
+                experts[name].load_state_dict(own)
         # For A and B of kind none PEFT would store two zeros for each entry of the weight.
         least = {"ab": "constant", "c": "none", "de": "none"}
         kinds: dict[str, str] = {}

@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
-from modular_experts.experts import AdaMixExpert, LoRAExpert
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
+from modular_experts.systems.ada_mix import AdaMixExpert
 
 
 class Draws(Callback):

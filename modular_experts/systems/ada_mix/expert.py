@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import LowRank
 from modular_experts.experts.expert import Expert
+from modular_experts.systems.ada_mix.pairs import PairedLosses
 
 
 class AdaMixExpert(Expert):
@@ -71,6 +72,11 @@ class AdaMixExpert(Expert):
         self.down = nn.Parameter(down.repeat(copies, 1, 1))
         self.drawn: Tensor | None = None
         """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""
+
+    def before_fit(self, module: Any, data: Any) -> None:
+        """Let a training predict each token twice; of several weights in a model the largest counts."""
+        if self.consistency > getattr(module.batch_losses, "weight", 0.0):
+            module.batch_losses = PairedLosses(self.consistency)
 
     def draw(self, key: str) -> None:
         numbers = random.Random(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,17 @@ from conftest import build_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from modular_experts.evaluation import batch_losses, paired_losses
-from modular_experts.experts import AdaMixExpert, LoRAExpert
+from modular_experts.evaluation import batch_losses
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import draw, expert_layers, inject
+from modular_experts.systems.ada_mix import AdaMixExpert
+from modular_experts.systems.ada_mix.pairs import paired_losses
+from modular_experts.testing import check_expert
+
+
+def test_the_type_keeps_the_contract() -> None:
+    torch.manual_seed(3)
+    check_expert(partial(AdaMixExpert, copies=3), compile=False)
 
 
 def random_weight(rows: int = 12, columns: int = 10) -> torch.Tensor:
