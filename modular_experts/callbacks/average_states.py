@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.callbacks.schedule import ExportSchedule, TrainedModule
 from modular_experts.injection import write_experts
 from modular_experts.selection.scoring import selectable_layers
 
 
-class AverageStates(Schedule):
+class AverageStates(ExportSchedule):
     """Averages the trained values after each of the last steps; validations and exports see the mean.
 
     Training itself goes on from its own values. Before the first averaged step, validations and exports see those. A

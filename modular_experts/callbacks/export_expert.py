@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from modular_experts.callbacks.schedule import TrainedModule, schedules
+from modular_experts.callbacks.schedule import ExportSchedule, Schedule, TrainedModule, callbacks_of, exported_state
 from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta
 from modular_experts.library import check_name, check_target, make_record, open_expert, write_expert
@@ -201,7 +201,7 @@ class ExportExpert(Callback):
         facts = exported.record_facts()
         settings = {**facts.pop("hyperparameters"), "steps": trainer.global_step}
         costs: dict[str, float] = {"optimizer_bytes": optimizer_bytes(trainer.optimizers)}
-        for schedule in schedules(trainer):
+        for schedule in callbacks_of(trainer, Schedule):
             settings |= schedule.shares(trained)
             costs |= schedule.costs(trainer, trained)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -213,9 +213,7 @@ class ExportExpert(Callback):
             costs=costs,
             seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         )
-        with ExitStack() as stack:
-            for schedule in schedules(trainer):
-                stack.enter_context(schedule.exported(trained))
+        with exported_state(trainer, trained):
             state: dict[str, Tensor] = getattr(module, "expert_state", dict)()
             return write_expert(
                 path, exported.task_vector(), record, self.overwrite or path != self.target, state=state
@@ -223,7 +221,7 @@ class ExportExpert(Callback):
 
 
 def _is_exportable(trainer: Trainer, module: LightningModule) -> bool:
-    return all(schedule.is_exportable(cast(TrainedModule, module)) for schedule in schedules(trainer))
+    return all(one.is_exportable(cast(TrainedModule, module)) for one in callbacks_of(trainer, ExportSchedule))
 
 
 def _content_hash(place: str) -> str | None:

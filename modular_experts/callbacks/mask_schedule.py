@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
 from modular_experts.callbacks.progress import activity, say_done
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, TrainingLength
+from modular_experts.callbacks.schedule import ExportSchedule, TrainedModule, TrainingLength
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.data.source import datamodule_of
 from modular_experts.experts.selectable import Selectable
@@ -37,7 +37,7 @@ from modular_experts.text import bytes_text
 log = logging.getLogger(__name__)
 
 
-class MaskSchedule(Schedule):
+class MaskSchedule(ExportSchedule):
     """Chooses what sparse and masked experts train, before the first step and again at the steps of a rule.
 
     A second fit of a module goes on with the entries and values of the first: its first choice is that of a later step.
@@ -97,10 +97,16 @@ class MaskSchedule(Schedule):
         self.penalty, self.support = penalty, support
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.neighbours: list[StoredExpert] = []
-        self.is_default = False
-        """Whether a module added it by itself; such a schedule is silent where it has nothing to choose."""
+        self._is_listed = True
         self.leavers = leavers
         self._start_afresh()
+
+    @classmethod
+    def by_default(cls) -> MaskSchedule:
+        """Return the schedule of a trainer that lists none; it is silent where it has nothing to choose."""
+        schedule = cls()
+        schedule._is_listed = False
+        return schedule
 
     def _start_afresh(self) -> None:
         self.selections = self.passes = self.peak_bytes = 0
@@ -167,7 +173,7 @@ class MaskSchedule(Schedule):
                     f"rule={type(self.rule).__name__} first trains all entries, and {type(expert).__name__} has "
                     "only some; use MaskedExpert with dense_start"
                 )
-        if not self.is_default and trainer.is_global_zero and not layers:
+        if self._is_listed and trainer.is_global_zero and not layers:
             kinds = ", ".join(sorted({type(layer.expert).__name__ for _, layer in expert_layers(module.model)}))
             log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
@@ -328,20 +334,24 @@ class MaskSchedule(Schedule):
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
         return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
 
-    def choices(self, trainer: Trainer, module: TrainedModule, length: TrainingLength) -> int:
+    def planned(
+        self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
+    ) -> tuple[int, float]:
         layers = selectable_layers(module.model)
         if not layers or self.support is not None:
-            return 0
+            return 0, 0.0
         expert = next(iter(layers.values())).expert
         rule = self._rule(expert)
         scale = trainer.accumulate_grad_batches if rule.unit == "micro_batches" else 1
         last = rule.last_update(scale * length.total_steps, scale * length.steps_per_epoch)
         positions = range(1, scale * length.total_steps)
-        return expert.selects_at_start + sum(rule.is_due(position, last) for position in positions)
-
-    def chooses_in_steps(self, module: TrainedModule) -> bool:
-        layers = selectable_layers(module.model).values()
-        return self.support is None and any(self._in_step(layer.expert) for layer in layers)
+        choices = expert.selects_at_start + sum(rule.is_due(position, last) for position in positions)
+        # A dense start makes its first choice later than the steps that were measured.
+        first = round(self.seconds, 3) / self.selections if self.selections else self.scoring_batches * seconds
+        # Where weights compete, only the first choice takes passes; one in a step takes less than a pass over a batch.
+        cheaper = self.passes and any(self._in_step(layer.expert) for layer in layers.values())
+        later = min(first, seconds) if cheaper else first
+        return choices, min(choices, 1) * first + max(choices - 1, 0) * later
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return the shares of units kept now, and trained at any time; empty without selectable experts."""

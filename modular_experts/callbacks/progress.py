@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from modular_experts.callbacks.even_validation import share_done
 from modular_experts.callbacks.export_expert import ExportExpert
-from modular_experts.callbacks.schedule import TrainedModule, schedules
+from modular_experts.callbacks.schedule import TrainedModule, callbacks_of, seconds_between_steps
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +153,10 @@ class LogProgress(Callback):
         self._log_line(trainer)
         if trainer.interrupted or not trainer.is_global_zero:
             return
-        module, callbacks = cast(TrainedModule, pl_module), cast(Iterable[Callback], trainer.callbacks)  # type: ignore[attr-defined]
-        exports = [one for one in callbacks if isinstance(one, ExportExpert)]
+        exports = callbacks_of(trainer, ExportExpert)
         kept = [one.best for one in exports if one.best is not None and one.monitor == "val_loss"]
         losses = [f"{loss:.4g}" for loss in (self.first_loss, min(kept, default=self.last_loss)) if loss is not None]
-        choosing = sum(one.costs(trainer, module).get("selection_seconds", 0) for one in schedules(trainer))
+        choosing = seconds_between_steps(trainer, cast(TrainedModule, pl_module))
         log.info(
             "trained on %d rows in %.1f s%s%s",
             *(self.rows, self.seconds, f", {choosing:.1f} s of which chose supports" if choosing else ""),

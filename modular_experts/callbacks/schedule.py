@@ -6,13 +6,15 @@ order of the list, and know none of them by its class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Callback)
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,12 @@ class TrainedModule(Protocol):
 
 
 class Schedule(Callback):
-    """A callback that changes what experts train (their entries, their sizes, which of them take part), or export.
+    """A callback that changes what experts train: their entries, their sizes, which of them take part.
 
     A subclass does its work in the ordinary hooks of a Lightning callback (`on_train_batch_start` runs before every
     step), keeps its progress in `state_dict`, and forgets it in `setup` when another fit begins, which
-    `testing.check_callback` checks. It overrides those methods below that it needs.
-
-    | who asks       | when                                                             | what                |
-    |----------------|------------------------------------------------------------------|---------------------|
-    | `ExpertModule` | the model is loaded for `fit`; optimizers do not exist yet       | `before_optimizers` |
-    | `ExpertModule` | it writes a checkpoint                                           | `resizes`           |
-    | `ExportExpert` | after a validation, and before it writes the last state          | `is_exportable`     |
-    | `ExportExpert` | it writes an expert: the best so far after a validation, or last | `exported`, `shares`, |
-    |                |                                                                  | `costs`             |
+    `testing.check_callback` checks. It overrides those members below that it needs. One that decides what an expert
+    keeps of its training is an `ExportSchedule`.
     """
 
     @property
@@ -66,41 +61,65 @@ class Schedule(Callback):
         return False
 
     def before_optimizers(self, trainer: Trainer, module: TrainedModule) -> None:
-        """Change the sizes of trained parameters; an optimizer would not notice it later.
+        """Change the sizes of trained parameters, when the model is loaded and an optimizer does not exist yet.
 
         The module's `length` is not known here, nor whether a checkpoint will be loaded. If one is, it replaces the
         values that are chosen here. A trainer that is given a LightningDataModule already has its rows.
         """
 
-    def is_exportable(self, module: TrainedModule) -> bool:
-        """Return whether what is trained now may be exported as the best state.
+    def planned(
+        self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
+    ) -> tuple[int, float]:
+        """Estimate how often a fit of this length chooses anew what is trained, and how many seconds that takes.
 
-        It may not while a schedule trains more than the expert is to keep.
+        Args:
+            trainer: The trainer of the fit; this schedule has gone through a few steps of another one.
+            module: What is trained.
+            length: Steps of the fit.
+            seconds: The time of a forward and a backward pass over one batch.
         """
-        return True
-
-    def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
-        """Return a context in which the module holds what is to be exported instead of what it trains."""
-        return nullcontext()
-
-    def choices(self, trainer: Trainer, module: TrainedModule, length: TrainingLength) -> int:
-        """Return how often a fit of this length chooses anew what is trained."""
-        return 0
-
-    def chooses_in_steps(self, module: TrainedModule) -> bool:
-        """Return whether all choices but the first are parts of training steps, without passes of their own."""
-        return False
+        return 0, 0.0
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
         """Return shares in [0, 1] of what was trained, by name, for the settings in an expert's record."""
         return {}
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
-        """Return what the schedule did and what that took, by name, for the costs in an expert's record."""
+        """Return what the schedule did and what that took, by name, for the costs in an expert's record.
+
+        A name that ends in `_seconds` is the time between training steps.
+        """
         return {}
 
 
-def schedules(trainer: Trainer) -> list[Schedule]:
-    """Return the schedules among a trainer's callbacks, in their order."""
+class ExportSchedule(Schedule):
+    """A schedule that decides what `ExportExpert` writes after a validation and at the end."""
+
+    def is_exportable(self, module: TrainedModule) -> bool:
+        """Return whether this may be the best state; it may not while more is trained than the expert keeps."""
+        return True
+
+    def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
+        """Return a context in which the module holds what is to be exported instead of what it trains."""
+        return nullcontext()
+
+
+def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
+    """Return the callbacks of a kind, such as `Schedule`, that a trainer has, in their order."""
     callbacks: Iterable[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, Schedule)]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def seconds_between_steps(trainer: Trainer, module: TrainedModule) -> float:
+    """Return how many seconds the schedules of a fit have taken between its steps."""
+    costs = [schedule.costs(trainer, module) for schedule in callbacks_of(trainer, Schedule)]
+    return sum(value for found in costs for name, value in found.items() if name.endswith("_seconds"))
+
+
+@contextmanager
+def exported_state(trainer: Trainer, module: TrainedModule) -> Iterator[None]:
+    """Let the module hold what all schedules of a fit export."""
+    with ExitStack() as stack:
+        for schedule in callbacks_of(trainer, ExportSchedule):
+            stack.enter_context(schedule.exported(module))
+        yield

@@ -14,17 +14,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from modular_experts.callbacks import EvenValidation, ExportExpert
-from modular_experts.callbacks.schedule import TrainingLength, schedules
+from modular_experts.callbacks.schedule import (
+    Schedule,
+    TrainingLength,
+    callbacks_of,
+    exported_state,
+    seconds_between_steps,
+)
 from modular_experts.data import Batch, TaskMixture
 from modular_experts.data.mixture import SplitSize
 from modular_experts.data.source import DataSource
@@ -101,7 +107,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
         before, module.learning_rate = module.learning_rate, 0.0
-        mine = [copy.deepcopy(schedule) for schedule in schedules(trainer)]
+        mine = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -142,18 +148,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                     resize_like(module.model, kept)
                     module.load_state_dict(kept, strict=False)
         optimizer = module.configure_optimizers()["optimizer"]
-    choices, choosing = 0, 0.0
-    for schedule in schedules(short):
-        number = schedule.choices(trainer, module, length)
-        costs = schedule.costs(short, module)
-        # A dense start makes its first choice later than these steps.
-        passes = getattr(schedule, "scoring_batches", 1) * probe.forward_backward
-        first = costs["selection_seconds"] / costs["selections"] if costs.get("selections") else passes
-        # Where weights compete, only the first choice takes passes; one in a step takes less than a pass over a batch.
-        cheaper = costs.get("selection_passes") and schedule.chooses_in_steps(module)
-        later = min(first, probe.forward_backward) if cheaper else first
-        choices += number
-        choosing += min(number, 1) * first + max(number - 1, 0) * later
+    planned = [one.planned(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)]
     parts = trainer.accumulate_grad_batches
     validations = _validations(trainer, data, length, len(validation))
     # The last batch of a validation is seldom full.
@@ -161,7 +156,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
     seconds = {
         **({"router": taught} if taught else {}),
         "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
-        "choices": choosing,
+        "choices": sum(taken for _, taken in planned),
         "validations": validations * whole * probe.validation,
     }
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
@@ -172,7 +167,7 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         weights=_weights(module),
         rates=sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}),
         length=length,
-        choices=choices,
+        choices=sum(number for number, _ in planned),
         validations=validations,
         seconds=seconds,
         bytes=parts_of_memory,
@@ -266,14 +261,14 @@ class _Probe(Callback):
         pl_module.length = self.length  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started, self._chosen = time.perf_counter(), _choosing(trainer, pl_module)
+        self._started, self._chosen = time.perf_counter(), seconds_between_steps(trainer, cast(ExpertModule, pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         _wait(pl_module.device)
         now = time.perf_counter()
         if trainer.global_step in (1, 2):
             # Schedules that come after this callback choose supports within that time.
-            chosen = _choosing(trainer, pl_module) - self._chosen
+            chosen = seconds_between_steps(trainer, cast(ExpertModule, pl_module)) - self._chosen
             self.forward_backward += (now - self._started - chosen) / 2
         self._started = now
 
@@ -292,11 +287,6 @@ class _Probe(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         _wait(pl_module.device)
         self.validation = time.perf_counter() - self._started  # of the last batch; the first one warms up
-
-
-def _choosing(trainer: Trainer, module: Any) -> float:
-    """Return how many seconds the choices of supports have taken."""
-    return sum(one.costs(trainer, module).get("selection_seconds", 0.0) for one in schedules(trainer))
 
 
 def _peak(device: torch.device) -> int:
@@ -345,8 +335,7 @@ def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, ba
     if not batches or not trainer.limit_val_batches:
         return 0
     every: Any = trainer.val_check_interval
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    even = next((one for one in callbacks if isinstance(one, EvenValidation)), EvenValidation())
+    (even,) = callbacks_of(trainer, EvenValidation)[:1] or [EvenValidation()]
     if even.times and every == 1.0 and trainer.check_val_every_n_epoch == 1:
         trained = length.total_steps * trainer.accumulate_grad_batches * data.batch_size
         validated = sum(one.rows for one in data.sizes() if one.split == "validation")
@@ -358,17 +347,14 @@ def _validations(trainer: Trainer, data: TaskMixture, length: TrainingLength, ba
 
 
 def _on_disk(module: ExpertModule, trainer: Trainer) -> int:
-    with ExitStack() as stack:
-        for schedule in schedules(trainer):
-            stack.enter_context(schedule.exported(module))
+    with exported_state(trainer, module):
         stored = [tensor for _, delta in module.task_vector() for tensor in pack(delta).values()]
     return sum(tensor.nbytes for tensor in (*stored, *module.expert_state().values()))
 
 
 def _places(trainer: Trainer) -> list[tuple[str, Path]]:
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    places = [("the expert", one.target) for one in callbacks if isinstance(one, ExportExpert)]
+    places = [("the expert", one.target) for one in callbacks_of(trainer, ExportExpert)]
     if trainer.log_dir and trainer.loggers:
-        checkpoints = any(isinstance(one, ModelCheckpoint) for one in callbacks)
+        checkpoints = bool(callbacks_of(trainer, ModelCheckpoint))
         places.append(("metrics, configuration" + ", checkpoints" * checkpoints, Path(trainer.log_dir)))
     return places

@@ -28,7 +28,7 @@ from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress
 from modular_experts.callbacks.results import WritePredictions, WriteResults
-from modular_experts.callbacks.schedule import TrainingLength, schedules
+from modular_experts.callbacks.schedule import Schedule, TrainingLength, callbacks_of
 from modular_experts.data.batch import is_filler
 from modular_experts.data.source import datamodule_of, source_of
 from modular_experts.deltas import Delta
@@ -191,7 +191,7 @@ class ExpertModule(EvaluatedModule):
         trainer = self._trainer
         source_of(trainer).fit_context(context_length(self.model))
         if trainer is not None and trainer.state.fn == "fit" and self.has_experts:
-            for schedule in schedules(trainer):
+            for schedule in callbacks_of(trainer, Schedule):
                 schedule.before_optimizers(trainer, self)
                 self._resized |= schedule.resizes
 
@@ -228,9 +228,7 @@ class ExpertModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add a mask schedule, validation by steps, progress and writers of results, each unless the user lists one."""
         listed: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        schedule = MaskSchedule()
-        schedule.is_default = True
-        defaults = [schedule, EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
+        defaults = [MaskSchedule.by_default(), EvenValidation(), LogProgress(), WriteResults(), WritePredictions()]
         added = [default for default in defaults if not any(isinstance(one, type(default)) for one in listed)]
         if self.trainer.state.fn == "fit":
             next(one for one in [*listed, *added] if isinstance(one, EvenValidation)).take_over(self.trainer)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 
 from modular_experts.callbacks.progress import LogProgress
-from modular_experts.callbacks.schedule import TrainingLength
+from modular_experts.callbacks.schedule import TrainingLength, callbacks_of
 from modular_experts.data.source import source_of
 from modular_experts.injection import expert_layers, named_experts
 
@@ -48,11 +48,11 @@ def log_training(model: nn.Module, trainer: Trainer, length: TrainingLength) -> 
 
 def training_facts(trainer: Trainer, dtype: str, config_file: Path | None) -> Mapping[str, Any]:
     """Return how an expert was trained, for its record."""
-    source, callbacks = source_of(trainer), list[Callback](trainer.callbacks)  # type: ignore[attr-defined]
+    source = source_of(trainer)
     return {
         "batch_size": source.batch_size or None,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "rows": next((one.rows for one in callbacks if isinstance(one, LogProgress)), None),
+        "rows": next((one.rows for one in callbacks_of(trainer, LogProgress)), None),
         "dtype": dtype,
         "precision": str(trainer.precision),
         "config": None if config_file is None else str(config_file),
