@@ -1,7 +1,7 @@
-"""Lightning callbacks around `ExpertModule`: schedules of what is trained, averages, export, results.
+"""Lightning callbacks around `ExpertModule`: schedules of the trained entries, averages, export, results.
 
-`schedule.py` is the contract of what changes while a model trains; `mask_schedule.py` is the schedule of supports, and
-`selection/` makes its choices. Open `schedule.py` first.
+`schedule.py` is the contract of callbacks that change the trained entries; `mask_schedule.py` is the schedule of
+supports, and `selection/` makes its choices. Open `schedule.py` first.
 """
 
 from modular_experts.callbacks.average_states import AverageStates

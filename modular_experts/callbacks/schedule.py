@@ -81,7 +81,7 @@ class Schedule(Callback):
         return 0, 0.0
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
-        """Return shares in [0, 1] of what was trained, by name, for the settings in an expert's record."""
+        """Return shares in [0, 1] of the trained entries, by name, for the settings in an expert's record."""
         return {}
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:

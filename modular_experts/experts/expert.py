@@ -40,14 +40,15 @@ class Trained(nn.Module):
         """Whether it looks at no other token than the one that it moves, as each delta does."""
         return self.mergeable
 
-    def before_fit(self, module: Any, data: Any) -> None:
-        """Prepare for a training that begins, in any process of it; most types have nothing to do.
+    def before_fit(self, module: Any, data: Any) -> bool:
+        """Get ready for a training that begins, alike in every process; return whether that took work.
 
         Args:
             module: The `ExpertModule`: its `model` is in training mode and on its device, and `batch_losses` is the
                 function that it computes losses with, which the expert may replace.
             data: The trainer's data module, or None.
         """
+        return False
 
     def draw(self, key: str) -> None:
         """Draw what is random in the next training step; most types draw nothing.

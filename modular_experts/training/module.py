@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -275,11 +276,11 @@ class ExpertModule(EvaluatedModule):
             for buffer in (buffer for _, expert in named_experts(self.model) for buffer in expert.buffers()):
                 distributed.broadcast(buffer, src=0)
 
-    def prepare_experts(self, data: Any) -> None:
-        """Let experts prepare for a training on these data."""
-        self.batch_losses = batch_losses
-        for _, expert in named_experts(self.model):
-            expert.before_fit(self, data)
+    def prepare_experts(self, data: Any) -> float:
+        """Let experts get ready for a training on these data; return how many seconds that took, 0 without work."""
+        self.batch_losses, started = batch_losses, time.monotonic()
+        ready = [expert.before_fit(self, data) for _, expert in named_experts(self.model)]
+        return any(ready) * (time.monotonic() - started)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Let experts draw what is random in this step; restore the random state of a checkpoint before the first one,

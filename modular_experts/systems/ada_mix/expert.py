@@ -73,10 +73,11 @@ class AdaMixExpert(Expert):
         self.drawn: Tensor | None = None
         """The copies of `up` and `down` in this step, for each of the equal parts of a batch: `(parts, 2)`."""
 
-    def before_fit(self, module: Any, data: Any) -> None:
+    def before_fit(self, module: Any, data: Any) -> bool:
         """Let a training predict each token twice; of several weights in a model the largest counts."""
         if self.consistency > getattr(module.batch_losses, "weight", 0.0):
             module.batch_losses = PairedLosses(self.consistency)
+        return False
 
     def draw(self, key: str) -> None:
         numbers = random.Random(key)
