@@ -15,6 +15,7 @@ import yaml
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
+from modular_experts.settings.arguments import arguments_of
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 PACKAGE = Path(modular_experts.__file__).parent
@@ -104,8 +105,7 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
             others = {"learning_rate", "steps", "batch_size", "modules", "expert"} if verb == "fit" else {"applied"}
             assert others <= set(options)
         else:
-            parameters = inspect.signature(function_of(verb)).parameters
-            needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+            parameters, needed = arguments_of(function_of(verb))
             spelt = {name.replace("dry_run", "dry-run") for name in parameters}
             assert set(options) == {*spelt, "trust", "config", "print_config", "help-all"}
         assert options[: len(needed)] == needed
