@@ -28,7 +28,7 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.injection import draw, extra_losses, inject, named_experts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.routing import MoLoRAExpert
-from modular_experts.routing.lora_ir import TaskGate
+from modular_experts.systems.lora_ir.plan import TaskGate
 
 __all__ = ["costs", "own_memory", "parameters", "print_costs"]
 

@@ -49,9 +49,14 @@ from modular_experts.experts import LoRAExpert
 from modular_experts.injection import inject, named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.jobs import JSONLines
-from modular_experts.routing import GOATExpert, HiLo, LoRAIR, MoA, MoLoRAExpert, PointLoRA
-from modular_experts.routing.point_lora import TokenSelection
+from modular_experts.routing import MoLoRAExpert
 from modular_experts.suite.words import LETTERS
+from modular_experts.systems.goat import GOATExpert
+from modular_experts.systems.hilo import HiLo
+from modular_experts.systems.lora_ir import LoRAIR
+from modular_experts.systems.moa import MoA
+from modular_experts.systems.point_lora import PointLoRA
+from modular_experts.systems.point_lora.plan import TokenSelection
 
 QUICK: dict[str, Any] = {"steps": 4, "rates": (1e-3,), "rows": 2}
 

@@ -58,7 +58,7 @@ there when the experts of linear layers are made."""
 
 
 class LayerPlan(ABC):
-    """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: HiLo, ...}`.
+    """A plan that is made of settings, so that a configuration can name it: `experts: {class_path: ...}`.
 
     A subclass keeps each argument of its `__init__` as an attribute of the same name, in plain values. The library
     keeps them with an expert that cannot be merged, and makes the plan again to put the expert into a model.

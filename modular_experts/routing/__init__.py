@@ -2,9 +2,8 @@
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
 become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
-`prompts.py` makes gates of whole prompts. `molora.py`, `goat.py`, `hilo.py`, `moa.py` and `lora_ir.py` train experts
-behind a router; `point_lora.py` selects tokens of the prompt. They need torch alone. `injection/routed.py` puts routers
-into a model.
+`prompts.py` makes gates of whole prompts, and `molora.py` trains experts behind a router. They need torch alone.
+`injection/routed.py` puts routers into a model.
 """
 
 from modular_experts.routing.arrow import Arrow
@@ -14,15 +13,10 @@ from modular_experts.routing.constant import Constant
 from modular_experts.routing.energy import Energy
 from modular_experts.routing.gates import Gates, Softmax, Threshold, TopK, UpTo
 from modular_experts.routing.gen_know_sub import GenKnowSub
-from modular_experts.routing.goat import GOATExpert
-from modular_experts.routing.hilo import HiLo
-from modular_experts.routing.lora_ir import LoRAIR
 from modular_experts.routing.mixture import Mixture
-from modular_experts.routing.moa import MoA
 from modular_experts.routing.molora import MoLoRAExpert
 from modular_experts.routing.oracle import Oracle
 from modular_experts.routing.phatgoose import Phatgoose
-from modular_experts.routing.point_lora import PointLoRA
 from modular_experts.routing.router import Router
 
 __all__ = [
@@ -31,17 +25,12 @@ __all__ = [
     "Classifier",
     "Constant",
     "Energy",
-    "GOATExpert",
     "Gates",
     "GenKnowSub",
-    "HiLo",
-    "LoRAIR",
     "Mixture",
-    "MoA",
     "MoLoRAExpert",
     "Oracle",
     "Phatgoose",
-    "PointLoRA",
     "Router",
     "Softmax",
     "Threshold",

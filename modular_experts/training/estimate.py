@@ -41,7 +41,6 @@ from modular_experts.text import in_any_block
 from modular_experts.training.checkpoint import resize_like
 from modular_experts.training.learning_rate import training_length
 from modular_experts.training.module import ExpertModule
-from modular_experts.training.task_gate import teach_tasks
 
 _STEPS = 4
 _MOST_BATCHES = 500  # of an epoch are looked at, to find the typical and the longest
@@ -140,7 +139,8 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
                 data.fit_context(context_length(module.model))
                 batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
                 validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
-                taught = teach_tasks(module.model.to(device), data)
+                module.model.to(device)
+                taught = module.prepare_experts(data)
                 short.fit(module, _Batches(data, batches, validation))
             finally:
                 module.learning_rate = before

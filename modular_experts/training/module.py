@@ -56,7 +56,6 @@ from modular_experts.training import loading
 from modular_experts.training.evaluated import EvaluatedModule
 from modular_experts.training.learning_rate import LearningRateShape, WarmupLinear, training_length
 from modular_experts.training.record import log_training, peak_rates, training_facts
-from modular_experts.training.task_gate import teach_tasks
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
@@ -264,7 +263,6 @@ class ExpertModule(EvaluatedModule):
         if self.learning_rate is not None and set(peak_rates(self.trainer)) != {self.learning_rate}:
             # Lightning's finder of learning rates has set it; the schedule of the rate still has the peak before.
             self.trainer.strategy.setup_optimizers(self.trainer)
-        teach_tasks(self.model, datamodule_of(self.trainer))
         self.prepare_experts(datamodule_of(self.trainer))
         source = source_of(self.trainer)
         if source.packing:

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from modular_experts.injection import inject, named_experts
-from modular_experts.routing import HiLo, PointLoRA
-from modular_experts.routing.point_lora import TokenSelection
 from modular_experts.suite.tasks import Reverse
+from modular_experts.systems.hilo import HiLo
+from modular_experts.systems.point_lora import PointLoRA
+from modular_experts.systems.point_lora.plan import TokenSelection
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from modular_experts.injection import (
 from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
-from modular_experts.routing import HiLo
+from modular_experts.systems.hilo import HiLo
 from modular_experts.testing import check_plan
 from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from conftest import build_model
-from test_routed import ROWS, padded
+from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import IGNORED
 from modular_experts.routing.prompts import prompt_vectors

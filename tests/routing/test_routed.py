@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model
+from testbed.padded_rows import ROWS, padded
 
 from modular_experts.base.apply import applied
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse
@@ -37,18 +38,6 @@ def experts_of(model: torch.nn.Module, count: int = 3, forms: list[str] = FORMS)
         {s.weight: delta(forms[(n + i) % len(forms)], s.module.weight.shape, 97 * n + i) for i, s in enumerate(sites)}
         for n in range(count)
     ]
-
-
-def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
-    length = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        own = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[number, own], mask[number, own] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-ROWS = [[7, 8, 9, 10, 11], [20, 21, 22], [33, 34, 35, 36], [40, 41]]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,7 +11,9 @@ import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from testbed import runs
 
-from modular_experts import routing
+from modular_experts.experts import Expert
+from modular_experts.experts.site import LayerPlan
+from modular_experts.library.described import find_class
 from modular_experts.training.module import ExpertModule
 
 __all__ = ["MIXTURES", "of_config", "train"]
@@ -33,7 +35,7 @@ def of_config(name: str, everywhere: bool = False) -> dict[str, Any]:
     """Return the `expert` and `modules`, or the `experts`, of a configuration; in all linear layers if `everywhere`."""
     model = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
     key = "experts" if "experts" in model else "expert"
-    type_, settings = getattr(routing, model[key]["class_path"]), model[key].get("init_args", {})
+    type_, settings = find_class(model[key]["class_path"], LayerPlan, Expert), model[key].get("init_args", {})
     if key == "experts":
         # GPT-2 makes queries, keys and values by one layer, where prompts cannot be.
         return {"experts": type_(**settings | ({"prompts": 0} if everywhere and "prompts" in settings else {}))}

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_model, build_tokenizer
-from test_routed import ROWS, padded
+from testbed.padded_rows import ROWS, padded
 from torch import nn
 
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.generation import generate_tokens
 from modular_experts.injection import eject, expert_layers, extra_losses, inject, named_experts
-from modular_experts.routing import PointLoRA
 from modular_experts.routing.gates import reading
-from modular_experts.routing.point_lora import PointLoRAExpert, TokenSelection
+from modular_experts.systems.point_lora import PointLoRA
+from modular_experts.systems.point_lora.plan import PointLoRAExpert, TokenSelection
 from modular_experts.testing import check_expert
 
 

@@ -15,7 +15,7 @@ from modular_experts.evaluation import batch_losses
 from modular_experts.injection import eject, inject, named_experts
 from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
-from modular_experts.routing import MoA
+from modular_experts.systems.moa import MoA
 from modular_experts.testing import check_plan
 
 IDS = torch.arange(30).view(2, 15) + 3

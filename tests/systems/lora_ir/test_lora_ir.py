@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_model, write_rows
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_routed import ROWS, padded
 from testbed import runs
+from testbed.padded_rows import ROWS, padded
 
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacked
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.drafts import packs_evaluation
 from modular_experts.injection import eject, expert_layers, inject, named_experts
-from modular_experts.routing import LoRAIR, TopK
+from modular_experts.routing import TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
-from modular_experts.routing.lora_ir import LoRAIRExpert, TaskGate
 from modular_experts.statistics.prompts import name_of, prompts
+from modular_experts.systems.lora_ir import LoRAIR
+from modular_experts.systems.lora_ir.plan import LoRAIRExpert, TaskGate
 from modular_experts.testing import check_expert
 from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
-from modular_experts.training.task_gate import teach_tasks
 
 OTHERS = [[50, 51, 52], [61, 60, 59, 58], [70], [55, 66, 77, 60, 61]]
 
 
 def gate_of(model: torch.nn.Module) -> TaskGate:
     return next(expert for _, expert in named_experts(model) if isinstance(expert, TaskGate))
+
+
+def teach(model: torch.nn.Module, data: object) -> None:
+    gate_of(model).before_fit(SimpleNamespace(model=model), data)
 
 
 def gates_of(model: torch.nn.Module) -> Gates:
@@ -214,16 +219,16 @@ def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) 
     with pytest.raises(ValueError, match="the router of LoRAIR has not learned its tasks yet; `fit` teaches it"):
         model(torch.arange(5, 9)[None])
     with pytest.raises(ValueError, match=r"experts=3, and the data have 2 held-in tasks; give as many .*: experts: 2"):
-        teach_tasks(model, runs.mixture(task_files, tiny_llama_dir))
+        teach(model, runs.mixture(task_files, tiny_llama_dir))
     with pytest.raises(ValueError, match="LoRAIR chooses between tasks, and the data have one"):
-        teach_tasks(model, runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir))
+        teach(model, runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir))
     with pytest.raises(ValueError, match="learns the tasks of a TaskMixture, and the data are of type list"):
-        teach_tasks(model, [])
+        teach(model, [])
     rows = [{"input": "a", "target": "b", "split": "train"}]
     few = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("x", "y", "z")}
     few = runs.TaskMixture([{"name": n, "path": str(f)} for n, f in few.items()], tokenizer=str(tiny_llama_dir))
     with pytest.raises(ValueError, match="expert 0 has 2 prompts, and at least 4 are needed"):
-        teach_tasks(model, few)
+        teach(model, few)
 
 
 @pytest.mark.parametrize(

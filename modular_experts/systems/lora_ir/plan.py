@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modular_experts.data import TaskMixture
+from modular_experts.data.batch import Example
+from modular_experts.data.rows import spread_evenly
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
@@ -18,6 +23,10 @@ from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
 from modular_experts.routing.router import check_depths
+from modular_experts.statistics.prompts import name_of, prompts
+from modular_experts.statistics.take import batches_by_length
+
+log = logging.getLogger(__name__)
 
 
 class LoRAIR(LayerPlan):
@@ -116,6 +125,48 @@ class TaskGate(ModuleExpert):
         """Whether the router has learned its tasks."""
         return bool(self.router.weight.any())
 
+    def before_fit(self, module: Any, data: Any) -> bool:
+        """Teach the router the tasks of the data, unless it has learned.
+
+        It reads training prompts, each whole and without a part of its front, and learns the task of each. The log
+        shows how far it is, and then how many validation prompts it sends to the expert of their task.
+
+        Raises:
+            ValueError: The data are not a `TaskMixture`, or have another number of held-in tasks than there are
+                experts, or a task has too few rows.
+        """
+        if self.has_learned:
+            return False
+        started = time.monotonic()
+        if not isinstance(data, TaskMixture):
+            raise ValueError(
+                f"the router of LoRAIR learns the tasks of a TaskMixture, and the data are of type "
+                f"{type(data).__name__}; give the trainer a TaskMixture as datamodule"
+            )
+        tasks, read = sorted(data.input_examples(["train"]).items()), list[Tensor]()
+        self.check(len(tasks))
+        for number, (_, examples) in enumerate(tasks, start=1):
+            read.append(self._vectors(module.model, examples, data, parts=True))
+            if number * 10 // len(tasks) > (number - 1) * 10 // len(tasks):
+                log.info("the router has read the prompts of %d of %d tasks", number, len(tasks))
+        self.learn(read)
+        sentence = f"the router learned {len(tasks)} tasks"
+        if all("validation" in task["rows"] for task in data.contents.values()):
+            there = sorted(data.input_examples(["validation"]).items())
+            vectors = [self._vectors(module.model, examples, data, parts=False) for _, examples in there]
+            right = sum(int((self.router.scores(own).argmax(1) == n).sum()) for n, own in enumerate(vectors))
+            sentence += f", and sends {right} of {sum(map(len, vectors))} validation prompts to the expert of their"
+            sentence += " task"
+        log.info("%s, in %.1f s", sentence, time.monotonic() - started)
+        return True
+
+    def _vectors(self, model: Any, examples: list[Example], data: TaskMixture, parts: bool) -> Tensor:
+        """Return the vectors of some prompts of a task, and with `parts` of a part of each."""
+        read = prompts(
+            model, batches_by_length(spread_evenly(examples, self.prompts), data), [], parts, self.router.depths
+        )
+        return torch.cat([read[name_of(depth)].values for depth in self.router.depths], 1)
+
     def learn(self, prompts: Sequence[Tensor]) -> None:
         """Teach the router its tasks.
 
@@ -142,7 +193,7 @@ class TaskGate(ModuleExpert):
         if not kept_tokens(kwargs) and not self.has_learned:
             raise ValueError(
                 "the router of LoRAIR has not learned its tasks yet; `fit` teaches it, and in a training loop of your "
-                "own `training.task_gate.teach_tasks` does"
+                "own its `before_fit` does"
             )
         self._gates(self.model, args, kwargs)
 
