@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 from modular_experts.base.files import open_tensors, read_layouts
 from modular_experts.base.shards import ShardWriter, write_index
 from modular_experts.base.structure import Structure
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
+from modular_experts.deltas import Delta, Dense, all_finite
 from modular_experts.library.tensorfile import DTYPES, MappedTensors
-from modular_experts.native.sparse_passes import add_rounded, spread_tiles
+from modular_experts.native.sparse_passes import add_rounded
 from modular_experts.progress import Progress
 
 
@@ -148,27 +147,7 @@ class StreamedSum:
 
 def _rounded_sum(name: str, stored: Tensor, delta: Delta, dtype: torch.dtype, losses: np.ndarray) -> Tensor:
     """Return a weight plus its delta in the checkpoint's dtype, and count what rounding took."""
-    added = None
-    if dtype == stored.dtype and isinstance(delta, Sparse | BlockSparse):
-        # One compiled pass over the entries does all of this, where there is one.
-        entries = (
-            (delta.indices, delta.values)
-            if isinstance(delta, Sparse)
-            else spread_tiles(delta.blocks, delta.values, delta.shape)
-        )
-        added = add_rounded(stored, *entries) if entries else None
-    if added is not None:
-        rounded, moved, changed, error, norm = added
-    else:
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        exact = delta.add_to(stored.to(wide, copy=True))
-        rounded = exact.to(dtype)
-        if isinstance(delta, LowRank):
-            moved, norm = math.prod(delta.shape) if not delta.is_empty else 0, delta.norm() ** 2
-        else:
-            moved, norm = int(delta.values.count_nonzero()), delta.values.norm().item() ** 2
-        changed = int(np.count_nonzero(unequal(rounded, stored.to(dtype))))
-        error = 0.0 if dtype == wide else rounded.to(wide).sub_(exact).norm().item() ** 2
+    rounded, moved, changed, error, norm = add_rounded(stored, delta, dtype)
     losses += (moved, max(0, moved - changed), error, norm)
     if not all_finite(rounded):
         raise ValueError(f"{name} plus its delta is not finite in {dtype}; take a smaller scale, or a wider dtype")
@@ -187,12 +166,3 @@ def _finished(note: Path, file: Path) -> np.ndarray | None:
 def _hash(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def unequal(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return where two tensors of one floating-point dtype differ in their bits.
-
-    As integers they compare ten times faster in half precision, and three times faster by numpy.
-    """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
-    return one.view(integers).numpy() != other.view(integers).numpy()

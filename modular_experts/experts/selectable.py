@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums, true_places
+from modular_experts.deltas.tiles import Tile, tile_grid, tile_sums
 from modular_experts.experts.expert import Expert
 from modular_experts.kernels import KeptGradient
 from modular_experts.masks import Rule, Score
-from modular_experts.native.sparse_passes import carry, find_sorted
 
 Granularity = Literal["element", "block", "row", "column"]
 
@@ -156,31 +155,3 @@ class _ProbedLinear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         ctx.probe.receive((flat.T @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(flat.dtype, torch.float32)))
         return grad @ ctx.probe.shifted(weight), None, None, grad.new_zeros(()), None
-
-
-def exchanged_slots(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each unit of `after` its slot in `before`, or -1 for a new unit, and the slots of the units that left.
-
-    Args:
-        before, after: Units `(k,)` and `(n,)`, each sorted.
-    """
-    found = find_sorted(before, after)
-    if found is not None:
-        return found
-    if before.numel() == 0:
-        return torch.full(after.shape, -1, device=after.device), torch.zeros(0, dtype=torch.int64, device=after.device)
-    slots = torch.searchsorted(before, after).clamp(max=before.numel() - 1)
-    slots = torch.where(before[slots] == after, slots, -1)
-    leaves = torch.ones(before.shape, dtype=torch.bool, device=before.device)
-    leaves[slots[slots >= 0]] = False
-    return slots, true_places(leaves)
-
-
-def carried(values: Tensor, slots: Tensor) -> Tensor:
-    """Return what each new slot holds: the value of the slot it had before, or zero for a newcomer."""
-    values = values.detach()
-    found = carry(values, slots)
-    if found is not None:
-        return found
-    gone = (slots < 0).view(-1, *[1] * (values.ndim - 1))
-    return values[slots.clamp(min=0)].masked_fill_(gone, 0)

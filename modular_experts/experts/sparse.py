@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from modular_experts.deltas import BlockSparse, Sparse
 from modular_experts.deltas.tiles import gather_tiles, index_dtype, scatter_tiles_, true_places
 from modular_experts.experts.in_place import InPlaceExpert
-from modular_experts.experts.selectable import Granularity, Selectable, carried, exchanged_slots
+from modular_experts.experts.selectable import Granularity, Selectable
 from modular_experts.kernels import Backend, KeptGradient, check_backend, computed_in, kept_linear, make_kernel
 from modular_experts.masks import GradientMagnitude, GrowAndDrop, Rule, Score
+from modular_experts.native.sparse_passes import carried, exchanged_slots
 
 
 class SparseExpert(Selectable, InPlaceExpert):

@@ -16,7 +16,7 @@ from torch import Tensor
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, all_finite
 from modular_experts.deltas.tiles import index_dtype, tile_grid
 from modular_experts.library.tensorfile import Layout
-from modular_experts.native.sparse_passes import decode_places
+from modular_experts.native.decoding import FURTHEST, decode_places
 
 ENCODINGS = ("gaps", "mask")
 # The tensors of each form, except the kept numbers: name in the file -> field of the class.
@@ -28,12 +28,6 @@ _FORMS: dict[str, dict[str, str]] = {
 }
 # The kept numbers: field of the class, and name in the file where they are stored as they are.
 _KEPT = {"Sparse": "indices", "BlockSparse": "blocks"}
-_FURTHEST = 255  # the largest distance that one byte of gaps holds
-_PART = 1 << 15  # bytes of a mask that are unpacked at once, so that their numbers stay in the processor's cache
-# The eight bits of each byte, a byte each, packed into one int64: a mask is unpacked by one look-up per byte.
-_BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).to(torch.uint8)
-_BITS = _BITS.view(torch.int64).view(-1)
-
 
 Read = tuple[Tensor, int | None, bool]
 """Decoded numbers, the last of them (None where there are more or fewer), and whether all values are finite."""
@@ -162,7 +156,7 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     distances = numbers.diff(prepend=numbers.new_tensor([-1]))
     if numbers.numel() and not (int(distances.min()) > 0 and int(numbers[-1]) < limit):
         raise ValueError(f"its {plain} are not sorted and unique numbers in [0, {limit})")
-    further = (distances - 1) // _FURTHEST
+    further = (distances - 1) // FURTHEST
     size = {
         plain: numbers.numel() * numbers.element_size(),
         "gaps": numbers.numel() + int(further.sum()),
@@ -170,7 +164,7 @@ def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
     }
     shortest = min(size, key=size.__getitem__)
     if shortest == "gaps":
-        last = (distances - _FURTHEST * further).to(torch.uint8)
+        last = (distances - FURTHEST * further).to(torch.uint8)
         gaps = last.new_zeros(size["gaps"])
         gaps[torch.arange(last.numel(), device=last.device) + further.cumsum(0)] = last
         return {"gaps": gaps}
@@ -189,7 +183,7 @@ def fits(name: str, shape: Sequence[int], count: int, limit: int) -> bool:
     if len(shape) != 1 or count > limit:
         return False
     if name == "gaps":
-        return count <= shape[0] <= count + limit // _FURTHEST
+        return count <= shape[0] <= count + limit // FURTHEST
     return shape[0] == (-(-limit // 8) if name == "mask" else count)
 
 
@@ -216,41 +210,8 @@ def decode(
     """
     if name not in ENCODINGS:
         return stored
-    compiled = known or (decode_places(name, stored, count) if dtype == torch.int32 else None)
-    numbers, last = compiled or (_from_gaps if name == "gaps" else _from_mask)(stored, count)
+    numbers, last = known or decode_places(name, stored, count, dtype)
     if last is None or last >= limit:
         reached = "" if last is None else f", as the last would be {last}"
         raise ValueError(f"its {name} cannot stand for {count} numbers in [0, {limit}){reached}")
     return numbers.to(dtype)
-
-
-def _from_gaps(gaps: Tensor, count: int) -> tuple[Tensor, int | None]:
-    """Decode `count` numbers; also return the last one: -1 if there are none, None if there are more or fewer."""
-    zeros = gaps.numel() - int(gaps.count_nonzero())
-    # Wide enough that no sum overflows, whatever a forged file holds.
-    wide = torch.int32 if _FURTHEST * gaps.numel() < 2**31 else torch.int64
-    numbers = gaps.to(wide)
-    if gaps.numel() - zeros != count or (zeros and int(gaps[-1]) == 0):
-        return numbers, None
-    if zeros:
-        numbers.masked_fill_(gaps == 0, _FURTHEST)
-    numbers[:1] -= 1
-    numbers.cumsum_(0)
-    last = int(numbers[-1]) if count else -1
-    if zeros:
-        numbers = numbers.index_select(0, torch.from_numpy(gaps.numpy().nonzero()[0]))
-    return numbers, last
-
-
-def _from_mask(mask: Tensor, count: int) -> tuple[Tensor, int | None]:
-    """Decode as `_from_gaps` does."""
-    wide = torch.int32 if 8 * mask.numel() < 2**31 else torch.int64
-    numbers, found = torch.empty(count, dtype=wide, device=mask.device), 0
-    for part, eights in enumerate(mask.split(_PART)):
-        bits = _BITS[eights.int()].view(torch.bool)
-        here = torch.from_numpy(bits.numpy().nonzero()[0])  # three times as fast as torch's own
-        if found + here.numel() > count:
-            return numbers, None
-        torch.add(here, 8 * _PART * part, out=numbers[found : found + here.numel()])
-        found += here.numel()
-    return numbers, (None if found < count else int(numbers[-1]) if count else -1)

@@ -15,7 +15,7 @@ from modular_experts.deltas import Delta
 from modular_experts.deltas.tiles import index_dtype
 from modular_experts.library.packing import encoding_of, unpack
 from modular_experts.library.tensorfile import MappedTensors, damaged
-from modular_experts.native.sparse_passes import read_entries
+from modular_experts.native.decoding import read_entries
 
 
 class StoredWeight(NamedTuple):
@@ -59,7 +59,7 @@ def deltas_of(weights: Sequence[StoredWeight]) -> list[Delta]:
         [found[place][name] for place, name in zip(together, names, strict=True)],
         [found[place]["values"] for place in together],
     )
-    known = dict(zip(together, read or (), strict=False))
+    known = dict(zip(together, read, strict=True))
     deltas = []
     for place, (weight, tensors) in enumerate(zip(weights, found, strict=True)):
         try:

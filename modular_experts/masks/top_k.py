@@ -1,8 +1,8 @@
 """Find exactly the k highest scores, ties to the lowest index, in one weight or in many that stream by once.
 
-A histogram of the upper 16 bits of the scores as float32, which sort like the numbers, gives a threshold in two passes
-instead of a sort. While scores of many weights stream by, the threshold only rises, so that a choice among all weights
-holds little more than k candidates and never all scores.
+A sample of one weight's scores gives a bound below which most of them lie. While scores of many weights stream by, a
+histogram of their upper 16 bits as float32, which sort like the numbers, gives one that only rises, so that a choice
+among all weights holds little more than k candidates and never all scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas.tiles import index_dtype, true_places
-from modular_experts.native.sparse_passes import find_at_least, find_sorted
+from modular_experts.native.sparse_passes import exchanged_slots, find_at_least
 
 _BINS = 2**16
 _SAMPLED = 61  # one of so many scores is in the sample; a prime, so that the columns of a weight take turns
@@ -26,18 +26,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: A score is NaN, which has no order.
     """
-    flat = scores.detach().reshape(-1)
-    quick = _quick_top_k(flat, k) if 0 < k < flat.numel() else None
-    if quick is not None:
-        return quick
-    _refuse_nan(flat)
-    if k >= flat.numel():
-        return torch.arange(flat.numel(), dtype=index_dtype(flat.shape), device=flat.device)
-    if k == 0:
-        return torch.empty(0, dtype=index_dtype(flat.shape), device=flat.device)
-    places, candidates = _at_least(flat, _lower_bound(_histogram(flat), k))
-    threshold = _smallest_of(candidates, k)
-    return _better_and_ties(places, candidates, threshold, k)
+    return _top_k(scores.detach().reshape(-1), k)
 
 
 def top_k_outside(scores: Tensor, k: int, kept: Tensor) -> Tensor:
@@ -54,13 +43,7 @@ def top_k_outside(scores: Tensor, k: int, kept: Tensor) -> Tensor:
         ValueError: A score is NaN, which has no order.
     """
     flat = scores.detach().reshape(-1)
-    quick = _quick_top_k(flat, k, kept) if 0 < k < flat.numel() - kept.numel() else None
-    if quick is not None:
-        chosen = quick
-    else:
-        flat = flat.clone()
-        flat[kept.long()] = -math.inf
-        chosen = top_k(flat, k)
+    chosen = _top_k(flat, k, kept)
     # index_select reads by int32 as well, and is quicker than an index in brackets.
     counts = flat.index_select(0, chosen) > -math.inf
     return chosen if counts.all() else chosen[counts]
@@ -76,38 +59,32 @@ def ascending(units: Tensor) -> Tensor:
     return copy
 
 
-def _quick_top_k(flat: Tensor, k: int, kept: Tensor | None = None) -> Tensor | None:
-    """Return the same in one pass of compiled code, where it serves: a sample gives a bound that most lie below."""
-    if flat.device.type != "cpu" or flat.dtype != torch.float32:
-        return None
+def _top_k(flat: Tensor, k: int, kept: Tensor | None = None) -> Tensor:
+    """Return the same of flat scores, from those at or above a bound below which most lie, as a sample shows."""
+    every = flat.numel() - (0 if kept is None else kept.numel())
+    if k <= 0 or k >= every:
+        return find_at_least(flat, -math.inf, kept)[: max(k, 0)].clone()
     if kept is None and k > flat.numel() // 8:
         # Most of the scores would lie above the bound, so a sample saves nothing.
         bound = _smallest_of(flat, k)
     else:
         sample, expected = flat[::_SAMPLED], k / _SAMPLED
         if kept is not None:
-            among = find_sorted(kept, torch.arange(0, flat.numel(), _SAMPLED, dtype=torch.int32))
-            if among is None:
-                return None
-            sample = sample.masked_fill(among[0] >= 0, -math.inf)
+            sampled = torch.arange(0, flat.numel(), _SAMPLED, dtype=kept.dtype, device=flat.device)
+            sample = sample.masked_fill(exchanged_slots(kept, sampled)[0] >= 0, -math.inf)
         # Six standard deviations above what is expected: fewer than k scores at or above this bound are very rare.
         rank = min(int(expected + 6 * math.sqrt(expected)) + 6, sample.numel())
         bound = _smallest_of(sample, rank)
     places = find_at_least(flat, -math.inf if bound.isnan() else float(bound), kept)
-    if places is None or places.numel() < k:
-        return None
+    if places.numel() < k:
+        places = find_at_least(flat, -math.inf, kept)
     if places.numel() == k:
         return places.clone()
     candidates = flat.index_select(0, places)
     threshold = _smallest_of(candidates, k)
     best = find_at_least(candidates, float(threshold))
-    if best is not None and best.numel() == k:
+    if best.numel() == k:
         return places.index_select(0, best)
-    return _better_and_ties(places, candidates, threshold, k)
-
-
-def _better_and_ties(places: Tensor, candidates: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Return the places above the threshold and the first ones at it, k in all, sorted."""
     better, ties = places[candidates > threshold], places[candidates == threshold]
     return ascending(torch.cat([better, ties[: k - better.numel()]]))
 

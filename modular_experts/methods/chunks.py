@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, add
-from modular_experts.deltas.tiles import between, entries_in_order, gather_tiles, index_dtype, tile_grid, true_places
-from modular_experts.native.sparse_passes import Runs, pack_entries, spread_tiles
+from modular_experts.deltas.tiles import between, gather_tiles, index_dtype, tile_grid, true_places
+from modular_experts.native.sparse_passes import CompiledSums, compiled_sums, pack_entries, spread_tiles
 
 # Entries of a chunk, unless one row, or one row of tiles, has more: small enough for a processor's cache.
 _SIZE: ContextVar[int] = ContextVar("chunk size", default=2**18)
@@ -109,13 +109,11 @@ class Chunk:
         deltas: The deltas of the whole weight; of tiles, the single entries of those that reach into these rows.
         rows: First row, and the one after the last.
         slices: For each delta, the slice of its stored entries that lies in these rows, or else the rows.
-        runs: All entries of these deltas for compiled passes, where every expert keeps single entries.
     """
 
     deltas: Sequence[Delta]
     rows: tuple[int, int]
     slices: Sequence[slice]
-    runs: Runs | None
 
     def __iter__(self) -> Iterator[Entries]:
         return (self.entries(expert) for expert in range(len(self.deltas)))
@@ -140,8 +138,6 @@ class Chunk:
 
     def total(self) -> Tensor:
         """Return the sum of the experts' entries, in the dtype of `zeros`."""
-        if self.runs is not None:
-            return self.runs.total(*self.span, self.slices, [1.0] * len(self.deltas))[0]
         total = self.zeros()
         for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(total)
@@ -149,8 +145,6 @@ class Chunk:
 
     def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
         """Return the sum of weight times entry, float64, and the `support`: None where the merged delta is dense."""
-        if self.runs is not None:
-            return self.runs.total(*self.span, self.slices, weights)
         # A weight that all share multiplies the sum: a float32 sum of half-precision numbers, as good as exact.
         alike = len(set(weights)) == 1
         total = self.zeros(None if alike else torch.float64)
@@ -163,8 +157,6 @@ class Chunk:
 
     def counts(self, moved: bool = False) -> Tensor:
         """Return how many experts keep each entry, or with `moved` how many have a value other than zero there."""
-        if self.runs is not None:
-            return self.runs.counts(*self.span, self.slices, moved)
         counts = self.zeros()
         for entries, _ in joined(self, [1.0] * len(self.deltas)):
             entries.add_to(counts, entries.values != 0 if moved else torch.ones_like(entries.values))
@@ -181,11 +173,27 @@ class Chunk:
         return self.rows[0] * self.width, self.rows[1] * self.width
 
 
-Rule = Callable[[Chunk], tuple[Tensor, Tensor | None]]
+@dataclass(frozen=True, eq=False)
+class CompiledChunk(Chunk):
+    """A chunk of experts that all keep single entries, whose sums a compiled pass takes."""
+
+    sums: CompiledSums
+
+    def total(self) -> Tensor:
+        return self.weighted_total([1.0] * len(self.deltas))[0]
+
+    def weighted_total(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+        return self.sums.total(*self.span, self.slices, weights)
+
+    def counts(self, moved: bool = False) -> Tensor:
+        return self.sums.counts(*self.span, self.slices, moved)
+
+
+EntryRule = Callable[[Chunk], tuple[Tensor, Tensor | None]]
 """Gets a chunk; returns its merged values, flat, and which of them a sparse result keeps (None: the support)."""
 
 
-def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | None = None) -> Delta:
+def merge_by_chunks(deltas: Sequence[Delta], rule: EntryRule, dtype: torch.dtype | None = None) -> Delta:
     """Merge the deltas of one weight by a rule that needs only a few rows at a time.
 
     Sparse deltas give a sparse one, tiles of one size give tiles (those with a kept entry), and any other mix a dense
@@ -198,7 +206,7 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
         for chunk in chunks_of(deltas):
             merged.view(-1)[slice(*chunk.span)].copy_(rule(chunk)[0])
         return Dense(merged)
-    # Room for the whole weight is allocated, but only the pages that the kept entries fill are ever touched.
+    # Room for the whole weight is allocated, but only the pages that are written take memory.
     room = math.prod(tile_grid(shape, tile) if tile else shape)
     places = torch.empty(room, dtype=index_dtype(shape), device=device)
     values, count = torch.empty(room, *tile or (), dtype=dtype, device=device), 0
@@ -211,17 +219,9 @@ def merge_by_chunks(deltas: Sequence[Delta], rule: Rule, dtype: torch.dtype | No
         room_left = places[count:], values[count:]
         if tile:
             count += _pack_tiles(chunk, total, kept, tile, *room_left)
-        elif (packed := pack_entries(total, kept, chunk.span[0], *room_left)) is not None:
-            count += packed
         else:
-            inside = true_places(kept)
-            torch.add(inside, chunk.span[0], out=places[count : count + len(inside)])
-            values[count : count + len(inside)] = total.index_select(0, inside)
-            count += len(inside)
-    places, values = places[:count], values[:count]
-    return (
-        BlockSparse(*_trimmed(places, values, room), shape) if tile else Sparse(*_trimmed(places, values, room), shape)
-    )
+            count += pack_entries(total, kept, chunk.span[0], *room_left)
+    return (BlockSparse if tile else Sparse)(*_trimmed(places[:count], values[:count], room), shape)
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype | None = None) -> Delta:
@@ -234,9 +234,9 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], dtype: torch
     if all(isinstance(delta, LowRank) for delta, _ in terms):
         total = add([delta.to(dtype=torch.float64) * weight for delta, weight in terms] or [deltas[0]])
         return total.to(dtype=dtype)
-    shape, runs = deltas[0].shape, _runs(deltas) if dtype == torch.float32 else None
-    if runs is not None:  # the same sums as below, without room for those of a chunk
-        return Sparse(*_trimmed(*runs.packed_total(shape.numel(), weights), shape.numel()), shape)
+    shape, sums = deltas[0].shape, compiled_sums(deltas) if dtype == torch.float32 else None
+    if sums is not None:  # the same sums as below, without room for those of a chunk
+        return Sparse(*_trimmed(*sums.packed_total(shape.numel(), weights), shape.numel()), shape)
     return merge_by_chunks(deltas, lambda chunk: chunk.weighted_total(weights), dtype)
 
 
@@ -251,22 +251,17 @@ def chunks_of(deltas: Sequence[Delta]) -> Iterator[Chunk]:
     rows = [(first, min(first + step, height)) for first in range(0, height, step)]
     slices = [_slices(delta, rows) for delta in deltas]
     tiled = any(isinstance(delta, BlockSparse) for delta in deltas)
-    runs = None if tiled else _runs(deltas)
+    sums = None if tiled else compiled_sums(deltas)
     for place, span in enumerate(rows):
-        here = [own[place] for own in slices]
-        if not tiled:
-            yield Chunk(deltas, span, here, runs)
-            continue
+        here, entries = [own[place] for own in slices], list(deltas)
         # Tiles become single entries chunk by chunk, so that these are never held for the whole weight.
-        entries: list[Delta] = []
         for expert, delta in enumerate(deltas):
             if isinstance(delta, BlockSparse):
-                blocks, values = delta.blocks[here[expert]], delta.values[here[expert]]
-                found = spread_tiles(blocks, values, shape) or entries_in_order(blocks, values, shape)
-                delta = Sparse(*found, shape)
-                here[expert] = _slices(delta, [span])[0]  # a tile may reach out of these rows
-            entries.append(delta)
-        yield Chunk(entries, span, here, _runs(entries))
+                tiles = BlockSparse(delta.blocks[here[expert]], delta.values[here[expert]], shape)
+                entries[expert] = spread_tiles(tiles)
+                here[expert] = _slices(entries[expert], [span])[0]  # a tile may reach out of these rows
+        sums = compiled_sums(entries) if tiled else sums
+        yield Chunk(entries, span, here) if sums is None else CompiledChunk(entries, span, here, sums)
 
 
 def all_sparse(deltas: Sequence[Delta]) -> bool:
@@ -323,13 +318,6 @@ def _pack_tiles(
     places[: len(blocks)] = blocks + chunk.rows[0] // tile[0] * wide
     values[: len(blocks)] = gather_tiles(total.to(values.dtype).view(-1, chunk.width), blocks, tile)
     return len(blocks)
-
-
-def _runs(deltas: Sequence[Delta]) -> Runs | None:
-    """Return the entries of all experts for compiled passes, if every expert keeps single ones that these serve."""
-    sparse = [delta for delta in deltas if isinstance(delta, Sparse)]
-    same = len(sparse) == len(deltas)
-    return Runs.of([delta.indices for delta in sparse], [delta.values for delta in sparse]) if same else None
 
 
 def _slices(delta: Delta, rows: Sequence[tuple[int, int]]) -> list[slice]:

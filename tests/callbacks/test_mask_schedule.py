@@ -12,9 +12,9 @@ from testbed import runs
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.experts import LoRAExpert, MaskedExpert, SparseExpert
-from modular_experts.experts.selectable import exchanged_slots
 from modular_experts.injection import expert_layers
 from modular_experts.masks import SNIP, ConnectionSensitivity, GrowAndDrop, RandomScore, Reselect, SelectOnce, top_k
+from modular_experts.native.sparse_passes import exchanged_slots
 from modular_experts.selection.exchange import Exchange, carry_state
 
 SPARSE = partial(SparseExpert, keep_ratio=0.1)

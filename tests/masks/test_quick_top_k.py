@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from modular_experts.experts.selectable import carried, exchanged_slots
 from modular_experts.masks import GrowAndDrop, top_k
 from modular_experts.masks.top_k import top_k_outside
-from modular_experts.native.sparse_passes import LEAST
+from modular_experts.native.sparse_passes import LEAST, carried, exchanged_slots
 
 SIZE = 8 * LEAST + 5
 

@@ -129,10 +129,8 @@ def test_averages_of_half_precision_are_the_true_ones_rounded_once(dtype, count)
 
 
 def test_chunks_of_tiles_cost_their_own_tiles_only(monkeypatch):
-    seen, spread = [], chunks.entries_in_order
-    monkeypatch.setattr(
-        chunks, "entries_in_order", lambda blocks, *more: seen.append(len(blocks)) or spread(blocks, *more)
-    )
+    seen, spread = [], chunks.spread_tiles
+    monkeypatch.setattr(chunks, "spread_tiles", lambda delta: seen.append(len(delta.blocks)) or spread(delta))
     tiles = random_delta("BlockSparse", (60, 30), 0)
     with chunks_of_size(180):
         merge_by_chunks([tiles], summed)

@@ -28,14 +28,8 @@ from modular_experts.methods import (
 )
 from modular_experts.methods.chunks import chunks_of_size, merge_by_chunks
 from modular_experts.native import sparse_passes as entries
-from modular_experts.native.sparse_passes import (
-    Runs,
-    add_rounded,
-    decode_places,
-    pack_entries,
-    read_entries,
-    spread_tiles,
-)
+from modular_experts.native.decoding import decode_places, read_entries
+from modular_experts.native.sparse_passes import CompiledSums, add_rounded, compiled_sums, pack_entries, spread_tiles
 
 SHAPE = torch.Size((150, 200))
 SHARES = [0.3, 0.0, 1.0, 0.02, 0.5]
@@ -55,10 +49,14 @@ def _sparse(share: float, seed: int, shape: torch.Size = SHAPE) -> Sparse:
     return Sparse(places, values, shape)
 
 
-def _runs(deltas: list[Sparse]) -> Runs:
-    runs = Runs.of([delta.indices for delta in deltas], [delta.values for delta in deltas])
+def _runs(deltas: list[Sparse]) -> CompiledSums:
+    runs = compiled_sums(deltas)
     assert runs is not None
     return runs
+
+
+def _rounded(weight: Tensor, places: Tensor, values: Tensor) -> entries.Added:
+    return add_rounded(weight, Sparse(places, values, weight.shape), torch.bfloat16)
 
 
 def _tiles(share: float, seed: int, tile: tuple[int, int]) -> BlockSparse:
@@ -122,7 +120,6 @@ def test_entries_that_are_read_together_are_those_that_are_read_alone() -> None:
     found = read_entries(
         names, [one[name] for one, name in zip(encoded, names, strict=True)], [d.values for d in deltas]
     )
-    assert found is not None
     for (numbers, last, _), delta in zip(found, deltas, strict=True):
         assert torch.equal(numbers, delta.indices)
         assert last == int(delta.indices[-1])
@@ -133,8 +130,7 @@ def test_entries_that_are_read_together_are_those_that_are_read_alone() -> None:
 def test_places_outside_of_the_part_are_refused(wrong) -> None:
     good = _sparse(0.5, 0)
     bad = torch.cat([torch.tensor(wrong, dtype=torch.int32), good.indices])
-    runs = Runs.of([bad], [torch.ones(len(bad))])
-    assert runs is not None
+    runs = _runs([Sparse(bad, torch.ones(len(bad)), SHAPE)])
     with pytest.raises(IndexError, match="not sorted or not in its weight"):
         runs.total(0, SHAPE.numel(), [slice(0, len(bad))], [1.0])
     with pytest.raises(IndexError, match="not sorted or not in its weight"):
@@ -146,7 +142,7 @@ def test_a_place_outside_of_the_weight_is_refused(wrong) -> None:
     places = torch.arange(5000, dtype=torch.int32)
     places[-1] = wrong
     with pytest.raises(IndexError, match="not sorted or not in its weight"):
-        add_rounded(torch.zeros(SHAPE).bfloat16(), places, torch.ones(5000))
+        _rounded(torch.zeros(SHAPE).bfloat16(), places, torch.ones(5000))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -168,7 +164,7 @@ def test_a_sum_is_rounded_once_and_counted() -> None:
     delta, draw = _sparse(0.4, 5), torch.Generator().manual_seed(6)
     weight = (torch.randn(SHAPE, generator=draw) * 10 ** torch.randn(SHAPE, generator=draw)).bfloat16()
     before = weight.clone()
-    found = add_rounded(weight, delta.indices, delta.values)
+    found = add_rounded(weight, delta, torch.bfloat16)
     assert torch.equal(weight, before)
     exact = weight.float().view(-1).index_add(0, delta.indices, delta.values).view(SHAPE)
     assert torch.equal(found.weight.view(torch.int16), exact.bfloat16().view(torch.int16))
@@ -185,14 +181,14 @@ def test_rounding_at_the_edges_is_that_of_torch() -> None:
     for value in (0.0, -0.0, 2**-8, 1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, math.inf, math.nan, 1e-45):
         values = torch.full((2**16,), value)
         wanted = (weight.float() + value).bfloat16()
-        found = add_rounded(weight, places, values).weight
+        found = _rounded(weight, places, values).weight
         assert torch.equal(found.isnan(), wanted.isnan())
         same = found.view(torch.int16) == wanted.view(torch.int16)
         assert (same | wanted.isnan()).all(), value
     odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(
         torch.float32
     )  # rounded as numbers: finite
-    found = add_rounded(torch.zeros(256, 256).bfloat16(), places[:6000], odd.repeat(2000)).weight
+    found = _rounded(torch.zeros(256, 256).bfloat16(), places[:6000], odd.repeat(2000)).weight
     assert found.view(-1)[:6000].isnan().all()
 
 
@@ -205,20 +201,20 @@ def test_gaps_are_decoded_to_what_was_encoded(share) -> None:
     wanted = numbers if stored is not None else numbers[:1000] * 3
     gaps = torch.cat([gaps, torch.ones(5000, dtype=torch.uint8)])
     wanted = torch.cat([wanted, wanted[-1] + torch.arange(1, 5001, dtype=torch.int32)])
-    found, last = decode_places("gaps", gaps, len(wanted))
+    found, last = decode_places("gaps", gaps, len(wanted), torch.int32)
     assert torch.equal(found, wanted)
     assert last == int(wanted[-1])
 
 
 def test_gaps_of_another_number_of_entries_are_told() -> None:
     gaps = torch.ones(5000, dtype=torch.uint8)
-    assert decode_places("gaps", gaps, 5000)[1] == 4999
-    assert decode_places("gaps", gaps, 4999)[1] is None
-    assert decode_places("gaps", gaps, 5001)[1] is None
+    assert decode_places("gaps", gaps, 5000, torch.int32)[1] == 4999
+    assert decode_places("gaps", gaps, 4999, torch.int32)[1] is None
+    assert decode_places("gaps", gaps, 5001, torch.int32)[1] is None
     gaps[-1] = 0
-    assert decode_places("gaps", gaps, 4999)[1] is None
+    assert decode_places("gaps", gaps, 4999, torch.int32)[1] is None
     gaps[-1], gaps[7] = 1, 0
-    assert decode_places("gaps", gaps, 4999)[1] == 4998 + 255
+    assert decode_places("gaps", gaps, 4999, torch.int32)[1] == 4998 + 255
 
 
 def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
@@ -229,7 +225,7 @@ def test_no_more_numbers_are_written_than_there_is_room_for() -> None:
 
 def test_the_last_number_of_gaps_is_right_beyond_int32() -> None:
     gaps = torch.full((9_000_000,), 255, dtype=torch.uint8)
-    assert decode_places("gaps", gaps, len(gaps))[1] == 255 * len(gaps) - 1 > 2**31
+    assert decode_places("gaps", gaps, len(gaps), torch.int32)[1] == 255 * len(gaps) - 1 > 2**31
 
 
 @pytest.mark.parametrize(
@@ -242,11 +238,9 @@ def test_tiles_are_spread_as_torch_does(shape, tile, share) -> None:
     draw = torch.Generator().manual_seed(5)
     blocks = (torch.rand(count, generator=draw) < share).nonzero()[:, 0].int()
     tiles = torch.randn(len(blocks), *tile, generator=draw)
-    found = spread_tiles(blocks, tiles, shape)
-    if tiles.numel() < entries.LEAST:
-        assert found is None
-        return
-    for mine, wanted in zip(found, entries_in_order(blocks, tiles, shape), strict=True):
+    found = spread_tiles(BlockSparse(blocks, tiles, torch.Size(shape)))
+    wanted_entries = entries_in_order(blocks, tiles, shape)
+    for mine, wanted in zip((found.indices, found.values), wanted_entries, strict=True):
         assert mine.dtype == wanted.dtype
         assert torch.equal(mine, wanted)
 
@@ -286,45 +280,45 @@ def test_masks_are_decoded_to_what_was_encoded(share, limit) -> None:
     kept = torch.rand(limit, generator=torch.Generator().manual_seed(9)) < share
     kept[-1] = share > 0
     mask = torch.from_numpy(np.packbits(kept.numpy(), bitorder="little"))
-    found, last = decode_places("mask", mask, int(kept.sum()))
+    found, last = decode_places("mask", mask, int(kept.sum()), torch.int32)
     assert torch.equal(found, kept.nonzero()[:, 0].int())
     assert last == (limit - 1 if share else -1)
 
 
 def test_masks_of_another_number_of_entries_are_told() -> None:
     mask, numbers = torch.full((5001,), 0b10010, dtype=torch.uint8), torch.full((10_002,), -7, dtype=torch.int32)
-    assert decode_places("mask", mask, 10_002)[1] == 8 * 5000 + 4
+    assert decode_places("mask", mask, 10_002, torch.int32)[1] == 8 * 5000 + 4
     for count in (0, 10_001, 10_003):
-        assert decode_places("mask", mask, count)[1] is None
+        assert decode_places("mask", mask, count, torch.int32)[1] is None
     assert entries.library().decode_mask(mask.data_ptr(), 5001, 9_990, numbers.data_ptr()) == -2
     assert numbers[9_990:].eq(-7).all()
 
 
-def test_all_else_is_not_served() -> None:
+def test_all_else_is_computed_in_torch() -> None:
     delta = _sparse(0.5, 0)
     places, values = delta.indices, delta.values
-    assert Runs.of([places.long()], [values]) is None
-    assert Runs.of([places], [values.double()]) is None
-    assert Runs.of([places[::2]], [values[::2]]) is None
-    assert Runs.of([places[:9]], [values[:9]]) is None
-    assert Runs.of([], []) is None
-    assert Runs.of([places], [values[:9]]) is None
-    assert Runs.of([places], [values.clone().requires_grad_()]) is None
-    assert Runs.of([places], [torch._neg_view(values)]) is None
-    assert add_rounded(torch.zeros(SHAPE).bfloat16(), places, values[:9]) is None
-    assert decode_places("gaps", torch.ones(5000, dtype=torch.int32), 5000) is None
-    assert add_rounded(torch.zeros(SHAPE), places, values) is None
-    assert add_rounded(torch.zeros(SHAPE).half(), places, values) is None
-    assert add_rounded(torch.zeros(SHAPE).bfloat16().T, places, values) is None
-    assert decode_places("gaps", torch.ones(9, dtype=torch.uint8), 9) is None
-    assert decode_places("mask", torch.ones(9, dtype=torch.uint8), 9) is None
-    tiles = torch.ones(50, 10, 10)
-    assert spread_tiles(torch.arange(50), tiles, SHAPE) is None
-    assert spread_tiles(torch.arange(50).int(), tiles.double(), SHAPE) is None
-    assert spread_tiles(torch.arange(50).int(), tiles, (2**16, 2**15)) is None
-    assert spread_tiles(torch.arange(9).int(), tiles[:9], SHAPE) is None
-    total, kept = torch.zeros(5000), torch.ones(5000, dtype=torch.bool)
-    assert pack_entries(total, kept, 0, torch.empty(5000, dtype=torch.int32), torch.empty(5000)) is None
+    for own, its in (
+        *((places.long(), values), (places, values.double()), (places[::2], values[::2]), (places[:9], values[:9])),
+        *((places, values[:9]), (places, values.clone().requires_grad_()), (places, torch._neg_view(values))),
+    ):
+        assert compiled_sums([Sparse(own, its, SHAPE)]) is None
+    assert compiled_sums([]) is None
+    for weight, dtype in (
+        (torch.zeros(SHAPE), torch.float32),
+        (torch.zeros(SHAPE).half(), torch.float16),
+        (torch.zeros(SHAPE).bfloat16(), torch.float32),
+    ):
+        assert torch.equal(add_rounded(weight, delta, dtype).weight, delta.dense().to(dtype))
+    for name in ("gaps", "mask"):
+        stored = encode(places[:1000] * (1 if name == "mask" else 29), 10**6 if name == "gaps" else 30_000, "indices")
+        if name in stored:
+            for dtype in (torch.int32, torch.int64):
+                assert decode_places(name, stored[name], 1000, dtype)[1] is not None
+    total, kept = torch.rand(5000), torch.rand(5000) < 0.5
+    room = torch.empty(5000, dtype=torch.int32), torch.empty(5000)
+    count = pack_entries(total, kept, 7, *room)
+    assert torch.equal(room[0][:count], kept.nonzero()[:, 0].int() + 7)
+    assert torch.equal(room[1][:count], total[kept])
 
 
 @pytest.mark.parametrize(
