@@ -20,7 +20,7 @@ from modular_experts.base.loading import fetch
 from modular_experts.base.structure import Structure
 from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, add
-from modular_experts.deltas.task_vector import Scaled, Sum, TaskVector
+from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.library import (
     StoredExpert,
     as_parents,
@@ -31,6 +31,7 @@ from modular_experts.library import (
     parent_ids,
 )
 from modular_experts.library.compatibility import check_mergeable
+from modular_experts.library.expert import stored_in
 from modular_experts.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def applied(
             has been added then.
     """
     opened = open_several(experts)
-    check_mergeable([stored for expert in opened for stored in _stored(expert)])
+    check_mergeable(stored_in(opened))
     if check:
         check_loaded(model, opened)
     moved = {name for expert in opened for name in expert}
@@ -201,15 +202,6 @@ def open_several(experts: AnyExpert | Sequence[AnyExpert]) -> list[Mapping[str, 
     return [expert if isinstance(expert, Mapping) else open_expert(expert) for expert in several]
 
 
-def _stored(expert: Mapping[str, Delta]) -> list[StoredExpert]:
-    """Return the library experts that a task vector is, or is made of by sums and factors."""
-    if isinstance(expert, Sum):
-        return [stored for vector in expert.vectors for stored in _stored(vector)]
-    if isinstance(expert, Scaled):
-        return _stored(expert.vector)
-    return [expert] if isinstance(expert, StoredExpert) else []
-
-
 def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> None:
     """Refuse a model in memory whose weights are not those that the experts' deltas start from.
 
@@ -223,7 +215,7 @@ def check_loaded(model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> No
     Raises:
         ValueError: A weight of the model, which has no experts injected yet, differs from the experts' base.
     """
-    stored = [stored for expert in experts for stored in _stored(expert)]
+    stored = stored_in(experts)
     if not stored:
         return
     recorded = common_base(stored)

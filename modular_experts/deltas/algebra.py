@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modular_experts.deltas.forms import BlockSparse, Delta, Dense, LowRank, Sparse
-from modular_experts.deltas.tiles import tile_grid
+from modular_experts.deltas.tiles import gather_tiles, rows_and_columns, tile_grid
 
 
 def inner(one: Delta, other: Delta) -> float:
@@ -27,7 +28,7 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 
     A weight of one dimension has one row.
     """
-    one, other = (delta.as_sparse() if isinstance(delta, BlockSparse) else delta for delta in (one, other))
+    one, other = one.by_entries(), other.by_entries()
     # The cheapest form comes first: sparse, then low-rank, then dense.
     if isinstance(other, Sparse) or not isinstance(one, Sparse | LowRank):
         one, other = other, one
@@ -48,19 +49,59 @@ def inner_by_row(one: Delta, other: Delta) -> Tensor:
 
 
 def scale_rows(delta: Delta, factors: Tensor) -> Delta:
-    """Multiply each row of a delta by its factor `(rows,)`, in float64; the form stays."""
-    delta = delta.to(dtype=torch.float64)
+    """Multiply each row of a delta by its factor `(rows,)`, in at least float32; the form stays.
+
+    The first dimension counts rows; with a single factor, the whole weight is one row.
+    """
+    factors = factors.to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+    if len(factors) == 1:
+        return delta.to(dtype=factors.dtype) * factors[0]
+    if isinstance(delta, Sparse):
+        each = factors.repeat_interleave(delta.row_ends.diff(), output_size=delta.values.numel())
+        return replace(delta, values=delta.values * each)
+    if isinstance(delta, BlockSparse):
+        tall, height = tile_grid(delta.shape, delta.tile)[0], delta.tile[0]
+        padded = F.pad(factors, (0, tall * height - len(factors))).view(-1, height)
+        rows = rows_and_columns(delta.blocks, tile_grid(delta.shape, delta.tile))[0]
+        return replace(delta, values=delta.values * padded[rows][:, :, None])
     if isinstance(delta, LowRank):
         return replace(delta, up=delta.up * factors[:, None])
+    return Dense((delta.values.reshape(len(factors), -1) * factors[:, None]).view(delta.shape))
+
+
+def dot(tensor: Tensor, delta: Delta) -> Tensor:
+    """Return the inner product of a tensor `(out, in)` and a delta in its own form, in at least float32."""
+    wide = torch.promote_types(tensor.dtype, delta.dtype)
     if isinstance(delta, Sparse):
-        rows = delta.indices.long() // (delta.shape.numel() // _row_count(delta.shape))
-        return replace(delta, values=delta.values * factors[rows])
+        # Reads int32 indices as they are; `tensor[indices]` would widen them first.
+        return tensor.reshape(-1).index_select(0, delta.indices).to(wide).dot(delta.values.to(wide))
     if isinstance(delta, BlockSparse):
-        top = delta.blocks.long() // tile_grid(delta.shape, delta.tile)[1] * delta.tile[0]
-        rows = top[:, None] + torch.arange(delta.tile[0], device=top.device)
-        # A tile may reach over the lower edge; what it holds there is zero, whatever the factor.
-        return replace(delta, values=delta.values * factors[rows.clamp(max=len(factors) - 1)][:, :, None])
-    return Dense((_matrix(delta) * factors[:, None]).view(delta.shape))
+        return (gather_tiles(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
+    if isinstance(delta, LowRank):
+        return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
+    return tensor.to(wide).reshape(-1).dot(delta.values.to(wide).reshape(-1))
+
+
+def dot_by_row(tensor: Tensor, delta: Delta) -> Tensor:
+    """Return the inner product of each row of a tensor `(out, in)` with that of a delta: `(out,)`, in at least float32.
+
+    The first dimension counts rows, also of a weight that has one dimension or more than two.
+    """
+    wide = torch.promote_types(torch.promote_types(tensor.dtype, delta.dtype), torch.float32)
+    tensor, rows = tensor.to(wide), delta.shape[0] if delta.shape else 1
+    if isinstance(delta, Sparse):
+        # One pass gathers, multiplies and sums each row; it takes little longer than one inner product of them all.
+        table, factors = tensor.reshape(-1, 1), delta.values.to(wide)
+        summed = F.embedding_bag(delta.indices, table, delta.row_ends[:-1], mode="sum", per_sample_weights=factors)
+        return summed.view(-1)
+    if isinstance(delta, BlockSparse):
+        of_tiles = (gather_tiles(tensor.contiguous(), delta.blocks, delta.tile) * delta.values).sum(2)
+        grid = tile_grid(delta.shape, delta.tile)
+        summed = of_tiles.new_zeros(grid[0], delta.tile[0])
+        return summed.index_add_(0, rows_and_columns(delta.blocks, grid)[0], of_tiles).view(-1)[:rows]
+    if isinstance(delta, LowRank):
+        return (tensor @ delta.down.to(wide).T * delta.up).sum(1)
+    return (tensor * delta.values).reshape(rows, -1).sum(1)
 
 
 def _row_count(shape: Sequence[int]) -> int:

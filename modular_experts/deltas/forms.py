@@ -11,7 +11,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,19 @@ class Delta(ABC):
         """Return the dtype in which this delta is added to a target."""
         return torch.promote_types(torch.promote_types(target.dtype, torch.float32), self.dtype)
 
+    def by_entries(self) -> Delta:
+        """Return the same delta with its tiles as single entries; the other forms stay."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of this form by the names of its fields."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def units(self) -> tuple[Tile, Tensor] | None:
+        """Height and width of the kept units, and their numbers; None where every entry is kept."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,6 +228,17 @@ class Sparse(Delta):
     def support_size(self) -> int:
         return self.indices.numel()
 
+    @property
+    def units(self) -> tuple[Tile, Tensor]:
+        return (1, 1), self.indices
+
+    @functools.cached_property
+    def row_ends(self) -> Tensor:
+        """Where the entries of each row start, and the last ones end `(rows + 1,)`; found once, for passes by row."""
+        size, rows = self.shape.numel(), self.shape[0] if self.shape else 1
+        edges = torch.arange(0, size + 1, size // rows, dtype=self.indices.dtype, device=self.device)
+        return torch.searchsorted(self.indices, edges, out_int32=self.indices.dtype == torch.int32)
+
     def add_to(self, target: Tensor) -> Tensor:
         wide = self._wide(target)
         flat = target.view(-1)
@@ -301,6 +322,13 @@ class BlockSparse(Delta):
     def support(self) -> Tensor:
         return self.as_sparse().indices
 
+    @property
+    def units(self) -> tuple[Tile, Tensor]:
+        return self.tile, self.blocks
+
+    def by_entries(self) -> Sparse:
+        return self.as_sparse()
+
     def as_sparse(self) -> Sparse:
         """Return the same delta entry by entry; the support is the same."""
         return Sparse(*entries_in_order(self.blocks, self.values, self.shape), self.shape)
@@ -341,8 +369,8 @@ def add(deltas: Sequence[Delta]) -> Delta:
         blocks, values = _union([(term.blocks, term.values) for term in terms])  # type: ignore[attr-defined]
         return BlockSparse(blocks, values, deltas[0].shape)
     if all(isinstance(term, Sparse | BlockSparse) for term in terms):
-        sparse = [term.as_sparse() if isinstance(term, BlockSparse) else term for term in terms]
-        indices, values = _union([(term.indices, term.values) for term in sparse])  # type: ignore[attr-defined]
+        single = [term.by_entries() for term in terms]
+        indices, values = _union([(term.indices, term.values) for term in single])  # type: ignore[attr-defined]
         return Sparse(indices, values, deltas[0].shape)
     total = torch.zeros(deltas[0].shape, dtype=_common_dtype([term.dtype for term in terms]), device=terms[0].device)
     for term in terms:

@@ -28,6 +28,19 @@ class TaskVector(Mapping[str, Delta]):
         """Why the deltas do not say all that the expert does, as the end of a sentence; None where they do."""
         return None
 
+    def terms(self) -> Sequence[TaskVector]:
+        """Return the task vectors that this one is made of; none for one that stands alone."""
+        return ()
+
+    def leaves(self) -> list[TaskVector]:
+        """Return the task vectors at the ends of the tree of terms; of one that stands alone, itself."""
+        return [leaf for term in self.terms() for leaf in term.leaves()] if self.terms() else [self]
+
+    @property
+    def title(self) -> str:
+        """What it is called: a name, or an expression such as `0.5 * a + b`."""
+        return type(self).__name__
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes())
 
@@ -85,6 +98,13 @@ class Sum(TaskVector):
     def __getitem__(self, name: str) -> Delta:
         return add([vector[name] for vector in self.vectors if name in vector])
 
+    def terms(self) -> Sequence[TaskVector]:
+        return self.vectors
+
+    @property
+    def title(self) -> str:
+        return " + ".join(vector.title for vector in self.vectors)
+
     def shapes(self) -> dict[str, torch.Size]:
         return self._shapes
 
@@ -97,6 +117,13 @@ class Scaled(TaskVector):
 
     def __getitem__(self, name: str) -> Delta:
         return self.vector[name] * self.factor
+
+    def terms(self) -> Sequence[TaskVector]:
+        return [self.vector]
+
+    @property
+    def title(self) -> str:
+        return f"{self.factor!r} * {self.vector.title}"
 
     def shapes(self) -> dict[str, torch.Size]:
         return self.vector.shapes()

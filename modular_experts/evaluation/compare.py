@@ -249,7 +249,7 @@ def _named(experts: Any) -> Mapping[str, Any]:
 
 
 def _name(expert: Mapping[str, Delta]) -> str:
-    return expert.name if isinstance(expert, StoredExpert) else "task vector"
+    return expert.title if isinstance(expert, TaskVector) else "task vector"
 
 
 def _checkpoint(mix: Any) -> Base | None:

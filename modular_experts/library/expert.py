@@ -95,6 +95,10 @@ class StoredExpert(TaskVector):
         return parent["content_hash"] in (self.content_hash, self._tensors_hash)
 
     @property
+    def title(self) -> str:
+        return self.name
+
+    @property
     def mergeable(self) -> bool:
         """Whether its deltas are all that it does, so that it can be merged and applied."""
         return self.not_mergeable_because is None
@@ -378,3 +382,13 @@ def _read_table(file: Path) -> tuple[dict[str, Any], MappedTensors]:
     except ValueError as error:
         raise damaged(file, str(error)) from error
     return table, tensors
+
+
+def stored_in(vectors: Iterable[Mapping[str, Delta]]) -> list[StoredExpert]:
+    """Return the stored experts that task vectors are made of, each once; other mappings are made of none."""
+    found: dict[Path, StoredExpert] = {}
+    for vector in vectors:
+        for leaf in vector.leaves() if isinstance(vector, TaskVector) else ():
+            if isinstance(leaf, StoredExpert):
+                found.setdefault(leaf.path.resolve(), leaf)
+    return list(found.values())

@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 
 from modular_experts.deltas import Delta, Sparse
-from modular_experts.deltas.task_vector import Scaled, Sum, TaskVector
+from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.injection.attach import mergeable_as
 from modular_experts.library import (
     StoredExpert,
@@ -34,6 +34,7 @@ from modular_experts.library import (
 )
 from modular_experts.library.compatibility import check_mergeable
 from modular_experts.library.described import describe
+from modular_experts.library.expert import stored_in
 from modular_experts.library.record import MERGE
 from modular_experts.library.result_key import result_key
 from modular_experts.merger.rules import assign
@@ -71,7 +72,7 @@ class Merged(TaskVector):
         self.experts: list[TaskVector] = [
             next(opened) if not isinstance(one, TaskVector) or isinstance(one, StoredExpert) else one for one in experts
         ]
-        self.stored = _stored_in(self.experts)
+        self.stored = stored_in(self.experts)
         if not self.stored:
             raise ValueError(
                 "no task vector comes from a stored expert, so the base is unknown; store one by write_expert"
@@ -94,6 +95,14 @@ class Merged(TaskVector):
 
     def shapes(self) -> dict[str, torch.Size]:
         return self._shapes
+
+    def terms(self) -> Sequence[TaskVector]:
+        return self.experts
+
+    @property
+    def title(self) -> str:
+        methods = ", ".join(type(group.method).__name__ for group in self._groups)
+        return f"{methods}({', '.join(expert.title for expert in self.experts)})"
 
     def deltas_of(self, name: str) -> list[Delta]:
         """Return the deltas of one weight, one per expert; an expert that does not move it gives a zero."""
@@ -136,7 +145,7 @@ class Merged(TaskVector):
         """
         if not any(group.method.has_tasks for group in self._groups):
             return {}
-        names = [_name(expert) for expert in self.experts]
+        names = [expert.title for expert in self.experts]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"two of the experts are called {twice[0]}, and the experts that this merge also writes are named "
@@ -149,7 +158,7 @@ class Merged(TaskVector):
         return make_record(
             MERGE,
             self.base,
-            hyperparameters={"experts": [_name(expert) for expert in self.experts]} if self._lazy else None,
+            hyperparameters={"experts": [expert.title for expert in self.experts]} if self._lazy else None,
             tasks=sorted({task for expert in self.stored for task in expert.record["tasks"]}),
             parents=as_parents(self.stored),
             training=training_in_common(self.stored),
@@ -248,8 +257,8 @@ def write_merged(
         check_target(path, overwrite)
     tasks = {}
     for vector in merged.experts if beside else []:
-        parts = _stored_in([vector])
-        tasks[_name(vector)] = list(dict.fromkeys(task for expert in parts for task in expert.record["tasks"]))
+        parts = stored_in([vector])
+        tasks[vector.title] = list(dict.fromkeys(task for expert in parts for task in expert.record["tasks"]))
     for path, (name, deltas) in left.items():
         own = record | {"tasks": tasks[name], "key": key}
         write_expert(path, deltas, own, overwrite, f"{key}/{path.name}", progress)
@@ -309,42 +318,9 @@ class _OfTask(TaskVector):
         return self._merged.shapes()
 
 
-def _stored_in(vectors: Iterable[TaskVector]) -> list[StoredExpert]:
-    """Return the stored experts that task vectors are made of, each once."""
-    found: dict[Path, StoredExpert] = {}
-    for vector in vectors:
-        inner = [vector] if isinstance(vector, StoredExpert) else _stored_in(_terms(vector))
-        for expert in inner:
-            found.setdefault(expert.path.resolve(), expert)
-    return list(found.values())
-
-
-def _terms(vector: TaskVector) -> Sequence[TaskVector]:
-    """Return the task vectors that a lazy one is made of."""
-    if isinstance(vector, Scaled):
-        return [vector.vector]
-    if isinstance(vector, Sum):
-        return vector.vectors
-    return vector.experts if isinstance(vector, Merged) else []
-
-
 def _keys(vector: TaskVector) -> list[str]:
     """Return the keys of the merges in a lazy task vector."""
-    return [vector.key()] if isinstance(vector, Merged) else [key for term in _terms(vector) for key in _keys(term)]
-
-
-def _name(vector: TaskVector) -> str:
-    """Return the name of a stored expert, or the expression of others, such as `0.5 * a + b`."""
-    if isinstance(vector, StoredExpert):
-        return vector.name
-    if isinstance(vector, Scaled):
-        return f"{vector.factor!r} * {_name(vector.vector)}"
-    if isinstance(vector, Sum):
-        return " + ".join(map(_name, vector.vectors))
-    if isinstance(vector, Merged):
-        methods = ", ".join(type(group.method).__name__ for group in vector._groups)
-        return f"{methods}({', '.join(map(_name, vector.experts))})"
-    return type(vector).__name__
+    return [vector.key()] if isinstance(vector, Merged) else [key for term in vector.terms() for key in _keys(term)]
 
 
 def _is_written(path: Path, key: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Sparse
+from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.tiles import true_places
 from modular_experts.masks import kth_highest
 from modular_experts.methods.chunks import Chunk, Entries, chunks_of
@@ -133,7 +133,7 @@ def exact_threshold(delta: Delta, count: int) -> Threshold:
 
     Where fewer than `count` entries differ from zero, it keeps all of these.
     """
-    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+    delta = delta.by_entries()
     size = _stored_values(delta).abs()
     if count >= size.numel() or not (magnitude := kth_highest(size, count)):
         return Threshold(0.0)
@@ -147,7 +147,7 @@ def exact_threshold(delta: Delta, count: int) -> Threshold:
 
 def _stored_values(delta: Delta) -> Tensor:
     """Return the values of all entries that may differ from zero, `(n,)`, in the order of their indices."""
-    delta = delta.as_sparse() if isinstance(delta, BlockSparse) else delta
+    delta = delta.by_entries()
     return delta.values if isinstance(delta, Sparse) else delta.dense().reshape(-1)
 
 

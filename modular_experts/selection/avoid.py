@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_experts.deltas import BlockSparse, Delta, Sparse
 from modular_experts.deltas.tiles import tile_sums
 from modular_experts.library import Library, StoredExpert, open_experts
 from modular_experts.library.expert import RECORD_FILE
@@ -54,14 +53,15 @@ def count_others(name: str, layer: SelectableLayer, others: Iterable[StoredExper
     expert = layer.expert
     counts = torch.zeros(expert.units, device=layer.matrix.device)
     for delta in (layer.oriented(other[name]) for other in others if name in other):
-        if isinstance(delta, Sparse) or (isinstance(delta, BlockSparse) and delta.tile != expert.tile):
+        tile, units = delta.units or (None, delta.support()[:0])
+        if tile is None:
+            counts += 1.0
+        elif tile == expert.tile:
+            counts[units.to(counts.device).long()] += 1.0
+        else:
             entries = torch.zeros(expert.shape.numel(), device=counts.device)
             entries[delta.support().to(counts.device).long()] = 1.0
             counts += tile_sums(entries.view(expert.shape), expert.tile) / math.prod(expert.tile)
-        elif isinstance(delta, BlockSparse):
-            counts[delta.blocks.to(counts.device).long()] += 1.0
-        else:
-            counts += 1.0
     return counts
 
 
@@ -72,14 +72,12 @@ def shared_units(name: str, layer: SelectableLayer, other: StoredExpert) -> Tens
         ValueError: It keeps no entry of this weight, or units of another kind.
     """
     tile = layer.expert.tile
-    delta: Delta | None = layer.oriented(other[name]) if name in other else None
-    if isinstance(delta, Sparse) and tile == (1, 1):
-        return delta.indices.to(layer.matrix.device)
-    if isinstance(delta, BlockSparse) and delta.tile == tile:
-        return delta.blocks.to(layer.matrix.device)
-    kept = {type(None): "nothing", Sparse: "single entries"}.get(type(delta), "every entry")
-    if isinstance(delta, BlockSparse):
-        kept = f"tiles of {delta.tile[0]} x {delta.tile[1]}"
+    found = layer.oriented(other[name]).units if name in other else None
+    if found and found[0] == tile:
+        return found[1].to(layer.matrix.device)
+    kept = "every entry" if name in other else "nothing"
+    if found:
+        kept = "single entries" if found[0] == (1, 1) else f"tiles of {found[0][0]} x {found[0][1]}"
     raise ValueError(
         f"the support of {other.name} cannot be shared: it keeps {kept} at {name}, not units of {tile[0]} x {tile[1]}; "
         "use the granularity, block size and modules of that expert"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Self
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modular_experts.base.apply import apply_deltas
-from modular_experts.deltas import BlockSparse, Delta, Dense, LowRank, Sparse, add
-from modular_experts.deltas.tiles import gather_tiles
-from modular_experts.tuning.by_row import ByRow, row_count
+from modular_experts.deltas import Delta, Sparse, add
+from modular_experts.deltas.algebra import dot, dot_by_row, scale_rows
 
 
 class Combination:
@@ -52,7 +51,7 @@ class Combination:
         apply_deltas(model, [{name: Sparse.zero(shape) for name, shape in shapes.items()}])
         assert 0 <= merges <= len(held), (merges, len(held))
         self.names, self.experts, self.merges = list(shapes), len(held), merges
-        self.rows = [row_count(shape) for shape in shapes.values()]
+        self.rows = [shape[0] if shape else 1 for shape in shapes.values()]
         self._model = model
         self._weights = [model.get_parameter(name) for name in shapes]
         # The deltas of each weight that are not zero, by the expert's number.
@@ -100,12 +99,8 @@ class Combination:
             for factors, deltas in zip(coefficients.tolist(), self._deltas, strict=True):
                 yield (delta * factors[expert] for expert, delta in deltas.items() if factors[expert])
             return
-        for own, by_row in zip(coefficients.split(self.rows), self._by_row, strict=True):
-            yield (delta.scaled(own[:, expert]) for expert, delta in by_row.items() if own[:, expert].any())
-
-    @cached_property
-    def _by_row(self) -> list[dict[int, ByRow]]:
-        return [{expert: ByRow(delta) for expert, delta in deltas.items()} for deltas in self._deltas]
+        for own, deltas in zip(coefficients.split(self.rows), self._deltas, strict=True):
+            yield (scale_rows(delta, own[:, expert]) for expert, delta in deltas.items() if own[:, expert].any())
 
     @contextmanager
     def gradients(self, by_row: bool = False) -> Iterator[Tensor]:
@@ -125,12 +120,8 @@ class Combination:
             assert gradient is not None
             # Widened once for all experts, which takes less than widening what each of them keeps.
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            if by_row:
-                for expert, delta in self._by_row[place].items():
-                    own[:, expert] += delta.inner(gradient).to(own.device)
-            else:
-                for expert, whole in self._deltas[place].items():
-                    own[0, expert] += inner(gradient, whole).item()
+            for expert, delta in self._deltas[place].items():
+                own[:, expert] += (dot_by_row if by_row else dot)(gradient, delta).to(own.device)
 
         for place, own in enumerate(gathered.split(self.rows if by_row else 1)):
             weight = self._weights[place]
@@ -143,17 +134,3 @@ class Combination:
                 hook.remove()
             for parameter, before in wanted.items():
                 parameter.requires_grad_(before)
-
-
-def inner(tensor: Tensor, delta: Delta) -> Tensor:
-    """Return the inner product of a tensor `(out, in)` and a delta in its own form, in at least float32."""
-    wide = torch.promote_types(tensor.dtype, delta.dtype)
-    if isinstance(delta, Sparse):
-        # Reads int32 indices as they are; `tensor[indices]` would widen them first.
-        return tensor.reshape(-1).index_select(0, delta.indices).to(wide).dot(delta.values.to(wide))
-    if isinstance(delta, BlockSparse):
-        return (gather_tiles(tensor.contiguous(), delta.blocks, delta.tile).to(wide) * delta.values).sum()
-    if isinstance(delta, LowRank):
-        return (tensor.to(wide) @ delta.down.to(wide).T * delta.up).sum()
-    values = delta.values if isinstance(delta, Dense) else delta.dense()
-    return tensor.to(wide).reshape(-1).dot(values.to(wide).reshape(-1))

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from modular_experts.base import Base
 from modular_experts.data.batch import IGNORED
 from modular_experts.deltas import Dense
+from modular_experts.deltas.algebra import dot
 from modular_experts.evaluation import batch_losses
 from modular_experts.tuning import Combination
-from modular_experts.tuning.combination import inner
 from modular_experts.tuning.measures import batch_entropies
 
 
@@ -29,9 +29,9 @@ def test_the_inner_product_is_that_of_the_dense_forms(form) -> None:
     shape = (7, 10)
     tensor, delta = torch.randn(*shape, dtype=torch.float64), random_delta(form, shape, 3)
     expected = (tensor * delta.dense().double()).sum()
-    torch.testing.assert_close(inner(tensor, delta).double(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dot(tensor, delta).double(), expected, rtol=1e-12, atol=1e-12)
     strided = tensor.T.contiguous().T
-    torch.testing.assert_close(inner(strided, delta).double(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dot(strided, delta).double(), expected, rtol=1e-12, atol=1e-12)
 
 
 def loss_by_hand(logits, labels):

@@ -6,31 +6,30 @@ the mapped files, and a method that works by chunks asks for the rows of its chu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from modular_experts.base.streaming import unequal
 from modular_experts.deltas import Delta, Dense, Sparse
 from modular_experts.deltas.tiles import index_dtype, true_places
+from modular_experts.native.sparse_passes import unequal
 
 
-class WeightDifference(Dense):
-    """A dense delta that is computed on demand: `tuned - start`, or `tuned` alone.
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightDifference(Delta):
+    """A delta of every entry that is computed on demand: `tuned - start`, or `tuned` alone.
 
     Args:
         tuned: A weight of any shape, as stored.
         start: The weight that it started from, of the same shape; None to take the weight as it is, for methods that
             merge models.
-        dtype: Data type of the delta, at least as wide as the tensors' own.
+        wide: Data type of the delta, at least as wide as the tensors' own.
     """
 
     tuned: Tensor
     start: Tensor | None
-    _dtype: torch.dtype
-
-    def __init__(self, tuned: Tensor, start: Tensor | None, dtype: torch.dtype) -> None:
-        # Dense is frozen, so the attributes go where its own `__init__` puts them.
-        vars(self).update(tuned=tuned, start=start, _dtype=dtype)
+    wide: torch.dtype
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -38,14 +37,27 @@ class WeightDifference(Dense):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        return self.wide
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        return self.dense()
+        return self.rows(0, self.shape[0] if self.shape else 1).view(self.shape)
 
     def dense(self) -> Tensor:
-        return self.rows(0, self.shape[0] if self.shape else 1).view(self.shape)
+        return self.values
+
+    def add_to(self, target: Tensor) -> Tensor:
+        return Dense(self.values).add_to(target)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return Dense(self.values).linear(x)
+
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        return Dense(self.values).T
+
+    def __mul__(self, factor: float | Tensor) -> Dense:
+        return Dense(self.values * factor)
 
     def rows(self, first: int, last: int) -> Tensor:
         tuned = self.tuned.view(1) if self.tuned.dim() == 0 else self.tuned
@@ -57,7 +69,7 @@ class WeightDifference(Dense):
         return rows - start if tuned.dtype == self.dtype else rows.sub_(start)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:
-        return Dense(self.dense().to(device=device, dtype=dtype))
+        return Dense(self.values.to(device=device, dtype=dtype))
 
 
 def weight_difference(
