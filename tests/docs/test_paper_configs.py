@@ -26,6 +26,7 @@ from modular_experts.masks import Reselect
 
 PAPER = ROOT / "configs" / "paper"
 TYPES = ["masked", "masked-block", "sparse", "sparse-block", "lora", "full"]
+RUN = ["masked", "sparse-block", "full"]  # enough to run each file of the page once
 TABLE = "hub: sordonia/flan-10k-flat"
 FULL = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -228,9 +229,7 @@ def _run(command: list[str], *more: str) -> None:
 
 def test_the_commands_train_merge_and_test_on_a_tiny_phi_3(place, commands, capsys) -> None:
     short = ["--trainer.max_epochs", "1"]
-    _run(commands[0], *short)
-    assert open_expert("library/one/sciq").record["tasks"] == ["sciq"]
-    for name in TYPES:
+    for name in RUN:
         for command in of_type(commands, name):
             if option(command, "--trainer.callbacks.name") in TWO:
                 _run(command, *short)
@@ -243,9 +242,10 @@ def test_the_commands_train_merge_and_test_on_a_tiny_phi_3(place, commands, caps
     assert open_expert("library/multitask/full").record["tasks"] == sorted(tasks("held_in"))
     for command in [command for command in commands if command[0] == "merge"]:
         library = Path(yaml.safe_load(option(command, "--experts"))[0]).parent
-        _run(command, "--experts", str([f"{library}/{task}" for task in TWO]))
+        if library.name in RUN:
+            _run(command, "--experts", str([f"{library}/{task}" for task in TWO]))
     merged = Library("library/merged")
-    assert len(merged) == 8
+    assert {"masked", "full"} <= {name.partition("-")[0] for name in merged}
     for name, expert in merged.items():
         assert {weight.split(".")[-2] for weight in expert} == set(FULL if name.startswith("full") else ["qkv_proj"])
     (test,) = [command for command in commands if command[0] == "test" and "[library/merged/masked]" in command]
