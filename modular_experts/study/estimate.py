@@ -52,7 +52,7 @@ def measured_left(
         if piece.key[0] == "experts":
             calls.setdefault(piece.key[:2], (f"a few steps of {piece.key[1]}", _training, piece))
         elif piece.key[0] in ("tests", "settings", "merges"):
-            calls.setdefault("rows", ("a batch of the tests", _rows, study))
+            calls.setdefault("rows", ("a batch of the tests", _rows, study.at(study.seeds[0])))
     found: dict[Any, dict[str, Any]] = {}
     refused: list[str] = []
     for number, (sort, (what, function, argument)) in enumerate(calls.items()):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from modular_experts.injection.ensemble import MEANS, Mean
 from modular_experts.methods import MergeMethod
@@ -12,8 +12,10 @@ from modular_experts.methods.method import Needs
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
 from modular_experts.settings.make import make
+from modular_experts.study.grids import each_method
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch
+from modular_experts.tuning.objective import Labels
 from modular_experts.tuning.tune import most_trials
 
 TUNING_ROWS = 64
@@ -31,6 +33,7 @@ class Merge:
             groups of a count share what it chooses.
         rows: The most validation rows of a task that a search or a tuning reads.
         merges: Settings of the merges that a search starts from.
+        labels: What a search learns: the targets of the `rows`, or the answers of the `experts` to their inputs.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Merge:
     tune: dict[str, Any] | None = None
     rows: int = TUNING_ROWS
     merges: tuple[Any, ...] = ()
+    labels: Labels = "rows"
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ class Entry(NamedTuple):
     together: bool = False
 
 
-def read_entries(merges: Iterable[Any], kinds: Collection[str]) -> dict[str, Entry]:
-    """Return the entries of `merges` by name, checked against each other and the kinds of experts."""
+def read_entries(merges: Iterable[Any], kinds: Mapping[str, Sequence[str]]) -> dict[str, Entry]:
+    """Return the entries of `merges` by name, checked against each other and the kinds that each name stands for."""
     found: dict[str, Entry] = {}
-    for given in merges:
+    for given in each_method(merges):
         entry = _read_entry(given, found, kinds)
         name = entry.merge.name
         if name in found:
@@ -101,7 +105,7 @@ def read_entries(merges: Iterable[Any], kinds: Collection[str]) -> dict[str, Ent
     return found
 
 
-def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str]) -> Entry:
+def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Mapping[str, Sequence[str]]) -> Entry:
     """Return an entry of `merges`; `before` are the entries before it, by name."""
     given = dict(entry) if isinstance(entry, Mapping) and "class_path" not in entry else {"method": entry}
     every = sorted({*WAYS, *(setting for _, settings in WAYS.values() for setting in settings)})
@@ -122,9 +126,10 @@ def _read_entry(entry: Any, before: Mapping[str, Entry], kinds: Collection[str])
             raise ValueError(f"{key} is not a setting of a {ways[0]}; the merge {given} may have {known}")
     of = given.get("kinds", [*kinds])
     if isinstance(of, str) or not of:
-        raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{next(iter(kinds))}]")
+        named = next(iter(kinds), "lora")
+        raise ValueError(f"kinds={of!r} must be a list of kinds of experts, such as [{named}]")
     check_kinds(f"the merge {given}", of, kinds)
-    return read(given, before, tuple(of))
+    return read(given, before, tuple(dict.fromkeys(kind for name in of for kind in kinds[name])))
 
 
 def _method(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[str, ...]) -> Entry:
@@ -145,7 +150,9 @@ def _search(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tuple[
     """Return a merge whose coefficients are searched, from the merges of other methods."""
     search, starts = make(CoefficientSearch, given["search"]), given.get("merges", [])
     name, rows = given.get("name", type(search).__name__), given.get("rows", TUNING_ROWS)
-    merge = Merge(name, given["search"], True, None, rows, tuple(starts))
+    if (labels := given.get("labels", "rows")) not in get_args(Labels):
+        raise ValueError(f"labels={labels!r} must be one of {', '.join(get_args(Labels))}")
+    merge = Merge(name, given["search"], True, None, rows, tuple(starts), labels)
     return _entry(merge, kinds, *[make(MergeMethod, start).needs for start in starts])
 
 
@@ -180,7 +187,7 @@ def _ensemble(given: Mapping[str, Any], before: Mapping[str, Entry], kinds: tupl
 
 WAYS: dict[str, tuple[Callable[..., Entry], tuple[str, ...]]] = {
     "method": (_method, ("tune", "rows", "name", "kinds")),
-    "search": (_search, ("merges", "rows", "name", "kinds")),
+    "search": (_search, ("merges", "labels", "rows", "name", "kinds")),
     "route": (_route, ("fallback", "name", "kinds")),
     "ensemble": (_ensemble, ("name", "kinds")),
 }

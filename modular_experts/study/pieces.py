@@ -19,8 +19,18 @@ from modular_experts.jobs import Piece
 from modular_experts.jobs.pieces import Key, key_text
 from modular_experts.library.result_key import result_key
 from modular_experts.study.merges import Combination, Ensemble, Merge, Route
-from modular_experts.study.settings import BASE, MULTITASK, Study
-from modular_experts.study.work import Group, choose, merge_and_test, route_and_test, take, test, test_together, train
+from modular_experts.study.settings import BASE, Study
+from modular_experts.study.work import (
+    Group,
+    choose,
+    measure_experts,
+    merge_and_test,
+    route_and_test,
+    take,
+    test,
+    test_together,
+    train,
+)
 
 WORK: dict[type, Callable[..., dict[str, Any]]] = {
     Merge: merge_and_test,
@@ -48,18 +58,20 @@ class _Plan:
     """The pieces of a study, made one after another."""
 
     def __init__(self, study: Study, out: Path) -> None:
-        self.study, self.out = study, out
+        self.out = out
         self.pieces: list[Piece] = []
-        self.base = Base.open(study.base).identity
         self.rows = [study.data, study.max_new_tokens, study.dtype, *[study.metrics] * bool(study.metrics)]
-        self._test(BASE, (), [*study.tasks], (BASE,), [])
-        for seed in study.seeds:
-            if study.multitask is not None:
-                # The longest piece goes first, so that no process does it while the others have nothing left to do.
-                name = study.multitask_name(seed)
-                trained = self._train(study.multitask, [*study.held_in], name, (MULTITASK, "all"), seed)
-                own = [*study.held_in]
-                self._test(MULTITASK, (name,), [*study.tasks], (MULTITASK, seed), [trained], seed=seed, own=own)
+        of_seeds = {seed: study.at(seed) for seed in study.seeds}
+        same = all((one.base, one.tasks) == (study.base, study.tasks) for one in of_seeds.values())
+        for number, (seed, self.study) in enumerate(of_seeds.items()):
+            self.base = Base.open(self.study.base).identity
+            if number == 0 or not same:
+                self._test(BASE, (), [*study.tasks], (BASE,) if same else (BASE, seed), [], seed=None if same else seed)
+            for kind, configs in self.study.joint.items():
+                # The longest pieces go first, so that no process does one while the others have nothing left to do.
+                name, own = study.joint_name(kind, seed), [*study.held_in]
+                trained = self._train(configs, own, name, (kind, "all"), seed)
+                self._test(kind, (name,), [*study.tasks], (kind, seed), [trained], seed=seed, own=own)
             for kind in study.experts:
                 self._experts_of(kind, seed)
 
@@ -77,6 +89,9 @@ class _Plan:
             of: self._add(("statistics", kind, of, seed), take, (kind, of, seed), [study.data], trained.values())
             for of in sorted({of for merge in study.merges[kind] for of in study.needs[merge.name]})
         }
+        for name, path in study.measures.items():
+            measured = (kind, name, seed)
+            self._add(("statistics", *measured), measure_experts, measured, [path, [*study.held_in]], trained.values())
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
 
@@ -92,7 +107,7 @@ class _Plan:
                     ("settings", kind, merge.name, count, seed),
                     choose,
                     (merge, several),
-                    [asdict(merge), members, study.seen(tasks), study.data, study.dtype],
+                    [settings_of(merge), members, study.seen(tasks), study.data, study.dtype],
                     needed(merge, tasks),
                 )
             for group in several:
@@ -103,7 +118,7 @@ class _Plan:
                     made = made if group.is_whole else merge.fallback.name
                 given = [chosen[made, count]] if (made, count) in chosen else []
                 key = ("merges", kind, merge.name, count, group.number, seed)
-                settings = [asdict(merge), group.own, study.seen(group.tested), self.rows]
+                settings = [settings_of(merge), group.own, study.seen(group.tested), self.rows]
                 whole[merge.name] = self._add(key, WORK[type(merge)], (merge, group), settings, [*needs, *given], given)
 
     def _train(
@@ -155,6 +170,11 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
         Group(kind, seed, number, own, [*(study.held_in if study.matrix else own), *held_out], is_whole)
         for number, own in enumerate(members)
     ]
+
+
+def settings_of(merge: Combination) -> dict[str, Any]:
+    """Return what a digest takes of a combination; the usual labels of a search are older than the setting."""
+    return {name: value for name, value in asdict(merge).items() if (name, value) != ("labels", "rows")}
 
 
 def title_of(key: Key) -> str:

@@ -17,7 +17,7 @@ from modular_experts.reports.tables import Column, Line, Table, heat_map, listed
 from modular_experts.study.published import SINGLE, beside_published
 from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED, level_with
 from modular_experts.study.run import State
-from modular_experts.study.settings import BASE, MULTITASK
+from modular_experts.study.settings import BASE
 
 REPORT = "report.html"
 
@@ -61,8 +61,8 @@ def summary(results: Results, state: State) -> Table:
                 facts = {"count": count, "level": "level" if is_level else None}
                 lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
         groups.append(lines)
-    if whole := results.where(model=MULTITASK).rows:
-        groups.append([Line(MULTITASK, Results(whole))])
+    if joint := [Line(name, results.where(model=name)) for name in results.facts.get("joint", [])]:
+        groups.append(joint)
     lines = [line for group in groups for line in group]
     shown = [column for column in columns if any(column.of(line.rows) is not None for line in lines)]
     return Table(shown, groups, METRICS.get(metric, metric))
@@ -323,8 +323,9 @@ def _answers(results: Results) -> list[Any]:
         rows = [row for row in results.facts["examples"] if row["task"] == task]
         same = {row["model"]: row["answer"] for row in rows if row["input"] == rows[0]["input"]}
         own = [row["model"] for row in results.where(task=task, merge=None, own=True).rows]
-        # The multitask expert has every task as its own, and comes last.
-        names = dict.fromkeys([BASE, *[one for one in own if one != MULTITASK], *merges, MULTITASK])
+        # An expert of all tasks has every task as its own, and comes last.
+        joint = results.facts.get("joint", [])
+        names = dict.fromkeys([BASE, *[one for one in own if one not in joint], *merges, *joint])
         answers: Mapping[str, str] = {name: same[name] for name in names if name in same}
         if answers:
             shown.append(element("div", element("h3", task), example(rows[0]["input"], rows[0]["target"], answers)))

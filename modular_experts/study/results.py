@@ -34,6 +34,7 @@ def results_of(study: Study, state: State) -> Results:
     rows: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
     for found in state.done.values():
+        rows += found.get("rows", ())
         if "scores" not in found:
             continue
         about = {name: found.get(name) for name in ("kind", "merge", "count", "group", "seed")}
@@ -49,6 +50,7 @@ def results_of(study: Study, state: State) -> Results:
         "held_out": [*study.held_out],
         "kinds": [*study.experts],
         "seeds": [*study.seeds],
+        "joint": [*study.joint],
         "experts": study.experts,
         "merges": {kind: [asdict(merge) for merge in merges] for kind, merges in study.merges.items()},
         "data": study.data,

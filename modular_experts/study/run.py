@@ -249,7 +249,7 @@ def run_study(
         interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in left)
         begun.unlink(missing_ok=True)
         if left:
-            warn_of_copies(study)
+            warn_of_copies(study.at(study.seeds[0]))
 
         def show(done: int, total: int, piece: Piece | None) -> None:
             if piece is not None:
@@ -282,7 +282,7 @@ def run_study(
 
 def _bytes_each(study: Study) -> int:
     """Return what a process takes in memory: the base that it tests, and the one that it trains."""
-    layouts = read_layouts(Base.open(study.base).directory).values()
+    layouts = read_layouts(Base.open(study.at(study.seeds[0]).base).directory).values()
     return (
         2
         * getattr(torch, study.dtype).itemsize

@@ -12,8 +12,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,10 +23,11 @@ from modular_experts.base.base import DType
 from modular_experts.data.tasks import NAME
 from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
-from modular_experts.library import check_name
+from modular_experts.library import StoredExpert, check_name
 from modular_experts.library.described import trusted
 from modular_experts.settings import Options
 from modular_experts.settings.make import check_fit, make, plain
+from modular_experts.study.grids import Kinds, for_seed, spelt_out
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.study.tasks import content_hash, read_tasks
@@ -40,6 +41,7 @@ DATA = ("max_length", "validation_ratio", "test_ratio", "split_seed", "eval_limi
 """Settings of `TaskMixture` that hold for the training and for every measurement alike."""
 
 Settings = dict[str, Any]
+Measure = Callable[[Sequence[StoredExpert]], Sequence[float]]
 Count = int | str
 
 
@@ -51,18 +53,20 @@ class Description(Options):
         base: Directory or hub id of the base.
         tasks: {held_in: [...], held_out: [...]} of task files. Such are also patterns as tasks/*.jsonl, hub ids, tasks
             of the suite, as Reverse, and tasks with settings, as for `fit`.
-        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}.
+        experts: A config of `fit` for each kind, or its settings. One is {lora: {expert: LoRAExpert, steps: 200}}. With
+            `grid: {learning_rate: [0.001, 0.003]}` in it there is a kind for each value, lora-0.001 and lora-0.003;
+            with `joint: true` the kind has one expert of all held-in tasks.
         merges: Merge methods, such as [SparseAverage, TIES]. {method: TIES, tune: true} chooses its settings on
             validation rows, and so does a search: {search: ATLAS, merges: [SelfRegMean]}. Beside them stand routes and
             ensembles: {route: Centroid, fallback: SelfRegMean}, {ensemble: probabilities}. `kinds: [sparse]` in an
-            entry leaves the other kinds out.
+            entry leaves the other kinds out; {method: [TIES, IsoC]} stands for two entries.
         counts: Experts in a merge (default: [all]). With [2, 5, all] there are merges of two and five too, of disjoint
             groups that the seed draws, the same for every method. [2: 10 draws, all] merges ten random pairs, which may
             share experts.
         multitask: {kind: full} trains one expert on all held-in tasks; {kind: full, steps: 500} with settings of
             `fit` of its own.
         matrix: Test every model on every task.
-        seeds: Seeds of the trainings (default: [0]).
+        seeds: Seeds of the trainings (default: [0]). `{seed}` in the base, in tasks and in experts stands for them.
         data: How rows are read, such as {eval_limit: 100}. It holds for trainings and tests.
         fit: Settings of `fit` that all kinds share.
         max_new_tokens: Length limit of a generated answer.
@@ -72,6 +76,8 @@ class Description(Options):
             {held_in: 50.2}}}: a row has the name of a model of this study; exact match and Rouge-L are in per cent.
         metrics: Metrics beside exact match and rougeL, by name. Each is a function of a generated text and its target,
             and may take the place of one of ours: {rougeL: modular_experts.evaluation.stemmed_rouge_l}.
+        measures: Measures of single experts, by name. Each is a function of the opened experts of a kind and seed that
+            returns a number for each, such as {overlap: mine.overlap}.
     """
 
     base: str
@@ -88,6 +94,7 @@ class Description(Options):
     dtype: DType = "float32"
     published: Settings | None = None
     metrics: dict[str, str] | None = None
+    measures: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("merges", "counts", "seeds"):
@@ -106,6 +113,7 @@ class Description(Options):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1 token of an answer")
         text_metrics(make(dict[str, TextMetric], {**(self.metrics or {})}))
+        make(dict[str, Measure], {**(self.measures or {})})
 
 
 @dataclass(frozen=True)
@@ -121,10 +129,11 @@ class Study:
         merges: For each kind of expert its merges, routes and ensembles.
         counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
         draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
-        multitask: The configs of the fit of one expert on all held-in tasks, or None.
+        joint: The configs of the fit of each kind with one expert of all held-in tasks.
         seeds: Seeds of the trainings.
         data: How rows are read, in training and tests: the settings of `DATA`.
         metrics: Dotted paths of the text metrics that stand beside exact match and Rouge-L, or in their place, by name.
+        measures: Dotted paths of functions that measure single experts, by name.
         needs: The kinds of statistics that each merge needs, by its name.
         published: Figures of others for models of this study, which its tables show beside ours.
     """
@@ -136,13 +145,14 @@ class Study:
     experts: dict[str, list[Settings]]
     merges: dict[str, tuple[Combination, ...]]
     counts: tuple[int, ...]
-    multitask: list[Settings] | None
+    joint: dict[str, list[Settings]]
     matrix: bool
     seeds: tuple[int, ...]
     data: Settings
     max_new_tokens: int
     dtype: DType
     metrics: dict[str, str] = field(default_factory=dict)
+    measures: dict[str, str] = field(default_factory=dict)
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     draws: dict[int, int] = field(default_factory=dict)
     published: Published | None = None
@@ -153,6 +163,14 @@ class Study:
     def tasks(self) -> dict[str, Settings]:
         """Settings of all tasks by name, those that get experts first."""
         return {**self.held_in, **self.held_out}
+
+    def at(self, seed: int) -> Study:
+        """Return the study of a seed, which stands in the place of `{seed}`."""
+        parts = {name: getattr(self, name) for name in ("base", "held_in", "held_out", "experts", "joint")}
+        found = {name: for_seed(part, seed) for name, part in parts.items()}
+        tasks = {**found["held_in"], **found["held_out"]}
+        changed = {name: content_hash(name, task) for name, task in tasks.items() if task != self.tasks[name]}
+        return replace(self, **found, contents=self.contents | changed) if found != parts else self
 
     def seen(self, tasks: Iterable[str]) -> list[list[Any]]:
         """Return the settings and the contents of tasks: all that a result on these tasks depends on."""
@@ -171,9 +189,9 @@ class Study:
         """Return the name in the library of all experts of a kind behind a router."""
         return self.merge_name(kind, route, seed).replace("merge", "route", 1)
 
-    def multitask_name(self, seed: int) -> str:
-        """Return the name in the library of the multitask expert."""
-        return f"{MULTITASK}{self._of(seed)}"
+    def joint_name(self, kind: str, seed: int) -> str:
+        """Return the name in the library of an expert of all tasks."""
+        return f"{kind}{self._of(seed)}"
 
     def _of(self, seed: int) -> str:
         return f"-seed{seed}" if len(self.seeds) > 1 else ""
@@ -190,10 +208,10 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
     """
     given = Description(*map(plain, (base, tasks, experts, merges)), **plain(more))
     held_in, held_out = read_tasks(given.tasks)
-    kinds = read_experts(given)
-    multitask = _multitask(given, kinds)
-    _check_fits(given, kinds, multitask, next(iter(held_in.values())))
-    entries = read_entries(given.merges or [], kinds)
+    kinds, joint, named = read_experts(given)
+    seeds = tuple(given.seeds or [0])
+    _check_fits(given, {**kinds, **joint}, next(iter(held_in.values())), seeds[0])
+    entries = read_entries(given.merges or [], named)
     wanted: Any = given.counts or ["all"]
     counts = read_counts(wanted, len(held_in))
     if [*counts] != [len(held_in)] and (together := [name for name, entry in entries.items() if entry.together]):
@@ -202,44 +220,52 @@ def read_study(base: str | Path, tasks: Any, experts: Mapping[str, Any], merges:
         base=given.base,
         held_in=held_in,
         held_out=held_out,
-        contents={name: content_hash(name, task) for name, task in {**held_in, **held_out}.items()},
+        contents={name: content_hash(name, for_seed(task, seeds[0])) for name, task in {**held_in, **held_out}.items()},
         experts=kinds,
         merges={kind: tuple(entry.merge for entry in entries.values() if kind in entry.kinds) for kind in kinds},
         counts=tuple(counts),
         draws={size: draws for size, draws in counts.items() if draws},
-        multitask=multitask,
+        joint=joint,
         matrix=given.matrix,
-        seeds=tuple(given.seeds or [0]),
+        seeds=seeds,
         data=dict(given.data or {}),
         max_new_tokens=given.max_new_tokens,
         dtype=given.dtype,
         metrics={**(given.metrics or {})},
+        measures={**(given.measures or {})},
         needs={name: entry.needs for name, entry in entries.items()},
-        published=read_published(given.published, _models(kinds, entries, multitask)) if given.published else None,
+        published=read_published(given.published, _models(kinds, entries, joint)) if given.published else None,
     )
     _check_names(study)
+    for seed in seeds[1:]:
+        study.at(seed)  # refuses files that are not there
     return study
 
 
-def read_experts(given: Description) -> dict[str, list[Settings]]:
+def read_experts(given: Description) -> Kinds:
     """Return the configs of the fit of each kind of experts: the shared settings, then its own."""
     if not given.experts:
         raise ValueError("a study needs a kind of expert, such as experts: {lora: {expert: LoRAExpert, steps: 200}}")
-    for kind in given.experts:
+    found = spelt_out(given.experts)
+    for kind in {**found.apart, **found.joint}:
         if not NAME.fullmatch(kind) or kind in RESERVED:
             raise ValueError(f"{kind!r} cannot name a kind of experts; use letters, digits, '-', '_', not {RESERVED}")
-    return {kind: _configs(kind, settings, given.fit) for kind, settings in given.experts.items()}
+    apart, joint = (
+        {kind: _configs(kind, settings, given.fit) for kind, settings in part.items()}
+        for part in (found.apart, found.joint)
+    )
+    return Kinds(apart, joint | _multitask(given, apart), found.named)
 
 
-def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> list[Settings] | None:
-    """Return the configs of the expert of all tasks: those of a kind, or the shared settings, and then its own."""
+def _multitask(given: Description, kinds: Mapping[str, list[Settings]]) -> dict[str, list[Settings]]:
+    """Return the configs of the multitask expert: those of a kind, or the shared settings, and then its own."""
     if given.multitask is None:
-        return None
+        return {}
     own = {name: value for name, value in given.multitask.items() if name != "kind"}
     if "kind" not in given.multitask:
-        return _configs("multitask", own, given.fit)
+        return {MULTITASK: _configs(MULTITASK, own, given.fit)}
     check_kinds("multitask", [given.multitask["kind"]], kinds)
-    return [*kinds[given.multitask["kind"]], *[own] * bool(own)]
+    return {MULTITASK: [*kinds[given.multitask["kind"]], *[own] * bool(own)]}
 
 
 def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list[Settings]:
@@ -262,18 +288,15 @@ def _configs(kind: str, settings: Any, shared: Mapping[str, Any] | None) -> list
     return found
 
 
-def _check_fits(
-    given: Description, kinds: Mapping[str, list[Settings]], multitask: list[Settings] | None, task: Settings
-) -> None:
+def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: Settings, seed: int) -> None:
     """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
     shared = "fit and " if given.fit else ""
-    fits = {f"{shared}experts.{kind}": configs for kind, configs in kinds.items()}
-    fits |= {MULTITASK: multitask} if multitask is not None else {}
     own = {"model": {"base": given.base}, "data": {**(given.data or {}), "tasks": [task]}}
-    for name, configs in fits.items():
+    for kind, configs in kinds.items():
         try:
-            check_fit([*configs, own])
+            check_fit(for_seed([*configs, own], seed))
         except ValueError as error:
+            name = MULTITASK if kind == MULTITASK else f"{shared}experts.{kind}"
             raise ValueError(f"{name}: {error}") from error
 
 
@@ -310,16 +333,16 @@ def _draws(count: Any, draws: Any, size: int, tasks: int) -> int:
     return 0 if size == tasks else min(wanted, most)
 
 
-def _models(kinds: Iterable[str], merges: Mapping[str, Entry], multitask: Any) -> list[str]:
+def _models(kinds: Iterable[str], merges: Mapping[str, Entry], joint: Iterable[str]) -> list[str]:
     """Return the names of the models of a study as its tables name them, of merges those of all experts."""
     singles = [f"{kind}{SINGLE}" for kind in kinds]
     merged = [f"{kind} {name}" for name, entry in merges.items() for kind in entry.kinds]
-    return [BASE, *singles, *merged, *([MULTITASK] if multitask else [])]
+    return [BASE, *singles, *merged, *joint]
 
 
 def _check_names(study: Study) -> None:
     """Raise ValueError if the library cannot take the name of an expert, or two experts would have the same."""
-    names = [study.multitask_name(seed) for seed in study.seeds]
+    names = [study.joint_name(kind, seed) for seed in study.seeds for kind in {MULTITASK: None, **study.joint}]
     for seed, kind in itertools.product(study.seeds, study.experts):
         names += [study.name(kind, task, seed) for task in study.held_in]
         for merge in study.merges[kind]:

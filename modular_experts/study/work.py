@@ -42,7 +42,7 @@ from modular_experts.routing import Router
 from modular_experts.settings.make import fit, make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.merges import Ensemble, Merge, Route
-from modular_experts.study.settings import Study
+from modular_experts.study.settings import Measure, Study
 from modular_experts.tuning import CoefficientSearch, Objective, search
 from modular_experts.tuning.tune import notes_of, tune_groups
 
@@ -120,6 +120,21 @@ def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, An
     files = [str(one.file.relative_to(out / "library")) for one in stored]
     made_of = {expert.name: expert.content_hash for expert in map(open_expert, experts)}
     return {"files": files, "made_of": made_of, "seconds": time.perf_counter() - started}
+
+
+def measure_experts(study: Study, out: Path, kind: str, name: str, seed: int) -> dict[str, Any]:
+    """Measure the experts of a kind by a function of the user's, which returns a number for each."""
+    started = time.perf_counter()
+    experts = [open_expert(out / "library" / study.name(kind, task, seed)) for task in study.held_in]
+    values = [float(one) for one in make(dict[str, Measure], {name: study.measures[name]})[name](experts)]
+    about = dict.fromkeys(("merge", "count", "group", "interval"))
+    about |= {"kind": kind, "seed": seed, "role": "held_in", "own": True, "metric": name}
+    rows = [
+        {"model": expert.name, "experts": [expert.name], "task": task, "value": value, **about}
+        for expert, task, value in zip(experts, study.held_in, values, strict=True)
+    ]
+    made_of = {expert.name: expert.content_hash for expert in experts}
+    return {"rows": rows, "made_of": made_of, "seconds": time.perf_counter() - started}
 
 
 def choose(study: Study, out: Path, merge: Merge, groups: Sequence[Group]) -> dict[str, Any]:
@@ -235,6 +250,8 @@ def _merged(
         starts = [make(MergeMethod, start) for start in merge.merges]
         data = ChoiceRows(_tasks(study, group.own), **study.data)
         how: dict[str, Any] = {"merges": starts, "rows": merge.rows, "base": study.base, "overwrite": True}
+        if merge.labels == "experts":
+            how |= {"labels": merge.labels, "max_new_tokens": study.max_new_tokens}
         done = search(paths, make(CoefficientSearch, merge.method), data, place, **how)
         return done.expert, {"coefficients": done.found.coefficients.mean(0).tolist()}
     chosen = chosen or {"settings": {}, "notes": None}
