@@ -1,11 +1,17 @@
-"""What a training step of an expert costs beside that of a LoRA: for `related_systems` and `related_experts`.
+"""What a training step of an expert or a mixture of another paper costs beside that of a LoRA.
 
 Measured on a Llama of 135 million parameters with random weights: training steps of 2 x 128 tokens in turn, in an order
-drawn anew for each round, as medians of CPU time, and the peak memory of a process of its own.
+drawn anew for each round, as medians of CPU time, and the peak memory of a process of its own. Experts stand over the
+LoRA of rank 8, mixtures over the LoRA that has as many trained numbers as they.
+
+    python benchmarks/related_cost.py [--parts experts mixtures] [--names AdaMix GOAT ...] [--repeats 3] [--work DIR]
+
+What is done stays in `--work`, so a run that was stopped goes on where it was. All of it takes half an hour.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import random
@@ -14,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,18 +28,107 @@ from typing import Any
 import torch
 from contenders import language_model
 from sparse_step import high_water
-from torch import nn
+from step_report import machine
+from torch import Tensor, nn
 
+from modular_experts.base.loading import quiet
 from modular_experts.evaluation import batch_losses
+from modular_experts.experts import BoostedLoRAExpert, GLoRAExpert, LoRAExpert, TemplateBanks
+from modular_experts.experts.site import Site
 from modular_experts.injection import draw, extra_losses, inject, named_experts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, print_progress, run
 from modular_experts.routing import MoLoRAExpert
+from modular_experts.systems.ada_mix import AdaMixExpert
+from modular_experts.systems.goat import GOATExpert
+from modular_experts.systems.hilo import HiLo
+from modular_experts.systems.lora_ir import LoRAIR
 from modular_experts.systems.lora_ir.plan import TaskGate
+from modular_experts.systems.moa import MoA
+from modular_experts.systems.point_lora import PointLoRA
+from modular_experts.systems.tt_lora import TTLoRAExpert
 
-__all__ = ["costs", "own_memory", "parameters", "print_costs"]
+__all__ = ["PLANS", "parameters"]
 
-Plans = Callable[[str], Any]
-"""Gives the plan of a name."""
+BOOSTERS = 7
+"""How many boosters of rank 1 a weight has: those of 50 steps in all blocks, a round of eight."""
+
+
+def everywhere(type_: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    """Return the plan that gives all linear layers the same expert."""
+    return {"all-linear": partial(type_, **settings)}
+
+
+def with_boosters(weight: Tensor, site: Site, every: int) -> BoostedLoRAExpert:
+    """Make an expert with boosters, in a round that trains one block of `every`."""
+    expert = BoostedLoRAExpert(weight, rank=1)
+    for _ in range(BOOSTERS):
+        with torch.no_grad():
+            expert.up.fill_(1e-3)
+        expert.boost(torch.Generator().manual_seed(0))
+    expert.leave_out((site.depth or 0) % every != every // 2)
+    return expert
+
+
+def tt_lora(attention: int, mlp: int) -> dict[str, Any]:
+    """Return the plan of tensor trains of one rank in attention and another in the MLP."""
+    return {r".*self_attn.*": partial(TTLoRAExpert, rank=attention), r".*mlp.*": partial(TTLoRAExpert, rank=mlp)}
+
+
+PLANS: dict[str, dict[str, Callable[[], Any]]] = {
+    "experts": {
+        "LoRA, rank 8": lambda: everywhere(LoRAExpert, rank=8, alpha=16.0),
+        "LoRA, rank 4": lambda: everywhere(LoRAExpert, rank=4, alpha=8.0),
+        "LoRA, rank 1": lambda: everywhere(LoRAExpert, rank=1, alpha=2.0),
+        "TT-LoRA": lambda: tt_lora(3, 2),
+        "AdaMix": lambda: everywhere(AdaMixExpert, rank=4, alpha=8.0, copies=4),
+        "AdaMix, nothing shared": lambda: everywhere(AdaMixExpert, rank=4, alpha=8.0, copies=4, share_up=False),
+        "XGBLoRA": lambda: {"all-linear": partial(with_boosters, every=3)},
+        "XGBLoRA, all blocks": lambda: {"all-linear": partial(with_boosters, every=1)},
+        "GLoRA": lambda: everywhere(GLoRAExpert, rank=4),
+        "RECAST": TemplateBanks,
+    },
+    "mixtures": {
+        "LoRA": lambda: everywhere(LoRAExpert, rank=18),
+        "MoLoRA": lambda: everywhere(MoLoRAExpert, experts=4, rank=4),
+        "GOAT": lambda: everywhere(GOATExpert, experts=4, rank=4),
+        "HiLo": lambda: HiLo(experts=[2, 4], ranks=[2, 8]),
+        "HiLo, fewer": lambda: HiLo(experts=[2, 4], ranks=[1, 6]),
+        "MoA": lambda: MoA(rank=18, alpha=16.0, adapter_size=63),
+        "LoRA-IR": lambda: LoRAIR(experts=2, rank=9),
+        "PointLoRA": lambda: PointLoRA(rank=16, tokens=8, hidden=43),
+    },
+}
+"""The plans of each part by name; the first is the LoRA over which the others stand. "HiLo, fewer" has at least 20 %
+fewer trained numbers than MoLoRA, the other mixtures as many as the LoRA."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for plans in PLANS.values() for name in plans]
+    parser.add_argument("--parts", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--names", nargs="+", choices=names, metavar="NAME", default=names)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of steps after a warm-up: 3")
+    parser.add_argument("--work", default="runs/related-cost", help="directory for what is measured")
+    parser.add_argument("--quick", action="store_true", help="one round on a tiny model, to see that it works")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--own-cost", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.own_cost:
+        part, name = options.own_cost
+        print(json.dumps(own_memory(part, name, options.quick)))
+        return
+    found: dict[str, Any] = {"machine": machine(), "quick": options.quick}
+    for part in options.parts:
+        reference, *others = PLANS[part]
+        wanted = [reference, *(name for name in others if name in options.names)]
+        store = JSONLines(Path(options.work, f"{part}{'-quick' * options.quick}.jsonl"))
+        found[part] = costs(store, part, wanted, 1 if options.quick else options.repeats, options.quick)
+    if options.json:
+        json.dump(found, sys.stdout, indent=2)
+        return
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    for part in options.parts:
+        print_costs(part, found[part])
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -50,20 +145,11 @@ def parameters(model: nn.Module) -> dict[str, int]:
     return {"trained": trained, "active": active}
 
 
-def costs(store: JSONLines, script: str, plans: Plans, names: Sequence[str], repeats: int, small: bool) -> list[Any]:
-    """Return for each name the time of a step and the memory of a process, also over those of the first name.
-
-    Args:
-        store: Where results are kept.
-        script: The calling file, whose option `--own-cost NAME` prints `own_memory`.
-        plans: A function of that file.
-        names: What is compared.
-        repeats: Rounds of steps after a warm-up.
-        small: Measure a tiny model in this process, to see that it works.
-    """
+def costs(store: JSONLines, part: str, names: Sequence[str], repeats: int, small: bool) -> list[Any]:
+    """Return for each name the time of a step and the memory of a process, also over those of the first name."""
     with LocalProcesses(1) as pool:
-        pieces = [Piece(("memory", name), _memory, (script, plans, name, small)) for name in names]
-        pieces.append(Piece(("time", *names), _times, (plans, names, repeats, small)))
+        pieces = [Piece(("memory", name), _memory, (part, name, small)) for name in names]
+        pieces.append(Piece(("time", *names), _times, (part, names, repeats, small)))
         run(pieces, store, pool, print_progress()).raise_failures()
     peaks, times = {name: store["memory", name] for name in names}, store["time", *names]
     first = names[0]
@@ -75,34 +161,34 @@ def costs(store: JSONLines, script: str, plans: Plans, names: Sequence[str], rep
     ]
 
 
-def print_costs(rows: Sequence[dict[str, Any]]) -> None:
-    print("\n| 135 million parameters | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
+def print_costs(part: str, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"\n| {part} | trained | active | time of a step | peak memory |\n" + "|---" * 5 + "|")
     for row in rows:
         cells = [row["name"], *(f"{row[key]:.2f}" for key in ("trained", "active", "time", "memory"))]
         print("| " + " | ".join(cells) + " |")
 
 
-def own_memory(plans: Plans, name: str, small: bool) -> int:
+def own_memory(part: str, name: str, small: bool) -> int:
     """Return the peak memory, in bytes, of this process after two training steps."""
     torch.set_num_threads(1)
-    step, _ = _step(plans(name), small)
+    step, _ = _step(PLANS[part][name](), small)
     for _ in range(2):
         step()
     return high_water()
 
 
-def _memory(script: str, plans: Plans, name: str, small: bool) -> int:
+def _memory(part: str, name: str, small: bool) -> int:
     if small:
-        return own_memory(plans, name, small)
-    command = [sys.executable, str(Path(script).absolute()), "--own-cost", name]
+        return own_memory(part, name, small)
+    command = [sys.executable, str(Path(__file__).absolute()), "--own-cost", part, name]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def _times(plans: Plans, names: Sequence[str], repeats: int, small: bool) -> dict[str, dict[str, float]]:
+def _times(part: str, names: Sequence[str], repeats: int, small: bool) -> dict[str, dict[str, float]]:
     """Return the median CPU seconds of a step of each name, and its numbers of parameters."""
     torch.set_num_threads(1)
     random.seed(0)
-    steps = {name: _step(plans(name), small) for name in names}
+    steps = {name: _step(PLANS[part][name](), small) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = list(names)
     for _ in range(repeats + 1):
@@ -150,3 +236,8 @@ def _step(plan: Any, small: bool) -> tuple[Callable[[], None], nn.Module]:
         optimizer.zero_grad()
 
     return step, base
+
+
+if __name__ == "__main__":
+    with quiet():
+        main()

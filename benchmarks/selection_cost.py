@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from selection_worlds import QUIET
 
 from modular_experts.callbacks import MaskSchedule
 from modular_experts.data import Task, TaskMixture
@@ -31,6 +30,10 @@ from modular_experts.masks import SelectOnce
 from modular_experts.training.module import ExpertModule
 
 ONCE = "once"
+QUIET: dict[str, Any] = dict.fromkeys(
+    ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+)
+"""Settings of a trainer that writes and shows nothing."""
 
 
 class Turns(Callback):

@@ -63,8 +63,8 @@ ARCHITECTURES = sorted(CONFIGS)
 
 LONG = """
 docs/test_site docs/test_configs docs/test_paper_configs docs/test_notebooks experts/test_battery study/test_study
-study/test_study_killed bench/test_benchmarks bench/test_merge_benchmarks bench/test_related_systems
-bench/test_related_experts bench/test_quality_scripts training/test_module training/test_ddp cli/test_related_types
+study/test_study_killed bench/test_benchmarks bench/test_merge_benchmarks bench/test_studies
+bench/test_related_cost training/test_module training/test_ddp cli/test_related_types
 kernels/test_triton_tiles
 """
 """Files that take more than ten seconds."""

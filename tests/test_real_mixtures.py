@@ -1,6 +1,6 @@
 """On SmolLM2 and two real tasks, a short fit of each trained mixture learns, beside a LoRA of equal parameters.
 
-Slow. The systems and their sizes are those whose costs `benchmarks/related_systems.py` measures.
+Slow. The systems and their sizes are those whose costs `benchmarks/related_cost.py` measures.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.slow
 def benchmark() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        return importlib.import_module("related_systems")
+        return importlib.import_module("related_cost")
 
 
 @pytest.mark.xdist_group("mixtures")
 def test_a_short_fit_of_each_system_learns_two_tasks(benchmark, tmp_path) -> None:
     losses, counts = {}, {}
-    for name, system in benchmark.SYSTEMS.items():
+    for name, plan in benchmark.PLANS["mixtures"].items():
         optimizer = partial(AdamW, lr=3e-3, weight_decay=0.0)
-        module = fit_six_steps(tmp_path, system.large(), optimizer=optimizer)
+        module = fit_six_steps(tmp_path, plan(), optimizer=optimizer)
         losses[name], counts[name] = validation_loss(module), benchmark.parameters(module.model)["trained"]
         print(f"{name}: {counts[name]:,} trained numbers, validation loss {losses[name]:.3f}")
     before = loss_of_base()

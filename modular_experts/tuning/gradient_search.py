@@ -192,7 +192,7 @@ class ATLAS(CoefficientSearch):
 
     With merges among the experts, such as RegMean and SparseAverage, it starts at the mean of the merges and corrects
     it with every expert. In a merge of twenty experts that kept more of their single scores than any other method, for
-    experts of every kind (`benchmarks/merge_quality.py`). The validation rows need labels; many steps overfit them.
+    experts of every kind (`docs/results/merging.md`). The validation rows need labels; many steps overfit them.
 
     Args:
         steps: Number of steps.
