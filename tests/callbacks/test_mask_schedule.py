@@ -182,16 +182,6 @@ def test_units_that_leave_again_and_again_are_kept_in_mind_once() -> None:
     assert exchange.ever_trained("w", expert).tolist() == [0, 1, 2, 3]
 
 
-def test_without_a_stash_they_start_anew() -> None:
-    expert, weight = SparseExpert(torch.zeros(4, 4), keep_ratio=0.125), torch.zeros(4, 4)
-    expert.reselect(weight, torch.tensor([0, 1]))
-    with torch.no_grad():
-        expert.values.copy_(torch.tensor([1.0, 2.0]))
-    expert.reselect(weight, torch.tensor([1, 2]))
-    expert.reselect(weight, torch.tensor([0, 1]))
-    assert expert.values.tolist() == [0.0, 2.0]
-
-
 def test_slots_and_moments_follow_their_entries() -> None:
     slots, left = exchanged_slots(torch.tensor([2, 5, 9]), torch.tensor([1, 5, 9, 11]))
     assert slots.tolist() == [-1, 1, 2, -1]

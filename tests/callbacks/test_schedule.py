@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from testbed import runs
 
-from modular_experts.callbacks import ExportExpert, MaskSchedule, Schedule
+from modular_experts.callbacks import ExportExpert, Schedule
 from modular_experts.deltas import Dense
 from modular_experts.experts import SparseExpert
 from modular_experts.injection import expert_layers
@@ -108,11 +108,3 @@ def test_any_module_with_a_task_vector_and_facts_is_exported_and_others_are_refu
     assert stored.record["costs"] == {"optimizer_bytes": 0}
     with pytest.raises(TypeError, match=r"cannot export Plain, which has no task_vector\(\) and no record_facts\(\)"):
         runs.trainer(tmp_path, export, **settings).fit(Plain(), torch.utils.data.DataLoader(rows))
-
-
-def test_a_schedule_may_leave_everything_to_the_defaults() -> None:
-    schedule = Schedule()
-    assert not schedule.resizes
-    assert (schedule.shares(None), schedule.costs(None, None)) == ({}, {})
-    assert MaskSchedule(scope="global").resizes
-    assert not MaskSchedule().resizes

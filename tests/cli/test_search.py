@@ -69,25 +69,6 @@ def test_merge_with_tuning_chooses_writes_and_says_so(run, place, tasks, tiny_ll
     assert "tuned_on=['reverse', 'upper']" in shown.replace("\n", " ").replace("  ", "")
 
 
-def test_a_tuning_in_a_config_and_a_scale_at_the_end(run, place, tasks):
-    settings = {"data": {"class_path": "TaskMixture", "init_args": {"tasks": json.loads(tasks)}}, "rows": 2}
-    config = {"experts": ["library/0"], "out": "library/a", "method": "TaskArithmetic", "tune": settings}
-    (place / "tune.yaml").write_text(yaml.safe_dump(config))
-    code, out, _ = run("merge", "--config", "tune.yaml")
-    assert code == 0
-    assert open_expert("library/a").record["hyperparameters"]["rows"] == 2
-    fixed = ["--tune.grid", "{scale: [0.1]}", "--out", "library/fixed"]
-    code, fixed_out, _ = run("merge", "--config", "tune.yaml", *fixed)
-    assert open_expert("library/fixed").record["method"]["init_args"]["scale"] == 0.1
-    assert "end of the search" not in fixed_out
-    wrong_way = ["--experts", "[library/away]", "--out", "library/b"]
-    stored(place / "away", [{name: -9 * delta for name, delta in open_expert("library/0").items()}], _base(place))
-    (place / "away/0").rename(place / "library/away")
-    out = run("merge", "--config", "tune.yaml", *wrong_way)[1]
-    assert "no setting lowers the loss of the base" in out
-    assert "the best scale, 0.1, is at the end of the search" in out
-
-
 def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
     how = ["--method", "SVC", "--method.inner", "TIES", "--tune.data.tasks", tasks]
     grid = '{"inner.keep": [0.1, 0.9], "scale": [1]}'
@@ -100,10 +81,6 @@ def test_settings_of_the_method_inside_another_are_tuned(run, place, tasks):
     assert inner["init_args"]["keep"] == best["settings"]["inner.keep"]
     code, _, err = run("merge", *EXPERTS, *how, "--tune.grid", '{"inner.kep": [0.1]}', "--out", "library/b")
     assert (code, "did you mean inner.keep?" in err) == (1, True)
-
-
-def _base(place):
-    return open_expert(place / "library/0").record["base"]
 
 
 @pytest.mark.parametrize(
@@ -185,19 +162,6 @@ def test_experts_answer_inputs_in_the_place_of_labels(run, place, tasks, task_fi
         wanted = {"ab": "of which 0.0 % match the rows' targets, in upper 0.0 %", "inputs": "no row has a target"}
         assert wanted[out] in shown
     assert open_expert("library/ab").content_hash == open_expert("library/inputs").content_hash
-
-
-def test_a_merge_is_tuned_on_the_answers_of_the_experts(run, place, tasks):
-    how = ["--method", "SparseAverage", "--tune.data.tasks", tasks, "--tune.grid.exponent", "[0]"]
-    assert run("merge", *EXPERTS, *how, "--out", "library/rows")[0] == 0
-    answered = ["--tune.labels", "experts", "--tune.expert_of", EXPERT_OF, "--tune.max_new_tokens", "4"]
-    code, out, err = run("merge", *EXPERTS, *how, *answered, "--out", "library/answers")
-    assert (code, err) == (0, "")
-    assert "the labels are the answers of the experts" in out
-    rows, answers = (open_expert(f"library/{name}").record for name in ("rows", "answers"))
-    assert answers["hyperparameters"]["labels"] == "experts"
-    assert "labels" not in rows["hyperparameters"]
-    assert answers["scores"]["val_loss"] != rows["scores"]["val_loss"]
 
 
 def test_merges_are_combined_with_the_experts_and_written_beside(run, place, tasks):

@@ -54,15 +54,6 @@ def run(capsys):
     return command
 
 
-def test_merge_by_options(run, place):
-    code, out, err = run(
-        "merge", "--experts", "[library/a, library/b]", "--method", "SparseAverage", "--out", "library/ab"
-    )
-    assert (code, err) == (0, "")
-    assert "library/ab: merge" in out
-    assert open_expert("library/ab").record["tasks"] == ["task-a", "task-b"]
-
-
 def test_merge_by_config_and_options_beat_it(run, place):
     (place / "merge.yaml").write_text(
         "experts: [library/a, library/b]\nout: library/ab\n"

@@ -175,16 +175,6 @@ def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(p
     assert (record["kind"], record["hyperparameters"]["rate"]) == ("IA3Expert", 0.5)
 
 
-def test_print_config_shows_every_option_and_can_be_read_back(place, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", SPARSE, "--config", "mine.yaml", "--print_config"])
-    assert stop.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["expert"]["init_args"]["granularity"] == "block"
-    Path("printed.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", "printed.yaml"]) == 0
-
-
 def _export(name: str, **settings: object) -> str:
     init_args = {"library": "library", "name": name, **settings}
     return json.dumps([{"class_path": "ExportExpert", "init_args": init_args}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer, write_rows
+from conftest import ARCHITECTURES, GROUPED, build_model, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modular_experts.data import Task, TaskMixture
-from modular_experts.data.batch import IGNORED, Batch, Collator, Example, packs
+from modular_experts.data.batch import IGNORED, Collator, Example, packs
 from modular_experts.data.rows import Row
 from modular_experts.data.sampler import epoch_order, group_by_length
 from modular_experts.data.tokenize import RowTokenizer
@@ -133,41 +132,6 @@ def test_batches_by_length_keep_the_rows_of_each_window(count: int, batch_size: 
 def mixture(files: dict[str, Path], **options: Any) -> TaskMixture:
     tasks = [Task(name, path=str(files[name])) for name in ("upper", "reverse", "first")]
     return TaskMixture(tasks, build_tokenizer(), batch_size=6, **options)
-
-
-@pytest.fixture
-def uneven(tmp_path: Path) -> dict[str, Path]:
-    """Three tasks whose rows have 5 to 24 tokens."""
-    return {
-        name: write_rows(
-            tmp_path / f"{name}.jsonl",
-            [{"input": "x" * (1 + 5 * number % 19), "target": "ab", "split": "train"} for number in range(24)],
-        )
-        for name in ("upper", "reverse", "first")
-    }
-
-
-def padding_of(batches: list[Batch]) -> float:
-    rows = [batch["attention_mask"] if "attention_mask" in batch else batch["row"] >= 0 for batch in batches]
-    return 1 - sum(int(row.sum()) for row in rows) / sum(row.numel() for row in rows)
-
-
-def test_the_padding_of_training_is_said_and_either_way_lessens_it(
-    uneven: dict[str, Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    shares = []
-    for options in ({}, {"group_by_length": True}, {"packing": True}):
-        data = mixture(uneven, **options)
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            data.setup("fit")
-        batches = list(data.train_dataloader())
-        shares.append(padding_of(batches))
-        assert data.padding() == pytest.approx(shares[-1])
-        assert f"padding is {shares[-1]:.1%} of the tokens of training batches" in caplog.text
-        assert [len(batch["task"]) for batch in batches] == [6] * 12
-    assert shares[2] < 0.05
-    assert shares[1] < 0.5 * shares[0]
 
 
 def test_evaluation_reads_the_longest_rows_first_unless_batches_are_limited(task_files: dict[str, Path]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-from modular_experts.data.rows import RowReader, raise_for_bad_rows
+from modular_experts.data.rows import RowReader
 from modular_experts.data.sources import Record
 
 
@@ -109,12 +107,3 @@ def test_a_template_that_the_row_does_not_fill() -> None:
     assert "did you mean question?" in read({"question": "a", "target": "b"}, template="{qeustion}")
     assert "which is null here" in read({"question": None, "target": "b"}, template="{question}")
     assert "'input' is empty" in read({"question": "", "target": "b"}, template="{question}")
-
-
-def test_all_bad_rows_are_counted_and_the_first_five_quoted() -> None:
-    raise_for_bad_rows([])
-    with pytest.raises(ValueError, match=r"1 bad row in the task data, so nothing was run:\nf:1: x$"):
-        raise_for_bad_rows(["f:1: x"])
-    with pytest.raises(ValueError, match="12 bad rows in the task data") as error:
-        raise_for_bad_rows([f"f:{line}: x" for line in range(12)])
-    assert str(error.value).splitlines()[1:] == [f"f:{line}: x" for line in range(5)]

@@ -63,22 +63,6 @@ def test_where_takes_rows_from_a_users_source() -> None:
     assert [row.input for row in rows] == ["a1", "b1", "c1"]
 
 
-def test_where_meets_the_split_key_and_label_names_of_a_dataset_dictionary(tmp_path: Path, capfd) -> None:
-    features = datasets.Features(
-        {"input": datasets.Value("string"), "target": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    part = datasets.Dataset.from_dict({"input": ["a", "b", "c"], "target": [1, 0, 1]}, features=features)
-    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "d")
-    place = str(tmp_path / "d")
-    rows, _ = Task("d", path=place, where={"target": "yes", "split": "test"}).read()
-    assert [(row.input, row.split, row.where) for row in rows] == [
-        ("a", "test", f"{place}[test]:1"),
-        ("c", "test", f"{place}[test]:3"),
-    ]
-    rows, _ = Task("d", path=place, where={"input": "b"}).read()
-    assert [row.where for row in rows] == [f"{place}[train]:2", f"{place}[test]:2"]
-
-
 def test_a_null_is_no_value(tmp_path: Path, capfd) -> None:
     rows = [{"input": "a", "target": "b", "kind": None}, {"input": "c", "target": "d", "kind": "k"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")

@@ -83,15 +83,6 @@ def test_base_keys_types_and_copies_survive() -> None:
         assert torch.equal(twin(input_ids=IDS).logits, wanted)
 
 
-def test_several_kinds_live_side_by_side_and_only_they_are_trained() -> None:
-    model = conftest.build_model("llama")
-    inject(model, KINDS["element"], r".*\.q_proj")
-    inject(model, KINDS["lora"], r".*\.v_proj")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {name.rsplit(".", 1)[-1] for name in trained} == {"values", "up", "down"}
-    assert all(".expert." in name for name in trained)
-
-
 def test_conv1d_deltas_have_the_orientation_of_the_file() -> None:
     model = conftest.build_model("gpt2")
     inject(model, KINDS["block"], r".*\.c_attn")

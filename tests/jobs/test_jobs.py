@@ -167,39 +167,6 @@ def test_a_process_at_work_ends_with_the_program_that_started_it(tmp_path: Path)
         assert not reader.is_alive(), "the process at work lives on"
 
 
-RESTARTED = """
-import time
-from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
-
-def work(number):
-    with open("log", "a") as file:
-        file.write(f"{number}\\n")
-    time.sleep(0.1)
-    return number / 3
-
-if __name__ == "__main__":
-    with LocalProcesses(1) as pool:
-        run([Piece(("third", n), work, (n,)) for n in range(40)], JSONLines("results.jsonl"), pool).raise_failures()
-"""
-
-
-def test_a_run_that_is_killed_goes_on_where_it_was_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(RESTARTED)
-    command, file = [sys.executable, "program.py"], tmp_path / "results.jsonl"
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        while not file.exists() or file.read_bytes().count(b"\n") < 2:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-    kept = len(JSONLines(file))
-    assert 2 <= kept < 40
-    subprocess.run(command, cwd=tmp_path, check=True)
-    assert dict(JSONLines(file)) == {("third", number): number / 3 for number in range(40)}
-    begun = [int(line) for line in (tmp_path / "log").read_text().split()]
-    assert all(begun.count(number) == 1 for number in range(kept))
-    assert len(begun) <= 41  # only the piece at work when it was killed began twice
-
-
 def meet(place: str, number: int) -> str:
     """Wait until three calls have come, so that each has a process of its own, and return the device that it sees."""
     Path(place, str(number)).touch()

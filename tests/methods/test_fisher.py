@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.random_deltas import deltas_of_one_weight, random_delta
+from testbed.random_deltas import deltas_of_one_weight
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import Average, Fisher
+from modular_experts.methods import Fisher
 from modular_experts.methods.method import Context, DataStatistic
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -53,36 +53,3 @@ def test_example_worked_by_hand():
     merged = merge(Fisher(floor=1e-12), deltas, statistics).dense()
     # (3 * 8 + 1 * 0) / 4: the second does not move the entry, but its data hold it a quarter back; (8 + 3 * 4) / 4
     torch.testing.assert_close(merged, torch.tensor([[6.0, 5.0]]))
-
-
-@given(deltas_of_one_weight(least=2))
-def test_equal_information_or_none_gives_the_plain_average(deltas):
-    average = Average().merge(deltas).dense().double()
-    one = informations(deltas)[0]
-    for statistic in (one, DataStatistic(torch.zeros(deltas[0].shape), norm=0.0)):
-        merged = merge(Fisher(), deltas, [statistic] * len(deltas))
-        torch.testing.assert_close(merged.dense().double(), average, **CLOSE)
-
-
-@given(deltas_of_one_weight(least=2), st.floats(0.1, 1e6))
-def test_order_and_common_factors_do_not_matter(deltas, factor):
-    statistics = informations(deltas)
-    merged = merge(Fisher(), deltas, statistics).dense().double()
-    turned = merge(Fisher(), deltas[::-1], statistics[::-1])
-    torch.testing.assert_close(turned.dense().double(), merged, **CLOSE)
-    doubled = [DataStatistic(one.values.double() * factor, one.norm) for one in statistics]
-    torch.testing.assert_close(merge(Fisher(), deltas, doubled).dense().double(), merged, **CLOSE)
-    longer = merge(Fisher(), [delta * 3.0 for delta in deltas], statistics)
-    torch.testing.assert_close(longer.dense().double(), 3 * merged, **CLOSE)
-
-
-def test_normalised_experts_have_the_same_say_whatever_their_loss():
-    deltas = [random_delta("Dense", (4, 5), seed) for seed in (1, 2)]
-    first, second = informations(deltas)
-    loud = DataStatistic(first.values * 1000, first.norm * 1000)
-    quiet = merge(Fisher(), deltas, [first, second]).dense()
-    torch.testing.assert_close(merge(Fisher(), deltas, [loud, second]).dense(), quiet, rtol=1e-5, atol=1e-6)
-    plain = Fisher(normalise=False)
-    assert not torch.allclose(
-        merge(plain, deltas, [loud, second]).dense(), merge(plain, deltas, [first, second]).dense()
-    )

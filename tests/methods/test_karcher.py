@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.random_deltas import FORMS, random_delta, seeds, shapes
+from testbed.random_deltas import random_delta, seeds, shapes
 
 from modular_experts.deltas import Dense, Sparse
 from modular_experts.methods import Average
@@ -116,20 +116,6 @@ def test_example_worked_by_hand():
     twenty = math.radians(20)
     torch.testing.assert_close(merged, torch.tensor([[math.cos(twenty), math.sin(twenty), 0.0]], dtype=torch.float64))
     assert not torch.allclose(MultiSLERP().merge([EAST, sixty, EAST]).dense(), merged)
-
-
-@pytest.mark.parametrize("form", FORMS[:-1])
-def test_every_form_gives_what_its_dense_form_does(form):
-    deltas = [random_delta(form, (6, 6), seed, share=0.7) for seed in range(3)]
-    deltas = [*deltas, random_delta("Sparse", (6, 6), 5)]
-    dense = Karcher().merge([Dense(delta.dense()) for delta in deltas]).dense()
-    torch.testing.assert_close(Karcher().merge(deltas).dense(), dense, **CLOSE)
-
-
-def test_order_of_the_experts_does_not_matter_if_the_weights_go_along():
-    deltas = nearby_deltas(4)
-    merged = Karcher(SKEWED).merge(deltas).dense()
-    torch.testing.assert_close(Karcher(SKEWED[::-1]).merge(deltas[::-1]).dense(), merged, **CLOSE)
 
 
 def test_directions_that_cancel_are_averaged():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight
 
-from modular_experts.deltas import BlockSparse, Dense, Sparse
+from modular_experts.deltas import Dense
 from modular_experts.methods import MagMax
 
 ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, -2.0, 0.0]]))
@@ -36,23 +36,6 @@ def test_first_of_opposite_deltas_wins():
     one, other = Dense(torch.tensor([[1.0, -2.0]])), Dense(torch.tensor([[-1.0, 2.0]]))
     assert MagMax().merge([one, other]).dense().tolist() == [[1.0, -2.0]]
     assert MagMax().merge([other, one]).dense().tolist() == [[-1.0, 2.0]]
-
-
-def test_entry_that_one_expert_alone_moves_keeps_its_strength():
-    one = Sparse(torch.tensor([0, 1]), torch.tensor([2.0, -4.0]), torch.Size((2, 2)))
-    other = Sparse(torch.tensor([1, 2]), torch.tensor([3.0, 6.0]), torch.Size((2, 2)))
-    merged = MagMax().merge([one, other])
-    assert merged.indices.tolist() == [0, 1, 2]
-    assert merged.values.tolist() == [2.0, -4.0, 6.0]
-
-
-def test_tiles_meet_tile_by_tile():
-    shape = torch.Size((2, 4))
-    one = BlockSparse(torch.tensor([0]), torch.tensor([[[1.0, -5.0], [0.0, 2.0]]]), shape)
-    other = BlockSparse(torch.tensor([0, 1]), torch.tensor([[[-3.0, 4.0], [1.0, 1.0]], [[7.0] * 2] * 2]), shape)
-    merged = MagMax().merge([one, other])
-    assert isinstance(merged, BlockSparse)
-    assert merged.dense().tolist() == [[-3.0, -5.0, 7.0, 7.0], [1.0, 2.0, 7.0, 7.0]]
 
 
 def test_narrow_and_wide_values_are_compared_as_they_are():

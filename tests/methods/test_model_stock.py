@@ -75,22 +75,6 @@ def test_wrong_twins_are_told_from_it(mutant):
     assert not torch.allclose(mutant(deltas), expected)
 
 
-@given(deltas_of_one_weight(least=2, of=["Dense"]), st.floats(0.1, 10))
-def test_step_depends_on_angles_and_not_on_lengths(deltas, factor):
-    longer = [deltas[0] * factor, *deltas[1:]]
-    step = model_stock(deltas).norm() / Average().merge(deltas).dense().norm()
-    average = Average().merge(longer).dense() * step
-    torch.testing.assert_close(ModelStock().merge(longer).dense(), average, rtol=1e-9, atol=1e-11)
-
-
-def test_orthogonal_experts_leave_the_base():
-    one = Sparse(torch.tensor([0, 1]), torch.tensor([2.0, 4.0]), torch.Size((2, 2)))
-    other = Sparse(torch.tensor([2, 3]), torch.tensor([8.0, 6.0]), torch.Size((2, 2)))
-    merged = ModelStock().merge([one, other])
-    assert isinstance(merged, Sparse)
-    assert merged.norm() < 1e-12
-
-
 @pytest.mark.parametrize("second", [[[-1.0, 0.0]], [[-1.0, 0.1]], [[-1.0, 2.0]]])
 def test_opposed_experts_leave_the_base(second):
     merged = ModelStock().merge([ONE, Dense(torch.tensor(second, dtype=torch.float64))])

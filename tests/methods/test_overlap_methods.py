@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+from testbed.random_deltas import deltas_of_one_weight, seeds
 
-from modular_experts.deltas import BlockSparse, Dense, Sparse
-from modular_experts.methods import RAM, SCE, ConsensusTA, RAMPlus, SparseAverage, TALLMask, TaskArithmetic
+from modular_experts.deltas import Dense, Sparse
+from modular_experts.methods import RAM, SCE, ConsensusTA, RAMPlus, TALLMask, TaskArithmetic
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 scales = st.floats(-2, 2)
@@ -32,11 +32,6 @@ def test_ram_equals_the_formula(deltas, epsilon, scale):
         moved = [value for value in column if abs(value) > epsilon]
         expected.append(scale * sum(moved) / max(len(moved), 1))
     assert_entries(RAM(epsilon, scale).merge(deltas), expected)
-
-
-@given(deltas_of_one_weight())
-def test_ram_without_a_threshold_is_the_overlap_aware_average(deltas):
-    torch.testing.assert_close(RAM().merge(deltas).dense(), SparseAverage().merge(deltas).dense(), **CLOSE)
 
 
 @given(deltas_of_one_weight(), st.floats(0, 1.5), st.floats(0, 2), st.floats(0, 3), scales)
@@ -124,9 +119,3 @@ def test_tall_mask_of_an_expert_apart_is_the_expert():
     other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
     assert torch.equal(TALLMask().per_task([one, other], 0).dense(), one.dense())
     assert TALLMask().per_task([one, other], 1).indices.tolist() == [1]
-
-
-def test_the_experts_of_tall_masks_stay_sparse_and_tiles():
-    for form, kind in (("Sparse", Sparse), ("BlockSparse", BlockSparse)):
-        deltas = [random_delta(form, (7, 10), seed) for seed in range(3)]
-        assert isinstance(TALLMask().per_task(deltas, 0), kind)

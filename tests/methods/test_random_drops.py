@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.merging import merge_one
 from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import DARE, DARETIES, DELLA, SCE, TIES, DELLALinear, TaskArithmetic, random_drops
+from modular_experts.methods import DARE, DARETIES, DELLA, TIES, DELLALinear, TaskArithmetic, random_drops
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.methods.method import Context
 from modular_experts.methods.random_drops import stream_keys, uniform
@@ -115,11 +114,6 @@ def test_numbers_of_single_entries_are_drawn_once(monkeypatch):
     assert drawn == [delta.support_size for delta in deltas]
 
 
-def test_dare_without_rescaling_leaves_values_as_they_are():
-    merged = DARE(keep=0.3, rescale="none").merge([LONG]).dense()
-    assert set(merged.unique().tolist()) == {0.0, 1.0}
-
-
 @given(deltas_of_one_weight())
 def test_dare_at_keep_1_is_task_arithmetic_and_ties(deltas):
     added, elected = TaskArithmetic().merge(deltas).dense(), TIES(keep=1.0).merge(deltas).dense()
@@ -155,14 +149,6 @@ def test_equal_magnitudes_and_missing_entries_rank_by_place():
     assert found == {(1, 0.0), (3, 0.0), (1, round(2 / 0.6, 4)), (3, round(2 / 0.8, 4))}
 
 
-@each_kind
-def test_weights_of_one_entry_a_row_and_zeros_merge_too(kind):
-    for delta in (Dense(torch.ones(50, 1)), Dense(torch.ones(1)), Dense(torch.zeros(3, 4)), Sparse.zero((3, 4))):
-        for rescale in ("probability", "l1"):
-            merged = kind(keep=0.5, rescale=rescale).merge([delta])
-            assert merged.dense().isfinite().all()
-
-
 @pytest.mark.parametrize("form", [Dense, Sparse])
 def test_della_ranks_a_vector_as_one_row_also_in_chunks(form):
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
@@ -170,12 +156,3 @@ def test_della_ranks_a_vector_as_one_row_also_in_chunks(form):
     whole = DELLALinear().merge([delta]).dense()
     with chunks_of_size(100):
         assert torch.equal(DELLALinear().merge([delta]).dense(), whole)
-
-
-def test_half_precision_deltas_merge_to_finite_ones():
-    for dtype in (torch.bfloat16, torch.float16):
-        deltas = [Dense(torch.randn(8, 9).to(dtype)) for _ in range(3)]
-        for method in (SCE(), SCE(keep=0.5), TIES(), DARE(keep=0.5), DELLA(), TIES(scope="global", keep=1)):
-            merged = merge_one(method, deltas)
-            assert merged.dtype == dtype
-            assert merged.values.isfinite().all()

@@ -26,12 +26,6 @@ def test_the_norm_is_that_of_the_sum_over_the_root_and_the_direction_that_of_the
         assert not merged.any()
 
 
-@given(deltas_of_one_weight(least=2), st.floats(0.1, 9.0))
-def test_a_scale_of_the_inner_method_cancels(deltas, factor):
-    one, other = (Rescaled(TaskArithmetic(scale)).merge(deltas).dense() for scale in (1.0, factor))
-    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
 def test_the_form_is_that_of_the_inner_method(form):
     deltas = [random_delta(form, (12, 14), seed) for seed in range(3)]

@@ -75,31 +75,10 @@ def test_flatten_evens_out_the_singular_values_and_keeps_the_norm(deltas, share,
     torch.testing.assert_close(found, flat(plain, share), rtol=1e-6, atol=1e-8)
 
 
-def test_flattened_at_1_all_directions_are_equally_strong():
-    deltas = [random_delta("Dense", (5, 7), seed) for seed in range(3)]
-    values = torch.linalg.svdvals(SelfRegMean(flatten=1.0).merge(deltas).dense())
-    torch.testing.assert_close(values, values.mean().expand(5))
-
-
-def test_copies_merge_to_the_flattened_expert():
-    delta = random_delta("Dense", (5, 7), 3)
-    merged = SelfRegMean(flatten=0.5).merge([delta] * 3).dense()
-    torch.testing.assert_close(merged, flat(delta.dense(), 0.5))
-    assert not torch.allclose(merged, delta.dense(), rtol=1e-2)
-
-
 def test_an_endless_ridge_gives_the_overlap_aware_average():
     deltas = [random_delta("Sparse", (6, 9), seed) for seed in range(3)]
     average = SparseAverage().merge(deltas).dense()
     torch.testing.assert_close(SelfRegMean(ridge=1e12).merge(deltas).dense(), average, rtol=1e-6, atol=1e-9)
-
-
-def test_experts_with_inputs_of_their_own_keep_what_they_do_to_them():
-    one, two = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
-    one[:, :3], two[:, 3:] = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]  # so that their entries overlap, their rows not
-    merged = SelfRegMean(ridge=1e-9).merge([Dense(one @ turn), Dense(two @ turn)]).dense()
-    torch.testing.assert_close(merged, (one + two) @ turn, rtol=1e-5, atol=1e-5)
 
 
 def test_vectors_are_averaged_over_the_experts_that_move_them():

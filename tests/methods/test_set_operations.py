@@ -34,11 +34,3 @@ def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
     expected = torch.tensor([scale * value if entry in kept else 0.0 for entry, value in enumerate(values.tolist())])
     merged = Difference(scale).merge(deltas)
     torch.testing.assert_close(merged.dense().double().reshape(-1), expected.double(), rtol=1e-6, atol=1e-12)
-
-
-@given(deltas_of_one_weight(least=2, of=["Sparse"]))
-def test_the_sets_of_two_sparse_experts_add_up(deltas):
-    one, two = deltas[:2]
-    common, alone = Intersection().merge([one, two]), Difference().merge([one, two])
-    assert set(common.support().tolist()) | set(alone.support().tolist()) == set(one.support().tolist())
-    assert not set(common.support().tolist()) & set(alone.support().tolist())

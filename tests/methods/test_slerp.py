@@ -61,19 +61,6 @@ def test_example_worked_by_hand():
     torch.testing.assert_close(merged.dense(), torch.tensor([[4 * root, 1.0, 0.0]], dtype=torch.float64))
 
 
-def test_ends_are_the_two_experts():
-    for seed in range(4):
-        one, other = random_delta("Sparse", (5, 6), seed), random_delta("BlockSparse", (5, 6), seed + 9)
-        torch.testing.assert_close(SLERP(0.0).merge([one, other]).dense(), one.dense())
-        torch.testing.assert_close(SLERP(1.0).merge([one, other]).dense(), other.dense())
-
-
-@given(deltas_of_one_weight(least=2, most=2), shares)
-def test_two_experts_in_the_other_order_need_the_rest_of_t(deltas, t):
-    turned = SLERP(1 - t).merge(deltas[::-1])
-    torch.testing.assert_close(SLERP(t).merge(deltas).dense(), turned.dense(), **CLOSE)
-
-
 def test_last_of_three_weighs_most():
     half, root = 0.5, math.sqrt(0.5)
     merged = SLERP().merge([EAST, NORTH, UP]).dense()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -65,33 +64,6 @@ def test_the_command_line_names_the_inner_method_and_its_settings(library, capsy
     assert inner["init_args"]["keep"] == 0.3
     assert main(["show", str(library / "ab")]) == 0
     assert "keep=0.3" in capsys.readouterr().out
-
-
-def test_methods_inside_methods_come_from_a_config(library, capsys):
-    inner = {"class_path": "KnOTS", "init_args": {"inner": {"class_path": "TIES", "init_args": {"keep": 0.4}}}}
-    method = json.dumps({"class_path": "SVC", "init_args": {"inner": inner}})
-    assert command(library, "--method", method, "--dry-run") == 0
-    assert "SVC(inner=KnOTS(inner=TIES(" in "".join(capsys.readouterr().out.split()).replace("\n", "")
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--method.inner", "TEIS"], "did you mean TIES?"),
-        (["--method.inner", "TIES", "--method.inner.kep", "0.3"], "did you mean"),
-        (["--method.inner", "TIES", "--method.inner.keep", "3"], "keep"),
-    ],
-)
-def test_mistakes_inside_get_a_sentence(library, capsys, options, sentence):
-    try:
-        code = command(library, "--method", "SVC", *options)
-    except SystemExit as leaving:
-        code = leaving.code
-    assert code
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert "Traceback" not in error
-    assert not (library / "ab").exists()
 
 
 OWN = """

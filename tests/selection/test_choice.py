@@ -215,16 +215,6 @@ def test_a_weight_that_ends_without_entries_trains_exports_merges_and_applies(
     assert check.largest_difference < 1e-4
 
 
-def test_masked_experts_compete_among_all_weights_too(tiny_llama_dir, task_files, tmp_path) -> None:
-    spy = Spy(ConnectionSensitivity("absolute"))
-    watch = Watch(score=spy, rule=Reselect(every=2, until=0.5), scope="global")
-    module, _, _ = runs.fit(tiny_llama_dir, task_files, tmp_path, MASKED, watch, max_steps=4)
-    assert watch.selections == 1
-    wanted = _highest({name: found.reshape(-1) for name, found in spy.of(module).items()}, 2 * (102 + 153))
-    assert watch.supports[2:] == [wanted, wanted]
-    assert watch.sizes() == {(1536, 1024, 1536, 1024), tuple(map(len, wanted.values()))}
-
-
 def test_a_masked_weight_that_is_kept_whole_stays_whole_when_others_grow_and_drop(
     tiny_llama_dir, task_files, tmp_path
 ) -> None:
@@ -588,30 +578,6 @@ def test_a_checkpoint_of_a_choice_among_all_weights_is_tested_in_a_fresh_module(
         assert torch.equal(trained.expert.indices, loaded.expert.indices)
         assert torch.equal(trained.matrix, loaded.matrix), name
     assert any(layer.expert.kept_units != _share(units, name) for (name, layer), _ in pairs)
-
-
-def test_a_masked_weight_is_scored_with_its_change(tiny_llama_dir, task_files, tmp_path) -> None:
-    """Its layer's own weight is the frozen base; what the loss sees is the sum."""
-    seen = []
-
-    class Look(WeightMagnitude):
-        def __call__(self, weight, gradient, delta):
-            seen.append((weight.clone(), delta.dense().clone()))
-            return super().__call__(weight, gradient, delta)
-
-    module, _, _ = runs.fit(
-        tiny_llama_dir,
-        task_files,
-        tmp_path,
-        MASKED,
-        MaskSchedule(score=Look(), rule=Reselect(every=3, until=0.5)),
-        max_steps=4,
-    )
-    bases = [layer.matrix for _, layer in expert_layers(module.model)]
-    assert len(seen) == len(bases)
-    for weight, change in seen:
-        assert change.any()
-        assert any(torch.equal(weight, base + change) for base in bases if base.shape == weight.shape)
 
 
 @pytest.mark.parametrize(

@@ -187,15 +187,6 @@ def test_curvature_is_the_hessians_product_with_the_gradient_of_all_layers(
         assert _error({name: found[name]}, {name: exact}) < 5 * tolerance
 
 
-def test_the_error_of_the_curvature_falls_with_the_square_of_the_step() -> None:
-    """A one-sided difference would fall with the step itself; rounding would stop it."""
-    wanted, errors = _exact_curvature(), []
-    for step in (0.4, 0.2, 0.1):
-        errors.append(_error(_curvature(KINDS[0], torch.float64, step=step), wanted))
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
-
-
 @pytest.mark.parametrize("modules", [r".*\.0\.attn\.c_proj", conftest.TARGETS["gpt2"]])
 def test_the_step_of_the_curvature_is_a_share_of_one_weight_however_many_are_scored(modules: str) -> None:
     """A share of all weights' norm grows with their number, and is far beyond the quadratic part in a real model."""
@@ -218,23 +209,6 @@ def test_dropout_is_the_same_in_all_passes_of_a_curvature() -> None:
     found = _curvature(KINDS[0], torch.float64, train=True)
     assert _error(found, _exact_curvature(train=True)) < 5e-6
     assert _error(found, _exact_curvature()) > 0.1
-
-
-@pytest.mark.parametrize(("statistic", "passes"), [("gradient", 3), ("squared_gradient", 3), ("curvature", 9)])
-def test_passes_are_one_for_each_batch_and_group(statistic: str, passes: int) -> None:
-    model = conftest.build_model("llama")
-    inject(model, KINDS[0], PATTERN)
-    calls = []
-
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        calls.append(len(ids))
-        return _loss(model)(ids)
-
-    for budget, groups in ((2**30, 1), (1, 1 if statistic == "curvature" else 4)):
-        calls.clear()
-        scored = ScoringPass(loss, BATCHES, budget=budget)
-        getattr(scored, statistic)(selectable_layers(model), lambda name, found: None)
-        assert scored.passes == len(calls) == groups * passes
 
 
 def _rows() -> list[Example]:

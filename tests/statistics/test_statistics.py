@@ -302,29 +302,3 @@ def test_statistics_of_the_answers_of_each_expert_read_no_targets(place):
     torch.testing.assert_close(found[f"{LINEAR[0]}.weight"].values, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     assert found.facts["tasks"] == {"upper": len(answered)}
     assert found.facts["data"]["labels"] == "experts"
-
-
-def test_mistakes_are_one_sentence(place, capsys):
-    def refused(sentence, *arguments, code=1):
-        assert main(["statistics", *arguments]) == code
-        error = capsys.readouterr().err
-        assert sentence in error, error
-        assert error.count("\n") == 1
-
-    upper, tasks = ["--experts", "[library/upper]", "--kind"], ["--data.tasks", json.dumps(TASKS)]
-    refused(
-        "kind must be one of fisher, gram, merged_gram, prompt_parts, prompts, got grams; did you mean gram?",
-        *upper,
-        "grams",
-        *tasks,
-        code=2,
-    )
-    refused("library/upper was trained on upper, and", *upper, "gram", "--data.tasks", json.dumps(TASKS[1:]))
-    refused("rows=0 must be at least 1", *upper, "gram", *tasks, "--rows", "0")
-    held_out = json.dumps([TASKS[0] | {"role": "held_out"}])
-    refused("there are no validation rows", *upper, "gram", "--data.tasks", held_out)
-    assert main(["statistics", *upper, "gram", *tasks]) == 0
-    capsys.readouterr()
-    refused("gram.safetensors exists already; replace it with overwrite: true", *upper, "gram", *tasks)
-    command("merge", "--method", "RegMean", "--out", "library/x")
-    assert "library/reverse has no gram statistics" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.tuner import Tuner
 from testbed.runs import mixture, module, trainer
 
 from modular_experts.experts import LoRAExpert, SparseExpert
@@ -41,9 +40,3 @@ def test_a_found_batch_size_trains_as_the_same_size_typed_in(tiny_llama_dir, tas
     assert data.batch_size == 4
     typed, _ = run(tiny_llama_dir, task_files, tmp_path, SparseExpert, rows=4)
     assert same(found, typed)
-
-
-def test_the_tuner_finds_a_rate_in_python(tiny_llama_dir, task_files, tmp_path):
-    trained, data = module(tiny_llama_dir, LoRAExpert), mixture(task_files, tiny_llama_dir)
-    Tuner(trainer(tmp_path)).lr_find(trained, datamodule=data, num_training=40, min_lr=1e-4, max_lr=0.1)
-    assert 1e-4 < trained.learning_rate < 0.1

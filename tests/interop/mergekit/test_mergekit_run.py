@@ -136,51 +136,6 @@ parameters: {{lambda: 0.5, normalize: {str(normalize).lower()}}}
     assert_merge(merged, {name: expected(name) for name in base})
 
 
-def test_breadcrumbs_drops_both_ends(run, place):
-    merged = run("""
-merge_method: breadcrumbs
-base_model: base
-models:
-  - {model: a, parameters: {weight: 0.9, density: 0.6, gamma: 0.02}}
-  - {model: b, parameters: {weight: 0.4, density: 0.95, gamma: 0.1}}
-  - {model: c, parameters: {weight: 0.2}}
-""")
-    base, (a, b, c) = differences_from_base(place, "a", "b", "c")
-
-    def band(delta, density, gamma):
-        size, largest = delta.numel(), int(gamma * delta.numel())
-        stay = int(density * size)
-        if stay + largest > size:
-            largest = size - stay
-        return keep_largest(delta, stay + largest) - (keep_largest(delta, largest) if largest else 0)
-
-    def expected(name):
-        return base[name] + 0.9 * band(a[name], 0.6, 0.02) + 0.4 * band(b[name], 0.95, 0.1) + 0.2 * c[name]
-
-    assert int(0.02 * base["model.norm.weight"].numel()) == 0
-    assert_merge(merged, {name: expected(name) for name in base})
-
-
-def test_ram_averages_what_several_move_and_adds_what_one_moves(run, place):
-    models = "base_model: base\nmodels: [{model: a}, {model: b}, {model: c}]\n"
-    base, deltas = differences_from_base(place, "a", "b", "c")
-    moved = {name: torch.stack([delta[name] for delta in deltas]) for name in base}
-
-    def expected(name, r=0.0):
-        above = moved[name].abs() > 0.02
-        alone, shared = above & (above.sum(0) == 1), above & (above.sum(0) > 1)
-        dims = tuple(range(1, moved[name].ndim))
-        ratio = (shared.sum(dims) / alone.sum(dims).clamp(min=1)).clamp(max=0.2)
-        factor = (1 + r * ratio).view(-1, *[1] * len(dims))
-        parts = moved[name] * (alone * factor + shared / above.sum(0).clamp(min=1))
-        return base[name] + parts.sum(0)
-
-    merged = run(models + "merge_method: ram\nparameters: {epsilon: 0.02}")
-    assert_merge(merged, {name: expected(name) for name in base})
-    merged = run(models + "merge_method: ramplus_tl\nparameters: {epsilon: 0.02, r: 0.5}")
-    assert_merge(merged, {name: expected(name, 0.5) for name in base})
-
-
 def test_slices_count_their_layers_by_themselves(run, place):
     merged = run("""
 merge_method: linear
@@ -254,20 +209,6 @@ def test_merge_is_an_ordinary_checkpoint_in_the_asked_data_type(run, place, tmp_
     manifest = json.loads((tmp_path / "merged/modular_experts.json").read_text())
     assert manifest["mergekit"]["merge_method"] == "slerp"
     assert set(manifest["models"]) == {"a", "base"}
-
-
-def test_deviations_are_those_that_the_recipe_comes_across(run):
-    told = []
-    run(
-        "merge_method: breadcrumbs\nbase_model: base\ndtype: float16\nmodels: [{model: a, parameters: {weight: "
-        "[{filter: '.*mlp', value: 0}, {value: 1}], density: 0.02}}]",
-        announce=told.extend,
-    )
-    expected = ["precision", "equal magnitudes", "density of less than one entry", "filter '.*mlp'"]
-    assert [deviation.what for deviation in told] == expected
-    told.clear()
-    run("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}", announce=told.extend)
-    assert told == []
 
 
 ONE = "base_model: base\nmodels: [{model: other, parameters: {weight: 1}}]\nmerge_method: task_arithmetic\n"
