@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 from modular_experts import __version__
 from modular_experts.cli.commands import VERBS
-from modular_experts.cli.ending import run_and_end
 from modular_experts.cli.errors import guarded, unknown_command
 from modular_experts.old_names import install_old_names
 
@@ -39,11 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(argv))
 
 
-def program() -> int:
-    """Run the command of this process, and let the process end quickly."""
-    return run_and_end(main)
-
-
 def _run(argv: Sequence[str]) -> None:
     """Print help, or import and run a command."""
     verb = argv[0] if argv else "help"
@@ -57,7 +48,7 @@ def _run(argv: Sequence[str]) -> None:
     elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
         from modular_experts.cli.help import command_help, training_help
 
-        file, function, summary, positional, _ = VERBS[verb]
+        file, function, summary, positional = VERBS[verb]
         whole = not {"-h", "--help"} & set(argv)
         print(command_help(verb, file, function, positional, whole) if function else training_help(verb, summary))
     else:
@@ -65,38 +56,15 @@ def _run(argv: Sequence[str]) -> None:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         install_old_names()
-        if not VERBS[verb].function:
-            from modular_experts.cli.option_names import check_option_names
-
-            check_option_names(verb, argv[1:])
-        module = _imported(f"modular_experts.cli.{VERBS[verb].file}")
-        if VERBS[verb].function:
+        file, function, _, positional = VERBS[verb]
+        module = importlib.import_module(f"modular_experts.cli.{file}")
+        if function:
             from modular_experts.cli.command import run_command
 
-            command = VERBS[verb]
-            run_command(getattr(module, command.function), argv, command.positional, plain=command.plain)
+            run_command(getattr(module, function), argv, positional)
         else:
             module.run(argv)
 
 
-def _imported(name: str) -> ModuleType:
-    """Import a module without searching for garbage meanwhile, and never search what it brought.
-
-    torch, Lightning and transformers make a million objects that stay. Python looks through all of them again and again
-    while their number grows, which took a sixth of the time of their import.
-    """
-    if name in sys.modules:
-        return sys.modules[name]
-    gc.disable()
-    try:
-        module = importlib.import_module(name)
-        gc.freeze()
-        # At the end the bindings of libraries are taken apart as ever; nanobind complains of what is left over.
-        atexit.register(gc.unfreeze)
-    finally:
-        gc.enable()
-    return module
-
-
 if __name__ == "__main__":
-    sys.exit(program())
+    sys.exit(main())

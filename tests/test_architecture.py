@@ -34,8 +34,6 @@ BESIDE_TORCH = {"base": {"huggingface_hub", "numpy", "transformers"}, "native": 
 OUTSIDE = {
     "safetensors": {"base", "hub", "interop", "library"},
     "triton": {"kernels"},
-    "jsonargparse": {"cli", "settings"},
-    "lightning.pytorch.cli": {"cli", "settings"},
 }
 FRONT_DOORS = {"modular_experts", "modular_experts.__main__"}
 VAGUE = {"base_utils", "common", "helpers", "misc", "tools", "util", "utils"}
@@ -161,9 +159,6 @@ def test_imports_keep_the_layers() -> None:
         ("merger.merged", "from safetensors.torch import save_file", "only base and hub and interop and library may"),
         ("training.module", "import safetensors", "only base and hub and interop and library may"),
         ("training.module", "from modular_experts.cli.errors import guarded", "only __main__ opens"),
-        ("data.tasks", "from jsonargparse import ArgumentParser", "only cli and settings may"),
-        ("callbacks.results", "from lightning.pytorch.cli import LightningCLI", "only cli and settings may"),
-        ("callbacks.results", "from lightning.pytorch import cli", "only cli and settings may"),
         ("cli", "import torch", "standard library only"),
         ("__main__", "import torch", "standard library only"),
         ("__main__", "from modular_experts.deltas import Dense", "imports no room"),
@@ -182,7 +177,6 @@ def test_a_forbidden_import_is_caught(module: str, line: str, sentence: str) -> 
         ("library.expert", "from safetensors import safe_open"),
         ("library.record", "import modular_experts\nmodular_experts.__version__"),
         ("callbacks.results", "from lightning.pytorch import Callback"),
-        ("cli.training", "from lightning.pytorch.cli import LightningCLI"),
         ("__main__", "from modular_experts.cli.errors import guarded"),
     ],
 )

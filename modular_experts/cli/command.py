@@ -1,30 +1,22 @@
 """Run a command that is one typed function: its arguments are the options, its docstring is the help.
 
-The words of the command line become options (`arguments.py`), jsonargparse makes their values, and the function is
-called with them. If jsonargparse refuses, `parser_errors.py` writes the sentence.
+`words.py` reads the words of the command line, `settings.read_arguments` makes values of them, and the function is
+called with these.
 """
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
-from modular_experts.settings import TRUST
-from modular_experts.settings.arguments import (
-    NO_SHORT_NAMES,
-    arguments_of,
-    as_settings,
-    as_words,
-    fold_configs,
-    given_as,
-    read_options,
-)
-from modular_experts.settings.parser_errors import check_settings, explained
+from modular_experts.cli.words import Option, as_typed, kinds_of, read_options, settings_of
+from modular_experts.settings import NO_SHORT_NAMES, UsageError, arguments_of, class_named, read, read_arguments
+
+TRUST: dict[str, Any] = {"trust": list[str]}
+"""The option of every command that names modules of the user."""
 
 
 def run_command(
@@ -32,7 +24,6 @@ def run_command(
     argv: Sequence[str],
     positional: Sequence[str] = (),
     short: Mapping[str, str] = NO_SHORT_NAMES,
-    plain: bool = False,
 ) -> None:
     """Parse a command's arguments and call its function.
 
@@ -41,45 +32,63 @@ def run_command(
         argv: The command and its arguments.
         positional: Names of the options that may also be given by position.
         short: Full name of each option that has a short one.
-        plain: Whether the function gets the settings as a YAML file holds them, and no objects that they describe.
 
     Raises:
         UsageError: The arguments do not fit; nothing was called.
     """
-    hints, required = arguments_of(function)
-    hints |= {"trust": list[str]}
-    options, config = fold_configs(read_options(argv[1:], hints, positional, short), short=short)
-    if plain:
-        given = as_settings(options, config, hints)
-        printed = "print_config" in given
-        given.pop("print_config", None)
-        check_settings("--", given, hints, required)
-        if printed:
-            print(yaml.safe_dump(given, sort_keys=False), end="")
-        else:
-            _trust_named(given)
-            function(**given_as(function, given))
-        return
-    # Errors are raised, so that they become sentences.
-    parser = ArgumentParser(prog=f"modular-experts {argv[0]}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="A YAML file with these options; several may be given.")
-    parser.add_argument("--trust", type=list[str], default=[], help=next(iter(TRUST.values())))
-    parser.add_function_arguments(function)
-    words = ["--config", json.dumps(config, default=str), *as_words(options)]
-    try:
-        settings = parser.instantiate(parser.parse_args(words))
-    except ArgumentError as error:
-        raise explained(error, options, config, hints, required, short) from None
-    settings.pop("config", None)
-    given = settings.as_dict()
-    _trust_named(given)
-    function(**given)
+    hints, _ = arguments_of(function)
+    options = read_options(argv[1:], hints | TRUST, positional, short)
+    with spelt_as_typed(options, short):
+        if helped := help_asked(options, hints):
+            print(helped)
+            return
+        settings = settings_of(options, hints | TRUST, short)
+        trust_named(settings)
+        found = read_arguments("--", function, settings)
+    if asks_for_config(options):
+        print_config(found.plain)
+    arguments = found.make()
+    function(**arguments)
 
 
-def _trust_named(given: dict[str, Any]) -> None:
-    """Take the option `trust` out of the settings of a command, and trust the user's own modules that it names."""
-    if named := given.pop("trust", []):
+def trust_named(settings: dict[str, Any]) -> None:
+    """Take the option `--trust` out of settings, and trust the user's own modules that it names."""
+    if named := read("--trust", list[str], settings.pop("trust", [])).make():
         # Which imports torch.
         from modular_experts.library.described import trust
 
         trust(*named)
+
+
+@contextmanager
+def spelt_as_typed(options: Sequence[Option], short: Mapping[str, str]) -> Iterator[None]:
+    """Let the sentences of usage errors name options as somebody typed them."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(as_typed(str(error), options, short)) from None
+
+
+def asks_for_config(options: Sequence[Option]) -> bool:
+    """Return whether the command line has the option `--print_config`."""
+    return any(one.name == "print_config" for one in options)
+
+
+def print_config(settings: Mapping[str, Any]) -> None:
+    """Print all settings as a config file, and leave."""
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+    raise SystemExit(0)
+
+
+def help_asked(options: Sequence[Option], hints: Mapping[str, Any]) -> str:
+    """Return the help on the settings of a class, such as `--method.help TIES`; empty if nobody asks for it."""
+    for one in options:
+        if one.name.endswith(".help"):
+            from modular_experts.cli.help import class_help
+
+            option = one.name.removesuffix(".help")
+            others = [other.words for other in options if other.name == option]
+            words = one.words or next(iter(others), [])
+            kind, given_by_us = class_named(f"--{option}", kinds_of(option, hints), words[0] if words else None)
+            return class_help(f"--{option}.", kind, given_by_us)
+    return ""

@@ -13,14 +13,12 @@ class Command(NamedTuple):
     summary: str
     # Options that may also be given by position.
     positional: tuple[str, ...] = ()
-    # Whether the function takes settings as a YAML file holds them, and no objects that they describe.
-    plain: bool = False
 
 
 VERBS = {
     "quickstart": Command("quickstart", "quickstart", "see it all on generated tasks: train, merge, test, report"),
     "fit": Command("training", "", "train experts on task files"),
-    "study": Command("study", "study", "train, merge and test many experts by one description", plain=True),
+    "study": Command("study", "study", "train, merge and test many experts by one description"),
     "validate": Command("training", "", "measure a model on the validation rows"),
     "test": Command("training", "", "measure a model on the test rows: a table, and results.json"),
     "evaluate": Command("evaluate", "evaluate", "compare a base and experts: a table, results.json, and a page"),

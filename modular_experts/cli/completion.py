@@ -37,7 +37,7 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
         modular-experts completion zsh >> ~/.zshrc
     """
     cases = []
-    for verb, (file, function, summary, positional, _) in VERBS.items():
+    for verb, (file, function, summary, positional) in VERBS.items():
         shown = command_help(verb, file, function, positional, True) if function else training_help(verb, summary)
         options = re.findall(r"^  (--[\w-]+)", shown.partition("\nexamples:")[0], re.MULTILINE)
         cases.append(f'      {verb}) words="{" ".join(options)}" ;;')

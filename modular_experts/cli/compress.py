@@ -69,8 +69,25 @@ def compress(
         return f"{what}: {done / total:.0%} of the work done, about {left} left"
 
     with progress_by_tenths(*Progress.get_default_columns(), TimeElapsedColumn(), line=line, transient=True) as bar:
-        settings = (slack, evaluations, members, multiple, damping, tokens, search_tokens, test_tokens, length, seed)
-        found = make_smaller(base, tasks, out, keep, *settings, revision, overwrite=overwrite, progress=bar)
+        found = make_smaller(
+            base,
+            tasks,
+            out,
+            keep,
+            slack=slack,
+            evaluations=evaluations,
+            members=members,
+            multiple=multiple,
+            damping=damping,
+            tokens=tokens,
+            search_tokens=search_tokens,
+            test_tokens=test_tokens,
+            length=length,
+            seed=seed,
+            revision=revision,
+            overwrite=overwrite,
+            progress=bar,
+        )
     parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
     parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
     share = share_text(found.parameters / found.base)

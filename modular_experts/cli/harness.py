@@ -72,13 +72,24 @@ def harness(
         print(f"{export}: {', '.join(written)}; {Path(export, ABOUT)} shows the command for them")
         return
     assert out is not None
-    how = (limit, num_fewshot, max_new_tokens, batch_size, dtype)
 
     def show(model: str, done: int, total: int) -> None:
         if done < total:
             print(f"measuring {model}, {done + 1} of {total}", flush=True)
 
-    results = measure_by_harness(base, mixes, tasks, out, overwrite, *how, progress=show)
+    results = measure_by_harness(
+        base,
+        mixes,
+        tasks,
+        out,
+        overwrite,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        progress=show,
+    )
     Console(width=80).print(_table(results).text())
     print(f"\nthe results are in {Path(out, RESULTS)}")
 

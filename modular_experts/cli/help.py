@@ -8,13 +8,14 @@ sentence about each of the others, and examples at the end; `--help-all` prints 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modular_experts.settings import OWN_OPTIONS, TRUST
+from modular_experts.settings import arguments_of
 
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26
@@ -25,9 +26,20 @@ _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 _METAVARS |= {"DType": " {float32,bfloat16,float16,float64}"}
 # Arguments that are an object, whose fields are options: the annotation, and the file of its class.
 _OBJECTS = {"Description": "study/settings.py"}
+# An argument in a docstring, with its type or without, and the lines of its text.
+_ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 # Both spellings work; the help shows the usual one.
 _HYPHENS = {"dry_run": "dry-run"}
-_EVERYWHERE = TRUST | {
+OWN_OPTIONS = {
+    "--out LIBRARY/NAME": "Directory of the expert; without it, none is kept.",
+    "--overwrite": "Replace an expert.",
+    "--gate-of A [B ...]": "Train gates of stored experts, for Phatgoose.",
+    "--dry-run": "Only print what it would do, and the time and memory.",
+}
+"""Options of `fit` that are arguments of no class, and their texts."""
+_EVERYWHERE = {
+    # The option by which experts with routers and plans of one's own open (`library/described.py`).
+    "--trust A [B ...]": "Your modules, whose classes records may name.",
     "--config FILE": "YAML file with options; of several, the last wins.",
     "--print_config": "Print all options as such a file, and do nothing.",
     "--help-all": "Print all options, and their whole texts.",
@@ -153,6 +165,36 @@ def training_help(verb: str, summary: str) -> str:
         ]
     sections = {"required": required, "options": options, "": run | _EVERYWHERE}
     return _screen(verb, [f"{summary[0].upper()}{summary[1:]}."], sections, examples)
+
+
+def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
+    """Return the help on the settings of a class that is imported: what stands in its docstring, and the defaults.
+
+    Args:
+        prefix: What stands before each name, such as `--method.`.
+        kind: The class.
+        given_by_us: How many of its first arguments the package gives.
+    """
+    hints, defaults = arguments_of(kind, given_by_us)
+    texts: dict[str, str] = {}
+    for one in reversed(inspect.getmro(kind)):
+        for documented in (one, vars(one).get("__init__")):
+            doc = inspect.cleandoc(getattr(documented, "__doc__", None) or "")
+            for name, text in re.findall(_ENTRY, doc, re.MULTILINE):
+                # The length of a run is ours.
+                texts[name] = re.sub(r"(max_epochs\s*=\s*)1000", r"\g<1>3", " ".join(text.split()))
+    summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
+    lines = [*textwrap.wrap(f"{kind.__name__}: {summary}", _WIDTH), ""]
+    for name, default in defaults.items():
+        text = texts.get(name, "")
+        text += "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
+        lines += textwrap.wrap(
+            f"  {prefix}{name} {_METAVARS.get(getattr(hints[name], '__name__', ''), ' X').strip()}  {text}",
+            _WIDTH,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
 
 
 def _learning_rate(file: str) -> float:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modular_experts.base import Base, DType
+from modular_experts.base import DType
 from modular_experts.base.files import MANIFEST
 from modular_experts.cli.format import counted, duration_text, print_check, progress_bar, summary, value_text
 from modular_experts.cli.tuning import Tuning, print_tuning
-from modular_experts.library import check_target, open_expert, open_experts
+from modular_experts.library import check_target, open_expert
 from modular_experts.library.described import describe
 from modular_experts.library.record import RECORD_FILE
 from modular_experts.merger.estimate import WeightEstimate, check_memory, estimate, largest, seconds
-from modular_experts.merger.merged import Merged, write_merged
+from modular_experts.merger.merged import Merged, write_checkpoint, write_merged
 from modular_experts.merger.remove import remove as remove_expert
 from modular_experts.methods import MergeMethod
 from modular_experts.text import bytes_of, bytes_text, in_any_block
+
+if TYPE_CHECKING:
+    from modular_experts.tuning import Tuned
 
 
 def merge(
@@ -79,46 +82,71 @@ def merge(
         raise ValueError("tuning chooses the settings of one method for all weights; give a method, and no per_weight")
     if not dry_run:
         check_target(out, overwrite, MANIFEST if output == "checkpoint" else RECORD_FILE)
-    merged = Merged(experts, method, per_weight)
+    merged, tuned, check = Merged(experts, method, per_weight), None, None
     if max_memory:
         check_memory(estimate(merged), bytes_of(max_memory))
     if dry_run:
         _print_plan(merged)
         return
-    tuned = None
     if tune and method:
-        from modular_experts.tuning import tune as tune_settings
-        from modular_experts.tuning.recipe import check_files_beside, trials_file, write_trials
-
-        check_files_beside([trials_file(out)], overwrite)
-        target, bar = out if output == "expert" else None, progress_bar("tuning")
-        how = (tune.grid, tune.rows, tune.base, overwrite, bar, tune.labels, tune.expert_of, tune.max_new_tokens)
-        tuned = tune_settings(open_experts(experts), method, tune.data, target, *how)
+        tuned = _tuned(merged, method, tune, out, overwrite, written=output == "expert")
         merged = Merged(merged.stored, tuned.method)
     bar = progress_bar("merging")
     if output == "checkpoint":
-        origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")}
-        origin |= tuned.notes if tuned else {}
-        opened = Base.open(base, merged.stored)
-        check = opened.write(merged, out, dtype, True, tolerance, overwrite, bar, origin=origin, key=merged.key())
-        if tuned:
-            write_trials(out, tuned.trials)
+        notes = tuned.notes if tuned else {}
+        check = write_checkpoint(merged, out, base, dtype, tolerance, overwrite=overwrite, progress=bar, notes=notes)
     elif tuned is None:
         write_merged(merged, out, overwrite, bar)
     if tuned and tune:
+        from modular_experts.tuning.recipe import trials_file, write_trials
+
+        if output == "checkpoint":
+            write_trials(out, tuned.trials)
         print_tuning(tuned, searched="scale" not in tune.grid)
         print(f"all trials are in {trials_file(out)}")
-    texts = Counter(map(_method_text, merged.rules.values()))
-    for text, number in texts.items():
-        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
-        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
-    _print_kept(merged)
+    _print_methods(merged)
     if output == "checkpoint":
         print_check(check)
         print(f"{out}: a checkpoint of the base and the merge")
         if merged.beside():
             print("the experts of the tasks are not part of a checkpoint; merge into an expert to get them")
-        return
+    else:
+        _print_experts(merged, out)
+
+
+def _tuned(merged: Merged, method: MergeMethod, tune: Tuning, out: str, overwrite: bool, written: bool) -> Tuned:
+    """Choose the settings of a method, and write the merge if it shall be an expert."""
+    from modular_experts.tuning import tune as tune_settings
+    from modular_experts.tuning.recipe import check_files_beside, trials_file
+
+    check_files_beside([trials_file(out)], overwrite)
+    return tune_settings(
+        merged.stored,
+        method,
+        tune.data,
+        out if written else None,
+        grid=tune.grid,
+        rows=tune.rows,
+        base=tune.base,
+        overwrite=overwrite,
+        progress=progress_bar("tuning"),
+        labels=tune.labels,
+        expert_of=tune.expert_of,
+        max_new_tokens=tune.max_new_tokens,
+    )
+
+
+def _print_methods(merged: Merged) -> None:
+    """Print how many weights each method merged, and which stay at the base."""
+    texts = Counter(map(_method_text, merged.rules.values()))
+    for text, number in texts.items():
+        weights = f" in {counted(number, 'weight')}" if len(texts) > 1 else ""
+        print(f"merged {counted(len(merged.experts), 'expert')} with {text}{weights}")
+    _print_kept(merged)
+
+
+def _print_experts(merged: Merged, out: str) -> None:
+    """Print what was written: the merge, and the experts for single tasks beside it."""
     stored = open_expert(out)
     print(f"{out}: {summary(stored)}")
     for name in merged.beside():

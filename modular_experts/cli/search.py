@@ -81,8 +81,20 @@ def search(
         return
     if not isinstance(algorithm, CoefficientSearch):
         raise ValueError(f"{type(algorithm).__name__} is neither a CoefficientSearch nor a PathSearch")
-    how = (merges or (), rows, base, overwrite, bar, labels, expert_of, max_new_tokens)
-    done = search_coefficients(experts, algorithm, data, out, *how)
+    done = search_coefficients(
+        experts,
+        algorithm,
+        data,
+        out,
+        merges=merges or (),
+        rows=rows,
+        base=base,
+        overwrite=overwrite,
+        progress=bar,
+        labels=labels,
+        expert_of=expert_of,
+        max_new_tokens=max_new_tokens,
+    )
     found = done.found
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     print_agreement(done.expert.record, done.agreement)

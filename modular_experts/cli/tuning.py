@@ -1,6 +1,6 @@
 """Define the options `--tune` of `merge` and `--leave_out` of `interference`, and print what a tuning found.
 
-This is a file of its own because jsonargparse runs the imports under TYPE_CHECKING in the file of a command.
+They name `TaskMixture` without importing it, so that a plain merge does without Lightning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rich.table import Table
 from modular_experts.cli.format import counted, value_text
 
 if TYPE_CHECKING:
-    # jsonargparse imports these when --tune is given, so that a plain merge does without Lightning.
     from modular_experts.data import TaskMixture
     from modular_experts.tuning import Tuned
 

@@ -14,8 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from modular_experts.data.rows import OWN, Form, Row, RowReader, recognise, template_fields
 from modular_experts.data.sources import Record, TaskSource, Wanted, hub_records, path_records
 from modular_experts.text import did_you_mean
@@ -167,9 +165,6 @@ def as_tasks(tasks: Tasks) -> list[Task]:
     made: dict[str, Task] = {}
     known = [entry.name for entry in fields(Task)]
     for given in [tasks] if isinstance(tasks, Task | Mapping | str | os.PathLike) else tasks:
-        if isinstance(given, str) and given.startswith(("[", "{")):
-            # The command line reads tasks with an unknown key as one path; reading them again finds the key.
-            return as_tasks(yaml.safe_load(given))
         if isinstance(given, str | os.PathLike):
             given = {"path": os.fspath(given)}
         if isinstance(given, Mapping):

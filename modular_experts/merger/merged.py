@@ -14,6 +14,8 @@ from typing import Any, overload
 
 import torch
 
+from modular_experts.base import Base, DType
+from modular_experts.base.verify import Check
 from modular_experts.deltas import Delta, Sparse
 from modular_experts.deltas.task_vector import Sum, TaskVector
 from modular_experts.injection.attach import mergeable_as
@@ -265,6 +267,26 @@ def write_merged(
     # The merged expert comes last, so that everything is there when it is.
     write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)
     return open_expert(target)
+
+
+def write_checkpoint(
+    merged: Merged,
+    out: str | Path,
+    base: str | Path | None = None,
+    dtype: DType | None = None,
+    tolerance: float = 1e-3,
+    *,
+    overwrite: bool = False,
+    progress: Progress = iter,
+    notes: Mapping[str, Any] | None = None,
+) -> Check | None:
+    """Write base plus merge as an ordinary checkpoint, without an expert in between (`Base.write`).
+
+    The checkpoint keeps the parents and the methods as its origin, and `notes` about the choice of their settings.
+    """
+    origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
+    opened = Base.open(base, merged.stored)
+    return opened.write(merged, out, dtype, True, tolerance, overwrite, progress, origin=origin, key=merged.key())
 
 
 class _Group(Iterable[Sequence[Delta]]):

@@ -15,11 +15,13 @@ from typing import Any
 from modular_experts.evaluation import measure
 from modular_experts.jobs import LocalProcesses, Piece
 from modular_experts.methods import MergeMethod
-from modular_experts.settings.make import estimate_fit, make
+from modular_experts.settings import make
 from modular_experts.study.merges import Ensemble, Merge
 from modular_experts.study.run import Left, Pace, State, sentence_of
 from modular_experts.study.settings import Study
-from modular_experts.study.work import loaded, test_rows, training_configs
+from modular_experts.study.work import loaded, test_rows, training_settings
+from modular_experts.training.fit import estimate_fit
+from modular_experts.training.settings import read_run
 from modular_experts.tuning.tune import most_trials
 
 Show = Callable[[str, int, int], None]
@@ -83,9 +85,8 @@ def _arguments(piece: Piece) -> Mapping[str, Any]:
 def _training(piece: Piece) -> dict[str, float]:
     """Return the seconds and the memory of a training, and the bytes of its expert on disk."""
     given = _arguments(piece)
-    found = estimate_fit(
-        training_configs(given["study"], given["out"], given["configs"], given["tasks"], given["seed"])
-    )
+    settings = training_settings(given["study"], given["out"], given["configs"], given["tasks"], given["seed"])
+    found = estimate_fit(**read_run(settings).make())
     return {"seconds": sum(found.seconds.values()), "bytes": found.on_disk, "memory": found.peak}
 
 

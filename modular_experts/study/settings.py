@@ -25,13 +25,13 @@ from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
 from modular_experts.library import StoredExpert, check_name
 from modular_experts.library.described import trusted
-from modular_experts.settings import Options
-from modular_experts.settings.make import check_fit, make, plain
+from modular_experts.settings import SHORT_NAMES, Options, folded, make, plain, respelt
 from modular_experts.study.grids import Kinds, for_seed, spelt_out
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
 from modular_experts.study.published import SINGLE, Published, read_published
 from modular_experts.study.tasks import content_hash, read_tasks
 from modular_experts.text import did_you_mean
+from modular_experts.training.settings import read_run
 
 log = logging.getLogger(__name__)
 
@@ -292,12 +292,14 @@ def _check_fits(given: Description, kinds: Mapping[str, list[Settings]], task: S
     """Raise ValueError if the configs of a fit, or how all rows are read, have settings that do not fit."""
     shared = "fit and " if given.fit else ""
     own = {"model": {"base": given.base}, "data": {**(given.data or {}), "tasks": [task]}}
+    short = {full: name for name, full in SHORT_NAMES.items()}
     for kind, configs in kinds.items():
         try:
-            check_fit(for_seed([*configs, own], seed))
+            every = for_seed([*configs, own], seed)
+            read_run(folded([("the config", one) for one in every], short=SHORT_NAMES))
         except ValueError as error:
             name = MULTITASK if kind == MULTITASK else f"{shared}experts.{kind}"
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name}: {respelt(str(error), short)}") from error
 
 
 def read_counts(counts: Sequence[Any] | Mapping[Any, Any], tasks: int) -> dict[int, int]:

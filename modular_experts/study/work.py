@@ -39,10 +39,12 @@ from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
-from modular_experts.settings.make import fit, make
+from modular_experts.settings import SHORT_NAMES, folded, make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.merges import Ensemble, Merge, Route
 from modular_experts.study.settings import Measure, Study
+from modular_experts.training.fit import fit
+from modular_experts.training.settings import read_run
 from modular_experts.tuning import CoefficientSearch, Objective, search
 from modular_experts.tuning.tune import notes_of, tune_groups
 
@@ -86,7 +88,7 @@ def train(
     started = time.perf_counter()
     trust(*study.trust)
     target = out / "library" / name
-    settings = training_configs(study, out / "runs" / name, configs, tasks, seed)
+    settings = training_settings(study, out / "runs" / name, configs, tasks, seed)
 
     def show(line: str, share: float) -> None:
         # On a terminal the bar of the study has the last line.
@@ -94,21 +96,22 @@ def train(
             print(f"training {name}: {line}", file=sys.stderr, flush=True)
 
     with lines_shown(show):
-        fit([*settings, {"out": str(target), "overwrite": True}])
-    return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
+        expert = fit(**read_run(settings | {"out": str(target), "overwrite": True}).make())
+    return _about(expert) | {"seconds": time.perf_counter() - started}
 
 
-def training_configs(
+def training_settings(
     study: Study, place: Path, configs: Sequence[Mapping[str, Any]], tasks: Sequence[str], seed: int
-) -> list[Mapping[str, Any]]:
-    """Return all configs of a training, of which a later one wins; `place` is for what one of them asks to keep."""
+) -> dict[str, Any]:
+    """Return the settings of a training; a later config beats those before it, and `place` is for what one keeps."""
     own = {
         "seed_everything": seed,
         "model": {"base": study.base},
         "data": study.data | {"tasks": [study.held_in[task] for task in tasks]},
         "trainer": {"default_root_dir": str(place)},
     }
-    return [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
+    every = [{"trainer": QUIET, "model": {"dtype": study.dtype}}, *configs, own]
+    return folded([("the config", one) for one in every], short=SHORT_NAMES)
 
 
 def take(study: Study, out: Path, kind: str, of: str, seed: int) -> dict[str, Any]:

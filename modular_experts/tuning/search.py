@@ -158,8 +158,17 @@ def search(
     check_files_beside([recipe_file(out), trials_file(out)], overwrite)
     opened = open_experts(experts)
     lazy = [Merged(opened, method) for method in merges]
-    told = (labels, expert_of, max_new_tokens, progress, algorithm.distills)
-    objective = objective_on_base(opened, data, rows, base, *told)
+    objective = objective_on_base(
+        opened,
+        data,
+        rows,
+        base,
+        labels=labels,
+        expert_of=expert_of,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        distills=algorithm.distills,
+    )
     before = objective.losses()
     held = [{name: one[name] for name in progress(list(one))} for one in lazy]
     with Combination(objective.model, [*held, *opened], len(held)) as combination:

@@ -96,8 +96,11 @@ def tune(
     opened = [expert for expert in experts if isinstance(expert, StoredExpert)]
     if len(opened) < max(len(experts), 1):
         opened = open_experts([expert.path if isinstance(expert, StoredExpert) else expert for expert in experts])
-    told = (labels, expert_of, max_new_tokens, progress)
-    objective = data if isinstance(data, Objective) else objective_on_base(opened, data, rows, base, *told)
+    answers: dict[str, Any] = {"labels": labels, "expert_of": expert_of, "max_new_tokens": max_new_tokens}
+    if isinstance(data, Objective):
+        objective = data
+    else:
+        objective = objective_on_base(opened, data, rows, base, progress=progress, **answers)
     trials, best = tune_groups([(opened, objective)], method, grid, progress)
     chosen = with_settings(method, best.settings)
     base_losses, notes, expert = objective.losses(), notes_of(trials, best, rows, objective.origin), None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
@@ -100,3 +101,13 @@ def test_a_reader_that_leaves_early_ends_the_command_silently(command: str, unbu
         started.stdout.close()
         written = started.stderr.read()
     assert (started.returncode, written) == (141, b"")
+
+
+def test_what_a_command_printed_before_its_error_is_kept_and_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("print('printed')\n\n\nclass Mine: ...\n")
+    words = [sys.executable, "-m", "modular_experts", "methods", "mine.Mine"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": buffered}
+    done = subprocess.run(words, cwd=tmp_path, check=False, **both)
+    assert done.returncode
+    assert done.stdout.startswith("printed\nerror: "), done.stdout

@@ -15,7 +15,7 @@ import yaml
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.settings.arguments import arguments_of
+from modular_experts.settings import arguments_of
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 PACKAGE = Path(modular_experts.__file__).parent
@@ -105,7 +105,8 @@ def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(ca
             others = {"learning_rate", "steps", "batch_size", "modules", "expert"} if verb == "fit" else {"applied"}
             assert others <= set(options)
         else:
-            parameters, needed = arguments_of(function_of(verb))
+            parameters = arguments_of(function_of(verb))[1]
+            needed = [name for name, default in parameters.items() if default is inspect.Parameter.empty]
             spelt = {name.replace("dry_run", "dry-run") for name in parameters}
             assert set(options) == {*spelt, "trust", "config", "print_config", "help-all"}
         assert options[: len(needed)] == needed

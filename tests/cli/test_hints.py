@@ -21,14 +21,15 @@ from lightning.pytorch import Trainer
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
+from modular_experts.cli.help import OWN_OPTIONS
+from modular_experts.cli.words import kinds_of
 from modular_experts.data import TaskMixture
-from modular_experts.settings import OWN_OPTIONS, SHORT_NAMES
-from modular_experts.settings.arguments import arguments_of, kinds_of
+from modular_experts.settings import SHORT_NAMES, arguments_of
 from modular_experts.training.module import ExpertModule
 
 PACKAGE = Path(modular_experts.__file__).parent
 GROUPS = {"model": ExpertModule, "data": TaskMixture, "trainer": Trainer}
-EVERYWHERE = {"help", "help-all", "config", "print_config", "version"}
+EVERYWHERE = {"help", "help-all", "config", "print_config", "version", "trust"}
 # Programs of others.
 STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ", "dask ")
 

@@ -199,8 +199,8 @@ MISTAKES = {
     ),
     "task": (
         ["--data.tasks", '[{"nme": "a"}]'],
-        1,
-        "a task has no 'nme'; it has name, path, hub",
+        2,
+        "no option --data.tasks.nme; did you mean --data.tasks.name?",
     ),
     "setting": (
         ["--model.expert.keep_ratoi", "0.1"],

@@ -13,7 +13,7 @@ from modular_experts.data import Task
 from modular_experts.experts import LoRAExpert
 from modular_experts.library import Library
 from modular_experts.methods import TIES, Rescaled, SparseAverage
-from modular_experts.settings.make import plain
+from modular_experts.settings import plain
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.study.pieces import groups
 from modular_experts.study.tasks import named_tasks

@@ -319,8 +319,8 @@ def test_an_expert_that_comes_out_otherwise_redoes_what_was_made_of_it(settings,
     """As on a GPU, where the same training ends in other last digits."""
     assert study(settings, "--only", "merges") == 0
     shutil.rmtree("runs/mine/library/lora-upper")
-    trained = work.training_configs
-    monkeypatch.setattr(work, "training_configs", lambda *given: [*trained(*given), {"seed_everything": 7}])
+    trained = work.training_settings
+    monkeypatch.setattr(work, "training_settings", lambda *given: trained(*given) | {"seed_everything": 7})
     assert study(settings, "--only", "merges") == 0
     assert names(lines()[-2:]) == ["experts lora upper 0", "merges lora SparseAverage 2 0 0"]
     library = Library("runs/mine/library")

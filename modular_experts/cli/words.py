@@ -1,0 +1,232 @@
+"""Read the words of a command line: options as people spell them, and several config files as one.
+
+An option may be written `--dry-run` or `--dry_run`, a flag without a value, a list as plain words, some options by a
+short name or by their position. A config file beats the ones before it, and a list replaces a list.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin
+
+import yaml
+
+from modular_experts.settings import (
+    NO_SHORT_NAMES,
+    UsageError,
+    Word,
+    arguments_of,
+    folded,
+    from_yaml,
+    no_option,
+    respelt,
+)
+
+
+class Option(NamedTuple):
+    """An option of a command line: its full name with underscores, its words, and how it was typed."""
+
+    name: str
+    words: Sequence[str]
+    typed: str = ""
+
+
+def kinds_of(name: str, hints: Mapping[str, Any]) -> list[Any]:
+    """Return the types that an option may have, also one inside a group such as `data.tasks`; empty if unknown."""
+    head, _, rest = name.partition(".")
+    hint = hints.get(head)
+    is_union = get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [kind for kind in (get_args(hint) if is_union else [hint]) if kind not in (None, type(None))]
+    if not rest:
+        return kinds
+    kinds = [get_args(kind)[-1] if get_origin(kind) is Callable else kind for kind in kinds]
+    groups = [
+        kind
+        for kind in kinds
+        if inspect.isclass(kind) and not inspect.isabstract(kind) and kind.__module__ not in ("builtins", "typing")
+    ]
+    return kinds_of(rest, arguments_of(groups[0])[0]) if len(groups) == 1 else []
+
+
+def _is_list(kinds: Sequence[Any]) -> bool:
+    return any(get_origin(kind) is list for kind in kinds)
+
+
+def _is_table(name: str, hints: Mapping[str, Any]) -> bool:
+    return any(get_origin(kind) is dict for kind in kinds_of(name, hints))
+
+
+def read_options(
+    words: Iterable[str],
+    hints: Mapping[str, Any],
+    positional: Sequence[str] = (),
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> list[Option]:
+    """Return the options of a command line under their full names, with underscores.
+
+    Args:
+        words: The command line after the command.
+        hints: Type of each option. A list takes the words up to the next option, and a flag needs no value.
+        positional: Names of the options that may be given by position.
+        short: Full name of each option that has a short one.
+
+    Raises:
+        UsageError: A word is neither an option nor the value of one, or an option has no value, or two.
+    """
+    found: list[tuple[str, str, list[str]]] = []
+    places, room = list(positional), False
+    kinds: list[Any] = []
+    for word in words:
+        if word.startswith("--"):
+            typed, equals, value = word.partition("=")
+            name = _full_name(typed[2:], hints, short)
+            kinds = kinds_of(name.removesuffix("+"), hints)
+            found.append((name, typed, [value] if equals else []))
+            room = not equals and name != "print_config"
+        elif room and (kinds != [bool] or word.lower() in ("true", "false", "yes", "no")):
+            found[-1][2].append(word)
+            room = _is_list(kinds)
+        elif places:
+            found.append((places[0], "", [word]))
+            places = places if _is_list(kinds_of(places[0], hints)) else places[1:]
+            room = False
+        else:
+            last = found[-1][0].partition(".")[0].removesuffix("+") if found else ""
+            if last and last not in {*hints, *short, "config", "print_config", "help", "help_all"}:
+                raise no_option(found[-1][1], [f"--{name}" for name in (*short, *hints)])
+            raise UsageError(f"{word!r} is one argument too many; options start with --")
+    return _without_doubles(found, hints)
+
+
+def _without_doubles(found: Iterable[tuple[str, str, list[str]]], hints: Mapping[str, Any]) -> list[Option]:
+    """Return one option of each name; raise if one has no value, or two under two names."""
+    options: list[Option] = []
+    for name, typed, taken in found:
+        kinds = kinds_of(name.removesuffix("+"), hints)
+        if not taken and (name == "config" or (kinds and kinds != [bool])):
+            raise UsageError(f"{typed} needs a value")
+        before = next((one for one in options if one.name == name), None)
+        if before and before.typed.replace("-", "_") != typed.replace("-", "_"):
+            if before.words != taken:
+                spelt = [text or taken[0] for text in (before.typed, typed)]
+                raise UsageError(f"{' and '.join(spelt)} give one option two values; give it once")
+        elif before and _is_list(kinds) and not name.endswith("+"):
+            # A list that is given in parts is one list; of any other option the last value counts.
+            options.remove(before)
+            taken = [*before.words, *taken]
+        options.append(Option(name, taken, typed))
+    return options
+
+
+def _full_name(typed: str, hints: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """Return an option's full name with underscores, but for keys that are the user's, such as patterns of weights."""
+    head, dot, rest = typed.partition(".")
+    name = head.replace("-", "_").removesuffix("+")
+    plus = "+" * head.endswith("+")
+    return short.get(name, name) + plus + dot + (rest if _is_table(name, hints) else rest.replace("-", "_"))
+
+
+def value_of(option: Option, hints: Mapping[str, Any]) -> Any:
+    """Return what an option sets: a word, or a list of words where its type is a list."""
+    kinds = kinds_of(option.name.removesuffix("+"), hints)
+    if not option.words:
+        return True
+    listed = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+    words = [Word(word) for word in option.words]
+    if not listed:
+        return words[0]
+    items = [_item(word) for word in words]
+    if len(words) == 1:
+        # One word stays alone where a text or a class may stand instead of a list, and where it is a whole list.
+        return words[0] if isinstance(items[0], list | None) or len(kinds) > 1 else words
+    return [
+        one for word, item in zip(words, items, strict=True) for one in (item if isinstance(item, list) else [word])
+    ]
+
+
+def _item(word: str) -> Any:
+    """Return a list, a mapping or null, and any other word as it is."""
+    try:
+        return from_yaml(word) if word[:1] in "[{" or word == "null" else word
+    except yaml.YAMLError:
+        # A pattern such as [qv]_proj.
+        return word
+
+
+def as_typed(sentence: str, options: Iterable[Option], short: Mapping[str, str] = NO_SHORT_NAMES) -> str:
+    """Return a sentence with its options as somebody typed them; those that nobody typed get their short names."""
+    spelt = {full: name for name, full in short.items()}
+    for option in options:
+        typed = option.typed[2:]
+        head = typed.partition(".")[0].removesuffix("+")
+        full = short.get(head.replace("-", "_"))
+        spelt = {name: text for name, text in spelt.items() if not f"{typed}.".startswith(f"{name}.")}
+        spelt |= ({full: head} if full else {}) | ({option.name: typed} if typed else {})
+    return respelt(sentence, spelt)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Return what a config file holds.
+
+    Raises:
+        UsageError: It does not exist, or is not a YAML file of options.
+    """
+    try:
+        settings = from_yaml(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {file} must hold options, such as `out: library/new`, got {str(settings)[:40]}")
+    return settings
+
+
+def settings_of(
+    options: Sequence[Option],
+    hints: Mapping[str, Any],
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+    beneath: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what config files and options set, as nested dictionaries; a class with settings has `class_path`.
+
+    Args:
+        options: The options, `config` among them.
+        hints: Type of each option.
+        short: Full name of each option that has a short one.
+        beneath: Settings that every config file beats.
+    """
+    files = [word for one in options if one.name == "config" for word in one.words]
+    settings = copy.deepcopy(folded([(f"--config {file}", read_config(file)) for file in files], beneath, short))
+    for option in [one for one in options if one.name not in ("config", "print_config")]:
+        head, _, rest = option.name.partition(".")
+        *groups, key = [head, rest] if rest and _is_table(head, hints) else option.name.split(".")
+        inner: Any = settings
+        place: Any
+        for group in groups:
+            below = inner.get(group)
+            below = from_yaml(below) if isinstance(below, Word) and below[:1] in ("[", "{") else below
+            inner[group], place = below, group
+            if isinstance(below, list) and below:
+                # A field of a list is one of its last item.
+                inner, place, below = below, -1, below[-1]
+            below = {"class_path": below} if isinstance(below, str) else below
+            inner[place] = inner = below if isinstance(below, dict) else {}
+        _set(inner, key, value_of(option, hints))
+    return settings
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set an option; `+` appends to a list, and the name of the same class keeps the settings that it has."""
+    before = settings.get(key.removesuffix("+"))
+    if key.endswith("+"):
+        item = from_yaml(value) if isinstance(value, Word) else value
+        before = before if isinstance(before, list) else [before] * (before is not None)
+        settings[key[:-1]] = [*before, *(item if isinstance(item, list) else [item])]
+    elif isinstance(before, dict) and str(before.get("class_path", "")).rpartition(".")[2] == value:
+        before["class_path"] = str(value)
+    else:
+        settings[key] = value

@@ -1,0 +1,480 @@
+"""Make objects of settings, as YAML files and command lines hold them.
+
+A class is its name, or `class_path` and `init_args`. `read` walks along the annotations of a function or class until a
+value does not fit, and then says so with the full name of the option. A name stands for a class that is imported
+already, a dotted path for any class of the user.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import yaml
+
+from modular_experts.text import did_you_mean
+
+
+class UsageError(ValueError):
+    """A command line or a config file is wrong; the message is the sentence for the user."""
+
+
+class Options:
+    """A dataclass whose fields are options of a command, which takes the object as one argument."""
+
+
+class Word(str):
+    """A value as somebody typed it: a text where an annotation takes one, and YAML everywhere else."""
+
+
+class Read(NamedTuple):
+    """Settings that fit: all of them as a YAML file holds them, defaults too, and what makes the object of them."""
+
+    plain: Any
+    make: Callable[[], Any]
+
+
+# What users of other tools type, and our option.
+ELSEWHERE = {
+    **dict.fromkeys(("target_modules", "lora_target_modules"), "--modules"),
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "--base"),
+    **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
+    **dict.fromkeys(("lr", "learning-rate"), "--learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_epochs"), "--trainer.max_epochs"),
+    **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "--expert.rank"),
+    **dict.fromkeys(("density", "densities"), "--method.keep"),
+    **dict.fromkeys(("weight", "weights", "lambda"), "--method.scale"),
+    **{"max_steps": "--steps", "per_device_train_batch_size": "--batch_size", "output_dir": "--out", "output": "--out"},
+}
+SHORT_NAMES = {
+    "base": "model.base",
+    "tasks": "data.tasks",
+    "expert": "model.expert",
+    "modules": "model.modules",
+    # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
+    "experts": "model.applied",
+    "applied": "model.applied",
+    "steps": "trainer.max_steps",
+    "learning_rate": "model.learning_rate",
+    "batch_size": "data.batch_size",
+}
+"""Short names of the settings of `fit`, `validate`, `test` and `predict`."""
+NO_SHORT_NAMES: Mapping[str, str] = types.MappingProxyType({})
+# The values that fit an annotation which is not a class to be named.
+_SCALARS: dict[Any, Any] = {bool: bool, int: int, float: (int, float), str: (str, int, float), type(None): type(None)}
+_SCALARS |= {list: list, dict: dict, tuple: tuple, Any: object, object: object}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "float"))]
+    for sign, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"[-+]?(\d[\d_]*)?(\d\.|\.\d|\d(?=[eE]))[\d_]*([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+0123456789."))
+
+
+def from_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
+def make(kind: Any, settings: Any, option: str = "") -> Any:
+    """Return the object of a type, such as `MergeMethod` or `list[Task]`, that settings describe.
+
+    Args:
+        kind: The type.
+        settings: A name, or `class_path` and `init_args`; for a list, what its entries take.
+        option: What the sentence of an error calls the settings.
+
+    Raises:
+        UsageError: The settings do not fit the type.
+    """
+    return read(option or ("--tasks" if get_origin(kind) is list else "--merges"), kind, settings).make()
+
+
+def read(option: str, hint: Any, value: Any) -> Read:
+    """Return what a value means where an annotation stands; raise a `UsageError` if it does not fit."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if isinstance(value, Word):
+        return _read_word(option, hint, value)
+    if origin in (Union, types.UnionType):
+        return _read_union(option, inner, value)
+    if origin is Literal:
+        if value not in inner:
+            known = ", ".join(map(str, inner))
+            raise UsageError(f"{option} must be one of {known}, got {value}{did_you_mean(value, inner)}")
+        return _as_it_is(value)
+    if origin is Callable and not callable(value):
+        # Its object is made later, with arguments that the settings do not hold.
+        given_by_us = 0 if inner[0] is ... else len(inner[0])
+        return _read_class(option, inner[-1], value, given_by_us, later=True)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{option} must be settings by name, written '{{name: value}}', got {value}")
+        if "class_path" in value:
+            raise _refusal(option, [hint], value)
+        items = {key: read(f"{option}.{key}", inner[1], one) for key, one in value.items()}
+        return Read(
+            {key: one.plain for key, one in items.items()},
+            lambda: {key: one.make() for key, one in items.items()},
+        )
+    if origin in (list, tuple, Sequence, Iterable):
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{option} must be a list, written '[a, b]', got {value}")
+        each = inner if origin is tuple and ... not in inner else [inner[0]] * len(value)
+        listed = [read(option, kind, one) for kind, one in zip(each, value, strict=False)]
+        made = tuple if origin is tuple else list
+        return Read([one.plain for one in listed], lambda: made(one.make() for one in listed))
+    if hint in _SCALARS:
+        return _read_scalar(option, hint, value)
+    if inspect.isclass(hint):
+        return _read_class(option, hint, value)
+    return _as_it_is(value)
+
+
+def _as_it_is(value: Any) -> Read:
+    try:
+        return Read(plain(value), lambda: value)
+    except ValueError:
+        return Read(str(value), lambda: value)
+
+
+def _read_scalar(option: str, hint: Any, value: Any) -> Read:
+    # True is an int to Python.
+    if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint in (int, float, str)):
+        raise _refusal(option, [hint], value)
+    return _as_it_is(hint(value) if hint in (float, str) else value)
+
+
+def _read_word(option: str, hint: Any, word: Word) -> Read:
+    text = str(word)
+    if hint is str or (hint in _SCALARS and text == ""):
+        return _as_it_is(text)
+    try:
+        value = from_yaml(text)
+    except yaml.YAMLError:
+        value = text  # a pattern such as [qv]_proj
+    if isinstance(value, dict) and not any(value.values()) and ":" not in text:
+        value = text  # {name}, a template
+    try:
+        return read(option, hint, value)
+    except UsageError:
+        if isinstance(value, str | list | dict) or str not in get_args(hint):
+            raise
+        return _as_it_is(text)
+
+
+def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:
+    if value is None and type(None) in members:
+        return _as_it_is(None)
+    members = [one for one in members if one is not type(None)]
+    if len(members) == 1:
+        return read(option, members[0], value)
+    if isinstance(value, str) and str in members and not any(value in _named_by(one) for one in members):
+        return _as_it_is(value)
+    refusals = []
+    # A number that fits exactly is not made a text.
+    for one in sorted(members, key=lambda one: (one is not type(value), one is str)):
+        try:
+            return read(option, one, value)
+        except UsageError as error:
+            # Of several members, the one that fits the value's shape has the best sentence.
+            shape = (list,) if get_origin(one) is list else (str, dict, int, float)
+            if isinstance(value, shape) and one not in _SCALARS:
+                refusals.append(error)
+    # The longest option name belongs to the member that understood most of the value.
+    depths = [str(error).partition(" ")[0].count(".") for error in refusals]
+    raise refusals[depths.index(max(depths))] if refusals else _refusal(option, members, value)
+
+
+def _refusal(option: str, kinds: Sequence[Any], value: Any) -> UsageError:
+    names = [one.__name__ if inspect.isclass(one) and not get_args(one) else str(one) for one in kinds]
+    return UsageError(f"{option} must be of type {' or '.join(n for n in names if n != 'NoneType')}, got {value}")
+
+
+def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later: bool = False) -> Read:
+    """Read the name of a class and its settings; `base` itself need not be named if it can be made."""
+    base = base if inspect.isclass(base) and base is not Any else object
+    if base is not object and isinstance(value, base):
+        return _as_it_is(value)
+    if issubclass(base, os.PathLike) and isinstance(value, str):
+        return Read(value, lambda: base(value))
+    settings: Any = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(settings, Mapping) or ("class_path" not in settings and inspect.isabstract(base)):
+        written = "{class_path: Name, init_args: {setting: value}}"
+        raise UsageError(f"{option}: a class is written as its name or as {written}, got {value}")
+    kind = _named(option, base, settings["class_path"]) if "class_path" in settings else base
+    # A setting given as an option of its own beats the one in the config.
+    outer = {key: one for key, one in settings.items() if key not in ("class_path", "init_args", "dict_kwargs")}
+    own, more = {**(settings.get("init_args") or {}), **outer}, settings.get("dict_kwargs") or {}
+    if not inspect.isclass(kind) and not own:
+        return Read(path_of(kind), lambda: kind)
+    given = read_arguments(f"{option}.", kind, own, given_by_us)
+    described = {"class_path": path_of(kind), "init_args": given.plain} if "class_path" in settings else given.plain
+    called = partial(partial, kind) if later else kind
+    return Read(described, lambda: called(**given.make(), **more))
+
+
+def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
+    """Read the settings of a function or class; they make its arguments, and their plain form holds its defaults too.
+
+    Args:
+        prefix: What stands before each name in the sentence of an error, such as `--`.
+        called: The function or class.
+        settings: Its settings by name.
+        given_by_us: How many of the first arguments the package gives, and no setting.
+    """
+    hints, defaults = arguments_of(called, given_by_us)
+    for name in settings:
+        if name not in hints:
+            raise no_option(f"{prefix}{name}", [f"{prefix}{one}" for one in hints])
+    found = {name: read(f"{prefix}{name}", hints[name], value) for name, value in settings.items()}
+    for name, default in defaults.items():
+        if default is inspect.Parameter.empty and name not in settings:
+            raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
+    described = {}
+    for name, default in defaults.items():
+        if name in found:
+            described[name] = found[name].plain
+        else:
+            try:
+                described[name] = read(f"{prefix}{name}", hints[name], default).plain
+            except UsageError:
+                described[name] = _as_it_is(default).plain
+    return Read(described, lambda: _grouped(called, {name: one.make() for name, one in found.items()}))
+
+
+def _grouped(called: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments in which the fields of an `Options` object have become the object."""
+    hints = {} if inspect.isclass(called) else _hints_of(called)
+    for name, kind in hints.items():
+        if _is_options(kind):
+            given[name] = kind(**{field: given.pop(field) for field in arguments_of(kind)[0] if field in given})
+    return given
+
+
+def _is_options(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, Options)
+
+
+def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the annotations and the defaults of the arguments of a function or class.
+
+    An argument that is an `Options` object stands for its fields.
+
+    Args:
+        called: The function or class; one that takes further arguments by name passes them to its base class.
+        given_by_us: How many of the first arguments the package gives, and no option.
+    """
+    hints: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    fields = dataclasses.fields(called) if inspect.isclass(called) and dataclasses.is_dataclass(called) else ()
+    factories = {one.name: one.default_factory() for one in fields if one.default_factory is not dataclasses.MISSING}
+    for maker in _makers(called):
+        known, passes_on = _hints_of(maker), False
+        parameters = list(inspect.signature(maker).parameters.values())
+        parameters = parameters[given_by_us + (inspect.isclass(called) and maker is not called) :]
+        for one in parameters:
+            passes_on |= one.kind is one.VAR_KEYWORD
+            if _is_options(known.get(one.name)):
+                inner = arguments_of(known[one.name])
+                hints, defaults = hints | inner[0], defaults | inner[1]
+            elif one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
+                hints.setdefault(one.name, known.get(one.name, Any))
+                defaults.setdefault(one.name, factories.get(one.name, one.default))
+        if not passes_on:
+            break
+    return hints, defaults
+
+
+def _makers(called: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Return a function, a dataclass, or the constructors of a class, its own first."""
+    if not inspect.isclass(called) or dataclasses.is_dataclass(called):
+        return [called]
+    return [vars(kind)["__init__"] for kind in called.__mro__ if "__init__" in vars(kind) and kind is not object]
+
+
+def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(maker)
+    except NameError:
+        # A class may name TaskMixture without importing it, so that it is fast to import.
+        return typing.get_type_hints(maker, localns=vars(importlib.import_module("modular_experts.data")))
+
+
+def no_option(option: str, known: Collection[str]) -> UsageError:
+    """Return the sentence for an option that a command does not have.
+
+    Args:
+        option: The option, with its dashes.
+        known: The options that there are.
+    """
+    ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
+    if ours.partition(".")[0] in known:
+        return UsageError(f"there is no option {option}; did you mean {ours}?")
+    others = f"; the options are {', '.join(known)}" if known else ""
+    return UsageError(f"there is no option {option}{did_you_mean(option, known, 0.8) or others}")
+
+
+def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
+    """Return the class that a name stands for, and how many of its arguments the package gives.
+
+    Args:
+        option: What the sentence of an error calls the option.
+        hints: The annotations of the option, of which one takes the class.
+        name: The name; None for a class that need not be named.
+    """
+    refused = UsageError(f"{option} takes no class, so it has no settings")
+    for hint in hints:
+        called = get_origin(hint) is Callable
+        base, given = (get_args(hint)[-1], len(get_args(hint)[0])) if called else (hint, 0)
+        if inspect.isclass(base) and base not in _SCALARS and not get_args(base):
+            try:
+                return (_named(option, base, name) if name else base), given
+            except UsageError as error:
+                refused = error
+    raise refused
+
+
+def _named(option: str, base: Any, name: Any) -> Any:
+    """Return the class that a name stands for: a known subclass, or what a dotted path leads to."""
+    known = _named_by(base)
+    if name in known:
+        return known[name]
+    module, _, last = str(name).rpartition(".")
+    if not module:
+        others = f"; there are {', '.join(sorted(known))}, and a class of your own is named module.Class"
+        if [*known] == [base.__name__]:
+            # Settings that have a class, but no other class takes its place.
+            others = f"; its settings are {', '.join(f'{option}.{one}' for one in arguments_of(base)[0])}"
+        # `--model DIR` is what others call our `--base DIR`.
+        others = f"; did you mean {ELSEWHERE[option[2:]]}?" if option[2:] in ELSEWHERE else others
+        raise UsageError(f"{option}: there is no class {name!r}{did_you_mean(name, known) or others}")
+    try:
+        found = getattr(importlib.import_module(module), last)
+    except Exception as error:  # whatever the user's module raises
+        near = did_you_mean(last, dir(sys.modules[module])) if module in sys.modules else ""
+        raise UsageError(f"{option}: {name} cannot be imported: {error}{near}") from None
+    if not callable(found) or (inspect.isclass(found) and not issubclass(found, base)):
+        raise UsageError(f"{option}: {name} is not a subclass of {base.__name__}; name one that is")
+    if inspect.isabstract(found):
+        raise UsageError(
+            f"{option}: {name} is abstract, so nothing can be made of it; name a subclass, such as "
+            f"{' or '.join(sorted(known)[:2])}"
+        )
+    return found
+
+
+def _named_by(hint: Any) -> dict[str, Any]:
+    """Return the classes that a name may stand for where an annotation stands, by name."""
+    base = get_args(hint)[-1] if get_origin(hint) is Callable else hint
+    if not inspect.isclass(base) or base in _SCALARS or get_args(base):
+        return {}
+    return {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
+
+
+def _subclasses(base: type) -> Iterator[type[Any]]:
+    yield base
+    kind: type[Any]
+    for kind in base.__subclasses__():
+        yield from _subclasses(kind)
+
+
+def path_of(named: Any) -> str:
+    """Return the shortest dotted path that leads to a class or function."""
+    parts, name = named.__module__.split("."), named.__qualname__
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        if getattr(sys.modules.get(module), name, None) is named:
+            return f"{module}.{name}"
+    return f"{named.__module__}.{name}"
+
+
+def plain(value: Any) -> Any:
+    """Return settings in which classes and objects stand as a YAML file names them.
+
+    A class or function becomes its dotted path; a dataclass, such as a merge method, and `partial(LoRAExpert, rank=4)`
+    become `class_path` and `init_args`; a `Task` becomes its fields. Anything else that YAML cannot hold is refused.
+
+    Raises:
+        ValueError: An object has no such form.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, type | types.FunctionType) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, partial) and not value.args:
+        return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
+    if dataclasses.is_dataclass(value):
+        fields = [(one.name, getattr(value, one.name), one.default) for one in dataclasses.fields(value) if one.init]
+        settings = {name: plain(found) for name, found, default in fields if found is not default}
+        # A task stands by its fields where a list of tasks is wanted.
+        return settings if hasattr(value, "held_in") else {"class_path": plain(type(value)), "init_args": settings}
+    raise ValueError(
+        f"{value!r} has no form in a config; give {{'class_path': ..., 'init_args': ...}} or the name of its class"
+    )
+
+
+def respelt(sentence: str, spelt: Mapping[str, str]) -> str:
+    """Return the sentence of an error with other names of options: how somebody spells each one."""
+    for name in sorted(spelt, key=len, reverse=True):
+        sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{spelt[name]}", sentence)
+    return sentence
+
+
+def folded(
+    configs: Iterable[tuple[str, Mapping[str, Any]]],
+    beneath: Mapping[str, Any] | None = None,
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> dict[str, Any]:
+    """Return several configs, each with its name, as one under full names; a later one beats those before it.
+
+    Raises:
+        UsageError: A config gives one option under two names.
+    """
+    config: dict[str, Any] = dict(beneath or {})
+    for named, given in configs:
+        found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        for name in short.keys() & found.keys():
+            group, key = short[name].split(".")
+            if key in found.setdefault(group, {}):
+                raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
+            found[group][key] = found.pop(name)
+        config = _over(config, found)
+    return config
+
+
+def _over(before: Any, after: Any) -> Any:
+    """Return settings under later ones. Settings of another class, and lists, replace the earlier ones whole."""
+    if isinstance(before, str) and isinstance(after, dict) and "init_args" in after:
+        before = {"class_path": before}
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    kinds = [str(one.get("class_path", before.get("class_path"))).rpartition(".")[2] for one in (before, after)]
+    if kinds[0] != kinds[1]:
+        return after
+    return {**before, **{key: _over(before.get(key), value) for key, value in after.items()}}

@@ -1,0 +1,402 @@
+"""Train an expert in one call.
+
+`fit` makes what one can make oneself: an `ExpertModule`, a `TaskMixture` and a Lightning `Trainer` with its callbacks,
+and calls `trainer.fit(module, data)`. It adds no step of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import distributed, nn
+
+from modular_experts.base import Base
+from modular_experts.callbacks import EvenValidation, ExportExpert, TrainingBar
+from modular_experts.data import TaskMixture
+from modular_experts.data.tasks import Tasks
+from modular_experts.experts import Expert
+from modular_experts.library import StoredExpert, check_name, check_target, open_expert
+from modular_experts.training.estimate import FitEstimate, estimate
+from modular_experts.training.module import BaseModel, ExpertModule, Experts
+
+log = logging.getLogger(__name__)
+
+TRAINER: dict[str, Any] = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 10,
+    "use_distributed_sampler": False,
+    # The module logs in one line what it trains.
+    "enable_model_summary": False,
+}
+"""Arguments of the trainer that are other than Lightning's; a `trainer` of the settings beats them."""
+CONFIG_FILE = "config.yaml"
+_NOISE = [
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*module.s. in eval mode at the start of training.*",
+    ".*smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The dirpath has changed from.*",
+    ".*`tensorboardX` has been removed as a dependency.*",
+]
+
+
+class FitSettings(TypedDict, total=False):
+    """The settings of `fit`, `check_fit` and `estimate_fit` that have a default.
+
+    Attributes:
+        steps: Optimizer steps; without a length, 3 epochs.
+        learning_rate: Peak rate; the expert type's own by default.
+        batch_size: Rows of a training batch.
+        seed: Seed of all random numbers, 0 by default; False leaves the process as it is.
+        overwrite: Replace an expert of this name.
+        checkpoint: A checkpoint to go on from, a file that ends in .ckpt.
+        model: Further arguments of `ExpertModule`.
+        data: Further arguments of `TaskMixture`.
+        trainer: Further arguments of Lightning's `Trainer`, `callbacks` among them.
+        described: All settings as a YAML file holds them. They are kept in checkpoints, in the expert's record, and as
+            config.yaml in the folder of the run.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    overwrite: bool
+    checkpoint: str | Path | None
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    described: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a trainer runs: module, data, the trainer with its callbacks, and the checkpoint that it begins with."""
+
+    module: ExpertModule
+    data: TaskMixture
+    trainer: Trainer
+    checkpoint: str | None
+
+    @property
+    def exports(self) -> list[ExportExpert]:
+        """The callbacks that write an expert, of which the last one has the place that was given."""
+        callbacks: Sequence[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [one for one in callbacks if isinstance(one, ExportExpert)]
+
+    def check_targets(self) -> None:
+        """Raise if an expert exists already and shall not be replaced."""
+        for export in self.exports:
+            check_target(export.target, export.overwrite)
+
+    def share_tokenizer(self) -> None:
+        """Give the data the tokenizer of the model, unless it has another."""
+        if self.data.tokenizer is None:
+            tokenizer = Base.open(self.module.base, revision=self.module.revision).tokenizer()
+            self.data.tokenizer = self.module.tokenizer = tokenizer
+
+    def release(self) -> None:
+        """Give the memory of weights and optimizer states back.
+
+        The trainer and the module hold each other until Python looks for garbage, and the next run begins before that.
+        """
+        self.trainer.strategy.optimizers = []
+        if hasattr(self.module, "model"):
+            del self.module.model
+
+
+ExpertKind = Callable[..., Expert] | Experts
+
+
+@overload
+def fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    *,
+    out: str | Path,
+    **settings: Unpack[FitSettings],
+) -> StoredExpert: ...
+
+
+@overload
+def fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> StoredExpert | None: ...
+
+
+def fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> StoredExpert | None:
+    """Train an expert on tasks, and put it into a library.
+
+    Lines on stderr tell how far it is. The same in Lightning's words is
+    `Trainer(callbacks=[ExportExpert(library, name)]).fit(ExpertModule(base, modules, expert), TaskMixture(tasks))`.
+
+    Args:
+        base: A model directory, a hub id, or a model that `from_pretrained` loaded, which is changed in place.
+        tasks: Task files, tasks with settings, or a mixture of them.
+        expert: The expert type, such as `SparseExpert` or `partial(LoRAExpert, rank=4)`; without `modules`, a plan.
+        modules: The layers that get an expert: ends of their names (`q_proj`), patterns, or `all-linear`.
+        out: Directory of the expert, `library/name`. Without it, only the callbacks in `trainer` keep something.
+        **settings: What `FitSettings` lists.
+
+    Returns:
+        The expert, opened; None if nothing wrote one.
+
+    Raises:
+        ValueError: A setting does not fit, a row is bad, or the expert exists already; nothing was trained.
+    """
+    with quiet():
+        run = prepare("fit", base, tasks, expert, modules, out, **settings)
+        if not run.exports:
+            log.info("this run keeps no expert; --out library/NAME keeps it")
+        run.check_targets()
+        try:
+            _train(run)
+        finally:
+            if not isinstance(base, nn.Module):
+                run.release()
+        # The first process writes for all.
+        run.trainer.strategy.barrier()
+        checkpoint = getattr(run.trainer.checkpoint_callback, "best_model_path", "")
+        if not run.exports and checkpoint:
+            log.info(
+                "no expert was exported; the same command with --ckpt_path '%s' --out library/NAME exports that of "
+                "the checkpoint",
+                checkpoint,
+            )
+    dev_run = run.trainer.fast_dev_run  # type: ignore[attr-defined]
+    return open_expert(run.exports[-1].target) if run.exports and not dev_run else None
+
+
+def check_fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> None:
+    """Check the settings of a fit, and read neither base nor rows.
+
+    Raises:
+        ValueError: A setting does not fit.
+    """
+    with quiet():
+        settings["seed"] = False
+        prepare("fit", base, tasks, expert, modules, out, **settings)
+
+
+def estimate_fit(
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> FitEstimate:
+    """Estimate by a few steps, which change nothing, what a fit would read, train, hold in memory and take.
+
+    Raises:
+        ValueError: What a fit refuses.
+    """
+    with quiet():
+        run = prepare("fit", base, tasks, expert, modules, out, **settings)
+        run.check_targets()
+        try:
+            return estimate(run.module, run.data, run.trainer)
+        finally:
+            run.release()
+
+
+def measure(verb: str, *arguments: Any, **settings: Any) -> None:
+    """Let a trainer `validate`, `test` or `predict`; the arguments are those of `fit`, with or without an expert.
+
+    Rows are scored as `evaluate` scores them (`evaluation.scores`). `WriteResults` prints and writes what was found.
+    """
+    with quiet():
+        run = prepare(verb, *arguments, **settings)
+        run.share_tokenizer()
+        # Lightning has a table of metrics of its own.
+        more = {"verbose": False} if verb == "validate" else {}
+        getattr(run.trainer, verb)(run.module, run.data, ckpt_path=run.checkpoint, **more)
+
+
+def end_processes() -> None:
+    """End the group of processes of this run; a rank that leaves while another still sends makes gloo abort."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def prepare(
+    verb: str,
+    base: BaseModel,
+    tasks: Tasks | TaskMixture,
+    expert: ExpertKind | None = None,
+    modules: str | list[str] | None = None,
+    out: str | Path | None = None,
+    **settings: Unpack[FitSettings],
+) -> Run:
+    """Make what a trainer needs for its method `verb`: `fit`, `validate`, `test` or `predict`."""
+    checkpoint = settings.get("checkpoint")
+    if checkpoint in ("last", "best", "hpc"):
+        # Lightning looks for it in the new run's directory, and trains anew.
+        raise ValueError(f"ckpt_path={checkpoint!r} is not a checkpoint; give its file, which ends in .ckpt")
+    if (seed := settings.get("seed", 0)) is not False:
+        seed_everything(None if seed is True else seed, workers=True, verbose=False)
+    trainer = _trainer(verb, out, settings)
+    given = dict(settings.get("model", {}))
+    if expert is not None:
+        given["expert" if modules is not None or _is_factory(expert) else "experts"] = expert
+    given |= {} if modules is None else {"modules": modules}
+    if "learning_rate" in settings:
+        given["learning_rate"] = settings["learning_rate"]
+    module = ExpertModule(base, **given)
+    module.hparams.update(settings.get("described", {}).get("model", {}))
+    rows = dict(settings.get("data", {}))
+    rows |= {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
+    data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)
+    run = Run(module, data, trainer, None if checkpoint is None else str(checkpoint))
+    for export in run.exports:
+        export.overwrite |= settings.get("overwrite", False)
+    return run
+
+
+def _is_factory(expert: Any) -> bool:
+    kind = getattr(expert, "func", expert)
+    return isinstance(kind, type) and issubclass(kind, Expert)
+
+
+def _trainer(verb: str, out: str | Path | None, settings: FitSettings) -> Trainer:
+    """Return the trainer, with a length, a progress bar on a terminal, and metrics.csv beside any other logger."""
+    given = TRAINER | dict(settings.get("trainer", {}))
+    given |= {"max_steps": settings["steps"]} if "steps" in settings else {}
+    listed = given.get("callbacks") or []
+    callbacks = [*(listed if isinstance(listed, Sequence) else [listed]), _ResumeHint()]
+    if verb == "fit" and out is not None:
+        place = Path(out)
+        check_name(place.name)
+        exports = [one for one in callbacks if isinstance(one, ExportExpert)]
+        callbacks[:0] = [] if exports else (exports := [ExportExpert(str(place.parent), place.name)])
+        exports[-1].target = place
+    logger = given.get("logger")
+    if verb != "fit" and logger is None:
+        # There is nothing to log, and a logger leaves a directory at every call.
+        given["logger"] = False
+    elif logger is not False:
+        others = [] if logger in (None, True) else [*logger] if isinstance(logger, Sequence) else [logger]
+        own = [] if any(isinstance(one, CSVLogger) for one in others) else [CSVLogger(given["default_root_dir"])]
+        # The folder of the first logger holds the configuration and the checkpoints.
+        given["logger"] = [*own, *others]
+    if given.get("val_check_interval") is not None:
+        # Its value may be Lightning's default, which `EvenValidation` would replace.
+        callbacks.insert(0, EvenValidation(times=0))
+    if given.get("max_epochs") is None and given.get("max_steps", -1) == -1 and given.get("max_time") is None:
+        # Lightning's default is a thousand.
+        given["max_epochs"] = 3
+    if given.get("enable_progress_bar") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
+        given["enable_progress_bar"] = sys.stderr.isatty()
+        callbacks += [TrainingBar()] * given["enable_progress_bar"]
+    if verb == "fit" and not given.get("fast_dev_run") and "described" in settings:
+        callbacks.append(_SavedConfig(settings["described"]))
+    return Trainer(**given | {"callbacks": callbacks})
+
+
+def _train(run: Run) -> None:
+    """Train, and leave no log of a run that fails before its first step."""
+    run.share_tokenizer()
+    try:
+        run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint)
+    except BaseException:
+        logger = run.trainer.logger
+        if run.trainer.is_global_zero and not run.trainer.global_step and isinstance(logger, CSVLogger):
+            folder = Path(logger.log_dir)
+            if folder.is_dir() and {file.name for file in folder.iterdir()} <= {CONFIG_FILE, "hparams.yaml"}:
+                shutil.rmtree(folder)
+                with suppress(OSError):  # it holds the folders of other runs
+                    folder.parent.rmdir()
+        raise
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log what this package reports to stderr, on the first rank only, and of Lightning only its warnings."""
+    ours = logging.getLogger("modular_experts")
+    theirs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    handler, levels = _StandardError(), [one.level for one in (ours, *theirs)]
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    for one in theirs:
+        one.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # A user cannot mend the deprecated calls of Lightning.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            ours.removeHandler(handler)
+            for one, level in zip((ours, *theirs), levels, strict=True):
+                one.setLevel(level)
+
+
+class _StandardError(logging.Handler):
+    """Prints each message to what standard error is now: a running progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(self.format(record), file=sys.stderr)
+
+
+class _SavedConfig(Callback):
+    """Keeps the settings in the folder of the run, and tells the module where."""
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self.described = described
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        file = Path(trainer.strategy.broadcast(trainer.log_dir) or ".") / CONFIG_FILE
+        if trainer.is_global_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(self.described, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        pl_module.config_file = file  # type: ignore[assignment]
+
+
+class _ResumeHint(Callback):
+    """Logs how to resume when training is interrupted from the keyboard."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        keeper: Any = trainer.checkpoint_callback
+        if path := keeper and (keeper.last_model_path or keeper.best_model_path):
+            log.info("interrupted; the same command with --ckpt_path '%s' goes on from its newest checkpoint", path)
+        else:
+            log.info("interrupted before the first checkpoint, which the first validation writes")

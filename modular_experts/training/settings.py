@@ -1,0 +1,97 @@
+"""Read the settings of a run as a config file of `fit` holds them, for the command and for studies."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+# So that settings name the generated tasks by their class alone.
+import modular_experts.suite  # noqa: F401
+from modular_experts.data import TaskMixture
+from modular_experts.discovery import import_systems
+from modular_experts.settings import Read, read_arguments
+from modular_experts.training.fit import TRAINER
+from modular_experts.training.module import ExpertModule
+
+# So that a config names the callbacks and experts of papers by their class alone.
+import_systems("callback")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The groups and options of a config of `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        model: Arguments of `ExpertModule`.
+        data: Arguments of `TaskMixture`.
+        trainer: Arguments of Lightning's `Trainer`.
+        seed_everything: Seed of all random numbers.
+        ckpt_path: Checkpoint to go on from; settings that are given beat its own.
+        out: Directory of the expert; without it, none is kept.
+        overwrite: Replace an expert.
+        dry_run: Only print what it would do, and the time and memory.
+    """
+
+    model: Callable[[], ExpertModule]
+    data: Callable[[], TaskMixture]
+    trainer: Callable[[], Trainer]
+    seed_everything: bool | int = 0
+    ckpt_path: str | None = None
+    out: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def read_run(settings: Mapping[str, Any]) -> Read:
+    """Read the settings of a run; they make the arguments of `fit`.
+
+    Raises:
+        UsageError: A setting does not exist or does not fit.
+    """
+    trainer = TRAINER | dict(settings.get("trainer") or {})
+    if trainer.get("logger") in ("CSVLogger", "TensorBoardLogger"):
+        # Only these loggers must be told where to write; it is where everything else goes.
+        where = {"save_dir": trainer["default_root_dir"]}
+        trainer["logger"] = {"class_path": str(trainer["logger"]), "init_args": where}
+    # Also an empty group has settings that must be given.
+    whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
+    found = read_arguments("--", RunSettings, whole)
+    return Read(found.plain, lambda: _arguments(RunSettings(**found.make()), found.plain))
+
+
+def _arguments(run: RunSettings, described: Mapping[str, Any]) -> dict[str, Any]:
+    groups: list[Any] = [run.model, run.data, run.trainer]
+    model, data, trainer = (dict(one.keywords) for one in groups)
+    return {
+        "base": model.pop("base"),
+        "tasks": data.pop("tasks"),
+        "expert": model.pop("expert", None),
+        "modules": model.pop("modules", None),
+        "out": run.out,
+        "overwrite": run.overwrite,
+        "seed": run.seed_everything,
+        "checkpoint": run.ckpt_path,
+        "model": model,
+        "data": data,
+        "trainer": trainer,
+        "described": described,
+    }
+
+
+def settings_of_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the settings of the model in a checkpoint, as a config holds them; empty if the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        # Numbers and tensors only; no code from the file is run.
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        settings = found["hyper_parameters"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
+    return {"model": {name: value for name, value in settings.items() if not name.startswith("_")}}
