@@ -47,20 +47,10 @@ BAD = {
         "the row has no 'target', only 'input', 'taget'; is 'taget' meant to be 'target'?",
     ),
     "wrong type": ({"input": "a", "target": 5}, "'target' must be text, not 5"),
-    "list": ({"input": ["a"], "target": "b"}, "'input' must be text, not ['a']"),
-    "null": ({"input": "a", "target": None}, "'target' must be text, not None"),
-    "empty target": ({"input": "a", "target": ""}, "'target' is empty"),
     "blank input": ({"input": " \n", "target": "b"}, "'input' is empty"),
     "no object": (["a", "b"], "a row is an object with 'input' and 'target', not ['a', 'b']"),
     "split": ({"input": "a", "target": "b", "split": "tset"}, "'split' is 'tset', not one of train, validation, test"),
-    "split type": ({"input": "a", "target": "b", "split": 1}, "'split' is 1, not one of"),
     "one choice": ({"input": "a", "target": "b", "choices": ["b"]}, "'choices' needs two or more different texts"),
-    "same choices": (
-        {"input": "a", "target": "b", "choices": ["b", "b"]},
-        "'choices' needs two or more different texts",
-    ),
-    "choices text": ({"input": "a", "target": "b", "choices": "b, c"}, "'choices' must be a list of texts"),
-    "choice type": ({"input": "a", "target": "b", "choices": ["b", 2]}, "'choices' must be text, not 2"),
     "target no choice": ({"input": "a", "target": "bb", "choices": ["b", "c"]}, "target 'bb' is not among its choices"),
     "surrogate": ({"input": "a\ud800", "target": "b"}, "'input' holds a lone surrogate"),
 }
@@ -77,11 +67,6 @@ def test_each_bad_row_gets_its_sentence() -> None:
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 BAD_TALKS = {
     "no list": ("a", "'messages' must be a list of messages, not 'a'"),
-    "empty": ([], "'messages' must be a list of messages, not []"),
-    "no message": (["a"], "message 1 must be {role: ..., content: ...}, not 'a'"),
-    "no role": ([{"content": "a"}], "message 1: it has no 'role', only 'content'"),
-    "role": ([*TALK, {"role": "usr", "content": "a"}], "message 3: role 'usr' is not one of system, user, assistant"),
-    "content": ([{"role": "user", "content": ["a"]}], "message 1: 'content' must be text, not ['a']"),
     "no answer": (TALK[:1], "the conversation ends with a message of role 'user'; to learn or to score, it must end"),
     "no question": (TALK[1:], "the conversation starts with the assistant; a message of the user comes before"),
 }

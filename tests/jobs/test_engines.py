@@ -172,14 +172,11 @@ def test_a_class_of_the_user_is_an_engine_and_gets_its_settings(tmp_path, monkey
             {"proceses": 2},
             r"the engine local: .*'proceses'; it takes processes, bytes_each, devices; did you mean processes\?",
         ),
-        ("dask", {}, r"the engine dask: missing a required argument: 'address'; it takes address"),
         (
             "no_such_engines.Pool",
             {},
             r"the engine no_such_engines.Pool cannot be imported: No module named 'no_such_engines'",
         ),
-        ("json.loads", {}, r"the engine json.loads is not a class of concurrent.futures.Executor"),
-        ("pathlib.Path", {}, r"the engine pathlib.Path is not a class of concurrent.futures.Executor"),
     ],
 )
 def test_an_engine_that_does_not_exist_is_one_sentence(name: str, settings: dict[str, Any], sentence: str) -> None:
