@@ -108,6 +108,14 @@ class Structure:
                 f"{tuple(self.shapes[name])}; is it the right base?"
             )
 
+    def check_untied(self, name: str, source: str) -> None:
+        """Refuse an adapter's delta of one of several names of a tensor, as the adapter moves that one alone."""
+        if len(twins := self.twins(name)) > 1:
+            raise ValueError(
+                f"{source} moves {name} alone, and in {self.place} {' and '.join(twins)} are one tensor (tied); import "
+                "it against the base with untied embeddings (load it with tie_word_embeddings=False, and save it)"
+            )
+
     def check_fit(self, shapes: Mapping[str, torch.Size], source: str = "the expert") -> None:
         """Refuse deltas that cannot be added: `check` for each, and each under the first name of its tensor.
 

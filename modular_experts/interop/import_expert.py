@@ -17,7 +17,7 @@ from modular_experts.deltas import Delta
 from modular_experts.interop.composable_sft import DIFF_FILE, read_composable_sft
 from modular_experts.interop.compression import Compression
 from modular_experts.interop.full_checkpoint import CheckpointDeltas, Vocabulary, read_full_checkpoint
-from modular_experts.interop.peft import AskedDeltas, ask_peft, read_peft
+from modular_experts.interop.peft import AskedDeltas, read_peft
 from modular_experts.interop.peft.files import CONFIG_FILE, AdapterFiles
 from modular_experts.interop.spiel import PEFT_TYPE, read_spiel
 from modular_experts.library import StoredExpert, check_target, make_record, open_expert, write_expert
@@ -63,14 +63,7 @@ def import_expert(
     check_target(out, overwrite)
     directory, format = _find(source, source_revision)
     adapter = AdapterFiles(directory) if format == "PEFT adapter" else None
-    named = adapter.base if adapter else None
-    if base is None:
-        if adapter is None or named is None:
-            raise ValueError(f"{source} does not name its base; give it with base, a directory or a hub id")
-        base, revision = named, revision or adapter.revision
-    elif named is not None and not isinstance(base, Base) and Path(named).name != Path(base).name:
-        log.warning("%s names %s as its base; it is imported as an expert of %s instead", source, named, base)
-    opened = Base.open(base, revision=revision)
+    opened = _open_base(source, adapter, base, revision)
     if format == "full checkpoint":
         imported = read_full_checkpoint(directory, opened, compression, vocab, progress)
         files = weight_files(directory)
@@ -82,25 +75,13 @@ def import_expert(
     elif adapter is None:
         imported, files = read_composable_sft(directory, opened), [directory / DIFF_FILE]
     else:
-        by_kind = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else ask_peft
-        reader = read_peft if adapter.obstacle() is None else by_kind
+        reader = read_spiel if adapter.config.get("peft_type") == PEFT_TYPE else read_peft
         imported, files = reader(adapter, opened), [directory / CONFIG_FILE, adapter.file]
-    hashes = {}
-    for file in files:
-        with file.open("rb") as content:
-            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": hashes}
+    origin = {"id": str(source), "revision": source_revision, "format": format, "sha256": _hashes(files)}
 
     def checked() -> Iterator[tuple[str, Delta]]:
-        structure = opened.structure
         for name, delta in imported.deltas:
-            structure.check(name, delta.shape, str(source))
-            if adapter and len(twins := structure.twins(name)) > 1:
-                raise ValueError(
-                    f"{source} moves {name} alone, and in {structure.place} {' and '.join(twins)} are one tensor "
-                    "(tied); import it against the base with untied embeddings (load it with "
-                    "tie_word_embeddings=False, and save it)"
-                )
+            opened.structure.check(name, delta.shape, str(source))
             yield name, delta
         # `write_expert` writes the record, which holds `origin`, after the last delta.
         if isinstance(imported.deltas, CheckpointDeltas | AskedDeltas):
@@ -110,6 +91,28 @@ def import_expert(
     record = make_record(imported.kind, trained_on, hyperparameters=imported.settings, tasks=tasks)
     write_expert(out, checked(), record | {"source": origin}, overwrite)
     return open_expert(out)
+
+
+def _open_base(
+    source: str | Path, adapter: AdapterFiles | None, base: str | Path | Base | None, revision: str | None
+) -> Base:
+    """Return the base that the user names, or else the one that an adapter's configuration names."""
+    named = adapter.base if adapter else None
+    if base is None:
+        if adapter is None or named is None:
+            raise ValueError(f"{source} does not name its base; give it with base, a directory or a hub id")
+        base, revision = named, revision or adapter.revision
+    elif named is not None and not isinstance(base, Base) and Path(named).name != Path(base).name:
+        log.warning("%s names %s as its base; it is imported as an expert of %s instead", source, named, base)
+    return Base.open(base, revision=revision)
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    hashes = {}
+    for file in files:
+        with file.open("rb") as content:
+            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
 
 
 def _find(place: str | Path, revision: str | None) -> tuple[Path, str]:

@@ -36,6 +36,7 @@ def read_spiel(adapter: str | Path | AdapterFiles, base: str | Path | Base) -> I
     for module in sorted({key.partition(_SUFFIX)[0] for key in files.shapes}):
         name = f"{module}.weight"
         structure.check(name, structure.shapes.get(name, torch.Size()), source)
+        structure.check_untied(name, source)
         shape = structure.shapes[name]
         keys = [f"{module}{_SUFFIX}{what}" for what in ("values", "indices")]
         if len({files.shapes.get(key) for key in keys}) > 1 or len(files.shapes[keys[0]]) != 1:

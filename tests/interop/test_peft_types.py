@@ -199,7 +199,7 @@ def test_rounding_of_a_merge_does_not_hide_a_rank():
     assert found.rank == 3
 
 
-def test_dora_and_lora_need_no_peft(tiny_llama_dir, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
-    expert = import_expert(save_adapter(tiny_llama_dir, tmp_path / "dora", config), tmp_path / "library/dora")
+def test_a_plain_lora_needs_no_peft(tiny_llama_dir, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    expert = import_expert(save_adapter(tiny_llama_dir, tmp_path / "lora", config), tmp_path / "library/lora")
     assert "read_with" not in expert.record["source"]

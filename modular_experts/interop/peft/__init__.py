@@ -1,7 +1,6 @@
-"""Read and write adapters of the library `peft`, the most common types without that library.
+"""Read and write adapters of the library `peft`, the most common type without that library.
 
-`read.py` (open it first) reads three types with `files.py` and `terms.py`, what a module's tensors do to its weight;
-`asked.py` asks PEFT for the deltas of any other type.
+`read.py` (open it first) reads a plain LoRA from `files.py`; `asked.py` asks PEFT for the deltas of any other adapter.
 `write.py` writes with `formats.py` and `glora.py`, the kinds of adapter, and `verify.py`, which loads the result again.
 """
 

@@ -176,6 +176,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         moved = merged - before
         if not moved.any():
             return None
+        self._base.structure.check_untied(name, str(self._files.directory))
         rounding = 2 * torch.finfo(moved.dtype).eps * merged.norm().item()
         if stated is not None and stated.shape == moved.shape and (stated - moved).norm().item() <= rounding:
             delta = exact_form(stated.float())
@@ -290,7 +291,9 @@ def _statement(layer: Any) -> Tensor | None:
         stated = layer.get_delta_weight(_NAME)
     except (AttributeError, TypeError, RuntimeError):  # it has no such method, one that wants more, or one that fails
         return None
-    return stated.detach() if isinstance(stated, Tensor) else None
+    if not isinstance(stated, Tensor):
+        return None
+    return (stated.to_dense() if stated.is_sparse else stated).detach()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Read the two files of an adapter: `adapter_config.json`, and its tensors.
 
-A field of the configuration is known to change nothing, is understood by the reader of its kind, or is refused, so no
-setting that could move a weight is ignored. Field names and defaults are those of peft 0.21.
+A field of a plain LoRA's configuration is known to change nothing, or is understood by its reader; with any other one
+PEFT must read the adapter, so no setting that could move a weight is ignored. Names and defaults are those of PEFT.
 """
 
 from __future__ import annotations
@@ -23,27 +23,20 @@ TENSOR_FILE = "adapter_model.safetensors"
 _OLD_TENSOR_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+"""The last parts of the keys of a plain LoRA's tensors."""
+
 # Where an adapter comes from, and which modules it adapts: the tensors show that themselves.
 _ABOUT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "task_type"),
 }
-# Fields that only training reads, or that mean nothing without a refused field.
-_TRAINING = {
+# The other fields of a plain LoRA: those that only training reads, or that mean nothing without another field, too.
+_LORA = {
+    *("alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"),
     *("corda_config", "eva_config", "lora_dropout", "lora_ga_config", "loftq_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-_LORA = {
-    *("alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save"),
-    *("r", "rank_pattern", "use_dora", "use_rslora"),
-}
-_SHIRA = {"fan_in_fan_out", "init_weights", "mask_type", "modules_to_save", "r", "random_seed"}
-_SUPERTUNING = {
-    *("init_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "save_precomputed_indices"),
-    *("select_top", "sparsity"),
-}
-_FIELDS = {"LORA": _LORA | _TRAINING, "SHIRA": _SHIRA, "SUPERTUNING": _SUPERTUNING}
-
 _NOT_SET: tuple[Any, ...] = (None, False, {}, [], "")
 # The initialisations that leave the base as it is; the others subtract their start from it.
 _HARMLESS_STARTS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
@@ -84,20 +77,19 @@ class AdapterFiles:
         return {name: value for name, value in self.config.items() if name not in left_out and value not in _NOT_SET}
 
     def obstacle(self) -> str | None:
-        """Return why `read_peft` cannot read this: a type, or a field of its configuration, that it does not know."""
+        """Return why this is not a plain LoRA, which needs no PEFT: its type, a setting or a tensor."""
         file, kind = self.directory / CONFIG_FILE, self.config.get("peft_type")
-        if not isinstance(kind, str) or kind not in _FIELDS:
-            return f"{file} has peft_type {kind!r}, and only {', '.join(_FIELDS)} can be imported"
+        if kind != "LORA":
+            return f"{file} has peft_type {kind!r}, which cannot be read"
         for field, value in self.config.items():
-            if value not in _NOT_SET and field not in _ABOUT | _FIELDS[kind]:
-                return f"{file} sets {field} to {value!r}, which may move weights and is not supported"
+            known = value in _NOT_SET or field in _ABOUT | _LORA
+            if not known or (field == "bias" and value != "none"):
+                return f"{file} sets {field} to {value!r}, which may move weights and cannot be read"
         start = self.config.get("init_lora_weights")
         if start not in _HARMLESS_STARTS:
-            return (
-                f"{file} sets init_lora_weights to {start!r}, which may have changed the base before training; save "
-                "the adapter with PEFT's path_initial_model_for_weight_conversion"
-            )
-        return None
+            return f"{file} sets init_lora_weights to {start!r}, which may have changed the base and cannot be read"
+        others = [key for key in self.shapes if not key.endswith(tuple(f".{suffix}" for suffix in LORA_TENSORS))]
+        return f"{self.file} holds {others[0]}, which cannot be read" if others else None
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:

@@ -1,34 +1,34 @@
-"""Read PEFT adapters as deltas of their base: LORA, SHIRA and SUPERTUNING.
+"""Read PEFT adapters as deltas of their base: a plain LoRA by itself, without PEFT, and any other type by asking PEFT.
 
-Understood are rsLoRA, DoRA, rank and alpha patterns, embeddings, biases and `modules_to_save`. The tensors show which
-modules an adapter moves. The reader refuses everything else by name and ignores nothing.
+A plain LoRA is two factors for each weight of a linear layer, a `Conv1D` or an embedding, with rsLoRA and with patterns
+of ranks and alphas. The tensors show which modules it moves.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from torch import nn
 
 from modular_experts.base import Base
-from modular_experts.deltas import Delta, add
+from modular_experts.base.structure import is_transposed
+from modular_experts.deltas import Delta, LowRank
 from modular_experts.interop.adapter import ImportedAdapter
-from modular_experts.interop.peft.files import AdapterFiles
-from modular_experts.interop.peft.terms import TENSORS, NormedProduct, Replacement, Term, module_terms
+from modular_experts.interop.peft.asked import ask_peft
+from modular_experts.interop.peft.files import LORA_TENSORS, AdapterFiles
 from modular_experts.text import did_you_mean
-
-_OWN = ("base_layer.weight", "base_layer.bias")  # the adapted module's own tensors, stored with the adapter
 
 
 def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None = None) -> ImportedAdapter:
     """Read an adapter that PEFT saved, as deltas of its base.
 
-    The call checks names, shapes and settings; an iteration over the deltas reads numbers, one weight at a time. A
-    LoRA is `LowRank`, with its scaling in `up`; SHiRA and Super-Tuning are `Sparse`; DoRA, whole tensors
-    (`modules_to_save`, biases) and Super-Tuning with a LoRA beside it are `Dense`. Each has the shape and the
-    orientation of the base's parameter. A whole tensor that equals the base's is left out.
+    For a plain LoRA, the call checks names, shapes and settings, and an iteration over the deltas reads numbers, one
+    weight at a time: each delta is `LowRank`, with its scaling in `up`, in the orientation of the base's parameter. Any
+    other adapter is read with PEFT, as `ask_peft` explains.
 
     Args:
         adapter: The adapter's directory.
@@ -36,98 +36,85 @@ def read_peft(adapter: str | Path | AdapterFiles, base: str | Path | Base | None
 
     Raises:
         FileNotFoundError: A file of the adapter, or the base, is missing.
-        ValueError: A file is damaged, or no deltas of this base can express the adapter: an unknown setting, a
-            tensor or a module that the base does not have, a shape that does not fit. An iteration raises it for a
-            wrong number, and for a weight that the base ties to another one.
+        ValueError: A file is damaged, no deltas of this base can express the adapter, or it is not a plain LoRA, and
+            PEFT refuses it or is not installed.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles(adapter)
-    if obstacle := files.obstacle():
-        raise ValueError(obstacle)
     opened = Base.open(base or files.base, revision=None if base else files.revision)
-    return ImportedAdapter(
-        deltas=_AdapterDeltas(files, opened),
-        kind=files.config["peft_type"],
-        base=files.base,
-        revision=files.revision,
-        settings=files.settings(),
-    )
+    if files.obstacle():
+        return ask_peft(files, opened)
+    return ImportedAdapter(_LoraDeltas(files, opened), "LORA", files.base, files.revision, files.settings())
 
 
-class _AdapterDeltas(Iterable[tuple[str, Delta]]):
-    """The deltas of an adapter; every iteration reads its numbers anew."""
+class _Product(NamedTuple):
+    """The factors of one delta by their keys, `(rows, rank)` and `(rank, columns)` of the base's parameter, and what
+    multiplies them; those of an embedding and of a `Conv1D` are stored transposed.
+    """
+
+    left: str
+    right: str
+    scaling: float
+    transposed: bool
+
+
+class _LoraDeltas(Iterable[tuple[str, Delta]]):
+    """The deltas of a plain LoRA; every iteration reads its numbers anew."""
 
     def __init__(self, files: AdapterFiles, base: Base) -> None:
-        self._files, self._base = files, base
-        self._terms = self._terms_by_weight()
+        self._files, structure = files, base.structure
+        suffixes = {key: next(suffix for suffix in LORA_TENSORS if key.endswith(f".{suffix}")) for key in files.shapes}
+        names = sorted({key.removesuffix(f".{suffix}") for key, suffix in suffixes.items()})
+        modules = {name for name, _ in structure.model.named_modules()} - {""}
+        if strangers := [name for name in names if name not in modules]:
+            shown = ", ".join(strangers[:4]) + (f" and {len(strangers) - 4} more" if len(strangers) > 4 else "")
+            raise ValueError(
+                f"{files.file} holds tensors that belong to nothing in {structure.architecture}: "
+                f"{shown}{did_you_mean(strangers[0], modules)}"
+            )
+        self._products = {f"{name}.weight": self._product(name, structure.model.get_submodule(name)) for name in names}
+        for name in self._products:
+            structure.check_untied(name, str(files.directory))
 
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
-        structure = self._base.structure
-        for name, terms in self._terms.items():
-            moving = []
-            try:
-                for term in terms:
-                    delta = term.delta(self._files.read, partial(self._base.weight, name))
-                    # PEFT stores some tensors that it did not train, such as embeddings: they move nothing.
-                    if not isinstance(term, Replacement) or delta.dense().any():
-                        moving.append(delta)
-            except ValueError as error:
-                raise self._does_not_fit(f"{error} ({name})") from error
-            if moving and len(structure.twins(name)) > 1:
-                raise ValueError(
-                    f"{self._files.file} moves {name}, which {structure.architecture} ties to another weight, and a "
-                    "delta of the one tensor would move both"
-                )
-            if moving:
-                yield name, add(moving)
+        for name, (left_key, right_key, scaling, transposed) in self._products.items():
+            left, right = self._files.read(left_key).double(), self._files.read(right_key).float()
+            if transposed:
+                left, right = left.T, right.T
+            yield name, LowRank((left * scaling).float().contiguous(), right.contiguous())
 
-    def _terms_by_weight(self) -> dict[str, list[Term]]:
-        """Return the terms of each moved weight, by its name in the base, once every tensor is known to fit."""
-        shapes, structure = self._files.shapes, self._base.structure
-        # The shapes of the tensors of each adapted module, by the last parts of their keys.
-        adapted: dict[str, dict[str, torch.Size]] = {}
-        for key, shape in shapes.items():
-            for suffix in (*TENSORS[self._files.config["peft_type"]], *_OWN):
-                if key.endswith(f".{suffix}"):
-                    adapted.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = shape
-        modules = {name for name, _ in structure.model.named_modules()} - {""}
-        self._check_known(adapted.keys() - modules, modules)
-        rest = shapes.keys() - {f"{name}.{suffix}" for name, found in adapted.items() for suffix in found}
-        unknown = {key for key in rest if key not in structure.shapes or key.rpartition(".")[0] in adapted}
-        self._check_known(unknown, structure.shapes)
-        # The keys of the tensors that replace a weight.
-        whole = {key: key for key in rest}
-        terms: dict[str, list[Term]] = {}
-        for name, found in sorted(adapted.items()):
-            own = {suffix: f"{name}.{suffix}" for suffix in _OWN if found.pop(suffix, None)}
-            module, replacement = structure.model.get_submodule(name), own.get("base_layer.weight")
-            try:
-                moved = module_terms(self._files.config, name, module, found, replacement)
-            except ValueError as error:
-                raise self._does_not_fit(str(error)) from error
-            for parameter, its_terms in moved.items():
-                terms.setdefault(f"{name}.{parameter}", []).extend(its_terms)
-            whole |= {f"{name}.{suffix.removeprefix('base_layer.')}": key for suffix, key in own.items()}
-        for name, key in sorted(whole.items()):
-            # A DoRA reads the tensor that replaces its weight by itself.
-            if not any(isinstance(term, NormedProduct) for term in terms.get(name, [])):
-                terms.setdefault(name, []).append(Replacement(key))
-            if structure.shapes.get(name) != shapes[key]:
-                found_shape = tuple(structure.shapes.get(name, ())) or "no such weight"
-                raise ValueError(
-                    f"{self._files.file} holds {name} with shape {tuple(shapes[key])}, and the base in "
-                    f"{self._base.directory} has {found_shape}; was its vocabulary resized, or is it another base?"
-                )
-        return terms
+    def _product(self, name: str, module: nn.Module) -> _Product:
+        """Return the product of a module's factors, once they are known to fit its weight and the configuration."""
+        if not (isinstance(module, nn.Linear | nn.Embedding) or is_transposed(module)):
+            kind = type(module).__name__
+            raise self._does_not_fit(f"{name} is a {kind}; only a Linear, Conv1D or Embedding can have a LoRA")
+        rank, scaling = self._rank_and_scaling(name)
+        transposed = not isinstance(module, nn.Linear)
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+        rows, columns = shape[::-1] if transposed else shape
+        prefix, suffix = ("lora_embedding_", "") if isinstance(module, nn.Embedding) else ("lora_", ".weight")
+        for factor, wanted in (("A", (rank, columns)), ("B", (rows, rank))):
+            key = f"{name}.{prefix}{factor}{suffix}"
+            if key not in self._files.shapes:
+                raise self._does_not_fit(f"{name} has no {prefix}{factor}{suffix}")
+            found = tuple(self._files.shapes[key])
+            if found != wanted:
+                raise self._does_not_fit(f"{key} has shape {found} and should have {wanted}")
+        left, right = (f"{name}.{prefix}{factor}{suffix}" for factor in ("AB" if transposed else "BA"))
+        return _Product(left, right, scaling, transposed)
 
-    def _check_known(self, strangers: set[str], known: Iterable[str]) -> None:
-        """Refuse tensors that have no place in the base."""
-        if strangers:
-            names = sorted(strangers)
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise ValueError(
-                f"{self._files.file} holds tensors that belong to nothing in {self._base.structure.architecture}: "
-                f"{shown}{did_you_mean(names[0], known)}"
-            )
+    def _rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """Return rank and scaling of a module's product; the first pattern that matches its full name decides."""
+        config, values = self._files.config, []
+        try:
+            # The defaults of 8 are PEFT's own.
+            for patterns, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+                table = config.get(patterns) or {}
+                matching = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
+                values.append(next(matching, config.get(setting, 8)))
+            rank, alpha = values
+            return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+            raise ValueError(f"{module} has no valid rank and alpha in adapter_config.json: {error}") from error
 
     def _does_not_fit(self, reason: str) -> ValueError:
         return ValueError(f"{self._files.file} does not fit its configuration or its base: {reason}")

@@ -1,6 +1,6 @@
 """Verify a written adapter: load it onto its base again, and compare its logits with those of the deltas in memory.
 
-PEFT loads it where PEFT is installed; elsewhere this package's own reader does, for the types that it reads.
+PEFT loads it where PEFT is installed; elsewhere this package's own reader loads a LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from modular_experts.base.loading import quiet
 from modular_experts.base.verify import difference, fixed_prompts, logits
 from modular_experts.deltas import Delta
 from modular_experts.interop.peft.read import read_peft
-from modular_experts.interop.peft.terms import TENSORS
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def verify_adapter(
     found = _logits_with_peft(model, directory, peft_type, prompts)  # PEFT leaves the adapter in the model
     if found is not None:
         loader = f"peft {metadata.version('peft')}"
-    elif peft_type not in TENSORS:
+    elif peft_type != "LORA":
         raise ValueError(
             f"the adapter was not written: only PEFT itself can check a {peft_type} adapter; pip install 'peft>=0.21'"
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import nn
@@ -132,53 +132,68 @@ def write_peft(
     modules = _moved_modules(opened, format, found)
     format = format.fit_to(opened, list(modules))
     encoded = {name: format.encode(name, modules[name], opened[name]) for name in progress(list(modules))}
+    with new_directory(target, overwrite, MANIFEST) as directory:
+        _write_files(directory, found, format, modules, encoded)
+        deltas = {name: weight.delta for name, weight in encoded.items()}
+        approximated = opened if any(weight.lost for weight in encoded.values()) else None
+        check = verify_adapter(found, directory, format.peft_type, deltas, approximated, tolerance)
+        written = WrittenAdapter(encoded, check)
+        origin = {
+            "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
+            "experts": as_parents([opened]),
+        }
+        write_manifest(directory, origin | {"adapter": _account(format, written), "check": asdict(check)})
+    return written
+
+
+def _write_files(
+    directory: Path,
+    base: Base,
+    format: PeftFormat,
+    modules: Mapping[str, nn.Module],
+    encoded: Mapping[str, EncodedWeight],
+) -> None:
+    """Write the two files that PEFT reads."""
     config = {
         "peft_type": format.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": found.place,
-        "revision": found.revision,
+        "base_model_name_or_path": base.place,
+        "revision": base.revision,
         "inference_mode": True,
         "target_modules": list(dict.fromkeys(_module_of(name) for name in encoded)),
         "modules_to_save": None,
         **format.configuration(modules, encoded),
     }
+    text = json.dumps(plain(config), indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     tensors = {
         f"{PREFIX}{_module_of(name)}.{suffix}": tensor.contiguous()
         for name, weight in encoded.items()
         for suffix, tensor in weight.tensors.items()
     }
-    with new_directory(target, overwrite, MANIFEST) as directory:
-        text = json.dumps(plain(config), indent=2, sort_keys=True)
-        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
-        deltas = {name: weight.delta for name, weight in encoded.items()}
-        approximated = opened if any(weight.lost for weight in encoded.values()) else None
-        check = verify_adapter(found, directory, format.peft_type, deltas, approximated, tolerance)
-        written = WrittenAdapter(encoded, check)
-        manifest = {
-            "base": {"id": found.place, "revision": found.revision, "fingerprint": found.fingerprint},
-            "experts": as_parents([opened]),
-            "adapter": {
-                "peft_type": format.peft_type,
-                "settings": {name: value for name, value in vars(format).items() if not name.startswith("_")},
-                "kept_energy": written.kept_energy,
-                "relative_error": written.relative_error,
-                "padding": written.padding,
-                "weights": {
-                    name: {
-                        "form": type(weight.delta).__name__,
-                        "kept": getattr(weight.delta, "rank", weight.delta.support_size),
-                        "padding": weight.padding,
-                        "kept_energy": weight.kept_energy,
-                        "relative_error": weight.relative_error,
-                    }
-                    for name, weight in encoded.items()
-                },
-            },
-            "check": asdict(check),
+    save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
+
+
+def _account(format: PeftFormat, written: WrittenAdapter) -> dict[str, Any]:
+    """Return what the manifest tells of an adapter: its format, and what it keeps of each weight and in all."""
+    weights = {
+        name: {
+            "form": type(weight.delta).__name__,
+            "kept": getattr(weight.delta, "rank", weight.delta.support_size),
+            "padding": weight.padding,
+            "kept_energy": weight.kept_energy,
+            "relative_error": weight.relative_error,
         }
-        write_manifest(directory, manifest)
-    return written
+        for name, weight in written.weights.items()
+    }
+    return {
+        "peft_type": format.peft_type,
+        "settings": {name: value for name, value in vars(format).items() if not name.startswith("_")},
+        "kept_energy": written.kept_energy,
+        "relative_error": written.relative_error,
+        "padding": written.padding,
+        "weights": weights,
+    }
 
 
 def _module_of(name: str) -> str:
