@@ -173,8 +173,8 @@ def groups(study: Study, kind: str, count: int, seed: int) -> list[Group]:
 
 
 def settings_of(merge: Combination) -> dict[str, Any]:
-    """Return what a digest takes of a combination; the usual labels of a search are older than the setting."""
-    return {name: value for name, value in asdict(merge).items() if (name, value) != ("labels", "rows")}
+    """Return what a digest takes of a combination, without a setting that older results have not."""
+    return asdict(merge, dict_factory=lambda pairs: dict(pair for pair in pairs if pair != ("labels", "rows")))
 
 
 def title_of(key: Key) -> str:

@@ -1,0 +1,56 @@
+"""Kinds of a grid and of each seed are spelt out, and what was measured before there were any stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from modular_experts.study.grids import each_method, for_seed, spelt_out
+from modular_experts.study.merges import Merge, Route
+from modular_experts.study.pieces import settings_of
+
+
+def test_a_grid_makes_a_kind_of_each_combination_and_its_name_means_all() -> None:
+    grid = {"learning_rate": [0.001, 0.01], "expert.init_args.rank": [4, 8]}
+    found = spelt_out({"lora": {"expert": "LoRAExpert", "steps": 5, "grid": grid}, "full": "full.yaml"})
+    assert [*found.apart] == ["lora-0.001-4", "lora-0.001-8", "lora-0.01-4", "lora-0.01-8", "full"]
+    own = {"expert": "LoRAExpert", "steps": 5}
+    assert found.apart["lora-0.01-4"] == [own, {"learning_rate": 0.01}, {"expert": {"init_args": {"rank": 4}}}]
+    assert found.apart["full"] == "full.yaml"
+    assert found.named["lora"] == [*found.apart][:4]
+    assert found.named["lora-0.01-4"] == ["lora-0.01-4"]
+
+
+def test_a_joint_kind_has_its_grid_too_and_is_in_no_merge() -> None:
+    shapes = {"model.scheduler": ["WarmupLinear", {"class_path": "mine.Steps", "init_args": {"every": 3}}]}
+    found = spelt_out({"molora": {"joint": True, "expert": "MoLoRAExpert", "grid": shapes}})
+    assert [*found.joint] == ["molora-WarmupLinear", "molora-mine.Steps"]
+    assert not found.apart
+    assert not found.named
+
+
+@pytest.mark.parametrize("grid", [["0.1"], {"learning_rate": 0.1}, {"learning_rate": []}])
+def test_a_grid_without_lists_of_values_is_refused(grid) -> None:
+    with pytest.raises(ValueError, match=r"experts\.lora\.grid is .*; give lists of values"):
+        spelt_out({"lora": {"expert": "LoRAExpert", "grid": grid}})
+
+
+def test_a_seed_stands_in_words_and_as_a_number() -> None:
+    given = {"base": "runs/{seed}/base", "source": {"init_args": {"seed": "{seed}"}}, "kept": [1, None, "{seed}"]}
+    assert for_seed(given, 3) == {"base": "runs/3/base", "source": {"init_args": {"seed": 3}}, "kept": [1, None, 3]}
+
+
+def test_an_entry_with_several_methods_stands_for_an_entry_each() -> None:
+    entries = ["IsoC", {"method": ["TIES", {"class_path": "SVC"}], "tune": True}, {"route": "Arrow"}]
+    assert [*each_method(entries)] == [
+        "IsoC",
+        {"method": "TIES", "tune": True},
+        {"method": {"class_path": "SVC"}, "tune": True},
+        {"route": "Arrow"},
+    ]
+
+
+def test_results_of_before_searches_had_labels_still_count() -> None:
+    merge = Merge("TIES", "TIES")
+    assert "labels" not in settings_of(merge)
+    assert "labels" not in settings_of(Route("Centroid", "Centroid", merge))["fallback"]
+    assert settings_of(Merge("ATLAS", "ATLAS", True, labels="experts"))["labels"] == "experts"
