@@ -1,6 +1,6 @@
 """RECAST trains how much each layer takes of a few templates, which it shares with the layers next to it.
 
-The method is Tasnim and Plummer's, arXiv 2411.16870, made for vision models. `docs/guides/related-systems.md` compares
+The method is Tasnim and Plummer's, arXiv 2411.16870, made for vision models. `docs/systems/recast.md` compares
 this file with its released code.
 """
 

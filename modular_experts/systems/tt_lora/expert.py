@@ -1,6 +1,6 @@
 """TT-LoRA trains the delta as a tensor train: a chain of small cores, one for each factor of the weight's sizes.
 
-The method is Anjum et al.'s, arXiv 2408.01008. Its own code was not found; `docs/guides/related-systems.md` compares
+The method is Anjum et al.'s, arXiv 2408.01008. Its own code was not found; `docs/systems/tt_lora.md` compares
 this one with the code of the same group's follow-up.
 """
 
