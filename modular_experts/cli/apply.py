@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
 from modular_experts.cli.format import print_check, progress_bar, share_text
 from modular_experts.interop.peft import export as export_expert
@@ -14,7 +15,7 @@ def apply(
     out: str,
     base: str | None = None,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+    dtype: DType | None = None,
     tolerance: float = 1e-3,
     overwrite: bool = False,
     check: bool = True,

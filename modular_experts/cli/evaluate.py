@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -11,6 +10,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
+from modular_experts.base import DType
 from modular_experts.cli.format import open_page, progress_by_tenths
 from modular_experts.data import TaskMixture
 from modular_experts.data.tasks import Tasks, as_tasks
@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 16,
     max_length: int = 1024,
     chat_template: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: DType = "float32",
     overwrite: bool = False,
     open: bool = False,
 ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
+from modular_experts.base import DType
 from modular_experts.evaluation.streaming import generate as generate_answer
 from modular_experts.settings import UsageError
 
@@ -18,7 +18,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: DType = "float32",
     revision: str | None = None,
 ) -> None:
     """Answer a prompt with a base and experts, and print the answer while it comes.

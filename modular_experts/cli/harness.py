@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
+from modular_experts.base import DType
 from modular_experts.cli.evaluate import mixes_of
 from modular_experts.data.tasks import Tasks
 from modular_experts.evaluation.compare import RESULTS, open_models
@@ -30,7 +30,7 @@ def harness(
     num_fewshot: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: DType = "float32",
     overwrite: bool = False,
 ) -> None:
     """Measure a base, experts and checkpoints by the lm-evaluation-harness: on its benchmarks, and on task files.

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from modular_experts.base.structure import is_transposed
 from modular_experts.compress.removable import Kept, Removable
+from modular_experts.routing.prompts import stop_at
 
 
 class LayerError(NamedTuple):
@@ -151,21 +152,14 @@ class BlockByBlock:
             # Positions and masks are alike in all rows, because all are of one length and without padding.
             self._others.append((given[1:], named))
 
-        def stop(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self.embedded.append(given[0])
-            raise _Stopped
-
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
             model.base_model(rows[0], use_cache=False)
-        with ExitStack() as hooks:
-            hooks.callback(self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True).remove)
-            for row in rows:
-                try:
-                    model.base_model(row, use_cache=False)
-                except _Stopped:
-                    continue
+        for row in rows:
+            with stop_at(self.blocks[0]) as reached:
+                model.base_model(row, use_cache=False)
+            self.embedded += reached
 
     def through(self, place: int, hidden: list[Tensor]) -> list[Tensor]:
         """Return what a block makes of the hidden states of each row."""
@@ -188,7 +182,3 @@ class BlockByBlock:
                 hooks.callback(layer.register_forward_pre_hook(partial(take, name)).remove)
             made = self.through(place, hidden)
         return found, made
-
-
-class _Stopped(Exception):
-    """Ends a pass at the first block."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Dense
 from modular_experts.experts.expert import Expert
-from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 
 
 class RecastExpert(Expert):
@@ -89,7 +89,7 @@ class TemplateBanks(LayerPlan):
                 f"TemplateBanks: templates={templates} is outside 1..{group}, the layers of a group, whose weights so "
                 "many templates give exactly; give fewer templates or a larger group"
             )
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_patterns(modules)
         self.group, self.templates = group, templates
 
     def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:

@@ -69,6 +69,11 @@ class LayerPlan(ABC):
         """Return the factory of each site, and of each other module by its name, that gets an expert."""
 
 
+def as_patterns(modules: str | Sequence[str]) -> list[str]:
+    """Return one or several patterns of modules' names as a list."""
+    return [modules] if isinstance(modules, str) else list(modules)
+
+
 def by_pattern(experts: Mapping[str, Factory], where: str = "experts", quantised: Sequence[str] = ()) -> Plan:
     """Return the plan of a mapping from patterns to factories; the first pattern that matches a site decides.
 

@@ -25,6 +25,7 @@ from modular_experts.experts.site import (
     LayerPlan,
     Plan,
     Site,
+    as_patterns,
     by_pattern,
     make_expert,
     make_module_expert,
@@ -367,7 +368,7 @@ def _planned(
     sites = find_sites(model)
     quantised = [name for name, module in _outside_of_experts(model) if _is_quantised(module)]
     if modules is not None:
-        patterns = [modules] if isinstance(modules, str) else modules
+        patterns = as_patterns(modules)
         plan = by_pattern(dict.fromkeys(patterns, experts), "modules", quantised)
     elif isinstance(experts, Mapping):
         plan = by_pattern(experts, "experts", quantised)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,36 +162,47 @@ def _hidden_states(body: Any, inputs: Mapping[str, Any], depths: Sequence[float]
     """Return the hidden states `(rows, length, size)` at each depth, by a pass that ends at the deepest one."""
     blocks = list(dict.fromkeys(block for name, _ in body.named_parameters() if (block := block_of(name))))
     numbers = [round(depth * len(blocks)) for depth in depths]
+    *earlier, deepest = dict.fromkeys(numbers)
     found: dict[int, Tensor] = {}
 
-    def before(number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found[number] = arguments[0] if arguments else named["hidden_states"]
-        if number == max(numbers):
-            raise _Reached
+    def note(number: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found[number] = given[0] if given else named["hidden_states"]
 
-    def after(number: int, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        found[number] = output if isinstance(output, Tensor) else output[0]
-        raise _Reached
-
-    hooks = []
-    for number in dict.fromkeys(numbers):
-        if number < len(blocks):
-            block = body.get_submodule(blocks[number])
-            hooks.append(block.register_forward_pre_hook(partial(before, number), with_kwargs=True))
-        else:
-            hooks.append(body.get_submodule(blocks[-1]).register_forward_hook(partial(after, number)))
     training = [module for module in body.modules() if module.training]
     body.eval()
-    with suppress(_Reached):
-        try:
+    with ExitStack() as stack:
+        for module in training:
+            stack.callback(setattr, module, "training", True)
+        for number in earlier:
+            block = body.get_submodule(blocks[number])
+            stack.callback(block.register_forward_pre_hook(partial(note, number), with_kwargs=True).remove)
+        behind = deepest == len(blocks)
+        with stop_at(body.get_submodule(blocks[-1] if behind else blocks[deepest]), behind) as reached:
             body(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in training:
-                module.training = True
+    found[deepest] = reached[0]
     return [found[number] for number in numbers]
 
 
+@contextmanager
+def stop_at(block: nn.Module, behind: bool = False) -> Iterator[list[Tensor]]:
+    """End a forward pass at a transformer block, before it or behind it; the list gets the hidden states there."""
+    reached: list[Tensor] = []
+
+    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        reached.append(given[0] if given else named["hidden_states"])
+        raise _Reached
+
+    def after(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        reached.append(output if isinstance(output, Tensor) else output[0])
+        raise _Reached
+
+    hook = block.register_forward_hook(after) if behind else block.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            yield reached
+    finally:
+        hook.remove()
+
+
 class _Reached(Exception):
-    """Ends a pass at the block whose inputs are wanted."""
+    """Ends a forward pass at the block whose hidden states are wanted."""

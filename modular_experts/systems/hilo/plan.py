@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.routing.molora import MoLoRAExpert
 
 
@@ -40,7 +40,7 @@ class HiLo(LayerPlan):
         alpha: float = 16.0,
         balance: float = 1e-3,
     ) -> None:
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_patterns(modules)
         self.experts, self.ranks, self.k = list(experts), list(ranks), [k] if isinstance(k, int) else list(k)
         self.alpha, self.balance = alpha, balance
         for name, numbers in (("experts", self.experts), ("ranks", self.ranks), ("k", self.k)):

@@ -18,7 +18,7 @@ from modular_experts.data.batch import Example
 from modular_experts.data.rows import spread_evenly
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert, refer
-from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.routing.classifier import Classifier
 from modular_experts.routing.gates import CurrentGates, TopK
 from modular_experts.routing.prompts import PromptGates, kept_tokens
@@ -71,7 +71,7 @@ class LoRAIR(LayerPlan):
         if prompts < 4:
             raise ValueError(f"LoRAIR: prompts={prompts} must be at least 4 rows of a task")
         check_depths("LoRAIR", depths)
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_patterns(modules)
         self.experts, self.rank, self.k, self.alpha = experts, rank, k, alpha
         self.depths, self.prompts = list(depths), prompts
 

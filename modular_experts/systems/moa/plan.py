@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import ModuleExpert, refer
-from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.text import block_of
 
 BECAUSE = "its router chooses adapters by the input"
@@ -90,7 +90,7 @@ class MoA(LayerPlan):
         ]:
             if value not in known:
                 raise ValueError(f"MoA: {name}={value!r} must be {' or '.join(known)}")
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_patterns(modules)
         self.rank, self.alpha, self.adapter_size, self.mlp, self.prompts = rank, alpha, adapter_size, mlp, prompts
         self.router, self.router_width, self.router_input = router, router_width, router_input
         self.threshold, self.threshold_gradient = threshold, threshold_gradient

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modular_experts.experts.expert import NotMergeable
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.module_expert import Arguments, ModuleExpert, refer
-from modular_experts.experts.site import Factory, LayerPlan, Site, by_pattern
+from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 from modular_experts.routing.prompts import Growth, check_rows, kept_tokens, prompts_at_hand
 from modular_experts.text import block_of
@@ -58,7 +58,7 @@ class PointLoRA(LayerPlan):
             raise ValueError(f"PointLoRA: tokens={tokens} must be at least 0, and hidden={hidden} at least 1")
         if not math.isfinite(entropy):
             raise ValueError(f"PointLoRA: entropy={entropy} must be a number")
-        self.modules = [modules] if isinstance(modules, str) else list(modules)
+        self.modules = as_patterns(modules)
         self.rank, self.tokens, self.hidden, self.alpha, self.entropy = rank, tokens, hidden, alpha, entropy
 
     def __call__(self, sites: Sequence[Site]) -> Mapping[Any, Factory]:
