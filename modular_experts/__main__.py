@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from modular_experts import __version__
 from modular_experts.cli.commands import VERBS
 from modular_experts.cli.errors import guarded, unknown_command
-from modular_experts.old_names import install_old_names
 
 HELP = """\
 usage: modular-experts COMMAND [options]
@@ -55,7 +54,6 @@ def _run(argv: Sequence[str]) -> None:
         # A user's class lies beside the config, where a console script does not look.
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        install_old_names()
         file, function, _, positional = VERBS[verb]
         module = importlib.import_module(f"modular_experts.cli.{file}")
         if function:

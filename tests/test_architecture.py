@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modular_experts"
 # Room -> layer. A room imports rooms of its own layer and below; `experts` and `methods` know nothing of each other.
 # The front doors `__init__` and `__main__` import nothing before it is asked for.
 LAYERS = {
-    **dict.fromkeys(["deltas", "discovery", "native", "masks", "old_names", "progress", "text"], 0),
+    **dict.fromkeys(["deltas", "discovery", "native", "masks", "progress", "text"], 0),
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
@@ -72,8 +72,8 @@ def offences(modules: Mapping[str, str]) -> list[str]:
 def _own(module: str, name: str) -> str | None:
     """Say what is wrong with importing a module of ours."""
     room, other = _room(module), _room(name)
-    if other in ("", "__version__", "old_names"):
-        return None  # the version and the old names cost nothing; anything else belongs to a room under another name
+    if other in ("", "__version__"):
+        return None  # the version costs nothing; anything else belongs to a room under another name
     if other == "cli":
         return None if room == "cli" or module == "modular_experts.__main__" else "only __main__ opens the command line"
     if module in FRONT_DOORS:

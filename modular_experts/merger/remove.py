@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import Tensor
 from modular_experts.deltas import Delta, LowRank, Sparse
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library import StoredExpert, make_record, open_expert, write_expert
-from modular_experts.library.described import describe
+from modular_experts.library.described import describe, rebuild
 from modular_experts.library.record import MERGE
-from modular_experts.methods import METHODS
 from modular_experts.methods.average import Linear
 from modular_experts.methods.chunks import Chunk, merge_by_chunks, weighted_sum
 from modular_experts.progress import Progress
@@ -65,18 +65,18 @@ def remove(
 
 
 def _linear_method(merged: StoredExpert) -> Linear:
-    """Return the method of a stored merge; its class is known by its name, and no module of a record is imported."""
+    """Return the method of a stored merge, if an expert can be taken out of its merges."""
     record: dict[str, Any] = merged.record.get("method") or {}
-    package, _, name = str(record.get("class_path", "")).rpartition(".")
-    kind = METHODS.get(name) if package.startswith("modular_experts.") else None
     # The factors of experts such as `0.5 * a` are not among the method's settings.
     lazy = "experts" in (merged.record.get("hyperparameters") or {})
-    if kind is None or not issubclass(kind, Linear) or lazy or merged.record.get("per_weight"):
-        raise ValueError(
-            f"{merged.name} is a {name or merged.record['kind']}, and an expert can be taken out of a merge by Average "
-            "or TaskArithmetic only; merge the others again"
-        )
-    return kind(**record.get("init_args", {}))
+    if record and not lazy and not merged.record.get("per_weight"):
+        with suppress(ValueError):
+            return rebuild(record, Linear)
+    name = str(record.get("class_path", "")).rpartition(".")[2]
+    raise ValueError(
+        f"{merged.name} is a {name or merged.record['kind']}, and an expert can be taken out of a merge by Average "
+        "or TaskArithmetic only; merge the others again"
+    )
 
 
 class _Rest(TaskVector):

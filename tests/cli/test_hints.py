@@ -37,7 +37,7 @@ STRANGERS = ("hf ", "pip ", "mergekit-yaml", "python -m", "torchrun", "make ", "
 def texts() -> Iterator[tuple[str, str]]:
     """Yield each string of the package with its file; of an f-string, placeholders become the word X."""
     # One file has former options, the other has options of SLURM's commands.
-    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "old_names.py", PACKAGE / "jobs" / "slurm_jobs.py"}):
+    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "jobs" / "slurm_jobs.py"}):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):

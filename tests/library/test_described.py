@@ -1,0 +1,108 @@
+"""A record leads to classes of this package, wherever they are now, and to classes that the user trusts alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from testbed.random_deltas import random_delta
+
+from modular_experts.experts.site import LayerPlan
+from modular_experts.library import make_record, write_expert
+from modular_experts.library.described import describe, find_class, rebuild, short_name, trust
+from modular_experts.merger.merged import merge
+from modular_experts.merger.remove import remove
+from modular_experts.methods import TIES, Average, KnOTS, MergeMethod
+from modular_experts.routing import Router, TopK
+from modular_experts.routing.gates import Selection
+
+BASE = {"id": "base", "revision": None, "fingerprint": "a" * 64}
+
+
+def test_an_object_comes_back_of_its_description_with_the_objects_inside() -> None:
+    method = KnOTS(TIES(keep=0.1), scale=2.0)
+    found = json.loads(json.dumps(describe(method)))
+    assert found["class_path"].endswith(".KnOTS")
+    assert found["init_args"]["inner"]["class_path"] == "modular_experts.methods.ties.TIES"
+    assert rebuild(found, MergeMethod) == method
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "modular_experts.merging.ties.TIES",
+        "modular_experts.elsewhere.TIES",
+        "TIES",
+        "modular_experts.methods.ties.TIES",
+    ],
+)
+def test_a_class_that_has_moved_is_found_by_its_name(path: str) -> None:
+    assert find_class(path, MergeMethod) is TIES
+
+
+def test_the_contract_decides_between_classes_of_one_name() -> None:
+    assert find_class("TopK", Selection) is TopK
+    assert short_name(TopK) == "TopK"
+    for path in (
+        "modular_experts.methods.ties.TIES",
+        "pathlib.Path",
+        "modular_experts.library.record.json.JSONDecoder",
+    ):
+        with pytest.raises(ValueError, match="the record names"):
+            find_class(path, Router)
+
+
+def test_settings_that_a_class_does_not_take_are_told() -> None:
+    with pytest.raises(ValueError, match=r"library/x has settings that TIES does not take .*depth"):
+        rebuild({"class_path": "TIES", "init_args": {"depth": 1}}, MergeMethod, owner="library/x")
+
+
+def test_only_what_the_user_trusts_leads_to_foreign_code(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path(tmp_path, "foreign").mkdir()
+    Path(tmp_path, "foreign/__init__.py").write_text("")
+    source = (
+        "from modular_experts.experts.site import LayerPlan\nclass Mine(LayerPlan):\n    def __call__(self, sites): ..."
+    )
+    Path(tmp_path, "foreign/plans.py").write_text(source)
+    with pytest.raises(
+        ValueError, match=r"if you trust it, add --trust foreign.plans to the command \(in Python, modular_"
+    ):
+        find_class("foreign.plans.Mine", LayerPlan)
+    assert "foreign" not in sys.modules, "a record must import nothing"
+    with pytest.raises(ValueError, match=r"trust: there is no module or class foreign\.other"):
+        trust("foreign.other")
+    trust("foreign")
+    assert find_class("foreign.plans.Mine", LayerPlan).__name__ == "Mine"
+    with pytest.raises(ValueError, match="add --trust"):
+        find_class("foreign.plans.Mine", Router)
+
+
+def test_a_class_in_hand_is_trusted_itself_and_never_beats_one_of_this_package() -> None:
+    @dataclass(frozen=True)
+    class TIES(MergeMethod):
+        def merge(self, deltas):
+            return deltas[0]
+
+    trust(TIES)
+    assert find_class(describe(TIES())["class_path"], MergeMethod) is TIES
+    assert find_class("TIES", MergeMethod) is not TIES
+
+
+def test_an_expert_is_removed_from_a_merge_whose_method_has_moved(tmp_path) -> None:
+    for seed, name in enumerate(("one", "two", "three")):
+        deltas = [("a.weight", random_delta("Sparse", (12, 15), seed, torch.float32))]
+        write_expert(tmp_path / name, deltas, make_record("X", BASE, tasks=[name]))
+    merge([tmp_path / name for name in ("one", "two", "three")], Average(), tmp_path / "all")
+    file = tmp_path / "all" / "expert.json"
+    record = json.loads(file.read_text())
+    record["method"]["class_path"] = "modular_experts.merging.average.Average"
+    file.write_text(json.dumps(record))
+    left = remove(tmp_path / "all", tmp_path / "one", tmp_path / "rest")
+    again = merge([tmp_path / "two", tmp_path / "three"], Average(), tmp_path / "again")
+    torch.testing.assert_close(left["a.weight"].dense(), again["a.weight"].dense(), rtol=2e-5, atol=1e-5)
+    assert left.record["method"] == again.record["method"]
