@@ -36,7 +36,8 @@ def test_the_commands_work(
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(definitions(PAGE), encoding="utf-8")
     commands = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
-    assert [shlex.split(line)[1] for line in commands] == ["fit", "fit", "merge", "route", "evaluate"]
+    wanted = ["fit", "evaluate", "fit", "fit", "merge", "show", "route", "evaluate", "test", "test"]
+    assert [shlex.split(line)[1] for line in commands] == wanted
     for line in commands:
         arguments = shlex.split(line.replace(" DIR ", f" {tiny('llama')} "))[1:]
         monkeypatch.setattr(sys, "argv", ["modular-experts", *arguments])
