@@ -1,4 +1,4 @@
-"""What a training step of an expert or a mixture of another paper costs beside that of a LoRA.
+"""What a training step of an expert or a mixture of another paper costs beside a step of a LoRA.
 
 Measured on a Llama of 135 million parameters with random weights: training steps of 2 x 128 tokens in turn, in an order
 drawn anew for each round, as medians of CPU time, and the peak memory of a process of its own. Experts stand over the
@@ -50,7 +50,7 @@ from modular_experts.systems.tt_lora import TTLoRAExpert
 __all__ = ["PLANS", "parameters"]
 
 BOOSTERS = 7
-"""How many boosters of rank 1 a weight has: those of 50 steps in all blocks, a round of eight."""
+"""How many boosters of rank 1 a weight has after 50 steps in all blocks, in rounds of eight."""
 
 
 def everywhere(type_: Callable[..., Any], **settings: Any) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def costs(store: JSONLines, part: str, names: Sequence[str], repeats: int, small: bool) -> list[Any]:
-    """Return for each name the time of a step and the memory of a process, also over those of the first name."""
+    """Return for each name the time of a step and the memory of a process, also over the first name's."""
     with LocalProcesses(1) as pool:
         pieces = [Piece(("memory", name), _memory, (part, name, small)) for name in names]
         pieces.append(Piece(("time", *names), _times, (part, names, repeats, small)))

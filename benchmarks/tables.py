@@ -4,7 +4,7 @@ A cell is a template of Python's `str.format`. It may name, as means over tasks 
 
     {held_in[exact_match]} {held_in[loss]}  a metric on the tasks of the experts, each single expert on its own task
     {held_out[exact_match]}                 the same on tasks that no expert saw
-    {kept}                                  the main metric held in, over that of the single experts of the kind
+    {kept}                                  the main metric held in, as a share of what the single experts have
     {low} {high}                            the 95 % interval of the difference to the line of `--beside`, held in: a
                                             bootstrap over pairs of seed and task
     {rank[overlap]}                         Spearman's correlation over tasks between a measure of the study and what
@@ -13,7 +13,7 @@ A cell is a template of Python's `str.format`. It may name, as means over tasks 
     python benchmarks/tables.py runs/merging [runs/more ...] [--lines merge] [--columns kind] [--beside SparseAverage]
     python benchmarks/tables.py runs/training --lines kind --columns merge --cell '{held_in[exact_match]:.1f}'
 
-Of merges of several sizes, those of the most experts count. `--columns ''` gives one column.
+Where a study merges 2, 5 and all experts, the merges of all count. `--columns ''` gives one column.
 """
 
 from __future__ import annotations
