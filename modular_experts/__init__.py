@@ -13,10 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "modular_experts.deltas.task_vector": ("TaskVector",),
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
-    "modular_experts.experts": (
-        *("BoostedLoRAExpert", "Expert", "FullExpert", "GLoRAExpert", "LoRAExpert", "MaskedExpert"),
-        "SparseExpert",
-    ),
+    "modular_experts.experts": (*("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),),
     "modular_experts.injection": ("eject", "inject"),
     "modular_experts.injection.route": ("route",),
     "modular_experts.injection.routed": ("routed",),
@@ -32,7 +29,7 @@ _HOMES = {
     "modular_experts.evaluation": ("evaluate", "measure"),
     "modular_experts.evaluation.streaming": ("generate",),
     "modular_experts.callbacks": (
-        *("AverageStates", "Boosting", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
+        *("AverageStates", "ExportExpert", "GradientMask", "MaskSchedule", "TrainUnderOthers"),
     ),
     "modular_experts.tuning": ("ATLAS", "AdaMerging", "LoRAHub", "Objective", "leave_out", "search", "tune"),
     "modular_experts.base": ("Base",),

@@ -47,19 +47,18 @@ def _run(argv: Sequence[str]) -> None:
     elif {"-h", "--help"} & set(argv) or ({"--help-all", "--help_all"} & set(argv) and VERBS[verb].function):
         from modular_experts.cli.help import command_help, training_help
 
-        file, function, summary, positional = VERBS[verb]
-        whole = not {"-h", "--help"} & set(argv)
-        print(command_help(verb, file, function, positional, whole) if function else training_help(verb, summary))
+        whole, command = not {"-h", "--help"} & set(argv), VERBS[verb]
+        print(command_help(verb, command, whole) if command.function else training_help(verb, command.summary))
     else:
         # A user's class lies beside the config, where a console script does not look.
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        file, function, _, positional = VERBS[verb]
-        module = importlib.import_module(f"modular_experts.cli.{file}")
-        if function:
+        command = VERBS[verb]
+        module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
+        if command.function:
             from modular_experts.cli.command import run_command
 
-            run_command(getattr(module, function), argv, positional)
+            run_command(getattr(module, command.function), argv, command.positional)
         else:
             module.run(argv)
 

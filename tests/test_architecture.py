@@ -21,9 +21,7 @@ LAYERS = {
     **dict.fromkeys(["kernels", "experts", "methods", "routing"], 1),
     **dict.fromkeys(["base", "library", "injection", "merger"], 2),
     **dict.fromkeys(["training", "callbacks", "selection", "data", "evaluation", "statistics", "tuning"], 3),
-    **dict.fromkeys(
-        ["compress", "suite", "interop", "hub", "jobs", "quickstart", "reports", "settings", "study", "testing"], 3
-    ),
+    **dict.fromkeys(["suite", "interop", "hub", "jobs", "quickstart", "reports", "settings", "study", "testing"], 3),
     "cli": 4,
     "systems": 5,
 }
@@ -75,7 +73,10 @@ def _own(module: str, name: str) -> str | None:
     if other in ("", "__version__"):
         return None  # the version costs nothing; anything else belongs to a room under another name
     if other == "cli":
-        return None if room == "cli" or module == "modular_experts.__main__" else "only __main__ opens the command line"
+        opens = (
+            room == "cli" or module == "modular_experts.__main__" or re.fullmatch(r".*\.systems\.\w+\.commands", module)
+        )
+        return None if opens else "only __main__ opens the command line"
     if module in FRONT_DOORS:
         return "a front door imports no room by itself"
     if other not in LAYERS:

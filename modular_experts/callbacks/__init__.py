@@ -5,26 +5,22 @@ supports, and `selection/` makes its choices. Open `schedule.py` first.
 """
 
 from modular_experts.callbacks.average_states import AverageStates
-from modular_experts.callbacks.boosting import Boosting
 from modular_experts.callbacks.even_validation import EvenValidation
 from modular_experts.callbacks.export_expert import ExportExpert
 from modular_experts.callbacks.gradient_mask import GradientMask
 from modular_experts.callbacks.mask_schedule import MaskSchedule
 from modular_experts.callbacks.progress import LogProgress, TrainingBar
-from modular_experts.callbacks.random_paths import RandomPaths
 from modular_experts.callbacks.results import WritePredictions, WriteResults
 from modular_experts.callbacks.schedule import Schedule
 from modular_experts.callbacks.train_under_others import TrainUnderOthers
 
 __all__ = [
     "AverageStates",
-    "Boosting",
     "EvenValidation",
     "ExportExpert",
     "GradientMask",
     "LogProgress",
     "MaskSchedule",
-    "RandomPaths",
     "Schedule",
     "TrainUnderOthers",
     "TrainingBar",

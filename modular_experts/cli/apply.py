@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from modular_experts.base import DType
 from modular_experts.base.apply import apply as apply_experts
 from modular_experts.cli.format import print_check, progress_bar, share_text
@@ -47,7 +45,7 @@ def apply(
 
 def export(
     expert: str,
-    form: Literal["lora", "supertuning", "shira", "glora"],
+    form: str,
     out: str,
     rank: int | None = None,
     base: str | None = None,
@@ -58,13 +56,14 @@ def export(
     """Write an expert as a PEFT adapter, which PEFT and what builds on it load without this package.
 
     A low-rank expert is a LoRA exactly; any other expert is approximated at a rank, and the error is printed. A sparse
-    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira; a GLoRA, its
-    biases too, by glora. Before the adapter takes its place it is loaded again, by PEFT if it is installed, and its
-    logits are compared with those of base plus deltas. Use `apply` for what these cannot carry, such as norms.
+    expert is carried exactly by supertuning (PEFT 0.21 or newer) or, if its modules allow it, by shira. Before the
+    adapter takes its place it is loaded again, by PEFT if it is installed, and its logits are compared with the logits
+    of base plus deltas. Use `apply` for what these cannot carry, such as norms.
 
     Args:
         expert: Directory of the expert.
-        form: Kind of the adapter.
+        form: Kind of the adapter: lora, supertuning, shira, the form of a related system, or the dotted path of a
+            PeftFormat of your own.
         out: Directory of the adapter.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
         base: The base's directory or hub id; the one in the expert's record by default.

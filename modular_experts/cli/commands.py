@@ -1,18 +1,44 @@
-"""List the commands, for the program, its help and completion; this file imports nothing of the package."""
+"""List the commands, for the program, its help and completion; this file imports no other room.
+
+A system of `modular_experts/systems` may bring commands: the functions of its file `commands.py`.
+"""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+SYSTEMS = Path(__file__).parents[1] / "systems"
 
 
 class Command(NamedTuple):
-    """A command: its file in `cli/`, its function (empty if it runs a trainer), and what it does."""
+    """A command: its file in the package, its function (empty if it runs a trainer), and what it does.
+
+    A file without a folder lies in `cli/`.
+    """
 
     file: str
     function: str
     summary: str
     # Options that may also be given by position.
     positional: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The file in the package, without its suffix."""
+        return self.file if "/" in self.file else f"cli/{self.file}"
+
+
+def system_commands() -> Iterator[tuple[str, Command]]:
+    """Yield the name and command of each public function in a system's `commands.py`, read from its source."""
+    for file in sorted(SYSTEMS.glob("*/commands.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                first = (ast.get_docstring(node) or "").partition("\n")[0].partition(":")[0].rstrip(".")
+                summary = first[:1].lower() + first[1:]
+                yield node.name, Command(f"systems/{file.parent.name}/commands", node.name, summary)
 
 
 VERBS = {
@@ -44,11 +70,11 @@ VERBS = {
     "remove": Command("merge", "remove", "take one expert out of an average again", ("merged",)),
     "apply": Command("apply", "apply", "add experts to their base: an ordinary checkpoint", ("experts",)),
     "export": Command("apply", "export", "write an expert as an adapter that PEFT loads", ("expert",)),
-    "compress": Command("compress", "compress", "make a smaller base without training, which experts train on"),
     "push": Command("hub", "push", "push experts and a card about them to the Hugging Face hub", ("experts",)),
     "pull": Command("hub", "pull", "pull experts from the Hugging Face hub into a library", ("repo",)),
     "list": Command("library", "list_library", "list the experts of a library", ("library",)),
     "show": Command("library", "show", "show everything about one expert", ("expert",)),
     "verify": Command("library", "verify", "check an expert's files and its base", ("expert",)),
     "completion": Command("completion", "completion", "print what lets bash or zsh complete commands", ("shell",)),
+    **dict(system_commands()),
 }

@@ -37,8 +37,8 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
         modular-experts completion zsh >> ~/.zshrc
     """
     cases = []
-    for verb, (file, function, summary, positional) in VERBS.items():
-        shown = command_help(verb, file, function, positional, True) if function else training_help(verb, summary)
+    for verb, command in VERBS.items():
+        shown = command_help(verb, command, True) if command.function else training_help(verb, command.summary)
         options = re.findall(r"^  (--[\w-]+)", shown.partition("\nexamples:")[0], re.MULTILINE)
         cases.append(f'      {verb}) words="{" ".join(options)}" ;;')
     if shell == "zsh":

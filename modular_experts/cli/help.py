@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modular_experts.cli.commands import Command
 from modular_experts.settings import arguments_of
 
 _ROOT = Path(__file__).parents[1]
@@ -110,13 +111,13 @@ def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, st
     ]
 
 
-def command_help(verb: str, file: str, function: str, positional: Sequence[str], whole: bool) -> str:
+def command_help(verb: str, command: Command, whole: bool) -> str:
     """Return the help of a command that is one function."""
-    source = read_source(f"cli/{file}.py", function, brief=not whole)
+    source = read_source(f"{command.path}.py", command.function, brief=not whole)
     usage = []
     for option in source.required:
         name = option.partition(" ")[0][2:]
-        usage.append(name.upper() + " ..." * ("..." in option) if name in positional else option)
+        usage.append(name.upper() + " ..." * ("..." in option) if name in command.positional else option)
     sections = {"required": source.required, "options": source.options, "": _EVERYWHERE}
     paragraphs, examples = source.description.split("\n\n"), re.split(r"\n(?=modular-experts)", source.examples)
     if not whole:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
-from modular_experts.cli.format import call_text, counted, progress_bar, statistics_text, summary
+from modular_experts.cli.format import call_text, progress_bar, statistics_text, summary
 from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture
+from modular_experts.discovery import import_systems
 from modular_experts.methods import MergeMethod
 from modular_experts.statistics import take_statistics
 from modular_experts.statistics.gates import STEPS
-from modular_experts.tuning import CoefficientSearch, PathSearch, search_paths
-from modular_experts.tuning import search as search_coefficients
-from modular_experts.tuning.objective import mean_loss
-from modular_experts.tuning.paths import SearchedPaths
 from modular_experts.tuning.search import SearchAlgorithm
+
+# So that a config names the searches of related systems by their class alone.
+import_systems("search")
 
 
 def search(
@@ -37,14 +36,12 @@ def search(
     """Find how much of each expert to merge, by the loss on validation rows, and merge.
 
     A recipe, which `merge --config` takes, and the trials are written beside the merged expert. With `--algorithm.per
-    row` there is no recipe: the same command makes the expert again. PathSearch takes one expert, of type GLoRAExpert,
-    and makes it smaller.
+    row` there is no recipe: the same command makes the expert again.
 
     Args:
         experts: Directories of the experts.
         algorithm: ATLAS or AdaMerging (with gradients; for each weight of an expert, or row of it), LoRAHub (without;
-            for each expert), PathSearch (what each layer keeps of one GLoRA, under a limit of trained numbers), or the
-            dotted path of a class of your own.
+            for each expert), the search of a related system, or the dotted path of a class of your own.
         data: Tasks whose validation rows are measured, and how their rows are read: what you gave to `fit`.
         out: Directory of the merged expert; its last part is the name.
         rows: The most rows of one task, spread evenly over its validation rows.
@@ -67,64 +64,26 @@ def search(
         modular-experts search --experts library/a library/b --merges SelfRegMean \\
             --algorithm ATLAS --algorithm.per row --out library/ab \\
             --data.eval_batch_size 4 --rows 320 --data.tasks a.jsonl b.jsonl
-        modular-experts search --experts library/a --algorithm PathSearch \\
-            --algorithm.limit 4000 --out library/a-small --data.tasks a.jsonl
         modular-experts merge --config library/ab.recipe.yaml --out library/again
         modular-experts search --algorithm.help AdaMerging
     """
-    bar = progress_bar("searching")
-    if isinstance(algorithm, PathSearch):
-        if labels != "rows" or expert_of:
-            raise ValueError("PathSearch measures the targets of the rows; leave labels and expert_of out")
-        algorithm.check(len(experts) + len(merges or ()))
-        print_paths(algorithm, search_paths(experts[0], algorithm, data, out, rows, base, overwrite, bar))
-        return
-    if not isinstance(algorithm, CoefficientSearch):
-        raise ValueError(f"{type(algorithm).__name__} is neither a CoefficientSearch nor a PathSearch")
-    done = search_coefficients(
+    done = algorithm.run(
         experts,
-        algorithm,
         data,
         out,
         merges=merges or (),
         rows=rows,
         base=base,
         overwrite=overwrite,
-        progress=bar,
+        progress=progress_bar("searching"),
         labels=labels,
         expert_of=expert_of,
         max_new_tokens=max_new_tokens,
     )
-    found = done.found
     print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
     print_agreement(done.expert.record, done.agreement)
-    for expert, values in zip(done.experts, found.coefficients.T, strict=True):
-        low, high = values.min().item(), values.max().item()
-        by = "weight" if done.recipe else "row"
-        spread = f", from {low:.3f} to {high:.3f} by {by}" if low < high else ""
-        print(f"  {values.mean().item():.3f} of {expert}{spread}")
-    if not found.coefficients.any():
-        print("the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty")
-    print(f"validation loss {mean_loss(found.losses):.4f}, and {mean_loss(done.base):.4f} of the base alone")
-    if done.recipe:
-        print(f"the recipe is {done.recipe}, the trials are in {done.trials}")
-    else:
-        count = f"{found.coefficients.numel():,} coefficients"
-        print(f"no recipe holds {count}; this command makes the expert again. The trials are in {done.trials}")
-    print(f"{out}: {summary(done.expert)}")
-
-
-def print_paths(algorithm: PathSearch, done: SearchedPaths) -> None:
-    """Print the paths that layers took most often, and what they cost and lose."""
-    print(f"searched with {call_text(type(algorithm).__name__, vars(algorithm))}")
-    for path, count in Counter(map(str, done.paths.values())).most_common(8):
-        print(f"  {path}: {counted(count, 'layer')}")
-    shares = f"{done.numbers:,} of {done.most:,} trained numbers"
-    losses = [mean_loss(one) for one in (done.losses, done.largest, done.base)]
-    beneath = " and ".join(str(parent["name"]) for parent in done.expert.record["parents"])
-    without = f"of the base with {beneath}" if beneath else "of the base alone"
-    print(f"{shares}: validation loss {losses[0]:.4f}, {losses[1]:.4f} with all, and {losses[2]:.4f} {without}")
-    print(f"the trials are in {done.trials}")
+    for line in done.report():
+        print(line)
     print(f"{done.expert.path}: {summary(done.expert)}")
 
 

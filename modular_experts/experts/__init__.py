@@ -5,28 +5,21 @@ types that train a chosen part of a weight share, `site.py` which layer gets whi
 is trained at other modules. They need torch alone, and train in any loop, with or without Lightning.
 """
 
-from modular_experts.experts.boosted_lora import BoostedLoRAExpert
 from modular_experts.experts.expert import Expert
 from modular_experts.experts.full import FullExpert
-from modular_experts.experts.glora import GLoRAExpert
 from modular_experts.experts.lora import LoRAExpert
 from modular_experts.experts.masked import MaskedExpert
 from modular_experts.experts.module_expert import ModuleExpert
-from modular_experts.experts.recast import RecastExpert, TemplateBanks
 from modular_experts.experts.site import Plan, Site
 from modular_experts.experts.sparse import SparseExpert
 
 __all__ = [
-    "BoostedLoRAExpert",
     "Expert",
     "FullExpert",
-    "GLoRAExpert",
     "LoRAExpert",
     "MaskedExpert",
     "ModuleExpert",
     "Plan",
-    "RecastExpert",
     "Site",
     "SparseExpert",
-    "TemplateBanks",
 ]

@@ -1,5 +1,4 @@
 """Choose on validation rows how experts are merged: the settings of a method (`tune`), or coefficients (`search`).
-`search_paths` chooses what each layer keeps of a GLoRA.
 
 The methods themselves are in `methods/`, and `merger/` writes their merges. Open `tune.py` or `search.py` first;
 `objective.py` is what both measure, with labels or with the experts' answers, `measures.py` what a search lowers, and
@@ -15,7 +14,6 @@ from modular_experts.tuning.gradient_search import ATLAS, AdaMerging
 from modular_experts.tuning.leave_out import leave_out
 from modular_experts.tuning.lora_hub import LoRAHub
 from modular_experts.tuning.objective import Objective, Trial, objective_on_base
-from modular_experts.tuning.paths import PathSearch, search_paths
 from modular_experts.tuning.search import CoefficientSearch, Found, Searched, search
 from modular_experts.tuning.tune import Tuned, tune
 
@@ -28,13 +26,11 @@ __all__ = [
     "Found",
     "LoRAHub",
     "Objective",
-    "PathSearch",
     "Searched",
     "Trial",
     "Tuned",
     "leave_out",
     "objective_on_base",
     "search",
-    "search_paths",
     "tune",
 ]

@@ -1,10 +1,9 @@
 """Search by evolution: good candidates are changed and mixed, and a limit decides which may be measured at all.
 
-One engine serves the paths of GLoRA, the structure of a smaller base and the coefficients of LoRAHub. A candidate is a
-tuple of genes; the first are drawn at random, and each later one comes from the best that were measured so far. The
-papers (GLoRA, arXiv 2306.07967; Search for efficient LLMs, arXiv 2409.17372) evolve whole generations; here each
-candidate is measured before the next is made, so that a search learns from every measurement and needs no size of a
-generation.
+One engine serves the coefficients of LoRAHub and the searches of related systems. A candidate is a tuple of genes; the
+first are drawn at random, and each later one comes from the best that were measured so far. The papers (arXiv
+2306.07967, 2409.17372) evolve whole generations; here each candidate is measured before the next is made, so that a
+search learns from every measurement and needs no size of a generation.
 
 The engine needs no library, because it finds about as much as one: on categorical genes under a limit as much as
 CatCMAwM of the package cmaes (`docs/decisions.md`). nevergrad would install scikit-learn and pandas.
@@ -137,10 +136,10 @@ class Evolution:
 
     Args:
         evaluations: Candidates that are measured, the budget of the search.
-        first: How many of them are drawn at random, before parents are chosen; GLoRA takes 50.
-        parents: How many of the best candidates have children; GLoRA takes 10.
-        crossover: Share of the children with two parents, in [0, 1]; GLoRA makes half of them so.
-        mutation: Probability that a gene of the others changes, in (0, 1]; at least one changes. GLoRA takes 0.2.
+        first: How many of them are drawn at random, before parents are chosen.
+        parents: How many of the best candidates have children.
+        crossover: Share of the children with two parents, in [0, 1].
+        mutation: Probability that a gene of the others changes, in (0, 1]; at least one changes.
         seed: Seed of all draws. Equal seeds and values give equal searches.
     """
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from modular_experts.merger.merged import Merged, merge
 from modular_experts.methods import MergeMethod, TaskArithmetic
 from modular_experts.progress import Progress
 from modular_experts.tuning.combination import Combination
-from modular_experts.tuning.objective import Labels, Objective, Trial, objective_on_base
+from modular_experts.tuning.objective import Labels, Objective, Trial, mean_loss, objective_on_base
 from modular_experts.tuning.recipe import (
     as_methods,
     check_files_beside,
@@ -46,12 +47,29 @@ class Found:
     trials: list[Trial]
 
 
-class SearchAlgorithm(ABC):
-    """What the command `search` runs: a `CoefficientSearch`, or `PathSearch`."""
+class SearchResult(ABC):
+    """What a search found and wrote.
+
+    Attributes:
+        expert: The expert that it wrote.
+        agreement: The share of the experts' answers that match the target of their row, by task with targets; empty
+            unless experts gave the labels.
+    """
+
+    expert: StoredExpert
+    agreement: dict[str, float]
 
     @abstractmethod
-    def check(self, experts: int) -> None:
-        """Raise ValueError if the settings do not fit this number of experts and merges, before the base is loaded."""
+    def report(self) -> Iterator[str]:
+        """Yield lines that tell a user what was found, and where it is."""
+
+
+class SearchAlgorithm(ABC):
+    """What the command `search` runs, from experts on disk to one expert; most are a `CoefficientSearch`."""
+
+    @abstractmethod
+    def run(self, experts: Sequence[str | Path], data: TaskMixture, out: str | Path, **settings: Any) -> SearchResult:
+        """Search, and write the expert; the arguments are those of the function `search`."""
 
 
 class CoefficientSearch(SearchAlgorithm):
@@ -60,8 +78,11 @@ class CoefficientSearch(SearchAlgorithm):
     Subclass it as a frozen dataclass, whose fields become options of the command line, and write `search`.
     """
 
+    def run(self, experts: Sequence[str | Path], data: TaskMixture, out: str | Path, **settings: Any) -> Searched:
+        return search(experts, self, data, out, **settings)
+
     def check(self, experts: int) -> None:
-        """Do nothing: most settings fit any number of experts."""
+        """Raise ValueError if the settings do not fit this number of experts and merges; most fit any."""
 
     @property
     def distills(self) -> bool:
@@ -81,7 +102,7 @@ class CoefficientSearch(SearchAlgorithm):
 
 
 @dataclass(frozen=True, eq=False)
-class Searched:
+class Searched(SearchResult):
     """What `search` found and wrote.
 
     Attributes:
@@ -103,6 +124,22 @@ class Searched:
     recipe: Path | None
     trials: Path
     agreement: dict[str, float]
+
+    def report(self) -> Iterator[str]:
+        coefficients = self.found.coefficients
+        for expert, values in zip(self.experts, coefficients.T, strict=True):
+            low, high = values.min().item(), values.max().item()
+            by = "weight" if self.recipe else "row"
+            spread = f", from {low:.3f} to {high:.3f} by {by}" if low < high else ""
+            yield f"  {values.mean().item():.3f} of {expert}{spread}"
+        if not coefficients.any():
+            yield "the search ended at the base, so the merge moves nothing; take more steps, or a smaller penalty"
+        yield f"validation loss {mean_loss(self.found.losses):.4f}, and {mean_loss(self.base):.4f} of the base alone"
+        if self.recipe:
+            yield f"the recipe is {self.recipe}, the trials are in {self.trials}"
+        else:
+            count = f"{coefficients.numel():,} coefficients"
+            yield f"no recipe holds {count}; this command makes the expert again. The trials are in {self.trials}"
 
 
 def search(

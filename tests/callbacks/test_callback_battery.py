@@ -13,17 +13,15 @@ from testbed import runs
 
 from modular_experts.callbacks import (
     AverageStates,
-    Boosting,
     EvenValidation,
     ExportExpert,
     GradientMask,
     LogProgress,
     MaskSchedule,
-    RandomPaths,
     Schedule,
     TrainUnderOthers,
 )
-from modular_experts.experts import BoostedLoRAExpert, FullExpert, GLoRAExpert, LoRAExpert, MaskedExpert, SparseExpert
+from modular_experts.experts import FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.injection import expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import DenseThenSparse, GrowAndDrop, Reselect
@@ -37,9 +35,6 @@ CASES: dict[str, tuple[Callable, Callable]] = {
     "mask-masked": (partial(MaskSchedule, rule=Reselect(every=1)), MaskedExpert),
     "mask-dense": (partial(MaskSchedule, rule=DenseThenSparse(0.3, rewind=True)), MaskedExpert),
     "averages": (partial(AverageStates, share=0.8), DROPOUT),
-    "boosting": (partial(Boosting, every=2, share=0.5), partial(BoostedLoRAExpert, dropout=0.2)),
-    "boosting-between-rounds": (partial(Boosting, every=1, share=0.5), BoostedLoRAExpert),
-    "paths": (RandomPaths, GLoRAExpert),
     "validation": (partial(EvenValidation, times=2), DROPOUT),
 }
 

@@ -11,7 +11,7 @@ from testbed import runs
 
 from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert, MaskSchedule, TrainUnderOthers
-from modular_experts.experts import FullExpert, GLoRAExpert, LoRAExpert, SparseExpert, TemplateBanks
+from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
 from modular_experts.injection import eject, expert_layers
 from modular_experts.library import open_expert
 from modular_experts.masks import GrowAndDrop, SelectOnce
@@ -170,15 +170,15 @@ def test_full_experts_step_from_their_own_weight_along_the_gradient_under_the_ot
             assert gradient.abs().max() > 1e-4
 
 
+class Gain(LoRAExpert):
+    """Multiplies the weight by a factor."""
+
+    delta_of_base = True
+
+
 def test_a_delta_made_of_weights_of_the_base_is_refused(library, tiny_llama_dir, task_files, tmp_path) -> None:
-    others = TrainUnderOthers(str(library))
-    for name, experts in {"RecastExpert": TemplateBanks(["q_proj"]), "GLoRAExpert": {"q_proj": GLoRAExpert}}.items():
-        with pytest.raises(
-            ValueError, match=rf"the {name} at model\.layers\.0.* makes its delta of weights of the base"
-        ):
-            _fit(tiny_llama_dir, task_files, tmp_path, None, others, module={"experts": experts, "modules": None})
-    added = {"experts": {"q_proj": partial(GLoRAExpert, a="none")}, "modules": None}
-    _fit(tiny_llama_dir, task_files, tmp_path, None, others, module=added, max_steps=1)
+    with pytest.raises(ValueError, match=r"the Gain at model\.layers\.0.* makes its delta of weights of the base"):
+        _fit(tiny_llama_dir, task_files, tmp_path, Gain, TrainUnderOthers(str(library)))
 
 
 def test_other_bases_and_no_others_are_refused(library, tiny_llama_dir, tiny, task_files, tmp_path) -> None:

@@ -123,20 +123,6 @@ def test_the_study_of_phi_3_lacks_nothing_but_its_base(capsys, monkeypatch) -> N
     assert error.count("\n") == 1
 
 
-def test_the_config_of_paths_searches_in_what_the_config_of_glora_trains(place, tmp_path, monkeypatch) -> None:
-    (tmp_path / "runs").symlink_to(place / "runs")
-    monkeypatch.chdir(tmp_path)
-    assert _fit("glora") == 0
-    how = ["--algorithm.evaluations", "4", "--algorithm.first", "2", "--rows", "8"]
-    assert main(["search", "--config", str(CONFIGS / "search" / "paths.yaml"), *how]) == 0
-    assert open_expert("library/reverse-glora-searched").record["hyperparameters"]["numbers"] <= 6144
-
-
-def test_the_compress_config_makes_a_smaller_base() -> None:
-    assert main(["compress", "--config", str(CONFIGS / "compress" / "search.yaml")]) == 0
-    assert Path("smaller/model.safetensors").stat().st_size < (QUICKSTART / "base/model.safetensors").stat().st_size
-
-
 def test_the_test_config_tests(capsys) -> None:
     test = ["test", "--config", str(CONFIGS / "test.yaml"), "--model.max_new_tokens", "4"]
     for applied in ([], ["--model.applied", f"[{QUICKSTART}/library/merge-sparse-SparseAverage]"]):

@@ -45,7 +45,7 @@ GENERATED = {name for name in generate_docs.MAKERS if name.endswith(".md")}
 WRITTEN = sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - GENERATED)
 FIRST = ["README.md", "docs/index.md"]
 FIRST += [f"docs/{page}" for _, page in generate_docs.nav() if page.startswith("tutorial/") and page in WRITTEN]
-SCRIPTS = [page for page in WRITTEN if page.split("/")[0] in ("guides", "concepts")]
+SCRIPTS = [page for page in WRITTEN if page.split("/")[0] in ("guides", "concepts", "systems")]
 
 
 def _blocks(text: str) -> list[tuple[str, str, str]]:

@@ -13,18 +13,9 @@ from testbed.ia3 import IA3Expert
 from testbed.other_experts import BiasExpert, GatedExpert
 
 from modular_experts.deltas import Dense
-from modular_experts.experts import (
-    BoostedLoRAExpert,
-    Expert,
-    FullExpert,
-    GLoRAExpert,
-    LoRAExpert,
-    MaskedExpert,
-    SparseExpert,
-)
-from modular_experts.experts.recast import TemplateBanks
+from modular_experts.experts import Expert, FullExpert, LoRAExpert, MaskedExpert, SparseExpert
 from modular_experts.kernels import native
-from modular_experts.testing import check_expert, check_plan
+from modular_experts.testing import check_expert
 
 FACTORIES = {
     "element": partial(SparseExpert, keep_ratio=0.05),
@@ -46,9 +37,6 @@ FACTORIES = {
     "masked-column": partial(MaskedExpert, keep_ratio=0.3, granularity="column"),
     "lora": partial(LoRAExpert, rank=4),
     "lora-stabilized": partial(LoRAExpert, rank=4, rank_stabilized=True),
-    "boosted": BoostedLoRAExpert,
-    "glora": partial(GLoRAExpert, c="lora", d="vector", e="vector"),
-    "glora-weight": GLoRAExpert,
     "full": FullExpert,
     "user-ia3": IA3Expert,
     "user-bias": BiasExpert,
@@ -64,10 +52,6 @@ def test_expert_keeps_the_contract(name: str) -> None:
     check_expert(
         FACTORIES[name], compile=name in {"element", "block-8", "column", "element-native", "lora", "full", "user-ia3"}
     )
-
-
-def test_experts_that_share_templates_keep_the_contract_of_a_plan() -> None:
-    check_plan(TemplateBanks(["q_proj", "up_proj"], group=2, templates=1))
 
 
 class _MovesAtStart(LoRAExpert):

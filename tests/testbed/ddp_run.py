@@ -16,50 +16,42 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.shared_gate import SharedGate
+from testbed.systems import of, there
 from testbed.trained_mixtures import MIXTURES, of_config, train
 from torch.nn.parallel import DistributedDataParallel
 
-from modular_experts.callbacks import (
-    Boosting,
-    ExportExpert,
-    LogProgress,
-    MaskSchedule,
-    RandomPaths,
-    TrainUnderOthers,
-)
+from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainUnderOthers
 from modular_experts.data import Task, TaskMixture
 from modular_experts.data.batch import IGNORED
-from modular_experts.experts import (
-    BoostedLoRAExpert,
-    GLoRAExpert,
-    MaskedExpert,
-    SparseExpert,
-    TemplateBanks,
-)
+from modular_experts.experts import MaskedExpert, SparseExpert
 from modular_experts.experts.selectable import Selectable
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import expert_layers, expert_state
 from modular_experts.library import open_expert, write_expert
 from modular_experts.masks import ConnectionSensitivity, FisherInformation, GraSP, GrowAndDrop, Reselect, Score
-from modular_experts.systems.ada_mix import AdaMixExpert
-from modular_experts.systems.tt_lora import TTLoRAExpert
 from modular_experts.training.module import ExpertModule
 
 FEW_ROWS = ("molora", "point-lora")
 """Mixtures with a penalty that counts tokens, and one that counts rows."""
 
-PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate(), "template banks": TemplateBanks()}
+PLANS: dict[str, LayerPlan] = {"shared gate": SharedGate()}
+PLANS |= there({"template banks": lambda: of("recast.TemplateBanks")()})
 
 STEPS = [(1, 1024), (2, 1024), (2, 0)]
 """Micro-batches of steps that choose supports, and the memory for their sums."""
 
 
-SYSTEMS = {
-    "tt-lora": (partial(TTLoRAExpert, rank=3), []),
-    "adamix": (partial(AdaMixExpert, copies=3), []),
-    "boosting": (BoostedLoRAExpert, [partial(Boosting, every=2, share=0.5)]),
-    "glora": (partial(GLoRAExpert, rank=2), [partial(RandomPaths, seed=0)]),
-}
+SYSTEMS = there(
+    {
+        "tt-lora": lambda: (of("tt_lora.TTLoRAExpert", rank=3), []),
+        "adamix": lambda: (of("ada_mix.AdaMixExpert", copies=3), []),
+        "boosting": lambda: (
+            of("boosting.BoostedLoRAExpert"),
+            [of("boosting.callback.Boosting", every=2, share=0.5)],
+        ),
+        "glora": lambda: (of("glora.GLoRAExpert", rank=2), [of("glora.callback.RandomPaths", seed=0)]),
+    }
+)
 """Types and the callbacks that they need."""
 
 

@@ -11,22 +11,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from pydoc import locate
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
 from modular_experts.base import Base
 from modular_experts.base.files import MANIFEST, write_manifest
+from modular_experts.discovery import import_systems
 from modular_experts.interop.peft.files import CONFIG_FILE, PREFIX, TENSOR_FILE
 from modular_experts.interop.peft.formats import (
     EncodedWeight,
     LoraFormat,
     PeftFormat,
-    ShiraFormat,
-    SupertuningFormat,
 )
-from modular_experts.interop.peft.glora import GloraFormat
 from modular_experts.interop.peft.verify import AdapterCheck, verify_adapter
 from modular_experts.library import StoredExpert, as_parents, check_target, new_directory, open_experts
 from modular_experts.library.record import plain
@@ -66,7 +65,7 @@ class WrittenAdapter:
 def export(
     expert: str | Path,
     out: str | Path,
-    form: Literal["lora", "supertuning", "shira", "glora"],
+    form: str,
     rank: int | None = None,
     base: str | Path | Base | None = None,
     revision: str | None = None,
@@ -77,23 +76,31 @@ def export(
     """Write an expert as a PEFT adapter of a format that is given by name; `write_peft` explains the other arguments.
 
     Args:
-        form: `lora`, `supertuning`, `shira` or `glora`.
+        form: PEFT's type of the adapter in small letters, such as `lora`, `supertuning` or `shira`, or the dotted path
+            of a `PeftFormat` of your own.
         rank: Largest rank of a LoRA; without it only low-rank experts can be written as one.
 
     Raises:
         ValueError: The format is unknown or takes no rank, or `write_peft` refuses the expert.
     """
-    formats: dict[str, PeftFormat] = {
-        "lora": LoraFormat(rank),
-        "supertuning": SupertuningFormat(),
-        "shira": ShiraFormat(),
-        "glora": GloraFormat(),
-    }
-    if form not in formats:
-        raise ValueError(f"form must be one of {', '.join(formats)}, got {form!r}{did_you_mean(form, formats)}")
-    if rank is not None and form != "lora":
+    kind = _format(form)
+    if rank is not None and kind is not LoraFormat:
         raise ValueError(f"rank={rank} is a setting of form lora, and form is {form}; leave rank out")
-    return write_peft(expert, out, formats[form], base, revision, tolerance, overwrite, progress)
+    format = LoraFormat(rank) if kind is LoraFormat else kind()
+    return write_peft(expert, out, format, base, revision, tolerance, overwrite, progress)
+
+
+def _format(form: str) -> type[PeftFormat]:
+    """Return the format of a name, or at the dotted path of a user's own."""
+    import_systems("peft")
+    formats = {kind.peft_type.lower(): kind for kind in PeftFormat.__subclasses__()}
+    found: Any = formats.get(form) or (locate(form) if "." in form else None)
+    if not (isinstance(found, type) and issubclass(found, PeftFormat)):
+        raise ValueError(
+            f"form must be one of {', '.join(formats)}, or the dotted path of a PeftFormat, got "
+            f"{form!r}{did_you_mean(form, formats)}"
+        )
+    return found
 
 
 def write_peft(
@@ -113,7 +120,7 @@ def write_peft(
     Args:
         expert: Directory of the expert.
         out: Directory of the adapter.
-        format: The kind of adapter: `LoraFormat`, `SupertuningFormat`, `ShiraFormat` or `GloraFormat`.
+        format: The kind of adapter: such as `LoraFormat` or `SupertuningFormat`.
         base: The base's directory or hub id; what the expert's record names if not given.
         revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands

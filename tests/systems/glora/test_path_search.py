@@ -15,7 +15,8 @@ from modular_experts.base import Base
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import attached
 from modular_experts.library import open_expert
-from modular_experts.tuning import Objective, PathSearch, search_paths
+from modular_experts.systems.glora.search import PathSearch, search_paths
+from modular_experts.tuning import Objective
 
 ALL = ["--model.expert.c", "lora", "--model.expert.d", "vector", "--model.expert.e", "vector"]
 RANDOM_PATHS = ["--trainer.callbacks", json.dumps([{"class_path": "RandomPaths"}])]

@@ -19,11 +19,12 @@ from modular_experts.base import Base
 from modular_experts.base.apply import applied, apply_deltas
 from modular_experts.callbacks import ExportExpert
 from modular_experts.deltas import Dense
-from modular_experts.experts import LoRAExpert, RecastExpert, TemplateBanks
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import eject, expert_layers, expert_state, inject, load_expert_state
 from modular_experts.injection.attach import attached
 from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
+from modular_experts.systems.recast import RecastExpert, TemplateBanks
 from modular_experts.testing import check_expert, check_plan
 from modular_experts.training.module import ExpertModule
 

@@ -12,9 +12,15 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from testbed import runs
 
-from modular_experts.callbacks import RandomPaths
-from modular_experts.experts import GLoRAExpert, LoRAExpert
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
+from modular_experts.systems.glora import GLoRAExpert
+from modular_experts.systems.glora.callback import RandomPaths
+from modular_experts.testing import check_callback
+
+
+def test_the_callback_keeps_its_state_within_a_fit() -> None:
+    check_callback(RandomPaths, GLoRAExpert)
 
 
 class Paths(Callback):

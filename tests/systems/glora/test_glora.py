@@ -11,13 +11,21 @@ import torch
 from conftest import build_model
 from torch import nn
 
-from modular_experts.experts import GLoRAExpert, LoRAExpert
-from modular_experts.experts.glora import KINDS, GLoRAPath
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, inject, task_vector
+from modular_experts.systems.glora import GLoRAExpert
+from modular_experts.systems.glora.expert import KINDS, GLoRAPath
+from modular_experts.testing import check_expert
 
 ALL = {"a": "lora", "b": "lora", "c": "lora", "d": "vector", "e": "vector"}
 PATHS = [GLoRAPath(*kinds) for kinds in itertools.product(*KINDS.values())]
 LARGEST = GLoRAPath(**ALL)
+
+
+@pytest.mark.parametrize("settings", [{}, {"c": "lora", "d": "vector", "e": "vector"}])
+def test_the_type_keeps_the_contract(settings) -> None:
+    torch.manual_seed(3)
+    check_expert(partial(GLoRAExpert, **settings), compile=False)
 
 
 def filled(module: nn.Module) -> nn.Module:

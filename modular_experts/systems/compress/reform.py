@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modular_experts.base.structure import is_transposed
-from modular_experts.compress.removable import Kept, Removable
 from modular_experts.routing.prompts import stop_at
+from modular_experts.systems.compress.removable import Kept, Removable
 
 
 class LayerError(NamedTuple):

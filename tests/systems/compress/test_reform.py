@@ -5,11 +5,11 @@ from __future__ import annotations
 import conftest
 import pytest
 import torch
-from testbed.cutting import model_of, some
+from cutting import model_of, some
 
-from modular_experts.compress import Removable, reform, reformed
-from modular_experts.compress.ranking import magnitudes, rank
-from modular_experts.compress.reform import BlockByBlock, relative_error
+from modular_experts.systems.compress.ranking import magnitudes, rank
+from modular_experts.systems.compress.reform import BlockByBlock, reform, reformed, relative_error
+from modular_experts.systems.compress.removable import Removable
 
 TEXT = torch.randint(3, 90, (5, 40), generator=torch.Generator().manual_seed(3))
 

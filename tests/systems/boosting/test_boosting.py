@@ -10,13 +10,26 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from testbed import runs
 
-from modular_experts.callbacks import AverageStates, Boosting
-from modular_experts.experts import BoostedLoRAExpert, LoRAExpert
+from modular_experts.callbacks import AverageStates
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
 from modular_experts.selection.exchange import optimizer_bytes
+from modular_experts.systems.boosting import BoostedLoRAExpert
+from modular_experts.systems.boosting.callback import Boosting
+from modular_experts.testing import check_callback, check_expert
 from modular_experts.training.learning_rate import Constant, WarmupCosine, WarmupRestarts
 
 RATE = 0.01
+
+
+def test_the_type_keeps_the_contract() -> None:
+    torch.manual_seed(3)
+    check_expert(BoostedLoRAExpert, compile=False)
+
+
+@pytest.mark.parametrize(("every", "dropout"), [(2, 0.2), (1, 0.0)])
+def test_the_callback_keeps_its_state_within_a_fit(every: int, dropout: float) -> None:
+    check_callback(partial(Boosting, every=every, share=0.5), partial(BoostedLoRAExpert, dropout=dropout))
 
 
 def layers(module) -> dict:

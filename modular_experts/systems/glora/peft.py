@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.deltas import Delta
-from modular_experts.experts.glora import KINDS, GLoRAExpert
 from modular_experts.injection.inject import state_by_place
 from modular_experts.interop.peft.formats import EncodedWeight, PeftFormat
 from modular_experts.library import StoredExpert
+from modular_experts.systems.glora.expert import KINDS, GLoRAExpert
 
 
 @dataclass(frozen=True)

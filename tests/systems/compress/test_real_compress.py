@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from modular_experts.__main__ import main
-from modular_experts.compress import compress
 from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import evaluate
+from modular_experts.systems.compress.compress import compress
 
 pytestmark = pytest.mark.slow
 
-SMOLLM2 = Path(__file__).parents[1] / ".cache" / "smollm2"
+SMOLLM2 = Path(__file__).parents[3] / ".cache" / "smollm2"
 
 
 def test_a_smaller_smollm2_speaks_and_learns(tmp_path, monkeypatch) -> None:

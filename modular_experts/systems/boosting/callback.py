@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from modular_experts.callbacks.average_states import AverageStates
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
-from modular_experts.experts.boosted_lora import BoostedLoRAExpert
 from modular_experts.injection import expert_layers
+from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.text import block_of
 
 log = logging.getLogger(__name__)

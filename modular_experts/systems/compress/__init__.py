@@ -4,11 +4,3 @@
 ranks them, `reform.py` corrects the layers that read them, and `text.py` reads the rows and measures perplexity. The
 search itself is `tuning/evolution.py`'s. The result is an ordinary checkpoint. Nothing here trains.
 """
-
-from __future__ import annotations
-
-from modular_experts.compress.compress import Compressed, compress
-from modular_experts.compress.reform import LayerError, reform, reformed
-from modular_experts.compress.removable import Kept, Removable
-
-__all__ = ["Compressed", "Kept", "LayerError", "Removable", "compress", "reform", "reformed"]

@@ -6,7 +6,7 @@ import conftest
 import torch
 from transformers import PreTrainedModel
 
-from modular_experts.compress import Kept, Removable
+from modular_experts.systems.compress.removable import Kept, Removable
 
 GROUPED = ["llama", "qwen2", "qwen3", "phi3"]
 

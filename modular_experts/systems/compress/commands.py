@@ -1,4 +1,4 @@
-"""Run `modular-experts compress`, which makes a smaller base without training."""
+"""The command `modular-experts compress`, which makes a smaller base without training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.progress import Progress, TimeElapsedColumn
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import duration_text, progress_by_tenths, share_text
-from modular_experts.compress import compress as make_smaller
 from modular_experts.data.tasks import Tasks
+from modular_experts.systems.compress.compress import compress as make_smaller
 
 
 def compress(

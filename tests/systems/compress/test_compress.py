@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from modular_experts.__main__ import main
 from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
-from modular_experts.compress import Kept, Removable, compress
-from modular_experts.compress.ranking import rank
-from modular_experts.compress.text import perplexity, read_texts
+from modular_experts.systems.compress.compress import compress
+from modular_experts.systems.compress.ranking import rank
+from modular_experts.systems.compress.removable import Kept, Removable
+from modular_experts.systems.compress.text import perplexity, read_texts
 
 SMALL = {"multiple": 4, "slack": 0.1, "evaluations": 8, "tokens": 400, "search_tokens": 80, "test_tokens": 200}
 SMALL |= {"length": 20}
@@ -255,3 +257,12 @@ def test_a_checkpoint_is_replaced_only_on_request(tiny, tasks, tmp_path) -> None
     with pytest.raises(FileExistsError, match="overwrite"):
         compress(tiny("llama"), tasks, out, keep=0.7, **one)
     assert compress(tiny("llama"), tasks, out, keep=0.7, overwrite=True, **one).parameters < 0.7 * 21_856
+
+
+def test_the_config_makes_a_smaller_base(tiny_llama_dir, tmp_path, monkeypatch) -> None:
+    """It stands in the directory of a quickstart."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/base").symlink_to(tiny_llama_dir)
+    assert main(["compress", "--config", str(Path(__file__).parents[3] / "configs/compress/search.yaml")]) == 0
+    assert Path("smaller/model.safetensors").stat().st_size < (tiny_llama_dir / "model.safetensors").stat().st_size

@@ -12,8 +12,8 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 
 from modular_experts.callbacks.schedule import Schedule, TrainedModule
-from modular_experts.experts.glora import GLoRAExpert, GLoRAPath
 from modular_experts.injection import expert_layers
+from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
 
 log = logging.getLogger(__name__)
 

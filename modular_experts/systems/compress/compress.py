@@ -23,14 +23,14 @@ from modular_experts.base.files import MANIFEST, copy_companions, write_manifest
 from modular_experts.base.loading import quiet
 from modular_experts.base.streaming import Rounding
 from modular_experts.base.verify import Check, check_reloaded, fixed_prompts, logits
-from modular_experts.compress.ranking import Ranking, best, magnitudes, rank
-from modular_experts.compress.reform import LayerError, reform
-from modular_experts.compress.removable import Kept, Kind, Removable
-from modular_experts.compress.text import perplexity, read_texts
 from modular_experts.data.tasks import Tasks
 from modular_experts.jobs import JSONLines
 from modular_experts.library import check_target, new_directory
 from modular_experts.library.record import package_versions
+from modular_experts.systems.compress.ranking import Ranking, best, magnitudes, rank
+from modular_experts.systems.compress.reform import LayerError, reform
+from modular_experts.systems.compress.removable import Kept, Kind, Removable
+from modular_experts.systems.compress.text import perplexity, read_texts
 from modular_experts.tuning.evolution import Choice, Evolution, Gene, Genes, Mask, Whole
 
 Members = Literal["importance", "windows", "masks"]

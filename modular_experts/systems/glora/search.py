@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from modular_experts.base.apply import applied
 from modular_experts.data import TaskMixture
-from modular_experts.experts.glora import KINDS, GLoRAExpert, GLoRAPath
 from modular_experts.injection.attach import by_state
 from modular_experts.injection.inject import (
     describe_experts,
@@ -35,10 +35,11 @@ from modular_experts.library import (
 )
 from modular_experts.library.compatibility import open_parents
 from modular_experts.progress import Progress
+from modular_experts.systems.glora.expert import KINDS, GLoRAExpert, GLoRAPath
 from modular_experts.tuning.evolution import Choice, Evolution, Genes
 from modular_experts.tuning.objective import Objective, Trial, mean_loss, objective_on_base
 from modular_experts.tuning.recipe import check_files_beside, record_notes, trials_file, write_trials
-from modular_experts.tuning.search import SearchAlgorithm
+from modular_experts.tuning.search import SearchAlgorithm, SearchResult
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,26 @@ class PathSearch(Evolution, SearchAlgorithm):
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"PathSearch: limit must be at least 1 trained number, got {self.limit}")
 
-    def check(self, experts: int) -> None:
-        if experts != 1:
-            raise ValueError(f"PathSearch searches the paths of one expert, and {experts} experts and merges are given")
+    def run(
+        self,
+        experts: Sequence[str | Path],
+        data: TaskMixture,
+        out: str | Path,
+        merges: Sequence[Any] = (),
+        labels: str = "rows",
+        expert_of: Mapping[str, Any] | None = None,
+        max_new_tokens: int = 0,
+        **settings: Any,
+    ) -> SearchedPaths:
+        if labels != "rows" or expert_of:
+            raise ValueError("PathSearch measures the targets of the rows; leave labels and expert_of out")
+        if (given := len(experts) + len(merges)) != 1:
+            raise ValueError(f"PathSearch searches the paths of one expert, and {given} experts and merges are given")
+        return search_paths(experts[0], self, data, out, **settings)
 
 
 @dataclass(frozen=True, eq=False)
-class SearchedPaths:
+class SearchedPaths(SearchResult):
     """What `search_paths` found and wrote.
 
     Attributes:
@@ -94,6 +108,19 @@ class SearchedPaths:
     largest: dict[str, float]
     base: dict[str, float]
     trials: Path
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> Iterator[str]:
+        for path, count in Counter(map(str, self.paths.values())).most_common(8):
+            yield f"  {path}: {count} layer{'s' * (count != 1)}"
+        losses = [mean_loss(one) for one in (self.losses, self.largest, self.base)]
+        beneath = " and ".join(str(parent["name"]) for parent in self.expert.record["parents"])
+        without = f"of the base with {beneath}" if beneath else "of the base alone"
+        yield (
+            f"{self.numbers:,} of {self.most:,} trained numbers: validation loss {losses[0]:.4f}, {losses[1]:.4f} with "
+            f"all, and {losses[2]:.4f} {without}"
+        )
+        yield f"the trials are in {self.trials}"
 
 
 def search_paths(

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from modular_experts.__main__ import main
 from modular_experts.base import Base
-from modular_experts.experts import GLoRAExpert, LoRAExpert
-from modular_experts.experts.glora import GLoRAPath
+from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers, inject
 from modular_experts.injection.save import save_expert
-from modular_experts.interop.peft import GloraFormat, write_peft
+from modular_experts.interop.peft import write_peft
+from modular_experts.systems.glora import GLoRAExpert
+from modular_experts.systems.glora.expert import GLoRAPath
+from modular_experts.systems.glora.peft import GloraFormat
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in PEFT_WARNINGS]
 LARGEST = {"a": "lora", "b": "lora", "c": "lora", "d": "vector", "e": "vector"}

@@ -8,10 +8,10 @@ import conftest
 import pytest
 import torch
 import transformers
-from testbed.cutting import GROUPED, model_of, some
+from cutting import GROUPED, model_of, some
 from transformers import PreTrainedModel
 
-from modular_experts.compress import Kept, Removable
+from modular_experts.systems.compress.removable import Kept, Removable
 
 READERS = {
     **dict.fromkeys(["llama", "qwen2", "qwen3", "phi3"], ("self_attn.o_proj", "mlp.down_proj")),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modular_experts.compress.reform import BlockByBlock, oriented
-from modular_experts.compress.removable import Kept, Kind, Part, Removable
+from modular_experts.systems.compress.reform import BlockByBlock, oriented
+from modular_experts.systems.compress.removable import Kept, Kind, Part, Removable
 
 
 @dataclass(frozen=True)
