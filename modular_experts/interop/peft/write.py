@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from inspect import isabstract
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -93,7 +94,7 @@ def export(
 def _format(form: str) -> type[PeftFormat]:
     """Return the format of a name, or at the dotted path of a user's own."""
     import_systems("peft")
-    formats = {kind.peft_type.lower(): kind for kind in PeftFormat.__subclasses__()}
+    formats = {kind.peft_type.lower(): kind for kind in _kinds_of(PeftFormat) if not isabstract(kind)}
     found: Any = formats.get(form) or (locate(form) if "." in form else None)
     if not (isinstance(found, type) and issubclass(found, PeftFormat)):
         raise ValueError(
@@ -101,6 +102,11 @@ def _format(form: str) -> type[PeftFormat]:
             f"{form!r}{did_you_mean(form, formats)}"
         )
     return found
+
+
+def _kinds_of(kind: type[PeftFormat]) -> Iterator[type[PeftFormat]]:
+    for one in kind.__subclasses__():
+        yield from (one, *_kinds_of(one))
 
 
 def write_peft(
