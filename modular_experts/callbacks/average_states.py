@@ -42,22 +42,17 @@ class AverageStates(ExportSchedule):
 
     def _start_afresh(self) -> None:
         self.averaged = 0
-        """How many states the mean holds."""
         self._step = 0
         self._mean: dict[str, Tensor] = {}
         self._supports: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}  # the values of training, while the model holds the mean
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the states of an earlier fit."""
         if stage == "fit":
             self._start_afresh()
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take the state into the mean after an optimizer step; micro-batches before it change nothing."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         module, step = cast(TrainedModule, pl_module), trainer.global_step
         first = math.floor((1 - self.share) * module.length.total_steps) + 1
         if step == self._step or step < first:
@@ -77,7 +72,6 @@ class AverageStates(ExportSchedule):
 
     @contextmanager
     def exported(self, module: TrainedModule) -> Iterator[None]:
-        """Put the mean into the model for a while, if there is one, and then what training had."""
         inside = bool(self._own)
         self._show(module)
         try:
@@ -87,12 +81,10 @@ class AverageStates(ExportSchedule):
                 self._hide(module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the mean."""
         if trainer.state.fn == "fit":
             self._show(cast(TrainedModule, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train on from the last state."""
         self._hide(cast(TrainedModule, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -100,13 +92,11 @@ class AverageStates(ExportSchedule):
         self._hide(cast(TrainedModule, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the mean in the model."""
         if not trainer.interrupted:
             self._show(cast(TrainedModule, pl_module))
             self._own = {}
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
-        """Return the share of all steps whose states are averaged."""
         return {"averaged": self.averaged / module.length.total_steps}
 
     def state_dict(self) -> dict[str, Any]:

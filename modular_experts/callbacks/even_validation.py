@@ -49,10 +49,7 @@ class EvenValidation(Callback):
         if times < 0:
             raise ValueError(f"times={times} must be at least 1, or 0 to leave validation to the trainer")
         self.times = times
-        self.active = False
-        """Whether this callback decides when to validate."""
-        self.validated_step = 0
-        """The step of the newest validation."""
+        self.active, self.validated_step = False, 0
         self._times = self._parts = 0
 
     def take_over(self, trainer: Trainer) -> None:
@@ -66,7 +63,6 @@ class EvenValidation(Callback):
             trainer.val_check_interval = _INTERVAL
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide how many validations are worth their time."""
         if not self.active or not sum(trainer.num_val_batches):
             return
         module = cast(TrainedModule, pl_module)
@@ -86,10 +82,7 @@ class EvenValidation(Callback):
         """Return how often to validate in a fit that reads these rows, if a validation reads those."""
         return max(1, min(self.times, int(trained / validated)))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let Lightning validate after this batch if the next part of the fit is done."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if self._times:
             parts = self._parts_done(trainer, cast(TrainedModule, pl_module))
             self._validate(trainer, now=parts > self._parts)

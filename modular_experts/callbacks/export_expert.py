@@ -69,9 +69,8 @@ class ExportExpert(Callback):
 
     def _start_afresh(self) -> None:
         self.exported = False
-        """Whether the expert was written."""
+        # The lowest value of the monitored metric, and the value of the newest validation.
         self.best: float | None = None
-        """The lowest value of the monitored metric, and that of the newest validation."""
         self.newest: float | None = None
         self.best_step = self.validated_step = 0
         self._lock.close()
@@ -92,7 +91,6 @@ class ExportExpert(Callback):
             check_target(self.target, self.overwrite)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from the best state of the run that this one resumes, or warn that it is gone."""
         if self.best is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         found = next((place for place in self._places if _content_hash(place) == self._hash), None)
@@ -160,12 +158,11 @@ class ExportExpert(Callback):
                 shutil.rmtree(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the expert of a resumed run that had nothing left to train."""
+        # A resumed run may have nothing left to train.
         if not self.exported:
             self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log the directory of the best state so far."""
         self._lock.close()
         if self.best is not None and self._folder is not None and not self.exported:
             place = self._best_place(trainer)

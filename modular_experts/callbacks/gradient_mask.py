@@ -37,7 +37,6 @@ class GradientMask(Callback):
         self._masked: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the masked parameters; raise if a mask does not name exactly one, or has another shape."""
         self._masked = {}
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, mask in self.masks.items():
@@ -53,7 +52,7 @@ class GradientMask(Callback):
             self._masked[name] = (parameter, mask, parameter.detach().clone())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients and the optimizer state outside the masks, before Lightning clips gradients."""
+        # Lightning clips gradients later.
         for parameter, mask, _ in self._masked.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -62,9 +61,6 @@ class GradientMask(Callback):
                     value.mul_(mask)
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Restore the values that weight decay moved outside the masks."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         for parameter, mask, start in self._masked.values():
             parameter.copy_(torch.where(mask, parameter, start))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
 from modular_experts.callbacks.progress import activity, say_done
-from modular_experts.callbacks.schedule import ExportSchedule, TrainedModule, TrainingLength
+from modular_experts.callbacks.schedule import ExportSchedule, TrainedModule, TrainingLength, seed_of_run
 from modular_experts.data.batch import IGNORED, Batch
 from modular_experts.data.source import datamodule_of
 from modular_experts.experts.selectable import Selectable
@@ -49,17 +48,14 @@ class MaskSchedule(ExportSchedule):
             default is the expert type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
             `MaskedExpert`.
         batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
-            made, over all its micro-batches and ranks, so that a choice costs no extra pass. A number: from extra
-            forward and backward passes over so many training batches, each counted by its target tokens. What no step
-            can give (a curvature, a choice before the optimizer is made, a masked expert's score) takes passes over
-            four batches. With one batch or `step`, one layer's gradient is held at a time; with more batches, or
-            micro-batches, as many as `accumulator_mib` allows.
+            made, over all its micro-batches and ranks. A number: from extra passes over so many training batches, each
+            counted by its target tokens. A score that no step can give (a curvature, a choice before the optimizer is
+            made, a masked expert's) takes passes over four batches.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it, and the entry resumes from it if it comes back. (A masked expert always keeps hidden values.)
         seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
-        accumulator_mib: Memory for gradient accumulators when there are several batches or micro-batches, in MiB.
-            Layers beyond it go in further passes, each of which costs a forward and a backward pass over all batches;
-            in a training step they choose at its first micro-batch.
+        accumulator_mib: Memory for sums of gradients over several batches or micro-batches, in MiB. Layers beyond it
+            take further passes over all batches; in a training step they choose at its first micro-batch.
         scope: Within what entries compete: each weight keeps its own share (`layer`), or each transformer block
             (`block`) or all weights together (`global`) keep theirs, wherever in them the scores are highest. How many
             a weight keeps is then decided once, before the optimizer is made (for masked experts, at each choice).
@@ -67,8 +63,7 @@ class MaskSchedule(ExportSchedule):
         avoid: Experts, or libraries of them, whose entries this expert leaves to them, so that supports overlap less.
             Where that was measured, it did not make better merges (`docs/results/selection.md`).
         penalty: Divide the scores by `1 + penalty * experts that keep the entry`, instead of excluding such entries.
-        support: An expert whose support is used as it is, without a score: an earlier expert of the same task, which
-            saves all choices (`docs/results/selection.md`), or one support for several tasks.
+        support: An expert whose support is used as it is, without a score, such as an earlier one of the same task.
     """
 
     def __init__(
@@ -95,7 +90,7 @@ class MaskSchedule(ExportSchedule):
         self.scope, self.block_score, self.accumulator_mib = scope, block_score, accumulator_mib
         self.avoid = [avoid] if isinstance(avoid, str) else list(avoid or [])
         self.penalty, self.support = penalty, support
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed_of_run(seed)
         self.neighbours: list[StoredExpert] = []
         self._is_listed = True
         self.leavers = leavers
@@ -126,7 +121,6 @@ class MaskSchedule(ExportSchedule):
 
     @property
     def scoring_batches(self) -> int:
-        """Number of batches of a choice that takes extra passes."""
         return 4 if self.batches == "step" else self.batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,7 +155,7 @@ class MaskSchedule(ExportSchedule):
         self._last_position = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if a listed schedule has nothing to choose; raise if a rule needs a dense start of sparse experts."""
+        """Warn if a listed schedule has nothing to choose; refuse a rule that needs a dense start of sparse experts."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
         if self._last_position < 0:
@@ -178,7 +172,6 @@ class MaskSchedule(ExportSchedule):
             log.warning("MaskSchedule has no effect: it chooses for sparse and masked experts, and these are %s", kinds)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Choose at the steps of the rule."""
         module = cast(TrainedModule, pl_module)
         layers = selectable_layers(module.model)
         if not layers or self.support is not None:
@@ -260,13 +253,11 @@ class MaskSchedule(ExportSchedule):
         self.peak_bytes = max(self.peak_bytes, choice.memory.most)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the layers their kernels back if training ended within a step."""
         if self._step is not None:
             self._step.finish()
             self._step = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the layers their kernels back."""
         self.teardown(trainer, pl_module, "fit")
 
     def choose(
@@ -316,7 +307,6 @@ class MaskSchedule(ExportSchedule):
         return ScoringPass(module.loss, batches, shares, self.accumulator_mib * 2**20, mean_over_ranks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what is kept, what was trained at any time, and what choosing it cost."""
         module = cast(TrainedModule, pl_module)
         shares = self.shares(module)
         if not shares:
@@ -330,7 +320,6 @@ class MaskSchedule(ExportSchedule):
         log.info("the optimizer state takes %s%s", bytes_text(optimizer_bytes(trainer.optimizers)), more)
 
     def is_exportable(self, module: TrainedModule) -> bool:
-        """Return whether no expert keeps more than its settings say, as all do while a dense start lasts."""
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
         return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
 
@@ -354,7 +343,6 @@ class MaskSchedule(ExportSchedule):
         return choices, min(choices, 1) * first + max(choices - 1, 0) * later
 
     def shares(self, module: TrainedModule) -> dict[str, float]:
-        """Return the shares of units kept now, and trained at any time; empty without selectable experts."""
         experts = {name: layer.expert for name, layer in selectable_layers(module.model).items()}
         if not experts:
             return {}

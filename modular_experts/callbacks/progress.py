@@ -87,7 +87,6 @@ class LogProgress(Callback):
         self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit."""
         if stage == "fit":
             self._start_afresh()
 
@@ -102,7 +101,6 @@ class LogProgress(Callback):
         return self._seconds + (time.monotonic() - self._clock.started if self._clock else 0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the validation loss, and log the line that waited for it."""
         found = trainer.callback_metrics.get("val_loss")
         if trainer.state.fn != "fit" or found is None:
             return
@@ -197,7 +195,6 @@ class TrainingBar(ProgressBar):
         self._is_enabled = True
 
     def disable(self) -> None:
-        """Stop the bar, and show none until `enable`."""
         self._stop()
         self._is_enabled = False
 
@@ -206,7 +203,6 @@ class TrainingBar(ProgressBar):
 
     @contextmanager
     def labelled(self, what: str) -> Iterator[None]:
-        """Show what is going on while a block of code runs."""
         before = self._bar.tasks[self._task].description if self._bar else ""
         self._show(description=what)
         yield
@@ -223,7 +219,6 @@ class TrainingBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the step, the losses and the time left."""
         shown = {"loss": "loss", "val_loss": "validation"}
         found = {word: trainer.callback_metrics.get(name) for name, word in shown.items()}
         numbers = " ".join(f"{word} {float(value):.3f}" for word, value in found.items() if value is not None)
@@ -255,20 +250,17 @@ class TrainingBar(ProgressBar):
         if trainer.state.fn != "fit":
             self._advance()
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._advance()
+    def _advance(self, *args: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._advance()
+    def _stop(self, *args: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+    on_test_batch_end = on_predict_batch_end = _advance
+    on_test_end = on_predict_end = on_exception = _stop
 
     def _start(self, trainer: Trainer, doing: str, total: float) -> None:
         if self._bar is None and self._is_enabled and trainer.is_global_zero:
@@ -285,19 +277,10 @@ class TrainingBar(ProgressBar):
             self._task = self._bar.add_task(doing, total=int(total), numbers="", left="")
             self._bar.start()
 
-    def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
-
     def _show(self, **changes: Any) -> None:
         if self._bar is not None:
             # A label may stand for long, and the bar's own clock would show it only with the next line of the log.
             self._bar.update(self._task, refresh="description" in changes, **changes)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 @contextmanager

@@ -30,12 +30,10 @@ class WriteResults(Callback):
         self.file = file
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table on the first rank, outside training."""
         if trainer.state.fn != "fit" and trainer.is_global_zero:
             Console(width=80).print(Results.of_scores(cast(dict[str, Any], pl_module.results)).table())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, write the file, and log where it is; the first rank does it for all."""
         self.on_validation_end(trainer, pl_module)
         if trainer.is_global_zero:
             target = unused(Path(trainer.default_root_dir) / self.file)

@@ -6,6 +6,7 @@ order of the list, and know none of them by its class.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -102,6 +103,11 @@ class ExportSchedule(Schedule):
     def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
         """Return a context in which the module holds what is to be exported instead of what it trains."""
         return nullcontext()
+
+
+def seed_of_run(seed: int | None) -> int:
+    """Return a seed that is given, or else the seed of the run (`seed_everything`)."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:

@@ -6,7 +6,6 @@ is still needed beside them.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.data.source import source_of
 from modular_experts.deltas import Delta, Dense, LowRank, add
 from modular_experts.experts.in_place import InPlaceExpert, trains_weight
@@ -34,9 +33,6 @@ class TrainUnderOthers(Schedule):
     resumed run repeats it, and all ranks share it. The base must be that of the others. Full experts lose the others
     before the optimizer moves their weights, so that no rounding of a sum stays in them.
 
-    Ten sparse experts that were trained so kept more in both merges that `docs/results/training-for-merging.md`
-    compares, LoRAs in an average; alone both were a few points worse.
-
     Args:
         others: Experts, or libraries of them. Those of a task that is trained are left out, merges of it too. Their
             deltas are held in memory.
@@ -50,9 +46,8 @@ class TrainUnderOthers(Schedule):
             raise ValueError(f"count={count} must be at least 1")
         self.paths = [others] if isinstance(others, str) else list(others)
         self.count, self.scale = count, scale
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed_of_run(seed)
         self.others: list[StoredExpert] = []
-        """The experts that draws are made from."""
         self._deltas: list[Mapping[str, Delta]] = []
         self._before: dict[str, tuple[Tensor | None, Tensor]] = {}
 
@@ -88,7 +83,6 @@ class TrainUnderOthers(Schedule):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Add the others of this step to the base."""
         model = cast(TrainedModule, pl_module).model
         drawn = random.Random(f"{self.seed}/{trainer.global_step}").sample(self._deltas, self.count)
         layers = dict(expert_layers(model))
@@ -111,12 +105,7 @@ class TrainUnderOthers(Schedule):
 
     @torch.no_grad()
     def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
-        """Make the base what it was; without others in it, nothing happens.
-
-        Args:
-            module: What is trained.
-            only: Weights of which the others are taken out; all if not given.
-        """
+        """Make the base what it was, at these weights only or at all."""
         layers = dict(expert_layers(module.model))
         for name in [name for name in self._before if only is None or name in only]:
             kept, values = self._before.pop(name)
@@ -131,19 +120,14 @@ class TrainUnderOthers(Schedule):
             if inside:
                 inside.reanchor(weight)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take the others out again."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self.remove(cast(TrainedModule, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the others out of a step that did not end."""
         if self._before:
             self.remove(cast(TrainedModule, pl_module))
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
-        """Return how many others were in the base in each step, and their scale."""
         return {"others": self.count, "others_scale": self.scale}
 
 

@@ -22,8 +22,7 @@ from modular_experts.deltas import Delta
 class Trained(nn.Module):
     """Owns what is trained at one place of a model; `Expert` and `ModuleExpert` are the two kinds.
 
-    Parameters and buffers move between devices with the model but never lose precision: a float32 parameter stays
-    float32 beside a bfloat16 base, so that small updates are not rounded away.
+    A float32 parameter stays float32 when the model moves to bfloat16, so that small updates are not rounded away.
     """
 
     learning_rate: ClassVar[float] = 1e-3

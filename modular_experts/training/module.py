@@ -90,7 +90,7 @@ class ExpertModule(EvaluatedModule):
         max_new_tokens: Length limit of generated answers.
         generate_in_fit: Whether validation during training also generates answers, beside taking the loss.
         experts: Instead of `modules` and `expert`, an expert type for each pattern of layers: {q_proj: LoRAExpert}; or
-            a plan such as `HiLo`, a function from sites to expert types (`experts.site`).
+            a plan, a function from sites to expert types (`experts.site`).
         check_base: Whether a loaded model is compared with the files of its base, weight by weight.
         learning_rate: Peak rate of the default optimizer; the expert type's own if not given. An `optimizer` has a rate
             of its own.

@@ -104,8 +104,9 @@ def _format(form: str) -> type[PeftFormat]:
     return found
 
 
-def _kinds_of(kind: type[PeftFormat]) -> Iterator[type[PeftFormat]]:
-    for one in kind.__subclasses__():
+def _kinds_of(kind: type) -> Iterator[type[Any]]:
+    below: list[type[Any]] = kind.__subclasses__()
+    for one in below:
         yield from (one, *_kinds_of(one))
 
 

@@ -7,7 +7,6 @@ with larger ones in all of them, for longer, and with a learning rate that rises
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from modular_experts.callbacks.average_states import AverageStates
-from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.text import block_of
@@ -50,7 +49,7 @@ class Boosting(Schedule):
         if not 0 < share <= 1:
             raise ValueError(f"share={share}, the share of the blocks that a round trains, is outside (0, 1]")
         self.every, self.share = every, share
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed_of_run(seed)
 
     @property
     def resizes(self) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 from collections.abc import Iterator
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
 
@@ -31,7 +30,7 @@ class RandomPaths(Schedule):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed_of_run(seed)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert has no paths; log how many there are."""
