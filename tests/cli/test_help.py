@@ -88,7 +88,7 @@ def test_import_is_lazy_and_every_public_name_has_a_home() -> None:
 
 def function_of(verb: str):
     command = VERBS[verb]
-    return getattr(importlib.import_module(f"modular_experts.cli.{command.file}"), command.function)
+    return getattr(importlib.import_module(f"modular_experts.{'.'.join(command.path.split('/'))}"), command.function)
 
 
 def test_help_fits_a_screen_with_the_required_options_first_and_examples_last(capsys) -> None:
