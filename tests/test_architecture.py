@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -208,3 +211,92 @@ def test_contributing_shows_every_room_in_its_layer() -> None:
     rows = re.findall(r"^\| (\d) \| ([^|]*) \|", text, re.MULTILINE)
     shown = {room: int(layer) for layer, rooms in rows for room in re.findall(r"`([\w]+)/?`", rooms)}
     assert LAYERS.items() <= shown.items()
+
+
+PAPERS = re.compile(
+    r"\b(TTLoRA\w*|GLoRA\w*|AdaMix\w*|XGB\w*|BoostedLoRA\w*|RECAST\w*|TemplateBanks?|GOAT\w*|HiLo\w*|MoA|LoRAIR\w*"
+    r"|PointLoRA\w*)\b"
+)
+"""Names of related systems, which only their folders know, and the front door, which lists public names."""
+
+
+def test_no_file_of_the_core_names_a_paper() -> None:
+    core = {module: text for module, text in sources().items() if _room(module) not in ("", "systems")}
+    named = {module.partition(".")[2]: found[0] for module, text in core.items() if (found := PAPERS.search(text))}
+    assert not named
+
+
+def test_no_system_knows_another() -> None:
+    graph = import_graph(sources())
+    for module in (module for module in graph if _room(module) == "systems"):
+        others = {name for name in graph[module] if _room(name) == "systems"}
+        folder = ".".join(module.split(".")[:3])
+        assert all(f"{name}.".startswith(f"{folder}.") for name in others), f"{module} imports {sorted(others)}"
+
+
+SMOKE = """
+import importlib, os, pkgutil, shutil, sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import modular_experts
+
+package, kept = Path(modular_experts.__file__).parent, Path(sys.argv[1])
+assert package.parent == Path.cwd(), package
+for found in pkgutil.walk_packages([str(package)], "modular_experts."):
+    try:
+        importlib.import_module(found.name)
+    except ModuleNotFoundError as error:
+        # A package for one feature, such as triton, may not be installed.
+        assert not str(error.name).startswith("modular_experts"), found.name
+
+from modular_experts import LoRAExpert, Average, inject, eject
+from modular_experts.discovery import import_systems
+from modular_experts.injection import task_vector
+
+
+def smoke(folder):
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config), torch.arange(8)[None]
+    inject(model, LoRAExpert, "q_proj")
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 1.0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    (name, delta), = task_vector(model)
+    eject(model)
+    assert Average().merge([delta, delta]).dense().any(), name
+    assert len(import_systems()) == len(folders) - (folder is not None)
+
+
+folders = []
+smoke(None)
+folders = sorted(one.name for one in kept.iterdir())
+for folder in folders:
+    shutil.copytree(kept / folder, package / "systems" / folder)
+for folder in folders:
+    shutil.move(package / "systems" / folder, kept.with_name("without"))
+    child = os.fork()
+    if not child:
+        importlib.invalidate_caches()
+        smoke(folder)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, f"without {folder} something else fails"
+    shutil.move(kept.with_name("without"), package / "systems" / folder)
+"""
+
+
+def test_the_core_works_without_each_system(tmp_path) -> None:
+    """First without all of them, where every module of the core is imported, then with all but one."""
+    shutil.copytree(PACKAGE, tmp_path / "modular_experts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "modular_experts" / "systems").iterdir():
+        if folder.is_dir():
+            shutil.move(folder, tmp_path / "kept")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SMOKE, str(tmp_path / "kept")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
