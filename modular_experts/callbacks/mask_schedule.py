@@ -27,7 +27,7 @@ from modular_experts.injection import expert_layers
 from modular_experts.library import StoredExpert, check_base, open_experts
 from modular_experts.masks import Rule, Score
 from modular_experts.selection.avoid import count_others, open_neighbours, shared_units
-from modular_experts.selection.choice import Choice, Scope, Selection
+from modular_experts.selection.choice import Choice, ScoreScope, SupportSettings
 from modular_experts.selection.exchange import Exchange, optimizer_bytes
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, selectable_layers
@@ -74,7 +74,7 @@ class MaskSchedule(ExportSchedule):
         leavers: Literal["revert", "stash"] = "revert",
         seed: int | None = None,
         accumulator_mib: int = 1024,
-        scope: Scope = "layer",
+        scope: ScoreScope = "layer",
         block_score: Literal["sum", "norm"] = "sum",
         avoid: list[str] | str | None = None,
         penalty: float | None = None,
@@ -265,7 +265,7 @@ class MaskSchedule(ExportSchedule):
     ) -> dict[str, Tensor]:
         """Return the units that each layer is to keep, by the name of its weight, the same on every rank.
 
-        `position`, `last` and `resize` are as for `Selection.choose`.
+        `position`, `last` and `resize` are as for `SupportSettings.choose`.
         """
         selection = self._selection()
         started, memory = time.perf_counter(), MemoryWatch(next(iter(layers.values())).matrix.device)
@@ -283,8 +283,8 @@ class MaskSchedule(ExportSchedule):
         self.peak_bytes = max(self.peak_bytes, memory.most)
         return {name: _agree(trainer.world_size, units) for name, units in sorted(chosen.items())}
 
-    def _selection(self) -> Selection:
-        return Selection(
+    def _selection(self) -> SupportSettings:
+        return SupportSettings(
             self.score, self.rule, self.scope, self.block_score == "norm", self.neighbours, self.penalty, self.seed
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from modular_experts.cli.format import progress_bar, share_text, summary
-from modular_experts.interop.compression import Compression, TopK, Truncated
+from modular_experts.interop.compression import Compression, KeepLargest, Truncated
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import StoredExpert
 
@@ -52,7 +52,7 @@ def import_(
     """
     if keep_ratio is not None and rank is not None:
         raise ValueError(f"keep_ratio={keep_ratio} and rank={rank} are two ways to shorten a checkpoint; give one")
-    compression: Compression | None = None if keep_ratio is None else TopK(keep_ratio)
+    compression: Compression | None = None if keep_ratio is None else KeepLargest(keep_ratio)
     compression = compression if rank is None else Truncated(rank)
     bar = progress_bar("importing")
     expert = import_expert(

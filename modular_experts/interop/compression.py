@@ -36,7 +36,7 @@ class Lossless(Compression):
 
 
 @dataclass(frozen=True)
-class TopK(Compression):
+class KeepLargest(Compression):
     """Keep the entries that moved farthest; among equals, the lowest flat index wins.
 
     Args:

@@ -14,7 +14,15 @@ from typing import Any, Literal
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Shares, Threshold, band, keep_band, prune, streamed_thresholds
+from modular_experts.methods.prune import (
+    Cutoff,
+    Pruned,
+    Shares,
+    band,
+    keep_band,
+    prune,
+    streamed_thresholds,
+)
 from modular_experts.methods.settings import (
     FROM_PRESET,
     Checks,
@@ -100,7 +108,7 @@ class Breadcrumbs(MiddleEntries, PrunedSum):
     scope: Pruning = FROM_PRESET
     preset: Literal["paper", "mergekit", "paper-code"] | None = None
 
-    def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[tuple[Threshold, Threshold | None]] | None:
+    def prepare(self, stream: Iterable[Sequence[Delta]]) -> list[tuple[Cutoff, Cutoff | None]] | None:
         """Return for each expert the magnitude from which entries stay, and the one from which they go as outliers."""
         if self.scope == "weight":
             return None

@@ -2,7 +2,7 @@
 
 Pruning is the first half of TIES, Breadcrumbs and the methods in `random_drops.py`; `consensus.py` is the second. Each
 function here looks at one expert's delta of a weight and returns a `Prune`, which is then applied to that delta chunk
-by chunk. The largest entries are those above a `Threshold`: a magnitude and, where entries tie at it, the last one that
+by chunk. The largest entries are those above a `Cutoff`: a magnitude and, where entries tie at it, the last one that
 stays, so that any chunk can be pruned by itself and neither a ranking nor a mask of the weight is held.
 """
 
@@ -62,7 +62,7 @@ def keep_band(delta: Delta, beta: float, gamma: float) -> Prune:
     return band(exact_threshold(delta, stay + outliers), exact_threshold(delta, outliers) if outliers else None)
 
 
-def band(kept: Threshold, gone: Threshold | None) -> Prune:
+def band(kept: Cutoff, gone: Cutoff | None) -> Prune:
     """Keep the entries that one threshold keeps and another, of outliers, does not."""
     if gone is None:
         return kept
@@ -101,7 +101,7 @@ def _with_equal_l1(delta: Delta, prune: Prune) -> tuple[Delta, Prune]:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Cutoff:
     """Keeps the entries above `magnitude`, and those at it up to the flat index `last`: by default all of them."""
 
     magnitude: float
@@ -128,7 +128,7 @@ def kept_count(share: float, size: int) -> int:
     return max(1, math.floor(share * size * (1 + 1e-12)))
 
 
-def exact_threshold(delta: Delta, count: int) -> Threshold:
+def exact_threshold(delta: Delta, count: int) -> Cutoff:
     """Return the threshold that keeps the `count` >= 1 largest entries of a delta, ties from the lowest flat index.
 
     Where fewer than `count` entries differ from zero, it keeps all of these.
@@ -136,13 +136,13 @@ def exact_threshold(delta: Delta, count: int) -> Threshold:
     delta = delta.by_entries()
     size = _stored_values(delta).abs()
     if count >= size.numel() or not (magnitude := kth_highest(size, count)):
-        return Threshold(0.0)
+        return Cutoff(0.0)
     tied = true_places(size == magnitude)
     room = count - int((size > magnitude).count_nonzero())
     if room == tied.numel():
-        return Threshold(magnitude.item())
+        return Cutoff(magnitude.item())
     flat = delta.indices[tied].long() if isinstance(delta, Sparse) else tied
-    return Threshold(magnitude.item(), last=flat.sort().values[room - 1].item())
+    return Cutoff(magnitude.item(), last=flat.sort().values[room - 1].item())
 
 
 def _stored_values(delta: Delta) -> Tensor:
@@ -158,7 +158,7 @@ _LOW_BINS = 1 << _LOW
 _HIGH_BINS = 1 << (31 - _LOW)
 
 
-def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequence[float]) -> list[Threshold]:
+def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequence[float]) -> list[Cutoff]:
     """Return a threshold for each expert that keeps a share of the entries of all its weights together.
 
     The stream is read twice. Entries that a delta does not keep count as zeros, magnitudes are compared in float32, and
@@ -170,7 +170,7 @@ def streamed_thresholds(stream: Iterable[Sequence[Delta]], share: float | Sequen
     bins = [_bin_of_rank(counts, kept_count(each, size)) for counts, each in zip(high, shares, strict=True)]
     _, low = _histograms(stream, lambda bits, i: bits[bits >> _LOW == bins[i][0]] & (_LOW_BINS - 1), _LOW_BINS)
     found = [bins[i][0] << _LOW | _bin_of_rank(counts, bins[i][1])[0] for i, counts in enumerate(low)]
-    return [Threshold(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
+    return [Cutoff(torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()) for bits in found]
 
 
 def _histograms(

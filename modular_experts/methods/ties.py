@@ -14,7 +14,7 @@ from typing import Literal
 from modular_experts.deltas import Delta
 from modular_experts.methods.consensus import PrunedElection, PrunedSum, PruneFirst, Rescale
 from modular_experts.methods.method import Context
-from modular_experts.methods.prune import Pruned, Shares, Threshold, keep_largest, prune, streamed_thresholds
+from modular_experts.methods.prune import Cutoff, Pruned, Shares, keep_largest, prune, streamed_thresholds
 from modular_experts.methods.settings import FROM_PRESET, Checks, Presets, one_of, one_per_expert, with_presets, within
 
 Pruning = Literal["weight", "global"]
@@ -40,7 +40,7 @@ class OverAllWeights:
     that most entries elect.
     """
 
-    thresholds: Sequence[Threshold] = ()
+    thresholds: Sequence[Cutoff] = ()
     majority_sign: float = 0.0
 
 

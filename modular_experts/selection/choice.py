@@ -22,11 +22,11 @@ from modular_experts.selection.avoid import count_others, crowded, refuse_too_fe
 from modular_experts.selection.scoring import Layers, MemoryWatch, ScoringPass, SelectableLayer
 from modular_experts.text import block_of
 
-Scope = Literal["layer", "block", "global"]
+ScoreScope = Literal["layer", "block", "global"]
 
 
 @dataclass(frozen=True)
-class Selection:
+class SupportSettings:
     """How supports are chosen, the same for all choices of a training; the settings are those of `MaskSchedule`.
 
     Args:
@@ -36,7 +36,7 @@ class Selection:
 
     score: Score | Callable[..., Any] | None = None
     rule: Rule | None = None
-    scope: Scope = "layer"
+    scope: ScoreScope = "layer"
     norm: bool = False
     others: Sequence[StoredExpert] = ()
     penalty: float | None = None
@@ -135,12 +135,12 @@ class Choice:
 
     Args:
         selection: How supports are chosen.
-        layers, memory, position, last, resize: As for `Selection.choose`.
+        layers, memory, position, last, resize: As for `SupportSettings.choose`.
     """
 
     def __init__(
         self,
-        selection: Selection,
+        selection: SupportSettings,
         layers: Layers,
         memory: MemoryWatch,
         position: int,

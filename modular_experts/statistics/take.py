@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,21 +28,60 @@ from modular_experts.statistics.gram import gram
 from modular_experts.statistics.merged_gram import merged_grams
 from modular_experts.statistics.prompts import prompts
 
-Kind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]
-KINDS = get_args(Kind)
-# Routers choose by inputs alone, of which a test row has none in common with training rows.
-_OF_INPUTS = ("prompts", "prompt_parts")
-_MEASURES: dict[str, Callable[..., Mapping[str, Any]]] = {
-    "fisher": fisher,
-    "gram": gram,
-    "prompt_parts": partial(prompts, parts=True),
-    "prompts": prompts,
+StatisticKind = Literal["fisher", "gates", "gram", "merged_gram", "prompt_parts", "prompts"]
+
+
+class Way(NamedTuple):
+    """How statistics of a kind are taken.
+
+    Attributes:
+        measure: Gets the model, the experts, the batches of each, the weights' names, `steps` and `progress`; yields
+            the statistics of each expert.
+        of_inputs: Whether it reads inputs alone. It then takes training rows too: no test input is a training input.
+        together: Whether the statistics hold only for a merge of exactly these experts.
+        trains: Whether it takes steps.
+    """
+
+    measure: Callable[..., Iterable[Mapping[str, Any]]]
+    of_inputs: bool = False
+    together: bool = False
+    trains: bool = False
+
+
+def _each(measure: Callable[..., Mapping[str, Any]], of_inputs: bool = False) -> Way:
+    """Return a way to measure each expert by itself, on the base; a router reads the base's own states."""
+
+    def each(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
+        for expert, part in zip(experts, batches, strict=True):
+            with applied(model, [] if of_inputs else expert, check=False):
+                yield measure(model, progress(part), names)
+
+    return Way(each, of_inputs)
+
+
+def _gates(model: Any, experts: Any, batches: Any, names: Any, steps: int | None, progress: Progress) -> Any:
+    for expert, part in zip(experts, batches, strict=True):
+        yield train_gates(model, expert, part, steps, progress=progress)[0]
+
+
+KINDS: dict[str, Way] = {
+    "fisher": _each(fisher),
+    "gates": Way(_gates, trains=True),
+    "gram": _each(gram),
+    "merged_gram": Way(
+        lambda model, experts, batches, names, steps, progress: merged_grams(
+            model, experts, batches, names, progress=progress
+        ),
+        together=True,
+    ),
+    "prompt_parts": _each(partial(prompts, parts=True), of_inputs=True),
+    "prompts": _each(prompts, of_inputs=True),
 }
 
 
 def take_statistics(
     experts: Sequence[str | Path],
-    kind: Kind,
+    kind: StatisticKind,
     data: TaskMixture,
     rows: int = 256,
     base: str | None = None,
@@ -71,24 +110,13 @@ def take_statistics(
         FileExistsError: An expert has statistics of this kind; nothing has been read yet.
         ValueError: Bases differ, or an expert has no validation rows; nothing has been measured yet.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1 row of a task")
-    if kind in _OF_INPUTS and labels == "experts":
-        raise ValueError(f"{kind} are read without answers; leave labels out")
-    if labels not in ("rows", "experts"):
-        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
-    if steps is not None and (kind != "gates" or steps < 1):
-        raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
+    way = _checked_way(kind, rows, labels, steps)
     opened = open_experts(experts)
     check_statistics_targets(opened, kind, overwrite)
-    names = list(union_of_weights(opened))
     opened_base = Base.open(base, opened)
     if data.tokenizer is None:
         data.tokenizer = opened_base.tokenizer()
-    of_inputs = kind in _OF_INPUTS
-    splits, targets = (["train", "validation"], False) if of_inputs else (["validation"], labels == "rows")
+    splits, targets = (["train", "validation"], False) if way.of_inputs else (["validation"], labels == "rows")
     # What is refused is refused before the base is loaded.
     for expert in opened:
         _own_examples(expert, data, rows, splits, targets)
@@ -96,37 +124,47 @@ def take_statistics(
     data.fit_context(context_length(model))
     examples = [_own_examples(expert, data, rows, splits, targets) for expert in opened]
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer: Any = data.tokenizer
     if labels == "experts":
-        collate = Collator(RowTokenizer(tokenizer).pad_id)
-        for place, (expert, own) in enumerate(zip(opened, examples, strict=True)):
-            with applied(model, expert, check=False):
-                examples[place] = answered(
-                    model, tokenizer, own, collate, data.eval_batch_size, data.longest, max_new_tokens
-                )
+        examples = _answered(model, opened, examples, data, max_new_tokens)
     batches = [batches_by_length(own, data) for own in examples]
-
-    def write(expert: StoredExpert, own: Sequence[Example], found: dict[str, Any]) -> StoredStatistics:
-        tokens = sum(len(example.tokens.ids) for example in own)
-        facts = {"split": " and ".join(splits), "tokens": tokens, "max_length": data.max_length}
-        facts |= {"labels": labels} if labels == "experts" else {}
-        tasks, among = Counter(example.task for example in own), opened if kind == "merged_gram" else ()
-        return write_statistics(expert, kind, found.items(), tasks, facts, among, overwrite)
-
-    if kind == "merged_gram":
-        grams = merged_grams(model, opened, batches, names, progress=progress)
-        return [write(*one) for one in zip(opened, examples, grams, strict=True)]
+    facts = {"split": " and ".join(splits), "max_length": data.max_length}
+    facts |= {"labels": labels} if labels == "experts" else {}
     stored = []
-    for expert, own, part in zip(opened, examples, batches, strict=True):
-        found: Mapping[str, Any]
-        if kind == "gates":
-            found, _ = train_gates(model, expert, part, steps, progress=progress)
-        else:
-            # What a router reads are the base's own hidden states.
-            with applied(model, [] if kind in _OF_INPUTS else expert, check=False):
-                found = _MEASURES[kind](model, progress(part), names)
-        stored.append(write(expert, own, dict(found)))
+    measured = way.measure(model, opened, batches, list(union_of_weights(opened)), steps=steps, progress=progress)
+    for expert, own, found in zip(opened, examples, measured, strict=True):
+        tasks, tokens = Counter(row.task for row in own), sum(len(row.tokens.ids) for row in own)
+        among = opened if way.together else ()
+        stored.append(
+            write_statistics(expert, kind, found.items(), tasks, facts | {"tokens": tokens}, among, overwrite)
+        )
     return stored
+
+
+def _checked_way(kind: str, rows: int, labels: str, steps: int | None) -> Way:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not a kind of statistics; the kinds are {', '.join(KINDS)}")
+    way = KINDS[kind]
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1 row of a task")
+    if way.of_inputs and labels == "experts":
+        raise ValueError(f"{kind} are read without answers; leave labels out")
+    if labels not in ("rows", "experts"):
+        raise ValueError(f"labels={labels!r} must be 'rows', whose targets are taken, or 'experts', whose answers are")
+    if steps is not None and (not way.trains or steps < 1):
+        raise ValueError(f"steps={steps} must be at least 1, and is for gates alone, which are trained")
+    return way
+
+
+def _answered(
+    model: Any, experts: Sequence[StoredExpert], examples: Sequence[list[Example]], data: TaskMixture, tokens: int
+) -> list[list[Example]]:
+    """Return the rows of each expert with its own answers as targets."""
+    tokenizer: Any = data.tokenizer
+    collate, found = Collator(RowTokenizer(tokenizer).pad_id), []
+    for expert, own in zip(experts, examples, strict=True):
+        with applied(model, expert, check=False):
+            found.append(answered(model, tokenizer, own, collate, data.eval_batch_size, data.longest, tokens))
+    return found
 
 
 def batches_by_length(examples: Sequence[Example], data: TaskMixture) -> list[Batch]:

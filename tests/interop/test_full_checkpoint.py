@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from modular_experts.base import weights as stored
 from modular_experts.base.apply import apply
 from modular_experts.deltas import Dense, LowRank, Sparse
-from modular_experts.interop.compression import Lossless, TopK, Truncated
+from modular_experts.interop.compression import KeepLargest, Lossless, Truncated
 from modular_experts.interop.full_checkpoint import read_full_checkpoint
 from modular_experts.interop.import_expert import import_expert
 from modular_experts.library import open_expert
@@ -175,7 +175,7 @@ def test_keep_ratio_keeps_exactly_the_entries_that_moved_farthest_and_ties_go_fi
 
     base, before = save(tmp_path / "base", change=grid)
     tuned, after = save(tmp_path / "tuned", change=step)
-    deltas, source = read(tuned, base, TopK(keep_ratio))
+    deltas, source = read(tuned, base, KeepLargest(keep_ratio))
     lost = energy = 0.0
     for name, delta in deltas.items():
         difference = (float64(after[name]) - float64(before[name])).ravel()
@@ -426,7 +426,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_is_written(tmp
 def test_the_record_says_where_it_came_from_and_what_was_lost(tmp_path):
     base, _ = save(tmp_path / "base")
     tuned, _ = save(tmp_path / "tuned", noise=0.01)
-    expert = import_expert(tuned, tmp_path / "library/x", base, compression=TopK(0.1), tasks=["sums"])
+    expert = import_expert(tuned, tmp_path / "library/x", base, compression=KeepLargest(0.1), tasks=["sums"])
     again = open_expert(expert.path)
     assert again.record["kind"] == "checkpoint"
     assert again.record["hyperparameters"] == {"keep_ratio": 0.1}

@@ -11,7 +11,7 @@ from testbed.random_deltas import random_delta, seeds
 
 from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.methods import TIES
-from modular_experts.methods.prune import Threshold, streamed_thresholds
+from modular_experts.methods.prune import Cutoff, streamed_thresholds
 
 # Three experts, five entries, keep 3 of 5.
 #             entry:     0     1     2     3     4
@@ -100,10 +100,10 @@ def test_streamed_threshold_is_the_sorted_one(seed, share):
     ]
     k = max(1, int(share * 60 * (1 + 1e-12)))
     expected = torch.cat(chunks).abs().sort(descending=True).values[k - 1]
-    assert streamed_thresholds([[Dense(chunk)] for chunk in chunks], share) == [Threshold(expected.item())]
+    assert streamed_thresholds([[Dense(chunk)] for chunk in chunks], share) == [Cutoff(expected.item())]
 
 
 def test_streamed_threshold_is_zero_where_too_few_entries_move():
     two = Sparse(torch.tensor([1, 4]), torch.tensor([3.0, -1.0]), torch.Size([10]))
-    assert streamed_thresholds([[two]], 0.5) == [Threshold(0.0)]
-    assert streamed_thresholds([[two]], 0.2) == [Threshold(1.0)]
+    assert streamed_thresholds([[two]], 0.5) == [Cutoff(0.0)]
+    assert streamed_thresholds([[two]], 0.2) == [Cutoff(1.0)]

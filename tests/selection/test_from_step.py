@@ -25,7 +25,7 @@ from modular_experts.masks import (
     SelectOnce,
     top_k,
 )
-from modular_experts.selection.choice import Choice, Selection
+from modular_experts.selection.choice import Choice, SupportSettings
 from modular_experts.selection.from_step import StepChoice
 from modular_experts.selection.scoring import MemoryWatch, ScoringPass, selectable_layers
 
@@ -290,7 +290,7 @@ def _small_choice(**settings: Any) -> tuple[torch.nn.Module, StepChoice]:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     inject(model, SPARSE, ".*")
     layers = selectable_layers(model)
-    choice = Choice(Selection(**settings), layers, MemoryWatch(torch.device("cpu")), 0, 10)
+    choice = Choice(SupportSettings(**settings), layers, MemoryWatch(torch.device("cpu")), 0, 10)
     step = StepChoice(choice)
     step.next_part(True)
     return model, step

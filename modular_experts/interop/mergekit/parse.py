@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from modular_experts.interop.mergekit.methods import Method, find_method
-from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Rule, Settings, Slice
+from modular_experts.interop.mergekit.recipe import ModelReference, Recipe, Settings, Slice, Value
 from modular_experts.text import did_you_mean
 
 _KEYS = {
@@ -138,20 +138,20 @@ def _settings(given: Mapping[str, Any], prefix: str, method: Method, of_model: b
     return {name: parse_setting(value, f"{where}.{name}") for name, value in parameters.items()}
 
 
-def parse_setting(value: Any, where: str) -> tuple[Rule, ...]:
+def parse_setting(value: Any, where: str) -> tuple[Value, ...]:
     """Parse the value of a parameter; `where` is its place in the file, for errors.
 
     The value is a number, a list of numbers, or a list of mappings with `value` and, for some weights only, `filter`.
     """
     if not isinstance(value, list) or not any(isinstance(entry, Mapping) for entry in value):
-        return (Rule(_numbers(value, where)),)
+        return (Value(_numbers(value, where)),)
     rules = []
     for place, entry in enumerate(value):
         given = _mapping(entry, f"{where}[{place}]", {"filter", "value"})
         part = given.get("filter", "*")
         if not isinstance(part, str):
             raise ValueError(f"{where}[{place}].filter must be a part of a weight's name, got {part!r}")
-        rules.append(Rule(_numbers(given.get("value"), f"{where}[{place}].value"), None if part == "*" else part))
+        rules.append(Value(_numbers(given.get("value"), f"{where}[{place}].value"), None if part == "*" else part))
     return tuple(rules)
 
 

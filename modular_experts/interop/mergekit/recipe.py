@@ -37,7 +37,7 @@ class ModelReference:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Value:
     """One value of a parameter, for all weights or for some of them.
 
     Attributes:
@@ -57,11 +57,11 @@ class Rule:
         return (1 - share) * self.values[lower] + share * self.values[upper]
 
 
-Settings = Mapping[str, tuple[Rule, ...]]
+Settings = Mapping[str, tuple[Value, ...]]
 """The rules of each parameter that one level of a recipe sets; the first rule that fits a weight counts."""
 
 
-def value_at(rules: Iterable[Rule], name: str, share: float) -> float | None:
+def value_at(rules: Iterable[Value], name: str, share: float) -> float | None:
     """Return the value of a parameter for the weight `name` at a share of the layers, or None if no rule fits it."""
     return next((rule.at(share) for rule in rules if rule.part is None or rule.part in name), None)
 
@@ -167,7 +167,7 @@ class Recipe:
             return self.base, *experts
         return experts if self.on_deltas else self.models
 
-    def rules(self) -> Iterator[tuple[str, Rule]]:
+    def rules(self) -> Iterator[tuple[str, Value]]:
         """Yield the name of each parameter that a level sets, with each of its rules."""
         levels = [self.settings, self.module_settings, *(part.settings for part in self.slices)]
         levels += [settings for part in self.slices for settings in part.sources.values()]
