@@ -29,24 +29,26 @@ def spelt_out(experts: Mapping[str, Any]) -> Kinds:
     """Tell kinds with one expert of all tasks (`joint: true`) from others, and make a kind of each value of a grid.
 
     `lora: {expert: LoRAExpert, grid: {learning_rate: [0.001, 0.003]}}` becomes the kinds `lora-0.001` and `lora-0.003`.
-    A key of a grid is a setting of `fit`, with dots where it stands inside of others.
+    A key of a grid is a setting of `fit`, with dots where it stands inside of others. Its values are a list, or a
+    mapping from the names that they get in the names of kinds: `{trainer.callbacks: {once: [...], grow: [...]}}`.
 
     Raises:
-        ValueError: A grid has something other than a list of values for a setting.
+        ValueError: A grid has something other than values for a setting.
     """
     kinds = Kinds({}, {}, {})
     for name, given in experts.items():
         found, is_joint = {name: given}, False
         if isinstance(given, Mapping):
             grid, is_joint = given.get("grid") or {}, bool(given.get("joint"))
-            if not isinstance(grid, Mapping) or not all(isinstance(one, list) and one for one in grid.values()):
+            if not isinstance(grid, Mapping) or not all(isinstance(of, list | dict) and of for of in grid.values()):
                 raise ValueError(
                     f"experts.{name}.grid is {grid!r}; give lists of values: {{learning_rate: [0.001, 0.003]}}"
                 )
             own = {key: value for key, value in given.items() if key not in ("grid", "joint")}
+            named = [of.items() if isinstance(of, dict) else [(_word(one), one) for one in of] for of in grid.values()]
             found = {
-                "-".join([name, *map(_word, values)]): [own, *map(_nested, grid, values)]
-                for values in itertools.product(*grid.values())
+                "-".join([name, *(word for word, _ in pairs)]): [own, *map(_nested, grid, [one for _, one in pairs])]
+                for pairs in itertools.product(*named)
             }
         (kinds.joint if is_joint else kinds.apart).update(found)
         if not is_joint:

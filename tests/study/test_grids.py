@@ -28,6 +28,12 @@ def test_a_joint_kind_has_its_grid_too_and_is_in_no_merge() -> None:
     assert not found.named
 
 
+def test_values_of_a_grid_may_have_names() -> None:
+    found = spelt_out({"sparse": {"grid": {"trainer.callbacks": {"once": [1], "grow": [2, 3]}, "steps": [5]}}})
+    assert [*found.apart] == ["sparse-once-5", "sparse-grow-5"]
+    assert found.apart["sparse-grow-5"] == [{}, {"trainer": {"callbacks": [2, 3]}}, {"steps": 5}]
+
+
 @pytest.mark.parametrize("grid", [["0.1"], {"learning_rate": 0.1}, {"learning_rate": []}])
 def test_a_grid_without_lists_of_values_is_refused(grid) -> None:
     with pytest.raises(ValueError, match=r"experts\.lora\.grid is .*; give lists of values"):
