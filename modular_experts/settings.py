@@ -196,7 +196,7 @@ def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:
         try:
             return read(option, one, value)
         except UsageError as error:
-            # Of several members, the one that fits the value's shape has the best sentence.
+            # Among several members, the one that fits the value's shape has the best sentence.
             shape = (list,) if get_origin(one) is list else (str, dict, int, float)
             if isinstance(value, shape) and one not in _SCALARS:
                 refusals.append(error)

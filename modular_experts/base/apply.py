@@ -123,7 +123,7 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
 class Applied:
     """Experts that are added to a model until `remove`, or until the end of a `with` block.
 
-    Of several on one model, remove the last first: each brings back the weights that it found.
+    Remove the last of several on one model first: each brings back the weights that it found.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -253,7 +253,7 @@ class Base:
     ) -> Check | None:
         """Write the base plus deltas as an ordinary Hugging Face checkpoint, and verify it by loading it again.
 
-        The checkpoint takes its place only after its logits on fixed prompts were compared with those of base plus
+        The checkpoint takes its place only after its logits on fixed prompts were compared with the logits of base plus
         deltas in memory.
 
         Args:
@@ -332,7 +332,7 @@ def find_base(experts: Sequence[StoredExpert]) -> str:
 
 @torch.no_grad()
 def _add(delta: Any, weight: torch.nn.Parameter, dtype: torch.dtype | None) -> None:
-    """Add a delta to a weight in memory, rounded once, from the base's dtype to that of the checkpoint."""
+    """Add a delta to a weight in memory, rounded once, from the base's dtype to the checkpoint's."""
     if dtype is None or dtype == weight.dtype:
         delta.add_to(weight)
     else:

@@ -1,4 +1,4 @@
-"""Write base plus deltas, from the base's files into those of a checkpoint, one weight in memory at a time.
+"""Write base plus deltas, from the base's files into a checkpoint's, one weight in memory at a time.
 
 The files keep the base's division and its names of tensors; a tensor that no delta moves is copied as it is. Sums are
 taken in at least float32 and rounded once.

@@ -83,7 +83,7 @@ class LogProgress(Callback):
         """Newest validation loss."""
         self._rows: int | torch.Tensor = 0
         self._seconds, self._clock, self._folder = 0.0, cast(_Clock | None, None), cast(str | None, None)
-        # Of the line that comes next: the sum of the losses, their number, and whether the last one is new.
+        # For the next line: sum and number of its losses, and whether a new validation loss arrived.
         self._sum, self._count, self._is_new, self._is_due, self._tenths = torch.zeros(()), 0, False, False, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -121,7 +121,7 @@ def command_help(verb: str, command: Command, whole: bool) -> str:
     sections = {"required": source.required, "options": source.options, "": _EVERYWHERE}
     paragraphs, examples = source.description.split("\n\n"), re.split(r"\n(?=modular-experts)", source.examples)
     if not whole:
-        # Of two paragraphs and more, only one that answers a question is needed at first.
+        # If there are two paragraphs or more, only one that answers a question is needed at first.
         paragraphs = [one for place, one in enumerate(paragraphs) if not place or "?" in one]
     return _screen(" ".join([verb, *usage]), paragraphs, sections, examples if whole else examples[:2])
 

@@ -39,8 +39,8 @@ def import_(
         base: Directory or hub id of the model that was fine-tuned; the one that an adapter names by default.
         revision: Branch, tag or commit of the base on the hub.
         source_revision: Branch, tag or commit of the source on the hub.
-        keep_ratio: Of a full checkpoint, keep only this share of each weight's entries: those that moved farthest.
-        rank: Of a full checkpoint, keep of each matrix only the best approximation of this rank.
+        keep_ratio: For a full checkpoint: keep only this share of each weight's entries: those that moved farthest.
+        rank: For a full checkpoint: keep only the best approximation of this rank of each matrix.
         vocab: With intersect, a full checkpoint may have a resized vocabulary; the rows in common are compared.
         tasks: Names of the tasks that the fine-tuning was trained on.
         overwrite: Replace an expert.

@@ -30,11 +30,12 @@ def interference(
 ) -> None:
     """Show how experts get in each other's way: where they move the same entries, and where against each other.
 
-    For each expert, overlap is the share of entries that it and another both move, of those that either moves; conflict
-    is the share of the former that they move in opposite directions; and distance is how far the merge is from the
-    expert, as a share of its energy: 0 is the expert itself, 1 is as far as the base, and more is farther. Overlap,
-    conflict and cosine are means over the other experts. These measures predict only weakly which expert loses by a
-    merge: on twenty generated tasks, their rank correlations with the loss of exact match are about 0.5 at most.
+    For each expert, overlap is the number of entries that it and another both move over the number that either
+    moves; conflict is the share of the shared entries that they move in opposite directions; and distance is how
+    far the merge is from the expert, as a share of its energy: 0 is the expert itself, 1 is as far as the base, and
+    more is farther. Overlap, conflict and cosine are means over the other experts. These measures predict only
+    weakly which expert loses by a merge: on twenty generated tasks, their rank correlations with the loss of exact
+    match are about 0.5 at most.
 
     Args:
         experts: Directories of two or more experts.

@@ -199,7 +199,7 @@ class TaskMixture(LightningDataModule, DataSource):
 
     @cached_property
     def contents(self) -> dict[str, dict[str, Any]]:
-        """The rows of each held-in task by split, and the hash of what they hold."""
+        """The rows of each held-in task by split, and the hash of their contents."""
         rows = {name: found for name, found in self._read().items() if self.roles[name] == "held_in"}
         return {
             name: {"rows": dict(Counter(str(row.split) for row in found)), "hash": content_hash(found)}
@@ -323,7 +323,7 @@ class TaskMixture(LightningDataModule, DataSource):
         """Return the batches of the epoch that `loader.sampler.set_epoch` chooses, in an order that only seeds change.
 
         Reading the trainer's current epoch starts after the batches that the trainer has finished. Every other epoch
-        starts at its beginning, so a callback may read batches of its own without touching those of the training.
+        starts at its beginning, so a callback may read batches of its own without touching the training's batches.
         """
         counts, place = self.counts, self._place()
         examples = list(chain.from_iterable(self._split("train").values()))

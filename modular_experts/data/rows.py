@@ -27,7 +27,7 @@ CHAT_ROLES = ("system", "user", "assistant", "tool")
 class Row:
     """One example; `split` is None if the data does not name one, `where` is its place (`file:line`).
 
-    Of a conversation, `target` is the assistant's last turn, and `input` the text of all before. Only `predict` takes
+    In a conversation, `target` is the assistant's last turn, and `input` the text of all before. Only `predict` takes
     a row whose target is None.
     """
 
@@ -99,7 +99,7 @@ def recognise(columns: Collection[str]) -> Form:
 
 
 def content_hash(rows: Iterable[Row]) -> str:
-    """Return a hash of what rows hold, in their order: neither their places nor their splits count."""
+    """Return a hash of the contents of rows, in their order: neither their places nor their splits count."""
     digest = blake2b(digest_size=16)
     for row in rows:
         held = {name: value for name, value in vars(row).items() if value and name not in ("split", "where")}

@@ -1,6 +1,6 @@
 """Read the records of a task from a file, a `datasets` directory, the hub, or a class of the user's own.
 
-A record is what one place holds, together with that place (`file:line`), so that people find a bad one. `rows.py`
+A record is the content of one place, together with that place (`file:line`), so that people find a bad one. `rows.py`
 decides what a good record is.
 """
 

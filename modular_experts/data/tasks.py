@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Task:
     """One task, whose rows come from exactly one of `path`, `hub` and `source`.
 
-    Rows are recognised by their columns, once for a task, and a line of the log says what was taken for what:
+    Rows are recognised by their columns, once for a task, and a line of the log says which columns were taken:
 
     | columns | input | target |
     |---|---|---|
@@ -118,7 +118,7 @@ class Task:
 
         Args:
             targets: Whether a row without a target is bad; only `predict` does without.
-            report: Takes a sentence on which columns were taken for what, if they are not `input` and `target`.
+            report: Takes a sentence on the columns that were taken, if they are not `input` and `target`.
 
         Raises:
             ValueError: The file, directory or dataset is not there, has no row that `where` asks for, or has columns
@@ -225,7 +225,7 @@ def _matching(place: str, records: Iterable[Record], where: Wanted) -> Iterator[
 def fill_splits(rows: Sequence[Row], validation_ratio: float, test_ratio: float, seed: int, held_in: bool) -> list[Row]:
     """Give every row without a split one, and keep the order of the rows.
 
-    All such rows of a held-out task are test rows, and so are rows without a target, which can only be predicted. Of a
+    All such rows of a held-out task are test rows, and so are rows without a target, which can only be predicted. In a
     held-in task, `validation_ratio` of them go to validation and `test_ratio` to the test, rounded, and at least one
     row for a ratio above zero if there are three rows.
     """

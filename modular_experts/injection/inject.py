@@ -275,7 +275,7 @@ def state_by_place(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def describe_experts(model: nn.Module) -> dict[str, Any]:
     """Return what `library.make_record` takes: `kind`, `hyperparameters` and, for experts with a state, `class_path`
     and `not_mergeable_because`. The names of several types are joined by `+`; a setting with several values is a list.
-    Of experts that one `LayerPlan` made, `kind` and `hyperparameters` are those of the plan, and `plan` is there too.
+    If one `LayerPlan` made the experts, `kind` and `hyperparameters` describe the plan, and `plan` is there too.
     """
     types: dict[str, Trained] = {}
     values: dict[str, list[Any]] = {}

@@ -17,7 +17,7 @@ class DaskWorkers(Executor):
     setting `distributed.scheduler.allowed-failures` plus one).
 
     Args:
-        address: Of the scheduler, such as `tcp://10.0.0.1:8786`, or the file of `dask scheduler --scheduler-file`.
+        address: The scheduler's, such as `tcp://10.0.0.1:8786`, or the file of `dask scheduler --scheduler-file`.
         options: What `Client.get_executor` takes, such as `resources={"GPU": 1}`.
 
     Raises:

@@ -28,8 +28,8 @@ class LocalProcesses(Executor):
     As a context manager it waits for its work at the end, and on any error (Ctrl-C too) it ends its processes at once.
 
     Args:
-        processes: How many run at once; by default one a CUDA device, or without devices one a core, at most 8, and in
-            both cases as many as fit into the free memory.
+        processes: How many run at once. By default one per CUDA device, else one per core (at most 8); never more than
+            fit into free memory.
         bytes_each: What a process takes in memory beside 500 MB of imported packages.
         devices: The CUDA devices, as `CUDA_VISIBLE_DEVICES` names them, of which each process sees one in turn; by
             default those that this process sees.

@@ -14,7 +14,7 @@ class RayTasks(Executor):
     """An executor whose calls are tasks of Ray.
 
     Args:
-        address: Of a cluster, such as `ray://10.0.0.1:10001`, or `auto` for the one of this machine. By default
+        address: A cluster's, such as `ray://10.0.0.1:10001`, or `auto` for the one of this machine. By default
             `RAY_ADDRESS`, or Ray is started on this machine.
         max_retries: How often a call runs again whose process was killed or whose node failed.
         options: What `ray.remote` takes, such as `num_gpus=1`.

@@ -36,7 +36,7 @@ def run(
     Pieces that need one without a result do not run; all others do.
 
     Args:
-        pieces: What to run, in any order; no two share a key. Of those that may run, the first of the list goes first.
+        pieces: What to run, in any order; no two share a key. The first in the list that may run goes first.
         store: Where results go; by default they are only in what is returned.
         executor: Where the pieces run: any `concurrent.futures.Executor`, such as one of dask, Ray or SLURM. By
             default those of `LocalProcesses`, which end with this call.

@@ -120,7 +120,7 @@ class SlurmJobs(Executor):
         self._queued |= {job.job_id for job in jobs}
 
     def _settle(self) -> None:
-        """Settle the futures of jobs that left a result, and of those that are in no queue and left none."""
+        """Finish the futures of jobs that wrote a result; fail those of jobs that left the queue without one."""
         before, self._queued = self._queued, self._look()
         # The folder comes after the queue: a job that has left the queue has written its result before. A change of the
         # folder's mode makes a network file system read it anew.

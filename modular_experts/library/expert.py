@@ -289,7 +289,7 @@ def write_expert(
 
     Args:
         path: Directory of the expert; its last part is the name.
-        deltas: Name and delta of each weight, in any order. Shape and orientation are those of the base's parameter.
+        deltas: Name and delta of each weight, in any order. Shape and orientation follow the base's parameter.
         record: What `make_record` returns.
         overwrite: Replace an expert of this name.
         key: A text that identifies the deltas. With it, and deltas in a mapping, an interrupted call goes on where it

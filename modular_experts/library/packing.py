@@ -97,7 +97,7 @@ def unpack(
 
     Args:
         form: Name of the class of the delta.
-        shape: Of the weight.
+        shape: The weight's.
         tensors: The stored tensors, by their names in the file.
         check: Whether to look at values, and at numbers that are stored as they are.
         read: What `read_entries` found in encoded numbers and in the values, if it was asked.

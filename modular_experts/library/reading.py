@@ -23,7 +23,7 @@ class StoredWeight(NamedTuple):
 
     Attributes:
         file: The tensors of the file.
-        name: Of the weight.
+        name: The weight's.
         entry: Its form, its shape, and dtype, shape and SHA-256 of each tensor, from the table of the file.
         checked: Whether its tensors were checked before.
     """

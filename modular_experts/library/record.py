@@ -9,8 +9,8 @@ settings and the content hashes of its parents, in their order; in format 2 it c
 `write_expert` writes the lowest format that an expert needs, so that earlier versions of this package go on reading
 every other expert. All formats are read; `read_record` returns a routed expert of format 2 as one of format 3.
 
-An expert that was trained here has a part `training`, which earlier records lack. A merge has of `max_length`,
-`chat_template` and `dtype` what its parents have in common. Every key may be missing:
+An expert that was trained here has a part `training`, which earlier records lack. A merge records `max_length`,
+`chat_template` and `dtype` only where all parents agree. Every key may be missing:
 
 | key                                                | what it holds                                               |
 |----------------------------------------------------|-------------------------------------------------------------|
@@ -155,7 +155,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def hash_of_all(tensors: str, record: Mapping[str, Any]) -> str:
-    """Return the content hash of an expert: the hash of its tensors, or for a routed expert that of all that it is.
+    """Return the content hash of an expert: the hash of its tensors, or, for a routed expert, of all its parts.
 
     Two routed experts whose routers have the same state act alike only if their routers have the same class and
     settings and choose among the same experts.

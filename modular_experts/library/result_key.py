@@ -34,7 +34,7 @@ def result_key(*parts: Any) -> str:
 def own_code(settings: Any) -> dict[str, str]:
     """Return the hash of each file of code that settings name, and of the user's files that those import, by module.
 
-    The version stands for the code of this package. Of other installed packages only the files count that the settings
+    The version stands for the code of this package. In other installed packages only the files count that the settings
     name. A module without a file, such as a notebook, does not count.
     """
     found: dict[str, str] = {}

@@ -127,7 +127,7 @@ class TensorFileWriter:
                 source.seek(first)
                 while first < last:
                     part = source.read(min(last - first, 1 << 24))
-                    assert part, "the file of bytes is shorter than what was written to it"
+                    assert part, "the file of bytes is shorter than the bytes written to it"
                     out.write(part)
                     first += len(part)
         data.unlink()

@@ -35,7 +35,7 @@ def top_k_outside(scores: Tensor, k: int, kept: Tensor) -> Tensor:
     Scores of minus infinity do not count, so there may be fewer than k.
 
     Args:
-        scores: Of any shape.
+        scores: A tensor of any shape.
         k: How many to return.
         kept: Flat indices, sorted, that are left out.
 

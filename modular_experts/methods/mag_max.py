@@ -20,7 +20,7 @@ from modular_experts.methods.method import Context, MergeMethod
 class MagMax(MergeMethod):
     """MagMax: per entry, `scale * d_k`, where k is the expert with the largest `|d_k|` there.
 
-    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. Of equal
+    Sparse experts merge to a sparse one. At scale 1, one expert merges to itself, and so do copies of it. Among equal
     magnitudes the first expert wins, so the order of the experts matters only where the largest two are of opposite
     sign. Scaled experts merge to the scaled merge if all have one factor.
 

@@ -29,7 +29,7 @@ class PCB(MergeMethod):
 
     The score is `b_i = softmax(N norm(d_i d_i)) * sum_j softmax(norm(d_i d_j))`, where products are per entry, `norm`
     stretches a weight's values to [0, 1], the softmax is over its entries and N is the number of experts that move the
-    weight. Of each expert the entries with the largest scores are kept, and all that tie with the last of them; an
+    weight. The entries of each expert with the largest scores are kept, and all that tie with the last of them; an
     entry that no expert keeps stays at the base. An expert counts also where its own delta is zero, if it keeps the
     entry.
 

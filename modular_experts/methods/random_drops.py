@@ -132,7 +132,7 @@ class RandomDrops(PruneFirst):
         rescale: What makes up for dropped entries: `probability` divides each entry that stays by the probability with
             which it does, `l1` scales them to the sum of magnitudes that the expert had in the weight, `none` leaves
             them.
-        seed: Of the random numbers. The same seed gives the same merge.
+        seed: Number that fixes all draws. The same seed gives the same merge.
     """
 
     checks = Checks(

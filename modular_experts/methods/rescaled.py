@@ -74,7 +74,7 @@ class Rescaled(Wrapper):
 
     If `inner` merges one expert to itself, so does Rescaled; copies of an expert merge to `sqrt(N)` times that. Order,
     scaled experts, experts that move nothing and the form of the result are as with `inner`, and a scale of `inner`
-    changes nothing but by its sign. Of a method that gives each task an expert of its own, such as `EMR`, only the
+    changes nothing but by its sign. If a method gives each task an expert of its own, as `EMR` does, only the
     merged expert is rescaled.
 
     """

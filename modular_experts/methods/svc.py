@@ -38,7 +38,7 @@ class SVC(Wrapper):
     large that all `s_ri` are above `alpha`, the result is the same. An expert that moves nothing changes nothing beyond
     what it changes for `inner`. A merge whose directions are all equally strong, such as that of `IsoC`, has no
     directions of its own, so what its calibration gives is up to rounding. Sparse experts give a dense result, low-rank
-    ones a low-rank one where that is smaller. Of a method that gives each task an expert of its own, such as `EMR`,
+    ones a low-rank one where that is smaller. If a method gives each task an expert of its own, as `EMR` does,
     only the merged expert is calibrated.
 
     Args:

@@ -102,7 +102,7 @@ def note(text: str) -> Html:
 def inline_svg(svg: str, prefix: str = "") -> Html:
     """Return a figure of `svg.py` for a page: without its own size, and in colours that the page may set.
 
-    Of several figures on a page, each needs a prefix of its own, so that no id comes twice.
+    Each of several figures on a page needs a prefix of its own, so that no id comes twice.
     """
     svg = re.sub(r'(\bid="|href="#|url\(#|(?:aria-labelledby="|(?<=-title) )(?=figure-))', rf"\g<1>{prefix}", svg)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*" ', r"\1", svg[svg.index("<svg") :], count=1)

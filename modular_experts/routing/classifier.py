@@ -67,7 +67,7 @@ class Classifier(Router):
 
     def learn(self, deltas: Sequence[Delta | None], statistics: Sequence[Tensor]) -> None:
         folded = self.decay is None or self.reject is not None
-        # Of two prompts with their parts, cross-validation has one pair left.
+        # With two prompts and their parts, cross-validation has one pair left.
         check_prompts("Classifier", statistics, 4 if folded else 1)
         self.experts = len(statistics)
         regression, last = _Regression(statistics), self.decay or min(DECAYS)

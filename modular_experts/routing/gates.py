@@ -150,7 +150,7 @@ class TopK(Selection):
     """The `k` experts with the largest scores, weighted by the softmax of these scores.
 
     Args:
-        k: Number of experts of an input; with 1 its weight is 1. Of equal scores the expert with the lower number wins.
+        k: Number of experts of an input; with 1 its weight is 1. At equal scores the lower number wins.
         temperature: Divides the scores before the softmax.
     """
 

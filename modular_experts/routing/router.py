@@ -22,9 +22,9 @@ Scope = Literal["sample", "block", "linear"]
 class Router(nn.Module, ABC):
     """Chooses experts by the input; a subclass gives `__init__` with plain settings, `learn` and `scores`.
 
-    Of scope `sample` there is one router for the model, which chooses for whole rows. It sees each prompt as the means
-    over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. Of scope `linear`
-    there is one for each weight, which sees the layer's inputs and chooses for each token. Of scope `block` there is
+    A router of scope `sample` serves the whole model and chooses for whole rows. It sees each prompt as the means
+    over its tokens of the base's hidden states at `depths`, each of length 1, one behind the other. In scope `linear`
+    there is one for each weight, which sees the layer's inputs and chooses for each token. In scope `block` there is
     one for each transformer block, which sees what enters the block and chooses for each token, for all its layers.
 
     Args:
@@ -58,8 +58,8 @@ class Router(nn.Module, ABC):
         """Set the router up for some experts: set `experts`, and keep the rest in buffers or parameters.
 
         Args:
-            deltas: One for each expert. Of scope `linear` its delta of the weight, `(out, in)`, or None where it has
-                none, which at least one expert has. Of the other scopes None.
+            deltas: One for each expert. In scope `linear` its delta of the weight, `(out, in)`, or None where it has
+                none; at least one expert has one. In the other scopes None.
             statistics: What the router `needs`, one for each expert, float32: `prompts` and `prompt_parts` are vectors
                 of prompts of the expert's tasks, `(rows, size)`. Without entries where the expert has none of the
                 weight. No tensor at all if the router needs nothing.

@@ -69,7 +69,7 @@ def summary(results: Results, state: State) -> Table:
 
 
 def findings(results: Results) -> list[str]:
-    """State of each kind what its best merge of the most experts kept of what these can do alone."""
+    """Say for each kind which share of the single experts' score the best merge of the largest group keeps."""
     sentences = []
     for kind, row in _best_merges(results).items():
         gains = results.where(model=row["model"], metric=GAIN).rows

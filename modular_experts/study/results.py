@@ -207,7 +207,7 @@ def over_draws(results: Results, counts: Collection[int]) -> list[dict[str, Any]
     """
     by_line: dict[tuple, dict[tuple, list[float]]] = {}
     for row in results.rows:
-        # Of what a merge changed, a row without a task holds the mean.
+        # A row without a task holds the mean of the changes by a merge.
         judged = row["task"] is None if row["metric"] in (GAIN, NORMALISED) else row["own"] or row["role"] == "held_out"
         if row["merge"] and row["count"] in counts and judged and (row["metric"], row["value"]) != (NORMALISED, None):
             line = by_line.setdefault((row["kind"], row["merge"], row["count"], row["role"], row["metric"]), {})

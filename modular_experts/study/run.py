@@ -47,7 +47,7 @@ class Failure:
 
 
 class Lines(JSONLines):
-    """The results of a study's pieces, of which one counts as long as what it made is in the library.
+    """The results of a study's pieces. A result counts only while the expert that its piece made is in the library.
 
     Statistics, merges and routes count no longer when an expert that they were made of has other contents. A failure is
     a line too: `{"failed": sentence, "trace": ...}`.

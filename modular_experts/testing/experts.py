@@ -173,7 +173,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 def _train(network: nn.Module, steps: int = 3, forward: Callable[[Tensor], Tensor] | None = None) -> list[float]:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
-    # Of a bias, because a full expert trains the weight in float32.
+    # The dtype of a bias, because a full expert trains the weight in float32.
     x = _inputs(next(tensor.dtype for name, tensor in network.named_parameters() if name in ("0.bias", "head.bias")))
     losses = []
     for _ in range(steps):

@@ -59,7 +59,7 @@ from modular_experts.training.record import log_training, peak_rates, training_f
 
 if TYPE_CHECKING:
     BaseModel = str | Path | Base | nn.Module
-    # Of what refuses a plan, the parser passes on the cause of the first alone.
+    # If a plan is refused, the parser passes on the first cause alone.
     Experts = LayerPlan | Mapping[str, Factory] | Plan
 else:
     # What the command line may be given.

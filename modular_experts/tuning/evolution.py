@@ -88,7 +88,7 @@ class Mask:
     A change keeps how many are in. It exchanges some of them for as many others: so few that more than `overlap` of
     those that were in stay, but at least one.
 
-    The paper (Search for efficient LLMs, algorithm 1) draws whole masks until one of them overlaps enough. Of many
+    The paper (Search for efficient LLMs, algorithm 1) draws whole masks until one of them overlaps enough. With many
     members such a mask would hardly be found, so the exchange is drawn: first its size, then its members.
     """
 

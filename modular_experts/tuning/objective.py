@@ -58,7 +58,7 @@ class Objective:
         progress: Iterator wrapper of the tasks that are answered, e.g. `tqdm`.
 
     Attributes:
-        batches: Of each task, in an order at random that is always the same.
+        batches: Each task's, in an order at random that is always the same.
         agreement: The share of answers that match their row's target, of each task with targets; empty unless experts
             answer. Nothing else reads these targets.
         origin: Entries for a record about experts that answered; empty if the labels are the rows' own.
@@ -193,8 +193,7 @@ def own_experts(
 ) -> dict[str, StoredExpert]:
     """Return the expert of each task: the one that `expert_of` gives, or the one whose record names the task.
 
-    Of several records that name the task, that of the fewest tasks counts, so that a merge does not answer for its
-    parents.
+    If several records name the task, the expert with the fewest tasks counts: a merge must not answer for its parents.
 
     Args:
         experts: The experts that are merged.

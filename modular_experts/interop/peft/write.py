@@ -217,7 +217,7 @@ def _module_of(name: str) -> str:
 def _moved_modules(expert: StoredExpert, format: PeftFormat, base: Base) -> dict[str, nn.Module]:
     """Return the modules that the expert moves by the names of their weights, if the format can move them.
 
-    Of a module whose bias alone moves, the weight is there too.
+    If the bias of a module moves alone, its weight is there too.
     """
     structure = base.structure
     moved = [name for name in expert if not expert[name].is_empty]
