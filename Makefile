@@ -100,7 +100,7 @@ $(RUNS): pyproject.toml
 	@echo "installing the package and what it needs into $(VENV): two minutes or more, torch is large"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear --upgrade-deps $(VENV)
 	@{ [ -t 1 ] || while sleep 20 >/dev/null 2>&1; do echo "$$(du -sm $(VENV) | cut -f1) MB are in $(VENV)"; done; } & \
-		trap "kill $$!" EXIT; $(PIP) -e '.[report]'
+		trap "kill $$!" EXIT; $(PIP) -e .
 	@touch $@
 
 $(DEVELOPS): $(RUNS)

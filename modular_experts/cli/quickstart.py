@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn
 from rich.text import Text
 
 from modular_experts.cli.format import progress_by_tenths
-from modular_experts.quickstart import (
-    Plan,
-    TimeLeft,
-    draw_figure,
-    run_plan,
-    summary_sentences,
-    summary_table,
-    write_report,
-)
-from modular_experts.reports.svg import check_drawing
+from modular_experts.cli.study import check_finished
+from modular_experts.quickstart import Plan, TimeLeft, run_plan
+from modular_experts.quickstart.base import FACTS
+from modular_experts.reports.html import element
+from modular_experts.reports.page import Section
+from modular_experts.reports.tables import percent
+from modular_experts.study.report import REPORT, figure_of, findings, summary, write_report
+from modular_experts.study.results import RESULTS, results_of
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 STAGES = {"base": "training a small base", "study": "training, merging and testing experts"}
@@ -34,8 +32,8 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
     """Train a small base and experts of four kinds on generated text tasks, merge them, and report what that lost.
 
     Everything is trained from a seed, on the CPU, in about four minutes on two cores. The same command resumes an
-    interrupted run. The directory then holds `base/` (a Llama checkpoint), `library/` (the experts and merges),
-    `results.json`, `quickstart.svg` and `report.html`, and what `study` keeps: `pieces.jsonl` and `runs/`.
+    interrupted run. The directory then holds `base/` (a Llama checkpoint), `quickstart.svg`, and what `study` makes:
+    `library/` (the experts and merges), `results.json`, `report.html`, `pieces.jsonl` and `runs/`.
 
     Args:
         seed: Seed of the words, the weights and the order of training.
@@ -48,7 +46,6 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
         modular-experts quickstart --tasks 5 --out runs/short
     """
     place, plan = Path(out), Plan(seed=seed, tasks=tasks)
-    check_drawing()
     clock = TimeLeft()
     columns = ("{task.description}", BarColumn(None), TaskProgressColumn(), _Times(clock))
     with progress_by_tenths(
@@ -59,21 +56,38 @@ def quickstart(seed: int = 0, out: str = "runs/quickstart", tasks: int = 20) -> 
             clock.update(done, total)
             show(STAGES[stage], done, total)
 
-        results = run_plan(plan, place, progress)
-    figure, report = place / "quickstart.svg", place / "report.html"
-    draw_figure(results, figure)
-    write_report(results, figure, report, out)
-    Console(width=_WIDTH).print(summary_table(results))
-    for sentence in summary_sentences(results):
+        study, state = run_plan(plan, place, progress)
+    check_finished(state, place)
+    results, about = results_of(study, state), _about_base(place)
+    results.write(place / RESULTS)
+    steps, report = next_steps(plan, place), place / REPORT
+    commands = [element("pre", element("code", command)) for command in steps]
+    more = Section("Try next", "Look into the library, and merge two of these experts yourself", commands)
+    write_report(results, state, report, [element("p", about, class_="lede")], [more])
+    (place / "quickstart.svg").write_text(figure_of(results, dark=False), encoding="utf-8")
+    Console(width=_WIDTH).print(summary(results, state, [plan.tasks]).text())
+    for sentence in [about, *findings(results)]:
         # A number stays on the line of its unit.
         together = sentence.replace(" %", f"{_NO_BREAK}%").replace(" points", f"{_NO_BREAK}points")
         print(f"\n{textwrap.fill(together, _WIDTH).replace(_NO_BREAK, ' ')}")
-    print(f"\nall numbers are in {place / 'results.json'}")
+    print(f"\nall numbers are in {place / RESULTS}")
     print(f"the experts and merges are in {place / 'library'}")
     print(f"the report is {report}; to see it:\n  {how_to_open(report)}")
     print("to go on:")
-    for command in next_steps(results, place):
+    for command in steps:
         print(textwrap.indent(command, "  "))
+
+
+def _about_base(place: Path) -> str:
+    """State what the base is, and what it answers in its own format."""
+    facts = json.loads((place / "base" / FACTS).read_text(encoding="utf-8"))
+    latent, missed = percent(facts["latent"]["held_in"]["exact_match"]), not facts["target_reached"]
+    return (
+        f"The base is a small Llama ({facts['parameters']:,} parameters). It has learned all tasks, but mostly in a "
+        f"format of its own, in which it answers {latent} % of the held-in test words."
+        + " It ran out of steps before it reached its target."
+        * missed
+    )
 
 
 def how_to_open(report: Path) -> str:
@@ -86,13 +100,12 @@ def how_to_open(report: Path) -> str:
     return report.absolute().as_uri()
 
 
-def next_steps(results: dict[str, Any], place: Path) -> list[str]:
+def next_steps(plan: Plan, place: Path) -> list[str]:
     """Return commands to try next: look into the library, merge two experts of the run, and compare the three."""
-    library, kind = place / "library", next(iter(results["experts"]))
-    tasks = {name: task for name, task in Plan().held_in.items() if name in results["tasks"][:2]}
-    first, second = (shlex.quote(str(library / f"{kind}-{name}")) for name in tasks)
+    library, kind, tasks = place / "library", plan.kinds[0], list(plan.held_in.items())[:2]
+    first, second = (shlex.quote(str(library / f"{kind}-{name}")) for name, _ in tasks)
     merged, compared = shlex.quote(str(library / "two")), shlex.quote(str(place / "two"))
-    words = [f"{{name: {name}, source: {task.__name__}}}" for name, task in tasks.items()]
+    words = [f"{{name: {name}, source: {task.__name__}}}" for name, task in tasks]
     return [
         f"modular-experts list {shlex.quote(str(library))}",
         f"modular-experts merge --method TIES --out {merged} \\\n  --experts {first} \\\n  {second}",

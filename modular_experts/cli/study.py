@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from modular_experts import jobs
 from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
+from modular_experts.jobs.processes import at_once
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
 from modular_experts.study.estimate import measured_left
 from modular_experts.study.pieces import STAGES, title_of
@@ -74,24 +76,12 @@ def study(
     if processes is not None and (engine != "local" or engine_settings):
         other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
         raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
-    columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn())
     try:
         with ExitStack() as stack:
             cluster = engine != "local" or engine_settings
             executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
-            bar = stack.enter_context(progress_by_tenths(*columns, line=lambda what, done, total: what))
             # Nobody knows how many pieces a cluster will run at once.
-            on_one = executor is not None and not hasattr(executor, "processes")
-            starts = True
-
-            def show(done: int, total: int, left: Left) -> None:
-                nonlocal starts
-                over = f"{done - left.failed - left.waiting} of {counted(total, 'piece')} done"
-                if starts:
-                    _print_start(over, left, on_one)
-                starts = False
-                bar(f"{over}{_failed_text(left.failed, left.waiting)}{_time_text(left, on_one)}", done, total)
-
+            show = stack.enter_context(_progress(on_one=executor is not None and at_once(executor) is None))
             state = run_study(found, place, only or (), retry, executor, processes, show)
         _write_results(found, place, open)
     except (BlockingIOError, FileExistsError):
@@ -100,13 +90,24 @@ def study(
         # A full disk makes pieces fail before it ends the study, and the user wants to know which.
         _print_failures(state_of(pieces, Lines(place)))
         raise
-    if state.failed:
-        _print_failures(state)
-        raise UnfinishedStudyError(
-            f"{len(state.failed)} of {counted(len(pieces), 'piece')} have no result"
-            f"{_failed_text(state.left.failed, state.left.waiting)}; {place / PIECES} holds the traces, and the same "
-            "command with --retry tries again"
-        )
+    check_finished(state, place)
+
+
+@contextmanager
+def _progress(on_one: bool) -> Iterator[Callable[[int, int, Left], None]]:
+    """Yield the function that shows how far a study is; with `on_one`, times are those of one process."""
+    columns, starts = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn()), True
+    with progress_by_tenths(*columns, line=lambda what, done, total: what) as bar:
+
+        def show(done: int, total: int, left: Left) -> None:
+            nonlocal starts
+            over = f"{done - left.failed - left.waiting} of {counted(total, 'piece')} done"
+            if starts:
+                _print_start(over, left, on_one)
+            starts = False
+            bar(f"{over}{_failed_text(left.failed, left.waiting)}{_time_text(left, on_one)}", done, total)
+
+        yield show
 
 
 def _write_results(study: Study, place: Path, shows_page: bool) -> None:
@@ -127,6 +128,17 @@ def _write_results(study: Study, place: Path, shows_page: bool) -> None:
         print(f"\nall numbers are in {place / RESULTS}\nthe page is {place / REPORT}")
         if shows_page:
             open_page(place / REPORT)
+
+
+def check_finished(state: State, place: Path) -> None:
+    """Print why pieces of a study failed, and raise an `UnfinishedStudyError` if one did."""
+    if state.failed:
+        _print_failures(state)
+        raise UnfinishedStudyError(
+            f"{len(state.failed)} of {counted(len(state.pieces), 'piece')} have no result"
+            f"{_failed_text(state.left.failed, state.left.waiting)}; {place / PIECES} holds the traces, and the same "
+            "command with --retry tries again"
+        )
 
 
 class UnfinishedStudyError(ValueError):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from modular_experts.jobs import JSONLines
 from modular_experts.library import StoredExpert, warn_of_missing_parents, warn_unlike_training
 from modular_experts.library.result_key import result_key
 from modular_experts.reports import Results
-from modular_experts.reports.results import provenance
+from modular_experts.reports.results import examples_of, provenance
 
 RESULTS, REPORT, MEASURED = "results.json", "report.html", "measured.jsonl"
 AnyModels = AnyExpert | Sequence[AnyExpert] | Mapping[str, AnyExpert | Sequence[AnyExpert] | Base]
@@ -87,22 +87,42 @@ def evaluate(
     if folder and (folder / RESULTS).exists() and not overwrite:
         raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
     found, models = open_models(base, experts, revision)
-    tokenizer = found.tokenizer()
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
-    data.tokenizer = data.tokenizer or tokenizer
+    data.tokenizer = data.tokenizer or found.tokenizer()
     data.setup("test")
     options = {name: f"--{name}" for name in ("chat_template", "max_length", "dtype")}
     warn_unlike_training([one for each in models for one in each.stored], data.reading_of, dtype, options)
-    loader: Any = data.test_dataloader()
-    examples: Sequence[Example] = loader.dataset.examples
-    model: Any = found.load(dtype)
     # A metric of the user's may be another one in the next call, and so may a task vector that is not stored.
-    known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else None
-    same = (found.identity, dtype, max_new_tokens, _digest(examples), data.roles)
+    known = JSONLines(folder / MEASURED) if folder and metrics is TEXT_METRICS else {}
+    scores = _scores(found, models, data, dtype, max_new_tokens, metrics, known, progress)
     facts = facts_of(found, dtype, models) | {"max_new_tokens": max_new_tokens}
     facts["tasks"] = {task.name: {"role": task.role, "path": task.path or task.hub} for task in data.tasks}
-    facts["examples"] = []
-    results, device = Results([], facts), "cuda" if torch.cuda.is_available() else "cpu"
+    facts["examples"] = examples_of([(one.title, mine["examples"]) for one, mine in zip(models, scores, strict=True)])
+    rows = [Results.of_scores(mine, one.title, one.names).rows for one, mine in zip(models, scores, strict=True)]
+    results = Results([row for several in rows for row in several], facts)
+    if folder:
+        results.write(folder / RESULTS)
+        write_report(results, folder / REPORT)
+    return results
+
+
+def _scores(
+    base: Base,
+    models: Sequence[Compared],
+    data: TaskMixture,
+    dtype: DType,
+    max_new_tokens: int | None,
+    metrics: Mapping[str, TextMetric],
+    known: MutableMapping[Any, Any],
+    progress: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    """Return the scores of models on test rows; `known` holds those of an earlier call, and keeps new ones."""
+    loader: Any = data.test_dataloader()
+    examples: Sequence[Example] = loader.dataset.examples
+    model: Any = base.load(dtype)
+    tokenizer, device = base.tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
+    same = (base.identity, dtype, max_new_tokens, _digest(examples), data.roles)
+    keys = [(result_key(*same, one.hashes),) for one in models]
     done, total = 0, len(models) * len(examples)
 
     def counted(title: str) -> Iterator[Batch]:
@@ -112,27 +132,22 @@ def evaluate(
             yield batch
             rows += len(batch["task"])
 
-    keys = [(result_key(*same, one.hashes),) for one in models]
     for one, key in zip(models, keys, strict=True):
-        if not (known and key in known):
+        if key not in known:
             one.check(model)
+    found = []
     for one, key in zip(models, keys, strict=True):
-        if known and key in known:
-            scores = known[key]
-        else:
+        scores = known.get(key)
+        if scores is None:
             with one.in_place(model, dtype, device) as measured:
                 data.fit_context(context_length(measured))
                 scores = measure(measured, tokenizer, counted(one.title), data.roles, max_new_tokens, metrics, EXAMPLES)
-            if known is not None and one.hashes is not None:
+            if one.hashes is not None:
                 known[key] = scores
         done += len(examples)
         progress(one.title, done, total)
-        _add_answers(facts["examples"], scores["examples"], one.title)
-        results += Results.of_scores(scores, one.title, one.names)
-    if folder:
-        results.write(folder / RESULTS)
-        write_report(results, folder / REPORT)
-    return results
+        found.append(scores)
+    return found
 
 
 @dataclass(frozen=True)
@@ -268,12 +283,3 @@ def _digest(examples: Sequence[Example]) -> str:
         for tokens in (example.tokens, *example.choices):
             found.update(json.dumps([tokens.prompt, tokens.ids.tolist()]).encode())
     return found.hexdigest()
-
-
-def _add_answers(rows: list[dict[str, Any]], answered: Mapping[str, Sequence[Mapping[str, str]]], model: str) -> None:
-    """Add a model's answers to the rows, which the first model makes and all models answer."""
-    given = [(task, row) for task, several in answered.items() for row in several]
-    if not rows:
-        rows += [{"task": task, "input": row["input"], "target": row["target"], "answers": {}} for task, row in given]
-    for row, (_, mine) in zip(rows, given, strict=True):
-        row["answers"][model] = mine["answer"]

@@ -1,47 +1,36 @@
-"""Write the page of a comparison: an example first, then all models, every task, and the answers to one row of each."""
+"""Show a comparison on a page: which model is best, every task, and the answers to one row of each."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from modular_experts.reports import Results
-from modular_experts.reports.html import Html, Section, element, example, note, report, script
+from modular_experts.reports.html import element, note
+from modular_experts.reports.page import Section, answers_section, example, telling, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
 from modular_experts.reports.tables import Column, Line, Table, listed
 
 
 def write_report(results: Results, file: Path) -> None:
     """Write the page of what `evaluate` returned, for one model or several."""
-    facts, models = results.facts, results.values("model")
+    facts, models, rows = results.facts, results.values("model"), results.facts["examples"]
     metric = results.main_metric
-    roles = [role for role in ROLES if role in results.values("role")]
-    header = [
-        element("p", f"modular-experts {facts['versions']['modular-experts']} · {facts['date']}", class_="eyebrow"),
-        element("h1", f"{len(models)} models on {len(results.values('task'))} tasks"),
-        results.downloads(),
-    ]
-    rows = facts["examples"]
+    role = next(role for role in ROLES if role in results.values("role"))
+    lede = []
     if rows:
-        row = _telling(rows, models)
-        header += [element("p", f"One test row of {row['task']}:", class_="note"), _example(row)]
-    sections = [Section("All models", _leader(results, metric, roles[0]), [results.html(), note(_about(results))])]
+        row = telling(rows, models[0], models[-1])
+        lede = [element("p", f"One test row of {row['task']}:", class_="note"), example(row)]
+    sections = [Section("All models", _leader(results, metric, role), [results.html(), note(_about(results))])]
     if len(models) > 1:
         sections.append(Section("Every task", _spread(results, metric), [every_task(results).html()]))
-    if rows:
-        first: dict[str, Any] = {}
-        for row in rows:
-            first.setdefault(row["task"], row)
-        answers = [element("div", element("h3", task), _example(row)) for task, row in first.items()]
-        sections.append(Section("Answers", "The answers to one test row of each task", answers))
-    places = {
+    sections += [answers_section(rows)] * bool(rows)
+    about = {"base": facts["base"], "data type": facts["dtype"]}
+    about |= {
         model: " + ".join(one["place"] for one in mix) or "the base alone" for model, mix in facts["models"].items()
     }
-    about = {"base": facts["base"], **places, "machine": facts["machine"], "data type": facts["dtype"]}
-    about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = report(f"{len(models)} models compared", header, sections, about, script())
-    file.write_text(text, encoding="utf-8")
+    title = f"{len(models)} models on {len(results.values('task'))} tasks"
+    write_page(file, results, title, sections, about, lede)
 
 
 def every_task(results: Results) -> Table:
@@ -54,17 +43,6 @@ def every_task(results: Results) -> Table:
         if role in results.values("role")
     ]
     return Table(columns, groups, f"{METRICS.get(metric, metric)} of every task", across=True)
-
-
-def _example(row: Mapping[str, Any]) -> Html:
-    return example(row["input"], row["target"], row["answers"])
-
-
-def _telling(rows: list[dict[str, Any]], models: list[str]) -> Mapping[str, Any]:
-    """Return the first row that the last model answers right and the first one does not, or the first of all."""
-    right = [{name: text.strip() == row["target"].strip() for name, text in row["answers"].items()} for row in rows]
-    telling = [row for row, marks in zip(rows, right, strict=True) if marks[models[-1]] and not marks[models[0]]]
-    return [*telling, *rows][0]
 
 
 def _leader(results: Results, metric: str, role: str) -> str:
@@ -107,8 +85,8 @@ def _about(results: Results) -> str:
     tokens = results.facts["max_new_tokens"]
     answers = f" Answers are greedy, and at most {tokens} tokens long." if tokens else ""
     return (
-        f"Unweighted means over tasks; {sum(rows.values())} test rows in all. Bold marks the best of each group. The "
-        f"loss is in nats per target token.{answers}"
+        f"Each number is a mean over tasks, of {sum(rows.values())} test rows in all. Bold marks the best of a group. "
+        f"The loss is in nats per target token.{answers}"
     )
 
 

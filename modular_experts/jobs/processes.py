@@ -16,10 +16,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 MOST_PROCESSES = 8
 PROCESS_BYTES = 500_000_000  # of a process that holds torch and transformers
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An executor that tells how many calls it runs at once; any other takes all, and begins them later."""
+
+    processes: int
+
+
+def at_once(executor: Executor) -> int | None:
+    """Return how many calls an executor runs at once, or None if it does not tell."""
+    return executor.processes if isinstance(executor, Engine) else None
 
 
 class LocalProcesses(Executor):

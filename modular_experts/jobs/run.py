@@ -16,7 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from heapq import heapify, heappop, heappush
 
 from modular_experts.jobs.pieces import Key, Outcome, Piece, Store, key_text
-from modular_experts.jobs.processes import LocalProcesses
+from modular_experts.jobs.processes import LocalProcesses, at_once
 from modular_experts.jobs.remote import KilledError
 
 JobProgress = Callable[[int, int, Piece | None], None]
@@ -62,7 +62,7 @@ def run(
     suspects: deque[Piece] = deque()
     with ExitStack() as stack:
         pool = stack.enter_context(LocalProcesses()) if executor is None else executor
-        slots = getattr(pool, "processes", len(pieces))
+        slots = at_once(pool) or len(pieces)
         # A run that ends early takes back what the caller's executor has not begun.
         stack.callback(lambda: [future.cancel() for future in running])
         while left.ready or suspects or running:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from modular_experts.data import Equal, Task, TaskMixture
 from modular_experts.evaluation import batch_losses, greedy_matches, measure
 from modular_experts.library import check_target, new_directory
 from modular_experts.quickstart.plan import EVAL_BATCH, NEW_TOKENS, Plan
-from modular_experts.quickstart.rows import roles_of
 
 FACTS = "training.json"  # how the base was trained; it lies beside the weights
 CHATTY_SHARE = 0.7
@@ -33,6 +33,7 @@ LEARNING_RATE = 3e-3
 WARMUP = 50
 CHECK_EVERY = 50  # steps between two validations
 USUAL_STEPS = 600  # those that seed 0 needs to meet its target
+SCORES = ("exact_match", "rougeL", "loss")
 
 
 def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] = lambda done: None) -> None:
@@ -75,13 +76,14 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
         enable_model_summary=False,
     )
     trainer.fit(module, _mixture(plan, tokenizer))
-    facts: dict[str, Any] = {
-        "seed": plan.seed,
+    facts = {
+        "plan": asdict(plan),
         "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        "steps": module.global_step,
+        "seconds": module.seconds,
+        "target_reached": module.best >= plan.base_target,
+        "latent": _scores_in_own_format(module, plan, tokenizer),
     }
-    facts |= {"steps": module.global_step, "seconds": module.seconds, "target": plan.base_target}
-    facts["target_reached"] = module.best >= plan.base_target
-    facts["latent"] = roles_of(_scores_in_own_format(module, plan, tokenizer))
     with new_directory(directory, overwrite=True, marker=FACTS) as temporary, quiet():
         module.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -133,14 +135,21 @@ class BaseTraining(LightningModule):
         return min(1.0, (step + 1) / WARMUP) * max(0.0, 1.0 - cooling)
 
 
-def _scores_in_own_format(module: BaseTraining, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Test the base on the words of the experts in its chatty format, which shows the skill that it has."""
+def _scores_in_own_format(
+    module: BaseTraining, plan: Plan, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, dict[str, float]]:
+    """Test the base on the words of the experts in its chatty format, which shows the skill that it has.
+
+    Returns:
+        For each role the means over tasks of exact match, Rouge-L and loss.
+    """
     words = plan.words(chatty=True)
     tasks = [Task(name, source=task(**words)) for name, task in plan.held_in.items()]
     tasks += [Task(name, source=task(**words), role="held_out") for name, task in plan.held_out.items()]
     data = TaskMixture(tasks, tokenizer, eval_batch_size=EVAL_BATCH)
     data.setup("test")
-    return measure(module.model, tokenizer, data.test_dataloader(), data.roles, 2 * NEW_TOKENS)
+    scores = measure(module.model, tokenizer, data.test_dataloader(), data.roles, 2 * NEW_TOKENS)
+    return {role: {name: scores[role][name] for name in SCORES} for role in ("held_in", "held_out")}
 
 
 def make_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:

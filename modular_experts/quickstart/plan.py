@@ -115,7 +115,7 @@ class Plan:
         for method, scales in METHODS.items():
             # For experts that move every entry, the overlap-aware average equals the plain one.
             kinds = [kind for kind in self.kinds if KINDS[kind].sparse or method != "SparseAverage"]
-            # Of a method with an exponent, a tuning would choose that too.
+            # Fix the exponent at 1: otherwise a tuning would choose it as well.
             fixed = {"exponent": [1.0]} if method == "SparseAverage" else {}
             grid = {"scale": [*scales], **fixed}
             chosen = {"tune": {"grid": grid}, "rows": self.validation_rows, "name": method}

@@ -14,7 +14,7 @@ import math
 import platform
 import re
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -168,6 +168,24 @@ class Results:
                 groups.append([*tasks, Line("mean", mine, strong=True)])
         about = [Column("role", lambda rows: ROLES[rows.values("role")[0]], left=True), Column("rows", _tested)]
         return Table([*about, *[_column(metric, named == "model") for metric in metrics]], groups, named)
+
+
+def examples_of(answered: Iterable[tuple[str, Mapping[str, Sequence[Mapping[str, str]]]]]) -> list[dict[str, Any]]:
+    """Return the first test rows of each task with the answers of models, for the fact `examples` of results.
+
+    Args:
+        answered: For each model its name, and by task the `input`, `target` and `answer` of the first rows.
+
+    Returns:
+        For each row its `task`, `input` and `target`, and the `answers` by model.
+    """
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for model, by_task in answered:
+        for task, several in by_task.items():
+            for place, row in enumerate(several):
+                first = {"task": task, "input": row["input"], "target": row["target"], "answers": {}}
+                rows.setdefault((task, place), first)["answers"][model] = row["answer"]
+    return [*rows.values()]
 
 
 def machine() -> str:

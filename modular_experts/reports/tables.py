@@ -42,7 +42,6 @@ class Line:
     name: str
     rows: Any  # what the columns read, such as the `Results` of one model
     strong: bool = False  # bold: the head of a group, or a mean
-    key: str = ""  # CSS classes of a mark before the name, such as `key overlap`
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,13 @@ class Table:
         return [(column, value, "" if value is None else column.show(value)) for column, value in values]
 
     def _row(self, line: Line, cells: Sequence[Cell], best: Collection[int]) -> Html:
-        shown = [element("th", element("span", line.name, class_=line.key) if line.key else line.name, scope="row")]
+        shown = [element("th", line.name, scope="row")]
         for cell in cells:
             column, value, text = cell
             look = {"style": f"--share: {100 * value:.1f}%"} if column.bar and text else {}
             kinds = ["bar"] * bool(look) + ["best"] * (id(cell) in best)
             shown.append(element("td", text, **look, **({"class_": " ".join(kinds)} if kinds else {})))
-        # A line's bars have the colour of its mark.
-        kinds = ["kind"] * line.strong + line.key.split()[1:]
-        return element("tr", *shown, **({"class_": " ".join(kinds)} if kinds else {}))
+        return element("tr", *shown, **({"class_": "kind"} if line.strong else {}))
 
 
 def _best(cells: Iterable[Cell]) -> list[Cell]:
@@ -157,11 +154,6 @@ def percent(share: float) -> str:
     return number(100 * share, 1)
 
 
-def points(difference: float) -> str:
-    """Return the size of a difference of two shares, such as `2.1 points`."""
-    return f"{abs(100 * difference):.1f} points"
-
-
 def share(value: float) -> str:
     """Return a share in per cent, such as `5 %` or `5.45 %`."""
     return f"{100 * value:.3g} %"
@@ -170,11 +162,6 @@ def share(value: float) -> str:
 def number(value: float, digits: int) -> str:
     """Return a number with a fixed number of digits, or a dash for one that is not finite."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
-def times(scale: float) -> str:
-    """Return a factor, such as `×0.75`."""
-    return f"\N{MULTIPLICATION SIGN}{scale:g}"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ def measured_left(
             found[sort] = future.result()
         else:
             refused.append(f"{what}: {sentence_of(error)}")
-    known = pace.left(piece for piece in left if piece.key[:2] in pace.seconds_of)
+    known = pace.left(piece.key for piece in left if piece.key[:2] in pace.seconds_of)
     seconds, unknown, space = known[:3]
     for piece in new:
         taken = found.get(piece.key[:2], {})

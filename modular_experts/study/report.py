@@ -1,36 +1,61 @@
-"""Show what a study found: a table for the terminal, sentences, and a page."""
+"""Show what a study found: a table for the terminal, sentences, a figure, and a page."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from modular_experts.library.atomic import new_file
 from modular_experts.reports import Results
-from modular_experts.reports.html import Section, element, example, note, report, script
+from modular_experts.reports.figure import Panel, Row, draw
+from modular_experts.reports.html import Html, element, note
+from modular_experts.reports.page import Section, answers_section, example, telling, write_page
 from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
-from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number
+from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number, share
 from modular_experts.study.published import SINGLE, beside_published
 from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED, level_with
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE
+from modular_experts.text import bytes_text
 
 REPORT = "report.html"
 
 
-def summary(results: Results, state: State) -> Table:
-    """Return the table of a study: the base, and of each kind the single experts and every merge by its count."""
-    metric, level = results.main_metric, level_with(state)
-    show = format_of(metric)
-    # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
-    best = "" if len(results.where(metric=metric).values("count")) > 1 else better(metric)
+def summary(results: Results, state: State, counts: Collection[int] | None = None) -> Table:
+    """Return the table of a study: the base, and of each kind the single experts and every merge by its count.
 
-    def of(rows: Results, role: str) -> float | None:
-        return rows.mean(metric, role=role)
+    Args:
+        results: The results of the study.
+        state: The pieces that they are from.
+        counts: Show only the merges of these numbers of experts.
+    """
+    metric = results.main_metric
+    # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
+    best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
+    groups, level = [[Line(BASE, results.where(model=BASE))]], level_with(state)
+    for kind in results.facts["kinds"]:
+        mine = _judged(results, kind)
+        lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
+        for merge in mine.values("merge"):
+            for count in mine.where(merge=merge).values("count"):
+                if counts is None or count in counts:
+                    is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
+                    facts = {"count": count, "level": "level" if is_level else None}
+                    lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
+        groups.append(lines)
+    if joint := [Line(name, results.where(model=name)) for name in results.facts.get("joint", [])]:
+        groups.append(joint)
+    lines = [line for group in groups for line in group]
+    shown = [one for one in _summary_columns(metric, best) if any(one.of(line.rows) is not None for line in lines)]
+    return Table(shown, groups, METRICS.get(metric, metric))
+
+
+def _summary_columns(metric: str, best: Any) -> list[Column]:
+    show, is_share = format_of(metric), metric in SHARES
 
     def of_own(rows: Results) -> float | None:
         shares = [row["value"] for row in rows.where(metric=NORMALISED, task=None).rows if row["value"] is not None]
@@ -40,32 +65,20 @@ def summary(results: Results, state: State) -> Table:
         spans = [row["interval"] for row in rows.where(metric=DRAWN, of=metric, role="held_in").rows]
         return (spans[0][1] - spans[0][0]) / 2 if spans and spans[0] else None
 
-    columns = [
+    return [
         Column("experts", lambda rows: rows.facts.get("count")),
-        Column("held-in", lambda rows: of(rows, "held_in"), show, metric in SHARES, best=best),
+        Column("held-in", lambda rows: rows.mean(metric, role="held_in"), show, is_share, best=best),
         Column("±", half, show),
-        Column("held-out", lambda rows: of(rows, "held_out"), show, metric in SHARES, best=best),
+        Column("held-out", lambda rows: rows.mean(metric, role="held_out"), show, is_share, best=best),
         Column("of own", of_own, partial(number, digits=2), best=best),
         *[Column("loss", lambda rows: rows.mean("loss", role="held_in"), format_of("loss"))] * (metric != "loss"),
         Column("with\nthe best", lambda rows: rows.facts.get("level"), str, left=True),
     ]
-    groups = [[Line(BASE, results.where(model=BASE))]]
-    for kind in results.facts["kinds"]:
-        # A model is judged by the tasks of its own experts, and by the held-out ones.
-        judged = [row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"]
-        mine = Results(judged)
-        lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
-        for merge in mine.values("merge"):
-            for count in mine.where(merge=merge).values("count"):
-                is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
-                facts = {"count": count, "level": "level" if is_level else None}
-                lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
-        groups.append(lines)
-    if joint := [Line(name, results.where(model=name)) for name in results.facts.get("joint", [])]:
-        groups.append(joint)
-    lines = [line for group in groups for line in group]
-    shown = [column for column in columns if any(column.of(line.rows) is not None for line in lines)]
-    return Table(shown, groups, METRICS.get(metric, metric))
+
+
+def _judged(results: Results, kind: str) -> Results:
+    """Return the rows of a kind by which its models are judged: the tasks of their own experts, and held-out ones."""
+    return Results([row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"])
 
 
 def findings(results: Results) -> list[str]:
@@ -96,146 +109,170 @@ def findings(results: Results) -> list[str]:
     return sentences
 
 
-def write_report(results: Results, state: State, file: Path) -> None:
-    """Write a study's page, which needs no other file."""
-    metric, facts = results.main_metric, results.facts
-    tasks = [*facts["held_in"], *facts["held_out"]]
-    tested = results.where(metric=metric)
-    header = [
-        element("p", f"modular-experts study · {facts['date']}", class_="eyebrow"),
-        element("h1", f"{len(tested.values('model'))} models on {len(tasks)} tasks"),
-        results.downloads(),
-    ]
-    what = _words(metric)
-    found = findings(results)
+def write_report(
+    results: Results, state: State, file: Path, lede: Sequence[Html] = (), more: Sequence[Section] = ()
+) -> None:
+    """Write a study's page, which needs no other file.
+
+    Args:
+        results: The results of the study.
+        state: The pieces that they are from.
+        file: Where to write.
+        lede: What stands between the title and the sections.
+        more: Sections after those of the results.
+    """
+    facts, best = results.facts, _best_merges(results)
+    models, tasks = results.where(metric=results.main_metric).values("model"), [*facts["held_in"], *facts["held_out"]]
+    if best and facts["examples"]:
+        row = telling(facts["examples"], BASE, next(iter(best.values()))["model"])
+        shown = [BASE, *_singles(results, row["task"]), *[one["model"] for one in best.values()]]
+        lede = [*lede, element("p", f"One test row of {row['task']}:", class_="note"), example(row, shown)]
     sections = [
-        Section(
-            "Overview",
-            found[0] if found else f"The {what} of every model",
-            [
-                *[element("p", sentence) for sentence in found[1:]],
-                summary(results, state).html(),
-                note(
-                    "Means over tasks, groups and seeds. A single expert and a merge of a few are tested on the tasks "
-                    "of their own experts. Of own: the merge divided by each task's own expert, where that has more "
-                    "than 0. Level with the best: of the merges of all experts of a kind, the 95 % interval of the "
-                    "difference to the best one, over rows and seeds, contains zero. The number after ± is half the "
-                    "95 % interval over random groups; the loss is the one on held-in tasks."
-                ),
-            ],
-        ),
-        *_published_section(results),
-        *_effect_sections(results),
-        *_draws_section(results),
-        *_growth_section(results),
+        _overview(results, state),
+        _published(results),
+        _kept(results, best),
+        _gains(results, best),
+        _random_groups(results),
+        _by_count(results),
+        _every_task(results),
+        _answers(results, best),
+        _costs(results),
+        _failed(results),
+        *more,
     ]
-    # Merges of fewer experts are many, and each is tested on the tasks of its own group.
-    most = max((row["count"] or 0 for row in tested.rows), default=0)
-    largest = Results([row for row in tested.rows if row["count"] in (None, most)])
-    wide = [model for model in largest.values("model") if len(largest.where(model=model).values("task")) > 1]
-    if wide:
-        means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
-        sections.append(
-            Section(
-                "Every task",
-                f"The {what} of each model, task by task" + f"; merges are of {most} experts" * bool(most),
-                [
-                    heat_map(wide, tasks, means, format_of(metric), metric == "loss"),
-                    note("A stronger tint is better; the number is in each cell. Empty cells were not tested."),
-                ],
-            )
-        )
-    if shown := _answers(results):
-        sections.append(Section("Answers", "What models answer to one test row of each task", shown))
-    if facts["failed"]:
-        failed = [Line(name, sentence) for name, sentence in facts["failed"].items()]
-        table = Table([Column("why", str, left=True)], [failed], "piece")
-        count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
-        sections.append(Section("Failed", f"{count} no result", [table.html()]))
-    about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"])), "machine": facts["machine"]}
-    about["versions"] = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = report(f"Study of {len(tasks)} tasks", header, sections, about, script())
-    with new_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    about = {"base": facts["base"], "seeds": ", ".join(map(str, facts["seeds"]))}
+    title = f"{len(models)} models on {len(tasks)} tasks"
+    write_page(file, results, title, [one for one in sections if one], about, lede)
 
 
-def _published_section(results: Results) -> list[Section]:
+def _overview(results: Results, state: State) -> Section:
+    """Return the findings, the figure and the table of all models."""
+    found, what = findings(results), _words(results.main_metric)
+    most = max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
+    svg = [figure_of(results, wide) for wide in (True, False)] if results.main_metric in SHARES else ["", ""]
+    drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=True) if one]
+    return Section(
+        "Overview",
+        found[0].partition(" (")[0] if found else f"The {what} of every model",
+        [
+            *[element("p", sentence) for sentence in found],
+            *[element("figure", *drawn)] * bool(drawn),
+            summary(results, state, [most]).html(),
+            note(
+                "Each number is a mean over tasks, groups and seeds. Single experts, and merges of few, are tested on "
+                'the tasks of their own experts. "Of own" divides a merge by the expert of each task. "Level" marks '
+                "merges that are not certainly worse than the best of their kind: the 95 % interval of the difference "
+                "contains zero. ± is half the 95 % interval over random groups."
+            ),
+        ],
+    )
+
+
+def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> str:
+    """Draw the base, the single experts and the merges of all experts of each kind, held in and held out, as SVG.
+
+    A method that the study also tunes has one line, from its value as it comes to its tuned value. `dark` is as for
+    `reports.figure.draw`.
+    """
+    metric, facts = results.main_metric, results.facts
+    most = max((row["count"] or 0 for row in results.where(metric=metric).rows), default=0)
+    panels = []
+    for role, words in ROLES.items():
+        if not facts[role]:
+            continue
+        groups = []
+        for kind in facts["kinds"]:
+            mine = _judged(results, kind)
+            alone = Results(mine.where(merge=None, role="held_in").rows).mean(metric) if role == "held_in" else None
+            merged = {one: mine.where(merge=one, count=most, role=role).mean(metric) for one in mine.values("merge")}
+            groups.append([Row(f"{kind}{SINGLE}", alone, head=True), *_lines_of(facts["merges"].get(kind, ()), merged)])
+        known = {model: results.where(model=model, role=role).mean(metric) for model in (BASE, *facts.get("joint", []))}
+        references = {model: value for model, value in known.items() if value is not None}
+        panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
+    title = f"{_words(metric).capitalize()} of {most} experts in one model" if most else f"{_words(metric)} of experts"
+    key = "in % of test rows · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
+    key += "same method as it comes · bar: single experts, each on its own task"
+    return draw(title, key, panels, wide, dark)
+
+
+def _lines_of(merges: Sequence[Mapping[str, Any]], values: Mapping[str, float | None]) -> list[Row]:
+    """Return a line for each merge that has a value; a method as it comes is the start of its tuned self's line."""
+    plain = {json.dumps(one["method"]): one["name"] for one in merges if "method" in one and one["tune"] is None}
+    tuned = {one["name"]: plain.get(json.dumps(one["method"])) for one in merges if one.get("tune") is not None}
+    return [
+        Row(name.removesuffix(" tuned"), value, values.get(tuned.get(name) or ""))
+        for name, value in values.items()
+        if value is not None and name not in tuned.values()
+    ]
+
+
+def _published(results: Results) -> Section | None:
     """Return our means beside those that others published, if the study names any."""
     table = beside_published(results)
     if table is None:
-        return []
-    published = results.facts["published"]
-    return [
-        Section(
-            "Published",
-            f"Our {_words(published['metric'])} beside that of others",
-            [
-                table.html(),
-                note(
-                    f"Published: {published['source']}. Its authors measured these figures; they enter no other table "
-                    "and no other number here."
-                ),
-            ],
-        )
-    ]
+        return None
+    about = f"Published: {results.facts['published']['source']}. These figures enter no other table and number here."
+    title = f"Our {_words(results.facts['published']['metric'])} beside that of others"
+    return Section("Published", title, [table.html(), note(about)])
 
 
-def _effect_sections(results: Results) -> list[Section]:
-    """Return what merges kept of each task: all merges of the most experts, and of each kind the best one closely."""
-    metric, best = results.main_metric, _best_merges(results)
+def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
+    """Return what share of each task's own expert every merge of the most experts has."""
+    metric = results.main_metric
     most = max((row["count"] for row in best.values()), default=0)
     shares = results.where(metric=NORMALISED, count=most, group=0)
-    if not shares.rows:
-        return []
+    cells = {(row["model"], row["task"] or "mean"): row["value"] for row in shares.rows}
+    if all(value is None for value in cells.values()):
+        return None
     columns = ["mean", *shares.values("task")]
-    cells: dict[tuple[str, str], float | None] = {}
-    for model in shares.values("model"):
-        for row in shares.where(model=model).rows:
-            cells[model, row["task"] or "mean"] = row["value"]
-    show = format_of(metric)
-    closely = [
+    heat = heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss")
+    model = next(iter(best.values()))["model"]
+    known = {task: value for task in columns[1:] if (value := cells.get((model, task))) is not None}
+    title = f"The {_words(metric)} of each merge, divided by the one of each task's own expert"
+    if known and metric != "loss":
+        ends = [choose(known, key=lambda task: known[task]) for choose in (max, min)]
+        most_kept, least_kept = (f"{task} ({known[task]:.2f})" for task in ends)
+        title = f"{model} keeps most on {most_kept} and least on {least_kept}"
+    about = "Each number is the merge divided by the task's own expert. A cell is empty where the own expert has 0."
+    return Section("What merges kept", title, [heat, note(about)])
+
+
+def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
+    """Return what the best merge of each kind changed on each task."""
+    metric, show = results.main_metric, format_of(results.main_metric)
+    names = {row["model"] for row in best.values()}
+    gains = [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in names]
+    if not gains:
+        return None
+    columns = [
         Column("own expert", lambda row: row["own_value"], show),
         Column("best single", lambda row: row["best_single_value"], show),
         Column("merge", lambda row: row["own_value"] + row["value"], show),
         Column("gained", lambda row: row["value"], lambda value: _signed(value, metric)),
         Column("95 % interval", lambda row: row["interval"], lambda span: _interval(span, metric)),
     ]
-    known = [column for column in closely if any(column.of(row) is not None for row in _gains(results, best))]
+    known = [column for column in columns if any(column.of(row) is not None for row in gains)]
     parts = []
-    for kind, row in best.items():
-        lines = [Line(one["task"], one) for one in _gains(results, {kind: row})]
-        parts += [element("h3", row["model"]), Table(known, [lines], "task").html()]
-    unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
-    kept = Section(
-        "What merges kept",
-        f"The {_words(metric)} of merges of {most} experts, divided by that of each task's own expert",
-        [
-            heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss"),
-            note("1 is what the own expert has; an empty cell is a task whose own expert has 0."),
-        ],
+    for model in dict.fromkeys(row["model"] for row in gains):
+        lines = [Line(row["task"], row) for row in gains if row["model"] == model]
+        parts += [element("h3", model), Table(known, [lines], "task").html()]
+    sign = -1 if metric == "loss" else 1
+    first = [row for row in gains if row["model"] == gains[0]["model"]]
+    good = sum(sign * row["value"] >= 0 for row in first)
+    about = (
+        "Gained is the merge minus the task's own expert, with its 95 % interval over test rows and seeds. The best "
+        "single expert and the best merge were picked on these test rows, which flatters them."
     )
-    return [
-        *[kept] * any(value is not None for value in cells.values()),
-        Section(
-            "Gains and losses",
-            f"What the best merge of each kind changed on each task in {_words(metric)}",
-            [
-                *parts,
-                note(
-                    "Gained is the merge minus the own expert, with the 95 % interval of the paired difference over "
-                    "rows and seeds. The best single is the expert of this kind that is best on the task, and the best "
-                    "merge the one with the best mean, both picked on these test rows, which flatters them." + unit
-                ),
-            ],
-        ),
-    ]
+    unit = " Of a loss, a difference under 0 is better." if metric == "loss" else ""
+    title = f"{gains[0]['model']} is as good as the task's own expert, or better, on {good} of {len(first)} tasks"
+    return Section("Gains and losses", title, [*parts, note(about + unit)])
 
 
-def _draws_section(results: Results) -> list[Section]:
+def _random_groups(results: Results) -> Section | None:
     """Return the means over random groups, of each merge and count, with their intervals."""
     drawn = results.where(metric=DRAWN)
     if not drawn.rows:
-        return []
+        return None
     columns = [
         Column("experts", lambda rows: rows.rows[0]["count"]),
         Column("draws", lambda rows: rows.rows[0]["draws"]),
@@ -260,76 +297,120 @@ def _draws_section(results: Results) -> list[Section]:
         for merge in drawn.where(kind=kind).values("merge")
     ]
     counts = listed([str(count) for count in sorted(drawn.values("count"))])
-    return [
-        Section(
-            "Random groups",
-            f"Means over random groups of {counts} experts",
-            [
-                Table(columns, groups, "merge").html(),
-                note(
-                    "A group counts with the mean over the tasks of its experts. The interval is that of the mean over "
-                    "groups, by a bootstrap which draws whole groups."
-                ),
-            ],
+    about = (
+        "A group counts with the mean over its tasks. The interval tells how much the mean depends on the groups drawn."
+    )
+    parts = [Table(columns, groups, "merge").html(), note(about)]
+    return Section("Random groups", f"Means over random groups of {counts} experts", parts)
+
+
+def _by_count(results: Results) -> Section | None:
+    """Return the main metric by the number of merged experts, and the fits of a power law to the losses."""
+    metric, fits = results.main_metric, results.where(metric=EXPONENT).rows
+    counts = sorted(results.where(metric=metric).values("count"))
+    if len(counts) < 2:
+        return None
+
+    def at(rows: Results, count: int) -> float | None:
+        return rows.where(count=count).mean(metric, role="held_in")
+
+    columns = [Column(str(count), partial(at, count=count), format_of(metric)) for count in (1, *counts)]
+    groups = []
+    for kind in results.facts["kinds"]:
+        mine = _judged(results, kind)
+        alone = Results([{**row, "count": 1} for row in mine.where(merge=None).rows])
+        merges = [Line(f"  {merge}", mine.where(merge=merge)) for merge in mine.values("merge")]
+        groups.append([Line(f"{kind}{SINGLE}", alone, strong=True), *merges])
+    parts = [Table(columns, groups, f"{METRICS.get(metric, metric)} by experts").html()]
+    title = f"The {_words(metric)} of 1 to {counts[-1]} experts in one model"
+    if fits:
+        steepest = max(fits, key=lambda row: row["value"])
+        ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
+        title = (
+            f"From {steepest['counts'][0]} to {steepest['counts'][-1]} experts the {ROLES[steepest['role']]} loss of "
+            f"{steepest['model']} goes from {ends[0]} to {ends[1]}"
         )
-    ]
+        about = (
+            "The fit is loss = factor * count ^ exponent, over the tasks that all counts have; 1 is the single "
+            "experts. R² is the share of the variance that it explains."
+        )
+        parts += [_power_laws(fits), note(about)]
+    return Section("Number of experts", title, parts)
 
 
-def _growth_section(results: Results) -> list[Section]:
-    """Return the losses by the number of experts, where a power law could be fitted to them."""
-    fits = results.where(metric=EXPONENT).rows
-    counts = sorted({count for row in fits for count in row["counts"]})
-    if not fits:
-        return []
+def _power_laws(fits: Sequence[Mapping[str, Any]]) -> Html:
+    """Return the table of the fits: the losses by count, the exponent, and how well it fits."""
 
     def at(row: Any, count: int) -> float | None:
         return dict(zip(row["counts"], row["losses"], strict=True)).get(count)
 
     digits: Any = partial(number, digits=3)
+    counts = sorted({count for row in fits for count in row["counts"]})
     columns = [Column(str(count), partial(at, count=count), digits, over="loss by experts") for count in counts]
     columns += [
         Column("exponent", lambda row: row["value"], digits, over="power law"),
         Column("R²", lambda row: row["r2"], digits, over="power law"),
     ]
-    groups = [
-        [Line(f"{row['model']}, {ROLES[role]}", row) for row in fits if row["role"] == role]
-        for role in dict.fromkeys(row["role"] for row in fits)
-    ]
-    steepest = max(fits, key=lambda row: row["value"])
-    ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
-    return [
-        Section(
-            "Number of experts",
-            f"From {steepest['counts'][0]} to {steepest['counts'][-1]} experts the {ROLES[steepest['role']]} loss of "
-            f"{steepest['model']} goes from {ends[0]} to {ends[1]}",
-            [
-                Table(columns, groups, "merge").html(),
-                note(
-                    "The fitted loss is factor * count ^ exponent, by least squares in logarithms over the counts of "
-                    "the table, of which 1 is the single experts, and over the tasks that all of them have. R² is the "
-                    "share of the variance that it explains; "
-                    f"with {len(counts)} counts it is a description, and no forecast was tested."
-                ),
-            ],
-        )
-    ]
+    roles = dict.fromkeys(row["role"] for row in fits)
+    groups = [[Line(f"{row['model']}, {ROLES[role]}", row) for row in fits if row["role"] == role] for role in roles]
+    return Table(columns, groups, "merge").html()
 
 
-def _answers(results: Results) -> list[Any]:
+def _every_task(results: Results) -> Section | None:
+    """Return the main metric of each model that was tested on several tasks, of merges those of the most experts."""
+    metric, tested = results.main_metric, results.where(metric=results.main_metric)
+    most = max((row["count"] or 0 for row in tested.rows), default=0)
+    largest = Results([row for row in tested.rows if row["count"] in (None, most)])
+    wide = [model for model in largest.values("model") if len(largest.where(model=model).values("task")) > 1]
+    if not wide:
+        return None
+    tasks = tested.values("task")
+    means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
+    title = f"The {_words(metric)} of each model, task by task" + f"; merges are of {most} experts" * bool(most)
+    heat = heat_map(wide, tasks, means, format_of(metric), metric == "loss")
+    return Section("Every task", title, [heat, note("A stronger tint is better. An empty cell was not tested.")])
+
+
+def _answers(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | None:
     """Return answers to the first test row of each held-in task: the base's, its experts', and the best merges'."""
-    shown = []
-    merges = [row["model"] for row in _best_merges(results).values()]
-    for task in results.facts["held_in"]:
-        rows = [row for row in results.facts["examples"] if row["task"] == task]
-        same = {row["model"]: row["answer"] for row in rows if row["input"] == rows[0]["input"]}
-        own = [row["model"] for row in results.where(task=task, merge=None, own=True).rows]
-        # An expert of all tasks has every task as its own, and comes last.
-        joint = results.facts.get("joint", [])
-        names = dict.fromkeys([BASE, *[one for one in own if one not in joint], *merges, *joint])
-        answers: Mapping[str, str] = {name: same[name] for name in names if name in same}
-        if answers:
-            shown.append(element("div", element("h3", task), example(rows[0]["input"], rows[0]["target"], answers)))
-    return shown
+    rows = results.facts["examples"]
+    merges = [row["model"] for row in best.values()]
+    joint = results.facts.get("joint", [])
+    shown = {task: [BASE, *_singles(results, task), *merges, *joint] for task in results.facts["held_in"]}
+    return answers_section(rows, shown) if rows else None
+
+
+def _singles(results: Results, task: str) -> list[str]:
+    """Return the experts of one task; an expert of all tasks, which has every task as its own, is left out."""
+    own = dict.fromkeys(row["model"] for row in results.where(task=task, merge=None, own=True).rows)
+    return [one for one in own if one not in results.facts.get("joint", [])]
+
+
+def _costs(results: Results) -> Section | None:
+    """Return what a training and a merge of all experts took, and what is stored of it."""
+    costs = results.facts.get("costs")
+    if not costs:
+        return None
+    columns = [
+        Column("kept", lambda row: row.get("kept"), share),
+        Column("on disk", lambda row: row["bytes"], bytes_text),
+        Column("seconds", lambda row: row["seconds"], partial(number, digits=1)),
+    ]
+    lines = [Line(row["name"], row) for row in costs]
+    slowest = max(costs, key=lambda row: row["seconds"])
+    title = f"{slowest['name']} takes longest, with {number(slowest['seconds'], 1)} seconds each"
+    about = (
+        "Kept is the share of the base's entries that an expert moves. Seconds are those of one training, or one merge."
+    )
+    return Section("Costs", title, [Table(columns, [lines], "mean over").html(), note(about)])
+
+
+def _failed(results: Results) -> Section | None:
+    """Return why pieces have no result."""
+    failed = [Line(name, sentence) for name, sentence in results.facts["failed"].items()]
+    count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
+    table = Table([Column("why", str, left=True)], [failed], "piece")
+    return Section("Failed", f"{count} no result", [table.html()]) if failed else None
 
 
 def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
@@ -352,12 +433,6 @@ def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
 def _over_draws(results: Results, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return the means over the random groups of a merge and its count on held-in tasks; none of disjoint groups."""
     return results.where(metric=DRAWN, kind=row["kind"], merge=row["merge"], count=row["count"], role="held_in").rows
-
-
-def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the gains by task of merges."""
-    models = [row["model"] for row in best.values()]
-    return [row for row in results.where(metric=GAIN).rows if row["task"] and row["model"] in models]
 
 
 def _worst(row: Mapping[str, Any]) -> str:

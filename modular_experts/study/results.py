@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from modular_experts.reports import Results
-from modular_experts.reports.results import provenance
+from modular_experts.reports.results import examples_of, provenance
 from modular_experts.study.pieces import title_of
+from modular_experts.study.published import SINGLE
 from modular_experts.study.run import State
 from modular_experts.study.settings import Study
 
@@ -32,7 +33,6 @@ GAIN, NORMALISED, EXPONENT, DRAWN = "gain", "normalised", "loss_exponent", "mean
 def results_of(study: Study, state: State) -> Results:
     """Return a row for each number that the finished pieces measured, and rows of what the merges did."""
     rows: list[dict[str, Any]] = []
-    examples: list[dict[str, Any]] = []
     for found in state.done.values():
         rows += found.get("rows", ())
         if "scores" not in found:
@@ -42,8 +42,6 @@ def results_of(study: Study, state: State) -> Results:
             values = found["values"].get(row["task"], {}).get(row["metric"])
             more = {"own": row["task"] in found["own"], "interval": interval(values) if values else None}
             rows.append({**row, **more})
-        for task, answers in found["answers"].items():
-            examples += [{"model": found["model"], "task": task, **answer} for answer in answers]
     facts: dict[str, Any] = {
         "base": study.base,
         "held_in": [*study.held_in],
@@ -56,12 +54,28 @@ def results_of(study: Study, state: State) -> Results:
         "data": study.data,
         "published": asdict(study.published) if study.published else None,
         "failed": {title_of(key): failure.sentence for key, failure in state.failed.items()},
-        "examples": examples,
+        "examples": examples_of([(one["model"], one["answers"]) for one in state.done.values() if "answers" in one]),
+        "costs": costs(study, state),
         **provenance(),
     }
     measured = Results(rows, facts)
     known = Results([*rows, *effects(state, measured.main_metric)], facts)
     return Results([*known.rows, *over_draws(known, study.draws), *growth(measured)], facts)
+
+
+def costs(study: Study, state: State) -> list[dict[str, Any]]:
+    """Return the means of what trainings, and the merges of all experts, took and left on disk, by kind and merge."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key, one in state.done.items():
+        if expert := one.get("expert"):
+            single = f"{key[1]}{SINGLE}" * (key[1] not in study.joint) or str(key[1])
+            name = f"{one['kind']} {one['merge']}" if one.get("merge") else single
+            found.setdefault(name, []).append({**expert, "seconds": one.get("merge_seconds", one["seconds"])})
+    return [
+        {"name": name}
+        | {cost: fmean(one[cost] for one in several) for cost in ("bytes", "kept", "seconds") if cost in several[0]}
+        for name, several in found.items()
+    ]
 
 
 def interval(values: Sequence[float]) -> list[float]:

@@ -26,6 +26,7 @@ from modular_experts.base import Base
 from modular_experts.base.files import read_layouts
 from modular_experts.jobs import JSONLines, LocalProcesses, Piece, run
 from modular_experts.jobs.pieces import Key
+from modular_experts.jobs.processes import at_once
 from modular_experts.library import is_name, open_expert
 from modular_experts.library.atomic import locked, remove_leftovers
 from modular_experts.library.record import RECORD_FILE, read_record
@@ -152,7 +153,7 @@ def state_of(pieces: Sequence[Piece], lines: Lines, retry: bool = False) -> Stat
             failed[piece.key] = Failure(sentence)
         elif needed is not None and piece.key not in done:
             failed[piece.key] = Failure(failed[needed].sentence, failed[needed].needed or needed)
-    left = Pace(done).left(piece for piece in pieces if piece.key not in done and piece.key not in failed)
+    left = Pace(done).left(piece.key for piece in pieces if piece.key not in done and piece.key not in failed)
     waiting = sum(failure.needed is not None for failure in failed.values())
     return State(list(pieces), done, failed, left._replace(failed=len(failed) - waiting, waiting=waiting))
 
@@ -173,9 +174,9 @@ class Pace:
             if size := (found.get("expert") or {}).get("bytes"):
                 self.bytes_of.setdefault(sort, []).append(size)
 
-    def left(self, pieces: Iterable[Piece]) -> Left:
-        """Return what pieces will take."""
-        sorts = Counter(piece.key[:2] for piece in pieces)
+    def left(self, keys: Iterable[Key]) -> Left:
+        """Return what the pieces of these keys will take."""
+        sorts = Counter(key[:2] for key in keys)
         seconds = {sort: _mean(self.seconds_of, sort) for sort in sorts}
         space = {sort: _mean(self.bytes_of, sort) for sort in sorts}
         return Left(
@@ -213,7 +214,7 @@ def run_study(
         processes: How many, if there is no executor; by default those of `LocalProcesses`, each with twice the base.
         progress: Called at the start and after each piece, with how many pieces are finished, how many there are, and
             what the others will take. Finished are also those that failed or need one that failed. The seconds are
-            divided by the executor's `processes`; for an executor without this number they are those of one process.
+            divided by the `processes` of an `Engine`; for an executor without this number they are for one process.
 
     Raises:
         BlockingIOError: Another process runs a study in `out`; nothing was done.
@@ -222,62 +223,93 @@ def run_study(
     """
     out = Path(out).absolute()
     pieces = pieces_of(study, out, only)
-    others = [one for one in out.iterdir() if is_name(one.name) and one.suffix != ".yaml"] if out.exists() else []
-    if others and not (out / PIECES).exists():
-        raise FileExistsError(f"{out} holds other things than a study; give another --out to keep them")
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     with ExitStack() as stack:
         stack.enter_context(locked(out, out))
         remove_leftovers(out)
         lines = Lines(out)
         lines.file.touch()
         before = state_of(pieces, lines, retry)
-        given_up = before.failed
-        # What is done needs nothing any more, such as a piece that has failed since.
-        todo = [
-            replace(piece, needs=()) if piece.key in before.done else piece
-            for piece in pieces
-            if piece.key not in given_up
-        ]
         pool = executor or stack.enter_context(LocalProcesses(processes, _bytes_each(study)))
-        at_once = getattr(pool, "processes", 1)
-        pace = Pace(before.done)
-        left = {piece.key: piece for piece in todo if piece.key not in before.done}
-        over = Counter(failed=before.left.failed, waiting=before.left.waiting)
-        begun = out / BEGUN
-        of_before = {*begun.read_text().split()} if begun.exists() else set()
-        interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in left)
-        begun.unlink(missing_ok=True)
-        if left:
+        watch = _Watch(before, lines, out / BEGUN, at_once(pool), progress)
+        if watch.left:
             warn_of_copies(study.at(study.seeds[0]))
-
-        def show(done: int, total: int, piece: Piece | None) -> None:
-            if piece is not None:
-                del left[piece.key]
-                if piece.key in lines:
-                    pace.add(piece.key, lines[piece.key])
-                else:
-                    over["failed" if lines.failure(piece.key) else "waiting"] += 1
-            found = pace.left(left.values())
-            found = found._replace(failed=over["failed"], waiting=over["waiting"], interrupted=interrupted)
-            progress(done + len(given_up), len(pieces), found._replace(seconds=found.seconds / at_once))
-
-        def begin(piece: Piece) -> None:
-            # An executor that takes all pieces at once begins them later, and does not tell.
-            if hasattr(pool, "processes"):
-                with suppress(OSError), begun.open("a") as file:
-                    file.write(f"{piece.key[-1]}\n")
-
-        def failed(piece: Piece, error: BaseException) -> None:
-            lines[piece.key] = {"failed": sentence_of(error), "trace": "".join(traceback.format_exception(error))}
-
-        run(todo, lines, pool, show, failed, begin)
-        begun.unlink(missing_ok=True)
+        run(watch.todo, lines, pool, watch.show, watch.failed, watch.begin)
+        watch.begun.unlink(missing_ok=True)
     after = state_of(pieces, lines)
     if before.done.keys() - after.done.keys():
         # An expert was trained anew and came out otherwise, so what was made of it is left to do.
         return run_study(study, out, only, False, executor, processes, progress)
     return after
+
+
+class _Watch:
+    """Follows the pieces of a run: which are left, which failed, and which have begun."""
+
+    def __init__(
+        self,
+        before: State,
+        lines: Lines,
+        begun: Path,
+        processes: int | None,
+        progress: Callable[[int, int, Left], None],
+    ) -> None:
+        self.before, self.lines, self.begun, self.processes, self.progress = before, lines, begun, processes, progress
+        self.left = {piece.key for piece in before.pieces if piece.key not in before.failed} - before.done.keys()
+        self.pace = Pace(before.done)
+        self.over = Counter(failed=before.left.failed, waiting=before.left.waiting)
+        of_before = {*begun.read_text().split()} if begun.exists() else set()
+        self.interrupted = sum(key[-1] in of_before and lines.failure(key) is None for key in self.left)
+        begun.unlink(missing_ok=True)
+
+    @property
+    def todo(self) -> list[Piece]:
+        """The pieces to run, and those that are done; a done piece needs nothing, not even one that failed since."""
+        known = [piece for piece in self.before.pieces if piece.key not in self.before.failed]
+        return [replace(piece, needs=()) if piece.key in self.before.done else piece for piece in known]
+
+    def show(self, done: int, total: int, piece: Piece | None) -> None:
+        """Count a piece that is finished, and report what is left."""
+        if piece is not None:
+            self.left.remove(piece.key)
+            if piece.key in self.lines:
+                self.pace.add(piece.key, self.lines[piece.key])
+            else:
+                self.over["failed" if self.lines.failure(piece.key) else "waiting"] += 1
+        found = self.pace.left(self.left)
+        self.progress(
+            done + len(self.before.failed),
+            len(self.before.pieces),
+            found._replace(
+                seconds=found.seconds / (self.processes or 1),
+                failed=self.over["failed"],
+                waiting=self.over["waiting"],
+                interrupted=self.interrupted,
+            ),
+        )
+
+    def begin(self, piece: Piece) -> None:
+        """Note that a piece begins, if the executor does not take all pieces at once and begin them later."""
+        if self.processes:
+            with suppress(OSError), self.begun.open("a") as file:
+                file.write(f"{piece.key[-1]}\n")
+
+    def failed(self, piece: Piece, error: BaseException) -> None:
+        """Store why a piece failed."""
+        trace = "".join(traceback.format_exception(error))
+        self.lines[piece.key] = {"failed": sentence_of(error), "trace": trace}
+
+
+def claim(out: Path) -> None:
+    """Make the directory of a study, unless it is there.
+
+    Raises:
+        FileExistsError: It holds other things.
+    """
+    others = [one for one in out.iterdir() if is_name(one.name) and one.suffix != ".yaml"] if out.exists() else []
+    if others and not (out / PIECES).exists():
+        raise FileExistsError(f"{out} holds other things than a study; give another --out to keep them")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _bytes_each(study: Study) -> int:

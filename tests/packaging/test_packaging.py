@@ -135,11 +135,12 @@ def test_the_wheel_alone_runs_a_tiny_quickstart(built: Path, tmp_path: Path) -> 
     (tmp_path / "tiny.py").write_text(
         f"""
 from pathlib import Path
-from modular_experts.quickstart import Plan, draw_figure, run_plan, write_report
+from modular_experts.quickstart import Plan, run_plan
+from modular_experts.study import results_of
+from modular_experts.study.report import write_report
 if __name__ == "__main__":
-    results = run_plan(Plan({sizes}, validation_rows=1, test_rows=1), Path("run"))
-    draw_figure(results, Path("figure.svg"))
-    write_report(results, Path("figure.svg"), Path("report.html"), "run")
+    study, state = run_plan(Plan({sizes}, validation_rows=1, test_rows=1), Path("run"))
+    write_report(results_of(study, state), state, Path("report.html"))
 """
     )
     # `list` breaks long names at the width of a terminal, and COLUMNS would be one.

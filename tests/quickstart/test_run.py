@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,10 +17,17 @@ import pytest
 from testbed.here import Here
 
 from modular_experts.base import Base
-from modular_experts.jobs import FailedPiecesError
+from modular_experts.cli.study import UnfinishedStudyError, check_finished
 from modular_experts.library import Library, open_expert
-from modular_experts.quickstart.plan import METHODS, Plan
+from modular_experts.quickstart.base import FACTS
+from modular_experts.quickstart.plan import METHODS, Plan, untuned
 from modular_experts.quickstart.run import TimeLeft, run_plan
+from modular_experts.reports import Results
+from modular_experts.reports.html import element
+from modular_experts.reports.page import Section
+from modular_experts.study import results_of
+from modular_experts.study.report import figure_of, write_report
+from modular_experts.study.run import State
 
 SMALL = Plan(
     *(0, 2, 16),  # seed, tasks, width
@@ -52,47 +59,62 @@ def _no_processes() -> Iterator[None]:
         yield
 
 
-def numbers(value: Any) -> Any:
-    """Return results without what differs between two runs of the same plan: how long things took."""
-    if isinstance(value, dict):
-        return {key: numbers(entry) for key, entry in value.items() if key != "seconds"}
-    return value
+Made = tuple[Path, Results, State]
+
+
+def made(out: Path, progress: Callable[[str, float, float], None] = lambda *shown: None) -> Made:
+    study, state = run_plan(SMALL, out, progress)
+    return out, results_of(study, state), state
+
+
+def numbers(results: Results) -> list[Any]:
+    """Return the rows of results in one order, whatever was finished first."""
+    return sorted(json.dumps(row, sort_keys=True) for row in results.rows)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def finished(tmp_path_factory) -> Made:
     out = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["modular-experts"])
-        return out, run_plan(SMALL, out)
+        return made(out)
 
 
 def test_the_directory_holds_a_base_a_library_and_all_results(finished) -> None:
-    out, results = finished
+    out, results, state = finished
+    assert not state.failed
     merges = [f"merge-{kind}-{method}{at}" for kind, method in MERGES for at in ("", "-at-1")]
     assert sorted(Library(out / "library")) == sorted([*EXPERTS, *merges, "multitask"])
     assert Base.open(out / "base").load().config.hidden_size == 16
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     there = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    assert there == ["base", "library", "pieces.jsonl", "results.json", "runs"]
-    assert [(kind, method) for kind, found in results["merges"].items() for method in found] == MERGES
+    assert there == ["base", "library", "pieces.jsonl", "runs"]
     for kind, method in MERGES:
-        merge = results["merges"][kind][method]["2"]
-        assert list(merge["scales"]) == [str(scale) for scale in METHODS[method]]
-        assert merge["scales"][str(merge["scale"])] == min(merge["scales"].values(), key=operator.itemgetter("loss"))
-        stored = open_expert(out / "library" / f"merge-{kind}-{method}")
-        assert stored.record["method"]["init_args"]["scale"] == merge["scale"]
-        assert stored.record["hyperparameters"]["trials"] == len(METHODS[method])
-        assert (stored.name, stored.kept_share) == (merge["name"], merge["kept"])
-    scaled = [merge for kind, method in MERGES if (merge := results["merges"][kind][method]["2"])["scale"] != 1.0]
-    assert scaled
-    assert all(merge["chosen"]["held_in"]["loss"] != merge["default"]["held_in"]["loss"] for merge in scaled)
-    assert set(results["experts"]["sparse"]) == set(SMALL.held_in)
-    trained = results["experts"]["lora"]["upper"]
-    # Of each of 14 linear layers, rank 4 times its inputs and outputs.
-    assert trained["parameters"] == 4 * (8 * (16 + 16) + 6 * (16 + 48))
-    assert trained["bytes"] == (out / "library/lora-upper/delta.safetensors").stat().st_size
-    assert {"plain", "latent", "steps", "parameters"} <= set(results["base"])
+        chosen = open_expert(out / "library" / f"merge-{kind}-{method}")
+        assert chosen.record["method"]["init_args"]["scale"] in METHODS[method]
+        assert chosen.record["hyperparameters"]["trials"] == len(METHODS[method])
+        for at in (method, untuned(method)):
+            assert results.mean("exact_match", kind=kind, merge=at, count=2, role="held_out") is not None
+    facts = json.loads((out / "base" / FACTS).read_text())
+    assert {"parameters", "steps", "target_reached", "latent", "plan"} <= set(facts)
+    assert set(facts["latent"]["held_in"]) == {"exact_match", "rougeL", "loss"}
+
+
+def test_the_figure_has_a_line_for_each_method_and_the_page_all_sections(finished, tmp_path) -> None:
+    _, results, state = finished
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure_of(results))
+    names = [text for text in texts if text in METHODS or text.endswith(", single")]
+    assert names == ["sparse, single", *METHODS, "lora, single", *[one for one in METHODS if one != "SparseAverage"]]
+    write_report(
+        results, state, tmp_path / "report.html", [element("p", "A base.")], [Section("Try next", "Go on", [])]
+    )
+    page = (tmp_path / "report.html").read_text()
+    named = re.findall(r'<section id="([^"]*)">', page)
+    assert {"overview", "gains-and-losses", "every-task", "answers", "costs", "try-next"} <= {*named}
+    assert "A base." in page
+    used = set(re.findall(r"var\((--\w+)", page)) - {"--share", "--heat"}
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert used
+    assert all(style.count(f"{name}:") == 2 for name in used), "a colour is not given in light and dark"
 
 
 def test_the_tokenizer_spells_any_text_and_knows_each_word_of_the_suite(finished) -> None:
@@ -102,11 +124,11 @@ def test_the_tokenizer_spells_any_text_and_knows_each_word_of_the_suite(finished
 
 
 def test_nothing_that_is_there_is_made_again(finished) -> None:
-    """Nor is anything written: the file is the same, its date too."""
-    out, results = finished
-    before = (out / "results.json").stat().st_mtime_ns
-    assert run_plan(SMALL, out) == results
-    assert (out / "results.json").stat().st_mtime_ns == before
+    """Nor is anything written: the file of results is the same."""
+    out, results, _ = finished
+    before = (out / "pieces.jsonl").read_bytes()
+    assert numbers(made(out)[1]) == numbers(results)
+    assert (out / "pieces.jsonl").read_bytes() == before
 
 
 def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same_numbers(finished, tmp_path) -> None:
@@ -121,15 +143,12 @@ def test_a_run_that_lost_results_or_experts_makes_only_these_again_with_the_same
     (copy / "pieces.jsonl").write_text("".join(kept))
     (copy / "base").rename(tmp_path / "base")  # the same base at another place
     (copy / "base").symlink_to(tmp_path / "base")
-    known = json.loads((copy / "results.json").read_text())
-    facts = {name: known[name] for name in known if name not in ("base", "multitask", "experts", "merges")}
-    (copy / "results.json").write_text(json.dumps(facts))
-    made = []
-    again = run_plan(SMALL, copy, lambda *shown: made.append(shown))
-    assert numbers(again) == numbers(finished[1])
+    shown = []
+    again = made(copy, lambda *one: shown.append(one))
+    assert numbers(again[1]) == numbers(finished[1])
     assert len((copy / "pieces.jsonl").read_text().splitlines()) == len(kept) + len(lost) + 1
-    done, totals = [entry for _, entry, _ in made], {total for _, _, total in made}
-    assert {stage for stage, _, _ in made} == {"study"}, "the base was made again"
+    done, totals = [entry for _, entry, _ in shown], {total for _, _, total in shown}
+    assert {stage for stage, _, _ in shown} == {"study"}, "the base was made again"
     assert done == sorted(done)
     assert 0.5 < done[0] / done[-1] < 0.95  # most was there already
     assert done[-1] == pytest.approx(*totals)
@@ -145,9 +164,12 @@ def test_a_piece_that_fails_gets_a_sentence_and_is_tried_again(finished, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr("modular_experts.callbacks.export_expert.write_expert", full)
-        with pytest.raises(FailedPiecesError, match=r"failed, such as experts sparse reverse 0 \(the disk is full\)"):
-            run_plan(SMALL, copy)
-    assert numbers(run_plan(SMALL, copy)) == numbers(finished[1])
+        _, _, state = made(copy)
+        failed = {key[:3]: one.sentence for key, one in state.failed.items() if one.needed is None}
+        assert failed == {("experts", "sparse", "reverse"): "the disk is full"}
+        with pytest.raises(UnfinishedStudyError, match="pieces have no result, 1 failed"):
+            check_finished(state, copy)
+    assert numbers(made(copy)[1]) == numbers(finished[1])
 
 
 def test_the_time_left_follows_the_pace_of_this_run() -> None:
@@ -178,7 +200,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name:
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    with pytest.raises(FileExistsError, match="holds other things than a quickstart; give another --out to keep them"):
+    with pytest.raises(FileExistsError, match="holds other things than a study; give another --out to keep them"):
         run_plan(SMALL, tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == text
@@ -190,9 +212,12 @@ def test_another_plan_in_the_same_directory_is_refused(finished) -> None:
 
 
 def test_a_directory_of_an_older_version_is_refused_and_left_alone(finished, tmp_path) -> None:
-    file = tmp_path / "out" / "results.json"
-    shutil.copytree(finished[0] / "base", file.parent / "base")
-    shutil.copy(finished[0] / "results.json", file)
+    file = tmp_path / "out" / "base" / FACTS
+    shutil.copytree(finished[0] / "base", file.parent)
+    facts = json.loads(file.read_text())
+    del facts["plan"]
+    file.write_text(json.dumps(facts))
+    (tmp_path / "out" / "pieces.jsonl").touch()
     with pytest.raises(ValueError, match="holds a quickstart of an older version of this package; give another --out"):
-        run_plan(SMALL, file.parent)
-    assert sorted(path.name for path in file.parent.iterdir()) == ["base", "results.json"]
+        run_plan(SMALL, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "pieces.jsonl"]

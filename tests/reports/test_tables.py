@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from modular_experts.reports.html import Html, Section, element, example, note, page, report
-from modular_experts.reports.tables import Column, Line, Table, listed, number, percent, points, share, times
+from modular_experts.reports import Results
+from modular_experts.reports.html import Html, element, note, page
+from modular_experts.reports.page import Section, answers_section, example, telling, write_page
+from modular_experts.reports.tables import Column, Line, Table, listed, number, percent, share
 
 COLUMNS = [
     Column("size", lambda rows: rows.get("size"), lambda size: f"{size} kB"),
@@ -19,7 +21,7 @@ COLUMNS = [
     Column("held-out", lambda rows: rows.get("out"), percent, over="exact match"),
 ]
 GROUPS = [
-    [Line("head", {"in": 0.5}, strong=True), Line("a", {"size": 3, "in": 0.25, "out": 1.0}, key="key ties")],
+    [Line("head", {"in": 0.5}, strong=True), Line("a", {"size": 3, "in": 0.25, "out": 1.0})],
     [Line("[b]", {"in": math.nan})],
 ]
 
@@ -44,11 +46,10 @@ def test_every_column_is_in_the_terminal_and_on_the_page() -> None:
     ]
 
 
-def test_the_page_marks_heads_keys_bars_and_columns_that_belong_together() -> None:
+def test_the_page_marks_heads_bars_and_columns_that_belong_together() -> None:
     tree = ElementTree.fromstring(Table(COLUMNS, GROUPS).html())
-    assert [row.get("class") for row in tree.iter("tr")] == ["over", None, "kind", "ties", None]
+    assert [row.get("class") for row in tree.iter("tr")] == ["over", None, "kind", None, None]
     assert [cell.get("colspan") for cell in tree.findall("table/thead/tr[1]/th")] == ["1", "1", "2"]
-    assert [span.get("class") for span in tree.iter("span")] == ["key ties"]
     assert [cell.get("style") for cell in tree.iter("td") if cell.get("class") == "bar"][1] == "--share: 25.0%"
     assert len(tree.findall("table/tbody")) == 2
 
@@ -68,20 +69,38 @@ def test_the_best_of_a_group_or_of_a_line_is_marked_and_what_looks_alike_is_as_g
     assert bold(Table(across, [line], across=True)) == ["50.0"]
 
 
-def test_an_example_marks_answers_and_the_contents_link_to_the_sections() -> None:
-    shown = example("1+1=", "2", {"base": "two", "merged": " 2 "})
+ROWS = [
+    {"task": "sums", "input": "1+1=", "target": "2", "answers": {"base": "2", "merged": "2", "mine": "3"}},
+    {"task": "sums", "input": "1+2=", "target": "3", "answers": {"base": "two", "merged": " 3 ", "mine": "3"}},
+]
+
+
+def test_an_example_marks_answers_and_the_telling_row_comes_first() -> None:
+    assert telling(ROWS, "base", "merged") is ROWS[1]
+    assert telling(ROWS, "merged", "base") is ROWS[0]
+    shown = example(ROWS[1], ["base", "merged", "gone"])
     lines = ["".join(row.itertext()).split() for row in ElementTree.fromstring(shown)]
-    assert lines == [["input1+1="], ["wanted2"], ["basetwo", "wrong"], ["merged", "2", "right"]]
-    tree = ElementTree.fromstring(report("t", [], [Section("A & b", "It is 5 %", [])], {}).partition("\n")[2])
+    assert lines == [["input1+2="], ["wanted3"], ["basetwo", "wrong"], ["merged", "3", "right"]]
+    (answers,) = answers_section(ROWS, {"sums": ["mine"]}).parts
+    assert "".join(ElementTree.fromstring(answers).itertext()).split() == ["sumsinput1+1=wanted2mine3", "wrong"]
+
+
+def test_the_contents_of_a_page_link_to_its_sections(tmp_path) -> None:
+    facts = {"versions": {"torch": "2"}, "date": "2026-11-28", "machine": "2 cores"}
+    write_page(tmp_path / "page.html", Results([], facts), "t", [Section("A & b", "It is 5 %", [])], {"seed": "7"})
+    text = (tmp_path / "page.html").read_text()
+    tree = ElementTree.fromstring(text[: text.index("<script>")].partition("\n")[2] + "</body></html>")
     assert tree.find("body/main/nav/a").get("href") == "#a-b"
     assert tree.find("body/main/section").get("id") == "a-b"
+    foot = {item.find("dt").text: item.find("dd").text for item in tree.findall("body/main/footer/dl/div")}
+    assert foot == {"seed": "7", "machine": "2 cores", "versions": "torch 2"}
 
 
 def test_text_never_becomes_markup() -> None:
     assert element("p", "a < b", Html("<b>c</b>"), title='"') == '<p title="&quot;">a &lt; b<b>c</b></p>'
     evil = "<script>"
-    html = page(evil, note(evil), Table([Column(evil, str)], [[Line(evil, evil, key='"')]], evil).html())
-    assert "<script" not in html
+    html = page(evil, note(evil), Table([Column(evil, str)], [[Line(evil, evil)]], evil).html())
+    assert html.count("<script") == 1, "only our own"
     assert "<style>:root" in html.replace("\n", "")
 
 
@@ -93,11 +112,9 @@ def test_no_line_ends_between_a_number_and_its_unit() -> None:
     ("text", "wanted"),
     [
         (percent(0.5561), "55.6"),
-        (points(-0.0214), "2.1 points"),
         (share(0.0545), "5.45 %"),
         (number(0.12345, 3), "0.123"),
         (number(math.inf, 3), "-"),
-        (times(0.750), "\N{MULTIPLICATION SIGN}0.75"),
         (listed(["a"]), "a"),
         (listed(["a", "b", "c"]), "a, b and c"),
     ],

@@ -48,12 +48,10 @@ def test_a_merge_is_level_with_the_best_if_the_difference_lies_inside_the_noise(
 
 
 def test_time_left_counts_what_nothing_alike_was_measured_of() -> None:
-    from modular_experts.jobs import Piece
-
     pace = Pace({("experts", "lora", "a", 0, "x"): {"seconds": 4.0, "expert": {"bytes": 100}}})
-    pieces = [Piece(("experts", kind, "b", 0, "y"), print) for kind in ("lora", "sparse")]
+    keys = [("experts", "lora", "b", 0, "y"), ("experts", "sparse", "b", 0, "y"), ("tests", "lora", "a", 0, "z")]
     counts = {("experts", "lora"): 1, ("experts", "sparse"): 1, ("tests", "lora"): 1}
-    assert pace.left([*pieces, Piece(("tests", "lora", "a", 0, "z"), print)]) == Left(8.0, 1, 200, counts)
+    assert pace.left(keys) == Left(8.0, 1, 200, counts)
 
 
 def test_the_heat_map_tints_the_best_strongest_and_shows_every_number() -> None:
@@ -127,7 +125,7 @@ def test_experts_that_have_nothing_right_get_a_loss_and_no_empty_section_and_no_
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
     assert sentence.startswith("The 1 lora experts score 0 in exact match alone, and X is level with them: +1.0 points")
     facts = {"kinds": ["lora"], "held_in": ["a"], "held_out": [], "seeds": [0], "failed": {}, "examples": []}
-    facts |= {"base": "base", "machine": "", "versions": {}, "date": "", "published": None}
+    facts |= {"base": "base", "machine": "", "versions": {}, "date": "", "published": None, "merges": {}}
     for one, loss in ((single, 3.0), (merge, 2.5)):
         about = {name: one[name] for name in ("model", "kind", "merge", "count", "group", "seed")}
         about |= {"task": "a", "role": "held_in", "own": True}

@@ -1,0 +1,129 @@
+"""Draw values between 0 and 1 as SVG: a mark on a line for each model, in panels that share their rows.
+
+Text stays text, in the reader's own font. Its width is therefore unknown, so there is room after each text.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from modular_experts.reports.tables import percent
+
+ROW, GAP, HEAD = 18, 10, 58  # pixels of a row, between groups, and of a panel's title and references
+NAMES, NUMBERS = 148.0, 66.0  # pixels beside a panel, for the names of rows and for their values
+
+LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "reference": "#8c959f", "rule": "#e1e4e8"}
+LIGHT |= {"accent": "#0072b2"}
+DARK = {"paper": "#0d1117", "ink": "#e6edf3", "quiet": "#9198a1", "reference": "#6e7681", "rule": "#30363d"}
+DARK |= {"accent": "#56b4e9"}
+# A page sets the colours itself.
+LOOK = """
+.dots { background: var(--paper); }
+.dots text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+.dots .strong { font-weight: 650; } .dots .title { font-size: 15px; font-weight: 650; }
+.dots .quiet { fill: var(--quiet); } .dots .end { text-anchor: end; } .dots .middle { text-anchor: middle; }
+.dots .rule { stroke: var(--rule); } .dots .reference { stroke: var(--reference); stroke-dasharray: 2 2; }
+.dots .bar { stroke: var(--ink); stroke-width: 2.5; } .dots .step { stroke: var(--accent); stroke-width: 1.5; }
+.dots circle { stroke: var(--accent); stroke-width: 1.5; fill: var(--accent); } .dots .before { fill: var(--paper); }
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a group: its value is a filled mark, and a hollow one where it was before; a head has a bar."""
+
+    name: str
+    value: float | None
+    before: float | None = None
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows in groups under a title, and values for all of them as dotted lines, by name."""
+
+    title: str
+    groups: Sequence[Sequence[Row]]
+    references: Mapping[str, float]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return HEAD + sum(ROW * len(group) + GAP for group in self.groups) + 24
+
+    def draw(self, left: float, top: float, width: float, named: bool) -> list[str]:
+        """Return the elements of the panel, whose values begin `left` pixels from the edge."""
+
+        def x(value: float) -> float:
+            return round(left + width * value, 1)
+
+        first, last = top + HEAD, top + self.height - 24
+        found = [_text(left, top + 4, self.title, "strong")]
+        for place in (0.0, 0.25, 0.5, 0.75, 1.0):
+            found += [_line(x(place), first, x(place), last, "rule")]
+            found += [_text(x(place), last + 16, f"{100 * place:g}" + " %" * (place == 1), "quiet middle")]
+        # The further right a reference, the higher its name, so that no line crosses a name.
+        for step, (name, value) in enumerate(sorted(self.references.items(), key=lambda item: item[1])):
+            over, is_right = first - 6 - 14 * step, value > 0.5
+            found += [_line(x(value), over - 8, x(value), last, "reference")]
+            side = " end" * is_right
+            found += [_text(x(value) + (-4 if is_right else 4), over, f"{name} {percent(value)}", f"quiet{side}")]
+        y = first + ROW / 2 + 2
+        for group in self.groups:
+            for row in group:
+                found += [_text(left - NAMES + 4, y + 4, row.name, "strong" * row.head)] * named
+                found += _marks(row, x, y) if row.value is not None else []
+                found += [_text(x(1) + 8, y + 4, percent(row.value))] if row.value is not None else []
+                y += ROW
+            y += GAP
+        return found
+
+
+def draw(title: str, key: str, panels: Sequence[Panel], wide: bool = True, dark: bool | None = None) -> str:
+    """Draw panels as SVG, beside each other or below each other.
+
+    Args:
+        title: What they show.
+        key: What the marks mean.
+        panels: Of the same rows.
+        wide: Whether the panels stand beside each other, for more than 800 pixels, or below each other, as on a phone.
+        dark: Set the colours of a dark or of a light page; None leaves them to the page.
+    """
+    width = 900 if wide else 390
+    lines = textwrap.wrap(title, 100 if wide else 46)
+    keys = textwrap.wrap(key, 130 if wide else 58)
+    found = [_text(4, 18 + 20 * number, line, "title") for number, line in enumerate(lines)]
+    top = 22 + 20 * len(lines)
+    found += [_text(4, top + 16 * number, line, "quiet") for number, line in enumerate(keys)]
+    top += 16 * len(keys) + 12
+    room, left = (width - NAMES - NUMBERS * (len(panels) if wide else 1)) / (len(panels) if wide else 1), NAMES
+    for number, panel in enumerate(panels):
+        found += panel.draw(left, top, room, named=not (wide and number))
+        left, top = (left + room + NUMBERS, top) if wide else (left, top + panel.height + 16)
+    height = top + (panels[0].height if wide else 0)
+    colours = "" if dark is None else "".join(f"--{name}: {hue}; " for name, hue in (DARK if dark else LIGHT).items())
+    style = f"<style>{LOOK}{f'.dots {{ {colours}}}' if colours else ''}</style>"
+    about = f'xmlns="http://www.w3.org/2000/svg" class="dots" role="img" aria-label="{escape(title)}"'
+    return f'<svg {about} viewBox="0 0 {width} {height:g}">{style}{"".join(found)}</svg>\n'
+
+
+def _marks(row: Row, x: Callable[[float], float], y: float) -> list[str]:
+    assert row.value is not None
+    if row.head:
+        return [_line(x(row.value), y - 7, x(row.value), y + 7, "bar")]
+    marks = [f'<circle cx="{x(row.value)}" cy="{y:g}" r="4" />']
+    if row.before is None:
+        return marks
+    hollow = f'<circle cx="{x(row.before)}" cy="{y:g}" r="3.5" class="before" />'
+    return [_line(x(row.before), y, x(row.value), y, "step"), hollow, *marks]
+
+
+def _line(x: float, y: float, to_x: float, to_y: float, look: str) -> str:
+    return f'<line x1="{x:g}" y1="{y:g}" x2="{to_x:g}" y2="{to_y:g}" class="{look}" />'
+
+
+def _text(x: float, y: float, text: str, look: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{look}">{escape(text)}</text>'

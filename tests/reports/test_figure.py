@@ -1,0 +1,53 @@
+"""A figure has a mark at each value, in the colours of its page or of its own, and no text becomes markup."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from modular_experts.reports.figure import NAMES, NUMBERS, Panel, Row, draw
+
+SVG = "{http://www.w3.org/2000/svg}"
+GROUPS = [
+    [Row("lora, single", 0.75, head=True), Row("TIES", 0.5, 0.25), Row("<b>", 0.0), Row("failed", None)],
+    [Row("full, single", None, head=True)],
+]
+PANELS = [Panel(f"{count} tasks", GROUPS, {"base": 0.1, "multitask": 0.9}) for count in (3, 2)]
+
+
+def drawn(**how: bool) -> ElementTree.Element:
+    return ElementTree.fromstring(draw("Exact match & more", "filled: tuned", PANELS, **how))
+
+
+def test_each_value_has_its_mark_at_its_place_on_the_axis() -> None:
+    tree = drawn(wide=False)
+    width = 390 - NAMES - NUMBERS
+    places = [(circle.get("class") or "", float(circle.get("cx"))) for circle in tree.iter(f"{SVG}circle")]
+    hollow, filled, zero = ("before", NAMES + width / 4), ("", NAMES + width / 2), ("", NAMES)
+    assert places == 2 * [hollow, filled, zero]
+    bars = [float(line.get("x1")) for line in tree.iter(f"{SVG}line") if line.get("class") == "bar"]
+    assert bars == pytest.approx(2 * [NAMES + 0.75 * width])
+    texts = [text.text for text in tree.iter(f"{SVG}text")]
+    assert texts.count("TIES") == 2
+    assert texts.count("75.0") == 2
+    assert {"base 10.0", "multitask 90.0", "<b>"} <= {*texts}
+
+
+def test_a_wide_figure_names_its_rows_once_and_lies_inside_its_width() -> None:
+    tree = drawn(wide=True)
+    assert [text.text for text in tree.iter(f"{SVG}text")].count("TIES") == 1
+    width, height = map(float, tree.get("viewBox").split()[2:])
+    for line in tree.iter(f"{SVG}line"):
+        assert 0 <= float(line.get("x1")) <= float(line.get("x2")) <= width - NUMBERS
+        assert float(line.get("y2")) < height
+    tops = [float(text.get("y")) for text in tree.iter(f"{SVG}text") if text.text in ("3 tasks", "2 tasks")]
+    assert tops[0] == tops[1]
+
+
+def test_colours_are_those_of_the_page_or_of_a_light_or_dark_file() -> None:
+    assert "--ink:" not in draw("t", "k", PANELS)
+    light, dark = (draw("t", "k", PANELS, dark=one) for one in (False, True))
+    assert "--paper: #ffffff" in light
+    assert "--paper: #0d1117" in dark
+    assert draw("t", "k", PANELS, dark=True) == dark
