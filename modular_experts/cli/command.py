@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from modular_experts.cli.words import Option, as_typed, kinds_of, read_options, settings_of
-from modular_experts.settings import NO_SHORT_NAMES, UsageError, arguments_of, class_named, read, read_arguments
+from modular_experts.settings import NO_SHORT_NAMES, UsageError
+from modular_experts.settings.read import arguments_of, class_named, read, read_arguments
 
 TRUST: dict[str, Any] = {"trust": list[str]}
 """The option of every command that names modules of the user."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modular_experts.cli.commands import Command
-from modular_experts.settings import arguments_of
+from modular_experts.settings.read import arguments_of
 
 _ROOT = Path(__file__).parents[1]
 _WIDTH, _COLUMN = 80, 26

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.cli.words import Option, read_options, settings_of
-from modular_experts.settings import SHORT_NAMES, arguments_of, no_option
+from modular_experts.settings import SHORT_NAMES, no_option
+from modular_experts.settings.read import arguments_of
 
 GROUPS = ("model", "data", "trainer")
 OTHERS = ("seed_everything", "ckpt_path", "trust")

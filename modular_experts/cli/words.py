@@ -16,16 +16,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 
-from modular_experts.settings import (
-    NO_SHORT_NAMES,
-    UsageError,
-    Word,
-    arguments_of,
-    folded,
-    from_yaml,
-    no_option,
-    respelt,
-)
+from modular_experts.settings import NO_SHORT_NAMES, UsageError, Word, folded, from_yaml, no_option, respelt
+from modular_experts.settings.read import arguments_of
 
 
 class Option(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 from modular_experts.evaluation import measure
 from modular_experts.jobs import LocalProcesses, Piece
 from modular_experts.methods import MergeMethod
-from modular_experts.settings import make
+from modular_experts.settings.read import make
 from modular_experts.study.merges import Ensemble, Merge
 from modular_experts.study.run import Left, Pace, State, sentence_of
 from modular_experts.study.settings import Study

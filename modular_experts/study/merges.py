@@ -11,7 +11,7 @@ from modular_experts.methods import MergeMethod
 from modular_experts.methods.method import Needs
 from modular_experts.routing import Router
 from modular_experts.routing.router import check_fallback
-from modular_experts.settings import make
+from modular_experts.settings.read import make
 from modular_experts.study.grids import each_method
 from modular_experts.text import did_you_mean
 from modular_experts.tuning import CoefficientSearch

@@ -25,7 +25,8 @@ from modular_experts.evaluation import text_metrics
 from modular_experts.evaluation.scores import TextMetric
 from modular_experts.library import StoredExpert, check_name
 from modular_experts.library.described import trusted
-from modular_experts.settings import SHORT_NAMES, Options, folded, make, plain, respelt
+from modular_experts.settings import SHORT_NAMES, Options, folded, plain, respelt
+from modular_experts.settings.read import make
 from modular_experts.study.grids import Kinds, for_seed, spelt_out
 from modular_experts.study.merges import Combination, Entry, Route, check_kinds, read_entries
 from modular_experts.study.published import SINGLE, Published, read_published

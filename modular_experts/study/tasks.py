@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_experts.data.tasks import Task
-from modular_experts.settings import make
+from modular_experts.settings.read import make
 from modular_experts.text import did_you_mean
 
 ROLES = ("held_in", "held_out")

@@ -39,7 +39,8 @@ from modular_experts.merger.merged import Merged, write_merged
 from modular_experts.methods import MergeMethod
 from modular_experts.methods.wrapper import with_settings
 from modular_experts.routing import Router
-from modular_experts.settings import SHORT_NAMES, folded, make
+from modular_experts.settings import SHORT_NAMES, folded
+from modular_experts.settings.read import make
 from modular_experts.statistics import take_statistics
 from modular_experts.study.merges import Ensemble, Merge, Route
 from modular_experts.study.settings import Measure, Study
@@ -96,8 +97,8 @@ def train(
             print(f"training {name}: {line}", file=sys.stderr, flush=True)
 
     with lines_shown(show):
-        expert = fit(**read_run(settings | {"out": str(target), "overwrite": True}).make())
-    return _about(expert) | {"seconds": time.perf_counter() - started}
+        fit(**read_run(settings | {"out": str(target), "overwrite": True}).make())
+    return _about(open_expert(target)) | {"seconds": time.perf_counter() - started}
 
 
 def training_settings(

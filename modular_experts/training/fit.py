@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -119,29 +119,6 @@ class Run:
 
 
 ExpertKind = Callable[..., Expert] | Experts
-
-
-@overload
-def fit(
-    base: BaseModel,
-    tasks: Tasks | TaskMixture,
-    expert: ExpertKind | None = None,
-    modules: str | list[str] | None = None,
-    *,
-    out: str | Path,
-    **settings: Unpack[FitSettings],
-) -> StoredExpert: ...
-
-
-@overload
-def fit(
-    base: BaseModel,
-    tasks: Tasks | TaskMixture,
-    expert: ExpertKind | None = None,
-    modules: str | list[str] | None = None,
-    out: str | Path | None = None,
-    **settings: Unpack[FitSettings],
-) -> StoredExpert | None: ...
 
 
 def fit(
@@ -278,7 +255,7 @@ def prepare(
     if "learning_rate" in settings:
         given["learning_rate"] = settings["learning_rate"]
     module = ExpertModule(base, **given)
-    module.hparams.update(settings.get("described", {}).get("model", {}))
+    module.save_hyperparameters(dict(settings.get("described", {}).get("model", {})))
     rows = dict(settings.get("data", {}))
     rows |= {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)

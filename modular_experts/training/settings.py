@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 import modular_experts.suite  # noqa: F401
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
-from modular_experts.settings import Read, read_arguments
+from modular_experts.settings import SHORT_NAMES, no_option
+from modular_experts.settings.read import Read, arguments_of, read_arguments
 from modular_experts.training.fit import TRAINER
 from modular_experts.training.module import ExpertModule
 
@@ -59,6 +60,10 @@ def read_run(settings: Mapping[str, Any]) -> Read:
         # Only these loggers must be told where to write; it is where everything else goes.
         where = {"save_dir": trainer["default_root_dir"]}
         trainer["logger"] = {"class_path": str(trainer["logger"]), "init_args": where}
+    known = [*SHORT_NAMES, *arguments_of(RunSettings)[0]]
+    for name in settings:
+        if name not in known:
+            raise no_option(f"--{name}", [f"--{one}" for one in known])
     # Also an empty group has settings that must be given.
     whole = {"model": {}, "data": {}, **settings, "trainer": trainer}
     found = read_arguments("--", RunSettings, whole)

@@ -10,6 +10,7 @@ import yaml
 
 from modular_experts.__main__ import main
 from modular_experts.cli.words import Option, settings_of
+from modular_experts.settings import folded
 
 FIRST = {
     "model": {"base": "base", "modules": ".*", "expert": "FullExpert"},
@@ -77,3 +78,10 @@ def test_settings_of_another_class_replace_the_earlier_ones_and_those_of_the_sam
     settings = {"keep_ratio": 0.2, "granularity": "block"}
     assert config == {"model": {"base": "mine", "expert": {"class_path": "SparseExpert", "init_args": settings}}}
     assert settings_of(options, {})["model"]["expert"] == {"class_path": "LoRAExpert", "init_args": {"rank": 2}}
+
+
+def test_plus_appends_in_a_config_too() -> None:
+    first = {"trainer": {"callbacks": [{"class_path": "A"}]}}
+    more = {"trainer": {"callbacks+": [{"class_path": "B"}]}}
+    assert folded([("a", first), ("b", more)])["trainer"]["callbacks"] == [{"class_path": "A"}, {"class_path": "B"}]
+    assert folded([("b", more)])["trainer"]["callbacks"] == [{"class_path": "B"}]

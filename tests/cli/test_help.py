@@ -15,7 +15,7 @@ import yaml
 
 import modular_experts
 from modular_experts.__main__ import VERBS, main
-from modular_experts.settings import arguments_of
+from modular_experts.settings.read import arguments_of
 
 TRAINING = [verb for verb, command in VERBS.items() if not command.function]
 PACKAGE = Path(modular_experts.__file__).parent

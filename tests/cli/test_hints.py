@@ -24,7 +24,8 @@ from modular_experts.__main__ import VERBS, main
 from modular_experts.cli.help import OWN_OPTIONS
 from modular_experts.cli.words import kinds_of
 from modular_experts.data import TaskMixture
-from modular_experts.settings import SHORT_NAMES, arguments_of
+from modular_experts.settings import SHORT_NAMES
+from modular_experts.settings.read import arguments_of
 from modular_experts.training.module import ExpertModule
 
 PACKAGE = Path(modular_experts.__file__).parent

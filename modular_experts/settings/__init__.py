@@ -1,0 +1,182 @@
+"""Settings as YAML files and command lines hold them; `read.py` makes objects of them.
+
+Open `read.py` first. This file holds their names, and their plain form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import types
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modular_experts.text import did_you_mean
+
+
+class UsageError(ValueError):
+    """A command line or a config file is wrong; the message is the sentence for the user."""
+
+
+class Options:
+    """A dataclass whose fields are options of a command, which takes the object as one argument."""
+
+
+class Word(str):
+    """A value as somebody typed it: a text where an annotation takes one, and YAML everywhere else."""
+
+
+# What users of other tools type, and our option.
+ELSEWHERE = {
+    **dict.fromkeys(("target_modules", "lora_target_modules"), "--modules"),
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "base_model"), "--base"),
+    **dict.fromkeys(("train_file", "dataset", "data"), "--tasks"),
+    **dict.fromkeys(("lr", "learning-rate"), "--learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_epochs"), "--trainer.max_epochs"),
+    **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "--expert.rank"),
+    **dict.fromkeys(("density", "densities"), "--method.keep"),
+    **dict.fromkeys(("weight", "weights", "lambda"), "--method.scale"),
+    **{"max_steps": "--steps", "per_device_train_batch_size": "--batch_size", "output_dir": "--out", "output": "--out"},
+}
+SHORT_NAMES = {
+    "base": "model.base",
+    "tasks": "data.tasks",
+    "expert": "model.expert",
+    "modules": "model.modules",
+    # `model.experts` gives each pattern of layers its type; elsewhere `--experts` are directories, as they are here.
+    "experts": "model.applied",
+    "applied": "model.applied",
+    "steps": "trainer.max_steps",
+    "learning_rate": "model.learning_rate",
+    "batch_size": "data.batch_size",
+}
+"""Short names of the settings of `fit`, `validate`, `test` and `predict`."""
+NO_SHORT_NAMES: Mapping[str, str] = types.MappingProxyType({})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in YAML 1.2, and a date is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "float"))]
+    for sign, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"[-+]?(\d[\d_]*)?(\d\.|\.\d|\d(?=[eE]))[\d_]*([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+0123456789."))
+
+
+def from_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
+def no_option(option: str, known: Collection[str]) -> UsageError:
+    """Return the sentence for an option that a command does not have.
+
+    Args:
+        option: The option, with its dashes.
+        known: The options that there are.
+    """
+    ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
+    if ours.partition(".")[0] in known:
+        return UsageError(f"there is no option {option}; did you mean {ours}?")
+    others = f"; the options are {', '.join(known)}" if known else ""
+    return UsageError(f"there is no option {option}{did_you_mean(option, known, 0.8) or others}")
+
+
+def path_of(named: Any) -> str:
+    """Return the shortest dotted path that leads to a class or function."""
+    parts, name = named.__module__.split("."), named.__qualname__
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        if getattr(sys.modules.get(module), name, None) is named:
+            return f"{module}.{name}"
+    return f"{named.__module__}.{name}"
+
+
+def plain(value: Any) -> Any:
+    """Return settings in which classes and objects stand as a YAML file names them.
+
+    A class or function becomes its dotted path; a dataclass, such as a merge method, and `partial(LoRAExpert, rank=4)`
+    become `class_path` and `init_args`; a `Task` becomes its fields. Anything else that YAML cannot hold is refused.
+
+    Raises:
+        ValueError: An object has no such form.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, type | types.FunctionType) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, partial) and not value.args:
+        return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
+    if dataclasses.is_dataclass(value):
+        fields = [(one.name, getattr(value, one.name), one.default) for one in dataclasses.fields(value) if one.init]
+        settings = {name: plain(found) for name, found, default in fields if found is not default}
+        # A task stands by its fields where a list of tasks is wanted.
+        return settings if hasattr(value, "held_in") else {"class_path": plain(type(value)), "init_args": settings}
+    raise ValueError(
+        f"{value!r} has no form in a config; give {{'class_path': ..., 'init_args': ...}} or the name of its class"
+    )
+
+
+def respelt(sentence: str, spelt: Mapping[str, str]) -> str:
+    """Return the sentence of an error with other names of options: how somebody spells each one."""
+    for name in sorted(spelt, key=len, reverse=True):
+        sentence = re.sub(rf"--{re.escape(name)}(?![\w-])", f"--{spelt[name]}", sentence)
+    return sentence
+
+
+def folded(
+    configs: Iterable[tuple[str, Mapping[str, Any]]],
+    beneath: Mapping[str, Any] | None = None,
+    short: Mapping[str, str] = NO_SHORT_NAMES,
+) -> dict[str, Any]:
+    """Return several configs, each with its name, as one under full names; a later one beats those before it.
+
+    Raises:
+        UsageError: A config gives one option under two names.
+    """
+    config: dict[str, Any] = dict(beneath or {})
+    for named, given in configs:
+        found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        for name in short.keys() & found.keys():
+            group, key = short[name].split(".")
+            if key in found.setdefault(group, {}):
+                raise UsageError(f"{named} gives one option twice: {name} and {short[name]}; give it once")
+            found[group][key] = found.pop(name)
+        config = _over(config, found)
+    return config
+
+
+def _over(before: Any, after: Any) -> Any:
+    """Return settings under later ones. Settings of another class, and lists, replace the earlier ones whole.
+
+    A name that ends in `+` appends to the list before it.
+    """
+    if isinstance(before, str) and isinstance(after, dict) and "init_args" in after:
+        before = {"class_path": before}
+    before = {} if before is None and isinstance(after, dict) else before
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    kinds = [str(one.get("class_path", before.get("class_path"))).rpartition(".")[2] for one in (before, after)]
+    if kinds[0] != kinds[1]:
+        return after
+    added = {key.removesuffix("+"): value for key, value in after.items() if str(key).endswith("+")}
+    others = {key: _over(before.get(key), value) for key, value in after.items() if not str(key).endswith("+")}
+    return {**before, **others, **{key: [*(before.get(key) or []), *value] for key, value in added.items()}}
