@@ -94,7 +94,9 @@ def export(
 def _format(form: str) -> type[PeftFormat]:
     """Return the format of a name, or at the dotted path of a user's own."""
     import_systems("peft")
-    formats = {kind.peft_type.lower(): kind for kind in _kinds_of(PeftFormat) if not isabstract(kind)}
+    # A format of a user's own, which may be of the same type, is found by its path.
+    ours = [kind for kind in _kinds_of(PeftFormat) if kind.__module__.startswith("modular_experts.")]
+    formats = {kind.peft_type.lower(): kind for kind in ours if not isabstract(kind)}
     found: Any = formats.get(form) or (locate(form) if "." in form else None)
     if not (isinstance(found, type) and issubclass(found, PeftFormat)):
         raise ValueError(
