@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
 import pytest
-from testbed.scripts import BENCHMARKS, run_script
+from testbed.scripts import run_script
 
 SPARSE = ["entries, sampled", "entries, dense", "entries, native", "tiles of 16, block_rows", "tiles of 16, native"]
 SPARSE += ["tiles of 64, block_rows", "tiles of 64, native", "rows, slices", "columns, slices"]
@@ -68,26 +67,3 @@ def test_memory_is_that_of_processes_of_their_own(report, rows) -> None:
     assert chosen["name"] == "tiles of 16, block_rows"
     assert 0 < chosen["share_of_time"] < 1
     assert chosen["allowed_bytes"] == 4 * 512 * 256 + 1.3 * 8 * rows[chosen["name"]]["kept"]
-
-
-def test_a_goal_is_met_when_what_was_measured_is_within_its_limit(report) -> None:
-    assert len(report["goals"]) == 17
-    for goal in report["goals"]:
-        assert goal["met"] == (None if goal["measured"] is None else goal["measured"] <= goal["limit"])
-
-
-def test_the_text_has_a_line_for_each_row_and_goal(report) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        lines = importlib.import_module("step_report").text(report).splitlines()
-    assert sum(line.startswith("PEFT LoRA ") for line in lines) == 1 + len(report["layers"])
-    assert sum(" of time" in line for line in lines) == 1
-    assert sum(", at most " in line for line in lines) == len(report["goals"])
-
-
-def test_a_bad_option_gets_one_sentence(capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run_script("sparse_step.py", "--keep", "5")
-    assert stopped.value.code == 2
-    sentence = "--keep 5.0 must lie between 0 and 0.5; 0.05 is five of a hundred; see --help\n"
-    assert capsys.readouterr() == ("", sentence)

@@ -86,16 +86,6 @@ def test_both_sides_of_a_method_get_the_same_settings(module) -> None:
         assert each["weight"] == ours.get("scale", 1)
 
 
-def test_a_line_is_found_again_and_so_is_a_power(module) -> None:
-    fitted, counts = module("merge_scale").fitted, [2, 4, 8, 16]
-    line = fitted([{"experts": count, "cpu": 0.5 + 0.25 * count} for count in counts], "cpu")
-    assert line["fixed"] == pytest.approx(0.5)
-    assert line["each"] == pytest.approx(0.25)
-    assert line["largest_error"] < 1e-9
-    power = fitted([{"experts": count, "cpu": 3 * count**0.5} for count in counts], "cpu")
-    assert power["power"] == pytest.approx(0.5)
-
-
 @pytest.fixture
 def no_processes(module, monkeypatch) -> None:
     """Let merges run here, each in a second, with 2 MB before the work, 3 MB in it and 4 MB at most."""
@@ -148,16 +138,6 @@ def test_both_sides_are_merged_from_experts_and_from_checkpoints_and_agree(no_pr
         assert title in shown
 
 
-def test_costs_grow_with_experts_and_sizes(no_processes, tmp_path) -> None:
-    shown = run_script("merge_scale.py", "--quick", "--folder", tmp_path, "--json", tmp_path / "report.json")
-    linear = json.loads((tmp_path / "report.json").read_text())["methods"]["linear"]
-    assert linear["fit"]["cpu"]["power"] == pytest.approx(0, abs=1e-9), "each merge took a second"
-    assert [row["cpu"] for row in linear["by_size"]] == [1, 1]
-    # A kept entry is a value of four bytes and a gap of one, and zero bytes where gaps are long.
-    assert 5 <= linear["on_paper"]["bytes_per_kept_entry"] < 5.2
-    assert "on paper" in shown
-
-
 def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(no_processes, tmp_path) -> None:
     options = ["--alone", "--tiny", "--methods", "linear", "--experts", "2", "--repeats", "1"]
     run_script("merge_speed.py", *options, "--folder", tmp_path / "inputs", "--json", tmp_path / "report.json")
@@ -169,31 +149,3 @@ def test_a_run_without_the_peer_measures_ours_and_leaves_no_results(no_processes
     for goal in report["goals"]:
         at_least, value, limit = goal["sense"] == "at least", goal["measured"], goal["limit"]
         assert goal["met"] == (None if value is None else value >= limit if at_least else value <= limit)
-
-
-def test_a_bad_option_gets_one_sentence(module, tmp_path, monkeypatch, capsys) -> None:
-    options = ["--tiny", "--mergekit", "nowhere", "--folder", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["merge_speed.py", *options])
-    with pytest.raises(SystemExit) as stopped:
-        module("merge_speed").main()
-    assert stopped.value.code == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("--mergekit nowhere is no Python")
-    assert shown.err.count("\n") == 1
-
-
-def test_a_full_disk_is_noticed_before_anything_is_written(module, tmp_path, capsys) -> None:
-    speed = module("merge_speed")
-    options = speed.argparse.Namespace(json=None, folder=tmp_path)
-    with pytest.raises(SystemExit):
-        speed.check_machine(speed.Parser(), options, 10**18)
-    assert "would need 1000000000.0 GB more" in capsys.readouterr().err
-
-
-def test_what_is_needed_is_about_what_is_written(inputs) -> None:
-    needed = inputs.bytes_needed(2, 1) - inputs.bytes_needed(0, 0)
-    made = [inputs.expert(0), inputs.expert(1), inputs.checkpoint(0)]
-    written = sum(file.stat().st_size for place in made for file in place.iterdir() if file.suffix == ".safetensors")
-    assert 0.8 * needed < written < 2 * needed  # headers count for much in a tiny model
-    assert inputs.bytes_needed(2, 1) == 2 * 2 * inputs.shape.entries  # the results of both sides, in bfloat16

@@ -69,23 +69,6 @@ def test_a_package_that_is_not_installed_gets_one_line_with_a_command(package, l
     assert written.count("\n") == 1
 
 
-def test_notes_follow_the_sentence_and_other_ranks_name_themselves(capsys, monkeypatch) -> None:
-    def command() -> None:
-        try:
-            check_name("../x")
-        except ValueError as error:
-            error.add_note("for the expert of q")
-            raise
-
-    assert guarded(command) == 1
-    written = capsys.readouterr().err
-    assert written.startswith("error: '../x' cannot be the name of an expert")
-    assert written.endswith("(for the expert of q)\n")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert guarded(command) == 1
-    assert capsys.readouterr().err.startswith("error in process 1: '../x' cannot be")
-
-
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [("print('x\\n' * 100_000)", False), ("print('x')", True), ("(print('x'), sys.exit(0))", False), ("--help", True)],

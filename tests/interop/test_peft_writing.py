@@ -185,27 +185,6 @@ def test_what_an_adapter_cannot_store_is_refused_with_the_way_out(tiny_llama_dir
         assert sorted(path.name for path in place.parent.iterdir()) == ["one"]
 
 
-def test_biases_conv1d_and_tied_weights_are_refused(tiny, tmp_path):
-    base = tiny("gpt2")
-    bias = store(tmp_path / "bias", base, [("transformer.h.0.attn.c_attn.bias", Dense(torch.ones(96)))])
-    with pytest.raises(ValueError, match=r"and bias also moves transformer.h.0.attn.c_attn.bias"):
-        write_peft(bias, tmp_path / "adapter", LoraFormat(rank=2))
-    with pytest.raises(
-        ValueError, match=r"can only move the weight of a Linear, and conv also moves transformer.h.0.attn.c_attn"
-    ):
-        write_peft(make(tmp_path / "conv", base, GPT2, "Sparse"), tmp_path / "adapter", ShiraFormat())
-    with pytest.raises(ValueError, match=r"tied moves transformer.wte.weight, which the base ties to another weight"):
-        write_peft(
-            make(tmp_path / "tied", base, ["transformer.wte.weight"], "LowRank"), tmp_path / "adapter", LoraFormat()
-        )
-    lost = store(tmp_path / "lost", base, [("transformer.h.0.attn.c_atn.weight", Dense(torch.ones(32, 96)))])
-    with pytest.raises(
-        ValueError,
-        match=r"lost moves .*c_atn.weight, .* no such weight; did you mean .*c_attn.weight",
-    ):
-        write_peft(lost, tmp_path / "adapter", LoraFormat(rank=2))
-
-
 def test_an_adapter_that_computes_something_else_is_not_written(tiny_llama_dir, tmp_path, monkeypatch):
     load, expert = PeftModel.from_pretrained, make(tmp_path / "one", tiny_llama_dir, LLAMA, "LowRank")
     for shift in (0.01, float("nan")):

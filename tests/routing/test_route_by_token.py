@@ -18,7 +18,7 @@ from modular_experts.injection.attach import attached, put_in
 from modular_experts.injection.route import route
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
-from modular_experts.routing import Arrow, Energy, GenKnowSub, Phatgoose, Router, Softmax, TopK
+from modular_experts.routing import Arrow, Energy, GenKnowSub, Router, Softmax, TopK
 from modular_experts.statistics import take_statistics
 
 TASKS = ["upper", "reverse", "first"]
@@ -103,11 +103,3 @@ def test_fit_trains_the_gates_of_stored_experts(tiny_llama_dir, tmp_path, monkey
     assert "--expert" in capsys.readouterr().err
     assert main(["statistics", "--experts", experts[0], "--kind", "gates", "--data.tasks", tasks]) == 2
     capsys.readouterr()
-
-
-def test_gates_that_are_missing_name_the_command(tiny_llama_dir, tmp_path, task_files) -> None:
-    experts = library(tiny_llama_dir, tmp_path, WEIGHTS["llama"])
-    with pytest.raises(FileNotFoundError, match=r"has no gates statistics; take them: modular-experts fit --gate-of "):
-        route(experts, tmp_path / "library" / "routed", Phatgoose())
-    with pytest.raises(ValueError, match="steps=3 must be at least 1, and is for gates alone"):
-        take_statistics(experts, "gram", mixture(task_files, tiny_llama_dir), steps=3)

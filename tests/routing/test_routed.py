@@ -240,15 +240,6 @@ def test_what_was_trained_is_trained_again_afterwards() -> None:
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
-def test_a_pass_without_tokens_is_refused() -> None:
-    model = build_model("llama")
-    with (
-        routed(model, experts_of(model), centroid(model)),
-        pytest.raises(ValueError, match="a router reads prompts as `input_ids`"),
-    ):
-        model(inputs_embeds=torch.zeros(1, 3, 32))
-
-
 def test_prompts_are_read_without_dropout_while_the_model_trains() -> None:
     model, ids = build_model("gpt2"), torch.arange(5, 15)[None]
     wanted = prompt_vectors(model, ids, None, [0.0, 1.0])

@@ -12,7 +12,7 @@ from conftest import write_rows
 from modular_experts.data import Task
 from modular_experts.experts import LoRAExpert
 from modular_experts.library import Library
-from modular_experts.methods import TIES, Rescaled, SparseAverage
+from modular_experts.methods import TIES, SparseAverage
 from modular_experts.settings import plain
 from modular_experts.study import read_study, results_of, run_study
 from modular_experts.study.pieces import groups
@@ -80,24 +80,6 @@ def test_what_stands_for_an_object_is_what_yaml_holds(value, settings) -> None:
     assert {**found, **settings} == found if isinstance(settings, dict) else found == settings
 
 
-def test_a_method_inside_a_method_is_named_too() -> None:
-    found = plain(Rescaled(inner=TIES(keep=0.5)))
-    inner = found["init_args"]["inner"]
-    assert inner["class_path"] == "modular_experts.methods.ties.TIES"
-    assert inner["init_args"]["keep"] == 0.5
-
-
-def test_what_no_config_can_hold_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match="has no form in a config; give"):
-        plain({"expert": lambda weight: LoRAExpert(weight)})
-
-
-@pytest.mark.parametrize("change", [{"merges": "TIES"}, {"merges": TIES()}, {"counts": "all"}, {"seeds": 3}])
-def test_what_must_be_a_list_is_not_read_letter_by_letter(change) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* must be a list"):
-        read_study("base", "upper.jsonl", {"lora": {"expert": LoRAExpert}}, **change)
-
-
 @pytest.mark.parametrize(
     ("word", "tasks"),
     [
@@ -149,14 +131,3 @@ def test_all_groups_are_taken_if_there_are_fewer_than_draws(drawn, caplog) -> No
 
 def test_the_group_of_all_experts_is_the_same_if_it_is_drawn(drawn) -> None:
     assert drawn({"all": 1}, 6) == drawn([{6: 1}], 6) == drawn(["all"], 6)
-
-
-@pytest.mark.parametrize("wrong", [0, -1, True, "x", None, 2.5, "10 groups", [10]])
-def test_a_number_of_draws_that_is_none_is_refused(drawn, wrong) -> None:
-    with pytest.raises(ValueError, match=r"counts: 2 has .*; give how many random groups to draw, such as \[2: 10"):
-        drawn({2: wrong}, 2)
-
-
-def test_a_count_of_disjoint_and_of_random_groups_is_refused(drawn) -> None:
-    with pytest.raises(ValueError, match="counts names 2 experts twice, with other groups"):
-        drawn([2, {2: 10}], 2)

@@ -96,16 +96,6 @@ def test_a_piece_that_a_cluster_drops_fails_with_the_words_of_the_cluster(config
     assert dropped in capsys.readouterr().out
 
 
-def test_a_setting_that_no_engine_reads_is_refused(config, capsys) -> None:
-    assert study("mine", "--engine", "dask", "--processes", "2") == 1
-    assert "--processes is for this machine alone, and --engine is dask" in capsys.readouterr().err
-    assert study("mine", "--engine_settings.processes", "1", "--processes", "2") == 1
-    assert "and --engine_settings are given too; leave one of them out" in capsys.readouterr().err
-    assert study("mine", "--engine", "slrum") == 1
-    assert "did you mean slurm?" in capsys.readouterr().err
-    assert not Path("mine").exists()
-
-
 @pytest.mark.cluster
 def test_a_study_on_a_cluster_has_the_numbers_of_this_machine(config, cluster) -> None:
     name, settings = cluster

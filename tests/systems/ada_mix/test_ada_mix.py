@@ -222,17 +222,3 @@ def test_a_compiled_model_follows_the_draws_without_being_compiled_again() -> No
         assert torch.equal(found[-1], network(x))
     assert len({float(outputs.sum()) for outputs in found}) == 12
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"rank": 11}, r"rank=11 is outside 1\.\.10"),
-        ({"copies": 0}, "copies=0 must be at least 1"),
-        ({"consistency": -1.0}, "consistency=-1.0 must be 0 or a positive number"),
-        ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
-    ],
-)
-def test_settings_that_cannot_be(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        AdaMixExpert(random_weight(), **settings)

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
-from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
 from modular_experts.systems.ada_mix import AdaMixExpert
 
@@ -49,16 +48,6 @@ def test_each_step_and_layer_draws_anew_and_micro_batches_share_a_draw(tiny_llam
     assert all(len(set(map(tuple, drawn.values()))) > 1 for drawn in draws.drawn)
     assert all(len(pairs) == 2 for drawn in draws.drawn for pairs in drawn.values())
     assert draws.logged[-1]["penalty/consistency"] > 0
-
-
-def test_one_copy_without_consistency_is_the_run_of_a_lora_bit_for_bit(tiny_llama_dir, task_files, tmp_path) -> None:
-    one = partial(AdaMixExpert, rank=2, alpha=4.0, copies=1, consistency=0.0)
-    ours, found = fit(tiny_llama_dir, task_files, tmp_path / "a", one)
-    theirs, wanted = fit(tiny_llama_dir, task_files, tmp_path / "b", partial(LoRAExpert, rank=2, alpha=4.0))
-    assert found == wanted
-    for (_, mine), (_, other) in zip(ours.task_vector(), theirs.task_vector(), strict=True):
-        assert torch.equal(mine.up, other.up)
-        assert torch.equal(mine.down, other.down)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -183,22 +183,6 @@ def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(tiny_llama_dir, task_file
         assert torch.equal(expert.down, layers(lora)[name].down)
 
 
-def test_the_optimizer_state_is_less_than_a_quarter_of_a_lora_of_rank_eight(
-    tiny_llama_dir, task_files, tmp_path
-) -> None:
-    found = {}
-    for name, expert, callbacks in [
-        ("lora", partial(LoRAExpert, rank=8), []),
-        ("all", BoostedLoRAExpert, [Boosting(every=2, share=1.0)]),
-        ("half", BoostedLoRAExpert, [Boosting(every=2, share=0.5)]),
-    ]:
-        watch = Watch()
-        fit(tiny_llama_dir, task_files, tmp_path / name, expert, *callbacks, watch, max_steps=4)
-        found[name] = watch.bytes
-    assert found["all"] / found["lora"] == pytest.approx(1 / 8)
-    assert found["half"] / found["lora"] == pytest.approx(1 / 16)
-
-
 def test_micro_batches_belong_to_one_step(tiny_llama_dir, task_files, tmp_path) -> None:
     schedule = Boosting(every=1, share=1.0)
     module, _ = fit(

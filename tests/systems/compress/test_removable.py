@@ -7,7 +7,6 @@ import copy
 import conftest
 import pytest
 import torch
-import transformers
 from cutting import GROUPED, model_of, some
 from transformers import PreTrainedModel
 
@@ -90,31 +89,3 @@ def test_weights_that_stay_whole_are_not_copied() -> None:
     embedding = small.get_input_embeddings().weight
     assert embedding.data_ptr() == removable.model.get_input_embeddings().weight.data_ptr()
     assert embedding is small.get_output_embeddings().weight
-
-
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [
-        (
-            transformers.MixtralConfig(**conftest.GROUPED, num_local_experts=2),
-            "no known form .*gate_proj/up_proj/down_proj.* fits its MLPs, so it cannot be made smaller",
-        ),
-        (
-            transformers.OPTConfig(
-                hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-            ),
-            "OPTForCausalLM",
-        ),
-    ],
-    ids=["mixture", "another MLP"],
-)
-def test_a_model_of_another_form_is_refused(config, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Removable(transformers.AutoModelForCausalLM.from_config(config), "base")
-
-
-def test_blocks_of_different_sizes_are_refused() -> None:
-    model = model_of("llama")
-    model.model.layers[2].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
-    with pytest.raises(ValueError, match="the transformer blocks of base differ in their weights"):
-        Removable(model, "base")

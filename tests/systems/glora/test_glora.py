@@ -204,26 +204,3 @@ def test_gradient_checkpointing_takes_the_same_path_again(architecture) -> None:
     assert any(gradient.any() for gradient in found[0].values())
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("part", ["c", "d", "e"])
-def test_a_layer_without_a_bias_refuses_what_moves_one(part) -> None:
-    with pytest.raises(
-        ValueError, match="0 has no bias, and GLoRAExpert moves one; leave this layer out, or take an expert that"
-    ):
-        inject(nn.Sequential(layer(bias=False)), partial(GLoRAExpert, **{part: "vector"}), "0")
-    inject(nn.Sequential(layer(bias=False)), GLoRAExpert, "0")
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"rank": 11}, r"rank=11 is outside 1\.\.10"),
-        ({"a": "full"}, "a='full' must be one of lora, vector, constant, none"),
-        ({"c": "constant"}, "c='constant' must be one of lora, vector, none"),
-        ({"e": "lora"}, "e='lora' must be one of vector, constant, none"),
-    ],
-)
-def test_settings_that_cannot_be(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        GLoRAExpert(torch.zeros(12, 10), **settings)

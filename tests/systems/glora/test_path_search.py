@@ -150,20 +150,3 @@ def test_weights_and_biases_of_gpt2_are_merged_applied_tested_and_pushed(run, ti
     assert run("push", "--experts", "library/small", "--repo", "someone/experts")[0] == 0
     assert run("pull", "--repo", "someone/experts", "--out", "small", "--experts", "small")[0] == 0
     assert open_expert("small/small").content_hash == open_expert("library/small").content_hash
-
-
-def test_what_cannot_be_searched(run, tiny_llama_dir, two_task_files) -> None:
-    place = ["--model.base", tiny_llama_dir, "--model.modules", TARGETS["llama"], "--trainer.max_steps", 2]
-    how = ["--model.expert", "LoRAExpert", "--data.tasks", "a.jsonl", "--out", "library/lora"]
-    assert run("fit", *place, *how)[0] == 0
-    search = ["search", "--experts", "library/lora", "--data.tasks", "a.jsonl", "--out", "library/x"]
-    for more, sentence in [
-        (["--algorithm", "PathSearch"], "holds a LoRAExpert, which has no paths to search; train one with"),
-        (["--algorithm", "PathSearch", "--algorithm.limit", 0], "limit must be at least 1 trained number, got 0"),
-        (["--algorithm", "PathSearch", "--algorithm.first", 0], "PathSearch: first must be at least 1, got 0"),
-        (["--algorithm", "PathSearch", "--labels", "experts"], "leave labels and expert_of out"),
-        (["--algorithm", "PathSearch", "--merges", "TIES"], "one expert, and 2 experts and merges are given"),
-    ]:
-        code, _, err = run(*search, *more)
-        assert code == 1
-        assert sentence in err

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from testbed import runs
 
-from modular_experts.experts import LoRAExpert
 from modular_experts.injection import expert_layers
 from modular_experts.systems.glora import GLoRAExpert
 from modular_experts.systems.glora.callback import RandomPaths
@@ -75,13 +73,3 @@ def test_a_fit_that_fails_leaves_no_path_drawn(tiny_llama_dir, task_files, tmp_p
         fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), failing)
     assert all(failing.drawn[0].values())
     assert all(layer.expert.drawn is None for layer in failing.layers.values())
-
-
-def test_other_experts_have_no_paths(tiny_llama_dir, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"down_proj.weight has a LoRAExpert; give model.expert GLoRAExpert"):
-        fit(tiny_llama_dir, task_files, tmp_path, RandomPaths(), expert=LoRAExpert)
-
-
-def test_a_model_without_experts_of_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="RandomPaths found no GLoRAExpert"):
-        RandomPaths().on_fit_start(None, SimpleNamespace(model=torch.nn.Sequential()))

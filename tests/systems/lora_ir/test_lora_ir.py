@@ -17,7 +17,7 @@ from testbed.padded_rows import ROWS, padded
 from modular_experts.data.batch import Batch, Collator, Example, Tokens, repacked
 from modular_experts.evaluation import batch_losses
 from modular_experts.evaluation.drafts import packs_evaluation
-from modular_experts.injection import eject, expert_layers, inject, named_experts
+from modular_experts.injection import expert_layers, inject, named_experts
 from modular_experts.routing import TopK
 from modular_experts.routing.gates import CurrentGates, Gates, reading
 from modular_experts.statistics.prompts import name_of, prompts
@@ -231,32 +231,6 @@ def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) 
         teach(model, few)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"experts": 1}, "experts=1 must be at least 2, one for each task"),
-        ({"experts": 2, "k": 3}, "k=3 is outside 1..2"),
-        ({"experts": 2, "prompts": 3}, "prompts=3 must be at least 4 rows of a task"),
-        ({"experts": 2, "depths": [2.0]}, r"depths=\[2.0\] must be numbers from 0 to 1"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"LoRAIR: {sentence}"):
-        LoRAIR(**settings)
-
-
-def test_a_rank_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rank=9 is outside 1\.\.8"):
-        LoRAIRExpert(torch.zeros(8, 12), CurrentGates(), rank=9)
-
-
 def test_the_loras_keep_the_contract_of_an_expert() -> None:
     gates = CurrentGates(TopK(2)(torch.tensor([[0.3, 1.0], [0.2, -0.5]])))
     check_expert(lambda weight: LoRAIRExpert(weight, gates, experts=2, rank=2), compile=False)
-
-
-def test_the_base_comes_back() -> None:
-    model, ids = taught(), torch.tensor([ROWS[0]])
-    eject(model)
-    assert torch.equal(model(ids).logits, build_model("llama").double()(ids).logits)
-    assert not model._forward_pre_hooks

@@ -253,22 +253,3 @@ def test_it_is_stored_and_reopened_by_its_settings(form: str, tiny_llama_dir, tm
         assert torch.equal(fresh(IDS).logits, model.eval()(IDS).logits)
     assert torch.equal(fresh(IDS).logits, before)
     assert (model(IDS).logits - before).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("settings", "architecture", "sentence"),
-    [
-        ({"threshold": 1.5}, "llama", r"MoA: threshold=1.5 is outside \[0, 1\]"),
-        ({"adapter_size": -1}, "llama", "MoA: adapter_size=-1 and prompts=0 must be at least 0"),
-        ({"threshold": 0.5, "prompts": 2}, "llama", "MoA: prompts=2 are for the soft form"),
-        ({"router": "mlp"}, "llama", "MoA: router='mlp' must be linear or swiglu"),
-        ({"prompts": 2}, "gpt2", r"MoA: prompts=2 need layers q_proj, .*transformer\.h\.0 has c_attn, c_proj; set"),
-        ({"modules": "lm_head"}, "llama", "MoA: lm_head is in no transformer block"),
-        ({"modules": "q_prj"}, "llama", "modules='q_prj' matches no linear layer.*did you mean q_proj"),
-        ({"mlp": "mpl"}, "llama", "gives an expert to model.layers.0.mpl, which .*did you mean model.layers.0.mlp"),
-        ({"rank": 99}, "llama", "rank=99 is outside 1..32"),
-    ],
-)
-def test_settings_that_cannot_be(settings: dict, architecture: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        inject(build_model(architecture), MoA(**settings))

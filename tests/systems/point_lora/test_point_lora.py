@@ -103,11 +103,6 @@ def test_generation_with_a_cache_is_generation_without(architecture: str) -> Non
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-9, atol=1e-9)
 
 
-def test_a_growing_answer_is_not_read_as_prompt_without_a_word() -> None:
-    with pytest.raises(ValueError, match="would read the growing answer as prompt; generate with use_cache=True"):
-        planned().generate(**padded(ROWS, "left"), max_new_tokens=3, min_new_tokens=3, use_cache=False)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_places_that_the_caller_gives_move_with_the_tokens(architecture: str) -> None:
     model, batch = planned(architecture), padded(ROWS, "left")
@@ -189,20 +184,6 @@ def test_the_loss_teaches_the_scorer() -> None:
     ].sum().backward()
     assert all(parameter.grad.any() for parameter in selection_of(model).scorer.parameters())
     assert extra_losses(model) == {}
-
-
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="tokens=-1 must be at least 0, and hidden=32 at least 1"):
-        PointLoRA(tokens=-1)
-    with pytest.raises(ValueError, match="entropy=inf must be a number"):
-        PointLoRA(entropy=float("inf"))
-    with pytest.raises(ValueError, match="has no transformer blocks"):
-        inject(nn.Sequential(nn.Linear(8, 8)), PointLoRA(rank=2))
-    model = planned()
-    with pytest.raises(ValueError, match=r"cannot in packed rows; leave data\.packing out"):
-        model(input_ids=torch.arange(5, 11)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
-    with pytest.raises(ValueError, match="generate with a dynamic cache"):
-        model.generate(**padded(ROWS, "left"), max_new_tokens=2, cache_implementation="static")
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

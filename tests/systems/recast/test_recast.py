@@ -172,28 +172,6 @@ def test_a_state_means_the_same_whatever_basis_a_new_bank_has() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(first))(IDS).logits, first(IDS).logits)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"group": 0}, "group=0 must be at least 1 layer"),
-        ({"templates": 0}, r"templates=0 is outside 1\.\.2, the layers of a group"),
-        ({"group": 3, "templates": 4}, r"templates=4 is outside 1\.\.3, .* give fewer templates or a larger group"),
-    ],
-)
-def test_settings_that_cannot_be(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        TemplateBanks(**settings)
-
-
-def test_a_group_of_unequal_shapes_is_refused_before_training() -> None:
-    model = build_model("llama")
-    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40)
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.up_proj has a weight of shape \(40, 32\) and .*layers\.0\.mlp"
-    ):
-        inject(model, TemplateBanks("up_proj"))
-
-
 def fit(base: Path, files: dict[str, Path], folder: Path, *callbacks, ckpt: Path | None = None, checkpointing=False):
     """Train four steps in float64; return the module."""
     torch.manual_seed(0)
@@ -275,12 +253,3 @@ def test_on_top_of_others_the_state_needs_their_weights_and_the_stored_delta_doe
         stored = fresh(IDS).logits
     with attached(fresh, library / "top", check=False, as_trained=True):
         assert (fresh(IDS).logits - stored).abs().max() > 1e-3, "the base alone has other templates"
-
-
-def test_bad_settings_are_one_sentence_on_the_command_line(tiny_llama_dir, two_task_files, run) -> None:
-    plan = json.dumps({"class_path": "TemplateBanks", "init_args": {"templates": 3}})
-    tasks = json.dumps([{"name": "mine", "path": "a.jsonl"}])
-    place = ["fit", "--model.base", tiny_llama_dir, "--data.tasks", tasks, "--out", "library/mine"]
-    code, _, shown = run(*place, "--model.experts", plan)
-    assert (code, shown.count("error")) == (1, 1)
-    assert "TemplateBanks: templates=3 is outside 1..2" in shown

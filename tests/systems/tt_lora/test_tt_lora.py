@@ -144,17 +144,3 @@ def test_the_state_is_the_cores_alone_and_training_goes_on_from_it() -> None:
     load_expert_state(second, state)
     ids = torch.arange(5, 15)[None]
     assert torch.equal(second(ids).logits, first(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"rank": 11}, r"rank=11 is outside 1\.\.10 for a weight of shape"),
-        ({"axes": 0}, "axes=0 must be at least 1"),
-        ({"out_factors": [3, 5]}, r"out_factors=\[3, 5\] must be .* product is 12, the outputs .* such as \[3, 2, 2\]"),
-        ({"in_factors": [-2, -5]}, r"in_factors=\[-2, -5\] must be .* product is 10, the inputs"),
-    ],
-)
-def test_settings_that_cannot_be(settings, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        TTLoRAExpert(random_weight(), **settings)
