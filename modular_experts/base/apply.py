@@ -64,7 +64,6 @@ def apply(
         dtype: Data type of the checkpoint; the base's own if not given.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
         overwrite: Replace a checkpoint of ours that is there.
-        progress: Iterator wrapper, e.g. `tqdm`.
         verify: Hold the model in memory, load the result again and compare; without it, one weight at a time is in
             memory.
 
@@ -108,7 +107,6 @@ def apply_deltas(model: nn.Module, experts: Sequence[Mapping[str, Delta]], progr
     Args:
         model: A model with the weights that the experts name, before experts are injected.
         experts: Name and delta of each weight, such as opened library experts.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: A weight does not exist, has another shape, or is tied to another one; nothing has been added then.

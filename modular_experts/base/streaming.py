@@ -54,7 +54,6 @@ class StreamedSum:
         deltas: Delta of each weight that moves, by its name in the model; each is read once.
         out: Directory that gets the files.
         dtype: Data type of the floating-point tensors; the base's own if not given.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: A sum is not finite in its dtype.

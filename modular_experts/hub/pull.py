@@ -55,7 +55,6 @@ def pull(
         revision: Branch, tag or commit; the main branch if not given.
         overwrite: Replace experts of the same name and other contents.
         statistics: Fetch the statistics of the written experts too.
-        progress: Iterator wrapper, e.g. `tqdm`, for checking the experts.
 
     Raises:
         ValueError: The repository holds no such expert, or one that is damaged.

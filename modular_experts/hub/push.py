@@ -76,7 +76,6 @@ def push(
         overwrite: Replace experts of the same name.
         statistics: Push the experts' statistics too.
         dry_run: Check everything and write nothing. Where the hub is out of reach, assume an empty repository.
-        progress: Iterator wrapper, e.g. `tqdm`, for reading the experts.
 
     Raises:
         ValueError: An expert is damaged, the list is empty, or two experts have the same name.

@@ -41,7 +41,6 @@ def read_full_checkpoint(
         compression: How to store the difference of a weight; `Lossless` if not given.
         vocab: What to do with embeddings that have another number of rows: raise an error, or compare the rows in
             common.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         FileNotFoundError: A file is missing.

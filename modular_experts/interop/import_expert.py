@@ -53,7 +53,6 @@ def import_expert(
         vocab: What to do with a full checkpoint's resized vocabulary.
         tasks: Names of the tasks that it was trained on.
         overwrite: Replace an expert that is there.
-        progress: Iterator wrapper for a full checkpoint's weights, e.g. `tqdm`.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.

@@ -1,7 +1,7 @@
 """Keep experts in a directory, the library: each is written whole or not at all, and checked at every read.
 
 `expert.py` reads and writes one expert; open it first. `record.py` is its metadata, `packing.py` the forms of its
-tensors, `reading.py` checks them, `tensorfile.py` and `atomic.py` are its files, `statistics.py` is what is measured
+tensors, `tensorfile.py` and `atomic.py` are its files, `statistics.py` is what is measured
 beside it, `compatibility.py` what several experts must have in common. No model is loaded here, and nothing is merged.
 """
 

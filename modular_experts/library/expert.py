@@ -28,8 +28,7 @@ from torch import Size, Tensor
 from modular_experts.deltas import Delta
 from modular_experts.deltas.task_vector import TaskVector
 from modular_experts.library.atomic import check_name, check_target, new_directory
-from modular_experts.library.packing import check_layout, pack
-from modular_experts.library.reading import StoredWeight, deltas_of
+from modular_experts.library.packing import StoredWeight, check_layout, deltas_of, pack
 from modular_experts.library.record import (
     DELTA_FILE,
     FORMAT,
@@ -294,7 +293,6 @@ def write_expert(
         overwrite: Replace an expert of this name.
         key: A text that identifies the deltas. With it, and deltas in a mapping, an interrupted call goes on where it
             stopped, and does not ask for the weights that it had written.
-        progress: Iterator wrapper around the names of a mapping, e.g. `tqdm`.
         state: Tensors of a type whose delta is not all that it does, by `<weight>/<name>` (`injection.expert_state`);
             with them the expert may have no deltas.
 

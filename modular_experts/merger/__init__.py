@@ -1,6 +1,6 @@
 """Merge stored experts, one weight after another. `merged.py` walks over the weights; open it first.
 
-`rules.py` gives each weight its method, `estimate.py` predicts memory and time, `remove.py` takes one expert out of an
+`estimate.py` predicts memory and time, `remove.py` takes one expert out of an
 average again.
 """
 

@@ -138,7 +138,6 @@ def interference(
         experts: Directories of at least two experts, opened experts, or task vectors.
         method: Merges them; `SparseAverage` by default.
         directions: Also decompose the merge of each matrix, and find how often it counts its directions.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: The list has fewer than two experts, or `Merged` refuses them.

@@ -7,6 +7,7 @@ experts are deltas.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -39,11 +40,10 @@ from modular_experts.library.described import describe
 from modular_experts.library.expert import stored_in
 from modular_experts.library.record import MERGE
 from modular_experts.library.result_key import result_key
-from modular_experts.merger.rules import assign
 from modular_experts.methods import MergeMethod, method_named
 from modular_experts.methods.method import Context
 from modular_experts.progress import Progress
-from modular_experts.text import depth_of
+from modular_experts.text import depth_of, nearest
 
 Method = MergeMethod | str | None
 Rules = Mapping[str, Method]
@@ -61,7 +61,6 @@ class Merged(TaskVector):
         stored: The stored experts that these are made of.
         base: The record of their base.
         rules: The method of each weight that is merged.
-
     """
 
     def __init__(self, experts: Experts, method: Method, per_weight: Rules | None = None) -> None:
@@ -80,13 +79,10 @@ class Merged(TaskVector):
                 "no task vector comes from a stored expert, so the base is unknown; store one by write_expert"
             )
         self.base = common_base(self.stored)
-        self._method = method_named(method) if isinstance(method, str) else method
-        self._per_weight = {
-            pattern: method_named(chosen) if isinstance(chosen, str) else chosen
-            for pattern, chosen in (per_weight or {}).items()
-        }
+        self._method = _made(method)
+        self._per_weight = {pattern: _made(chosen) for pattern, chosen in (per_weight or {}).items()}
         shapes = dict(sorted(Sum(self.experts).shapes().items()) if self._lazy else union_of_weights(self.stored))
-        self.rules = assign(list(shapes), self._method, self._per_weight)
+        self.rules = method_of_each(list(shapes), self._method, self._per_weight)
         self._shapes = {name: shapes[name] for name in self.rules}
         self._last_block = max(1, *(depth_of(name) or 0 for name in self.rules))
         self._groups = _groups_of(self)
@@ -227,7 +223,6 @@ def merge(
         out: Directory of the merged expert; without it, the merge is returned and each weight merged when it is asked
             for.
         overwrite: Whether an existing expert may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
         per_weight: Pattern of weight names and method, or None for weights that stay at the base. The first pattern
             that matches the whole name counts; without `method`, a weight that no pattern matches stays at the base.
         notes: More for the record of the merged expert, such as the `scores` that led to these settings.
@@ -257,12 +252,10 @@ def write_merged(
     left = {path: own for path, own in beside.items() if overwrite or not _is_written(path, key)}
     for path in left:
         check_target(path, overwrite)
-    tasks = {}
-    for vector in merged.experts if beside else []:
-        parts = stored_in([vector])
-        tasks[vector.title] = list(dict.fromkeys(task for expert in parts for task in expert.record["tasks"]))
+    by_title = {vector.title: vector for vector in merged.experts}
     for path, (name, deltas) in left.items():
-        own = record | {"tasks": tasks[name], "key": key}
+        tasks = dict.fromkeys(task for expert in stored_in([by_title[name]]) for task in expert.record["tasks"])
+        own = record | {"tasks": list(tasks), "key": key}
         write_expert(path, deltas, own, overwrite, f"{key}/{path.name}", progress)
     # The merged expert comes last, so that everything is there when it is.
     write_expert(target, merged, record | dict(notes or {}), overwrite, key, progress)
@@ -287,6 +280,61 @@ def write_checkpoint(
     origin = {name: merged.record()[name] for name in ("parents", "method", "per_weight")} | dict(notes or {})
     opened = Base.open(base, merged.stored)
     return opened.write(merged, out, dtype, True, tolerance, overwrite, progress, origin=origin, key=merged.key())
+
+
+def method_of_each(
+    names: Sequence[str], method: MergeMethod | None, per_weight: Mapping[str, MergeMethod | None]
+) -> dict[str, MergeMethod]:
+    """Return the method of each weight that is merged, without the weights that stay at the base.
+
+    Args:
+        names: Names of the weights that any expert moves.
+        method: The method of weights that no pattern matches; without one, these weights stay at the base.
+        per_weight: Method by pattern, or None for weights that stay at the base.
+
+    Raises:
+        ValueError: There is no method at all, a pattern is not a regular expression or matches no weight, or every
+            weight stays at the base.
+    """
+    if method is None and not any(per_weight.values()):
+        raise ValueError(
+            "there is no merge method; name one, such as --method SparseAverage (`modular-experts methods` lists "
+            "them), or one per pattern in per_weight"
+        )
+    patterns = []
+    for text, chosen in per_weight.items():
+        try:
+            patterns.append((re.compile(text), chosen))
+        except re.error as error:
+            raise ValueError(f"per_weight: '{text}' is not a regular expression: {error}") from error
+    found, used = {}, set()
+    for name in names:
+        pattern, chosen = next(((one, own) for one, own in patterns if one.fullmatch(name)), (None, method))
+        used.add(pattern)
+        if chosen is not None:
+            found[name] = chosen
+    for pattern, _ in patterns:
+        if pattern not in used:
+            _refuse_unused(pattern, [one for one, _ in patterns], names)
+    if not found:
+        raise ValueError("every weight that the experts move would stay at the base, so there is nothing to merge")
+    return found
+
+
+def _refuse_unused(lost: re.Pattern[str], patterns: Sequence[re.Pattern[str]], names: Sequence[str]) -> None:
+    matched = [name for name in names if lost.fullmatch(name)]
+    for first in patterns:
+        if any(map(first.fullmatch, matched)):
+            raise ValueError(
+                f"per_weight: '{first.pattern}' comes first and matches all that '{lost.pattern}' matches; put the "
+                "narrower first"
+            )
+    near = nearest(lost.pattern, names, cutoff=0.3) or names[0]
+    raise ValueError(f"per_weight: '{lost.pattern}' matches no weight that the experts move; one of them is {near}")
+
+
+def _made(method: Method) -> MergeMethod | None:
+    return method_named(method) if isinstance(method, str) else method
 
 
 class _Group(Iterable[Sequence[Delta]]):

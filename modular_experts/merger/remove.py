@@ -36,7 +36,6 @@ def remove(
         expert: Directory of one of its parents.
         out: Directory of the result.
         overwrite: Whether an existing expert may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         FileExistsError: `out` exists and may not be replaced.

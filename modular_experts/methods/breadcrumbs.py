@@ -131,9 +131,6 @@ class BreadcrumbsTIES(MiddleEntries, PrunedElection):
 
     The masks are those of Breadcrumbs, the election is that of TIES, and so are the properties: one expert merges to
     its masked self, and so do copies of it; the order of the experts does not matter; sparse stays sparse.
-
-    Args:
-        preset: Fills what is not given.
     """
 
     preset: Literal["mergekit"] | None = None

@@ -201,9 +201,6 @@ class DARE(RandomDrops, PrunedSum):
     `keep: 1` it is task arithmetic, exactly. The order of the experts matters, because each place in it has random
     numbers of its own; an expert that moves nothing at the end of the list changes nothing; scaled experts merge to
     the scaled merge.
-
-    Args:
-        preset: Fills what is not given.
     """
 
     preset: Literal["paper", "mergekit", "peft", "fusion_bench"] | None = None
@@ -223,9 +220,6 @@ class DARETIES(RandomDrops, PrunedElection):
 
     Sparse experts merge to a sparse one. The order of the experts matters, because each place in it has random numbers
     of its own. At `keep: 1` it is TIES without pruning.
-
-    Args:
-        preset: Fills what is not given.
     """
 
     preset: Literal["mergekit", "peft"] | None = None
@@ -247,9 +241,6 @@ class DELLA(RankedDrops, PrunedElection):
     `keep - epsilon + 2 epsilon r / (width - 1)`; a row of one entry with `keep`. The entries that a sparse expert does
     not keep rank lowest. Sparse experts merge to a sparse one. The order of the experts matters, because each place in
     it has random numbers of its own.
-
-    Args:
-        preset: Fills what is not given.
     """
 
     preset: Literal["paper", "mergekit"] | None = None
@@ -262,9 +253,6 @@ class DELLALinear(RankedDrops, PrunedSum):
 
     The probabilities are those of DELLA. Linear in expectation with `rescale: probability`. Sparse experts merge to a
     sparse one. The order of the experts matters, because each place in it has random numbers of its own.
-
-    Args:
-        preset: Fills what is not given.
     """
 
     preset: Literal["mergekit"] | None = None

@@ -30,8 +30,8 @@ def with_presets(presets: Presets) -> Callable[[type[Made]], type[Made]]:
     A preset holds what a peer means by the method's name. The settings are filled before the class is made with them,
     so that its fields, and the record of a merge, hold every value that counted. A value that is given beats the
     preset; None counts as not given, because a command line passes it on for what was left out. The class refuses a
-    preset that does not exist, and one without a value for a setting that is not given. The docstring, which must end
-    with the text of `preset`, gets the values.
+    preset that does not exist, and one without a value for a setting that is not given. The docstring gets the
+    values; a text of `preset` in it must come last.
 
     Args:
         presets: Values by the name of the preset; `presets[None]` holds the defaults, which a preset overrides. A value
@@ -58,7 +58,9 @@ def with_presets(presets: Presets) -> Callable[[type[Made]], type[Made]]:
             make(self, **complete)
 
         kind.__init__ = filled  # type: ignore[method-assign]
-        kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}{_table(presets)}\n    "
+        text = (kind.__doc__ or "").rstrip()
+        text += "" if "\n        preset: " in text else "\n\n    Args:\n        preset: Fills what is not given."
+        kind.__doc__ = f"{text}{_table(presets)}\n    "
         return kind
 
     return decorated
@@ -68,7 +70,7 @@ def _table(presets: Presets) -> str:
     parts = []
     for name, values in presets.items():
         given = [f"{one} {value}" if value is not None else f"no default for {one}" for one, value in values.items()]
-        parts.append(f"{f'`{name}`' if name else 'the defaults'}: {', '.join(given) or 'the defaults'}")
+        parts.append(f"{f'`{name}`' if name else 'Without it'}: {', '.join(given) or 'the same'}")
     return f" {'; '.join(parts)}."
 
 

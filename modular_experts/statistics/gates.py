@@ -41,7 +41,6 @@ def train_gates(
             is always the same.
         steps: Number of steps of AdamW, each on one batch; `STEPS` if not given.
         learning_rate: Its constant rate.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: There is no batch, or the expert moves what is not the weight of a linear layer.

@@ -44,7 +44,6 @@ def merged_grams(
         batches: The data of each expert.
         names: The weights that are merged.
         method: How a block is merged; `RegMeanPlusPlus()` if not given.
-        progress: Iterator wrapper, e.g. `tqdm`.
     """
     method = method or RegMeanPlusPlus()
     found: list[dict[str, DataStatistic | None]] = [{} for _ in experts]

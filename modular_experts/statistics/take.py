@@ -101,7 +101,6 @@ def take_statistics(
         rows: The most rows of one task, spread evenly over its validation rows, for prompts also its training rows.
         base: The base's directory or hub id; what the experts' records name if not given.
         overwrite: Replace statistics of this kind that are there.
-        progress: Iterator wrapper, e.g. `tqdm`.
         labels: `rows` takes the targets of the rows; `experts` needs inputs only, which the expert itself answers.
         max_new_tokens: The most tokens of such an answer.
         steps: For `gates`, how many steps they are trained for; 100 if not given.

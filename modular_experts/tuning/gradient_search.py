@@ -52,7 +52,6 @@ def descend(
         start: The first coefficients, as `first_coefficients` gives them.
         learning_rate: Adam's rate.
         steps: Number of steps.
-        progress: Iterator wrapper, e.g. `tqdm`.
         bounds: Interval into which every coefficient is clamped after each step.
         decay: Whether the rate falls linearly to 0.
     """

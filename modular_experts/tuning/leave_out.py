@@ -39,7 +39,6 @@ def leave_out(
         what: The parts, `experts` or `layers`.
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         ValueError: There are fewer than two experts, there are no such parts, or `objective_on_base` refuses the data.

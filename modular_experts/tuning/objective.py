@@ -55,7 +55,6 @@ class Objective:
             evenly over its file, in batches of `data.eval_batch_size`.
         answered_by: The expert of each task, whose answers take the place of the targets; the rows need inputs only.
         max_new_tokens: The most tokens of such an answer.
-        progress: Iterator wrapper of the tasks that are answered, e.g. `tqdm`.
 
     Attributes:
         batches: Each task's, in an order at random that is always the same.

@@ -168,7 +168,6 @@ def search(
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
         labels: `rows` takes the targets of the rows. `experts` needs no targets: the expert of each task generates an
             answer to every row, which takes the target's place.
         expert_of: Directories of experts, all among `experts`, by the task that they answer; by default the expert

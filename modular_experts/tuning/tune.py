@@ -81,7 +81,6 @@ def tune(
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the experts' records by default.
         overwrite: Whether files that exist may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
         labels, expert_of, max_new_tokens: Whether the tasks' own experts answer the rows, as for `search`.
 
     Raises:
@@ -123,7 +122,6 @@ def tune_groups(
         groups: The experts of each group, and an objective on its own tasks; no two groups share a task.
         method: The method, with the settings that are not tuned.
         grid: As for `tune`.
-        progress: Iterator wrapper, e.g. `tqdm`.
         folder: Where the merges of several groups lie meanwhile, each as large as the base; by default among the
             temporary files of the system.
 

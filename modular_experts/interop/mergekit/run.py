@@ -41,7 +41,6 @@ def merge_recipe(
         out: Directory of the checkpoint.
         seed: Seed of the methods that drop entries at random.
         overwrite: Whether to replace a checkpoint of ours in that directory.
-        progress: Iterator wrapper, e.g. `tqdm`.
         announce: Function that gets the deviations from mergekit before the merge begins.
 
     Raises:

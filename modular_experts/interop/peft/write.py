@@ -135,7 +135,6 @@ def write_peft(
         tolerance: Largest accepted difference of a logit between the reloaded adapter and the deltas that it stands
             for. What an approximation costs is reported and not limited.
         overwrite: Replace an adapter of ours that is there.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.

@@ -146,7 +146,6 @@ def search_paths(
         rows: The most rows of one task, spread evenly over its validation rows.
         base: The base's directory or hub id; the one in the expert's record by default.
         overwrite: Whether files that exist may be replaced.
-        progress: Iterator wrapper, e.g. `tqdm`.
 
     Raises:
         FileExistsError: A file would be replaced; nothing has been read yet.
