@@ -25,8 +25,6 @@ _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "
 _METAVARS = {"bool": "", "int": " N", "float": " X", "LeaveOut": " SETTINGS"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
 _METAVARS |= {"DType": " {float32,bfloat16,float16,float64}"}
-# Arguments that are an object, whose fields are options: the annotation, and the file of its class.
-_OBJECTS = {"Description": "study/settings.py"}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 # Both spellings work; the help shows the usual one.
@@ -73,8 +71,8 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
     texts = {argument: " ".join(text.split()) for argument, text in entries}
     source = Source(description.strip(), {}, {}, textwrap.dedent(examples).rstrip())
     for argument, kind, default in _arguments(found):
-        if kind in _OBJECTS:
-            inner = read_source(_OBJECTS[kind], kind, group, brief)
+        if home := _file_of_options(tree, kind):
+            inner = read_source(home, kind, group, brief)
             source.required.update(inner.required)
             source.options.update(inner.options)
             continue
@@ -91,6 +89,16 @@ def read_source(file: str, name: str, group: str = "", brief: bool = False) -> S
         else:
             source.options[option + shown] = text + f" (default: {default})" * (default not in ("None", "False"))
     return source
+
+
+def _file_of_options(tree: ast.Module, kind: str) -> str | None:
+    """Return the file of a class, if it is imported here and its fields are options."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and kind in [one.name for one in node.names]:
+            file = f"{(node.module or '').partition('.')[2].replace('.', '/')}.py"
+            if (_ROOT / file).is_file() and f"class {kind}(Options)" in (_ROOT / file).read_text(encoding="utf-8"):
+                return file
+    return None
 
 
 def _arguments(found: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, str, str | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 from rich.progress import Progress, TimeElapsedColumn
 
@@ -11,26 +10,12 @@ from rich.progress import Progress, TimeElapsedColumn
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import duration_text, progress_by_tenths, share_text
 from modular_experts.data.tasks import Tasks
+from modular_experts.systems.compress.compress import Reduction
 from modular_experts.systems.compress.compress import compress as make_smaller
 
 
 def compress(
-    base: str,
-    tasks: Tasks,
-    keep: float,
-    out: str,
-    slack: float = 0.02,
-    evaluations: int = 48,
-    members: Literal["importance", "windows", "masks"] = "importance",
-    multiple: int = 8,
-    damping: float = 0.01,
-    tokens: int = 8192,
-    search_tokens: int = 1024,
-    test_tokens: int = 4096,
-    length: int = 256,
-    seed: int = 0,
-    revision: str | None = None,
-    overwrite: bool = False,
+    base: str, tasks: Tasks, reduction: Reduction, out: str, revision: str | None = None, overwrite: bool = False
 ) -> None:
     """Make a smaller base without training: search what can go, correct what reads it, write a checkpoint.
 
@@ -42,18 +27,8 @@ def compress(
     Args:
         base: Directory or hub id of the base.
         tasks: Task files, or tasks with settings, as for `fit`.
-        keep: The most parameters, a share in (0, 1].
+        reduction: How much goes, and how that is searched.
         out: Directory of the smaller base.
-        slack: The fewest are `keep - slack`.
-        evaluations: Candidates that the search measures.
-        members: Blocks keep members by importance, windows, or masks.
-        multiple: Divisor of the width of an MLP.
-        damping: Pull of corrected weights to old ones.
-        tokens: Tokens of training rows; take several times the width of an MLP.
-        search_tokens: Tokens of validation rows.
-        test_tokens: Tokens of test rows.
-        length: Tokens of a pass.
-        seed: Seed of the search.
         revision: Branch, tag or commit of a hub id.
         overwrite: Replace a checkpoint of ours.
 
@@ -69,25 +44,7 @@ def compress(
         return f"{what}: {done / total:.0%} of the work done, about {left} left"
 
     with progress_by_tenths(*Progress.get_default_columns(), TimeElapsedColumn(), line=line, transient=True) as bar:
-        found = make_smaller(
-            base,
-            tasks,
-            out,
-            keep,
-            slack=slack,
-            evaluations=evaluations,
-            members=members,
-            multiple=multiple,
-            damping=damping,
-            tokens=tokens,
-            search_tokens=search_tokens,
-            test_tokens=test_tokens,
-            length=length,
-            seed=seed,
-            revision=revision,
-            overwrite=overwrite,
-            progress=bar,
-        )
+        found = make_smaller(base, tasks, out, reduction, revision, overwrite=overwrite, progress=bar)
     parts = [f"{len(found.blocks)} of {found.all_blocks} blocks"]
     parts += [f"{one:,} of {whole:,} {name}" for name, (one, whole) in found.sizes.items() if whole > 1]
     share = share_text(found.parameters / found.base)

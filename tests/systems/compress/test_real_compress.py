@@ -13,7 +13,7 @@ import pytest
 from modular_experts.__main__ import main
 from modular_experts.data import Task, TaskMixture
 from modular_experts.evaluation import evaluate
-from modular_experts.systems.compress.compress import compress
+from modular_experts.systems.compress.compress import Reduction, compress
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def test_a_smaller_smollm2_speaks_and_learns(tmp_path, monkeypatch) -> None:
         pytest.skip("MODULAR_EXPERTS_DATA names no folder of task files, or `make smollm2` was not run")
     files = [str(Path(folder).resolve() / f"{name}.jsonl") for name in ("snips_intent", "clinc_banking")]
     monkeypatch.chdir(tmp_path)
-    found = compress(SMOLLM2, files, "smaller", keep=0.8, evaluations=2, tokens=2048, test_tokens=1024)
+    found = compress(SMOLLM2, files, "smaller", Reduction(keep=0.8, evaluations=2, tokens=2048, test_tokens=1024))
     assert 0.78 * found.base <= found.parameters <= 0.8 * found.base
     perplexity = found.perplexity
     assert perplexity["base"] < perplexity["reformed"] < perplexity["cut"] < 0.7 * perplexity["magnitude"]

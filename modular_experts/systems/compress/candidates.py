@@ -1,0 +1,161 @@
+"""What the search of a smaller base searches: which blocks, groups of heads and channels a candidate keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modular_experts.systems.compress.ranking import Ranking, best, magnitudes
+from modular_experts.systems.compress.removable import Kept, Kind, Removable
+from modular_experts.tuning.evolution import Choice, Gene, Genes, Mask, Whole
+
+Members = Literal["importance", "windows", "masks"]
+WINDOWS = 8
+"""A window of what stays starts after 0, 1, ... or all 8 eighths of the members that are removed."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The numbers of parameters that a smaller model may have, and the sizes that fit."""
+
+    removable: Removable
+    keep: float
+    slack: float
+    multiple: int
+
+    def channels(self, blocks: int, groups: int) -> int | None:
+        """Return the most MLP channels beside these blocks and groups, or None if the window has no room for them."""
+        most, least = (share * self.removable.parameters for share in (self.keep, self.keep - self.slack))
+        width = self.removable.widest(blocks, groups, int(most), self.multiple) if blocks else 0
+        return width if width and self.removable.count(blocks, groups, width) >= least else None
+
+    def check(self) -> None:
+        """Raise ValueError, with the nearest keep ratio that works, if nothing fits."""
+        sizes = [(b, g) for b in range(1, self.removable.blocks + 1) for g in range(1, self.removable.groups + 1)]
+        if any(self.channels(*size) for size in sizes):
+            return
+        known = self.removable
+        steps = [*range(self.multiple, known.channels, self.multiple), known.channels]
+        shares = [known.count(*size, width) / known.parameters for size in sizes for width in steps]
+        near = min(shares, key=lambda share: abs(share - self.keep))
+        raise ValueError(
+            f"keep={self.keep} and slack={self.slack}: nothing that can be removed of {known.place} leaves between "
+            f"{max(0, self.keep - self.slack):.2%} and {self.keep:.2%} of its {known.parameters:,} parameters; the "
+            f"nearest is keep={near + 5e-5:.4f}"
+        )
+
+
+class Candidates:
+    """The candidates of one search, as genes.
+
+    A candidate has a gene for each block that tells whether it stays, one for the number of groups, and for each block
+    one that tells which of its groups and channels stay, or a mask of each. The channels are as many as the window has
+    room for. A mask of another size than a candidate's loses its members with the lowest scores, or gets the best of
+    the others; so one that holds all stands for the best.
+
+    Args:
+        window: The sizes that fit.
+        ranking: How much each part matters.
+        members: How a block chooses, as for `Reduction`.
+    """
+
+    def __init__(self, window: Window, ranking: Ranking, members: Members) -> None:
+        self.window, self.ranking, self.members = window, ranking, members
+        removable, self._depth = window.removable, window.removable.blocks
+        self._rankings = [ranking.contribution, ranking.compensated]
+        self._totals = {kind: int(getattr(removable, kind)) for kind in removable.readers}
+        totals = self._totals.values()
+        modes: dict[Members, tuple[list[Gene], Genes]] = {
+            "importance": ([Choice(len(self._rankings))], (0,)),
+            "windows": ([Whole(0, WINDOWS)], (0,)),
+            "masks": ([Mask(total) for total in totals], tuple("1" * total for total in totals)),
+        }
+        own, self._start = modes[members]
+        self.space: list[Gene] = [*[Choice(2)] * self._depth, Whole(1, removable.groups), *own * self._depth]
+
+    def first(self, most: int) -> list[Genes]:
+        """Return the candidates that a search starts from: they lack no block, one block, and so on.
+
+        The block that turns the hidden states least goes first.
+        """
+        depth = self._depth
+        falling = sorted(range(depth), key=lambda block: self.ranking.blocks[block])
+        start = [
+            (*[int(block not in falling[:gone]) for block in range(depth)], groups, *self._start * depth)
+            for groups in range(self.window.removable.groups, 0, -1)
+            for gone in range(depth)
+        ]
+        return [genes for genes in start if self._sizes(genes)[2]][:most]
+
+    def within(self, genes: Genes) -> Genes | None:
+        """Return the candidate in its one spelling, or None if the window has no room for it."""
+        if not self._sizes(genes)[2]:
+            return None
+        # What a block that is removed would keep changes nothing, so it is that of the start.
+        chosen = [self._of_block(genes, block) if genes[block] else self._start for block in range(self._depth)]
+        if self.members == "masks":
+            held = self.kept(genes)
+            for block in held.blocks:
+                signs = (_signs(getattr(held, kind)[block], total) for kind, total in self._totals.items())
+                chosen[block] = tuple(signs)
+        return (*genes[: self._depth + 1], *chain.from_iterable(chosen))
+
+    def kept(self, genes: Genes) -> Kept:
+        """Return what stays of the model."""
+        blocks, groups, channels = self._sizes(genes)
+        assert channels is not None
+        held: dict[Kind, int] = {"groups": groups, "channels": channels}
+        scores = {"masks": self._of_mask, "importance": self._of_ranking, "windows": self._of_window}[self.members]
+        return best(
+            self.window.removable,
+            blocks,
+            groups,
+            channels,
+            lambda block, kind: scores(self._of_block(genes, block), block, kind, held[kind]),
+        )
+
+    def _of_block(self, genes: Genes, block: int) -> Genes:
+        start = self._depth + 1 + block * len(self._start)
+        return genes[start : start + len(self._start)]
+
+    def _sizes(self, genes: Genes) -> tuple[tuple[int, ...], int, int | None]:
+        blocks = tuple(block for block in range(self._depth) if genes[block])
+        groups = int(genes[self._depth])
+        return blocks, groups, self.window.channels(len(blocks), groups)
+
+    def _of_mask(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
+        signs = str(dict(zip(self._totals, own, strict=True))[kind])
+        first_those_in = torch.tensor([int(sign) * len(signs) for sign in signs])
+        return self.ranking.entrywise[kind][block].argsort().argsort() + first_those_in
+
+    def _of_ranking(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
+        return self._rankings[int(own[0])][kind][block]
+
+    def _of_window(self, own: Genes, block: int, kind: Kind, held: int) -> Tensor:
+        total = self._totals[kind]
+        start = (total - held) * int(own[0]) // WINDOWS
+        return torch.zeros(total).index_fill_(0, torch.arange(start, start + held), 1.0)
+
+
+def _signs(members: Tensor, total: int) -> str:
+    """Return the mask of these members, as `Mask` writes it."""
+    return "".join(map(str, torch.zeros(total, dtype=torch.int64).index_fill_(0, members, 1).tolist()))
+
+
+def magnitude_removal(window: Window) -> Kept | None:
+    """Return what stays if every block loses the MLP channels with the smallest weights.
+
+    Where channels alone are not enough, the groups of heads with the smallest weights go too. If these are not enough
+    either, the result is None, because blocks are not removed here.
+    """
+    removable, scores = window.removable, magnitudes(window.removable)
+    for groups in range(removable.groups, 0, -1):
+        if channels := window.channels(removable.blocks, groups):
+            return best(
+                removable, tuple(range(removable.blocks)), groups, channels, lambda block, kind: scores[kind][block]
+            )
+    return None
