@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from modular_experts.base.apply import AnyExpert, Applied, applied, check_loaded, open_several
 from modular_experts.deltas.task_vector import Sum, TaskVector
@@ -110,15 +110,8 @@ def plan_of(expert: StoredExpert) -> Plan:
     return partial(by_state, kind, expert)
 
 
-class MadeOfState(Protocol):
-    """A type whose experts have the sizes that a state has."""
-
-    def of_state(self, weight: Tensor, state: Mapping[str, Tensor]) -> Expert:
-        """Return an expert for a weight that can load this state, by the names of its tensors."""
-
-
-def by_state(kind: MadeOfState, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
-    """Plan experts of the sizes that a stored expert's state has."""
+def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[Any, Factory]:
+    """Plan experts of the sizes that a stored expert's state has: `kind.of_state(weight, state)` makes one."""
     by_weight = state_by_place(expert.state())
     return {site: partial(kind.of_state, state=by_weight[site.weight]) for site in sites if site.weight in by_weight}
 

@@ -1,7 +1,7 @@
 """Choose experts by the input: routers, their gates, and the mixtures that read them.
 
 `router.py` is the contract of a router of your own; open it first. `gates.py` has what a router returns and how scores
-become gates, `mixture.py` the expert that obeys them, and `products.py` its arithmetic; each router has a file.
+become gates, and `mixture.py` the expert that obeys them; each router has a file.
 `prompts.py` makes gates of whole prompts, and `molora.py` trains experts behind a router. They need torch alone.
 `injection/routed.py` puts routers into a model.
 """

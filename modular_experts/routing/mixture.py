@@ -1,22 +1,30 @@
 """A mixture holds the deltas of several experts at one linear layer, and gives each input those that its gates name.
 
-`BlockRouter` makes the gates that all mixtures of a transformer block read.
+`BlockRouter` makes the gates that all mixtures of a transformer block read. Each delta is held once, in the form that
+is quickest to multiply: entries row by row, with columns of two bytes where they fit, and the other forms as they are,
+with values in the model's dtype. On the CPU compiled loops (`native/products.py`) serve all experts of a layer in one
+call; elsewhere, and where a gradient is needed, torch multiplies expert by expert.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modular_experts.deltas import Delta
+from modular_experts.deltas import BlockSparse, Delta, LowRank, Sparse
+from modular_experts.deltas.tiles import rows_and_columns
 from modular_experts.experts.expert import Expert, NotMergeable
 from modular_experts.experts.module_expert import ModuleExpert
-from modular_experts.routing.gates import CurrentGates, Gates
-from modular_experts.routing.products import Held, add_change, add_products
+from modular_experts.native import products as compiled
+from modular_experts.native.products import Factor, Form, Part
+from modular_experts.routing.gates import CurrentGates, Gates, Segment
 from modular_experts.routing.router import Router
 
 
@@ -114,3 +122,140 @@ class BlockRouter(ModuleExpert):
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.gates.gates = self.router(hidden.reshape(-1, hidden.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The entries of a `Sparse` delta, row by row.
+
+    Args:
+        starts: Where each row begins and the last one ends, `(out + 1,)` int32.
+        columns: Columns `(n,)`: int32, or where the weight has at most 65536 of them the lower half of it, int16.
+        values: `(n,)`.
+        shape: That of the weight, `(out, in)`.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, delta: Sparse, dtype: torch.dtype) -> Entries:
+        """Return a sparse delta row by row, with values of this dtype."""
+        rows, columns = rows_and_columns(delta.indices, delta.shape)
+        starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32, device=delta.device)
+        starts[1:] = rows.bincount(minlength=delta.shape[0]).cumsum(0)
+        # Torch cannot unpickle uint16.
+        short = delta.shape[1] <= 2**16
+        columns = (columns - (columns >= 2**15).long() * 2**16).to(torch.int16) if short else columns.to(torch.int32)
+        return cls(starts, columns, delta.values.to(dtype), delta.shape)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Return `x @ delta.T` in the dtype of `x`, `(..., in)` to `(..., out)`."""
+        _know_csr()
+        # Not every device has half-precision kernels for sparse products.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        columns = self.columns.to(torch.int32)
+        columns = columns & 0xFFFF if self.columns.dtype == torch.int16 else columns
+        rows = (self.starts, columns, self.values.to(wide))
+        matrix = torch.sparse_csr_tensor(*rows, self.shape, check_invariants=False)
+        flat = x.reshape(-1, self.shape[1]).to(wide)
+        return (matrix @ flat.T).T.to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Entries:
+        """Move to a device, and cast the values."""
+        return Entries(self.starts.to(device), self.columns.to(device), self.values.to(device, dtype), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self.starts.nbytes + self.columns.nbytes + self.values.nbytes
+
+
+class Held:
+    """A delta in the form in which it is multiplied, with values of a dtype, the model's.
+
+    Args:
+        delta: The delta; entries may be packed already.
+        dtype: The dtype of the values.
+    """
+
+    def __init__(self, delta: Delta | Entries, dtype: torch.dtype) -> None:
+        self.delta = _prepared(delta, dtype)
+        self.factor = _factor(self.delta)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Held:
+        """Move to a device, and cast the values."""
+        return Held(self.delta.to(device, dtype), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self.delta.nbytes
+
+
+def _prepared(delta: Delta | Entries, dtype: torch.dtype) -> Delta | Entries:
+    if isinstance(delta, Sparse):
+        return Entries.of(delta, dtype)
+    if isinstance(delta, LowRank):
+        # `up` lies in memory as its transpose, so that one token reads both factors in order.
+        return LowRank(delta.up.to(dtype).T.contiguous().T, delta.down.to(dtype).contiguous())
+    if isinstance(delta, BlockSparse):
+        return BlockSparse(delta.blocks.contiguous(), delta.values.to(dtype).contiguous(), delta.shape)
+    return delta if isinstance(delta, Entries) else delta.to(dtype=dtype)
+
+
+def _factor(delta: Delta | Entries) -> Factor | None:
+    """Return a delta as the compiled loops read it, or None for a form that they do not know."""
+    if isinstance(delta, Entries):
+        form = Form.SHORT_ENTRIES if delta.columns.dtype == torch.int16 else Form.LONG_ENTRIES
+        return Factor(form, delta.starts, delta.columns, delta.values)
+    if isinstance(delta, BlockSparse) and delta.blocks.dtype == torch.int32:
+        return Factor(Form.TILES, delta.blocks, None, delta.values, (len(delta.blocks), *delta.tile))
+    if isinstance(delta, LowRank):
+        return Factor(Form.LOW_RANK, delta.down, None, delta.up, (delta.rank, 0, 0))
+    return None
+
+
+def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
+    """Add to `out` the product of each input with the deltas of its segments, times its weights there.
+
+    Args:
+        out: `(n, tokens, out)`, changed in place.
+        x: `(n, tokens, in)`, of the same dtype.
+        deltas: By the number of the expert; None for no change.
+        segments: The inputs of each expert.
+    """
+    is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
+    parts = []
+    for expert, places, weights in segments:
+        held = deltas[expert]
+        if held is None:
+            continue
+        factor = held.factor if is_served and not (graded and weights is not None and weights.requires_grad) else None
+        if factor is not None and factor.dtype == x.dtype:
+            parts.append(Part(factor, places, None if weights is None else weights.float().contiguous()))
+        else:
+            change = held.delta.linear(x if places is None else x.index_select(0, places))
+            add_change(out, change, places, weights)
+    if parts:
+        compiled.add_products(out, x, parts)
+
+
+def add_change(out: Tensor, change: Tensor, places: Tensor | None, weights: Tensor | None) -> None:
+    """Add to the outputs of some inputs `(n, tokens, out)` their change `(m, tokens, out)`, times their weights."""
+    if weights is not None:
+        change = change * weights.to(change.dtype)[:, None, None]
+    if places is None:
+        out.add_(change)
+    else:
+        out.index_add_(0, places, change)
+
+
+@functools.cache
+def _know_csr() -> None:
+    """Make a first CSR tensor; torch warns once in a process that this layout is new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()

@@ -15,7 +15,7 @@ from modular_experts.deltas.tiles import gather_tiles, tile_grid
 from modular_experts.native import products as compiled
 from modular_experts.routing import Gates, Mixture
 from modular_experts.routing.gates import CurrentGates, Segment
-from modular_experts.routing.products import Entries, Held, add_products
+from modular_experts.routing.mixture import Entries, Held, add_products
 
 SHAPE = (70, 51)
 TILES = {"tiles": (16, 16), "uneven tiles": (10, 20), "large tiles": (32, 32), "rows": (1, 51), "columns": (70, 1)}
