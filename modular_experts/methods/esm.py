@@ -33,17 +33,13 @@ class ESM(MergeMethod):
     decomposition `U S V^T` makes the directions orthogonal and equally strong. Directions without any output are left
     out, also of the mean.
 
-    This is the authors' program for RoBERTa (github.com/kiddo127/ESM). Left out are the scales of its last step, which
-    square the norm of each merged weight over the mean of all weights of its kind and need all of them at once, and
-    three constants of the program for vision: experts and inputs weighted by the squares of their norms, and a factor
-    of 2. On the suite the first two together made merges of every kind worse, and a tuned scale takes the place of the
-    factor.
+    This is the authors' program for RoBERTa (github.com/kiddo127/ESM), without the scales of its last step, which need
+    all weights at once, and without three constants of its program for vision, which made merges of the suite worse.
 
     It needs `gram` statistics of each expert (`modular-experts statistics --kind gram`; with `--labels experts` inputs
     suffice). A weight that is not the matrix of a linear layer gets the mean over all experts. One expert merges to its
     directions made equally strong; at `power` 0 that is its `IsoC`. The order of the experts and factors of the Gram
-    matrices do not matter, scaled experts merge to the scaled merge, and an expert that does not move a matrix changes
-    nothing there. Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
+    matrices do not matter, and scaled experts merge to the scaled merge.
 
     Args:
         share: Share of a matrix's output directions that all experts together keep, in (0, 1].

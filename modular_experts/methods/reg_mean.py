@@ -148,10 +148,9 @@ class SelfRegMean(MergeMethod):
     With `flatten` q above 0, `d = U S V^T` becomes `U S^(1-q) V^T` of d's norm: weak directions of a matrix gain on
     strong ones, and one expert merges to its flattened self.
 
-    ACE-Merging (arXiv 2603.02945) also takes the experts' own `d_i^T d_i` for the Gram matrices of their inputs. As
-    released, it draws d to the plain average by an absolute ridge, centres the columns of each expert first, adds the
-    mean row of the Gram matrices to all their rows, and divides by `|d_i|^2` and adds equally strong directions only
-    where the norms of the experts differ much.
+    ACE-Merging (arXiv 2603.02945) also takes the experts' own `d_i^T d_i` for the Gram matrices of their inputs, with
+    other constants: an absolute ridge to the plain average, centred columns, and a division by `|d_i|^2` only where the
+    norms of the experts differ much.
 
     Args:
         ridge: Strength, above 0, with which d is drawn to c where the experts leave it open.

@@ -68,9 +68,7 @@ class Rescaled(Wrapper):
     number of experts that move the weight (Frobenius norms).
 
     Where the experts have nothing in common, the result is as long as one of them; what they share makes it longer. It
-    is meant for LoRAs and for methods that keep the experts' directions, such as `TSVMerge` and `SelfRegMean`. Sparse
-    and full experts take smaller steps, which should add up, and averages should be shorter: both are better as they
-    come. A linear method gives `TaskArithmetic` with the scale `1 / sqrt(N)`.
+    is meant for LoRAs and for methods that keep the experts' directions, such as `TSVMerge` and `SelfRegMean`.
 
     If `inner` merges one expert to itself, so does Rescaled; copies of an expert merge to `sqrt(N)` times that. Order,
     scaled experts, experts that move nothing and the form of the result are as with `inner`, and a scale of `inner`

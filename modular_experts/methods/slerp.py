@@ -45,8 +45,8 @@ class SLERP(MergeMethod):
     Where the cosine is above 0.9995 or below -0.9995, and where a delta is zero, the line takes the arc's place:
     `(1 - t) d_1 + t d_2`. Opposite deltas of one length cancel at t = 0.5.
 
-    Linear but for the angle, so every form is kept, and angles need no dense form. At scale 1, one expert merges to
-    itself, and so do copies of it. Scaled experts merge to the scaled merge.
+    Linear but for the angle, so every form is kept. At scale 1, one expert merges to itself, and so do copies of it.
+    Scaled experts merge to the scaled merge.
 
     Args:
         t: How far to go from the first expert, at 0, to the second, at 1.

@@ -2,9 +2,8 @@
 Hurts: Spectral Over-Accumulation in Model Merging", arXiv 2602.05536).
 
 What several experts do alike adds up in a merge, and drowns what single experts do. The calibration changes the
-strength of the merge's output directions and not the directions. (FusionBench's `singular_value_calibration` looks at
-each expert along the expert's own directions instead of the merge's; here, as in the paper, all are looked at along
-those of the merge.)
+strength of the merge's output directions and not the directions. Here, as in the paper, all experts are looked at along
+the directions of the merge; FusionBench takes each expert's own.
 """
 
 from __future__ import annotations
@@ -33,13 +32,10 @@ class SVC(Wrapper):
     often, below 1 it loses some of it. The mean is over the experts that move the output direction; a direction that
     none moves stays as it is. A weight that is not a matrix counts as a single row, as in the paper.
 
-    If `inner` merges one expert to itself, so does SVC, and copies of it too; if the order of the experts does not
-    matter to `inner`, or scaled experts merge to the scaled merge, that holds here too. For any factor of `inner` so
-    large that all `s_ri` are above `alpha`, the result is the same. An expert that moves nothing changes nothing beyond
-    what it changes for `inner`. A merge whose directions are all equally strong, such as that of `IsoC`, has no
-    directions of its own, so what its calibration gives is up to rounding. Sparse experts give a dense result, low-rank
-    ones a low-rank one where that is smaller. If a method gives each task an expert of its own, as `EMR` does,
-    only the merged expert is calibrated.
+    One expert, copies, order, scaled experts and experts that move nothing are as with `inner`. The directions of a
+    merge that are all equally strong, such as those of `IsoC`, are arbitrary, and so is their calibration. Sparse
+    experts give a dense result, low-rank ones a low-rank one where that is smaller. If a method gives each task an
+    expert of its own, as `EMR` does, only the merged expert is calibrated.
 
     Args:
         alpha: The least `s_ri` that counts, in (0, 1]. At 1 directions only become weaker, below it they become up to

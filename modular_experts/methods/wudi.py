@@ -44,12 +44,10 @@ class WUDI(MergeMethod):
     defaults). The minimum keeps experts apart that read different inputs; where their inputs nearly coincide and their
     outputs differ, it can be far longer than any expert.
 
-    A weight that is not a matrix gets the mean over all experts, as in the paper's code; an expert that does not move a
-    matrix does not enter its loss. With `exact`, one expert merges to itself, copies of it too, and scaled experts
-    merge to the scaled merge. With `adam`, one expert merges to itself up to a few times the learning rate, since Adam
-    takes whole steps along rounding errors too; copies merge to something between the expert and their sum, and a
-    common factor changes how far Adam gets. The order of the experts does not matter. The result is dense, or with
-    `exact` low-rank for low-rank experts where that is smaller.
+    A weight that is not a matrix gets the mean over all experts, as in the paper's code. With `exact`, one expert
+    merges to itself, copies of it too, and scaled experts merge to the scaled merge; with `adam`, one expert merges to
+    itself up to a few times the learning rate, and a common factor changes how far Adam gets. The order of the experts
+    does not matter. The result is dense, or with `exact` low-rank for low-rank experts where that is smaller.
 
     Args:
         preset: Fills the settings that are not given: `vit` (the default) and `roberta` are the paper's two programs,

@@ -178,16 +178,7 @@ def search(
         FileExistsError: A file would be replaced; nothing has been read yet.
         ValueError: A merge would replace one of the experts, or `objective_on_base` refuses the data.
     """
-    places: list[str] = []
-    for one in merges:
-        place, again = f"{Path(out)}-{type(one).__name__}", 2
-        while place in places:
-            # The second merge of one class gets the number 2.
-            place, again = f"{Path(out)}-{type(one).__name__}-{again}", again + 1
-        places.append(place)
-    resolved = [Path(place).resolve() for place in places]
-    if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
-        raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    places = _places_of(merges, experts, out)
     algorithm.check(len(merges) + len(experts))
     for target in [out, *places]:
         check_target(target, overwrite)
@@ -222,3 +213,18 @@ def search(
     expert = merge(combined, method, out, overwrite, progress, per_weight, notes=notes)
     recipe = write_recipe(out, combined, method, per_weight)
     return Searched(expert, combined, found, before, recipe, trials, objective.agreement)
+
+
+def _places_of(merges: Sequence[MergeMethod], experts: Sequence[str | Path], out: str | Path) -> list[str]:
+    """Return where the merges are written, none of which may be among the experts."""
+    places: list[str] = []
+    for one in merges:
+        place, again = f"{Path(out)}-{type(one).__name__}", 2
+        while place in places:
+            # The second merge of one class gets the number 2.
+            place, again = f"{Path(out)}-{type(one).__name__}-{again}", again + 1
+        places.append(place)
+    resolved = [Path(place).resolve() for place in places]
+    if taken := [directory for directory in experts if Path(directory).resolve() in resolved]:
+        raise ValueError(f"a merge would be written to {taken[0]}, which is among the experts; give another out")
+    return places

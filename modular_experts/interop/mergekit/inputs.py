@@ -118,7 +118,12 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
         if reference.adapter is not None:
             added = dict(read_peft(reference.adapter.path, opened).deltas)
         models[reference] = Model(opened.directory, opened.weights, added)
+    _check_alike(recipe, models)
+    return models
 
+
+def _check_alike(recipe: Recipe, models: Mapping[ModelReference, Model]) -> None:
+    """Refuse models that differ in their weights, or in a tokenizer that the recipe asks for."""
     first, *others = [model.stored for model in models.values()]
     for other in others:
         check_same_model(first.structure, other.structure)
@@ -129,7 +134,7 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
             if ours != theirs:
                 places = f"{ours} in {first.structure.place} and {theirs} in {other.structure.place}"
                 raise ValueError(f"{name} has shape {places}; mergekit would cut or skip it, here both must be equal")
-    if recipe.tokenizer and base:
+    if recipe.tokenizer and (base := recipe.base):
         expected = models[base].vocabulary()
         for reference, model in models.items():
             if expected is None or (model.vocabulary() or expected) != expected:
@@ -137,4 +142,3 @@ def open_models(recipe: Recipe) -> dict[ModelReference, Model]:
                     f"the recipe asks for the tokenizer of {base}, which is missing, or {reference} has another one; "
                     "embeddings in another order are not supported"
                 )
-    return models

@@ -44,21 +44,7 @@ def read_recipe(file: str | Path) -> Recipe:
     if method.base and base is None:
         raise ValueError(f"merge_method {name} needs a base_model, and {file} names none")
 
-    # `models` and `slices` stand in the recipe, or in its one module
-    body, prefix = recipe, ""
-    if "modules" in recipe:
-        modules, prefix = _mapping(recipe["modules"], "modules", {"default"}), "modules.default."
-        body = _mapping(modules.get("default"), "modules.default", {"models", "slices", "parameters"})
-    if sum(key in recipe for key in ("models", "slices", "modules")) != 1 or ("models" in body) == ("slices" in body):
-        raise ValueError("a recipe must have exactly one of models, slices and modules, and a module models or slices")
-    if "models" in body:
-        sources = _sources(body["models"], f"{prefix}models", method, {"model", "parameters"})
-        if base is not None:
-            sources.setdefault(base, {})
-        slices = [Slice(sources, {})]
-    else:
-        slices = _slices(body["slices"], f"{prefix}slices", method, base)
-
+    body, prefix, slices = _body(recipe, method, base)
     experts = [model for model in slices[0].sources if model != base]
     least = 2 if name == "model_stock" else 1
     if len(experts) < least or len(experts) != (method.models or len(experts)):
@@ -80,6 +66,26 @@ def read_recipe(file: str | Path) -> Recipe:
         tokenizer=_wants_tokenizer(recipe, base),
         source=loaded,
     )
+
+
+def _body(
+    recipe: Mapping[str, Any], method: Method, base: ModelReference | None
+) -> tuple[Mapping[str, Any], str, list[Slice]]:
+    """Return what holds the models, the recipe or its one module, the place of its keys, and its slices."""
+    body, prefix = recipe, ""
+    if "modules" in recipe:
+        modules, prefix = _mapping(recipe["modules"], "modules", {"default"}), "modules.default."
+        body = _mapping(modules.get("default"), "modules.default", {"models", "slices", "parameters"})
+    if sum(key in recipe for key in ("models", "slices", "modules")) != 1 or ("models" in body) == ("slices" in body):
+        raise ValueError("a recipe must have exactly one of models, slices and modules, and a module models or slices")
+    if "models" in body:
+        sources = _sources(body["models"], f"{prefix}models", method, {"model", "parameters"})
+        if base is not None:
+            sources.setdefault(base, {})
+        slices = [Slice(sources, {})]
+    else:
+        slices = _slices(body["slices"], f"{prefix}slices", method, base)
+    return body, prefix, slices
 
 
 class _UniqueKeys(yaml.SafeLoader):

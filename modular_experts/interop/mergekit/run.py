@@ -82,14 +82,17 @@ def merge_recipe(
         layout = {stored.keys(name)[0]: (dtypes[name], tuple(stored.shape(name))) for name in names}
         write_shards(temporary, layout, tensors())
         copy_companions(donor.directory, temporary)
-        config = read_json(donor.directory / "config.json", "so it is not the directory of a model")
         kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes.values()]
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, and the newer
-        config[key] = max(sorted(set(kinds)), key=kinds.count)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_configuration(donor.directory, temporary, max(sorted(set(kinds)), key=kinds.count))
         directories = {str(reference): str(model.directory) for reference, model in models.items()}
         write_manifest(temporary, {"mergekit": recipe.source, "models": directories, "seed": seed})
     return target
+
+
+def _write_configuration(source: Path, target: Path, dtype: str) -> None:
+    config = read_json(source / "config.json", "so it is not the directory of a model")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype  # the older name, and the newer
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_shards(

@@ -95,20 +95,7 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
     def __iter__(self) -> Iterator[tuple[str, Delta]]:
         self.stated = self.measured = 0
         files = self._files
-        with _asking(files, "load"):
-            model, tuned = self._load(seed=1)
-            prompts = fixed_prompts(model)
-            other = logits(tuned, prompts)
-            del model, tuned  # one model in memory at a time
-            model, tuned = self._load(seed=0)
-            expected = logits(tuned, prompts)
-        apart, _ = difference(other, expected)
-        if not apart <= self._tolerance:
-            raise ValueError(
-                f"{files.directory} has no fixed meaning: PEFT draws numbers while it loads it, and the logits of two "
-                f"loads differ by {apart:.3g}; convert it where it was trained, with PEFT's "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-            )
+        model, tuned, prompts, expected = self._load_twice()
         seen = set()
         for name, layer in _layers(tuned, self._base):
             with _asking(files, "merge"):
@@ -137,6 +124,24 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
                 f"those of base plus deltas, and the tolerance is {self._tolerance:.3g}, so it does more than move "
                 "weights"
             )
+
+    def _load_twice(self) -> tuple[Any, Any, Tensor, Tensor]:
+        """Return the base, PEFT's model around it, prompts and its logits, once a second load has the same logits."""
+        with _asking(self._files, "load"):
+            model, tuned = self._load(seed=1)
+            prompts = fixed_prompts(model)
+            other = logits(tuned, prompts)
+            del model, tuned  # one model in memory at a time
+            model, tuned = self._load(seed=0)
+            expected = logits(tuned, prompts)
+        apart, _ = difference(other, expected)
+        if not apart <= self._tolerance:
+            raise ValueError(
+                f"{self._files.directory} has no fixed meaning: PEFT draws numbers while it loads it, and two loads "
+                f"have logits that differ by {apart:.3g}; convert it where it was trained, with PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        return model, tuned, prompts, expected
 
     def record(self) -> dict[str, Any]:
         """Return what a record notes about the import, after an iteration."""
