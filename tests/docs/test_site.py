@@ -305,3 +305,13 @@ def test_the_page_of_failures_quotes_sentences_of_the_code() -> None:
     parts = [part.strip(" ;:,") for quote in quoted for part in quote.split("...")]
     assert len(quoted) > 20
     assert not [part for part in parts if part not in said]
+
+
+def test_the_lives_name_files_and_what_is_in_them() -> None:
+    page = (DOCS / "concepts/lives.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| (`.+`) \| (`.+`) \|$", page, re.MULTILINE)
+    assert len(rows) > 30
+    for files, names in rows:
+        text = "".join((ROOT / "modular_experts" / file).read_text("utf-8") for file in re.findall("`(.*?)`", files))
+        missing = [name for name in re.findall("`(.*?)`", names) if not re.search(rf"\b{name}\b", text)]
+        assert not missing, (files, missing)
