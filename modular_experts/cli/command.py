@@ -26,13 +26,7 @@ def run_command(
     positional: Sequence[str] = (),
     short: Mapping[str, str] = NO_SHORT_NAMES,
 ) -> None:
-    """Parse a command's arguments and call its function.
-
-    Args:
-        function: A function with annotations and a Google-style docstring.
-        argv: The command and its arguments.
-        positional: Names of the options that may also be given by position.
-        short: Full name of each option that has a short one.
+    """Parse a command's arguments, as `read_options` takes them, and call its function.
 
     Raises:
         UsageError: The arguments do not fit; nothing was called.

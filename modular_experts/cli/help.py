@@ -179,10 +179,7 @@ def training_help(verb: str, summary: str) -> str:
 def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     """Return the help on the settings of a class that is imported: what stands in its docstring, and the defaults.
 
-    Args:
-        prefix: What stands before each name, such as `--method.`.
-        kind: The class.
-        given_by_us: How many of its first arguments the package gives.
+    Each name follows a prefix, such as `--method.`; the first `given_by_us` arguments are no settings.
     """
     hints, defaults = arguments_of(kind, given_by_us)
     texts: dict[str, str] = {}

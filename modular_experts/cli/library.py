@@ -195,11 +195,7 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "method", f"{pattern}: {chosen['class_path'].rpartition('.')[2] if chosen else 'stays at the base'}"
     for parent in record["parents"]:
         yield "parent", f"{parent.get('name')} (content {str(parent.get('content_hash'))[:12]})"
-    # `ExpertModule` logs losses per target token under these names.
-    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
-    for name, score in sorted(record["scores"].items()):
-        metric, _, task = name.partition("/")
-        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {_score(score)}"
+    yield from _scores(record["scores"])
     if not expert.mergeable:
         yield "merging", f"not possible, because {expert.not_mergeable_because}"
     if state := expert.state():
@@ -210,16 +206,7 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
         yield "kept", f"{total.kept:,} of {total.entries:,} entries ({total.cells()[2]})"
     if shares[1] is not None:
         yield "trained", f"{share_text(shares[0])} of the units at the end, {share_text(shares[1])} at any time"
-    costs = record.get("costs") or {}
-    if "optimizer_bytes" in costs:
-        yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
-    if costs.get("selections"):
-        passes, seconds = costs["selection_passes"], costs["selection_seconds"]
-        held = f"at most {bytes_text(costs['selection_bytes'])} more memory in use than before"
-        times = "once" if costs["selections"] == 1 else f"{costs['selections']} times"
-        yield "selection", f"{times}, {passes} passes, {seconds:.3g} s, {held}"
-    if "overlap" in costs:
-        yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
+    yield from _costs(record.get("costs") or {})
     if forms:
         yield "norm", total.cells()[3]
     for kind in kinds_of_statistics(expert):
@@ -229,6 +216,19 @@ def _facts(expert: StoredExpert, total: Measure) -> Iterable[tuple[str, str]]:
     seed = "" if record.get("seed") is None else f", seed {record['seed']}"
     yield "created", f"{record.get('created')}{seed}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+
+
+def _costs(costs: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what a training's optimizer and its choices of supports took."""
+    if "optimizer_bytes" in costs:
+        yield "optimizer", f"{bytes_text(costs['optimizer_bytes'])} of state"
+    if costs.get("selections"):
+        passes, seconds = costs["selection_passes"], costs["selection_seconds"]
+        held = f"at most {bytes_text(costs['selection_bytes'])} more memory in use than before"
+        times = "once" if costs["selections"] == 1 else f"{costs['selections']} times"
+        yield "selection", f"{times}, {passes} passes, {seconds:.3g} s, {held}"
+    if "overlap" in costs:
+        yield "overlap", f"of the experts to avoid, {costs['overlap']:.3g} keep an entry that is kept here, on average"
 
 
 def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -246,6 +246,14 @@ def _training(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "rows", f"{task}: {rows} (content {data['hash'][:12]})"
     if facts.get("config"):
         yield "configuration", facts["config"]
+
+
+def _scores(scores: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    # `ExpertModule` logs losses per target token under these names.
+    words = {"val_loss": "validation loss", "loss": "training loss of the last batch"}
+    for name, score in sorted(scores.items()):
+        metric, _, task = name.partition("/")
+        yield "score", f"{words.get(metric, metric)}{f' of {task}' if task else ''}: {_score(score)}"
 
 
 def _score(score: Any) -> str:

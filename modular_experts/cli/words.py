@@ -61,11 +61,8 @@ def read_options(
 ) -> list[Option]:
     """Return the options of a command line under their full names, with underscores.
 
-    Args:
-        words: The command line after the command.
-        hints: Type of each option. A list takes the words up to the next option, and a flag needs no value.
-        positional: Names of the options that may be given by position.
-        short: Full name of each option that has a short one.
+    By its type in `hints`, a list takes the words up to the next option, and a flag needs no value. `positional` names
+    the options that may be given by position, `short` the full name of each option that has a short one.
 
     Raises:
         UsageError: A word is neither an option nor the value of one, or an option has no value, or two.
@@ -183,14 +180,7 @@ def settings_of(
     short: Mapping[str, str] = NO_SHORT_NAMES,
     beneath: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what config files and options set, as nested dictionaries; a class with settings has `class_path`.
-
-    Args:
-        options: The options, `config` among them.
-        hints: Type of each option.
-        short: Full name of each option that has a short one.
-        beneath: Settings that every config file beats.
-    """
+    """Return what config files and options set, as nested dictionaries, over settings that lie beneath both."""
     files = [word for one in options if one.name == "config" for word in one.words]
     settings = copy.deepcopy(folded([(f"--config {file}", read_config(file)) for file in files], beneath, short))
     for option in [one for one in options if one.name not in ("config", "print_config")]:

@@ -81,12 +81,7 @@ def from_yaml(text: str) -> Any:
 
 
 def no_option(option: str, known: Collection[str]) -> UsageError:
-    """Return the sentence for an option that a command does not have.
-
-    Args:
-        option: The option, with its dashes.
-        known: The options that there are.
-    """
+    """Return the sentence for an option that is not among the known ones; all have their dashes."""
     ours = ELSEWHERE.get(option.rpartition("--")[2].rpartition(".")[2], "")
     if ours.partition(".")[0] in known:
         return UsageError(f"there is no option {option}; did you mean {ours}?")

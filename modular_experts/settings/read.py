@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -36,18 +37,13 @@ _SCALARS: dict[Any, Any] = {bool: bool, int: int, float: (int, float), str: (str
 _SCALARS |= {list: list, dict: dict, tuple: tuple, Any: object, object: object}
 
 
-def make(kind: Any, settings: Any, option: str = "") -> Any:
+def make(kind: Any, settings: Any) -> Any:
     """Return the object of a type, such as `MergeMethod` or `list[Task]`, that settings describe.
-
-    Args:
-        kind: The type.
-        settings: A name, or `class_path` and `init_args`; for a list, what its entries take.
-        option: What the sentence of an error calls the settings.
 
     Raises:
         UsageError: The settings do not fit the type.
     """
-    return read(option or ("--tasks" if get_origin(kind) is list else "--merges"), kind, settings).make()
+    return read("--tasks" if get_origin(kind) is list else "--merges", kind, settings).make()
 
 
 def read(option: str, hint: Any, value: Any) -> Read:
@@ -176,11 +172,7 @@ def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later:
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
     """Read the settings of a function or class; they make its arguments, and their plain form holds its defaults too.
 
-    Args:
-        prefix: What stands before each name in the sentence of an error, such as `--`.
-        called: The function or class.
-        settings: Its settings by name.
-        given_by_us: How many of the first arguments the package gives, and no setting.
+    The sentences of errors have `prefix` before each name. The first `given_by_us` arguments are no settings.
     """
     hints, defaults = arguments_of(called, given_by_us)
     for name in settings:
@@ -190,16 +182,16 @@ def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[st
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in settings:
             raise UsageError(f"{prefix}{name} must be given, on the command line or in --config")
-    described = {}
-    for name, default in defaults.items():
-        if name in found:
-            described[name] = found[name].plain
-        else:
-            try:
-                described[name] = read(f"{prefix}{name}", hints[name], default).plain
-            except UsageError:
-                described[name] = _as_it_is(default).plain
+    described = {name: _default(hints[name], default) for name, default in defaults.items()}
+    described |= {name: one.plain for name, one in found.items()}
     return Read(described, lambda: _grouped(called, {name: one.make() for name, one in found.items()}))
+
+
+def _default(hint: Any, default: Any) -> Any:
+    """Return a default as a YAML file holds it."""
+    with suppress(UsageError):
+        return read("", hint, default).plain
+    return _as_it_is(default).plain
 
 
 def _grouped(called: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -216,13 +208,9 @@ def _is_options(kind: Any) -> bool:
 
 
 def arguments_of(called: Callable[..., Any], given_by_us: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the annotations and the defaults of the arguments of a function or class.
+    """Return the annotations and the defaults of the arguments of a function or class, but the first `given_by_us`.
 
-    An argument that is an `Options` object stands for its fields.
-
-    Args:
-        called: The function or class; one that takes further arguments by name passes them to its base class.
-        given_by_us: How many of the first arguments the package gives, and no option.
+    An `Options` object stands for its fields, and arguments that a class passes on for those of its base class.
     """
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -261,13 +249,7 @@ def _hints_of(maker: Callable[..., Any]) -> dict[str, Any]:
 
 
 def class_named(option: str, hints: Iterable[Any], name: str | None) -> tuple[Any, int]:
-    """Return the class that a name stands for, and how many of its arguments the package gives.
-
-    Args:
-        option: What the sentence of an error calls the option.
-        hints: The annotations of the option, of which one takes the class.
-        name: The name; None for a class that need not be named.
-    """
+    """Return the class that a name stands for, or that need not be named, and how many arguments the package gives."""
     refused = UsageError(f"{option} takes no class, so it has no settings")
     for hint in hints:
         called = get_origin(hint) is Callable

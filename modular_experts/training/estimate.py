@@ -105,62 +105,21 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         data.setup("fit")
         length = training_length(trainer, len(data.train_dataloader()))
         probe = _Probe(length)
-        before, module.learning_rate = module.learning_rate, 0.0
-        mine = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        loaded = hasattr(module, "model")
-        python = 0 if loaded else _peak(device)
-        # The schedules of the short fit may exchange what an earlier fit trained.
-        kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
-        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-            short = Trainer(
-                max_steps=_STEPS,
-                max_epochs=-1,
-                accelerator=device.type,
-                devices=1,
-                precision=trainer.precision,
-                gradient_clip_val=trainer.gradient_clip_val,
-                callbacks=[*mine, EvenValidation(times=0), probe],
-                limit_val_batches=2,
-                num_sanity_val_steps=2,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                default_root_dir=folder,
-            )
-            try:
-                module.trainer = short
-                module.setup("fit")
-                module.configure_model()
-                data.fit_context(context_length(module.model))
-                batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
-                validation: list[Batch] = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
-                module.model.to(device)
-                taught = module.prepare_experts(data)
-                short.fit(module, _Batches(data, batches, validation))
-            finally:
-                module.learning_rate = before
-                if kept:
-                    resize_like(module.model, kept)
-                    module.load_state_dict(kept, strict=False)
+        short, validation, taught, python = _rehearsed(module, data, trainer, probe)
         optimizer = module.configure_optimizers()["optimizer"]
     planned = [one.planned(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)]
-    parts = trainer.accumulate_grad_batches
     validations = _validations(trainer, data, length, len(validation))
     # The last batch of a validation is seldom full.
     whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
+    step = trainer.accumulate_grad_batches * probe.forward_backward + probe.optimizer_step
     seconds = {
         **({"router": taught} if taught else {}),
-        "steps": length.total_steps * (parts * probe.forward_backward + probe.optimizer_step),
+        "steps": length.total_steps * step,
         "choices": sum(taken for _, taken in planned),
         "validations": validations * whole * probe.validation,
     }
     # Where the process was larger before than now, its parts add up to more than its peak in the steps.
-    parts_of_memory = _bytes(module, probe, python)
+    parts = _bytes(module, probe, python)
     return FitEstimate(
         splits=data.sizes(),
         padding=data.padding(),
@@ -170,11 +129,74 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         choices=sum(number for number, _ in planned),
         validations=validations,
         seconds=seconds,
-        bytes=parts_of_memory,
-        peak=sum(parts_of_memory.values()),
+        bytes=parts,
+        peak=sum(parts.values()),
         on_disk=_on_disk(module, short),
         places=_places(trainer),
     )
+
+
+def _rehearsed(
+    module: ExpertModule, data: TaskMixture, trainer: Trainer, probe: Callback
+) -> tuple[Trainer, list[Batch], float, int]:
+    """Train for a few steps of rate zero, and leave the module as it was.
+
+    Returns:
+        The trainer of these steps, the validation batches, the seconds that a router learned, and the memory before.
+    """
+    device, before, loaded = trainer.strategy.root_device, module.learning_rate, hasattr(module, "model")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    python = 0 if loaded else _peak(device)
+    # The schedules of the short fit may exchange what an earlier fit trained.
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()} if loaded else {}
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        short = _short_trainer(trainer, probe, folder)
+        try:
+            module.learning_rate = 0.0
+            validation, taught = _take_steps(module, data, short)
+        finally:
+            module.learning_rate = before
+            if kept:
+                resize_like(module.model, kept)
+                module.load_state_dict(kept, strict=False)
+    return short, validation, taught, python
+
+
+def _short_trainer(trainer: Trainer, probe: Callback, folder: str) -> Trainer:
+    """Return a trainer of a few steps that keeps nothing, with copies of a trainer's schedules."""
+    mine = [copy.deepcopy(schedule) for schedule in callbacks_of(trainer, Schedule)]
+    return Trainer(
+        max_steps=_STEPS,
+        max_epochs=-1,
+        accelerator=trainer.strategy.root_device.type,
+        devices=1,
+        precision=trainer.precision,
+        gradient_clip_val=trainer.gradient_clip_val,
+        callbacks=[*mine, EvenValidation(times=0), probe],
+        limit_val_batches=2,
+        num_sanity_val_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def _take_steps(module: ExpertModule, data: TaskMixture, short: Trainer) -> tuple[list[Batch], float]:
+    """Load the model and train it with a short trainer; return the validation batches, and the seconds of a router."""
+    module.trainer = short
+    module.setup("fit")
+    module.configure_model()
+    data.fit_context(context_length(module.model))
+    batches = list(itertools.islice(data.train_dataloader(), _MOST_BATCHES))
+    validation = list(itertools.islice(data.val_dataloader(), _MOST_BATCHES))
+    module.model.to(short.strategy.root_device)
+    taught = module.prepare_experts(data)
+    short.fit(module, _Batches(data, batches, validation))
+    return validation, taught
 
 
 @contextmanager
