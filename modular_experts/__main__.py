@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from modular_experts import __version__
-from modular_experts.cli.commands import VERBS
+from modular_experts.cli.commands import VERBS, importing
 from modular_experts.cli.errors import guarded, unknown_command
 
 HELP = """\
@@ -54,7 +54,8 @@ def _run(argv: Sequence[str]) -> None:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         command = VERBS[verb]
-        module = importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}")
+        with importing():
+            module = importlib.import_module(command.module)
         if command.function:
             from modular_experts.cli.command import run_command
 

@@ -6,7 +6,10 @@ A system of `modular_experts/systems` may bring commands: the functions of its f
 from __future__ import annotations
 
 import ast
+import gc
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +32,29 @@ class Command(NamedTuple):
     def path(self) -> str:
         """The file in the package, without its suffix."""
         return self.file if "/" in self.file else f"cli/{self.file}"
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the file."""
+        return f"modular_experts.{self.path.replace('/', '.')}"
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import what a command needs, and never look through it for garbage.
+
+    torch, Lightning and transformers bring a million objects that stay. Python would search them again and again, which
+    took a third of the time of `list`, and a quarter of the time of a fit of one step.
+    """
+    before = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+        # Where all is imported already, there may be garbage.
+        if len(sys.modules) > before:
+            gc.freeze()
+    finally:
+        gc.enable()
 
 
 def system_commands() -> Iterator[tuple[str, Command]]:

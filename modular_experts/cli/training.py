@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modular_experts.cli.commands import importing
 from modular_experts.cli.words import Option, read_options, settings_of
 from modular_experts.settings import SHORT_NAMES, no_option
 from modular_experts.settings.read import arguments_of
@@ -38,12 +39,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(verb: str, words: Sequence[str], known: Sequence[str]) -> None:
-    from modular_experts.cli import command
-    from modular_experts.cli.dry_run import print_estimate
-    from modular_experts.cli.help import class_help
-    from modular_experts.training.fit import end_processes, estimate_fit, fit, measure
-    from modular_experts.training.settings import RunSettings, read_run
-
+    with importing():
+        from modular_experts.cli import command
+        from modular_experts.cli.dry_run import print_estimate
+        from modular_experts.cli.help import class_help
+        from modular_experts.training.fit import end_processes, estimate_fit, fit, measure
+        from modular_experts.training.settings import RunSettings, read_run
     hints = {name: hint for name, hint in arguments_of(RunSettings)[0].items() if name in known}
     hints |= command.TRUST
     options = read_options(words, hints, short=SHORT_NAMES)

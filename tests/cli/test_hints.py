@@ -53,9 +53,9 @@ def hints_of(verb: str) -> dict[str, object]:
     """Return the type of each option of a command."""
     command = VERBS[verb]
     if command.function:
-        return arguments_of(getattr(importlib.import_module(f"modular_experts.cli.{command.file}"), command.function))[
-            0
-        ]
+        return arguments_of(
+            getattr(importlib.import_module(f"modular_experts.{command.path.replace('/', '.')}"), command.function)
+        )[0]
     found = dict(GROUPS) | {"ckpt_path": str, "seed_everything": int}
     found |= {name: kinds_of(full, found)[0] for name, full in SHORT_NAMES.items()}
     own = {option.split()[0][2:].replace("-", "_") for option in OWN_OPTIONS} if verb == "fit" else set()
