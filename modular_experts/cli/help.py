@@ -24,7 +24,7 @@ _WIDTH, _COLUMN = 80, 26
 _CLASSES = {"MergeMethod": " NAME", "SearchAlgorithm": " NAME", "TaskMixture": "", "Tuning": "", "LeaveOut": ""}
 _METAVARS = {"bool": "", "int": " N", "float": " X", "LeaveOut": " SETTINGS"}
 _METAVARS |= {"list[str]": " A [B ...]", "Tasks": " FILE [FILE ...]"}
-_METAVARS |= {"DType": " {float32,bfloat16,float16,float64}"}
+_METAVARS |= {"DType": " DTYPE"}
 # An argument in a docstring, with its type or without, and the lines of its text.
 _ENTRY = r"^ +(\w+)(?: \([^)]*\))?: (.*(?:\n(?! *\w+(?: \([^)]*\))?: ).+)*)"
 # Both spellings work; the help shows the usual one.
@@ -179,7 +179,7 @@ def training_help(verb: str, summary: str) -> str:
 def class_help(prefix: str, kind: Any, given_by_us: int = 0) -> str:
     """Return the help on the settings of a class that is imported: what stands in its docstring, and the defaults.
 
-    Each name follows a prefix, such as `--method.`; the first `given_by_us` arguments are no settings.
+    Each name follows a prefix, such as `--method.`; the first `given_by_us` arguments are left out.
     """
     hints, defaults = arguments_of(kind, given_by_us)
     texts: dict[str, str] = {}

@@ -172,7 +172,7 @@ def _read_class(option: str, base: Any, value: Any, given_by_us: int = 0, later:
 def read_arguments(prefix: str, called: Callable[..., Any], settings: Mapping[str, Any], given_by_us: int = 0) -> Read:
     """Read the settings of a function or class; they make its arguments, and their plain form holds its defaults too.
 
-    The sentences of errors have `prefix` before each name. The first `given_by_us` arguments are no settings.
+    The sentences of errors have `prefix` before each name. The first `given_by_us` arguments are left out.
     """
     hints, defaults = arguments_of(called, given_by_us)
     for name in settings:

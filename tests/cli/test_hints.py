@@ -95,7 +95,7 @@ def wrong_hints(text: str) -> list[str]:
             found.append(f"modular-experts {verb}")
         if any(stranger in part for stranger in STRANGERS):
             continue
-        for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9_.+-]*[a-z0-9_])(?![A-Z:\w])", part):
+        for option in re.findall(r"(?<![\w-])(?<!var\()--([a-z][a-z0-9_.+-]*[a-z0-9_])(?![A-Z:\w])", part):
             found += [] if exists(option, [verb] if verb in VERBS else list(VERBS)) else [f"--{option}"]
     for group, name in re.findall(r"(?<![\w.\-/(])(model|data|trainer)\.([a-z_]+)(?![\w(./])", text):
         known = arguments_of(GROUPS[group])[0]
