@@ -15,7 +15,7 @@ _HOMES = {
     "modular_experts.deltas": ("BlockSparse", "Delta", "Dense", "LowRank", "Sparse"),
     "modular_experts.experts": (*("Expert", "FullExpert", "LoRAExpert", "MaskedExpert", "SparseExpert"),),
     "modular_experts.injection": ("eject", "inject"),
-    "modular_experts.injection.route": ("route",),
+    "modular_experts.training.route": ("route",),
     "modular_experts.injection.routed": ("routed",),
     "modular_experts.injection.save": ("save_expert",),
     "modular_experts.routing": ("Centroid", "Oracle", "Router"),

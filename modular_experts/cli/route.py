@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 # So that a config names the generated tasks by their class alone.
 import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, counted, progress_bar
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import describe_router
-from modular_experts.injection.route import members_of
-from modular_experts.injection.route import route as route_experts
-from modular_experts.library import check_target
-from modular_experts.library.statistics import kinds_of_statistics
 from modular_experts.routing import Centroid, Router
-from modular_experts.routing.router import check_fallback
-from modular_experts.statistics import take_statistics
+from modular_experts.training.route import route as route_experts
 
 
 def route(
@@ -53,23 +46,13 @@ def route(
         modular-experts route --experts library/a library/b --fallback library/ab --out library/routed
         modular-experts evaluate --experts library/routed --tasks a.jsonl b.jsonl --out runs/routed
     """
-    check_target(out, overwrite)
     chosen = router or Centroid()
-    check_fallback(chosen, fallback)
-    members = members_of(experts, out, fallback)
-    kind: Any = chosen.needs
-    lacking = [one.path for one in members if kind and kind not in kinds_of_statistics(one)]
-    if lacking and data is not None:
-        take_statistics(lacking, kind, data, rows, progress=progress_bar(f"taking {kind}"))
-    elif lacking:
-        raise ValueError(
-            f"{len(lacking)} of {counted(len(members), 'expert')} have no {kind} statistics, which "
-            f"{type(chosen).__name__} learns from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
-        )
-    made = route_experts(members, out, chosen, fallback, overwrite)
+    bar = progress_bar(f"taking {chosen.needs}")
+    made = route_experts(experts, out, chosen, fallback, data, rows, overwrite, bar)
+    count = len(made.record["parents"]) - (fallback is not None)
     settings = {
         name: value for name, value in describe_router(chosen).items() if name not in ("router", "select", "tasks")
     }
     behind = f", and {fallback} for what it rejects" if fallback else ""
-    print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(len(members), 'expert')}{behind}")
+    print(f"{call_text(type(chosen).__name__, settings)} chooses among {counted(count, 'expert')}{behind}")
     print(f"{out}: routed, {made.size_on_disk:,} bytes beside its experts")

@@ -2,7 +2,7 @@
 
 Deltas are added to the weights. An expert that depends on the input is put into the layers: a routed expert with the
 experts behind it, and what was trained by a plan or by a type that is made of its state. All of them leave the base as
-they found it. What `route.py` stores of a router is read here.
+they found it. What `training/route.py` stores of a router is read here.
 """
 
 from __future__ import annotations
@@ -92,11 +92,7 @@ class _Both(ExitStack):
 
 
 def plan_of(expert: StoredExpert) -> Plan:
-    """Return a plan that makes the trained experts of a stored expert again, for `load_expert_state`.
-
-    Raises:
-        ValueError: Its classes are not known, or cannot be made of the settings and the state that are stored.
-    """
+    """Return a plan that makes the trained experts of a stored expert again, for `load_expert_state`."""
     plan, path = expert.record.get("plan"), str(expert.record.get("class_path", "+"))
     if plan:
         return rebuild({"class_path": plan["class"], "init_args": plan["settings"]}, LayerPlan, owner=str(expert.path))
@@ -117,12 +113,7 @@ def by_state(kind: Any, expert: StoredExpert, sites: Sequence[Site]) -> Mapping[
 
 
 def put_in(model: nn.Module, expert: StoredExpert, check: bool = True) -> Routed:
-    """Put a routed expert into a model, its base, until `remove` or the end of a `with`.
-
-    Args:
-        model: The base, before anything is injected.
-        expert: The routed expert; the experts behind it lie beside it in the library.
-        check: Whether the model must be the base of the experts.
+    """Put a routed expert, whose experts lie beside it, into its base until `remove` or the end of a `with`.
 
     Raises:
         FileNotFoundError: An expert behind it is missing.
@@ -178,11 +169,7 @@ def describe_router(router: Router) -> dict[str, Any]:
 
 
 def make_router(class_path: str, described: Mapping[str, Any], owner: str = "the record") -> Router:
-    """Return a router of a class with the settings that `describe_router` returned, before it has learned.
-
-    Raises:
-        ValueError: Its class, or the class of its selection, is not known, or does not take the settings.
-    """
+    """Return a router of a class with the settings that `describe_router` returned, before it has learned."""
     given = {name: value for name, value in described.items() if name != "router"}
     if chosen := given.get("select"):
         given["select"] = {

@@ -133,16 +133,7 @@ def route_beneath(
     """Add routed experts to what the layers of a model give, for good, and leave the layers free for other experts.
 
     So a new expert is trained on top of them. A router of scope `sample` reads prompts with what the new expert changes
-    in the first blocks.
-
-    Args:
-        model: The experts' base, before anything is injected.
-        experts: As for `routed`.
-        router: As for `routed`.
-        fallback: As for `routed`.
-
-    Raises:
-        ValueError: As for `routed`.
+    in the first blocks. The arguments and errors are those of `routed`.
     """
     several, fitting = _fitting(model, experts, router, fallback, check=False)
     current = CurrentGates()
@@ -196,11 +187,7 @@ def by_weight(
 ) -> dict[str, Router]:
     """Return a copy of a router of scope `linear` for each weight that an expert moves, after it has learned there.
 
-    Args:
-        router: The router, with its settings.
-        model: The experts' base; its numbers are not read, so it may be on the meta device.
-        experts: The experts.
-        statistics: What the router `needs`, of each expert by weight.
+    The model's numbers are not read. `statistics` are those that the router `needs`, of each expert by weight.
     """
     found = {}
     for site in moved_sites(model, experts):
@@ -214,11 +201,7 @@ def by_weight(
 
 
 def by_block(router: Router, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> dict[str, Router]:
-    """Return a copy of a router of scope `block` for each transformer block in which an expert moves a weight.
-
-    Raises:
-        ValueError: The router needs statistics, or an expert moves a weight outside of the blocks.
-    """
+    """Return a copy of a router of scope `block` for each transformer block in which an expert moves a weight."""
     if router.needs:
         raise ValueError(f"{type(router).__name__} needs {router.needs}, and no statistics are taken of a block")
     found = {block: copy.deepcopy(router) for block in places("block", model, experts)}
@@ -228,11 +211,7 @@ def by_block(router: Router, model: nn.Module, experts: Sequence[Mapping[str, De
 
 
 def places(scope: Scope, model: nn.Module, experts: Sequence[Mapping[str, Delta]]) -> list[str]:
-    """Return the names of the weights, or for scope `block` of the transformer blocks, at which a router chooses.
-
-    Raises:
-        ValueError: An expert moves a weight outside of the blocks.
-    """
+    """Return the names of the weights, or for scope `block` of the transformer blocks, at which a router chooses."""
     return list(dict.fromkeys(_place(scope, site) for site in moved_sites(model, experts)))
 
 

@@ -32,7 +32,6 @@ from modular_experts.evaluation.scores import TextMetric
 from modular_experts.injection import context_length
 from modular_experts.injection.attach import attached
 from modular_experts.injection.ensemble import ensembled
-from modular_experts.injection.route import route
 from modular_experts.library import StoredExpert, open_expert
 from modular_experts.library.described import describe, trust
 from modular_experts.merger.merged import Merged, write_merged
@@ -45,6 +44,7 @@ from modular_experts.statistics import take_statistics
 from modular_experts.study.merges import Ensemble, Merge, Route
 from modular_experts.study.settings import Measure, Study
 from modular_experts.training.fit import fit
+from modular_experts.training.route import route
 from modular_experts.training.settings import read_run
 from modular_experts.tuning import CoefficientSearch, Objective, search
 from modular_experts.tuning.tune import notes_of, tune_groups

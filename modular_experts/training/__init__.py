@@ -1,4 +1,5 @@
 """Train experts on a base: `ExpertModule` as a LightningModule, learning-rate shapes, exact resume.
 
-Schedules, export and reports are `callbacks/`; rows come from `data/`. Open `module.py` first.
+Schedules, export and reports are `callbacks/`; rows come from `data/`. Open `module.py` first. `route.py`
+lets a router learn experts of a library.
 """

@@ -19,10 +19,10 @@ from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Sparse
 from modular_experts.evaluation import evaluate, measure
 from modular_experts.injection.attach import attached, put_in
-from modular_experts.injection.route import route
 from modular_experts.library import make_record, open_expert, open_statistics, write_expert
 from modular_experts.merger import merge
 from modular_experts.routing import Centroid, Oracle, Softmax, TopK
+from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {"model.layers.0.self_attn.q_proj.weight": (32, 32), "model.layers.1.mlp.down_proj.weight": (32, 48)}

@@ -15,10 +15,10 @@ from modular_experts.deltas import Sparse
 from modular_experts.hub.card import CardEntry, model_card
 from modular_experts.hub.pull import pull
 from modular_experts.hub.push import push
-from modular_experts.injection.route import route
 from modular_experts.library import Library, make_record, open_expert, write_expert, write_statistics
 from modular_experts.methods.method import DataStatistic
 from modular_experts.routing import Oracle
+from modular_experts.training.route import route
 
 REPO = "someone/experts"
 BASE = {"id": "maker/base", "revision": "main", "fingerprint": "f" * 64}

@@ -18,12 +18,12 @@ from modular_experts.base.files import fingerprint
 from modular_experts.data import TaskMixture
 from modular_experts.evaluation import measure
 from modular_experts.injection.attach import attached
-from modular_experts.injection.route import route
 from modular_experts.interop.harness import export_tasks, harness, harness_tasks
 from modular_experts.library import make_record, write_expert
 from modular_experts.reports import Results
 from modular_experts.routing import Centroid
 from modular_experts.statistics import take_statistics
+from modular_experts.training.route import route
 
 WORDS = [first + middle + last for first in "bdfgkl" for middle in "aeio" for last in "nt"]
 ENDS = [":", " ->\n", " is ", "?"]

@@ -15,13 +15,13 @@ from modular_experts.base import Base
 from modular_experts.deltas import Delta, Dense
 from modular_experts.injection import ExpertLayer, named_experts
 from modular_experts.injection.attach import put_in
-from modular_experts.injection.route import route
 from modular_experts.injection.routed import routed
 from modular_experts.library import open_experts
 from modular_experts.routing import Router, TopK
 from modular_experts.routing.gates import Selection
 from modular_experts.testing import check_router
 from modular_experts.text import block_of
+from modular_experts.training.route import route
 
 
 class First(Router):

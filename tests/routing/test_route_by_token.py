@@ -15,11 +15,11 @@ from modular_experts.base import Base
 from modular_experts.base.files import fingerprint
 from modular_experts.deltas import Delta
 from modular_experts.injection.attach import attached, put_in
-from modular_experts.injection.route import route
 from modular_experts.injection.routed import routed
 from modular_experts.library import make_record, open_expert, open_experts, open_statistics, write_expert
 from modular_experts.routing import Arrow, Energy, GenKnowSub, Router, Softmax, TopK
 from modular_experts.statistics import take_statistics
+from modular_experts.training.route import route
 
 TASKS = ["upper", "reverse", "first"]
 WEIGHTS = {

@@ -1,5 +1,5 @@
 """Make a routed expert of experts in a library: the state of a router, and names and content hashes of the experts
-behind it, which lie in the same library. `attach.py` puts it into a model.
+behind it, which lie in the same library. `injection/attach.py` puts it into a model.
 """
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modular_experts.base import Base
+from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import COUNT, MODEL, describe_router
 from modular_experts.injection.routed import by_block, by_weight
 from modular_experts.library import (
@@ -27,8 +29,12 @@ from modular_experts.library import (
 )
 from modular_experts.library.compatibility import union_of_weights
 from modular_experts.library.described import class_path, trust
+from modular_experts.library.record import ROUTED
+from modular_experts.library.statistics import kinds_of_statistics
+from modular_experts.progress import Progress
 from modular_experts.routing import Centroid, Router
 from modular_experts.routing.router import check_fallback
+from modular_experts.statistics import take_statistics
 
 BECAUSE = "its router chooses experts by the input"
 BECAUSE_CONSTANT = "it needs the experts behind it, of which `merge` makes one expert if it gets this one"
@@ -39,7 +45,10 @@ def route(
     out: str | Path,
     router: Router | None = None,
     fallback: str | Path | StoredExpert | None = None,
+    data: TaskMixture | None = None,
+    rows: int = 256,
     overwrite: bool = False,
+    progress: Progress = iter,
 ) -> StoredExpert:
     """Let a router learn some experts, and write both as one routed expert.
 
@@ -48,18 +57,21 @@ def route(
         out: Directory of the routed expert, in the library of the experts.
         router: The router; `Centroid` with its defaults if not given.
         fallback: An expert, such as a merge, for inputs that the router rejects; the base alone if not given.
+        data: The experts' tasks, from whose rows a router learns that needs statistics which were not taken yet.
+        rows: The most rows of one task.
         overwrite: Replace an expert of this name.
+        progress: Iterator wrapper around the experts whose statistics are taken, e.g. `tqdm`.
 
     Raises:
         FileExistsError: An expert of this name is there and may not be replaced; nothing has been read yet.
-        FileNotFoundError: The router needs the prompts of an expert, which were not taken yet.
         ValueError: An expert has another base, lies in another library or is not mergeable, two experts disagree on
-            the shape of a weight, there are too few, or the router would never use the fallback.
+            the shape of a weight, there are too few, the router would never use the fallback, or there are neither
+            data nor statistics to learn from.
     """
     target = check_target(out, overwrite)
     router = router or Centroid()
     check_fallback(router, fallback.path if isinstance(fallback, StoredExpert) else fallback)
-    opened = members_of(experts, out, fallback)
+    opened = _members_of(experts, out, fallback)
     members = [*opened, *([] if fallback is None else open_experts([fallback]))]
     base = common_base(members)
     for expert in members:
@@ -70,11 +82,12 @@ def route(
             )
     union_of_weights(members)
     router.select.check(len(opened))
+    _take_missing(router, opened, data, rows, progress)
     # Whoever gives the router trusts its code.
     trust(type(router), type(router.select))
     state = _state(_learned(router, opened), len(opened))
     record = make_record(
-        "routed",
+        ROUTED,
         base,
         hyperparameters=describe_router(router),
         tasks=list(dict.fromkeys(task for expert in opened for task in expert.record["tasks"])),
@@ -86,7 +99,7 @@ def route(
     return open_expert(target)
 
 
-def members_of(
+def _members_of(
     experts: Sequence[str | Path | StoredExpert], out: str | Path, fallback: str | Path | StoredExpert | None = None
 ) -> list[StoredExpert]:
     """Open the experts that are chosen from: without the fallback and `out`, which `library/*` names as well."""
@@ -96,6 +109,21 @@ def members_of(
     ]
     left_out = places[len(experts) :]
     return open_experts([one for one, place in zip(experts, places, strict=False) if place not in left_out])
+
+
+def _take_missing(
+    router: Router, experts: Sequence[StoredExpert], data: TaskMixture | None, rows: int, progress: Progress
+) -> None:
+    """Take the statistics that a router learns from and some experts lack."""
+    kind: Any = router.needs
+    lacking = [one.path for one in experts if kind and kind not in kinds_of_statistics(one)]
+    if lacking and data is None:
+        raise ValueError(
+            f"{len(lacking)} of {len(experts)} experts have no {kind} statistics, which {type(router).__name__} learns "
+            "from; give the tasks of all: --data.tasks a.jsonl b.jsonl"
+        )
+    if lacking and data is not None:
+        take_statistics(lacking, kind, data, rows, progress=progress)
 
 
 def _learned(router: Router, experts: Sequence[StoredExpert]) -> Router | dict[str, Router]:
