@@ -21,8 +21,9 @@ from modular_experts.quickstart.base import FACTS
 from modular_experts.reports.html import element
 from modular_experts.reports.page import Section
 from modular_experts.reports.tables import percent
-from modular_experts.study.report import REPORT, figure_of, findings, summary, write_report
+from modular_experts.study.report import REPORT, figure_of, write_report
 from modular_experts.study.results import RESULTS, results_of
+from modular_experts.study.summary import findings, summary
 
 _WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 STAGES = {"base": "training a small base", "study": "training, merging and testing experts"}

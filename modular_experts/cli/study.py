@@ -6,22 +6,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from modular_experts import jobs
 from modular_experts.cli.format import counted, duration_text, open_page, progress_by_tenths
+from modular_experts.jobs.engines import Where
 from modular_experts.jobs.processes import at_once
 from modular_experts.study import Study, pieces_of, read_study, results_of, run_study
 from modular_experts.study.estimate import measured_left
 from modular_experts.study.pieces import STAGES, title_of
 from modular_experts.study.published import beside_published
-from modular_experts.study.report import REPORT, findings, summary, write_report
+from modular_experts.study.report import REPORT, write_report
 from modular_experts.study.results import RESULTS
 from modular_experts.study.run import PIECES, Left, Lines, State, state_of
 from modular_experts.study.settings import Description
+from modular_experts.study.summary import findings, summary
 from modular_experts.text import bytes_text
 
 NAMED = 3
@@ -33,13 +34,11 @@ Stage = Literal["experts", "statistics", "settings", "merges", "tests"]
 def study(
     description: Description,
     out: str,
+    where: Where,
     only: list[Stage] | None = None,
     dry_run: bool = False,
     status: bool = False,
     retry: bool = False,
-    processes: int | None = None,
-    engine: str = "local",
-    engine_settings: dict[str, Any] | None = None,
     open: bool = False,
 ) -> None:
     """Train many experts, merge them, test all of it, and report.
@@ -51,16 +50,11 @@ def study(
     Args:
         description: What to do.
         out: Directory of the study.
+        where: Where the pieces run.
         only: Do only experts, statistics, settings, merges, tests. What these need is done too.
         dry_run: Only print the pieces and what they will take. It measures a few training steps and a batch of tests.
         status: Only print what is done; also while another process runs the study.
         retry: Try again what failed in an earlier run.
-        processes: How many pieces run at once on this machine; by default one a CUDA device or else one a core, at most
-            8, as many as fit into memory with twice the base each.
-        engine: Local, slurm, dask or ray. Pieces run there; a dotted path names a class of yours, an Executor of
-            concurrent.futures.
-        engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
-            --engine_settings.partition gpu, and a few of its own.
         open: Show the page in the browser at the end.
 
     Examples:
@@ -73,16 +67,12 @@ def study(
     if dry_run or status:
         _print_state(found, state_of(pieces, Lines(place), retry and dry_run), dry_run)
         return
-    if processes is not None and (engine != "local" or engine_settings):
-        other = f"--engine is {engine}" if engine != "local" else "--engine_settings are given too"
-        raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
     try:
         with ExitStack() as stack:
-            cluster = engine != "local" or engine_settings
-            executor = stack.enter_context(jobs.engine(engine, **(engine_settings or {}))) if cluster else None
+            executor = stack.enter_context(engine) if (engine := where.made()) else None
             # Nobody knows how many pieces a cluster will run at once.
             show = stack.enter_context(_progress(on_one=executor is not None and at_once(executor) is None))
-            state = run_study(found, place, only or (), retry, executor, processes, show)
+            state = run_study(found, place, only or (), retry, executor, where.processes, show)
         _write_results(found, place, open)
     except (BlockingIOError, FileExistsError):
         raise

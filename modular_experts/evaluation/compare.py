@@ -46,7 +46,6 @@ def evaluate(
     data: TaskMixture | Tasks,
     max_new_tokens: int | None = 64,
     dtype: DType = "float32",
-    revision: str | None = None,
     metrics: Mapping[str, TextMetric] = TEXT_METRICS,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -62,7 +61,8 @@ def evaluate(
     From the last one an interrupted call goes on, and a call with one more expert measures only that one.
 
     Args:
-        base: The base's directory or hub id, or an opened base; None is the one that the experts' records name.
+        base: The base's directory or hub id, or an opened base, such as `Base.open(place, revision=...)`; None is the
+            one that the experts' records name.
         experts: An expert, or a list of experts whose deltas are added up, which may be empty; or a mapping from
             names to such, to compare several. An expert is a directory, an opened expert or a task vector. A checkpoint
             with the base's tokenizer, such as `apply` writes, may stand in the place of a mix: its directory, or an
@@ -71,7 +71,6 @@ def evaluate(
             the mixture has one.
         max_new_tokens: Length limit of a generated answer; None measures only losses and choices.
         dtype: Data type of the base.
-        revision: Branch, tag or commit of a hub id.
         metrics: Functions of a generated text and its target, by name, whose means are measured.
         out: Directory of the files.
         overwrite: Replace the results in `out`.
@@ -86,7 +85,7 @@ def evaluate(
     folder = None if out is None else Path(out)
     if folder and (folder / RESULTS).exists() and not overwrite:
         raise FileExistsError(f"{folder / RESULTS} exists already; choose another out, or replace it with --overwrite")
-    found, models = open_models(base, experts, revision)
+    found, models = open_models(base, experts)
     data = data if isinstance(data, TaskMixture) else TaskMixture(data)
     data.tokenizer = data.tokenizer or found.tokenizer()
     data.setup("test")

@@ -68,13 +68,7 @@ def generate(
     template = template_hash(tokenizer) if chat else None
     options = {"chat_template": "--chat", "dtype": "--dtype"}
     warn_unlike_training(stored, lambda _: {"chat_template": template}, dtype, options)
-    stops = [tokenizer.eos_token_id]
-    if chat:
-        conversations = ConversationTokenizer(tokenizer, max_length=0)
-        stops = list(dict.fromkeys([*stops, conversations.end]))
-        message = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    ids, stops = _encoded(prompt, tokenizer, chat)
     model: Any = found.load(dtype)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
@@ -99,6 +93,16 @@ def generate(
     if len(written) == room < max_new_tokens and int(written[-1]) not in stops:
         log.warning("the answer ended where the model's context of %d tokens does; shorten the prompt", context)
     return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[torch.Tensor, list[int]]:
+    """Return the tokens of a prompt `(1, tokens)`, as a message of the user if `chat`, and those that end an answer."""
+    stops: list[Any] = [tokenizer.eos_token_id]
+    if chat:
+        stops = list(dict.fromkeys([*stops, ConversationTokenizer(tokenizer, max_length=0).end]))
+        message = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]]), stops
 
 
 class _Streamer(TextStreamer):

@@ -7,12 +7,14 @@ import inspect
 import os
 import sys
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 from modular_experts.jobs.dask_workers import DaskWorkers
 from modular_experts.jobs.processes import LocalProcesses
 from modular_experts.jobs.ray_tasks import RayTasks
 from modular_experts.jobs.slurm_jobs import SlurmJobs
+from modular_experts.settings import Options
 from modular_experts.text import did_you_mean
 
 ENGINES: dict[str, type[Executor]] = {
@@ -49,6 +51,35 @@ def engine(name: str = "local", **settings: Any) -> Executor:
             f"the engine {name}: {error}; it takes {', '.join(known) or 'nothing'}" + did_you_mean(wrong, known)
         ) from None
     return kind(**settings)
+
+
+@dataclass(frozen=True)
+class Where(Options):
+    """Where pieces of work run.
+
+    Args:
+        processes: How many pieces run at once on this machine; by default one a CUDA device or else one a core, at most
+            8, as many as fit into memory with twice the base each.
+        engine: Local, slurm, dask or ray. Pieces run there; a dotted path names a class of yours, an Executor of
+            concurrent.futures.
+        engine_settings: What the engine takes. For slurm these are options of sbatch by name, such as
+            --engine_settings.partition gpu, and a few of its own.
+    """
+
+    processes: int | None = None
+    engine: str = "local"
+    engine_settings: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and (self.engine != "local" or self.engine_settings):
+            other = f"--engine is {self.engine}" if self.engine != "local" else "--engine_settings are given too"
+            raise ValueError(f"--processes is for this machine alone, and {other}; leave one of them out")
+
+    def made(self) -> Executor | None:
+        """Return the engine, or None for the processes of this machine as they come."""
+        if self.engine == "local" and not self.engine_settings:
+            return None
+        return engine(self.engine, **(self.engine_settings or {}))
 
 
 def _executor_class(path: str) -> type[Executor]:

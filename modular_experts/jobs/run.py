@@ -61,7 +61,7 @@ def run(
     running: dict[Future, Piece] = {}
     suspects: deque[Piece] = deque()
     with ExitStack() as stack:
-        pool = stack.enter_context(LocalProcesses()) if executor is None else executor
+        pool = executor or stack.enter_context(LocalProcesses())
         slots = at_once(pool) or len(pieces)
         # A run that ends early takes back what the caller's executor has not begun.
         stack.callback(lambda: [future.cancel() for future in running])
@@ -80,7 +80,7 @@ def run(
                 if isinstance(error, BrokenExecutor) and not isinstance(error, KilledError) and not alone:
                     suspects.append(piece)
                     continue
-                over = [piece]
+                dropped = []
                 if error is None:
                     outcome.results[piece.key] = store[piece.key] = future.result()
                     left.finish(piece)
@@ -89,8 +89,7 @@ def run(
                     failed(piece, error)
                     dropped = left.drop(piece)
                     outcome.skipped |= dict.fromkeys([one.key for one in dropped], piece.key)
-                    over += dropped
-                for one in over:
+                for one in [piece, *dropped]:
                     done += 1
                     progress(done, len(pieces), one)
     return outcome

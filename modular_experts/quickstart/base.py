@@ -47,20 +47,7 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
     # Two threads gain a quarter on idle cores, and lose a factor of twenty where one of the cores is busy.
     torch.set_num_threads(1)
     tokenizer = make_tokenizer(plan)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=plan.hidden,
-        intermediate_size=3 * plan.hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    module = BaseTraining(LlamaForCausalLM(config), plan, progress)
+    module = BaseTraining(make_model(plan, tokenizer), plan, progress)
     trainer = Trainer(
         max_epochs=-1,
         max_steps=plan.base_limit + plan.base_decay,
@@ -88,6 +75,24 @@ def make_base(plan: Plan, directory: Path, progress: Callable[[float], object] =
         module.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def make_model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a Llama of two layers with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan.hidden,
+        intermediate_size=3 * plan.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
 
 
 class BaseTraining(LightningModule):

@@ -2,8 +2,8 @@
 
 `settings.py` reads and checks what a study shall do, with `tasks.py` for its tasks and `merges.py` for its merges.
 `pieces.py` cuts it into pieces of work, whose digests tell what a change of the study does anew; open it first.
-`work.py` does one piece, `run.py` runs the pieces that have no result, `results.py` makes rows of what they found, and
-`report.py` a table and a page.
+`work.py` does one piece, `run.py` runs the pieces that have no result, `results.py` makes rows of their results,
+`summary.py` a table and sentences, and `report.py` a page.
 """
 
 from modular_experts.study.pieces import pieces_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class _Plan:
                 self._experts_of(kind, seed)
 
     def _experts_of(self, kind: str, seed: int) -> None:
-        """Add the trainings, statistics, tests and merges of one kind of experts."""
+        """Add the trainings, tests and statistics of one kind of experts, and all that combines them."""
         study = self.study
         trained: dict[str, Key] = {}
         for task in study.held_in:
@@ -92,6 +92,11 @@ class _Plan:
         for name, path in study.measures.items():
             measured = (kind, name, seed)
             self._add(("statistics", *measured), measure_experts, measured, [path, [*study.held_in]], trained.values())
+        self._combine(kind, seed, trained, statistics)
+
+    def _combine(self, kind: str, seed: int, trained: Mapping[str, Key], statistics: Mapping[str, Key]) -> None:
+        """Add the choices of settings, the merges, the routes and the ensembles of one kind of experts."""
+        study = self.study
         whole: dict[str, Key] = {}
         chosen: dict[tuple[str, int], Key] = {}
 

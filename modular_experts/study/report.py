@@ -1,112 +1,28 @@
-"""Show what a study found: a table for the terminal, sentences, a figure, and a page."""
+"""Show what a study found on a page, with a figure."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from modular_experts.reports import Results
 from modular_experts.reports.figure import Panel, Row, draw
 from modular_experts.reports.html import Html, element, note
 from modular_experts.reports.page import Section, answers_section, example, telling, write_page
-from modular_experts.reports.results import METRICS, ROLES, SHARES, better, format_of
+from modular_experts.reports.results import METRICS, ROLES, SHARES, format_of
 from modular_experts.reports.tables import Column, Line, Table, heat_map, listed, number, share
 from modular_experts.study.published import SINGLE, beside_published
-from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED, level_with
+from modular_experts.study.results import DRAWN, EXPONENT, GAIN, NORMALISED
 from modular_experts.study.run import State
 from modular_experts.study.settings import BASE
+from modular_experts.study.summary import best_merges, findings, interval_text, judged, metric_words, signed, summary
 from modular_experts.text import bytes_text
 
 REPORT = "report.html"
-
-
-def summary(results: Results, state: State, counts: Collection[int] | None = None) -> Table:
-    """Return the table of a study: the base, and of each kind the single experts and every merge by its count.
-
-    Args:
-        results: The results of the study.
-        state: The pieces that they are from.
-        counts: Show only the merges of these numbers of experts.
-    """
-    metric = results.main_metric
-    # Merging fewer experts is easier, and these may be tested on fewer tasks, so their numbers do not compete.
-    best = "" if len(counts or results.where(metric=metric).values("count")) > 1 else better(metric)
-    groups, level = [[Line(BASE, results.where(model=BASE))]], level_with(state)
-    for kind in results.facts["kinds"]:
-        mine = _judged(results, kind)
-        lines = [Line(f"{kind}{SINGLE}", Results(mine.where(merge=None).rows, {"count": 1}), strong=True)]
-        for merge in mine.values("merge"):
-            for count in mine.where(merge=merge).values("count"):
-                if counts is None or count in counts:
-                    is_level = count == len(results.facts["held_in"]) and level.get((kind, merge))
-                    facts = {"count": count, "level": "level" if is_level else None}
-                    lines.append(Line(f"  {merge}", Results(mine.where(merge=merge, count=count).rows, facts)))
-        groups.append(lines)
-    if joint := [Line(name, results.where(model=name)) for name in results.facts.get("joint", [])]:
-        groups.append(joint)
-    lines = [line for group in groups for line in group]
-    shown = [one for one in _summary_columns(metric, best) if any(one.of(line.rows) is not None for line in lines)]
-    return Table(shown, groups, METRICS.get(metric, metric))
-
-
-def _summary_columns(metric: str, best: Any) -> list[Column]:
-    show, is_share = format_of(metric), metric in SHARES
-
-    def of_own(rows: Results) -> float | None:
-        shares = [row["value"] for row in rows.where(metric=NORMALISED, task=None).rows if row["value"] is not None]
-        return fmean(shares) if shares else None
-
-    def half(rows: Results) -> float | None:
-        spans = [row["interval"] for row in rows.where(metric=DRAWN, of=metric, role="held_in").rows]
-        return (spans[0][1] - spans[0][0]) / 2 if spans and spans[0] else None
-
-    return [
-        Column("experts", lambda rows: rows.facts.get("count")),
-        Column("held-in", lambda rows: rows.mean(metric, role="held_in"), show, is_share, best=best),
-        Column("±", half, show),
-        Column("held-out", lambda rows: rows.mean(metric, role="held_out"), show, is_share, best=best),
-        Column("of own", of_own, partial(number, digits=2), best=best),
-        *[Column("loss", lambda rows: rows.mean("loss", role="held_in"), format_of("loss"))] * (metric != "loss"),
-        Column("with\nthe best", lambda rows: rows.facts.get("level"), str, left=True),
-    ]
-
-
-def _judged(results: Results, kind: str) -> Results:
-    """Return the rows of a kind by which its models are judged: the tasks of their own experts, and held-out ones."""
-    return Results([row for row in results.where(kind=kind).rows if row["own"] or row["role"] == "held_out"])
-
-
-def findings(results: Results) -> list[str]:
-    """Say for each kind which share of the single experts' score the best merge of the largest group keeps."""
-    sentences = []
-    for kind, row in _best_merges(results).items():
-        gains = results.where(model=row["model"], metric=GAIN).rows
-        worst = (max if row["of"] == "loss" else min)(
-            (one for one in gains if one["task"]), key=lambda one: one["value"]
-        )
-        share = results.where(model=row["model"], metric=NORMALISED, task=None).rows[0]["value"]
-        experts, metric = f"{row['count']} {kind} experts", _words(row["of"])
-        over = ""
-        if drawn := {one["of"]: one for one in _over_draws(results, row)}:
-            row = {**row, **{name: drawn[GAIN][name] for name in ("value", "interval")}}
-            share = drawn[NORMALISED]["value"] if NORMALISED in drawn else None
-            over = f" in the mean of {drawn[GAIN]['draws']} random groups"
-        if share is None:
-            # Nothing is less than 0, so an interval that starts there holds no difference too.
-            is_more = row["value"] > 0 and (row["interval"] is None or row["interval"][0] > 0)
-            merge = f"; {row['merge']} adds" if is_more else f", and {row['merge']} is level with them:"
-            sentences.append(f"The {experts} score 0 in {metric} alone{merge} {_change(row)}{over}")
-            continue
-        sentences.append(
-            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric}{over} "
-            f"({_change(row)}){'' if over else f'; {_worst(worst)}'}"
-        )
-    return sentences
 
 
 def write_report(
@@ -121,7 +37,7 @@ def write_report(
         lede: What stands between the title and the sections.
         more: Sections after those of the results.
     """
-    facts, best = results.facts, _best_merges(results)
+    facts, best = results.facts, best_merges(results)
     models, tasks = results.where(metric=results.main_metric).values("model"), [*facts["held_in"], *facts["held_out"]]
     if best and facts["examples"]:
         row = telling(facts["examples"], BASE, next(iter(best.values()))["model"])
@@ -147,7 +63,7 @@ def write_report(
 
 def _overview(results: Results, state: State) -> Section:
     """Return the findings, the figure and the table of all models."""
-    found, what = findings(results), _words(results.main_metric)
+    found, what = findings(results), metric_words(results.main_metric)
     most = max((row["count"] or 0 for row in results.where(metric=results.main_metric).rows), default=0)
     svg = [figure_of(results, wide) for wide in (True, False)] if results.main_metric in SHARES else ["", ""]
     drawn = [element("div", Html(one), class_=look) for one, look in zip(svg, ("wide", "narrow"), strict=True) if one]
@@ -182,14 +98,18 @@ def figure_of(results: Results, wide: bool = True, dark: bool | None = None) -> 
             continue
         groups = []
         for kind in facts["kinds"]:
-            mine = _judged(results, kind)
+            mine = judged(results, kind)
             alone = Results(mine.where(merge=None, role="held_in").rows).mean(metric) if role == "held_in" else None
             merged = {one: mine.where(merge=one, count=most, role=role).mean(metric) for one in mine.values("merge")}
             groups.append([Row(f"{kind}{SINGLE}", alone, head=True), *_lines_of(facts["merges"].get(kind, ()), merged)])
         known = {model: results.where(model=model, role=role).mean(metric) for model in (BASE, *facts.get("joint", []))}
         references = {model: value for model, value in known.items() if value is not None}
         panels.append(Panel(f"{len(facts[role])} {words} tasks", groups, references))
-    title = f"{_words(metric).capitalize()} of {most} experts in one model" if most else f"{_words(metric)} of experts"
+    title = (
+        f"{metric_words(metric).capitalize()} of {most} experts in one model"
+        if most
+        else f"{metric_words(metric)} of experts"
+    )
     key = "in % of test rows · filled: merged, with settings chosen in validation if there is a choice · hollow: the "
     key += "same method as it comes · bar: single experts, each on its own task"
     return draw(title, key, panels, wide, dark)
@@ -212,7 +132,7 @@ def _published(results: Results) -> Section | None:
     if table is None:
         return None
     about = f"Published: {results.facts['published']['source']}. These figures enter no other table and number here."
-    title = f"Our {_words(results.facts['published']['metric'])} beside that of others"
+    title = f"Our {metric_words(results.facts['published']['metric'])} beside that of others"
     return Section("Published", title, [table.html(), note(about)])
 
 
@@ -228,7 +148,7 @@ def _kept(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section | 
     heat = heat_map(shares.values("model"), columns, cells, partial(number, digits=2), metric == "loss")
     model = next(iter(best.values()))["model"]
     known = {task: value for task in columns[1:] if (value := cells.get((model, task))) is not None}
-    title = f"The {_words(metric)} of each merge, divided by the one of each task's own expert"
+    title = f"The {metric_words(metric)} of each merge, divided by the one of each task's own expert"
     if known and metric != "loss":
         ends = [choose(known, key=lambda task: known[task]) for choose in (max, min)]
         most_kept, least_kept = (f"{task} ({known[task]:.2f})" for task in ends)
@@ -248,8 +168,8 @@ def _gains(results: Results, best: Mapping[str, Mapping[str, Any]]) -> Section |
         Column("own expert", lambda row: row["own_value"], show),
         Column("best single", lambda row: row["best_single_value"], show),
         Column("merge", lambda row: row["own_value"] + row["value"], show),
-        Column("gained", lambda row: row["value"], lambda value: _signed(value, metric)),
-        Column("95 % interval", lambda row: row["interval"], lambda span: _interval(span, metric)),
+        Column("gained", lambda row: row["value"], lambda value: signed(value, metric)),
+        Column("95 % interval", lambda row: row["interval"], lambda span: interval_text(span, metric)),
     ]
     known = [column for column in columns if any(column.of(row) is not None for row in gains)]
     parts = []
@@ -317,12 +237,12 @@ def _by_count(results: Results) -> Section | None:
     columns = [Column(str(count), partial(at, count=count), format_of(metric)) for count in (1, *counts)]
     groups = []
     for kind in results.facts["kinds"]:
-        mine = _judged(results, kind)
+        mine = judged(results, kind)
         alone = Results([{**row, "count": 1} for row in mine.where(merge=None).rows])
         merges = [Line(f"  {merge}", mine.where(merge=merge)) for merge in mine.values("merge")]
         groups.append([Line(f"{kind}{SINGLE}", alone, strong=True), *merges])
     parts = [Table(columns, groups, f"{METRICS.get(metric, metric)} by experts").html()]
-    title = f"The {_words(metric)} of 1 to {counts[-1]} experts in one model"
+    title = f"The {metric_words(metric)} of 1 to {counts[-1]} experts in one model"
     if fits:
         steepest = max(fits, key=lambda row: row["value"])
         ends = [number(steepest["losses"][place], 3) for place in (0, -1)]
@@ -366,7 +286,7 @@ def _every_task(results: Results) -> Section | None:
         return None
     tasks = tested.values("task")
     means = {(model, task): tested.mean(metric, model=model, task=task) for model in wide for task in tasks}
-    title = f"The {_words(metric)} of each model, task by task" + f"; merges are of {most} experts" * bool(most)
+    title = f"The {metric_words(metric)} of each model, task by task" + f"; merges are of {most} experts" * bool(most)
     heat = heat_map(wide, tasks, means, format_of(metric), metric == "loss")
     return Section("Every task", title, [heat, note("A stronger tint is better. An empty cell was not tested.")])
 
@@ -411,52 +331,3 @@ def _failed(results: Results) -> Section | None:
     count = f"{len(failed)} pieces have" if len(failed) > 1 else "1 piece has"
     table = Table([Column("why", str, left=True)], [failed], "piece")
     return Section("Failed", f"{count} no result", [table.html()]) if failed else None
-
-
-def _best_merges(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return by kind the row of results with the mean gain of the best merge of the most experts.
-
-    The best merge of random groups is that with the best mean over them, and the row is of its first group.
-    """
-    means = results.where(metric=GAIN, task=None).rows
-    best: dict[str, Mapping[str, Any]] = {}
-    for kind in results.facts["kinds"]:
-        mine = [row for row in means if row["kind"] == kind]
-        most = [row for row in mine if row["count"] == max(one["count"] for one in mine)]
-        if most:
-            over = {(one["merge"], one["of"]): one["value"] for row in most for one in _over_draws(results, row)}
-            value_of = {id(row): over.get((row["merge"], GAIN), row["value"]) for row in most}
-            best[kind] = (min if most[0]["of"] == "loss" else max)(most, key=lambda row: value_of[id(row)])
-    return best
-
-
-def _over_draws(results: Results, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Return the means over the random groups of a merge and its count on held-in tasks; none of disjoint groups."""
-    return results.where(metric=DRAWN, kind=row["kind"], merge=row["merge"], count=row["count"], role="held_in").rows
-
-
-def _worst(row: Mapping[str, Any]) -> str:
-    """Return which task lost most, if one lost anything."""
-    lost = row["value"] if row["of"] == "loss" else -row["value"]
-    if lost <= 0:
-        return "no task is worse than by its own expert"
-    return f"the worst task is {row['task']}, with {_signed(row['value'], row['of'])}"
-
-
-def _change(row: Mapping[str, Any]) -> str:
-    """Return a gain and its interval, such as `-2.1 points, 95 % interval -4.0 to -0.3`."""
-    unit = " points" if row["of"] in SHARES else ""
-    span = f", 95 % interval {_interval(row['interval'], row['of'])}" if row["interval"] else ""
-    return f"{_signed(row['value'], row['of'])}{unit}{span}"
-
-
-def _interval(span: Sequence[float], metric: str) -> str:
-    return " to ".join(_signed(end, metric) for end in span)
-
-
-def _signed(value: float, metric: str) -> str:
-    return f"{100 * value:+.1f}" if metric in SHARES else f"{value:+.3f}"
-
-
-def _words(metric: str) -> str:
-    return "Rouge-L" if metric == "rougeL" else metric.replace("_", " ")

@@ -153,35 +153,43 @@ def effects(state: State, metric: str) -> list[dict[str, Any]]:
         first = several[0]
         about = {name: first[name] for name in ("model", "experts", "kind", "merge", "count", "group")}
         about |= {"seed": first["seed"] if len(several) == 1 else None, "of": metric, "own": True, "role": "held_in"}
-        by_task: list[dict[str, Any]] = []
-        means: list[torch.Tensor] = []
-        for task in first["own"]:
-            pairs = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
-            known = [(found, single) for found, single in pairs if single is not None]
-            if not known:
-                continue
-            mine = fmean(_score(found, task, metric) for found, _ in known)
-            theirs = fmean(_score(single, task, metric) for _, single in known)
-            differences = [one for found, single in known for one in _differences(found, single, task, metric)]
-            if differences:
-                # Each task draws its own rows.
-                means.append(_means(differences, len(by_task)))
-            by_task.append(
-                {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
-                | {"gain": mine - theirs, "normalised": mine / theirs if theirs else None}
-                | {"interval": _ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
-            )
-        if not by_task:
-            continue
-        shares = [one["normalised"] for one in by_task if one["normalised"] is not None]
-        whole: dict[str, Any] = {"task": None, "gain": fmean(one["gain"] for one in by_task)}
-        whole |= {"normalised": fmean(shares) if shares else None}
-        whole |= {"interval": _ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
-        for found in [*by_task, whole]:
+        for found in _effects_of(several, singles, metric):
             gain, share, span = found.pop("gain"), found.pop("normalised"), found.pop("interval")
             rows.append({**about, **found, "metric": GAIN, "value": gain, "interval": span})
             rows.append({**about, **found, "metric": NORMALISED, "value": share, "interval": None})
     return rows
+
+
+def _effects_of(
+    several: Sequence[Mapping[str, Any]], singles: Mapping[tuple, Mapping[str, Any]], metric: str
+) -> list[dict[str, Any]]:
+    """Compare the seeds of one merge with the single experts of its tasks: a row for each task, and their mean."""
+    first = several[0]
+    by_task: list[dict[str, Any]] = []
+    means: list[torch.Tensor] = []
+    for task in first["own"]:
+        pairs = [(found, singles.get((found["kind"], task, found["seed"]))) for found in several]
+        known = [(found, single) for found, single in pairs if single is not None]
+        if not known:
+            continue
+        mine = fmean(_score(found, task, metric) for found, _ in known)
+        theirs = fmean(_score(single, task, metric) for _, single in known)
+        differences = [one for found, single in known for one in _differences(found, single, task, metric)]
+        if differences:
+            # Each task draws its own rows.
+            means.append(_means(differences, len(by_task)))
+        by_task.append(
+            {"task": task, "rows": first["scores"]["tasks"][task]["rows"], "own_value": theirs}
+            | {"gain": mine - theirs, "normalised": mine / theirs if theirs else None}
+            | {"interval": _ends(means[-1]) if differences else None, **_best(singles, first["kind"], task, metric)}
+        )
+    if not by_task:
+        return []
+    shares = [one["normalised"] for one in by_task if one["normalised"] is not None]
+    whole: dict[str, Any] = {"task": None, "gain": fmean(one["gain"] for one in by_task)}
+    whole |= {"normalised": fmean(shares) if shares else None}
+    whole |= {"interval": _ends(torch.stack(means).mean(0)) if len(means) == len(by_task) else None}
+    return [*by_task, whole]
 
 
 def _score(found: Mapping[str, Any], task: str, metric: str) -> float:

@@ -11,9 +11,10 @@ import pytest
 
 from modular_experts.reports import Results
 from modular_experts.reports.tables import heat_map
-from modular_experts.study.report import findings, summary, write_report
+from modular_experts.study.report import write_report
 from modular_experts.study.results import effects, growth, interval, level_with, over_draws
 from modular_experts.study.run import Left, Pace, State
+from modular_experts.study.summary import findings, summary
 
 
 def test_the_interval_of_equal_values_is_a_point_and_that_of_a_coin_has_its_width() -> None:
