@@ -47,13 +47,13 @@ class Reduction(Options):
         keep: The most parameters, as a share in (0, 1]; 1 copies the base.
         slack: The fewest parameters are `keep - slack` of them.
         evaluations: Candidates that the search measures.
-        members: How a block chooses what it keeps. `importance` lets the search choose between two rankings; `windows`
+        members: What a block keeps. `importance` lets the search choose between two rankings; `windows`
             lets it choose where a contiguous stretch starts, as the released code does; `masks` starts from the members
             with the best of the paper's scores (`Ranking.entrywise`) and lets it exchange some of them, as the paper's
             text does.
         multiple: Divisor of the width of an MLP, unless it keeps all channels; GPUs multiply such matrices faster.
         damping: Pull of corrected weights to old ones, as a share of the mean squared input.
-        tokens: Tokens of training rows that rank and correct; take several times the width of an MLP.
+        tokens: Training tokens that rank and correct; take several times the width of an MLP.
         search_tokens: Tokens of validation rows that measure a candidate.
         test_tokens: Tokens of test rows for the closing measurement.
         length: Tokens of a pass.
