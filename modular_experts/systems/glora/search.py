@@ -155,27 +155,14 @@ def search_paths(
     """
     check_target(out, overwrite)
     check_files_beside([trials_file(out)], overwrite)
-    opened = open_expert(expert)
-    state = opened.state()
-    if opened.record["kind"] != "GLoRAExpert" or not state:
-        raise ValueError(
-            f"{opened.path} holds a {opened.record['kind']}, which has no paths to search; train one with "
-            "--expert GLoRAExpert and the callback RandomPaths"
-        )
-    parents = open_parents(opened)
-    for parent in parents:
-        if not parent.mergeable:
-            raise ValueError(
-                f"{opened.name} was trained on top of {parent.name}, which chooses by the input, and PathSearch "
-                "measures paths on top of deltas alone; train one on the base, or on top of a merge"
-            )
+    opened, parents = _opened(expert)
     objective = objective_on_base([opened, *parents], data, rows, base)
     model = objective.model
     with ExitStack() as meanwhile:
         meanwhile.enter_context(applied(model, parents, check=False))
         beneath = objective.losses()
         meanwhile.enter_context(Injected(model, partial(by_state, GLoRAExpert, opened)))
-        load_expert_state(model, state)
+        load_expert_state(model, opened.state())
         space = _Paths(model)
         store = _Losses(Path(out), _identity([opened, *parents], objective))
 
@@ -193,22 +180,48 @@ def search_paths(
             lambda genes: space.within(genes, limit),
             progress=progress,
         )
-        best, whole = losses(found.best), losses(space.largest)
+        best, whole, numbers = losses(found.best), losses(space.largest), space.numbers(found.best)
         paths = space.paths(found.best)
+        settings = asdict(algorithm) | {"numbers": numbers, "rows": rows}
+        settings |= {"search": type(algorithm).__name__, "searched_in": opened.name}
         for name, layer in expert_layers(model):
             layer.expert = space.experts[name].only(paths[name], layer.matrix)
-        facts, numbers = describe_experts(model), space.numbers(found.best)
-        settings = facts.pop("hyperparameters") | asdict(algorithm) | {"numbers": numbers, "rows": rows}
-        notes = record_notes(settings | {"search": type(algorithm).__name__, "searched_in": opened.name}, best)
-        kept = {name: opened.record[name] for name in ("base", "tasks", "parents", "seed")}
-        # The first layer may have kept nothing, and then does not tell the class of the state.
-        facts["class_path"] = opened.record["class_path"]
-        record = make_record(**facts, **notes, **kept, training=opened.record.get("training"))
+        record = _record(model, opened, settings, best)
         write_expert(out, task_vector(model), record, overwrite, state=expert_state(model))
     measured = [(space.paths(genes), losses(genes)) for genes, _ in found.measured]
     file = write_trials(out, [Trial({name: str(one[name]) for name in one}, values) for one, values in measured])
     store.file.unlink()
     return SearchedPaths(open_expert(out), paths, numbers, space.numbers(space.largest), best, whole, beneath, file)
+
+
+def _opened(expert: str | Path) -> tuple[StoredExpert, list[StoredExpert]]:
+    """Open a GLoRA, and the experts that it was trained on top of."""
+    opened = open_expert(expert)
+    if opened.record["kind"] != "GLoRAExpert" or not opened.state():
+        raise ValueError(
+            f"{opened.path} holds a {opened.record['kind']}, which has no paths to search; train one with "
+            "--expert GLoRAExpert and the callback RandomPaths"
+        )
+    parents = open_parents(opened)
+    for parent in parents:
+        if not parent.mergeable:
+            raise ValueError(
+                f"{opened.name} was trained on top of {parent.name}, which chooses by the input, and PathSearch "
+                "measures paths on top of deltas alone; train one on the base, or on top of a merge"
+            )
+    return opened, parents
+
+
+def _record(
+    model: nn.Module, opened: StoredExpert, settings: dict[str, Any], losses: dict[str, float]
+) -> dict[str, Any]:
+    """Return the record of the expert that the model holds now."""
+    facts = describe_experts(model)
+    notes = record_notes(facts.pop("hyperparameters") | settings, losses)
+    kept = {name: opened.record[name] for name in ("base", "tasks", "parents", "seed")}
+    # The first layer may have kept nothing, and then does not tell the class of the state.
+    facts["class_path"] = opened.record["class_path"]
+    return make_record(**facts, **notes, **kept, training=opened.record.get("training"))
 
 
 class _Paths:
