@@ -190,17 +190,6 @@ class Evolution:
         measured: dict[Genes, float] = {}
         best: list[tuple[float, Genes]] = []  # the lowest first, of equals the newest
 
-        def child() -> tuple[Genes, float | None]:
-            """Return a child of the best, and the value of the parent that it changes."""
-            if len(best) > 1 and numbers.random() < self.crossover:
-                one, other = (genes for _, genes in numbers.sample(best, 2))
-                return tuple(pair[numbers.randrange(2)] for pair in zip(one, other, strict=True)), None
-            value, parent = numbers.choice(best)
-            certain = numbers.randrange(len(space))
-            changes = [place == certain or numbers.random() < self.mutation for place in range(len(space))]
-            genes = zip(space, parent, changes, strict=True)
-            return tuple(gene.changed(old, length, numbers) if change else old for gene, old, change in genes), value
-
         def fresh(number: int) -> tuple[Genes | None, float | None]:
             """Return a candidate inside the limit that was not measured, or None if there seems to be no other."""
             if waiting:
@@ -209,7 +198,7 @@ class Evolution:
                 made, parent = tuple(gene.draw(numbers) for gene in space), None
                 # If one of the two ways finds nothing new, the other may.
                 if best and (number < self.first) == (attempt >= TRIES):
-                    made, parent = child()
+                    made, parent = self._child(space, best, length, numbers)
                 genes = within(made)
                 if genes is not None and genes not in measured:
                     return genes, parent
@@ -230,3 +219,16 @@ class Evolution:
             raise ValueError(f"none of {2 * TRIES} candidates drawn at random is inside the limit; widen the limit")
         value, found = best[0]
         return Evolved(found, value, list(measured.items()))
+
+    def _child(
+        self, space: Sequence[Gene], best: Sequence[tuple[float, Genes]], length: float, numbers: random.Random
+    ) -> tuple[Genes, float | None]:
+        """Return a child of the best, and the value of the parent that it changes."""
+        if len(best) > 1 and numbers.random() < self.crossover:
+            one, other = (genes for _, genes in numbers.sample(best, 2))
+            return tuple(pair[numbers.randrange(2)] for pair in zip(one, other, strict=True)), None
+        value, parent = numbers.choice(best)
+        certain = numbers.randrange(len(space))
+        changes = [place == certain or numbers.random() < self.mutation for place in range(len(space))]
+        genes = zip(space, parent, changes, strict=True)
+        return tuple(gene.changed(old, length, numbers) if change else old for gene, old, change in genes), value
