@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from modular_experts.callbacks.average_states import AverageStates
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_of, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.boosting.expert import BoostedLoRAExpert
 from modular_experts.text import block_of
@@ -66,12 +65,6 @@ class Boosting(Schedule):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert cannot be boosted; log the rounds."""
         module = cast(TrainedModule, pl_module)
-        for name, layer in expert_layers(module.model):
-            if not isinstance(layer.expert, BoostedLoRAExpert):
-                raise ValueError(
-                    f"Boosting adds up products of BoostedLoRAExpert, and {name} has a {type(layer.expert).__name__}; "
-                    "give model.expert BoostedLoRAExpert, or leave Boosting out"
-                )
         blocks, total = _blocks(module), module.length.total_steps
         log.info(
             "%d rounds of %d steps, each in %d of %d blocks",
@@ -89,7 +82,7 @@ class Boosting(Schedule):
         module = cast(TrainedModule, pl_module)
         number, later = divmod(trainer.global_step, self.every)
         trained = self.trained(module, number)
-        for name, expert in _experts(module):
+        for name, expert in experts_of(module, BoostedLoRAExpert, "Boosting").items():
             if not later:
                 generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{number}/{name}").getrandbits(63))
                 # At a later micro-batch of the same step the product is fresh, and so it is before the first step.
@@ -104,14 +97,14 @@ class Boosting(Schedule):
         # With requires_grad=False, DDP would wait for gradients that never come.
         module = cast(TrainedModule, pl_module)
         trained = self.trained(module, trainer.global_step // self.every)
-        for name, expert in _experts(module):
+        for name, expert in experts_of(module, BoostedLoRAExpert, "Boosting").items():
             if _block(name) not in trained:
                 for parameter in expert.parameters():
                     parameter.grad = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave experts behind that train their products."""
-        for _, expert in _experts(cast(TrainedModule, pl_module)):
+        for expert in experts_of(cast(TrainedModule, pl_module), BoostedLoRAExpert, "Boosting").values():
             expert.leave_out(False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -125,14 +118,9 @@ class Boosting(Schedule):
         return {"rounds": -(-trainer.global_step // self.every)}
 
 
-def _experts(module: TrainedModule) -> Iterator[tuple[str, BoostedLoRAExpert]]:
-    for name, layer in expert_layers(module.model):
-        yield name, cast(BoostedLoRAExpert, layer.expert)
-
-
 def _block(weight: str) -> str:
     return block_of(weight) or weight
 
 
 def _blocks(module: TrainedModule) -> list[str]:
-    return sorted({_block(name) for name, _ in expert_layers(module.model)})
+    return sorted({_block(name) for name in experts_of(module, BoostedLoRAExpert, "Boosting")})

@@ -26,9 +26,7 @@ class BoostedLoRAExpert(LoRAExpert):
     in the products for a token. When their ranks add up to more than min(out, in), they become one product of that
     rank.
 
-    The default learning rate is for short rounds: the best of four, from 0.001 to 0.027, on a base of width 96
-    (`docs/results/related-experts.md`), and of 0.003, 0.009 and 0.027 on SmolLM2-135M. ReLoRA, with longer rounds and
-    rank 4, was best at 0.009 on the small base.
+    The default learning rate is for short rounds; ReLoRA, with longer ones, was best at 0.009.
 
     In a round that leaves this expert out, training skips the trained product, which is zero then: it keeps no
     activations for it.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
-from modular_experts.callbacks.schedule import Schedule, TrainedModule, seed_of_run
+from modular_experts.callbacks.schedule import Schedule, TrainedModule, experts_of, seed_of_run
 from modular_experts.injection import expert_layers
 from modular_experts.systems.glora.expert import GLoRAExpert, GLoRAPath
 
@@ -34,14 +34,8 @@ class RandomPaths(Schedule):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if an expert has no paths; log how many there are."""
-        counts = []
-        for name, layer in expert_layers(cast(TrainedModule, pl_module).model):
-            if not isinstance(layer.expert, GLoRAExpert):
-                raise ValueError(
-                    f"RandomPaths draws paths of GLoRAExpert, and {name} has a {type(layer.expert).__name__}; give "
-                    "model.expert GLoRAExpert, or leave RandomPaths out"
-                )
-            counts.append(math.prod(map(len, layer.expert.choices().values())))
+        experts = experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").values()
+        counts = [math.prod(map(len, expert.choices().values())) for expert in experts]
         if not counts:
             raise ValueError(
                 "RandomPaths found no GLoRAExpert in the model; give model.expert GLoRAExpert, or leave it out"
@@ -51,21 +45,17 @@ class RandomPaths(Schedule):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw the paths of the step that this batch is part of."""
-        for name, expert in _experts(pl_module):
+        for name, expert in experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").items():
             numbers = random.Random(f"{self.seed}/{trainer.global_step}/{name}")
             expert.drawn = GLoRAPath(*(numbers.choice(kinds) for kinds in expert.choices().values()))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave experts behind that train their largest path."""
-        for _, expert in _experts(pl_module):
+        for expert in experts_of(cast(TrainedModule, pl_module), GLoRAExpert, "RandomPaths").values():
             expert.drawn = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do so too if training ends early; a model that could not be loaded has no experts."""
-        if hasattr(pl_module, "model"):
-            self.on_fit_end(trainer, pl_module)
-
-
-def _experts(module: LightningModule) -> Iterator[tuple[str, GLoRAExpert]]:
-    for name, layer in expert_layers(cast(TrainedModule, module).model):
-        yield name, cast(GLoRAExpert, layer.expert)
+        for _, layer in expert_layers(getattr(pl_module, "model", nn.Module())):
+            if isinstance(layer.expert, GLoRAExpert):
+                layer.expert.drawn = None

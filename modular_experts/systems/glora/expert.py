@@ -55,10 +55,6 @@ class GLoRAExpert(Expert):
     vector is the first column of `up`, the constant its first entry. Without the callback `RandomPaths` only the
     largest path is trained; with B as `lora` and nothing else it is a LoRA with a scale of 1.
 
-    The default learning rate was the best of 0.003, 0.009 and 0.027 under random paths on a base of width 96
-    (`docs/results/related-experts.md`), and for A and B without them after six steps on SmolLM2-135M; on the small base
-    0.027 was best for these.
-
     C, D and E need a bias, which most layers of Llama's kind lack. Without A the delta of the weight is a low-rank
     product; with A it is dense. The library keeps the trained numbers beside the deltas, so that paths can be searched.
 

@@ -32,10 +32,6 @@ class TTLoRAExpert(Expert):
     that at first the norm of the delta is alpha times that of the last core. (The follow-up's code starts all cores
     at random, which moves the base.)
 
-    The default learning rate was the best of 0.005, 0.015 and 0.045 after six steps on SmolLM2-135M. On a base of width
-    96, 0.015 and 0.045 were level alone, and experts that were trained at 0.045 merged much worse
-    (`docs/results/related-experts.md`).
-
     The library keeps the cores, to train on from them, beside the two low-rank factors, which merges read.
 
     Args:
