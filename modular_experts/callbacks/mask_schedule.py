@@ -323,7 +323,7 @@ class MaskSchedule(ExportSchedule):
         experts = [layer.expert for layer in selectable_layers(module.model).values()]
         return sum(one.support_units().numel() for one in experts) <= sum(one.kept_units for one in experts)
 
-    def planned(
+    def expected_choices(
         self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
     ) -> tuple[int, float]:
         layers = selectable_layers(module.model)

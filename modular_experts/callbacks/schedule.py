@@ -72,7 +72,7 @@ class Schedule(Callback):
         values that are chosen here. A trainer that is given a LightningDataModule already has its rows.
         """
 
-    def planned(
+    def expected_choices(
         self, trainer: Trainer, module: TrainedModule, length: TrainingLength, seconds: float
     ) -> tuple[int, float]:
         """Estimate how often a fit of this length chooses anew what is trained, and how many seconds that takes.

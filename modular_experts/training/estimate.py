@@ -107,7 +107,9 @@ def estimate(module: ExpertModule, data: TaskMixture, trainer: Trainer) -> FitEs
         probe = _Probe(length)
         short, validation, taught, python = _rehearsed(module, data, trainer, probe)
         optimizer = module.configure_optimizers()["optimizer"]
-    planned = [one.planned(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)]
+    planned = [
+        one.expected_choices(trainer, module, length, probe.forward_backward) for one in callbacks_of(short, Schedule)
+    ]
     validations = _validations(trainer, data, length, len(validation))
     # The last batch of a validation is seldom full.
     whole = sum(map(_size, validation)) / _size(_typical(validation)) if validation else 0.0
