@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from testbed import runs
 
 from modular_experts.callbacks import ExportExpert, GradientMask
-from modular_experts.experts import FullExpert, LoRAExpert, SparseExpert
+from modular_experts.experts import FullExpert, SparseExpert
 from modular_experts.injection import expert_layers
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -76,22 +76,3 @@ def test_the_support_of_a_library_expert_is_a_mask(tiny_llama_dir, task_files, t
     for name, layer in expert_layers(sparse.model):
         moved = (module.model.get_parameter(name) != base.model.get_parameter(name)).view(-1)
         assert moved.nonzero().view(-1).tolist() == layer.expert.indices.tolist()
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "sentence"),
-    [
-        ("q_porj.weight", (32, 32), "matches 0 trained parameters"),
-        ("q_proj.expert.up", (32, 8), "matches 2 trained parameters"),
-        ("model.layers.0.self_attn.q_proj.expert.up", (3, 3), "has shape"),
-    ],
-)
-def test_a_mask_must_fit_one_trained_parameter(name, shape, sentence, tiny_llama_dir, task_files, tmp_path) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        _fit(
-            tiny_llama_dir,
-            task_files,
-            tmp_path,
-            GradientMask({name: torch.ones(shape)}),
-            expert=partial(LoRAExpert, rank=8),
-        )

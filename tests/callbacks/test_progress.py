@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
-import sys
 from functools import partial
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from testbed import runs
 
-from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule, TrainingBar
+from modular_experts.callbacks import ExportExpert, LogProgress, MaskSchedule
 from modular_experts.experts import LoRAExpert, SparseExpert
 from modular_experts.masks import Reselect
 
@@ -68,40 +66,3 @@ def test_the_end_tells_losses_rows_seconds_and_places(tiny_llama_dir, task_files
     rows = list(csv.DictReader((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()))
     before = [float(row["val_loss"]) for row in rows if row["step"] == "0" and row["val_loss"]]
     assert before == [pytest.approx(progress.first_loss)]
-
-
-class Screen(io.StringIO):
-    """A terminal of 80 columns."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def _screen(monkeypatch) -> Screen:
-    """Put a terminal in the place of standard error, within the test: pytest sets its own before each phase."""
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "stderr", Screen())
-    return sys.stderr
-
-
-def _frames(screen: Screen) -> list[str]:
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-
-
-@pytest.mark.filterwarnings("ignore")  # what Lightning says when a bar is asked for in a log
-def test_one_line_shows_the_whole_fit_and_what_is_going_on(
-    tiny_llama_dir, task_files, tmp_path, monkeypatch, lines
-) -> None:
-    screen = _screen(monkeypatch)
-    # Passes over batches of their own are shown; a choice from the training step is part of it.
-    bar, schedule = TrainingBar(), MaskSchedule(batches=4)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, bar, schedule, max_steps=14, enable_progress_bar=True)
-    frames = _frames(screen)
-    assert all(len(frame) <= 80 for frame in frames)
-    assert {frame.split(" ")[0] for frame in frames} == {"validating", "training", "choosing", "trained"}
-    assert sum("trained " in frame for frame in frames[-2:]) >= 1
-    assert re.search(r"^trained +━+ 14/14 loss \d\.\d{3} validation \d\.\d{3}$", frames[-1])
-    assert any(re.search(r" \d+/14 loss [\d.]+ (validation [\d.]+ )?\d:\d\d:\d\d left$", frame) for frame in frames)
-    assert not any(line.startswith(("step ", "chose what")) for line in lines()), "the bar shows them"

@@ -16,7 +16,7 @@ from modular_experts.deltas import BlockSparse
 from modular_experts.library import make_record, open_expert, open_experts, write_expert
 from modular_experts.merger.estimate import estimate
 from modular_experts.merger.merged import Merged
-from modular_experts.methods import DARE, SparseAverage, TSVMerge
+from modular_experts.methods import SparseAverage, TSVMerge
 from modular_experts.methods.chunks import chunks_of_size
 from modular_experts.text import bytes_of
 
@@ -75,14 +75,6 @@ def test_matrices_of_all_experts_are_counted(library):
         assert one.read == other.read
         entries = one.shape[0] * one.shape[1]
         assert other.peak - one.peak == pytest.approx((some + 2 * more) * 8 * entries, abs=1)
-
-
-def test_copies_of_single_entries_are_counted(library):
-    experts = open_experts([library / "a", library / "b"])
-    plain, copied = (estimate(Merged(experts, DARE(keep=0.5, rescale=rescale))) for rescale in ("none", "l1"))
-    kept = [sum(expert.kept_entries()[weight.name] for expert in experts) for weight in plain]
-    assert min(kept) > 0
-    assert [two.peak - one.peak for one, two in zip(plain, copied, strict=True)] == [8 * count for count in kept]
 
 
 @pytest.mark.parametrize(("tile", "share"), [((64, 1), 1), ((32, 16), 2), ((1, 48), 0)])

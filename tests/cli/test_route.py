@@ -191,47 +191,6 @@ def test_constant_gates_fit_their_experts(run, place):
     assert "because it needs the experts behind it, of which `merge` makes one expert if it gets this one" in err
 
 
-def test_mistakes_get_one_sentence(run, place, tasks):
-    code, _, err = run("route", *EXPERTS, "--out", "library/r")
-    assert code == 1
-    assert "3 of 3 experts have no prompts statistics, which Centroid learns from; give the tasks of all: --data" in err
-    assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
-    code, _, err = run("route", *EXPERTS, "--out", "library/r")
-    assert code == 1
-    assert "exists already" in err
-    code, _, err = run("route", *EXPERTS, "--out", "elsewhere/r")
-    assert code == 1
-    assert "is in another library than elsewhere/r; a routed expert lies beside its experts, such as" in err
-    code, _, err = run(
-        "route",
-        *EXPERTS,
-        "--router",
-        "Centroid",
-        "--router.select",
-        "TopK",
-        "--router.select.k",
-        "4",
-        "--out",
-        "library/s",
-    )
-    assert code == 1
-    assert "TopK: k=4 is more than the 3 experts" in err
-    for words in (["Arrow"], ["Constant"], ["Centroid", "--router.reject", "null"]):
-        code, _, err = run("route", *EXPERTS, "--router", *words, "--fallback", "library/merged", "--out", "library/s")
-        assert code == 1
-        assert f"{words[0]} rejects no input here, so the fallback library/merged would never be used" in err
-    code, _, err = run("route", *EXPERTS, "--router", "modular_experts.routing.Router", "--out", "library/s")
-    assert code == 2
-    assert "--router: modular_experts.routing.Router is abstract, so nothing can be made of it; name a subclass" in err
-    assert "such as Arrow or" in err
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    record = make_record("made", open_expert("library/upper").record["base"])
-    write_expert("library/small", {weight: Sparse.zero(torch.Size((16, 32)))}, record)
-    code, _, err = run("route", *EXPERTS, "library/small", "--router", "Oracle", "--out", "library/s")
-    assert code == 1
-    assert f"upper and small disagree on the shape of {weight}: (32, 32) and (16, 32)" in err
-
-
 def test_an_expert_behind_the_router_must_be_there_and_the_same(run, place, tasks, tiny_llama_dir):
     assert run("route", *EXPERTS, "--data.tasks", tasks, "--out", "library/r")[0] == 0
     model = Base.open(tiny_llama_dir).load()

@@ -148,19 +148,6 @@ def test_verify_one_a_library_and_a_base(run, place, tiny_llama_dir, tiny):
     assert "1 of 3 experts in library failed: b" in err
 
 
-@pytest.mark.parametrize("missing", ["expert.json", "delta.safetensors"])
-def test_verify_fails_and_names_what_an_expert_lacks(run, place, missing):
-    (place / "library/a" / missing).unlink()
-    code, out, err = run("verify", "library")
-    assert code == 1
-    assert f"library/a: {missing} is missing" in err
-    assert "1 of 3 experts in library failed: a" in err
-    assert "library/b: intact" in out
-    code, _, err = run("verify", "library/a")
-    assert code == 1
-    assert f"{missing} is missing" in err
-
-
 MERGE = ["merge", "--experts", "[library/a, library/b]", "--out", "library/new", "--method"]
 MISTAKES = [
     (["mrege"], 2, "no command mrege; did you mean merge?"),

@@ -36,11 +36,6 @@ def place(two_task_files, tiny_llama_dir) -> Path:
     return two_task_files
 
 
-def _saved_config() -> dict:
-    newest = max(Path("runs/lightning_logs").glob("version_*/config.yaml"), key=lambda file: file.stat().st_mtime_ns)
-    return yaml.safe_load(newest.read_text())
-
-
 def _printed_config(command: list[str], capsys) -> dict:
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -141,18 +136,6 @@ def test_fit_resumes_from_its_checkpoint_and_says_that_nothing_is_exported(place
     ended = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--ckpt_path", str(newest)]
     assert main(ended) == 0  # nothing is left to train, and the expert is written all the same
     assert list(Library("library")) == ["a"]
-
-
-def test_optimizer_scheduler_score_and_rule_are_named_by_class(place) -> None:
-    rule = {"class_path": "Reselect", "init_args": {"every": 2, "until": 0.5}}
-    schedule = [{"class_path": "MaskSchedule", "init_args": {"score": "SNIP", "rule": rule, "leavers": "stash"}}]
-    options = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.scheduler", "WarmupCosine"]
-    options += ["--data.mixing", "Equal", "--trainer.callbacks", json.dumps(schedule)]
-    assert main(["fit", "--config", SPARSE, "--config", "mine.yaml", *options]) == 0
-    saved = _saved_config()
-    assert saved["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
-    assert saved["model"]["scheduler"]["class_path"].endswith("WarmupCosine")
-    assert saved["trainer"]["callbacks"][0]["init_args"]["score"]["class_path"].endswith("SNIP")
 
 
 def test_a_users_expert_in_the_current_directory_is_trained_by_its_dotted_path(place) -> None:

@@ -62,14 +62,6 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     assert [record.where for record in path_records(str(path))] == [f"{path}:1", f"{path}:2"]
 
 
-def test_an_empty_json_list_and_a_compact_one(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('[{"a": 1},{"a": 2}]')
-    assert [record.values for record in path_records(str(path))] == [{"a": 1}, {"a": 2}]
-    path.write_text(" [ ] ")
-    assert [record.problem for record in path_records(str(path))] == ["the file is empty: it has no rows"]
-
-
 def test_a_dataset_dictionary_gives_its_splits_and_label_names(tmp_path: Path, capfd) -> None:
     features = datasets.Features(
         {"input": datasets.Value("string"), "target": datasets.ClassLabel(names=["no", "yes"])}

@@ -102,17 +102,6 @@ def test_an_answer_gives_way_before_its_prompt(architecture: str, caplog) -> Non
     )
 
 
-def test_the_head_gets_the_last_places_in_one_piece_and_is_as_before_afterwards() -> None:
-    model, got = build_model("llama"), []
-    watching = model.lm_head.register_forward_hook(lambda head, inputs, output: got.append(inputs[0]))
-    generate(model, build_tokenizer(), batch_of(TEXTS), max_new_tokens=2)
-    assert got[0].shape[:2] == (3, 1)
-    assert all(hidden.is_contiguous() for hidden in got)
-    watching.remove()
-    assert not model.lm_head._forward_pre_hooks
-    assert not model.lm_head._forward_hooks
-
-
 def test_all_is_as_before_when_generation_fails_or_there_is_no_head_to_be_found(monkeypatch) -> None:
     model = build_model("llama").train()
     own = model.generation_config

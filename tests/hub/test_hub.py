@@ -123,13 +123,6 @@ def test_only_an_experts_own_files_come(hub, library, tmp_path):
     assert contents(tmp_path / "other") == contents(library)
 
 
-def test_chosen_experts_alone_are_pulled(hub, library, tmp_path):
-    push(library, REPO)
-    assert [expert.name for expert in pull(REPO, tmp_path / "other", ["b"]).experts] == ["b"]
-    assert list(Library(tmp_path / "other")) == ["b"]
-    assert not any("/a/" in request for request in hub.requests if "resolve" in request)
-
-
 def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
     first = push([library / "a"], REPO).commit
     shutil.rmtree(library / "a")
@@ -139,16 +132,6 @@ def test_pulled_a_commit_stays_what_it_was(hub, library, tmp_path):
     old = pull(REPO, tmp_path / "old", revision=first)
     assert old.commit == first
     assert old.experts[0].content_hash != open_expert(library / "a").content_hash
-
-
-def test_a_branch_is_made_and_main_stays(hub, library, tmp_path):
-    push([library / "a"], REPO)
-    push([library / "b"], REPO, branch="trial", message="Try b")
-    repository = hub.repositories[REPO]
-    assert "b/expert.json" not in repository.files("main")
-    assert {"a/expert.json", "b/expert.json"} <= set(repository.files("trial"))
-    assert repository.messages[-1] == "Try b"
-    assert len(pull(REPO, tmp_path / "other", revision="trial").experts) == 2
 
 
 def test_statistics_go_and_come_if_asked_for(hub, library, tmp_path):
@@ -352,23 +335,6 @@ def test_a_path_is_not_a_base_model_and_stays_private(hub, library, tmp_path):
         assert "base_model" not in header(card)
         assert "secret" not in card
         assert "--base BASE" in card
-
-
-def test_the_commands_of_a_card_are_those_of_the_readme(hub, library):
-    card = push(library, REPO, dry_run=True).card
-    (block,) = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
-    assert [line.removeprefix("modular-experts ") for line in block.splitlines()[1:]] == [
-        f"pull --repo {REPO} --out library",
-        "show library/a",
-        "evaluate --base maker/base --experts library/a --tasks TASK.jsonl --out results",
-        "merge library/a library/b --method SparseAverage --out library/merged",
-        "apply library/merged --base maker/base --out checkpoint",
-    ]
-    # A merge draws nothing at random and has no seed.
-    assert "seed" not in card
-    seeded = write(library / "c", seed=5)
-    record = seeded.record | {"seed": 42}
-    assert "; seed 42\n" in model_card(REPO, [CardEntry("c", record, 0.05, 1)])
 
 
 def test_a_text_of_a_record_is_not_read_as_markup(library):

@@ -17,7 +17,6 @@ from torch import nn
 from modular_experts.base import Base
 from modular_experts.callbacks import ExportExpert
 from modular_experts.evaluation import batch_losses
-from modular_experts.experts import LoRAExpert
 from modular_experts.experts.site import LayerPlan
 from modular_experts.injection import (
     describe_experts,
@@ -232,25 +231,3 @@ def test_the_estimate_counts_the_other_modules(tiny_llama_dir, task_files, tmp_p
         "model.layers.*.mlp": (2, 0, 64),
     }
     assert found["model.layers.*.self_attn.q_proj.weight"].trained == 2 * 2 * 64
-
-
-@pytest.mark.parametrize(
-    ("plan", "error", "sentence"),
-    [
-        (
-            {"model.layer.0": lambda module: Shift(32)},
-            ValueError,
-            "model.layer.0, which is not .*mean model.l",
-        ),
-        ({"model.layers": lambda module: Shift(32)}, ValueError, "a ModuleList cannot have a module expert"),
-        (
-            {"model.norm": lambda module: LoRAExpert(torch.ones(4, 4), rank=1)},
-            TypeError,
-            "made a LoRAExpert for",
-        ),
-        ({"lm_head": lambda weight: Shift(32)}, TypeError, r"it must make a modular_experts\.Expert"),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused(plan, error, sentence) -> None:
-    with pytest.raises(error, match=sentence):
-        inject(build_model("llama"), lambda sites: plan)

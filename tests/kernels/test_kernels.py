@@ -104,13 +104,3 @@ def test_small_weights_never_compile(monkeypatch) -> None:
 def test_a_backend_that_cannot_serve_is_refused(backend, tile, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_backend(backend, (32, 32), tile)
-
-
-def test_native_code_that_cannot_run_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(choice.native, "available", lambda: False)
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
-        make_kernel("native", torch.arange(3), (8, 8), (1, 1), torch.float32)
-    with pytest.raises(ValueError, match="float32 and bfloat16, not"):
-        make_kernel("native", torch.arange(3), (8, 8), (1, 1), torch.float64)
-    with pytest.raises(ValueError, match="works on a GPU only"):
-        make_kernel("triton", torch.arange(1), (32, 32), (16, 16), torch.float32)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import threading
 
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from testbed.random_deltas import FORMS, deltas_of_one_weight, random_delta
 from testbed.stored_by_hand import as_it_is, write_by_hand
 
-from modular_experts.deltas import BlockSparse, Dense, LowRank, Sparse
+from modular_experts.deltas import BlockSparse, Dense, Sparse
 from modular_experts.library import Library, check_name, check_target, make_record, new_directory, open_expert
 from modular_experts.library import expert as stored
 from modular_experts.library import write_expert as write
@@ -140,31 +139,11 @@ def test_content_that_is_no_delta_is_refused(tmp_path, delta, sentence):
         write(tmp_path / "y", [("w", delta)], RECORD)
 
 
-def test_a_low_rank_pair_that_does_not_fit_is_refused(tmp_path):
-    path = tmp_path / "x"
-    write(path, [("w", LowRank(torch.ones(3, 2), torch.ones(2, 4)))], RECORD)
-    file = path / "delta.safetensors"
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    assert b"[2,4]" in content[8 : 8 + length].replace(b" ", b"")
-    file.write_bytes(content.replace(b"[2, 4]", b"[4, 2]"))
-    with pytest.raises(ValueError, match=r"delta.safetensors is damaged"):
-        open_expert(path)
-
-
 def test_values_that_are_not_finite_are_not_stored(tmp_path):
     for value in (float("nan"), float("inf"), 1e60):
         bad = Dense(torch.full((2, 2), value, dtype=torch.float64))
         with pytest.raises(ValueError, match=r"the delta of w cannot be stored: .*not finite"):
             write(tmp_path / "x", [("w", bad)], RECORD)
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_and_twice_the_same_are_not_stored(tmp_path):
-    with pytest.raises(ValueError, match=r"moves no weight"):
-        write(tmp_path / "x", [], RECORD)
-    with pytest.raises(ValueError, match=r"given twice"):
-        write(tmp_path / "x", [("w", Sparse.zero((2, 2)))] * 2, RECORD)
     assert not list(tmp_path.iterdir())
 
 

@@ -101,13 +101,6 @@ def test_equal_weights_join_sparse_experts_and_others_stay_apart():
         assert len(list(joined(chunk, weights))) == count
 
 
-@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
-def test_other_shapes_than_matrices_have_chunks_too(shape):
-    values = torch.randn(shape, dtype=torch.float64)
-    with chunks_of_size(5):
-        assert torch.equal(merge_by_chunks([Dense(values), Dense(values)], summed).dense(), 2 * values)
-
-
 def test_a_kept_zero_stays_in_the_support():
     delta = Sparse(torch.tensor([1, 4], dtype=torch.int32), torch.tensor([0.0, 2.0]), torch.Size((2, 3)))
     merged = merge_by_chunks([delta], summed)

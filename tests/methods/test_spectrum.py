@@ -68,12 +68,6 @@ def test_nearest_isometry_is_orthonormal_and_nearer_than_others():
         assert (matrix - other * signs).norm() > (matrix - nearest).norm()
 
 
-def test_copies_of_a_direction_share_it():
-    direction = torch.tensor([[3.0], [4.0]], dtype=torch.float64) / 5
-    pushed = nearest_isometry(torch.cat([direction, direction], 1))
-    torch.testing.assert_close(pushed, torch.cat([direction, direction], 1) / 2**0.5, **CLOSE)
-
-
 @pytest.mark.parametrize(("rank", "form"), [(0, Sparse), (2, LowRank), (3, Dense)])
 def test_result_has_the_smaller_form_and_the_dtype_of_the_deltas(rank, form):
     half = Dense(torch.zeros(6, 6, dtype=torch.bfloat16))

@@ -12,7 +12,7 @@ from test_routed import experts_of
 from torch import Tensor
 
 from modular_experts.base import Base
-from modular_experts.deltas import Delta, Dense
+from modular_experts.deltas import Delta
 from modular_experts.injection import ExpertLayer, named_experts
 from modular_experts.injection.attach import put_in
 from modular_experts.injection.routed import routed
@@ -117,17 +117,3 @@ def test_routers_by_block_may_have_learned_before() -> None:
     del routers["model.layers.0"]
     with pytest.raises(ValueError, match="there is no router of that layer's weight or block"):
         routed(model, experts, routers, check=False)
-
-
-@pytest.mark.parametrize(
-    ("router", "weight", "sentence"),
-    [
-        (First(), "lm_head.weight", "lm_head.weight, which is in no transformer block, so a router of scope"),
-        (Needs(), "model.layers.0.mlp.up_proj.weight", "Needs needs gram, and no statistics are taken of a block"),
-    ],
-)
-def test_what_cannot_be_routed_by_block_is_refused(router: Router, weight: str, sentence: str) -> None:
-    model = build_model("llama")
-    experts = [{weight: Dense(torch.ones_like(model.get_parameter(weight)))}] * 2
-    with pytest.raises(ValueError, match=sentence):
-        routed(model, experts, router, check=False)

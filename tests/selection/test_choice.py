@@ -370,27 +370,6 @@ def test_a_support_is_shared_as_it_is(other: str, kind, neighbours, tiny_llama_d
     assert (costs["selections"], costs["selection_passes"]) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("other", "kind", "sentence"),
-    [
-        ("tiles", SPARSE, "it keeps tiles of 8 x 8 at .*, not units of 1 x 1"),
-        ("entries", AVOIDING["tiles beside tiles"][0], "it keeps single entries at .*, not units of 8 x 8"),
-        ("tiles", AVOIDING["tiles beside rows"][0], "it keeps tiles of 8 x 8 at .*, not units of 4 x 4"),
-        (
-            "rows",
-            partial(SparseExpert, granularity="column"),
-            "it keeps tiles of 1 x 48 at .*, not units of 32 x 1",
-        ),
-        ("full", SPARSE, "it keeps every entry at model.layers"),
-    ],
-)
-def test_a_support_of_another_kind_is_refused(
-    other: str, kind, sentence: str, neighbours, tiny_llama_dir, task_files, tmp_path
-) -> None:
-    with pytest.raises(ValueError, match=f"the support of {other} cannot be shared: ({sentence})"):
-        _beside(tiny_llama_dir, task_files, tmp_path, kind, support=str(neighbours / other))
-
-
 class Rewound(Watch):
     """Looks at dense changes and moments on both sides of the one selection."""
 

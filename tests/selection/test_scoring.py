@@ -187,23 +187,6 @@ def test_curvature_is_the_hessians_product_with_the_gradient_of_all_layers(
         assert _error({name: found[name]}, {name: exact}) < 5 * tolerance
 
 
-@pytest.mark.parametrize("modules", [r".*\.0\.attn\.c_proj", conftest.TARGETS["gpt2"]])
-def test_the_step_of_the_curvature_is_a_share_of_one_weight_however_many_are_scored(modules: str) -> None:
-    """A share of all weights' norm grows with their number, and is far beyond the quadratic part in a real model."""
-    probed, norms = Double(torch.float64), []
-    inject(probed.model, KINDS[0], modules)
-    layers = selectable_layers(probed.model)
-
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        shifts = [layer.expert.probe.shift for layer in layers.values() if layer.expert.probe.shift is not None]
-        norms.append(sum(float(shift.square().sum()) for shift in shifts) ** 0.5)
-        return probed.loss(ids)
-
-    ScoringPass(loss, BATCHES).curvature(layers, lambda name, product: None)
-    typical = torch.cat([layer.matrix.detach().flatten() for layer in layers.values()]).square().mean().sqrt()
-    assert norms == pytest.approx([0.0] * 3 + [0.03 * float(typical)] * 6, rel=1e-6)
-
-
 def test_dropout_is_the_same_in_all_passes_of_a_curvature() -> None:
     """Otherwise the difference of two gradients would be a difference of two networks, divided by next to nothing."""
     found = _curvature(KINDS[0], torch.float64, train=True)

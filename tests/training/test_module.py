@@ -236,23 +236,6 @@ def test_penalties_join_the_loss_and_are_logged_by_name(tiny_llama_dir, task_fil
     assert losses[-1] != others[-1]
 
 
-def test_a_plan_gives_layers_experts_of_several_kinds(tiny_llama_dir, task_files, tmp_path) -> None:
-    experts = {"q_proj": partial(LoRAExpert, rank=2), "down_proj": KINDS["element"], "up_proj": LoRAExpert}
-    export = ExportExpert(str(tmp_path / "library"), "mine", monitor=None)
-    module = ExpertModule(str(tiny_llama_dir), experts=experts, max_new_tokens=6)
-    trainer = runs.trainer(tmp_path, export, max_steps=2)
-    trainer.fit(module, runs.mixture(task_files, tiny_llama_dir))
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert "experts" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
-    record = open_expert(export.target).record
-    assert record["kind"] == "LoRAExpert+SparseExpert"
-    settings = record["hyperparameters"]
-    assert (settings["modules"], settings["keep_ratio"]) == (["q_proj", "down_proj", "up_proj"], 0.1)
-    assert sorted(settings["rank"]) == [2, LoRAExpert(torch.zeros(32, 32)).rank]
-    with pytest.raises(ValueError, match=r"model\.experts replaces both model\.expert and model\.modules"):
-        ExpertModule(str(tiny_llama_dir), "q_proj", experts=experts).setup("fit")
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_values_are_float32_beside_a_bfloat16_base(
@@ -295,24 +278,6 @@ def test_gradient_checkpointing_gives_the_same_losses(tiny_llama_dir, task_files
         losses.append(seen.steps)
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
-
-
-def test_packed_batches_train_the_same_expert(tiny_llama_dir, task_files, tmp_path) -> None:
-    """In float64, with supports chosen three times; the steps and their rows are the same."""
-    ends, seen = [], []
-    for packing in (False, True):
-        seed_everything(0, verbose=False)
-        losses, schedule = runs.Losses(), MaskSchedule(rule=GrowAndDrop(every=2, until=1.0, replace=0.4), batches=2)
-        optimizer = partial(torch.optim.SGD, lr=0.5)
-        module = runs.module(tiny_llama_dir, KINDS["element"], dtype="float64", optimizer=optimizer)
-        trainer = runs.trainer(tmp_path, losses, schedule, max_steps=6)
-        trainer.fit(module, runs.mixture(task_files, tiny_llama_dir, packing=packing))
-        ends.append({name: layer.expert for name, layer in expert_layers(module.model)})
-        seen.append(losses.steps)
-    assert seen[1] == pytest.approx(seen[0], rel=1e-12)
-    for name, expert in ends[0].items():
-        assert torch.equal(expert.indices, ends[1][name].indices)
-        torch.testing.assert_close(expert.values, ends[1][name].values)
 
 
 def test_length_is_that_of_the_fit(tiny_llama_dir, task_files, tmp_path) -> None:

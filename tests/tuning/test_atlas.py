@@ -49,17 +49,6 @@ def test_it_starts_at_a_merge_and_corrects_it(objective) -> None:
     assert sum(moves.losses.values()) < sum(at_the_merge.values())
 
 
-@pytest.mark.parametrize(
-    ("merges", "start", "first"),
-    [(0, None, [0, 0, 0]), (2, None, [0.5, 0.5, 0]), (2, [], [0, 0, 0]), (1, [0.2, -1.0], [0.2, -1, 0])],
-)
-def test_it_starts_at_the_mean_of_the_merges_unless_told_otherwise(objective, merges, start, first) -> None:
-    with Combination(objective.model, random_experts(objective)[:3], merges) as combination:
-        found = ATLAS(steps=1, learning_rate=1e-12, start=start).search(combination, objective)
-    wanted = torch.tensor([first], dtype=torch.float64).expand(len(NAMES), -1)
-    torch.testing.assert_close(found.coefficients, wanted, rtol=0, atol=1e-9)
-
-
 def test_it_is_adamerging_on_the_loss_where_no_coefficient_meets_a_bound(objective) -> None:
     with Combination(objective.model, random_experts(objective)) as combination:
         free = ATLAS(steps=4, learning_rate=0.01, start=[0.5] * combination.experts)

@@ -148,26 +148,6 @@ def test_a_changed_mask_holds_as_many_and_keeps_more_than_the_overlap(held, over
     assert [mask.changed(same * 40, 1 / 6, numbers) for same in "01"] == ["0" * 40, "1" * 40]
 
 
-def test_masks_end_at_the_best_members() -> None:
-    worth = [(7 * member) % 24 for member in range(24)]
-
-    def missed(genes):
-        return -sum(worth[member] for member, sign in enumerate(genes[0]) if sign == "1")
-
-    single = Evolution(evaluations=300, first=1, parents=1, crossover=0.0)
-    found = single.search([Mask(24)], missed, within=lambda genes: genes if genes[0].count("1") == 8 else None)
-    assert found.value == -sum(sorted(worth)[-8:])
-
-
-def test_whole_numbers_end_at_the_best_ones() -> None:
-    goal = (3, 9, 50, 20, 31)
-    for seed in range(3):
-        found = Evolution(evaluations=300, first=20, seed=seed).search(
-            [Whole(0, 60)] * 5, lambda genes: sum(abs(gene - best) for gene, best in zip(genes, goal, strict=True))
-        )
-        assert found.best == goal
-
-
 def test_nan_is_worse_than_every_number_and_numbers_stay_in_their_range() -> None:
     found = Evolution(evaluations=200, first=5).search(
         [Real(-1, 1), Whole(-3, 3)], lambda genes: math.nan if genes[0] > 0 else -genes[0] + genes[1]

@@ -116,21 +116,6 @@ def test_no_target_is_read_except_for_the_agreement(tiny_llama_dir, tmp_path, ta
     assert kept["inputs"].agreement == {}
 
 
-def test_agreement_is_the_share_of_equal_texts(tiny_llama_dir, tmp_path, task_files) -> None:
-    model, tokenizer = lively_model(), build_tokenizer()
-    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
-    texts, inputs = [], ["bat", "fit", "dot", "den"]
-    with applied(model, own["upper"], check=False):
-        for text in inputs:
-            written = greedily(model, tokenizer(text)["input_ids"], 4)
-            texts.append(tokenizer.decode([one for one in written if one != 1]).strip())
-    texts[2] = "something else"
-    rows = [{"input": i, "target": t, "split": "validation"} for i, t in zip(inputs, texts, strict=True)]
-    (tmp_path / "upper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    objective = Objective(model, mixture({"upper": tmp_path / "upper.jsonl"}, tiny_llama_dir), own, max_new_tokens=4)
-    assert objective.agreement == {"upper": 0.75}
-
-
 def test_rows_with_neither_target_nor_split_are_asked(tiny_llama_dir, tmp_path, task_files) -> None:
     file = tmp_path / "upper.jsonl"
     file.write_text("".join(json.dumps({"input": text}) + "\n" for text in ("bat", "fit", "dot")))

@@ -7,7 +7,6 @@ import torch
 
 from modular_experts.deltas import Sparse
 from modular_experts.interop.mergekit.difference import WeightDifference, weight_difference
-from modular_experts.interop.mergekit.methods import METHODS
 from modular_experts.interop.mergekit.parse import parse_setting, read_recipe
 from modular_experts.interop.mergekit.recipe import LayerPosition, ModelReference, layer_positions, value_at
 from modular_experts.methods import TIES, Average, ModelStock, TaskArithmetic
@@ -183,18 +182,6 @@ def test_nuslerp_and_model_stock_are_ours_with_the_preset_of_mergekit(step):
     stock = "merge_method: model_stock\nparameters: {filter_wise: %s}"
     assert step(stock % "true") == ModelStock(row_wise=True, preset="mergekit")
     assert step(stock % "false") == ModelStock(preset="mergekit")
-
-
-def test_every_method_runs_on_its_defaults(step, tmp_path):
-    for name, method in METHODS.items():
-        if method.models != 1:
-            given = "parameters: {weight: 1}" if "weight" in method.each else ""
-            on_models = ["a", "b", "base"] if name in ("linear", "karcher") else ["a", "b"]
-            recipe = read(
-                tmp_path, f"base_model: base\nmodels: [{{model: a}}, {{model: b}}]\nmerge_method: {name}\n{given}"
-            )
-            assert [str(model) for model in recipe.merged] == on_models
-            assert step(f"merge_method: {name}\n{given}")
 
 
 SETTINGS = "weight: 0.7, density: 0.6"

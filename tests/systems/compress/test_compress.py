@@ -247,23 +247,6 @@ def test_a_bad_setting_gets_one_sentence_before_the_model_is_loaded(
     assert [file.name for file in tmp_path.iterdir()] == ["empty.jsonl"]
 
 
-def test_the_nearest_keep_ratio_works(tiny, tasks, tmp_path) -> None:
-    tight = SMALL | {"slack": 1e-3, "multiple": 16, "evaluations": 1}
-    with pytest.raises(ValueError, match="nearest is keep=") as error:
-        compress(tiny("llama"), tasks, tmp_path / "smaller", keep=0.8, **tight)
-    near = float(str(error.value).rpartition("=")[2])
-    assert compress(tiny("llama"), tasks, tmp_path / "smaller", keep=near, **tight).parameters
-
-
-def test_a_checkpoint_is_replaced_only_on_request(tiny, tasks, tmp_path) -> None:
-    out = tmp_path / "smaller"
-    one = SMALL | {"evaluations": 1}
-    compress(tiny("llama"), tasks, out, keep=0.8, **one)
-    with pytest.raises(FileExistsError, match="overwrite"):
-        compress(tiny("llama"), tasks, out, keep=0.7, **one)
-    assert compress(tiny("llama"), tasks, out, keep=0.7, overwrite=True, **one).parameters < 0.7 * 21_856
-
-
 def test_the_config_makes_a_smaller_base(tiny_llama_dir, tmp_path, monkeypatch) -> None:
     """It stands in the directory of a quickstart."""
     monkeypatch.chdir(tmp_path)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_model, write_rows
+from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 from testbed.padded_rows import ROWS, padded
@@ -32,10 +31,6 @@ OTHERS = [[50, 51, 52], [61, 60, 59, 58], [70], [55, 66, 77, 60, 61]]
 
 def gate_of(model: torch.nn.Module) -> TaskGate:
     return next(expert for _, expert in named_experts(model) if isinstance(expert, TaskGate))
-
-
-def teach(model: torch.nn.Module, data: object) -> None:
-    gate_of(model).before_fit(SimpleNamespace(model=model), data)
 
 
 def gates_of(model: torch.nn.Module) -> Gates:
@@ -211,24 +206,6 @@ def test_rows_of_a_pack_have_the_gates_of_their_prompts(architecture: str) -> No
     wanted = batch_losses(model, batch)[0]
     assert set(gates_of(model).dense(2).argmax(1).tolist()) == {0, 1}, "the test must send rows to different experts"
     torch.testing.assert_close(batch_losses(model, repacked(batch))[0], wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_what_cannot_be_taught_is_refused(tiny_llama_dir, task_files, tmp_path) -> None:
-    model = build_model("llama")
-    inject(model, LoRAIR(experts=3, modules="q_proj"))
-    with pytest.raises(ValueError, match="the router of LoRAIR has not learned its tasks yet; `fit` teaches it"):
-        model(torch.arange(5, 9)[None])
-    with pytest.raises(ValueError, match=r"experts=3, and the data have 2 held-in tasks; give as many .*: experts: 2"):
-        teach(model, runs.mixture(task_files, tiny_llama_dir))
-    with pytest.raises(ValueError, match="LoRAIR chooses between tasks, and the data have one"):
-        teach(model, runs.mixture({"upper": task_files["upper"]}, tiny_llama_dir))
-    with pytest.raises(ValueError, match="learns the tasks of a TaskMixture, and the data are of type list"):
-        teach(model, [])
-    rows = [{"input": "a", "target": "b", "split": "train"}]
-    few = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("x", "y", "z")}
-    few = runs.TaskMixture([{"name": n, "path": str(f)} for n, f in few.items()], tokenizer=str(tiny_llama_dir))
-    with pytest.raises(ValueError, match="expert 0 has 2 prompts, and at least 4 are needed"):
-        teach(model, few)
 
 
 def test_the_loras_keep_the_contract_of_an_expert() -> None:

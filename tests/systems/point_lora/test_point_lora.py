@@ -187,18 +187,6 @@ def test_the_loss_teaches_the_scorer() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_tokens_that_leave_the_context_are_refused(architecture: str) -> None:
-    model = planned(architecture)
-    context = model.config.max_position_embeddings
-    with torch.no_grad():
-        kept = model(torch.full((1, context - 3), 9), use_cache=True).cache
-        with pytest.raises(ValueError, match=rf"puts 3 tokens in front of {context - 2}, .* be at most {context - 3}"):
-            model(torch.full((1, context - 2), 9))
-        with pytest.raises(ValueError, match=rf"puts 3 tokens in front of {context - 2}, "):
-            model(torch.tensor([[9]]), cache=kept)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_generation_leaves_the_selected_tokens_room(architecture: str) -> None:
     model, tokenizer = planned(architecture), build_tokenizer()
     context = model.config.max_position_embeddings - 3
