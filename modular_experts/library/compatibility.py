@@ -126,12 +126,8 @@ def warn_unlike_training(
 ) -> None:
     """Log a sentence for each expert that meets rows or a base in another form than in its training.
 
-    Args:
-        experts: The experts in use.
-        reading: How rows of the tasks of an expert are read now: `max_length` and the hash of the `chat_template`, or
-            None without one, as `TaskMixture.reading_of` gives them.
-        dtype: Data type of the base now.
-        options: Names of the settings where they can be changed.
+    `reading` is how rows of some tasks are read now, as `TaskMixture.reading_of` tells; `options` are the names of the
+    settings that change it.
     """
     for expert in experts:
         trained, unlike, now = expert.record.get("training") or {}, [], reading(expert.record["tasks"])

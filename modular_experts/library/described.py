@@ -73,12 +73,7 @@ def describe(thing: Any) -> dict[str, Any]:
 
 
 def rebuild(described: Mapping[str, Any], *contracts: type, owner: str = "the record") -> Any:
-    """Return the object that `describe` has described.
-
-    Args:
-        described: `class_path` and `init_args`, where a setting may be such a mapping too.
-        contracts: What the object, and each object among its settings, must be one of.
-        owner: Who names the classes, for the sentence of an error.
+    """Return the object that `describe` has described; it and each object among its settings must be of a contract.
 
     Raises:
         ValueError: A class is unknown, or it does not take its settings.

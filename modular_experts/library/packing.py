@@ -94,14 +94,10 @@ def _is_delta(form: str, shape: Sequence[int], shapes: Mapping[str, tuple[int, .
 def unpack(
     form: str, shape: Sequence[int], tensors: Mapping[str, Tensor], check: bool = True, read: Read | None = None
 ) -> Delta:
-    """Return the delta of tensors of checked layout; encoded numbers are always checked, the others if `check` is set.
+    """Return the delta of tensors of checked layout, by their names in the file.
 
-    Args:
-        form: Name of the class of the delta.
-        shape: The weight's.
-        tensors: The stored tensors, by their names in the file.
-        check: Whether to look at values, and at numbers that are stored as they are.
-        read: What `read_entries` found in encoded numbers and in the values, if it was asked.
+    Encoded numbers are always checked; values, and numbers that are stored as they are, if `check` is set. `read` is
+    the result of `read_entries`, if it was asked.
 
     Raises:
         ValueError: A value is not finite; or the kept numbers are out of bounds, out of order or doubled, or more or
@@ -144,12 +140,9 @@ def _limit(form: str, shape: Sequence[int], values: Sequence[int]) -> int:
 
 
 def encode(numbers: Tensor, limit: int, plain: str) -> dict[str, Tensor]:
-    """Return sorted, unique numbers in the fewest bytes, by the name of the encoding; ties go to the fastest to read.
+    """Return sorted, unique numbers `(n,)` in the fewest bytes, by the name of the encoding.
 
-    Args:
-        numbers: `(n,)` on the CPU, int32 or int64.
-        limit: Exclusive upper bound of the numbers.
-        plain: Name for the numbers as they are.
+    Ties go to the fastest to read; `plain` is the name for the numbers as they are.
 
     Raises:
         ValueError: The numbers are not sorted and unique, or out of `[0, limit)`.
@@ -196,15 +189,9 @@ def decode(
     dtype: torch.dtype,
     known: tuple[Tensor, int | None] | None = None,
 ) -> Tensor:
-    """Return the numbers `(count,)` of a stored tensor that `fits`.
+    """Return the numbers `(count,)` of a stored tensor that `fits`; numbers stored as they are stay unchecked.
 
-    Args:
-        name: Name of the encoding; numbers under any other name are stored as they are, and returned unchecked.
-        stored: On the CPU; uint8 if it is encoded.
-        count: Expected number of numbers.
-        limit: Exclusive upper bound of the numbers.
-        dtype: int32 or int64, wide enough for the limit.
-        known: The numbers and the last of them as `decode_places` returns them, if they are decoded already.
+    `known` is the result of `decode_places`, if they are decoded already.
 
     Raises:
         ValueError: There are more or fewer numbers, or one reaches the limit.
@@ -219,14 +206,7 @@ def decode(
 
 
 class StoredWeight(NamedTuple):
-    """One weight of one expert as it lies in the file.
-
-    Attributes:
-        file: The tensors of the file.
-        name: The weight's.
-        entry: Its form, its shape, and dtype, shape and SHA-256 of each tensor, from the table of the file.
-        checked: Whether its tensors were checked before.
-    """
+    """One weight of one expert as it lies in the file, with its entry of the table of the file."""
 
     file: MappedTensors
     name: str

@@ -20,7 +20,6 @@ from modular_experts.library.tensorfile import (
     MappedTensors,
     TensorFileWriter,
     damaged,
-    layout_of,
     open_tensors,
 )
 
@@ -34,19 +33,18 @@ class StoredState:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        tensors = open_tensors(file)
+        open_tensors(file)  # which checks its header
+        self._tensors = MappedTensors(file)
         try:
-            content = json.loads((tensors.metadata() or {})["modular_experts"])
+            content = json.loads(self._tensors.metadata["modular_experts"])
             if content["format"] != FORMAT_WITH_STATE:
                 raise damaged(file, f"its format {content['format']!r} is not {FORMAT_WITH_STATE!r}")
             self.table: dict[str, Any] = content["state"]
-            found = {name: layout_of(tensors, name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
             named = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.table.items()}
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise damaged(file, f"its metadata does not describe a state ({error!r})") from error
-        if named != {name: (str(dtype), shape) for name, (dtype, shape) in found.items()}:
+        if named != {name: (str(dtype), shape) for name, (dtype, shape) in self._tensors.layouts.items()}:
             raise damaged(file, "its tensors are not those that its metadata names")
-        self._tensors = MappedTensors(file)
 
     def read(self) -> dict[str, Tensor]:
         """Return all tensors, each a copy of its own; raise ValueError if one is not what was written."""

@@ -234,11 +234,6 @@ def gather_statistics(
 ) -> Gathered:
     """Return a function from a weight's name to its statistics, one per expert; it gives an empty list without a kind.
 
-    Args:
-        experts: The experts that are merged.
-        kind: The kind that the merge method needs.
-        shapes: The weights that are merged, with their shapes.
-
     Raises:
         ValueError: An expert has no statistics of this kind, or has them for other weights or for another merge.
     """

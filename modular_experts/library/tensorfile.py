@@ -142,11 +142,6 @@ class MappedTensors:
 
     A tensor is a view of the mapped file, in pages that the system may drop, and that `release` drops at once. The
     mapping is copy-on-write, because torch warns of read-only memory.
-
-    Attributes:
-        file: The file.
-        metadata: What the header says beside the tensors.
-        layouts: Dtype and shape of each tensor.
     """
 
     def __init__(self, file: Path) -> None:
@@ -187,12 +182,6 @@ def open_tensors(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise damaged(file, f"it is cut short or not a safetensors file ({error})") from error
-
-
-def layout_of(tensors: Any, name: str) -> Layout:
-    """Return dtype and shape of a tensor of an opened file."""
-    tensor = tensors.get_slice(name)
-    return DTYPES.get(tensor.get_dtype(), tensor.get_dtype()), tuple(tensor.get_shape())
 
 
 def damaged(file: Path, reason: str) -> ValueError:

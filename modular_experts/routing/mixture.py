@@ -132,7 +132,7 @@ class Entries:
         starts: Where each row begins and the last one ends, `(out + 1,)` int32.
         columns: Columns `(n,)`: int32, or where the weight has at most 65536 of them the lower half of it, int16.
         values: `(n,)`.
-        shape: That of the weight, `(out, in)`.
+        shape: The weight's, `(out, in)`.
     """
 
     starts: Tensor
@@ -219,13 +219,8 @@ def _factor(delta: Delta | Entries) -> Factor | None:
 
 
 def add_products(out: Tensor, x: Tensor, deltas: Sequence[Held | None], segments: Sequence[Segment]) -> None:
-    """Add to `out` the product of each input with the deltas of its segments, times its weights there.
-
-    Args:
-        out: `(n, tokens, out)`, changed in place.
-        x: `(n, tokens, in)`, of the same dtype.
-        deltas: By the number of the expert; None for no change.
-        segments: The inputs of each expert.
+    """Add to `out` `(n, tokens, out)` the products of inputs `(n, tokens, in)` with the deltas of their segments, times
+    their weights there.
     """
     is_served, graded = compiled.serves(out, x), torch.is_grad_enabled()
     parts = []
