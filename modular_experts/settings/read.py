@@ -101,8 +101,10 @@ def _read_scalar(option: str, hint: Any, value: Any) -> Read:
 
 
 def _read_word(option: str, hint: Any, word: Word) -> Read:
-    text = str(word)
-    if hint is str or (hint in _SCALARS and text == ""):
+    text, members = str(word), get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if text == "null" and type(None) in members:
+        return _as_it_is(None)
+    if {*members} <= {str, type(None)}:
         return _as_it_is(text)
     try:
         value = from_yaml(text)
@@ -110,12 +112,9 @@ def _read_word(option: str, hint: Any, word: Word) -> Read:
         value = text  # a pattern such as [qv]_proj
     if isinstance(value, dict) and not any(value.values()) and ":" not in text:
         value = text  # {name}, a template
-    try:
-        return read(option, hint, value)
-    except UsageError:
-        if isinstance(value, str | list | dict) or str not in get_args(hint):
-            raise
-        return _as_it_is(text)
+    if str in members and not isinstance(value, str | list | dict) and not {type(value), float} & {*members}:
+        value = text  # 10:00:00, a number to YAML
+    return read(option, hint, value)
 
 
 def _read_union(option: str, members: Sequence[Any], value: Any) -> Read:

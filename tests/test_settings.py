@@ -1,0 +1,55 @@
+"""What a typed word and a value of a config mean where an annotation stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from modular_experts.experts import Expert
+from modular_experts.settings import UsageError, Word
+from modular_experts.settings.read import read
+
+WORDS = [
+    (str, "0123", "0123"),
+    (str | None, "0123", "0123"),
+    (str | None, "[hello]", "[hello]"),
+    (str | None, "no", "no"),
+    (str | None, "null", None),
+    (str | timedelta | None, "10:00:00:00", "10:00:00:00"),
+    (int | str, "12", 12),
+    (int | str, "all", "all"),
+    (float | list[float], "[0.5, 1]", [0.5, 1.0]),
+    (bool | int, "true", True),
+    (bool | int, "3", 3),
+    (list[int] | str | int, "auto", "auto"),
+    (list[int] | str | int, "[0, 1]", [0, 1]),
+    (Any, "1e-3", 0.001),
+    (Literal[64, 32] | Literal["16-true", "32"], "32", 32),
+    (dict[str, list[Any]], "{keep: [0.1, 0.2]}", {"keep": [0.1, 0.2]}),
+    (str | list[str], "[qv]_proj", "[qv]_proj"),
+    (tuple[float, float], "[0.9, 1]", (0.9, 1.0)),
+    (bool, "no", False),
+]
+
+
+@pytest.mark.parametrize(("hint", "word", "meant"), WORDS)
+def test_a_typed_word_is_a_text_where_one_may_stand_and_yaml_elsewhere(hint: Any, word: str, meant: Any) -> None:
+    found = read("--x", hint, Word(word)).make()
+    assert (found, type(found)) == (meant, type(meant))
+
+
+def test_a_factory_gets_its_first_arguments_later_and_its_settings_have_all_defaults() -> None:
+    found = read("--expert", Callable[[torch.Tensor], Expert], {"class_path": "LoRAExpert", "init_args": {"rank": 3}})
+    defaults = {"alpha": 16.0, "rank_stabilized": False, "dropout": 0.0}
+    assert found.plain == {"class_path": "modular_experts.LoRAExpert", "init_args": {"rank": 3, **defaults}}
+    assert found.make()(torch.ones(8, 8)).rank == 3
+
+
+@pytest.mark.parametrize(("hint", "value"), [(int, 1.5), (int, True), (list[int], 3), (float, "much"), (str, True)])
+def test_a_value_of_another_type_is_refused_by_its_option(hint: Any, value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^--x must be "):
+        read("--x", hint, value)
