@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modular_experts.hub.repository import check_contents, look
+from modular_experts.hub.repository import HubRepository, check_contents, look
 from modular_experts.library import StoredExpert, check_target, new_directory, open_expert
 from modular_experts.library.atomic import is_name
 from modular_experts.library.record import RECORD_FILE, ROUTED, files_of, read_record
@@ -68,48 +69,12 @@ def pull(
     beside = next(place for place in (library, *library.parents) if place.is_dir())
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=beside) as temporary:
         place = Path(temporary)
-
-        def damaged(name: str, error: Exception) -> ValueError:
-            reason = str(error).replace(f"{place}{os.sep}", "").partition("; take it from a copy")[0]
-            which = f"{name} of {repo_id} at commit {str(repository.commit)[:12]}"
-            return ValueError(f"{which} was not written, nor any other: {reason}; pull again, or ask its owner to push")
-
-        repository.fetch([f"{name}/{RECORD_FILE}" for name in names], place)
-        records: dict[str, Mapping[str, Any]] = {}
-        for name in names:
-            check_target(library / name, overwrite=True)
-            try:
-                records[name] = read_record(place / name / RECORD_FILE)
-            except ValueError as error:
-                raise damaged(name, error) from error
-            if records[name]["kind"] == ROUTED:
-                # The experts behind a router come with it.
-                more = repository.choose([parent["name"] for parent in records[name]["parents"]])
-                more = [one for one in more if one not in names]
-                repository.fetch([f"{one}/{RECORD_FILE}" for one in more], place)
-                names += more
-        files: dict[str, list[str]] = {}
-        for name, record in records.items():
-            if missing := repository.missing(name, record):
-                raise ValueError(f"{name} in {repo_id} is not a complete expert: {missing[0]} is missing")
-            if _is_present(library / name, record):
-                continue
-            if (library / name).exists() and not overwrite:
-                raise FileExistsError(
-                    f"{library / name} exists already, damaged or with other contents than in {repo_id}; pull into "
-                    "another library, or replace it with overwrite: true"
-                )
-            files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
-            for path in sorted(repository.files) if statistics else ():
-                kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
-                if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):
-                    files[name].append(path)
+        records = _fetch_records(repository, names, library, place)
+        files = _wanted(repository, records, library, overwrite, statistics)
         repository.fetch([path for paths in files.values() for path in paths], place)
         for name in progress(list(files)):
-            try:
+            with _told(repository, place, name):
                 check_contents(open_expert(place / name), statistics=True)
-            except (ValueError, OSError) as error:
-                raise damaged(name, error) from error
         for name, paths in files.items():
             with new_directory(library / name, overwrite) as directory:
                 for path in paths:
@@ -117,8 +82,67 @@ def pull(
                     target.parent.mkdir(exist_ok=True)
                     shutil.move(place / path, target)
     assert repository.commit is not None
-    present = [open_expert(library / name) for name in names if name not in files]
+    present = [open_expert(library / name) for name in records if name not in files]
     return Pulled([open_expert(library / name) for name in files], present, repository.commit)
+
+
+def _fetch_records(
+    repository: HubRepository, names: Sequence[str], library: Path, place: Path
+) -> dict[str, dict[str, Any]]:
+    """Fetch the records of experts and of the experts behind their routers, and read them."""
+    records: dict[str, dict[str, Any]] = {}
+    left = list(names)
+    while left:
+        repository.fetch([f"{name}/{RECORD_FILE}" for name in left], place)
+        behind: list[str] = []
+        for name in left:
+            check_target(library / name, overwrite=True)
+            with _told(repository, place, name):
+                records[name] = read_record(place / name / RECORD_FILE)
+            if records[name]["kind"] == ROUTED:
+                behind += repository.choose([parent["name"] for parent in records[name]["parents"]])
+        left = [name for name in dict.fromkeys(behind) if name not in records]
+    return records
+
+
+def _wanted(
+    repository: HubRepository,
+    records: Mapping[str, Mapping[str, Any]],
+    library: Path,
+    overwrite: bool,
+    statistics: bool,
+) -> dict[str, list[str]]:
+    """Return the paths of the files of each expert that the library lacks."""
+    files: dict[str, list[str]] = {}
+    for name, record in records.items():
+        if missing := repository.missing(name, record):
+            raise ValueError(f"{name} in {repository.repo_id} is not a complete expert: {missing[0]} is missing")
+        if _is_present(library / name, record):
+            continue
+        if (library / name).exists() and not overwrite:
+            raise FileExistsError(
+                f"{library / name} exists already, damaged or with other contents than in {repository.repo_id}; pull "
+                "into another library, or replace it with overwrite: true"
+            )
+        files[name] = [f"{name}/{file}" for file in (*files_of(record), RECORD_FILE)]
+        for path in sorted(repository.files) if statistics else ():
+            kind = path.removeprefix(f"{name}/{FOLDER}/").removesuffix(".safetensors")
+            if path == f"{name}/{FOLDER}/{kind}.safetensors" and is_name(kind):
+                files[name].append(path)
+    return files
+
+
+@contextmanager
+def _told(repository: HubRepository, place: Path, name: str) -> Iterator[None]:
+    """Turn the error of a damaged file in a block into one that names the repository instead of the temporary place."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = str(error).replace(f"{place}{os.sep}", "").partition("; take it from a copy")[0]
+        which = f"{name} of {repository.repo_id} at commit {str(repository.commit)[:12]}"
+        raise ValueError(
+            f"{which} was not written, nor any other: {reason}; pull again, or ask its owner to push"
+        ) from error
 
 
 def _is_present(target: Path, record: Mapping[str, Any]) -> bool:

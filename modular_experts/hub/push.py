@@ -96,25 +96,7 @@ def push(
         repository, reachable = HubRepository(repo_id), False
     if private and repository.commit and not repository.private:
         raise PermissionError(f"{repo_id} is public; make it private on its page first, or leave out private")
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        cards = [CARD_FILE] if CARD_FILE in repository.files else []
-        theirs = [name for name in repository.folders() if is_name(name)]
-        repository.fetch([*cards, *(f"{name}/{RECORD_FILE}" for name in theirs)], place)
-        present, entries = [], []
-        for name in theirs:
-            record = place / name / RECORD_FILE
-            if name not in opened:
-                entries += _entry(repository, name, record)
-            elif record.read_bytes() == (opened[name].path / RECORD_FILE).read_bytes():
-                present.append(name)  # the record holds the hash of the contents
-            elif not overwrite:
-                raise FileExistsError(
-                    f"{repo_id} has another expert called {name}; give yours another name, or replace it with "
-                    "overwrite: true"
-                )
-        entries += [CardEntry.of(expert) for expert in opened.values()]
-        earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
+    present, entries, earlier = _look_inside(repository, opened, overwrite)
     # Statistics (`<expert>/statistics/<kind>`) go even if the repository has their expert already.
     new = {path: file for path, file in files.items() if path.count("/") > 1 or path.split("/")[0] not in present}
     removed = [
@@ -132,6 +114,31 @@ def push(
     if dry_run or not (new or removed or card not in (None, earlier)):
         return plan
     return _commit(repository, plan, private, branch, message)
+
+
+def _look_inside(
+    repository: HubRepository, opened: Mapping[str, StoredExpert], overwrite: bool
+) -> tuple[list[str], list[CardEntry], str]:
+    """Return which experts a repository has already, what its new card shows, and its present card."""
+    present, entries = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        cards = [CARD_FILE] if CARD_FILE in repository.files else []
+        theirs = [name for name in repository.folders() if is_name(name)]
+        repository.fetch([*cards, *(f"{name}/{RECORD_FILE}" for name in theirs)], place)
+        for name in theirs:
+            record = place / name / RECORD_FILE
+            if name not in opened:
+                entries += _entry(repository, name, record)
+            elif record.read_bytes() == (opened[name].path / RECORD_FILE).read_bytes():
+                present.append(name)  # the record holds the hash of the contents
+            elif not overwrite:
+                raise FileExistsError(
+                    f"{repository.repo_id} has another expert called {name}; give yours another name, or replace it "
+                    "with overwrite: true"
+                )
+        earlier = "".join((place / name).read_text(encoding="utf-8", errors="replace") for name in cards)
+    return present, entries + [CardEntry.of(expert) for expert in opened.values()], earlier
 
 
 def _open(experts: Sequence[str | Path] | str | Path) -> dict[str, StoredExpert]:
