@@ -7,48 +7,39 @@ whose settings `Plan.study` returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from modular_experts.experts import Expert, FullExpert, LoRAExpert, SparseExpert
 from modular_experts.suite import HELD_IN, HELD_OUT, WordTask
 
 MODULES = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of expert."""
+def _kind(
+    expert: str, learning_rate: float, callbacks: Sequence[dict[str, Any]] = (), **settings: Any
+) -> dict[str, Any]:
+    """Return the settings of `fit` for a kind of expert, at a rate at which both the experts and their merges are good.
 
-    expert: Callable[[Tensor], Expert]  # makes the expert of a weight
-    learning_rate: float  # one at which both the experts and their merges are good
-    sparse: bool = False  # whether a schedule chooses its entries
-
-    @property
-    def fit(self) -> dict[str, Any]:
-        """The settings of `fit` that make an expert of this kind."""
-        expert = partial(self.expert)
-        schedule = {"class_path": "MaskSchedule", "init_args": {"batches": 1}}
-        # The default AdamW is fused and rounds otherwise; this one keeps the published numbers to the bit.
-        adam = {"class_path": "torch.optim.AdamW", "init_args": {"lr": self.learning_rate, "weight_decay": 0.0}}
-        return {
-            "expert": {"class_path": expert.func.__name__, "init_args": expert.keywords},
-            "model": {"optimizer": adam},
-            "trainer": {"callbacks": [schedule] * self.sparse},
-        }
+    The default AdamW is fused and rounds otherwise; this one keeps the published numbers to the bit.
+    """
+    adam = {"class_path": "torch.optim.AdamW", "init_args": {"lr": learning_rate, "weight_decay": 0.0}}
+    return {
+        "expert": {"class_path": expert, "init_args": settings},
+        "model": {"optimizer": adam},
+        "trainer": {"callbacks": [*callbacks]},
+    }
 
 
+_ONCE = [{"class_path": "MaskSchedule", "init_args": {"batches": 1}}]
 KINDS = {
-    "sparse": Kind(partial(SparseExpert, keep_ratio=0.1), 1e-3, sparse=True),
-    "block": Kind(partial(SparseExpert, keep_ratio=0.1, granularity="block", block_size=8), 1e-3, sparse=True),
-    "lora": Kind(partial(LoRAExpert, rank=4, alpha=8.0), 3e-3),
-    "full": Kind(FullExpert, 1e-3),
+    "sparse": _kind("SparseExpert", 1e-3, _ONCE, keep_ratio=0.1),
+    "block": _kind("SparseExpert", 1e-3, _ONCE, keep_ratio=0.1, granularity="block", block_size=8),
+    "lora": _kind("LoRAExpert", 3e-3, rank=4, alpha=8.0),
+    "full": _kind("FullExpert", 1e-3),
 }
+SPARSE = ("sparse", "block")
 
 # Each method, and the scales to try on validation words beside its default scale 1.
 METHODS = {
@@ -114,7 +105,7 @@ class Plan:
         merges: list[dict[str, Any]] = []
         for method, scales in METHODS.items():
             # For experts that move every entry, the overlap-aware average equals the plain one.
-            kinds = [kind for kind in self.kinds if KINDS[kind].sparse or method != "SparseAverage"]
+            kinds = [kind for kind in self.kinds if kind in SPARSE or method != "SparseAverage"]
             # Fix the exponent at 1: otherwise a tuning would choose it as well.
             fixed = {"exponent": [1.0]} if method == "SparseAverage" else {}
             grid = {"scale": [*scales], **fixed}
@@ -135,10 +126,10 @@ class Plan:
                 "data": {"packing": False},
                 "trainer": {"limit_val_batches": 0, "gradient_clip_val": 1.0, "accelerator": "cpu"},
             },
-            "experts": {kind: KINDS[kind].fit for kind in self.kinds},
+            "experts": {kind: KINDS[kind] for kind in self.kinds},
             "merges": merges,
             "counts": self.levels,
-            "multitask": {**KINDS["full"].fit, "batch_size": MULTITASK_BATCH, "steps": steps},
+            "multitask": {**KINDS["full"], "batch_size": MULTITASK_BATCH, "steps": steps},
             "seeds": [self.seed],
             "data": {"eval_batch_size": EVAL_BATCH},
             "max_new_tokens": NEW_TOKENS,

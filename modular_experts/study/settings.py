@@ -119,24 +119,18 @@ class Description(Options):
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that a study does, as plain values.
+    """Everything that a study does, as plain values; what is not told here is as in its `Description`.
 
     Attributes:
-        base: The directory or hub id of the base.
         held_in: Settings of the tasks that get experts, by name.
         held_out: Settings of the tasks that are only tested, by name.
         contents: A hash of the files of each task, by name; empty for rows from elsewhere.
-        experts: For each kind of expert the configs of its fit, of which a later one wins.
+        experts: For each kind with an expert for each task the configs of its fit, of which a later one wins.
         merges: For each kind of expert its merges, routes and ensembles.
-        counts: How many experts are merged; the largest is the number of held-in tasks if `all` of them are.
+        counts: How many experts are merged, in ascending order.
         draws: For each count whose groups are random, how many there are; the groups of other counts are disjoint.
         joint: The configs of the fit of each kind with one expert of all held-in tasks.
-        seeds: Seeds of the trainings.
-        data: How rows are read, in training and tests: the settings of `DATA`.
-        metrics: Dotted paths of the text metrics that stand beside exact match and Rouge-L, or in their place, by name.
-        measures: Dotted paths of functions that measure single experts, by name.
         needs: The kinds of statistics that each merge needs, by its name.
-        published: Figures of others for models of this study, which its tables show beside ours.
     """
 
     base: str
