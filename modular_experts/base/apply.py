@@ -56,16 +56,12 @@ def apply(
 ) -> Check | None:
     """Write the base plus the sum of the experts' deltas as a full checkpoint, and verify it by loading it again.
 
+    The other arguments are those of `Base.open` and of `Base.write`.
+
     Args:
         experts: Directories of the experts, or opened experts; their deltas are added up.
         out: Directory of the checkpoint.
         base: The base's directory or hub id; what the experts' records name if not given.
-        revision: Branch, tag or commit of a hub id.
-        dtype: Data type of the checkpoint; the base's own if not given.
-        tolerance: Largest accepted difference of a logit between the model in memory and the reloaded one.
-        overwrite: Replace a checkpoint of ours that is there.
-        verify: Hold the model in memory, load the result again and compare; without it, one weight at a time is in
-            memory.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.

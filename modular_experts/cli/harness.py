@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 # So that a config names the generated tasks by their class alone.
-import modular_experts.suite  # noqa: F401
 from modular_experts.base import DType
 from modular_experts.cli.evaluate import mixes_of
 from modular_experts.data.tasks import Tasks

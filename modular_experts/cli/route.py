@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # So that a config names the generated tasks by their class alone.
-import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, counted, progress_bar
 from modular_experts.data import TaskMixture
 from modular_experts.injection.attach import describe_router

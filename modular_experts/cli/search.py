@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 # So that a config names the generated tasks by their class alone.
-import modular_experts.suite  # noqa: F401
 from modular_experts.cli.format import call_text, progress_bar, statistics_text, summary
 from modular_experts.cli.tuning import print_agreement
 from modular_experts.data import TaskMixture

@@ -295,6 +295,8 @@ def _named_by(hint: Any) -> dict[str, Any]:
     base = get_args(hint)[-1] if get_origin(hint) is Callable else hint
     if not inspect.isclass(base) or base in _SCALARS or get_args(base):
         return {}
+    if base.__module__.startswith("modular_experts.data."):
+        importlib.import_module("modular_experts.suite")  # whose tasks have short names
     return {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
 
 

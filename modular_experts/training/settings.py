@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import Trainer
 
 # So that settings name the generated tasks by their class alone.
-import modular_experts.suite  # noqa: F401
 from modular_experts.data import TaskMixture
 from modular_experts.discovery import import_systems
 from modular_experts.settings import SHORT_NAMES, no_option

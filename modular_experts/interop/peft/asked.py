@@ -137,8 +137,8 @@ class AskedDeltas(Iterable[tuple[str, Delta]]):
         apart, _ = difference(other, expected)
         if not apart <= self._tolerance:
             raise ValueError(
-                f"{self._files.directory} has no fixed meaning: PEFT draws numbers while it loads it, and two loads "
-                f"have logits that differ by {apart:.3g}; convert it where it was trained, with PEFT's "
+                f"{self._files.directory} has no fixed meaning: PEFT draws numbers while it loads it, "
+                f"and the logits of two loads differ by {apart:.3g}; convert it where it was trained, with PEFT's "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
         return model, tuned, prompts, expected
