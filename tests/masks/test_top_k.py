@@ -1,4 +1,4 @@
-"""Exactly k units, ties to the lowest index: of one weight, and of many whose scores stream by."""
+"""The highest scores equal the first ones of a stable sort, however they are found."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modular_experts.masks import StreamingTopK, top_k
-from modular_experts.masks.top_k import _CHUNK
+from modular_experts.masks import GrowAndDrop, StreamingTopK, top_k
+from modular_experts.masks.top_k import _CHUNK, top_k_outside
+from modular_experts.native.sparse_passes import LEAST, carried, exchanged_slots
 
 numbers = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf]),
@@ -79,3 +80,78 @@ def test_streaming_holds_little_more_than_k() -> None:
         stream.add(f"{number:02}", torch.randn(50_000, generator=draw).abs() * (1 + number % 7))
         assert stream.held <= 1.3 * k + 2**16
     assert sum(places.numel() for places in stream.finish().values()) == k
+
+
+SIZE = 8 * LEAST + 5
+
+
+def _scores(kind: str) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(SIZE, generator=draw)
+    return {
+        "spread": (8 * scores).exp(),
+        "ties": (3 * scores).round(),
+        "zeros": torch.where(scores > 2, scores, torch.tensor(-0.0)),
+        "alike": torch.ones(SIZE),
+        "excluded": torch.where(scores > 1.5, scores, torch.tensor(-math.inf)),
+        "infinite": torch.where(scores > 1.5, torch.tensor(math.inf), scores),
+        # One of 61 scores is sampled, and these are the highest of all: the bound from them is too high.
+        "sampled are high": scores.index_add(0, torch.arange(0, SIZE, 61), torch.full((-(-SIZE // 61),), 50.0)),
+        "falling": -torch.arange(SIZE, dtype=torch.float32),
+    }[kind]
+
+
+@pytest.mark.parametrize("k", [1, 70, SIZE // 20, SIZE // 3, SIZE - 1])
+@pytest.mark.parametrize(
+    "kind", ["spread", "ties", "zeros", "alike", "excluded", "infinite", "sampled are high", "falling"]
+)
+def test_it_is_a_stable_sort_by_falling_score(kind: str, k: int) -> None:
+    scores = _scores(kind)
+    wanted = scores.sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(top_k(scores, k).long(), wanted)
+
+
+@pytest.mark.parametrize("k", [1, 70, SIZE // 20, SIZE // 3, SIZE])
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "alike", "excluded", "infinite", "sampled are high"])
+def test_the_highest_scores_outside_a_support_are_those_of_the_sorted_rest(kind: str, k: int) -> None:
+    scores = _scores(kind)
+    # The highest scores are among the units left out, as scores of trained entries may be.
+    odds = 0.01 + 0.3 * (scores > scores.median())
+    kept = (torch.rand(SIZE, generator=torch.Generator().manual_seed(2)) < odds).nonzero()[:, 0].int()
+    rest = torch.ones(SIZE, dtype=torch.bool)
+    rest[kept.long()] = False
+    outside = rest.nonzero()[:, 0]
+    order = scores[outside].sort(descending=True, stable=True).indices[:k]
+    wanted = outside[order[scores[outside[order]] > -math.inf]].sort().values
+    before = scores.clone()
+    assert torch.equal(top_k_outside(scores, k, kept).long(), wanted)
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("place", [0, 1, SIZE - 1])
+def test_a_score_without_an_order_is_found(place: int) -> None:
+    scores = _scores("spread")
+    scores[place] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        top_k(scores, 9)
+
+
+def test_slots_and_values_follow_their_units() -> None:
+    draw = torch.Generator().manual_seed(1)
+    before, after = (torch.randperm(SIZE, generator=draw)[: 2 * LEAST].sort().values.int() for _ in range(2))
+    slots, left = exchanged_slots(before, after)
+    assert torch.equal(before[left], before[~torch.isin(before, after)])
+    place = {unit: slot for slot, unit in enumerate(before.tolist())}
+    assert slots.tolist() == [place.get(unit, -1) for unit in after.tolist()]
+    values = torch.randn(2 * LEAST, 2, 3)
+    zero = torch.zeros(2, 3)
+    for value, slot in zip(carried(values, slots), slots.tolist(), strict=True):
+        assert torch.equal(value, values[slot] if slot >= 0 else zero)
+
+
+def test_fewer_units_are_exchanged_where_fewer_are_free() -> None:
+    scores = torch.full((20,), -math.inf)
+    scores[[3, 9]] = torch.tensor([2.0, 1.0])
+    kept, change = torch.arange(10, 16), torch.arange(6.0)
+    new = GrowAndDrop(replace=1.0).choose(scores, 6, kept, change, 1, 10)
+    assert new.tolist() == [3, 9, 12, 13, 14, 15]

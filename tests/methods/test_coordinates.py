@@ -1,0 +1,260 @@
+"""Merges in the coordinates of a common space: KnOTS, CoreSpace and CtM against dense bases in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from testbed.merging import merge_all
+from testbed.random_deltas import deltas_of_one_weight, random_delta, seeds
+
+from modular_experts.deltas import Delta, Dense, LowRank, Sparse
+from modular_experts.methods import (
+    EMR,
+    TIES,
+    Average,
+    CoreSpace,
+    CtM,
+    IsoC,
+    KnOTS,
+    MagMax,
+    MergeMethod,
+    RegMean,
+    SelfRegMean,
+    TaskArithmetic,
+)
+from modular_experts.methods.method import Context
+
+
+def side_by_side(deltas):
+    """Return U and the blocks S V_i^T."""
+    wide = np.concatenate([delta.dense().double().numpy() for delta in deltas], axis=1)
+    left, values, right = np.linalg.svd(wide, full_matrices=False)
+    kept = values > 1e-7 * max(values[0], 1e-300)
+    blocks = np.split(np.diag(values[kept]) @ right[kept], len(deltas), axis=1)
+    return left[:, kept], [Dense(torch.from_numpy(block.copy())) for block in blocks]
+
+
+def knots(deltas, method):
+    left, blocks = side_by_side(deltas)
+    return left @ method.merge(blocks).dense().numpy()
+
+
+@pytest.mark.parametrize("method", [TIES(), MagMax()], ids=str)
+@given(st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([(7, 9), (9, 4), (1, 6), (6, 1)]))
+def test_knots_equals_the_formula(method, numbers, shape):
+    deltas = [random_delta("Dense" if seed % 2 else "LowRank", shape, seed) for seed in numbers]
+    merged = KnOTS(method, scale=0.6).merge(deltas).dense()
+    np.testing.assert_allclose(merged.numpy(), 0.6 * knots(deltas, method), rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_not_a_matrix_is_merged_as_it_is():
+    deltas = [Dense(torch.tensor([5.0, -1.0, 3.0])), Sparse(torch.tensor([0]), torch.tensor([-7.0]), torch.Size([3]))]
+    assert torch.equal(KnOTS(MagMax(), scale=2.0).merge(deltas).dense(), torch.tensor([-14.0, -2.0, 6.0]))
+
+
+def test_global_ties_sees_every_weight_in_its_basis():
+    shapes = {"a": (7, 9), "b": (5, 4), "c": (6,)}
+    stream = [[random_delta("Dense", shape, 10 * n + len(name)) for n in range(3)] for name, shape in shapes.items()]
+    tied = [side_by_side(deltas) if len(deltas[0].shape) == 2 else (None, deltas) for deltas in stream]
+    inner = merge_all(TIES(scope="global"), [blocks for _, blocks in tied])
+    found = merge_all(KnOTS(TIES(scope="global")), stream)
+    for merged, expected, (left, _) in zip(found, inner, tied, strict=True):
+        expected = expected.dense() if left is None else torch.from_numpy(left) @ expected.dense()
+        torch.testing.assert_close(merged.dense(), expected)
+
+
+@dataclass(frozen=True)
+class Named(MergeMethod):
+    """The first expert, of one weight only; for each task its own expert."""
+
+    def merge(self, deltas: Sequence[Delta], context: Context | None = None) -> Delta:
+        return deltas[0] if context and context.name == "here" else deltas[0] * 0.0
+
+    def per_task(self, deltas: Sequence[Delta], expert: int, context: Context | None = None) -> Delta:
+        return deltas[expert]
+
+
+def test_inner_method_learns_the_weight_and_gives_each_task_its_expert():
+    deltas = [random_delta("LowRank", (12, 14), seed) for seed in range(2)]
+    torch.testing.assert_close(KnOTS(Named()).merge(deltas, Context("here")).dense(), deltas[0].dense())
+    assert KnOTS(Named()).merge(deltas, Context("there")).norm() == 0
+    assert KnOTS(Named()).has_tasks
+    assert not KnOTS().has_tasks
+    for expert, delta in enumerate(deltas):
+        torch.testing.assert_close(KnOTS(Named()).per_task(deltas, expert).dense(), delta.dense())
+
+
+def test_nothing_larger_than_the_factors_and_blocks_is_made(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loras = [LowRank(torch.randn(60, 2, generator=draw), torch.randn(2, 70, generator=draw)) for _ in range(3)]
+    decompose, sizes = torch.linalg.svd, []
+
+    def watch(matrix, **settings):
+        sizes.append(matrix.numel())
+        return decompose(matrix, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", watch)
+    monkeypatch.setattr(LowRank, "add_to", None)
+    monkeypatch.setattr(LowRank, "dense", None)
+    merged = KnOTS().merge(loras)
+    monkeypatch.undo()
+    assert max(sizes) == 60 * 6
+    np.testing.assert_allclose(merged.dense().numpy(), knots(loras, TIES()), rtol=1e-4, atol=1e-5)
+
+
+def lora(shape, rank, seed):
+    draw = torch.Generator().manual_seed(seed)
+    sizes = ((shape[0], rank), (rank, shape[1]))
+    return LowRank(*(torch.randn(*size, generator=draw, dtype=torch.float64) for size in sizes))
+
+
+def cores(deltas):
+    """Return the bases and the cores, from the singular value decompositions of the dense deltas."""
+    dense = [delta.dense().double().numpy() for delta in deltas]
+
+    def basis(matrices):
+        left, values, _ = np.linalg.svd(np.concatenate(matrices, axis=1), full_matrices=False)
+        return left[:, values > 1e-7 * values[0]]
+
+    outputs, inputs = basis(dense), basis([matrix.T for matrix in dense])
+    return outputs, inputs, [Dense(torch.from_numpy(outputs.T @ matrix @ inputs)) for matrix in dense]
+
+
+def in_core_space(deltas, method):
+    outputs, inputs, small = cores(deltas)
+    return outputs @ method.merge(small).dense().numpy() @ inputs.T
+
+
+@pytest.mark.parametrize("method", [TIES(), MagMax(), SelfRegMean()], ids=str)
+@given(st.lists(seeds, min_size=1, max_size=3, unique=True), st.sampled_from([(12, 9), (7, 15)]))
+def test_core_space_equals_the_formula(method, numbers, shape):
+    deltas = [lora(shape, 1 + seed % 3, seed) for seed in numbers]
+    merged = CoreSpace(method, scale=0.6).merge(deltas).dense()
+    np.testing.assert_allclose(merged.numpy(), 0.6 * in_core_space(deltas, method), rtol=1e-6, atol=1e-7)
+
+
+def test_another_product_of_the_same_delta_merges_to_the_same():
+    deltas = [lora((12, 9), 2, seed) for seed in range(3)]
+    turn = torch.tensor([[3.0, 1.0], [0.5, -2.0]], dtype=torch.float64)
+    turned = [LowRank(delta.up @ turn, torch.linalg.inv(turn) @ delta.down) for delta in deltas]
+    longer = LowRank(torch.cat([deltas[0].up, deltas[1].up], 1), torch.cat([deltas[0].down, 0 * deltas[1].down]))
+    for others in (turned, [longer, *deltas[1:]]):
+        torch.testing.assert_close(CoreSpace().merge(others).dense(), CoreSpace().merge(deltas).dense())
+
+
+def test_the_result_is_of_the_rank_of_all_experts_and_nothing_is_made_dense(monkeypatch):
+    loras = [lora((60, 70), rank, rank) for rank in (1, 2, 3)]
+    expected = in_core_space(loras, TIES())
+    monkeypatch.setattr(LowRank, "add_to", None)
+    monkeypatch.setattr(LowRank, "dense", None)
+    merged = CoreSpace().merge([*loras, Sparse.zero((60, 70))])
+    monkeypatch.undo()
+    assert merged.rank == 6
+    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_other_forms_and_vectors_are_merged_as_they_are():
+    mixed = [lora((8, 6), 2, 0), random_delta("Sparse", (8, 6), 1)]
+    vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
+    for deltas in (mixed, [random_delta("Dense", (8, 6), seed) for seed in range(2)], vectors):
+        alone = TIES().merge(deltas).dense()
+        torch.testing.assert_close(CoreSpace(scale=2.0).merge(deltas).dense(), 2.0 * alone)
+
+
+def test_a_look_at_all_weights_sees_the_cores():
+    stream = [[lora(shape, 2, 10 * n + len(shape)) for n in range(3)] for shape in [(9, 12), (14, 8)]]
+    found = merge_all(CoreSpace(TIES(scope="global")), stream)
+    inner = merge_all(TIES(scope="global"), [cores(deltas)[2] for deltas in stream])
+    for merged, core, deltas in zip(found, inner, stream, strict=True):
+        outputs, inputs, _ = cores(deltas)
+        np.testing.assert_allclose(merged.dense().numpy(), outputs @ core.dense().numpy() @ inputs.T, atol=1e-8)
+
+
+def test_experts_of_tasks_and_statistics():
+    deltas = [lora((9, 12), 2, seed) for seed in range(2)]
+    assert CoreSpace(EMR()).has_tasks
+    assert not CoreSpace().has_tasks
+    with pytest.raises(ValueError, match=r"CoreSpace: RegMean needs gram statistics .* in the core space"):
+        CoreSpace(RegMean())
+    context = Context(prepared=EMR().prepare([cores(deltas)[2]]))
+    for expert in range(2):
+        outputs, inputs, small = cores(deltas)
+        own = EMR().per_task(small, expert, context).dense().numpy()
+        np.testing.assert_allclose(
+            CoreSpace(EMR()).per_task(deltas, expert, context).dense().numpy(), outputs @ own @ inputs.T, atol=1e-8
+        )
+
+
+def arrays(deltas):
+    return [delta.dense().double().numpy() for delta in deltas]
+
+
+def strongest(columns, rank):
+    left, values, _ = np.linalg.svd(np.concatenate(columns, axis=1), full_matrices=False)
+    return left[:, values > 1e-7 * values[0]][:, :rank]
+
+
+def spaces(matrices, rank, rounds=300):
+    """Return U and V by many rounds, whether or not the sum still grows."""
+    equal = [matrix / np.linalg.norm(matrix) for matrix in matrices if matrix.any()]
+    inputs = strongest([matrix.T for matrix in equal], rank)
+    for _ in range(rounds):
+        outputs = strongest([matrix @ inputs for matrix in equal], rank)
+        inputs = strongest([matrix.T @ outputs for matrix in equal], rank)
+    return outputs, inputs
+
+
+def compressed(deltas, method, rank):
+    matrices = arrays(deltas)
+    outputs, inputs = spaces(matrices, rank)
+    small = [Dense(torch.from_numpy(outputs.T @ matrix @ inputs)) for matrix in matrices]
+    return outputs @ method.merge(small).dense().numpy() @ inputs.T
+
+
+@pytest.mark.parametrize("method", [TIES(), MagMax(), IsoC(), TaskArithmetic(0.4)], ids=str)
+@pytest.mark.parametrize("form", ["Dense", "LowRank", "Sparse", "BlockSparse"])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_it_equals_the_formula(method, form, rank):
+    deltas = [random_delta(form, (9, 12), seed) for seed in range(4)]
+    merged = CtM(method, scale=0.6, rank=rank).merge(deltas).dense()
+    np.testing.assert_allclose(merged.numpy(), 0.6 * compressed(deltas, method, rank), rtol=1e-3, atol=1e-3)
+
+
+@given(deltas_of_one_weight(), st.integers(1, 5))
+def test_the_result_has_at_most_the_rank_even_of_methods_that_mix_entries(deltas, rank):
+    merged = CtM(TIES(keep=0.3), rank=rank).merge(deltas).dense().double()
+    assert torch.linalg.matrix_rank(merged, rtol=1e-6) <= rank
+
+
+def test_longer_experts_do_not_choose_the_spaces():
+    deltas = [random_delta("Dense", (8, 9), seed) for seed in range(3)]
+
+    def outputs(given):
+        left = np.linalg.svd(CtM(Average(), rank=2).merge(given).dense().numpy())[0][:, :2]
+        return left @ left.T
+
+    np.testing.assert_allclose(outputs(deltas), outputs([deltas[0] * 50.0, *deltas[1:]]), atol=1e-4)
+
+
+def test_loras_stay_in_factors(monkeypatch):
+    loras = [random_delta("LowRank", (60, 70), seed) for seed in range(4)]
+    expected = compressed(loras, TIES(), 3)
+    monkeypatch.setattr(LowRank, "add_to", None)
+    monkeypatch.setattr(LowRank, "dense", None)
+    merged = CtM(rank=3).merge([*loras, Sparse.zero((60, 70))])
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    assert merged.rank == 3
+    np.testing.assert_allclose(merged.dense().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_vectors_are_merged_as_they_are_and_tasks_have_experts_of_their_own():
+    vectors = [Dense(torch.tensor([5.0, -1.0, 3.0])), Dense(torch.tensor([-7.0, 0.0, 2.0]))]
+    torch.testing.assert_close(CtM(scale=2.0).merge(vectors).dense(), 2.0 * TIES().merge(vectors).dense())
+    assert CtM(EMR()).has_tasks

@@ -1,0 +1,332 @@
+"""The methods that merge directions against their equations in numpy, and the spectra that they use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testbed.random_deltas import deltas_of_one_weight, forms, random_delta, seeds, shapes
+
+from modular_experts.deltas import Dense, LowRank, Sparse
+from modular_experts.methods import (
+    SLERP,
+    TIES,
+    WUDI,
+    Average,
+    IsoC,
+    IsoCTS,
+    Karcher,
+    KnOTS,
+    ModelStock,
+    MultiSLERP,
+    NuSLERP,
+    SVDAverage,
+    TaskArithmetic,
+    TSVMerge,
+)
+from modular_experts.methods.spectrum import as_delta, join, left_factor, nearest_isometry, spectrum
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def product(parts):
+    return parts.left * parts.values @ parts.right
+
+
+@given(shapes, seeds, forms)
+def test_spectrum_is_that_of_the_dense_matrix(shape, seed, form):
+    delta = random_delta(form, shape, seed)
+    found, dense = spectrum(delta), delta.dense().double()
+    torch.testing.assert_close(product(found), dense, rtol=1e-6, atol=1e-6)
+    values = np.linalg.svd(dense.numpy(), compute_uv=False)[: found.count]
+    torch.testing.assert_close(found.values, torch.from_numpy(values.copy()), **CLOSE)
+    identity = torch.eye(found.count, dtype=torch.float64)
+    torch.testing.assert_close(found.left.T @ found.left, identity, **CLOSE)
+    torch.testing.assert_close(found.right @ found.right.T, identity, **CLOSE)
+
+
+def test_rounding_to_float32_adds_no_direction():
+    draw = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((80, 3), (3, 120)))
+    assert spectrum(Dense((up @ down).float())).count == 3
+    assert spectrum(Dense((up @ down).float() + 1e-3 * torch.randn(80, 120, generator=draw))).count == 80
+
+
+def test_low_rank_factors_that_repeat_themselves_count_once():
+    up, down = torch.randn(9, 2), torch.randn(2, 8)
+    found = spectrum(LowRank(torch.cat([up, up], 1), torch.cat([down, down])))
+    assert found.count == 2
+    torch.testing.assert_close(product(found), 2 * up.double() @ down.double(), **CLOSE)
+
+
+def test_top_directions_are_the_nearest_matrix_of_their_rank():
+    dense = torch.diag(torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64))
+    assert product(spectrum(Dense(dense)).top(2)).round(decimals=9).tolist() == [[0, 0, 0], [0, 5, 0], [0, 0, 3]]
+
+
+@given(shapes, seeds, forms)
+def test_left_factor_has_the_left_side_of_the_delta(shape, seed, form):
+    delta = random_delta(form, shape, seed)
+    factor, dense = left_factor(delta), delta.dense().double()
+    torch.testing.assert_close(factor @ factor.T, dense @ dense.T, **CLOSE)
+    assert factor.shape[1] <= (delta.rank if isinstance(delta, LowRank) else min(shape))
+
+
+def test_nearest_isometry_is_orthonormal_and_nearer_than_others():
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(7, 4, generator=draw, dtype=torch.float64)
+    nearest = nearest_isometry(matrix)
+    torch.testing.assert_close(nearest.T @ nearest, torch.eye(4, dtype=torch.float64), **CLOSE)
+    for _ in range(50):
+        other = torch.linalg.qr(nearest + 0.1 * torch.randn(7, 4, generator=draw, dtype=torch.float64)).Q
+        signs = (other * nearest).sum(0).sign()
+        assert (matrix - other * signs).norm() > (matrix - nearest).norm()
+
+
+@pytest.mark.parametrize(("rank", "form"), [(0, Sparse), (2, LowRank), (3, Dense)])
+def test_result_has_the_smaller_form_and_the_dtype_of_the_deltas(rank, form):
+    half = Dense(torch.zeros(6, 6, dtype=torch.bfloat16))
+    up, down = torch.ones(6, rank, dtype=torch.float64), torch.ones(rank, 6, dtype=torch.float64)
+    made = as_delta(up, down, [half, Sparse.zero((6, 6))])
+    assert isinstance(made, form)
+    assert made.dense().double().eq(rank).all()
+    assert rank == 0 or made.dtype == torch.bfloat16
+
+
+def test_joined_spectra_sum_to_the_sum():
+    deltas = [random_delta(form, (6, 9), 4) for form in ("Dense", "LowRank", "zero", "Sparse")]
+    total = sum(delta.dense().double() for delta in deltas)
+    torch.testing.assert_close(product(join([spectrum(delta) for delta in deltas])), total, **CLOSE)
+
+
+def draw(shape, seed):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def deltas_of(matrices):
+    return [Dense(torch.from_numpy(matrix)) for matrix in matrices]
+
+
+def iso_c(matrices):
+    left, values, right = np.linalg.svd(sum(matrices), full_matrices=False)
+    return left @ np.diag(np.full_like(values, values.mean())) @ right
+
+
+def decorrelated(vectors):
+    """The nearest orthogonal matrix, from the equation `X (X^T X)^(-1/2)` and not from a decomposition of X."""
+    values, directions = np.linalg.eigh(vectors.T @ vectors)
+    kept = values > 1e-12
+    return vectors @ (directions[:, kept] / np.sqrt(values[kept])) @ directions[:, kept].T
+
+
+def iso_cts(matrices, common=0.8, orthogonal=decorrelated):
+    r, n = min(matrices[0].shape), len(matrices)
+    own = min(round((r - int(r * common)) / n), r // n)
+    k = r - own * n
+    left, values, right = np.linalg.svd(sum(matrices), full_matrices=False)
+    lefts, rights, all_values = [left[:, :k]], [right[:k]], [values[:k]]
+    for matrix in matrices:
+        rest = matrix - left[:, :k] @ (left[:, :k].T @ matrix)
+        u, s, v = np.linalg.svd(rest, full_matrices=False)
+        lefts.append(u[:, :own])
+        rights.append(v[:own])
+        all_values.append(s[:own])
+    mean = np.concatenate(all_values).mean()
+    return mean * orthogonal(np.concatenate(lefts, 1)) @ orthogonal(np.concatenate(rights).T).T
+
+
+experts = st.lists(seeds, min_size=1, max_size=4, unique=True)
+
+
+@given(shapes, experts)
+def test_iso_c_equals_the_equations(shape, numbers):
+    matrices = [draw(shape, seed) for seed in numbers]
+    merged = IsoC().merge(deltas_of(matrices))
+    np.testing.assert_allclose(merged.dense().numpy(), iso_c(matrices), rtol=1e-6, atol=1e-6)
+
+
+@given(shapes, experts, st.sampled_from([0.8, 0.5, 0.0, 1.0]))
+def test_iso_cts_equals_the_algorithm(shape, numbers, common):
+    matrices = [draw(shape, seed) for seed in numbers]
+    merged = IsoCTS(common).merge(deltas_of(matrices))
+    np.testing.assert_allclose(merged.dense().numpy(), iso_cts(matrices, common), rtol=1e-6, atol=1e-6)
+
+
+def test_iso_c_worked_by_hand():
+    one, other = torch.diag(torch.tensor([5.0, 0.0])), torch.diag(torch.tensor([1.0, -2.0]))
+    assert IsoC().merge([Dense(one), Dense(other)]).dense().tolist() == [[4.0, 0.0], [0.0, -4.0]]  # (6 + 2) / 2
+
+
+def test_directions_that_the_sum_lacks_are_left_out():
+    lora = LowRank(torch.tensor([[3.0], [0.0], [4.0]]), torch.tensor([[0.0, 2.0, 0.0]]))
+    for method in (IsoC(), IsoCTS()):
+        torch.testing.assert_close(method.merge([lora, lora]).dense(), 2 * lora.dense())
+
+
+def test_an_expert_within_the_common_space_gets_no_directions_made_of_rounding():
+    left, right = (np.linalg.qr(draw((4, 4), seed))[0] for seed in range(2))
+    matrices = [left @ np.diag(values) @ right for values in ([9.0, 0.0, 0.0, 0.0], [0.0, 5.0, 2.0, 1.0])]
+    merged = IsoCTS(common=0.5).merge(deltas_of(matrices)).dense().numpy()
+    np.testing.assert_allclose(merged, (9 + 5 + 2) / 3 * left @ np.diag([1.0, 1.0, 1.0, 0.0]) @ right, atol=1e-9)
+
+
+@pytest.mark.parametrize("common", [0.8, 0.3])
+def test_one_expert_and_a_wholly_common_space_are_iso_c(common):
+    matrices = [draw((7, 9), seed) for seed in range(3)]
+    alone = IsoCTS(common).merge(deltas_of(matrices[:1])).dense()
+    torch.testing.assert_close(alone, IsoC().merge(deltas_of(matrices[:1])).dense())
+    whole = IsoCTS(common=1.0).merge(deltas_of(matrices)).dense()
+    torch.testing.assert_close(whole, IsoC().merge(deltas_of(matrices)).dense())
+
+
+def tsv_merge(matrices, share=1.0, orthogonal=decorrelated):
+    parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+    k = max(1, int(share * min(matrices[0].shape) / len(matrices)))
+    left = np.concatenate([u[:, :k] for u, _, _ in parts], axis=1)
+    right = np.concatenate([v[:k] for _, _, v in parts], axis=0)
+    values = np.concatenate([s[:k] for _, s, _ in parts])
+    return orthogonal(left) @ np.diag(values) @ orthogonal(right.T).T
+
+
+@given(shapes, st.lists(seeds, min_size=1, max_size=4, unique=True), st.sampled_from([1.0, 0.5, 0.2]))
+def test_tsv_merge_equals_the_equations(shape, numbers, share):
+    matrices = [draw(shape, seed) for seed in numbers]
+    merged = TSVMerge(share).merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
+    np.testing.assert_allclose(merged.dense().numpy(), tsv_merge(matrices, share), rtol=1e-6, atol=1e-6)
+
+
+def test_example_worked_by_hand():
+    # Left directions at 60 degrees, right ones orthogonal. The nearest orthogonal pair lies 15 degrees further out.
+    cos, sin = np.cos(np.pi / 12), np.sin(np.pi / 12)
+    up, down = torch.tensor([[1.0, 0.5], [0.0, 3**0.5 / 2]]).double(), torch.tensor([[4.0, 0.0], [0.0, 2.0]]).double()
+    merged = TSVMerge().merge([LowRank(up[:, :1], down[:1]), LowRank(up[:, 1:], down[1:])])
+    expected = torch.tensor([[4 * cos, 2 * sin], [-4 * sin, 2 * cos]])
+    torch.testing.assert_close(merged.dense(), expected.double())
+
+
+def test_merged_matrix_has_the_singular_values_that_were_kept():
+    matrices = [draw((12, 9), seed) for seed in range(3)]
+    kept = np.concatenate([np.linalg.svd(matrix, compute_uv=False)[:3] for matrix in matrices])
+    merged = TSVMerge().merge([Dense(torch.from_numpy(matrix)) for matrix in matrices])
+    np.testing.assert_allclose(np.linalg.svd(merged.dense().numpy(), compute_uv=False), np.sort(kept)[::-1])
+
+
+@pytest.mark.parametrize(("shape", "experts", "each"), [((8, 9), 3, 2), ((9, 30), 3, 3), ((4, 4), 5, 1)])
+def test_experts_keep_the_same_whole_number_of_directions(shape, experts, each):
+    deltas = [Dense(torch.from_numpy(draw(shape, seed))) for seed in range(experts)]
+    merged = TSVMerge().merge(deltas).dense()
+    assert torch.linalg.matrix_rank(merged) == min(experts * each, *shape)
+
+
+def svd_average(deltas, rank):
+    total = np.zeros(tuple(deltas[0].shape))
+    for delta in deltas:
+        left, values, right = np.linalg.svd(delta.dense().double().numpy(), full_matrices=False)
+        for one in range(min(rank, len(values))):
+            total += values[one] * np.outer(left[:, one], right[one])
+    return total / len(deltas)
+
+
+@given(deltas_of_one_weight(), st.integers(1, 4))
+def test_svd_average_equals_the_formula(deltas, rank):
+    merged = SVDAverage(rank).merge(deltas)
+    np.testing.assert_allclose(merged.dense().double().numpy(), svd_average(deltas, rank), rtol=1e-5, atol=1e-5)
+
+
+def test_enough_directions_give_the_average():
+    deltas = [random_delta(form, (9, 12), 3) for form in ("Dense", "LowRank", "zero", "Sparse", "BlockSparse")]
+    torch.testing.assert_close(SVDAverage(rank=9).merge(deltas).dense(), Average().merge(deltas).dense())
+
+
+def test_dense_experts_become_small():
+    deltas = [random_delta("Dense", (40, 50), seed) for seed in range(3)]
+    merged = SVDAverage(rank=2).merge(deltas)
+    assert isinstance(merged, LowRank)
+    assert merged.rank == 6
+    assert isinstance(SVDAverage(rank=8).merge(deltas), Dense)
+
+
+LOOSE = {"rtol": 1e-6, "atol": 1e-7}
+ADAM = WUDI(learning_rate=1e-2, steps=20)
+EXACT = WUDI(solver="exact")
+METHODS = [
+    TSVMerge(share=0.5, scale=0.7),
+    IsoC(scale=-0.5),
+    IsoCTS(common=0.3, scale=2.0),
+    SVDAverage(rank=1, scale=3.0),
+    KnOTS(TaskArithmetic(0.5), scale=2.0),
+    KnOTS(TIES()),
+    WUDI("roberta", solver="exact", scale=0.3),
+    ADAM,
+]
+SPHERICAL = [SLERP(t=0.3), NuSLERP(row_wise=True), MultiSLERP(), Karcher(max_iterations=2)]
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def without(*left_out):
+    return pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, left_out)], ids=str)
+
+
+def same(one, other):
+    torch.testing.assert_close(one.dense().double(), other.dense().double(), **LOOSE)
+
+
+@each_method
+@settings(max_examples=20)
+@given(st.lists(seeds, min_size=2, max_size=4, unique=True))
+def test_low_rank_experts_merge_to_what_their_dense_forms_do(method, numbers):
+    deltas = [random_delta("LowRank", (12, 14), seed) for seed in numbers]
+    same(method.merge(deltas), method.merge([Dense(delta.dense()) for delta in deltas]))
+
+
+@each_method
+def test_sparse_experts_merge_to_what_their_dense_forms_do(method):
+    for form in ("Sparse", "BlockSparse"):
+        deltas = [random_delta(form, (12, 14), seed, share=0.6) for seed in range(3)]
+        merged = method.merge(deltas)
+        assert isinstance(merged, Dense | LowRank)
+        same(merged, method.merge([Dense(delta.dense()) for delta in deltas]))
+
+
+@without(KnOTS)
+def test_what_is_not_a_matrix_gets_the_scaled_mean(method):
+    for shape in [(5,), (2, 3, 4)]:
+        values = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+        merged = method.merge([*map(Dense, values), Sparse.zero(shape)])
+        torch.testing.assert_close(merged.dense(), method.scale * sum(values) / 4)
+
+
+@each_method
+def test_stored_values_are_rounded_once(method):
+    for dtype in (torch.float32, torch.bfloat16):
+        deltas = [random_delta("Dense", (9, 9), seed, dtype=dtype) for seed in range(3)]
+        exact = method.merge([delta.to(dtype=torch.float64) for delta in deltas])
+        merged = method.merge(deltas)
+        assert merged.dtype == dtype
+        if isinstance(merged, Dense):
+            assert torch.equal(merged.dense(), exact.dense().to(dtype))
+        else:  # each factor is rounded
+            assert (merged - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "method", [TSVMerge(), IsoC(), IsoCTS(), KnOTS(), EXACT, SVDAverage(), ModelStock(), *SPHERICAL], ids=str
+)
+def test_low_rank_experts_are_never_made_dense(method, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loras = [LowRank(torch.randn(40, 2, generator=draw), torch.randn(2, 50, generator=draw)) for _ in range(4)]
+    expected = method.merge([Dense(lora.to(dtype=torch.float64).dense()) for lora in loras])
+
+    def refuse(*_):
+        raise AssertionError("a low-rank expert was made dense")
+
+    monkeypatch.setattr(LowRank, "add_to", refuse)
+    monkeypatch.setattr(LowRank, "dense", refuse)
+    counts_zeros = isinstance(method, SVDAverage | SLERP | NuSLERP | MultiSLERP | Karcher)
+    merged = method.merge([*loras, Sparse.zero((40, 50))][: 4 if counts_zeros else 5])
+    monkeypatch.undo()
+    assert isinstance(merged, LowRank)
+    assert merged.rank <= 8
+    torch.testing.assert_close(merged.dense().double(), expected.dense(), rtol=1e-4, atol=1e-4)
