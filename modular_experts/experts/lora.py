@@ -32,10 +32,7 @@ class LoRAExpert(Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        check_low_rank(weight, rank, dropout)
         self.rank = rank
         self.scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
@@ -52,3 +49,11 @@ class LoRAExpert(Expert):
 
     def delta(self, weight: Tensor, anchor: Callable[[], Tensor]) -> LowRank:
         return LowRank(self.scale * self.up, self.down)
+
+
+def check_low_rank(weight: Tensor, rank: int, dropout: float = 0.0) -> None:
+    """Raise ValueError if a weight cannot have a product of this rank, or inputs cannot be dropped so often."""
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"rank={rank} is outside 1..{min(weight.shape)} for a weight of shape {tuple(weight.shape)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is outside [0, 1)")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_experts.experts.expert import Expert, NotMergeable
+from modular_experts.experts.lora import check_low_rank
 from modular_experts.routing.gates import mean_over_ranks, rows_at_hand
 
 
@@ -44,8 +45,7 @@ class MoLoRAExpert(NotMergeable, Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        check_low_rank(weight, rank)
         if experts < 1:
             raise ValueError(f"experts={experts} must be at least 1")
         if not 1 <= k <= experts:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import LowRank
 from modular_experts.experts.expert import Expert
+from modular_experts.experts.lora import check_low_rank
 from modular_experts.systems.ada_mix.pairs import PairedLosses
 
 
@@ -55,14 +56,11 @@ class AdaMixExpert(Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        check_low_rank(weight, rank, dropout)
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         if not 0 <= consistency < math.inf:
             raise ValueError(f"consistency={consistency} must be 0 or a positive number")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is outside [0, 1)")
         self.rank, self.copies, self.share_up, self.consistency = rank, copies, share_up, consistency
         self.scale, self.dropout = alpha / rank, dropout
         dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import Delta, Dense, LowRank, Sparse
 from modular_experts.experts.expert import Expert, zero_gradients
+from modular_experts.experts.lora import check_low_rank
 
 Matrix = Literal["lora", "vector", "constant", "none"]
 Column = Literal["lora", "vector", "none"]
@@ -83,8 +84,7 @@ class GLoRAExpert(Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        check_low_rank(weight, rank)
         self.rank, self.a, self.b, self.c, self.d, self.e = rank, a, b, c, d, e
         self.path = GLoRAPath(a, b, c, d, e)
         """The path that is evaluated and exported."""

@@ -17,6 +17,7 @@ from modular_experts.data import TaskMixture
 from modular_experts.data.batch import Example
 from modular_experts.data.rows import spread_evenly
 from modular_experts.experts.expert import Expert, NotMergeable
+from modular_experts.experts.lora import check_low_rank
 from modular_experts.experts.module_expert import ModuleExpert, refer
 from modular_experts.experts.site import Factory, LayerPlan, Site, as_patterns, by_pattern
 from modular_experts.routing.classifier import Classifier
@@ -219,8 +220,7 @@ class LoRAIRExpert(NotMergeable, Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        check_low_rank(weight, rank)
         self.experts, self.rank, self.scale, self.gates = experts, rank, alpha / rank, gates
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.up = nn.Parameter(torch.zeros(rows, experts * rank, dtype=dtype, device=weight.device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modular_experts.deltas import LowRank
 from modular_experts.experts.expert import Expert
+from modular_experts.experts.lora import check_low_rank
 
 
 class TTLoRAExpert(Expert):
@@ -57,8 +58,7 @@ class TTLoRAExpert(Expert):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(f"rank={rank} is outside 1..{min(rows, columns)} for a weight of shape {(rows, columns)}")
+        check_low_rank(weight, rank)
         if axes < 1:
             raise ValueError(f"axes={axes} must be at least 1")
         # The largest axes stand at the ends of the chain, where cores have one bond only.
