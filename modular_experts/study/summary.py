@@ -94,7 +94,7 @@ def findings(results: Results) -> list[str]:
             sentences.append(f"The {experts} score 0 in {metric} alone{merge} {_change(row)}{over}")
             continue
         sentences.append(
-            f"With {row['merge']}, the {experts} have {share:.2f} of their own {metric}{over} "
+            f"Merged by {row['merge']}, the {experts} {_kept(share, row['of'])}{over} "
             f"({_change(row)}){'' if over else f'; {_worst(worst)}'}"
         )
     return sentences
@@ -127,7 +127,14 @@ def _worst(row: Mapping[str, Any]) -> str:
     lost = row["value"] if row["of"] == "loss" else -row["value"]
     if lost <= 0:
         return "no task is worse than by its own expert"
-    return f"the worst task is {row['task']}, with {signed(row['value'], row['of'])}"
+    return f"most is lost on {row['task']} ({signed(row['value'], row['of'])})"
+
+
+def _kept(share: float, metric: str) -> str:
+    """Say which share of their own score merged experts have."""
+    if metric == "loss":
+        return f"have {share:.2f} times their own loss"
+    return f"keep {100 * share:.0f} % of their own {metric_words(metric)}"
 
 
 def _change(row: Mapping[str, Any]) -> str:

@@ -97,8 +97,8 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
     assert [low, high] == pytest.approx([-0.05 - error, -0.05 + error], abs=0.015)
     facts = {"kinds": ["lora"]}
     (sentence,) = findings(Results(rows, facts))
-    assert sentence.startswith("With X, the 2 lora experts have 0.97 of their own exact match (-5.0 points, 95 %")
-    assert sentence.endswith("the worst task is a, with -20.0")
+    assert sentence.startswith("Merged by X, the 2 lora experts keep 97 % of their own exact match (-5.0 points, 95 %")
+    assert sentence.endswith("most is lost on a (-20.0)")
     for kept in (50, 60):
         merged = found("lora X", ["b"], {"b": kept}, "X")
         (sentence,) = findings(Results(effects(state(singles[1], merged), "exact_match"), facts))
@@ -220,7 +220,7 @@ def test_the_best_merge_of_random_groups_is_the_one_with_the_best_mean() -> None
     rows += over_draws(Results(rows), {2: 2})
     (sentence,) = findings(Results(rows, {"kinds": ["lora"]}))
     assert sentence == (
-        "With steady, the 2 lora experts have 1.20 of their own exact match in the mean of 2 random groups "
+        "Merged by steady, the 2 lora experts keep 120 % of their own exact match in the mean of 2 random groups "
         "(+10.0 points, 95 % interval +10.0 to +10.0)"
     )
     table = summary(Results([*rows, *draws("lucky", [0.9, 0.2])], {"kinds": ["lora"], "held_in": ["a"]}), state())
