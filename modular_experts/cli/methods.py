@@ -54,7 +54,8 @@ def _list(groups: Mapping[str, Sequence[str]]) -> None:
     table = Table("method", "merged delta of experts with the deltas d_i", box=box.SIMPLE, pad_edge=False)
     for need, names in groups.items():
         if len(groups) > 1:
-            table.add_row("", need, style="bold")
+            table.add_row()
+            table.add_row("", f"{need}:", style="bold")
         for name in names:
             text = " ".join(documentation(METHODS[name])[0].split("\n\n")[0].split())
             table.add_row(name, text.partition(": ")[2] or text)

@@ -66,8 +66,7 @@ class TSVMerge(MergeMethod):
 
     One expert merges to itself, and so do copies of an expert whose rank is at most its share; those of a higher rank
     keep their largest directions. The order of the experts does not matter. Scaled experts merge to the scaled merge.
-    An expert that does not move a matrix changes nothing there. Sparse experts give a dense result, low-rank ones a
-    low-rank one where that is smaller.
+    An expert that does not move a matrix changes nothing there.
 
     Args:
         share: Share of a matrix's singular values that all experts together keep, in (0, 1].
@@ -95,12 +94,10 @@ class IsoC(MergeMethod):
     """Iso-C: `scale * mean(S) * U V^T` of the singular value decomposition `U S V^T` of the sum `sum_i d_i`.
 
     The paper flattens the *sum*, so the result can be N times as long as the average. Directions in which the sum does
-    not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank. A weight that
-    is not a matrix gets the mean over all experts, as in the paper's code.
+    not move are arbitrary; they are left out, also of the mean of S, so a sum of low rank keeps its rank.
 
     One expert merges to its own flattened self, and N copies of it to N times that. The order of the experts does not
     matter. Scaled experts merge to the scaled merge. An expert that does not move a matrix changes nothing there.
-    Sparse experts give a dense result, low-rank ones a low-rank one where that is smaller.
     """
 
     needs = Needs(matrices=7.0)
