@@ -255,7 +255,9 @@ def prepare(
     if "learning_rate" in settings:
         given["learning_rate"] = settings["learning_rate"]
     module = ExpertModule(base, **given)
-    module.save_hyperparameters(dict(settings.get("described", {}).get("model", {})))
+    if described := settings.get("described", {}).get("model"):
+        # With jsonargparse, `ExpertModule.load_from_checkpoint` makes objects of these settings.
+        module.save_hyperparameters({**described, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
     rows = dict(settings.get("data", {}))
     rows |= {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
     data = tasks if isinstance(tasks, TaskMixture) else TaskMixture(tasks, **rows)
