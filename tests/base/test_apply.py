@@ -69,16 +69,6 @@ def test_what_belongs_to_the_base_is_carried_along(tiny_llama_dir, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<eos>"
 
 
-def test_manifest_says_what_was_applied_and_how_it_was_checked(tiny_llama_dir, tmp_path):
-    one = make(tmp_path / "one", tiny_llama_dir, 1)
-    apply([one], tmp_path / "out", tiny_llama_dir)
-    manifest = json.loads((tmp_path / "out/modular_experts.json").read_text())
-    assert manifest["experts"] == [{"name": "one", "content_hash": open_expert(one).content_hash, "tasks": []}]
-    assert manifest["base"]["fingerprint"] == fingerprint(tiny_llama_dir)
-    assert manifest["check"]["largest_difference"] == 0.0
-    assert manifest["check"]["tolerance"] == 1e-3
-
-
 def test_sum_is_rounded_once_in_a_bfloat16_base(tmp_path):
     build_model("llama").bfloat16().save_pretrained(tmp_path / "base")
     names = ["model.layers.0.self_attn.q_proj.weight"]

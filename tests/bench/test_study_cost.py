@@ -1,4 +1,4 @@
-"""benchmarks/study_cost.py runs as it stands, and its times are those of a whole study."""
+"""benchmarks/study_cost.py runs as it stands, and it times a whole study."""
 
 from __future__ import annotations
 

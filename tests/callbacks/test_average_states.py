@@ -133,9 +133,3 @@ def test_a_resumed_run_ends_with_the_same_mean(tiny_llama_dir, task_files, tmp_p
     assert again.averaged == average.averaged == 7
     expected = dict(whole.task_vector())
     assert all(torch.equal(delta.dense(), expected[name].dense()) for name, delta in rest.task_vector())
-
-
-def test_accumulated_batches_count_once(tiny_llama_dir, task_files, tmp_path) -> None:
-    average = AverageStates(share=1.0)
-    runs.fit(tiny_llama_dir, task_files, tmp_path, SPARSE, average, ONCE(), accumulate_grad_batches=3, max_steps=2)
-    assert average.averaged == 2

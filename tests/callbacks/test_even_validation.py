@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
 
 from modular_experts.callbacks import EvenValidation
@@ -90,11 +90,6 @@ def test_a_fit_that_time_ends_is_validated_on_the_way_and_at_its_end(tiny_llama_
     seen = _fit(tiny_llama_dir, task_files, tmp_path, max_steps=10**6, max_time=timedelta(seconds=2))
     assert 3 <= len(seen.steps) <= 11
     assert seen.steps == sorted(set(seen.steps))
-
-
-def test_early_stopping_looks_after_each_validation(tiny_llama_dir, task_files, tmp_path) -> None:
-    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
-    assert _fit(tiny_llama_dir, task_files, tmp_path, stop, max_steps=100).steps == [10, 20]
 
 
 def test_it_decides_for_each_trainer_anew_and_knows_its_own(tmp_path) -> None:

@@ -94,14 +94,6 @@ def test_no_file_of_the_folder_is_left_out(commands) -> None:
     assert all(f"`{file.name}`" in (PAPER / "README.md").read_text() for file in PAPER.glob("*.yaml"))
 
 
-def test_the_page_goes_on_with_the_experts_that_are_missing(tmp_path: Path) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    page_commands(tmp_path)
-    shutil.rmtree(tmp_path / "library" / "sparse" / "cot_sensemaking")
-    again = [command for command in page_commands(tmp_path) if "--trainer.callbacks.library" in command]
-    assert [option(command, "--trainer.callbacks.name") for command in again] == ["sciq", "cot_sensemaking"]
-
-
 @pytest.mark.parametrize("name", TYPES)
 def test_the_recipe_is_the_papers(name: str, commands, capsys, monkeypatch) -> None:
     config = parsed(of_type(commands, name)[1], capsys, monkeypatch)

@@ -49,17 +49,6 @@ def test_it_is_what_the_command_test_measures(tiny_llama_dir, task_files, weight
     assert found.facts["fingerprint"] == fingerprint(tiny_llama_dir)
 
 
-def test_several_mixes_are_compared_on_one_base_that_is_as_before(tiny_llama_dir, task_files, weight) -> None:
-    opened = open_expert("library/a")
-    minus = {name: delta * -1.0 for name, delta in opened.items()}
-    mixes = {"plain": [], "path": ["library/a"], "opened": opened, "nothing": ["library/a", minus], "again": []}
-    found = evaluate(None, mixes, mixture(task_files, tiny_llama_dir), max_new_tokens=None)
-    loss = {name: found.mean("loss", model=name, role="held_in") for name in mixes}
-    assert loss["plain"] == loss["nothing"] == loss["again"] != loss["path"] == loss["opened"]
-    assert found.values("model") == list(mixes)
-    assert found.where(model="nothing").rows[0]["experts"] == ["a", "task vector"]
-
-
 def test_a_task_vector_is_one_expert_and_a_metric_may_be_the_users(tiny_llama_dir, task_files, weight) -> None:
     vector = {weight[0]: random_delta("Dense", weight[1].shape, 2, torch.float32)}
     metrics = TEXT_METRICS | {"both": lambda generated, target: len(generated) + 100 * len(target)}

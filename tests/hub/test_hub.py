@@ -206,14 +206,6 @@ def test_a_directory_of_someone_else_is_never_replaced(hub, library, tmp_path):
         pull(REPO, tmp_path / "other", overwrite=True)
 
 
-def test_an_expert_that_the_repository_has_is_left_alone(hub, library):
-    push(library, REPO)
-    hub.requests.clear()
-    again = push(library, REPO)
-    assert (again.commit, list(again.present), again.files) == (None, ["a", "b"], {})
-    assert hub.written() == []
-
-
 def test_another_expert_of_the_same_name_is_not_replaced_unasked(hub, library):
     push(library, REPO)
     there = hub.repositories[REPO].files()
@@ -344,24 +336,6 @@ def test_a_text_of_a_record_is_not_read_as_markup(library):
     assert len(re.findall(r"(?<!\\)\|", row)) == 7
     assert "<script>" not in card.split("```")[0]
     assert "\n# z" not in card
-
-
-def test_a_license_that_was_set_on_the_hub_stays(hub, library):
-    push([library / "a"], REPO)
-    card = hub.repositories[REPO].files()["README.md"].decode()
-    change(
-        hub,
-        **{
-            "README.md": card.replace("---\n", "---\nlicense: mit\ntags:\n- mine\n", 1)
-            .replace("tags:\n- mod", "_:\n- mod")
-            .encode()
-        },
-    )
-    push([library / "b"], REPO)
-    found = header(hub.repositories[REPO].files()["README.md"].decode())
-    assert found["license"] == "mit"
-    assert found["tags"][-1] == "mine"
-    assert found["library_name"] == "modular-experts"
 
 
 def test_a_card_of_ones_own_stays(hub, library):

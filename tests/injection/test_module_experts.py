@@ -32,7 +32,6 @@ from modular_experts.injection.save import save_expert
 from modular_experts.library import open_expert
 from modular_experts.systems.hilo import HiLo
 from modular_experts.testing import check_plan
-from modular_experts.training.estimate import estimate
 from modular_experts.training.module import ExpertModule
 
 LAYERS = {"gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value"], "phi3": ["qkv_proj", "down_proj"]}
@@ -220,14 +219,3 @@ def test_a_built_in_plan_is_kept_and_opened_by_its_name(tiny_llama_dir, tmp_path
     stored.record["plan"]["settings"]["depth"] = 3
     with pytest.raises(ValueError, match=r"hilo has settings that HiLo does not take .*depth"):
         attached(fresh, stored)
-
-
-def test_the_estimate_counts_the_other_modules(tiny_llama_dir, task_files, tmp_path) -> None:
-    module, trainer = ExpertModule(str(tiny_llama_dir), experts=SharedGate()), runs.trainer(tmp_path)
-    found = {one.name: one for one in estimate(module, runs.mixture(task_files, tiny_llama_dir), trainer).weights}
-    assert {name: (one.weights, one.entries, one.trained) for name, one in found.items() if not one.entries} == {
-        "": (1, 0, 1),
-        "model.layers.*": (2, 0, 64),
-        "model.layers.*.mlp": (2, 0, 64),
-    }
-    assert found["model.layers.*.self_attn.q_proj.weight"].trained == 2 * 2 * 64

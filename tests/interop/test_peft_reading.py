@@ -108,20 +108,6 @@ def test_an_embedding_that_is_stored_with_its_adapter_takes_the_bases_place(tiny
     torch.testing.assert_close(_with(tiny_llama_dir, adapter), expected, rtol=0, atol=1e-5)
 
 
-def test_settings_that_are_left_out_have_pefts_defaults(tiny_llama_dir, tmp_path):
-    adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(r=8, lora_alpha=8))
-    supra = save_adapter(tiny_llama_dir, tmp_path / "b", SupertuningConfig(target_modules=["q_proj"], r=3))
-    for directory in (adapter, supra):
-        file = directory / "adapter_config.json"
-        config = json.loads(file.read_text())
-        assert config.pop("lora_alpha")
-        if directory == adapter:
-            assert config.pop("r") == 8
-        file.write_text(json.dumps(config))
-        expected = peft_logits(tiny_llama_dir, directory)
-        torch.testing.assert_close(_with(tiny_llama_dir, directory), expected, rtol=0, atol=1e-5)
-
-
 def test_a_legacy_file_is_read_without_running_code(tiny_llama_dir, tmp_path):
     adapter = save_adapter(tiny_llama_dir, tmp_path / "a", lora(), safe_serialization=False)
     assert (adapter / "adapter_model.bin").is_file()

@@ -88,7 +88,7 @@ def test_a_merge_is_compared_with_the_own_expert_of_each_task_and_with_the_best_
     )
     assert [shown["gain", task]["best_single"] for task in "ab"] == ["a", "a"]
     assert shown["gain", "b"]["best_single_value"] == 0.7
-    # 20 of 100 rows are lost, each with certainty: the interval is that of a share of 0.2, here by its standard error.
+    # 20 of 100 rows are lost, each with certainty: the interval of a share of 0.2, here by its standard error.
     low, high = shown["gain", "a"]["interval"]
     assert [low, high] == pytest.approx([-0.2 - 1.96 * 0.04, -0.2 + 1.96 * 0.04], abs=0.015)
     # The mean of two independent tasks is surer than either.

@@ -616,7 +616,7 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(settings) ->
         place.mkdir()
     for file in files:
         file.write_bytes(b"half")
-    # A merge goes on with what its key names, and another process may be writing an expert of its own.
+    # A merge goes on with the folder that its key names, and another process may be writing an expert of its own.
     kept, held = library / ".merge-lora-TIES.0123456789abcdef", library / ".mine.0123abcd"
     kept.mkdir()
     held.mkdir()

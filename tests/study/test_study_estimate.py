@@ -1,4 +1,4 @@
-"""What a study will take is the sum of what its pieces will take, measured where nothing alike is done."""
+"""The estimate of a study is the sum over its pieces, measured where nothing alike is done."""
 
 from __future__ import annotations
 

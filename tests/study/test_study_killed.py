@@ -137,7 +137,7 @@ def test_killed_while_it_trains_and_while_it_tunes_it_ends_with_the_same_bytes_a
     Path("which").write_text("0")
     # Processes or a thread, the bytes are the same.
     assert study("killed", "--retry") == 0
-    assert done("killed") == before + 2, "more than what had failed was done again"
+    assert done("killed") == before + 2, "more than the failed pieces were done again"
     assert study("whole") == 0
     assert content("killed") == content("whole")
     assert not [name for name in content("killed")[2] if "/." in name], "something half-made is left"

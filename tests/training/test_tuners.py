@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder
 from testbed.runs import mixture, module, trainer
 
 from modular_experts.experts import LoRAExpert, SparseExpert
@@ -31,12 +31,4 @@ def test_a_found_rate_trains_as_the_same_rate_typed_in(expert, tiny_llama_dir, t
     found, _ = run(tiny_llama_dir, task_files, tmp_path, expert, finder)
     assert 1e-4 < found.learning_rate < 0.1
     typed, _ = run(tiny_llama_dir, task_files, tmp_path, expert, rate=found.learning_rate)
-    assert same(found, typed)
-
-
-def test_a_found_batch_size_trains_as_the_same_size_typed_in(tiny_llama_dir, task_files, tmp_path):
-    finder = BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)
-    found, data = run(tiny_llama_dir, task_files, tmp_path, SparseExpert, finder, rows=2)
-    assert data.batch_size == 4
-    typed, _ = run(tiny_llama_dir, task_files, tmp_path, SparseExpert, rows=4)
     assert same(found, typed)

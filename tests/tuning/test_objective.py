@@ -1,4 +1,4 @@
-"""The objective is the loss that `measure` gives, on validation rows only, and it leaves no trace on the model."""
+"""What a search measures: the loss on rows with labels, or with the answers of each task's own expert."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import math
 
 import pytest
 import torch
+from conftest import build_model, build_tokenizer
 from testbed.runs import mixture
-from testbed.searching import NAMES, objective_on, random_experts, same_bits, state
+from testbed.searching import NAMES, objective_on, random_experts, same_bits, state, stored
 
 from modular_experts.base import Base
-from modular_experts.base.apply import apply_deltas
+from modular_experts.base.apply import applied, apply_deltas
 from modular_experts.data.batch import IGNORED
-from modular_experts.deltas import add
+from modular_experts.deltas import Dense, add
 from modular_experts.evaluation import measure
+from modular_experts.library import make_record, open_expert, write_expert
 from modular_experts.tuning import Objective, Trial
+from modular_experts.tuning.objective import own_experts
 
 
 def test_it_is_the_loss_that_measure_gives(tiny_llama_dir, task_files) -> None:
@@ -106,3 +109,140 @@ def test_a_sum_of_experts_is_measured_as_it_is_applied(tiny_llama_dir, task_file
             exact = before[name].double() + one[name].dense().double() + two[name].dense().double()
             objective.model.get_parameter(name).copy_(exact)
     assert objective.losses() == pytest.approx(losses, rel=1e-5)
+
+
+def named(folder, **tasks):
+    """Return stored experts by name, whose records name tasks."""
+    base = {"id": "base", "revision": None, "fingerprint": "f" * 64}
+    (first,) = stored(folder / "any", [{"w": Dense(torch.ones(2, 2))}], base)
+    for name, several in tasks.items():
+        write_expert(folder / name, first.items(), make_record("SparseExpert", base, tasks=several))
+    return [open_expert(folder / name) for name in tasks]
+
+
+def test_the_record_tells_whose_task_it_is_and_the_fewest_tasks_win(tmp_path) -> None:
+    one, two, both = named(tmp_path, one=["a"], two=["b"], both=["a", "b", "c"])
+    assert own_experts([both, one, two], ["a", "b", "c"]) == {"a": one, "b": two, "c": both}
+    assert own_experts([both, one, two], ["a", "b"], {"b": tmp_path / "both"}) == {"a": one, "b": both}
+
+
+MISTAKES = [
+    ({"one": ["a"], "two": ["b"]}, ["a", "c"], {}, r"no record names the task c; name the .*expert_of=\{c: .*one\}"),
+    ({"one": ["a"], "two": ["a"]}, ["a"], {}, r"records of .*one and .*two name the task a; name the expert that"),
+    ({"one": ["a"]}, ["a"], {"b": "one"}, "expert_of names 'b', which is not a task of the data; they are a"),
+    ({"one": ["a"]}, ["a"], {"a": "three"}, "expert_of gives a the expert three, which is not among .*one"),
+]
+
+
+@pytest.mark.parametrize(("records", "tasks", "given", "sentence"), MISTAKES)
+def test_a_task_whose_expert_cannot_be_told_gets_one_sentence(tmp_path, records, tasks, given, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        own_experts(named(tmp_path, **records), tasks, given)
+
+
+def lively_model():
+    """Return a random model that writes different letters and sometimes ends."""
+    model = build_model("llama", seed=3)
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim > 1 else None
+    model.lm_head.weight.data[1] *= 2
+    return model
+
+
+def greedily(model, ids: list[int], most: int) -> list[int]:
+    """Decode alone, without padding or cache, up to and with end-of-sequence."""
+    written: list[int] = []
+    while len(written) < most and written[-1:] != [1]:
+        with torch.no_grad():
+            written.append(int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+    return written
+
+
+def rows_of(objective) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Return the prompt and the labels of each row, by task."""
+    return {
+        task: [
+            (ids[: int((labels != IGNORED).int().argmax())].tolist(), labels[labels != IGNORED].tolist())
+            for batch in batches
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
+        for task, batches in objective.batches.items()
+    }
+
+
+def test_labels_are_what_the_expert_of_the_task_writes_greedily(tiny_llama_dir, task_files) -> None:
+    model = lively_model()
+    data = mixture({name: task_files[name] for name in ("upper", "reverse")}, tiny_llama_dir, eval_batch_size=4)
+    base = Objective(model, data)
+    own = dict(zip(("upper", "reverse"), random_experts(base, size=0.5), strict=False))
+    before = state(model)
+    objective = Objective(model, data, own, max_new_tokens=5)
+    assert same_bits(model, before)
+    ended = []
+    for task, rows in rows_of(objective).items():
+        assert sorted(prompt for prompt, _ in rows_of(base)[task]) == sorted(prompt for prompt, _ in rows)
+        with applied(model, own[task], check=False):
+            for prompt, labels in rows:
+                assert labels == greedily(model, prompt, 5)
+                ended.append(labels[-1] == 1)
+    assert any(ended)
+    assert not all(ended), "an answer that is cut has no end-of-sequence to learn"
+
+
+def test_no_target_is_read_except_for_the_agreement(tiny_llama_dir, tmp_path, task_files) -> None:
+    model, kept = lively_model(), {}
+    rows = [json.loads(line) for line in task_files["upper"].read_text().splitlines()]
+    files = {
+        "theirs": rows,
+        "others": [{**row, "target": "another and a longer one", "choices": None} for row in rows],
+        "inputs": [{name: text for name, text in row.items() if name != "target"} for row in rows],
+    }
+    for name, several in files.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "upper.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
+        data = mixture({"upper": folder / "upper.jsonl"}, tiny_llama_dir)
+        own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
+        kept[name] = Objective(model, data, own, max_new_tokens=4)
+    assert rows_of(kept["theirs"]) == rows_of(kept["others"]) == rows_of(kept["inputs"])
+    assert kept["theirs"].agreement == {"upper": 0.0}
+    assert kept["inputs"].agreement == {}
+
+
+def test_rows_with_neither_target_nor_split_are_asked(tiny_llama_dir, tmp_path, task_files) -> None:
+    file = tmp_path / "upper.jsonl"
+    file.write_text("".join(json.dumps({"input": text}) + "\n" for text in ("bat", "fit", "dot")))
+    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
+    objective = Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir), own, max_new_tokens=3)
+    assert len(rows_of(objective)["upper"]) == 3
+    with pytest.raises(ValueError, match="has no 'target'"):
+        Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir))
+    file.write_text('{"input": "bat", "split": "test"}\n')
+    with pytest.raises(ValueError, match="task 'upper' has no validation rows; give some rows the split 'validation'"):
+        Objective(lively_model(), mixture({"upper": file}, tiny_llama_dir), own)
+
+
+def test_a_prompt_leaves_room_for_its_answer(tiny_llama_dir, tmp_path, task_files) -> None:
+    file = tmp_path / "upper.jsonl"
+    file.write_text(json.dumps({"input": "abcdefghijklmnop"}) + "\n")
+    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
+    data = mixture({"upper": file}, tiny_llama_dir, max_length=12)
+    ((prompt, labels),) = rows_of(Objective(lively_model(), data, own, max_new_tokens=4))["upper"]
+    assert build_tokenizer().decode(prompt) == "ijklmnop"
+    assert len(prompt) + len(labels) <= 12
+
+
+def test_a_conversation_is_answered_to_its_last_turn(tiny_llama_dir, tmp_path, task_files) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    talk = [{"role": "user", "content": "bat"}, {"role": "assistant", "content": "BAT"}]
+    talk += [{"role": "user", "content": "fit"}]
+    file = tmp_path / "upper.jsonl"
+    file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (talk, [*talk, talk[1]], talk[:1])))
+    own = {"upper": random_experts(objective_on(tiny_llama_dir, task_files))[0]}
+    data = mixture({"upper": file}, tiny_llama_dir, tokenizer=tokenizer, validation_ratio=0.9, test_ratio=0.0)
+    found = rows_of(Objective(lively_model(), data, own, max_new_tokens=3))["upper"]
+    assert sorted(tokenizer.decode(prompt) for prompt, _ in found) == ["u:bat\na:", *["u:bat\na:BAT\nu:fit\na:"] * 2]

@@ -183,14 +183,6 @@ def test_one_round_in_all_blocks_is_a_lora_bit_for_bit(tiny_llama_dir, task_file
         assert torch.equal(expert.down, layers(lora)[name].down)
 
 
-def test_micro_batches_belong_to_one_step(tiny_llama_dir, task_files, tmp_path) -> None:
-    schedule = Boosting(every=1, share=1.0)
-    module, _ = fit(
-        *(tiny_llama_dir, task_files, tmp_path, BoostedLoRAExpert, schedule), max_steps=3, accumulate_grad_batches=2
-    )
-    assert {expert.ups.shape[1] for expert in layers(module).values()} == {2}
-
-
 def test_boosters_of_more_than_full_rank_become_one_product() -> None:
     for shape in ((6, 4), (4, 6)):
         torch.manual_seed(0)

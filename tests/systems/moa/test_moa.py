@@ -97,15 +97,6 @@ def test_gates_of_one_are_the_plain_sum_of_the_adapters() -> None:
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("gradient", [True, False])
-def test_a_threshold_of_nearly_zero_is_the_soft_form(gradient: bool) -> None:
-    soft, sparse = made({}), made({"threshold": 1e-300, "threshold_gradient": gradient}, fill=False)
-    experts = dict(named_experts(soft))
-    for name, expert in named_experts(sparse):
-        expert.load_state_dict(experts[name].state_dict(), strict=False)
-    torch.testing.assert_close(sparse(IDS).logits, soft(IDS).logits, rtol=1e-10, atol=1e-10)
-
-
 def test_gates_follow_their_formula() -> None:
     for settings in (FORMS["sparse"], FORMS["released"], FORMS["swiglu"]):
         model = made(settings)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import build_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from testbed import runs
@@ -151,15 +150,6 @@ def test_experts_of_a_library_share_one_bank_which_is_their_base(tiny_llama_dir,
         assert not any(torch.equal(state[name], states[0][name]) for name in own)
     # Two coefficients of a layer, and its two templates as sums of two layers.
     assert all(sum(tensor.numel() for tensor in state.values()) == 14 * (2 + 2 * 2) for state in states)
-
-
-@pytest.mark.parametrize(("settings", "count"), [({}, 420), ({"group": 5, "templates": 4}, 840)])
-def test_the_numbers_of_a_task_on_the_shapes_of_smollm2(settings, count) -> None:
-    # The width counts for nothing here.
-    narrow = {"hidden_size": 18, "intermediate_size": 48, "num_attention_heads": 9, "num_key_value_heads": 3}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**narrow, num_hidden_layers=30, vocab_size=8))
-    inject(model, TemplateBanks(**settings))
-    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == count
 
 
 def test_a_state_means_the_same_whatever_basis_a_new_bank_has() -> None:
