@@ -90,6 +90,11 @@ def _fit(prompts: Sequence[Tensor], shrink: float) -> tuple[Tensor, Tensor]:
     means = torch.stack([rows.mean(0) for rows in prompts])
     around = torch.cat([rows - mean for rows, mean in zip(prompts, means, strict=True)])
     covariance = around.T @ around / max(len(around) - len(prompts), 1)
+    if not covariance.any():
+        raise ValueError(
+            f"Centroid: no expert has two different prompts among the {len(around)} that it learns from, so it cannot "
+            "measure distances; give the tasks more rows"
+        )
     size = len(covariance)
     identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
     shrunk = (1 - shrink) * covariance + shrink * covariance.trace() / size * identity

@@ -166,6 +166,12 @@ def test_prompts_far_from_all_means_go_to_the_fallback() -> None:
     assert (router(torch.full((1, 4), 100.0)).ids[0, 0], router(fresh[1][:1]).ids[0, 0]) == (3, 1)
 
 
+def test_prompts_that_are_all_alike_are_refused() -> None:
+    prompts = torch.eye(3)[:, None].expand(3, 2, 3)
+    with pytest.raises(ValueError, match="two different prompts among the 6"):
+        Centroid(reject=None).learn([None] * 3, list(prompts))
+
+
 def test_permuting_experts_permutes_their_numbers() -> None:
     made = torch.Generator().manual_seed(0)
     prompts = [torch.randn(20, 4, generator=made) + 3 * number for number in range(3)]
