@@ -32,6 +32,8 @@ from testbed.clusters import cluster, dask_address, ray_started, slurm_started  
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from modular_experts.library import described
+
 if TYPE_CHECKING:
     from testbed.hub_server import Hub
 
@@ -112,6 +114,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _trusts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a test trusts: a later study would tell its pieces of a module that is gone."""
+    monkeypatch.setattr(described, "_TRUSTED", dict(described._TRUSTED))
 
 
 @pytest.fixture(autouse=True)
