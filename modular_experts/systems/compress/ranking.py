@@ -59,17 +59,8 @@ def rank(
         for kind, reader in removable.readers.items():
             weight, count = oriented(removable.reader(block, kind)).double(), getattr(removable, kind)
             gram = grams[reader]
-            inverse, unit = torch.linalg.inv(gram), len(gram) // count
-            own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
-            if unit == 1:
-                squares = weight.square().sum(0)
-                own, others = gram.diagonal() * squares, squares / inverse.diagonal()
-            else:
-                for member in range(count):
-                    these = slice(member * unit, (member + 1) * unit)
-                    products = weight[:, these].T @ weight[:, these]
-                    own[member] = (gram[these, these] * products).sum()
-                    others[member] = (torch.linalg.inv(inverse[these, these]) * products).sum()
+            inverse = torch.linalg.inv(gram)
+            own, others = _removal_errors(weight, gram, inverse, count)
             contribution[kind].append(own.cpu())
             compensated[kind].append(others.cpu())
             makers, total = removable.makers(kind), torch.zeros(count, dtype=gram.dtype)
@@ -86,6 +77,22 @@ def rank(
         hidden = after
         progress()
     return Ranking(turned, contribution, compensated, entrywise)
+
+
+def _removal_errors(weight: Tensor, gram: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `contribution` and `compensated` of a layer's inputs, which are `count` groups or channels."""
+    unit = len(gram) // count
+    if unit == 1:
+        squares = weight.square().sum(0)
+        own, others = gram.diagonal() * squares, squares / inverse.diagonal()
+        return own, others
+    own, others = torch.empty(count, dtype=gram.dtype), torch.empty(count, dtype=gram.dtype)
+    for member in range(count):
+        these = slice(member * unit, (member + 1) * unit)
+        products = weight[:, these].T @ weight[:, these]
+        own[member] = (gram[these, these] * products).sum()
+        others[member] = (torch.linalg.inv(inverse[these, these]) * products).sum()
+    return own, others
 
 
 @torch.no_grad()
