@@ -1,4 +1,4 @@
-"""RAM, RAM+, SCE, consensus merging and TALL masks against their formulas, entry by entry in Python."""
+"""Methods that look at each entry of all experts, against their formulas entry by entry in Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from testbed.random_deltas import deltas_of_one_weight, seeds
 
 from modular_experts.deltas import Dense, Sparse
-from modular_experts.methods import RAM, SCE, ConsensusTA, RAMPlus, TALLMask, TaskArithmetic
+from modular_experts.methods import (
+    RAM,
+    SCE,
+    ConsensusTA,
+    Difference,
+    Intersection,
+    MagMax,
+    RAMPlus,
+    TALLMask,
+    TaskArithmetic,
+)
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 scales = st.floats(-2, 2)
@@ -119,3 +129,63 @@ def test_tall_mask_of_an_expert_apart_is_the_expert():
     other = Sparse(torch.tensor([1]), torch.tensor([4.0]), torch.Size((2, 3)))
     assert torch.equal(TALLMask().per_task([one, other], 0).dense(), one.dense())
     assert TALLMask().per_task([one, other], 1).indices.tolist() == [1]
+
+
+ONE = Dense(torch.tensor([[5.0, -1.0, 3.0, -2.0, 0.0]]))
+TWO = Dense(torch.tensor([[-6.0, 0.5, -3.0, 1.0, 0.0]]))
+THREE = Dense(torch.tensor([[1.0, -4.0, 2.0, -9.0, 0.0]]))
+BY_HAND = [[-6.0, -4.0, 3.0, -9.0, 0.0]]
+
+
+def mag_max(deltas, scale):
+    columns = zip(*(delta.dense().double().view(-1).tolist() for delta in deltas), strict=True)
+    largest = [scale * max(column, key=abs) for column in columns]  # the first of equal ones, as max says
+    return torch.tensor(largest, dtype=torch.float64).view(deltas[0].shape)
+
+
+@given(deltas_of_one_weight(), st.floats(-2, 2))
+def test_mag_max_equals_the_formula(deltas, scale):
+    torch.testing.assert_close(MagMax(scale).merge(deltas).dense().double(), mag_max(deltas, scale), rtol=0, atol=0)
+
+
+def test_example_worked_by_hand():
+    assert MagMax().merge([ONE, TWO, THREE]).dense().tolist() == BY_HAND
+    assert MagMax(scale=-0.5).merge([ONE, TWO, THREE]).dense().tolist() == [[3.0, 2.0, -1.5, 4.5, 0.0]]
+
+
+def test_first_of_opposite_deltas_wins():
+    one, other = Dense(torch.tensor([[1.0, -2.0]])), Dense(torch.tensor([[-1.0, 2.0]]))
+    assert MagMax().merge([one, other]).dense().tolist() == [[1.0, -2.0]]
+    assert MagMax().merge([other, one]).dense().tolist() == [[-1.0, 2.0]]
+
+
+def test_narrow_and_wide_values_are_compared_as_they_are():
+    half = Dense(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
+    single = Dense(torch.tensor([[1.001, 1.999]]))
+    assert torch.equal(MagMax().merge([half, single]).dense(), torch.tensor([[1.001, 2.0]]))
+
+
+def supports(deltas):
+    return [set(delta.support().tolist()) for delta in deltas]
+
+
+@given(deltas_of_one_weight(), st.one_of(st.none(), st.integers(1, 4)), st.floats(-2, 2))
+def test_intersection_is_the_mean_where_enough_experts_keep_the_entry(deltas, agreement, scale):
+    expected = torch.zeros(deltas[0].shape, dtype=torch.float64).view(-1)
+    values = [delta.dense().double().reshape(-1).tolist() for delta in deltas]
+    for entry in range(expected.numel()):
+        keepers = [number for number, kept in enumerate(supports(deltas)) if entry in kept]
+        if len(keepers) >= (agreement or len(deltas)) and keepers:
+            expected[entry] = scale * sum(values[number][entry] for number in keepers) / len(keepers)
+    merged = Intersection(agreement, scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double().reshape(-1), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(deltas_of_one_weight(), st.floats(-2, 2))
+def test_difference_is_the_first_where_no_other_keeps_the_entry(deltas, scale):
+    own, *others = supports(deltas)
+    kept = own - set().union(*others)
+    values = deltas[0].dense().double().reshape(-1)
+    expected = torch.tensor([scale * value if entry in kept else 0.0 for entry, value in enumerate(values.tolist())])
+    merged = Difference(scale).merge(deltas)
+    torch.testing.assert_close(merged.dense().double().reshape(-1), expected.double(), rtol=1e-6, atol=1e-12)
