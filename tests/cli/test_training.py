@@ -16,6 +16,7 @@ import yaml
 
 from modular_experts.__main__ import main
 from modular_experts.library import Library
+from modular_experts.training.module import ExpertModule
 
 ROOT = Path(__file__).parents[2]
 SPARSE = str(ROOT / "configs" / "fit" / "sparse.yaml")
@@ -103,6 +104,7 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     assert sorted(logs) == ["version_0", "version_1"], "only the two trainings leave logs"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6.6 under jsonargparse 4.53
 def test_the_command_line_beats_config_files_beat_the_checkpoint(place, capsys) -> None:
     keep = "--model.expert.init_args.keep_ratio"
     fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
@@ -111,6 +113,8 @@ def test_the_command_line_beats_config_files_beat_the_checkpoint(place, capsys) 
     validate = ["validate", "--config", "tasks.yaml", "--ckpt_path", str(checkpoint)]
     assert main(validate) == 0  # base, modules and expert are the checkpoint's
     assert _printed_config(validate, capsys)["model"]["expert"]["init_args"]["keep_ratio"] == 0.2
+    module = ExpertModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert (type(module).__name__, module.max_new_tokens) == ("ExpertModule", 5), "Lightning's own way reads it too"
     Path("more.yaml").write_text("model: {max_new_tokens: 4}\n")
     more, shorter = ["--config", "more.yaml"], ["--model.max_new_tokens", "3"]
     for options, expected in (([], 5), (shorter, 3), (more, 4), ([*more, *shorter], 3)):
