@@ -104,7 +104,7 @@ def test_fit_merge_test_apply_test(place, tiny_llama_dir, capsys) -> None:
     assert sorted(logs) == ["version_0", "version_1"], "only the two trainings leave logs"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6.6 under jsonargparse 4.53
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Found keys")  # Lightning's load_from_checkpoint
 def test_the_command_line_beats_config_files_beat_the_checkpoint(place, capsys) -> None:
     keep = "--model.expert.init_args.keep_ratio"
     fit = ["fit", "--config", SPARSE, "--config", "mine.yaml", "--trainer.callbacks", "null"]
