@@ -42,7 +42,7 @@ class ExportedModule(Protocol):
 
 
 class ExportExpert(Callback):
-    """Writes `library/<name>/` when training ends, under `ExpertModule` or any module with what `ExportedModule` has.
+    """Writes `library/<name>/` when training ends, under `ExpertModule` or any other `ExportedModule`.
 
     Until then the best state so far is an ordinary expert in `best-of-<name>-.../<name>` in the trainer's
     `default_root_dir`. A resumed run goes on from the best state of its checkpoint if that is still there, or in the
@@ -123,7 +123,7 @@ class ExportExpert(Callback):
             self.best, self.best_step = self.newest, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the expert, and log its step, its loss and that of the last step, and its directory."""
+        """Write the expert, and log its step, its loss, the loss of the last step, and its directory."""
         if not trainer.is_global_zero or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.exported = True

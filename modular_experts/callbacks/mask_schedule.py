@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 class MaskSchedule(ExportSchedule):
     """Chooses what sparse and masked experts train, before the first step and again at the steps of a rule.
 
-    A second fit of a module goes on with the entries and values of the first: its first choice is that of a later step.
+    A second fit of a module goes on with the entries and values of the first, so its first choice is like a choice at a
+    later step.
 
     Args:
         score: Ranks the entries: a class such as `SNIP`, or a function of (weight, gradient, delta). The default is the
@@ -48,9 +49,9 @@ class MaskSchedule(ExportSchedule):
             default is the expert type's: `GrowAndDrop` for `SparseExpert`, `Reselect` in the first epoch for
             `MaskedExpert`.
         batches: Where the gradient comes from that is scored. `step`: from the training step at which the choice is
-            made, over all its micro-batches and ranks. A number: from extra passes over so many training batches, each
-            counted by its target tokens. A score that no step can give (a curvature, a choice before the optimizer is
-            made, a masked expert's) takes passes over four batches.
+            made, over all its micro-batches and ranks. A number: from extra passes over that number of training
+            batches, each weighted by its target tokens. A score that no step can give (a curvature, a choice before the
+            optimizer is made, a masked expert's) takes passes over four batches.
         leavers: What becomes of the value of an entry that leaves a sparse expert: `revert` forgets it, `stash` keeps
             it, and the entry resumes from it if it comes back. (A masked expert always keeps hidden values.)
         seed: Seed of the batches and the random scores of each choice; the run's own (`seed_everything`) if not given.
@@ -116,7 +117,7 @@ class MaskSchedule(ExportSchedule):
 
     @property
     def resizes(self) -> bool:
-        """Whether weights compete for what is kept, or another expert gives the support."""
+        """Whether weights compete for the kept entries, or another expert gives the support."""
         return self.scope != "layer" or self.support is not None
 
     @property
@@ -212,7 +213,7 @@ class MaskSchedule(ExportSchedule):
             self._begin_part(trainer, batch_idx)
 
     def _in_step(self, expert: Selectable) -> bool:
-        """Return whether the next training step can give what an expert's choice needs."""
+        """Return whether the next training step can give the statistic that an expert's choice needs."""
         return (
             self.batches == "step"
             and expert.chooses_in_step

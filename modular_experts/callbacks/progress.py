@@ -66,7 +66,7 @@ class _Clock:
 
 
 class LogProgress(Callback):
-    """Logs where a run keeps its files, how training goes, and what came of it.
+    """Logs where a run keeps its files, how training goes, and its result.
 
     Without a progress bar, a line comes at every tenth of the fit: the mean loss since the line before, a new
     validation loss, and the time left. `ExpertModule` adds this callback to every trainer; its lines are records of
@@ -111,7 +111,7 @@ class LogProgress(Callback):
             self._log_line(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the folder of the run and the loss before the first step, which the loggers get as that of step 0."""
+        """Log the folder of the run and the loss before the first step, which the loggers get as the loss of step 0."""
         self._clock = _Clock(trainer, pl_module)
         self._tenths, self._folder = self._clock.tenths(), trainer.log_dir
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ class LogProgress(Callback):
 class TrainingBar(ProgressBar):
     """One bar for a whole fit, or for all batches of another command, in one line of 80 columns on standard error.
 
-    It shows what is going on, the steps, the newest training and validation losses, and the time left.
+    It shows the current activity, the steps, the newest training and validation losses, and the time left.
     """
 
     def __init__(self) -> None:
@@ -302,6 +302,6 @@ def activity(trainer: Trainer, doing: str, done: str) -> Iterator[None]:
 
 
 def say_done(trainer: Trainer, done: str, seconds: float) -> None:
-    """Log what was done and how long it took, unless a `TrainingBar` shows the run."""
+    """Log a finished activity and its time, unless a `TrainingBar` shows the run."""
     if not isinstance(trainer.progress_bar_callback, TrainingBar):
         log.info("%s in %.1f s", done, seconds)

@@ -33,7 +33,7 @@ class TrainingLength:
 class TrainedModule(Protocol):
     """What a schedule may use of the LightningModule that it runs with; `ExpertModule` has all of it.
 
-    `base` is a directory or hub id. `length`, that of the fit, is known as soon as the optimizer exists.
+    `base` is a directory or hub id. `length`, the length of the fit, is known as soon as the optimizer exists.
     """
 
     base: str
@@ -90,7 +90,7 @@ class Schedule(Callback):
         return {}
 
     def costs(self, trainer: Trainer, module: TrainedModule) -> dict[str, float]:
-        """Return what the schedule did and what that took, by name, for the costs in an expert's record.
+        """Return counts and times of the schedule's work, by name, for the costs in an expert's record.
 
         A name that ends in `_seconds` is the time between training steps.
         """
@@ -105,7 +105,7 @@ class ExportSchedule(Schedule):
         return True
 
     def exported(self, module: TrainedModule) -> AbstractContextManager[None]:
-        """Return a context in which the module holds what is to be exported instead of what it trains."""
+        """Return a context in which the module holds the state to export instead of the state that it trains."""
         return nullcontext()
 
 
@@ -141,7 +141,7 @@ def seconds_between_steps(trainer: Trainer, module: TrainedModule) -> float:
 
 @contextmanager
 def exported_state(trainer: Trainer, module: TrainedModule) -> Iterator[None]:
-    """Let the module hold what all schedules of a fit export."""
+    """Let the module hold the state that all schedules of a fit export."""
     with ExitStack() as stack:
         for schedule in callbacks_of(trainer, ExportSchedule):
             stack.enter_context(schedule.exported(module))

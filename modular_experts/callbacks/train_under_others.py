@@ -1,7 +1,7 @@
 """TrainUnderOthers trains an expert while other experts of a library are in the base, so that it merges better.
 
-In a merge an expert meets what other experts moved. Here it meets a few of them in each step already, and learns what
-is still needed beside them.
+A merge adds an expert to the deltas of other experts. Here each training step already adds a few of them, so that the
+expert learns what is still missing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class TrainUnderOthers(Schedule):
 
     `W` is the base, `d` the expert that is trained. After the step the others are taken out again, bit for bit, so that
     validations, checkpoints and exports hold the expert alone. The draw depends on the seed and the step only: a
-    resumed run repeats it, and all ranks share it. The base must be that of the others. Full experts lose the others
-    before the optimizer moves their weights, so that no rounding of a sum stays in them.
+    resumed run repeats it, and all ranks share it. The base must be the base of the others. Full experts lose the
+    others before the optimizer moves their weights, so that no rounding of a sum stays in them.
 
     Args:
-        others: Experts, or libraries of them. Those of a task that is trained are left out, merges of it too. Their
+        others: Experts, or libraries of them. Experts of a task that is trained are left out, merges of it too. Their
             deltas are held in memory.
         count: How many are drawn for a step.
         scale: Factor of their deltas.
@@ -105,7 +105,7 @@ class TrainUnderOthers(Schedule):
 
     @torch.no_grad()
     def remove(self, module: TrainedModule, only: Collection[str] | None = None) -> None:
-        """Make the base what it was, at these weights only or at all."""
+        """Restore the base, at these weights only or at all."""
         layers = dict(expert_layers(module.model))
         for name in [name for name in self._before if only is None or name in only]:
             kept, values = self._before.pop(name)

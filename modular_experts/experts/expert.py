@@ -20,7 +20,7 @@ from modular_experts.deltas import Delta
 
 
 class Trained(nn.Module):
-    """Owns what is trained at one place of a model; `Expert` and `ModuleExpert` are the two kinds.
+    """Owns the trained state at one place of a model; `Expert` and `ModuleExpert` are the two kinds.
 
     A float32 parameter stays float32 when the model moves to bfloat16, so that small updates are not rounded away.
     """

@@ -29,5 +29,5 @@ class InPlaceExpert(Expert):
 
 
 def trains_weight(expert: Expert) -> bool:
-    """Return whether the layer's own weight is what an expert trains."""
+    """Return whether an expert trains the layer's own weight."""
     return isinstance(expert, InPlaceExpert) and expert.trains_weight

@@ -24,7 +24,7 @@ class MaskedExpert(Selectable):
     """Trains all of D and hides what the mask leaves out: `y = x W^T + x (D * M)^T`.
 
     An entry that leaves the mask keeps its value, counts in the next scoring pass (which takes `M = 1`), and resumes
-    from it when it comes back; only what is inside the mask in the end is exported. `MaskSchedule` re-selects by the
+    from it when it comes back; only the values inside of the final mask are exported. `MaskSchedule` re-selects by the
     paper's signed score every 100 optimizer steps of the first epoch, then freezes.
 
     Args:

@@ -1,8 +1,8 @@
-"""A module expert owns what is trained at a module that is not a linear layer, such as a transformer block.
+"""A module expert owns the trained state at a module that is not a linear layer, such as a transformer block.
 
-It sees the module's calls through forward hooks: what goes in, and what comes out. A plan names the module
-(`experts/site.py`), and `injection` attaches the expert. A system of several parts, such as a router that the layers of
-a block share, registers what is shared in one of them, and the others `refer` to it.
+Through forward hooks it sees the inputs and outputs of the module's calls. A plan names the module (`experts/site.py`),
+and `injection` attaches the expert. In a system of several parts, such as layers with one router, one part registers
+the shared module, and the others `refer` to it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ModuleExpert(Trained):
     """Owns trained state at a module, and may change its inputs and outputs; a subclass gives `before` or `after`.
 
     With gradient checkpointing, the hooks of a transformer block run outside of the part that is computed again, and
-    those of modules inside of it run again. So what `before` of a block keeps for the layers inside must stay until the
-    next pass.
+    the hooks of modules inside of it run again. So whatever `before` of a block keeps for the layers inside must stay
+    until the next pass.
     """
 
     mergeable: ClassVar[bool] = False
@@ -45,7 +45,7 @@ class ModuleExpert(Trained):
         return None
 
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return what stands in place of the module's output; `args` and `kwargs` are what the module got."""
+        """Return a replacement of the module's output; `args` and `kwargs` are the module's arguments."""
         return output
 
     def attach(self, module: nn.Module, name: str = "expert") -> None:

@@ -1,4 +1,4 @@
-"""What expert types share that train a chosen part of a weight: its size, its units, and the hooks of a selection.
+"""The base class of expert types that train a chosen part of a weight: its size, its units, hooks of a selection.
 
 `selection` computes scores and calls these hooks, `masks` has the scores and rules, and the `MaskSchedule` callback
 decides when, on which batches.

@@ -1,5 +1,6 @@
-"""AdaMix trains several copies of a LoRA's half, of which each step draws one, and ends as their mean (Wang et al.,
-arXiv 2205.12410).
+"""AdaMix trains several copies of a LoRA's half, draws one for each step, and exports their mean.
+
+The paper is Wang et al., arXiv 2205.12410.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from modular_experts.systems.ada_mix.pairs import PairedLosses
 class AdaMixExpert(Expert):
     """Adds `scale * up @ down_j`, with `j` drawn for each training step; else the mean of all copies of `down`.
 
-    With `share_up: false` there are copies of `up` too, drawn independently of those of `down`. In both cases the mean
-    over all draws is the product of the means: what is validated, exported and merged is one LoRA of this rank. All
+    With `share_up: false` there are copies of `up` too, drawn independently of the copies of `down`. In both cases the
+    mean over all draws is the product of the means, so one LoRA of this rank is validated, exported and merged. All
     copies start equal, as a LoRA does. They are stacked in one parameter for each half: a copy that a step leaves out
     has a gradient of zero, and the momentum of an optimizer still moves it.
 

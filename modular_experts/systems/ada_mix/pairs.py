@@ -32,7 +32,7 @@ def paired_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     """Return what `batch_losses` does, and how far two predictions of the same tokens are apart.
 
     The rows pass twice through the model, in one batch of all first copies and then all second ones, so that experts
-    can treat the copies differently. The losses are those of the first.
+    can treat the copies differently. The losses come from the first copies.
 
     Returns:
         Each row's summed loss `(n,)`, its number of labelled tokens `(n,)`, and the symmetric KL divergence, half of

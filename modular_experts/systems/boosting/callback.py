@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Boosting(Schedule):
-    """Divides training into rounds; at the end of each, what was trained joins the boosters, and training starts anew.
+    """Divides training into rounds; after each, the trained product joins the boosters, and a fresh one starts.
 
     In a round only some transformer blocks are trained, drawn from the seed and the number of the round: all ranks and
     a resumed run draw the same. The others get no step, hold no optimizer state, and skip their products, which are

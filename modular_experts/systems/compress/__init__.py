@@ -1,4 +1,4 @@
-"""Make a smaller base without training: search what can be removed, correct what reads it, and write the rest.
+"""Make a smaller base without training: search which parts to remove, correct the layers that read them.
 
 `compress.py` conducts it; open it first. `removable.py` knows the parts of a model and cuts them out, `ranking.py`
 ranks them, `reform.py` corrects the layers that read them, and `text.py` reads the rows and measures perplexity. The

@@ -1,4 +1,4 @@
-"""What the search of a smaller base searches: which blocks, groups of heads and channels a candidate keeps."""
+"""Define the candidates of the search for a smaller base: which blocks, groups of heads and channels each keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modular_experts.tuning.evolution import Choice, Gene, Genes, Mask, Whole
 
 Members = Literal["importance", "windows", "masks"]
 WINDOWS = 8
-"""A window of what stays starts after 0, 1, ... or all 8 eighths of the members that are removed."""
+"""A window of kept members starts after 0, 1, ... or all 8 eighths of the removed ones."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Candidates:
         """Return the candidate in its one spelling, or None if the window has no room for it."""
         if not self._sizes(genes)[2]:
             return None
-        # What a block that is removed would keep changes nothing, so it is that of the start.
+        # The choice inside of a removed block changes nothing, so take the one of the start.
         chosen = [self._of_block(genes, block) if genes[block] else self._start for block in range(self._depth)]
         if self.members == "masks":
             held = self.kept(genes)

@@ -19,7 +19,7 @@ def compress(
     """Make a smaller base without training: search what can go, correct what reads it, write a checkpoint.
 
     Whole transformer blocks, groups of attention heads and MLP channels go. Plain transformers loads the result, and
-    experts train on it as on any base; experts of the large base do not fit it. The text is that of the tasks' rows:
+    experts train on it as on any base; experts of the large base do not fit it. The text comes from the tasks' rows:
     training rows rank and correct, validation rows measure candidates, test rows measure the end. The same command goes
     on with an interrupted search.
 

@@ -1,7 +1,7 @@
-"""Make a smaller base: search which blocks, heads and MLP channels stay, correct what reads them, and write the rest.
+"""Make a smaller base: search which blocks, heads and MLP channels stay, correct the layers that read them.
 
 The paper is Search for efficient LLMs (arXiv 2409.17372). Candidates are measured by their perplexity as they are cut;
-only the best is corrected, and no weight is trained. `candidates.py` has what the search searches.
+only the best is corrected, and no weight is trained. `candidates.py` defines the candidates of the search.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ class Compressed:
         blocks: Numbers of the base's blocks that stay.
         all_blocks: How many blocks the base has.
         sizes: How many `groups` of heads (1 of 1 if they cannot be removed) and how many `channels` of its MLP a block
-            keeps, and of how many.
-        perplexity: On the test rows, of the `base`, of what is left by removal of the parts with the smallest weights
-            in all blocks (`magnitude`, as in `magnitude_removal`; absent if it finds none), of what the search found
-            (`cut`), and of that after its layers were corrected (`reformed`; absent if whole blocks are all that it
-            lost). A copy of the base has only that of the `base`.
+            keeps, each with the number in the base.
+        perplexity: On the test rows, the perplexity of the `base`; of the base without the parts with the smallest
+            weights in all blocks (`magnitude`, as in `magnitude_removal`; absent if it finds no such model); of the
+            best candidate (`cut`); and of this candidate after its layers were corrected (`reformed`; absent if it lost
+            only whole blocks). A copy of the base has only `base`.
         written: Whose weights the checkpoint has: `cut` or `reformed`, whichever has the lower perplexity on the
             validation rows, or `base`.
         tokens: How many tokens of the test rows were measured.
@@ -182,7 +182,7 @@ def compress(
         revision: Branch, tag or commit of a hub id.
         tolerance: Largest accepted difference of a logit between the model in memory and the reloaded checkpoint.
         overwrite: Replace a checkpoint of ours that is there.
-        progress: Called with what is going on, the work done and all work, in tokens.
+        progress: Called with the stage, the work done and all work, in tokens.
 
     Raises:
         FileExistsError: `out` is there and may not be replaced; nothing has been read yet.
@@ -300,7 +300,7 @@ class _Work:
         self._done, self._total = 0.0, float(sum(amounts.values()))
 
     def __call__(self, what: str, parts: int) -> None:
-        """Note that one of so many parts of a stage is done."""
+        """Note that one of the `parts` of a stage is done."""
         self._done += self._amounts[what] / parts
         self._progress(what, min(self._done, self._total), self._total)
 

@@ -1,4 +1,4 @@
-"""Rank what can be removed of a model by how much it matters on a text, or by the size of its weights."""
+"""Rank the removable parts of a model by how much they matter on a text, or by the size of their weights."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def magnitudes(removable: Removable) -> dict[Kind, list[Tensor]]:
 
 
 def _by_member(values: Tensor, part: Part, count: int) -> Tensor:
-    """Return for each of `count` groups or channels the sum of what lies at its entries along a part's dimension."""
+    """Return for each of `count` groups or channels the sum of the values at its entries along a part's dimension."""
     stretches = values.split([unit * count for unit in part.units])
     return torch.stack([stretch.view(count, -1).sum(1) for stretch in stretches]).sum(0)
 

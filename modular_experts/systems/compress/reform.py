@@ -1,4 +1,4 @@
-"""Correct the layers that read what was removed, in closed form, so that their outputs on calibration text stay near.
+"""Correct the layers that read removed parts, in closed form, so that their outputs on calibration text stay near.
 
 A layer with the weight W0 `(out, in)` reads inputs X `(tokens, in)`, of which the columns S stay. The weight W'_S
 `(out, S)` minimises `||X W0^T - X_S W'_S^T||^2 + lambda ||W'_S - W0_S||^2`, so with `G = X^T X`
@@ -6,8 +6,8 @@ A layer with the weight W0 `(out, in)` reads inputs X `(tokens, in)`, of which t
     W'_S^T = (G_SS + lambda I)^-1 (G_S W0^T + lambda W0_S^T).
 
 The paper (Search for efficient LLMs, arXiv 2409.17372) minimises the first term by an iteration, ADMM, whose limit at
-lambda = 0 this is. The second term keeps W'_S near W0_S where the text does not tell, so that a layer of which nothing
-is removed stays as it is, and the error on the text never grows.
+lambda = 0 this is. The second term keeps W'_S near W0_S where the text does not determine it, so that a layer that
+loses no input stays as it is, and the error on the text never grows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from modular_experts.systems.compress.removable import Kept, Removable
 
 
 class LayerError(NamedTuple):
-    """How far the outputs of a layer are from those of the whole layer on the calibration text, as a share of them.
+    """Error of a layer's outputs on the calibration text, as a share of the whole layer's outputs.
 
     Attributes:
         layer: Its name in the smaller model.
         before: The error of the removal alone: the norm of the difference over the norm of the outputs.
         after: The error after the layer was reformed.
-        residual: Norm of what is left of the normal equations, as a share of their right side.
+        residual: Norm of the residual of the normal equations, as a share of their right side.
     """
 
     layer: str
@@ -168,7 +168,7 @@ class BlockByBlock:
         return [one[0] if isinstance(one, tuple) else one for one in outputs]
 
     def grams(self, place: int, hidden: list[Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return `X^T X` of the inputs of layers of a block, by their names there, and what the block makes."""
+        """Return `X^T X` of the inputs of layers of a block, by their names there, and the block's outputs."""
         found: dict[str, Tensor] = {}
 
         def take(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:

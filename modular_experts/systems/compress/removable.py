@@ -150,7 +150,7 @@ class Removable:
 
     @torch.no_grad()
     def cut(self, kept: Kept) -> PreTrainedModel:
-        """Return a smaller model of what stays; weights that stay whole are shared with the model, not copied.
+        """Return a smaller model of the kept parts; it shares weights that stay whole with the model.
 
         Raises:
             ValueError: The model's weights do not have the sizes that the names of their layers imply.
@@ -207,7 +207,7 @@ class Removable:
         return config
 
     def _heads(self) -> None:
-        """Find the groups of heads; there are none if the configuration fixes the heads by the hidden size."""
+        """Find the groups of heads, or one group of all if the configuration fixes the heads by the hidden size."""
         config, block = self.model.config, self.modules(self.model)[0]
         self.groups, self._head = 1, 0
         heads, groups = int(config.num_attention_heads), getattr(config, "num_key_value_heads", None)

@@ -1,7 +1,7 @@
-"""GLoRA trains a change of weight and bias made of five parts, of which each layer later keeps what it needs.
+"""GLoRA trains a change of weight and bias made of five parts; a search then chooses which parts each layer keeps.
 
-The method is Chavan et al.'s, arXiv 2306.07967. `callbacks.RandomPaths` trains all paths at once, and
-`tuning.PathSearch` chooses one for each layer. `docs/systems/glora.md` compares this file with the released
+The method is Chavan et al.'s, arXiv 2306.07967. `RandomPaths` (`callback.py`) trains all paths at once, and
+`PathSearch` (`search.py`) chooses one for each layer. `docs/systems/glora.md` compares this file with the released
 code.
 """
 

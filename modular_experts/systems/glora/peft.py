@@ -47,7 +47,7 @@ class GloraFormat(PeftFormat):
         if parents := [str(parent["name"]) for parent in expert.record["parents"]]:
             raise ValueError(
                 f"{expert.name} was trained on top of {', '.join(parents)}, whose weights its parts multiply, and a "
-                "GLORA adapter multiplies those of the base; export it as lora, with a rank, or apply it with them"
+                "GLORA adapter multiplies the base's weights; export it as lora, with a rank, or apply it with them"
             )
         experts, by_weight = {}, state_by_place(state)
         for name in names:

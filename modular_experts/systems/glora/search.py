@@ -269,7 +269,7 @@ class _Paths:
         return tuple(smaller)
 
     def uniform(self) -> list[Genes]:
-        """Return the largest paths, and those of one part alone, the same in all layers."""
+        """Return the largest path, and the paths of one part alone, each the same in all layers."""
         alone = [
             tuple(last if place[1] == part else 0 for (place, _), last in zip(self.parts, self.largest, strict=True))
             for part in dict.fromkeys(place[1] for place, _ in self.parts)

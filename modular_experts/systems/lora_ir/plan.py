@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class LoRAIR(LayerPlan):
-    """LoRAs at each linear layer, of which a prompt takes those of its task, by one gate for all layers.
+    """LoRAs at each linear layer; one gate for all layers gives a prompt the LoRAs of its task.
 
     LoRA-IR restores images: it recognises what degraded an image, and takes the LoRAs for that. This plan is its
     analogue for text, and repeats no result on images; the task of a prompt stands in the place of the degradation.
@@ -42,8 +42,8 @@ class LoRAIR(LayerPlan):
     with the `k` likeliest of each prompt, weighted by the softmax of their logits. With `k` of 1 this weight is 1
     whatever the logits, so the second stage could not teach a router. Only the first stage reads names of tasks.
 
-    The data have as many held-in tasks as there are experts. Expert `n` is that of the `n`-th task in the order of
-    their names, in which the record lists them.
+    The data have as many held-in tasks as there are experts. Expert `n` belongs to the `n`-th task in the order of
+    names, which is also the record's order.
 
     Args:
         experts: Number of LoRAs at each layer, and of held-in tasks; at least 2.

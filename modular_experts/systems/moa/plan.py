@@ -237,7 +237,7 @@ class GatedLoRA(NotMergeable, LoRAExpert):
 
 
 class ParallelAdapter(ModuleExpert):
-    """Adds the output of a bottleneck with a SiLU to that of an MLP, multiplied by its gate of the block.
+    """Adds a bottleneck with a SiLU to the output of an MLP, multiplied by its gate of the block.
 
     The released code starts both layers near zero; here `up` starts at zero, so that the start is the base.
 

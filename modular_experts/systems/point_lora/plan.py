@@ -25,7 +25,7 @@ class PointLoRA(LayerPlan):
     """A LoRA at each linear layer, a shared MLP beside it, and tokens of the prompt once more in front of the sequence.
 
     PointLoRA trains transformers on point clouds. This plan is its analogue for text, and repeats no result on point
-    clouds. A scorer looks at the embeddings of the prompt's tokens. Those of the `tokens` largest scores, in their
+    clouds. A scorer looks at the embeddings of the prompt's tokens. The `tokens` with the largest scores, in their
     order, are multiplied by their scores and stand in front of the sequence, where every token attends to them. They
     come from the prompt alone, so no logit of an answer depends on what comes after it. Logits of these positions are
     dropped; they take places of the model's context.

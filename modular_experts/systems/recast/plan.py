@@ -26,11 +26,11 @@ class RecastExpert(Expert):
     templates miss of the base weight stays in it, because the weight itself is untouched. The change starts at zero, so
     that training starts at the base, and weight decay pulls towards it.
 
-    No template is stored: `T_t = sum_j mixing_tj W_j`, and the weights `W_j` are those of the model. So all experts of
+    No template is stored: `T_t = sum_j mixing_tj W_j`, and the weights `W_j` are in the model. So all experts of
     a base share their templates, and the state is the change and the mixing, a few numbers for each layer. The delta is
     dense, and an export as large as the weights, because merges read no base.
 
-    The default learning rate is that of larger bases; small ones learn better at 0.09 or 0.27.
+    The default learning rate suits larger bases; small ones learn better at 0.09 or 0.27.
 
     Args:
         weight: The base weight `(out, in)`.

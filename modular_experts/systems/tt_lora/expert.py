@@ -24,20 +24,20 @@ class TTLoRAExpert(Expert):
     """Adds `alpha * D`, where the entries of `D` are products of matrices that are picked from small cores.
 
     The outputs of the layer are numbered by several axes, `out = o_1 * ... * o_n`, its inputs by `in = i_1 * ... *
-    i_m`, the last axis running fastest. Each axis of size `k` has a core `(left, k, right)`, first those of the
-    outputs, then those of the inputs; neighbours share a bond, and the chain ends with bonds of 1. An entry of `D` is
-    the product of the matrices `(left, right)` that its places on the axes pick. So `D` is exactly a low-rank product,
-    whose rank is the bond between outputs and inputs, and it is exported as such.
+    i_m`, the last axis running fastest. Each axis of size `k` has a core `(left, k, right)`, the outputs' axes first;
+    neighbours share a bond, and the chain ends with bonds of 1. An entry of `D` is the product of the matrices `(left,
+    right)` that its places on the axes pick. So `D` is exactly a low-rank product, whose rank is the bond between
+    outputs and inputs, and it is exported as such.
 
     The last core starts at zero, so that training starts at the base. The others start with orthonormal columns, so
-    that at first the norm of the delta is alpha times that of the last core. (The follow-up's code starts all cores
+    that at first the norm of the delta is alpha times the norm of the last core. (The follow-up's code starts all cores
     at random, which moves the base.)
 
     The library keeps the cores, to train on from them, beside the two low-rank factors, which merges read.
 
     Args:
         weight: The base weight `(out, in)`.
-        rank: Size of the bonds, from 1 to min(out, in); a bond that could not use so many has fewer.
+        rank: Size of the bonds, from 1 to min(out, in); a bond that could not use this size is smaller.
         alpha: Scale of the delta; it is not divided by the rank.
         axes: Number of axes on each side. They are as even as the divisors of the size allow; a size with too few prime
             factors, such as a prime number, gets axes of 1.
